@@ -1,0 +1,19 @@
+"""Conversations, roles, media slots and instruction templates: what the language model is asked, before any tokenizer."""
+
+from lavis_chatbridge.prompting.conversation import Turn, alignment_prompt, chat_prompt, clean_caption, escape_markers
+from lavis_chatbridge.prompting.pieces import Kind, Piece, Slot, Text, context_of, slots_of, target_text
+
+__all__ = [
+    "Kind",
+    "Piece",
+    "Slot",
+    "Text",
+    "Turn",
+    "alignment_prompt",
+    "chat_prompt",
+    "clean_caption",
+    "context_of",
+    "escape_markers",
+    "slots_of",
+    "target_text",
+]

@@ -1,0 +1,119 @@
+"""Conversations in the paper's format: ``###Human: ...###Assistant: ...###``, media in any turn.
+
+Facts of the format (roles, the sentence that introduces media, the end mark of a reply) are those of the original
+ChatBridge's templates (its ``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lavis_chatbridge.errors import PromptError
+from lavis_chatbridge.prompting.pieces import Kind, Piece, Slot, Text
+
+END_OF_TURN = "###"
+HUMAN = "Human: "
+ASSISTANT = "###Assistant:"
+END_OF_CAPTION = "\n"
+_LEADING_PUNCTUATION = ",.!?*#:;~"
+_WORD_JOINERS = str.maketrans("-/", "  ")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Args:
+        role: ``"user"`` or ``"assistant"``.
+        text: What is said.
+        media: The kinds of the media that this turn brings, in order; for ``"user"`` only.
+    """
+
+    role: str
+    text: str
+    media: tuple[Kind, ...] = ()
+
+
+def alignment_prompt(media: Sequence[Kind], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:
+    """Stage 1: the media's slots, then the caption with its end mark as the target (paper, section 3.2)."""
+    return [*_numbered(media, {}), Text(caption + end, target=True)]
+
+
+def chat_prompt(turns: Sequence[Turn], generate: bool = False, reply_end: str = END_OF_TURN) -> list[Piece]:
+    """A conversation as pieces, each reply with its end mark a target.
+
+    Args:
+        turns: Alternating ``user`` and ``assistant`` turns, the first one a user's.
+        generate: End with the assistant's role, for the model to go on; the last turn must then be a user's.
+        reply_end: What closes a reply: ``"###"``; the original puts a newline before it except in conversations.
+
+    Raises:
+        PromptError: If the turns do not alternate, or ``generate`` does not fit the last one.
+    """
+    _check_order(turns, generate)
+    pieces: list[Piece] = []
+    counts: dict[Kind, int] = {}
+    opening = END_OF_TURN
+    for turn in turns:
+        if turn.role == "assistant":
+            pieces.append(Text(escape_markers(turn.text) + reply_end, target=True))
+            opening = ""  # the reply's end mark opens the next turn
+            continue
+        if turn.media:
+            pieces.extend(_introduce(turn.media, counts, opening))
+            opening = f".{END_OF_TURN}"
+        pieces.append(Text(f"{opening}{HUMAN}{escape_markers(turn.text)}{ASSISTANT}"))
+    return pieces
+
+
+def escape_markers(text: str) -> str:
+    """``text`` with every run of three or more ``#`` spaced out, so that it cannot end a turn or open one."""
+    return re.sub(r"#{3,}", lambda run: " ".join(run.group()), text)
+
+
+def clean_caption(text: str) -> str:
+    """A stage-1 caption cleaned as the original's reader does.
+
+    Lower case; leading punctuation dropped; hyphens and slashes to spaces; ``<person>`` to ``person``; runs of white
+    space to one space; a trailing newline and surrounding spaces dropped. (Original: ``pre_caption``.)
+    """
+    words = text.lower().lstrip(_LEADING_PUNCTUATION).translate(_WORD_JOINERS)
+    words = words.replace("<person>", "person").rstrip("\n")
+    return re.sub(r"\s{2,}", " ", words).strip(" ")
+
+
+def _check_order(turns: Sequence[Turn], generate: bool) -> None:
+    for position, turn in enumerate(turns):
+        expected = "assistant" if position % 2 else "user"
+        if turn.role != expected:
+            raise PromptError(f"turn {position} is of role {turn.role!r}, expected {expected!r}: turns alternate, user first")
+        if turn.media and turn.role != "user":
+            raise PromptError(f"turn {position}: an assistant's turn brings no media")
+    if not turns or (generate and turns[-1].role != "user"):
+        raise PromptError("the conversation must end with a user's turn for the model to answer")
+
+
+def _numbered(media: Sequence[Kind], counts: dict[Kind, int]) -> list[Slot]:
+    slots = []
+    for kind in media:
+        slots.append(Slot(kind, counts.get(kind, 0)))
+        counts[kind] = counts.get(kind, 0) + 1
+    return slots
+
+
+def _introduce(media: Sequence[Kind], counts: dict[Kind, int], opening: str) -> list[Piece]:
+    """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop."""
+    pieces: list[Piece] = []
+    previous: Kind | None = None
+    for slot in _numbered(media, counts):
+        if previous is None:
+            words = f"{opening}{HUMAN}Given following {slot.kind}: "
+        elif previous == "video" and slot.kind == "audio":
+            words = " and its background audio: "
+        else:
+            words = f" and {slot.kind}: "
+        pieces += [Text(words), slot]
+        previous = slot.kind
+    return pieces

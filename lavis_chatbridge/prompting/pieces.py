@@ -1,0 +1,52 @@
+"""A prompt is a sequence of pieces: text, and slots for media. A slot is an object, never a marker inside a string.
+
+That is why a ``<image>`` or ``<query>`` which a user types, or which stands in somebody's data, is plain text: nothing
+parses text to find slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["image", "video", "audio"]
+KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words of a prompt. ``target`` marks those that the model is trained to produce."""
+
+    text: str
+    target: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a medium: the ``index``-th of its ``kind`` among the sample's media, from 0."""
+
+    kind: Kind
+    index: int = 0
+
+
+Piece: TypeAlias = Text | Slot
+
+
+def slots_of(pieces: Sequence[Piece]) -> list[Slot]:
+    """The slots of a prompt, in order."""
+    return [piece for piece in pieces if isinstance(piece, Slot)]
+
+
+def context_of(pieces: Sequence[Piece]) -> list[Piece]:
+    """The prompt up to its last target: what the model is given when it has to produce that target itself."""
+    for position in range(len(pieces) - 1, -1, -1):
+        piece = pieces[position]
+        if isinstance(piece, Text) and piece.target:
+            return list(pieces[:position])
+    return list(pieces)
+
+
+def target_text(pieces: Sequence[Piece]) -> str:
+    """The text of all targets, one after the other."""
+    return "".join(piece.text for piece in pieces if isinstance(piece, Text) and piece.target)
