@@ -1,0 +1,31 @@
+"""What every test shares: an offline environment with few threads, and the folder of golden numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Set before torch and the Hugging Face libraries are imported: they read these once. Subprocesses inherit them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of golden numbers: ``GOLDEN_DIR``, or the copy beside the tests."""
+    folder = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
+    if not (folder / "config.json").is_file():
+        pytest.fail(f"GOLDEN_DIR: {folder} holds no config.json, so it is no folder of golden numbers")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
