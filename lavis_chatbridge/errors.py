@@ -1,7 +1,7 @@
 """The package's exceptions: every mistake that a user can mend raises one of them.
 
-A message says what is wrong, what was found against what was expected, and how to mend it, in one line. The command-line
-entry points print that line and exit with status 2; a traceback is left for faults of ours.
+A message says what is wrong, what was found against what was expected, and how to mend it, in one line. The
+command-line entry points print that line and exit with status 2; a traceback is left for faults of ours.
 """
 
 from __future__ import annotations

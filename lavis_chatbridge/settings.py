@@ -1,7 +1,7 @@
 """Settings: a mapping (YAML, command line) becomes a typed dataclass, or one error that names every fault.
 
-An unknown key is a fault that names the nearest known one; so are a missing key, a wrong type and whatever the dataclass's
-own ``check()`` yields. This module knows no setting by name.
+An unknown key is a fault that names the nearest known one; so are a missing key, a wrong type and whatever the
+dataclass's own ``check()`` yields. This module knows no setting by name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a processed or encoded medium is: the forms in which media travel from processors through batches to the model."""
+"""What a processed or encoded medium is: the forms in which media travel from processors to the model."""
 
 from __future__ import annotations
 

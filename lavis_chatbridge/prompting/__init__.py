@@ -1,4 +1,4 @@
-"""Conversations, roles, media slots and instruction templates: what the language model is asked, before any tokenizer."""
+"""Conversations, roles, media slots and instruction templates: what the language model is asked."""
 
 from lavis_chatbridge.prompting.conversation import Turn, alignment_prompt, chat_prompt, clean_caption, escape_markers
 from lavis_chatbridge.prompting.pieces import Kind, Piece, Slot, Text, context_of, slots_of, target_text

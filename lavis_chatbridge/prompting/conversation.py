@@ -1,7 +1,8 @@
 """Conversations in the paper's format: ``###Human: ...###Assistant: ...###``, media in any turn.
 
 Facts of the format (roles, the sentence that introduces media, the end mark of a reply) are those of the original
-ChatBridge's templates (its ``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data set.
+ChatBridge's templates (its ``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data
+set.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def _check_order(turns: Sequence[Turn], generate: bool) -> None:
     for position, turn in enumerate(turns):
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:
-            raise PromptError(f"turn {position} is of role {turn.role!r}, expected {expected!r}: turns alternate, user first")
+            raise PromptError(
+                f"turn {position} is of role {turn.role!r}, expected {expected!r}: turns alternate, user first"
+            )
         if turn.media and turn.role != "user":
             raise PromptError(f"turn {position}: an assistant's turn brings no media")
     if not turns or (generate and turns[-1].role != "user"):

@@ -1,4 +1,4 @@
-"""What exists in the embedded world: the attributes of its pictures, clips and sounds, and which combinations are held out.
+"""What exists in the embedded world: the attributes of its media, and which combinations are held out.
 
 Nothing here renders or words anything: `Scene` is the truth that the renderers draw and the grammar describes.
 """
