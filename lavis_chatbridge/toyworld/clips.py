@@ -1,0 +1,123 @@
+"""Clips of the embedded world: an object that moves, grows or shrinks before a still background.
+
+The truth comes in as a `Scene`; start, travel, frame count, frame rate, codec and quality are drawn from a generator. A clip
+may carry a sound track. Knows nothing of captions or of what is trained on the clips.
+
+Lengths are fractions of the picture's side.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from lavis_chatbridge.toyworld import pictures
+from lavis_chatbridge.toyworld.pictures import Pixels, Placement
+from lavis_chatbridge.toyworld.sounds import Sound
+from lavis_chatbridge.toyworld.world import Scene
+
+SIDES = (96, 112, 128)
+FRAMES = (8, 24)
+RATES = (4, 5, 6, 8, 10, 12)
+MARGIN = 0.24
+"""The centre of a moving object stays this far from the edges."""
+
+TRAVEL = (0.34, 0.50)
+MOVING_RADII = (0.155, 0.215)
+NEAR_RADII = (0.25, 0.30)
+FAR_RADII = (0.105, 0.135)
+_DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames uint8 ``[T, S, S, 3]``, their rate in frames per second, and where the object stands in each."""
+
+    frames: Pixels
+    rate: int
+    placements: tuple[Placement, ...]
+
+
+def render(scene: Scene, rng: np.random.Generator, frames: int | None = None) -> Clip:
+    """A clip of ``scene`` of 8 to 24 frames, unless their number is given."""
+    facts = scene.facts
+    side = int(rng.choice(SIDES))
+    count = int(rng.integers(FRAMES[0], FRAMES[1] + 1)) if frames is None else frames
+    placements = _course(facts["motion"], count, rng)
+    backdrop, noise = pictures.background(rng, side), pictures.grain(rng, side)
+    rgb = pictures.colour(facts["colour"], rng)
+    drawn = []
+    for placement in placements:
+        canvas = backdrop.copy()
+        pictures.paint(canvas, facts["shape"], rgb, placement)
+        turned = np.roll(noise, tuple(rng.integers(0, side, 2)), (0, 1))  # fresh grain would cost more than the drawing
+        drawn.append(pictures.finish(canvas, turned))
+    return Clip(np.stack(drawn), int(rng.choice(RATES)), tuple(placements))
+
+
+def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> bytes:
+    """An mp4 file's bytes, H.264 or (one in five) MPEG-4 part 2, with ``track`` as AAC where given."""
+    file = io.BytesIO()
+    codec, options = _codec(rng)
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        picture = container.add_stream(codec, rate=clip.rate, options=options)
+        picture.height, picture.width = clip.frames.shape[1:3]
+        picture.pix_fmt = "yuv420p"
+        picture.codec_context.thread_count = 1  # more threads: other bytes, and no faster at this size
+        if codec == "mpeg4":
+            picture.bit_rate = int(rng.integers(500_000, 1_500_000))
+        sound = None if track is None else container.add_stream("aac", rate=track.rate, layout=_layout(track))
+        for frame in clip.frames:
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(picture.encode())
+        if track is not None and sound is not None:
+            container.mux(sound.encode(_audio_frame(track)))
+            container.mux(sound.encode())
+    return file.getvalue()
+
+
+def decode(file: bytes) -> Pixels:
+    """All frames of an encoded clip: uint8 ``[T, S, S, 3]``, with the codec's losses."""
+    with av.open(io.BytesIO(file)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def _course(motion: str, count: int, rng: np.random.Generator) -> list[Placement]:
+    tilt = pictures.tilt(rng)
+    steps = np.linspace(0.0, 1.0, count) ** rng.uniform(0.85, 1.18)  # a little acceleration either way
+    if motion in _DIRECTIONS:
+        radius = rng.uniform(*MOVING_RADII)
+        travel = rng.uniform(*TRAVEL)
+        low = rng.uniform(MARGIN, 1.0 - MARGIN - travel)
+        across, down = _DIRECTIONS[motion]
+        line = low + travel * (steps if across + down > 0 else 1.0 - steps)
+        other = rng.uniform(MARGIN + 0.06, 1.0 - MARGIN - 0.06)
+        return [Placement(p, other, radius, tilt) if across else Placement(other, p, radius, tilt) for p in line]
+    near, far = rng.uniform(*NEAR_RADII), rng.uniform(*FAR_RADII)
+    radii = far + (near - far) * (steps if motion == "grow" else 1.0 - steps)
+    x, y = rng.uniform(0.34, 0.66, 2)
+    return [Placement(x, y, radius, tilt) for radius in radii]
+
+
+def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+    quality = str(int(rng.integers(17, 25)))
+    if rng.random() < 0.2:
+        return "mpeg4", {"flags": "+bitexact"}
+    return "libx264", {"crf": quality, "preset": "ultrafast", "flags": "+bitexact"}
+
+
+def _layout(track: Sound) -> str:
+    return "stereo" if track.samples.ndim == 2 else "mono"
+
+
+def _audio_frame(track: Sound) -> av.AudioFrame:
+    planes = np.ascontiguousarray(np.atleast_2d(track.samples.T))
+    frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=_layout(track))
+    frame.sample_rate = track.rate
+    frame.time_base = Fraction(1, track.rate)
+    frame.pts = 0
+    return frame
