@@ -1,0 +1,166 @@
+"""The sample schema: what a line holds, and what the message says when it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside, read_jsonl, to_record, write_jsonl
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.prompting.conversation import Turn
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def fault(path, **settings):
+    with pytest.raises(DataError) as caught:
+        list(read_jsonl(path, **settings))
+    return str(caught.value)
+
+
+def test_alignment_line_is_read_relative_to_the_file(tmp_path):
+    file = write(
+        tmp_path / "a.jsonl", {"id": 7, "media": [{"type": "image", "path": "p/a.png"}], "captions": ["a cat"]}
+    )
+    [sample] = read_jsonl(file)
+    assert sample == Sample("7", (Medium("image", str(tmp_path / "p/a.png")),), ("a cat",))
+    assert sample.modality == "image"
+
+
+def test_media_follow_the_order_in_which_turns_bring_them(tmp_path):
+    record = {
+        "id": "x",
+        "media": [{"type": "image", "path": "a.png"}, {"type": "audio", "path": "b.wav"}],
+        "turns": [
+            {"role": "user", "text": "What sounds?", "media": [1]},
+            {"role": "assistant", "text": "A bell."},
+            {"role": "user", "text": "And <image> here?", "media": [0]},
+            {"role": "assistant", "text": "A cat."},
+        ],
+    }
+    [sample] = read_jsonl(write(tmp_path / "a.jsonl", record), root="/data")
+    assert [medium.path for medium in sample.media] == ["/data/b.wav", "/data/a.png"]
+    assert sample.turns[0].media == ("audio",)
+    assert sample.turns[2] == Turn("user", "And <image> here?", ("image",))
+    assert sample.modality == "image+audio"
+
+
+def test_without_positions_all_media_belong_to_the_first_turn(tmp_path):
+    record = {
+        "id": "x",
+        "media": [{"type": "video", "path": "a.mp4"}, {"type": "audio", "path": "a.mp4"}],
+        "turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}],
+    }
+    [sample] = read_jsonl(write(tmp_path / "a.jsonl", record))
+    assert sample.turns[0].media == ("video", "audio")
+
+
+def test_writing_and_reading_gives_the_same(tmp_path):
+    samples = [
+        Sample("1", (Medium("image", str(tmp_path / "i/a.png")),), ("ä", "b"), facts={"colour": "red"}, held_out=True),
+        Sample(
+            "2", (), (), (Turn("user", "q"), Turn("assistant", "a")), ("a", "an a"), "s", "short", "text", meta={"k": 1}
+        ),
+        Sample("3", (Medium("image", str(tmp_path / "s.tar"), 512, 99),), ("c",)),
+    ]
+    assert write_jsonl(tmp_path / "out/x.jsonl", samples, root=tmp_path) == 3
+    assert list(read_jsonl(tmp_path / "out/x.jsonl", root=tmp_path)) == samples
+    assert to_record(samples[0], str(tmp_path))["media"] == [{"type": "image", "path": "i/a.png"}]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "x.jsonl"
+    write_jsonl(file, [Sample("1", captions=("a",))])
+
+    def broken():
+        yield Sample("2", captions=("b",))
+        raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        write_jsonl(file, broken())
+    assert [sample.id for sample in read_jsonl(file)] == ["1"]
+    assert os.listdir(tmp_path) == ["x.jsonl"]
+
+
+IMAGE = {"type": "image", "path": "a.png"}
+USER, REPLY = {"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([1], "expected an object, found [1]"),
+        ({"id": "a"}, "has neither 'captions' (alignment) nor 'turns' (instructions)"),
+        ({"captions": ["a"]}, "id is None, expected a string or a whole number"),
+        ({"id": True, "captions": ["a"]}, "id is True"),
+        ({"id": "a", "caption": "x"}, "unknown key 'caption', did you mean 'captions'?"),
+        ({"id": "a", "zzz": "x", "captions": ["a"]}, "fields of your own belong under 'meta'"),
+        ({"id": "a", "captions": "x"}, "captions is 'x', expected a list"),
+        ({"id": "a", "captions": [1]}, "captions holds 1, expected strings"),
+        ({"id": "a", "captions": ["a"], "media": ["x.png"]}, 'media[0]: expected {"type": ..., "path": ...}'),
+        (
+            {"id": "a", "captions": ["a"], "media": [{"type": "picture", "path": "x"}]},
+            "type is 'picture', expected one of",
+        ),
+        ({"id": "a", "captions": ["a"], "media": [{"type": "image"}]}, "path is None"),
+        ({"id": "a", "captions": ["a"], "media": [{**IMAGE, "file": 1}]}, "unknown key 'file'"),
+        (
+            {"id": "a", "captions": ["a"], "media": [{**IMAGE, "offset": -1}]},
+            "offset is -1, expected a number of bytes",
+        ),
+        ({"id": "a", "captions": ["a"], "media": [{"type": "image", "path": "../x"}]}, "'../x' leaves the media root"),
+        (
+            {"id": "a", "captions": ["a"], "media": [{"type": "image", "path": "/etc/x"}]},
+            "'/etc/x' leaves the media root",
+        ),
+        ({"id": "a", "captions": ["a"], "facts": {"n": 3}}, "facts.n is 3, expected a string"),
+        ({"id": "a", "turns": [REPLY]}, "turns[0]: role is 'assistant', expected 'user'"),
+        ({"id": "a", "turns": [USER, USER]}, "turns[1]: role is 'user', expected 'assistant'"),
+        ({"id": "a", "turns": [{"role": "user"}]}, "turns[0]: text is None"),
+        ({"id": "a", "turns": [{**USER, "image": 1}]}, "turns[0]: unknown key 'image'"),
+        ({"id": "a", "media": [IMAGE], "turns": [{**USER, "media": [1]}]}, "names 1, but the sample has 1 media"),
+        ({"id": "a", "media": [IMAGE], "turns": [{**USER, "media": 0}]}, "media is 0, expected a list"),
+        (
+            {"id": "a", "media": [IMAGE], "turns": [USER, {**REPLY, "media": [0]}]},
+            "an assistant's turn brings no media",
+        ),
+        ({"id": "a", "media": [IMAGE, IMAGE], "turns": [{**USER, "media": [0]}]}, "a medium belongs to no turn"),
+        ({"id": "a", "media": [IMAGE], "turns": [{**USER, "media": [0, 0]}]}, "two turns bring the same medium"),
+    ],
+)
+def test_a_fault_names_line_and_cause(tmp_path, record, message):
+    file = write(tmp_path / "a.jsonl", {"id": "ok", "captions": ["fine"]}, record)
+    text = fault(file)
+    assert text.startswith(f"{file}:2: ")
+    assert message in text
+
+
+def test_broken_json_bad_encoding_and_missing_file(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('\n{"id": 1,\n')
+    assert f"{file}:2: not JSON" in fault(file)
+    file.write_bytes(b'{"id": 1, "captions": ["\xff"]}\n')
+    assert "not UTF-8" in fault(file)
+    assert "cannot be read: No such file" in fault(tmp_path / "none.jsonl")
+
+
+def test_paths_outside_when_allowed(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"id": "a", "captions": ["c"], "media": [{"type": "audio", "path": "/x/y.wav"}]})
+    [sample] = read_jsonl(file, allow_outside=True)
+    assert sample.media[0].path == "/x/y.wav"
+
+
+def test_symbolic_links_may_not_lead_out(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret").write_text("x")
+    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "fine").write_text("x")
+    check_inside(str(root / "fine"), str(root))
+    with pytest.raises(DataError, match="leads out of the media root"):
+        check_inside(str(root / "link"), str(root))
