@@ -5,3 +5,18 @@ but the standard library: it runs inside ``import torch``.
 """
 
 __version__ = "0.1.0"
+
+
+def _activate() -> None:
+    """Open the plugin's door; a fault there must not break ``import torch``, of which this may be a part."""
+    try:
+        from lavis_chatbridge.plugin import autoload
+
+        autoload.activate()
+    except Exception as fault:
+        import logging
+
+        logging.getLogger(__name__).warning("lavis-chatbridge is not active: %s: %s", type(fault).__name__, fault)
+
+
+_activate()

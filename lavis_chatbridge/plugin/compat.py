@@ -1,0 +1,160 @@
+"""LAVIS 1.0.2 on today's libraries: fills in what LAVIS expects and they no longer have. Nothing that exists is replaced.
+
+LAVIS was written for transformers 4.25. The first half (:func:`patch_transformers`) must run before ``lavis.models`` is imported,
+the second (:func:`patch_lavis`) after it; the door calls both. It knows nothing of this package's models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+OPTIONAL_PACKAGES = ("ftfy", "spacy")
+"""Imported at the top of single LAVIS models (CLIP's tokenizer, Img2Prompt), which alone need them."""
+
+_BASE_CLASSES = (
+    ("lavis.models.blip2_models.Qformer", "BertPreTrainedModel"),
+    ("lavis.models.blip2_models.modeling_opt", "OPTPreTrainedModel"),
+    ("lavis.models.blip2_models.modeling_t5", "T5PreTrainedModel"),
+    ("lavis.models.blip_models.nlvr_encoder", "BertPreTrainedModel"),
+    ("lavis.models.med", "BertPreTrainedModel"),
+)
+
+
+def apply() -> None:
+    """Fill in everything that is missing now; safe to call at any time and any number of times."""
+    patch_transformers()
+    models = sys.modules.get("lavis.models")
+    if models is not None and hasattr(models, "model_zoo"):
+        patch_lavis(models)
+
+
+@contextmanager
+def loading_models() -> Iterator[None]:
+    """The surroundings in which ``lavis.models`` is executed."""
+    patch_transformers()
+    with _stand_ins(OPTIONAL_PACKAGES):
+        yield
+    patch_lavis(sys.modules["lavis.models"])
+
+
+def patch_transformers() -> None:
+    """Put back the names that LAVIS imports from transformers and that have moved or gone."""
+    from transformers import modeling_utils, pytorch_utils
+
+    _fill(pytorch_utils, "find_pruneable_heads_and_indices", _find_pruneable_heads_and_indices)
+    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
+        _fill(modeling_utils, name, getattr(pytorch_utils, name))
+    gone = "transformers.utils.model_parallel_utils"
+    if gone not in sys.modules and importlib.util.find_spec(gone) is None:
+        stub = ModuleType(gone, "Naive model parallelism, which transformers 5 has dropped.")
+        stub.__dict__.update(assert_device_map=_no_model_parallelism, get_device_map=_no_model_parallelism)
+        sys.modules[gone] = stub
+
+
+def patch_lavis(models: ModuleType) -> None:
+    """Complete LAVIS's own classes and functions, after ``lavis.models`` has been imported.
+
+    - its transformer base classes get what transformers 5 expects of a model or no longer gives to one;
+    - ``load_model`` and ``load_model_and_preprocess`` may be called without a model type. The defaults change in place, so that
+      references imported earlier change too;
+    - ``model_zoo`` shows the registry as it is, not as it was when ``lavis.models`` was imported.
+
+    Args:
+        models: The module ``lavis.models``.
+    """
+    for module_name, class_name in _BASE_CLASSES:
+        base = getattr(sys.modules.get(module_name), class_name, None)
+        if base is not None:
+            _fill(base, "all_tied_weights_keys", {})
+            _fill(base, "invert_attention_mask", _invert_attention_mask)
+            _fill(base, "get_head_mask", _get_head_mask)
+    for function in (models.load_model, models.load_model_and_preprocess):
+        defaults = function.__defaults__ or ()
+        if function.__code__.co_argcount - len(defaults) == 2:  # name and model_type are still required
+            function.__defaults__ = (None, *defaults)
+    # A data descriptor: it comes before the table that the instance made when it was built.
+    type(models.model_zoo).model_zoo = property(_zoo_from_registry, lambda zoo, table: None)
+
+
+def _fill(owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        setattr(owner, name, value)
+
+
+@contextmanager
+def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
+    """Let ``import <name>`` succeed for absent packages, for as long as LAVIS's models are imported.
+
+    The stand-ins leave ``sys.modules`` afterwards, since other libraries ask there whether a package is installed.
+    """
+    added = [name for name in names if name not in sys.modules and importlib.util.find_spec(name) is None]
+    sys.modules.update({name: _Absent(name) for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+class _Absent(ModuleType):
+    """A package that is not installed: using it raises, importing it does not."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        raise ImportError(f"this LAVIS model needs the package {self.__name__!r}: pip install {self.__name__}")
+
+
+def _zoo_from_registry(zoo: Any) -> dict[str, list[str]]:
+    from lavis.common.registry import registry
+
+    models = registry.mapping["model_name_mapping"]
+    return {name: list(model.PRETRAINED_MODEL_CONFIG_DICT) for name, model in models.items()}
+
+
+def _no_model_parallelism(*arguments: Any, **named: Any) -> Any:
+    raise NotImplementedError("transformers has dropped naive model parallelism; load the model with a device_map instead")
+
+
+def _find_pruneable_heads_and_indices(heads: Any, n_heads: int, head_size: int, already_pruned_heads: set[int]) -> Any:
+    """Heads still to prune, and the indices of the weight rows that stay when they are gone.
+
+    Args:
+        heads: Numbers of the heads to prune, counted as in the unpruned layer.
+        n_heads: How many heads the layer has now.
+        head_size: Rows per head.
+        already_pruned_heads: Heads pruned before, counted as in the unpruned layer.
+    """
+    import torch
+
+    remaining = set(heads) - already_pruned_heads
+    keep = torch.ones(n_heads, head_size, dtype=torch.bool)
+    for head in remaining:
+        keep[head - sum(pruned < head for pruned in already_pruned_heads)] = False
+    return remaining, keep.flatten().nonzero().flatten()
+
+
+def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
+    """A mask of ones and zeros ``[B,N]`` or ``[B,M,N]`` as an addend to attention scores, ``[B,1,1,N]`` or ``[B,1,M,N]``."""
+    import torch
+
+    mask = encoder_attention_mask
+    mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None, :, :]
+    return (1.0 - mask.to(self.dtype)) * torch.finfo(self.dtype).min
+
+
+def _get_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, is_attention_chunked: bool = False) -> Any:
+    """A mask over heads, ``[heads]`` or ``[layers, heads]``, spread to ``[layers, 1, heads, 1, 1]``; ``None`` per layer without one."""
+    if head_mask is None:
+        return [None] * num_hidden_layers
+    if head_mask.dim() == 1:
+        head_mask = head_mask.expand(num_hidden_layers, -1)
+    if head_mask.dim() == 2:
+        head_mask = head_mask[:, None, :, None, None]
+    head_mask = head_mask.to(self.dtype)
+    return head_mask.unsqueeze(-1) if is_attention_chunked else head_mask
