@@ -1,0 +1,264 @@
+"""Which samples make up which step: a pure function of the seed, so that any rank can ask for any step at once.
+
+Nothing is drawn, stored or counted. The source of a step comes from a schedule whose counts have a closed form, the
+samples from a keyed bijection of ``0..size-1`` (a Feistel network with cycle-walking) in place of a shuffled array: 130
+million samples cost no memory, and going on from step 100,000 costs what step 0 costs. This module knows no sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from lavis_chatbridge.errors import ConfigError
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 6
+_RATIO_PRECISION = 10**6
+
+
+class KeyedPermutation:
+    """A bijection of ``0..size-1`` that a key selects, computed per element.
+
+    Args:
+        size: How many numbers are permuted.
+        key: Any integers; another key gives an unrelated order.
+    """
+
+    def __init__(self, size: int, *key: int) -> None:
+        self.size = size
+        bits = max(2, (size - 1).bit_length())
+        self._low = np.uint64(bits // 2)
+        self._high = np.uint64(bits - bits // 2)
+        self._keys = [np.uint64(_hash(*key, round_)) for round_ in range(_ROUNDS)]
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """``[n]`` positions in ``0..size-1`` -> ``[n]`` int64 elements, each element once over all positions."""
+        values = self._scramble(np.asarray(positions).astype(np.uint64))
+        outside = values >= self.size
+        while outside.any():  # the domain is less than twice the size, so few elements walk far
+            values[outside] = self._scramble(values[outside])
+            outside = values >= self.size
+        return values.astype(np.int64)
+
+    def _scramble(self, values: np.ndarray) -> np.ndarray:
+        """One pass of the network over ``low + high`` bits; the halves swap widths in every round."""
+        one = np.uint64(1)
+        widths = (self._low, self._high)
+        for round_, key in enumerate(self._keys):
+            right_bits, left_bits = widths[round_ % 2], widths[(round_ + 1) % 2]
+            right = values & ((one << right_bits) - one)
+            left = values >> right_bits
+            mixed = _mix(right ^ key) & ((one << left_bits) - one)
+            values = (right << left_bits) | (left ^ mixed)
+        return values
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Which source a step has: shuffled blocks with exact counts.
+
+    Over the first ``n`` blocks every source but the most frequent gets the floor of its share, the latter the rest; so
+    the number of earlier steps of a source has a closed form.
+    """
+
+    weights: tuple[int, ...]
+    block: int
+    seed: int
+
+    @classmethod
+    def of(cls, ratios: list[float], seed: int) -> _Schedule:
+        total = sum(ratios)
+        least = Fraction(1, _RATIO_PRECISION)  # a rare source is rare, never absent
+        shares = [max(least, Fraction(ratio / total).limit_denominator(_RATIO_PRECISION)) for ratio in ratios]
+        scale = math.lcm(*(share.denominator for share in shares))
+        weights = tuple(int(share * scale) for share in shares)
+        few = len(weights) * (len(weights) + 1)  # enough steps that the most frequent source's rest is never negative
+        whole = sum(weights)
+        return cls(weights, whole if whole <= max(few, 12) else few, seed)
+
+    def counts(self, steps: int) -> list[int]:
+        """How many of the first ``steps`` steps (whole blocks) each source has."""
+        whole = sum(self.weights)
+        counts = [weight * steps // whole for weight in self.weights]
+        top = self.weights.index(max(self.weights))
+        counts[top] += steps - sum(counts)
+        return counts
+
+    def at(self, step: int) -> tuple[int, int]:
+        """The source of a step, and how many earlier steps had the same one."""
+        number, inside = divmod(step, self.block)
+        before = self.counts(number * self.block)
+        after = self.counts((number + 1) * self.block)
+        members = [source for source, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
+        order = sorted(range(self.block), key=lambda i: _hash(self.seed, number, i))
+        sources = [members[i] for i in order]
+        source = sources[inside]
+        return source, before[source] + sources[:inside].count(source)
+
+
+class MixturePlan:
+    """The samples of every step of a run over several sources.
+
+    All ranks have the same source at a step. Rank ``r`` of ``W`` takes slice ``r`` of the global batch, so that ``W``
+    ranks with batch ``B`` see what one rank with ``B * W`` sees. Each source runs through its own shuffled epochs: every
+    sample once per epoch, and the batch at an epoch's end is filled up from the next epoch.
+
+    Args:
+        sizes: Number of samples per source.
+        ratios: How often each source has a step, in any unit; without them each source gets its share of all samples.
+        batch_size: Samples per step and rank, one number or one per source.
+        world_size: Number of ranks.
+        seed: Another seed gives another order.
+        lengths: Per source, an integer array ``[size]`` of sample lengths; samples of similar length then share a batch.
+        group: With ``lengths``: how many consecutive global batches are sorted together.
+
+    Raises:
+        ConfigError: If sizes, ratios and batch sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        ratios: Mapping[str, float] | None = None,
+        batch_size: int | Mapping[str, int] = 1,
+        world_size: int = 1,
+        seed: int = 0,
+        lengths: Mapping[str, np.ndarray] | None = None,
+        group: int = 32,
+    ) -> None:
+        _check(sizes, ratios, batch_size, world_size, lengths)
+        self.names = list(sizes)
+        self.sizes = dict(sizes)
+        self.ratios = {name: float(ratios[name] if ratios else sizes[name]) for name in self.names}
+        self.batch_sizes = {
+            name: batch_size if isinstance(batch_size, int) else batch_size[name] for name in self.names
+        }
+        self.world_size = world_size
+        self.seed = seed
+        self.lengths = dict(lengths or {})
+        self.group = group
+        self._schedule = _Schedule.of([self.ratios[name] for name in self.names], _hash(seed, 0))
+        self._window: tuple[tuple[str, int], np.ndarray] | None = None
+
+    def source(self, step: int) -> str:
+        """The source that all ranks have at ``step`` (from 0)."""
+        return self.names[self._schedule.at(step)[0]]
+
+    def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
+        """What a rank trains on at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
+        number, turn = self._schedule.at(step)
+        name = self.names[number]
+        size = self.batch_sizes[name]
+        if name in self.lengths:
+            # neighbours in length go to different ranks, so that no rank waits for the one with the long ones
+            positions = self._grouped(name, turn)[rank :: self.world_size]
+        else:
+            start = (turn * self.world_size + rank) * size
+            positions = np.arange(start, start + size)
+        return name, self.samples(name, positions)
+
+    def samples(self, name: str, positions: np.ndarray) -> list[tuple[int, int]]:
+        """``(index, epoch)`` at the given positions of a source's endless sequence of epochs."""
+        size = self.sizes[name]
+        epochs = positions // size
+        found = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            found[chosen] = self._order(name, int(epoch))(positions[chosen] % size)
+        return [(int(index), int(epoch)) for index, epoch in zip(found, epochs, strict=True)]
+
+    def steps_per_epoch(self) -> int:
+        """Steps after which as many samples have been seen as all sources hold together, at the mixture's ratios."""
+        shares = np.array([self.ratios[name] for name in self.names])
+        per_step = float(shares @ np.array([self.batch_sizes[name] for name in self.names]) / shares.sum())
+        return max(1, -int(-sum(self.sizes.values()) // (per_step * self.world_size)))
+
+    def _order(self, name: str, epoch: int) -> KeyedPermutation:
+        return KeyedPermutation(self.sizes[name], self.seed, 1, self.names.index(name), epoch)
+
+    def _grouped(self, name: str, turn: int) -> np.ndarray:
+        """Positions of a source's ``turn``-th global batch when samples of similar length are put together."""
+        window, inside = divmod(turn, self.group)
+        if self._window is None or self._window[0] != (name, window):
+            per_batch = self.batch_sizes[name] * self.world_size
+            start = window * self.group * per_batch
+            positions = np.arange(start, start + self.group * per_batch)
+            indices = [index for index, _ in self.samples(name, positions)]
+            by_length = positions[np.argsort(np.asarray(self.lengths[name])[indices], kind="stable")]
+            batches = by_length.reshape(self.group, per_batch)
+            order = KeyedPermutation(self.group, self.seed, 2, self.names.index(name), window)
+            self._window = ((name, window), batches[order(np.arange(self.group))])
+        return self._window[1][inside]
+
+
+def capped_sizes(sizes: Mapping[str, int], cap: int | None) -> dict[str, float]:
+    """Ratios proportional to the sizes, none counting as more than ``cap`` samples (Raffel et al. 2020, section 3.5.2)."""
+    return {name: float(size if cap is None else min(size, cap)) for name, size in sizes.items()}
+
+
+def batch_size_for_tokens(lengths: np.ndarray, budget: int, quantile: float = 0.95) -> int:
+    """How many samples of a source fill a batch of ``budget`` tokens, padding included.
+
+    The count is fixed per source, so that steps stay computable without walking through the data: a batch padded to the
+    ``quantile`` of the source's lengths just fits.
+
+    Args:
+        lengths: ``[n]`` tokens per sample, media slots included; a part of a large source is enough.
+        budget: Tokens per batch and rank.
+        quantile: Which length counts as the source's.
+    """
+    return max(1, int(budget // max(1.0, float(np.quantile(lengths, quantile)))))
+
+
+def _check(
+    sizes: Mapping[str, int],
+    ratios: Mapping[str, float] | None,
+    batch_size: int | Mapping[str, int],
+    world_size: int,
+    lengths: Mapping[str, np.ndarray] | None,
+) -> None:
+    if not sizes:
+        raise ConfigError("a mixture needs at least one source")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"source {name!r} has no samples")
+    for what, given in (("ratios", ratios), ("batch sizes", None if isinstance(batch_size, int) else batch_size)):
+        if given is not None and set(given) != set(sizes):
+            different = sorted(set(given) ^ set(sizes))
+            raise ConfigError(f"{what} and sources differ: {', '.join(different)} stands in only one of the two")
+    for name, ratio in (ratios or {}).items():
+        if not ratio > 0:
+            raise ConfigError(
+                f"the ratio of {name!r} is {ratio}, expected a positive number; leave the source out instead"
+            )
+    for number in [batch_size] if isinstance(batch_size, int) else batch_size.values():
+        if number < 1:
+            raise ConfigError(f"a batch size is {number}, expected at least 1")
+    if world_size < 1:
+        raise ConfigError(f"world_size is {world_size}, expected at least 1")
+    for name, array in (lengths or {}).items():
+        if len(array) != sizes.get(name):
+            raise ConfigError(f"{len(array)} lengths for the {sizes.get(name)} samples of {name!r}")
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on uint64 (Steele et al. 2014); overflow is meant."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _hash(*numbers: int) -> int:
+    """64 bits that depend on all numbers and their order, the same on every machine and in every version."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+        state ^= state >> 29
+        state = state * 0x94D049BB133111EB & _MASK
+        state = (state ^ (state >> 32)) + 0x9E3779B97F4A7C15 & _MASK
+    return state

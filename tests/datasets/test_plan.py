@@ -1,0 +1,154 @@
+"""The mixture plan: exact epochs, exact shares, and the same samples however they are divided or resumed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lavis_chatbridge.datasets.plan import KeyedPermutation, MixturePlan, batch_size_for_tokens, capped_sizes
+from lavis_chatbridge.errors import ConfigError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 65_537])
+def test_permutation_hits_every_element_once(size):
+    for key in (0, 1):
+        found = KeyedPermutation(size, 7, key)(np.arange(size))
+        assert sorted(found) == list(range(size))
+
+
+def test_permutations_look_random():
+    size = 10_000
+    first, second = (KeyedPermutation(size, key)(np.arange(size)) for key in (0, 1))
+    expected_fixed_points = 1
+    assert (first == np.arange(size)).sum() < 10 * expected_fixed_points
+    assert (first == second).sum() < 10 * expected_fixed_points
+    assert abs(np.corrcoef(first, np.arange(size))[0, 1]) < 0.05
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.05
+
+
+def test_small_permutations_reach_all_orders():
+    orders = Counter(tuple(KeyedPermutation(4, key)(np.arange(4))) for key in range(4800))
+    assert len(orders) == 24
+    assert min(orders.values()) > 80  # 200 expected
+
+
+def test_order_is_pinned_across_versions():
+    plan = MixturePlan({"a": 100, "b": 50}, batch_size=4, seed=3)
+    assert [plan.batch(step) for step in range(3)] == [
+        ("a", [(57, 0), (55, 0), (14, 0), (39, 0)]),
+        ("b", [(10, 0), (45, 0), (30, 0), (31, 0)]),
+        ("a", [(12, 0), (32, 0), (90, 0), (27, 0)]),
+    ]
+
+
+def test_each_epoch_has_every_sample_once_and_rolls_over():
+    plan = MixturePlan({"only": 10}, batch_size=4, seed=1)
+    seen = [pair for step in range(5) for pair in plan.batch(step)[1]]
+    assert Counter(seen) == Counter([(i, epoch) for i in range(10) for epoch in range(2)])
+    assert [epoch for _, epoch in seen] == [0] * 10 + [1] * 10
+    assert [i for i, _ in seen[:10]] != [i for i, _ in seen[10:]]
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_ranks_together_see_what_one_rank_sees(lengths):
+    sizes = {"a": 97, "b": 31, "c": 5}
+    arrays = {name: np.arange(size) % 7 for name, size in sizes.items()} if lengths else None
+    one = MixturePlan(sizes, batch_size=12, world_size=1, seed=5, lengths=arrays, group=4)
+    four = MixturePlan(sizes, batch_size=3, world_size=4, seed=5, lengths=arrays, group=4)
+    for step in range(60):
+        name, whole = one.batch(step)
+        parts = [four.batch(step, rank) for rank in range(4)]
+        assert {part[0] for part in parts} == {name}
+        assert all(len(part[1]) == 3 for part in parts)
+        assert sorted(pair for part in parts for pair in part[1]) == sorted(whole)
+
+
+def test_steps_can_be_asked_in_any_order():
+    plan = MixturePlan({"a": 97, "b": 31}, batch_size=8, seed=5, lengths={"a": np.arange(97) % 9}, group=3)
+    forward = [plan.batch(step) for step in range(40)]
+    again = MixturePlan({"a": 97, "b": 31}, batch_size=8, seed=5, lengths={"a": np.arange(97) % 9}, group=3)
+    assert [again.batch(step) for step in reversed(range(40))] == forward[::-1]
+
+
+@pytest.mark.parametrize(
+    "ratios", [{"a": 1, "b": 1, "c": 1}, {"a": 0.7, "b": 0.29, "c": 0.01}, {"a": 2, "b": 3, "c": 1e-4}]
+)
+def test_steps_follow_the_ratios(ratios):
+    plan = MixturePlan({"a": 10, "b": 10, "c": 10}, ratios, seed=2)
+    steps = 20_000
+    counts = Counter(plan.source(step) for step in range(steps))
+    for name, ratio in ratios.items():
+        assert abs(counts[name] - steps * ratio / sum(ratios.values())) <= 3
+
+
+def test_equal_ratios_alternate_within_short_blocks():
+    plan = MixturePlan({"a": 10, "b": 10, "c": 10}, seed=2)
+    blocks = [tuple(plan.source(step) for step in range(3 * n, 3 * n + 3)) for n in range(50)]
+    assert {tuple(sorted(block)) for block in blocks} == {("a", "b", "c")}
+    assert len(set(blocks)) == 6
+
+
+def test_every_sample_of_each_source_once_per_epoch_within_a_mixture():
+    sizes = {"a": 40, "b": 12}
+    plan = MixturePlan(sizes, {"a": 1, "b": 2}, batch_size=2, world_size=2, seed=9)
+    seen: dict[str, list] = {"a": [], "b": []}
+    for step in range(90):
+        for rank in range(2):
+            name, pairs = plan.batch(step, rank)
+            seen[name] += pairs
+    for name, size in sizes.items():
+        whole = len(seen[name]) // size
+        assert whole >= 2
+        counts = Counter(seen[name])
+        assert all(counts[index, epoch] == 1 for index in range(size) for epoch in range(whole))
+
+
+def test_grouping_by_length_reduces_padding():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 200, 4000)
+    plain = MixturePlan({"a": 4000}, batch_size=16)
+    grouped = MixturePlan({"a": 4000}, batch_size=16, lengths={"a": lengths})
+
+    def padded(plan):
+        batches = [lengths[[index for index, _ in plan.batch(step)[1]]] for step in range(250)]
+        return sum(len(batch) * batch.max() - batch.sum() for batch in batches)
+
+    assert padded(grouped) < 0.15 * padded(plain)
+
+
+def test_a_thousand_ranks_and_130_million_samples_cost_nothing():
+    sizes = {f"s{i}": 130_000_000 // 8 + i for i in range(8)}
+    begin = time.perf_counter()
+    plan = MixturePlan(sizes, batch_size=32, world_size=1024, seed=4)
+    batches = [plan.batch(10_000_000, rank) for rank in (0, 511, 1023)]
+    assert time.perf_counter() - begin < 0.5
+    assert len({name for name, _ in batches}) == 1
+    assert len({pair for _, pairs in batches for pair in pairs}) == 96
+    assert plan.steps_per_epoch() == -(-sum(sizes.values()) // (32 * 1024))
+
+
+def test_caps_and_token_budgets():
+    assert capped_sizes({"a": 5, "b": 500}, 50) == {"a": 5.0, "b": 50.0}
+    assert batch_size_for_tokens(np.full(10, 100), 4000) == 40
+    assert batch_size_for_tokens(np.full(10, 9000), 4000) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({},), "at least one source"),
+        (({"a": 0},), "source 'a' has no samples"),
+        (({"a": 1}, {"b": 1}), "ratios and sources differ: a, b"),
+        (({"a": 1}, {"a": 0}), "the ratio of 'a' is 0"),
+        (({"a": 1}, None, 0), "a batch size is 0"),
+        (({"a": 1}, None, {"b": 2}), "batch sizes and sources differ"),
+        (({"a": 1}, None, 1, 0), "world_size is 0"),
+        (({"a": 2}, None, 1, 1, 0, {"a": np.ones(3)}), "3 lengths for the 2 samples"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        MixturePlan(*arguments)
