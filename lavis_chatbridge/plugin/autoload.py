@@ -1,8 +1,8 @@
 """The door into LAVIS: what must happen around LAVIS's own imports, arranged by one finder on ``sys.meta_path``.
 
-torch calls :func:`activate` at the end of ``import torch`` (entry point ``torch.backends``), and LAVIS imports torch; importing
-``lavis_chatbridge`` calls it too. The module therefore imports the standard library only, does almost nothing until LAVIS is
-imported, and never raises. It knows no class of the package: ``register`` does.
+torch calls :func:`activate` at the end of ``import torch`` (entry point ``torch.backends``), and LAVIS imports torch;
+importing ``lavis_chatbridge`` calls it too. The module therefore imports the standard library only, does almost nothing
+until LAVIS is imported, and never raises. It knows no class of the package: ``register`` does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LAVIS 1.0.2 on today's libraries: fills in what LAVIS expects and they no longer have. Nothing that exists is replaced.
+"""LAVIS 1.0.2 on today's libraries: fills in what LAVIS expects and they no longer have; what exists stays as it is.
 
-LAVIS was written for transformers 4.25. The first half (:func:`patch_transformers`) must run before ``lavis.models`` is imported,
-the second (:func:`patch_lavis`) after it; the door calls both. It knows nothing of this package's models.
+LAVIS was written for transformers 4.25. The first half (:func:`patch_transformers`) must run before ``lavis.models`` is
+imported, the second (:func:`patch_lavis`) after it; the door calls both. It knows nothing of this package's models.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def patch_lavis(models: ModuleType) -> None:
     """Complete LAVIS's own classes and functions, after ``lavis.models`` has been imported.
 
     - its transformer base classes get what transformers 5 expects of a model or no longer gives to one;
-    - ``load_model`` and ``load_model_and_preprocess`` may be called without a model type. The defaults change in place, so that
-      references imported earlier change too;
+    - ``load_model`` and ``load_model_and_preprocess`` may be called without a model type. The defaults change in place,
+      so that references imported earlier change too;
     - ``model_zoo`` shows the registry as it is, not as it was when ``lavis.models`` was imported.
 
     Args:
@@ -118,7 +118,9 @@ def _zoo_from_registry(zoo: Any) -> dict[str, list[str]]:
 
 
 def _no_model_parallelism(*arguments: Any, **named: Any) -> Any:
-    raise NotImplementedError("transformers has dropped naive model parallelism; load the model with a device_map instead")
+    raise NotImplementedError(
+        "transformers has dropped naive model parallelism; load the model with a device_map instead"
+    )
 
 
 def _find_pruneable_heads_and_indices(heads: Any, n_heads: int, head_size: int, already_pruned_heads: set[int]) -> Any:
@@ -140,7 +142,7 @@ def _find_pruneable_heads_and_indices(heads: Any, n_heads: int, head_size: int, 
 
 
 def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
-    """A mask of ones and zeros ``[B,N]`` or ``[B,M,N]`` as an addend to attention scores, ``[B,1,1,N]`` or ``[B,1,M,N]``."""
+    """A mask of ones and zeros, ``[B,N]`` or ``[B,M,N]``, as an addend to scores, ``[B,1,1,N]`` or ``[B,1,M,N]``."""
     import torch
 
     mask = encoder_attention_mask
@@ -149,7 +151,7 @@ def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
 
 
 def _get_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, is_attention_chunked: bool = False) -> Any:
-    """A mask over heads, ``[heads]`` or ``[layers, heads]``, spread to ``[layers, 1, heads, 1, 1]``; ``None`` per layer without one."""
+    """A mask over heads, ``[heads]`` or ``[layers, heads]``, spread to ``[layers, 1, heads, 1, 1]``; else layers of ``None``."""
     if head_mask is None:
         return [None] * num_hidden_layers
     if head_mask.dim() == 1:

@@ -1,0 +1,91 @@
+"""One run from a configuration file to an exit status; what ``lavis.train`` and ``lavis.evaluate`` share.
+
+It puts LAVIS's four parts together in LAVIS's order (task, data sets, model, runner) and knows no more settings than that
+needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Sequence
+
+from lavis_chatbridge.errors import ChatBridgeError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """LAVIS's own two arguments."""
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="the configuration file")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that override the file's, for example run.seed=1 model.model_type=vicuna7b",
+    )
+
+
+def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
+    """Build everything that the configuration names, and train or evaluate.
+
+    Args:
+        cfg_path: The configuration file.
+        options: Overrides, ``KEY=VALUE`` each.
+        evaluate: Score ``run.test_splits`` instead of training.
+
+    Raises:
+        ChatBridgeError: For anything that the user can mend.
+    """
+    # `import lavis` leaves these two out, yet the registry needs their classes.
+    import lavis.common.optims
+    import lavis.runners  # noqa: F401
+    from lavis.common.logger import setup_logger
+    from lavis.common.registry import registry
+    from lavis.common.utils import now
+
+    from lavis_chatbridge.runners import distributed
+    from lavis_chatbridge.runners.config import load_config
+
+    cfg = load_config(cfg_path, options)
+    distributed.init(cfg.run)
+    try:
+        setup_logger()
+        _seed(cfg.run.seed)
+        cfg.pretty_print()
+        task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
+        datasets = task.build_datasets(cfg)
+        model = task.build_model(cfg)
+        runner_class = registry.get_runner_class(cfg.run.runner)
+        runner = runner_class(cfg=cfg, job_id=now(), task=task, model=model, datasets=datasets)
+        if evaluate:
+            runner.evaluate()
+        else:
+            runner.train()
+    finally:
+        distributed.finish()
+
+
+def exit_status(action: Callable[[], int]) -> int:
+    """What ``action`` returns, or 2 after one line ``error: ...`` on stderr for a mistake that the user can mend."""
+    try:
+        return action()
+    except ChatBridgeError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _seed(seed: int) -> None:
+    """The same seed on every process: they build the same weights, and the order of the data does not depend on it."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
