@@ -1,7 +1,7 @@
 """The ``chatbridge`` command: a table of subcommands, each imported only when it is asked for.
 
-A subcommand is one line of :data:`COMMANDS`. Its module has ``add_arguments(parser)`` and ``run(args) -> int`` (the exit
-status), and raises ``ChatBridgeError`` for what the user can mend. This file does not know how any of them works.
+A subcommand is one line of :data:`COMMANDS`. Its module has ``add_arguments(parser)`` and ``run(args) -> int`` (the
+exit status), and raises ``ChatBridgeError`` for what the user can mend. This file does not know how any of them works.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the package enters LAVIS: the door, LAVIS on today's libraries, registration, ``lavis.train``, ``lavis.evaluate``.
+"""How the package enters LAVIS: door, compatibility, registration, ``lavis.train`` and ``lavis.evaluate``.
 
 This file imports nothing, because it runs inside ``import torch``.
 """

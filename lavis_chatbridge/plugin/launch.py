@@ -1,7 +1,6 @@
 """One run from a configuration file to an exit status; what ``lavis.train`` and ``lavis.evaluate`` share.
 
-It puts LAVIS's four parts together in LAVIS's order (task, data sets, model, runner) and knows no more settings than that
-needs.
+It puts LAVIS's four parts together in LAVIS's order (task, data sets, model, runner); how they work is theirs.
 """
 
 from __future__ import annotations
@@ -43,30 +42,28 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
     # `import lavis` leaves these two out, yet the registry needs their classes.
     import lavis.common.optims
     import lavis.runners  # noqa: F401
-    from lavis.common.logger import setup_logger
     from lavis.common.registry import registry
     from lavis.common.utils import now
 
     from lavis_chatbridge.runners import distributed
     from lavis_chatbridge.runners.config import load_config
 
-    cfg = load_config(cfg_path, options)
+    cfg = load_config(cfg_path, [*options, *_evaluate_option(options)] if evaluate else options)
     distributed.init(cfg.run)
     try:
-        setup_logger()
         _seed(cfg.run.seed)
         cfg.pretty_print()
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
         runner_class = registry.get_runner_class(cfg.run.runner)
-        runner = runner_class(cfg=cfg, job_id=now(), task=task, model=model, datasets=datasets)
+        runner = runner_class(cfg=cfg, job_id=distributed.from_main(now()), task=task, model=model, datasets=datasets)
         if evaluate:
             runner.evaluate()
         else:
             runner.train()
     finally:
-        distributed.finish()
+        distributed.close()
 
 
 def exit_status(action: Callable[[], int]) -> int:
@@ -79,6 +76,11 @@ def exit_status(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _evaluate_option(options: Sequence[str]) -> list[str]:
+    """``run.evaluate=true``, which asks for no settings of training, in the form of the other options (LAVIS has two)."""
+    return ["run.evaluate", "true"] if options and "=" not in options[0] else ["run.evaluate=true"]
 
 
 def _seed(seed: int) -> None:

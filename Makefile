@@ -1,0 +1,56 @@
+# Every target makes what it needs first, and nothing twice: a stamp file records what has been done, and with which inputs.
+#
+#   make install   the plugin with what its tests need, and LAVIS beside it, in .venv
+#   make demo      train, evaluate and show ChatBridge on the embedded world; writes output/demo/report.html
+#   make test      the test suite on the newest transformers, then tests/compat457 on the oldest that is supported
+#   make check     format, lint, types
+#   make clean     remove everything that the other targets made
+
+PYTHON ?= python3
+VENV := .venv
+COMPAT := .venv-compat
+DEMO := output/demo
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+COMPAT_INSTALLED := $(COMPAT)/.installed
+
+# The tests share their processors with the data workers that they start, and need no network.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo test check clean
+
+install: $(INSTALLED)
+
+# LAVIS comes without its dependencies: its pins exclude every LLaMA. setup.cfg lists what it really imports.
+$(INSTALLED): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps salesforce-lavis==1.0.2
+	touch $@
+
+# The oldest supported transformers with the two packages that it pins, in a folder of its own: put first on the path, it
+# covers the newest, and everything else (torch above all) is shared.
+$(COMPAT_INSTALLED): Makefile | $(INSTALLED)
+	rm -rf $(COMPAT)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(COMPAT) \
+		transformers==4.57.6 'huggingface_hub>=0.34,<1' 'tokenizers>=0.22,<0.23'
+	touch $@
+
+demo: install
+	$(BIN)/python -m lavis.train --cfg-path projects/chatbridge/align.yaml --options run.output_dir=$(DEMO)/stage1
+	$(BIN)/python -m lavis.evaluate --cfg-path projects/chatbridge/eval/heldout.yaml --options run.output_dir=$(DEMO)/heldout
+	$(BIN)/chatbridge demo-report $(DEMO)
+
+test: install $(COMPAT_INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(COMPAT) EXPECTED_TRANSFORMERS=4.57.6 $(BIN)/python -m pytest tests/compat457
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy lavis_chatbridge
+
+clean:
+	rm -rf $(VENV) $(COMPAT) output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
