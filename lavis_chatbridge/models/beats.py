@@ -71,7 +71,7 @@ class BeatsConfig:
         if self.conv_pos_groups < 1 or width % self.conv_pos_groups:
             yield f"encoder_embed_dim {width} is not a multiple of conv_pos_groups {self.conv_pos_groups}"
         if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 4:
-            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets} (4 or more)"
+            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets} (4 up)"
 
 
 class Beats(nn.Module):
