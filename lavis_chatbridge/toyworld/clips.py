@@ -69,8 +69,8 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
         picture.pix_fmt = "yuv420p"
         picture.codec_context.thread_count = 1  # more threads: other bytes, and no faster at this size
         if codec == "mpeg4":
-            picture.bit_rate = int(rng.integers(500_000, 1_500_000))
-        sound = None if track is None else container.add_stream("aac", rate=track.rate, layout=_layout(track))
+            picture.bit_rate = int(rng.integers(300_000, 900_000))
+        sound = None if track is None else _track(container, track)
         for frame in clip.frames:
             container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(picture.encode())
@@ -104,10 +104,15 @@ def _course(motion: str, count: int, rng: np.random.Generator) -> list[Placement
 
 
 def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
-    quality = str(int(rng.integers(17, 25)))
+    quality = str(int(rng.integers(20, 27)))
     if rng.random() < 0.2:
         return "mpeg4", {"flags": "+bitexact"}
     return "libx264", {"crf": quality, "preset": "ultrafast", "flags": "+bitexact"}
+
+
+def _track(container: av.container.OutputContainer, track: Sound) -> av.AudioStream:
+    options = {"aac_coder": "fast", "flags": "+bitexact"}
+    return container.add_stream("aac", rate=track.rate, layout=_layout(track), bit_rate=64_000, options=options)
 
 
 def _layout(track: Sound) -> str:

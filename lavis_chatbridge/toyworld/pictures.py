@@ -209,7 +209,9 @@ def _blobs(rng: np.random.Generator, side: int) -> Floats:
 def _stripes(rng: np.random.Generator, side: int) -> Floats:
     angle, waves, phase = rng.uniform(0, np.pi), rng.uniform(2, 7), rng.uniform(0, 2 * np.pi)
     ramp = np.linspace(0, 2 * np.pi * waves, side, dtype=np.float32)
-    return np.sin(np.float32(np.cos(angle)) * ramp[None, :] + np.float32(np.sin(angle)) * ramp[:, None] + np.float32(phase))
+    return np.sin(
+        np.float32(np.cos(angle)) * ramp[None, :] + np.float32(np.sin(angle)) * ramp[:, None] + np.float32(phase)
+    )
 
 
 def _checks(rng: np.random.Generator, side: int) -> Floats:
