@@ -1,0 +1,1 @@
+"""Scores of predictions, each by the official implementation; nothing here knows a model or a data set."""
