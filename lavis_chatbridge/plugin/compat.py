@@ -151,7 +151,7 @@ def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
 
 
 def _get_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, is_attention_chunked: bool = False) -> Any:
-    """A mask over heads, ``[heads]`` or ``[layers, heads]``, spread to ``[layers, 1, heads, 1, 1]``, or a list of ``None``."""
+    """A mask over heads, ``[heads]`` or ``[layers, heads]``, as ``[layers, 1, heads, 1, 1]``; ``None`` per layer."""
     if head_mask is None:
         return [None] * num_hidden_layers
     if head_mask.dim() == 1:

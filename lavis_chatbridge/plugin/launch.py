@@ -79,7 +79,7 @@ def exit_status(action: Callable[[], int]) -> int:
 
 
 def _evaluate_option(options: Sequence[str]) -> list[str]:
-    """``run.evaluate=true``, which asks for no settings of training, in the form of the other options (LAVIS has two)."""
+    """``run.evaluate=true``, which makes settings of training optional, in the form of the other options."""
     return ["run.evaluate", "true"] if options and "=" not in options[0] else ["run.evaluate=true"]
 
 
