@@ -104,8 +104,8 @@ class _Schedule:
 class MixturePlan:
     """The samples of every step of a run over several sources.
 
-    All ranks have the same source at a step. Rank ``r`` of ``W`` takes slice ``r`` of the global batch, so that ``W``
-    ranks with batch ``B`` see what one rank with ``B * W`` sees. Each source runs through its own shuffled epochs: every
+    All ranks have the same source at a step. Rank ``r`` of ``W`` takes slice ``r`` of the global batch, so that
+    ``W`` ranks with batch ``B`` see what one with ``B * W`` sees. Each source has its own shuffled epochs: every
     sample once per epoch, and the batch at an epoch's end is filled up from the next epoch.
 
     Args:
@@ -114,7 +114,7 @@ class MixturePlan:
         batch_size: Samples per step and rank, one number or one per source.
         world_size: Number of ranks.
         seed: Another seed gives another order.
-        lengths: Per source, an integer array ``[size]`` of sample lengths; samples of similar length then share a batch.
+        lengths: Per source, an integer array ``[size]`` of sample lengths; similar ones then share a batch.
         group: With ``lengths``: how many consecutive global batches are sorted together.
 
     Raises:
@@ -197,7 +197,7 @@ class MixturePlan:
 
 
 def capped_sizes(sizes: Mapping[str, int], cap: int | None) -> dict[str, float]:
-    """Ratios proportional to the sizes, none counting as more than ``cap`` samples (Raffel et al. 2020, section 3.5.2)."""
+    """Ratios proportional to the sizes, none counting as more than ``cap`` samples (T5, section 3.5.2)."""
     return {name: float(size if cap is None else min(size, cap)) for name, size in sizes.items()}
 
 

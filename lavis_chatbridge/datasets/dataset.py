@@ -1,0 +1,302 @@
+"""Samples -> what the model is given: prompt pieces, processed media, references.
+
+A `SourceDataset` is one source of a mixture, of one modality; a `SourceGroup` is what a builder returns for a split:
+one or several sources. Whatever is drawn at random (caption, template, crop, frames) depends on the seed, the source,
+the sample and the epoch only: never on the number of workers or ranks, or on what was loaded before.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from lavis_chatbridge.datasets.collate import collate
+from lavis_chatbridge.datasets.files import SampleFile, about_tokens
+from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside
+from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment_prompt, chat_prompt, clean_caption
+from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, target_text
+from lavis_chatbridge.prompting.templates import Templates
+
+Stage = Literal["alignment", "instruction"]
+Processors = Mapping[str, Callable[..., Any]]
+"""``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
+
+_TEXT_STREAM, _MEDIA_STREAM = 0, 1
+
+
+class MediaCache(Protocol):
+    """What a data set needs of a feature store: the encoder's output for a medium, where it is known."""
+
+    def find(self, medium: Medium) -> EncodedMedium | None:
+        """The stored features, or None."""
+
+
+@dataclass
+class SourceSettings:
+    """How the samples of a source become prompts.
+
+    Args:
+        stage: ``"alignment"`` (media, then a caption) or ``"instruction"`` (conversations).
+        train: Draw captions, templates and augmentations; otherwise the first of each is taken.
+        seed: Of everything that is drawn.
+        task: The task of samples that name none.
+        style: The answer style of samples that name none.
+        templates: The instruction templates, or None to use questions as they are.
+        reply_end: What closes a reply.
+        root: The folder that media must lie in.
+        allow_outside: Do not check that they do.
+    """
+
+    stage: Stage = "instruction"
+    train: bool = True
+    seed: int = 0
+    task: str = ""
+    style: str = ""
+    templates: Templates | None = None
+    reply_end: str = END_OF_TURN
+    root: str = "."
+    allow_outside: bool = False
+
+
+class SourceDataset(torch.utils.data.Dataset):
+    """One source: samples of one modality, and how they are prepared.
+
+    Args:
+        name: The source's name in mixtures, batches and logs.
+        samples: All samples of the file.
+        settings: How they become prompts.
+        indices: ``[n]`` which of the samples belong to this source; all without it.
+        processors: For this split; may be set later by `set_processors`.
+        ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: Sequence[Sample],
+        settings: SourceSettings,
+        indices: np.ndarray | None = None,
+        processors: Processors | None = None,
+        ratio: float | None = None,
+    ) -> None:
+        self.name = name
+        self.samples = samples
+        self.settings = settings
+        self.indices = indices
+        self.processors: Processors = processors or {}
+        self.ratio = ratio
+        self.features: MediaCache | None = None
+
+    @property
+    def sources(self) -> list[SourceDataset]:
+        """This one, so that a source can stand where a group can."""
+        return [self]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``[n]`` about how many tokens each sample has."""
+        if isinstance(self.samples, SampleFile):
+            lengths = self.samples.lengths
+        else:
+            lengths = np.array([about_tokens(sample) for sample in self.samples])
+        return lengths if self.indices is None else lengths[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.samples) if self.indices is None else len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(index)
+
+    def set_processors(self, processors: Processors) -> None:
+        """Use these processors for media and captions."""
+        self.processors = processors
+
+    def sample(self, index: int) -> Sample:
+        """The ``index``-th sample itself, with nothing opened."""
+        return self.samples[index if self.indices is None else int(self.indices[index])]
+
+    def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """The ``index``-th sample, ready for the model.
+
+        Raises:
+            MediaError: If one of its media cannot be read.
+            DataError: If the sample does not suit the stage, or a medium lies outside the root.
+        """
+        sample = self.sample(index)
+        pieces = self.pieces(sample, self._rng(index, epoch, _TEXT_STREAM))
+        rng = self._rng(index, epoch, _MEDIA_STREAM)
+        media: dict[str, list] = {kind: [] for kind in KINDS}
+        for medium in sample.media:
+            media[medium.kind].append(self._load(medium, rng))
+        target = target_text(pieces)
+        return {
+            "sample_id": sample.id,
+            "source": self.name,
+            "pieces": pieces,
+            **media,
+            "text_output": target,
+            "references": references(sample, self.settings.stage),
+            "facts": dict(sample.facts),
+            "task": sample.task or self.settings.task,
+            "held_out": sample.held_out,
+            "meta": dict(sample.meta),
+        }
+
+    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+        """The prompt of a sample; without ``rng`` the first caption and template are taken.
+
+        Raises:
+            DataError: If the sample has no captions (alignment).
+        """
+        chosen = rng if self.settings.train else None
+        if self.settings.stage == "alignment":
+            if not sample.captions:
+                raise DataError(f"{self.name}: sample {sample.id!r} has no captions, which alignment needs")
+            return alignment_prompt(sample.kinds, self._clean(_choose(sample.captions, chosen)))
+        turns = self._turns(sample, chosen)
+        return chat_prompt(turns, generate=turns[-1].role == "user", reply_end=self.settings.reply_end)
+
+    def _turns(self, sample: Sample, rng: np.random.Generator | None) -> Sequence[Turn]:
+        settings = self.settings
+        task = sample.task or settings.task or f"{sample.modality.replace('+', '_')}_caption"
+        style = sample.style or settings.style
+        if sample.turns:
+            first = sample.turns[0]
+            if settings.templates is None or task not in settings.templates:
+                return sample.turns
+            question = settings.templates.apply(task, first.text, style, rng)
+            return (Turn("user", question, first.media), *sample.turns[1:])
+        templates = settings.templates or Templates.default()
+        if task not in templates:
+            raise DataError(
+                f"{self.name}: sample {sample.id!r} has captions and no turns, and no template of task {task!r} asks "
+                f"for one; known tasks are {', '.join(templates.tasks)}"
+            )
+        request = templates.apply(task, "", style, rng)
+        return (Turn("user", request, sample.kinds), Turn("assistant", _choose(sample.captions, rng)))
+
+    def _clean(self, caption: str) -> str:
+        processor = self.processors.get("text")
+        return clean_caption(caption) if processor is None else processor(caption)
+
+    def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
+        if not self.settings.allow_outside:
+            check_inside(medium.path, self.settings.root)
+        if self.features is not None:
+            found = self.features.find(medium)
+            if found is not None:
+                return found
+        processor = self.processors.get(medium.kind)
+        if processor is None:
+            raise DataError(
+                f"{self.name}: no {medium.kind} processor is set; the config names it as {_KEYS[medium.kind]}"
+            )
+        return processor(media_source(medium), rng=rng if self.settings.train else None)
+
+    def _rng(self, index: int, epoch: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, zlib.crc32(self.name.encode()), index, epoch, stream])
+
+
+_KEYS: dict[Kind, str] = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor"}
+
+
+@dataclass
+class SourceGroup(torch.utils.data.Dataset):
+    """The sources of one split, as one data set that LAVIS's code can index.
+
+    Args:
+        name: The builder's name.
+        sources: One per modality or data set.
+        ratio: Share of the steps that the whole group gets, in any unit; None: its share of all samples.
+    """
+
+    name: str
+    sources: list[SourceDataset]
+    ratio: float | None = None
+    _ends: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum([len(source) for source in self.sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.sources[number][index - (int(self._ends[number - 1]) if number else 0)]
+
+    def set_processors(self, processors: Processors) -> None:
+        """Use these processors in every source."""
+        for source in self.sources:
+            source.set_processors(processors)
+
+    def set_features(self, features: MediaCache | None) -> None:
+        """Take media from this store where it holds them."""
+        for source in self.sources:
+            source.features = features
+
+    def collater(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """LAVIS's name for `collate`."""
+        return collate(items)
+
+
+def split_by_modality(
+    name: str,
+    samples: SampleFile,
+    settings: SourceSettings,
+    indices: np.ndarray | None = None,
+    ratio: float | None = None,
+) -> list[SourceDataset]:
+    """One source per modality of a file, so that a batch never mixes them.
+
+    A file of one modality gives one source called ``name``, otherwise they are ``name/image``, ``name/video+audio`` ...
+    """
+    chosen = np.arange(len(samples)) if indices is None else indices
+    present = [number for number in range(len(samples.modalities)) if (samples.modality[chosen] == number).any()]
+    if len(present) == 1:
+        return [SourceDataset(name, samples, settings, indices, ratio=ratio)]
+    return [
+        SourceDataset(
+            f"{name}/{samples.modalities[number]}", samples, settings, chosen[samples.modality[chosen] == number]
+        )
+        for number in sorted(present, key=lambda number: samples.modalities[number])
+    ]
+
+
+def references(sample: Sample, stage: Stage) -> list[str]:
+    """What a model's words are compared with: all captions; for questions the accepted answers, else the last reply."""
+    if stage == "alignment" or not sample.turns:
+        return list(sample.captions)
+    return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
+
+
+def media_source(medium: Medium) -> str | bytes:
+    """What a processor is given: the path, or the bytes of a medium inside a shard.
+
+    Raises:
+        MediaError: If the shard cannot be read or is too short.
+    """
+    if medium.offset is None or medium.size is None:
+        return medium.path
+    try:
+        with open(medium.path, "rb") as shard:
+            shard.seek(medium.offset)
+            content = shard.read(medium.size)
+    except OSError as error:
+        raise MediaError(medium.path, error.strerror or error) from error
+    if len(content) < medium.size:
+        raise MediaError(medium.path, f"ends before byte {medium.offset + medium.size}, where a medium should end")
+    return content
+
+
+def _choose(texts: Sequence[str], rng: np.random.Generator | None) -> str:
+    return texts[0] if rng is None or len(texts) == 1 else texts[int(rng.integers(len(texts)))]

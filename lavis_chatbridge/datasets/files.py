@@ -1,0 +1,144 @@
+"""A JSONL file as a sequence of samples that costs eight bytes a line: offsets in memory, text on disk.
+
+Opening one checks every line once; what that pass finds (offsets, modality and length of each sample) is kept in the
+cache folder and reused while the file stays the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import tempfile
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from lavis_chatbridge.datasets.schema import SCHEMA_VERSION, Sample, parse_line
+from lavis_chatbridge.errors import DataError
+
+CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_MEDIUM = 32
+_CACHED_FROM = 1 << 20  # bytes; a smaller file is indexed faster than its index is found
+
+
+class SampleFile(Sequence[Sample]):
+    """The samples of one JSONL file, parsed on access.
+
+    Args:
+        path: The file.
+        root: The folder that media paths are relative to; without it the file's own.
+        allow_outside: Accept media outside the root.
+        cache: Folder for the index of a large file; without it the index is made anew each time.
+
+    Attributes:
+        modalities: The modalities that occur, ``"image"``, ``"video+audio"``, ``"text"`` ...
+        modality: ``[n]`` uint8, position in ``modalities`` of each sample.
+        lengths: ``[n]`` uint32, about how many tokens each sample has, 32 per medium included.
+
+    Raises:
+        DataError: With ``file:line`` of the first faulty line.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        root: str | Path | None = None,
+        allow_outside: bool = False,
+        cache: str | Path | None = None,
+    ) -> None:
+        self.path = str(path)
+        self.root = str(root) if root is not None else (os.path.dirname(self.path) or ".")
+        self.allow_outside = allow_outside
+        self._map: mmap.mmap | None = None
+        kept = self._cache_file(cache)
+        found = _load_index(kept) if kept else None
+        if found is None:
+            found = _scan(self.path, self.root, allow_outside)
+            if kept:
+                _save_index(kept, found)
+        self._starts, self._lines = found["starts"], found["lines"]
+        self.modality, self.lengths = found["modality"], found["lengths"]
+        self.modalities = [str(name) for name in found["modalities"]]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overloads: one index is all that is used
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = int(self._starts[index])
+        end = self._map.find(b"\n", start)
+        line = self._map[start : end if end >= 0 else len(self._map)]
+        return parse_line(line, f"{self.path}:{self._lines[index]}", self.root, self.allow_outside)
+
+    def __getstate__(self) -> dict:
+        """Without the memory map, which every process opens for itself."""
+        return self.__dict__ | {"_map": None}
+
+    def _cache_file(self, cache: str | Path | None) -> Path | None:
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if cache is None or status.st_size < _CACHED_FROM:
+            return None
+        identity = (SCHEMA_VERSION, os.path.abspath(self.path), status.st_size, status.st_mtime_ns, self.allow_outside)
+        name = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
+        return Path(cache) / "indexes" / f"{name}.npz"
+
+
+def about_tokens(sample: Sample) -> int:
+    """Roughly how many tokens a sample has: enough to put samples of similar length together."""
+    text = sum(len(turn.text) for turn in sample.turns) or max(map(len, sample.captions), default=0)
+    return text // CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.media) + 1
+
+
+def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
+    starts, lines, modality, lengths = array("Q"), array("Q"), array("B"), array("L")
+    modalities: dict[str, int] = {}
+    position = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                sample = parse_line(line, f"{path}:{number}", root, allow_outside)
+                starts.append(position)
+                lines.append(number)
+                modality.append(modalities.setdefault(sample.modality, len(modalities)))
+                lengths.append(about_tokens(sample))
+            position += len(line)
+    if not starts:
+        raise DataError(f"{path}: holds no sample")
+    return {
+        "starts": np.array(starts, dtype=np.uint64),
+        "lines": np.array(lines, dtype=np.uint32),
+        "modality": np.array(modality, dtype=np.uint8),
+        "lengths": np.array(lengths, dtype=np.uint32),
+        "modalities": np.array(list(modalities)),
+    }
+
+
+def _load_index(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, BadZipFile):  # none yet, or damaged: it is made anew
+        return None
+
+
+def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **index)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

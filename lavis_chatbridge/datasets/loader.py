@@ -1,0 +1,328 @@
+"""Batches for training and evaluation: data workers, the share of unreadable media, an exact division over ranks.
+
+The plan says what belongs to a step, so the loader's whole state is a step number and its counts of unreadable samples;
+torch's DataLoader supplies workers, prefetching and pinned memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from lavis_chatbridge.datasets.collate import collate
+from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup
+from lavis_chatbridge.datasets.plan import MixturePlan, batch_size_for_tokens, capped_sizes
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, MediaError, TrainingError
+
+_log = logging.getLogger(__name__)
+
+_TRIES_BEFORE_JUDGING = 20
+_NAMED_PER_SOURCE = 20
+_LENGTHS_LOOKED_AT = 20_000
+_FATAL = "fatal"  # raised in a worker, an error would reach the user as a traceback
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How batches are made.
+
+    Args:
+        batch_size: Samples per micro-batch and rank.
+        batch_tokens: About how many tokens a micro-batch may have instead; the count is then fixed per source.
+        accumulate: Micro-batches per step; a step's micro-batches have one source.
+        ratios: Data set -> share of the steps, in any unit; without them by number of samples.
+        cap: No data set counts as more than this many samples when there are no ratios.
+        group_by_length: Put samples of similar length into a batch.
+        seed: Of the order.
+        workers: Processes that load data; 0 loads in this one.
+        prefetch: Batches that each worker has ready.
+        pin_memory: Put tensors into page-locked memory, for a faster copy to the GPU.
+        max_bad_share: Stop when more than this share of a source's samples cannot be read.
+    """
+
+    batch_size: int = 1
+    batch_tokens: int | None = None
+    accumulate: int = 1
+    ratios: Mapping[str, float] | None = None
+    cap: int | None = None
+    group_by_length: bool = False
+    seed: int = 0
+    workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    max_bad_share: float = 0.05
+
+
+class BadSamples:
+    """Counts what could not be read, per source, and stops when it is too much.
+
+    Args:
+        max_share: The share of a source's samples that may be unreadable.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self.tried: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+
+    def take(self, batch: dict[str, Any]) -> None:
+        """Count a batch, name in the log what it lacks.
+
+        Raises:
+            DataError: If a source's share of unreadable samples exceeds the limit, from 20 tries on.
+        """
+        source, skipped = batch["source"], batch["skipped"]
+        self.tried[source] += len(batch["sample_id"]) + len(skipped)
+        for sample_id, cause in skipped:
+            self.skipped[source] += 1
+            if self.skipped[source] <= _NAMED_PER_SOURCE:
+                _log.warning("%s: skipped sample %s: %s", source, sample_id, cause)
+            if self.skipped[source] == _NAMED_PER_SOURCE:
+                _log.warning("%s: further skipped samples are counted, not named", source)
+        bad, tried = self.skipped[source], self.tried[source]
+        if tried >= _TRIES_BEFORE_JUDGING and bad > self.max_share * tried:
+            last = f"; the last one: {skipped[-1][1]}" if skipped else ""
+            raise DataError(
+                f"{source}: {bad} of {tried} samples could not be read, more than the {self.max_share:.0%} that "
+                f"max_bad_share allows{last}. Mend or remove them (chatbridge check-data --decode lists them)"
+            )
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """The counts, for a checkpoint."""
+        return {"tried": dict(self.tried), "skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on counting from a checkpoint's counts."""
+        self.tried, self.skipped = Counter(state["tried"]), Counter(state["skipped"])
+
+
+class MixtureLoader:
+    """The training batches of one rank.
+
+    Args:
+        groups: Data set name -> its training split.
+        settings: How batches are made.
+        rank: This process.
+        world_size: Number of processes.
+
+    Attributes:
+        plan: Which samples belong to which step.
+        bad: Counts of unreadable samples.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, SourceGroup | SourceDataset],
+        settings: LoaderSettings,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sources = {source.name: source for group in groups.values() for source in group.sources}
+        if len(self.sources) < sum(len(group.sources) for group in groups.values()):
+            raise ConfigError("two sources of the mixture have the same name")
+        self.settings = settings
+        self.rank = rank
+        self.bad = BadSamples(settings.max_bad_share)
+        lengths = {name: source.lengths for name, source in self.sources.items()} if _needs_lengths(settings) else {}
+        self.plan = MixturePlan(
+            {name: len(source) for name, source in self.sources.items()},
+            source_ratios(groups, settings.ratios, settings.cap),
+            self._batch_sizes(lengths),
+            world_size,
+            settings.seed,
+            lengths if settings.group_by_length else None,
+        )
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+        """The micro-batches of steps ``start`` to ``stop - 1``, ``accumulate`` for each step, in order.
+
+        A batch holds what `collate` gives, and ``step``, ``epoch`` (of its first sample) and ``skipped`` (pairs of
+        sample id and cause). One whose samples were all unreadable is empty: the ranks must stay in step.
+
+        Raises:
+            DataError: If too many samples of a source cannot be read, or one is malformed.
+            TrainingError: If a data worker dies.
+        """
+        requests = _Requests(self.plan, self.rank, self.settings.accumulate, start, stop)
+        for batch in _load(_Mixture(self.sources), requests, self.settings):
+            self.bad.take(batch)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the step number."""
+        return self.bad.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's counts."""
+        self.bad.load_state_dict(state)
+
+    def _batch_sizes(self, lengths: Mapping[str, np.ndarray]) -> dict[str, int]:
+        settings = self.settings
+        if settings.batch_tokens is None:
+            return dict.fromkeys(self.sources, settings.batch_size * settings.accumulate)
+        return {
+            name: batch_size_for_tokens(lengths[name][:_LENGTHS_LOOKED_AT], settings.batch_tokens) * settings.accumulate
+            for name in self.sources
+        }
+
+
+class EvaluationLoader:
+    """A rank's share of a split: every sample on exactly one rank, none twice.
+
+    Samples of one modality come together; the last batch of each source may be smaller, and ranks may
+    differ by a batch.
+
+    Args:
+        dataset: The split.
+        batch_size: Samples per batch.
+        rank: This process.
+        world_size: Number of processes.
+        settings: Workers, pinned memory and the share of unreadable media; its batch sizes are for training.
+    """
+
+    def __init__(
+        self,
+        dataset: SourceGroup | SourceDataset,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        settings: LoaderSettings | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.settings = settings or LoaderSettings()
+        self.bad = BadSamples(self.settings.max_bad_share)
+        self._requests: list[Request] = []
+        before = 0
+        for source in dataset.sources:
+            # the division goes on where the previous source's ended, so that small sources do not all meet on rank 0
+            mine = range((rank - before) % world_size, len(source), world_size)
+            before += len(source)
+            for start in range(0, len(mine), batch_size):
+                pairs = [(index, 0) for index in mine[start : start + batch_size]]
+                self._requests.append(Request(source.name, pairs, step=len(self._requests)))
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.bad = BadSamples(self.settings.max_bad_share)
+        sources = {source.name: source for source in self.dataset.sources}
+        for batch in _load(_Mixture(sources), self._requests, self.settings):
+            self.bad.take(batch)
+            yield batch
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a worker is asked for: ``(index, epoch)`` pairs of one source."""
+
+    source: str
+    pairs: Sequence[tuple[int, int]]
+    step: int
+
+
+def source_ratios(
+    groups: Mapping[str, SourceGroup | SourceDataset],
+    ratios: Mapping[str, float] | None = None,
+    cap: int | None = None,
+) -> dict[str, float]:
+    """Source name -> share of the steps: the data set's ratio, divided among its sources.
+
+    A data set's ratio is the one given here, else the one of its configuration, else its number of samples (no more
+    than ``cap``); its sources divide it by their own ratios, else by their numbers of samples.
+
+    Raises:
+        ConfigError: If a ratio names no data set, or only some have one.
+    """
+    unknown = sorted(set(ratios or {}) - set(groups))
+    if unknown:
+        raise ConfigError(f"ratios name {', '.join(unknown)}; the data sets are {', '.join(sorted(groups))}")
+    own = {name: (ratios or {}).get(name, group.ratio) for name, group in groups.items()}
+    without = sorted(name for name, ratio in own.items() if ratio is None)
+    if without and len(without) < len(own):
+        raise ConfigError(f"{', '.join(without)} has no ratio, but other data sets of the mixture have one")
+    sizes = capped_sizes({name: sum(len(source) for source in group.sources) for name, group in groups.items()}, cap)
+    shares: dict[str, float] = {}
+    for name, group in groups.items():
+        whole = sizes[name] if without else float(own[name] or 0.0)
+        inner = [source.ratio if len(group.sources) > 1 else 1.0 for source in group.sources]
+        if any(ratio is None for ratio in inner):
+            inner = [capped_sizes({"": len(source)}, cap)[""] for source in group.sources]
+        total = sum(float(ratio or 0.0) for ratio in inner)
+        shares |= {s.name: whole * float(r or 0.0) / total for s, r in zip(group.sources, inner, strict=True)}
+    return shares
+
+
+class _Requests:
+    """The requests of a span of steps, one per micro-batch."""
+
+    def __init__(self, plan: MixturePlan, rank: int, accumulate: int, start: int, stop: int | None) -> None:
+        self._plan, self._rank, self._accumulate, self._start, self._stop = plan, rank, accumulate, start, stop
+
+    def __iter__(self) -> Iterator[Request]:
+        step = self._start
+        while self._stop is None or step < self._stop:
+            source, pairs = self._plan.batch(step, self._rank)
+            size = len(pairs) // self._accumulate
+            for part in range(self._accumulate):
+                yield Request(source, pairs[part * size : (part + 1) * size], step)
+            step += 1
+
+
+class _Mixture(torch.utils.data.Dataset):
+    """Answers a request with a batch; what cannot be read is left out and named."""
+
+    def __init__(self, sources: Mapping[str, SourceDataset]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, request: Request) -> dict[str, Any]:
+        source = self._sources[request.source]
+        items, skipped = [], []
+        for index, epoch in request.pairs:
+            try:
+                items.append(source.item(index, epoch))
+            except MediaError as error:
+                skipped.append((source.sample(index).id, str(error)))
+            except ChatBridgeError as error:
+                return {_FATAL: error}
+        batch = collate(items, source.name)
+        return batch | {"skipped": skipped, "step": request.step, "epoch": request.pairs[0][1] if request.pairs else 0}
+
+
+def _load(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettings) -> Iterator[dict[str, Any]]:
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_size=None,  # a request is a whole batch already
+        sampler=requests,
+        num_workers=settings.workers,
+        prefetch_factor=settings.prefetch if settings.workers else None,
+        pin_memory=settings.pin_memory and torch.cuda.is_available(),
+        collate_fn=_as_it_is,
+    )
+    try:
+        for batch in loader:
+            if _FATAL in batch:
+                raise batch[_FATAL]
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a data worker died: {str(error).splitlines()[0]} Often it was killed for memory: use fewer workers "
+            "(run.num_workers), or give the container more shared memory"
+        ) from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _needs_lengths(settings: LoaderSettings) -> bool:
+    return settings.group_by_length or settings.batch_tokens is not None

@@ -1,0 +1,209 @@
+"""Samples become prompts and media, reproducibly; files are indexed, not loaded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lavis_chatbridge.datasets import files
+from lavis_chatbridge.datasets.collate import ITEM_KEYS, collate
+from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
+from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.prompting import Slot, Text, Turn
+from lavis_chatbridge.prompting.templates import Templates
+
+
+def source(folder, processors, **settings):
+    samples = SampleFile(folder / "pictures.jsonl")
+    return SourceDataset("grey", samples, SourceSettings(root=str(folder), **settings), processors=processors)
+
+
+def test_alignment_item(pictures, processors):
+    item = source(pictures, processors, stage="alignment", train=False)[3]
+    assert item["pieces"] == [Slot("image", 0), Text("grey 3\n", target=True)]
+    assert item["text_output"] == "grey 3\n"
+    assert item["references"] == ["grey 3", "number 3"]
+    assert (item["sample_id"], item["source"], item["facts"]) == ("s3", "grey", {"n": "3"})
+    assert torch.equal(item["image"][0], torch.full((3, 4, 4), 3 / 255))
+    assert item["video"] == item["audio"] == []
+    assert set(item) == {*ITEM_KEYS, "source"}
+
+
+def test_draws_depend_on_seed_source_sample_and_epoch_only(pictures, processors):
+    one, other = (source(pictures, processors, stage="alignment", seed=s) for s in (1, 2))
+    captions = {one.item(0, epoch)["text_output"] for epoch in range(20)}
+    assert captions == {"grey 0\n", "number 0\n"}
+    again = source(pictures, processors, stage="alignment", seed=1)
+    one.item(5)
+    assert torch.equal(one.item(3, 7)["image"][0], again.item(3, 7)["image"][0])
+    for different in (one.item(3, 8), one.item(4, 7), other.item(3, 7)):
+        assert not torch.equal(different["image"][0], one.item(3, 7)["image"][0])
+
+
+def test_captions_become_instructions(pictures, processors):
+    data = source(pictures, processors, train=False)
+    assert data[0]["pieces"] == [
+        Text("###Human: Given following image: "),
+        Slot("image", 0),
+        Text(".###Human: Describe the image in a sentence.###Assistant:"),
+        Text("grey 0###", target=True),
+    ]
+    training = source(pictures, processors)
+    assert len({training.item(0, epoch)["pieces"][2].text for epoch in range(30)}) > 8
+
+
+def test_questions_take_the_tasks_template_and_keep_the_other_turns():
+    turns = (Turn("user", "what {style}?"), Turn("assistant", "a"), Turn("user", "and?"), Turn("assistant", "b"))
+    sample = Sample("x", turns=turns, task="image_qa", answers=("b", "bee"))
+    plain = SourceDataset("s", [sample], SourceSettings(train=False))
+    assert plain[0]["pieces"][0].text == "###Human: what {style}?###Assistant:"
+    data = SourceDataset("s", [sample], SourceSettings(train=False, templates=Templates.default()))
+    texts = [piece.text for piece in data[0]["pieces"]]
+    assert texts[0] == "###Human: what {style}? Answer in a word or two.###Assistant:"
+    assert texts[1:] == ["a###", "Human: and?###Assistant:", "b###"]
+    assert data[0]["references"] == ["b", "bee"]
+
+
+def test_a_question_without_reply_is_a_prompt_to_answer():
+    data = SourceDataset("s", [Sample("x", turns=(Turn("user", "q"),))], SourceSettings(train=False))
+    assert data[0]["pieces"] == [Text("###Human: q###Assistant:")]
+    assert data[0]["references"] == []
+
+
+def test_unsuitable_samples_are_named(pictures):
+    alignment = SourceDataset("s", [Sample("x", turns=(Turn("user", "q"),))], SourceSettings(stage="alignment"))
+    with pytest.raises(DataError, match="sample 'x' has no captions, which alignment needs"):
+        alignment[0]
+    odd = SourceDataset("s", [Sample("x", captions=("c",), task="image_qaa")], SourceSettings())
+    with pytest.raises(DataError, match="no template of task 'image_qaa'"):
+        odd[0]
+    with pytest.raises(DataError, match="no image processor is set; the config names it as vis_processor"):
+        source(pictures, {})[0]
+
+
+def test_missing_media_and_links_out_of_the_root(pictures, processors, tmp_path):
+    (pictures / "p1.png").unlink()
+    data = source(pictures, processors)
+    with pytest.raises(MediaError, match=r"p1\.png"):
+        data[1]
+    outside = tmp_path.parent / f"{tmp_path.name}-secret.png"
+    (pictures / "p0.png").rename(outside)
+    (pictures / "p0.png").symlink_to(outside)
+    with pytest.raises(DataError, match="leads out of the media root"):
+        data[0]
+    assert source(pictures, processors, allow_outside=True)[0]["image"]
+
+
+def test_media_inside_a_shard(pictures, processors):
+    content = b"x" * 100 + (pictures / "p7.png").read_bytes() + b"y" * 100
+    (pictures / "s.tar").write_bytes(content)
+    good, short = (Medium("image", str(pictures / "s.tar"), 100, len(content) - cut) for cut in (200, 50))
+    samples = [Sample("a", (good,), ("c",)), Sample("b", (short,), ("c",))]
+    data = SourceDataset("s", samples, SourceSettings(train=False, root=str(pictures)), processors=processors)
+    assert torch.equal(data[0]["image"][0], torch.full((3, 4, 4), 7 / 255))
+    with pytest.raises(MediaError, match="ends before byte"):
+        data[1]
+
+
+def test_stored_features_stand_in_for_media(pictures, processors):
+    encoded = EncodedMedium(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool))
+
+    class Store:
+        def find(self, medium):
+            return encoded if medium.path.endswith("p2.png") else None
+
+    group = SourceGroup("grey", [source(pictures, processors)])
+    group.set_features(Store())
+    assert group[2]["image"] == [encoded]
+    assert group[3]["image"][0].shape == (3, 4, 4)
+
+
+def test_modalities_become_sources(tmp_path):
+    def sample(name, *kinds):
+        return Sample(name, tuple(Medium(kind, str(tmp_path / "f")) for kind in kinds), ("c",))
+
+    samples = [
+        sample("0", "image"),
+        sample("1", "audio"),
+        sample("2"),
+        sample("3", "audio", "video"),
+        sample("4", "image"),
+    ]
+    write_jsonl(tmp_path / "a.jsonl", samples)
+    sources = split_by_modality("own", SampleFile(tmp_path / "a.jsonl"), SourceSettings())
+    assert {s.name: [s.sample(i).id for i in range(len(s))] for s in sources} == {
+        "own/audio": ["1"],
+        "own/image": ["0", "4"],
+        "own/text": ["2"],
+        "own/video+audio": ["3"],
+    }
+    group = SourceGroup("own", sources)
+    assert len(group) == 5
+    assert [group.sources[int(np.searchsorted(group._ends, i, side="right"))].name for i in range(5)] == [
+        "own/audio",
+        "own/image",
+        "own/image",
+        "own/text",
+        "own/video+audio",
+    ]
+    with pytest.raises(IndexError):
+        group[5]
+
+
+def test_sample_file_indexes_lines_and_survives_pickling(pictures):
+    text = (pictures / "pictures.jsonl").read_text().splitlines()
+    (pictures / "gaps.jsonl").write_text("\n" + "\n\n".join(text))
+    file = SampleFile(pictures / "gaps.jsonl")
+    assert [sample.id for sample in file] == [f"s{i}" for i in range(12)]
+    assert pickle.loads(pickle.dumps(file))[11].captions[0] == "grey 11"
+    assert file.lengths[0] == 32 + len("number 0") // 4 + 1
+    (pictures / "gaps.jsonl").write_text("\n" + "\n\n".join([*text, "{}"]))
+    with pytest.raises(DataError, match=r"gaps\.jsonl:26: has neither"):
+        SampleFile(pictures / "gaps.jsonl")
+
+
+def test_the_index_of_a_large_file_is_kept_until_it_changes(pictures, monkeypatch):
+    monkeypatch.setattr(files, "_CACHED_FROM", 1)
+    path, cache = pictures / "pictures.jsonl", pictures / "cache"
+    first = SampleFile(path, cache=cache)
+    [kept] = (cache / "indexes").iterdir()
+    scans = []
+    scan = files._scan
+    monkeypatch.setattr(files, "_scan", lambda *a: scans.append(a) or scan(*a))
+    assert SampleFile(path, cache=cache)[5] == first[5]
+    assert not scans
+    kept.write_bytes(b"damaged")
+    assert len(SampleFile(path, cache=cache)) == 12
+    assert len(scans) == 1
+    path.write_text(path.read_text() + json.dumps({"id": "new", "captions": ["c"]}) + "\n")
+    assert len(SampleFile(path, cache=cache)) == 13
+    assert len(scans) == 2
+
+
+def test_empty_and_missing_files(tmp_path):
+    (tmp_path / "e.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no sample"):
+        SampleFile(tmp_path / "e.jsonl")
+    with pytest.raises(DataError, match="No such file"):
+        SampleFile(tmp_path / "none.jsonl")
+
+
+def test_collate_keeps_every_key_and_stacks_nothing(pictures, processors):
+    data = source(pictures, processors)
+    batch = collate([data[0], data[1]])
+    assert set(batch) == {*ITEM_KEYS, "source"}
+    assert batch["sample_id"] == ["s0", "s1"]
+    assert batch["source"] == "grey"
+    assert isinstance(batch["image"], list)
+    assert collate([], "grey") == {**{key: [] for key in ITEM_KEYS}, "source": "grey"}
+    with pytest.raises(DataError, match=r"different keys: \['image'\]"):
+        collate([data[0], {key: value for key, value in data[1].items() if key != "image"}])
+    with pytest.raises(DataError, match="different sources: grey, other"):
+        collate([data[0], {**data[1], "source": "other"}])

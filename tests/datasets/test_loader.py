@@ -1,0 +1,138 @@
+"""Loading: the same batches with any number of workers, unreadable media counted, evaluation divided exactly."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+
+from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings
+from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
+from lavis_chatbridge.datasets.schema import Sample
+from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
+from lavis_chatbridge.prompting import Turn
+
+
+def group(folder, processors, name="grey", ratio=None, indices=None):
+    settings = SourceSettings(stage="alignment", root=str(folder))
+    samples = SampleFile(folder / "pictures.jsonl")
+    return SourceGroup(name, [SourceDataset(name, samples, settings, indices, processors)], ratio)
+
+
+def same(first, second):
+    assert [b["sample_id"] for b in first] == [b["sample_id"] for b in second]
+    assert [b["text_output"] for b in first] == [b["text_output"] for b in second]
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x[0], y[0]) for x, y in zip(a["image"], b["image"], strict=True))
+
+
+def test_batches_do_not_depend_on_workers_and_resume_anywhere(pictures, processors):
+    groups = {"grey": group(pictures, processors)}
+    whole = list(MixtureLoader(groups, LoaderSettings(batch_size=5)).batches(0, 6))
+    assert [b["step"] for b in whole] == list(range(6))
+    assert {i for b in whole[:3] for i in b["sample_id"]} == {f"s{i}" for i in range(12)}
+    same(whole[2:], list(MixtureLoader(groups, LoaderSettings(batch_size=5, workers=2)).batches(2, 6)))
+
+
+def test_accumulation_divides_a_step(pictures, processors):
+    groups = {"a": group(pictures, processors, "a"), "b": group(pictures, processors, "b")}
+    big = list(MixtureLoader(groups, LoaderSettings(batch_size=4)).batches(0, 4))
+    parts = list(MixtureLoader(groups, LoaderSettings(batch_size=2, accumulate=2)).batches(0, 4))
+    assert [b["source"] for b in parts] == [b["source"] for b in big for _ in range(2)]
+    assert [parts[2 * i]["sample_id"] + parts[2 * i + 1]["sample_id"] for i in range(4)] == [
+        b["sample_id"] for b in big
+    ]
+
+
+def test_unreadable_media_are_skipped_counted_and_named(pictures, processors, caplog):
+    (pictures / "p4.png").write_bytes(b"no picture")
+    loader = MixtureLoader({"grey": group(pictures, processors)}, LoaderSettings(batch_size=6, max_bad_share=0.2))
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader.batches(0, 6))
+    assert sorted(len(b["sample_id"]) for b in batches) == [5, 5, 5, 6, 6, 6]
+    assert all(len(b["image"]) == len(b["sample_id"]) for b in batches)
+    assert (loader.bad.tried["grey"], loader.bad.skipped["grey"]) == (36, 3)
+    assert sum("grey: skipped sample s4: cannot read" in message for message in caplog.messages) == 3
+    again = MixtureLoader({"grey": group(pictures, processors)}, LoaderSettings())
+    again.load_state_dict(loader.state_dict())
+    assert again.bad.skipped["grey"] == 3
+
+
+def test_too_many_stop_the_run_but_not_before_twenty_tries(pictures, processors):
+    (pictures / "p4.png").unlink()
+    loader = MixtureLoader({"grey": group(pictures, processors)}, LoaderSettings(batch_size=4))
+    with pytest.raises(DataError, match=r"grey: 2 of 20 samples could not be read, more than the 5% .*p4\.png"):
+        list(loader.batches(0, 100))
+
+
+def test_a_batch_without_readable_samples_is_empty(pictures, processors):
+    (pictures / "p4.png").unlink()
+    groups = {"grey": group(pictures, processors, indices=[4])}
+    [batch] = MixtureLoader(groups, LoaderSettings(batch_size=2)).batches(0, 1)
+    assert batch["sample_id"] == []
+    assert batch["pieces"] == []
+    assert batch["source"] == "grey"
+    assert len(batch["skipped"]) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_malformed_sample_ends_with_its_own_message(workers):
+    data = SourceDataset("s", [Sample("x", turns=(Turn("user", "q"),))], SourceSettings(stage="alignment"))
+    loader = MixtureLoader({"s": data}, LoaderSettings(workers=workers))
+    with pytest.raises(DataError, match=r"^s: sample 'x' has no captions, which alignment needs$"):
+        next(loader.batches())
+
+
+class _Dies:
+    def __call__(self, source, rng=None):
+        os._exit(3)
+
+
+def test_a_dead_worker_is_named(pictures):
+    loader = MixtureLoader({"grey": group(pictures, {"image": _Dies()})}, LoaderSettings(workers=1))
+    with pytest.raises(TrainingError, match=r"a data worker died.*run\.num_workers"):
+        next(loader.batches())
+
+
+@pytest.mark.parametrize("world", [1, 2, 5, 16])
+def test_evaluation_is_divided_exactly(pictures, processors, world):
+    split = SourceGroup("x", [*group(pictures, processors, "a").sources, *group(pictures, processors, "b").sources])
+    seen = []
+    sizes = []
+    for rank in range(world):
+        loader = EvaluationLoader(split, 3, rank, world)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        mine = [(b["source"], i) for b in batches for i in b["sample_id"]]
+        sizes.append(len(mine))
+        seen += mine
+    assert sorted(seen) == sorted((name, f"s{i}") for name in "ab" for i in range(12))
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_token_budget_fixes_the_count_per_source(pictures, processors):
+    settings = LoaderSettings(batch_tokens=150, group_by_length=True)
+    loader = MixtureLoader({"grey": group(pictures, processors)}, settings)
+    assert loader.plan.batch_sizes == {"grey": 4}  # 32 tokens for the picture, 3 for the words
+
+
+def test_ratios_are_shared_out(pictures, processors):
+    def sized(name, size, ratio=None):
+        source = group(pictures, processors, name, indices=list(range(size))).sources[0]
+        source.ratio = ratio
+        return source
+
+    two = SourceGroup("two", [sized("two/image", 9), sized("two/audio", 3)])
+    one = SourceGroup("one", [sized("one", 12)])
+    assert source_ratios({"two": two, "one": one}) == {"two/image": 9, "two/audio": 3, "one": 12}
+    assert source_ratios({"two": two, "one": one}, {"two": 4, "one": 1}) == {"two/image": 3, "two/audio": 1, "one": 1}
+    assert source_ratios({"two": two, "one": one}, cap=6) == {"two/image": 4, "two/audio": 2, "one": 6}
+    fixed = SourceGroup("f", [sized("f/a", 9, 1.0), sized("f/b", 3, 3.0)], ratio=8)
+    assert source_ratios({"f": fixed}) == {"f/a": 2, "f/b": 6}
+    with pytest.raises(ConfigError, match="ratios name three; the data sets are one, two"):
+        source_ratios({"two": two, "one": one}, {"three": 1})
+    with pytest.raises(ConfigError, match="two has no ratio"):
+        source_ratios({"two": two, "f": fixed})
