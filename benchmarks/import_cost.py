@@ -1,8 +1,8 @@
 """What the plugin adds to ``import torch``: ``python benchmarks/import_cost.py``.
 
 Each run is a fresh process. The plugin's part is timed by itself, since it is lost in the scatter of the whole: after
-``import torch`` without plugins, the two things that torch does for a plugin (load its entry point, call it) are done by
-hand. Looking for entry points is torch's own cost, with plugins or without. The baseline is ``import torch`` without.
+``import torch`` without plugins, the two things that torch does for a plugin (load its entry point, call it) are done
+by hand. Looking for entry points is torch's own cost, with plugins or without. The baseline is ``import torch`` alone.
 """
 
 from __future__ import annotations

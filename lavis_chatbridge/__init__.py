@@ -2,7 +2,7 @@
 
 torch calls :func:`activate` at the end of ``import torch`` (entry point ``torch.backends``), and LAVIS imports torch;
 importing this package does the same, where torch's plugin autoload is switched off. This file is therefore small,
-imports only what is loaded already, and never raises: what can wait until ``import lavis`` is in ``plugin/autoload.py``.
+imports only what is loaded already, and never raises; what can wait for ``import lavis`` is in ``plugin/autoload.py``.
 """
 
 import sys

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -37,7 +38,9 @@ def apply() -> None:
 def loading_models() -> Iterator[None]:
     """The surroundings in which ``lavis.models`` is executed."""
     patch_transformers()
-    with _stand_ins(OPTIONAL_PACKAGES):
+    with warnings.catch_warnings(), _stand_ins(OPTIONAL_PACKAGES):
+        # timm's word to LAVIS's authors; nobody who runs LAVIS can act on it.
+        warnings.filterwarnings("ignore", message="Importing from timm", category=FutureWarning)
         yield
     patch_lavis(sys.modules["lavis.models"])
 
