@@ -1,6 +1,7 @@
 """What the plugin does around LAVIS's own imports; the door in ``lavis_chatbridge/__init__.py`` asks it.
 
 - ``lavis.models``: LAVIS's code is made to work with today's libraries around it (``compat``).
+- ``lavis.common.dist_utils``, which imports timm: without its warnings.
 - ``lavis.tasks``, the last import of ``lavis``: the plugin's classes are registered after it (``register``).
 - modules of this package: registration waits until none of them is half imported, so that a program may import any of
   them first.
@@ -35,6 +36,8 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
     around: Callable[[str], AbstractContextManager[None]]
     if name == "lavis.models":
         around = _around_models
+    elif name == "lavis.common.dist_utils":
+        around = _quietly
     elif name == "lavis.tasks" or name.startswith("lavis_chatbridge."):
         around = _before_registering
     elif name not in SERVED:
@@ -61,6 +64,14 @@ def _around_models(name: str) -> Iterator[None]:
     from lavis_chatbridge.plugin import compat
 
     with compat.loading_models():
+        yield
+
+
+@contextmanager
+def _quietly(name: str) -> Iterator[None]:
+    from lavis_chatbridge.plugin import compat
+
+    with compat.quietly():
         yield
 
 

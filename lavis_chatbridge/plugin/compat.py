@@ -38,11 +38,17 @@ def apply() -> None:
 def loading_models() -> Iterator[None]:
     """The surroundings in which ``lavis.models`` is executed."""
     patch_transformers()
-    with warnings.catch_warnings(), _stand_ins(OPTIONAL_PACKAGES):
-        # timm's word to LAVIS's authors; nobody who runs LAVIS can act on it.
-        warnings.filterwarnings("ignore", message="Importing from timm", category=FutureWarning)
+    with quietly(), _stand_ins(OPTIONAL_PACKAGES):
         yield
     patch_lavis(sys.modules["lavis.models"])
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without timm's word to LAVIS's authors about its old module names: nobody who runs LAVIS can act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Importing from timm", category=FutureWarning)
+        yield
 
 
 def patch_transformers() -> None:
