@@ -1,0 +1,325 @@
+"""Outputs of the frozen encoders on disk: training then reads them instead of running the encoders.
+
+Shards are tar files in webdataset's form (``KEY.tokens.npy`` float16 ``[T, N, D]``, ``KEY.mask.npy`` bool ``[T, N]``),
+each with an index of byte offsets for random access. A key depends on the file's content, the frozen encoder and the
+processor, so a changed picture, weight or setting is never answered with old features. A shard appears whole or not at
+all, and counts only once its index is there. Nothing here knows the encoders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.schema import Medium, Sample
+from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.prompting.pieces import KINDS, Kind
+
+_log = logging.getLogger(__name__)
+
+SHARD_BYTES = 256 << 20
+_BLOCK = 1 << 20
+_FORMAT = "chatbridge-features-1"
+_HEADER = tarfile.BLOCKSIZE
+
+
+class Encoder(Protocol):
+    """What a model must offer to have its encoders' outputs stored."""
+
+    def encode_media(self, kind: Kind, media: list[Any]) -> list[EncodedMedium]:
+        """Processed media of one kind through the frozen encoder."""
+
+    def frozen_fingerprint(self, kind: Kind) -> str:
+        """Changes whenever the frozen weights do."""
+
+
+class FeatureStore:
+    """Features by medium.
+
+    Args:
+        folder: Where the shards lie; made when something is added.
+        salts: Kind -> what else the key depends on (encoder and processor), see `salts_of`.
+    """
+
+    def __init__(self, folder: str | Path, salts: Mapping[Kind, str] | None = None) -> None:
+        self.folder = Path(folder)
+        self.salts = dict(salts or {})
+        self._places: dict[str, tuple[str, list[int]]] = {}
+        self._digests: dict[str, tuple[int, int, str]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what other processes have added."""
+        for index in sorted(self.folder.glob("*.index.json")):
+            content = _read_json(index)
+            if not isinstance(content, dict) or content.get("format") != _FORMAT:
+                raise DataError(f"{index}: not the index of a feature shard; name another folder, or delete this file")
+            shard = index.name.replace(".index.json", ".tar")
+            for key, place in content["places"].items():
+                self._places[key] = (shard, place)
+            for path, (size, changed, digest) in content["files"].items():
+                self._digests[path] = (size, changed, digest)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def key(self, medium: Medium) -> str:
+        """The key of a medium: 40 hexadecimal digits.
+
+        Raises:
+            MediaError: If the file cannot be read.
+        """
+        salt = f"{medium.kind}:{self.salts.get(medium.kind, '')}:{self._digest(medium)}"
+        return hashlib.sha256(salt.encode()).hexdigest()[:40]
+
+    def get(self, key: str) -> EncodedMedium:
+        """The stored features, tokens in float16.
+
+        Raises:
+            DataError: If the shard is damaged or gone.
+        """
+        name, (at, size, mask_at, mask_size) = self._places[key]
+        path = self.folder / name
+        try:
+            with open(path, "rb") as shard:
+                tokens, mask = (_load_array(shard, *place) for place in ((at, size), (mask_at, mask_size)))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: features cannot be read ({error}); delete {self.folder} to make them anew"
+            ) from error
+        return EncodedMedium(torch.from_numpy(tokens), torch.from_numpy(mask))
+
+    def find(self, medium: Medium) -> EncodedMedium | None:
+        """The stored features of a medium, or None if there are none.
+
+        Raises:
+            MediaError: If the file cannot be read.
+        """
+        key = self.key(medium)
+        return self.get(key) if key in self._places else None
+
+    def add(self, features: Iterable[tuple[Medium, EncodedMedium]]) -> int:
+        """Write features to new shards; returns how many. What is written before an error stays."""
+        count = 0
+        rest = iter(features)
+        while True:
+            written = self._write_shard(rest)
+            count += written
+            if not written:
+                return count
+
+    def _digest(self, medium: Medium) -> str:
+        """SHA-256 of a medium's bytes, kept while size and time of the file stay."""
+        name = medium.path if medium.offset is None else f"{medium.path}@{medium.offset}+{medium.size}"
+        try:
+            status = os.stat(medium.path)
+            known = self._digests.get(name)
+            if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
+                return known[2]
+            digest = _sha256(medium)
+        except OSError as error:
+            raise MediaError(medium.path, error.strerror or error) from error
+        self._digests[name] = (status.st_size, status.st_mtime_ns, digest)
+        return digest
+
+    def _write_shard(self, features: Iterator[tuple[Medium, EncodedMedium]]) -> int:
+        """One shard of at most about `SHARD_BYTES`; returns how many features went into it."""
+        first = next(features, None)
+        if first is None:
+            return 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        places: dict[str, list[int]] = {}
+        files: dict[str, tuple[int, int, str]] = {}
+        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+        try:
+            with (
+                os.fdopen(handle, "wb") as file,
+                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+            ):
+                item: tuple[Medium, EncodedMedium] | None = first
+                while item is not None:
+                    medium, encoded = item
+                    key = self.key(medium)
+                    places[key] = _append(tar, f"{key}.tokens.npy", encoded.tokens.half())
+                    places[key] += _append(tar, f"{key}.mask.npy", encoded.mask.bool())
+                    if medium.offset is None:
+                        files[medium.path] = self._digests[medium.path]
+                    item = next(features, None) if tar.offset < SHARD_BYTES else None
+            name = f"{first[0].kind}-{self.key(first[0])[:16]}"
+            _publish(Path(temporary), self.folder / f"{name}.tar")
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        index = {"format": _FORMAT, "places": places, "files": files}
+        _write_json(self.folder / f"{name}.index.json", index)
+        self._places |= {key: (f"{name}.tar", place) for key, place in places.items()}
+        return len(places)
+
+
+def salts_of(model: Encoder, processors: Mapping[str, Any], kinds: Iterable[Kind] = KINDS) -> dict[Kind, str]:
+    """What a key depends on beside the content: the frozen weights and the processor of each kind."""
+    return {
+        kind: f"{model.frozen_fingerprint(kind)}:{processors[kind].version}" for kind in kinds if kind in processors
+    }
+
+
+def build_features(
+    model: Encoder,
+    samples: Iterable[Sample],
+    processors: Mapping[str, Any],
+    folder: str | Path,
+    batch: int = 16,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> FeatureStore:
+    """Encode every distinct medium of the samples that the store does not hold yet.
+
+    Args:
+        model: The model; its encoders are run as they are, so put it on its device first.
+        samples: Whose media.
+        processors: Kind -> evaluation processor (what is drawn at random cannot be stored).
+        folder: The store.
+        batch: Media per forward pass.
+        workers: Processes that open media.
+        rank: With several processes each encodes its share; let all finish, then call `FeatureStore.refresh`.
+        world_size: Number of processes.
+
+    Returns:
+        The store. Media that cannot be read are logged and left out; training counts them when it meets them.
+    """
+    store = FeatureStore(folder, salts_of(model, processors))
+    missing: dict[Kind, dict[str, Medium]] = {kind: {} for kind in KINDS}
+    seen: set[Medium] = set()
+    for sample in samples:
+        for medium in sample.media:
+            if medium in seen:
+                continue
+            seen.add(medium)
+            try:
+                key = store.key(medium)
+            except MediaError as error:
+                _log.warning("no features: %s", error)
+                continue
+            if key not in store and int(key, 16) % world_size == rank:
+                missing[medium.kind][key] = medium
+    for kind, media in missing.items():
+        mine = list(media.values())
+        if mine:
+            count = store.add(_encode(model, kind, mine, processors[kind], batch, workers))
+            _log.info("stored features of %d %s files in %s", count, kind, folder)
+    return store
+
+
+class _Opened(Dataset):
+    """Media through their processor; what cannot be read comes as its error."""
+
+    def __init__(self, media: Sequence[Medium], processor: Any) -> None:
+        self._media, self._processor = media, processor
+
+    def __len__(self) -> int:
+        return len(self._media)
+
+    def __getitem__(self, index: int) -> tuple[Medium, Any]:
+        medium = self._media[index]
+        try:
+            return medium, self._processor(media_source(medium))
+        except MediaError as error:
+            return medium, error
+
+
+def _encode(
+    model: Encoder, kind: Kind, media: Sequence[Medium], processor: Any, batch: int, workers: int
+) -> Iterator[tuple[Medium, EncodedMedium]]:
+    loader: DataLoader = DataLoader(
+        _Opened(media, processor), batch_size=batch, num_workers=workers, collate_fn=_as_it_is
+    )
+    for opened in loader:
+        readable = []
+        for medium, content in opened:
+            if isinstance(content, MediaError):
+                _log.warning("no features: %s", content)
+            else:
+                readable.append((medium, content))
+        if readable:
+            encoded = model.encode_media(kind, [content for _, content in readable])
+            for (medium, _), features in zip(readable, encoded, strict=True):
+                yield medium, EncodedMedium(features.tokens.detach().cpu(), features.mask.detach().cpu())
+
+
+def _as_it_is(items: Any) -> Any:
+    return items
+
+
+def _sha256(medium: Medium) -> str:
+    digest = hashlib.sha256()
+    with open(medium.path, "rb") as file:
+        file.seek(medium.offset or 0)
+        left = medium.size if medium.size is not None else None
+        while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
+            digest.update(block)
+            left = None if left is None else left - len(block)
+    return digest.hexdigest()
+
+
+def _append(tar: tarfile.TarFile, name: str, tensor: torch.Tensor) -> list[int]:
+    """Add a tensor as ``.npy``; returns offset and size of its bytes within the tar."""
+    buffer = io.BytesIO()
+    np.save(buffer, tensor.detach().cpu().numpy())
+    entry = tarfile.TarInfo(name)
+    entry.size = buffer.tell()
+    buffer.seek(0)
+    at = tar.offset + _HEADER
+    tar.addfile(entry, buffer)
+    return [at, entry.size]
+
+
+def _load_array(shard: Any, at: int, size: int) -> np.ndarray:
+    shard.seek(at)
+    content = shard.read(size)
+    if len(content) < size:
+        raise ValueError(f"it ends before byte {at + size}")
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+        _publish(Path(temporary), path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Give a finished temporary file its name, after its bytes have reached the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, target)

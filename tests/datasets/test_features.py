@@ -1,0 +1,130 @@
+"""The feature store: the same features back, nothing stale, nothing half written."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import webdataset as wds
+
+from lavis_chatbridge.datasets import features
+from lavis_chatbridge.datasets.features import FeatureStore, build_features, salts_of
+from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.schema import Medium, Sample
+from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.media.types import EncodedMedium
+
+
+class Encoder:
+    """Stands for a model's frozen encoder: the mean colour, as one frame of two tokens."""
+
+    def __init__(self, fingerprint="weights-1"):
+        self.fingerprint = fingerprint
+        self.batches = []
+
+    def frozen_fingerprint(self, kind):
+        return f"{kind}:{self.fingerprint}"
+
+    def encode_media(self, kind, media):
+        self.batches.append(len(media))
+        return [EncodedMedium(picture.mean((1, 2)).expand(1, 2, 3), torch.tensor([[True, False]])) for picture in media]
+
+
+def samples(folder):
+    return SampleFile(folder / "pictures.jsonl")
+
+
+def test_features_come_back_and_are_made_once(pictures, processors):
+    model = Encoder()
+    store = build_features(model, samples(pictures), processors, pictures / "store", batch=5)
+    assert model.batches == [5, 5, 2]
+    assert len(store) == 12
+    reopened = FeatureStore(pictures / "store", salts_of(model, processors))
+    found = reopened.find(Medium("image", str(pictures / "p9.png")))
+    assert found.tokens.dtype == torch.float16
+    assert torch.allclose(found.tokens.float(), torch.full((1, 2, 3), 9 / 255), atol=1e-4)
+    assert found.mask.tolist() == [[True, False]]
+    build_features(model, samples(pictures), processors, pictures / "store", batch=5)
+    assert model.batches == [5, 5, 2]
+
+
+def test_changed_content_weights_or_processor_are_other_features(pictures, processors):
+    medium = Medium("image", str(pictures / "p9.png"))
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    other = FeatureStore(pictures / "store", salts_of(Encoder("weights-2"), processors))
+    assert other.find(medium) is None
+    processors["image"].version = "picture-2"
+    assert FeatureStore(pictures / "store", salts_of(Encoder(), processors)).find(medium) is None
+    (pictures / "p9.png").write_bytes((pictures / "p2.png").read_bytes())
+    assert torch.equal(store.find(medium).tokens, store.find(Medium("image", str(pictures / "p2.png"))).tokens)
+    (pictures / "p9.png").unlink()
+    with pytest.raises(MediaError, match=r"p9\.png"):
+        store.find(medium)
+
+
+def test_equal_files_are_encoded_once_and_unreadable_ones_left_out(pictures, processors, caplog):
+    (pictures / "p1.png").write_bytes((pictures / "p0.png").read_bytes())
+    (pictures / "p2.png").write_bytes(b"broken")
+    (pictures / "p3.png").unlink()
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    assert len(store) == 9
+    assert sum("no features: cannot read" in message for message in caplog.messages) == 2
+    assert store.find(Medium("image", str(pictures / "p1.png"))) is not None
+
+
+def test_shards_are_webdataset_tars_and_are_cut_by_size(pictures, processors, monkeypatch):
+    monkeypatch.setattr(features, "SHARD_BYTES", 5000)
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    shards = sorted(str(path) for path in (pictures / "store").glob("*.tar"))
+    assert len(shards) > 2
+    records = list(wds.WebDataset(shards, shardshuffle=False).decode())
+    assert {record["__key__"] for record in records} == set(store._places)
+    for record in records:
+        assert (record["tokens.npy"] == store.get(record["__key__"]).tokens.numpy()).all()
+
+
+def test_ranks_share_the_work(pictures, processors):
+    models = [Encoder(), Encoder(), Encoder()]
+    for rank, model in enumerate(models):
+        build_features(model, samples(pictures), processors, pictures / "store", rank=rank, world_size=3)
+    assert sum(sum(model.batches) for model in models) == 12
+    assert all(model.batches for model in models)
+    assert len(FeatureStore(pictures / "store")) == 12
+
+
+def test_media_inside_shards_have_their_own_keys(pictures, processors):
+    content = b"".join((pictures / f"p{i}.png").read_bytes() for i in (1, 2))
+    (pictures / "s.tar").write_bytes(content)
+    half = len((pictures / "p1.png").read_bytes())
+    media = [
+        Medium("image", str(pictures / "s.tar"), 0, half),
+        Medium("image", str(pictures / "s.tar"), half, len(content) - half),
+    ]
+    store = build_features(Encoder(), [Sample("x", tuple(media), ("c",))], processors, pictures / "store")
+    assert [round(store.find(m).tokens[0, 0, 0].item() * 255) for m in media] == [1, 2]
+    assert store.key(media[0]) == store.key(Medium("image", str(pictures / "p1.png")))
+
+
+def test_a_crash_while_writing_leaves_nothing_behind(pictures, processors):
+    class Breaks(Encoder):
+        def encode_media(self, kind, media):
+            if self.batches:
+                raise RuntimeError("out of memory")
+            return super().encode_media(kind, media)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build_features(Breaks(), samples(pictures), processors, pictures / "store", batch=4)
+    assert os.listdir(pictures / "store") == []
+    assert len(build_features(Encoder(), samples(pictures), processors, pictures / "store")) == 12
+
+
+def test_damage_is_named(pictures, processors):
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    [shard] = (pictures / "store").glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"features cannot be read.*delete"):
+        store.find(Medium("image", str(pictures / "p9.png")))
+    (pictures / "store" / "x.index.json").write_text("[]")
+    with pytest.raises(DataError, match="not the index of a feature shard"):
+        FeatureStore(pictures / "store")
