@@ -15,7 +15,7 @@ from lavis_chatbridge.media.source import Source, file_of, media_errors
 WHITE = (255, 255, 255)
 
 # Only these decoders are offered a file: Pillow knows others that start programs (EPS) or are hardly ever exercised.
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

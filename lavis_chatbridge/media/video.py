@@ -144,6 +144,8 @@ def _container_frames(
         _check_bytes(source, size, len(set(indices)), limits)
         if index.packets is not None:
             return _decode(stream, index.packets, index, indices, source, deadline)
+    if not isinstance(file, str):
+        file.seek(0)
     with open_container(file, limits) as container:
         stream = first_stream(container, "video", source)
         return _decode(stream, _packets(container, stream), index, indices, source, deadline)

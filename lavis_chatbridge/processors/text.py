@@ -1,0 +1,54 @@
+"""``chatbridge_text``: a caption or question as the model's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from lavis.common.registry import registry
+
+from lavis_chatbridge.processors.base import ChatBridgeProcessor
+from lavis_chatbridge.prompting.conversation import clean_caption
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How text is prepared.
+
+    Attributes:
+        clean: "original" as the original cleans captions (lower case, no hyphens); "spaces" only tidies white space;
+            "no" leaves the text as it is.
+        max_words: What exceeds so many words is cut off; null: nothing.
+        prompt: Put before the text.
+    """
+
+    clean: Literal["original", "spaces", "no"] = "original"
+    max_words: int | None = None
+    prompt: str = ""
+
+    def check(self) -> Iterator[str]:
+        """Yields what contradicts."""
+        if self.max_words is not None and self.max_words < 1:
+            yield f"max_words is {self.max_words}, expected at least 1 or null"
+
+
+@registry.register_processor("chatbridge_text")
+class TextProcessor(ChatBridgeProcessor):
+    """Text to text."""
+
+    name = "chatbridge_text"
+    settings_class = TextSettings
+    settings: TextSettings
+
+    def __call__(self, source: Any, rng: np.random.Generator | None = None) -> str:
+        text = str(source)
+        if self.settings.clean == "original":
+            text = clean_caption(text)
+        elif self.settings.clean == "spaces":
+            text = " ".join(text.split())
+        if self.settings.max_words is not None:
+            words = text.split(" ")
+            text = " ".join(words[: self.settings.max_words])
+        return self.settings.prompt + text

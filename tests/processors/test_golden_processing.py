@@ -1,0 +1,125 @@
+"""The golden numbers of what happens to media before the model: transforms, frames taken, filterbank slices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lavis_chatbridge.media import open_audio, open_image
+from lavis_chatbridge.processors.fbank import cut_slices_as_original, fbank, frame_count
+from lavis_chatbridge.processors.frames import frame_indices, uniform_frame_indices
+from lavis_chatbridge.processors.pictures import PictureSettings, prepare
+
+
+@pytest.fixture(scope="module")
+def rules(golden_dir: Path) -> dict[str, Any]:
+    return json.loads((golden_dir / "data_rules.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def slices(golden_dir: Path) -> dict[str, Any]:
+    return json.loads((golden_dir / "audio" / "fbank_info.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def stacks(golden_dir: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(golden_dir / "audio" / "fbank_slices.npz"))
+
+
+def test_frame_indices_of_evaluation(rules: dict[str, Any]) -> None:
+    for case, expected in rules["frame_index_eval"].items():
+        count, frames = map(int, case.split("/"))
+        assert frame_indices(count, frames) == expected, case
+
+
+def test_frame_indices_of_the_demo(rules: dict[str, Any]) -> None:
+    for case, expected in rules["frame_index_demo_uniform"].items():
+        count, frames = map(int, case.split("/"))
+        assert uniform_frame_indices(count, frames) == expected, case
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("video_mapper.antialias_False", {"interpolation": "bilinear", "antialias": False, "arithmetic": "float"}),
+        ("video_mapper.antialias_True", {"interpolation": "bilinear", "arithmetic": "float"}),
+        ("pil_bicubic_eval", {"arithmetic": "pillow"}),
+    ],
+)
+def test_transforms(golden_dir: Path, name: str, settings: dict[str, Any]) -> None:
+    expected = torch.from_numpy(np.load(golden_dir / "image" / "transforms.npz")[name])
+    picture = open_image(golden_dir / "image" / "sample.png")
+    got = prepare(picture[None], PictureSettings(image_size=expected.shape[-1], **settings))
+    torch.testing.assert_close(got, expected.reshape(got.shape), atol=2e-5, rtol=0)
+
+
+def test_the_default_transform_is_pillows_to_one_level(golden_dir: Path) -> None:
+    expected = torch.from_numpy(np.load(golden_dir / "image" / "transforms.npz")["pil_bicubic_eval"])
+    picture = open_image(golden_dir / "image" / "sample.png")
+    got = prepare(picture[None], PictureSettings(image_size=expected.shape[-1]))[0]
+    assert (got - expected).abs().max() < 1.01 / (255 * 0.26)
+
+
+def _samples(golden_dir: Path, clip: str) -> torch.Tensor:
+    return torch.from_numpy(open_audio(golden_dir / "audio" / f"{clip}.wav", channel="first"))
+
+
+def _stored(stacks: dict[str, np.ndarray], rows_of: str) -> tuple[torch.Tensor, int]:
+    """The stored slices and the step at which their frames were kept."""
+    key = rows_of.split(" ")[0]
+    if key in stacks:
+        return torch.from_numpy(stacks[key]), 1
+    return torch.from_numpy(stacks[f"{key}.every8th_frame"]), 8
+
+
+def test_fbank_slices(golden_dir: Path, slices: dict[str, Any], stacks: dict[str, np.ndarray]) -> None:
+    cases = [(name, info) for name, info in slices.items() if isinstance(info, dict) and "slice_rows" in info]
+    assert cases
+    for name, info in cases:
+        samples = _samples(golden_dir, name.split(".")[0])
+        got = cut_slices_as_original(samples, info["mel"], info["target_length"], info["sample_num"]).fbank
+        assert list(got.shape) == info["shape"], name
+        assert got.abs().sum(dtype=torch.float64).item() == pytest.approx(info["abs_sum"], rel=1e-5), name
+        assert got.sum(dtype=torch.float64).item() == pytest.approx(info["sum"], abs=1e-5 * info["abs_sum"]), name
+        stack, step = _stored(stacks, info["slices_are_rows_of"])
+        for row, stored in zip(got, info["slice_rows"], strict=True):
+            expected = torch.zeros_like(row[::step]) if stored < 0 else stack[stored]
+            torch.testing.assert_close(row[::step], expected, atol=1e-4, rtol=0)
+
+
+def test_a_whole_stored_slice(golden_dir: Path, stacks: dict[str, np.ndarray]) -> None:
+    names = [name for name in stacks if name.endswith(".slice0")]
+    assert names
+    for name in names:
+        clip, mel = name.split(".")[:2]
+        expected = torch.from_numpy(stacks[name])
+        got = fbank(_samples(golden_dir, clip), int(mel.removeprefix("mel")))[: len(expected)]
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_slices_of_sounds_that_fill_them_exactly(golden_dir: Path, slices: dict[str, Any]) -> None:
+    cases = [(name, info) for name, info in slices.items() if ".exact_multiple." in name]
+    assert cases
+    for name, info in cases:
+        clip, mel = name.split(".")[:2]
+        samples, bins, length = _samples(golden_dir, clip), int(mel.removeprefix("mel")), info["target_length"]
+        got = cut_slices_as_original(samples, bins, length, info["sample_num"]).fbank
+        assert list(got.shape) == info["shape"], name
+        assert got.abs().sum(dtype=torch.float64).item() == pytest.approx(info["abs_sum"], rel=1e-5), name
+        whole = torch.nn.functional.pad(fbank(samples, bins), (0, 0, 0, 2 * length))
+        for row, start in zip(got, info["slice_start_index"], strict=True):
+            torch.testing.assert_close(row, whole[start * length : (start + 1) * length], atol=1e-6, rtol=0)
+
+
+def test_counts(golden_dir: Path, slices: dict[str, Any]) -> None:
+    names = [name.removesuffix(".num_frames") for name in slices if name.endswith(".num_frames")]
+    assert names
+    for name in names:
+        samples = _samples(golden_dir, name)
+        assert len(samples) == slices[f"{name}.num_samples_16k"]
+        assert frame_count(len(samples)) == slices[f"{name}.num_frames"]
