@@ -1,0 +1,532 @@
+"""ChatBridge (arXiv 2305.16103): frozen encoders, one shared perceiver, a projection, a frozen language model.
+
+Parameter names are those of the original's checkpoints. The model takes batches as LAVIS's tasks hand them over
+(:mod:`lavis_chatbridge.models.samples`) and knows no data sets and no files but its own weights.
+
+Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query tokens, ``D`` width, ``L`` positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.models.base_model import BaseModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lavis_chatbridge import settings as settings_reader
+from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.models import answering, checkpoint, encoding
+from lavis_chatbridge.models import samples as sample_reader
+from lavis_chatbridge.models.beats import Beats, BeatsConfig
+from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
+from lavis_chatbridge.models.language_model import load_language_model, logits_at
+from lavis_chatbridge.models.perceiver import build_perceiver, perceive
+from lavis_chatbridge.models.settings import AudioSettings, ModelSettings, torch_dtype
+from lavis_chatbridge.models.vision import build_vision
+from lavis_chatbridge.prompting import Kind, Piece, Slot
+from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, END_OF_TURN, escape_markers
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
+FROZEN = ("visual_encoder", "ln_vision", "audio_encoder", "ln_audio", "llama_model")
+WEIGHTS_HINT = "docs/weights.md says where each published file can be had; CHATBRIDGE_WEIGHTS names their folder"
+
+
+@registry.register_model("chatbridge")
+class ChatBridge(BaseModel):
+    """The model, in LAVIS's contracts: ``forward``, ``generate`` and ``predict_answers``.
+
+    Args:
+        settings: What to build it from. Weights that are none are random.
+
+    Raises:
+        CheckpointError: If a weight file is missing or does not fit.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS reads it from the class)
+        name: str(CONFIGS / f"chatbridge_{name}.yaml") for name in ("tiny", "vicuna7b", "vicuna13b")
+    }
+    DEFAULT_MODEL_TYPE = "tiny"
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        _look_for_files(settings)
+        self.settings = settings
+        self.prompt_layout = settings.prompt_layout
+        self.max_text_length = settings.max_text_length
+        self.video_queries = settings.perceiver.video_queries
+        self.lost_answers = 0
+        """Training samples so far whose whole answer was cut off by ``max_text_length``."""
+        self._fingerprints: dict[str, str] = {}
+
+        self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
+        self.visual_encoder = build_vision(settings.vision)
+        self.audio_encoder = Beats(_beats_config(settings.audio))
+        width = settings.vision.width
+        self.ln_vision = nn.LayerNorm(width)
+        self.ln_audio = nn.LayerNorm(self.audio_encoder.config.encoder_embed_dim)
+        self.audio_trans = nn.Linear(self.audio_encoder.config.encoder_embed_dim, width)
+        self.Qformer = build_perceiver(settings.perceiver, width)
+        self.image_query_tokens = self._drawn(1, settings.perceiver.queries, settings.perceiver.width)
+        self.audio_query_tokens = self._drawn(1, settings.perceiver.queries, settings.perceiver.width)
+        self.llama_proj = nn.Linear(settings.perceiver.width, self.llama_model.get_input_embeddings().embedding_dim)
+        if settings.temporal_positions is not None:
+            self.visual_temporal_pos_embeds = self._drawn(1, settings.temporal_positions.frames, 1, width)
+            self.audio_temporal_pos_embeds = self._drawn(1, settings.temporal_positions.clips, 1, width)
+        self._load_parts()
+        self._freeze()
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> ChatBridge:
+        """Build the model of a configuration's ``model`` section (a mapping or OmegaConf's).
+
+        Raises:
+            ConfigError: With all faults of the section.
+            CheckpointError: If a weight file is missing or does not fit.
+        """
+        settings = cls.check_config(cfg)
+        if settings.model_type == "tiny":
+            log.info("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
+        model = cls(settings)
+        if settings.trained is not None:
+            model.load_checkpoint(settings.trained)
+        return model
+
+    @classmethod
+    def check_config(cls, cfg: Any, where: str = "model") -> ModelSettings:
+        """The settings of a ``model`` section.
+
+        Raises:
+            ConfigError: With all faults of the section.
+        """
+        from omegaconf import OmegaConf
+
+        values: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+        return settings_reader.parse(ModelSettings, values, where)
+
+    @classmethod
+    def default_config_path(cls, model_type: str | None = None) -> str:
+        """The YAML of a model type, of the default one without it.
+
+        Raises:
+            ConfigError: If there is no such type.
+        """
+        chosen = model_type or cls.DEFAULT_MODEL_TYPE
+        if chosen not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            known = ", ".join(cls.PRETRAINED_MODEL_CONFIG_DICT)
+            raise ConfigError(f"chatbridge has no model_type {chosen!r}; it has {known}")
+        return cls.PRETRAINED_MODEL_CONFIG_DICT[chosen]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained parameters are."""
+        return self.llama_proj.weight.device
+
+    def train(self, mode: bool = True) -> ChatBridge:
+        """Switch the trained parts; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for name in FROZEN:
+            getattr(self, name).eval()
+        if self.settings.perceiver.frozen:
+            self.Qformer.eval()
+        return self
+
+    def forward(self, samples: Mapping[str, Any], **ignored: Any) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            samples: A batch with targets, see :mod:`lavis_chatbridge.models.samples`.
+
+        Returns:
+            ``loss``: mean cross-entropy over the target tokens, in fp32, zero where there is none;
+            ``target_tokens``: their number.
+
+        Raises:
+            PromptError: If prompts and media do not fit together.
+        """
+        media = sample_reader.media_of(samples)
+        prompts = sample_reader.training_prompts(samples, media, self.settings.reply_end)
+        soft, places = self.soft_tokens(prompts, media)
+        batch = lay_out(prompts, places, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
+        if batch.lost:
+            self.lost_answers += batch.lost
+            log.warning("%d answers were cut off whole by max_text_length %d", batch.lost, self.max_text_length)
+        nll, targets = self.token_losses(batch, soft)
+        loss = nll.mean() if len(targets) else nll.sum()
+        return {"loss": loss, "target_tokens": torch.tensor(len(targets), device=loss.device)}
+
+    def token_losses(self, batch: Batch, soft: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[K]`` negative log-likelihoods in fp32 of the batch's targets, row by row, and the targets."""
+        rows, columns, targets = (index.to(self.device) for index in batch.supervised())
+        embeds = embed(batch, soft, self.llama_model.get_input_embeddings())
+        if not len(targets):
+            return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
+        with self._llm_precision():
+            logits = logits_at(
+                self.llama_model,
+                rows,
+                columns,
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask.to(self.device),
+                position_ids=batch.position_ids.to(self.device),
+            )
+        return functional.cross_entropy(logits.float(), targets, reduction="none"), targets
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: Mapping[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 1,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        stop: str | None = None,
+        bos: bool | None = None,
+        **more: Any,
+    ) -> list[str]:
+        """Captions or answers, with LAVIS's arguments.
+
+        Args:
+            samples: A batch; targets in its prompts are not looked at.
+            use_nucleus_sampling: Draw from the nucleus instead of searching.
+            num_beams: Beams of the search; 1 is greedy.
+            max_length: The most new tokens.
+            min_length: The fewest new tokens before the stop counts.
+            top_p: Nucleus of the draw.
+            repetition_penalty: Above one: repeating costs.
+            length_penalty: Exponent of the length in a beam's score.
+            num_captions: Results for each sample.
+            temperature: Temperature of the draw.
+            prompt: The question, where the batch holds none.
+            stop: What ends a result and is no part of it; by default ``"###"``, and a newline for bare captions.
+            bos: Whether BOS opens the prompt; by default not in the original's layout, as in its evaluation.
+            **more: For transformers' ``generate`` (a ``streamer``, say).
+
+        Returns:
+            ``B * num_captions`` texts, those of a sample one after the other.
+
+        Raises:
+            PromptError: If prompts and media do not fit together.
+        """
+        media = sample_reader.media_of(samples)
+        contexts = sample_reader.contexts(samples, media, prompt)
+        ends = [stop if stop is not None else _stop_of(context) for context in contexts]
+        embeds, mask = self._context(contexts, media, bos)
+        with self._llm_precision():
+            ids = answering.generate_ids(
+                self.llama_model,
+                self.llama_tokenizer,
+                embeds,
+                mask,
+                ends,
+                max_tokens=max_length,
+                min_tokens=min_length,
+                sample=use_nucleus_sampling,
+                beams=1 if use_nucleus_sampling else num_beams,
+                results=num_captions,
+                top_p=top_p,
+                temperature=temperature,
+                repetition_penalty=repetition_penalty,
+                length_penalty=length_penalty,
+                **more,
+            )
+        per_result = [end for end in ends for _ in range(num_captions)]
+        return [answering.text_before(self.llama_tokenizer, r, e) for r, e in zip(ids, per_result, strict=True)]
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: Mapping[str, Any],
+        num_beams: int = 1,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: Sequence[str] | None = None,
+        prompt: str = "",
+        length_penalty: float = 0.0,
+        **more: Any,
+    ) -> list[str]:
+        """Answers to questions, with LAVIS's arguments.
+
+        Args:
+            samples: A batch with ``pieces``, or questions under ``text_input``.
+            num_beams: Beams of the search, for ``"generate"``.
+            inference_method: ``"generate"`` free text, or ``"rank"`` the candidates of ``answer_list``.
+            max_len: The most new tokens, for ``"generate"``.
+            min_len: The fewest new tokens, for ``"generate"``.
+            num_ans_candidates: So many candidates with the likeliest first token are ranked for each question.
+            answer_list: The candidates, for ``"rank"``.
+            prompt: A template with ``{}`` for the question.
+            length_penalty: A score is divided by the number of tokens to this power.
+            **more: For :meth:`generate` (``stop``, ``bos``).
+
+        Raises:
+            ConfigError: If the method is unknown, or lacks candidates.
+            PromptError: If prompts and media do not fit together.
+        """
+        questions = samples.get("text_input")
+        if prompt and questions:
+            listed = [questions] if isinstance(questions, str) else questions
+            samples = {**samples, "text_input": [prompt.format(q) if "{}" in prompt else prompt for q in listed]}
+        if inference_method == "generate":
+            return self.generate(
+                samples,
+                num_beams=num_beams,
+                max_length=max_len,
+                min_length=min_len,
+                length_penalty=length_penalty,
+                **more,
+            )
+        if inference_method != "rank":
+            raise ConfigError(f"inference_method {inference_method!r} is neither 'generate' nor 'rank'")
+        if not answer_list:
+            raise ConfigError("inference_method 'rank' needs answer_list, the candidates")
+        return self._rank(samples, list(answer_list), num_ans_candidates, length_penalty, **more)
+
+    def encode_media(self, kind: Kind, media: Sequence[Any]) -> list[EncodedMedium]:
+        """Media through their frozen encoder and its layer norm, all in one batch.
+
+        Args:
+            kind: ``"image"``, ``"video"`` or ``"audio"``.
+            media: Processed media; encoded ones are returned as they are.
+        """
+        results = list(media)
+        todo = [i for i, medium in enumerate(results) if not isinstance(medium, EncodedMedium)]
+        raw = [results[i] for i in todo]
+        chunk = self.settings.encoder_batch
+        if raw and kind == "audio":
+            hide = self.settings.audio.mask_padding
+            raw = encoding.encode_clips(self.audio_encoder, self.ln_audio, raw, chunk, hide)
+        elif raw:
+            raw = encoding.encode_frames(self.visual_encoder, self.ln_vision, raw, chunk)
+        for i, encoded in zip(todo, raw, strict=True):
+            results[i] = encoded
+        return results
+
+    def perceive_media(self, kind: Kind, media: Sequence[EncodedMedium]) -> list[Tensor]:
+        """Encoded media of one kind to soft tokens of the language model.
+
+        Returns:
+            For each medium ``[Q, D]``, or ``[T * Q, D]`` for a video with queries for each frame.
+        """
+        features, mask, counts = encoding.stack(media, self.device)
+        audio = kind == "audio"
+        if audio:
+            features = self.audio_trans(features)
+        if self.settings.temporal_positions is not None:
+            table = self.audio_temporal_pos_embeds if audio else self.visual_temporal_pos_embeds
+            features = features + encoding.positions_in_time(table, counts)
+        if kind == "video" and self.video_queries == "per_frame":
+            present = (
+                torch.arange(features.shape[1], device=self.device) < torch.tensor(counts, device=self.device)[:, None]
+            )
+            features, mask = features[present], None if mask is None else mask[present]
+        else:
+            features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)
+            counts = [1] * len(media)
+        queries = self.audio_query_tokens if audio else self.image_query_tokens
+        soft = self.llama_proj(perceive(self.Qformer, queries, features, mask))
+        return [part.flatten(0, 1) for part in soft.split(counts)]
+
+    def soft_tokens(
+        self, prompts: Sequence[Sequence[Piece]], media: sample_reader.Media
+    ) -> tuple[Tensor | None, list[Places]]:
+        """The soft tokens of all media that the prompts of a batch name.
+
+        Returns:
+            ``[S, D]`` (none if no medium is named), and where each sample's media lie among them.
+        """
+        wanted: dict[Kind, list[tuple[int, Slot]]] = {}
+        for i, pieces in enumerate(prompts):
+            for piece in dict.fromkeys(piece for piece in pieces if isinstance(piece, Slot)):
+                if piece.kind in media and 0 <= piece.index < len(media[piece.kind][i]):
+                    wanted.setdefault(piece.kind, []).append((i, piece))
+        places: list[dict[tuple[Kind, int], range]] = [{} for _ in prompts]
+        parts: list[Tensor] = []
+        start = 0
+        for kind, named in self._encoded(wanted, media).items():
+            for (i, slot), part in zip(wanted[kind], self.perceive_media(kind, named), strict=True):
+                places[i][slot.kind, slot.index] = range(start, start + len(part))
+                start += len(part)
+                parts.append(part)
+        return (torch.cat(parts) if parts else None), list(places)
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """The trained tensors by name, on the CPU: what a checkpoint holds."""
+        return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_checkpoint(self, url_or_filename: str) -> None:
+        """Load a trained ChatBridge: trained tensors only, or a whole state dict, from safetensors or a torch file.
+
+        Raises:
+            CheckpointError: If it is missing, unsafe or does not fit; the model is then as before.
+        """
+        file = checkpoint.read(checkpoint.find(str(url_or_filename), "the trained ChatBridge", "set model.checkpoint"))
+        found = checkpoint.bridge_tensors(file.tensors)
+        expected = checkpoint.bridge_tensors(self.state_dict())
+        required = [name for name, p in self.named_parameters() if p.requires_grad]
+        held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in found))
+        required += [name for name in expected if held and name.startswith(held)]
+        checkpoint.check_fit(expected, found, required, file.path, "this model")
+        self.load_state_dict(found, strict=False)
+        self._fingerprints.clear()
+        log.info("loaded %d tensors from %s", len(found), file.path)
+
+    def frozen_fingerprint(self, kind: Kind) -> str:
+        """A short string that changes when encoded media of this kind would: the key of a feature cache."""
+        modality = "audio" if kind == "audio" else "vision"
+        if modality not in self._fingerprints:
+            encoder, norm = (getattr(self, name) for name in _ENCODERS[modality])
+            hide = self.settings.audio.mask_padding if modality == "audio" else None
+            tensors = {**encoder.state_dict(), **{f"norm.{name}": t for name, t in norm.state_dict().items()}}
+            self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide)
+        return self._fingerprints[modality]
+
+    def _drawn(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(*shape) * self.settings.perceiver.initializer_range)
+
+    def _load_parts(self) -> None:
+        """Load the frozen encoders' files and BLIP-2's, and put the encoders into their precision."""
+        vision, audio, perceiver = self.settings.vision, self.settings.audio, self.settings.perceiver
+        if vision.weights is not None:
+            file = checkpoint.read(checkpoint.find(vision.weights, "the EVA-ViT weights", WEIGHTS_HINT))
+            tensors = checkpoint.vision_tensors(file.tensors, vision.depth, vision.tokens)
+            checkpoint.load_exactly(self.visual_encoder, tensors, file.path, "model.vision")
+        if audio.weights is not None:
+            file = checkpoint.read(checkpoint.find(audio.weights, "the BEATs weights", WEIGHTS_HINT))
+            tensors = checkpoint.beats_tensors(file.tensors, self.audio_encoder.config.encoder_layers)
+            checkpoint.load_exactly(self.audio_encoder, tensors, file.path, "model.audio")
+        if perceiver.weights is not None:
+            self._load_blip2(perceiver.weights)
+        self.visual_encoder.to(torch_dtype(vision.dtype))
+        self.audio_encoder.to(torch_dtype(audio.dtype))
+
+    def _load_blip2(self, weights: str) -> None:
+        file = checkpoint.read(checkpoint.find(weights, "the BLIP-2 weights", WEIGHTS_HINT))
+        mine = ("image_query_tokens", "Qformer.", "ln_vision.")
+        found = {name: t for name, t in checkpoint.bridge_tensors(file.tensors).items() if name.startswith(mine)}
+        expected = checkpoint.bridge_tensors(self.state_dict())
+        checkpoint.check_fit(
+            expected, found, [name for name in expected if name.startswith(mine)], file.path, "model.perceiver"
+        )
+        self.load_state_dict(found, strict=False)
+
+    def _freeze(self) -> None:
+        for name in FROZEN:
+            getattr(self, name).requires_grad_(False)
+        if self.settings.perceiver.frozen:
+            for trained in (self.Qformer, self.audio_trans, self.image_query_tokens, self.audio_query_tokens):
+                trained.requires_grad_(False)
+        self.train(self.training)
+
+    def _encoded(
+        self, wanted: Mapping[Kind, list[tuple[int, Slot]]], media: sample_reader.Media
+    ) -> dict[Kind, list[EncodedMedium]]:
+        """The named media encoded, images and videos in the same batch of frames."""
+        named: dict[Kind, list[Any]] = {k: [media[k][i][slot.index] for i, slot in wanted[k]] for k in wanted}
+        encoded: dict[Kind, list[EncodedMedium]] = {}
+        images, videos = named.get("image", []), named.get("video", [])
+        frames = self.encode_media("video", [*images, *videos])
+        for kind, listed in (("image", frames[: len(images)]), ("video", frames[len(images) :])):
+            if listed:
+                encoded[kind] = listed  # type: ignore[index]
+        if "audio" in named:
+            encoded["audio"] = self.encode_media("audio", named["audio"])
+        return encoded
+
+    def _context(
+        self, contexts: Sequence[Sequence[Piece]], media: sample_reader.Media, bos: bool | None
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, L, D]`` embeddings and ``[B, L]`` mask of contexts, padded on the left."""
+        soft, places = self.soft_tokens(contexts, media)
+        original = self.prompt_layout == "original"
+        opens = not original if bos is None else bos
+        padding = PADDING if original else self.llama_tokenizer.pad_id
+        batch = lay_out_context(contexts, places, self.llama_tokenizer, opens, padding)
+        return embed(batch, soft, self.llama_model.get_input_embeddings()), batch.attention_mask.to(self.device)
+
+    def _rank(
+        self,
+        samples: Mapping[str, Any],
+        answers: list[str],
+        keep: int,
+        length_penalty: float,
+        stop: str | None = None,
+        bos: bool | None = None,
+        **ignored: Any,
+    ) -> list[str]:
+        media = sample_reader.media_of(samples)
+        contexts = sample_reader.contexts(samples, media)
+        end = self.settings.reply_end if stop is None else stop
+        candidates = [self.llama_tokenizer.encode(escape_markers(answer) + end) for answer in answers]
+        embeds, mask = self._context(contexts, media, bos)
+        with self._llm_precision():
+            scores = answering.candidate_scores(
+                self.llama_model, embeds, mask, candidates, keep, chunk=self.settings.encoder_batch
+            )
+        lengths = torch.tensor([len(ids) for ids in candidates], device=scores.device)
+        return [answers[i] for i in (scores / lengths**length_penalty).argmax(1).tolist()]
+
+    def _llm_precision(self) -> AbstractContextManager:
+        """A language model held in half precision runs in it; one held in fp32 follows the autocast around it."""
+        if self.llama_model.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
+
+_ENCODERS = {"vision": ("visual_encoder", "ln_vision"), "audio": ("audio_encoder", "ln_audio")}
+
+
+def _stop_of(context: Sequence[Piece]) -> str:
+    return END_OF_CAPTION if sample_reader.is_alignment(context) else END_OF_TURN
+
+
+def _look_for_files(settings: ModelSettings) -> None:
+    """Refuse before anything large is built, naming every file that is missing."""
+    named = (
+        (settings.language_model.weights, "the language model"),
+        (settings.language_model.tokenizer, "the language model's tokenizer"),
+        (settings.vision.weights, "the EVA-ViT weights"),
+        (settings.audio.weights, "the BEATs weights"),
+        (settings.perceiver.weights, "the BLIP-2 weights"),
+        (settings.trained, "the trained ChatBridge"),
+    )
+    faults = []
+    for path, what in named:
+        if path is not None:
+            try:
+                checkpoint.find(path, what)
+            except CheckpointError as error:
+                faults.append(str(error))
+    if faults:
+        raise CheckpointError(f"{'; '.join(faults)}; {WEIGHTS_HINT}")
+
+
+def _beats_config(audio: AudioSettings) -> BeatsConfig:
+    """The sizes of BEATs: from its file where that holds them, else from the settings."""
+    if audio.weights is None:
+        return audio.config or BeatsConfig()
+    file = checkpoint.read(checkpoint.find(audio.weights, "the BEATs weights", WEIGHTS_HINT))
+    if file.cfg is None:
+        return audio.config or BeatsConfig()
+    held = BeatsConfig.from_dict(file.cfg)
+    if audio.config is not None and audio.config != held:
+        raise CheckpointError(f"{file.path} holds {held}, but model.audio.config says {audio.config}")
+    return held

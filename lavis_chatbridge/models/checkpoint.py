@@ -1,0 +1,244 @@
+"""Weight files: found, read without running code from them, checked against a module, loaded whole or not at all.
+
+The layouts known here: plain tensors, tensors under ``model`` (LAVIS and the original ChatBridge, beside optimizer and
+config), ``cfg`` and ``model`` (BEATs), safetensors with a ``cfg`` in the metadata, BLIP-2. This module builds no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models.vision import fit_positions
+
+PACKAGE = "package:"
+NAMED = 4
+"""So many names are listed of each sort of mismatch; the rest is counted."""
+
+_DROPPED = re.compile(
+    r"rotary_emb\.inv_freq$|position_ids$|^Qformer\.cls\.|^Qformer\.bert\.embeddings\.(word|position)_embeddings\."
+    r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
+)
+"""Constants, and the text branch of the Q-Former, which ChatBridge does not have."""
+
+
+class WeightFile(NamedTuple):
+    """What a weight file holds.
+
+    Attributes:
+        path: Where it was found.
+        tensors: The tensors by name.
+        cfg: The configuration beside them, or none.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    cfg: dict[str, Any] | None
+
+
+def find(path: str, what: str, hint: str = "") -> Path:
+    """The file or folder that a setting names.
+
+    Args:
+        path: A path; ``package:a/b`` lies inside the installed package, ``~`` and ``$NAME`` are expanded.
+        what: What is looked for, for the message.
+        hint: Where it can be had, for the message.
+
+    Raises:
+        CheckpointError: If it is not there.
+    """
+    if path.startswith(PACKAGE):
+        place = Path(__file__).resolve().parent.parent / path[len(PACKAGE) :]
+    else:
+        place = Path(os.path.expandvars(path)).expanduser()
+    if place.exists():
+        return place
+    unset = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
+    because = "".join(f"; the environment variable {name} is not set" for name in unset)
+    get = f"; {hint}" if hint else ""
+    raise CheckpointError(f"{what}: {place} does not exist{because}{get}")
+
+
+def read(path: Path) -> WeightFile:
+    """Read a weight file into main memory, mapped where the format allows. No code in it is run.
+
+    Raises:
+        CheckpointError: If it is damaged, holds other objects than tensors and plain values, or no tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    content, cfg = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if isinstance(content.get("cfg"), Mapping):
+        cfg = dict(content["cfg"])
+    if isinstance(content.get("model"), Mapping):
+        content = dict(content["model"])
+    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no weights; it holds {_some(content)}")
+    return WeightFile(path, tensors, cfg)
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> None:
+    """Write tensors as safetensors; a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: Where to.
+        tensors: The tensors; some may share memory.
+        cfg: A configuration to keep beside them, of plain values.
+    """
+    from safetensors.torch import save_file
+
+    apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(apart, temporary, metadata=None if cfg is None else {"cfg": json.dumps(dict(cfg))})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: object, what: str) -> None:
+    """Give a module exactly these tensors.
+
+    Raises:
+        CheckpointError: If one is missing, too many or of another shape; the module is then as before.
+    """
+    expected = module.state_dict()
+    check_fit(expected, tensors, expected, source, what)
+    module.load_state_dict(tensors, strict=True)
+
+
+def check_fit(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], required: Iterable[str], source: object, what: str
+) -> None:
+    """Refuse tensors that do not fit, with all that is wrong in one line.
+
+    Args:
+        expected: The tensors that there is a place for.
+        found: The tensors to load.
+        required: The names that must be among them.
+        source: Where they come from, for the message.
+        what: What they are for, for the message.
+
+    Raises:
+        CheckpointError: With names, and shapes found and expected.
+    """
+    missing = [name for name in required if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    shapes = [
+        f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in found
+        if name in expected and found[name].shape != expected[name].shape
+    ]
+    faults = [("missing: ", missing), ("unexpected: ", unexpected), ("", shapes)]
+    words = [label + _some(names) for label, names in faults if names]
+    if words:
+        raise CheckpointError(f"{source} does not fit {what}: {'; '.join(words)}")
+
+
+def vision_tensors(tensors: Mapping[str, Tensor], depth: int, tokens: int) -> dict[str, Tensor]:
+    """An EVA-ViT's tensors, from its own file or from a model that holds it.
+
+    Args:
+        tensors: As read. The block after the last one used, and heads and final norms, which BLIP-2 leaves out, are
+            dropped.
+        depth: Blocks of the model to load.
+        tokens: Tokens of an image, to which the positions are fitted.
+    """
+    own = part(tensors, "visual_encoder.") or dict(tensors)
+    unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
+    kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
+    if "pos_embed" in kept and kept["pos_embed"].dim() == 3:
+        kept["pos_embed"] = fit_positions(kept["pos_embed"], tokens)
+    return kept
+
+
+def beats_tensors(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """A BEATs' tensors, from its own file or from a model that holds it, without a classification head.
+
+    The relative-position table is one for all layers; where a file holds it once, it is put under every layer's name.
+    """
+    own = part(tensors, "audio_encoder.") or dict(tensors)
+    kept = {name: tensor for name, tensor in own.items() if not name.startswith("predictor.")}
+    table = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
+    if table is not None:
+        for i in range(1, layers):
+            kept.setdefault(f"encoder.layers.{i}.self_attn.relative_attention_bias.weight", table)
+    return kept
+
+
+def bridge_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ChatBridge's or BLIP-2's tensors under ChatBridge's names, without constants and the Q-Former's text branch."""
+    kept = {name: tensor for name, tensor in tensors.items() if not _DROPPED.search(name)}
+    if "query_tokens" in kept:
+        kept["image_query_tokens"] = kept.pop("query_tokens")
+    return kept
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def fingerprint(tensors: Mapping[str, Tensor], *more: object) -> str:
+    """A short string that changes when a tensor, a name or one of ``more`` does."""
+    digest = hashlib.sha256(repr(more).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        return tensors, json.loads(metadata["cfg"]) if "cfg" in metadata else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], None]:
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files written before torch 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the object {named.group(1)}" if named else "other objects than tensors and plain values, or is damaged"
+        raise CheckpointError(f"{path} is refused: it holds {what}; only tensors are loaded, never code") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds no weights by name, but a {type(content).__name__}")
+    return dict(content), None
+
+
+def _some(names: Iterable[object]) -> str:
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
+    return ", ".join(listed[:NAMED]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,149 @@
+"""Media through the frozen encoders, all frames or clips of a batch at once, and encoded media stacked.
+
+It knows tensors, no prompts and no files.
+
+Shapes: ``B`` media, ``T`` frames or clips of a medium, ``N`` tokens of each, ``D`` width; ``F`` frames of a filterbank,
+``M`` mel bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.media.types import AudioClips, EncodedMedium
+from lavis_chatbridge.models.beats import Beats
+
+
+@torch.no_grad()
+def encode_frames(encoder: Any, norm: nn.Module, media: Sequence[Tensor], chunk: int) -> list[EncodedMedium]:
+    """Images and videos through the vision encoder and its layer norm.
+
+    Args:
+        encoder: The EVA-ViT.
+        norm: ``ln_vision``.
+        media: Images ``[3, H, W]`` or videos ``[T, 3, H, W]``.
+        chunk: The most frames at once.
+
+    Raises:
+        ConfigError: If a frame is not of the encoder's size.
+    """
+    frames = [medium.unsqueeze(0) if medium.dim() == 3 else medium for medium in media]
+    expected = (3, *encoder.patch_embed.img_size)
+    for medium in frames:
+        if tuple(medium.shape[1:]) != expected or not len(medium):
+            raise ConfigError(
+                f"the vision encoder needs frames of shape {list(expected)}, found {list(medium.shape[1:])}: make "
+                f"model.vision.image_size and the image processors' image_size equal"
+            )
+    weight = encoder.cls_token
+    flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in frames])
+    with _own_precision(weight):
+        tokens = [_normalised(norm, encoder(some)) for some in flat.split(chunk)]
+    each = torch.cat(tokens).split([len(medium) for medium in frames])
+    return [EncodedMedium(t, torch.ones(t.shape[:2], dtype=torch.bool, device=t.device)) for t in each]
+
+
+@torch.no_grad()
+def encode_clips(
+    encoder: Beats, norm: nn.Module, media: Sequence[Tensor | AudioClips], chunk: int, mask_padding: bool
+) -> list[EncodedMedium]:
+    """Sounds through the audio encoder and its layer norm.
+
+    Args:
+        encoder: BEATs.
+        norm: ``ln_audio``.
+        media: Filterbanks ``[T, F, M]``; one without ``frames`` holds no padding and loses what fills no whole patch.
+        chunk: The most clips at once.
+        mask_padding: Whether the padding that ``frames`` tells of is hidden.
+
+    Raises:
+        ConfigError: If mel bins differ, or do not fit the encoder.
+    """
+    patch = encoder.config.input_patch_size
+    banks, lengths = [], []
+    for medium in media:
+        bank, frames = (medium.fbank, medium.frames) if isinstance(medium, AudioClips) else (medium, None)
+        whole = bank.shape[1] // patch * patch
+        known = frames is not None and mask_padding
+        banks.append(bank if known else bank[:, :whole])
+        lengths.append(frames if known else torch.full((len(bank),), whole))
+    if len({bank.shape[2] for bank in banks}) > 1:
+        raise ConfigError(f"sounds of one batch have different mel bins: {sorted({b.shape[2] for b in banks})}")
+    longest = -(-max(bank.shape[1] for bank in banks) // patch) * patch
+    weight = encoder.patch_embedding.weight
+    padded = [functional.pad(bank, (0, 0, 0, longest - bank.shape[1])) for bank in banks]
+    flat = torch.cat([bank.to(weight.device, weight.dtype, non_blocking=True) for bank in padded])
+    frames = torch.cat([torch.as_tensor(length).to(weight.device) for length in lengths])
+    full = bool((frames >= longest).all())
+    tokens, masks = [], []
+    with _own_precision(weight):
+        for some, length in zip(flat.split(chunk), frames.split(chunk), strict=True):
+            encoded, mask = encoder(some, None if full else length)
+            tokens.append(_normalised(norm, encoded))
+            masks.append(mask)
+    counts = [len(bank) for bank in banks]
+    bands = flat.shape[2] // patch
+    own = [-(-bank.shape[1] // patch) * bands for bank in banks]
+    each = zip(torch.cat(tokens).split(counts), torch.cat(masks).split(counts), own, strict=True)
+    return [EncodedMedium(t[:, :n], m[:, :n]) for t, m, n in each]
+
+
+def stack(media: Sequence[EncodedMedium], device: torch.device) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Encoded media of one kind, padded to the longest.
+
+    Returns:
+        ``[B, T, N, D]`` tokens in fp32, ``[B, T, N]`` mask (none if nothing is padding), and each medium's ``T``.
+    """
+    counts = [medium.tokens.shape[0] for medium in media]
+    steps, tokens = max(counts), max(medium.tokens.shape[1] for medium in media)
+    features, masks = [], []
+    for medium in media:
+        missing = (0, tokens - medium.tokens.shape[1], 0, steps - medium.tokens.shape[0])
+        features.append(functional.pad(medium.tokens.to(device).float(), (0, 0, *missing)))
+        masks.append(functional.pad(medium.mask.to(device), missing))
+    mask = torch.stack(masks)
+    return torch.stack(features), None if bool(mask.all()) else mask, counts
+
+
+def positions_in_time(table: Tensor, counts: Sequence[int]) -> Tensor:
+    """Positions of each medium's frames or clips.
+
+    Args:
+        table: ``[1, n, 1, D]`` learnt positions. Up to ``n`` frames take its first entries; more take positions
+            interpolated between its first and last entry.
+        counts: Each medium's ``T``.
+
+    Returns:
+        ``[B, T, 1, D]``, or ``[1, T, 1, D]`` where all counts are equal; zeros behind a medium's end.
+    """
+
+    def of(count: int) -> Tensor:
+        if count <= table.shape[1]:
+            return table[:, :count]
+        line = table[:, :, 0].transpose(1, 2)
+        line = functional.interpolate(line, size=count, mode="linear", align_corners=table.shape[1] > 1)
+        return line.transpose(1, 2).unsqueeze(2)
+
+    if len(set(counts)) == 1:
+        return of(counts[0])
+    longest = max(counts)
+    return torch.cat([functional.pad(of(count), (0, 0, 0, 0, 0, longest - count)) for count in counts])
+
+
+def _normalised(norm: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.autocast(tokens.device.type, enabled=False):
+        return norm(tokens.float())
+
+
+def _own_precision(weight: Tensor) -> AbstractContextManager:
+    """An encoder held in half precision runs in it; one held in fp32 follows the autocast around it."""
+    if weight.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(weight.device.type, enabled=False)

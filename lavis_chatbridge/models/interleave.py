@@ -1,0 +1,225 @@
+"""Prompts become batches: pieces and soft tokens are laid out in rows of positions, with masks, labels and positions.
+
+Two layouts. ``"text"``: BOS, then the pieces; padding on the right in training, on the left in generation.
+``"original"``: the batches of the original ChatBridge, for its checkpoints (its ``models/chatbridge.py``, 249-295 and
+361-437). It knows a tokenizer and counts of soft tokens, no encoder and no language model.
+
+Shapes: ``B`` rows, ``L`` positions, ``S`` soft tokens of the whole batch, ``K`` positions that hold one, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from lavis_chatbridge.errors import PromptError
+from lavis_chatbridge.models.language_model import Codec
+from lavis_chatbridge.models.settings import Layout
+from lavis_chatbridge.prompting import Kind, Piece, Slot
+
+SOFT = -1
+"""Stands among token ids for a soft token."""
+PADDING = -2
+"""Stands among token ids for a position without embedding."""
+IGNORED = -100
+"""The label of a position that is not trained."""
+
+Places: TypeAlias = Mapping[tuple[Kind, int], range]
+"""Where the soft tokens of a sample's media lie among those of the batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for the language model, on the CPU.
+
+    Attributes:
+        token_ids: ``[B, L]`` ids, ``SOFT`` or ``PADDING``.
+        soft: ``[K]`` which soft token each ``SOFT`` position holds, row by row.
+        attention_mask: ``[B, L]`` one where a position may be seen.
+        position_ids: ``[B, L]``.
+        labels: ``[B, L]`` the id itself where it is a target, else ``IGNORED``.
+        lost: Rows whose whole answer was cut off.
+    """
+
+    token_ids: Tensor
+    soft: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    lost: int = 0
+
+    def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``[K]`` rows, columns and targets of the predictions that count: each position predicts the next one."""
+        rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        return rows, columns, self.labels[rows, columns + 1]
+
+
+def lay_out(
+    prompts: Sequence[Sequence[Piece]],
+    places: Sequence[Places],
+    codec: Codec,
+    layout: Layout,
+    max_text_length: int,
+) -> Batch:
+    """Training rows.
+
+    Args:
+        prompts: Each sample's pieces; each text piece is tokenised on its own.
+        places: Each sample's soft tokens.
+        codec: The tokenizer.
+        layout: ``"text"`` or ``"original"``.
+        max_text_length: In layout ``"text"``, and for the original's stage 1, text tokens of a sample: text behind them
+            is cut off, and so is a medium behind text that was cut, always whole. In the original's stage 2, positions.
+
+    Raises:
+        PromptError: If a prompt names a medium that its sample lacks.
+    """
+    rows = [_row(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
+    if layout == "original" and not all(_is_alignment(pieces) for pieces in prompts):
+        kept = [row.first(max_text_length) for row in rows]
+        batch = _original_chat(kept, codec)
+    else:
+        bos = codec.bos_id
+        kept = [row.within(max_text_length).after(bos) for row in rows]
+        # The original pads with EOS, and trains no position that holds it.
+        ignored = codec.eos_id if layout == "original" else None
+        batch = _padded_right(kept, codec, ignored)
+    lost = sum(bool(row.target.any() and not cut.target.any()) for row, cut in zip(rows, kept, strict=True))
+    return replace(batch, lost=lost)
+
+
+def lay_out_context(
+    prompts: Sequence[Sequence[Piece]], places: Sequence[Places], codec: Codec, bos: bool, padding: int
+) -> Batch:
+    """Rows to go on from, padded on the left and never cut.
+
+    Args:
+        prompts: Each sample's context.
+        places: Each sample's soft tokens.
+        codec: The tokenizer.
+        bos: Put BOS in front of each row. (The original's demonstration does, its evaluation does not.)
+        padding: The id to pad with, or ``PADDING`` for zeros.
+
+    Raises:
+        PromptError: If a prompt names a medium that its sample lacks, or a row is empty.
+    """
+    rows = [_row(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
+    if bos:
+        rows = [row.after(codec.bos_id) for row in rows]
+    if not rows or not all(len(row.ids) for row in rows):
+        raise PromptError("there is nothing to go on from: a prompt needs text or a medium")
+    ids = pad_sequence([row.ids for row in rows], True, padding, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row.ids) for row in rows], True, 0, padding_side="left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(ids, _soft(rows), mask, positions, torch.full_like(ids, IGNORED))
+
+
+def embed(batch: Batch, soft: Tensor | None, table: nn.Module) -> Tensor:
+    """The rows as embeddings.
+
+    Args:
+        batch: The rows.
+        soft: ``[S, D]`` soft tokens of the whole batch, none if no row holds one.
+        table: The language model's token embeddings.
+
+    Returns:
+        ``[B, L, D]`` in the embeddings' precision; gradients reach the soft tokens.
+    """
+    ids = batch.token_ids.to(next(table.parameters()).device)
+    embeds = table(ids.clamp(min=0)) * (ids != PADDING).unsqueeze(-1)
+    if soft is None or not len(batch.soft):
+        return embeds
+    rows, columns = (batch.token_ids == SOFT).nonzero(as_tuple=True)
+    device = embeds.device
+    chosen = soft.to(embeds.dtype)[batch.soft.to(device)]
+    return embeds.index_put((rows.to(device), columns.to(device)), chosen)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sample in positions: ids (or ``SOFT``), whether each is a target, and the soft token of each (else -1)."""
+
+    ids: Tensor
+    target: Tensor
+    soft: Tensor
+
+    def first(self, length: int) -> _Row:
+        """The first positions."""
+        return _Row(self.ids[:length], self.target[:length], self.soft[:length])
+
+    def within(self, text_length: int) -> _Row:
+        """All up to the first text token that is one too many."""
+        over = ((self.soft < 0).cumsum(0) > text_length).nonzero()
+        return self.first(int(over[0])) if len(over) else self
+
+    def after(self, token: int | None) -> _Row:
+        """The row with a token in front of it, if there is one."""
+        if token is None:
+            return self
+        front = (self.ids.new_tensor([token]), self.target.new_tensor([False]), self.soft.new_tensor([-1]))
+        own = (self.ids, self.target, self.soft)
+        return _Row(*(torch.cat(pair) for pair in zip(front, own, strict=True)))
+
+
+def _row(pieces: Sequence[Piece], media: Places, codec: Codec, sample: int) -> _Row:
+    ids: list[int] = []
+    target: list[bool] = []
+    soft: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, Slot):
+            place = media.get((piece.kind, piece.index))
+            if place is None:
+                have = ", ".join(f"{kind} {i}" for kind, i in media) or "none"
+                raise PromptError(
+                    f"the prompt of sample {sample} names {piece.kind} {piece.index}, which it lacks (it has: {have})"
+                )
+            ids += [SOFT] * len(place)
+            target += [False] * len(place)
+            soft += place
+        else:
+            tokens = codec.encode(piece.text)
+            ids += tokens
+            target += [piece.target] * len(tokens)
+            soft += [-1] * len(tokens)
+    long = torch.long
+    return _Row(torch.tensor(ids, dtype=long), torch.tensor(target, dtype=torch.bool), torch.tensor(soft, dtype=long))
+
+
+def _padded_right(rows: Sequence[_Row], codec: Codec, ignored: int | None) -> Batch:
+    pad = codec.pad_id if ignored is None else ignored
+    ids = pad_sequence([row.ids for row in rows], True, pad)
+    mask = pad_sequence([torch.ones_like(row.ids) for row in rows], True, 0)
+    target = pad_sequence([row.target for row in rows], True, False)
+    if ignored is not None:
+        target = target & (ids != ignored)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return Batch(ids, _soft(rows), mask, positions, torch.where(target, ids, IGNORED))
+
+
+def _original_chat(rows: Sequence[_Row], codec: Codec) -> Batch:
+    """The original's stage 2: padding on the left, then one column of BOS, visible where column 0 of the rest is."""
+    ids = pad_sequence([row.ids for row in rows], True, PADDING, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row.ids) for row in rows], True, 0, padding_side="left")
+    target = pad_sequence([row.target for row in rows], True, False, padding_side="left")
+    labels = torch.where(target, ids, IGNORED)
+    if codec.bos_id is not None:
+        ids = torch.cat([torch.full_like(ids[:, :1], codec.bos_id), ids], dim=1)
+        mask = torch.cat([mask[:, :1], mask], dim=1)
+        labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels], dim=1)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return Batch(ids, _soft(rows), mask, positions, labels)
+
+
+def _soft(rows: Sequence[_Row]) -> Tensor:
+    """The soft tokens of all rows, one after the other; padding holds none, so their order is that of the batch."""
+    return torch.cat([row.soft[row.soft >= 0] for row in rows])
+
+
+def _is_alignment(pieces: Sequence[Piece]) -> bool:
+    """Whether a prompt is one of stage 1: media and targets, no words that are only context."""
+    return all(isinstance(piece, Slot) or piece.target for piece in pieces)

@@ -1,0 +1,209 @@
+"""The language model and its tokenizer: any causal language model of transformers, from a folder, offline and frozen.
+
+It knows embeddings and token ids, no media and no conversation format.
+
+Shapes: ``B`` rows, ``L`` positions, ``K`` chosen positions, ``D`` width, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
+
+HINT = "set model.language_model.weights to a Hugging Face folder (config.json, tokenizer, weights)"
+
+
+class Codec(Protocol):
+    """Text to token ids and back, without special tokens: those that a user types are plain text."""
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, tokenised on its own."""
+
+    def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
+        """The text of ids; special ones yield nothing."""
+
+    def __len__(self) -> int:
+        """One more than the largest id."""
+
+
+class SentencePieceCodec:
+    """A LLaMA ``tokenizer.model`` read by sentencepiece itself.
+
+    transformers 4 and 5 differ on runs of spaces in such a file, and only the former agrees with what Vicuna was
+    trained on; sentencepiece is the same under both.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._pieces = SentencePieceProcessor(model_file=str(path))
+        self.bos_id: int | None = _from_zero(self._pieces.bos_id())
+        self.eos_id: int | None = _from_zero(self._pieces.eos_id())
+        pad = _from_zero(self._pieces.pad_id())
+        self.pad_id: int = next(i for i in (pad, self.eos_id, 0) if i is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, tokenised on its own."""
+        return self._pieces.encode(text)
+
+    def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
+        """The text of ids; special ones, and those beyond the file's pieces (a padding token), yield nothing."""
+        size = len(self)
+        return self._pieces.decode([i for i in _listed(ids) if 0 <= i < size])
+
+    def __len__(self) -> int:
+        return self._pieces.get_piece_size()
+
+
+class HubCodec:
+    """A tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.pad_id: int = next(i for i in (tokenizer.pad_token_id, self.eos_id, 0) if i is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, tokenised on its own."""
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
+        """The text of ids; special ones yield nothing."""
+        return self._tokenizer.decode(_listed(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+
+def load_codec(folder: Path) -> Codec:
+    """The tokenizer of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    pieces = folder / "tokenizer.model"
+    try:
+        if pieces.is_file() and _is_llama(folder):
+            return SentencePieceCodec(pieces)
+        return HubCodec(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(f"no tokenizer can be read from {folder}: {_one_line(error)}; {HINT}") from error
+
+
+def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
+    """The frozen language model and its tokenizer.
+
+    Raises:
+        CheckpointError: If a folder is missing or incomplete, or model and tokenizer do not belong together.
+    """
+    folder = None if settings.weights is None else checkpoint.find(settings.weights, "the language model", HINT)
+    named = settings.tokenizer or settings.weights
+    codec = load_codec(checkpoint.find(str(named), "the language model's tokenizer", HINT))
+    model = _random(settings) if folder is None else _pretrained(folder, settings)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(codec) > rows:
+        raise CheckpointError(
+            f"the tokenizer of {named} has {len(codec)} tokens, but the language model of "
+            f"{settings.weights or 'the configuration'} embeds {rows}: they do not belong together"
+        )
+    _forget_sampling_defaults(model, codec)
+    return model.requires_grad_(False).eval(), codec
+
+
+def logits_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
+    """The language model's logits at chosen positions only, the others are never computed.
+
+    The choice happens in front of the output layer, so whatever a model does to logits afterwards is kept.
+
+    Args:
+        model: A causal language model.
+        rows: ``[K]`` rows of the positions.
+        columns: ``[K]`` columns of the positions.
+        **inputs: What the model is given.
+
+    Returns:
+        ``[K, V]``.
+    """
+
+    def choose(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (arguments[0][rows, columns],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        return model(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        handle.remove()
+
+
+def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch_dtype(settings.dtype), local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors' own error type derives from Exception directly
+        raise CheckpointError(f"no language model can be read from {folder}: {_one_line(error)}; {HINT}") from error
+    model, loading = loaded
+    missing = [name for name in loading["missing_keys"] if "inv_freq" not in name]
+    if missing:
+        raise CheckpointError(
+            f"the language model in {folder} is incomplete: {len(missing)} tensors are missing, {missing[0]} for one"
+        )
+    return model
+
+
+def _random(settings: LanguageModelSettings) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(settings.config or {})
+    try:
+        built = AutoConfig.for_model(config.pop("model_type", "llama"), **config)
+        return AutoModelForCausalLM.from_config(built).to(torch_dtype(settings.dtype))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"model.language_model.config: {_one_line(error)}") from error
+
+
+def _forget_sampling_defaults(model: Any, codec: Codec) -> None:
+    """Replace the generation settings that came with the folder: the caller's arguments alone decide."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        bos_token_id=codec.bos_id, eos_token_id=codec.eos_id, pad_token_id=codec.pad_id
+    )
+
+
+def _is_llama(folder: Path) -> bool:
+    """Whether a folder's ``tokenizer.model`` is LLaMA's sentencepiece file."""
+    described = folder / "tokenizer_config.json"
+    if not described.is_file():
+        return not (folder / "tokenizer.json").is_file()
+    name = json.loads(described.read_text(encoding="utf-8")).get("tokenizer_class") or ""
+    return str(name).startswith("Llama") or not (folder / "tokenizer.json").is_file()
+
+
+def _from_zero(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
+def _listed(ids: Sequence[int] | Tensor) -> list[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else list(ids)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,147 @@
+"""A batch as LAVIS's tasks and data sets hand it over, read into prompts and media; it knows no tokenizer and no model.
+
+``samples`` is a dict. Media stand under ``image``, ``video`` and ``audio``: a tensor with a batch axis, or a list with,
+for each sample, a medium or a list of media (a medium is a tensor, ``AudioClips`` or ``EncodedMedium``). The prompt is
+``pieces`` where given, else it is made from LAVIS's own text keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor
+
+from lavis_chatbridge.errors import PromptError
+from lavis_chatbridge.media.types import AudioClips, EncodedMedium
+from lavis_chatbridge.prompting import Kind, Piece, Slot, Turn, alignment_prompt, chat_prompt, context_of
+from lavis_chatbridge.prompting.pieces import KINDS
+
+Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
+Media: TypeAlias = dict[Kind, list[list[Medium]]]
+
+
+def media_of(samples: Mapping[str, Any]) -> Media:
+    """Each kind's media, by sample.
+
+    Raises:
+        PromptError: If kinds disagree on the number of samples, or a medium is none.
+    """
+    media: Media = {kind: _by_sample(kind, samples[kind]) for kind in KINDS if samples.get(kind) is not None}
+    sizes = {kind: len(of_kind) for kind, of_kind in media.items()}
+    if len(set(sizes.values())) > 1:
+        raise PromptError(f"the media of a batch are for different numbers of samples: {sizes}")
+    return media
+
+
+def training_prompts(samples: Mapping[str, Any], media: Media, reply_end: str) -> list[list[Piece]]:
+    """Each sample's prompt with its targets.
+
+    With ``pieces``: those. With an answer (``text_output`` or ``answer``): a conversation that ``text_input`` opens.
+    With ``text_input`` alone: its alignment with the media.
+
+    Raises:
+        PromptError: If there is no text, or not as much as there are media.
+    """
+    if samples.get("pieces") is not None:
+        return _checked([list(pieces) for pieces in samples["pieces"]], media)
+    texts = _texts(samples.get("text_input"), _size(media))
+    answers = _answers(samples)
+    if texts is None:
+        raise PromptError("a training batch needs 'pieces' or 'text_input'")
+    kinds = _kinds(media, len(texts))
+    if answers is None:
+        return _checked([alignment_prompt(k, text) for k, text in zip(kinds, texts, strict=True)], media)
+    if len(answers) != len(texts):
+        raise PromptError(f"{len(texts)} questions in 'text_input', but {len(answers)} answers")
+    conversations = [
+        chat_prompt([Turn("user", text, k), Turn("assistant", answer)], reply_end=reply_end)
+        for k, text, answer in zip(kinds, texts, answers, strict=True)
+    ]
+    return _checked(conversations, media)
+
+
+def contexts(samples: Mapping[str, Any], media: Media, question: Any = None) -> list[list[Piece]]:
+    """Each sample's prompt for the model to go on from.
+
+    With ``pieces``: those up to the last target. Else a conversation that opens with ``question``, ``prompt`` or
+    ``text_input``; without any, the media alone, for a caption.
+
+    Raises:
+        PromptError: If the batch is empty, or texts and media are of different numbers.
+    """
+    if samples.get("pieces") is not None:
+        return _checked([context_of(pieces) for pieces in samples["pieces"]], media)
+    given = next((g for g in (question, samples.get("prompt"), samples.get("text_input")) if g), None)
+    size = _size(media)
+    texts = _texts(given, size)
+    if texts is None:
+        if not size:
+            raise PromptError("there is nothing to answer: the batch holds neither text nor media")
+        return [list(alignment_prompt(k, "")[:-1]) for k in _kinds(media, size)]
+    kinds = _kinds(media, len(texts))
+    turns = [[Turn("user", text, k)] for k, text in zip(kinds, texts, strict=True)]
+    return _checked([chat_prompt(t, generate=True) for t in turns], media)
+
+
+def is_alignment(context: Sequence[Piece]) -> bool:
+    """Whether a context holds media only, so that a caption is asked for."""
+    return all(isinstance(piece, Slot) for piece in context)
+
+
+def _by_sample(kind: Kind, given: Any) -> list[list[Medium]]:
+    if isinstance(given, Tensor):
+        return [[medium] for medium in given]
+    if isinstance(given, (AudioClips, EncodedMedium)) or not isinstance(given, (list, tuple)):
+        raise PromptError(f"'{kind}' of a batch is a {type(given).__name__}, expected a tensor or a list by sample")
+    media: list[list[Medium]] = []
+    for i, of_sample in enumerate(given):
+        listed = [of_sample] if isinstance(of_sample, (Tensor, AudioClips, EncodedMedium)) else list(of_sample or ())
+        wrong = [medium for medium in listed if not isinstance(medium, (Tensor, AudioClips, EncodedMedium))]
+        if wrong:
+            raise PromptError(f"'{kind}' of sample {i} holds a {type(wrong[0]).__name__}, expected a processed medium")
+        media.append(listed)
+    return media
+
+
+def _size(media: Media) -> int | None:
+    return next((len(of_kind) for of_kind in media.values()), None)
+
+
+def _kinds(media: Media, size: int) -> list[tuple[Kind, ...]]:
+    """Each sample's media in the order image, video, audio."""
+    if _size(media) not in (None, size):
+        raise PromptError(f"the batch has {size} texts, but media for {_size(media)} samples")
+    return [tuple(kind for kind in KINDS for _ in (media[kind][i] if kind in media else ())) for i in range(size)]
+
+
+def _texts(given: Any, size: int | None) -> list[str] | None:
+    """One text for each sample; a single string is for all."""
+    if given is None:
+        return None
+    return [given] * (1 if size is None else size) if isinstance(given, str) else [str(text) for text in given]
+
+
+def _answers(samples: Mapping[str, Any]) -> list[str] | None:
+    """One answer for each question; of LAVIS's several weighted ones (``n_answers``), the heaviest."""
+    given = next((samples[key] for key in ("text_output", "answer") if samples.get(key) is not None), None)
+    if given is None:
+        return None
+    answers = [given] if isinstance(given, str) else [str(answer) for answer in given]
+    counts = samples.get("n_answers")
+    if counts is None:
+        return answers
+    weights = [float(w) for w in cast(Any, samples.get("weight", [1.0] * len(answers)))]
+    chosen, start = [], 0
+    for count in (int(c) for c in counts):
+        chosen.append(answers[max(range(start, start + count), key=lambda i: weights[i])])
+        start += count
+    return chosen
+
+
+def _checked(prompts: list[list[Piece]], media: Media) -> list[list[Piece]]:
+    if _size(media) not in (None, len(prompts)):
+        raise PromptError(f"the batch has {len(prompts)} prompts, but media for {_size(media)} samples")
+    if not prompts:
+        raise PromptError("the batch is empty")
+    return prompts
