@@ -1,0 +1,429 @@
+"""The runner: LAVIS's `RunnerBase` with a training loop over steps that can stop and go on anywhere.
+
+It knows tasks, loaders and models by their contracts only: no medium, no prompt, no data set's name.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import prepare_sample
+from lavis.runners.runner_base import RunnerBase
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lavis_chatbridge.errors import CheckpointError, ConfigError, TrainingError
+from lavis_chatbridge.runners import checkpoints, data, distributed, optim, parallel, snapshot
+from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
+from lavis_chatbridge.runners.progress import LOG, Reporter, append_stats
+from lavis_chatbridge.runners.settings import RunSettings, parse_run
+from lavis_chatbridge.runners.signals import Watch
+from lavis_chatbridge.runners.state import TrainState
+from lavis_chatbridge.runners.step import StepResult, TrainStep, autocast
+
+_log = logging.getLogger(__name__)
+
+STOPPED_BY_SIGTERM = 128 + 15
+WEIGHTS = "model.safetensors"
+
+
+@registry.register_runner("chatbridge_runner")
+class ChatBridgeRunner(RunnerBase):
+    """Trains and evaluates a model on a task; takes what LAVIS's runners take.
+
+    Args:
+        cfg: `runners.config.Config`, or LAVIS's own.
+        task: Gives losses and predictions; LAVIS's own tasks can evaluate.
+        model: What is trained.
+        datasets: Data set name -> split -> data set.
+        job_id: Name of the run's folder under ``run.output_dir``; ``run.job_id`` has precedence.
+
+    Raises:
+        ConfigError: If the output folder cannot be written, or the run does not fit this machine.
+    """
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Mapping[str, Any], job_id: str = "") -> None:
+        self.run: RunSettings = getattr(cfg, "run", None) or _run_of(cfg)
+        self.device_ = distributed.init(self.run)
+        self.state = TrainState()
+        self.continued: Path | None = None
+        self._train_loader: data.TrainLoader | None = None
+        self._wrapped_model: nn.Module | None
+        self._optimizer: torch.optim.Optimizer | None
+        self._scaler: torch.amp.GradScaler | None
+        self._lr_sched: optim.WarmupCosine | None
+        self._marks: dict[str, str] = {}
+        super().__init__(cfg, task, model, datasets, self.run.job_id if self.run.job_id is not None else job_id)
+
+    # ---- the parts, made when first used
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.device_
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on its device, ready for the process group. There is no wrapper around it."""
+        if self._wrapped_model is None:
+            self._marks = parallel.prepare(self._model, self.run, self.device)
+            self._wrapped_model = self._model
+        return self._wrapped_model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters."""
+        if self._optimizer is None:
+            self._optimizer = optim.build_optimizer(self.model, self.run)
+        return self._optimizer
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """The fp16 loss scaler; disabled in other precisions."""
+        if self._scaler is None:
+            self._scaler = optim.build_scaler(self.run.precision, self.device)
+        return self._scaler
+
+    @property
+    def lr_scheduler(self) -> optim.WarmupCosine:
+        """The learning rate per step."""
+        if self._lr_sched is None:
+            self._lr_sched = optim.schedule(self.optimizer, self.run, self.steps)
+        return self._lr_sched
+
+    @property
+    def train_loader(self) -> data.TrainLoader:
+        """The training batches of this process."""
+        if self._train_loader is None:
+            self._train_loader = data.train_loader(self.datasets, self.run, self.device)
+        return self._train_loader
+
+    @property
+    def dataloaders(self) -> dict[str, Any]:
+        """Split -> this process's batches of it (LAVIS's name)."""
+        splits = {split for one in self.datasets.values() for split in one} - set(self.run.train_splits)
+        return {split: self._evaluation_loader(split) for split in sorted(splits)} | {"train": self.train_loader}
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.run.max_iters is not None:
+            return self.run.max_iters
+        return (self.run.max_epoch or 0) * self.train_loader.plan.steps_per_epoch()
+
+    def setup_output_dir(self) -> None:
+        """Choose and make the run's folder: a new one, or, with ``run.resume: auto``, that of the run that goes on."""
+        base = Path(self.run.output_dir).expanduser().absolute()
+        self.continued = self._find_checkpoint(base)
+        if self.continued is not None and self.run.resume == "auto":
+            self.output_dir = self.continued.parent.parent
+        else:
+            self.output_dir = base / distributed.from_main(str(self.job_id or ""))
+        self.result_dir = self.output_dir / "result"
+        self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", self.run.keep_last, self.run.keep_every)
+        fault = distributed.from_main(_not_writable(self.result_dir) if distributed.is_main() else "")
+        if fault:
+            raise ConfigError(fault)
+        registry.mapping["paths"] |= {"output_dir": str(self.output_dir), "result_dir": str(self.result_dir)}
+
+    # ---- training
+
+    def train(self) -> None:
+        """Train to the last step, then score ``test_splits``; with ``run.evaluate`` only the latter.
+
+        Raises:
+            TrainingError: If training cannot go on; the last checkpoint is sound.
+            CheckpointError: If the run to go on from does not fit.
+        """
+        if self.evaluate_only:
+            self.evaluate()
+            return
+        started = time.monotonic()
+        model = self.model
+        if self.continued is not None:
+            self._load_checkpoint(self.continued)
+        optim.log_sizes(model)
+        with Watch(self.run.save_every_minutes) as watch, self._reporter() as reporter:
+            self._train_steps(watch, reporter)
+        self._write_weights()
+        self.evaluate()
+        _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
+
+    def _train_steps(self, watch: Watch, reporter: Reporter) -> None:
+        """The training loop."""
+        take = TrainStep(self.model, self._loss, self.optimizer, self.scaler, self.lr_scheduler, self.run, self.device)
+        batches = self.train_loader.batches(self.state.step, self.steps)
+        self.model.train()
+        while self.state.step < self.steps:
+            began = time.perf_counter()
+            micro_batches = list(itertools.islice(batches, self.run.accum_grad_iters))
+            waited = time.perf_counter() - began
+            source, skipped = micro_batches[0]["source"], sum(len(batch["skipped"]) for batch in micro_batches)
+            readable = [batch for batch in micro_batches if batch.get("sample_id", True)]
+            result = take(self.state.step, readable, skipped, watch.wishes())
+            self.state.record(source, result)
+            reporter.step(source, result, waited, self.state)
+            self._after_step(result, watch, reporter)
+
+    def _after_step(self, result: StepResult, watch: Watch, reporter: Reporter) -> None:
+        """Validate, save and stop where it is time to."""
+        if result.suspects:
+            reporter.say(
+                f"step {self.state.step} was not finite and is skipped; its samples: {', '.join(result.suspects)}"
+            )
+        last = self.state.step == self.steps
+        if self.run.valid_splits and (last or self._is_multiple_of(self.validation_interval)):
+            self._validate(reporter)
+            result.wishes.save = True
+        if last or result.wishes.save or result.wishes.stop or self._is_multiple_of(self.run.save_every_steps):
+            self._save_checkpoint(self.state.step)
+            watch.saved()
+        self.state.check(self.run)
+        if result.wishes.stop and not last:
+            reporter.say(f"stopped by SIGTERM after step {self.state.step}; run again with run.resume=auto to go on")
+            raise SystemExit(STOPPED_BY_SIGTERM)
+
+    def _is_multiple_of(self, interval: int | None) -> bool:
+        return interval is not None and self.state.step % interval == 0
+
+    @property
+    def validation_interval(self) -> int | None:
+        """Steps between two validations; None validates at the end only."""
+        if self.run.eval_every is None and self.run.max_epoch is not None:
+            return self.train_loader.plan.steps_per_epoch()
+        return self.run.eval_every
+
+    def _loss(self, model: nn.Module, samples: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The mean loss of a micro-batch, and of how many target tokens (of LAVIS's tasks: samples) it is the mean."""
+        samples = prepare_sample(dict(samples), cuda_enabled=self.cuda_enabled)
+        weighted = getattr(self.task, "weighted_loss", None)
+        if weighted is not None:
+            return weighted(model=model, samples=samples)
+        loss = self.task.train_step(model=model, samples=samples)
+        count = next(
+            (len(value) for key, value in samples.items() if key != "skipped" and isinstance(value, (list, Tensor))), 1
+        )
+        return loss, torch.tensor(float(count), device=loss.device)
+
+    # ---- evaluation
+
+    def _validate(self, reporter: Reporter) -> None:
+        """Score ``valid_splits``; keep the weights if the first one's ``agg_metrics`` is the best so far."""
+        for number, split in enumerate(self.run.valid_splits):
+            stats = self.eval_epoch(split, self.state.step) or {}
+            if number == 0 and "agg_metrics" in stats and self.state.improves(float(stats["agg_metrics"])):
+                self._save_checkpoint(self.state.step, is_best=True)
+            reporter.write(split, {**stats, "best_step": self.state.best_step}, self.state.step)
+        self.model.train()
+
+    def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, Any]:
+        """Score ``test_splits``.
+
+        Args:
+            cur_epoch: ``"best"`` takes the best weights of this run's training, where validation chose some.
+            skip_reload: Take the weights as they are.
+
+        Returns:
+            Split -> its metrics.
+        """
+        if self.evaluate_only and self.continued is not None:
+            weights = checkpoints.read(self.continued).model
+            snapshot.load_trained_weights(self.model, weights, str(self.continued))
+        elif not self.evaluate_only and not skip_reload and cur_epoch == "best":
+            self._reload_best_model(self.model)
+        logs: dict[str, Any] = {}
+        for split in self.run.test_splits:
+            logs[split] = self.eval_epoch(split, self.state.step, skip_reload=True)
+            self.log_stats(logs[split], split)
+        return logs
+
+    @torch.no_grad()
+    def eval_epoch(self, split_name: str, cur_epoch: str | int, skip_reload: bool = False) -> dict[str, Any] | None:
+        """Score one split.
+
+        Returns:
+            The metrics, on every process.
+        """
+        if not skip_reload and cur_epoch == "best":
+            self._reload_best_model(self.model)
+        loader = self._evaluation_loader(split_name)
+        model = self.model
+        model.eval()
+        self.task.before_evaluation(model=model, dataset=getattr(loader, "dataset", None))
+        with parallel.whole(model), autocast(self.run.precision, self.device):
+            results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled) if len(loader) else []
+        metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
+        return distributed.from_main(metrics)
+
+    def _evaluation_loader(self, split: str) -> Any:
+        found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
+        if not found:
+            there = sorted({name for splits in self.datasets.values() for name in splits})
+            raise ConfigError(f"no data set has the split {split!r}; there are {', '.join(there)}")
+        together = getattr(self.task, "evaluation_split", None)
+        if together is not None and all(hasattr(dataset, "sources") for dataset in found.values()):
+            dataset = together(found)
+        elif len(found) == 1:
+            dataset = next(iter(found.values()))
+        else:
+            raise ConfigError(
+                f"the split {split!r} is in {', '.join(found)}; LAVIS's tasks score one data set at a time"
+            )
+        return data.evaluation_loader(dataset, self.run, self.device)
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
+        """Write a checkpoint of step ``cur_epoch``; all processes wait until it is on disk.
+
+        Raises:
+            TrainingError: On every process, if it cannot be written.
+        """
+        rng = distributed.gather_to_main(snapshot.rng_state())
+        loading = distributed.gather_to_main(self.train_loader.state_dict())
+        fault = ""
+        if distributed.is_main():
+            try:
+                checkpoint = self._checkpoint(rng, loading, is_best)
+                (self.checkpoints.save_best if is_best else self.checkpoints.save)(checkpoint, cur_epoch)
+            except TrainingError as error:
+                fault = str(error)
+        fault = distributed.from_main(fault)
+        if fault:
+            raise TrainingError(fault)
+
+    def _checkpoint(self, rng: list[dict], loading: list[dict], only_weights: bool) -> Checkpoint:
+        state = {
+            "progress": self.state.to_dict(),
+            "data": {"plan": self._plan_record(), "loaders": loading},
+            "rng": rng,
+            "scaler": self.scaler.state_dict(),
+            "schedule": self.lr_scheduler.state_dict(),
+            "identity": self._identity(),
+            "fingerprints": self._marks,
+            "versions": snapshot.versions(),
+            "config": _plain(self.config),
+        }
+        tensors = {} if only_weights else snapshot.optimizer_tensors(self.model, self.optimizer)
+        return Checkpoint(snapshot.trained_weights(self.model), tensors, state)
+
+    def _load_checkpoint(self, url_or_filename: str | os.PathLike) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: If it is damaged, or made for other weights, dimensions or sources.
+        """
+        path = Path(url_or_filename)
+        checkpoint = checkpoints.read(path)
+        state = checkpoint.state
+        faults = checkpoints.differences(state["fingerprints"], self._marks)
+        if faults:
+            raise CheckpointError(f"{path} was trained with other frozen parts: {'; '.join(faults)}")
+        snapshot.load_trained_weights(self.model, checkpoint.model, str(path))
+        snapshot.load_optimizer(self.model, self.optimizer, checkpoint.optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        self.state = TrainState.from_dict(state["progress"])
+        self._restore_position(state, path)
+        if distributed.rank() < len(state["rng"]):
+            snapshot.set_rng_state(state["rng"][distributed.rank()])
+        _log.info("going on from %s after step %d of %d", path, self.state.step, self.steps)
+
+    def _restore_position(self, state: Mapping[str, Any], path: Path) -> None:
+        """Check that the step means the same samples as when it was saved, and take over the loaders' counts."""
+        faults = checkpoints.differences(state["data"]["plan"], self._plan_record())
+        if faults:
+            raise CheckpointError(f"{path} was trained on another plan of data: {'; '.join(faults)}")
+        loading = state["data"]["loaders"]
+        if distributed.rank() < len(loading):
+            self.train_loader.load_state_dict(loading[distributed.rank()])
+
+    def _reload_best_model(self, model: nn.Module) -> nn.Module:
+        """Put the best weights of this run into the model, where validation chose some."""
+        best = self.checkpoints.best()
+        if best is not None:
+            _log.info("taking the best weights, %s", best)
+            snapshot.load_trained_weights(model, checkpoints.read(best).model, str(best))
+        return model
+
+    def _write_weights(self) -> None:
+        """The trained weights as one file, ``model.safetensors`` in the run's folder: the best ones, else the last."""
+        if not distributed.is_main():
+            return
+        best = self.checkpoints.best()
+        weights = checkpoints.read(best).model if best is not None else snapshot.trained_weights(self.model)
+        partial = self.output_dir / f".{WEIGHTS}.partial"
+        save_file(weights, partial, metadata={"step": str(self.state.best_step if best else self.state.step)})
+        os.replace(partial, self.output_dir / WEIGHTS)
+        _log.info("the trained weights are in %s", self.output_dir / WEIGHTS)
+
+    def _find_checkpoint(self, base: Path) -> Path | None:
+        """The checkpoint that ``run.resume`` names, the same on all processes."""
+        if self.run.resume is None:
+            return None
+        if self.run.resume != "auto":
+            return Path(self.run.resume).expanduser().absolute()
+        identity = self._identity()
+        found = checkpoints.newest_run(base, identity) if distributed.is_main() else None
+        found = distributed.from_main(found)
+        if found is None:
+            _log.info("run.resume is auto, and %s has no checkpoint of this configuration: starting anew", base)
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes two configurations the same run: ``auto`` must not go on from somebody else's checkpoint."""
+        config = _plain(self.config)
+        model = {key: config["model"].get(key) for key in ("arch", "model_type")}
+        return {"task": self.run.task, "model": model, "datasets": sorted(config["datasets"]), "seed": self.run.seed}
+
+    def _plan_record(self) -> dict[str, Any]:
+        plan = self.train_loader.plan
+        return {
+            "sizes": plan.sizes,
+            "ratios": plan.ratios,
+            "batch_sizes": plan.batch_sizes,
+            "world_size": plan.world_size,
+            "seed": plan.seed,
+        }
+
+    # ---- logs
+
+    def _reporter(self) -> Reporter:
+        config = _plain(self.config)
+        return Reporter(self.run, self.output_dir, self.steps, self.state.step, config, active=distributed.is_main())
+
+    def log_stats(self, stats: Any, split_name: str) -> None:
+        """Append a split's metrics to ``log.txt``."""
+        if distributed.is_main() and isinstance(stats, Mapping):
+            append_stats(self.output_dir / LOG, split_name, stats, self.state.step)
+
+
+def _run_of(cfg: Any) -> RunSettings:
+    """The typed ``run`` section of a configuration that LAVIS's own ``Config`` read."""
+    return parse_run(OmegaConf.to_container(cfg.run_cfg, resolve=True))  # type: ignore[arg-type]
+
+
+def _plain(cfg: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries."""
+    return OmegaConf.to_container(cfg.get_config(), resolve=True)  # type: ignore[return-value]
+
+
+def _not_writable(folder: Path) -> str:
+    """Make a folder; why that, or writing into it, is impossible, or an empty text."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        return f"run.output_dir: cannot write to {folder}: {error.strerror or error}"
+    return ""

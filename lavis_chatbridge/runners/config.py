@@ -1,0 +1,275 @@
+"""From a YAML and ``--options`` to one checked configuration: what LAVIS's tasks, builders and runners read.
+
+Precedence, lowest first: the model type's YAML and the data sets' default YAML, the user's YAML, the options.
+Everything that is wrong (unknown keys, types, contradictions, names, files) is reported together, before anything is
+loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lavis_chatbridge import settings
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.runners.settings import RunSettings, parse_run
+
+_log = logging.getLogger(__name__)
+
+SECTIONS = ("model", "datasets", "run", "preprocess", "env")
+_DEFAULT_ARCH = "chatbridge"
+_LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
+_DATASET_NAME_OF_PROCESSOR = {"txt_processor": "text_processor"}
+
+
+@dataclasses.dataclass
+class EnvSettings:
+    """The ``env`` section: where things lie on this machine."""
+
+    data_root: str | None = None
+    """Folder under which the data sets' relative paths are looked up; null takes ``$CHATBRIDGE_DATA``."""
+    cache_root: str | None = None
+    """Folder of what LAVIS downloads; null takes LAVIS's setting if somebody changed it, else ``~/.cache/lavis``."""
+
+
+class Config:
+    """A checked configuration with the attributes of LAVIS's own ``Config``.
+
+    Attributes:
+        config: All sections, merged.
+        run: The ``run`` section, typed.
+        env: The ``env`` section, typed.
+    """
+
+    def __init__(self, config: DictConfig, run: RunSettings, env: EnvSettings) -> None:
+        self.config = config
+        self.run = run
+        self.env = env
+
+    @property
+    def run_cfg(self) -> DictConfig:
+        """The ``run`` section with all defaults filled in, as LAVIS's tasks read it."""
+        return self.config.run
+
+    @property
+    def model_cfg(self) -> DictConfig:
+        """The ``model`` section."""
+        return self.config.model
+
+    @property
+    def datasets_cfg(self) -> DictConfig:
+        """The ``datasets`` section: name -> its configuration."""
+        return self.config.datasets
+
+    @property
+    def preprocess_cfg(self) -> DictConfig:
+        """The ``preprocess`` section of the model type's YAML, with the user's changes."""
+        return self.config.preprocess
+
+    def get_config(self) -> DictConfig:
+        """All sections, merged (LAVIS's name)."""
+        return self.config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All sections as plain dictionaries, lists and scalars."""
+        return _plain(self.config)
+
+    def pretty_print(self) -> None:
+        """Log every section as YAML."""
+        for section in ("run", "datasets", "model"):
+            _log.info("%s:\n%s", section, OmegaConf.to_yaml(self.config[section], resolve=True).rstrip())
+
+
+def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> Config:
+    """Read, merge and check a configuration; tell LAVIS's registry where its caches lie.
+
+    Args:
+        cfg_path: A YAML with the sections ``model``, ``datasets`` and ``run``, as in LAVIS.
+        options: Overrides, as ``["run.seed=1", ...]`` or as LAVIS's pairs ``["run.seed", "1", ...]``.
+
+    Raises:
+        ConfigError: With every fault that was found.
+    """
+    import lavis  # noqa: F401  (fills the registry with models, builders and tasks)
+    from lavis.common.registry import registry
+
+    user = _over(_read_yaml(cfg_path), _read_options(options or []))
+    faults = [settings.unknown_key(str(key), SECTIONS, "config") for key in user if key not in SECTIONS]
+    merged = OmegaConf.create({section: user.get(section) or {} for section in SECTIONS})
+    collect = _Collector(faults)
+    collect(lambda: _merge_model(merged))
+    collect(lambda: _merge_datasets(merged))
+    run = collect(lambda: _check_run(merged.run))
+    env = collect(lambda: settings.parse(EnvSettings, _plain(merged.env), "env"))
+    if faults or run is None or env is None:
+        raise ConfigError(f"{cfg_path}: " + "; ".join(faults))
+    merged.run = OmegaConf.create(_for_lavis(run))
+    config = Config(merged, run, env)
+    _set_paths(env)
+    registry.register("configuration", config)
+    return config
+
+
+class _Collector:
+    """Calls parts of the reading and keeps their faults instead of stopping at the first."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+
+    def __call__(self, part: Callable[[], Any]) -> Any:
+        try:
+            return part()
+        except (ConfigError, OmegaConfBaseException) as error:
+            self.faults.append(" ".join(str(error).split()))
+            return None
+
+
+def _read_yaml(path: str | os.PathLike) -> DictConfig:
+    if not Path(path).is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    try:
+        loaded = OmegaConf.load(Path(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold the sections {', '.join(SECTIONS)}, found a list")
+    return loaded
+
+
+def _read_options(options: Sequence[str]) -> DictConfig:
+    """``--options`` in either of LAVIS's two forms."""
+    if options and "=" not in options[0]:
+        if len(options) % 2:
+            raise ConfigError(f"--options: {options[-1]!r} has no value; write KEY=VALUE")
+        options = [f"{key}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
+    without = [option for option in options if "=" not in option]
+    if without:
+        raise ConfigError(f"--options: {without[0]!r} has no value; write KEY=VALUE")
+    try:
+        return OmegaConf.from_dotlist(list(options))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--options: {' '.join(str(error).split())}") from error
+
+
+def _merge_model(merged: DictConfig) -> None:
+    """Put the model type's YAML under the user's ``model`` and ``preprocess`` sections, and check the result."""
+    from lavis.common.registry import registry
+
+    arch = merged.model.setdefault("arch", _DEFAULT_ARCH)
+    model_class = registry.get_model_class(arch)
+    if model_class is None:
+        raise ConfigError(_unknown_name("model.arch", arch, registry.list_models()))
+    types = list(model_class.PRETRAINED_MODEL_CONFIG_DICT)
+    model_type = merged.model.get("model_type") or getattr(model_class, "DEFAULT_MODEL_TYPE", types[0])
+    if model_type not in types:
+        raise ConfigError(_unknown_name("model.model_type", model_type, types))
+    defaults = _read_yaml(model_class.default_config_path(model_type))
+    for section in ("model", "preprocess"):
+        merged[section] = _over(defaults.get(section) or OmegaConf.create({}), merged[section])
+    merged.model.model_type = model_type
+    _check_by(model_class, merged.model, "model")
+
+
+def _merge_datasets(merged: DictConfig) -> None:
+    """Put each builder's default YAML under the user's section of that name; processors come from the model's YAML."""
+    if not merged.datasets:
+        raise ConfigError("datasets is missing: name at least one registered data set")
+    unknown = [name for name in merged.run.get("train_dataset_ratios") or {} if name not in merged.datasets]
+    faults = [_unknown_name("run.train_dataset_ratios", name, list(merged.datasets)) for name in unknown]
+    for name in list(merged.datasets):
+        try:
+            merged.datasets[name] = _dataset(name, merged)
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def _dataset(name: str, merged: DictConfig) -> DictConfig:
+    from lavis.common.registry import registry
+
+    chosen = merged.datasets[name] or OmegaConf.create({})
+    builder = registry.get_builder_class(name)
+    if builder is None:
+        raise ConfigError(_unknown_name("datasets", name, registry.list_datasets()))
+    kind = chosen.get("type", "default")
+    if kind not in builder.DATASET_CONFIG_DICT:
+        raise ConfigError(_unknown_name(f"datasets.{name}.type", kind, list(builder.DATASET_CONFIG_DICT)))
+    defaults = _read_yaml(builder.default_config_path(type=kind))
+    processors = {_DATASET_NAME_OF_PROCESSOR.get(key, key): value for key, value in merged.preprocess.items()}
+    whole = _over(OmegaConf.create(processors), defaults.datasets[name], chosen)
+    _check_by(builder, whole, f"datasets.{name}")
+    return whole
+
+
+def _check_by(owner: type, section: DictConfig, where: str) -> None:
+    """Let the class that will read a section check it, where it can (``check_config(cfg, where)``)."""
+    check = getattr(owner, "check_config", None)
+    if check is not None:
+        check(_plain(section), where)
+
+
+def _check_run(section: DictConfig) -> RunSettings:
+    import lavis.runners  # noqa: F401  (registers LAVIS's own, which `import lavis` does not)
+    from lavis.common.registry import registry
+
+    run = parse_run(_plain(section))
+    faults = []
+    if run.task not in registry.list_tasks():
+        faults.append(_unknown_name("run.task", run.task, registry.list_tasks()))
+    if run.runner not in registry.list_runners():
+        faults.append(_unknown_name("run.runner", run.runner, registry.list_runners()))
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return run
+
+
+def _for_lavis(run: RunSettings) -> dict[str, Any]:
+    """The run section with every default, and with LAVIS's names beside ours, for tasks that read those."""
+    values = dataclasses.asdict(run)
+    values["betas"] = list(run.betas)
+    values |= {"amp": run.precision == "fp16", "log_freq": run.log_every, "resume_ckpt_path": run.resume}
+    return values
+
+
+def _over(*configs: DictConfig) -> DictConfig:
+    """Later ones over earlier ones."""
+    merged = OmegaConf.merge(*configs)
+    if not isinstance(merged, DictConfig):
+        raise ConfigError(f"expected mappings, found {merged!r}")
+    return merged
+
+
+def _plain(section: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
+
+
+def _unknown_name(where: str, name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+    return f"{where}: unknown name {name!r}{hint}"
+
+
+def _set_paths(env: EnvSettings) -> None:
+    """Tell LAVIS's registry (and the readers of data) where data and caches lie.
+
+    LAVIS refuses to register a path twice and comes with its authors' cache folder, so the mapping is written itself.
+    """
+    from lavis.common.registry import registry
+
+    paths = registry.mapping["paths"]
+    if env.data_root is not None:
+        os.environ["CHATBRIDGE_DATA"] = str(Path(env.data_root).expanduser().resolve())
+    if env.cache_root is not None:
+        paths["cache_root"] = str(Path(env.cache_root).expanduser().resolve())
+    elif paths.get("cache_root") in (None, _LAVIS_AUTHORS_CACHE):
+        paths["cache_root"] = str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lavis")

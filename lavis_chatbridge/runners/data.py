@@ -1,0 +1,144 @@
+"""Which loader serves a split: the package's own for its data sets, a plain one with the same plan for LAVIS's.
+
+LAVIS's data sets have one source, no names for their samples and a ``collater`` of their own; what they return goes
+to the model as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader
+from lavis_chatbridge.datasets.plan import MixturePlan
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.runners import distributed
+from lavis_chatbridge.runners.settings import RunSettings
+
+Splits = Mapping[str, Mapping[str, Any]]
+"""Data set name -> split name -> data set: what LAVIS's tasks build."""
+
+
+class TrainLoader(Protocol):
+    """What training needs of a loader."""
+
+    plan: MixturePlan
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+        """Micro-batches of steps ``start`` to ``stop - 1``, in order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the step."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+
+def loader_settings(run: RunSettings, device: torch.device) -> LoaderSettings:
+    """The loader's part of the ``run`` section."""
+    return LoaderSettings(
+        batch_size=run.batch_size_train,
+        batch_tokens=run.batch_tokens,
+        accumulate=run.accum_grad_iters,
+        ratios=run.train_dataset_ratios,
+        group_by_length=run.group_by_length,
+        seed=run.seed,
+        workers=run.num_workers,
+        pin_memory=device.type == "cuda",
+        max_bad_share=run.max_bad_share,
+    )
+
+
+def train_loader(datasets: Splits, run: RunSettings, device: torch.device) -> TrainLoader:
+    """The training batches of this process.
+
+    Raises:
+        ConfigError: If there is nothing to train on, or data sets of LAVIS and of this package are mixed.
+    """
+    chosen = {
+        name if split == "train" else f"{name}/{split}": splits[split]
+        for name, splits in datasets.items()
+        for split in run.train_splits
+        if split in splits
+    }
+    if not chosen:
+        found = sorted({split for splits in datasets.values() for split in splits})
+        raise ConfigError(
+            f"run.train_splits {run.train_splits} are in no data set; there are the splits {', '.join(found)}"
+        )
+    settings = loader_settings(run, device)
+    own = [hasattr(dataset, "sources") for dataset in chosen.values()]
+    if all(own):
+        return MixtureLoader(chosen, settings, distributed.rank(), distributed.world_size())
+    if any(own):
+        raise ConfigError(f"cannot mix LAVIS's data sets with this package's in one training: {', '.join(chosen)}")
+    return LavisTrainLoader(chosen, settings)
+
+
+def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Any:
+    """This process's batches of a split: every sample on exactly one process."""
+    settings = loader_settings(run, device)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if hasattr(dataset, "sources"):
+        return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, settings)
+    return DataLoader(
+        dataset,
+        batch_size=run.batch_size_eval,
+        sampler=range(rank, len(dataset), world_size),
+        num_workers=run.num_workers,
+        collate_fn=getattr(dataset, "collater", None),
+        pin_memory=settings.pin_memory,
+    )
+
+
+class LavisTrainLoader:
+    """Training batches of LAVIS's map-style data sets, in the order of the same plan as this package's own."""
+
+    def __init__(self, datasets: Mapping[str, Any], settings: LoaderSettings) -> None:
+        self.datasets, self.settings = datasets, settings
+        size = settings.batch_size * settings.accumulate
+        sizes = {name: len(dataset) for name, dataset in datasets.items()}
+        self.plan = MixturePlan(sizes, settings.ratios, size, distributed.world_size(), settings.seed)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+        """Micro-batches of steps ``start`` to ``stop - 1``, in order."""
+        yield from DataLoader(
+            _LavisBatches(self.datasets),
+            batch_size=None,
+            sampler=self._requests(start, stop),
+            num_workers=self.settings.workers,
+            collate_fn=_unchanged,  # type: ignore[arg-type]  # with batch_size None it is given one batch
+        )
+
+    def _requests(self, start: int, stop: int | None) -> Iterator[tuple[str, list[int]]]:
+        size = self.settings.batch_size
+        for step in itertools.count(start) if stop is None else range(start, stop):
+            source, pairs = self.plan.batch(step, distributed.rank())
+            indices = [index for index, _ in pairs]
+            yield from ((source, indices[first : first + size]) for first in range(0, len(indices), size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beside the step."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing beside the step."""
+
+
+class _LavisBatches(torch.utils.data.Dataset):
+    def __init__(self, datasets: Mapping[str, Any]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, request: tuple[str, Sequence[int]]) -> dict[str, Any]:
+        source, indices = request
+        dataset = self.datasets[source]
+        collate: Callable = getattr(dataset, "collater", None) or torch.utils.data.default_collate
+        return {"source": source, "skipped": [], **collate([dataset[index] for index in indices])}
+
+
+def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch

@@ -1,0 +1,113 @@
+"""A model made ready for its device and its process group: precision, equal weights, sharding, compilation.
+
+What is trained is small and lies on every process. What is frozen is either on every process too (``ddp``) or spread
+over them block by block and gathered when a block runs (``fsdp``, FSDP2).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lavis_chatbridge.errors import ConfigError, TrainingError
+from lavis_chatbridge.runners import distributed, optim, snapshot
+from lavis_chatbridge.runners.settings import RunSettings
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> dict[str, str]:
+    """Move a model to its device and make it alike on all processes.
+
+    Returns:
+        The fingerprints of its frozen parts.
+
+    Raises:
+        ConfigError: If the model cannot do what the run asks for.
+        TrainingError: If processes have loaded different frozen weights.
+    """
+    raised = optim.keep_in_fp32(optim.trainable(model).values())
+    if raised:
+        _log.warning("%d trainable weights were in half precision; they are kept in fp32", raised)
+    marks = snapshot.fingerprints(model)
+    if len({str(sorted(other.items())) for other in distributed.gather_everywhere(marks)}) > 1:
+        raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
+    if run.gradient_checkpointing:
+        _checkpoint_gradients(model)
+    if run.parallel == "fsdp" and distributed.in_group():
+        _shard(model, device)
+    model.to(device)
+    _broadcast(model)
+    if run.compile:
+        for block in frozen_blocks(model):
+            block.compile()
+    return marks
+
+
+def frozen_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of the frozen stacks: children of module lists without a trainable parameter, the outermost ones."""
+    blocks: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for stack in model.modules():
+        if not isinstance(stack, nn.ModuleList) or stack in inside:
+            continue
+        for block in stack:
+            parameters = list(block.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                blocks.append(block)
+                inside.update(block.modules())
+    return blocks
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Every process has all weights inside: evaluation takes each one through another number of passes.
+
+    Needs the memory of the whole model on each process while it lasts.
+    """
+    sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in sharded:
+        module.set_reshard_after_forward(False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True)
+            module.reshard()
+
+
+def _shard(model: nn.Module, device: torch.device) -> None:
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as error:
+        raise ConfigError(f"run.parallel fsdp needs torch 2.6 or newer, found {torch.__version__}") from error
+    mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
+    blocks = frozen_blocks(model)
+    if not blocks:
+        raise ConfigError("run.parallel is fsdp, but the model has no frozen stack of blocks to spread")
+    for block in blocks:
+        block.to(device)
+        fully_shard(block, mesh=mesh)
+
+
+def _broadcast(model: nn.Module) -> None:
+    """The main process's trainable weights, everywhere."""
+    if distributed.in_group():
+        for parameter in optim.trainable(model).values():
+            dist.broadcast(parameter.data, src=0)
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    for part in (model, *model.children()):
+        enable = getattr(part, "gradient_checkpointing_enable", None)
+        if enable is not None:
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return
+    raise ConfigError(f"run.gradient_checkpointing: {type(model).__name__} has no part that can recompute activations")

@@ -1,0 +1,80 @@
+"""How far a run has come: the step, what each source gave, what went wrong, the best score; kept in checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lavis_chatbridge.errors import TrainingError
+from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.runners.step import StepResult
+
+
+@dataclass
+class SourceCount:
+    """What one source gave, over all processes."""
+
+    samples: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    steps: int = 0
+
+
+@dataclass
+class TrainState:
+    """How far a run has come.
+
+    Attributes:
+        step: Steps that are done.
+        sources: Per source, what it gave.
+        nonfinite_steps: Steps that were skipped for a non-finite loss or gradient.
+        best_metric: Highest ``agg_metrics`` of the first validation split; None before the first validation.
+        best_step: The step of it.
+    """
+
+    step: int = 0
+    sources: dict[str, SourceCount] = field(default_factory=dict)
+    nonfinite_steps: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+
+    def record(self, source: str, result: StepResult) -> None:
+        """Count a step that was taken."""
+        count = self.sources.setdefault(source, SourceCount())
+        count.samples += result.samples
+        count.skipped += result.skipped
+        count.tokens += result.tokens
+        count.steps += 1
+        self.step += 1
+        self.nonfinite_steps += result.outcome == "nonfinite"
+
+    def check(self, run: RunSettings) -> None:
+        """Stop a run that cannot end well.
+
+        Raises:
+            TrainingError: If too many steps were not finite.
+        """
+        if self.nonfinite_steps >= max(1, run.max_nonfinite_steps):
+            raise TrainingError(
+                f"{self.nonfinite_steps} steps had a non-finite loss or gradient (run.max_nonfinite_steps "
+                f"{run.max_nonfinite_steps}): lower run.init_lr, use precision bf16 or fp32, or look at the samples "
+                "that the log names"
+            )
+
+    def improves(self, metric: float) -> bool:
+        """Whether ``metric`` is the best so far; if so it is recorded for the current step."""
+        if self.best_metric is not None and not metric > self.best_metric:
+            return False
+        self.best_metric, self.best_step = metric, self.step
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON's types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """From what `to_dict` gave."""
+        sources = {name: SourceCount(**count) for name, count in values["sources"].items()}
+        return cls(**{**values, "sources": sources})

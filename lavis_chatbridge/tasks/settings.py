@@ -1,0 +1,68 @@
+"""What an evaluation is told: how answers are decoded, and what the model is given of each sample's media.
+
+These keys stand in the ``run`` section of a YAML, beside the runner's own, as LAVIS has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from lavis_chatbridge.prompting.pieces import KINDS, Kind
+
+MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
+
+
+@dataclass
+class EvaluationSettings:
+    """Keys of the ``run`` section that concern tasks; names and meanings are LAVIS's where it has them."""
+
+    num_beams: int = 1
+    """Beams of the search; 1 is greedy decoding."""
+    use_nucleus_sampling: bool = False
+    """Draw from the most likely tokens instead of searching; scores then depend on the seed."""
+    top_p: float = 0.9
+    """Probability mass that nucleus sampling draws from."""
+    temperature: float = 1.0
+    """Divisor of the logits in nucleus sampling."""
+    max_len: int = 30
+    """Longest answer, in tokens."""
+    min_len: int = 1
+    """Shortest answer, in tokens."""
+    length_penalty: float = 1.0
+    """Exponent of the length by which beam search divides a score; above 1 prefers longer answers."""
+    repetition_penalty: float = 1.0
+    """Divisor of the logits of tokens that have been said; 1 changes nothing."""
+    inference_method: Literal["generate", "rank"] = "generate"
+    """For LAVIS's ``vqa`` task: write an answer, or choose one of the data set's answer list."""
+    num_ans_candidates: int = 128
+    """For LAVIS's ``vqa`` task with ``rank``: how many answers of the list are scored in full."""
+    prompt: str = ""
+    """For LAVIS's own tasks: the template of the question."""
+    report_metric: bool = True
+    """Score the predictions; false only writes them."""
+    media: MediaMode = "normal"
+    """``shuffled`` gives every sample another sample's media, ``withheld`` none: does the model really use them?"""
+    media_kinds: list[Kind] = field(default_factory=lambda: list(KINDS))
+    """The kinds of media which ``media`` concerns; the others stay as they are."""
+
+    def check(self) -> Iterable[str]:
+        """Contradictions between the keys."""
+        if self.num_beams < 1:
+            yield f"num_beams must be at least 1, found {self.num_beams}"
+        if not 1 <= self.min_len <= self.max_len:
+            yield f"expected 1 <= min_len <= max_len, found min_len {self.min_len} and max_len {self.max_len}"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p must lie in (0, 1], found {self.top_p}"
+        if self.temperature <= 0:
+            yield f"temperature must be positive, found {self.temperature}"
+        if self.use_nucleus_sampling and self.num_beams > 1:
+            yield f"use_nucleus_sampling draws and num_beams {self.num_beams} searches: choose one"
+
+    @classmethod
+    def of(cls, run_cfg: Mapping[str, Any]) -> EvaluationSettings:
+        """These keys out of a whole ``run`` section (LAVIS hands tasks all of it)."""
+        names = {item.name for item in dataclasses.fields(EvaluationSettings)}
+        return EvaluationSettings(**{key: value for key, value in run_cfg.items() if key in names})
