@@ -19,6 +19,7 @@ ITEM_KEYS = (
     "audio",
     "text_output",
     "references",
+    "answers",
     "facts",
     "task",
     "held_out",

@@ -143,6 +143,7 @@ class SourceDataset(torch.utils.data.Dataset):
             **media,
             "text_output": target,
             "references": references(sample, self.settings.stage),
+            "answers": list(sample.answers),
             "facts": dict(sample.facts),
             "task": sample.task or self.settings.task,
             "held_out": sample.held_out,
