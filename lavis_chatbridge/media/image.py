@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ WHITE = (255, 255, 255)
 
 # Only these decoders are offered a file: Pillow knows others that start programs (EPS) or are hardly ever exercised.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Broken EXIF blocks are common in good photos; a line on stderr for each helps nobody.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -120,7 +124,7 @@ def _array_to_rgb(array: np.ndarray, background: tuple[int, int, int]) -> np.nda
         alpha = pixels[..., 3:].astype(np.float32) / 255.0
         mixed = pixels[..., :3] * alpha + np.asarray(background, np.float32) * (1.0 - alpha)
         return np.rint(mixed).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.array(pixels, order="C")
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:

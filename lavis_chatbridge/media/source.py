@@ -51,7 +51,7 @@ def file_of(source: Any) -> str | io.BytesIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
             raise MediaError(source, "it is empty")
-        return io.BytesIO(source)
+        return _Bytes(source)
     if not isinstance(source, (str, os.PathLike)):
         raise MediaError(source, f"a {type(source).__name__} is neither a path, bytes, an array nor a Pillow image")
     with media_errors(source):
@@ -80,6 +80,17 @@ def head_of(file: str | io.BytesIO, size: int = 16) -> bytes:
 def is_picture(head: bytes) -> bool:
     """Whether a file that begins with ``head`` is a picture, animated or not."""
     return head.startswith(_PICTURE_HEADS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+class _Bytes(io.BytesIO):
+    """Where a broken file sends its reader before the start, libsndfile would print a traceback: it gets the start."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to ``offset``, as in ``io.BytesIO``."""
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return super().seek(0)
 
 
 class Deadline:

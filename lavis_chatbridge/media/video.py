@@ -83,7 +83,7 @@ def _array_frames(array: np.ndarray, choose: Callable[[int], Sequence[int]]) -> 
     if frames.ndim != 4 or 0 in frames.shape or frames.shape[3] not in (1, 3):
         raise MediaError(array, "a video has the shape [T,H,W], [T,H,W,1] or [T,H,W,3]")
     picked = as_bytes(frames[_chosen(choose, len(frames))])
-    return np.ascontiguousarray(np.broadcast_to(picked, (*picked.shape[:3], 3)))
+    return np.repeat(picked, 3, axis=3) if picked.shape[3] == 1 else np.ascontiguousarray(picked)
 
 
 def _picture_frames(

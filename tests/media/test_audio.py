@@ -1,0 +1,160 @@
+"""Sounds of every kind become the right mono samples, and what cannot be opened is one `MediaError`."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchaudio.transforms import Resample
+
+from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.media import Limits, open_audio
+from lavis_chatbridge.media import audio as audio_module
+from lavis_chatbridge.media.audio import resample
+from tests.media.making import encoded, sound_file, tone, video_file
+
+
+def pitch(samples: np.ndarray, rate: int = 16_000) -> float:
+    """The strongest frequency, in Hz."""
+    return float(np.abs(np.fft.rfft(samples * np.hanning(len(samples)))).argmax() * rate / len(samples))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 96000])
+def test_any_rate(rate: int) -> None:
+    got = open_audio(sound_file(tone(1.0, rate), rate))
+    assert got.dtype == np.float32
+    assert len(got) == 16_000
+    assert pitch(got) == pytest.approx(440, abs=1.5)
+    assert np.abs(got[500:-500]).max() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
+def test_resampling_is_torchaudios(rate: int) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 3001).astype(np.float32)
+    expected = Resample(rate, 16_000)(torch.from_numpy(samples))
+    np.testing.assert_allclose(resample(samples, rate, 16_000), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100])
+def test_resampling_of_rates_without_a_common_divisor(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 5003).astype(np.float32)
+    expected = resample(samples, rate, 16_000)
+    monkeypatch.setattr(audio_module, "_LARGEST_KERNEL", 0)
+    np.testing.assert_allclose(resample(samples, rate, 16_000), expected, atol=1e-5, rtol=0)
+    assert pitch(resample(tone(1.0, 44_101), 44_101, 16_000)) == pytest.approx(440, abs=1.5)
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype", "tolerance"),
+    [
+        ("WAV", "PCM_U8", 0.01),
+        ("WAV", "PCM_16", 1e-4),
+        ("WAV", "PCM_24", 1e-6),
+        ("WAV", "PCM_32", 1e-6),
+        ("WAV", "FLOAT", 1e-7),
+        ("WAV", "DOUBLE", 1e-7),
+        ("WAV", "ULAW", 0.02),
+        ("FLAC", "PCM_16", 1e-4),
+        ("AIFF", "PCM_16", 1e-4),
+        ("CAF", "PCM_16", 1e-4),
+        ("AU", "PCM_16", 1e-4),
+    ],
+)
+def test_scales(form: str, subtype: str, tolerance: float) -> None:
+    samples = tone(0.25, 16_000, loudness=0.9)
+    got = open_audio(sound_file(samples, 16_000, form, subtype))
+    np.testing.assert_allclose(got, samples, atol=tolerance)
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+def test_lossy_formats(form: str, subtype: str) -> None:
+    got = open_audio(sound_file(tone(1.0, 48_000), 48_000, form, subtype))
+    assert len(got) == pytest.approx(16_000, abs=900)
+    assert pitch(got) == pytest.approx(440, abs=2)
+    assert np.sqrt((got**2).mean()) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska", "webm"])
+def test_sound_tracks_of_videos(form: str, tmp_path: Path) -> None:
+    codec: dict[str, Any] = {"codec": "libvpx-vp9", "b_frames": 0} if form == "webm" else {}
+    path = tmp_path / f"clip.{form}"
+    path.write_bytes(video_file(5, form=form, sound=tone(1.0, 48_000), **codec))
+    for source in (path, path.read_bytes()):
+        got = open_audio(source)
+        assert len(got) == pytest.approx(16_000, abs=900)
+        assert pitch(got) == pytest.approx(440, abs=2)
+
+
+def test_channels() -> None:
+    left, right = tone(0.5, 16_000, 300.0, 0.4), tone(0.5, 16_000, 900.0, 0.2)
+    data = sound_file(np.stack([left, right]), 16_000, subtype="FLOAT")
+    np.testing.assert_allclose(open_audio(data), (left + right) / 2, atol=1e-6)
+    np.testing.assert_allclose(open_audio(data, channel="first"), left, atol=1e-6)
+    six = sound_file(np.stack([left] * 5 + [right]), 16_000, subtype="FLOAT")
+    np.testing.assert_allclose(open_audio(six), (5 * left + right) / 6, atol=1e-6)
+
+
+def test_arrays() -> None:
+    samples = tone(0.1, 16_000)
+    np.testing.assert_array_equal(open_audio(samples), samples)
+    np.testing.assert_allclose(open_audio((samples * 32768).astype(np.int16)), samples, atol=1e-4)
+    np.testing.assert_allclose(open_audio(np.stack([samples, samples])), samples, atol=1e-6)
+    assert len(open_audio(tone(0.1, 8000), source_rate=8000)) == 1600
+    assert np.abs(open_audio(samples * 1e20)).max() == 1.0
+
+
+def test_silent_short_and_long() -> None:
+    assert not open_audio(sound_file(np.zeros(8000, np.float32), 8000)).any()
+    assert len(open_audio(sound_file(tone(0.01, 8000), 8000))) == 160
+    long = sound_file(np.stack([tone(130, 8000)] * 2), 8000)
+    assert len(open_audio(long)) == 130 * 16_000
+
+
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    good = sound_file(tone(0.5, 16_000), 16_000)
+    with pytest.raises(MediaError, match="no such file"):
+        open_audio(tmp_path / "none.wav")
+    with pytest.raises(MediaError, match="no audio track"):
+        open_audio(video_file(3))
+    with pytest.raises(MediaError, match="it is a picture"):
+        open_audio(encoded(Image.new("RGB", (4, 4)), "PNG"))
+    with pytest.raises(MediaError, match="holds no sound"):
+        open_audio(sound_file(np.zeros(0, np.float32), 16_000))
+    with pytest.raises(MediaError, match=r"limit of 0\.1 s"):
+        open_audio(good, limits=Limits(max_seconds=0.1))
+    with pytest.raises(MediaError, match=r"limit of 0\.1 s"):
+        open_audio(video_file(3, sound=tone(1.0, 48_000)), limits=Limits(max_seconds=0.1))
+    with pytest.raises(MediaError, match="not all finite"):
+        open_audio(np.array([0.0, np.nan] * 500, np.float32))
+    with pytest.raises(MediaError, match="500 Hz is out of range"):
+        open_audio(sound_file(tone(0.5, 500, 50), 500))
+    for source in (b"junk" * 50, good[:20], np.zeros((2, 2, 2)), np.zeros(9, np.uint16), 3):
+        with pytest.raises(MediaError):
+            open_audio(source)  # type: ignore[arg-type]
+
+
+def test_headers_that_lie_about_the_length() -> None:
+    good = bytearray(sound_file(tone(0.5, 16_000), 16_000))
+    start = good.index(b"data") + 4
+    good[start : start + 4] = struct.pack("<I", 0x7FFFFFF0)  # 18 hours
+    good[4:8] = struct.pack("<I", 0x7FFFFFFF)
+    assert len(open_audio(bytes(good))) == 8000
+    flac = bytearray(sound_file(tone(0.5, 16_000), 16_000, "FLAC"))
+    flac[21:26] = bytes([flac[21] & 0xF0 | 0x0F]) + b"\xff\xff\xff\xff"  # the total of samples in STREAMINFO: 50 days
+    with pytest.raises(MediaError):
+        open_audio(bytes(flac))
+
+
+def test_a_pickled_error_keeps_its_parts() -> None:
+    import pickle
+
+    with pytest.raises(MediaError) as caught:
+        open_audio(io.BytesIO(b"x").getvalue())
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.source, again.cause) == (caught.value.source, caught.value.cause)

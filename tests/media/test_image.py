@@ -1,0 +1,176 @@
+"""Pictures of every kind open upright, in RGB, and what cannot be opened is one `MediaError`."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.media import Limits, open_image
+from tests.media.making import encoded, photo
+
+PHOTO = photo()
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_files(form: str) -> None:
+    assert np.array_equal(open_image(encoded(Image.fromarray(PHOTO), form)), PHOTO)
+
+
+@pytest.mark.parametrize(("form", "options"), [("JPEG", {"quality": 95, "subsampling": 0}), ("WEBP", {"quality": 95})])
+def test_lossy_files(form: str, options: dict) -> None:
+    got = open_image(encoded(Image.fromarray(PHOTO), form, **options))
+    assert got.shape == PHOTO.shape
+    assert np.abs(got.astype(int) - PHOTO).mean() < 4
+
+
+def test_sources(tmp_path: Path) -> None:
+    path = tmp_path / "photo ü.png"
+    Image.fromarray(PHOTO).save(path)
+    for source in (path, str(path), path.read_bytes(), memoryview(path.read_bytes()), PHOTO, Image.fromarray(PHOTO)):
+        got = open_image(source)
+        assert np.array_equal(got, PHOTO)
+        assert got.dtype == np.uint8
+        assert got.flags.writeable
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    stored = {
+        1: PHOTO,
+        2: PHOTO[:, ::-1],
+        3: PHOTO[::-1, ::-1],
+        4: PHOTO[::-1],
+        5: PHOTO.transpose(1, 0, 2),
+        6: np.rot90(PHOTO, 1),
+        7: PHOTO[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(PHOTO, -1),
+    }[orientation]
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(open_image(encoded(image, "PNG", exif=exif)), PHOTO)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_broken_exif_block_is_ignored() -> None:
+    data = encoded(Image.fromarray(PHOTO), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage")
+    assert open_image(data).shape == PHOTO.shape
+
+
+def test_alpha_shows_the_background() -> None:
+    pixels = np.dstack([PHOTO, np.full(PHOTO.shape[:2], 255, np.uint8)])
+    pixels[:24, :32, 3] = 0
+    pixels[:24, 32:, 3] = 128
+    for source in (encoded(Image.fromarray(pixels), "PNG"), pixels):
+        got = open_image(source)
+        assert got[5, 5].tolist() == [255, 255, 255]
+        assert np.abs(got[5, 40].astype(int) - [137, 237, 137]).max() <= 1
+        assert np.array_equal(got[24:], PHOTO[24:])
+        assert open_image(source, background=(0, 0, 99))[5, 5].tolist() == [0, 0, 99]
+
+
+def test_palettes_and_gray_with_transparency() -> None:
+    palette = Image.fromarray(PHOTO).quantize(16)
+    assert np.abs(open_image(encoded(palette, "PNG")).astype(int) - PHOTO).max() <= 8
+    index = palette.getpixel((0, 0))
+    assert open_image(encoded(palette, "PNG", transparency=index))[2, 2].tolist() == [255, 255, 255]
+    gray = Image.fromarray(np.full((8, 8, 2), (60, 0), np.uint8), "LA")
+    assert open_image(encoded(gray, "PNG"))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_gray_and_one_bit() -> None:
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(open_image(encoded(Image.fromarray(gray), "PNG")), np.dstack([gray] * 3))
+    assert set(open_image(encoded(Image.fromarray(gray > 100), "PNG")).ravel().tolist()) == {0, 255}
+
+
+def test_sixteen_bits_are_scaled() -> None:
+    wide = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    expected = np.rint(wide / 257.0)
+    for source in (encoded(Image.fromarray(wide), "PNG"), encoded(Image.fromarray(wide), "TIFF"), wide):
+        got = open_image(source)
+        assert np.abs(got[..., 0] - expected).max() <= 1
+        assert got.max() == 255
+
+
+def test_floats() -> None:
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    expected = np.rint(values * 255)
+    assert np.array_equal(open_image(values)[..., 1], expected)
+    assert np.array_equal(open_image(encoded(Image.fromarray(values), "TIFF"))[..., 1], expected)
+    with pytest.raises(MediaError, match=r"must lie in \[0, 1\]"):
+        open_image(values * 300)
+
+
+def test_cmyk() -> None:
+    got = open_image(encoded(Image.fromarray(PHOTO).convert("CMYK"), "JPEG", quality=98, subsampling=0))
+    assert np.abs(got.astype(int) - PHOTO).mean() < 4
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP"])
+def test_first_frame_of_an_animation(form: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], lossless=True)
+    assert np.abs(open_image(data)[8, 8].astype(int) - [255, 0, 0]).max() <= 4
+
+
+def test_large_jpegs_are_decoded_at_a_fraction() -> None:
+    data = encoded(Image.fromarray(photo(960, 1280)), "JPEG")
+    assert open_image(data).shape == (960, 1280, 3)
+    assert open_image(data, at_least=448).shape == (480, 640, 3)
+    assert open_image(data, at_least=100).shape == (120, 160, 3)
+    assert open_image(data, at_least=5000).shape == (960, 1280, 3)
+
+
+def _png_claiming(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused() -> None:
+    with pytest.raises(MediaError, match="100000 x 900 pixels are more than the limit"):
+        open_image(_png_claiming(100_000, 900))
+    with pytest.raises(MediaError):
+        open_image(_png_claiming(100_000, 100_000))
+    with pytest.raises(MediaError, match="limit of 100"):
+        open_image(PHOTO, limits=Limits(max_pixels=100))
+    with pytest.raises(MediaError, match="limit of 100"):
+        open_image(Image.fromarray(PHOTO), limits=Limits(max_pixels=100))
+
+
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello")
+    os.mkfifo(tmp_path / "pipe.png")
+    cases = {
+        "missing.png": "there is no such file",
+        "empty.png": "the file is empty",
+        "text.png": "not a picture of a known format",
+        "pipe.png": "not a plain file",
+        ".": "it is a folder",
+    }
+    for name, cause in cases.items():
+        with pytest.raises(MediaError, match=cause) as caught:
+            open_image(tmp_path / name)
+        assert str(tmp_path) in caught.value.source
+    good = encoded(Image.fromarray(PHOTO), "PNG")
+    for source in (b"", b"hello", good[:-40], 7, None, "a\0b", np.zeros((2, 2, 2, 2)), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(MediaError):
+            open_image(source)  # type: ignore[arg-type]
+    with pytest.raises(MediaError, match="no agreed scale"):
+        open_image(np.zeros((4, 4), np.int64))
+
+
+def test_programs_are_not_started() -> None:
+    with pytest.raises(MediaError, match="known format"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")

@@ -1,0 +1,190 @@
+"""Chosen frames of every kind of video are the right ones, and what cannot be opened is one `MediaError`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.media import Limits, has_audio_track, open_video
+from lavis_chatbridge.media import video as video_module
+from tests.media.making import encoded, level, sound_file, tone, video_file
+
+
+def these(*indices: int) -> Callable[[int], Sequence[int]]:
+    return lambda count: indices
+
+
+def noting(counts: list[int], choose: Callable[[int], Sequence[int]]) -> Callable[[int], Sequence[int]]:
+    def noted(count: int) -> Sequence[int]:
+        counts.append(count)
+        return choose(count)
+
+    return noted
+
+
+def decoded_fully(data: bytes) -> list[np.ndarray]:
+    with av.open(io.BytesIO(data)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "mp4": {},
+    "mp4 with sound": {"sound": tone(1.2, 48_000)},
+    "mp4, one group": {"gop": 250, "b_frames": 3, "options": {"x264-params": "b-pyramid=normal"}},
+    "mp4, open groups": {"options": {"x264-params": "open-gop=1"}},
+    "mp4, no b frames": {"b_frames": 0},
+    "mkv": {"form": "matroska"},
+    "webm vp9": {"form": "webm", "codec": "libvpx-vp9", "b_frames": 0},
+    "webm vp8": {"form": "webm", "codec": "libvpx", "b_frames": 0},
+    "avi mpeg4": {"form": "avi", "codec": "mpeg4"},
+    "avi h264": {"form": "avi"},
+    "ts": {"form": "mpegts"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_frames_equal_those_of_a_full_decoding(kind: str) -> None:
+    data = video_file(40, **KINDS[kind])
+    every = decoded_fully(data)
+    rng = np.random.default_rng(3)
+    counts = []
+    for _ in range(3):
+        indices = rng.integers(40, size=5).tolist()
+        got = open_video(data, noting(counts, lambda count, indices=indices: indices))  # type: ignore[misc]
+        assert np.array_equal(got, np.stack([every[index] for index in indices]))
+    assert counts == [40, 40, 40]
+    assert abs(int(got[0, -1, -1, 0]) - level(indices[0])) <= 3
+
+
+def test_only_needed_frames_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    frames_of = video_module._Picker._frames
+
+    def counting(self: Any, packet: Any) -> list:
+        frames = frames_of(self, packet)
+        seen.append(len(frames))
+        return frames
+
+    monkeypatch.setattr(video_module._Picker, "_frames", counting)
+    open_video(video_file(96, gop=12, b_frames=0), these(12, 60))
+    assert sum(seen) == 2  # both stand alone
+    seen.clear()
+    open_video(video_file(96, gop=96, b_frames=3), these(60))
+    assert sum(seen) < 40  # of 61: those that no other refers to are skipped
+
+
+def test_variable_frame_rate() -> None:
+    times = np.cumsum(np.random.default_rng(0).integers(1, 40, size=24)).tolist()
+    for form in ("mp4", "matroska"):
+        got = open_video(video_file(24, times=times, form=form), these(0, 9, 17, 23))
+        assert np.abs(got[:, -1, -1, 0].astype(int) - [level(index) for index in (0, 9, 17, 23)]).max() <= 3
+
+
+@pytest.mark.parametrize(("rotation", "row", "column"), [(90, -1, 0), (180, -1, -1), (-90, 0, -1)])
+def test_rotated_videos_are_set_upright(rotation: int, row: int, column: int) -> None:
+    got = open_video(video_file(3, rotation=rotation), these(1))
+    assert got.shape == ((1, 48, 64, 3) if rotation == 180 else (1, 64, 48, 3))
+    corners = {(r, c): got[0, r, c].astype(int) for r in (0, -1) for c in (0, -1)}
+    red = max(corners, key=lambda corner: corners[corner][0] - corners[corner][1])
+    assert red == (row, column)
+
+
+def test_one_frame_and_repeats() -> None:
+    got = open_video(video_file(1), these(0, 0, 0, 0))
+    assert got.shape == (4, 48, 64, 3)
+    assert np.array_equal(got[0], got[3])
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_animated_pictures(form: str) -> None:
+    frames = [Image.new("RGB", (16, 12), (40 * index, 0, 90)) for index in range(6)]
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=50, **options)
+    got = open_video(data, lambda count: [0, count - 2, count - 1])
+    assert got.shape == (3, 12, 16, 3)
+    assert np.abs(got[:, 5, 5, 0].astype(int) - [0, 160, 200]).max() <= 3
+
+
+def test_still_pictures_and_arrays() -> None:
+    still = Image.new("RGB", (16, 12), (1, 2, 3))
+    for source in (encoded(still, "JPEG"), still):
+        assert open_video(source, lambda count: [count - 1] * 2).shape == (2, 12, 16, 3)
+    array = np.random.default_rng(0).integers(0, 255, (7, 4, 6, 3), dtype=np.uint8)
+    assert np.array_equal(open_video(array, these(6, 2)), array[[6, 2]])
+    assert open_video(array[..., 0], these(0)).shape == (1, 4, 6, 3)
+
+
+def test_files_too_large_to_keep_are_read_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = video_file(30)
+    expected = open_video(data, these(3, 25))
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(data)
+    monkeypatch.setattr(video_module, "_KEEP_BYTES", 10)
+    assert np.array_equal(open_video(data, these(3, 25)), expected)
+    assert np.array_equal(open_video(path, these(3, 25)), expected)
+
+
+def test_a_file_cut_off_gives_the_frames_that_it_holds() -> None:
+    data = video_file(60, form="mpegts", gop=10)
+    counts: list[int] = []
+    got = open_video(data[: len(data) // 2], noting(counts, lambda count: [0, count - 1]))
+    assert 10 < counts[0] < 50
+    assert got.shape[0] == 2
+
+
+def test_audio_tracks() -> None:
+    assert has_audio_track(video_file(5, sound=tone(0.2, 48_000)))
+    assert not has_audio_track(video_file(5))
+    assert has_audio_track(sound_file(tone(0.2, 8000), 8000))
+    assert not has_audio_track(encoded(Image.new("RGB", (4, 4)), "GIF"))
+    assert not has_audio_track(np.zeros((1, 4, 4, 3), np.uint8))
+    with pytest.raises(MediaError):
+        has_audio_track(b"nothing of that kind")
+
+
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="no such file"):
+        open_video(tmp_path / "none.mp4", these(0))
+    with pytest.raises(MediaError, match="no video track"):
+        open_video(sound_file(tone(0.1, 8000), 8000), these(0))
+    with pytest.raises(MediaError, match="more than the limit of 100"):
+        open_video(video_file(2), these(0), limits=Limits(max_pixels=100))
+    with pytest.raises(MediaError, match="more than 5 frames"):
+        open_video(video_file(9), these(0), limits=Limits(max_frames=5))
+    with pytest.raises(MediaError, match="exceed 20000 bytes"):
+        open_video(video_file(9), lambda count: range(count), limits=Limits(max_bytes=20_000))
+    with pytest.raises(MediaError, match="took longer than 0 s"):
+        open_video(video_file(9), these(0), limits=Limits(timeout=0.0))
+    for source in (b"junk" * 50, video_file(9)[:200], np.zeros((4, 4)), 3):
+        with pytest.raises(MediaError):
+            open_video(source, these(0))  # type: ignore[arg-type]
+
+
+def test_playlists_reach_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "secret.ts").write_bytes(video_file(5, form="mpegts"))
+    lists = {
+        "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n",
+        "list.mp4": "ffconcat version 1.0\nfile secret.ts\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(MediaError):
+            open_video(tmp_path / name, these(0))
+    with pytest.raises(MediaError, match="no such file"):
+        open_video("http://127.0.0.1:9/a.mp4", these(0))
+
+
+def test_a_wrong_choice_is_the_callers_fault() -> None:
+    for wrong in ([], [5], [-1]):
+        with pytest.raises(ValueError, match="of 5 frames"):
+            open_video(video_file(5), lambda count, wrong=wrong: wrong)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="choosing from 5 frames failed"):
+        open_video(video_file(5), lambda count: [1 // 0])
