@@ -1,12 +1,12 @@
-"""Writes the embedded world to a folder: media files, their annotations, and ``world.json`` with the settings and counts.
+"""Writes the embedded world to a folder: media files, their annotations, and ``world.json`` with settings and counts.
 
-``build_world`` makes the folder whole or not at all, keeps a finished one of the same settings, and writes the same bytes for
-the same seed. The rendering is shared out to other processes. Knows nothing of models, processors or training.
+``build_world`` makes the folder whole or not at all, keeps a finished one of the same settings, and writes the same
+bytes for the same seed. The rendering is shared out to other processes. Knows nothing of models or training.
 
-Folder: ``images/``, ``videos/``, ``sounds/``, each with a sub-folder per split (``train``, ``test``: new renderings of seen
-combinations, ``heldout``: held-out combinations, ``joint``: a picture or clip and a sound together, for tests only), and
-``annotations/{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl`` (conversations in
-training, questions in the others), ``joint_test.jsonl`` (questions about two media).
+Folder: ``images/``, ``videos/``, ``sounds/``, each with a sub-folder per split (``train``; ``test``: new renderings of
+seen combinations; ``heldout``: held-out combinations; ``joint``: a picture or clip and a sound together, for tests
+only). ``annotations/``: ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,...}_{split}.jsonl``
+(conversations in training, questions in the others), ``joint_test.jsonl`` (questions about two media).
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _make_folders(draft: Path, items: Iterable[Item]) -> None:
 
 
 def _render_all(draft: Path, sizes: Sizes, seed: int, processes: int) -> None:
-    """Share the rendering out to fresh interpreters: forking one that runs torch is not safe, and spawning imports its main."""
+    """Share the rendering out to fresh interpreters: forking beside threads is unsafe, spawning runs the main."""
     if processes == 1:
         render_share(draft, sizes, seed, 0, 1)
         return

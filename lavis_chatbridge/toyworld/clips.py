@@ -1,7 +1,7 @@
 """Clips of the embedded world: an object that moves, grows or shrinks before a still background.
 
-The truth comes in as a `Scene`; start, travel, frame count, frame rate, codec and quality are drawn from a generator. A clip
-may carry a sound track. Knows nothing of captions or of what is trained on the clips.
+The truth comes in as a `Scene`; start, travel, frame count, frame rate, codec and quality are drawn from a generator. A
+clip may carry a sound track. Knows nothing of captions or of what is trained on the clips.
 
 Lengths are fractions of the picture's side.
 """
@@ -27,9 +27,9 @@ MARGIN = 0.24
 """The centre of a moving object stays this far from the edges."""
 
 TRAVEL = (0.34, 0.50)
-MOVING_RADII = (0.155, 0.215)
-NEAR_RADII = (0.25, 0.30)
-FAR_RADII = (0.105, 0.135)
+MOVING_RADII = (0.170, 0.225)
+NEAR_RADII = (0.265, 0.310)
+FAR_RADII = (0.125, 0.150)
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -83,6 +83,7 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
 def decode(file: bytes) -> Pixels:
     """All frames of an encoded clip: uint8 ``[T, S, S, 3]``, with the codec's losses."""
     with av.open(io.BytesIO(file)) as container:
+        container.streams.video[0].thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 

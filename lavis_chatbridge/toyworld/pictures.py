@@ -1,7 +1,7 @@
 """Pictures of the embedded world: one coloured object on a varied, noisy, dull background.
 
-The truth comes in as a `Scene`; what the scene leaves open (exact place, size, hue, tilt, background, file format) is drawn
-from a generator. Knows nothing of captions, of files' places, or of what is trained on the pictures.
+The truth comes in as a `Scene`; what the scene leaves open (exact place, size, hue, tilt, background, quality) is drawn
+from a generator. Knows nothing of captions, of folders, or of what is trained on the pictures.
 
 Lengths are fractions of the picture's side, places are ``(x, y)`` from the upper left corner.
 """
@@ -46,7 +46,7 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 PLACE_JITTER = 0.055
 
-RADII: dict[str, tuple[float, float]] = {"small": (0.140, 0.165), "large": (0.225, 0.255)}
+RADII: dict[str, tuple[float, float]] = {"small": (0.150, 0.175), "large": (0.235, 0.265)}
 
 
 @dataclass(frozen=True)

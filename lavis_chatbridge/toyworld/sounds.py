@@ -22,7 +22,7 @@ from lavis_chatbridge.toyworld.world import Scene
 Floats = NDArray[np.float32]
 
 PITCHES: dict[str, tuple[float, float]] = {"low": (140, 185), "middle": (400, 500), "high": (1100, 1400)}
-"""The range of a sound's middle pitch in Hz. A sweep spans `SPAN` octaves around it and stays clear of its neighbours."""
+"""The range of a sound's middle pitch in Hz. A sweep of `SPAN` octaves around it stays clear of the neighbours."""
 
 SPAN = 0.8
 SECONDS = (2.0, 25.0)

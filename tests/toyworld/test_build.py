@@ -1,0 +1,145 @@
+"""The embedded world on disk: complete, true to its plan, the same for the same seed, and never half there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lavis_chatbridge.datasets.schema import Sample, read_jsonl
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.media import open_audio, open_image, open_video
+from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.toyworld import build
+from lavis_chatbridge.toyworld.build import Sizes, build_world
+from lavis_chatbridge.toyworld.captions import facts_in
+from lavis_chatbridge.toyworld.world import TRIPLES
+
+SMALL = Sizes(images=14, videos=8, sounds=8, test=5, heldout=4, joint=8)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_world(tmp_path_factory.mktemp("world") / "small", SMALL, seed=3, processes=2)
+
+
+def samples(world: Path, name: str) -> list[Sample]:
+    return list(read_jsonl(world / "annotations" / f"{name}.jsonl", root=world))
+
+
+def files(world: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(world)): path.read_bytes() for path in sorted(world.rglob("*")) if path.is_file()}
+
+
+def test_counts_are_those_asked_for(world: Path) -> None:
+    info = json.loads((world / "world.json").read_text())
+    for kind, train in zip(KINDS, (14, 8, 8), strict=True):
+        for split, count in (("train", train), ("test", 5), ("heldout", 4)):
+            assert len(samples(world, f"{kind}_{split}")) == count == info["counts"][f"{kind}_{split}"]
+    assert len(samples(world, "joint_test")) == 5 * 8
+    assert info["seed"] == 3
+    assert info["attributes"]["audio"]["pitch"] == ["low", "middle", "high"]
+    annotated = {
+        medium.path for path in (world / "annotations").iterdir() for s in read_jsonl(path, world) for medium in s.media
+    }
+    assert annotated == {
+        str(path) for path in world.rglob("*") if path.parent.parent.name in ("images", "videos", "sounds")
+    }
+
+
+def test_every_file_opens(world: Path) -> None:
+    openers = {"image": open_image, "video": lambda path: open_video(path, lambda n: range(n)), "audio": open_audio}
+    for kind in KINDS:
+        for sample in samples(world, f"{kind}_train"):
+            assert openers[kind](sample.media[0].path).size > 0
+    for sample in samples(world, "joint_test"):
+        for medium in sample.media:
+            assert openers[medium.kind](medium.path).size > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_state_the_facts(world: Path, kind) -> None:
+    for sample in samples(world, f"{kind}_train") + samples(world, f"{kind}_heldout"):
+        assert len(set(sample.captions)) == build.CAPTIONS_PER_MEDIUM
+        assert all(facts_in(caption, kind) == sample.facts for caption in sample.captions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_combinations_occur_only_in_their_split(world: Path, kind) -> None:
+    def triples(split: str) -> set[tuple[str, ...]]:
+        return {tuple(s.facts[name] for name in TRIPLES[kind]) for s in samples(world, f"{kind}_{split}")}
+
+    assert not triples("heldout") & (triples("train") | triples("test"))
+    assert all(sample.held_out for sample in samples(world, f"{kind}_heldout"))
+    assert not any(sample.held_out for sample in samples(world, f"{kind}_train") + samples(world, f"{kind}_test"))
+
+
+def test_questions_have_their_answers(world: Path) -> None:
+    for kind in KINDS:
+        for sample in samples(world, f"instruct_{kind}_test"):
+            assert sample.turns[1].text == sample.answers[0] == sample.facts[sample.meta["attribute"]]
+        for sample in samples(world, f"instruct_{kind}_train"):
+            assert sample.turns[0].media == (kind,)
+
+
+def test_joint_media_come_together_and_in_both_orders(world: Path) -> None:
+    joint = samples(world, "joint_test")
+    orders = Counter(sample.kinds for sample in joint)
+    assert set(orders) == {("image", "audio"), ("audio", "image"), ("video", "audio"), ("audio", "video")}
+    own_track = [sample for sample in joint if sample.media[0].path == sample.media[1].path]
+    assert {sample.kinds for sample in own_track} == {("video", "audio")}
+    assert Counter(sample.meta["asked"] for sample in joint) == dict.fromkeys(
+        ("name", "compose", "match", "compare", "conditional"), 8
+    )
+
+
+def test_nothing_in_training_joins_two_media(world: Path) -> None:
+    for path in (world / "annotations").glob("*_train.jsonl"):
+        assert all(len(sample.media) == 1 for sample in read_jsonl(path, world))
+
+
+def test_the_same_seed_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    again = build_world(tmp_path / "again", SMALL, seed=3, processes=1)
+    assert files(again) == files(world)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_finished_world_is_kept_and_another_replaced(tmp_path: Path) -> None:
+    sizes = Sizes(images=2, videos=1, sounds=1, test=1, heldout=1, joint=1)
+    folder = build_world(tmp_path / "world", sizes, seed=0, processes=1)
+    before = folder.stat().st_ino
+    assert build_world(folder, sizes, seed=0, processes=1).stat().st_ino == before
+    first = files(folder)
+    build_world(folder, sizes, seed=1, processes=1)
+    assert files(folder) != first
+    assert json.loads((folder / "world.json").read_text())["seed"] == 1
+
+
+def test_a_half_built_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(build, "render", fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        build_world(tmp_path / "world", SMALL, processes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_people_s_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match="holds something else"):
+        build_world(tmp_path, SMALL)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    build.add_arguments(parser)
+    order = f"build {tmp_path / 'w'} --images 2 --videos 1 --sounds 1 --test 1 --heldout 1 --joint 1 --processes 1"
+    assert build.run(parser.parse_args(order.split())) == 0
+    assert "annotation files" in capsys.readouterr().out
+    with pytest.raises(DataError, match="negative"):
+        build.run(parser.parse_args(f"build {tmp_path / 'v'} --images -1".split()))

@@ -1,0 +1,194 @@
+"""Rendered media show what their scenes say, by measurements that know nothing of the renderers."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavis_chatbridge.media import has_audio_track, open_audio, open_image, open_video
+from lavis_chatbridge.toyworld import clips, pictures, sounds
+from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
+
+HUES = {"red": 0, "orange": 30, "yellow": 57, "green": 120, "cyan": 180, "blue": 228, "purple": 275, "pink": 330}
+
+
+def scene(kind, **facts: str) -> Scene:
+    """A scene with these facts, and the first value of every other attribute."""
+    values = {name: facts.get(name, known[0]) for name, known in ATTRIBUTES[kind].items()}
+    return Scene(kind, tuple(values.items()))
+
+
+def object_mask(pixels: np.ndarray) -> np.ndarray:
+    """Where a picture is colourful: the backgrounds are dull."""
+    high, low = pixels.max(-1).astype(float), pixels.min(-1).astype(float)
+    return (high - low) > 75
+
+
+def centre_of(mask: np.ndarray) -> tuple[float, float]:
+    down, across = np.nonzero(mask)
+    return (across.mean() + 0.5) / mask.shape[1], (down.mean() + 0.5) / mask.shape[0]
+
+
+@pytest.mark.parametrize("colour", ATTRIBUTES["image"]["colour"])
+def test_an_object_has_the_hue_of_its_colour(colour: str) -> None:
+    rng = np.random.default_rng(1)
+    for shape in ATTRIBUTES["image"]["shape"]:
+        pixels = pictures.render(scene("image", colour=colour, shape=shape, size="large"), rng)
+        red, green, blue = pixels[object_mask(pixels)].mean(0) / 255
+        hue = colorsys.rgb_to_hsv(red, green, blue)[0] * 360
+        distance = {name: abs((hue - known + 180) % 360 - 180) for name, known in HUES.items()}
+        assert min(distance, key=distance.__getitem__) == colour
+
+
+@pytest.mark.parametrize("place", ATTRIBUTES["image"]["place"])
+def test_an_object_stands_at_its_place(place: str) -> None:
+    rng = np.random.default_rng(2)
+    regions = {
+        "left": (0.27, 0.5),
+        "right": (0.73, 0.5),
+        "top": (0.5, 0.27),
+        "bottom": (0.5, 0.73),
+        "centre": (0.5, 0.5),
+    }
+    for shape, size in itertools.product(("circle", "square", "cross", "ring"), ("small", "large")):
+        pixels, placement = pictures.render_placed(scene("image", place=place, shape=shape, size=size), rng)
+        x, y = centre_of(object_mask(pixels))
+        assert (x, y) == pytest.approx((placement.x, placement.y), abs=0.03)
+        nearest = min(regions, key=lambda name: (x - regions[name][0]) ** 2 + (y - regions[name][1]) ** 2)
+        assert nearest == place
+
+
+@pytest.mark.parametrize("shape", ATTRIBUTES["image"]["shape"])
+def test_large_objects_cover_far_more_than_small_ones(shape: str) -> None:
+    rng = np.random.default_rng(3)
+    shares = {
+        size: [object_mask(pictures.render(scene("image", shape=shape, size=size), rng)).mean() for _ in range(6)]
+        for size in ("small", "large")
+    }
+    assert min(shares["large"]) > 1.5 * max(shares["small"])
+
+
+def test_shapes_differ_at_the_encoder_s_size() -> None:
+    masks = {}
+    for shape in ATTRIBUTES["image"]["shape"]:
+        canvas = np.zeros((56, 56, 3), np.float32)
+        pictures.paint(canvas, shape, np.ones(3, np.float32), pictures.Placement(0.5, 0.5, 0.15))
+        masks[shape] = canvas[..., 0] > 0.5
+    for one, other in itertools.combinations(masks.values(), 2):
+        assert (one & other).sum() / (one | other).sum() < 0.9
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_picture_files_open(suffix: str) -> None:
+    pixels = pictures.render(scene("image"), np.random.default_rng(4))
+    file = pictures.encode(pixels, suffix, np.random.default_rng(0))
+    opened = open_image(file)
+    assert opened.shape == pixels.shape
+    assert np.abs(opened.astype(int) - pixels).mean() <= (0 if suffix == "png" else 6)
+    assert Image.open(io.BytesIO(file)).format == {"png": "PNG", "jpg": "JPEG"}[suffix]
+
+
+@pytest.mark.parametrize("motion", ATTRIBUTES["video"]["motion"])
+def test_a_clip_moves_as_its_scene_says(motion: str) -> None:
+    rng = np.random.default_rng(5)
+    for colour, shape in (("green", "circle"), ("red", "star"), ("pink", "ring")):
+        clip = clips.render(scene("video", motion=motion, colour=colour, shape=shape), rng)
+        assert clips.FRAMES[0] <= len(clip.frames) <= clips.FRAMES[1]
+        decoded = open_video(clips.encode(clip, rng), lambda count: [0, count - 1])
+        first, last = (object_mask(frame) for frame in decoded)
+        (x0, y0), (x1, y1), growth = centre_of(first), centre_of(last), last.sum() / first.sum()
+        expected = {"left": x0 - x1, "right": x1 - x0, "up": y0 - y1, "down": y1 - y0}
+        if motion in expected:
+            assert expected[motion] > 0.25
+            assert 0.7 < growth < 1.4
+        else:
+            assert (growth if motion == "grow" else 1 / growth) > 2
+            assert abs(x1 - x0) + abs(y1 - y0) < 0.08
+
+
+def test_clip_files_have_all_frames_and_the_track_asked_for() -> None:
+    clip = clips.render(scene("video"), np.random.default_rng(6), frames=9)
+    track = sounds.render(scene("audio"), np.random.default_rng(7), seconds=2.5, rate=16_000)
+    plain, sounding = (clips.encode(clip, np.random.default_rng(8), sound) for sound in (None, track))
+    assert len(clips.decode(plain)) == 9
+    assert not has_audio_track(plain)
+    assert has_audio_track(sounding)
+    assert len(open_audio(sounding)) == pytest.approx(2.5 * 16_000, rel=0.05)
+    assert sounding == clips.encode(clip, np.random.default_rng(8), track)
+
+
+def spectrum_centre(samples: np.ndarray, rate: int) -> float:
+    """The mean frequency of the power spectrum, in Hz."""
+    power = np.abs(np.fft.rfft(samples)) ** 2
+    return float((power * np.fft.rfftfreq(len(samples), 1 / rate)).sum() / power.sum())
+
+
+def pitch_track(samples: np.ndarray, rate: int) -> np.ndarray:
+    """The strongest frequency in Hz of every 64 ms that are not near silence."""
+    width = int(0.064 * rate)
+    frames = samples[: len(samples) // width * width].reshape(-1, width)
+    frames = frames[frames.std(1) > 0.3 * samples.std()]
+    power = np.abs(np.fft.rfft(frames * np.hanning(width), 8 * width))
+    return np.fft.rfftfreq(8 * width, 1 / rate)[power.argmax(1)]
+
+
+@pytest.mark.parametrize("timbre", ATTRIBUTES["audio"]["timbre"])
+def test_pitches_are_in_order(timbre: str) -> None:
+    rng = np.random.default_rng(9)
+    for pattern in ("steady", "rising"):
+        low, middle, high = (
+            spectrum_centre(
+                sounds.render(
+                    scene("audio", timbre=timbre, pitch=p, pattern=pattern), rng, 3, 16_000
+                ).samples.T.ravel()[:48_000],
+                16_000,
+            )
+            for p in ("low", "middle", "high")
+        )
+        assert low < middle < high
+
+
+@pytest.mark.parametrize(("pattern", "sign"), [("rising", 1), ("falling", -1)])
+@pytest.mark.parametrize("timbre", ["flute", "bell", "wind"])
+def test_sweeps_go_their_way_in_every_part(timbre: str, pattern: str, sign: int) -> None:
+    rng = np.random.default_rng(10)
+    sound = sounds.render(scene("audio", timbre=timbre, pitch="middle", pattern=pattern), rng, seconds=12, rate=16_000)
+    samples = sound.samples if sound.samples.ndim == 1 else sound.samples.mean(1)
+    for part in np.split(samples, 3):
+        steps = np.diff(np.log2(pitch_track(part, 16_000)))
+        assert np.median(sign * steps[np.abs(steps) < 0.3]) > 0.01  # octaves in 64 ms; the jump back is left out
+
+
+@pytest.mark.parametrize("timbre", ATTRIBUTES["audio"]["timbre"])
+def test_only_pulsing_sounds_fall_silent_again_and_again(timbre: str) -> None:
+    rng = np.random.default_rng(11)
+    quiet = {}
+    for pattern in ATTRIBUTES["audio"]["pattern"]:
+        samples = sounds.render(scene("audio", timbre=timbre, pattern=pattern), rng, 4, 16_000).samples
+        level = np.sqrt((samples.reshape(len(samples), -1)[:, 0].reshape(-1, 320) ** 2).mean(1))  # of every 20 ms
+        quiet[pattern] = (level < 0.2 * np.quantile(level, 0.9)).mean()
+    assert quiet["pulsing"] > 0.3
+    if timbre != "bell":  # bells die away
+        assert max(quiet["steady"], quiet["rising"], quiet["falling"]) < 0.2
+
+
+@pytest.mark.parametrize("suffix", sounds.SUFFIXES)
+def test_sound_files_open_at_their_length(suffix: str) -> None:
+    for number in range(3):
+        sound = sounds.render(scene("audio"), np.random.default_rng(number), seconds=2.0 + number)
+        file = sounds.encode(sound, suffix)
+        assert file == sounds.encode(sound, suffix)
+        assert len(open_audio(file)) == pytest.approx(16_000 * sound.seconds, rel=0.06)
+
+
+def test_sounds_keep_to_their_limits() -> None:
+    rng = np.random.default_rng(12)
+    drawn = [sounds.render(scene("audio", timbre=t), rng) for t in ATTRIBUTES["audio"]["timbre"] for _ in range(4)]
+    assert all(2.0 <= sound.seconds <= 25.0 and sound.rate in sounds.RATES for sound in drawn)
+    assert max(np.abs(sound.samples).max() for sound in drawn) < 1.0
+    assert len({round(sound.seconds) for sound in drawn}) > 3
