@@ -1,0 +1,24 @@
+"""What the wheel holds: all that the package reads at run time, and nothing else."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+
+def test_wheel_holds_the_package_and_all_its_data(wheel_file: Path, repository: Path):
+    with zipfile.ZipFile(wheel_file) as archive:
+        names = set(archive.namelist())
+    package = repository / "lavis_chatbridge"
+    sources = {path.relative_to(repository).as_posix() for path in package.rglob("*") if path.is_file()}
+    expected = {name for name in sources if "__pycache__" not in name}
+    held = {name for name in names if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_wheel_names_the_door_and_the_command(wheel_file: Path):
+    with zipfile.ZipFile(wheel_file) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        text = archive.read(name).decode()
+    assert "[torch.backends]\nlavis_chatbridge = lavis_chatbridge:activate" in text
+    assert "chatbridge = lavis_chatbridge.cli:main" in text
