@@ -165,7 +165,7 @@ def read_annotations(path: str | Path) -> Iterator[Annotation]:
         DataError: If a line is not an annotation, with its file and number.
     """
     for file in annotation_files(path):
-        for number, values in _json_lines(file):
+        for number, values in json_lines(file):
             yield from_json(values, f"{file.name}:{number}")
 
 
@@ -192,6 +192,10 @@ class AnnotationIndex:
 
     def __contains__(self, item: str) -> bool:
         return item in self._places
+
+    def get(self, item: str) -> Annotation | None:
+        """The annotation of an item, None if there is none."""
+        return self[item] if item in self._places else None
 
     def __getitem__(self, item: str) -> Annotation:
         number, offset = self._places[item]
@@ -256,18 +260,25 @@ def _without_empty(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}:{number}: not JSON ({error})") from error
-            if not isinstance(values, dict):
-                raise DataError(f"{file}:{number}: expected an object, found {line.strip()[:60]!r}")
-            yield number, values
+def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its line number.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is not an object.
+    """
+    number = 0
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                values = json.loads(line) if line.strip() else {}
+                if not isinstance(values, dict):
+                    raise ValueError(f"expected an object, found {line[:60]!r}")
+                if values:
+                    yield number, values
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:  # not JSON, not UTF-8, or not an object
+        raise DataError(f"{file}:{number}: {error}") from error
 
 
 def _id_of(line: bytes, file: Path) -> str:

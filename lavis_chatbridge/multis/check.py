@@ -294,7 +294,7 @@ def check(
     Args:
         generated: The generation's folder or journal.
         annotations: The annotations from which it was made.
-        folder: Gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (with reasons and the raw text) and ``statistics.json``.
+        folder: Gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons, raw text), ``statistics.json``.
         checker: The rules.
 
     Returns:
@@ -309,9 +309,10 @@ def check(
     statistics = Statistics()
     with _Replacement(folder / "accepted.jsonl") as accepted, _Replacement(folder / "rejected.jsonl") as rejected:
         for record in answers(generated):
-            annotation = index[record["item"]] if record["item"] in index else None
+            annotation = index.get(record["item"])
             if annotation is None:
-                sample, reasons = None, [Reason("no_annotation", f"item {record['item']!r} is not among the annotations")]
+                sample = None
+                reasons = [Reason("no_annotation", f"item {record['item']!r} is not among the annotations")]
             else:
                 sample, reasons = checker.check(record, annotation)
             statistics.take(record, sample, [reason.rule for reason in reasons])

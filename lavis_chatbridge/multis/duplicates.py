@@ -1,4 +1,4 @@
-"""Near duplicates: MinHash signatures of word shingles, looked up in bands (Broder 1997; LSH as in Indyk and Motwani 1998)."""
+"""Near duplicates: MinHash signatures of word shingles (Broder 1997), looked up in bands."""
 
 from __future__ import annotations
 
@@ -56,5 +56,6 @@ class NearDuplicates:
         shingles = {" ".join(words[i : i + width]) for i in range(len(words) - width + 1)} or {""}
         digests = b"".join(hashlib.blake2b(shingle.encode(), digest_size=8).digest() for shingle in shingles)
         hashes = np.frombuffer(digests, dtype="<u8")
-        mixed = hashes[:, None] * self._factors[None, :] + self._offsets[None, :]  # modulo 2**64: multiply-shift hashing
+        # Multiply-shift hashing: 64-bit numbers wrap around, and the high half is well mixed.
+        mixed = hashes[:, None] * self._factors[None, :] + self._offsets[None, :]
         return (mixed >> _HIGH_HALF).min(axis=0).astype(np.uint32)

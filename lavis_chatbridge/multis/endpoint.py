@@ -1,7 +1,7 @@
-"""One request to an OpenAI-compatible server, with the official client: an answer, or a failure that says what may follow.
+"""One request to an OpenAI-compatible server, by the official client: an answer, or a failure and what may follow.
 
-This module decides whether a failure can be tried again, after how long, and whether it may have been paid for. It neither
-retries nor counts money: `generate` does.
+This module decides whether a failure can be tried again, after how long, and whether it may have been paid for. It
+neither retries nor counts money: `generate` does.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class RequestFailed(Exception):
         body: What it sent, where that was paid for but cannot be read.
     """
 
-    def __init__(self, reason: str, retry: bool, after: float | None = None, paid: bool = False, body: str = "") -> None:
+    def __init__(
+        self, reason: str, retry: bool, after: float | None = None, paid: bool = False, body: str = ""
+    ) -> None:
         super().__init__(reason)
         self.reason, self.retry, self.after, self.paid, self.body = reason, retry, after, paid, body
 
@@ -142,11 +144,10 @@ class Endpoint:
         except self._openai.APIStatusError as error:
             raise self._status_failure(error) from error
         except self._openai.APITimeoutError as error:
-            raise RequestFailed(f"no answer within {options.timeout:g} s", retry=True, paid=True) from error
+            raise RequestFailed(f"no answer within {options.timeout:g} s", True, paid=_was_sent(error)) from error
         except self._openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            never_sent = "Connect" in type(cause).__name__
-            raise RequestFailed(f"{type(cause).__name__}: {cause}", retry=True, paid=not never_sent) from error
+            raise RequestFailed(f"{type(cause).__name__}: {cause}", True, paid=_was_sent(error)) from error
         return read_answer(response.content)
 
     async def stored(self, request_id: str) -> Answer | None:
@@ -167,7 +168,9 @@ class Endpoint:
         status, code = error.status_code, getattr(error, "code", None)
         reason = f"HTTP {status}: {str(error.message)[:300]}"
         if status in (401, 403, 404) or code == "insufficient_quota":
-            return EndpointError(f"{self.options.base_url or 'OpenAI'} refuses the model {self.options.model!r}: {reason}")
+            return EndpointError(
+                f"{self.options.base_url or 'OpenAI'} refuses the model {self.options.model!r}: {reason}"
+            )
         retry = status in (408, 409, 425, 429) or status >= 500
         return RequestFailed(reason, retry, retry_after(error.response.headers), paid=status in (408, 504, 524))
 
@@ -199,7 +202,7 @@ def read_answer(body: bytes) -> Answer:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds to wait as ``Retry-After`` (seconds or a date) or ``retry-after-ms`` states them; None where neither does."""
+    """Seconds to wait as ``Retry-After`` (seconds or a date) or ``retry-after-ms`` states; None without either."""
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds is not None:
@@ -211,6 +214,11 @@ def retry_after(headers: Any) -> float | None:
         if moment is not None:
             return max(0.0, email.utils.mktime_tz(moment) - time.time())
     return None
+
+
+def _was_sent(error: Exception) -> bool:
+    """Whether a request may have reached the server before its connection failed."""
+    return "Connect" not in type(error.__cause__ or error).__name__  # ConnectError, ConnectTimeout
 
 
 def _count(value: Any) -> int | None:

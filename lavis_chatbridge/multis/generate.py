@@ -1,8 +1,9 @@
 """Asking a language model for chat data: many requests at a time, none of them lost and none paid for twice.
 
-What is written down, and when: a ``sent`` record is on the disk before its request leaves, the ``answer`` is on the disk
-before the next request takes its place. After a kill the answered requests are known, and so are the few that were under way
-(at most ``concurrency``): those may have been answered into the void, and `InDoubt` says what happens to them.
+What is written down, and when: a ``sent`` record is on the disk before its request leaves, the ``answer`` is on the
+disk before the next request takes its place. After a kill the answered requests are known, and so are the few that
+were under way (at most ``concurrency``): those may have been answered into the void, and `InDoubt` says what happens
+to them.
 
 This module knows neither how prompts are worded nor how answers are read.
 """
@@ -10,6 +11,7 @@ This module knows neither how prompts are worded nor how answers are read.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import heapq
 import json
@@ -20,7 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lavis_chatbridge.errors import ChatBridgeError
 from lavis_chatbridge.multis.annotation import Annotation
@@ -31,8 +33,8 @@ from lavis_chatbridge.multis.limits import Budget, Price, RateLimit, bound_token
 from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, Message, PromptBook
 
 InDoubt = Literal["ask", "recover", "hold"]
-"""``ask``: ask again (nothing is lost, a few may be paid twice); ``recover``: fetch what the server stored, ask again only what
-it did not; ``hold``: leave them out and say which (nothing is paid twice)."""
+"""``ask``: ask again (nothing is lost, a few may be paid twice); ``recover``: fetch what the server stored, ask again
+only what it did not; ``hold``: leave them out and say which (nothing is paid twice)."""
 
 _logger = logging.getLogger(__name__)
 _LONGEST_PAUSE = 600.0
@@ -311,7 +313,9 @@ class _Run:
         """Send once; None if that brought an answer, or if the budget does not allow it."""
         bound = self.price.cost(request.bound, request.max_tokens)
         if not await self.budget.reserve(bound):
-            self._stop(f"the next request may cost ${bound:.4f}, and ${self.budget.spent:.4f} of {self.budget.limit} is spent")
+            self._stop(
+                f"the next request may cost ${bound:.4f}, and ${self.budget.spent:.4f} of {self.budget.limit} is spent"
+            )
             return None
         cost = bound  # whatever ends this attempt otherwise, it may have been paid
         try:
@@ -325,7 +329,9 @@ class _Run:
             except RequestFailed as failure:
                 cost = bound if failure.paid else 0.0
                 record = {"event": "failed", "id": request.id, "attempt": attempt, "reason": failure.reason}
-                await self.journal.write({**record, "cost": round(cost, 9), **({"body": failure.body} if failure.body else {})})
+                await self.journal.write(
+                    {**record, "cost": round(cost, 9), **({"body": failure.body} if failure.body else {})}
+                )
                 return failure
             except EndpointError as error:
                 cost = 0.0
@@ -382,7 +388,7 @@ class _Run:
             await asyncio.sleep(failure.after)
 
     async def _recover(self, request: Request, doubt: Doubt) -> Answer | None:
-        """The stored answer of a request in doubt; it may arrive at the store until the request would have timed out."""
+        """The stored answer of a request in doubt; it may still come until the request would have timed out."""
         while True:
             waited = time.time() - doubt.sent_at
             try:
@@ -390,7 +396,7 @@ class _Run:
             except RequestFailed as failure:
                 if not failure.retry:
                     raise ChatBridgeError(
-                        f"--in-doubt recover: the server does not list stored answers ({failure.reason}); use ask or hold"
+                        f"--in-doubt recover: the server lists no stored answers ({failure.reason}); use ask or hold"
                     ) from failure
                 answer = None
             if answer is not None or waited > self.endpoint.options.timeout or self.report.stopped:
@@ -409,7 +415,7 @@ class _Run:
 
 
 def _chosen(annotations: Iterable[Annotation], options: GenerateSettings) -> Mapping[str, set[str]]:
-    """Per limited kind the ids of its items: those with the smallest hashes, so that more items never drop earlier ones' draw."""
+    """Per limited kind the ids of its items: those with the smallest hashes."""
     limits = {kind: count for kind, count in options.counts.items() if kind in options.kinds}
     if not limits:
         return {}
@@ -418,7 +424,4 @@ def _chosen(annotations: Iterable[Annotation], options: GenerateSettings) -> Map
     def rank(kind: str, item: str) -> bytes:
         return hashlib.sha256(f"{options.seed}/{kind}/{item}".encode()).digest()
 
-    return {
-        kind: set(heapq.nsmallest(count, ids, key=lambda item, kind=kind: rank(kind, item)))
-        for kind, count in limits.items()
-    }
+    return {kind: set(heapq.nsmallest(count, ids, key=functools.partial(rank, kind))) for kind, count in limits.items()}

@@ -65,8 +65,8 @@ def price_of(model: str, table: str | Path | None = None) -> Price:
     if not known:
         raise ConfigError(
             f"no price for the model {model!r} in {file} (known: {', '.join(map(str, values))}); write a table "
-            f"'{model}: {{input: ..., output: ...}}' in US dollars per million tokens and pass it with --prices, or name "
-            "a listed price with --price-of (local costs nothing)"
+            f"'{model}: {{input: ..., output: ...}}' in US dollars per million tokens and pass it with --prices, or "
+            "name a listed price with --price-of (local costs nothing)"
         )
     name = max(known, key=len)
     return settings.parse(Price, values[name], name)
@@ -88,7 +88,7 @@ class Budget:
         self._changed = asyncio.Event()
 
     async def reserve(self, bound: float) -> bool:
-        """Set ``bound`` aside; waits while requests under way might free enough. False: the budget does not allow it."""
+        """Set ``bound`` aside; waits while requests under way might free enough. False if the budget forbids it."""
         while self.limit is not None and self.spent + self.reserved + bound > self.limit:
             if not self._reservations or self.spent + bound > self.limit:
                 return False

@@ -1,7 +1,7 @@
 """Reading what a language model wrote as questions and answers.
 
-Models follow the asked form (``Question: ...`` / ``Answer: ...``) loosely: numbered, bold, with other labels, or as JSON. What
-cannot be read with certainty is refused with a reason, never mended by guessing.
+Models follow the asked form (``Question: ...`` / ``Answer: ...``) loosely: numbered, bold, with other labels, or as
+JSON. What cannot be read with certainty is refused with a reason, never mended by guessing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def read_pairs(text: str) -> list[Pair]:
         raise DataError("no line begins with 'Question:' or 'Answer:'")
     for position, (asks, words) in enumerate(parts):
         if asks != (position % 2 == 0):
-            raise DataError(f"part {position + 1} is {'a question' if asks else 'an answer'}, expected the other: no turns")
+            raise DataError(
+                f"part {position + 1} is {'a question' if asks else 'an answer'}, expected the other: no turns"
+            )
         if not words:
             raise DataError(f"part {position + 1} is empty")
     if len(parts) % 2:

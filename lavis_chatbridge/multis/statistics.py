@@ -1,4 +1,4 @@
-"""Counting what was accepted and turned down: per kind and modality, reasons, lengths, words; beside the paper's numbers."""
+"""Counting what was accepted and turned down, per kind and modality, with reasons, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def table(statistics: Mapping[str, Any]) -> str:
         )
     lines.append(f"{'all':14}{statistics['accepted']:10}{statistics['rejected']:10}{sum(PAPER_COUNTS.values()):9}")
     if statistics["reasons"]:
-        lines.append("turned down for: " + ", ".join(f"{rule} {count}" for rule, count in statistics["reasons"].items()))
+        lines.append(
+            "turned down for: " + ", ".join(f"{rule} {count}" for rule, count in statistics["reasons"].items())
+        )
     lines.append(f"distinct words: {statistics['vocabulary']}")
     return "\n".join(lines)
 

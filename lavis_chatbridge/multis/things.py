@@ -17,9 +17,10 @@ from lavis_chatbridge.errors import ConfigError
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 _IRREGULAR = {
-    "men": "man", "women": "woman", "people": "people", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot",
-    "teeth": "tooth", "knives": "knife", "leaves": "leaf", "loaves": "loaf", "calves": "calf", "wolves": "wolf", "shelves": "shelf",
-    "wives": "wife", "oxen": "ox", "scarves": "scarf", "buses": "bus", "glasses": "glasses", "dishes": "dish",
+    "men": "man", "women": "woman", "people": "people", "children": "child", "mice": "mouse", "geese": "goose",
+    "feet": "foot", "teeth": "tooth", "knives": "knife", "leaves": "leaf", "loaves": "loaf", "calves": "calf",
+    "wolves": "wolf", "shelves": "shelf", "wives": "wife", "oxen": "ox", "scarves": "scarf", "buses": "bus",
+    "glasses": "glasses", "dishes": "dish",
 }  # fmt: skip
 
 

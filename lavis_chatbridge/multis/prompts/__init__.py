@@ -1,7 +1,7 @@
 """The prompts that ask a language model for chat data: instructions, and worked examples written for this package.
 
-`kinds.yaml` holds what is asked for, `seeds/` the examples. A folder of one's own in the same layout replaces both. This
-module knows how a request is worded, not how it is sent.
+`kinds.yaml` holds what is asked for, `seeds/` the examples. A folder of one's own in the same layout replaces both.
+This module knows how a request is worded, not how it is sent.
 """
 
 from __future__ import annotations
@@ -47,10 +47,7 @@ class Seed:
         """The example's answer in the form that the instruction asks for; None where it has none for ``kind``."""
         if kind == "detail":
             return self.detail
-        if kind == "reasoning":
-            pairs = [self.reasoning] if self.reasoning else []
-        else:
-            pairs = self.conversation or []
+        pairs = (self.conversation or []) if kind == "conversation" else [self.reasoning] if self.reasoning else []
         return "\n".join(f"Question: {pair.question}\nAnswer: {pair.answer}" for pair in pairs) or None
 
 
@@ -162,7 +159,12 @@ class PromptBook:
                     self._seeds.setdefault((kind, modality), []).append((describe(annotation), answer.strip()))
 
 
-_MODALITY_OF_FILE: dict[str, Modality] = {"image": "image", "video": "video", "audio": "audio", "video_audio": "video+audio"}
+_MODALITY_OF_FILE: dict[str, Modality] = {
+    "image": "image",
+    "video": "video",
+    "audio": "audio",
+    "video_audio": "video+audio",
+}
 
 
 def _seed_annotation(values: Mapping[str, Any], modality: Modality, where: str) -> Annotation:
