@@ -64,6 +64,8 @@ _CONDITIONAL = (
     "if {test} is {value}, what is {then}? else what is {otherwise}?",
     "name {then} if {test} is {value}, else name {otherwise}",
 )
+_ONE = ("what is {first}?", "name {first}", "tell me {first}", "which {name} does {thing} have?")
+_CHECK = ("is {first} {one}?", "is it true that {first} is {one}?", "does this hold: {first} is {one}?")
 _BOTH_GO = {"up": ("up", "rising"), "down": ("down", "falling")}
 
 
@@ -119,6 +121,16 @@ def alone(scene: Scene, rng: random.Random, kind: QuestionKind, asked: int | Non
     return _Asker((scene,), rng, asked).ask(kind)
 
 
+def one_of(scenes: Sequence[Scene], rng: random.Random) -> Question:
+    """A question for one value of one of several media: ``what is the colour of the picture?``."""
+    return _Asker(scenes, rng, None).one()
+
+
+def check_one(scenes: Sequence[Scene], rng: random.Random, asked: int | None = None) -> Question:
+    """A yes/no question about one value of one of several media; ``asked`` as in `joint`."""
+    return _Asker(scenes, rng, asked).check()
+
+
 class _Asker:
     """Asks about given scenes: refers to them, chooses facts, words the question."""
 
@@ -139,6 +151,18 @@ class _Asker:
             "conditional": self._conditional,
         }[kind]()
 
+    def one(self) -> Question:
+        fact = self._fact(self.rng.randrange(len(self.scenes)))
+        wording = self.rng.choice(_ONE)
+        text = wording.format(first=self._attribute(fact), name=fact.attribute, thing=self._thing(fact.medium))
+        return Question(text, fact.value, "name", (fact,))
+
+    def check(self) -> Question:
+        fact = self._fact(self.rng.randrange(len(self.scenes)))
+        claim = self._claim(fact, self.rng.random() < 0.5)
+        text = self.rng.choice(_CHECK).format(first=self._attribute(fact), one=claim)
+        return Question(text, "yes" if claim == fact.value else "no", "compare", (fact,))
+
     def _name(self) -> Question:
         first, second = self._pair()
         wording = self.rng.choice(_NAME)
@@ -157,14 +181,21 @@ class _Asker:
         return Question(text, " and ".join(short(self.scenes[medium]) for medium in order), "compose", tuple(facts))
 
     def _match(self) -> Question:
-        first, second = self._pair()
-        while set(self._values(first)) & set(self._values(second)):  # left as a place and as a motion
+        for _ in range(50):  # media that are alike in almost everything may leave no clear choice
             first, second = self._pair()
-        words = [first.value, second.value, self._another(first), self._another(second)]
+            words = [first.value, second.value, self._another(first), self._another(second)]
+            if self._clear(words, (first, second)):
+                break
         self.rng.shuffle(words)
         order = [first.medium, second.medium] if len(self.scenes) == 2 else [0]
         text = self.rng.choice(_MATCH).format(things=self._things(order), words=", ".join(words))
         return Question(text, f"{first.value} and {second.value}", "match", (first, second))
+
+    def _clear(self, words: Sequence[str], facts: Sequence[Fact]) -> bool:
+        """Whether each medium is fitted by no offered word but its own."""
+        own = [{fact.value for fact in facts if fact.medium == medium} for medium in range(len(self.scenes))]
+        fitted = [set(words) & set(scene.facts.values()) for scene in self.scenes]
+        return len(set(words)) == 4 and fitted == own
 
     def _compare(self) -> Question:
         if len(self.scenes) == 2 and self.asked is None and (both := self._both_go()):

@@ -1,0 +1,297 @@
+"""Train the tiny language model of the embedded world, from nothing, on the world's words only.
+
+    python -m lavis_chatbridge.toyworld.pretrain_llm --out DIR
+
+The folder is an ordinary Hugging Face one: a byte-level tokenizer in which every word of the world is one token, and a
+small LLaMA. What this model cannot do with things described in words it will not do with media later, hence the gate:
+its exact-match accuracy on joint questions, printed at the end and kept beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lavis_chatbridge.prompting import Piece, Text
+from lavis_chatbridge.toyworld.language import QUESTION_KINDS, QuestionKind
+from lavis_chatbridge.toyworld.reading import Level, draw_scene, exam, passage
+
+log = logging.getLogger(__name__)
+
+BOS, EOS, PAD, END_OF_TURN = "<s>", "</s>", "<pad>", "###"
+CONTEXT_WEIGHT = 0.05
+"""What a token of a description counts in the loss, beside 1 for a token of a caption or an answer."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is built and trained; the defaults make the shipped one."""
+
+    seed: int = 0
+    steps: int = 3000
+    width: int = 128
+    layers: int = 5
+    heads: int = 4
+    feed_forward: int = 320
+    deviation: float = 0.07
+    passages: int = 24
+    groups: int = 3
+    learning_rate: float = 2.5e-3
+    final_rate: float = 0.02
+    warm_up: int = 100
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    noise: float = 0.0
+    threads: int = 1
+    half: int = 1
+    ends: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5)
+
+
+LEVELS = (Level(1), Level(2), Level(3), Level(5), Level(None))
+"""The curriculum: yes/no questions and conditions about few values first; it does not start without."""
+
+
+def make_tokenizer(seed: int = 0, passages: int = 2400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: each word of the world with the space before it is one token, any text is encodable."""
+    rng = random.Random(f"tokenizer/{seed}")
+    pieces = (piece for _ in range(passages) for piece in passage(rng, LEVELS[-1]) if isinstance(piece, Text))
+    texts = (part for piece in pieces for part in piece.text.split(END_OF_TURN))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(END_OF_TURN, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        add_prefix_space=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A fresh LLaMA with tied embeddings."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=1024,
+        initializer_range=recipe.deviation,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # on a CPU, at these sizes, much faster than the fused one
+    return model
+
+
+@dataclass
+class Encoded:
+    """A passage in tokens: ids, what each counts in the loss, and whether it stands in a medium's place."""
+
+    ids: list[int]
+    weights: list[float]
+    described: list[bool]
+
+
+def encode(passages: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
+    """Tokenise each piece on its own, BOS first, as the model with media does."""
+    texts = [[piece for piece in pieces if isinstance(piece, Text)] for pieces in passages]
+    flat = [piece.text for pieces in texts for piece in pieces]
+    ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    encoded = []
+    for pieces in texts:
+        row = Encoded([tokenizer.bos_token_id], [0.0], [False])
+        for piece in pieces:
+            tokens = next(ids)
+            described = not piece.target and END_OF_TURN not in piece.text
+            row.ids += tokens
+            row.weights += [1.0 if piece.target else CONTEXT_WEIGHT if described else 0.0] * len(tokens)
+            row.described += [described] * len(tokens)
+        encoded.append(row)
+    return encoded
+
+
+@dataclass
+class Batch:
+    """Passages of similar length, padded on the right: ``B`` passages, ``L`` tokens."""
+
+    ids: torch.Tensor  # [B, L]
+    weights: torch.Tensor  # [B, L], of the token as a target
+    described: torch.Tensor  # [B, L]
+
+
+def group(encoded: Sequence[Encoded], pad: int, groups: int) -> list[Batch]:
+    """Passages as batches of about equally many, short ones together and long ones together."""
+    ordered = sorted(encoded, key=lambda one: len(one.ids))
+    size = math.ceil(len(ordered) / groups)
+    return [_pad(ordered[start : start + size], pad) for start in range(0, len(ordered), size)]
+
+
+def _pad(encoded: Sequence[Encoded], pad: int) -> Batch:
+    length = max(len(one.ids) for one in encoded)
+    missing = [length - len(one.ids) for one in encoded]
+    return Batch(
+        ids=torch.tensor([one.ids + [pad] * extra for one, extra in zip(encoded, missing, strict=True)]),
+        weights=torch.tensor([one.weights + [0.0] * extra for one, extra in zip(encoded, missing, strict=True)]),
+        described=torch.tensor([one.described + [False] * extra for one, extra in zip(encoded, missing, strict=True)]),
+    )
+
+
+def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Batch]]:
+    """What each step reads, the curriculum's level rising with the step; a part of the passages holds all values."""
+    rng = random.Random(f"passages/{recipe.seed}")
+    for step in range(recipe.steps):
+        level = sum(step >= end * recipe.steps for end in recipe.ends)
+        easy = LEVELS[level]
+        full = Level(None, (1, 1, 1, 0.5, 0.5)) if level < len(LEVELS) - 1 else easy
+        passages = [passage(rng, easy if rng.random() < 0.6 else full) for _ in range(recipe.passages)]
+        yield group(encode(passages, tokenizer), tokenizer.pad_token_id, recipe.groups)
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch, noise: float = 0.0) -> torch.Tensor:
+    """Weighted sum of the cross-entropy of the counted tokens.
+
+    Args:
+        model: The model.
+        batch: The passages.
+        noise: Added to the words at media's places, drawn per passage up to this share of the embeddings' deviation.
+    """
+    embedded = model.get_input_embeddings()(batch.ids)
+    if noise:
+        scale = noise * embedded.detach().std() * torch.rand(len(embedded), 1, 1)
+        embedded = embedded + scale * torch.randn_like(embedded) * batch.described[..., None]
+    hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    counted = batch.weights[:, 1:] > 0
+    logits = model.lm_head(hidden[:, :-1][counted]).float()
+    losses = torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][counted], reduction="none")
+    return (losses * batch.weights[:, 1:][counted]).sum()
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, report_every: int) -> None:
+    """AdamW with warm-up and cosine decay over freshly drawn passages."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
+    )
+    model.train()
+    begun, recent = time.perf_counter(), 0.0
+    for step, parts in enumerate(batches(recipe, tokenizer), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _rate(step, recipe)
+        optimizer.zero_grad()
+        total = sum(float(part.weights.sum()) for part in parts)
+        for part in parts:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(recipe.half)):
+                loss = loss_of(model, part, recipe.noise) / total
+            loss.backward()
+            recent += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        if step % report_every == 0 or step == recipe.steps:
+            scores = gate(model, tokenizer, questions=40, seed=step)
+            table = " ".join(f"{kind} {score:.2f}" for kind, score in scores.items())
+            seconds = time.perf_counter() - begun
+            log.info("step %d, %.0f s, loss %.4f: %s", step, seconds, recent / report_every, table)
+            recent = 0.0
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    if step <= recipe.warm_up:
+        return step / recipe.warm_up
+    done = (step - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
+    return recipe.final_rate + (1 - recipe.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@torch.no_grad()
+def right_answers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[Piece]]
+) -> list[bool]:
+    """Whether the greedy answer to each prompt's last question is exactly the given one, end mark included.
+
+    The greedy answer equals the given one where the most likely token is the given one at each of its positions.
+    """
+    model.eval()
+    encoded = encode(prompts, tokenizer)
+    right = []
+    for start in range(0, len(encoded), 32):
+        part = encoded[start : start + 32]
+        length = max(len(one.ids) for one in part)
+        ids = torch.tensor([one.ids + [tokenizer.pad_token_id] * (length - len(one.ids)) for one in part])
+        best = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
+        target = torch.zeros_like(ids, dtype=torch.bool)
+        for row, one in enumerate(part):
+            target[row, : len(one.ids)] = torch.tensor(one.weights) == 1.0
+        right += ((best == ids[:, 1:]) | ~target[:, 1:]).all(-1).tolist()
+    model.train()
+    return right
+
+
+def gate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: int, seed: int = 0
+) -> dict[QuestionKind, float]:
+    """Exact-match accuracy on fresh joint questions about a picture or clip and a sound in words, per kind."""
+    rng = random.Random(f"gate/{seed}")
+    scores: dict[QuestionKind, float] = {}
+    for kind in QUESTION_KINDS:
+        prompts = []
+        for _ in range(questions):
+            scenes = [draw_scene(rng.choice(("image", "video")), rng), draw_scene("audio", rng)]
+            rng.shuffle(scenes)
+            prompts.append(exam(kind, scenes, rng))
+        scores[kind] = sum(right_answers(model, tokenizer, prompts)) / questions
+    return scores
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the model and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report-every", type=int, default=100)
+    defaults = Recipe()
+    for name, value in asdict(defaults).items():
+        if not isinstance(value, tuple):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = vars(parser.parse_args(arguments))
+    out, report_every = options.pop("out"), options.pop("report_every")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    recipe = Recipe(**options)
+    torch.set_num_threads(recipe.threads)
+    tokenizer = make_tokenizer()
+    model = make_model(recipe, tokenizer)
+    log.info("%d tokens, %d parameters", len(tokenizer), model.num_parameters())
+    train(model, tokenizer, recipe, report_every)
+    scores = gate(model, tokenizer, questions=500)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+    (out / "gate.json").write_text(json.dumps({"recipe": asdict(recipe), "gate": scores}, indent=1) + "\n")
+    log.info("gate: %s", scores)
+
+
+if __name__ == "__main__":
+    main()
