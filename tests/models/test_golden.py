@@ -1,0 +1,489 @@
+"""Every number of a golden folder (``GOLDEN_DIR``, else ``tests/golden``) within the tolerance that its README states.
+
+All sizes and cases are read from the folder. Tolerances are maximum absolute differences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.models import answering
+from lavis_chatbridge.models.interleave import PADDING, SOFT, Batch, embed, lay_out, lay_out_context
+from lavis_chatbridge.models.language_model import load_codec
+from lavis_chatbridge.models.samples import media_of
+from lavis_chatbridge.models.settings import TemporalSettings
+from lavis_chatbridge.processors.fbank import fbank
+from lavis_chatbridge.prompting import Piece, Slot, Text, Turn, alignment_prompt, chat_prompt, clean_caption
+from lavis_chatbridge.runners.optim import learning_rate
+from tests.models.building import golden_settings
+from tests.processors.test_golden_processing import (  # noqa: F401 (a golden folder is checked whole by this file)
+    rules,
+    slices,
+    stacks,
+    test_counts,
+    test_fbank_slices,
+    test_frame_indices_of_evaluation,
+    test_frame_indices_of_the_demo,
+    test_slices_of_sounds_that_fill_them_exactly,
+    test_transforms,
+)
+
+ALONE = 2e-5
+LAYERED = 5e-5
+KEY_BIAS = "self.key.bias"
+"""Its gradient is zero but for rounding."""
+
+
+@pytest.fixture(scope="session")
+def tensors(golden_dir: Path) -> Callable[[str], dict[str, Tensor]]:
+    cache: dict[str, dict[str, Tensor]] = {}
+
+    def load(name: str) -> dict[str, Tensor]:
+        if name not in cache:
+            cache[name] = load_file(golden_dir / f"{name}.safetensors")
+        return cache[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def facts(golden_dir: Path) -> Callable[[str], dict[str, Any]]:
+    return lambda name: json.loads((golden_dir / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fresh(golden_dir: Path) -> Callable[..., Any]:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    def build(**changes: Any) -> Any:
+        model = ChatBridge(golden_settings(golden_dir, **changes))
+        model.load_checkpoint(str(golden_dir / "chatbridge_state.safetensors"))
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def model(fresh: Callable[..., Any]) -> Any:
+    return fresh()
+
+
+@pytest.fixture(autouse=True)
+def _defaults(request: pytest.FixtureRequest) -> Any:
+    """What a test changes in the shared model is set back, and no gradient is left."""
+    yield
+    if "model" in request.fixturenames:
+        shared = request.getfixturevalue("model")
+        shared.max_text_length, shared.video_queries = shared.settings.max_text_length, "joint"
+        shared.zero_grad(set_to_none=True)
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    assert found.shape == expected.shape, name
+    difference = (found.detach() - expected).abs().max().item()
+    assert difference <= tolerance, f"{name}: {difference:.2e} > {tolerance:.0e}"
+
+
+def test_state_dict_has_the_originals_names(model: Any, facts: Callable) -> None:
+    listed = facts("state_dict_keys")
+    constants = ("rotary_emb.inv_freq", "position_ids")
+    expected = {name: entry["shape"] for name, entry in listed["all"].items() if not name.endswith(constants)}
+    found = {name: list(t.shape) for name, t in model.state_dict().items() if not name.endswith(constants)}
+    assert found == expected
+    assert sorted(model.trainable_state_dict()) == sorted(_trainable(listed))
+
+
+def _trainable(listed: dict[str, Any]) -> list[str]:
+    given = listed["trainable"]
+    return [entry["name"] if isinstance(entry, dict) else entry for entry in given]
+
+
+@torch.no_grad()
+def test_beats(model: Any, tensors: Callable, stacks: Any) -> None:  # noqa: F811
+    beats, golden = model.audio_encoder, tensors("beats")
+    for case in (name.removesuffix(".input") for name in golden if name.endswith(".input")):
+        near(beats(golden[f"{case}.input"])[0], golden[f"{case}.output"], LAYERED, case)
+    full = {"full64": "clipB_16000_mono.mel64.n3.slice0", "full128": "clipA_22050_stereo.mel128.n1"}
+    for case, stored in full.items():
+        clip = torch.from_numpy(stacks[stored])
+        near(beats(clip.reshape(1, *clip.shape[-2:]))[0], golden[f"{case}.output"], LAYERED, case)
+
+
+@torch.no_grad()
+def test_beats_layer_by_layer(model: Any, tensors: Callable) -> None:
+    beats, golden = model.audio_encoder, tensors("beats")
+    patches = beats.patches(golden["short64.input"])
+    near(patches, golden["short64.patch_ln"], LAYERED)
+    near(beats.encoder.position_bias(patches.shape[1]), golden["short64.position_bias_layer0"], LAYERED)
+    after = []
+    hooks = [layer.register_forward_hook(lambda *a: after.append(a[2])) for layer in beats.encoder.layers]
+    beats.encode(patches, None)
+    for hook in hooks:
+        hook.remove()
+    assert len(after) == sum(name.startswith("short64.after_layer") for name in golden)
+    for i, tokens in enumerate(after):
+        near(tokens, golden[f"short64.after_layer{i}"], LAYERED, f"layer {i}")
+
+
+@torch.no_grad()
+def test_beats_with_a_padding_mask(model: Any, tensors: Callable) -> None:
+    """The library's waveform entry: 128 mel bins, and a mask that is thinned out twice."""
+    beats, golden = model.audio_encoder, tensors("beats")
+    bank = torch.stack([fbank(sound, 128) for sound in golden["wavpath.source"]])
+    patches = beats.patches(bank)
+    padding = golden["wavpath.padding_mask"]
+    for length in (bank.shape[1], patches.shape[1]):
+        whole = padding.shape[1] // length * length
+        padding = padding[:, :whole].unflatten(1, (length, -1)).all(-1)
+    assert torch.equal(padding, golden["wavpath.padding_mask_out"])
+    near(beats.encode(patches, ~padding), golden["wavpath.output"], LAYERED)
+
+
+@torch.no_grad()
+def test_eva_vit(model: Any, tensors: Callable) -> None:
+    golden = tensors("eva_vit")
+    after = []
+    hooks = [block.register_forward_hook(lambda *a: after.append(a[2])) for block in model.visual_encoder.blocks]
+    tokens = model.visual_encoder(golden["image"].float())
+    for hook in hooks:
+        hook.remove()
+    near(tokens, golden["tokens"], ALONE)
+    near(model.ln_vision(tokens), golden["ln_vision_of_tokens"], LAYERED)
+    assert len(after) == sum(name.startswith("after_block") for name in golden)
+    for i, block in enumerate(after):
+        near(block, golden[f"after_block{i}"], ALONE, f"block {i}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["image", "video", "audio"])
+def test_perceiver(model: Any, tensors: Callable, case: str) -> None:
+    golden = {name.removeprefix(f"{case}."): t for name, t in tensors("perceiver").items() if name.startswith(case)}
+    if "features_before_audio_trans" in golden:
+        near(model.audio_trans(golden["features_before_audio_trans"]), golden["encoder_features"], LAYERED)
+    queries = model.audio_query_tokens if case == "audio" else model.image_query_tokens
+    features = golden["encoder_features"]
+    out = model.Qformer.bert(
+        query_embeds=queries.expand(len(features), -1, -1),
+        encoder_hidden_states=features,
+        output_hidden_states=True,
+        return_dict=True,
+    )
+    assert len(out.hidden_states) == sum(name.startswith("hidden") for name in golden)
+    for i, hidden in enumerate(out.hidden_states):
+        near(hidden, golden[f"hidden{i}"], ALONE, f"hidden{i}")
+    near(out.last_hidden_state, golden["query_output"], ALONE)
+    near(model.llama_proj(out.last_hidden_state), golden["llama_proj"], LAYERED)
+
+
+def inputs(tensors: Callable, name: str) -> tuple[str, Tensor]:
+    """The kind of an input of ``encode.safetensors``, and its values."""
+    kind = "audio" if name.startswith("audio") else name
+    return kind, tensors("encode")[name].float()
+
+
+def query_embeddings(model: Any, kind: str, values: Tensor) -> Tensor:
+    soft, _ = model.soft_tokens([[Slot(kind)]] * len(values), media_of({kind: values}))  # type: ignore[arg-type]
+    return soft.unflatten(0, (len(values), -1))
+
+
+@torch.no_grad()
+def test_encode(model: Any, tensors: Callable) -> None:
+    golden = tensors("encode")
+    for name in ("image", "video"):
+        near(query_embeddings(model, *inputs(tensors, name)), golden[f"encode_img.{name}"], LAYERED, name)
+    for name in ("audio1", "audio2"):
+        near(query_embeddings(model, *inputs(tensors, name)), golden[f"encode_audio.{name}"], LAYERED, name)
+    one_frame = golden["image"].float().unsqueeze(1)
+    near(query_embeddings(model, "video", one_frame), golden["encode_img.image5d_n1"], LAYERED, "one frame")
+    model.video_queries = "per_frame"
+    near(query_embeddings(model, *inputs(tensors, "video")), golden["encode_img.stage3_video"], LAYERED, "stage 3")
+
+
+@torch.no_grad()
+def test_multi_sample(fresh: Callable[..., Any], tensors: Callable, golden_dir: Path, tmp_path: Path) -> None:
+    golden = tensors("multi_sample")
+    tables = {name: golden[f"{name}_temporal_pos_embeds"] for name in ("visual", "audio")}
+    lengths = TemporalSettings(frames=tables["visual"].shape[1], clips=tables["audio"].shape[1])
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    model = ChatBridge(golden_settings(golden_dir, temporal_positions=lengths)).eval()
+    whole = load_file(golden_dir / "chatbridge_state.safetensors")
+    torch.save({"model": whole | {f"{n}_temporal_pos_embeds": t for n, t in tables.items()}}, tmp_path / "all.pth")
+    model.load_checkpoint(str(tmp_path / "all.pth"))
+    for name in (name for name in golden if name.startswith("encode_")):
+        near(query_embeddings(model, *inputs(tensors, name.split(".")[1])), golden[name], LAYERED, name)
+
+
+def case_samples(tensors: Callable, case: dict[str, Any], prompts: list[list[Piece]]) -> dict[str, Any]:
+    named = [case[key] for key in ("image", "audio") if key in case]
+    return {"pieces": prompts, **{kind: v[: len(prompts)] for kind, v in (inputs(tensors, n) for n in named)}}
+
+
+def kinds_of(case: dict[str, Any]) -> list[Any]:
+    return [*([case["image"]] if "image" in case else []), *(["audio"] if "audio" in case else [])]
+
+
+def laid_out(model: Any, samples: dict[str, Any]) -> tuple[Batch, Tensor]:
+    soft, places = model.soft_tokens(samples["pieces"], media_of(samples))
+    return lay_out(samples["pieces"], places, model.llama_tokenizer, "original", model.max_text_length), soft
+
+
+def check_losses(model: Any, batch: Batch, soft: Tensor, golden: dict[str, Tensor], name: str) -> None:
+    assert torch.equal(batch.labels, golden[f"{name}.labels"]), name
+    assert torch.equal(batch.attention_mask, golden[f"{name}.attention_mask"]), name
+    if f"{name}.inputs_embeds" in golden:
+        embeds = embed(batch, soft, model.llama_model.get_input_embeddings())
+        near(embeds, golden[f"{name}.inputs_embeds"], LAYERED, name)
+    nll, targets = model.token_losses(batch, soft)
+    rows, columns, _ = batch.supervised()
+    dense = torch.zeros_like(golden[f"{name}.token_nll"]).index_put((rows, columns), nll)
+    near(dense, golden[f"{name}.token_nll"], LAYERED, name)
+    near(nll.mean(), golden[f"{name}.loss"], LAYERED, name)
+    assert len(targets) == len(rows)
+
+
+def stage1_samples(tensors: Callable, case: dict[str, Any]) -> dict[str, Any]:
+    prompts = [alignment_prompt(kinds_of(case), text, case["end_sym"]) for text in case["text"]]
+    return case_samples(tensors, case, prompts)
+
+
+@torch.no_grad()
+def test_stage1(model: Any, tensors: Callable, facts: Callable) -> None:
+    golden = tensors("stage1")
+    for name, case in facts("stage1").items():
+        model.max_text_length = case["max_txt_len"]
+        samples = stage1_samples(tensors, case)
+        batch, soft = laid_out(model, samples)
+        check_losses(model, batch, soft, golden, name)
+        out = model(samples)
+        near(out["loss"], golden[f"{name}.loss"], LAYERED, name)
+        assert out["target_tokens"] == (batch.labels >= 0).sum()
+        if f"{name}.logits_last8" in golden:
+            logits = model.llama_model(
+                inputs_embeds=embed(batch, soft, model.llama_model.get_input_embeddings()),
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+            ).logits
+            near(logits[:, -8:], golden[f"{name}.logits_last8"], LAYERED, name)
+
+
+def pieces_of(conversation: str, kinds: list[Any]) -> list[Piece]:
+    """The original's rule: cut at each ``<query>``, after each ``###Assistant:``, and after a reply's ``###``."""
+    *before, last = conversation.split("<query>")
+    pieces: list[Piece] = []
+    for text, kind in zip(before, kinds, strict=True):
+        pieces += [Text(text), Slot(kind)]
+    while last:
+        asked = re.match(r"(?s).*?###Assistant:", last)
+        if asked is None:
+            return [*pieces, Text(last)]
+        pieces.append(Text(asked.group()))
+        last = last[asked.end() :]
+        reply = re.match(r"(?s).*?###", last)
+        if reply is not None:
+            pieces.append(Text(reply.group(), target=True))
+            last = last[reply.end() :]
+    return pieces
+
+
+def stage2_samples(tensors: Callable, case: dict[str, Any]) -> dict[str, Any]:
+    prompts = [pieces_of(text, kinds_of(case)) for text in case["conversation"]]
+    return case_samples(tensors, case, prompts)
+
+
+def prepare_stage2(model: Any, case: dict[str, Any]) -> None:
+    model.max_text_length = case["max_txt_len"]
+    model.video_queries = "per_frame" if case["stage"] == 3 else "joint"
+
+
+@torch.no_grad()
+def test_stage2(model: Any, tensors: Callable, facts: Callable) -> None:
+    golden = tensors("stage2")
+    for name, case in facts("stage2").items():
+        prepare_stage2(model, case)
+        samples = stage2_samples(tensors, case)
+        for pieces, segments in zip(samples["pieces"], case.get("segments", samples["pieces"]), strict=True):
+            if segments is not pieces:
+                texts = [piece.text for piece in pieces if isinstance(piece, Text)]
+                assert texts == [segment["text"] for segment in segments], name
+                assert [model.llama_tokenizer.encode(t) for t in texts] == [s["ids"] for s in segments], name
+        batch, soft = laid_out(model, samples)
+        assert torch.equal(batch.token_ids, golden[f"{name}.token_ids"]), name
+        assert {SOFT, PADDING} == {-1, -2}
+        check_losses(model, batch, soft, golden, name)
+        near(model(samples)["loss"], golden[f"{name}.loss"], LAYERED, name)
+
+
+def test_gradients(model: Any, tensors: Callable, facts: Callable) -> None:
+    golden, recorded = tensors("grads"), facts("grads")
+    for case, expected in recorded.items():
+        stage, name = case.split(".")
+        described = facts(stage)[name]
+        if stage == "stage2":
+            prepare_stage2(model, described)
+        else:
+            model.max_text_length = described["max_txt_len"]
+        samples = (stage2_samples if stage == "stage2" else stage1_samples)(tensors, described)
+        model.zero_grad(set_to_none=True)
+        model(samples)["loss"].backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert sorted(found) == sorted(expected["grad_norm"]), case
+        assert not set(found) & set(expected["no_grad"])
+        for name, norm in expected["grad_norm"].items():
+            if not name.endswith(KEY_BIAS):
+                assert found[name].norm().item() == pytest.approx(norm, rel=1e-4), f"{case} {name}"
+        for name, grad in found.items():
+            stored = golden.get(f"{case}/{name}")
+            if stored is not None and not name.endswith(KEY_BIAS):
+                near(grad, stored, 1e-5 * stored.abs().max().item(), f"{case}/{name}")
+
+
+@pytest.mark.parametrize("case", ["image_x5", "alternating_set_to_none", "alternating_zero_fill"])
+def test_five_optimiser_steps(fresh: Callable[..., Any], tensors: Callable, facts: Callable, case: str) -> None:
+    recorded, described = facts("adamw")[case], facts("stage1")
+    golden = {name.removeprefix(f"{case}/"): t for name, t in tensors("adamw").items() if name.startswith(f"{case}/")}
+    model = fresh()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
+
+    def loss_of(name: str) -> Tensor:
+        model.max_text_length = described[name]["max_txt_len"]
+        return model(stage1_samples(tensors, described[name]))["loss"]
+
+    for name, expected in zip(recorded["order"], recorded["loss_before_each_step"], strict=True):
+        optimizer.zero_grad(set_to_none=recorded["zero_grad_set_to_none"])
+        loss = loss_of(name)
+        assert loss.item() == pytest.approx(expected, abs=LAYERED)
+        loss.backward()
+        optimizer.step()
+    for name, expected in recorded["losses_after"].items():
+        assert loss_of(name).item() == pytest.approx(expected, abs=LAYERED)
+    for name, norm in recorded["param_norms_after"].items():
+        tolerance = 5e-3 if name.endswith(KEY_BIAS) else 1e-5
+        assert trained[name].norm().item() == pytest.approx(norm, rel=tolerance), name
+    for name, after in golden.items():
+        near(trained[name], after, LAYERED, name)
+
+
+def asked(model: Any, tensors: Callable, case: str, prompt: str) -> tuple[Batch, Tensor]:
+    """The context of a prompt with placeholders, for the first sample of each of its inputs."""
+    of_case = {"image": ["image"], "imageaudio": ["image", "audio1"], "video_audio": ["video", "audio2"]}
+    named = [inputs(tensors, name) for name in of_case[case.split("_", 1)[1]]]
+    texts = re.split(r"<ImageHere>|<query>", prompt)
+    pieces: list[Piece] = [Text(texts[0])]
+    for (kind, _), text in zip(named, texts[1:], strict=True):
+        pieces += [Slot(kind), Text(text)]  # type: ignore[arg-type]
+    soft, places = model.soft_tokens([pieces], media_of({kind: values[:1] for kind, values in named}))
+    bos = case.startswith("chat_")
+    return lay_out_context([pieces], places, model.llama_tokenizer, bos, PADDING), soft
+
+
+@torch.no_grad()
+def test_greedy_tokens(model: Any, tensors: Callable, facts: Callable) -> None:
+    golden = tensors("generate")
+    cases = {name: case for name, case in facts("generate").items() if "greedy_ids" in case}
+    assert cases
+    for name, case in cases.items():
+        batch, soft = asked(model, tensors, name, case["prompt"])
+        embeds = embed(batch, soft, model.llama_model.get_input_embeddings())
+        near(embeds, golden[f"{name}.inputs_embeds"], LAYERED, name)
+        logits = model.llama_model(inputs_embeds=embeds, attention_mask=batch.attention_mask).logits
+        near(logits[:, -1], golden[f"{name}.first_logits"], LAYERED, name)
+        ids = answering.generate_ids(
+            model.llama_model,
+            model.llama_tokenizer,
+            embeds,
+            batch.attention_mask,
+            max_tokens=len(case["greedy_ids"]),
+            min_tokens=0,
+            eos_token_id=-1,
+        )
+        assert ids[0].tolist() == case["greedy_ids"], name
+
+
+@torch.no_grad()
+def test_a_batch_of_prompts(model: Any, tensors: Callable, facts: Callable) -> None:
+    golden, case = tensors("generate"), facts("generate")["batch_prompt"]
+    before, after = case["prompt"].split("<query>")
+    prompts: list[list[Piece]] = [
+        [Text(before), Slot("image"), Text(after.replace("<question>", question))] for question in case["questions"]
+    ]
+    kind, values = inputs(tensors, case["images"].split(":")[1])
+    soft, places = model.soft_tokens(prompts, media_of({kind: values[: len(prompts)]}))
+    batch = lay_out_context(prompts, places, model.llama_tokenizer, False, PADDING)
+    assert torch.equal(batch.attention_mask, golden["batch_prompt.attention_mask"])
+    found = embed(batch, soft, model.llama_model.get_input_embeddings())
+    near(found, golden["batch_prompt.inputs_embeds"], LAYERED)
+
+
+def test_tokenizer(golden_dir: Path) -> None:
+    codec = load_codec(golden_dir / "tokenizer")
+    cases = json.loads((golden_dir / "tokenizer" / "cases.json").read_text())
+    assert cases
+    for case in cases:
+        assert codec.encode(case["text"]) == case["ids"], case["text"]
+        assert [codec.bos_id, *codec.encode(case["text"])] == case["ids_with_bos"], case["text"]
+
+
+def test_caption_cleaning(rules: dict[str, Any]) -> None:  # noqa: F811
+    for case in rules["stage1_caption_cleaning"]:
+        assert clean_caption(case["text"]) == case["cleaned"]
+
+
+def test_conversation_templates(rules: dict[str, Any]) -> None:  # noqa: F811
+    """Our turns and pieces, joined with the original's placeholder, are its conversations."""
+    named = {"ti": ("image",), "tv": ("video",), "ta": ("audio",), "tva": ("video", "audio"), "tia": ("image", "audio")}
+    for case in rules["conversation_templates"]:
+        media, task = case["task"].split("-")
+        turns = _turns(task, case)
+        turns[0] = dataclasses.replace(turns[0], media=named[media])
+        pieces = chat_prompt(turns, reply_end="###" if task == "conv" else "\n###")
+        assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == case["conversation"]
+
+
+def _turns(task: str, case: dict[str, Any]) -> list[Turn]:
+    """The turns of an annotation as the original reads them: at most eight messages, one exchange for other tasks."""
+    note = case["annotation"]
+    if "conversations" in note:
+        messages = note["conversations"][: 8 if task == "conv" else 2]
+        texts = [re.sub(r"\n?<(image|video)>\n?", "", message["value"]) for message in messages]
+        return [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    answer = next(note[key] for key in ("answer", "caption", "desc", "text") if key in note)
+    answer = ", ".join(answer) if isinstance(answer, list) else answer
+    question = case["prompt_list"][0].replace("<QUESTION>", note.get("question", ""))
+    return [Turn("user", question), Turn("assistant", answer)]
+
+
+def test_learning_rate_ramp(rules: dict[str, Any]) -> None:  # noqa: F811
+    """The first epoch's ramp is the original's; it is not begun again with the second epoch, as there it is."""
+    config, lrs = rules["lr_schedule"]["config"], rules["lr_schedule"]["lrs"]
+    ramp = min(config["iters_per_epoch"], config["warmup_steps"])
+    rest = (config["init_lr"], config["min_lr"], config["warmup_steps"], config["warmup_start_lr"])
+    ours = [learning_rate(step, len(lrs), *rest) for step in range(len(lrs))]
+    assert ours[:ramp] == pytest.approx(lrs[:ramp], rel=1e-6)
+    assert ours[config["warmup_steps"]] == pytest.approx(config["init_lr"])
+    assert all(a < b for a, b in pairwise(ours[: config["warmup_steps"] + 1]))
+
+
+@torch.no_grad()
+def test_cached_features_give_the_same_loss(model: Any, tensors: Callable, facts: Callable) -> None:
+    """An encoded medium in a medium's place is the medium."""
+    case = facts("stage1")["video"]
+    model.max_text_length = case["max_txt_len"]
+    samples = stage1_samples(tensors, case)
+    kind = kinds_of(case)[0]
+    encoded = model.encode_media(kind, list(samples[kind]))
+    assert all(isinstance(medium, EncodedMedium) for medium in encoded)
+    near(model({**samples, kind: encoded})["loss"], tensors("stage1")["video.loss"], LAYERED)
