@@ -31,6 +31,7 @@ COMMANDS = (
         "lavis_chatbridge.plugin.evaluate",
         "score a model on a configuration's test splits (python -m lavis.evaluate)",
     ),
+    Command("multis", "lavis_chatbridge.multis.command", "make chat data: annotate, generate, check, build"),
 )
 
 

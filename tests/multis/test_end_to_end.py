@@ -1,0 +1,112 @@
+"""All stages by the command, on media of the embedded world, against a server on loopback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.datasets.schema import read_jsonl
+from lavis_chatbridge.multis.build import verify
+from tests.multis.openai_server import OpenAIServer
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["multis", *map(str, arguments)])
+
+
+@pytest.fixture
+def annotated(world: Path, tmp_path: Path) -> Path:
+    regions = {
+        f"{item['id']}/{number}": [{"box": [0, 0, 28, 56], "description": "a plain background", "score": 0.9}]
+        for item in map(json.loads, (world / "items.jsonl").read_text().splitlines())
+        for number in range(3)
+    }
+    (tmp_path / "grit.json").write_text(json.dumps(regions))
+    assert (
+        run("annotate", world / "items.jsonl", "--out", tmp_path / "notes", "--with", f"grit={tmp_path}/grit.json") == 0
+    )
+    return tmp_path / "notes"
+
+
+def test_from_media_to_a_built_multis(
+    world: Path, annotated: Path, tmp_path: Path, server: OpenAIServer, capsys
+) -> None:
+    records = [json.loads(line) for file in annotated.glob("*.jsonl") for line in file.open()]
+    by_id = {record["id"]: record for record in records}
+    assert len(by_id) == 8
+    assert [frame["position"] for frame in by_id["both0"]["frames"]] == [0.1667, 0.5, 0.8333]
+    assert (
+        by_id["both0"]["frames"][0]["regions"][0]["box"][2] == 0.5
+        or by_id["both0"]["frames"][0]["regions"][0]["box"][2] < 1
+    )
+    assert by_id["both0"]["written_by"]["frames.regions"] == "grit import grit.json"
+    assert by_id["both0"]["written_by"]["captions"] == "human"
+
+    generated = tmp_path / "generated"
+    asked = (
+        "generate",
+        annotated,
+        "--out",
+        generated,
+        "--model",
+        "m",
+        "--base-url",
+        server.url,
+        "--price-of",
+        "gpt-4o",
+    )
+    assert run(*asked, "--dry-run") == 0
+    assert "requests to send:        24" in capsys.readouterr().out
+    assert server.asked.total() == 0
+    assert run(*asked) == 0
+    assert server.asked.total() == 24 == len(server.answered)
+    assert f"spent ${24 * (1000 * 2.5 + 100 * 10) / 1e6:.4f}" in capsys.readouterr().out
+    assert run(*asked) == 0, "a second run finds everything answered"
+    assert server.asked.total() == 24
+
+    checked = tmp_path / "checked"
+    assert run("check", generated, "--annotations", annotated, "--out", checked) == 0
+    numbers = json.loads((checked / "statistics.json").read_text())
+    assert numbers["accepted"] + numbers["rejected"] == 24
+    assert numbers["accepted"] >= 20, numbers["reasons"]
+    assert run("stats", checked) == 0
+    assert run("page", checked, "--media-root", world, "--out", tmp_path / "page.html", "--annotations", annotated) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<article") == 24
+    assert "data:image/jpeg" in page
+    assert "data:audio/wav" in page
+
+    (tmp_path / "task.jsonl").write_text(
+        json.dumps(
+            {
+                "id": "q1",
+                "media": [json.loads((world / "items.jsonl").read_text().splitlines()[0])["media"][0]],
+                "turns": [{"role": "user", "text": "What shape is it?"}, {"role": "assistant", "text": "a ring"}],
+            }
+        )
+        + "\n"
+    )
+    (tmp_path / "build.yaml").write_text(
+        f"""
+sources:
+  - {{name: chat, samples: [checked/accepted.jsonl], media_root: {world}, licence: CC0}}
+  - {{name: shapes, samples: [task.jsonl], media_root: {world}, licence: CC0, task: image_qa}}
+"""
+    )
+    assert run("build", tmp_path / "build.yaml", "--out", tmp_path / "multis") == 0
+    manifest = json.loads((tmp_path / "multis" / "manifest.json").read_text())
+    assert manifest["samples"] == numbers["accepted"] + 1
+    assert manifest["sources"]["shapes"]["by_task"] == {"image_qa": 1}
+    assert manifest["sources"]["chat"]["by_modality"].keys() == {"image", "video", "audio", "video+audio"}
+    assert verify(tmp_path / "multis") == []
+    samples = list(read_jsonl(tmp_path / "multis" / "chat" / "annotations.jsonl", tmp_path / "multis"))
+    assert {sample.task for sample in samples} == {"conversation", "detail", "reasoning"}
+    both = next(sample for sample in samples if sample.modality == "video+audio")
+    assert [turn.media for turn in both.turns[:2]] == [("video", "audio"), ()]
+    original = world / json.loads((checked / "accepted.jsonl").read_text().splitlines()[0])["media"][0]["path"]
+    with open(samples[0].media[0].path, "rb") as shard:
+        shard.seek(samples[0].media[0].offset)
+        assert shard.read(samples[0].media[0].size) == original.read_bytes()
