@@ -55,7 +55,7 @@ def test_chosen_frames_equal_those_of_a_full_decoding(kind: str) -> None:
     data = video_file(40, **KINDS[kind])
     every = decoded_fully(data)
     rng = np.random.default_rng(3)
-    counts = []
+    counts: list[int] = []
     for _ in range(3):
         indices = rng.integers(40, size=5).tolist()
         got = open_video(data, noting(counts, lambda count, indices=indices: indices))  # type: ignore[misc]

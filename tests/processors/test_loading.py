@@ -1,0 +1,73 @@
+"""Processors come from LAVIS's registry and from a model's YAML, and name their version."""
+
+from __future__ import annotations
+
+import pytest
+from lavis.common.registry import registry
+from lavis.processors.base_processor import BaseProcessor
+from omegaconf import OmegaConf
+
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.media import DEFAULT_LIMITS
+from lavis_chatbridge.processors import load_processors
+
+NAMES = [f"chatbridge_{kind}_{split}" for kind in ("image", "video", "audio") for split in ("train", "eval")]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "chatbridge_text"])
+def test_registered_with_lavis(name: str) -> None:
+    processor_class = registry.get_processor_class(name)
+    assert issubclass(processor_class, BaseProcessor)
+    for cfg in (None, {"name": name}, OmegaConf.create({"name": name})):
+        processor = processor_class.from_config(cfg)
+        assert processor.version.startswith(name)
+        assert processor.limits == DEFAULT_LIMITS
+    assert processor_class().build(name=name).version == processor.version
+
+
+def test_the_version_follows_the_settings() -> None:
+    processor_class = registry.get_processor_class("chatbridge_audio_eval")
+    versions = {processor_class.from_config({"mel_bins": bins}).version for bins in (64, 128)}
+    assert len(versions) == 2
+    assert processor_class().version in versions
+
+
+def test_load_processors() -> None:
+    section = OmegaConf.create(
+        {
+            "vis_processor": {"train": {"name": "chatbridge_image_train", "image_size": 56}},
+            "video_processor": {"eval": {"image_size": 56, "num_frames": 2}},
+            "txt_processor": {"train": {"name": "chatbridge_text", "clean": "no"}, "eval": None},
+        }
+    )
+    processors = load_processors(section)
+    assert list(processors) == ["image", "video", "audio", "text"]
+    assert all(sorted(splits) == ["eval", "train"] for splits in processors.values())
+    assert processors["image"]["train"].settings.image_size == 56
+    assert processors["image"]["eval"].settings.image_size == 224
+    assert processors["video"]["eval"].settings.num_frames == 2
+    assert processors["text"]["train"]("A  B") == "A  B"
+    assert load_processors(None)["audio"]["train"].name == "chatbridge_audio_train"
+
+
+def test_load_processors_reports_all_faults() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_processors(
+            {
+                "vis_procesor": {},
+                "audio_processor": {"train": {"name": "chatbridge_audio_trian"}, "test": {}},
+                "video_processor": {"eval": {"num_frame": 4}},
+            }
+        )
+    message = str(caught.value)
+    for part in ("'vis_processor'", "'chatbridge_audio_trian'", "preprocess.audio_processor.test", "'num_frames'"):
+        assert part in message
+
+
+def test_text() -> None:
+    text = registry.get_processor_class("chatbridge_text")
+    assert text()("A Dog - runs/jumps.\n") == "a dog runs jumps."
+    assert text.from_config({"clean": "spaces"})("  A \n Dog ") == "A Dog"
+    assert text.from_config({"clean": "spaces", "max_words": 2, "prompt": "about: "})("a b c") == "about: a b"
+    with pytest.raises(ConfigError, match="max_words"):
+        text.from_config({"max_words": 0})

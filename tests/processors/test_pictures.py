@@ -1,0 +1,142 @@
+"""Image and video processors: shapes, statistics, chance, and the settings that reach the original's transforms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.processors import (
+    ImageEvalProcessor,
+    ImageTrainProcessor,
+    VideoEvalProcessor,
+    VideoTrainProcessor,
+)
+from lavis_chatbridge.processors.frames import frame_indices, nearly_equal_chunks
+from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, PictureSettings, TrainPictureSettings, prepare
+from tests.media.making import encoded, level, photo, video_file
+
+NOISE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+
+
+def seeded(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_clip_statistics() -> None:
+    got = ImageEvalProcessor()(np.full((40, 30, 3), (255, 0, 51), np.uint8))
+    assert got.shape == (3, 224, 224)
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    for channel, value in enumerate((1.0, 0.0, 0.2)):
+        expected = (value - CLIP_MEAN[channel]) / CLIP_STD[channel]
+        torch.testing.assert_close(got[channel], torch.full((224, 224), expected), atol=1e-5, rtol=0)
+
+
+def test_bytes_arithmetic_equals_pillow_to_one_level() -> None:
+    for interpolation in ("bicubic", "bilinear"):
+        settings = PictureSettings(image_size=32, interpolation=interpolation)  # type: ignore[arg-type]
+        got = prepare(NOISE[None], settings)
+        expected = prepare(NOISE[None], replace(settings, arithmetic="pillow"))
+        assert (got - expected).abs().max() < 1.01 / (255 * min(CLIP_STD))
+
+
+def test_frames_of_a_batch_are_prepared_as_single_ones() -> None:
+    frames = np.stack([NOISE, NOISE[::-1], NOISE[:, ::-1]])
+    for arithmetic in ("bytes", "float", "pillow"):
+        settings = PictureSettings(image_size=28, arithmetic=arithmetic)  # type: ignore[arg-type]
+        got = prepare(frames, settings)
+        assert got.is_contiguous()
+        for frame, single in zip(frames, got, strict=True):
+            torch.testing.assert_close(prepare(frame[None], settings)[0], single, atol=1e-6, rtol=0)
+
+
+def test_crop_takes_the_central_square() -> None:
+    picture = np.zeros((20, 60, 3), np.uint8)
+    picture[:, 20:40] = 255
+    squashed = prepare(picture[None], PictureSettings(image_size=20))[0, 0]
+    cropped = prepare(picture[None], PictureSettings(image_size=20, resize="crop"))[0, 0]
+    assert cropped.min() == cropped.max()
+    assert squashed.max() - squashed.min() > 3
+
+
+def test_large_photos_keep_their_pixels_to_a_hundredth() -> None:
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (45, 60, 3), dtype=np.uint8))
+    data = encoded(small.resize((1920, 1440), Image.Resampling.BICUBIC), "JPEG", quality=90)
+    fast = ImageEvalProcessor()(data)
+    exact = ImageEvalProcessor.from_config({"arithmetic": "pillow"})(data)
+    assert (fast - exact).abs().mean() * min(CLIP_STD) < 0.005
+
+
+def test_training_crops_mildly_and_as_the_generator_says() -> None:
+    processor = ImageTrainProcessor()
+    data = encoded(Image.fromarray(NOISE), "PNG")
+    again = [processor(data, seeded(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(again[0], again[1])
+    assert not torch.equal(again[0], again[2])
+    assert not torch.equal(processor(data), processor(data))
+    quarters = processor(photo(200, 200), seeded())
+    corners = quarters[:, [10, 10, -10, -10], [10, -10, 10, -10]]
+    whole = ImageEvalProcessor()(photo(200, 200))[:, [10, 10, -10, -10], [10, -10, 10, -10]]
+    torch.testing.assert_close(corners, whole, atol=0.02, rtol=0)
+
+
+def test_crop_scale_and_flip() -> None:
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (100, 100, 3)).copy()
+    still = TrainPictureSettings(image_size=100, crop_scale=(1.0, 1.0), flip=True, mean=(0, 0, 0), std=(1, 1, 1))
+    seen = {bool(prepare(ramp[None], still, seeded(seed))[0, 0, 0, 0] > 0.2) for seed in range(20)}
+    assert seen == {True, False}
+    half = TrainPictureSettings(image_size=50, crop_scale=(0.25, 0.25), mean=(0, 0, 0), std=(1, 1, 1))
+    row = prepare(ramp[None], half, seeded())[0, 0, 0] * 255
+    assert row[-1] - row[0] == pytest.approx(49, abs=0.5)
+
+
+def test_video() -> None:
+    data = video_file(40)
+    got = VideoEvalProcessor.from_config({"image_size": 32})(data)
+    assert got.shape == (4, 3, 32, 32)
+    brightness = (got[:, 0, -1, -1] * CLIP_STD[0] + CLIP_MEAN[0]) * 255
+    assert (brightness - torch.tensor([level(i) for i in (4, 14, 24, 34)])).abs().max() < 4
+    two = VideoEvalProcessor.from_config({"image_size": 32, "num_frames": 2, "sampling": "uniform"})(data)
+    torch.testing.assert_close(two, VideoEvalProcessor.from_config({"image_size": 32, "num_frames": 40})(data)[[0, 20]])
+    assert VideoEvalProcessor()(video_file(1)).shape[0] == 4
+
+
+def test_training_draws_frames_of_each_quarter() -> None:
+    assert [list(chunk) for chunk in nearly_equal_chunks(range(7), 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    drawn = np.array([frame_indices(40, 4, seeded(seed)) for seed in range(300)])
+    for quarter in range(4):
+        assert set(drawn[:, quarter]) == set(range(10 * quarter, 10 * quarter + 10))
+    processor = VideoTrainProcessor.from_config({"image_size": 16})
+    data = video_file(40)
+    assert torch.equal(processor(data, seeded(5)), processor(data, seeded(5)))
+    assert not torch.equal(processor(data, seeded(5)), processor(data, seeded(6)))
+
+
+def test_a_frame_drawn_twice_is_cropped_alike() -> None:
+    got = VideoTrainProcessor.from_config({"image_size": 16, "crop_scale": [0.3, 0.5]})(video_file(1), seeded())
+    assert torch.equal(got[0], got[3])
+
+
+def test_wrong_settings_are_all_reported() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'image_size'") as caught:
+        ImageEvalProcessor.from_config({"name": "chatbridge_image_eval", "image_sise": 224, "resize": "squish"})
+    assert "'squash'" in str(caught.value)
+    for wrong in (
+        {"image_size": 0},
+        {"arithmetic": "pillow", "antialias": False},
+        {"std": [1, 0, 1]},
+        {"background": [1, 2, 300]},
+        {"crop_scale": [0.9, 1.0]},
+    ):
+        with pytest.raises(ConfigError, match="chatbridge_image_eval"):
+            ImageEvalProcessor.from_config(wrong)
+    with pytest.raises(ConfigError, match="crop_scale"):
+        ImageTrainProcessor.from_config({"crop_scale": [1.2, 0.5]})
+    with pytest.raises(ConfigError, match="num_frames"):
+        VideoTrainProcessor.from_config({"num_frames": 0})
