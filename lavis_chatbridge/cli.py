@@ -31,6 +31,9 @@ COMMANDS = (
         "lavis_chatbridge.plugin.evaluate",
         "score a model on a configuration's test splits (python -m lavis.evaluate)",
     ),
+    Command(
+        "world", "lavis_chatbridge.toyworld.build", "build the embedded world, a small closed world with exact truth"
+    ),
     Command("multis", "lavis_chatbridge.multis.command", "make chat data: annotate, generate, check, build"),
 )
 
