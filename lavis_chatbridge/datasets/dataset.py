@@ -24,7 +24,7 @@ from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment
 from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, target_text
 from lavis_chatbridge.prompting.templates import Templates
 
-Stage = Literal["alignment", "instruction"]
+Stage = Literal["auto", "alignment", "instruction"]
 Processors = Mapping[str, Callable[..., Any]]
 """``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
 
@@ -43,7 +43,8 @@ class SourceSettings:
     """How the samples of a source become prompts.
 
     Args:
-        stage: ``"alignment"`` (media, then a caption) or ``"instruction"`` (conversations).
+        stage: ``"alignment"`` (media, then a caption), ``"instruction"`` (conversations), or ``"auto"``: what a sample
+            has, the conversation where it has both.
         train: Draw captions, templates and augmentations; otherwise the first of each is taken.
         seed: Of everything that is drawn.
         task: The task of samples that name none.
@@ -157,7 +158,7 @@ class SourceDataset(torch.utils.data.Dataset):
             DataError: If the sample has no captions (alignment).
         """
         chosen = rng if self.settings.train else None
-        if self.settings.stage == "alignment":
+        if _is_caption(sample, self.settings.stage):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions, which alignment needs")
             return alignment_prompt(sample.kinds, self._clean(_choose(sample.captions, chosen)))
@@ -275,7 +276,7 @@ def split_by_modality(
 
 def references(sample: Sample, stage: Stage) -> list[str]:
     """What a model's words are compared with: all captions; for questions the accepted answers, else the last reply."""
-    if stage == "alignment" or not sample.turns:
+    if _is_caption(sample, stage) or not sample.turns:
         return list(sample.captions)
     return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
 
@@ -297,6 +298,10 @@ def media_source(medium: Medium) -> str | bytes:
     if len(content) < medium.size:
         raise MediaError(medium.path, f"ends before byte {medium.offset + medium.size}, where a medium should end")
     return content
+
+
+def _is_caption(sample: Sample, stage: Stage) -> bool:
+    return stage == "alignment" or (stage == "auto" and not sample.turns)
 
 
 def _choose(texts: Sequence[str], rng: np.random.Generator | None) -> str:

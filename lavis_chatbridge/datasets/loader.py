@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class LoaderSettings:
         ratios: Data set -> share of the steps, in any unit; without them by number of samples.
         cap: No data set counts as more than this many samples when there are no ratios.
         group_by_length: Put samples of similar length into a batch.
-        seed: Of the order.
+        seed: Of the order, and of what each sample draws (caption, template, augmentation).
         workers: Processes that load data; 0 loads in this one.
         prefetch: Batches that each worker has ready.
         pin_memory: Put tensors into page-locked memory, for a faster copy to the GPU.
@@ -127,6 +127,8 @@ class MixtureLoader:
         self.sources = {source.name: source for group in groups.values() for source in group.sources}
         if len(self.sources) < sum(len(group.sources) for group in groups.values()):
             raise ConfigError("two sources of the mixture have the same name")
+        for source in self.sources.values():
+            source.settings = replace(source.settings, seed=settings.seed)
         self.settings = settings
         self.rank = rank
         self.bad = BadSamples(settings.max_bad_share)

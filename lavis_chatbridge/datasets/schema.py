@@ -204,11 +204,18 @@ def to_record(sample: Sample, root: str = "") -> dict[str, Any]:
 def check_inside(path: str, root: str) -> None:
     """Refuse a path whose symbolic links lead out of ``root``.
 
+    A folder directly under the root may be a link itself, to a data set on another disk; what lies in it may not lead
+    out of that folder.
+
     Raises:
         DataError: If they do.
     """
     real, base = os.path.realpath(path), os.path.realpath(root)
-    if os.path.commonpath([real, base]) != base:
+    if os.path.commonpath([real, base]) == base:
+        return
+    folder = os.path.relpath(os.path.abspath(path), os.path.abspath(root)).split(os.sep)[0]
+    linked = os.path.join(root, folder)
+    if not os.path.isdir(linked) or os.path.commonpath([real, os.path.realpath(linked)]) != os.path.realpath(linked):
         raise DataError(f"{path}: leads out of the media root {root} to {real}; allow_outside: true accepts that")
 
 

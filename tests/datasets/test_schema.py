@@ -164,3 +164,11 @@ def test_symbolic_links_may_not_lead_out(tmp_path):
     check_inside(str(root / "fine"), str(root))
     with pytest.raises(DataError, match="leads out of the media root"):
         check_inside(str(root / "link"), str(root))
+    other = tmp_path / "disk"
+    other.mkdir()
+    (other / "a.png").write_text("x")
+    (other / "out").symlink_to(tmp_path / "secret")
+    (root / "coco").symlink_to(other)
+    check_inside(str(root / "coco" / "a.png"), str(root))
+    with pytest.raises(DataError, match="leads out of the media root"):
+        check_inside(str(root / "coco" / "out"), str(root))

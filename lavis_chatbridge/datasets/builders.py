@@ -1,0 +1,279 @@
+"""LAVIS builders for every data set: one class per row of ``configs/datasets/*.yaml``, made from the row.
+
+A row says which reader understands the files, where files and media lie under the data root, and what the data set is
+for. Annotations of other formats are converted to our schema once, into the cache folder. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_chatbridge import settings
+from lavis_chatbridge.datasets import readers
+from lavis_chatbridge.datasets.cache import cache_folder, locked
+from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
+from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.schema import SCHEMA_VERSION, Sample, write_jsonl
+from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, DataSettings
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.processors.loading import load_processors
+from lavis_chatbridge.prompting.templates import Templates
+
+_log = logging.getLogger(__name__)
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "datasets"
+WORLD_PREFIX = "chatbridge_world"
+_SHARED_WITH_PARTS = ("data_root", "limit", "allow_outside", "skip_missing", "reply_end", "templates")
+_PROCESSORS = ("vis_processor", "video_processor", "audio_processor", "text_processor")
+
+
+class ChatBridgeBuilder(BaseDatasetBuilder):
+    """Builds the splits of one data set as `SourceGroup`.
+
+    Args:
+        cfg: The data set's section, as LAVIS's tasks hand it on; what it leaves out is the row's. None takes the row.
+    """
+
+    NAME: ClassVar[str] = ""
+    ROW: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, cfg: DictConfig | Mapping[str, Any] | str | None = None) -> None:
+        if isinstance(cfg, str):
+            cfg = OmegaConf.load(cfg).datasets[self.NAME]
+        self.config = OmegaConf.merge(OmegaConf.create(dict(self.ROW)), cfg or {})
+        self.settings = self._parse(OmegaConf.to_container(self.config, resolve=True), f"datasets.{self.NAME}")
+        self.data_type = self.settings.data_type
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any], where: str) -> None:
+        """Check a section before anything is loaded, files included.
+
+        The embedded world's files are looked for when they are needed: a run may make the world first.
+
+        Raises:
+            ConfigError: With every fault and every missing file.
+        """
+        parsed = cls._parse(cfg, where)
+        if not cls.NAME.startswith(WORLD_PREFIX):
+            missing = _missing(parsed)
+            if missing:
+                raise ConfigError(_report(where, parsed.root, missing))
+
+    def build_datasets(self) -> dict[str, SourceGroup]:
+        """All splits, ready to load from.
+
+        Raises:
+            DataError: If files are missing (all are named) or malformed.
+        """
+        missing = _missing(self.settings)
+        if missing:
+            raise DataError(_report(f"datasets.{self.NAME}", self.settings.root, missing))
+        return self.build()
+
+    def build(self, splits: Iterable[str] | None = None) -> dict[str, SourceGroup]:
+        """The given splits, or all."""
+        if self.settings.parts:
+            return self._build_mixture()
+        chosen = self.settings.used_splits if splits is None else [s for s in splits if s in self.settings.used_splits]
+        processors = self._processors()
+        groups = {}
+        for split in chosen:
+            sources = [source for file in self._files(split) for source in self._sources(split, file)]
+            _tell_apart(sources)
+            groups[split] = SourceGroup(self.NAME, sources, self.settings.ratio)
+            groups[split].set_processors({kind: both[_mode(split)] for kind, both in processors.items()})
+            sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
+            _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(groups[split]), sizes)
+        return groups
+
+    @classmethod
+    def _parse(cls, cfg: Any, where: str) -> DataSettings:
+        return settings.parse(DataSettings, cfg, where)
+
+    def _files(self, split: str) -> list[SampleFile]:
+        """The split's samples; other formats become one file of ours."""
+        own = self.settings
+        files = own.files(split)
+        if own.reader != OWN_READER:
+            path = _converted(self.NAME, split, own)
+            return [SampleFile(path, own.root, allow_outside=True, cache=cache_folder())]
+        opened = []
+        for name in files.values():
+            root = os.path.dirname(name) if own.media_root is None else os.path.join(own.root, own.media_root)
+            opened.append(SampleFile(name, root or ".", own.allow_outside, cache_folder()))
+        return opened
+
+    def _sources(self, split: str, file: SampleFile) -> list[SourceDataset]:
+        own = self.settings
+        how = SourceSettings(
+            stage=own.stage,
+            train=_mode(split) == "train",
+            task=own.task,
+            style=own.style,
+            templates=_templates(own.templates),
+            reply_end=own.reply_end,
+            root=file.root,
+            allow_outside=own.allow_outside,
+        )
+        indices = None if own.limit is None else np.arange(min(own.limit, len(file)))
+        if own.split_modalities:
+            return split_by_modality(self.NAME, file, how, indices)
+        return [SourceDataset(self.NAME, file, how, indices)]
+
+    def _processors(self) -> dict[str, dict[str, Any]]:
+        given = {("txt_processor" if n == "text_processor" else n): getattr(self.settings, n) for n in _PROCESSORS}
+        return load_processors({name: value for name, value in given.items() if value is not None})
+
+    def _build_mixture(self) -> dict[str, SourceGroup]:
+        own = self.settings
+        sources = []
+        for name, part in _parts(own).items():
+            ratio = own.ratios.get(name)
+            found = _builder(name)(part).build(["train"])["train"].sources
+            whole = sum(len(source) for source in found)
+            for source in found:
+                source.ratio = None if ratio is None else ratio * len(source) / whole
+            sources += found
+        return {"train": SourceGroup(self.NAME, sources, own.ratio)}
+
+
+def register_builders() -> None:
+    """Register a builder for every row of ``configs/datasets/*.yaml`` that LAVIS does not know yet."""
+    for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
+        rows: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for name, row in rows["datasets"].items():
+            if name in registry.mapping["builder_name_mapping"]:
+                continue
+            fields = {
+                "NAME": name,
+                "ROW": row or {},
+                "DATASET_CONFIG_DICT": {"default": str(path)},
+                "__doc__": f"The row {name} of {path.name}.",
+                "__module__": __name__,
+            }
+            class_name = "".join(word.capitalize() for word in name.split("_")) + "Builder"
+            registry.register_builder(name)(type(class_name, (ChatBridgeBuilder,), fields))
+
+
+def require_files(datasets_cfg: Mapping[str, Any]) -> None:
+    """Look for the files of all data sets of a configuration at once.
+
+    Raises:
+        DataError: Naming every file that is missing, of all data sets.
+    """
+    missing: dict[str, list[str]] = {}
+    for name, section in datasets_cfg.items():
+        builder = registry.get_builder_class(name)
+        if builder is not None and issubclass(builder, ChatBridgeBuilder):
+            absent = _missing(builder(section).settings)
+            if absent:
+                missing[f"datasets.{name}"] = absent
+    if missing:
+        raise DataError("; ".join(_report(name, "", paths) for name, paths in missing.items()))
+
+
+def _builder(name: str) -> type[ChatBridgeBuilder]:
+    builder = registry.get_builder_class(name)
+    if builder is None or not issubclass(builder, ChatBridgeBuilder):
+        known = [n for n in registry.list_datasets() if issubclass(registry.get_builder_class(n), ChatBridgeBuilder)]
+        raise ConfigError(f"parts: {settings.unknown_key(name, known, 'datasets')}")
+    return builder
+
+
+def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
+    """The sections of a mixture's parts: their rows, with what the mixture sets for all."""
+    if own.ratios and set(own.ratios) != set(own.parts):
+        without = sorted(set(own.parts) - set(own.ratios))
+        raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
+    default = DataSettings()
+    shared = {name: getattr(own, name) for name in (*_SHARED_WITH_PARTS, *_PROCESSORS)}
+    shared = {name: value for name, value in shared.items() if value != getattr(default, name)}
+    parts = {}
+    for name in own.parts:
+        row = _builder(name).ROW
+        keep = {"templates"} if row.get("templates") is False else set()  # its questions are whole instructions
+        parts[name] = {**row, **{key: value for key, value in shared.items() if key not in keep}}
+    return parts
+
+
+def _missing(own: DataSettings) -> list[str]:
+    if not own.parts:
+        return own.missing()
+    absent: list[str] = []
+    for name, part in _parts(own).items():
+        parsed = settings.parse(DataSettings, part, name)
+        parsed.splits = {"train": parsed.splits["train"]}
+        absent += parsed.missing()
+    return list(dict.fromkeys(absent))
+
+
+def _report(where: str, root: str, missing: Sequence[str]) -> str:
+    files = ", ".join(missing)
+    under = f" (data root {os.path.abspath(root)}, set by env.data_root or ${DATA_VARIABLE})" if root else ""
+    return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
+
+
+def _converted(name: str, split: str, own: DataSettings) -> Path:
+    """A split in our schema, converted on first use and whenever files, settings or reader have changed."""
+    files = own.files(split)
+    options = {key: value for key, value in own.options.items() if key not in own.splits}
+    options |= own.options.get(split) or {}
+    origin = readers.Origin(name, files, own.root, own.media, options)
+    stamps = []
+    for role, path in files.items():
+        status = os.stat(path)
+        stamps.append((role, os.path.abspath(path), status.st_size, status.st_mtime_ns))
+    made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, stamps, os.path.abspath(own.root))
+    made_with = (sorted(own.media.items()), sorted(options.items(), key=str), own.skip_missing)
+    key = hashlib.sha256(repr((made_by, made_with)).encode()).hexdigest()[:16]
+    target = cache_folder() / "converted" / f"{name}-{split}-{key}.jsonl"
+    with locked(target):
+        if not target.exists():
+            _log.info("%s, split %s: converting %s", name, split, ", ".join(files.values()))
+            samples = readers.READERS[own.reader](origin)
+            write_jsonl(target, _present(samples, name) if own.skip_missing else samples, root=own.root)
+    return target
+
+
+def _present(samples: Iterable[Sample], name: str) -> Iterator[Sample]:
+    """The samples whose media are there; how many are not is logged."""
+    absent = 0
+    for sample in samples:
+        if all(os.path.exists(medium.path) for medium in sample.media):
+            yield sample
+        else:
+            absent += 1
+    if absent:
+        _log.warning("%s: left out %d samples whose media are not there (skip_missing)", name, absent)
+
+
+def _templates(chosen: bool | list[str]) -> Templates | None:
+    if isinstance(chosen, list):
+        return Templates.load(*chosen)
+    return Templates.default() if chosen else None
+
+
+def _tell_apart(sources: Sequence[SourceDataset]) -> None:
+    """Give sources of one name, which come from several files, their files' names."""
+    counts = Counter(source.name for source in sources)
+    for source in sources:
+        if counts[source.name] > 1 and isinstance(source.samples, SampleFile):
+            source.name = f"{source.name}/{Path(source.samples.path).stem}"
+
+
+def _mode(split: str) -> str:
+    return "train" if split == "train" else "eval"
+
+
+register_builders()

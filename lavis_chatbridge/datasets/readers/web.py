@@ -1,0 +1,120 @@
+"""Readers of picture and text pairs from the web (CC3M, CC12M, SBU, LAION): tables, JSON lists, webdataset shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, json_value, table_rows
+from lavis_chatbridge.datasets.schema import Medium, Sample
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.prompting.pieces import Kind
+
+_PER_SHARD = 10_000  # img2dataset's default number of rows per shard, which its file names follow
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "image"),
+    **dict.fromkeys(("mp4", "avi", "webm", "mkv"), "video"),
+    **dict.fromkeys(("wav", "flac", "ogg", "mp3"), "audio"),
+}
+
+
+def pairs_tsv(origin: Origin) -> Iterator[Sample]:
+    """A TSV of captions and addresses. Option ``columns``: their order where the file has no header line.
+
+    CC3M is published as caption, url; CC12M as url, caption. Media fields: ``row`` (from 0), ``shard`` and ``inner``
+    (img2dataset's numbering), ``url_md5``.
+    """
+    columns = origin.options.get("columns")
+    number = 0
+    for path in origin.files.values():
+        for row in table_rows(path, "\t", columns):
+            yield _pair(origin, row, number, row.text("url", "URL"), row.text("caption", "TEXT"))
+            number += 1
+
+
+def pairs_json(origin: Origin) -> Iterator[Sample]:
+    """A JSON list of pairs: ``url`` or ``image`` with ``caption`` (BLIP's and LAVIS's lists), or SBU's two lists.
+
+    Media fields: as for a TSV, and ``image`` (a path) where the file has one.
+    """
+    number = 0
+    for path in origin.files.values():
+        rows = json_rows(path) if begins_with(path, "[") else _sbu_rows(path)
+        for row in rows:
+            place = row.text("url", "image", "URL")
+            yield _pair(origin, row, number, place, row.text("caption", "TEXT"))
+            number += 1
+
+
+def webdataset(origin: Origin) -> Iterator[Sample]:
+    """Shards as img2dataset or webdataset write them: media with a ``.txt`` or a ``.json`` that has a ``caption``.
+
+    A medium stays in its shard; the sample says at which byte it lies. So the shards must not be compressed.
+    """
+    for path in origin.files.values():
+        try:
+            with tarfile.open(path, "r:") as shard:
+                yield from _shard_samples(shard, path)
+        except (tarfile.TarError, EOFError) as error:
+            raise DataError(f"{path}: not an uncompressed tar file: {error}") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _pair(origin: Origin, row: Row, number: int, place: str, caption: str) -> Sample:
+    shard, inner = divmod(number, _PER_SHARD)
+    fields = {"row": number, "shard": shard, "inner": inner, "url_md5": hashlib.md5(place.encode()).hexdigest()}
+    image = row.values.get("image")
+    media = origin.locate(row.where, image=image if isinstance(image, str) else "", **fields)
+    return Sample(str(number), media, (caption,))
+
+
+def _sbu_rows(path: str) -> Iterator[Row]:
+    """SBU's file: a list of addresses and a list of captions, side by side."""
+    urls, captions = json_value(path, "image_urls"), json_value(path, "captions")
+    if not isinstance(urls, list) or not isinstance(captions, list) or len(urls) != len(captions):
+        raise DataError(f"{path}: expected the lists image_urls and captions, of equal length")
+    for number, (url, caption) in enumerate(zip(urls, captions, strict=True)):
+        yield Row({"url": url, "caption": caption}, f"{path}: captions[{number}]")
+
+
+def _shard_samples(shard: tarfile.TarFile, path: str) -> Iterator[Sample]:
+    """Members of one name stand together in a webdataset shard."""
+    current, media, text = "", [], None  # type: str, list[Medium], str | None
+    for member in shard:
+        if not member.isfile():
+            continue
+        folder, base = os.path.split(member.name)
+        stem, _, suffix = base.partition(".")
+        key = os.path.join(folder, stem)
+        if key != current:
+            if media and text:
+                yield Sample(f"{os.path.basename(path)}/{current}", tuple(media), (text,))
+            current, media, text = key, [], None
+        suffix = suffix.lower()
+        if suffix in _KINDS:
+            media.append(Medium(_KINDS[suffix], path, member.offset_data, member.size))
+        elif suffix == "txt":
+            text = _content(shard, member).decode("utf-8", errors="replace").strip()
+        elif suffix == "json" and text is None:
+            text = _caption_in(_content(shard, member), f"{path}: {member.name}")
+    if media and text:
+        yield Sample(f"{os.path.basename(path)}/{current}", tuple(media), (text,))
+
+
+def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = shard.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _caption_in(content: bytes, where: str) -> str | None:
+    try:
+        record: Any = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    caption = record.get("caption") if isinstance(record, dict) else None
+    return caption.strip() if isinstance(caption, str) else None
