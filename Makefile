@@ -13,8 +13,9 @@ DEMO := output/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPAT_INSTALLED := $(COMPAT)/.installed
+EVALUATE := $(BIN)/python -m lavis.evaluate --cfg-path projects/chatbridge/eval/align.yaml --options
 
-# The tests share their processors with the data workers that they start, and need no network.
+# Nothing that runs here asks a hub; tokenizers that run in data workers start no threads of their own.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -38,8 +39,10 @@ $(COMPAT_INSTALLED): Makefile | $(INSTALLED)
 	touch $@
 
 demo: install
+	mkdir -p $(DEMO) && touch $(DEMO)/.started
 	$(BIN)/python -m lavis.train --cfg-path projects/chatbridge/align.yaml --options run.output_dir=$(DEMO)/stage1
-	$(BIN)/python -m lavis.evaluate --cfg-path projects/chatbridge/eval/heldout.yaml --options run.output_dir=$(DEMO)/heldout
+	$(EVALUATE) run.output_dir=$(DEMO)/stage1_scores
+	$(EVALUATE) run.output_dir=$(DEMO)/stage1_shuffled run.media=shuffled
 	$(BIN)/chatbridge demo-report $(DEMO)
 
 test: install $(COMPAT_INSTALLED)

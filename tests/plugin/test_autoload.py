@@ -137,7 +137,6 @@ PROBES = {
     "failing model": Probe(
         python_of(WITH_FAILURE), environment={"PYTHONPATH": "."}, files={"sitecustomize.py": FAILING_MODEL}
     ),
-    "train help, editable": Probe(["-m", "lavis.train", "--help"]),
     "evaluate fault, wheel": Probe(["-m", "lavis.evaluate", "--cfg-path", "absent.yaml"], install="wheel"),
     "torchrun": Probe(["--standalone", "--nproc-per-node=1", "-m", "lavis.train", "--help"], script="torchrun"),
     "command, switched off": Probe(
@@ -205,9 +204,8 @@ def test_a_failing_module_costs_its_own_classes_only(ran):
     assert "does not know the classes of lavis_chatbridge.models.chatbridge: RuntimeError: a broken model" in result.err
 
 
-@pytest.mark.parametrize("name", ["train help, editable", "torchrun"])
-def test_lavis_train_is_there(ran, name):
-    result = ran(name)
+def test_torchrun_finds_lavis_train(ran):
+    result = ran("torchrun")
     assert result.status == 0, result.err
     assert result.out.startswith("usage: lavis.train [-h] --cfg-path YAML")
 
