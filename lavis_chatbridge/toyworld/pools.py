@@ -88,12 +88,14 @@ def render_stills(count: int, side: int, seed: int) -> Stills:
     """``count`` stills of ``side`` pixels, one half pictures, one half frames of clips."""
     rng = np.random.default_rng(seed)
     settings = PictureSettings(image_size=side)
-    drawn = [*itertools.islice(_pictures(rng), count - count // 2), *itertools.islice(_frames(rng), count // 2)]
-    return Stills(
-        torch.stack([prepare(still[None], settings)[0].half() for _, still, _ in drawn]),
-        torch.tensor([label(scene, STILL_ATTRIBUTES) for scene, _, _ in drawn]),
-        torch.tensor([(placement.x, placement.y, placement.radius) for _, _, placement in drawn]),
-    )
+    pixels = torch.empty(count, 3, side, side, dtype=torch.float16)
+    labels, places = [], []
+    drawn = itertools.chain(itertools.islice(_pictures(rng), count - count // 2), _frames(rng))
+    for row, (scene, still, placement) in zip(pixels, drawn, strict=False):
+        row.copy_(prepare(still[None], settings)[0])
+        labels.append(label(scene, STILL_ATTRIBUTES))
+        places.append((placement.x, placement.y, placement.radius))
+    return Stills(pixels, torch.tensor(labels), torch.tensor(places))
 
 
 def still_batches(pool: Stills, size: int, seed: int) -> Iterator[Batch]:
