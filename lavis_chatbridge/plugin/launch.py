@@ -45,6 +45,7 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
     from lavis.common.registry import registry
     from lavis.common.utils import now
 
+    from lavis_chatbridge.plugin import world
     from lavis_chatbridge.runners import distributed
     from lavis_chatbridge.runners.config import load_config
 
@@ -53,6 +54,7 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
     try:
         _seed(cfg.run.seed)
         cfg.pretty_print()
+        world.prepare(cfg.datasets_cfg)
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, TrainingError
-from lavis_chatbridge.runners import checkpoints, data, distributed, optim, parallel, snapshot
+from lavis_chatbridge.runners import checkpoints, data, distributed, features, optim, parallel, snapshot
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
 from lavis_chatbridge.runners.progress import LOG, Reporter, append_stats
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
@@ -78,6 +78,7 @@ class ChatBridgeRunner(RunnerBase):
         if self._wrapped_model is None:
             self._marks = parallel.prepare(self._model, self.run, self.device)
             self._wrapped_model = self._model
+            features.attach(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
         return self._wrapped_model
 
     @property

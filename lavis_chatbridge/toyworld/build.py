@@ -119,6 +119,12 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
     return folder
 
 
+def is_world(folder: str | Path) -> bool:
+    """Whether a folder holds a finished world of this version, of whatever size and seed."""
+    found = _settings_in(Path(folder))
+    return found is not None and found.get("version") == VERSION
+
+
 def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
     """Every file of the world and the pairs of the joint test; the same for the same arguments."""
     items: list[Item] = []
