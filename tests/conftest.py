@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import av  # noqa: F401  before LAVIS, which loads decord, whose libvpx would take the place of PyAV's when VP9 is encoded
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
