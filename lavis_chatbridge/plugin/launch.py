@@ -9,8 +9,9 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from lavis_chatbridge.errors import ChatBridgeError
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -39,6 +40,8 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
     Raises:
         ChatBridgeError: For anything that the user can mend.
     """
+    if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
+        raise ConfigError(f"no configuration file at {cfg_path}")
     # `import lavis` leaves these two out, yet the registry needs their classes.
     import lavis.common.optims
     import lavis.runners  # noqa: F401
