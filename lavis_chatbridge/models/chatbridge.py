@@ -38,7 +38,16 @@ log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 FROZEN = ("visual_encoder", "ln_vision", "audio_encoder", "ln_audio", "llama_model")
-WEIGHTS_HINT = "docs/weights.md says where each published file can be had; CHATBRIDGE_WEIGHTS names their folder"
+_LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
+HINTS = {
+    "model.vision.weights": f"published as {_LAVIS_FILES}/eva_vit_g.pth",
+    "model.audio.weights": "published by https://github.com/microsoft/unilm/tree/master/beats",
+    "model.perceiver.weights": f"published as {_LAVIS_FILES}/blip2_pretrained_flant5xxl.pth",
+    "model.language_model.weights": "Vicuna is published by https://huggingface.co/lmsys",
+    "model.language_model.tokenizer": "it is part of the language model's folder",
+    "model.checkpoint": "null starts from an untrained bridge",
+}
+"""Where the file of a setting can be had, or what stands in for it."""
 
 
 @registry.register_model("chatbridge")
@@ -162,6 +171,8 @@ class ChatBridge(BaseModel):
             log.warning("%d answers were cut off whole by max_text_length %d", batch.lost, self.max_text_length)
         nll, targets = self.token_losses(batch, soft)
         loss = nll.mean() if len(targets) else nll.sum()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            loss = loss + 0.0 * self.llama_proj.bias.sum()  # a batch of text alone passes nothing that is trained
         return {"loss": loss, "target_tokens": torch.tensor(len(targets), device=loss.device)}
 
     def token_losses(self, batch: Batch, soft: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -378,7 +389,7 @@ class ChatBridge(BaseModel):
         Raises:
             CheckpointError: If it is missing, unsafe or does not fit; the model is then as before.
         """
-        file = checkpoint.read(checkpoint.find(str(url_or_filename), "the trained ChatBridge", "set model.checkpoint"))
+        file = checkpoint.read(checkpoint.find(str(url_or_filename), "the trained ChatBridge"))
         found = checkpoint.bridge_tensors(file.tensors)
         expected = checkpoint.bridge_tensors(self.state_dict())
         required = [name for name, p in self.named_parameters() if p.requires_grad]
@@ -406,11 +417,11 @@ class ChatBridge(BaseModel):
         """Load the frozen encoders' files and BLIP-2's, and put the encoders into their precision."""
         vision, audio, perceiver = self.settings.vision, self.settings.audio, self.settings.perceiver
         if vision.weights is not None:
-            file = checkpoint.read(checkpoint.find(vision.weights, "the EVA-ViT weights", WEIGHTS_HINT))
+            file = checkpoint.read(checkpoint.find(vision.weights, "model.vision.weights"))
             tensors = checkpoint.vision_tensors(file.tensors, vision.depth, vision.tokens)
             checkpoint.load_exactly(self.visual_encoder, tensors, file.path, "model.vision")
         if audio.weights is not None:
-            file = checkpoint.read(checkpoint.find(audio.weights, "the BEATs weights", WEIGHTS_HINT))
+            file = checkpoint.read(checkpoint.find(audio.weights, "model.audio.weights"))
             tensors = checkpoint.beats_tensors(file.tensors, self.audio_encoder.config.encoder_layers)
             checkpoint.load_exactly(self.audio_encoder, tensors, file.path, "model.audio")
         if perceiver.weights is not None:
@@ -419,7 +430,7 @@ class ChatBridge(BaseModel):
         self.audio_encoder.to(torch_dtype(audio.dtype))
 
     def _load_blip2(self, weights: str) -> None:
-        file = checkpoint.read(checkpoint.find(weights, "the BLIP-2 weights", WEIGHTS_HINT))
+        file = checkpoint.read(checkpoint.find(weights, "model.perceiver.weights"))
         mine = ("image_query_tokens", "Qformer.", "ln_vision.")
         found = {name: t for name, t in checkpoint.bridge_tensors(file.tensors).items() if name.startswith(mine)}
         expected = checkpoint.bridge_tensors(self.state_dict())
@@ -500,30 +511,30 @@ def _stop_of(context: Sequence[Piece]) -> str:
 
 def _look_for_files(settings: ModelSettings) -> None:
     """Refuse before anything large is built, naming every file that is missing."""
-    named = (
-        (settings.language_model.weights, "the language model"),
-        (settings.language_model.tokenizer, "the language model's tokenizer"),
-        (settings.vision.weights, "the EVA-ViT weights"),
-        (settings.audio.weights, "the BEATs weights"),
-        (settings.perceiver.weights, "the BLIP-2 weights"),
-        (settings.trained, "the trained ChatBridge"),
-    )
+    named = {
+        "model.language_model.weights": settings.language_model.weights,
+        "model.language_model.tokenizer": settings.language_model.tokenizer,
+        "model.vision.weights": settings.vision.weights,
+        "model.audio.weights": settings.audio.weights,
+        "model.perceiver.weights": settings.perceiver.weights,
+        "model.checkpoint": settings.trained,
+    }
     faults = []
-    for path, what in named:
-        if path is not None:
-            try:
-                checkpoint.find(path, what)
-            except CheckpointError as error:
-                faults.append(str(error))
+    for setting, path in named.items():
+        try:
+            if path is not None:
+                checkpoint.find(path, setting, HINTS[setting])
+        except CheckpointError as error:
+            faults.append(str(error))
     if faults:
-        raise CheckpointError(f"{'; '.join(faults)}; {WEIGHTS_HINT}")
+        raise CheckpointError("; ".join(faults))
 
 
 def _beats_config(audio: AudioSettings) -> BeatsConfig:
     """The sizes of BEATs: from its file where that holds them, else from the settings."""
     if audio.weights is None:
         return audio.config or BeatsConfig()
-    file = checkpoint.read(checkpoint.find(audio.weights, "the BEATs weights", WEIGHTS_HINT))
+    file = checkpoint.read(checkpoint.find(audio.weights, "model.audio.weights"))
     if file.cfg is None:
         return audio.config or BeatsConfig()
     held = BeatsConfig.from_dict(file.cfg)

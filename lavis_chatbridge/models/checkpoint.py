@@ -66,7 +66,7 @@ def find(path: str, what: str, hint: str = "") -> Path:
         return place
     unset = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
     because = "".join(f"; the environment variable {name} is not set" for name in unset)
-    get = f"; {hint}" if hint else ""
+    get = f" ({hint})" if hint else ""
     raise CheckpointError(f"{what}: {place} does not exist{because}{get}")
 
 

@@ -1,0 +1,412 @@
+"""The model as a whole: batches of unequal media, freezing, generation, ranking, LAVIS's own tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lavis_chatbridge.errors import ConfigError, PromptError
+from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.prompting import Piece, Slot, Text, Turn, alignment_prompt, chat_prompt, context_of
+from tests.models.building import small_model, small_settings
+
+
+@pytest.fixture(scope="module")
+def model(golden_dir: Path) -> Any:
+    return small_model(golden_dir / "tokenizer")
+
+
+def image(seed: int = 0) -> Tensor:
+    return torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+def video(frames: int, seed: int = 1) -> Tensor:
+    return torch.randn(frames, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+def sound(*lengths: int, size: int | None = None, seed: int = 2) -> AudioClips:
+    bank = torch.randn(len(lengths), size or max(lengths), 32, generator=torch.Generator().manual_seed(seed))
+    return AudioClips(bank, torch.tensor(lengths))
+
+
+def batch_of(*samples: dict[str, Any]) -> dict[str, Any]:
+    keys = ("pieces", "image", "video", "audio")
+    return {key: [sample.get(key, []) for sample in samples] for key in keys}
+
+
+def losses(model: Any, samples: dict[str, Any]) -> float:
+    return model(samples)["loss"].item()
+
+
+MIXED = batch_of(
+    {"image": [image()], "pieces": alignment_prompt(["image"], "a red dog")},
+    {"video": [video(2)], "pieces": alignment_prompt(["video"], "it runs on the beach and sings")},
+    {"video": [video(5, 3)], "pieces": alignment_prompt(["video"], "a bell")},
+    {"audio": [sound(48, 20)], "pieces": alignment_prompt(["audio"], "rain")},
+    {"audio": [sound(90, 4)], "pieces": alignment_prompt(["audio"], "a man and a woman")},
+    {"audio": [sound(64, 64, 64, seed=5)], "pieces": alignment_prompt(["audio"], "three clips")},
+    {
+        "image": [image(6), image(7)],
+        "audio": [sound(33)],
+        "pieces": chat_prompt([Turn("user", "And?", ("image", "audio", "image")), Turn("assistant", "Both.")]),
+    },
+    {"pieces": chat_prompt([Turn("user", "Who are you?"), Turn("assistant", "A bridge.")])},
+)
+
+
+def test_unequal_media_in_one_batch_change_nothing(model: Any) -> None:
+    whole = model(MIXED)
+    total, count = 0.0, 0
+    for i in range(len(MIXED["pieces"])):
+        alone = model({key: values[i : i + 1] for key, values in MIXED.items()})
+        total += alone["loss"].item() * int(alone["target_tokens"])
+        count += int(alone["target_tokens"])
+    assert int(whole["target_tokens"]) == count
+    assert whole["loss"].item() == pytest.approx(total / count, abs=1e-5)
+
+
+def test_soft_tokens_do_not_depend_on_the_batch(model: Any) -> None:
+    media = {"audio": [[m] for m in (sound(48, 20), sound(90), sound(160, 160, 8))]}
+    together, places = model.soft_tokens([[Slot("audio")]] * 3, media)
+    for i, place in enumerate(places):
+        alone, _ = model.soft_tokens([[Slot("audio")]], {"audio": media["audio"][i : i + 1]})
+        torch.testing.assert_close(together[place["audio", 0]], alone, atol=1e-5, rtol=0)
+
+
+def test_padding_has_no_influence_whatever_it_holds(model: Any) -> None:
+    clips = sound(40, size=160)
+    other = AudioClips(clips.fbank.clone(), clips.frames)
+    other.fbank[:, 40:] = 7.0
+    pieces = [alignment_prompt(["audio"], "rain")]
+    expected = losses(model, {"pieces": pieces, "audio": [[clips]]})
+    assert losses(model, {"pieces": pieces, "audio": [[other]]}) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_setting_shows_padding_as_the_original_does(golden_dir: Path) -> None:
+    audio = dataclasses.replace(small_settings(golden_dir).audio, mask_padding=False)
+    model = small_model(golden_dir / "tokenizer", audio=audio)
+    clips = sound(40, size=160)
+    samples = {"pieces": [alignment_prompt(["audio"], "rain")]}
+    shown = losses(model, {**samples, "audio": [[clips]]})
+    assert shown == pytest.approx(losses(model, {**samples, "audio": clips.fbank[None]}), abs=1e-6)
+    assert model.encode_media("audio", [clips])[0].mask.all()
+
+
+def test_one_encoder_call_for_each_modality(model: Any) -> None:
+    calls: list[int] = []
+    encoders = (model.visual_encoder, model.audio_encoder)
+    hooks = [e.register_forward_pre_hook(lambda m, a: calls.append(len(a[0]))) for e in encoders]
+    model(MIXED)
+    for hook in hooks:
+        hook.remove()
+    assert calls == [1 + 2 + 2 + 5, 2 + 2 + 3 + 1]
+
+
+def test_encoders_work_in_bounded_batches(golden_dir: Path, model: Any) -> None:
+    bounded = small_model(golden_dir / "tokenizer", encoder_batch=3)
+    assert losses(bounded, MIXED) == pytest.approx(losses(model, MIXED), abs=1e-5)
+
+
+def test_only_named_media_are_encoded(model: Any) -> None:
+    samples = {"image": [[image(), image(1)]], "pieces": [[Slot("image", 1), Text("a", target=True)]]}
+    one = {"image": [[image(1)]], "pieces": [alignment_prompt(["image"], "a", end="")]}
+    calls: list[int] = []
+    hook = model.visual_encoder.register_forward_pre_hook(lambda m, a: calls.append(len(a[0])))
+    assert losses(model, samples) == pytest.approx(losses(model, one), abs=1e-6)
+    hook.remove()
+    assert calls == [1, 1]
+
+
+def test_encoded_media_skip_the_encoder(model: Any) -> None:
+    kinds = ("image", "video", "audio")
+    encoded = {kind: [model.encode_media(kind, of_sample) for of_sample in MIXED[kind]] for kind in kinds}
+    hooks = [e.register_forward_pre_hook(_forbidden) for e in (model.visual_encoder, model.audio_encoder)]
+    found = losses(model, {**MIXED, **encoded})
+    for hook in hooks:
+        hook.remove()
+    assert found == pytest.approx(losses(model, MIXED), abs=1e-5)
+
+
+def _forbidden(*arguments: Any) -> None:
+    raise AssertionError("an encoder ran")
+
+
+def test_the_order_of_frames_and_clips_counts(model: Any) -> None:
+    film, clips = video(3), sound(48, 48, 48)
+    back = AudioClips(clips.fbank.flip(0), clips.frames)
+    for kind, there, other in (("video", film, film.flip(0)), ("audio", clips, back)):
+        prompts = {"pieces": [alignment_prompt([kind], "a bell rings")]}  # type: ignore[list-item]
+        difference = losses(model, {**prompts, kind: [[there]]}) - losses(model, {**prompts, kind: [[other]]})
+        assert abs(difference) > 1e-4, kind
+
+
+def test_positions_in_time_for_any_length(model: Any) -> None:
+    from lavis_chatbridge.models.encoding import positions_in_time
+
+    table = torch.tensor([0.0, 1.0, 4.0]).view(1, 3, 1, 1)
+    assert positions_in_time(table, [2]).flatten().tolist() == [0.0, 1.0]
+    assert positions_in_time(table, [5, 5]).flatten().tolist() == [0.0, 0.5, 1.0, 2.5, 4.0]
+    assert positions_in_time(table, [1, 3])[..., 0, 0].tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 4.0]]
+    assert positions_in_time(table[:, :1], [4]).flatten().tolist() == [0.0] * 4
+
+
+def test_both_query_sets_are_drawn(model: Any) -> None:
+    for queries in (model.image_query_tokens, model.audio_query_tokens):
+        assert 0.2 < queries.std() < 0.8
+    assert not torch.equal(model.image_query_tokens, model.audio_query_tokens)
+
+
+def test_what_is_frozen_stays_frozen(golden_dir: Path) -> None:
+    model = small_model(golden_dir / "tokenizer")
+    model.train()
+    assert model.training
+    assert model.Qformer.training
+    frozen = (model.visual_encoder, model.audio_encoder, model.llama_model, model.ln_vision, model.ln_audio)
+    assert not any(module.training for part in frozen for module in part.modules())
+    trained = {name.split(".")[0] for name in model.trainable_state_dict()}
+    assert trained == {
+        "image_query_tokens",
+        "audio_query_tokens",
+        "visual_temporal_pos_embeds",
+        "audio_temporal_pos_embeds",
+        "audio_trans",
+        "Qformer",
+        "llama_proj",
+    }
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model(MIXED)["loss"].backward()
+    optimizer.step()
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == set(model.trainable_state_dict())
+
+
+def test_only_the_projection_trains_with_a_frozen_perceiver(golden_dir: Path) -> None:
+    perceiver = dataclasses.replace(small_settings(golden_dir).perceiver, frozen=True, dropout=0.5)
+    model = small_model(golden_dir / "tokenizer", perceiver=perceiver).train()
+    trained = {"llama_proj.weight", "llama_proj.bias", "visual_temporal_pos_embeds", "audio_temporal_pos_embeds"}
+    assert set(model.trainable_state_dict()) == trained
+    assert losses(model, MIXED) == losses(model, MIXED)
+
+
+def test_queries_of_absent_modalities_get_no_gradient(model: Any) -> None:
+    model.zero_grad()
+    model({"image": image()[None], "text_input": ["a red dog"]})["loss"].backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert without == {"audio_query_tokens", "audio_trans.weight", "audio_trans.bias", "audio_temporal_pos_embeds"}
+    model.zero_grad()
+
+
+def test_text_alone_has_a_loss_that_can_be_stepped(model: Any) -> None:
+    out = model({"pieces": [chat_prompt([Turn("user", "Hello?"), Turn("assistant", "Yes.")])]})
+    out["loss"].backward()
+    assert out["loss"] > 0
+    assert not model.llama_proj.bias.grad.any()
+    model.zero_grad()
+
+
+def test_a_lost_answer_is_counted_and_costs_nothing(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    samples = {"image": image()[None], "pieces": [[Slot("image"), Text("what is it"), Text("a dog", target=True)]]}
+    before = model.lost_answers
+    model.max_text_length = 2
+    out = model(samples)
+    model.max_text_length = 100
+    out["loss"].backward()
+    assert (out["loss"].item(), int(out["target_tokens"])) == (0.0, 0)
+    assert model.lost_answers == before + 1
+    assert "1 answers were cut off whole by max_text_length 2" in caplog.text
+    model.zero_grad()
+
+
+def test_lavis_keys_make_the_same_prompts_as_pieces(model: Any) -> None:
+    pictures = torch.stack([image(), image(1)])
+    texts, answers = ["a dog", "two red bells"], ["yes", "no"]
+    caption = {"image": pictures, "pieces": [alignment_prompt(["image"], text) for text in texts]}
+    assert losses(model, {"image": pictures, "text_input": texts}) == pytest.approx(losses(model, caption))
+    turns = [[Turn("user", q, ("image",)), Turn("assistant", a)] for q, a in zip(texts, answers, strict=True)]
+    chat = {"image": pictures, "pieces": [chat_prompt(t) for t in turns]}
+    expected = losses(model, chat)
+    for keys in (
+        {"text_output": answers},
+        {"answer": answers},
+        {"answer": ["maybe", "yes", "no"], "weight": [0.1, 0.9, 1.0], "n_answers": torch.tensor([2, 1])},
+    ):
+        assert losses(model, {"image": pictures, "text_input": texts, **keys}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ({"image": torch.zeros(1, 3, 28, 28)}, "needs 'pieces' or 'text_input'"),
+        ({"image": torch.zeros(2, 3, 28, 28), "text_input": ["a"]}, "1 texts, but media for 2 samples"),
+        ({"image": torch.zeros(1, 3, 28, 28), "video": [[], []], "text_input": ["a"]}, "different numbers of samples"),
+        ({"image": ["a.png"], "text_input": ["a"]}, "holds a str, expected a processed medium"),
+        ({"image": 3, "text_input": ["a"]}, "'image' of a batch is a int"),
+        ({"pieces": [[Slot("image"), Text("a", target=True)]]}, "names image 0, which it lacks"),
+        ({"pieces": []}, "batch is empty"),
+    ],
+)
+def test_unfit_batches_are_explained(model: Any, samples: dict[str, Any], words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        model(samples)
+
+
+def test_pictures_of_another_size_are_explained(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"frames of shape \[3, 28, 28\], found \[3, 56, 56\]"):
+        model({"image": torch.zeros(1, 3, 56, 56), "text_input": ["a"]})
+
+
+def test_autocast_and_half_precision_stay_near(golden_dir: Path, model: Any) -> None:
+    expected = losses(model, MIXED)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(MIXED)
+    assert out["loss"].dtype == torch.float32
+    assert out["loss"].item() == pytest.approx(expected, rel=0.02)
+    settings = small_settings(golden_dir / "tokenizer")
+    parts = ("vision", "audio", "language_model")
+    halved = {part: dataclasses.replace(getattr(settings, part), dtype="bfloat16") for part in parts}
+    half = small_model(golden_dir / "tokenizer", **halved)
+    assert half.visual_encoder.cls_token.dtype == half.llama_model.dtype == torch.bfloat16
+    assert half.llama_proj.weight.dtype == torch.float32
+    for context in (torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
+        with context:
+            out = half(MIXED)
+        out["loss"].backward()
+        assert out["loss"].item() == pytest.approx(expected, rel=0.05)
+
+
+QUESTIONS = batch_of(
+    *(
+        {
+            "image": [image(i)],
+            "pieces": chat_prompt([Turn("user", text, ("image",)), Turn("assistant", "unseen")]),
+        }
+        for i, text in enumerate(("Who?", "What is the colour of the red car?", "Why now, and where?"))
+    )
+)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_in_a_batch_equals_one_by_one(model: Any, beams: int) -> None:
+    together = model.generate(QUESTIONS, num_beams=beams, max_length=8)
+    alone = [
+        model.generate({k: v[i : i + 1] for k, v in QUESTIONS.items()}, num_beams=beams, max_length=8)[0]
+        for i in range(3)
+    ]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_generation_arguments(model: Any) -> None:
+    several = model.generate(QUESTIONS, num_beams=4, num_captions=2, max_length=4)
+    assert len(several) == 6
+    torch.manual_seed(0)
+    drawn = model.generate(QUESTIONS, use_nucleus_sampling=True, num_captions=3, max_length=6, temperature=2.0)
+    assert len(drawn) == 9
+    torch.manual_seed(0)
+    kwargs = {"use_nucleus_sampling": True, "num_captions": 3, "max_length": 6, "temperature": 2.0}
+    assert model.generate(QUESTIONS, **kwargs) == drawn
+    model.generate(QUESTIONS, repetition_penalty=1.5, length_penalty=2.0, max_length=4, min_length=2)
+
+
+def test_generation_stops_at_the_stop_text_of_its_row(model: Any) -> None:
+    full = model.generate(QUESTIONS, max_length=12, stop="")
+    stop = next(c for c in full[0][2:] if not c.isspace() and c != "\ufffd")
+    cut = model.generate(QUESTIONS, max_length=12, stop=stop)
+    assert cut == [text.split(stop)[0].strip() for text in full]
+
+
+def test_contexts_of_training_and_generation_agree(model: Any) -> None:
+    """The first token's likelihood in training is that of generation: same tokens, positions and masks."""
+    for layout in ("text", "original"):
+        model.prompt_layout = layout
+        pieces = [context_of(p) for p in QUESTIONS["pieces"]]
+        embeds, mask = model._context(pieces, {"image": QUESTIONS["image"]}, True)
+        logits = model.llama_model(inputs_embeds=embeds, attention_mask=mask).logits[:, -1]
+        one: list[Any] = [[*p, Text("red", target=True)] for p in pieces]
+        for i, prompt in enumerate(one):
+            soft, places = model.soft_tokens([prompt], {"image": QUESTIONS["image"][i : i + 1]})
+            from lavis_chatbridge.models.interleave import lay_out
+
+            batch = lay_out([prompt], places, model.llama_tokenizer, layout, 100)
+            nll, targets = model.token_losses(batch, soft)
+            expected = -logits[i].log_softmax(-1)[targets[0]]
+            assert nll[0].item() == pytest.approx(expected.item(), abs=1e-4), layout
+    model.prompt_layout = "text"
+
+
+ANSWERS = ["red", "a red car", "blue", "two", "on the beach", "yes", "no", "a"]
+
+
+def brute_force(model: Any, samples: dict[str, Any], answers: list[str], power: float = 0.0) -> list[str]:
+    best = []
+    for i, pieces in enumerate(samples["pieces"]):
+        scores = []
+        for answer in answers:
+            prompt: list[Piece] = [*context_of(pieces), Text(answer + "###", target=True)]
+            out = model({"image": samples["image"][i : i + 1], "pieces": [prompt]})
+            count = int(out["target_tokens"])
+            scores.append(-out["loss"].item() * count / count**power)
+        best.append(answers[scores.index(max(scores))])
+    return best
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_ranking_equals_brute_force(model: Any, power: float) -> None:
+    found = model.predict_answers(QUESTIONS, inference_method="rank", answer_list=ANSWERS, length_penalty=power)
+    assert found == brute_force(model, QUESTIONS, ANSWERS, power)
+
+
+def test_ranking_looks_at_candidates_with_likely_first_tokens(model: Any) -> None:
+    one = model.predict_answers(QUESTIONS, inference_method="rank", answer_list=ANSWERS, num_ans_candidates=1)
+    embeds, mask = model._context([context_of(p) for p in QUESTIONS["pieces"]], {"image": QUESTIONS["image"]}, None)
+    first = model.llama_model(inputs_embeds=embeds, attention_mask=mask).logits[:, -1]
+    openings = [model.llama_tokenizer.encode(answer + "###")[0] for answer in ANSWERS]
+    assert [openings[ANSWERS.index(a)] for a in one] == [openings[int(i)] for i in first[:, openings].argmax(1)]
+
+
+def test_answers_by_lavis_arguments(model: Any) -> None:
+    samples = {"image": torch.stack([image(), image(1)]), "text_input": ["Who?", "Why?"]}
+    asked = {**samples, "text_input": ["Question: Who? Answer:", "Question: Why? Answer:"]}
+    found = model.predict_answers(samples, prompt="Question: {} Answer:", max_len=5)
+    assert found == model.generate(asked, max_length=5) == model.predict_answers(asked, max_len=5)
+    with pytest.raises(ConfigError, match="needs answer_list"):
+        model.predict_answers(samples, inference_method="rank")
+    with pytest.raises(ConfigError, match="neither 'generate' nor 'rank'"):
+        model.predict_answers(samples, inference_method="ranking")
+
+
+def test_lavis_own_tasks_drive_the_model(model: Any) -> None:
+    from lavis.tasks.captioning import CaptionTask
+    from lavis.tasks.vqa import VQATask
+
+    pictures = torch.stack([image(), image(1)])
+    task = CaptionTask(num_beams=2, max_len=5, min_len=1, evaluate=True)
+    results = task.valid_step(model, {"image": pictures, "image_id": ["4", "7"]})
+    assert [result["image_id"] for result in results] == [4, 7]
+    assert all(isinstance(result["caption"], str) for result in results)
+    loss = task.train_step(model, {"image": pictures, "text_input": ["a dog", "a bell"]})
+    assert (loss[0] if isinstance(loss, tuple) else loss).requires_grad
+    for method in ("rank", "generate"):
+        vqa = VQATask(1, 5, 1, True, num_ans_candidates=3, inference_method=method, prompt="Short: {}")
+        vqa.answer_list = ANSWERS
+        samples = {"image": pictures, "text_input": ["Who?", "Why?"], "question_id": torch.tensor([1, 2])}
+        answers = vqa.valid_step(model, samples)
+        assert [answer["question_id"] for answer in answers] == [1, 2]
+
+
+def test_configurations(golden_dir: Path) -> None:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    with pytest.raises(ConfigError, match=r"unknown key model\.visoin, did you mean 'vision'\?; .*language_model"):
+        ChatBridge.check_config({"visoin": {}})
+    with pytest.raises(ConfigError, match="no model_type 'huge'; it has tiny, vicuna7b, vicuna13b"):
+        ChatBridge.default_config_path("huge")
+    assert ChatBridge.default_config_path() == ChatBridge.default_config_path("tiny")
+    with pytest.raises(ConfigError, match=r"model\.language_model: weights is null, so both"):
+        ChatBridge.check_config({"language_model": {}})

@@ -1,0 +1,135 @@
+"""Pieces and soft tokens in rows: layouts, masks, positions, truncation; the original's numbers are in test_golden."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavis_chatbridge.errors import PromptError
+from lavis_chatbridge.models.interleave import IGNORED, PADDING, SOFT, Batch, embed, lay_out, lay_out_context
+from lavis_chatbridge.prompting import Piece, Slot, Text
+
+
+class LetterCodec:
+    """One id for each letter, from 3 on."""
+
+    bos_id: int | None = 1
+    eos_id: int | None = 2
+    pad_id: int = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") + 3 for letter in text]
+
+    def decode(self, ids: object, **ignored: object) -> str:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return 29
+
+
+CODEC = LetterCodec()
+IMAGE, SOUND = Slot("image"), Slot("audio")
+PLACES = [{("image", 0): range(2)}, {("image", 0): range(2, 4), ("audio", 0): range(4, 7)}]
+PROMPTS: list[list[Piece]] = [
+    [Text("ab"), IMAGE, Text("c"), Text("de", target=True)],
+    [SOUND, Text("f"), IMAGE, Text("g", target=True), Text("h"), Text("ij", target=True)],
+]
+
+
+def train(prompts: list[list[Piece]], length: int = 100, layout: str = "text") -> Batch:
+    return lay_out(prompts, PLACES[: len(prompts)], CODEC, layout, length)  # type: ignore[arg-type]
+
+
+def test_text_layout_by_hand() -> None:
+    batch = train(PROMPTS)
+    assert batch.token_ids.tolist() == [
+        [1, 3, 4, SOFT, SOFT, 5, 6, 7, 0, 0, 0],
+        [1, SOFT, SOFT, SOFT, 8, SOFT, SOFT, 9, 10, 11, 12],
+    ]
+    assert batch.soft.tolist() == [0, 1, 4, 5, 6, 2, 3]
+    assert batch.attention_mask.tolist() == [[1] * 8 + [0] * 3, [1] * 11]
+    assert batch.position_ids.tolist() == [list(range(11))] * 2
+    expected = torch.full((2, 11), IGNORED)
+    expected[0, 6:8] = torch.tensor([6, 7])
+    expected[1, 7], expected[1, 9:] = 9, torch.tensor([11, 12])
+    assert torch.equal(batch.labels, expected)
+    rows, columns, targets = batch.supervised()
+    assert rows.tolist() == [0, 0, 1, 1, 1]
+    assert columns.tolist() == [5, 6, 6, 8, 9]
+    assert targets.tolist() == [6, 7, 9, 11, 12]
+
+
+def test_contexts_are_padded_on_the_left_with_bos_at_the_text() -> None:
+    batch = lay_out_context([p[:3] for p in PROMPTS], PLACES, CODEC, bos=True, padding=0)
+    assert batch.token_ids.tolist() == [[0, 1, 3, 4, SOFT, SOFT, 5], [1, SOFT, SOFT, SOFT, 8, SOFT, SOFT]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1, 1], [1] * 7]
+    assert batch.position_ids[0].tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert not (batch.labels != IGNORED).any()
+    without = lay_out_context([p[:3] for p in PROMPTS], PLACES, CODEC, bos=False, padding=PADDING)
+    assert without.token_ids[0].tolist() == [PADDING, 3, 4, SOFT, SOFT, 5]
+
+
+def test_original_layout_hides_bos_in_padded_rows() -> None:
+    batch = train(PROMPTS, layout="original")
+    assert batch.token_ids[0].tolist() == [1, PADDING, PADDING, PADDING, 3, 4, SOFT, SOFT, 5, 6, 7]
+    assert batch.attention_mask.tolist() == [[0] * 4 + [1] * 7, [1] * 11]
+    assert batch.position_ids.tolist() == [list(range(11))] * 2
+
+
+def test_original_layout_of_stage_1_pads_right_with_eos() -> None:
+    prompts: list[list[Piece]] = [[IMAGE, Text("ab", target=True)], [IMAGE, Text("abc", target=True)]]
+    batch = train(prompts, layout="original")
+    assert batch.token_ids.tolist() == [[1, SOFT, SOFT, 3, 4, 2], [1, SOFT, SOFT, 3, 4, 5]]
+    assert batch.labels[0].tolist() == [IGNORED] * 3 + [3, 4, IGNORED]
+    assert train(prompts, length=2, layout="original").labels[1].tolist() == [IGNORED] * 3 + [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("length", "ids", "lost"),
+    [
+        (1, [1, SOFT, SOFT, SOFT, 8, SOFT, SOFT], 1),
+        (2, [1, SOFT, SOFT, SOFT, 8, SOFT, SOFT, 9], 0),
+        (4, [1, SOFT, SOFT, SOFT, 8, SOFT, SOFT, 9, 10, 11], 0),
+    ],
+)
+def test_truncation_keeps_slots_whole_and_counts_lost_answers(length: int, ids: list[int], lost: int) -> None:
+    batch = lay_out(PROMPTS[1:], PLACES[1:], CODEC, "text", length)
+    assert batch.token_ids.tolist() == [ids]
+    assert batch.lost == lost
+
+
+def test_a_medium_behind_cut_text_goes_whole() -> None:
+    prompt: list[Piece] = [Text("abc"), IMAGE, Text("d", target=True)]
+    batch = lay_out([prompt], PLACES[:1], CODEC, "text", 2)
+    assert batch.token_ids.tolist() == [[1, 3, 4]]
+    assert not len(batch.soft)
+    assert batch.lost == 1
+
+
+@pytest.mark.parametrize("layout", ["text", "original"])
+def test_any_order_and_number_of_media(layout: str) -> None:
+    places = [{("image", 0): range(2), ("image", 1): range(2, 4), ("video", 0): range(4, 5)}]
+    slots: list[Piece] = [Slot("image", 1), Slot("video"), Slot("image"), Slot("image", 1)]
+    batch = lay_out([[*slots, Text("ab", target=True)]], places, CODEC, layout, 50)  # type: ignore[arg-type]
+    assert batch.soft.tolist() == [2, 3, 4, 0, 1, 2, 3]
+    assert (batch.token_ids == SOFT).sum() == 7
+
+
+def test_embeddings_carry_gradients_to_soft_tokens_only() -> None:
+    table = torch.nn.Embedding(29, 4).requires_grad_(False)
+    soft = torch.randn(7, 4, requires_grad=True)
+    batch = train(PROMPTS, layout="original")
+    embeds = embed(batch, soft, table)
+    assert torch.equal(embeds[0, 1:4], torch.zeros(3, 4))
+    assert torch.equal(embeds[1, 1:4], soft[4:7])
+    assert torch.equal(embeds[0, 4], table.weight[3])
+    embeds[0].sum().backward()
+    assert soft.grad is not None
+    assert soft.grad.sum(1).tolist() == [4.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_missing_medium_is_named() -> None:
+    with pytest.raises(PromptError, match=r"sample 0 names image 1, which it lacks \(it has: image 0\)"):
+        train([[Slot("image", 1), Text("a", target=True)]])
+    with pytest.raises(PromptError, match="nothing to go on from"):
+        lay_out_context([[]], PLACES[:1], CODEC, bos=False, padding=0)
