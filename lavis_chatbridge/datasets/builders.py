@@ -265,11 +265,21 @@ def _templates(chosen: bool | list[str]) -> Templates | None:
 
 
 def _tell_apart(sources: Sequence[SourceDataset]) -> None:
-    """Give sources of one name, which come from several files, their files' names."""
-    counts = Counter(source.name for source in sources)
-    for source in sources:
-        if counts[source.name] > 1 and isinstance(source.samples, SampleFile):
-            source.name = f"{source.name}/{Path(source.samples.path).stem}"
+    """Give sources of one name, which come from several files, their modality's name, or else their file's."""
+    for namer in (_modality, _stem):
+        counts = Counter(source.name for source in sources)
+        named = {source: f"{source.name}/{namer(source)}" for source in sources if counts[source.name] > 1}
+        if namer is _stem or len(set(named.values())) == len(named):
+            for source, name in named.items():
+                source.name = name
+
+
+def _modality(source: SourceDataset) -> str:
+    return source.sample(0).modality
+
+
+def _stem(source: SourceDataset) -> str:
+    return Path(source.samples.path).stem if isinstance(source.samples, SampleFile) else ""
 
 
 def _mode(split: str) -> str:

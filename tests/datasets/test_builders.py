@@ -80,7 +80,14 @@ def test_the_worlds_layout(tmp_path):
             write_jsonl(tmp_path / f"annotations/{kind}_{split}.jsonl", [sample], root=tmp_path)
     groups = builder("chatbridge_world_caption", data_root=str(tmp_path)).build_datasets()
     assert sorted(groups) == ["heldout", "test", "train"]
-    assert [s.name.split("/")[1] for s in groups["train"].sources] == ["image_train", "video_train", "audio_train"]
+    assert [s.name.split("/")[1] for s in groups["train"].sources] == ["image", "video", "audio"]
+
+
+def test_files_of_one_modality_are_named_by_file(pictures):
+    write_jsonl(pictures / "more.jsonl", [Sample("x", (Medium("image", str(pictures / "p0.png")),), ("c",))])
+    paths = [str(pictures / name) for name in ("pictures.jsonl", "more.jsonl")]
+    group = builder("chatbridge_jsonl", splits={"train": paths}).build_datasets()["train"]
+    assert [source.name for source in group.sources] == ["chatbridge_jsonl/pictures", "chatbridge_jsonl/more"]
 
 
 def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):

@@ -15,6 +15,8 @@ from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.pieces import Kind
 
 _CHUNK = 1 << 20
+_NEAR = 32  # characters: a value that a chunk cuts off fails to decode within these of its end
+_NUMERIC = "0123456789.eE+-"
 
 
 @dataclass(frozen=True)
@@ -242,13 +244,14 @@ class _JsonStream:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                if not self._more():
-                    raise DataError(
-                        f"{self._path}: not JSON at character {self._dropped + error.pos}: {error.msg}"
-                    ) from error
-                continue
-            if end == len(self._text) and self._more():
-                continue  # a number may go on in the next chunk
+                cut = error.msg.startswith("Unterminated string") or error.pos + _NEAR >= len(self._text)
+                place = self._dropped + error.pos
+                if cut and self._more():
+                    continue
+                raise DataError(f"{self._path}: not JSON at character {place}: {error.msg}") from error
+            rest = self._text[end : end + _NEAR]
+            if isinstance(value, (int, float)) and len(rest) < _NEAR and not rest.strip(_NUMERIC) and self._more():
+                continue  # the number goes on in the next chunk
             self._at = end
             return value
 

@@ -1,0 +1,342 @@
+"""Every annotation format, on a tiny file written here in the published layout."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from lavis_chatbridge.datasets.readers import READERS, Origin, common
+from lavis_chatbridge.datasets.readers.common import json_rows, json_value, table_rows
+from lavis_chatbridge.datasets.schema import Medium
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.prompting import Turn
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write files by purpose (JSON for objects, text otherwise) and read them."""
+
+    def reading(reader, media=None, options=None, **files):
+        paths = {}
+        for role, content in files.items():
+            path = tmp_path / f"{role}.txt"
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+            paths[role] = str(path)
+        return list(READERS[reader](Origin("set", paths, "/d", media or {}, options or {})))
+
+    return reading
+
+
+def asked(sample):
+    return [turn.text for turn in sample.turns]
+
+
+def test_vqav2(read):
+    votes = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(["cat", "cat", "a cat"])]
+    top = {"info": {}, "task_type": "Open-Ended", "data_subtype": "train2014", "license": {}}
+    questions = top | {"questions": [{"image_id": 9, "question": "What is it?", "question_id": 9000}]}
+    annotation = {"question_type": "what", "multiple_choice_answer": "cat", "answers": votes, "image_id": 9}
+    annotations = top | {"annotations": [annotation | {"answer_type": "other", "question_id": 9000}]}
+    media = {"image": "coco/{data_subtype}/COCO_{data_subtype}_{image_id:012d}.jpg"}
+    [sample] = read("vqav2", media, questions=questions, annotations=annotations)
+    assert sample.media == (Medium("image", "/d/coco/train2014/COCO_train2014_000000000009.jpg"),)
+    assert sample.turns == (Turn("user", "What is it?", ("image",)), Turn("assistant", "cat"))
+    assert sample.answers == ("cat", "cat", "a cat")
+    assert (sample.id, sample.meta) == ("9000", {"question_id": 9000, "image_id": 9})
+    [test] = read("vqav2", media, questions=questions)
+    assert [turn.role for turn in test.turns] == ["user"]
+    del annotation["multiple_choice_answer"]
+    annotations["annotations"] = [annotation | {"question_id": 9000}]
+    assert asked(read("vqav2", media, questions=questions, annotations=annotations)[0])[1] == "cat"
+    with pytest.raises(DataError, match=r"questions\[0\]: question 9000 has no annotation"):
+        read("vqav2", media, questions=questions, annotations=top | {"annotations": []})
+
+
+def test_visual_genome(read):
+    qas = [
+        {"a_objects": [], "q_objects": [], "image_id": 5, "qa_id": 986, "question": "What colour?", "answer": "Green."}
+    ]
+    images = [{"image_id": 5, "url": "https://x/rak248/VG_100K_2/5.jpg", "width": 8, "height": 8, "coco_id": None}]
+    media = {"image": "vg/{folder}/{image_id}.jpg"}
+    [sample] = read("visual_genome", media, questions=[{"id": 5, "qas": qas}], images=images)
+    assert sample.media[0].path == "/d/vg/VG_100K_2/5.jpg"
+    assert (sample.id, asked(sample)) == ("986", ["What colour?", "Green"])
+    with pytest.raises(DataError, match=r"\[0\].qas\[0\]: question is None, expected text"):
+        read("visual_genome", media, questions=[{"id": 5, "qas": [{"qa_id": 1, "answer": "x"}]}])
+
+
+def test_coco_karpathy_in_both_layouts(read):
+    def image(name, split, number):
+        sentences = [{"tokens": ["a"], "raw": f"A {name} {i}.", "imgid": number, "sentid": i} for i in range(2)]
+        return {"filepath": "val2014", "filename": f"{name}.jpg", "split": split, "cocoid": number, "imgid": 0,
+                "sentids": [0, 1], "sentences": sentences}  # fmt: skip
+
+    whole = {"images": [image("a", "train", 1), image("b", "restval", 2), image("c", "test", 3)], "dataset": "coco"}
+    media = {"image": "coco/{image}"}
+    first, second = read("coco_karpathy", media, file=whole)
+    assert (first.id, second.id) == ("1", "2")
+    assert first.captions == ("A a 0.", "A a 1.")
+    assert first.media[0].path == "/d/coco/val2014/a.jpg"
+    assert [s.id for s in read("coco_karpathy", media, {"split": "test"}, file=whole)] == ["3"]
+    training = [{"caption": "A dog.", "image": "val2014/COCO_val2014_000000522418.jpg", "image_id": "coco_522418"}]
+    [sample] = read("coco_karpathy", media, file=training)
+    assert sample.meta == {"image_id": "COCO_val2014_000000522418"}
+    testing = [{"image": "val2014/x.jpg", "caption": ["one", "two"]}]
+    assert read("coco_karpathy", media, file=testing)[0].captions == ("one", "two")
+
+
+def test_msrvtt_captions(read):
+    def video(name, split):
+        return {
+            "category": 9,
+            "url": "u",
+            "video_id": name,
+            "start time": 1.0,
+            "end time": 9.0,
+            "split": split,
+            "id": 0,
+        }
+
+    sentences = [
+        {"caption": c, "video_id": v, "sen_id": i}
+        for i, (c, v) in enumerate([("x", "video0"), ("y", "video1"), ("z", "video0")])
+    ]
+    content = {
+        "info": {"year": "2016"},
+        "videos": [video("video0", "train"), video("video1", "validate")],
+        "sentences": sentences,
+    }
+    media = {"video": "msrvtt/{video_id}.mp4"}
+    [sample] = read("msrvtt", media, {"split": "train"}, file=content)
+    assert (sample.captions, sample.media[0].path) == (("x", "z"), "/d/msrvtt/video0.mp4")
+    assert len(read("msrvtt", media, file=content)) == 2
+    content["sentences"][0]["video_id"] = "video7"
+    with pytest.raises(DataError, match="'video7' is not among the videos"):
+        read("msrvtt", media, file=content)
+
+
+def test_msrvtt_qa(read):
+    row = {"answer": "couch", "category_id": 14, "id": 3, "question": "what are they sitting on?", "video_id": 1}
+    [sample] = read("msrvtt_qa", {"video": "video{video_id}.mp4"}, file=[row])
+    assert (sample.id, asked(sample), sample.media[0].path) == ("3", [row["question"], "couch"], "/d/video1.mp4")
+    with pytest.raises(DataError, match="video_id is 'x', expected a whole number"):
+        read("msrvtt_qa", file=[row | {"video_id": "x"}])
+
+
+def test_audiocaps(read):
+    text = 'audiocap_id,youtube_id,start_time,caption\n5,ab-c,30,"A dog, barking"\n6,ab-c,30,Barking\n7,de,0,A bell\n'
+    first, second = read("audiocaps", {"audio": "{youtube_id}_{start_time}.wav"}, file=text)
+    assert (first.id, first.captions) == ("5", ("A dog, barking", "Barking"))
+    assert [s.media[0].path for s in (first, second)] == ["/d/ab-c_30.wav", "/d/de_0.wav"]
+    with pytest.raises(DataError, match=r"file.txt:2: 3 columns, expected 4 \(audiocap_id, youtube_id"):
+        read("audiocaps", file="audiocap_id,youtube_id,start_time,caption\n5,ab-c,30\n")
+
+
+def test_clotho(read):
+    header = "file_name," + ",".join(f"caption_{i}" for i in range(1, 6))
+    [sample] = read("clotho", {"audio": "clotho/{file_name}"}, file=f"{header}\nRain on.wav,a,b,c,d,e\n")
+    assert (sample.captions, sample.media[0].path) == (("a", "b", "c", "d", "e"), "/d/clotho/Rain on.wav")
+    with pytest.raises(DataError, match=":2: caption_5 is '', expected text"):
+        read("clotho", file=f"{header}\nx.wav,a,b,c,d,\n")
+
+
+def test_wavcaps(read):
+    def part(name):
+        entry = {"title": "t", "description": "d", "author": "a", "href": "h", "caption": f"{name} falls.", "id": name}
+        return {"num_captions_per_audio": 1, "data": [entry | {"duration": 12.5, "audio": "", "download_link": "l"}]}
+
+    samples = read("wavcaps", {"audio": "{part}/{id}.flac"}, FreeSound=part("101"), AudioSet_SL=part("Yab.wav"))
+    assert [s.media[0].path for s in samples] == ["/d/FreeSound/101.flac", "/d/AudioSet_SL/Yab.flac"]
+    assert (samples[0].id, samples[0].captions, samples[0].meta) == (
+        "FreeSound/101",
+        ("101 falls.",),
+        {"seconds": 12.5},
+    )
+
+
+def test_webvid(read):
+    line = '21179416,https://x/a.mp4,PT00H00M11S,006001_006050,"Aerial shot, winter"'
+    text = f"videoid,contentUrl,duration,page_dir,name\n{line}\n"
+    [sample] = read("webvid", {"video": "{page_dir}/{videoid}.mp4"}, file=text)
+    assert sample.captions == ("Aerial shot, winter",)
+    assert sample.media[0].path == "/d/006001_006050/21179416.mp4"
+
+
+def test_tables_of_web_pictures(read):
+    media = {"image": "{shard:05d}/{shard:05d}{inner:04d}.jpg"}
+    cc3m = 'a "large" dog\thttp://x/1\nsecond\thttp://x/2\n'
+    samples = read("pairs_tsv", media, {"columns": ["caption", "url"]}, file=cc3m)
+    assert [s.captions[0] for s in samples] == ['a "large" dog', "second"]
+    assert samples[1].media[0].path == "/d/00000/000000001.jpg"
+    cc12m = read("pairs_tsv", {"image": "{url_md5}.jpg"}, {"columns": ["url", "caption"]}, file="http://x/1\tdog\n")
+    assert cc12m[0].media[0].path == "/d/a247d79628e388a8def1087b6dbe8776.jpg"
+    headed = read("pairs_tsv", media, file="caption\turl\ndog\thttp://x/1\n")
+    assert headed[0].captions == ("dog",)
+    with pytest.raises(DataError, match=":1: 1 columns, expected 2"):
+        read("pairs_tsv", media, {"columns": ["caption", "url"]}, file="only\n")
+
+
+def test_json_lists_of_web_pictures(read):
+    media = {"image": "{row}.jpg"}
+    laion = [{"url": "http://x/1", "caption": "a dog"}, {"url": "http://x/2", "caption": "a cat"}]
+    assert [s.captions[0] for s in read("pairs_json", media, file=laion)] == ["a dog", "a cat"]
+    sbu = {"image_urls": ["http://x/1"], "user_ids": ["u"], "captions": ["on the beach"]}
+    assert read("pairs_json", media, file=sbu)[0].captions == ("on the beach",)
+    [lavis] = read("pairs_json", {"image": "{image}"}, file=[{"image": "a/b.jpg", "caption": "c"}])
+    assert lavis.media[0].path == "/d/a/b.jpg"
+    with pytest.raises(DataError, match="of equal length"):
+        read("pairs_json", media, file=sbu | {"captions": []})
+
+
+def shard(path, members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return Origin("set", {"file": str(path)}, "/d")
+
+
+def test_webdataset_shards(tmp_path):
+    meta = json.dumps({"caption": "from json", "url": "u", "status": "success"}).encode()
+    members = [
+        ("000000000.jpg", b"JPEG0"), ("000000000.json", meta), ("000000000.txt", b" a cat \n"),
+        ("000000001.png", b"PNG"), ("000000001.json", meta),
+        ("000000002.jpg", b"no text"),
+        ("000000003.wav", b"WAV"), ("000000003.txt", "Glöckchen".encode()),
+    ]  # fmt: skip
+    samples = list(READERS["webdataset"](shard(tmp_path / "00000.tar", members)))
+    assert [(s.id, s.captions[0], s.modality) for s in samples] == [
+        ("00000.tar/000000000", "a cat", "image"),
+        ("00000.tar/000000001", "from json", "image"),
+        ("00000.tar/000000003", "Glöckchen", "audio"),
+    ]
+    content = (tmp_path / "00000.tar").read_bytes()
+    found = [content[m.offset : m.offset + m.size] for s in samples for m in s.media]
+    assert found == [b"JPEG0", b"PNG", b"WAV"]
+    with pytest.raises(DataError, match="not an uncompressed tar file"):
+        list(READERS["webdataset"](shard(tmp_path / "z.tar.gz", members, "w:gz")))
+    with pytest.raises(DataError, match=r"a.json: not JSON"):
+        list(READERS["webdataset"](shard(tmp_path / "b.tar", [("a.json", b"{")])))
+
+
+def test_llava(read):
+    talk = [
+        {"from": "human", "value": "What is <image> here?\n<image>"},
+        {"from": "gpt", "value": "A bus."},
+        {"from": "human", "value": "<image>\nAnd now?"},
+        {"from": "gpt", "value": "Still a bus."},
+    ]
+    content = [{"id": "000000442786", "image": "000000442786.jpg", "conversations": talk}]
+    [sample] = read("llava", {"image": "coco/{image}"}, file=content)
+    assert asked(sample) == ["What is <image> here?", "A bus.", "<image>\nAnd now?", "Still a bus."]
+    assert [turn.media for turn in sample.turns] == [("image",), (), (), ()]
+    assert sample.media[0].path == "/d/coco/000000442786.jpg"
+    content[0]["conversations"] = talk[:3]
+    assert len(read("llava", file=content)[0].turns) == 2
+    content[0]["conversations"] = talk[1:]
+    with pytest.raises(DataError, match=r"\[0\].conversations\[0\]: from is 'gpt', expected 'human'"):
+        read("llava", file=content)
+
+
+def test_valor(read):
+    rows = [{"video_id": "ab_10.000_20.000", "desc": "A man plays a drum."}, {"video_id": "cd", "desc": ["x", "y"]}]
+    samples = read("valor", {"video": "{video_id}.mp4", "audio": "{video_id}.mp4"}, file=rows)
+    assert samples[0].modality == "video+audio"
+    assert samples[0].media[1] == Medium("audio", "/d/ab_10.000_20.000.mp4")
+    assert samples[1].captions == ("x", "y")
+
+
+def test_avsd(read):
+    talk = [{"question": "who is there?", "answer": "a man"}, {"question": "what then?", "answer": "he leaves"}]
+    entry = {"image_id": "7UPGT", "dialog": talk, "caption": "c", "summary": "s"}
+    content = {"type": "train", "version": "0.1", "dialogs": [entry]}
+    media = {"video": "charades/{image_id}.mp4"}
+    [sample] = read("avsd", media, file=content)
+    assert asked(sample) == ["who is there?", "a man", "what then?", "he leaves"]
+    assert sample.media[0].path == "/d/charades/7UPGT.mp4"
+    talk[1]["answer"] = "__UNDISCLOSED__"
+    each = read("avsd", media, {"each_turn": True}, file=content)
+    assert [(s.id, len(s.turns)) for s in each] == [("7UPGT_0", 2), ("7UPGT_1", 3)]
+
+
+def test_music_avqa(read):
+    row = {"video_id": "00000272", "question_id": 50, "type": '["Audio-Visual", "Existential"]', "question_deleted": 0,
+           "question_content": "Is the <Object> in the <LR> sounding?", "templ_values": '["violin", "left"]',
+           "anser": "yes"}  # fmt: skip
+    [sample] = read("music_avqa", {"video": "{video_id}.mp4"}, file=[row, row | {"question_deleted": 1}])
+    assert asked(sample) == ["Is the violin in the left sounding?", "yes"]
+    assert sample.meta["type"] == ["Audio-Visual", "Existential"]
+    with pytest.raises(DataError, match=r"2 places in .*, but 1 values"):
+        read("music_avqa", file=[row | {"templ_values": '["violin"]'}])
+
+
+def test_released_multis_files(read):
+    media = {"video": "msrvtt/{id}.mp4"}
+    chat = [{"from": "human", "value": "<video>\nq"}, {"from": "gpt", "value": "a"}]
+    rows = [
+        {"video_id": "video1", "conversations": chat},
+        {"image_id": "video2", "question": ["q1", "q2"], "answer": ["a1", "a2"]},
+        {"video_id": "video3", "caption": ["c1", "c2"]},
+        {"video_id": "video4", "desc": "d"},
+        {"video_id": "video5", "text": ["STOP", "exit"]},
+    ]
+    samples = read("multis", media, file=rows)
+    assert asked(samples[0]) == ["q", "a"]
+    assert [asked(s) for s in samples[1:3]] == [["q1", "a1"], ["q2", "a2"]]
+    assert [s.captions for s in samples[3:]] == [("c1", "c2"), ("d",), ("STOP, exit",)]
+    assert samples[0].media[0].path == "/d/msrvtt/video1.mp4"
+    with pytest.raises(DataError, match="2 questions, but 1 answers"):
+        read("multis", media, file=[rows[1] | {"answer": ["a1"]}])
+
+
+def test_paths_are_checked(read):
+    row = {"answer": "a", "id": 3, "question": "q?", "video_id": 1}
+    with pytest.raises(ConfigError, match=r"media path 'x/{nope}.mp4' does not suit this format's fields"):
+        read("msrvtt_qa", {"video": "x/{nope}.mp4"}, file=[row])
+    with pytest.raises(DataError, match="leaves the data root"):
+        read("valor", {"video": "{video_id}.mp4"}, file=[{"video_id": "../../etc/passwd", "desc": "d"}])
+    with pytest.raises(ConfigError, match="the split names no 'questions' file, only file"):
+        read("vqav2", file=[])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_json_is_read_piece_by_piece(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(common, "_CHUNK", chunk)
+    path = str(tmp_path / "a.json")
+    values = {"info": {"n": [1, 2], "s": 'a "]" b'}, "pi": 3.25, "rows": [{"i": i, "t": "ü" * i} for i in range(9)]}
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text(json.dumps(values, indent=indent))
+        assert [row.values for row in json_rows(path, "rows")] == values["rows"]
+        assert json_value(path, "pi") == 3.25
+        assert json_value(path, "none") is None
+    (tmp_path / "a.json").write_text(" [ ] ")
+    assert list(json_rows(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"rows": [{"a": 1}, {"a": }]}', "not JSON at character 26"),
+        ('{"rows": [{"a": 1}', "expected ',', found 'the end'"),
+        ('{"rows": [1]}', r"rows\[0\]: expected an object, found '1'"),
+        ('{"rows": 3}', "expected rows to be a list, found '3'"),
+        ('{"other": []}', "has no field 'rows'"),
+        ("[]", "expected '{', found '\\['"),
+    ],
+)
+def test_broken_json_is_named_with_its_position(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(json_rows(str(tmp_path / "a.json"), "rows"))
+
+
+def test_tables_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        list(table_rows(str(tmp_path / "none.csv")))
+    (tmp_path / "a.csv").write_bytes(b"a,b\n\xff,1\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(table_rows(str(tmp_path / "a.csv")))
