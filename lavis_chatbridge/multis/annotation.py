@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from lavis_chatbridge import settings
 from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.multis.journal import read_journal
 from lavis_chatbridge.prompting.pieces import Kind
 
 Modality = Literal["image", "video", "audio", "video+audio"]
@@ -161,11 +162,15 @@ def annotation_files(path: str | Path) -> list[Path]:
 def read_annotations(path: str | Path) -> Iterator[Annotation]:
     """The annotations of a file or folder, one at a time.
 
+    A folder is what `annotate` writes: lines that a kill left unfinished are passed over there, their items done anew.
+
     Raises:
         DataError: If a line is not an annotation, with its file and number.
     """
+    written = Path(path).is_dir()
     for file in annotation_files(path):
-        for number, values in json_lines(file):
+        lines = enumerate(read_journal(file), start=1) if written else json_lines(file)
+        for number, values in lines:
             yield from_json(values, f"{file.name}:{number}")
 
 
@@ -183,8 +188,9 @@ class AnnotationIndex:
             offset = 0
             with file.open("rb") as lines:
                 for line in lines:
-                    if line.strip():
-                        self._places[_id_of(line, file)] = (number, offset)
+                    item = _id_of(line)
+                    if item is not None:
+                        self._places[item] = (number, offset)
                     offset += len(line)
 
     def __len__(self) -> int:
@@ -281,8 +287,9 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{file}:{number}: {error}") from error
 
 
-def _id_of(line: bytes, file: Path) -> str:
+def _id_of(line: bytes) -> str | None:
+    """The id of an annotation's line; None for an unfinished one, and for what is no annotation."""
     try:
         return str(json.loads(line)["id"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: a line is not an annotation: {line[:60]!r}") from error
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -67,7 +67,7 @@ class KindLimits:
 
 def _default_limits() -> dict[str, KindLimits]:
     return {
-        "conversation": KindLimits(Range(2, 8), Range(2, 60), Range(2, 120)),
+        "conversation": KindLimits(Range(2, 8), Range(1, 60), Range(2, 120)),
         "detail": KindLimits(Range(1, 1), Range(2, 60), Range(25, 400)),
         "reasoning": KindLimits(Range(1, 3), Range(4, 80), Range(20, 300)),
     }
@@ -379,7 +379,9 @@ class _Replacement:
 
 
 def _one_of(patterns: list[str]) -> re.Pattern[str]:
-    return re.compile("|".join(rf"(?<!\w)(?:{pattern})(?!\w)" for pattern in patterns), re.IGNORECASE)
+    """Any of the patterns, no part of a longer word at an end that is a letter or digit itself."""
+    whole = (rf"(?:(?<!\w)|(?=\W))(?:{pattern})(?:(?!\w)|(?<=\W))" for pattern in patterns)
+    return re.compile("|".join(whole), re.IGNORECASE)
 
 
 def _words_only(text: str) -> str:

@@ -33,8 +33,9 @@ from lavis_chatbridge.multis.limits import Budget, Price, RateLimit, bound_token
 from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, Message, PromptBook
 
 InDoubt = Literal["ask", "recover", "hold"]
-"""``ask``: ask again (nothing is lost, a few may be paid twice); ``recover``: fetch what the server stored, ask again
-only what it did not; ``hold``: leave them out and say which (nothing is paid twice)."""
+"""Requests that may have been answered and paid without our knowing (a kill, a timeout, a cut connection). ``ask``: ask
+again (nothing is lost, a few may be paid twice); ``recover``: fetch what the server stored, ask again only what it did
+not; ``hold``: leave them out (nothing is paid twice)."""
 
 _logger = logging.getLogger(__name__)
 _LONGEST_PAUSE = 600.0
@@ -285,33 +286,42 @@ class _Run:
 
     async def _serve(self, request: Request) -> None:
         doubt = self.ledger.doubts.get(request.id)
-        if doubt is not None and self.options.in_doubt == "hold":
-            self.report.held += 1
-            return
-        if doubt is not None and self.options.in_doubt == "recover":
-            answer = await self._recover(request, doubt)
-            if answer is not None:
-                self.budget.spent -= doubt.bound
-                self.report.recovered += 1
-                await self._accept(request, answer, self._cost(request, answer), 0.0)
-                self.budget.spent += self._cost(request, answer)
-                return
+        failure: RequestFailed | None = None
         for attempt in range(self.options.attempts):
+            if failure is not None:
+                await self._wait(failure, attempt - 1)
+            if doubt is not None and await self._settled(request, doubt):
+                return
             if self.report.stopped:
                 return
+            sent_at = time.time()
             failure = await self._attempt(request, attempt)
             if failure is None:
                 self._failed_in_a_row = 0
                 return
-            last = attempt == self.options.attempts - 1
-            if last or not failure.retry:
-                await self._give_up(request, failure)
-                return
-            await self._wait(failure, attempt)
+            doubt = Doubt(sent_at, self._bound(request)) if failure.paid else None
+            if not failure.retry:
+                break
+        if failure is not None and not (doubt is not None and await self._settled(request, doubt)):
+            await self._give_up(request, failure)
+
+    async def _settled(self, request: Request, doubt: Doubt) -> bool:
+        """Whether a request that may have been answered, and paid, without our knowing must not be sent again."""
+        if self.options.in_doubt == "hold":
+            self.report.held += 1
+            return True
+        answer = await self._recover(request, doubt) if self.options.in_doubt == "recover" else None
+        if answer is None:
+            return False
+        cost = self._cost(request, answer)
+        self.budget.spent += cost - doubt.bound
+        self.report.recovered += 1
+        await self._accept(request, answer, cost, 0.0)
+        return True
 
     async def _attempt(self, request: Request, attempt: int) -> RequestFailed | None:
         """Send once; None if that brought an answer, or if the budget does not allow it."""
-        bound = self.price.cost(request.bound, request.max_tokens)
+        bound = self._bound(request)
         if not await self.budget.reserve(bound):
             self._stop(
                 f"the next request may cost ${bound:.4f}, and ${self.budget.spent:.4f} of {self.budget.limit} is spent"
@@ -328,21 +338,21 @@ class _Run:
                 answer = await self.endpoint.ask(request.id, request.messages, request.max_tokens)
             except RequestFailed as failure:
                 cost = bound if failure.paid else 0.0
-                record = {"event": "failed", "id": request.id, "attempt": attempt, "reason": failure.reason}
-                await self.journal.write(
-                    {**record, "cost": round(cost, 9), **({"body": failure.body} if failure.body else {})}
-                )
+                await self._note_failure(request, attempt, failure.reason, failure.paid, failure.body)
                 return failure
             except EndpointError as error:
                 cost = 0.0
-                record = {"event": "failed", "id": request.id, "attempt": attempt, "reason": str(error), "cost": 0.0}
-                await self.journal.write(record)
+                await self._note_failure(request, attempt, str(error), paid=False)
                 raise
             cost = self._cost(request, answer)
             await self._accept(request, answer, cost, time.time() - sent_at)
             return None
         finally:
             self.budget.settle(bound, cost)
+
+    async def _note_failure(self, request: Request, attempt: int, reason: str, paid: bool, body: str = "") -> None:
+        record = {"event": "failed", "id": request.id, "attempt": attempt, "reason": reason, "paid": paid}
+        await self.journal.write(record | ({"body": body} if body else {}))
 
     async def _accept(self, request: Request, answer: Answer, cost: float, seconds: float) -> None:
         await self.journal.write(
@@ -362,6 +372,9 @@ class _Run:
             }
         )
         self.report.answered += 1
+
+    def _bound(self, request: Request) -> float:
+        return self.price.cost(request.bound, request.max_tokens)
 
     def _cost(self, request: Request, answer: Answer) -> float:
         prompt = request.bound if answer.prompt_tokens is None else answer.prompt_tokens
@@ -388,7 +401,7 @@ class _Run:
             await asyncio.sleep(failure.after)
 
     async def _recover(self, request: Request, doubt: Doubt) -> Answer | None:
-        """The stored answer of a request in doubt; it may still come until the request would have timed out."""
+        """The stored answer of a request in doubt; waits as long as the server may still be writing it."""
         while True:
             waited = time.time() - doubt.sent_at
             try:
@@ -399,7 +412,7 @@ class _Run:
                         f"--in-doubt recover: the server lists no stored answers ({failure.reason}); use ask or hold"
                     ) from failure
                 answer = None
-            if answer is not None or waited > self.endpoint.options.timeout or self.report.stopped:
+            if answer is not None or waited > 2 * self.endpoint.options.timeout or self.report.stopped:
                 return answer
             await asyncio.sleep(min(_RECOVERY_INTERVAL, self.endpoint.options.timeout / 4))
 

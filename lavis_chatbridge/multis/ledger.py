@@ -1,7 +1,8 @@
 """What the journal of a generation says: what was asked, answered, spent, and what a kill left in doubt.
 
 A record's ``event`` is one of ``run`` (a start, with its settings), ``sent`` (on the disk before the request leaves),
-``answer``, ``failed`` (one attempt) and ``gave_up`` (the last one).
+``answer``, ``failed`` (one attempt) and ``gave_up`` (the last one). A request is in doubt from its ``sent`` on until an
+``answer``, or a ``failed`` that says that it was certainly not paid.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ JOURNAL_NAME = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Doubt:
-    """A request that was sent and of which nothing more is known: the process was killed while it was under way."""
+    """A request that may have been answered and paid without our knowing: a kill, a timeout, a lost connection."""
 
     sent_at: float
     bound: float
@@ -32,7 +33,7 @@ class Ledger:
     Attributes:
         answered: Ids of the requests that have an answer, as bytes (a run has many of them).
         doubts: Requests in doubt, by id.
-        spent: US dollars; failed attempts that may have been paid, and requests in doubt, count with their bound.
+        spent: US dollars; what may have been paid in doubt counts with its bound.
         events: How many records of each kind there are.
         prompt_tokens: As the server counted them, all answers together.
         completion_tokens: Likewise.
@@ -62,10 +63,10 @@ class Ledger:
             lost = self.doubts.pop(request, None)
             self.spent += lost.bound if lost else 0.0  # asked again: the first time may have been paid as well
             self.doubts[request] = Doubt(float(record.get("at", 0.0)), float(record.get("bound", 0.0)))
-        elif event in ("answer", "failed"):
+        elif event == "answer" or (event == "failed" and not record.get("paid")):
             self.doubts.pop(request, None)
-            self.spent += float(record.get("cost") or 0.0)
         if event == "answer":
+            self.spent += float(record.get("cost") or 0.0)
             self.answered.add(bytes.fromhex(request))
             self.prompt_tokens += int(record.get("prompt_tokens") or 0)
             self.completion_tokens += int(record.get("completion_tokens") or 0)

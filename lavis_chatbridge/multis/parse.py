@@ -35,12 +35,12 @@ def read_pairs(text: str) -> list[Pair]:
     if pairs is not None:
         return pairs
     marks = list(_LABEL.finditer(text))
+    if not marks:
+        raise DataError("no line begins with 'Question:' or 'Answer:'")
     parts = []
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
         end = following.start() if following else len(text)
         parts.append((mark["label"].lower() in _ASK, text[mark.end() : end].strip().strip("*_").strip()))
-    if not parts:
-        raise DataError("no line begins with 'Question:' or 'Answer:'")
     for position, (asks, words) in enumerate(parts):
         if asks != (position % 2 == 0):
             raise DataError(

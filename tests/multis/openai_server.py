@@ -1,7 +1,7 @@
 """A small HTTP server on loopback that speaks the OpenAI chat protocol, and misbehaves as told.
 
-It counts what it was asked by ``Idempotency-Key``, keeps what it was asked to store, and computes its answers from the notes in
-the prompt. Also a program (``python openai_server.py --latency 0.2``), for the throughput benchmark.
+It counts what it was asked by ``Idempotency-Key``, keeps what it was asked to store, and computes its answers from the
+notes in the prompt. Also a program (``python openai_server.py --latency 0.2``), for the throughput benchmark.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def write_answer(messages: list[dict[str, str]]) -> str:
         return "\n".join([*pairs, f"Question: Anything else?\nAnswer: It is as before: {said[-1]}."])
     if "detailed description" in system:
         whole = ". ".join(said)
-        return f"To begin with, this is what there is: {whole}. That is all of it, from the first moment to the last one, with none left out."
+        end = "That is all of it, from the first moment to the last one, with none left out."
+        return f"To begin with, this is what there is: {whole}. {end}"
     return (
-        f"Question: Why may one conclude what is going on here?\nAnswer: First of all, {said[0]}. From that it follows step by step what "
-        f"goes on, since {said[-1]}, and no other reading fits so well."
+        f"Question: Why may one conclude what is going on here?\nAnswer: First of all, {said[0]}. From that it follows "
+        f"step by step what goes on, since {said[-1]}, and no other reading fits so well."
     )
 
 

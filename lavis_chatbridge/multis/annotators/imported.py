@@ -78,7 +78,7 @@ class Imported:
 
     def _best(self, found: list[Any]) -> tuple[Any, ...]:
         kept = [one for one in found if one.score is None or one.score >= self._least]
-        kept.sort(key=lambda one: -1.0 if one.score is None else -one.score)
+        kept.sort(key=lambda one: 0.0 if one.score is None else -one.score)
         return tuple(kept[: self._largest])
 
 

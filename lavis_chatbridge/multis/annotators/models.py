@@ -81,9 +81,9 @@ class Blip2Captioner:
         self, path: str | Path, device: str = "cpu", dtype: str = "float32", prompt: str = "", max_tokens: int = 40,
         beams: int = 3,
     ) -> None:  # fmt: skip
+        folder = _folder(path, "BLIP-2", "Salesforce/blip2-opt-2.7b-coco")
         from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-        folder = _folder(path, "BLIP-2", "Salesforce/blip2-opt-2.7b-coco")
         self.name = f"blip2 {folder.name}"
         self._processor = _processor(AutoProcessor, folder)
         self._model = _load(Blip2ForConditionalGeneration, folder, device, dtype)
@@ -165,9 +165,9 @@ class Florence2Regions:
         self, path: str | Path, device: str = "cpu", dtype: str = "float32", largest: int = 12, max_tokens: int = 512,
         beams: int = 3,
     ) -> None:  # fmt: skip
+        folder = _folder(path, "Florence-2", "florence-community/Florence-2-base")
         from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
-        folder = _folder(path, "Florence-2", "florence-community/Florence-2-base")
         self.name = f"florence2 {folder.name}"
         self._processor = _processor(AutoProcessor, folder)
         self._model = _load(Florence2ForConditionalGeneration, folder, device, dtype)
@@ -223,9 +223,9 @@ class Segmenter:
         largest: int = 12,
         least_share: float = 0.01,
     ) -> None:
+        folder = _folder(path, "a segmentation model", "nvidia/segformer-b0-finetuned-ade-512-512")
         import transformers
 
-        folder = _folder(path, "a segmentation model", "nvidia/segformer-b0-finetuned-ade-512-512")
         config = _processor(transformers.AutoConfig, folder)
         universal = config.model_type in ("maskformer", "mask2former", "oneformer", "detr")
         loader = (
@@ -276,9 +276,9 @@ class AudioTagger:
     def __init__(
         self, path: str | Path, device: str = "cpu", dtype: str = "float32", largest: int = 5, least_score: float = 0.1
     ) -> None:
+        folder = _folder(path, "an audio classifier", "MIT/ast-finetuned-audioset-10-10-0.4593")
         from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
-        folder = _folder(path, "an audio classifier", "MIT/ast-finetuned-audioset-10-10-0.4593")
         self.name = f"audio tags {folder.name}"
         self._processor = _processor(AutoFeatureExtractor, folder)
         self._model = _load(AutoModelForAudioClassification, folder, device, dtype)

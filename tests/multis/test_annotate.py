@@ -1,0 +1,198 @@
+"""Annotation: files in the forms that GRIT and Semantic-SAM write, merging, shards, resuming, unreadable media."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.multis.annotate import annotate, shard_of_environment
+from lavis_chatbridge.multis.annotation import AnnotationIndex, Region, Semantic, Tag, read_annotations
+from lavis_chatbridge.multis.annotators import registry
+from lavis_chatbridge.multis.annotators.base import Findings, View
+from lavis_chatbridge.multis.annotators.imported import Imported
+
+WIDTH, HEIGHT = 200, 100
+MASK = {"size": [HEIGHT, WIDTH], "counts": "x"}
+
+
+def view(item: str = "clip", number: int = 0, kind: Any = "frame", path: str = "videos/clip.mp4") -> View:
+    return View(item, kind, path, lambda: np.zeros((HEIGHT, WIDTH, 3), np.uint8), number)
+
+
+def imported(tmp_path: Path, content: Any, form: Any, **options: Any) -> Imported:
+    (tmp_path / "made.json").write_text(json.dumps(content))
+    return Imported(tmp_path / "made.json", form, **options)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"clip/0": [{"box": [20, 10, 100, 50], "description": "a red ball", "score": 0.5}]},
+        {"clip_0": [{"bbox": [20, 10, 80, 40], "caption": "a red ball", "score": 0.5}]},
+        {"videos/clip.mp4": [{"box": [0.1, 0.1, 0.5, 0.5], "text": "a red ball", "logits": 0.5}]},
+        [{"image_id": "clip", "bbox": [20, 10, 80, 40], "object_descriptions": ["a red ball"], "score": 0.5}],
+        [{"image": "clip.mp4", "regions": [{"bbox": [20, 10, 80, 40], "phrase": "a red ball", "score": 0.5}]}],
+        {"image": "clip", "width": 400, "height": 200, "regions": [
+            {"box": [40, 20, 200, 100], "text": "a red ball", "score": 0.5},
+        ]},
+    ],
+)  # fmt: skip
+def test_region_captions_are_read_in_every_known_form(tmp_path: Path, content: Any) -> None:
+    found = imported(tmp_path, content, "grit").annotate(
+        [view(), view("other", path="o.mp4"), view(number=1, item="x")]
+    )
+    assert found[0].regions == (Region("a red ball", (0.1, 0.1, 0.5, 0.5), 0.5),)
+    assert found[1:] == [Findings(), Findings()]
+
+
+def test_the_best_regions_are_kept(tmp_path: Path) -> None:
+    regions = [{"box": [0, 0, 9, 9], "text": f"thing {n}", "score": n / 10} for n in range(10)]
+    found = imported(tmp_path, {"clip": regions}, "grit", largest=2, least_score=0.1).annotate([view()])
+    assert [region.text for region in found[0].regions] == ["thing 9", "thing 8"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"clip": [  # Semantic-Segment-Anything: a list of masks in SAM's form, with class names
+            {"segmentation": MASK, "bbox": [0, 0, 9, 9], "area": 8000, "class_name": "grass"},
+            {"segmentation": MASK, "bbox": [0, 0, 9, 9], "area": 5000, "class_name": "sky"},
+            {"segmentation": MASK, "bbox": [0, 0, 9, 9], "area": 2000, "class_name": "grass"},
+        ]},
+        {"image": {"file_name": "clip.mp4", "width": WIDTH, "height": HEIGHT}, "annotations": [
+            {"area": 10_000, "label": "grass"}, {"area": 5000, "label": "sky"},
+        ]},
+    ],
+)  # fmt: skip
+def test_masks_become_shares_of_the_frame(tmp_path: Path, content: Any) -> None:
+    found = imported(tmp_path, content, "semantic_sam").annotate([view()])
+    assert found[0].semantics == (Semantic("grass", 0.5), Semantic("sky", 0.25))
+
+
+def test_a_folder_of_files_captions_and_tags(tmp_path: Path) -> None:
+    folder = tmp_path / "grit"
+    (folder / "clip").mkdir(parents=True)
+    (folder / "clip" / "2.json").write_text('[{"text": "a late thing", "box": [0, 0, 200, 100]}]')
+    assert Imported(folder, "grit").annotate([view(number=2)])[0].regions == (Region("a late thing", (0, 0, 1, 1)),)
+    assert imported(tmp_path, {"clip": "a frame"}, "captions").annotate([view()])[0].caption == "a frame"
+    tags = imported(tmp_path, {"clip": ["Dog", ["Bark", 0.5], {"label": "Rain", "score": 0.9}]}, "tags")
+    assert (tags.kind, tags.annotate([view(kind="sound")])[0].tags) == (
+        "sound",
+        (Tag("Rain", 0.9), Tag("Bark", 0.5), Tag("Dog")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([{"box": [1, 2, 3, 4]}], "names no image"), ({"clip": [{"text": "x", "box": [1, 2]}]}, "four numbers")],
+)
+def test_files_of_another_form_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        imported(tmp_path, content, "grit").annotate([view()])
+
+
+class Counting:
+    """An annotator of a user's own."""
+
+    name = "counting 1"
+    kind = "frame"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def annotate(self, views: Sequence[View]) -> list[Findings]:
+        self.seen.append(views[0].item)
+        shapes = [view.content.shape for view in views]
+        assert all(len(shape) == 3 for shape in shapes)
+        return [Findings(caption=f"frame {view.number} of {len(views)}") for view in views]
+
+
+def test_shards_cover_every_item_once_and_resume(world: Path, tmp_path: Path) -> None:
+    items, out = world / "items.jsonl", tmp_path / "out"
+    parts = [Counting() for _ in range(3)]
+    reports = [annotate(items, out, [part], rank=rank, world=3) for rank, part in enumerate(parts)]
+    assert sum(report.annotated for report in reports) == 8
+    done = {one.id: one for one in read_annotations(out)}
+    assert len(done) == 8
+    both = done["both1"]
+    assert [(frame.position, frame.caption) for frame in both.frames] == [
+        (0.1667, "frame 0 of 3"),
+        (0.5, "frame 1 of 3"),
+        (0.8333, "frame 2 of 3"),
+    ]
+    assert both.written_by == {"captions": "human", "sound_captions": "human", "frames.caption": "counting 1"}
+    again = Counting()
+    assert annotate(items, out, [again]).known == 8, "another number of processes finds the same items finished"
+    assert again.seen == []
+
+    files = sorted(out.glob("annotations-*.jsonl"))
+    lines = files[-1].read_bytes().splitlines(keepends=True)
+    files[-1].write_bytes(b"".join(lines[:-1]) + lines[-1][:40])  # as a kill leaves it
+    report = annotate(items, out, [again])
+    assert (report.annotated, report.known) == (1, 7)
+    assert sorted(one.id for one in read_annotations(out)) == sorted(done)
+    index = AnnotationIndex(out)
+    assert {name: index[name] for name in done} == {**done, again.seen[-1]: index[again.seen[-1]]}
+
+
+def test_captions_of_a_sound_are_told_as_such(world: Path, tmp_path: Path) -> None:
+    annotate(world / "items.jsonl", tmp_path, [])
+    sound = next(one for one in read_annotations(tmp_path) if one.modality == "audio")
+    assert sound.captions == ()
+    assert sound.sound_captions
+    assert sound.licence == "CC0"
+
+
+def test_unreadable_media_are_named_and_left_out(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    items = [
+        {"id": str(n), "media": [{"type": "image", "path": name}]} for n, name in enumerate(["bad.jpg", "none.jpg"])
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    report = annotate(tmp_path / "items.jsonl", tmp_path / "out", [Counting()])
+    assert (report.annotated, report.failed) == (0, 2)
+    failures = [json.loads(line) for file in (tmp_path / "out").glob("failures*") for line in file.open()]
+    assert [failure["id"] for failure in failures] == ["0", "1"]
+    assert "none.jpg" in failures[1]["reason"]
+
+
+def test_an_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    line = json.dumps({"id": "a", "media": [{"type": "image", "path": "a.png"}]})
+    (tmp_path / "items.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(DataError, match=r"items.jsonl:2: the id 'a' stands in the file twice"):
+        annotate(tmp_path / "items.jsonl", tmp_path / "out", [])
+
+
+def test_rank_and_world_come_from_the_launcher() -> None:
+    assert shard_of_environment({}) == (0, 1)
+    assert shard_of_environment({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
+    assert shard_of_environment({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (1, 2)
+    with pytest.raises(ConfigError, match="RANK=2 does not fit WORLD_SIZE=2"):
+        shard_of_environment({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("florence=x", "did you mean 'florence2'"),
+        ("grit", "needs a path"),
+        ("grit=x.json,larges=3", "did you mean 'largest'"),
+        ("blip2=/nowhere", "no weights of BLIP-2 at /nowhere"),
+        ("grit=/nowhere.json", "cannot read /nowhere.json"),
+    ],
+)
+def test_a_wrong_annotator_is_named_with_its_remedy(text: str, message: str) -> None:
+    with pytest.raises(Exception, match=message) as error:
+        registry.build(text)
+    assert type(error.value).__module__.startswith("lavis_chatbridge")
+
+
+def test_options_of_an_annotator_are_read(tmp_path: Path) -> None:
+    (tmp_path / "g.json").write_text(json.dumps({"clip": [{"text": str(n), "box": [0, 0, 1, 1]} for n in range(5)]}))
+    assert len(registry.build(f"grit={tmp_path}/g.json,largest=2").annotate([view()])[0].regions) == 2

@@ -1,0 +1,136 @@
+"""Building MULTIS: templates, shards, manifest, faults."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lavis_chatbridge.datasets.schema import read_jsonl
+from lavis_chatbridge.errors import ConfigError, DataError, PromptError
+from lavis_chatbridge.multis.build import build, load_settings, verify
+
+
+def sample(name: str, path: str = "a.png", kind: str = "image", **values: Any) -> dict[str, Any]:
+    return {"id": name, "media": [{"type": kind, "path": path}], **values}
+
+
+def source(folder: Path, samples: list[dict], name: str = "one", extra: str = "", top: str = "") -> Path:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in samples))
+    for entry in samples:
+        for medium in entry["media"]:
+            if not (folder / medium["path"]).exists() and "missing" not in medium["path"]:
+                (folder / medium["path"]).write_bytes(medium["path"].encode() * 100)
+    file = folder / "build.yaml"
+    file.write_text(f"{top}\nsources:\n  - {{name: {name}, samples: [{name}.jsonl], licence: CC-BY-4.0{extra}}}\n")
+    return file
+
+
+CAPTIONS = [sample(str(n), f"{n}.png", captions=[f"caption {n}"]) for n in range(6)]
+
+
+def test_shards_are_webdataset_and_random_access_at_once(tmp_path: Path) -> None:
+    config = source(tmp_path, CAPTIONS, extra=", task: image_caption", top="shard_size: 4000")
+    manifest = build(load_settings(config), tmp_path / "out")
+    entry = manifest["sources"]["one"]
+    assert entry["samples"] == 6
+    assert entry["licence"] == "CC-BY-4.0"
+    assert entry["made_from"]["one.jsonl"] == sha256(tmp_path / "one.jsonl")
+    shards = sorted((tmp_path / "out" / "one").glob("*.tar"))
+    assert len(shards) > 1
+    members = [name for shard in shards for name in names_in(shard)]
+    assert members[:2] == ["000000000.0.png", "000000000.json"]
+    for read in read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl", tmp_path / "out"):
+        with open(read.media[0].path, "rb") as shard:
+            shard.seek(read.media[0].offset)
+            assert shard.read(read.media[0].size) == (tmp_path / f"{read.id}.png").read_bytes()
+        assert (read.task, read.source, read.captions) == ("image_caption", "one", (f"caption {read.id}",))
+
+
+def test_a_medium_of_several_samples_is_packed_once(tmp_path: Path) -> None:
+    talk = [{"role": "user", "text": "?"}, {"role": "assistant", "text": "!"}]
+    config = source(tmp_path, [sample(str(n), turns=talk) for n in range(5)])
+    build(load_settings(config), tmp_path / "out")
+    names = names_in(tmp_path / "out" / "one" / "shard-00000.tar")
+    assert sum(name.endswith(".png") for name in names) == 1
+    assert sum(name.endswith(".json") for name in names) == 5
+
+
+def test_the_same_inputs_give_the_same_bytes_and_changes_are_found(tmp_path: Path) -> None:
+    config = source(tmp_path, CAPTIONS, extra=", task: image_caption", top="wording: fixed")
+    first, second = (build(load_settings(config), tmp_path / name) for name in ("a", "b"))
+    assert first == second
+    assert verify(tmp_path / "a") == []
+    with (tmp_path / "a" / "one" / "annotations.jsonl").open("a") as file:
+        file.write(" ")
+    (tmp_path / "a" / "one" / "shard-00000.tar").unlink()
+    assert verify(tmp_path / "a") == [
+        "one/shard-00000.tar is absent",
+        "one/annotations.jsonl has another hash than the manifest states",
+    ]
+
+
+def test_fixed_wording_puts_the_request_in_and_takes_the_task_out(tmp_path: Path) -> None:
+    asked = sample(
+        "q", turns=[{"role": "user", "text": "What is it?"}, {"role": "assistant", "text": "a cat"}], task="image_qa"
+    )
+    config = source(tmp_path, [*CAPTIONS, asked], extra=", task: image_caption", top="wording: fixed")
+    build(load_settings(config), tmp_path / "out")
+    read = {s.id: s for s in read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl", tmp_path / "out")}
+    assert len({read[str(n)].turns[0].text for n in range(6)}) > 1, "templates differ"
+    assert read["0"].turns[1].text == "caption 0"
+    assert read["0"].turns[0].media == ("image",)
+    assert (read["0"].task, read["0"].meta["task"]) == ("", "image_caption")
+    assert "What is it?" in read["q"].turns[0].text
+    assert read["q"].turns[0].text != "What is it?"
+
+
+def test_reference_leaves_the_media_where_they_are(tmp_path: Path) -> None:
+    config = source(tmp_path, CAPTIONS, extra=", task: image_caption, limit: 2", top="media: reference")
+    assert build(load_settings(config), tmp_path / "out")["samples"] == 2
+    read = list(read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl", tmp_path / "out", allow_outside=True))
+    assert Path(read[0].media[0].path).resolve() == (tmp_path / "0.png").resolve()
+    assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_missing_media_are_all_named_before_anything_is_built(tmp_path: Path) -> None:
+    samples = [*CAPTIONS, sample("x", "missing1.png", captions=["c"]), sample("y", "missing2.png", captions=["c"])]
+    config = source(tmp_path, samples, extra=", task: image_caption")
+    with pytest.raises(DataError, match=r"2 media are missing: one: .*missing1.png; one: .*missing2.png"):
+        build(load_settings(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    config = source(tmp_path, samples, extra=", task: image_caption", top="skip_missing: true")
+    entry = build(load_settings(config), tmp_path / "out")["sources"]["one"]
+    assert (entry["samples"], entry["skipped"]) == (6, 2)
+    with pytest.raises(DataError, match="exists; remove it"):
+        build(load_settings(config), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("samples", "extra", "error", "message"),
+    [
+        (CAPTIONS, ", task: image_captoin", DataError, "no template of task 'image_captoin'"),
+        (CAPTIONS, ", task: image_qa", PromptError, "sample '0': a sample of task 'image_qa' has no question"),
+        (CAPTIONS * 2, ", task: image_caption", DataError, "the id '0' stands there twice"),
+        (CAPTIONS, ", taks: image_caption", ConfigError, "did you mean 'task'"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, samples: list, extra: str, error: type[Exception], message: str) -> None:
+    config = source(tmp_path, samples, extra=extra)
+    with pytest.raises(error, match=message):
+        build(load_settings(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def names_in(shard: Path) -> list[str]:
+    with tarfile.open(shard) as tar:
+        return tar.getnames()
+
+
+def sha256(file: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,200 @@
+"""What is accepted and what is turned down, rule by rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lavis_chatbridge import settings
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.multis.annotation import Annotation, from_json
+from lavis_chatbridge.multis.check import Checker, CheckSettings, check
+from lavis_chatbridge.multis.duplicates import NearDuplicates
+from lavis_chatbridge.multis.journal import Journal
+from lavis_chatbridge.multis.prompts import DATA_KINDS, PromptBook, Seed
+
+MEDIA = {"image": ["image"], "video": ["video"], "audio": ["audio"], "video+audio": ["video", "audio"]}
+
+
+def item(modality: str = "image", name: str = "a", **values: Any) -> Annotation:
+    media = [{"type": kind, "path": f"{name}.{kind}"} for kind in MEDIA[modality]]
+    caption = {"captions": ["A brown dog runs over green grass with a ball."]}
+    return from_json({"id": name, "media": media, **(values or caption)})
+
+
+def answer(text: str, kind: str = "conversation", **values: Any) -> dict[str, Any]:
+    return {"id": "00" * 16, "item": "a", "kind": kind, "modality": "image", "text": text, "finish": "stop", **values}
+
+
+def talk(*answers: str, question: str = "What about it, point") -> str:
+    return "\n".join(f"Question: {question} {n}?\nAnswer: {text}" for n, text in enumerate(answers))
+
+
+@pytest.fixture(scope="module")
+def checker() -> Checker:
+    return Checker()
+
+
+def rules(
+    checker: Checker, text: str, kind: str = "conversation", annotation: Annotation | None = None, **values: Any
+) -> set:
+    sample, reasons = checker.check(answer(text, kind, **values), annotation or item())
+    assert (sample is None) == bool(reasons)
+    return {reason.rule for reason in reasons}
+
+
+def test_a_good_conversation_becomes_a_sample() -> None:
+    text = talk("It is a brown dog.", "The dog runs over the grass.")
+    sample, reasons = Checker().check(answer(text, model="m"), item("video+audio"))
+    assert reasons == []
+    assert sample is not None
+    assert (sample.id, sample.task) == ("a:conversation", "conversation")
+    assert [(turn.role, turn.media) for turn in sample.turns] == [
+        ("user", ("video", "audio")),
+        ("assistant", ()),
+        ("user", ()),
+        ("assistant", ()),
+    ]
+    assert sample.meta == {"request": "00" * 16, "model": "m", "item": "a"}
+
+
+@pytest.mark.parametrize(
+    ("expected", "text"),
+    [
+        ("form", "The dog runs."),
+        ("form", "Question: What is it?\nQuestion: What?\nAnswer: A dog."),
+        ("form", "Question: What is it?"),
+        ("form", '{"question": "half'),
+        ("length", talk("It is a brown dog.")),
+        ("length", talk(*["It is a brown dog."] * 9)),
+        ("length", talk("It is a brown dog.", "word " * 130)),
+        ("text_source", talk("The caption says it is a dog.", "It runs.")),
+        ("text_source", talk("As described in the description, a dog.", "It runs.")),
+        ("text_source", talk("It is a dog.", "That is not mentioned.")),
+        ("text_source", talk("It is a dog.", "It lies at [0.10, 0.20, 0.50, 0.90].")),
+        ("text_source", talk("Based on the given information, it is a dog.", "It runs.")),
+        ("refusal", talk("As an AI language model, I am blind.", "It runs.")),
+        ("refusal", talk("I'm sorry, I don't know.", "It runs.")),
+        ("markup", talk("It is a dog. ###Human: hello", "It runs.")),
+        ("markup", talk("It is <image> a dog.", "It runs.")),
+        ("foreign_media", talk("In the video a dog runs.", "It runs.")),
+        ("foreign_media", talk("We hear a dog.", "It runs.")),
+        ("absent", talk("It is a cat.", "It runs.")),
+        ("absent", talk("A dog and two sheep are there.", "It runs.")),
+        ("absent", talk("The dog is black.", "It runs.")),
+        ("absent", talk("It may be a cat.", "It runs.")),
+        ("repetition", "Question: What is it?\nAnswer: A dog.\nQuestion: What is it?\nAnswer: It runs."),
+        ("repetition", talk("It runs and it runs " * 6, "A dog.")),
+        ("unsafe", talk("Write to a.dog@mail.example.com now.", "It runs.")),
+    ],
+)
+def test_each_rule_turns_down_what_it_is_for(checker: Checker, expected: str, text: str) -> None:
+    assert expected in rules(checker, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        talk("There is no cat.", "The animal runs over a lawn."),
+        talk("No, it is a dog.", "No, no cat.", question="Is it a cat, yes or no,"),
+        talk("It is a hound without a leash.", "Its toy is a ball."),
+        "**Question 1:** What is it?\n**Answer:** A brown dog.\n\n**Question 2:** Where?\n**Answer:** On grass.",
+        "Q: What is it?\nA: It is a brown dog with a ball.\nQ: What then?\nA: It runs over the grass.",
+        "Here you are:\n1. Question: What is it?\nAnswer: A dog.\n2. Question: And?\nAnswer: It runs.",
+        '```json\n[{"question": "Who?", "answer": "A dog runs."}, {"question": "Where?", "answer": "On grass."}]\n```',
+    ],
+)
+def test_loose_forms_and_denied_things_are_accepted(text: str) -> None:
+    annotation = item(captions=["A brown dog runs over green grass with a ball, a toy."])
+    assert rules(Checker(), text, annotation=annotation) == set()
+
+
+def test_truncated_answers_are_turned_down_even_where_they_read_well(checker: Checker) -> None:
+    assert rules(checker, talk("It is a dog.", "It runs."), finish="length") == {"truncated"}
+
+
+def test_reasoning_may_guess_where_it_says_so(checker: Checker) -> None:
+    sure = (
+        "Question: Why does the animal run?\nAnswer: The dog runs with a ball over the grass very fast just now, and "
+        "a child threw it from far away before that."
+    )
+    guessed = sure.replace("and a child threw", "and a child probably threw")
+    assert rules(checker, sure, "reasoning") == {"absent"}
+    assert rules(checker, guessed, "reasoning") == set()
+
+
+def test_a_description_gets_a_question_of_its_modality() -> None:
+    text = (
+        "Description: A brown dog runs over green grass. "
+        + "The dog has a ball and takes it along while it runs on and on over all of the grass."
+    )
+    sample, reasons = Checker().check(answer(text, "detail"), item())
+    assert reasons == []
+    assert sample is not None
+    assert sample.turns[0].text.endswith((".", "?"))
+    assert sample.turns[1].text.startswith("A brown dog")
+
+
+def test_near_duplicates_and_copied_examples_are_turned_down() -> None:
+    checker = Checker()
+    base = "the dog runs over the grass with its ball and then it turns round and runs back over the very same grass again"
+    first = talk(f"First, {base}.", "That is the end of what the dog does with it.")
+    assert rules(checker, first) == set()
+    assert rules(checker, first.replace("First,", "Well,"), annotation=item(name="b")) == {"near_duplicate"}
+    copied = PromptBook().examples("reasoning", "image")[0][1]
+    annotation = item(
+        captions=["A woman and a dog wait in the rain under a glass shelter by a road with buildings, raincoat."]
+    )
+    assert "near_duplicate" in rules(checker, copied, "reasoning", annotation=annotation)
+
+
+def test_an_unsafe_hook_replaces_the_built_in_one() -> None:
+    checker = Checker(CheckSettings(unsafe="tests.multis.test_check:no_dogs"))
+    assert rules(checker, talk("It is a dog.", "It runs.")) == {"unsafe"}
+    with pytest.raises(ConfigError, match="MODULE:FUNCTION"):
+        Checker(CheckSettings(unsafe="tests.multis.test_check:missing"))
+
+
+def no_dogs(text: str) -> str | None:
+    return "a dog" if "dog" in text else None
+
+
+def test_every_seed_example_would_be_accepted() -> None:
+    """The examples obey the rules that they teach; at least three per kind and modality."""
+    book = PromptBook()
+    checker = Checker(book=book)
+    checker._known = NearDuplicates()  # or each would be a copy of itself
+    count = 0
+    for file in sorted((book.folder / "seeds").glob("*.yaml")):
+        modality = {"video_audio": "video+audio"}.get(file.stem, file.stem)
+        for number, entry in enumerate(yaml.safe_load(file.read_text())):
+            seed = settings.parse(Seed, entry, "seed")
+            annotation = item(modality, f"{file.stem}{number}", **entry["annotation"])
+            for kind in DATA_KINDS:
+                _, reasons = checker.check(answer(seed.answer(kind) or "", kind), annotation)
+                assert reasons == [], (file.name, number, kind)
+                count += 1
+    assert count >= 36
+
+
+def test_the_account_is_complete_and_repeatable(tmp_path: Path) -> None:
+    (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(item(name=n).to_json()) + "\n" for n in "ab"))
+    texts = [talk("It is a brown dog.", "It runs."), talk("It is a cat.", "It runs."), "no form"]
+    with Journal(tmp_path / "run" / "journal.jsonl") as journal:
+        for number, (name, text) in enumerate(zip("abc", texts, strict=True)):
+            journal.append({"event": "answer", **answer(text, item=name), "id": f"{number:032x}", "item": name})
+            journal.append({"event": "answer", **answer(text, item=name), "id": f"{number:032x}", "item": name})
+    for _ in range(2):
+        statistics = check(tmp_path / "run", tmp_path / "annotations.jsonl", tmp_path / "out").to_json()
+        assert (statistics["accepted"], statistics["rejected"]) == (1, 2), "a doubled record counts once"
+        assert statistics["reasons"] == {"absent": 1, "no_annotation": 1}
+        assert statistics["kinds"]["conversation"]["by_modality"] == {"image": {"accepted": 1, "rejected": 2}}
+        assert statistics["kinds"]["conversation"]["mean_question_words"] == 5.0
+        rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+        assert rejected[0]["reasons"] == [{"rule": "absent", "detail": "cat"}]
+        assert rejected[0]["text"] == texts[1]
+        assert not list((tmp_path / "out").glob(".*"))

@@ -1,0 +1,63 @@
+"""The page of samples: whatever stands in a sample stays text, broken media are named."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from pathlib import Path
+
+import pytest
+
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.multis.page import PageSettings, write_page
+from lavis_chatbridge.multis.statistics import Statistics
+
+EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def checked(folder: Path, accepted: int = 3) -> Path:
+    sample = {
+        "media": [{"type": "image", "path": "none.png"}],
+        "turns": [{"role": "user", "text": EVIL, "media": [0]}, {"role": "assistant", "text": EVIL}],
+    }
+    lines = [json.dumps({"id": f"{EVIL}{n}", **sample}) for n in range(accepted)]
+    (folder / "accepted.jsonl").write_text("".join(line + "\n" for line in lines))
+    turned_down = {"id": "r", "item": "r", "media": [], "reasons": [{"rule": EVIL, "detail": EVIL}], "text": EVIL}
+    (folder / "rejected.jsonl").write_text(json.dumps(turned_down) + "\n")
+    (folder / "statistics.json").write_text(json.dumps(Statistics().to_json()))
+    return folder
+
+
+def test_no_text_becomes_markup_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+    assert write_page(checked(tmp_path), tmp_path, tmp_path / "page.html") == 4
+    page = (tmp_path / "page.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert [tag for tag, _ in tags.seen].count("script") == 1
+    assert not [1 for tag, values in tags.seen if tag == "img" or "onerror" in values]
+    assert "http" not in page
+    assert page.count("cannot read") == 3
+
+
+def test_samples_are_drawn_evenly_and_repeatably(tmp_path: Path) -> None:
+    checked(tmp_path, accepted=50)
+    options = PageSettings(accepted=5, rejected=0, seed=1)
+    assert write_page(tmp_path, tmp_path, tmp_path / "a.html", options) == 5
+    write_page(tmp_path, tmp_path, tmp_path / "b.html", options)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    write_page(tmp_path, tmp_path, tmp_path / "c.html", PageSettings(5, 0, seed=2))
+    assert (tmp_path / "a.html").read_bytes() != (tmp_path / "c.html").read_bytes()
+
+
+def test_a_folder_without_a_check_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="chatbridge multis check"):
+        write_page(tmp_path, tmp_path, tmp_path / "page.html")
