@@ -10,12 +10,13 @@ its exact-match accuracy on joint questions, printed at the end and kept beside 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lavis_chatbridge.prompting import Piece, Text
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS, QuestionKind
-from lavis_chatbridge.toyworld.reading import Level, draw_scene, exam, passage
+from lavis_chatbridge.toyworld.reading import LEVELS, NAMING, draw_scene, exam, passage
 
 log = logging.getLogger(__name__)
 
@@ -45,25 +46,22 @@ class Recipe:
     heads: int = 4
     feed_forward: int = 320
     deviation: float = 0.07
-    passages: int = 24
-    groups: int = 3
+    passages: int = 32
+    groups: int = 2
     learning_rate: float = 2.5e-3
     final_rate: float = 0.02
     warm_up: int = 100
+    decay: float = 0.4
+    level: int = 0
     weight_decay: float = 0.05
     clip: float = 1.0
-    noise: float = 0.0
+    noise: float = 0.5
     threads: int = 1
     half: int = 1
-    ends: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5)
-
-
-LEVELS = (Level(1), Level(2), Level(3), Level(5), Level(None))
-"""The curriculum: yes/no questions and conditions about few values first; it does not start without."""
 
 
 def make_tokenizer(seed: int = 0, passages: int = 2400) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: each word of the world with the space before it is one token, any text is encodable."""
+    """A byte-level BPE tokenizer: a word of the world with the space before it is one token, any text is encodable."""
     rng = random.Random(f"tokenizer/{seed}")
     pieces = (piece for _ in range(passages) for piece in passage(rng, LEVELS[-1]) if isinstance(piece, Text))
     texts = (part for piece in pieces for part in piece.text.split(END_OF_TURN))
@@ -163,19 +161,29 @@ def _pad(encoded: Sequence[Encoded], pad: int) -> Batch:
     )
 
 
-def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Batch]]:
-    """What each step reads, the curriculum's level rising with the step; a part of the passages holds all values."""
-    rng = random.Random(f"passages/{recipe.seed}")
-    for step in range(recipe.steps):
-        level = sum(step >= end * recipe.steps for end in recipe.ends)
-        easy = LEVELS[level]
-        full = Level(None, (1, 1, 1, 0.5, 0.5)) if level < len(LEVELS) - 1 else easy
-        passages = [passage(rng, easy if rng.random() < 0.6 else full) for _ in range(recipe.passages)]
-        yield group(encode(passages, tokenizer), tokenizer.pad_token_id, recipe.groups)
+@dataclass
+class Curriculum:
+    """Which level is read: the next one as soon as the answers to yes/no questions are mostly right."""
+
+    level: int = 0
+    right: float = 0.5
+
+    def learn(self, right: float, wanted: float = 0.9, memory: float = 0.95) -> None:
+        """Take in the share of right yes/no answers of one step."""
+        self.right = memory * self.right + (1 - memory) * right
+        if self.right > wanted and self.level < len(LEVELS) - 1:
+            self.level, self.right = self.level + 1, 0.5
+
+    def passage(self, rng: random.Random) -> list[Piece]:
+        """A passage of this level; before the last one, a share holds all values and asks for nothing to be judged."""
+        level = LEVELS[self.level]
+        return passage(rng, level if level.values is None or rng.random() < 0.6 else NAMING)
 
 
-def loss_of(model: LlamaForCausalLM, batch: Batch, noise: float = 0.0) -> torch.Tensor:
-    """Weighted sum of the cross-entropy of the counted tokens.
+def scores_of(
+    model: LlamaForCausalLM, batch: Batch, noise: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits of the tokens that count, [N, V], those tokens, [N], and what each counts, [N].
 
     Args:
         model: The model.
@@ -188,43 +196,75 @@ def loss_of(model: LlamaForCausalLM, batch: Batch, noise: float = 0.0) -> torch.
         embedded = embedded + scale * torch.randn_like(embedded) * batch.described[..., None]
     hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     counted = batch.weights[:, 1:] > 0
-    logits = model.lm_head(hidden[:, :-1][counted]).float()
-    losses = torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][counted], reduction="none")
-    return (losses * batch.weights[:, 1:][counted]).sum()
+    return model.lm_head(hidden[:, :-1][counted]).float(), batch.ids[:, 1:][counted], batch.weights[:, 1:][counted]
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, report_every: int) -> None:
-    """AdamW with warm-up and cosine decay over freshly drawn passages."""
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, report_every: int, out: Path
+) -> None:
+    """AdamW with warm-up, a constant rate, and a decay over the last part, over freshly drawn passages."""
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
     )
+    rng, curriculum = random.Random(f"passages/{recipe.seed}"), Curriculum(recipe.level)
+    verdicts = torch.tensor(tokenizer(["yes", "no"], add_special_tokens=False)["input_ids"]).flatten()
     model.train()
-    begun, recent = time.perf_counter(), 0.0
-    for step, parts in enumerate(batches(recipe, tokenizer), start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _rate(step, recipe)
-        optimizer.zero_grad()
-        total = sum(float(part.weights.sum()) for part in parts)
-        for part in parts:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bool(recipe.half)):
-                loss = loss_of(model, part, recipe.noise) / total
-            loss.backward()
-            recent += loss.item()
+    begun, losses = time.perf_counter(), []
+    for step in range(1, recipe.steps + 1):
+        passages = [curriculum.passage(rng) for _ in range(recipe.passages)]
+        parts = group(encode(passages, tokenizer), tokenizer.pad_token_id, recipe.groups)
+        for settings in optimizer.param_groups:
+            settings["lr"] = recipe.learning_rate * _rate(step, recipe)
+        loss, right = _step(model, parts, verdicts, recipe)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
+        optimizer.zero_grad()
+        curriculum.learn(right)
+        losses.append(loss)
         if step % report_every == 0 or step == recipe.steps:
             scores = gate(model, tokenizer, questions=40, seed=step)
             table = " ".join(f"{kind} {score:.2f}" for kind, score in scores.items())
-            seconds = time.perf_counter() - begun
-            log.info("step %d, %.0f s, loss %.4f: %s", step, seconds, recent / report_every, table)
-            recent = 0.0
+            mean, seconds = sum(losses) / len(losses), time.perf_counter() - begun
+            done = f"level {curriculum.level} ({curriculum.right:.2f})"
+            log.info("step %d, %.0f s, loss %.4f, %s: %s", step, seconds, mean, done, table)
+            losses.clear()
+            save(model, tokenizer, out)
+
+
+def _step(
+    model: LlamaForCausalLM, parts: Sequence[Batch], verdicts: torch.Tensor, recipe: Recipe
+) -> tuple[float, float]:
+    """Gradients of the weighted mean loss; the loss, and the share of right yes/no tokens."""
+    total = sum(float(part.weights.sum()) for part in parts)
+    summed, right, judged = 0.0, 0, 0
+    for part in parts:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(recipe.half)):
+            logits, wanted, weights = scores_of(model, part, recipe.noise)
+        loss = (torch.nn.functional.cross_entropy(logits, wanted, reduction="none") * weights).sum() / total
+        loss.backward()
+        summed += loss.item()
+        verdict = torch.isin(wanted, verdicts)
+        right += int((logits.argmax(-1) == wanted)[verdict].sum())
+        judged += int(verdict.sum())
+    return summed, right / max(judged, 1)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the folder: half precision, and a tokenizer's class that transformers 4 and 5 both know."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    settings = out / "tokenizer_config.json"
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n"
+    )
+    copy.deepcopy(model).to(torch.float16).save_pretrained(out)
 
 
 def _rate(step: int, recipe: Recipe) -> float:
     if step <= recipe.warm_up:
         return step / recipe.warm_up
-    done = (step - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
-    return recipe.final_rate + (1 - recipe.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
+    decay = recipe.decay * recipe.steps
+    return min(1.0, recipe.final_rate + (1 - recipe.final_rate) * (recipe.steps - step) / decay)
 
 
 @torch.no_grad()
@@ -271,24 +311,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make the model and write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="weights of an earlier run to go on from")
     parser.add_argument("--report-every", type=int, default=100)
     defaults = Recipe()
     for name, value in asdict(defaults).items():
         if not isinstance(value, tuple):
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
-    out, report_every = options.pop("out"), options.pop("report_every")
+    out, start, report_every = (options.pop(name) for name in ("out", "start", "report_every"))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = Recipe(**options)
     torch.set_num_threads(recipe.threads)
-    tokenizer = make_tokenizer()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else make_tokenizer()
     model = make_model(recipe, tokenizer)
     log.info("%d tokens, %d parameters", len(tokenizer), model.num_parameters())
-    train(model, tokenizer, recipe, report_every)
+    if start:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+    train(model, tokenizer, recipe, report_every, out)
     scores = gate(model, tokenizer, questions=500)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+    save(model, tokenizer, out)
     (out / "gate.json").write_text(json.dumps({"recipe": asdict(recipe), "gate": scores}, indent=1) + "\n")
     log.info("gate: %s", scores)
 

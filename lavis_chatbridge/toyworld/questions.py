@@ -62,10 +62,11 @@ _COMPARE = (
 _CONDITIONAL = (
     "if {test} is {value}, name {then}, else {otherwise}",
     "if {test} is {value}, what is {then}? else what is {otherwise}?",
-    "name {then} if {test} is {value}, else name {otherwise}",
+    "if {test} is {value}, tell me {then}, else {otherwise}",
 )
 _ONE = ("what is {first}?", "name {first}", "tell me {first}", "which {name} does {thing} have?")
 _CHECK = ("is {first} {one}?", "is it true that {first} is {one}?", "does this hold: {first} is {one}?")
+_CHECKLIST = ("check these words: {words}", "which words are right: {words}?")
 _BOTH_GO = {"up": ("up", "rising"), "down": ("down", "falling")}
 
 
@@ -131,6 +132,11 @@ def check_one(scenes: Sequence[Scene], rng: random.Random, asked: int | None = N
     return _Asker(scenes, rng, asked).check()
 
 
+def checklist(scenes: Sequence[Scene], rng: random.Random, asked: int | None = None) -> Question:
+    """Several words, each to be followed by whether it fits one of the media; ``asked`` as in `joint`."""
+    return _Asker(scenes, rng, asked).checklist()
+
+
 class _Asker:
     """Asks about given scenes: refers to them, chooses facts, words the question."""
 
@@ -140,7 +146,7 @@ class _Asker:
         self.nouns = [rng.choice(NOUNS[scene.kind]) for scene in scenes]
         if self.same_kind:
             self.nouns[1] = self.nouns[0]
-        self.bare = rng.random() < 0.35 and not self._share_attributes()
+        self.bare = rng.random() < 0.5 and not self._share_attributes()
 
     def ask(self, kind: QuestionKind) -> Question:
         return {
@@ -162,6 +168,15 @@ class _Asker:
         claim = self._claim(fact, self.rng.random() < 0.5)
         text = self.rng.choice(_CHECK).format(first=self._attribute(fact), one=claim)
         return Question(text, "yes" if claim == fact.value else "no", "compare", (fact,))
+
+    def checklist(self) -> Question:
+        pool = [Fact(medium, *fact) for medium, scene in enumerate(self.scenes) for fact in scene.values]
+        facts = self.rng.sample(pool, min(len(pool), self.rng.randint(3, 5)))
+        words = list(dict.fromkeys(self._claim(fact, self.rng.random() < 0.5) for fact in facts))
+        fitting = {value for scene in self.scenes for value in scene.facts.values()}
+        verdicts = [f"{word} {'yes' if word in fitting else 'no'}" for word in words]
+        text = self.rng.choice(_CHECKLIST).format(words=", ".join(words))
+        return Question(text, ", ".join(verdicts), "compare", tuple(facts))
 
     def _name(self) -> Question:
         first, second = self._pair()

@@ -7,8 +7,9 @@ and no tokenizer.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lavis_chatbridge.prompting import Piece, Slot, Turn, alignment_prompt, chat_prompt
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
@@ -19,6 +20,7 @@ from lavis_chatbridge.toyworld.language import (
     alone,
     caption,
     check_one,
+    checklist,
     conversation,
     describe_turns,
     in_words,
@@ -31,6 +33,10 @@ from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 _PAIRS: tuple[tuple[Kind, Kind], ...] = (("image", "audio"), ("video", "audio"))
 """The pairs that the joint test asks about; other pairs are read less often."""
 
+_NAMING = (1, 1, 1, 1, 0, 0, 0, 0)
+_JUDGING = (1, 1, 0.6, 1, 2, 2, 1, 1.5)
+_CHOOSING = (0.5, 0.7, 0.5, 0.7, 2, 5, 0.7, 0.3)
+
 
 @dataclass(frozen=True)
 class Level:
@@ -39,11 +45,19 @@ class Level:
     Args:
         values: Things have only the first so many values of each attribute, and yes/no questions and conditions ask
             about these; None for all. One value asked about means that things have two.
-        weights: How often each kind of question is read, in the order of `QUESTION_KINDS`.
+        weights: How often a question is: for one value, of each of `QUESTION_KINDS`, a check of one value, a list of
+            checks.
     """
 
     values: int | None
-    weights: tuple[float, ...] = (1, 1, 1, 2, 2)
+    weights: tuple[float, ...] = _JUDGING
+
+
+LEVELS = (Level(1), Level(2), Level(3), Level(5), Level(None), Level(None, _CHOOSING))
+"""The curriculum: to judge is learnt on few values first and is not learnt without; to choose comes after it."""
+
+NAMING = Level(None, _NAMING)
+"""All values, and nothing to judge: read beside the first levels."""
 
 
 def draw_scene(kind: Kind, rng: random.Random, values: int | None = None) -> Scene:
@@ -105,12 +119,16 @@ def _kinds(rng: random.Random, things: int) -> list[Kind]:
 
 
 def _question(scenes: Sequence[Scene], rng: random.Random, level: Level) -> Question:
-    draw = rng.random()
-    if draw < 0.15:
-        return rng.choice(questions(scenes[0], rng)) if len(scenes) == 1 else one_of(scenes, rng)
-    if draw < 0.3:
-        return check_one(scenes, rng, level.values)
-    kind: QuestionKind = rng.choices(QUESTION_KINDS, level.weights)[0]
+    asks: tuple[Callable[[], Question], ...] = (
+        lambda: rng.choice(questions(scenes[0], rng)) if len(scenes) == 1 else one_of(scenes, rng),
+        *(partial(_about, kind, scenes, rng, level) for kind in QUESTION_KINDS),
+        lambda: check_one(scenes, rng, level.values),
+        lambda: checklist(scenes, rng, level.values),
+    )
+    return rng.choices(asks, level.weights)[0]()
+
+
+def _about(kind: QuestionKind, scenes: Sequence[Scene], rng: random.Random, level: Level) -> Question:
     if len(scenes) == 1:
         return alone(scenes[0], rng, kind, level.values)
     return joint(scenes[0], scenes[1], rng, kind, level.values)
