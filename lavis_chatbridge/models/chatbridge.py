@@ -166,9 +166,9 @@ class ChatBridge(BaseModel):
         prompts = sample_reader.training_prompts(samples, media, self.settings.reply_end)
         soft, places = self.soft_tokens(prompts, media)
         batch = lay_out(prompts, places, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
-        if batch.lost:
-            self.lost_answers += batch.lost
-            log.warning("%d answers were cut off whole by max_text_length %d", batch.lost, self.max_text_length)
+        if batch.lost and not self.lost_answers:
+            log.warning("max_text_length %d has cut off a whole answer; lost_answers counts on", self.max_text_length)
+        self.lost_answers += batch.lost
         nll, targets = self.token_losses(batch, soft)
         loss = nll.mean() if len(targets) else nll.sum()
         if torch.is_grad_enabled() and not loss.requires_grad:

@@ -1,0 +1,66 @@
+"""The shipped model types: their YAMLs are valid, and say what is missing in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.processors import load_processors
+
+TYPES = ("tiny", "vicuna7b", "vicuna13b")
+
+
+def section(model_type: str, name: str) -> Any:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    return OmegaConf.load(ChatBridge.default_config_path(model_type))[name]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_type_is_valid(model_type: str) -> None:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    settings = ChatBridge.check_config(section(model_type, "model"))
+    assert settings.model_type == model_type
+    processors = load_processors(section(model_type, "preprocess"))
+    for split in ("train", "eval"):
+        assert processors["image"][split].settings.image_size == settings.vision.image_size
+        assert processors["video"][split].settings.image_size == settings.vision.image_size
+        assert processors["audio"][split].settings.mel_bins == 64
+
+
+@pytest.mark.parametrize("model_type", ["vicuna7b", "vicuna13b"])
+def test_missing_weights_are_listed_in_one_line(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    monkeypatch.delenv("CHATBRIDGE_WEIGHTS", raising=False)
+    with pytest.raises(CheckpointError) as caught:
+        ChatBridge.from_config(section(model_type, "model"))
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in ("vision", "audio", "perceiver", "language_model"):
+        assert f"model.{name}.weights: $CHATBRIDGE_WEIGHTS/" in message
+    assert "the environment variable CHATBRIDGE_WEIGHTS is not set" in message
+    assert "eva_vit_g.pth" in message
+
+
+def test_the_tiny_model_with_random_weights(golden_dir: Path) -> None:
+    """What training the shipped parts begins with, and what needs none of them."""
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    sizes = {"model_type": "llama", "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4}
+    random = {
+        "vision": {"weights": None},
+        "audio": {"weights": None},
+        "language_model": {"weights": None, "tokenizer": str(golden_dir / "tokenizer"), "config": sizes},
+        "checkpoint": None,
+    }
+    model = ChatBridge.from_config(OmegaConf.merge(section("tiny", "model"), random))
+    assert model.image_query_tokens.shape == (1, 8, 128)
+    assert model.visual_encoder.pos_embed.shape == (1, 17, 96)
+    assert not model.lost_answers
