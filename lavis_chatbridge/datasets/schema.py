@@ -20,7 +20,10 @@ from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
 
 SCHEMA_VERSION = 1
-_KEYS = ("id", "source", "media", "captions", "turns", "answers", "style", "task", "facts", "held_out", "meta")
+_KEYS = frozenset(
+    ("id", "source", "media", "captions", "turns", "answers", "style", "task", "facts", "held_out", "meta")
+)
+_COMMON = frozenset(("id", "source", "media", "captions", "turns", "task"))
 _ROLES = ("user", "assistant")
 
 
@@ -79,7 +82,8 @@ class Sample:
     @property
     def modality(self) -> str:
         """Which kinds occur, in a fixed order: ``"image"``, ``"video+audio"``; ``"text"`` without media."""
-        return "+".join(kind for kind in KINDS if kind in self.kinds) or "text"
+        kinds = self.kinds
+        return kinds[0] if len(kinds) == 1 else "+".join(kind for kind in KINDS if kind in kinds) or "text"
 
 
 def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: bool = False) -> Iterator[Sample]:
@@ -153,9 +157,8 @@ def parse_record(record: Any, where: str, root: str, allow_outside: bool = False
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, found {_short(record)}")
-    for key in record:
-        if key not in _KEYS:
-            raise DataError(f"{where}: {_unknown(key)}")
+    if not _KEYS.issuperset(record):
+        raise DataError(f"{where}: {_unknown(next(key for key in record if key not in _KEYS))}")
     media = [_medium(item, f"{where}: media[{i}]", root, allow_outside) for i, item in _list(record, "media", where)]
     turns, order = _turns(record, media, where)
     captions = _strings(record, "captions", where)
@@ -166,13 +169,9 @@ def parse_record(record: Any, where: str, root: str, allow_outside: bool = False
         media=tuple(media[i] for i in order),
         captions=captions,
         turns=turns,
-        answers=_strings(record, "answers", where),
         source=_string(record, "source", where),
-        style=_string(record, "style", where),
         task=_string(record, "task", where),
-        facts=_facts(record, where),
-        held_out=_typed(record, "held_out", bool, False, where),
-        meta=_typed(record, "meta", dict, {}, where),
+        **({} if _COMMON.issuperset(record) else _rarer(record, where)),
     )
 
 
@@ -217,6 +216,17 @@ def check_inside(path: str, root: str) -> None:
     linked = os.path.join(root, folder)
     if not os.path.isdir(linked) or os.path.commonpath([real, os.path.realpath(linked)]) != os.path.realpath(linked):
         raise DataError(f"{path}: leads out of the media root {root} to {real}; allow_outside: true accepts that")
+
+
+def _rarer(record: dict, where: str) -> dict[str, Any]:
+    """The fields that few samples have: not looking for them is what makes a million lines quick to read."""
+    return {
+        "answers": _strings(record, "answers", where),
+        "style": _string(record, "style", where),
+        "facts": _facts(record, where),
+        "held_out": _typed(record, "held_out", bool, False, where),
+        "meta": _typed(record, "meta", dict, {}, where),
+    }
 
 
 def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:

@@ -1,0 +1,78 @@
+"""``chatbridge check-data`` on a file of a million lines: seconds and peak memory, beside plain ``json.loads``.
+
+    python benchmarks/check_data.py [--lines 1000000]
+
+Goal: at most 60 s and 1 GB. The file has captions, questions and chat over 100,000 distinct (small, real) files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+FILES_PER_FOLDER = 1000
+SAMPLES_PER_FILE = 10
+
+
+def write(folder: Path, lines: int) -> Path:
+    """The file and its media (which are looked for, not opened)."""
+    files = max(1, lines // SAMPLES_PER_FILE)
+    for number in range(files):
+        path = folder / f"{number // FILES_PER_FOLDER:04d}" / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    target = folder / "data.jsonl"
+    with open(target, "w", encoding="utf-8") as out:
+        for number in range(lines):
+            place = f"{number % files // FILES_PER_FOLDER:04d}/{number % files}.jpg"
+            record: dict = {"id": f"sample-{number}", "source": "bench", "media": [{"type": "image", "path": place}]}
+            if number % 3 == 0:
+                record["captions"] = [f"a picture of thing number {number} on a table"]
+            else:
+                record["task"] = "image_qa"
+                question = {"role": "user", "text": f"What is thing number {number}?", "media": [0]}
+                record["turns"] = [question, {"role": "assistant", "text": "It is a cup of tea."}]
+            out.write(json.dumps(record) + "\n")
+    return target
+
+
+def measured(*command: str) -> tuple[float, float]:
+    """Seconds and peak memory (MB) of a process."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+    scale = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return time.perf_counter() - begin, int(done.stdout) / scale
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lines", type=int, default=1_000_000)
+    lines = parser.parse_args().lines
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(write(Path(folder), lines))
+        plain = "import json, sys\nfor line in open(sys.argv[1]): json.loads(line)"
+        check = (
+            "import sys; from lavis_chatbridge.datasets.check import check_file; assert check_file(sys.argv[1]).usable"
+        )
+        rows = {"json.loads only": measured(sys.executable, "-c", plain, path)}
+        rows["check-data"] = measured(sys.executable, "-c", check, path)
+    baseline = rows["json.loads only"][0]
+    print(f"{lines} lines, this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    print(f"{'':<18}{'seconds':>10}{'ratio':>8}{'peak MB':>10}")
+    for name, (seconds, memory) in rows.items():
+        print(f"{name:<18}{seconds:>10.1f}{seconds / baseline:>8.1f}{memory:>10.0f}")
+
+
+if __name__ == "__main__":
+    main()

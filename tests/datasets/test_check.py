@@ -1,0 +1,97 @@
+"""check-data: what it counts, what it calls a fault, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from lavis_chatbridge.datasets.check import add_arguments, check_file, run
+from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.prompting import Turn
+
+
+def command(*arguments):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_a_sound_file(pictures, capsys):
+    assert command(pictures / "pictures.jsonl", "--decode") == 0
+    out = capsys.readouterr().out
+    assert "12 samples" in out
+    assert out.endswith("usable\n")
+    report = check_file(pictures / "pictures.jsonl")
+    assert (report.modalities, report.tasks, report.media) == ({"image": 12}, {"captions": 12}, {"image": 12})
+    assert report.faults == {}
+
+
+def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
+    (pictures / "p1.png").write_bytes(b"no picture at all")
+    (pictures / "p2.png").write_bytes(b"")
+    (pictures / "p3.png").unlink()
+    (pictures / "p4.png").unlink()
+    (pictures / "p4.png").symlink_to("/etc/hostname")
+    file = pictures / "pictures.jsonl"
+    lines = file.read_text().splitlines()
+    long = Sample("long", turns=(Turn("user", "q" * 3000), Turn("assistant", " ")), task="text_qa", source="mine")
+    write_jsonl(pictures / "more.jsonl", [long])
+    lines += [lines[0], "{", '{"id": "x"}', (pictures / "more.jsonl").read_text().strip()]
+    file.write_text("\n".join(lines) + "\n")
+    assert command(file, "--json", "--decode") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["faults"] == {
+        "unreadable medium": 2,
+        "missing medium": 1,
+        "medium outside the root": 1,
+        "duplicate id": 1,
+        "malformed line": 2,
+        "overlong text": 1,
+        "empty text": 1,
+    }
+    assert found["lines"] == 16
+    assert found["modalities"] == {"image": 13, "text": 1}
+    assert found["tasks"] == {"captions": 13, "text_qa": 1}
+    assert found["sources"] == {"mine": 1}
+    assert found["examples"]["duplicate id"] == [f"{file}:13: id 's0' stands in an earlier line"]
+    assert found["examples"]["missing medium"][0].startswith(f"{file}:4: {pictures}/p3.png")
+    without = check_file(file)
+    assert without.faults["unreadable medium"] == 1  # the empty one; the other is there
+
+
+def test_warnings_do_not_make_a_file_unusable(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [Sample("a", captions=("c" * 300,))])
+    assert command(tmp_path / "a.jsonl", "--max-tokens", 50) == 0
+    assert "warning: overlong text: 1" in capsys.readouterr().out
+
+
+def test_only_the_first_examples_are_shown(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("{\n" * 9)
+    assert command(tmp_path / "a.jsonl") == 1
+    out = capsys.readouterr().out
+    assert out.count("not JSON") == 5
+    assert "... and 4 more" in out
+
+
+def test_media_relative_to_another_folder(pictures, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (pictures / "pictures.jsonl").rename(tmp_path / "elsewhere/pictures.jsonl")
+    assert not check_file(tmp_path / "elsewhere/pictures.jsonl").usable
+    assert check_file(tmp_path / "elsewhere/pictures.jsonl", root=pictures).usable
+
+
+def test_shards_too_short_for_their_media(tmp_path):
+    (tmp_path / "s.tar").write_bytes(b"x" * 100)
+    media = [(Medium("image", str(tmp_path / "s.tar"), at, 50),) for at in (0, 50, 60)]
+    write_jsonl(tmp_path / "a.jsonl", [Sample(str(i), m, ("c",)) for i, m in enumerate(media)])
+    assert check_file(tmp_path / "a.jsonl").faults == {"unreadable medium": 1}
+
+
+def test_empty_and_missing_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    assert not check_file(tmp_path / "a.jsonl").usable
+    with pytest.raises(DataError, match="No such file"):
+        check_file(tmp_path / "none.jsonl")
