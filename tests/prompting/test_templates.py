@@ -1,0 +1,112 @@
+"""Instruction templates: their number, their words, what is drawn, and the exact prompts.
+
+The snapshot changes only on purpose: run with ``UPDATE_SNAPSHOTS=1`` and read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lavis_chatbridge.errors import ConfigError, PromptError
+from lavis_chatbridge.prompting.templates import QUESTION, STYLE, Templates
+
+SNAPSHOT = Path(__file__).with_name("templates_snapshot.json")
+KINDS = ("image", "video", "audio", "video_audio")
+
+
+@pytest.fixture(scope="module")
+def templates():
+    return Templates.default()
+
+
+def test_sixteen_tasks_with_ten_to_fifteen_wordings_each(templates):
+    tasks = {f"{kind}_{task}" for kind in KINDS for task in ("caption", "qa", "detail", "reasoning")}
+    assert tasks == set(templates.tasks)
+    for task in tasks:
+        entry = templates[task]
+        assert 10 <= len(set(entry.templates)) == len(entry.templates) <= 15
+        assert all(STYLE in text for text in entry.templates)
+        assert entry.asks == task.endswith(("_qa", "_reasoning"))
+
+
+def test_exact_prompts(templates):
+    drawn = {
+        task: [
+            templates.apply(task, "What is it?" * templates[task].asks, rng=np.random.default_rng(n)) for n in range(4)
+        ]
+        for task in templates.tasks
+    }
+    first = {task: templates.apply(task, "What is it?" * templates[task].asks) for task in templates.tasks}
+    found = {"first": first, "drawn": drawn}
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        SNAPSHOT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    assert found == json.loads(SNAPSHOT.read_text())
+
+
+def test_all_wordings_are_drawn_about_equally_often(templates):
+    rng = np.random.default_rng(0)
+    counts = Counter(templates.apply("image_qa", "Q?", "short", rng)[:12] for _ in range(600))
+    assert len(counts) >= 9
+
+
+def test_text_of_the_data_is_never_read_as_a_template(templates):
+    question = "What is {style} and {question} in <image>?"
+    assert templates.apply("image_qa", question) == f"{question} Answer in a word or two."
+
+
+def test_a_style_of_the_sample_wins(templates):
+    assert templates.apply("image_qa", "Who?", "sentence") == "Who? Answer in a sentence."
+    with pytest.raises(PromptError, match="no words for style 'shrt'; known are detail, reasons, sentence, short"):
+        templates.apply("image_qa", "Who?", "shrt")
+
+
+def test_questions_are_never_lost_and_never_made_up(templates):
+    assert templates.apply("image_caption", "Describe it as a poem.") == "Describe it as a poem."
+    with pytest.raises(PromptError, match="task 'image_qa' has no question"):
+        templates.apply("image_qa")
+
+
+def test_users_extend_and_replace(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "styles: {poem: [a poem]}\n"
+        "tasks:\n"
+        "  rhyme: {style: poem, templates: ['Write of it in {style}.']}\n"
+        "  image_caption: {templates: ['Caption?']}\n"
+    )
+    templates = Templates.load(mine)
+    assert templates.apply("rhyme") == "Write of it in a poem."
+    assert templates.apply("image_caption") == "Caption?"
+    assert templates.apply("video_caption", style="poem") == "Describe the video in a poem."
+    assert Templates.default().apply("image_caption") == "Describe the image in a sentence."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("taks: {}", r"unknown key templates mine.yaml.taks, did you mean 'tasks'\?"),
+        ("tasks: {a: {templates: []}}", "templates is empty"),
+        ("tasks: {a: {templates: ['{question}', 'x']}}", r"some templates hold \{question\} and some do not"),
+        ("tasks: {a: {templates: ['{question} {question}']}}", r"a template holds \{question\} twice"),
+        ("tasks: {a: {templates: ['in {style}']}}", "the task needs a style"),
+        ("tasks: {a: {style: odd, templates: ['in {style}']}}", "templates.a: no words for style 'odd'"),
+        ("tasks: [", "while parsing"),
+    ],
+)
+def test_faults_of_a_file_are_named(tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        Templates.load(tmp_path / "mine.yaml")
+
+
+def test_only_known_places_stand_in_the_shipped_wordings(templates):
+    for task in templates.tasks:
+        for text in templates[task].templates:
+            assert "{" not in text.replace(QUESTION, "").replace(STYLE, "")
+            assert "#" not in text
