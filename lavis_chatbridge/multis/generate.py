@@ -329,7 +329,7 @@ class _Run:
             return None
         cost = bound  # whatever ends this attempt otherwise, it may have been paid
         try:
-            await self.rate.admit(estimate_tokens(request.messages) + request.max_tokens)
+            await self.rate.admit(self._tokens(request))
             sent_at = time.time()
             await self.journal.write(
                 {"event": "sent", "id": request.id, "attempt": attempt, "bound": round(bound, 9), "at": sent_at}
@@ -372,6 +372,11 @@ class _Run:
             }
         )
         self.report.answered += 1
+
+    def _tokens(self, request: Request) -> int:
+        """For the rate limit; 0 where tokens are not limited."""
+        limited = self.options.tokens_per_minute is not None
+        return estimate_tokens(request.messages) + request.max_tokens if limited else 0
 
     def _bound(self, request: Request) -> float:
         return self.price.cost(request.bound, request.max_tokens)

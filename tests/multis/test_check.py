@@ -141,7 +141,7 @@ def test_a_description_gets_a_question_of_its_modality() -> None:
 
 def test_near_duplicates_and_copied_examples_are_turned_down() -> None:
     checker = Checker()
-    base = "the dog runs over the grass with its ball and then it turns round and runs back over the very same grass again"
+    base = "the dog runs over the grass with its ball and then it turns round and runs back over the same grass again"
     first = talk(f"First, {base}.", "That is the end of what the dog does with it.")
     assert rules(checker, first) == set()
     assert rules(checker, first.replace("First,", "Well,"), annotation=item(name="b")) == {"near_duplicate"}

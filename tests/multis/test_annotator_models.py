@@ -1,0 +1,152 @@
+"""The annotators that run models, each on a tiny one of its class with random weights, loaded from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lavis_chatbridge.multis.annotation import Region
+from lavis_chatbridge.multis.annotators.base import View, WeightsError
+from lavis_chatbridge.multis.annotators.models import AudioTagger, Blip2Captioner, Florence2Regions, Segmenter
+
+SIDE = 32
+BART = {
+    "model_type": "bart", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 600,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def frames(count: int) -> list[View]:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (count, 40, 60, 3), dtype=np.uint8)
+    return [View("clip", "frame", "clip.mp4", lambda n=n: pictures[n], n) for n in range(count)]
+
+
+def tokenizer(*special: str, **named: str) -> transformers.PreTrainedTokenizerFast:
+    """A byte tokenizer: no training, no file."""
+    tokens = ["<pad>", "<s>", "</s>", *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    fast = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.add_special_tokens(["<pad>", "<s>", "</s>", *special])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens=named
+    )
+
+
+def image_processor(kind: type, **options: object):
+    size = {"height": SIDE, "width": SIDE}
+    return kind(size=size, crop_size=size, **options)
+
+
+def test_blip2_captions_a_batch_of_frames(tmp_path: Path) -> None:
+    words = tokenizer("<image>")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    queries = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    text = {"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+    config = transformers.Blip2Config(
+        vision_config={**vision, "image_size": SIDE, "patch_size": 16},
+        qformer_config={**queries, "encoder_hidden_size": 16, "vocab_size": len(words)},
+        text_config={**text, "num_attention_heads": 2, "vocab_size": len(words), "max_position_embeddings": 64},
+        num_query_tokens=4,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    transformers.Blip2ForConditionalGeneration(config).save_pretrained(tmp_path)
+    pictures = image_processor(transformers.BlipImageProcessor)
+    transformers.Blip2Processor(pictures, words, num_query_tokens=4).save_pretrained(tmp_path)
+    captioner = Blip2Captioner(tmp_path, max_tokens=5, beams=2)
+    found = captioner.annotate(frames(3))
+    assert len(found) == 3
+    assert all(isinstance(one.caption, str) and "<s>" not in one.caption for one in found)
+    assert found == captioner.annotate(frames(3))
+    assert captioner.name == f"blip2 {tmp_path.name}"
+    assert len(Blip2Captioner(tmp_path, prompt="a photo of", max_tokens=5).annotate(frames(2))) == 2
+
+
+def florence(folder: Path) -> Florence2Regions:
+    words = tokenizer("<image>", *(f"<loc_{n}>" for n in range(1000)), image_token="<image>")
+    config = transformers.Florence2Config(
+        vision_config={
+            "embed_dim": (8, 8, 8, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 2), "num_groups": (1, 1, 1, 2),
+            "window_size": 2, "projection_dim": 16,
+        },
+        text_config={**BART, "vocab_size": len(words)},
+        image_token_id=words.image_token_id,
+    )  # fmt: skip
+    transformers.Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    pictures = image_processor(transformers.CLIPImageProcessor)
+    pictures.image_seq_length = 2
+    forms = {"description_with_bboxes": {}}
+    transformers.Florence2Processor(pictures, words, post_processor_config=forms).save_pretrained(folder)
+    return Florence2Regions(folder, max_tokens=8, beams=1)
+
+
+def test_florence2_gives_regions_with_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotator = florence(tmp_path)
+    assert len(annotator.annotate(frames(2))) == 2, "random weights run through the whole path"
+    written = "</s><s>a red ball<loc_0><loc_250><loc_500><loc_999>the sky<loc_100><loc_0><loc_900><loc_300></s>"
+    tokens = annotator._processor.tokenizer(written, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(annotator._model, "generate", lambda **_: tokens)
+    ball, sky = annotator.annotate(frames(1))[0].regions
+    assert ball.text == "a red ball"
+    assert ball.box == pytest.approx((0.0, 0.25, 0.5, 1.0), abs=0.03)  # whole pixels of a small frame
+    assert sky == Region("the sky", sky.box)
+
+
+def test_a_segmentation_gives_shares_of_classes(tmp_path: Path) -> None:
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[1, 1], hidden_sizes=[8, 16], patch_sizes=[7, 3], strides=[4, 2],
+        num_attention_heads=[1, 1], mlp_ratios=[1, 1], decoder_hidden_size=8, num_labels=3,
+        id2label={0: "wall, plain", 1: "floor", 2: "dog"},
+    )  # fmt: skip
+    model = transformers.SegformerForSemanticSegmentation(config)
+    with torch.no_grad():
+        model.decode_head.classifier.weight.zero_()
+        model.decode_head.classifier.bias.copy_(torch.tensor([0.0, -1.0, -1.0]))
+    model.save_pretrained(tmp_path)
+    image_processor(transformers.SegformerImageProcessor).save_pretrained(tmp_path)
+    found = Segmenter(tmp_path).annotate(frames(2))
+    assert [[(one.label, one.share) for one in frame.semantics] for frame in found] == [
+        [("wall", 1.0)],
+        [("wall", 1.0)],
+    ]
+    torch.nn.init.normal_(model.decode_head.classifier.weight, std=5.0)
+    model.save_pretrained(tmp_path)
+    shares = [one.share or 0.0 for one in Segmenter(tmp_path, least_share=0.0).annotate(frames(1))[0].semantics]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_an_audio_classifier_gives_tags(tmp_path: Path) -> None:
+    config = transformers.ASTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=64,
+        num_mel_bins=32, id2label={0: "Dog", 1: "Rain", 2: "Speech"},
+    )  # fmt: skip
+    model = transformers.ASTForAudioClassification(config)
+    with torch.no_grad():
+        model.classifier.dense.weight.zero_()
+        model.classifier.dense.bias.copy_(torch.tensor([0.0, 3.0, -9.0]))
+    model.save_pretrained(tmp_path)
+    transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=64).save_pretrained(tmp_path)
+    sound = View("s", "sound", "s.wav", lambda: np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32))
+    tags = AudioTagger(tmp_path).annotate([sound])[0].tags
+    assert [(tag.label, tag.score) for tag in tags] == [("Rain", pytest.approx(0.9526, abs=1e-3)), ("Dog", 0.5)]
+
+
+@pytest.mark.parametrize("annotator", [Blip2Captioner, Florence2Regions, Segmenter, AudioTagger])
+def test_absent_and_wrong_weights_are_named(tmp_path: Path, annotator: type) -> None:
+    with pytest.raises(WeightsError, match=r"no weights of .* expected a Hugging Face folder"):
+        annotator(tmp_path)
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="cannot load the"):
+        annotator(tmp_path)
