@@ -34,6 +34,7 @@ COMMANDS = (
     Command(
         "world", "lavis_chatbridge.toyworld.build", "build the embedded world, a small closed world with exact truth"
     ),
+    Command("check-data", "lavis_chatbridge.datasets.check", "say what a JSONL of data holds and whether it is usable"),
     Command("multis", "lavis_chatbridge.multis.command", "make chat data: annotate, generate, check, build"),
 )
 

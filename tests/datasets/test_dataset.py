@@ -30,6 +30,7 @@ def test_alignment_item(pictures, processors):
     assert item["pieces"] == [Slot("image", 0), Text("grey 3\n", target=True)]
     assert item["text_output"] == "grey 3\n"
     assert item["references"] == ["grey 3", "number 3"]
+    assert item["answers"] == []
     assert (item["sample_id"], item["source"], item["facts"]) == ("s3", "grey", {"n": "3"})
     assert torch.equal(item["image"][0], torch.full((3, 4, 4), 3 / 255))
     assert item["video"] == item["audio"] == []
@@ -68,7 +69,7 @@ def test_questions_take_the_tasks_template_and_keep_the_other_turns():
     texts = [piece.text for piece in data[0]["pieces"]]
     assert texts[0] == "###Human: what {style}? Answer in a word or two.###Assistant:"
     assert texts[1:] == ["a###", "Human: and?###Assistant:", "b###"]
-    assert data[0]["references"] == ["b", "bee"]
+    assert data[0]["references"] == data[0]["answers"] == ["b", "bee"]
 
 
 def test_a_question_without_reply_is_a_prompt_to_answer():
