@@ -207,6 +207,7 @@ def save(encoder: nn.Module, path: Path) -> None:
     """Write the encoder's state dict in fp16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()}, path)
+    path.chmod(0o644)  # safetensors keeps its files private; these are shipped
     log.info("wrote %s, %d bytes", path, path.stat().st_size)
 
 
