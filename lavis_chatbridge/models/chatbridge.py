@@ -85,12 +85,13 @@ class ChatBridge(BaseModel):
         self.ln_audio = nn.LayerNorm(self.audio_encoder.config.encoder_embed_dim)
         self.audio_trans = nn.Linear(self.audio_encoder.config.encoder_embed_dim, width)
         self.Qformer = build_perceiver(settings.perceiver, width)
-        self.image_query_tokens = self._drawn(1, settings.perceiver.queries, settings.perceiver.width)
-        self.audio_query_tokens = self._drawn(1, settings.perceiver.queries, settings.perceiver.width)
+        own = settings.perceiver
+        self.image_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
+        self.audio_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
         self.llama_proj = nn.Linear(settings.perceiver.width, self.llama_model.get_input_embeddings().embedding_dim)
-        if settings.temporal_positions is not None:
-            self.visual_temporal_pos_embeds = self._drawn(1, settings.temporal_positions.frames, 1, width)
-            self.audio_temporal_pos_embeds = self._drawn(1, settings.temporal_positions.clips, 1, width)
+        if (times := settings.temporal_positions) is not None:
+            self.visual_temporal_pos_embeds = _drawn(times.initializer_range, 1, times.frames, 1, width)
+            self.audio_temporal_pos_embeds = _drawn(times.initializer_range, 1, times.clips, 1, width)
         self._load_parts()
         self._freeze()
 
@@ -410,9 +411,6 @@ class ChatBridge(BaseModel):
             self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide)
         return self._fingerprints[modality]
 
-    def _drawn(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.randn(*shape) * self.settings.perceiver.initializer_range)
-
     def _load_parts(self) -> None:
         """Load the frozen encoders' files and BLIP-2's, and put the encoders into their precision."""
         vision, audio, perceiver = self.settings.vision, self.settings.audio, self.settings.perceiver
@@ -541,3 +539,7 @@ def _beats_config(audio: AudioSettings) -> BeatsConfig:
     if audio.config is not None and audio.config != held:
         raise CheckpointError(f"{file.path} holds {held}, but model.audio.config says {audio.config}")
     return held
+
+
+def _drawn(deviation: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * deviation)

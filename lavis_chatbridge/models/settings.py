@@ -124,10 +124,13 @@ class TemporalSettings:
     Args:
         frames: Frames of a video.
         clips: Clips of a sound.
+        initializer_range: Standard deviation of the fresh positions. The tokens that they are added to have 1: a small
+            value leaves a pretrained perceiver as it is, a large one lets a fresh one tell frames apart from the start.
     """
 
     frames: int = 4
     clips: int = 2
+    initializer_range: float = 0.02
 
     def check(self) -> Iterable[str]:
         """Tables need an entry."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from omegaconf import DictConfig, OmegaConf
+
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
 
 MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
@@ -65,4 +67,5 @@ class EvaluationSettings:
     def of(cls, run_cfg: Mapping[str, Any]) -> EvaluationSettings:
         """These keys out of a whole ``run`` section (LAVIS hands tasks all of it)."""
         names = {item.name for item in dataclasses.fields(EvaluationSettings)}
-        return EvaluationSettings(**{key: value for key, value in run_cfg.items() if key in names})
+        plain = OmegaConf.to_container(run_cfg, resolve=True) if isinstance(run_cfg, DictConfig) else run_cfg
+        return EvaluationSettings(**{str(key): value for key, value in dict(plain).items() if key in names})  # type: ignore[arg-type]
