@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -25,12 +26,15 @@ import numpy as np
 import yaml
 
 from lavis_chatbridge import __version__, settings
+from lavis_chatbridge.datasets.readers import READERS, Origin
 from lavis_chatbridge.datasets.schema import Medium, Sample, read_jsonl, to_record
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError, PromptError
 from lavis_chatbridge.multis.journal import write_atomically
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.templates import Templates
 
+_ROWS = Path(__file__).parents[1] / "configs" / "datasets"
 _NAMED_FAULTS = 10
 _BLOCK = 512
 
@@ -42,6 +46,10 @@ class SourceSettings:
     Args:
         name: Its name, a folder of the result.
         samples: JSONL files in the sample schema: task data, or ``accepted.jsonl``.
+        dataset: Instead of ``samples``: a public set in its own files, by the name of its row in ``configs/datasets``
+            (``multis_vqav2``, ...), which also states its task and style.
+        split: The split of ``dataset``.
+        data_root: Where the files of ``dataset`` lie; by default as everywhere (``CHATBRIDGE_DATA``).
         licence: Its licence, as the manifest shall state it.
         media_root: What its media paths are relative to; by default the folder of each file.
         task: The task of samples that name none; it selects the instruction templates.
@@ -51,13 +59,21 @@ class SourceSettings:
     """
 
     name: str
-    samples: list[str]
     licence: str
+    samples: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    split: str = "train"
+    data_root: str | None = None
     media_root: str | None = None
     task: str = ""
     style: str = ""
     homepage: str = ""
     limit: int | None = None
+
+    def check(self) -> Iterator[str]:
+        """Neither or both ways to name the data."""
+        if bool(self.samples) == bool(self.dataset):
+            yield f"source {self.name!r} needs either samples or dataset"
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,7 @@ def load_settings(path: str | Path) -> BuildSettings:
             source,
             samples=[str(base / file) for file in source.samples],
             media_root=str(base / source.media_root) if source.media_root is not None else None,
+            data_root=str(base / source.data_root) if source.data_root is not None else None,
         )
         for source in options.sources
     ]
@@ -136,6 +153,9 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
     if folder.exists():
         raise DataError(f"{folder} exists; remove it, or build into another folder")
     templates = Templates.load(*options.templates)
+    absent = [str(file) for source in options.sources for file in _inputs(source) if not file.is_file()]
+    if absent:
+        raise DataError(f"{len(absent)} annotation files are missing: {', '.join(absent)}")
     missing = _missing_media(options)
     if missing and not options.skip_missing:
         named = "; ".join(f"{source}: {path}" for source, path in missing[:_NAMED_FAULTS])
@@ -183,13 +203,45 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def _samples(source: SourceSettings) -> Iterator[Sample]:
-    count = 0
-    for file in source.samples:
-        for sample in read_jsonl(file, source.media_root):
-            if source.limit is not None and count >= source.limit:
-                return
-            count += 1
-            yield sample
+    if source.dataset is not None:
+        row = _row(source)
+        every = READERS[row.reader](_origin(source, row))
+    else:
+        every = itertools.chain.from_iterable(read_jsonl(file, source.media_root) for file in source.samples)
+    return itertools.islice(every, source.limit)
+
+
+def _row(source: SourceSettings) -> DataSettings:
+    """The row of a public set, as its builder reads it.
+
+    Raises:
+        ConfigError: If there is no such row, or it is a mixture.
+    """
+    rows: dict[str, Any] = {}
+    for file in sorted(_ROWS.glob("*.yaml")):
+        rows |= yaml.safe_load(file.read_text(encoding="utf-8"))["datasets"]
+    if source.dataset not in rows:
+        raise ConfigError(settings.unknown_key(str(source.dataset), rows, "datasets"))
+    row = settings.parse(DataSettings, {**rows[source.dataset], "data_root": source.data_root}, str(source.dataset))
+    if row.reader not in READERS or source.split not in row.used_splits:
+        known = ", ".join(row.used_splits) or "none"
+        raise ConfigError(
+            f"source {source.name!r}: {source.dataset} has no split {source.split!r} to read; it has {known}"
+        )
+    return row
+
+
+def _origin(source: SourceSettings, row: DataSettings) -> Origin:
+    options = {key: value for key, value in row.options.items() if key not in row.splits}
+    options |= row.options.get(source.split) or {}
+    return Origin(str(source.dataset), row.files(source.split), row.root, row.media, options)
+
+
+def _inputs(source: SourceSettings) -> list[Path]:
+    """The annotation files of a source."""
+    if source.dataset is None:
+        return [Path(file) for file in source.samples]
+    return [Path(file) for file in _row(source).files(source.split).values()]
 
 
 def _missing_media(options: BuildSettings) -> list[tuple[str, str]]:
@@ -207,6 +259,11 @@ def _missing_media(options: BuildSettings) -> list[tuple[str, str]]:
 def _build_source(source: SourceSettings, options: BuildSettings, templates: Templates, root: Path) -> dict[str, Any]:
     folder = root / source.name
     folder.mkdir()
+    if source.dataset is not None:
+        row = _row(source)
+        source = dataclasses.replace(source, task=source.task or row.task, style=source.style or row.style)
+        if row.templates is False:
+            templates = Templates({}, {})  # its questions are whole instructions already
     rng = np.random.default_rng([options.seed, *source.name.encode()])
     counts: Counter[str] = Counter()
     ids: set[str] = set()
@@ -235,7 +292,8 @@ def _build_source(source: SourceSettings, options: BuildSettings, templates: Tem
         "skipped": counts["skipped"],
         "by_task": _part(counts, "task "),
         "by_modality": _part(counts, "modality "),
-        "made_from": {os.path.basename(file): _hash_of(Path(file)) for file in source.samples},
+        "dataset": source.dataset,
+        "made_from": {file.name: _hash_of(file) for file in _inputs(source)},
         "files": {
             f"{source.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": _hash_of(file)} for file in files
         },
@@ -274,7 +332,7 @@ class _Shards:
     def __init__(self, folder: Path, size: int) -> None:
         self._folder, self._size = folder, size
         self._files: list[Path] = []
-        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._places: dict[tuple[str, int | None], tuple[Path, int, int]] = {}
         self._tar: tarfile.TarFile | None = None
         self._count = 0
 
@@ -286,11 +344,15 @@ class _Shards:
         self._count += 1
         media = []
         for number, medium in enumerate(sample.media):
-            if medium.path not in self._places:
-                suffix = os.path.splitext(medium.path)[1].lower() or f".{medium.kind}"
+            origin = (medium.path, medium.offset)
+            if origin not in self._places:
+                inside = medium.offset is not None
+                suffix = "" if inside else os.path.splitext(medium.path)[1].lower()
                 with open(medium.path, "rb") as content:
-                    self._places[medium.path] = self._put(f"{key}.{number}{suffix}", content)
-            file, offset, size = self._places[medium.path]
+                    content.seek(medium.offset or 0)
+                    part = io.BytesIO(content.read(medium.size)) if inside else content
+                    self._places[origin] = self._put(f"{key}.{number}{suffix or f'.{medium.kind}'}", part)
+            file, offset, size = self._places[origin]
             media.append(Medium(medium.kind, str(file), offset, size))
         data = json.dumps(to_record(sample), ensure_ascii=False).encode()
         self._put(f"{key}.json", io.BytesIO(data))

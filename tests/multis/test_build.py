@@ -125,6 +125,33 @@ def test_faults_are_named(tmp_path: Path, samples: list, extra: str, error: type
     assert not (tmp_path / "out").exists()
 
 
+def test_a_public_set_is_read_in_its_own_files(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    (root / "vqav2").mkdir(parents=True)
+    (root / "coco" / "images" / "train2014").mkdir(parents=True)
+    (root / "coco" / "images" / "train2014" / "COCO_train2014_000000000009.jpg").write_bytes(b"picture")
+    question = {"image_id": 9, "question": "What is it?", "question_id": 9000}
+    answer = {"question_id": 9000, "image_id": 9, "multiple_choice_answer": "cat", "answers": [{"answer": "cat"}]}
+    top = {"data_subtype": "train2014"}
+    for name, rows in (("OpenEnded_mscoco_train2014_questions", {"questions": [question]}),
+                       ("mscoco_train2014_annotations", {"annotations": [answer]})):  # fmt: skip
+        (root / "vqav2" / f"v2_{name}.json").write_text(json.dumps(top | rows))
+    config = tmp_path / "build.yaml"
+    config.write_text(
+        "wording: fixed\nsources: [{name: vqa, dataset: multis_vqav2, data_root: data, licence: CC-BY-4.0}]\n"
+    )
+    entry = build(load_settings(config), tmp_path / "out")["sources"]["vqa"]
+    assert entry["by_task"] == {"image_qa": 1}
+    assert len(entry["made_from"]) == 2
+    [read] = read_jsonl(tmp_path / "out" / "vqa" / "annotations.jsonl", tmp_path / "out")
+    assert "What is it?" in read.turns[0].text
+    assert len(read.turns[0].text) > len("What is it?"), "put into one of the task's templates, with its style"
+    assert (read.turns[1].text, read.answers) == ("cat", ("cat",))
+    config.write_text("sources: [{name: vqa, dataset: multis_vqav22, licence: x}]")
+    with pytest.raises(ConfigError, match="did you mean 'multis_vqav2'"):
+        build(load_settings(config), tmp_path / "out2")
+
+
 def names_in(shard: Path) -> list[str]:
     with tarfile.open(shard) as tar:
         return tar.getnames()
