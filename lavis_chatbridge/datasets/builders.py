@@ -250,7 +250,7 @@ def _present(samples: Iterable[Sample], name: str) -> Iterator[Sample]:
     """The samples whose media are there; how many are not is logged."""
     absent = 0
     for sample in samples:
-        if all(os.path.exists(medium.path) for medium in sample.media):
+        if all(os.path.exists(medium.path) for medium in sample.files):
             yield sample
         else:
             absent += 1

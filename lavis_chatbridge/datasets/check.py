@@ -117,7 +117,7 @@ def check_file(
         seen.add(key)
         _count(report, sample)
         _check_texts(report, sample, where, max_tokens)
-        for medium in sample.media:
+        for medium in sample.files:
             fault = media(medium)
             if fault is not None:
                 report.add_fault(fault[0], f"{where}: {fault[1]}")

@@ -21,7 +21,7 @@ from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment_prompt, chat_prompt, clean_caption
-from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, target_text
+from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
 
 Stage = Literal["auto", "alignment", "instruction"]
@@ -134,7 +134,7 @@ class SourceDataset(torch.utils.data.Dataset):
         pieces = self.pieces(sample, self._rng(index, epoch, _TEXT_STREAM))
         rng = self._rng(index, epoch, _MEDIA_STREAM)
         media: dict[str, list] = {kind: [] for kind in KINDS}
-        for medium in sample.media:
+        for medium in sample.files:
             media[medium.kind].append(self._load(medium, rng))
         target = target_text(pieces)
         return {
@@ -161,9 +161,12 @@ class SourceDataset(torch.utils.data.Dataset):
         if _is_caption(sample, self.settings.stage):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions, which alignment needs")
-            return alignment_prompt(sample.kinds, self._clean(_choose(sample.captions, chosen)))
-        turns = self._turns(sample, chosen)
-        return chat_prompt(turns, generate=turns[-1].role == "user", reply_end=self.settings.reply_end)
+            pieces = alignment_prompt(sample.kinds, self._clean(_choose(sample.captions, chosen)))
+        else:
+            turns = self._turns(sample, chosen)
+            pieces = chat_prompt(turns, generate=turns[-1].role == "user", reply_end=self.settings.reply_end)
+        slots = zip(slots_of(pieces), sample.media, strict=True)
+        return spell_out(pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words})
 
     def _turns(self, sample: Sample, rng: np.random.Generator | None) -> Sequence[Turn]:
         settings = self.settings

@@ -209,7 +209,7 @@ def build_features(
     missing: dict[Kind, dict[str, Medium]] = {kind: {} for kind in KINDS}
     seen: set[Medium] = set()
     for sample in samples:
-        for medium in sample.media:
+        for medium in sample.files:
             if medium in seen:
                 continue
             seen.add(medium)

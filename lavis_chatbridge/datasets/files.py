@@ -97,7 +97,8 @@ class SampleFile(Sequence[Sample]):
 def about_tokens(sample: Sample) -> int:
     """Roughly how many tokens a sample has: enough to put samples of similar length together."""
     text = sum(len(turn.text) for turn in sample.turns) or max(map(len, sample.captions), default=0)
-    return text // CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.media) + 1
+    text += sum(max(map(len, medium.words)) for medium in sample.media if medium.words)
+    return text // CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) + 1
 
 
 def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:

@@ -33,15 +33,18 @@ class Medium:
 
     Args:
         kind: ``"image"``, ``"video"`` or ``"audio"``. A video file named as ``"audio"`` means its audio track.
-        path: The file, under the media root unless the data set allows others.
+        path: The file, under the media root unless the data set allows others; empty where words stand in.
         offset: Where the medium begins inside ``path``, in bytes, when it lies inside an uncompressed tar shard.
         size: How many bytes it has there.
+        words: Descriptions that stand in the place of a medium which is not there; training draws one of them. That is
+            how a sample speaks of two media although it shows only one.
     """
 
     kind: Kind
-    path: str
+    path: str = ""
     offset: int | None = None
     size: int | None = None
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,18 @@ class Sample:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of the media, in order."""
+        """The kinds of the media, in order; those that words stand for included."""
         return tuple(medium.kind for medium in self.media)
 
     @property
+    def files(self) -> tuple[Medium, ...]:
+        """The media that are files, in order: all but those that words stand for."""
+        return tuple(medium for medium in self.media if not medium.words)
+
+    @property
     def modality(self) -> str:
-        """Which kinds occur, in a fixed order: ``"image"``, ``"video+audio"``; ``"text"`` without media."""
-        kinds = self.kinds
+        """Which kinds of files occur, in a fixed order: ``"image"``, ``"video+audio"``; ``"text"`` without files."""
+        kinds = [medium.kind for medium in self.media if not medium.words]
         return kinds[0] if len(kinds) == 1 else "+".join(kind for kind in KINDS if kind in kinds) or "text"
 
 
@@ -235,6 +243,8 @@ def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:
     kind, path = item.get("type"), item.get("path")
     if kind not in KINDS:
         raise DataError(f"{where}: type is {_short(kind)}, expected one of {', '.join(KINDS)}")
+    if "words" in item:
+        return _in_words(item, cast(Kind, kind), where)
     if not isinstance(path, str) or not path:
         raise DataError(f"{where}: path is {_short(path)}, expected a file's path")
     if "\0" in path:
@@ -253,7 +263,20 @@ def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:
     return Medium(cast(Kind, kind), os.path.join(root, path), item.get("offset"), item.get("size"))
 
 
+def _in_words(item: dict, kind: Kind, where: str) -> Medium:
+    """A medium that words stand for."""
+    words = item["words"]
+    if not isinstance(words, list) or not words or not all(isinstance(text, str) and text for text in words):
+        raise DataError(f"{where}: words is {_short(words)}, expected a list of descriptions")
+    unknown = set(item) - {"type", "words"}
+    if unknown:
+        raise DataError(f"{where}: {sorted(unknown)[0]!r} beside words: a medium is a file or words, not both")
+    return Medium(kind, words=tuple(words))
+
+
 def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
+    if medium.words:
+        return {"type": medium.kind, "words": list(medium.words)}
     path = medium.path
     if root:
         relative = os.path.relpath(os.path.abspath(path), root)

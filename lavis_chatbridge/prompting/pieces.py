@@ -6,7 +6,7 @@ parses text to find slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -45,6 +45,21 @@ def context_of(pieces: Sequence[Piece]) -> list[Piece]:
         if isinstance(piece, Text) and piece.target:
             return list(pieces[:position])
     return list(pieces)
+
+
+def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]:
+    """The prompt with words in the place of some slots; the other slots are numbered anew."""
+    counts: dict[Kind, int] = {}
+    spelt: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, Text):
+            spelt.append(piece)
+        elif piece in words:
+            spelt.append(Text(words[piece]))
+        else:
+            spelt.append(Slot(piece.kind, counts.get(piece.kind, 0)))
+            counts[piece.kind] = counts.get(piece.kind, 0) + 1
+    return spelt
 
 
 def target_text(pieces: Sequence[Piece]) -> str:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside, read_jsonl, to_record, write_jsonl
+from lavis_chatbridge.datasets.schema import (
+    Medium,
+    Sample,
+    check_inside,
+    parse_record,
+    read_jsonl,
+    to_record,
+    write_jsonl,
+)
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Turn
 
@@ -172,3 +181,22 @@ def test_symbolic_links_may_not_lead_out(tmp_path):
     check_inside(str(root / "coco" / "a.png"), str(root))
     with pytest.raises(DataError, match="leads out of the media root"):
         check_inside(str(root / "coco" / "out"), str(root))
+
+
+def test_words_stand_for_a_medium(tmp_path: Path) -> None:
+    media = (Medium("image", str(tmp_path / "a.png")), Medium("audio", words=("a low flute", "low, flute")))
+    turns = (Turn("user", "what is it?", ("image", "audio")), Turn("assistant", "a flute"))
+    sample = Sample(id="1", media=media, turns=turns)
+    write_jsonl(tmp_path / "x.jsonl", [sample])
+    (read,) = read_jsonl(tmp_path / "x.jsonl")
+    assert read.media[1] == media[1]
+    assert read.kinds == ("image", "audio")
+    assert read.modality == "image"
+    assert [medium.kind for medium in read.files] == ["image"]
+
+
+@pytest.mark.parametrize("medium", [{"words": []}, {"words": "low"}, {"words": ["low"], "path": "a.wav"}])
+def test_words_must_be_descriptions_alone(medium: dict) -> None:
+    record = {"id": "1", "media": [{"type": "audio", **medium}], "captions": ["x"]}
+    with pytest.raises(DataError, match="words"):
+        parse_record(record, "f:1", ".")

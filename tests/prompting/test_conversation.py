@@ -18,6 +18,7 @@ from lavis_chatbridge.prompting import (
     context_of,
     escape_markers,
     slots_of,
+    spell_out,
     target_text,
 )
 
@@ -89,3 +90,13 @@ def test_wrong_order_is_refused(turns: list[Turn], generate: bool) -> None:
 def test_captions_are_cleaned_like_the_original(golden_dir: Path) -> None:
     for case in json.loads((golden_dir / "data_rules.json").read_text())["stage1_caption_cleaning"]:
         assert clean_caption(case["text"]) == case["cleaned"]
+
+
+def test_words_take_the_place_of_slots_and_the_others_move_up() -> None:
+    pieces = [Slot("image", 0), Text(" and "), Slot("image", 1), Slot("audio", 0)]
+    assert spell_out(pieces, {Slot("image", 0): "a cat"}) == [
+        Text("a cat"),
+        Text(" and "),
+        Slot("image", 0),
+        Slot("audio", 0),
+    ]
