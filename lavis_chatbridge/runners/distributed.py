@@ -216,9 +216,14 @@ def gather_everywhere(value: T) -> list[T]:
 def setup_logging() -> None:
     """Log to stderr: the main process everything from INFO, the others only warnings, with their rank."""
     where = f" rank {rank()}" if in_group() else ""
-    logging.basicConfig(
-        level=logging.INFO if is_main() else logging.WARNING,
-        format=f"%(asctime)s [%(levelname)s]{where} %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Stderr)]:
+        root.removeHandler(handler)
+    handler = _Stderr(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [%(levelname)s]{where} %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if is_main() else logging.WARNING)
+
+
+class _Stderr(logging.StreamHandler):
+    """The handler that `setup_logging` adds, to be told from those of others."""

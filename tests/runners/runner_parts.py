@@ -1,0 +1,187 @@
+"""A model of a few hundred weights, its data and its configuration: real torch, small enough for a test of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from omegaconf import OmegaConf
+from torch import nn
+
+from lavis_chatbridge.datasets.dataset import SourceSettings
+from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.prompting.pieces import Slot, Text
+from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
+from lavis_chatbridge.runners.config import Config, EnvSettings
+from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.tasks import AlignmentTask
+
+WIDTH, WORDS = 8, 12
+COLOURS = ("red", "green", "blue")
+
+
+class ToySource:
+    """A source of ``size`` vectors; the target is ``1 + index % 5`` tokens. Ids in ``bad`` cannot be read."""
+
+    ratio = None
+
+    def __init__(
+        self, name: str, kind: str, size: int, bad: tuple[int, ...] = (), poison: tuple[int, ...] = ()
+    ) -> None:
+        self.name, self.kind, self.size, self.bad, self.poison = name, kind, size, bad, poison
+        self.settings = SourceSettings()
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([1 + index % 5 for index in range(self.size)])
+
+    def sample(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(id=f"{self.name}-{index}", facts={"colour": COLOURS[index % 3]})
+
+    def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        if index in self.bad:
+            raise MediaError(f"{self.name}-{index}.png", "truncated")
+        rng = np.random.default_rng([index, epoch, len(self.name)])
+        vector = torch.from_numpy(rng.standard_normal(WIDTH)).float()
+        word = int(vector.argmax())
+        if index in self.poison:
+            vector = vector * float("nan")
+        return {
+            "sample_id": f"{self.name}-{index}",
+            "source": self.name,
+            "pieces": [Slot(self.kind), Text("colour", target=True)],  # type: ignore[arg-type]
+            "image": [vector] if self.kind == "image" else [],
+            "video": [],
+            "audio": [vector] if self.kind == "audio" else [],
+            "target": [word] * (1 + index % 5),
+            "references": [],
+            "answers": [],
+            "facts": {"colour": COLOURS[index % 3]},
+        }
+
+
+@dataclasses.dataclass
+class ToyGroup:
+    """The sources of one split."""
+
+    sources: list[ToySource]
+    ratio: float | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+
+class ToyModel(nn.Module):
+    """A frozen stack between trained parts; one query vector per kind, so that a step uses only one of them."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.image_query = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.audio_query = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.bridge = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.frozen = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(2))
+        self.words = nn.Linear(WIDTH, WORDS)
+        for part in (self.frozen, self.words):
+            part.requires_grad_(False)
+
+    def logits(self, samples: dict[str, Any]) -> torch.Tensor:
+        kind = "image" if samples["image"] and samples["image"][0] else "audio"
+        query = self.image_query if kind == "image" else self.audio_query
+        vectors = torch.stack([media[0] for media in samples[kind]]).to(query.device)
+        hidden = self.dropout(self.norm(self.bridge(vectors) + query[0]))
+        for block in self.frozen:
+            hidden = hidden + block(hidden)
+        return self.words(hidden)
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        rows = [row for row, words in enumerate(samples["target"]) for _ in words]
+        words = torch.tensor([word for words in samples["target"] for word in words])
+        logits = self.logits(samples)[rows]
+        loss = nn.functional.cross_entropy(logits.float(), words.to(logits.device))
+        return {"loss": loss, "target_tokens": torch.tensor(len(words))}
+
+    def generate(self, samples: dict[str, Any], **_unused: Any) -> list[str]:
+        return [f"a {COLOURS[int(word) % 3]} thing" for word in self.logits(samples).argmax(1)]
+
+
+def toy_data(**bad: tuple[int, ...]) -> dict[str, dict[str, ToyGroup]]:
+    """Two data sets of two kinds, with a training and a validation split."""
+    pictures = {
+        "train": ToyGroup([ToySource("pictures", "image", 23, **bad)]),
+        "val": ToyGroup([ToySource("pictures", "image", 7)]),
+    }
+    sounds = {"train": ToyGroup([ToySource("sounds", "audio", 17)]), "val": ToyGroup([ToySource("sounds", "audio", 6)])}
+    return {"pictures": pictures, "sounds": sounds}
+
+
+def config(folder: Path, **run: Any) -> Config:
+    """A configuration of a short run into ``folder``."""
+    values = {
+        "task": "chatbridge_alignment",
+        "max_iters": 8,
+        "batch_size_train": 4,
+        "batch_size_eval": 3,
+        "num_workers": 0,
+    }
+    values |= {
+        "init_lr": 0.05,
+        "min_lr": 0.001,
+        "warmup_steps": 2,
+        "output_dir": str(folder),
+        "job_id": "",
+        "log_every": 2,
+    }
+    values |= {"device": "cpu", "save_every_minutes": None} | run
+    settings = RunSettings(**values)
+    plain = dataclasses.asdict(settings) | {"betas": list(settings.betas)}
+    sections = {"run": plain, "model": {"arch": "toy", "model_type": "toy"}, "datasets": {"pictures": {}, "sounds": {}}}
+    return Config(OmegaConf.create(sections), settings, EnvSettings())
+
+
+def runner(
+    folder: Path, model: nn.Module | None = None, data: Any = None, task: Any = None, **run: Any
+) -> ChatBridgeRunner:
+    """A runner over the toy parts."""
+    cfg = config(folder, **run)
+    task = task or AlignmentTask.setup_task(cfg)
+    task.datasets = data or toy_data()
+    return ChatBridgeRunner(cfg=cfg, job_id="job", task=task, model=model or ToyModel(), datasets=task.datasets)
+
+
+def weights(one: ChatBridgeRunner) -> dict[str, torch.Tensor]:
+    """The trained weights of a runner's model."""
+    return {name: p.detach().clone() for name, p in one.model.named_parameters() if p.requires_grad}
+
+
+def in_processes(work: Any, count: int, *arguments: Any) -> None:
+    """Run ``work(rank, *arguments)`` in ``count`` processes that torchrun could have started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # a server that has imported everything once forks the processes of all tests
+    multiprocessing.set_forkserver_preload([__name__])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python up to 3.11.9 forgets sys.path when it preloads
+    everything = (count, port, work, arguments)
+    mp.start_processes(_as_rank, args=everything, nprocs=count, join=True, start_method="forkserver")
+
+
+def _as_rank(rank: int, count: int, port: int, work: Any, arguments: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    work(rank, *arguments)

@@ -1,0 +1,261 @@
+"""Checkpoints: a resumed run equals an uninterrupted one bit for bit; what is damaged or does not fit is told, not used."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from runner_parts import ToyModel, ToySource, in_processes, runner, toy_data, weights
+
+from lavis_chatbridge.errors import CheckpointError, TrainingError
+from lavis_chatbridge.runners import checkpoints, distributed, snapshot
+from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
+
+
+class Stop(Exception):
+    """Stands for a machine that goes away."""
+
+
+class StoppingSource(ToySource):
+    """A source that fails for good after a number of items, also in the middle of an accumulation."""
+
+    left = 10**9
+
+    def item(self, index, epoch=0):
+        type(self).left -= 1
+        if self.left < 0:
+            raise Stop
+        return super().item(index, epoch)
+
+
+def same(first, second):
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "items"),
+    [
+        ({"accum_grad_iters": 1}, 37),
+        ({"accum_grad_iters": 3}, 53),
+        ({"num_workers": 2, "accum_grad_iters": 2}, None),
+        ({"precision": "bf16", "eval_every": 3, "valid_splits": ["val"]}, 44),
+    ],
+    ids=["mid-epoch", "mid-accumulation", "workers", "bf16-validation"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, items, monkeypatch):
+    options = {"max_iters": 14, "save_every_steps": 2, **options}
+    whole = runner(tmp_path / "whole", ToyModel(0.3), **options)
+    whole.train()
+    cut = tmp_path / "cut"
+    if items is None:
+        part = runner(cut, ToyModel(0.3), **options)
+        part.state.check = lambda run: (_ for _ in ()).throw(Stop) if part.state.step == 7 else None
+    else:
+        data = toy_data()
+        for name, kind, size in (("pictures", "image", 23), ("sounds", "audio", 17)):
+            data[name]["train"].sources[0] = StoppingSource(name, kind, size)
+        monkeypatch.setattr(StoppingSource, "left", items)
+        part = runner(cut, ToyModel(0.3), data=data, **options)
+    with pytest.raises(Stop):
+        part.train()
+    assert 2 <= part.state.step < 14
+    resumed = runner(cut, ToyModel(0.3), resume="auto", **options)
+    resumed.train()
+    assert same(weights(whole), weights(resumed))
+    assert resumed.state.to_dict() == whole.state.to_dict()
+    first, second = (snapshot.optimizer_tensors(one.model, one.optimizer) for one in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert same(first, second)
+    steps = [json.loads(line).get("train_step") for line in (cut / "log.txt").read_text().splitlines()]
+    assert [step for step in steps if step] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def _train_ranks(rank, folder, options, stop_at):
+    one = runner(folder, ToyModel(0.3), **options)
+    if stop_at:
+        one.state.check = lambda run: (_ for _ in ()).throw(Stop) if one.state.step == stop_at else None
+    try:
+        one.train()
+    except Stop:
+        os._exit(0)
+    torch.save(weights(one), folder / f"weights{rank}.pt")
+    distributed.close()
+
+
+def test_two_processes_resume_exactly(tmp_path):
+    options = {"max_iters": 9, "save_every_steps": 2}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    in_processes(_train_ranks, 2, tmp_path / "whole", options, None)
+    in_processes(_train_ranks, 2, tmp_path / "cut", options, 5)
+    in_processes(_train_ranks, 2, tmp_path / "cut", options | {"resume": "auto"}, None)
+    for rank in (0, 1):
+        first, second = (
+            torch.load(tmp_path / name / f"weights{rank}.pt", weights_only=True) for name in ("whole", "cut")
+        )
+        assert same(first, second)
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path):
+    runner(tmp_path).train()
+    again = runner(tmp_path, resume="auto")
+    again.train()
+    assert again.state.step == 8
+
+
+def test_auto_without_a_checkpoint_starts_anew_and_ignores_another_configuration(tmp_path):
+    other = runner(tmp_path, seed=7)
+    other.train()
+    one = runner(tmp_path, resume="auto", job_id="mine")
+    assert one.continued is None
+    one.train()
+    assert one.state.step == 8
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    one = runner(tmp_path, max_iters=6, save_every_steps=2, keep_last=3)
+    one.train()
+    newest = tmp_path / "checkpoints" / "step_00000006"
+    content = bytearray((newest / checkpoints.MODEL).read_bytes())
+    content[-1] ^= 1
+    (newest / checkpoints.MODEL).write_bytes(content)
+    assert checkpoints.verify(newest) == ["model.safetensors has other contents than were written"]
+    with pytest.raises(CheckpointError, match="is damaged: model.safetensors has other contents"):
+        runner(tmp_path, max_iters=6, resume=str(newest)).train()
+    assert runner(tmp_path, max_iters=6, resume="auto").continued == tmp_path / "checkpoints" / "step_00000004"
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "half a file", "missing file", "not json"])
+def test_verify_names_the_damage(tmp_path, damage):
+    folder = tmp_path / "step_00000001"
+    checkpoints.write(Checkpoint({"w": torch.ones(3)}, {}, {"a": 1}), folder)
+    assert checkpoints.verify(folder) == []
+    if damage == "no manifest":
+        (folder / checkpoints.MANIFEST).unlink()
+    elif damage == "half a file":
+        (folder / checkpoints.STATE).write_text("{")
+    elif damage == "missing file":
+        (folder / checkpoints.OPTIMIZER).unlink()
+    else:
+        (folder / checkpoints.MANIFEST).write_text("[1, 2")
+    assert len(checkpoints.verify(folder)) == 1
+    assert checkpoints.newest_in(tmp_path) is None
+
+
+def test_which_checkpoints_stay(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=2, keep_every=40)
+    for step in range(10, 100, 10):
+        folder.save(Checkpoint({"w": torch.ones(1)}, {}, {}), step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000040", "step_00000080", "step_00000090"]
+    for step in (10, 30):
+        folder.save_best(Checkpoint({"w": torch.ones(1)}, {}, {}), step)
+    assert folder.best() == tmp_path / "best_00000030"
+    assert not (tmp_path / "best_00000010").exists()
+
+
+def test_a_crash_inside_a_save_leaves_the_last_one(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(Checkpoint({"w": torch.ones(1)}, {}, {}), 1)
+    monkeypatch.setattr(checkpoints.os, "rename", lambda *names: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        folder.save(Checkpoint({"w": torch.zeros(1)}, {}, {}), 2)
+    monkeypatch.undo()
+    assert checkpoints.newest_in(tmp_path) == tmp_path / "step_00000001"
+    folder.save(Checkpoint({"w": torch.zeros(1)}, {}, {}), 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp_path):
+    one = runner(tmp_path, max_iters=2)
+    one.train()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(
+            TrainingError, match=r"cannot write the checkpoint .*larger than this system allows"
+        ) as caught:
+            one._save_checkpoint(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the last good one is" in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002"]
+    assert checkpoints.verify(tmp_path / "checkpoints" / "step_00000002") == []
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    folder = CheckpointFolder(tmp_path)
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(TrainingError, match="the disk is full .*there is no earlier one"):
+        folder.save(Checkpoint({"w": torch.ones(1)}, {}, {}), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_frozen_weights_are_refused(tmp_path):
+    runner(tmp_path).train()
+    other = ToyModel()
+    with torch.no_grad():
+        other.frozen[0][0].weight[0, 0] += 0.5
+    with pytest.raises(CheckpointError, match="trained with other frozen parts: frozen is .*, the model has"):
+        runner(tmp_path, other, resume="auto").train()
+
+
+def test_other_dimensions_are_refused_with_the_difference(tmp_path):
+    runner(tmp_path).train()
+    other = ToyModel()
+    other.norm = torch.nn.LayerNorm(8, elementwise_affine=True, bias=False)
+    with pytest.raises(CheckpointError, match="is for another model: norm.bias is not in the model"):
+        runner(tmp_path, other, resume="auto").train()
+
+
+def test_the_same_frozen_weights_in_another_precision_are_the_same():
+    model, half = ToyModel(), ToyModel()
+    half.frozen.to(torch.bfloat16)
+    assert snapshot.fingerprints(model) == snapshot.fingerprints(half)
+
+
+def test_random_generators_come_back():
+    import random
+
+    import numpy as np
+
+    state = json.loads(json.dumps(snapshot.rng_state()))
+    first = (torch.rand(1).item(), random.random(), np.random.rand())
+    snapshot.set_rng_state(state)
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == first
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save(tmp_path, number):
+    one = runner(tmp_path, max_iters=6, log_every=100)
+    take = one.state.record
+
+    def record(source, result):
+        take(source, result)
+        if one.state.step == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    one.state.record = record
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit) as caught:
+            one.train()
+        assert caught.value.code == 143
+        assert one.state.step == 3
+    else:
+        one.train()
+        assert one.state.step == 6
+    assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_the_clock_saves(tmp_path):
+    runner(tmp_path, max_iters=4, save_every_minutes=1e-9, keep_last=10).train()
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 4
