@@ -3,10 +3,11 @@
 ``build_world`` makes the folder whole or not at all, keeps a finished one of the same settings, and writes the same
 bytes for the same seed. The rendering is shared out to other processes. Knows nothing of models or training.
 
-Folder: ``images/``, ``videos/``, ``sounds/``, each with a sub-folder per split (``train``; ``test``: new renderings of
-seen combinations; ``heldout``: held-out combinations; ``joint``: a picture or clip and a sound together, for tests
-only). ``annotations/``: ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,...}_{split}.jsonl``
-(conversations in training, questions in the others), ``joint_test.jsonl`` (questions about two media).
+Folder: ``images/``, ``videos/``, ``sounds/``, each with a sub-folder per split: ``train``; ``test``, new renderings of
+seen combinations; ``heldout``, held-out combinations; ``joint``, a picture or clip and a sound together, for tests
+only. In ``annotations/``: ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl``
+(conversations in training, questions in the others), ``joint_test.jsonl`` (questions about two media) and
+``joint_words.jsonl`` (the same with both media in words).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from lavis_chatbridge.toyworld.world import ATTRIBUTES, TRIPLES, Scene, all_scen
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same seed would give other files; a world of another version is built anew."""
 
 SPLITS = ("train", "test", "heldout")
@@ -47,6 +48,9 @@ _SUFFIXES: dict[Kind, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "audio": (("wav", "flac", "mp3"), (79, 20, 1)),
 }
 _TRACK_SHARE = 0.25
+_PARTNERS: dict[Kind, tuple[Kind, ...]] = {"image": ("audio",), "video": ("audio",), "audio": ("image", "video")}
+_SEEN = {kind: [scene for scene in all_scenes(kind) if not scene.held_out] for kind in KINDS}
+_QUESTIONS_ABOUT_TWO = 4
 _INFO = "world.json"
 
 
@@ -257,7 +261,7 @@ def _annotate(draft: Path, items: Iterable[Item], pairs: Iterable[Pair], seed: i
     """Write all annotation files; returns how many samples each holds."""
     files: dict[str, list[Sample]] = {f"{kind}_{split}": [] for kind in KINDS for split in SPLITS}
     files |= {f"instruct_{name}": [] for name in files}
-    files["joint_test"] = []
+    files |= {"joint_test": [], "joint_words": []}
     for item in items:
         if item.split == "joint":
             continue
@@ -268,6 +272,9 @@ def _annotate(draft: Path, items: Iterable[Item], pairs: Iterable[Pair], seed: i
         files[f"instruct_{name}"] += instructions(draft, item, rng)
     for pair in pairs:
         files["joint_test"] += _joint_questions(draft, pair, random.Random(f"{seed}/joint/{pair.number}"))
+        described = random.Random(f"{seed}/joint words/{pair.number}")
+        words = tuple(Medium(scene.kind, words=(language.caption(scene, described),)) for scene in pair.scenes)
+        files["joint_words"] += _asked_jointly(pair, words, random.Random(f"{seed}/joint/{pair.number}"))
     return {
         name: write_jsonl(draft / "annotations" / f"{name}.jsonl", samples, root=draft)
         for name, samples in files.items()
@@ -292,8 +299,25 @@ def _captioned(draft: Path, item: Item, rng: random.Random) -> Sample:
 
 
 def _conversations(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
-    turns = tuple(language.chat(item.scene, rng))
-    return [Sample(**_base(draft, item), turns=turns, source="toyworld_instruct")]
+    """A conversation about the medium alone, and one about it and a second medium that is there in words only.
+
+    No sample shows two media. It is text that stands in for the second one, and so carries over what is asked of two.
+    """
+    alone = Sample(**_base(draft, item), turns=tuple(language.chat(item.scene, rng)), source="toyworld_instruct")
+    other = rng.choice([scene for kind in _PARTNERS[item.scene.kind] for scene in _SEEN[kind]])
+    scenes = [item.scene, other]
+    media = [Medium(item.scene.kind, str(draft / item.path)), Medium(other.kind, words=_described(other, rng))]
+    if rng.random() < 0.5:
+        scenes.reverse()
+        media.reverse()
+    kinds = rng.choices(language.QUESTION_KINDS, k=_QUESTIONS_ABOUT_TWO)
+    asked = [language.joint(scenes[0], scenes[1], rng, kind) for kind in kinds]
+    base = _base(draft, item, "_and_words") | {"media": tuple(media)}
+    return [alone, Sample(**base, turns=tuple(language.conversation(scenes, asked)), source="toyworld_instruct")]
+
+
+def _described(scene: Scene, rng: random.Random) -> tuple[str, ...]:
+    return tuple(language.describe(scene, rng) for _ in range(CAPTIONS_PER_MEDIUM))
 
 
 def _questions(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
@@ -315,8 +339,12 @@ def _questions(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
 
 def _joint_questions(draft: Path, pair: Pair, rng: random.Random) -> list[Sample]:
     """One question of each kind about both media of a pair."""
-    samples = []
     media = tuple(Medium(scene.kind, str(draft / path)) for scene, path in zip(pair.scenes, pair.paths, strict=True))
+    return _asked_jointly(pair, media, rng)
+
+
+def _asked_jointly(pair: Pair, media: tuple[Medium, ...], rng: random.Random) -> list[Sample]:
+    samples = []
     facts = {name: value for scene in pair.scenes for name, value in scene.facts.items()}
     for kind in language.QUESTION_KINDS:
         question = language.joint(*pair.scenes, rng, kind)

@@ -82,7 +82,7 @@ def test_questions_have_their_answers(world: Path) -> None:
         for sample in samples(world, f"instruct_{kind}_test"):
             assert sample.turns[1].text == sample.answers[0] == sample.facts[sample.meta["attribute"]]
         for sample in samples(world, f"instruct_{kind}_train"):
-            assert sample.turns[0].media == (kind,)
+            assert kind in sample.turns[0].media
 
 
 def test_joint_media_come_together_and_in_both_orders(world: Path) -> None:
@@ -98,7 +98,25 @@ def test_joint_media_come_together_and_in_both_orders(world: Path) -> None:
 
 def test_nothing_in_training_joins_two_media(world: Path) -> None:
     for path in (world / "annotations").glob("*_train.jsonl"):
-        assert all(len(sample.media) == 1 for sample in read_jsonl(path, world))
+        assert all(len(sample.files) == 1 for sample in read_jsonl(path, world))
+
+
+def test_words_stand_in_for_a_second_medium_in_training(world: Path) -> None:
+    for kind in KINDS:
+        both = [sample for sample in samples(world, f"instruct_{kind}_train") if len(sample.media) == 2]
+        assert len(both) == len(samples(world, f"{kind}_train"))
+        for sample in both:
+            assert [medium.kind for medium in sample.files] == [kind]
+            assert {"audio"} < set(sample.kinds)
+
+
+def test_the_joint_questions_stand_in_words_too(world: Path) -> None:
+    shown, told = samples(world, "joint_test"), samples(world, "joint_words")
+    assert [(one.turns, one.answers) for one in shown] == [(one.turns, one.answers) for one in told]
+    for sample in told:
+        assert not sample.files
+        found = [facts_in(medium.words[0], medium.kind) for medium in sample.media]
+        assert {**found[0], **found[1]} == sample.facts
 
 
 def test_the_same_seed_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
