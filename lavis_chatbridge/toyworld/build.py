@@ -5,9 +5,9 @@ bytes for the same seed. The rendering is shared out to other processes. Knows n
 
 Folder: ``images/``, ``videos/``, ``sounds/``, each with a sub-folder per split: ``train``; ``test``, new renderings of
 seen combinations; ``heldout``, held-out combinations; ``joint``, a picture or clip and a sound together, for tests
-only. In ``annotations/``: ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl``
-(conversations in training, questions in the others), ``joint_test.jsonl`` (questions about two media) and
-``joint_words.jsonl`` (the same with both media in words).
+only. In ``annotations/``: ``{image,video,audio}_{split}.jsonl`` (captions),
+``instruct_{image,video,audio}_{split}.jsonl`` (conversations in training, questions in the others),
+``joint_test.jsonl`` (questions about two media) and ``joint_words.jsonl`` (the same with both media in words).
 """
 
 from __future__ import annotations

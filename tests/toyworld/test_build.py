@@ -43,7 +43,7 @@ def test_counts_are_those_asked_for(world: Path) -> None:
     assert info["seed"] == 3
     assert info["attributes"]["audio"]["pitch"] == ["low", "middle", "high"]
     annotated = {
-        medium.path for path in (world / "annotations").iterdir() for s in read_jsonl(path, world) for medium in s.media
+        medium.path for path in (world / "annotations").iterdir() for s in read_jsonl(path, world) for medium in s.files
     }
     assert annotated == {
         str(path) for path in world.rglob("*") if path.parent.parent.name in ("images", "videos", "sounds")
