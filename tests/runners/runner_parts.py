@@ -1,4 +1,4 @@
-"""A model of a few hundred weights, its data and its configuration: real torch, small enough for a test of the engine."""
+"""A model of a few hundred weights, its data and its configuration: real torch, small enough for tests."""
 
 from __future__ import annotations
 

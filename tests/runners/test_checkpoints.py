@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run equals an uninterrupted one bit for bit; what is damaged or does not fit is told, not used."""
+"""Checkpoints: a resumed run equals an uninterrupted one bit for bit; damage and misfits are told, not used."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     content[-1] ^= 1
     (newest / checkpoints.MODEL).write_bytes(content)
     assert checkpoints.verify(newest) == ["model.safetensors has other contents than were written"]
-    with pytest.raises(CheckpointError, match="is damaged: model.safetensors has other contents"):
+    with pytest.raises(CheckpointError, match=r"is damaged: model.safetensors has other contents"):
         runner(tmp_path, max_iters=6, resume=str(newest)).train()
     assert runner(tmp_path, max_iters=6, resume="auto").continued == tmp_path / "checkpoints" / "step_00000004"
 
@@ -193,7 +193,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     folder = CheckpointFolder(tmp_path)
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(TrainingError, match="the disk is full .*there is no earlier one"):
+    with pytest.raises(TrainingError, match=r"the disk is full .*there is no earlier one"):
         folder.save(Checkpoint({"w": torch.ones(1)}, {}, {}), 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +203,7 @@ def test_other_frozen_weights_are_refused(tmp_path):
     other = ToyModel()
     with torch.no_grad():
         other.frozen[0][0].weight[0, 0] += 0.5
-    with pytest.raises(CheckpointError, match="trained with other frozen parts: frozen is .*, the model has"):
+    with pytest.raises(CheckpointError, match=r"trained with other frozen parts: frozen is .*, the model has"):
         runner(tmp_path, other, resume="auto").train()
 
 
@@ -211,7 +211,7 @@ def test_other_dimensions_are_refused_with_the_difference(tmp_path):
     runner(tmp_path).train()
     other = ToyModel()
     other.norm = torch.nn.LayerNorm(8, elementwise_affine=True, bias=False)
-    with pytest.raises(CheckpointError, match="is for another model: norm.bias is not in the model"):
+    with pytest.raises(CheckpointError, match=r"is for another model: norm.bias is not in the model"):
         runner(tmp_path, other, resume="auto").train()
 
 

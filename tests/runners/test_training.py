@@ -1,4 +1,4 @@
-"""The training loop: one process and two agree, accumulation changes nothing, odd steps are survived, logs are written."""
+"""The training loop: one process and two agree, accumulation changes nothing, odd steps are survived."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_processes_stay_together_when_one_has_nothing_to_read(tmp_path):
 
 def test_too_many_unreadable_samples_stop_the_run(tmp_path):
     one = runner(tmp_path, data=toy_data(bad=tuple(range(10))), max_iters=30)
-    with pytest.raises(DataError, match="pictures: .* samples could not be read"):
+    with pytest.raises(DataError, match=r"pictures: .* samples could not be read"):
         one.train()
 
 

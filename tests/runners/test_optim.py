@@ -1,0 +1,58 @@
+"""The learning rate per step, the parameter groups, and the optimiser against the original's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from runner_parts import ToyModel, config
+from torch import nn
+
+from lavis_chatbridge.errors import TrainingError
+from lavis_chatbridge.runners import optim
+
+
+def test_warm_up_then_cosine_over_the_whole_run():
+    rates = [optim.learning_rate(step, 110, 1.0, 0.1, 10, 0.2) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[5] == pytest.approx(0.6)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[109] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.99)))
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_schedule_has_lavis_signature_and_counts_over_epochs():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler_class = registry.get_lr_scheduler_class(optim.SCHEDULER_NAME)
+    scheduler = scheduler_class(
+        optimizer=optimizer,
+        max_epoch=4,
+        min_lr=0.0,
+        init_lr=1.0,
+        decay_rate=None,
+        warmup_start_lr=-1,
+        iters_per_epoch=25,
+    )
+    assert scheduler.step(cur_epoch=2, cur_step=0) == pytest.approx(0.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def test_only_matrices_decay_unless_all_shall():
+    model = ToyModel()
+    matrices, vectors = optim.parameter_groups(model, 0.1, decay_all=False)
+    assert {parameter.ndim for parameter in vectors["params"]} == {1}
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    (single,) = optim.parameter_groups(model, 0.1, decay_all=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(single["params"]) == len(matrices["params"]) + len(vectors["params"]) == len(trained)
+
+
+def test_a_model_with_nothing_to_train_is_told(tmp_path):
+    frozen = ToyModel().requires_grad_(False)
+    with pytest.raises(TrainingError, match="no trainable parameters"):
+        optim.build_optimizer(frozen, config(tmp_path).run)
