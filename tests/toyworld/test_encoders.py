@@ -55,19 +55,19 @@ def probe(features: Tensor, labels: Tensor) -> list[float]:
 @torch.no_grad()
 def test_the_vision_encoder_sees_every_attribute() -> None:
     encoder = shipped("vision", build_vision(VISION))
-    stills = pools.render_stills(960, VISION.image_size, seed=77)
+    stills = pools.render_stills(720, VISION.image_size, seed=77)
     features = functional.layer_norm(encoder(stills.pixels.float()), (VISION.width,)).mean(1)
-    order = torch.randperm(480, generator=torch.Generator().manual_seed(0))
-    assert min(probe(features[:480][order], stills.labels[:480][order])) >= 0.95
-    assert min(probe(features[480:][order], stills.labels[480:][order])) >= 0.95
+    order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
+    assert min(probe(features[:360][order], stills.labels[:360][order])) >= 0.95
+    assert min(probe(features[360:][order], stills.labels[360:][order])) >= 0.95
 
 
 @torch.no_grad()
 def test_the_audio_encoder_hears_every_attribute() -> None:
     encoder = shipped("audio", Beats(BEATS))
-    sounds = pools.render_sounds(300, seed=78)
+    sounds = pools.render_sounds(220, seed=78)
     features = []
-    for start in range(0, 300, 20):
+    for start in range(0, 220, 20):
         some = range(start, start + 20)
         tokens, mask = encoder(*pools.sound_batch([sounds.fbanks[i][:512] for i in some], sounds, some).inputs)
         heard = functional.layer_norm(tokens, tokens.shape[-1:]) * mask.unsqueeze(-1)
