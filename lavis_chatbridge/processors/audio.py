@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lavis.common.registry import registry
 
-from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.errors import TooShortError
 from lavis_chatbridge.media.audio import open_audio
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
@@ -62,7 +62,7 @@ class AudioEvalProcessor(ChatBridgeProcessor):
         settings = self.settings
         samples = open_audio(source, RATE, settings.channel, limits=self.limits)
         if len(samples) < FRAME_SAMPLES:
-            raise MediaError(source, f"{1000 * len(samples) / RATE:g} ms of sound are less than one frame of 25 ms")
+            raise TooShortError(source, f"{1000 * len(samples) / RATE:g} ms of sound are less than one frame of 25 ms")
         cut = cut_slices_as_original if settings.layout == "original" else cut_clips
         sound = torch.from_numpy(samples)
         return cut(sound, settings.mel_bins, settings.clip_frames, settings.max_clips, self._chance(rng))

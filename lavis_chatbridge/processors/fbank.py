@@ -7,6 +7,8 @@ a clip, `M` mel bins.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ FRAME_SAMPLES, SHIFT_SAMPLES = 400, 160
 MEAN, STD = 15.41663, 6.55582
 """BEATs' statistics; the deviation counts twice (BEATs.py, preprocess)."""
 
+_PREEMPHASIS = 0.97
+_FFT_SAMPLES = 512
+_FLOOR = torch.finfo(torch.float32).eps
+
 SHORTEST_TAIL = 16
 """Frames below which the rest of a sound makes no clip of its own: one patch of BEATs."""
 
@@ -32,7 +38,7 @@ def frame_count(samples: int) -> int:
 
 
 def fbank(samples: Tensor, mel_bins: int) -> Tensor:
-    """Normalised log-mel filterbank.
+    """Normalised log-mel filterbank: ``torchaudio.compliance.kaldi.fbank``, with its constant parts kept.
 
     Args:
         samples: ``[S]`` at 16 kHz, in [-1, 1]; at least one frame.
@@ -41,8 +47,23 @@ def fbank(samples: Tensor, mel_bins: int) -> Tensor:
     Returns:
         ``[frame_count(S), M]``.
     """
-    frames = kaldi.fbank(samples[None] * 32768.0, num_mel_bins=mel_bins, sample_frequency=RATE)
-    return frames.sub_(MEAN).div_(2.0 * STD)
+    frames = samples.unfold(0, FRAME_SAMPLES, SHIFT_SAMPLES) * 32768.0
+    frames -= frames.mean(1, keepdim=True)
+    emphasised = torch.empty_like(frames)
+    torch.sub(frames[:, 1:], frames[:, :-1], alpha=_PREEMPHASIS, out=emphasised[:, 1:])
+    emphasised[:, 0] = frames[:, 0] * (1.0 - _PREEMPHASIS)
+    window, banks = _window_and_banks(mel_bins)
+    spectrum = torch.view_as_real(torch.fft.rfft(emphasised.mul_(window), n=_FFT_SAMPLES))
+    energies = (spectrum[..., 0].square() + spectrum[..., 1].square()) @ banks
+    return energies.clamp_(min=_FLOOR).log_().sub_(MEAN).div_(2.0 * STD)
+
+
+@functools.cache
+def _window_and_banks(mel_bins: int) -> tuple[Tensor, Tensor]:
+    """Kaldi's "povey" window ``[400]`` and the weights of the mel bins ``[257, M]``."""
+    window = torch.hann_window(FRAME_SAMPLES, periodic=False) ** 0.85
+    banks, _ = kaldi.get_mel_banks(mel_bins, _FFT_SAMPLES, float(RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
+    return window, torch.nn.functional.pad(banks, (0, 1)).T.contiguous()
 
 
 def cut_clips(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchaudio.compliance import kaldi
 
 from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.processors import AudioEvalProcessor, AudioTrainProcessor
@@ -15,6 +16,14 @@ from tests.media.making import sound_file, tone, video_file
 def noise(seconds: float, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 0.1 * torch.randn(round(seconds * 16_000), generator=generator)
+
+
+@pytest.mark.parametrize("mel_bins", [64, 128])
+def test_fbank_is_torchaudios(mel_bins: int) -> None:
+    samples = noise(3) * torch.linspace(0, 2, 48_000)
+    samples[20_000:24_000] = 0.0
+    expected = kaldi.fbank(samples[None] * 32768.0, num_mel_bins=mel_bins, sample_frequency=16_000)
+    torch.testing.assert_close(fbank(samples, mel_bins), (expected - 15.41663) / (2 * 6.55582), atol=1e-5, rtol=0)
 
 
 def test_ten_seconds_are_one_clip() -> None:

@@ -1,0 +1,259 @@
+"""Samples per second and core of the processors, against a plain one-by-one pipeline that gives the same pixels.
+
+Run from the repository's root, on a quiet machine::
+
+    OMP_NUM_THREADS=1 python benchmarks/data_speed.py [--seconds 2] [--write benchmarks/data_speed.md]
+
+The plain pipeline is what one writes first: Pillow and torchvision on the whole picture, every frame of a video
+decoded and then picked, every channel resampled and a filterbank for each clip. Both work on the same files, made
+here: photo-like noise of all scales as JPEG and PNG, H.264 with long and short groups of pictures, stereo sound at
+44.1 kHz. "difference" is the mean distance of the results, for pictures on the scale from black 0 to white 1, for
+filterbanks in normalised units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import av
+import decord
+import numpy as np
+import PIL
+import soundfile
+import torch
+import torchaudio
+import torchvision
+from PIL import Image
+from torchaudio.compliance.kaldi import fbank
+from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+from lavis_chatbridge.processors import AudioEvalProcessor, ImageEvalProcessor, VideoEvalProcessor
+from lavis_chatbridge.processors.fbank import MEAN, STD
+from lavis_chatbridge.processors.frames import frame_indices
+from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD
+
+SIZE, FRAMES, MEL_BINS, CLIP = 224, 4, 128, 1024
+
+PLAIN_TRANSFORM = Compose([Resize((SIZE, SIZE), InterpolationMode.BICUBIC), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; rates in samples per second."""
+
+    kind: str
+    what: str
+    against: str
+    plain: float
+    ours: float
+    mean_difference: float
+    largest_difference: float
+    goal: float | None
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast."""
+        return self.ours / self.plain
+
+
+def plain_image(path: Path) -> torch.Tensor:
+    """Pillow, then torchvision, at full size."""
+    return PLAIN_TRANSFORM(Image.open(path).convert("RGB"))
+
+
+def plain_video(path: Path) -> torch.Tensor:
+    """Every frame decoded, four picked, each transformed on its own."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    picked = [frames[index] for index in frame_indices(len(frames), FRAMES)]
+    return torch.stack([PLAIN_TRANSFORM(Image.fromarray(frame)) for frame in picked])
+
+
+def decord_video(path: Path) -> torch.Tensor:
+    """decord's own choice of what to decode, one thread; each frame transformed on its own."""
+    reader = decord.VideoReader(str(path), num_threads=1)
+    batch = reader.get_batch(frame_indices(len(reader), FRAMES))
+    picked = np.asarray(batch)
+    return torch.stack([PLAIN_TRANSFORM(Image.fromarray(frame)) for frame in picked])
+
+
+def plain_audio(path: Path) -> torch.Tensor:
+    """Every channel resampled, mixed down, and the filterbank of each clip computed on its own."""
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    sound = torchaudio.transforms.Resample(rate, 16_000)(torch.from_numpy(samples.T.copy())).mean(0, keepdim=True)
+    total = 1 + (sound.shape[1] - 400) // 160
+    clips = []
+    for start in range(0, total, CLIP):
+        part = sound[:, start * 160 : (start + CLIP - 1) * 160 + 400] * 32768
+        frames = (fbank(part, num_mel_bins=MEL_BINS, sample_frequency=16_000) - MEAN) / (2 * STD)
+        clips.append(torch.nn.functional.pad(frames, (0, 0, 0, CLIP - len(frames))))
+    return torch.stack(clips[:3])
+
+
+def scenery(width: int, height: int, seed: int) -> np.ndarray:
+    """Something like a photo: noise whose strength falls with its frequency, uint8 ``[H,W,3]``."""
+    rng = np.random.default_rng(seed)
+    picture = np.zeros((height, width, 3), np.float32)
+    for cells in (3, 8, 24, 70, 200, 600):
+        if cells > min(width, height):
+            break
+        coarse = rng.normal(0, 90 / cells**0.5, (cells, cells * width // height + 1, 3)).astype(np.float32)
+        for channel in range(3):
+            plane = Image.fromarray(np.ascontiguousarray(coarse[..., channel]))
+            picture[..., channel] += np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
+    return (picture + 128).clip(0, 255).astype(np.uint8)
+
+
+def make_image(path: Path, width: int, height: int) -> Path:
+    """A picture file of the type that its name says."""
+    Image.fromarray(scenery(width, height, 1)).save(path, quality=90)
+    return path
+
+
+def make_video(path: Path, width: int, height: int, group: int, frames: int = 250) -> Path:
+    """10 s of H.264 at 25 frames a second, panning over scenery; a frame that stands alone every ``group``."""
+    wide = scenery(width + 2 * frames, height, 2)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"preset": "veryfast", "bf": "3"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size = group
+        options = {"x264-params": f"keyint={group}:min-keyint={group}:scenecut=0"}
+        stream.codec_context.options = {**stream.codec_context.options, **options}
+        for index in range(frames):
+            picture = np.ascontiguousarray(wide[:, 2 * index : 2 * index + width])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def make_sound(path: Path, seconds: float) -> Path:
+    """Two channels of noise and tones at 44.1 kHz, 16 bits."""
+    rng = np.random.default_rng(3)
+    times = np.arange(round(seconds * 44_100)) / 44_100
+    left = 0.2 * np.sin(2 * np.pi * 440 * times) + rng.normal(0, 0.05, times.shape)
+    soundfile.write(path, np.stack([left, 0.5 * left + rng.normal(0, 0.02, times.shape)], 1), 44_100)
+    return path
+
+
+def rates(functions: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
+    """Calls per second of processor time of each function, taken in turns; the best of three rounds each.
+
+    Processor time, because what else runs on the machine then counts less.
+    """
+    best = [0.0] * len(functions)
+    for _ in range(3):
+        for index, function in enumerate(functions):
+            calls, begin = 0, time.process_time()
+            while calls == 0 or time.process_time() - begin < seconds / 3:
+                function()
+                calls += 1
+            best[index] = max(best[index], calls / (time.process_time() - begin))
+    return best
+
+
+def compare(
+    kind: str,
+    what: str,
+    ours: Callable[[], torch.Tensor],
+    plain: Mapping[str, Callable[[], torch.Tensor]],
+    goal: float,
+    seconds: float,
+) -> list[Row]:
+    """Measure ours against each plain pipeline; the goal concerns the first of them."""
+    unit = 1.0 if kind == "audio" else sum(CLIP_STD) / 3
+    got = ours()
+    differences = [(function() - got).abs() * unit for function in plain.values()]
+    fast, *slow = rates([ours, *plain.values()], seconds)
+    rows = []
+    for number, (name, rate, difference) in enumerate(zip(plain, slow, differences, strict=True)):
+        mean, largest = difference.mean().item(), difference.max().item()
+        rows.append(Row(kind, what, name, rate, fast, mean, largest, None if number else goal))
+        print(f"{kind}, {what}, {name}: {rows[-1].ratio:.2f}", file=sys.stderr)
+    return rows
+
+
+def measure(folder: Path, seconds: float) -> tuple[list[Row], str]:
+    """All rows of the table, and what explains the lowest of them."""
+    rows = []
+    image, video, audio = ImageEvalProcessor(), VideoEvalProcessor(), AudioEvalProcessor()
+    for name, width, height in (("a.jpg", 640, 480), ("b.jpg", 1920, 1080), ("c.jpg", 4000, 3000), ("d.png", 640, 480)):
+        path = make_image(folder / name, width, height)
+        what = f"{path.suffix[1:]} {width} x {height}"
+        plain = {"Pillow, torchvision": partial(plain_image, path)}
+        rows += compare("image", what, partial(image, path), plain, 1.7, seconds)
+    fast, decoding = rates([partial(image, path), lambda: Image.open(path).load()], seconds)
+    note = f"A PNG cannot be decoded in part or in small: Pillow's decoding alone is {fast / decoding:.0%} of our time."
+    for width, height, group in ((640, 360, 250), (640, 360, 25), (1280, 720, 250)):
+        path = make_video(folder / f"{width}_{group}.mp4", width, height, group)
+        what = f"H.264 {width} x {height}, 10 s, group of {group}"
+        plain = {"every frame": partial(plain_video, path), "decord": partial(decord_video, path)}
+        rows += compare("video", what, partial(video, path), plain, 2.0, seconds)
+    for length in (10.0, 30.0):
+        path = make_sound(folder / f"{length:g}.wav", length)
+        plain = {"clip by clip": partial(plain_audio, path)}
+        what = f"wav, stereo 44.1 kHz, {length:g} s"
+        rows += compare("audio", what, lambda path=path: audio(path).fbank, plain, 1.4, seconds)  # type: ignore[misc]
+    return rows, note
+
+
+def report(rows: list[Row], note: str, command: str) -> str:
+    """The table in Markdown."""
+    versions = {
+        "Python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "torchaudio": torchaudio.__version__, "Pillow": PIL.__version__, "PyAV": av.__version__,
+        "decord": decord.__version__, "numpy": np.__version__,
+    }  # fmt: skip
+    lines = [
+        "# Speed of the data on one core",
+        "",
+        f"`{command}`, {datetime.date.today().isoformat()}, one thread.",
+        "  ".join(f"{name} {version}" for name, version in versions.items()),
+        "",
+        "Samples per second of processor time; what is compared, and with what, stands at the head of the script.",
+        "",
+        "| kind | what | against | plain | ours | ratio | goal | mean difference | largest |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        goal = "" if row.goal is None else f"{row.goal:.1f}"
+        lines.append(
+            f"| {row.kind} | {row.what} | {row.against} | {row.plain:.1f} | {row.ours:.1f} | {row.ratio:.2f} | {goal} "
+            f"| {row.mean_difference:.4f} | {row.largest_difference:.4f} |"
+        )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each pipeline and file")
+    parser.add_argument("--write", type=Path, help="file for the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, note = measure(Path(folder), arguments.seconds)
+    table = report(rows, note, f"OMP_NUM_THREADS=1 python benchmarks/data_speed.py --seconds {arguments.seconds:g}")
+    if arguments.write:
+        arguments.write.write_text(table)
+    sys.stdout.write(table)
+
+
+if __name__ == "__main__":
+    main()
