@@ -1,0 +1,177 @@
+"""Tasks as runners use them: losses with weights, predictions merged exactly, media shuffled or withheld."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings
+from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.prompting.pieces import Slot, Text
+from lavis_chatbridge.tasks import AlignmentTask, GenerationTask
+from lavis_chatbridge.tasks.base import merge
+from lavis_chatbridge.tasks.settings import EvaluationSettings
+from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
+
+COLOURS = ("red", "green", "blue")
+
+
+class Source:
+    """``size`` pictures, each a number that says its colour; every question asks for it."""
+
+    ratio = None
+
+    def __init__(self, name, size, answers=False, bad=()):
+        self.name, self.size, self.answers, self.bad = name, size, answers, bad
+
+    def __len__(self):
+        return self.size
+
+    def sample(self, index):
+        return SimpleNamespace(id=f"{self.name}{index}", facts={"colour": COLOURS[index % 3]})
+
+    def item(self, index, epoch=0):
+        if index in self.bad:
+            raise MediaError(f"{index}.png", "gone")
+        colour = COLOURS[index % 3]
+        return {
+            "sample_id": f"{self.name}{index}",
+            "source": self.name,
+            "pieces": [Slot("image"), Text("colour?"), Text(colour, target=True)],
+            "image": [torch.tensor([float(index)])],
+            "video": [],
+            "audio": [],
+            "references": [f"a {colour} thing"],
+            "answers": [colour.upper()] if self.answers else [],
+            "facts": {"colour": colour},
+        }
+
+
+class Seer:
+    """Says the colour of the picture it is given; without one it says red."""
+
+    def generate(self, samples, **decoding):
+        self.decoding = decoding
+        return [COLOURS[int(media[0]) % 3] if media else "red" for media in samples["image"]]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.mapping["paths"], "result_dir", str(tmp_path))
+    return tmp_path
+
+
+def evaluate(task, sources, train=(), world_size=1):
+    group = SimpleNamespace(sources=list(sources))
+    task.datasets = {"toy": {"test": group, "train": SimpleNamespace(sources=list(train))}}
+    split = task.evaluation_split({"toy": group})
+    task.before_evaluation(Seer(), split)
+    found = []
+    for rank in range(world_size):
+        loader = EvaluationLoader(split, 2, rank, world_size, LoaderSettings(max_bad_share=1.0))
+        found += task.evaluation(Seer(), loader, cuda_enabled=False)
+    return task.after_evaluation(val_result=found, split_name="test", epoch=5)
+
+
+def test_a_model_that_sees_is_right_and_its_predictions_are_written(results):
+    scores = evaluate(
+        GenerationTask(EvaluationSettings(max_len=7)), [Source("a", 9), Source("b", 6)], [Source("a", 30)]
+    )
+    assert scores["agg_metrics"] == 1.0
+    assert scores["by_source"]["a"]["attributes"] == {"colour": 1.0}
+    assert scores["by_source"]["a"]["text_prior"] == pytest.approx(1 / 3)
+    assert "text_prior" not in scores["by_source"]["b"]
+    records = json.loads((results / "test_step5.json").read_text())
+    assert [record["sample_id"] for record in records] == [f"a{i}" for i in range(9)] + [f"b{i}" for i in range(6)]
+    assert records[1]["prompt"] == "[image 0]colour?"
+    assert (records[1]["prediction"], records[1]["references"]) == ("green", ["a green thing"])
+    written = json.loads((results / "test_step5_metrics.json").read_text())
+    assert written["agg_metrics"] == 1.0
+    assert written["decoding"]["max_length"] == 7
+
+
+def test_accepted_answers_give_an_exact_match():
+    scores = evaluate(GenerationTask(), [Source("a", 7, answers=True)])
+    assert (scores["by_source"]["a"]["exact_match"], scores["agg_metrics"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("mode", "low", "high"), [("shuffled", 0.1, 0.6), ("withheld", 1 / 3, 1 / 3)])
+def test_a_model_that_sees_is_wrong_without_its_media(results, mode, low, high):
+    task = GenerationTask(EvaluationSettings(media=mode, media_kinds=["image"]))
+    scores = evaluate(task, [Source("a", 60)])
+    assert low <= scores["agg_metrics"] <= high
+    records = json.loads((results / f"test_{mode}_image_step5.json").read_text())
+    assert records[0]["prompt"] == ("colour?" if mode == "withheld" else "[image 0]colour?")
+    assert evaluate(task, [Source("a", 60)]) == scores
+
+
+def test_shuffled_media_are_never_the_samples_own():
+    shuffled = EvaluationSource(Source("a", 10), "shuffled", ["image"], seed=1)
+    assert all(int(shuffled.item(index)["image"][0]) != index for index in range(10))
+    assert shuffled.item(3)["facts"] == {"colour": "red"}
+    normal = EvaluationSource(Source("a", 10), "shuffled", ["audio"], seed=1)
+    assert int(normal.item(3)["image"][0]) == 3
+    with pytest.raises(DataError, match="has a single sample"):
+        EvaluationSource(Source("a", 1), "shuffled", ["image"])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_gives_the_same_predictions(results, world_size):
+    whole = evaluate(GenerationTask(), [Source("a", 11), Source("b", 5, bad=(2,))])
+    one = (results / "test_step5.json").read_text()
+    assert evaluate(GenerationTask(), [Source("a", 11), Source("b", 5, bad=(2,))], world_size=world_size) == whole
+    assert (results / "test_step5.json").read_text() == one
+    assert whole["by_source"]["b"]["samples"] == 4
+
+
+def test_merge_orders_and_drops_duplicates():
+    records = [
+        {"source": "b", "index": 1, "id": 1},
+        {"source": "a", "index": 2, "id": 1},
+        {"source": "a", "index": 0, "id": 1},
+    ]
+    merged = merge(records, key="id")
+    assert merged == [{"source": "a", "index": 0, "id": 1}, {"source": "b", "index": 1, "id": 1}]
+
+
+class Loser:
+    """A loss that depends on the sample, over as many tokens as its index says."""
+
+    def __call__(self, samples):
+        numbers = torch.stack([media[0] for media in samples["image"]]).flatten()
+        tokens = numbers.sum()
+        return {"loss": (numbers * numbers).sum() / tokens.clamp(min=1), "target_tokens": tokens.long()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_validation_loss_is_the_mean_over_tokens_in_any_batches(batch_size):
+    task = AlignmentTask()
+    split = EvaluationSplit([Source("a", 7), Source("b", 4)])
+    loader = EvaluationLoader(split, batch_size)
+    scores = task.after_evaluation(
+        val_result=task.evaluation(Loser(), loader, cuda_enabled=False), split_name="val", epoch=1
+    )
+    numbers = [*range(7), *range(4)]
+    assert scores["loss"] == pytest.approx(sum(n * n for n in numbers) / sum(numbers))
+    assert scores["loss_b"] == pytest.approx(14 / 6)
+    assert scores["agg_metrics"] == -scores["loss"]
+
+
+def test_setup_reads_the_run_section_as_lavis_hands_it():
+    run = OmegaConf.create(
+        {"task": "chatbridge_captioning", "num_beams": 3, "max_len": 12, "seed": 9, "media_kinds": ["audio"]}
+    )
+    task = registry.get_task_class("chatbridge_captioning").setup_task(cfg=SimpleNamespace(run_cfg=run))
+    assert (task.settings.num_beams, task.settings.max_len, task.seed) == (3, 12, 9)
+    assert task.settings.media_kinds == ["audio"]
+    assert registry.get_task_class("chatbridge_instruction") is not None
+
+
+def test_train_step_gives_lavis_a_loss():
+    loss = AlignmentTask().train_step(Loser(), {"image": [[torch.tensor([2.0])]]})
+    assert float(loss) == 2.0
