@@ -38,12 +38,25 @@ $(COMPAT_INSTALLED): Makefile | $(INSTALLED)
 		transformers==4.57.6 'huggingface_hub>=0.34,<1' 'tokenizers>=0.22,<0.23'
 	touch $@
 
+# Stage 1 and what it says to pictures, clips and sounds, its own and others'; stage 2 and what it answers, also about two
+# media at once, which it has never been shown together.
+TRAIN := $(BIN)/python -m lavis.train --cfg-path projects/chatbridge
+SCORE := $(BIN)/python -m lavis.evaluate --cfg-path projects/chatbridge/eval
+STAGE1 := model.checkpoint=$(DEMO)/stage1/model.safetensors
+STAGE2 := model.checkpoint=$(DEMO)/stage2/model.safetensors
+
 demo: install
-	mkdir -p $(DEMO) && touch $(DEMO)/.started
-	$(BIN)/python -m lavis.train --cfg-path projects/chatbridge/align.yaml --options run.output_dir=$(DEMO)/stage1
-	$(EVALUATE) run.output_dir=$(DEMO)/stage1_scores
-	$(EVALUATE) run.output_dir=$(DEMO)/stage1_shuffled run.media=shuffled
-	$(BIN)/chatbridge demo-report $(DEMO)
+	rm -rf $(DEMO) && mkdir -p $(DEMO) && touch $(DEMO)/.started
+	$(TRAIN)/align.yaml --options run.output_dir=$(DEMO)/stage1
+	$(SCORE)/world_captions.yaml --options $(STAGE1) run.output_dir=$(DEMO)/stage1_scores
+	$(SCORE)/world_captions.yaml --options $(STAGE1) run.output_dir=$(DEMO)/stage1_shuffled run.media=shuffled run.test_splits=[test]
+	$(TRAIN)/instruct.yaml --options $(STAGE1) run.output_dir=$(DEMO)/stage2
+	$(SCORE)/world_answers.yaml --options $(STAGE2) run.output_dir=$(DEMO)/stage2_scores
+	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_both
+	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_no_vision run.test_splits=[test] run.media=withheld run.media_kinds=[image,video]
+	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_no_audio run.test_splits=[test] run.media=withheld run.media_kinds=[audio]
+	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_neither run.test_splits=[test] run.media=withheld
+	$(BIN)/chatbridge world report $(DEMO) --world output/world
 
 test: install $(COMPAT_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -32,7 +32,7 @@ COMMANDS = (
         "score a model on a configuration's test splits (python -m lavis.evaluate)",
     ),
     Command(
-        "world", "lavis_chatbridge.toyworld.build", "build the embedded world, a small closed world with exact truth"
+        "world", "lavis_chatbridge.toyworld.command", "build the embedded world, a small closed world with exact truth"
     ),
     Command("check-data", "lavis_chatbridge.datasets.check", "say what a JSONL of data holds and whether it is usable"),
     Command("multis", "lavis_chatbridge.multis.command", "make chat data: annotate, generate, check, build"),

@@ -170,13 +170,12 @@ def render_share(folder: Path, sizes: Sizes, seed: int, first: int, step: int) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge world``."""
-    build = parser.add_subparsers(dest="action", required=True).add_parser("build", help="write the world to a folder")
-    build.add_argument("folder", type=Path)
-    build.add_argument("--seed", type=int, default=0)
+    """The arguments of ``chatbridge world build``."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
     for name, default in asdict(Sizes()).items():
-        build.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
-    build.add_argument("--processes", type=int, default=2, metavar="N", help="processes that render")
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes that render")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,12 +1,13 @@
 """What the demo found, as ``report.json`` and ``report.html``: reads what the runs wrote, computes nothing anew.
 
 The demo's folder holds the runs ``stage1``, ``stage1_scores`` and ``stage1_shuffled``, and where instruction tuning has
-run ``stage2``, ``stage2_scores`` and ``joint_{both,no_vision,no_audio,neither,text_only}``. This module knows the files
-of a run (``log.txt``, ``result/``), not how a run works.
+run ``stage2``, ``stage2_scores`` and ``joint_{both,no_vision,no_audio,neither}``. This module knows the files of a run
+(``log.txt``, ``result/``), not how a run works.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -19,7 +20,7 @@ from lavis_chatbridge.prompting.pieces import KINDS, Kind
 from lavis_chatbridge.toyworld.page import Curve, Example, Page, render
 
 STARTED = ".started"
-JOINT = ("both", "no_vision", "no_audio", "neither", "text_only")
+JOINT = ("both", "no_vision", "no_audio", "neither")
 COMPOSING = ("name", "compose", "match")
 """The kinds of joint questions that ``joint.both`` counts; the others are listed by kind."""
 
@@ -52,6 +53,22 @@ def write_report(folder: Path, world: Path) -> dict[str, Any]:
     return report
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``chatbridge world report``."""
+    parser.add_argument("folder", type=Path, help="the demo's folder, with the runs in it")
+    parser.add_argument("--world", type=Path, default=Path("output/world"), help="the world that they used")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``chatbridge world report``: prints the scores and where the page is."""
+    report = write_report(args.folder, args.world)
+    print(summary(report))
+    if report["seconds"] is not None:
+        print(f"\n{report['seconds']:.0f} seconds in all")
+    print(f"report: {args.folder / 'report.html'}")
+    return 0
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """The report's scores as a few lines of text."""
     lines = [_row("", *_columns(report["stage1"]))]
@@ -60,7 +77,7 @@ def summary(report: Mapping[str, Any]) -> str:
             lines.append(_row(f"{stage} {kind}", *(f"{value:.3f}" for value in scores.values())))
     joint = report.get("joint")
     if joint:
-        lines += [_row(f"joint {name}", f"{joint[name]:.3f}") for name in JOINT[:4]]
+        lines += [_row(f"joint {name}", f"{joint[name]:.3f}") for name in JOINT]
         for kind, score in joint["by_kind"].items():
             lines.append(_row(f"joint {kind}", f"{score:.3f}", f"in words {joint['text_only'][kind]:.3f}"))
     return "\n".join(lines)
@@ -83,7 +100,7 @@ def _seconds(folder: Path) -> float | None:
 def _stage1(folder: Path) -> dict[str, dict[str, float]]:
     seen = _by_kind(folder / "stage1_scores", "test")
     held_out = _by_kind(folder / "stage1_scores", "heldout")
-    shuffled = _by_kind(folder / "stage1_shuffled", "test_shuffled")
+    shuffled = _by_kind(folder / "stage1_shuffled", "test")
     return {
         kind: {
             "accuracy": seen[kind]["attribute_accuracy"],
@@ -102,11 +119,13 @@ def _stage2(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _joint(folder: Path) -> dict[str, Any]:
-    """Exact match per condition over the composing kinds, and for all kinds with both media and in words only."""
-    by_condition = {name: _exact_by_asked(folder / f"joint_{name}") for name in JOINT}
-    joint: dict[str, Any] = {name: _mean(scores, COMPOSING) for name, scores in by_condition.items()}
-    joint["by_kind"] = by_condition["both"]
-    joint["text_only"] = by_condition["text_only"]
+    """Exact match per condition over the composing kinds; per kind with both media, and with both in words only."""
+    joint: dict[str, Any] = {}
+    for name in JOINT:
+        by_kind = _exact_by_asked(folder / f"joint_{name}", "test")
+        joint[name] = _mean(by_kind, COMPOSING)
+        joint.setdefault("by_kind", by_kind)
+    joint["text_only"] = _exact_by_asked(folder / "joint_both", "words")
     return joint
 
 
@@ -115,10 +134,10 @@ def _mean(scores: Mapping[str, float], kinds: Iterable[str]) -> float:
     return sum(values) / len(values)
 
 
-def _exact_by_asked(run: Path) -> dict[str, float]:
+def _exact_by_asked(run: Path, split: str) -> dict[str, float]:
     """Share of exact answers per kind of question."""
     right: dict[str, list[bool]] = {}
-    for record in _records(run, ""):
+    for record in _records(run, split):
         right.setdefault(record["meta"]["asked"], []).append(_is_right(record))
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
@@ -144,16 +163,12 @@ def _records(run: Path, split: str) -> list[dict[str, Any]]:
 
 
 def _result(run: Path, split: str, suffix: str) -> Path:
-    """The one result of a split in a run's folder: ``{split}..._step{N}{suffix}``."""
-    found = [
-        path
-        for path in sorted((run / "result").glob(f"{split}*{suffix}"))
-        if path.name.endswith("_metrics.json") == (suffix == "_metrics.json")
-        and (split.endswith("shuffled") or "_shuffled" not in path.name)
-    ]
+    """The newest result of a split in a run's folder: ``{split}[_{mode}_{kinds}]_step{N}{suffix}``."""
+    results = (run / "result").glob(f"{split}_*{suffix}")
+    found = [path for path in results if path.name.endswith("_metrics.json") == (suffix == "_metrics.json")]
     if not found:
         raise DataError(f"{run}/result has no results of the split {split!r}: run the evaluation first")
-    return found[-1]
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def _page(folder: Path, world: Path, report: Mapping[str, Any]) -> Page:
@@ -174,7 +189,7 @@ def _page(folder: Path, world: Path, report: Mapping[str, Any]) -> Page:
 
 
 def _add_joint(page: Page, joint: Mapping[str, Any]) -> None:
-    rows = [[name.replace("_", " "), f"{joint[name]:.3f}"] for name in JOINT[:4]]
+    rows = [[name.replace("_", " "), f"{joint[name]:.3f}"] for name in JOINT]
     page.tables.append(
         ("Picture or clip and sound together, never trained on: name, compose, match", ["", "exact"], rows)
     )
@@ -205,7 +220,7 @@ def _examples(folder: Path, world: Path, kind: Kind) -> list[Example]:
 def _joint_examples(folder: Path, world: Path) -> list[Example]:
     media = _media(world, "joint_test")
     chosen: dict[str, dict[str, Any]] = {}
-    for record in _records(folder / "joint_both", ""):
+    for record in _records(folder / "joint_both", "test"):
         chosen.setdefault(record["meta"]["asked"], record)
     return [_example(r, media[r["sample_id"]], asked=_question(r["prompt"])) for r in chosen.values()]
 

@@ -156,8 +156,8 @@ def test_other_people_s_folders_are_left_alone(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     build.add_arguments(parser)
-    order = f"build {tmp_path / 'w'} --images 2 --videos 1 --sounds 1 --test 1 --heldout 1 --joint 1 --processes 1"
+    order = f"{tmp_path / 'w'} --images 2 --videos 1 --sounds 1 --test 1 --heldout 1 --joint 1 --processes 1"
     assert build.run(parser.parse_args(order.split())) == 0
     assert "annotation files" in capsys.readouterr().out
     with pytest.raises(DataError, match="negative"):
-        build.run(parser.parse_args(f"build {tmp_path / 'v'} --images -1".split()))
+        build.run(parser.parse_args(f"{tmp_path / 'v'} --images -1".split()))
