@@ -35,6 +35,8 @@ COMMANDS = (
         "world", "lavis_chatbridge.toyworld.command", "build the embedded world, a small closed world with exact truth"
     ),
     Command("check-data", "lavis_chatbridge.datasets.check", "say what a JSONL of data holds and whether it is usable"),
+    Command("chat", "lavis_chatbridge.chat.terminal", "talk with a model about images, videos and sounds"),
+    Command("ask", "lavis_chatbridge.chat.ask", "ask one question, or a file of them, about images, videos and sounds"),
     Command("multis", "lavis_chatbridge.multis.command", "make chat data: annotate, generate, check, build"),
 )
 

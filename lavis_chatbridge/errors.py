@@ -33,6 +33,10 @@ class MediaError(ChatBridgeError):
         return type(self), (self.source, self.cause)
 
 
+class TooShortError(MediaError):
+    """A medium is whole, but shorter than the least that the model can take."""
+
+
 class DataError(ChatBridgeError, ValueError):
     """An annotation file or a sample does not have the form that its format prescribes."""
 

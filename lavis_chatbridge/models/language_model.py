@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models import checkpoint
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 
@@ -79,6 +79,23 @@ class HubCodec:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, tokenised on its own."""
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of a text whose special tokens count as such: for text of a chat template, never for a user's."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def render(self, messages: Sequence[dict[str, str]], generate: bool) -> str:
+        """A conversation in the tokenizer's own chat template, with ``generate`` up to the opening of a reply.
+
+        Raises:
+            ConfigError: If the tokenizer has no template, or its template refuses these messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise ConfigError("the language model's tokenizer has no chat template: choose another template")
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except Exception as error:  # templates are programs of their own, and raise what they like
+            raise ConfigError(f"the tokenizer's chat template fails: {_one_line(error)}") from error
 
     def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
         """The text of ids; special ones yield nothing."""

@@ -63,9 +63,31 @@ def chat_prompt(turns: Sequence[Turn], generate: bool = False, reply_end: str = 
             opening = ""  # the reply's end mark opens the next turn
             continue
         if turn.media:
-            pieces.extend(_introduce(turn.media, counts, opening))
+            pieces.extend(introduce(turn.media, counts, opening + HUMAN))
             opening = f".{END_OF_TURN}"
         pieces.append(Text(f"{opening}{HUMAN}{escape_markers(turn.text)}{ASSISTANT}"))
+    return pieces
+
+
+def introduce(media: Sequence[Kind], counts: dict[Kind, int], opening: str = "") -> list[Piece]:
+    """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop.
+
+    Args:
+        media: The kinds of the media.
+        counts: How many of each kind stand before them; these are counted in.
+        opening: Words in front.
+    """
+    pieces: list[Piece] = []
+    previous: Kind | None = None
+    for slot in _numbered(media, counts):
+        if previous is None:
+            words = f"{opening}Given following {slot.kind}: "
+        elif previous == "video" and slot.kind == "audio":
+            words = " and its background audio: "
+        else:
+            words = f" and {slot.kind}: "
+        pieces += [Text(words), slot]
+        previous = slot.kind
     return pieces
 
 
@@ -104,19 +126,3 @@ def _numbered(media: Sequence[Kind], counts: dict[Kind, int]) -> list[Slot]:
         slots.append(Slot(kind, counts.get(kind, 0)))
         counts[kind] = counts.get(kind, 0) + 1
     return slots
-
-
-def _introduce(media: Sequence[Kind], counts: dict[Kind, int], opening: str) -> list[Piece]:
-    """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop."""
-    pieces: list[Piece] = []
-    previous: Kind | None = None
-    for slot in _numbered(media, counts):
-        if previous is None:
-            words = f"{opening}{HUMAN}Given following {slot.kind}: "
-        elif previous == "video" and slot.kind == "audio":
-            words = " and its background audio: "
-        else:
-            words = f" and {slot.kind}: "
-        pieces += [Text(words), slot]
-        previous = slot.kind
-    return pieces

@@ -1,0 +1,79 @@
+"""Keys and values of what a language model has read, kept so that the same beginning is not read again.
+
+It knows the caches of transformers, no text and no media. Layers that keep every position can be cropped and joined;
+where a model has others (sliding windows, states), nothing is reused and rows are generated one by one.
+
+Shapes: ``B`` rows, ``L`` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+Element: TypeAlias = int | tuple[str, int]
+"""What stands at one position: a token id, or which medium's which soft token."""
+
+
+class Prefix:
+    """What one row has read: the elements and their keys and values."""
+
+    def __init__(self) -> None:
+        self.elements: list[Element] = []
+        self._cache: Any = None
+
+    def common(self, elements: Sequence[Element]) -> int:
+        """How many of ``elements`` need not be read again; the last one always is, for its prediction."""
+        most = min(len(self.elements), len(elements) - 1) if self._cache is not None else 0
+        return next((i for i in range(most) if self.elements[i] != elements[i]), max(most, 0))
+
+    def take(self, length: int) -> Any:
+        """The cache of the first ``length`` elements (none for 0), which then are no longer kept here."""
+        cache, self._cache, self.elements = self._cache, None, []
+        if not length:
+            return None
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        return cache
+
+    def put(self, elements: Sequence[Element], cache: Any) -> None:
+        """Keep what a row has read."""
+        if is_plain(cache):
+            self.elements, self._cache = list(elements), cache
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether every layer keeps the keys and values of every position."""
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def join(first: Any, second: Any) -> Any:
+    """The rows of two plain caches in one; the shorter rows are padded on the left."""
+    length = max(_length(first), _length(second))
+    joined = DynamicCache()
+    for i, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        keys = torch.cat([_padded(layer.keys, length) for layer in (a, b)])
+        joined.update(keys, torch.cat([_padded(layer.values, length) for layer in (a, b)]), i)
+    return joined
+
+
+def select(cache: Any, rows: Sequence[int], start: int = 0) -> Any:
+    """Some rows of a plain cache, from position ``start`` on."""
+    chosen = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        index = torch.tensor(list(rows), device=layer.keys.device)
+        chosen.update(layer.keys[index, :, start:], layer.values[index, :, start:], i)
+    return chosen
+
+
+def _length(cache: Any) -> int:
+    return cache.layers[0].keys.shape[-2]
+
+
+def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    return functional.pad(states, (0, 0, length - states.shape[-2], 0))

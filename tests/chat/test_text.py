@@ -1,0 +1,89 @@
+"""Tokens become text: whole characters, stop texts wherever a model cuts them, no spaces around the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lavis_chatbridge.chat.text import TextStream, text_of
+from lavis_chatbridge.models.language_model import load_codec
+
+
+class Bytes:
+    """A tokenizer of single bytes; a token from 256 on is the text it is given for."""
+
+    bos_id = eos_id = None
+    pad_id = 0
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int], **ignored: Any) -> str:
+        parts = [bytes([i]) if i < 256 else self.words[i - 256].encode() for i in ids]
+        return b"".join(parts).decode(errors="replace")
+
+    def __len__(self) -> int:
+        return 256 + len(self.words)
+
+
+def deltas(codec: Any, ids: Sequence[int], *stops: str) -> tuple[list[str], TextStream]:
+    stream = TextStream(codec, stops)
+    texts = []
+    for token in ids:
+        texts.append(stream.push(token))
+        if stream.stopped is not None:
+            break
+    return [*texts, stream.finish()], stream
+
+
+def test_what_is_handed_out_adds_up_to_the_text(golden_dir: Path):
+    codec = load_codec(golden_dir / "tokenizer")
+    text = "a red circle, then 12 blue squares:  très bien 🎈 ok"
+    texts, stream = deltas(codec, codec.encode(text))
+    assert "".join(texts) == stream.text == codec.decode(codec.encode(text)).strip()
+    assert sum(bool(t) for t in texts) > 10
+    assert not any("\N{REPLACEMENT CHARACTER}" in t for t in texts)
+
+
+def test_a_character_waits_for_all_its_bytes():
+    texts, stream = deltas(Bytes(), list("é🎈!".encode()))
+    assert [t for t in texts if t] == ["é", "🎈", "!"]
+    assert stream.stopped is None
+
+
+def test_a_broken_character_does_not_hold_the_text_back():
+    texts, _ = deltas(Bytes(), [0xF0, *b"abcdef"])
+    assert "".join(texts).endswith("abcdef")
+    assert "".join(texts[:-1]).endswith("abcdef")
+
+
+@pytest.mark.parametrize("cut", [["a red", "#", "#", "#", "Human"], ["a red #", "##Hu"], ["a red###Human: hi"]])
+def test_a_stop_text_is_found_however_it_is_cut(cut: list[str]):
+    codec = Bytes(*cut)
+    texts, stream = deltas(codec, range(256, 256 + len(cut)), "###")
+    assert "".join(texts) == stream.text == "a red"
+    assert stream.stopped == "###"
+
+
+def test_what_only_begins_like_a_stop_text_is_kept():
+    codec = Bytes("## ", "two marks", " and #")
+    texts, stream = deltas(codec, [256, 257, 258], "###", "END")
+    assert "".join(texts) == "## two marks and #"
+    assert texts[0] == "##"  # followed by a space, it cannot be the beginning of ###
+    assert stream.stopped is None
+
+
+def test_the_first_of_several_stop_texts_counts():
+    assert text_of(Bytes(), b"one STOP two ### three", ["###", "STOP"]) == "one"
+
+
+def test_spaces_around_the_text_are_left_out_as_they_come():
+    texts, _ = deltas(Bytes(), b"  a  b \n")
+    assert "".join(texts) == "a  b"
+    assert texts[:2] == ["", ""]
