@@ -218,10 +218,11 @@ def _read_items(path: str | Path) -> Iterator[Annotation]:
 
 
 def _with_authors(item: Annotation) -> Annotation:
-    """Captions of a sound go where sounds are described; what the item brings is signed as people's."""
+    """Captions of a sound go where sounds are described; what the item brings is signed."""
     if {medium.type for medium in item.media} == {"audio"} and item.captions:
         item = dataclasses.replace(item, captions=(), sound_captions=(*item.captions, *item.sound_captions))
     written = {part: "human" for part in ("captions", "sound_captions", "tags") if getattr(item, part)}
+    written |= {"frames": "the item's own"} if item.frames else {}
     return dataclasses.replace(item, written_by={**written, **item.written_by})
 
 
