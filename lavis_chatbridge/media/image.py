@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
@@ -62,7 +65,7 @@ def open_image(
         if isinstance(source, Image.Image):
             check_size(source, source.size, limits)
             return np.array(to_rgb(source, background))
-        with Image.open(file_of(source), formats=PICTURE_FORMATS) as image:
+        with whole_files_only(), Image.open(file_of(source), formats=PICTURE_FORMATS) as image:
             check_size(source, image.size, limits)
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
@@ -82,6 +85,37 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     elif image.mode != "RGB":
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def whole_files_only() -> Iterator[None]:
+    """Pillow refuses a file that has been cut off, although LAVIS tells it to fill up what is missing with gray.
+
+    What LAVIS told it holds again as soon as no thread is inside.
+    """
+    with _truncation.lock:
+        if _truncation.inside == 0:
+            _truncation.allowed = ImageFile.LOAD_TRUNCATED_IMAGES
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _truncation.inside += 1
+    try:
+        yield
+    finally:
+        with _truncation.lock:
+            _truncation.inside -= 1
+            if _truncation.inside == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _truncation.allowed
+
+
+class _Truncation:
+    """Pillow's global switch while this module has turned it off."""
+
+    lock = threading.Lock()
+    inside = 0
+    allowed = False
+
+
+_truncation = _Truncation()
 
 
 def check_size(source: object, size: tuple[int, ...], limits: Limits) -> None:

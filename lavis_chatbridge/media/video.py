@@ -17,7 +17,7 @@ from PIL import Image
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.container import first_stream, open_container
-from lavis_chatbridge.media.image import PICTURE_FORMATS, WHITE, as_bytes, check_size, to_rgb
+from lavis_chatbridge.media.image import PICTURE_FORMATS, WHITE, as_bytes, check_size, to_rgb, whole_files_only
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
 from lavis_chatbridge.media.source import Deadline, Source, file_of, head_of, is_picture, media_errors
 
@@ -59,7 +59,7 @@ def open_video(
             return _picture_frames(source, source, choose, background, limits)
         file = file_of(source)
         if is_picture(head_of(file)):
-            with Image.open(file, formats=PICTURE_FORMATS) as image:
+            with whole_files_only(), Image.open(file, formats=PICTURE_FORMATS) as image:
                 return _picture_frames(image, source, choose, background, limits)
         return _container_frames(file, source, choose, limits)
 

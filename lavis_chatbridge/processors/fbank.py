@@ -40,6 +40,9 @@ def frame_count(samples: int) -> int:
 def fbank(samples: Tensor, mel_bins: int) -> Tensor:
     """Normalised log-mel filterbank: ``torchaudio.compliance.kaldi.fbank``, with its constant parts kept.
 
+    The operations come in torchaudio's order: where little sound is left, another order of rounding shows in the
+    logarithm.
+
     Args:
         samples: ``[S]`` at 16 kHz, in [-1, 1]; at least one frame.
         mel_bins: `M`.
@@ -49,21 +52,20 @@ def fbank(samples: Tensor, mel_bins: int) -> Tensor:
     """
     frames = samples.unfold(0, FRAME_SAMPLES, SHIFT_SAMPLES) * 32768.0
     frames -= frames.mean(1, keepdim=True)
-    emphasised = torch.empty_like(frames)
-    torch.sub(frames[:, 1:], frames[:, :-1], alpha=_PREEMPHASIS, out=emphasised[:, 1:])
-    emphasised[:, 0] = frames[:, 0] * (1.0 - _PREEMPHASIS)
+    before = torch.cat([frames[:, :1], frames[:, :-1]], 1)
+    frames -= before.mul_(_PREEMPHASIS)
     window, banks = _window_and_banks(mel_bins)
-    spectrum = torch.view_as_real(torch.fft.rfft(emphasised.mul_(window), n=_FFT_SAMPLES))
-    energies = (spectrum[..., 0].square() + spectrum[..., 1].square()) @ banks
+    spectrum = torch.fft.rfft(frames.mul_(window), n=_FFT_SAMPLES).abs().square_()
+    energies = spectrum @ banks.T
     return energies.clamp_(min=_FLOOR).log_().sub_(MEAN).div_(2.0 * STD)
 
 
 @functools.cache
 def _window_and_banks(mel_bins: int) -> tuple[Tensor, Tensor]:
-    """Kaldi's "povey" window ``[400]`` and the weights of the mel bins ``[257, M]``."""
+    """Kaldi's "povey" window ``[400]`` and the weights of the mel bins ``[M, 257]``."""
     window = torch.hann_window(FRAME_SAMPLES, periodic=False) ** 0.85
     banks, _ = kaldi.get_mel_banks(mel_bins, _FFT_SAMPLES, float(RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
-    return window, torch.nn.functional.pad(banks, (0, 1)).T.contiguous()
+    return window, torch.nn.functional.pad(banks, (0, 1))
 
 
 def cut_clips(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Limits, open_image
@@ -169,6 +169,15 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
             open_image(source)  # type: ignore[arg-type]
     with pytest.raises(MediaError, match="no agreed scale"):
         open_image(np.zeros((4, 4), np.int64))
+
+
+def test_a_file_cut_off_is_refused_whatever_lavis_tells_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for form in ("PNG", "JPEG"):
+        data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), form)
+        with pytest.raises(MediaError, match="truncated"):
+            open_image(data[: len(data) // 2])
+        assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_programs_are_not_started() -> None:
