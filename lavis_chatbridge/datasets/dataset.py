@@ -7,6 +7,9 @@ the sample and the epoch only: never on the number of workers or ranks, or on wh
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ import torch
 
 from lavis_chatbridge.datasets.collate import collate
 from lavis_chatbridge.datasets.files import SampleFile, about_tokens
-from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside
+from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside, to_record
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment_prompt, chat_prompt, clean_caption
@@ -150,6 +153,14 @@ class SourceDataset(torch.utils.data.Dataset):
             "held_out": sample.held_out,
             "meta": dict(sample.meta),
         }
+
+    def digest(self, index: int) -> str:
+        """A short hash of the ``index``-th sample: its text, and its media by name and size (nothing is opened)."""
+        sample = self.sample(index)
+        sizes = [os.path.getsize(m.path) if m.size is None and os.path.exists(m.path) else m.size for m in sample.files]
+        record = to_record(sample, os.path.abspath(self.settings.root))
+        text = json.dumps([record, sizes], ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
         """The prompt of a sample; without ``rng`` the first caption and template are taken.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,8 +178,8 @@ class MixtureLoader:
 class EvaluationLoader:
     """A rank's share of a split: every sample on exactly one rank, none twice.
 
-    Samples of one modality come together; the last batch of each source may be smaller, and ranks may
-    differ by a batch.
+    Samples of one modality and of similar length come together, the longest first (so that too little memory shows at
+    once); the last batch of each source may be smaller, and ranks may differ by a batch.
 
     Args:
         dataset: The split.
@@ -200,15 +200,29 @@ class EvaluationLoader:
         self.dataset = dataset
         self.settings = settings or LoaderSettings()
         self.bad = BadSamples(self.settings.max_bad_share)
-        self._requests: list[Request] = []
+        self.batch_size = batch_size
+        self.shares: list[tuple[str, list[int]]] = []
+        """Source -> which of its samples are this process's."""
         before = 0
         for source in dataset.sources:
             # the division goes on where the previous source's ended, so that small sources do not all meet on rank 0
-            mine = range((rank - before) % world_size, len(source), world_size)
+            first = (rank - before) % world_size
+            self.shares.append((source.name, _longest_first(source)[first::world_size]))
             before += len(source)
-            for start in range(0, len(mine), batch_size):
-                pairs = [(index, 0) for index in mine[start : start + batch_size]]
-                self._requests.append(Request(source.name, pairs, step=len(self._requests)))
+        self._requests = self._in_batches()
+
+    def leave_out(self, known: Set[tuple[str, int]]) -> None:
+        """Do not load these samples (source, index); the division over ranks stays as it is."""
+        self._requests = self._in_batches(known)
+
+    def _in_batches(self, known: Set[tuple[str, int]] = frozenset()) -> list[Request]:
+        requests: list[Request] = []
+        for source, share in self.shares:
+            left = [index for index in share if (source, index) not in known]
+            for start in range(0, len(left), self.batch_size):
+                pairs = [(index, 0) for index in left[start : start + self.batch_size]]
+                requests.append(Request(source, pairs, step=len(requests)))
+        return requests
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -324,6 +338,11 @@ def _load(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettin
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _longest_first(source: SourceDataset) -> list[int]:
+    """All indices of a source by the samples' length; equal ones in their own order."""
+    return np.argsort(-np.asarray(source.lengths), kind="stable").tolist()
 
 
 def _needs_lengths(settings: LoaderSettings) -> bool:

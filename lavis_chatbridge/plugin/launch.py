@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 
@@ -20,6 +21,11 @@ INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """LAVIS's own two arguments."""
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="the configuration file")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The argument ``--options`` alone."""
     parser.add_argument(
         "--options",
         nargs="+",
@@ -29,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
+def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, Any] | None:
     """Build everything that the configuration names, and train or evaluate.
 
     Args:
@@ -37,38 +43,79 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
         options: Overrides, ``KEY=VALUE`` each.
         evaluate: Score ``run.test_splits`` instead of training.
 
+    Returns:
+        Split -> its metrics after an evaluation, else None.
+
     Raises:
         ChatBridgeError: For anything that the user can mend.
     """
-    if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
-        raise ConfigError(f"no configuration file at {cfg_path}")
-    # `import lavis` leaves these two out, yet the registry needs their classes.
-    import lavis.common.optims
-    import lavis.runners  # noqa: F401
-    from lavis.common.registry import registry
-    from lavis.common.utils import now
+    with Session() as session:
+        return session.run(cfg_path, options, evaluate)
 
-    from lavis_chatbridge.plugin import world
-    from lavis_chatbridge.runners import distributed
-    from lavis_chatbridge.runners.config import load_config
 
-    cfg = load_config(cfg_path, [*options, *_evaluate_option(options)] if evaluate else options)
-    distributed.init(cfg.run)
-    try:
+class Session:
+    """Runs one after the other in one process group; evaluations with equal models share one, built once."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._built_from: Any = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if "lavis_chatbridge.runners.distributed" in sys.modules:
+            from lavis_chatbridge.runners import distributed
+
+            distributed.close()
+
+    def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, Any] | None:
+        """One run, as `launch` describes it."""
+        if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
+            raise ConfigError(f"no configuration file at {cfg_path}")
+        # `import lavis` leaves these two out, yet the registry needs their classes.
+        import lavis.common.optims
+        import lavis.runners  # noqa: F401
+        from lavis.common.registry import registry
+        from lavis.common.utils import now
+
+        from lavis_chatbridge.plugin import world
+        from lavis_chatbridge.runners import distributed
+        from lavis_chatbridge.runners.config import load_config
+
+        cfg = load_config(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
+        distributed.init(cfg.run)
         _seed(cfg.run.seed)
         cfg.pretty_print()
         world.prepare(cfg.datasets_cfg)
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
         datasets = task.build_datasets(cfg)
-        model = task.build_model(cfg)
+        model = self._model_of(task, cfg, evaluate)
         runner_class = registry.get_runner_class(cfg.run.runner)
         runner = runner_class(cfg=cfg, job_id=distributed.from_main(now()), task=task, model=model, datasets=datasets)
         if evaluate:
-            runner.evaluate()
-        else:
-            runner.train()
-    finally:
-        distributed.close()
+            return runner.evaluate()
+        runner.train()
+        return None
+
+    def _model_of(self, task: Any, cfg: Any, evaluate: bool) -> Any:
+        """The model of a configuration: the previous run's where that was the same one, and nothing has changed it."""
+        sections = [cfg.to_dict()["model"], cfg.run.parallel, cfg.run.compile, cfg.run.resume]
+        shareable = evaluate and cfg.run.parallel == "ddp" and not cfg.run.compile and cfg.run.resume is None
+        if not shareable:
+            self._model = self._built_from = None
+            return task.build_model(cfg)
+        if self._built_from != sections:
+            self._model = None  # given back before the next one takes its place
+            self._model, self._built_from = task.build_model(cfg), sections
+        return self._model
+
+
+def with_options(options: Sequence[str], more: Mapping[str, str]) -> list[str]:
+    """Options with further ones behind them, in the form that they have (``K=V``, or LAVIS's ``K V``)."""
+    pairs = options and "=" not in options[0]
+    added = [word for key, value in more.items() for word in ([key, value] if pairs else [f"{key}={value}"])]
+    return [*options, *added]
 
 
 def exit_status(action: Callable[[], int]) -> int:
@@ -81,11 +128,6 @@ def exit_status(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _evaluate_option(options: Sequence[str]) -> list[str]:
-    """``run.evaluate=true``, which makes settings of training optional, in the form of the other options."""
-    return ["run.evaluate", "true"] if options and "=" not in options[0] else ["run.evaluate=true"]
 
 
 def _seed(seed: int) -> None:

@@ -106,17 +106,32 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     faults = [settings.unknown_key(str(key), SECTIONS, "config") for key in user if key not in SECTIONS]
     merged = OmegaConf.create({section: user.get(section) or {} for section in SECTIONS})
     collect = _Collector(faults)
+    env = collect(lambda: settings.parse(EnvSettings, _plain(merged.env), "env"))
+    if env is not None:
+        _set_paths(env)  # first: data sets look for their files under env.data_root
     collect(lambda: _merge_model(merged))
     collect(lambda: _merge_datasets(merged))
     run = collect(lambda: _check_run(merged.run))
-    env = collect(lambda: settings.parse(EnvSettings, _plain(merged.env), "env"))
     if faults or run is None or env is None:
         raise ConfigError(f"{cfg_path}: " + "; ".join(faults))
     merged.run = OmegaConf.create(_for_lavis(run))
     config = Config(merged, run, env)
-    _set_paths(env)
     registry.register("configuration", config)
     return config
+
+
+def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """The ``datasets`` section as file and options have it, without defaults and unchecked; data roots are set.
+
+    Raises:
+        ConfigError: If the file or the options cannot be read.
+    """
+    import lavis  # noqa: F401  (fills the registry with builders)
+
+    user = _over(_read_yaml(cfg_path), _read_options(options or []))
+    _set_paths(settings.parse(EnvSettings, _plain(OmegaConf.create(user.get("env") or {})), "env"))
+    sections = user.get("datasets") or {}
+    return {str(name): _plain(OmegaConf.create(section or {})) for name, section in sections.items()}
 
 
 class _Collector:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.tasks.scoring.names import METRICS, NORMALISATION_NAMES
 
 MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
 
@@ -38,13 +39,25 @@ class EvaluationSettings:
     repetition_penalty: float = 1.0
     """Divisor of the logits of tokens that have been said; 1 changes nothing."""
     inference_method: Literal["generate", "rank"] = "generate"
-    """For LAVIS's ``vqa`` task: write an answer, or choose one of the data set's answer list."""
+    """Write an answer, or choose one of an answer list."""
     num_ans_candidates: int = 128
-    """For LAVIS's ``vqa`` task with ``rank``: how many answers of the list are scored in full."""
+    """With ``rank``: how many answers of the list are scored in full (those with the likeliest first token)."""
+    answer_list: str | None = None
+    """With ``rank``: a JSON file with the list of answers. (LAVIS's ``vqa`` task takes its data set's list.)"""
     prompt: str = ""
     """For LAVIS's own tasks: the template of the question."""
     report_metric: bool = True
     """Score the predictions; false only writes them."""
+    metrics: list[str] = field(default_factory=list)
+    """Official scores, the first of which is the suite's own; empty: exact match and attribute accuracy only."""
+    normalisation: str = "plain"
+    """What is done to answers before ``exact_match`` compares them: ``plain``, ``squad`` or ``vqa``."""
+    published: dict[str, float] = field(default_factory=dict)
+    """The paper's figures, metric -> percent, shown beside the scores."""
+    zero_shot: bool = False
+    """Nothing of this benchmark was trained on; ``chatbridge evaluate --suite zero-shot`` runs those."""
+    keep_journal: bool = False
+    """Keep the journal of predictions after the scores are written, so that the same run takes them from there."""
     media: MediaMode = "normal"
     """``shuffled`` gives every sample another sample's media, ``withheld`` none: does the model really use them?"""
     media_kinds: list[Kind] = field(default_factory=lambda: list(KINDS))
@@ -62,6 +75,11 @@ class EvaluationSettings:
             yield f"temperature must be positive, found {self.temperature}"
         if self.use_nucleus_sampling and self.num_beams > 1:
             yield f"use_nucleus_sampling draws and num_beams {self.num_beams} searches: choose one"
+        for name in self.metrics:
+            if name not in METRICS:
+                yield f"metrics: unknown {name!r}; known are {', '.join(METRICS)}"
+        if self.normalisation not in NORMALISATION_NAMES:
+            yield f"normalisation: unknown {self.normalisation!r}; known are {', '.join(NORMALISATION_NAMES)}"
 
     @classmethod
     def of(cls, run_cfg: Mapping[str, Any]) -> EvaluationSettings:

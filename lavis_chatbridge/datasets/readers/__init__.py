@@ -9,14 +9,16 @@ from __future__ import annotations
 from lavis_chatbridge.datasets.readers import captions, chats, questions, web
 from lavis_chatbridge.datasets.readers.common import Origin, Reader
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a reader would give other samples; what was converted before is then converted anew."""
 
 READERS: dict[str, Reader] = {
     "audiocaps": captions.audiocaps,
     "avsd": chats.avsd,
     "clotho": captions.clotho,
+    "coco_annotations": captions.coco_annotations,
     "coco_karpathy": captions.coco_karpathy,
+    "gqa": questions.gqa,
     "llava": chats.llava,
     "msrvtt": captions.msrvtt,
     "msrvtt_qa": questions.msrvtt_qa,
@@ -25,6 +27,7 @@ READERS: dict[str, Reader] = {
     "pairs_json": web.pairs_json,
     "pairs_tsv": web.pairs_tsv,
     "valor": captions.valor,
+    "vatex": captions.vatex,
     "visual_genome": questions.visual_genome,
     "vqav2": questions.vqav2,
     "wavcaps": captions.wavcaps,

@@ -1,4 +1,6 @@
-"""Readers of caption annotations: COCO (Karpathy), MSRVTT, AudioCaps, Clotho, WavCaps, WebVid, VALOR."""
+"""Readers of caption annotations: COCO and Flickr30k (Karpathy), NoCaps, MSRVTT, VATEX, AudioCaps, Clotho, WavCaps,
+WebVid, VALOR.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     """COCO captions in Karpathy's split: his ``dataset_coco.json``, or LAVIS's ``coco_karpathy_{train,val,test}.json``.
 
     Option ``split`` (his file holds all): ``train`` takes ``restval`` too. Media field: ``image``
-    (``val2014/COCO_val2014_000000391895.jpg``).
+    (``val2014/COCO_val2014_000000391895.jpg``). His ``dataset_flickr30k.json`` has the same form without folders.
     """
     path = origin.file("file")
     if begins_with(path, "["):
@@ -32,10 +34,35 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     wanted = ("train", "restval") if split == "train" else (split,)
     for row in json_rows(path, "images"):
         if row.text("split") in wanted:
-            media = origin.locate(row.where, image=f"{row.text('filepath')}/{row.text('filename')}")
+            folder = f"{row.text('filepath')}/" if "filepath" in row else ""
+            media = origin.locate(row.where, image=folder + row.text("filename"))
             captions = tuple(sentence.text("raw") for sentence in row.rows("sentences"))
             number = row.whole("cocoid", "imgid")
             yield Sample(str(number), media, captions, meta={"image_id": number})
+
+
+def coco_annotations(origin: Origin) -> Iterator[Sample]:
+    """COCO's own annotation form, which NoCaps has too: ``images``, and ``annotations`` with a caption each.
+
+    NoCaps' ``domain`` of a picture is kept. Media field: ``file_name``.
+    """
+    path = origin.file("file")
+    captions: dict[int, list[str]] = {}
+    for row in json_rows(path, "annotations"):
+        captions.setdefault(row.whole("image_id"), []).append(row.text("caption"))
+    for row in json_rows(path, "images"):
+        number = row.whole("id")
+        if number in captions:
+            media = origin.locate(row.where, file_name=row.text("file_name"))
+            meta = {"image_id": number} | ({"type": row.text("domain")} if "domain" in row else {})
+            yield Sample(str(number), media, tuple(captions[number]), meta=meta)
+
+
+def vatex(origin: Origin) -> Iterator[Sample]:
+    """VATEX's JSON: ``videoID`` and ten English captions (``enCap``). Media field: ``video_id``."""
+    for row in json_rows(origin.file("file")):
+        name = row.text("videoID")
+        yield Sample(name, origin.locate(row.where, video_id=name), row.texts("enCap"))
 
 
 def msrvtt(origin: Origin) -> Iterator[Sample]:

@@ -155,6 +155,16 @@ def json_rows(path: str, key: str | None = None) -> Iterator[Row]:
         yield Row(value, f"{path}: {name}[{number}]")
 
 
+def json_entries(path: str) -> Iterator[tuple[str, Row]]:
+    """The names and objects of a JSON file that is one object of objects, read piece by piece.
+
+    Raises:
+        DataError: With the position of what is not as expected.
+    """
+    for name, value in _JsonStream(path).entries():
+        yield name, Row(value, f"{path}: {name}")
+
+
 def json_value(path: str, key: str) -> Any:
     """One field of a JSON object, found without keeping what stands before it; None if there is none."""
     stream = _JsonStream(path)
@@ -224,6 +234,20 @@ class _JsonStream:
         if required:
             raise DataError(f"{self._path}: has no field {key!r}")
         return False
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        """The fields of the object that the file is, in order."""
+        with self._file:
+            self._expect("{", "an object")
+            if self._peek() == "}":
+                return
+            while True:
+                name = self.value()
+                self._expect(":")
+                yield str(name), self.value()
+                if self._peek() == "}":
+                    return
+                self._expect(",")
 
     def array(self, name: str) -> Iterator[Any]:
         """The values of the array that begins here."""

@@ -1,4 +1,4 @@
-"""Readers of question-and-answer annotations: VQAv2, Visual Genome, MSRVTT-QA, MUSIC-AVQA."""
+"""Readers of question-and-answer annotations: VQAv2, OKVQA, GQA, Visual Genome, MSRVTT-QA, MSVD-QA, MUSIC-AVQA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from lavis_chatbridge.datasets.readers.common import Origin, Row, json_rows, json_value, question_sample
+from lavis_chatbridge.datasets.readers.common import (
+    Origin,
+    Row,
+    json_entries,
+    json_rows,
+    json_value,
+    question_sample,
+    table_rows,
+)
 from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.errors import DataError
 
@@ -15,7 +23,7 @@ _PLACEHOLDER = re.compile(r"<[^<>]*>")
 
 
 def vqav2(origin: Origin) -> Iterator[Sample]:
-    """VQAv2: ``questions`` and, except for the test split, ``annotations`` with ten answers to each.
+    """VQAv2 and OKVQA: ``questions`` and, except for the test split, ``annotations`` with ten answers to each.
 
     The answer trained on is ``multiple_choice_answer``; all ten are kept for the score. Media fields: ``image_id``,
     ``data_subtype`` (``train2014``).
@@ -59,13 +67,35 @@ def visual_genome(origin: Origin) -> Iterator[Sample]:
 
 
 def msrvtt_qa(origin: Origin) -> Iterator[Sample]:
-    """MSRVTT-QA (and MSVD-QA): a list of questions. Media field: ``video_id``, a number (``video7.mp4``)."""
-    for row in json_rows(origin.file("file")):
+    """MSRVTT-QA and MSVD-QA: a list of questions. Media field: ``video_id``, a number (``video7.mp4``).
+
+    MSVD-QA numbers its videos; with ``mapping`` (its ``youtube_mapping.txt``, lines of ``NAME vid7``) the media field
+    ``name`` is the one under which MSVD publishes them.
+    """
+    questions = origin.file("questions" if "questions" in origin.files else "file")
+    names = _youtube_names(origin.file("mapping")) if "mapping" in origin.files else None
+    for row in json_rows(questions):
         video = row.whole("video_id")
-        media = origin.locate(row.where, video_id=video)
+        if names is not None and video not in names:
+            raise DataError(f"{row.where}: video {video} is not in {origin.file('mapping')}")
+        media = origin.locate(row.where, video_id=video, **({"name": names[video]} if names else {}))
         yield question_sample(
             row, row.text("id"), media, row.text("question"), row.text("answer"), meta={"video_id": video}
         )
+
+
+def gqa(origin: Origin) -> Iterator[Sample]:
+    """GQA: an object of question number -> question, as in ``testdev_balanced_questions.json``. Media field:
+    ``image_id``. The kind of question (``types.structural``) is kept.
+    """
+    path = origin.file("file")
+    for number, row in json_entries(path):
+        image = row.text("imageId")
+        media = origin.locate(row.where, image_id=image)
+        types = row.values.get("types")
+        kind = types.get("structural") if isinstance(types, dict) else None
+        meta = {"image_id": image} | ({"type": kind} if isinstance(kind, str) else {})
+        yield question_sample(row, number, media, row.text("question"), row.text("answer"), meta=meta)
 
 
 def music_avqa(origin: Origin) -> Iterator[Sample]:
@@ -84,6 +114,13 @@ def music_avqa(origin: Origin) -> Iterator[Sample]:
             row.text("anser", "answer"),  # the published files spell it so
             meta={"video_id": video, "type": kinds},
         )
+
+
+def _youtube_names(path: str) -> dict[int, str]:
+    names = {}
+    for row in table_rows(path, " ", ("name", "number")):
+        names[Row({"number": row.text("number").removeprefix("vid")}, row.where).whole("number")] = row.text("name")
+    return names
 
 
 def _commonest(answers: tuple[str, ...], row: Row) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.tasks.scoring.names import CAPTION_METRICS
 
-METRICS = ("BLEU", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
+METRICS = CAPTION_METRICS
 METEOR_HEAP_MIB = 2048
 """The heap that pycocoevalcap asks of Java for METEOR; about 1.2 GB of it are used."""
 

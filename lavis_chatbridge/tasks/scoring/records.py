@@ -1,0 +1,131 @@
+"""Scores of prediction records by named metrics: what a task has written, scored now or again later without a model.
+
+A record is a mapping with ``sample_id``, ``prediction``, ``references`` and, for questions, ``answers``. All scores are
+in percent, as papers give them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.tasks.scoring import answers, captions
+from lavis_chatbridge.tasks.scoring.names import ANSWER_METRICS, CAPTION_METRICS, HEADLINES
+
+_log = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+_PACKAGES = ("lavis-chatbridge", "salesforce-lavis", "pycocoevalcap", "torch", "transformers")
+
+
+def announce(metrics: Sequence[str]) -> dict[str, str]:
+    """Say before a run which of its metrics cannot be computed here, and why.
+
+    Returns:
+        Metric (or ``"ptb"``, the official tokenizer) -> the reason.
+    """
+    wanted = [metric for metric in metrics if metric in CAPTION_METRICS]
+    missing = captions.unavailable(wanted) if wanted else {}
+    for name, reason in missing.items():
+        what = "the official tokenizer of captions" if name == "ptb" else name
+        _log.warning("%s is not available here: %s. The other scores will be computed", what, reason)
+    return missing
+
+
+def score_records(records: Sequence[Record], metrics: Sequence[str], normalisation: str = "plain") -> dict[str, Any]:
+    """Score predictions.
+
+    Args:
+        records: One per sample, with ids of their own.
+        metrics: Names of `names.METRICS`, the most important one first.
+        normalisation: For ``exact_match``.
+
+    Returns:
+        ``scores`` (metric -> percent), ``headline`` (the first metric's, None where it could not be computed),
+        ``by_type`` (where records have a ``meta.type``), ``tokenizer``, ``left_out`` (metric -> why), ``unscored``
+        (how many records have nothing to compare with).
+
+    Raises:
+        DataError: If two records have one id, or none can be scored.
+    """
+    _check_ids(records)
+    usable = [record for record in records if truth_of(record)]
+    if not usable:
+        raise DataError(f"none of {len(records)} predictions has references or answers to be compared with")
+    result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(usable)}
+    scores: dict[str, float] = {}
+    each: dict[str, Mapping[str, float]] = {}
+    _captions(usable, [m for m in metrics if m in CAPTION_METRICS], scores, result)
+    said = {record["sample_id"]: record["prediction"] for record in usable}
+    truth = {record["sample_id"]: truth_of(record) for record in usable}
+    for metric in (m for m in metrics if m in ANSWER_METRICS):
+        scored = (
+            answers.vqa_accuracy(said, truth)
+            if metric == "vqa_accuracy"
+            else answers.exact_match(said, truth, normalisation)
+        )
+        scores[metric], each[metric] = scored["overall"], scored["each"]
+    result["scores"] = scores
+    result["headline"] = scores.get(HEADLINES.get(metrics[0], metrics[0])) if metrics else None
+    by_type = _by_type(usable, each)
+    return result | ({"by_type": by_type} if by_type else {})
+
+
+def truth_of(record: Record) -> list[str]:
+    """What a prediction is compared with: the accepted answers, else the references."""
+    found = record.get("answers") or record.get("references") or []
+    return [found] if isinstance(found, str) else list(found)
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that a score depends on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def _captions(records: Sequence[Record], metrics: Sequence[str], scores: dict[str, float], result: dict) -> None:
+    if not metrics:
+        return
+    said = {record["sample_id"]: record["prediction"] for record in records}
+    truth = {record["sample_id"]: truth_of(record) for record in records}
+    scored = captions.score_captions(said, truth, metrics)
+    scores.update({name: 100.0 * value for name, value in scored.overall.items()})
+    result |= {"tokenizer": scored.tokenizer, "left_out": scored.left_out}
+
+
+def _by_type(records: Sequence[Record], each: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The mean of each answer metric over the records of every type that the data set tells apart."""
+    groups: dict[str, list[str]] = {}
+    for record in records:
+        kind = (record.get("meta") or {}).get("type")
+        if kind:
+            name = kind if isinstance(kind, str) else " / ".join(map(str, kind))
+            groups.setdefault(name, []).append(record["sample_id"])
+    return {
+        metric: {name: _mean(values[sample_id] for sample_id in ids) for name, ids in sorted(groups.items())}
+        for metric, values in each.items()
+        if groups
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _check_ids(records: Sequence[Record]) -> None:
+    seen: set[str] = set()
+    for number, record in enumerate(records):
+        if not isinstance(record, Mapping) or not {"sample_id", "prediction"} <= set(record):
+            raise DataError(f"prediction {number} has no sample_id or no prediction: is this a file of predictions?")
+        if record["sample_id"] in seen:
+            raise DataError(f"sample {record['sample_id']!r} was predicted twice")
+        seen.add(record["sample_id"])

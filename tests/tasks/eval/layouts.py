@@ -1,0 +1,183 @@
+"""A few real media and the annotations of all fifteen benchmarks, each in its own published layout, under one folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import soundfile
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
+NAMES = list(COLOURS)
+
+
+def build(root: Path) -> Path:
+    """Write everything under ``root``: three samples of each benchmark."""
+    pool = root / "pool"
+    pool.mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        Image.new("RGB", (64, 56), COLOURS[name]).save(pool / f"{number}.jpg")
+        seconds = np.arange(int(1.5 * 16000)) / 16000
+        soundfile.write(pool / f"{number}.wav", 0.4 * np.sin(2 * np.pi * 220 * (number + 1) * seconds), 16000)
+        _video(pool / f"{number}.mp4", COLOURS[name], 220.0 * (number + 1))
+    for write in (_vqa, _gqa, _captioned_pictures, _videos, _sounds, _seen_and_heard):
+        write(root)
+    return root
+
+
+def _vqa(root: Path) -> None:
+    for folder, prefix in (("vqav2", "v2_"), ("okvqa", "")):
+        questions = [
+            {"image_id": n, "question": f"What colour is picture {n}?", "question_id": 10 * n} for n in range(3)
+        ]
+        top = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
+        _json(root, f"{folder}/{prefix}OpenEnded_mscoco_val2014_questions.json", top | {"questions": questions})
+        said = [[NAMES[n]] * 7 + ["grey"] * 3 for n in range(3)]
+        marks = [[{"answer": a, "answer_id": i, "answer_confidence": "yes"} for i, a in enumerate(s, 1)] for s in said]
+        annotations = [
+            {"question_id": 10 * n, "image_id": n, "answers": marks[n], "answer_type": "other", "question_type": "what"}
+            for n in range(3)
+        ]
+        if folder == "vqav2":  # OKVQA has no such field
+            annotations = [a | {"multiple_choice_answer": NAMES[n]} for n, a in enumerate(annotations)]
+        _json(root, f"{folder}/{prefix}mscoco_val2014_annotations.json", top | {"annotations": annotations})
+    for n in range(3):
+        _medium(root, f"{n}.jpg", f"coco/images/val2014/COCO_val2014_{n:012d}.jpg")
+
+
+def _gqa(root: Path) -> None:
+    entries = {
+        f"2013{n}": {
+            "question": f"Is it {NAMES[n]}?",
+            "imageId": f"n{n}",
+            "answer": "yes",
+            "fullAnswer": "Yes, it is.",
+            "isBalanced": True,
+            "types": {"structural": "verify" if n else "choose", "semantic": "attr", "detailed": "verifyAttr"},
+        }
+        for n in range(3)
+    }
+    _json(root, "gqa/testdev_balanced_questions.json", entries)
+    for n in range(3):
+        _medium(root, f"{n}.jpg", f"gqa/images/n{n}.jpg")
+
+
+def _captioned_pictures(root: Path) -> None:
+    def karpathy(n: int, **more: Any) -> dict:
+        sentences = [{"raw": f"A {NAMES[n]} picture, number {i}.", "imgid": n, "sentid": 5 * n + i} for i in range(5)]
+        return {"filename": f"{n}.jpg", "imgid": n, "split": "test", "sentences": sentences} | more
+
+    _json(root, "flickr30k/dataset_flickr30k.json", {"dataset": "flickr30k", "images": [karpathy(n) for n in range(3)]})
+    coco = [karpathy(n, filepath="val2014", cocoid=n, filename=f"COCO_val2014_{n:012d}.jpg") for n in range(3)]
+    coco.append(karpathy(0, filepath="train2014", cocoid=9, split="train"))
+    _json(root, "coco/annotations/dataset_coco.json", {"dataset": "coco", "images": coco})
+    images = [{"id": n, "file_name": f"{n}.jpg", "open_images_id": f"o{n}", "domain": "near-domain"} for n in range(3)]
+    captions = [{"image_id": n % 3, "id": n, "caption": f"A {NAMES[n % 3]} thing {n}."} for n in range(30)]
+    _json(root, "nocaps/nocaps_val_4500_captions.json", {"info": {}, "images": images, "annotations": captions})
+    for n in range(3):
+        _medium(root, f"{n}.jpg", f"flickr30k/images/{n}.jpg")
+        _medium(root, f"{n}.jpg", f"nocaps/images/{n}.jpg")
+
+
+def _videos(root: Path) -> None:
+    questions = [
+        {"id": 100 + n, "video_id": 7010 + n, "question": "what is shown?", "answer": NAMES[n], "category_id": 1}
+        for n in range(3)
+    ]
+    _json(root, "msrvtt/test_qa.json", questions)
+    videos = [{"video_id": f"video{7010 + n}", "split": "test", "url": "", "category": 1, "id": n} for n in range(3)]
+    sentences = [
+        {"video_id": f"video{7010 + n % 3}", "sen_id": n, "caption": f"a {NAMES[n % 3]} screen {n}"} for n in range(9)
+    ]
+    _json(root, "msrvtt/test_videodatainfo.json", {"info": {}, "videos": videos, "sentences": sentences})
+    _json(root, "msvd/test_qa.json", [q | {"video_id": 1 + n} for n, q in enumerate(questions)])
+    (root / "msvd/youtube_mapping.txt").write_text("".join(f"clip_{n}_0_5 vid{1 + n}\n" for n in range(3)))
+    vatex = [
+        {"videoID": f"clip{n}_000000_000010", "enCap": [f"A {NAMES[n % 3]} screen {i}." for i in range(10)]}
+        for n in range(4)
+    ]
+    _json(root, "vatex/vatex_public_test_english_v1.1.json", vatex)  # the fourth video is not there any more
+    for n in range(3):
+        _medium(root, f"{n}.mp4", f"msrvtt/videos/video{7010 + n}.mp4")
+        _medium(root, f"{n}.mp4", f"msvd/videos/clip_{n}_0_5.avi")
+        _medium(root, f"{n}.mp4", f"vatex/videos/clip{n}_000000_000010.mp4")
+
+
+def _sounds(root: Path) -> None:
+    rows = [[5 * n + i, f"yt{n}", 30 + n, f"A tone number {n}, {i}"] for n in range(3) for i in range(5)]
+    _csv(root, "audiocaps/test.csv", ["audiocap_id", "youtube_id", "start_time", "caption"], rows)
+    captions = [f"caption_{i}" for i in range(1, 6)]
+    rows = [[f"tone {n}.wav", *(f"A tone is heard {i} times." for i in range(5))] for n in range(3)]
+    _csv(root, "clotho/clotho_captions_evaluation.csv", ["file_name", *captions], rows)
+    for n in range(3):
+        _medium(root, f"{n}.wav", f"audiocaps/audio/yt{n}_{30 + n}.wav")
+        _medium(root, f"{n}.wav", f"clotho/evaluation/tone {n}.wav")
+
+
+def _seen_and_heard(root: Path) -> None:
+    dialog = [
+        {"question": "What is shown?", "answer": "A colour."},
+        {"question": "Which one?", "answer": "It is plain."},
+    ]
+    dialogs = [{"image_id": f"CH{n}", "dialog": dialog, "caption": "c", "summary": "s"} for n in range(3)]
+    _json(root, "avsd/test_set4DSTC7-AVSD.json", {"type": "test", "version": "0.1", "dialogs": dialogs})
+    _json(
+        root,
+        "valor/desc_test.json",
+        [{"video_id": f"v{n}_0_10", "desc": f"A {NAMES[n]} screen hums."} for n in range(3)],
+    )
+    questions = [
+        {
+            "video_id": f"0000{n}",
+            "question_id": n,
+            "type": '["Audio-Visual", "Location"]' if n else '["Audio", "Counting"]',
+            "question_content": "Is the <Object> louder than the <Object>?",
+            "templ_values": '["flute", "drum"]',
+            "question_deleted": 0,
+            "anser": "no",
+        }
+        for n in range(3)
+    ]
+    _json(root, "music_avqa/avqa-test.json", questions)
+    for n in range(3):
+        _medium(root, f"{n}.mp4", f"avsd/videos/CH{n}.mp4")
+        _medium(root, f"{n}.mp4", f"valor/videos/v{n}_0_10.mp4")
+        _medium(root, f"{n}.mp4", f"music_avqa/videos/0000{n}.mp4")
+
+
+def _video(path: Path, colour: tuple[int, int, int], pitch: float) -> None:
+    with av.open(str(path), "w") as out:
+        pictures, sound = out.add_stream("mpeg4", rate=8), out.add_stream("aac", rate=16000, layout="mono")
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 56, "yuv420p"
+        for _ in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((56, 64, 3), colour, np.uint8), format="rgb24")
+            out.mux(pictures.encode(frame))
+        out.mux(pictures.encode(None))
+        wave = (0.4 * np.sin(2 * np.pi * pitch * np.arange(24000) / 16000)).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+
+
+def _json(root: Path, name: str, content: Any) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(json.dumps(content))
+
+
+def _csv(root: Path, name: str, head: list[str], rows: list[list]) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    with open(root / name, "w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def _medium(root: Path, pooled: str, name: str) -> None:
+    target = root / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        target.hardlink_to(root / "pool" / pooled)

@@ -1,0 +1,149 @@
+"""All fifteen suites end to end with the shipped tiny parts, in one process with one model; their prompts; their faults.
+
+The snapshot of prompts changes only on purpose: run with ``UPDATE_SNAPSHOTS=1`` and read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lavis_chatbridge.cli import main
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.plugin import suites
+from tests.tasks.eval.conftest import SHORT
+
+pytestmark = pytest.mark.usefixtures("cached")
+
+SNAPSHOT = Path(__file__).with_name("prompts_snapshot.json")
+NAMES = [
+    "vqav2", "okvqa", "gqa", "flickr30k", "nocaps", "coco_caption", "msrvtt_qa", "msrvtt_caption", "msvd_qa", "vatex",
+    "audiocaps", "clotho", "avsd", "valor", "music_avqa",
+]  # fmt: skip
+ZERO_SHOT = {"okvqa", "gqa", "flickr30k", "nocaps", "msvd_qa", "vatex", "clotho", "avsd", "valor", "music_avqa"}
+PUBLISHED = {"okvqa": 45.2, "gqa": 47.3, "flickr30k": 82.5, "nocaps": 115.7, "msvd_qa": 45.3, "vatex": 48.9,
+             "clotho": 26.2, "music_avqa": 43.0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scored(benchmark_data, tmp_path_factory):
+    """``chatbridge evaluate --suite all`` on the benchmarks' data: exit status, table, folder of the runs."""
+    folder = tmp_path_factory.mktemp("scored")
+    here = Path.cwd()
+    suites_folder = (here / suites.FOLDER).resolve()
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setenv("CHATBRIDGE_CACHE", str(folder / "converted"))
+    patch.setattr("lavis_chatbridge.tasks.scoring.captions._java_fault", lambda heap: "no Java in this test")
+    options = [*SHORT, f"env.data_root={benchmark_data}"]
+    status = main(["evaluate", "--suite", "all", "--suite-folder", str(suites_folder), "--options", *options])
+    patch.undo()
+    table = json.loads((folder / "output/eval/tiny/scores.json").read_text())
+    return status, {line["suite"]: line for line in table["suites"]}, folder / "output/eval/tiny"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_suite_runs_end_to_end(scored, name):
+    status, lines, folder = scored
+    assert status == 0
+    assert set(lines) == set(NAMES)
+    line = lines[name]
+    assert (line["status"], line["samples"], line["paper"]) == ("scored", 3, PUBLISHED.get(name))
+    assert 0.0 <= line["score"] <= 1000.0
+    records = json.loads((folder / name / "result/test_step0.json").read_text())
+    assert [record["index"] for record in records] == [0, 1, 2]
+    assert all(record["prompt"].endswith("###Assistant:") and record["references"] for record in records)
+    metrics = json.loads((folder / name / "result/test_step0_metrics.json").read_text())
+    assert metrics["decoding"]["num_beams"] == 5
+    assert metrics["versions"]["pycocoevalcap"]
+    assert metrics["not_predicted"] == 0
+    [data] = metrics["data"].values()
+    assert data["samples"] == 3
+    assert len(data["sha256"]) == 64
+    assert not (folder / name / "result/journal").exists()
+
+
+def test_scores_of_captions_say_what_is_missing_without_java(scored):
+    _, lines, folder = scored
+    line = lines["clotho"]
+    assert line["metric"] == "CIDEr"
+    assert set(line["scores"]) == {"CIDEr", "ROUGE_L", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4"}
+    remarks = " ".join(line["remarks"])
+    assert "METEOR: no Java" in remarks
+    assert "not comparable" in remarks
+    text = (folder / "scores.txt").read_text()
+    assert "clotho" in text
+    assert "26.2" in text
+    assert "<td>clotho</td>" in (folder / "scores.html").read_text()
+
+
+def test_types_of_questions_are_told_apart(scored):
+    _, _, folder = scored
+    metrics = json.loads((folder / "music_avqa/result/test_step0_metrics.json").read_text())
+    by_type = metrics["by_source"]["eval_music_avqa"]["by_type"]["exact_match"]
+    assert set(by_type) == {"Audio / Counting", "Audio-Visual / Location"}
+
+
+def test_rescoring_gives_the_same_scores_without_a_model(scored, capsys):
+    _, lines, folder = scored
+    for name in ("vqav2", "audiocaps"):
+        file = folder / name / "result/test_step0.json"
+        assert main(["evaluate", "--rescore", str(file)]) == 0
+        found = json.loads(file.with_name("test_step0_rescored.json").read_text())
+        assert found["by_source"][f"eval_{name}"]["scores"] == lines[name]["scores"]
+    assert "audiocaps" in capsys.readouterr().out
+    changed = ["--options", "run.metrics=[exact_match]", "run.normalisation=vqa"]
+    assert main(["evaluate", "--rescore", str(folder / "vqav2/result/test_step0.json"), *changed]) == 0
+
+
+def test_prompts_are_pinned(scored):
+    _, _, folder = scored
+    found = {name: json.loads((folder / name / "result/test_step0.json").read_text())[0]["prompt"] for name in NAMES}
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        SNAPSHOT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    assert found == json.loads(SNAPSHOT.read_text())
+
+
+def test_missing_data_are_listed_and_the_rest_runs(benchmark_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "suites"
+    folder.mkdir()
+    for name in ("gqa", "valor"):
+        text = (Path(__file__).parents[3] / suites.FOLDER / f"{name}.yaml").read_text()
+        (folder / f"{name}.yaml").write_text(text)
+    text = (folder / "valor.yaml").read_text()
+    (folder / "valor.yaml").write_text(text.replace("  eval_valor:\n", "  eval_valor:\n    splits: {test: no.json}\n"))
+    options = [*SHORT, f"env.data_root={benchmark_data}", "run.test_splits=[test]"]
+    arguments = ["evaluate", "--suite", "zero-shot", "--suite-folder", str(folder), "--ablate"]
+    assert main([*arguments, "--options", *options]) == 0
+    lines = json.loads((tmp_path / "output/eval/tiny/scores.json").read_text())["suites"]
+    assert [(line["suite"], line["media"], line["status"]) for line in lines] == [
+        ("gqa", "", "scored"),
+        ("gqa", "image withheld", "scored"),
+        ("gqa", "image shuffled", "scored"),
+        ("valor", "", "missing"),
+    ]
+    assert lines[1]["drop"] == lines[0]["score"] - lines[1]["score"]
+    assert "no.json" in lines[3]["remarks"][0]
+    assert "no.json" in capsys.readouterr().out
+
+
+def test_suites_are_chosen_by_name():
+    found = suites.find()
+    assert set(found) == set(NAMES)
+    assert {suite.name for suite in suites.choose("zero-shot", found)} == ZERO_SHOT
+    assert [suite.name for suite in suites.choose("clotho, gqa", found)] == ["clotho", "gqa"]
+    with pytest.raises(ConfigError, match="unknown suite 'clothoo', did you mean 'clotho'"):
+        suites.choose("clothoo", found)
+
+
+def test_the_paper_and_the_files_are_named_in_every_suite():
+    for name, suite in suites.find().items():
+        text = suite.path.read_text()
+        assert f"--cfg-path projects/chatbridge/eval/{name}.yaml" in text
+        assert suite.run.get("published", {}) == (
+            {suite.run["metrics"][0]: PUBLISHED[name]} if name in PUBLISHED else {}
+        )
