@@ -71,8 +71,12 @@ class Things:
         """All names that an annotation's words support: those in it, their synonyms, and everything above them."""
         supported: set[str] = set()
         words = [_singular(word) for word, _ in _words(text)]
-        present = {name for name in self._nodes if _occurs(name, words)}
-        for name in present:
+        runs = {
+            tuple(words[start : start + length])
+            for start in range(len(words))
+            for length in range(1, self._longest + 1)
+        }
+        for name in runs & self._nodes.keys():
             for first in self._nodes[name]:
                 node: _Node | None = first
                 while node is not None:
@@ -111,12 +115,6 @@ def _words(text: str) -> Iterator[tuple[str, int]]:
 
 def _key(name: str) -> tuple[str, ...]:
     return tuple(_singular(word) for word, _ in _words(name))
-
-
-def _occurs(name: tuple[str, ...], words: list[str]) -> bool:
-    if len(name) == 1:
-        return name[0] in words
-    return any(tuple(words[i : i + len(name)]) == name for i in range(len(words) - len(name) + 1))
 
 
 def _singular(word: str) -> str:
