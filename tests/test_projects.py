@@ -1,0 +1,62 @@
+"""Every shipped configuration says what it needs and how it is run, and is sound but for files that are not here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lavis_chatbridge.errors import ConfigError
+
+PROJECTS = Path(__file__).parents[1] / "projects" / "chatbridge"
+EMBEDDED = [
+    "align.yaml",
+    "instruct.yaml",
+    "eval/world_captions.yaml",
+    "eval/world_answers.yaml",
+    "eval/world_joint.yaml",
+]
+LARGE = [f"{size}/{stage}.yaml" for size in ("vicuna7b", "vicuna13b") for stage in ("align", "instruct")]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_configurations_of_the_embedded_world_are_sound(name: str) -> None:
+    from lavis_chatbridge.runners.config import load_config
+
+    config = load_config(PROJECTS / name)
+    assert config.run.runner == "chatbridge_runner"
+    assert config.model_cfg.model_type == "tiny"
+    assert all(section.data_root == "output/world" for section in config.datasets_cfg.values())
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_configurations_lack_nothing_but_files(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lavis_chatbridge.runners.config import load_config
+
+    monkeypatch.setenv("CHATBRIDGE_DATA", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        load_config(PROJECTS / name)
+    message = str(caught.value)
+    assert "files and folders are missing" in message
+    assert not re.search(r"unknown|expected|is not one of|give either", message), message
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_configurations_follow_the_paper(name: str) -> None:
+    from omegaconf import OmegaConf
+
+    run = OmegaConf.load(PROJECTS / name).run
+    if "align" in name:
+        assert (run.max_iters, run.batch_size_train * 8 * run.accum_grad_iters) == (150_000, 256)
+    else:
+        assert (run.max_iters, run.batch_tokens) == (10_000, 4096)
+
+
+@pytest.mark.parametrize("path", sorted(PROJECTS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_each_opens_with_the_command_that_runs_it(path: Path) -> None:
+    head = path.read_text().split("\nmodel:")[0]
+    assert all(line.startswith("#") or not line for line in head.splitlines())
+    assert re.search(r"-m lavis\.(train|evaluate) --cfg-path|chatbridge evaluate --suite", head), head
