@@ -35,27 +35,31 @@ CONTEXT_WEIGHT = 0.05
 """What a token of a description counts in the loss, beside 1 for a token of a caption or an answer."""
 
 
+LAST_LEVEL_FROM = 0.5
+"""The share of the steps after which the curriculum has reached its last level in any case."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the model is built and trained; the defaults make the shipped one."""
 
     seed: int = 0
-    steps: int = 3000
+    steps: int = 2800
     width: int = 128
     layers: int = 5
     heads: int = 4
     feed_forward: int = 320
     deviation: float = 0.07
-    passages: int = 32
-    groups: int = 2
-    learning_rate: float = 2.5e-3
+    passages: int = 48
+    groups: int = 3
+    learning_rate: float = 2e-3
     final_rate: float = 0.02
     warm_up: int = 100
-    decay: float = 0.4
+    decay: float = 0.45
     level: int = 0
     weight_decay: float = 0.05
     clip: float = 1.0
-    noise: float = 0.5
+    noise: float = 0.0
     threads: int = 1
     half: int = 1
 
@@ -163,21 +167,23 @@ def _pad(encoded: Sequence[Encoded], pad: int) -> Batch:
 
 @dataclass
 class Curriculum:
-    """Which level is read: the next one as soon as the answers to yes/no questions are mostly right."""
+    """Which level is read: the next one as soon as the answers to yes/no questions are mostly right, or it is late."""
 
     level: int = 0
     right: float = 0.5
 
-    def learn(self, right: float, wanted: float = 0.9, memory: float = 0.95) -> None:
-        """Take in the share of right yes/no answers of one step."""
+    def learn(self, right: float, done: float, wanted: float = 0.9, memory: float = 0.95) -> None:
+        """Take in the share of right yes/no answers of one step, and the share of all steps that is done."""
         self.right = memory * self.right + (1 - memory) * right
-        if self.right > wanted and self.level < len(LEVELS) - 1:
+        last = len(LEVELS) - 1
+        late = self.level < int(done / LAST_LEVEL_FROM * last)
+        if self.level < last and (self.right > wanted or late):
             self.level, self.right = self.level + 1, 0.5
 
     def passage(self, rng: random.Random) -> list[Piece]:
         """A passage of this level; before the last one, a share holds all values and asks for nothing to be judged."""
         level = LEVELS[self.level]
-        return passage(rng, level if level.values is None or rng.random() < 0.6 else NAMING)
+        return passage(rng, level if level.values is None or rng.random() < 0.75 else NAMING)
 
 
 def scores_of(
@@ -219,7 +225,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
-        curriculum.learn(right)
+        curriculum.learn(right, step / recipe.steps)
         losses.append(loss)
         if step % report_every == 0 or step == recipe.steps:
             scores = gate(model, tokenizer, questions=40, seed=step)
@@ -257,7 +263,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     settings.write_text(
         json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n"
     )
-    copy.deepcopy(model).to(torch.float16).save_pretrained(out)
+    copy.deepcopy(model).half().save_pretrained(out)
 
 
 def _rate(step: int, recipe: Recipe) -> float:
@@ -312,13 +318,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="weights of an earlier run to go on from")
+    parser.add_argument("--questions", type=int, default=500, help="how many of each kind the gate asks")
     parser.add_argument("--report-every", type=int, default=100)
     defaults = Recipe()
     for name, value in asdict(defaults).items():
         if not isinstance(value, tuple):
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
-    out, start, report_every = (options.pop(name) for name in ("out", "start", "report_every"))
+    out, start, report_every, asked = (options.pop(name) for name in ("out", "start", "report_every", "questions"))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = Recipe(**options)
     torch.set_num_threads(recipe.threads)
@@ -328,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if start:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
     train(model, tokenizer, recipe, report_every, out)
-    scores = gate(model, tokenizer, questions=500)
+    scores = gate(model, tokenizer, questions=asked)
     save(model, tokenizer, out)
     (out / "gate.json").write_text(json.dumps({"recipe": asdict(recipe), "gate": scores}, indent=1) + "\n")
     log.info("gate: %s", scores)

@@ -1,7 +1,8 @@
 """Questions about one or two media of the embedded world, each with its one right answer and the facts it rests on.
 
 Five kinds: *name* (values of attributes), *compose* (the things in short), *match* (which of given words fit),
-*compare* (yes or no) and *conditional* (a fact decides which attribute to name). About two media, every kind needs
+*compare* (yes or no) and *conditional* (a fact decides which attribute to name; the answer says first whether it holds:
+``no, circle``, since a tiny model decides aloud what it cannot decide in silence). About two media, every kind needs
 facts of both.
 This module knows scenes and words only: no prompt, no tokenizer, no file.
 """
@@ -65,7 +66,12 @@ _CONDITIONAL = (
     "if {test} is {value}, tell me {then}, else {otherwise}",
 )
 _ONE = ("what is {first}?", "name {first}", "tell me {first}", "which {name} does {thing} have?")
-_CHECK = ("is {first} {one}?", "is it true that {first} is {one}?", "does this hold: {first} is {one}?")
+_CHECK = (
+    "is {first} {one}?",
+    "is it true that {first} is {one}?",
+    "does this hold: {first} is {one}?",
+    "if {first} is {one}, say yes, else no",
+)
 _CHECKLIST = ("check these words: {words}", "which words are right: {words}?")
 _BOTH_GO = {"up": ("up", "rising"), "down": ("down", "falling")}
 
@@ -253,8 +259,8 @@ class _Asker:
             then=self._attribute(then),
             otherwise=self._attribute(otherwise),
         )
-        chosen = then if value == test.value else otherwise
-        return Question(text, chosen.value, "conditional", (test, chosen))
+        verdict, chosen = ("yes", then) if value == test.value else ("no", otherwise)
+        return Question(text, f"{verdict}, {chosen.value}", "conditional", (test, chosen))
 
     def _order(self) -> list[int]:
         order = list(range(len(self.scenes)))

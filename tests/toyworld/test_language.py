@@ -21,6 +21,7 @@ from lavis_chatbridge.toyworld.language import (
     caption,
     chat,
     check_one,
+    checklist,
     conversation,
     facts_in,
     in_words,
@@ -33,13 +34,14 @@ from lavis_chatbridge.toyworld.language import (
 from lavis_chatbridge.toyworld.reading import Level, draw_scene, passage, slots_for
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene, all_scenes
 
+SCENES: dict[Kind, list[Scene]] = {kind: all_scenes(kind) for kind in KINDS}
 PAIRS: list[tuple[Kind, Kind]] = list(itertools.product(KINDS, KINDS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_caption_of_every_scene_reads_back(kind: Kind) -> None:
     rng = random.Random(0)
-    for scene in all_scenes(kind):
+    for scene in SCENES[kind]:
         texts = [fill(template, scene) for template in CAPTIONS[kind]]
         for text in [*texts, terse(scene, rng), caption(scene, rng)]:
             assert facts_in(text, kind) == scene.facts
@@ -49,7 +51,7 @@ def test_every_caption_of_every_scene_reads_back(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_descriptions_state_only_what_they_name(kind: Kind) -> None:
-    for scene in all_scenes(kind):
+    for scene in SCENES[kind]:
         named = {name for name in scene.facts if f"{{{name}}}" in SHORT[kind]}
         assert facts_in(short(scene), kind) == {name: scene.facts[name] for name in named}
 
@@ -60,7 +62,7 @@ def test_a_caption_that_names_two_values_of_an_attribute_states_neither() -> Non
 
 
 def _scenes(kinds: tuple[Kind, ...], rng: random.Random) -> list[Scene]:
-    return [rng.choice(all_scenes(kind)) for kind in kinds]
+    return [rng.choice(SCENES[kind]) for kind in kinds]
 
 
 class _Reader:
@@ -128,21 +130,20 @@ class _Reader:
             wanted = {"up": {"up", "rising"}, "down": {"down", "falling"}}[go[1]]
             held = {scene.facts.get("motion", scene.facts.get("pattern")) for scene in self.scenes}
             return "yes" if held == wanted else "no"
-        text = re.sub(r"^(is it true that|do these hold:|does this hold:|is) ", "", text)
+        text = re.sub(r", say yes, else no$", "", text)
+        text = re.sub(r"^(if|is it true that|do these hold:|does this hold:|is) ", "", text)
         clauses = re.findall(r"(the \w+(?: of the (?:first |second )?\w+)?) (?:is )?(\w+)(?:,| and|$)", text)
         assert clauses
         return "yes" if all(self.value(subject) == value for subject, value in clauses) else "no"
 
     def conditional(self, text: str) -> str:
         subject = r"(the \w+(?: of the (?:first |second )?\w+)?)"
-        if found := re.fullmatch(rf"name {subject} if {subject} is (\w+), else name {subject}", text):
-            then, test, value, otherwise = found.groups()
-        else:
-            pattern = rf"if {subject} is (\w+), (?:name|what is) {subject}(?:, else|\? else what is) {subject}"
-            found = re.fullmatch(pattern, text)
-            assert found, text
-            test, value, then, otherwise = found.groups()
-        return self.value(then if self.value(test) == value else otherwise)
+        found = re.fullmatch(
+            rf"if {subject} is (\w+), (?:name|what is|tell me) {subject}(?:, else|\? else what is) {subject}", text
+        )
+        assert found, text
+        test, value, then, otherwise = found.groups()
+        return f"yes, {self.value(then)}" if self.value(test) == value else f"no, {self.value(otherwise)}"
 
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
@@ -153,7 +154,7 @@ def test_joint_answers_are_right(kinds: tuple[Kind, Kind], kind: QuestionKind) -
         scenes = _scenes(kinds, rng)
         while len(set(scenes[0].facts.values()) - set(scenes[1].facts.values())) < 3:
             scenes = _scenes(kinds, rng)  # nearly the same thing twice leaves no clear match
-        question = joint(*scenes, rng, kind)
+        question = joint(scenes[0], scenes[1], rng, kind)
         assert _Reader(scenes).answer(question) == question.answer, (question, scenes)
         assert {fact.medium for fact in question.facts} == {0, 1}
         assert all(scenes[fact.medium].facts[fact.attribute] == fact.value for fact in question.facts)
@@ -172,7 +173,7 @@ def test_answers_about_one_thing_are_right(medium: Kind, kind: QuestionKind) -> 
 def test_matching_words_of_one_thing_are_its_own_and_the_others_are_not() -> None:
     rng = random.Random(0)
     for _ in range(200):
-        scene = rng.choice(all_scenes(rng.choice(KINDS)))
+        scene = rng.choice(SCENES[rng.choice(KINDS)])
         question = alone(scene, rng, "match")
         offered = question.text.rstrip("?").split(": ")[1].split(", ")
         fitting = {word for word in offered if word in scene.facts.values()}
@@ -189,10 +190,20 @@ def test_single_facts_of_two_things(kinds: tuple[Kind, Kind]) -> None:
             assert _Reader(scenes).answer(question) == question.answer, (question, scenes)
 
 
+def test_a_checklist_says_of_each_word_whether_it_fits() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        scenes = _scenes(("video", "audio"), rng)
+        question = checklist(scenes, rng)
+        true = {value for scene in scenes for value in scene.facts.values()}
+        words = question.text.rstrip("?").split(": ")[1].split(", ")
+        assert question.answer == ", ".join(f"{word} {'yes' if word in true else 'no'}" for word in words)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_attribute_questions_ask_for_each_value_once(kind: Kind) -> None:
     rng = random.Random(0)
-    for scene in all_scenes(kind)[:50]:
+    for scene in SCENES[kind][:50]:
         asked = questions(scene, rng)
         assert sorted(question.answer for question in asked) == sorted(scene.facts.values())
         for question in asked:
@@ -203,10 +214,10 @@ def test_attribute_questions_ask_for_each_value_once(kind: Kind) -> None:
 def test_yes_and_no_and_both_branches_are_about_as_frequent() -> None:
     rng = random.Random(0)
     scenes = [_scenes(("image", "audio"), rng) for _ in range(400)]
-    yes = sum(joint(*pair, rng, "compare").answer == "yes" for pair in scenes)
+    yes = sum(joint(pair[0], pair[1], rng, "compare").answer == "yes" for pair in scenes)
     assert 160 <= yes <= 240
-    conditions = [joint(*pair, rng, "conditional") for pair in scenes]
-    held = sum(question.facts[0].value in re.findall(r"\w+", question.text) for question in conditions)
+    conditions = [joint(pair[0], pair[1], rng, "conditional") for pair in scenes]
+    held = sum(question.answer.startswith("yes, ") for question in conditions)
     assert 160 <= held <= 240
 
 
@@ -214,7 +225,7 @@ def test_a_curriculum_asks_about_the_first_values_only() -> None:
     rng = random.Random(0)
     for _ in range(200):
         scenes = [draw_scene("image", rng, 2), draw_scene("audio", rng, 2)]
-        words = set(re.findall(r"\w+", joint(*scenes, rng, "compare", asked=2).text))
+        words = set(re.findall(r"\w+", joint(scenes[0], scenes[1], rng, "compare", asked=2).text))
         allowed = {value for kind in ("image", "audio") for values in ATTRIBUTES[kind].values() for value in values[:2]}
         everything = {value for kind in KINDS for values in ATTRIBUTES[kind].values() for value in values}
         assert words & everything <= allowed
@@ -230,7 +241,7 @@ def test_same_generator_state_same_text() -> None:
 def test_chat_alternates_and_brings_its_medium_once() -> None:
     rng = random.Random(0)
     for _ in range(100):
-        scene = rng.choice(all_scenes(rng.choice(KINDS)))
+        scene = rng.choice(SCENES[rng.choice(KINDS)])
         turns = chat(scene, rng)
         assert turns[0].media == (scene.kind,)
         assert not any(turn.media for turn in turns[1:])
