@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin.suite_table import Line, text_table
 
 
@@ -63,20 +63,18 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _settings(path: Path, options: Sequence[str]) -> Any:
     """What the run said about its metrics, with the options over it."""
-    from omegaconf import OmegaConf
-
     from lavis_chatbridge import settings
-    from lavis_chatbridge.plugin.launch import with_options
+    from lavis_chatbridge.runners.config import read_options
     from lavis_chatbridge.tasks.settings import EvaluationSettings
 
     beside = path.with_name(f"{path.stem}_metrics.json")
     known = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     said = {key: known[key] for key in ("metrics", "normalisation", "published") if key in known}
-    words = list(options)
-    if words and "=" not in words[0]:
-        words = [f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=False)]
-    given = OmegaConf.to_container(OmegaConf.from_dotlist(with_options(words, {})))
-    chosen = settings.parse(EvaluationSettings, {**said, **dict(given).get("run", {})}, "run")  # type: ignore[call-overload]
+    given = read_options(options)
+    others = [key for key in given if key != "run"]
+    if others:
+        raise ConfigError(f"--rescore takes options of run alone, such as run.metrics; found {', '.join(others)}")
+    chosen = settings.parse(EvaluationSettings, {**said, **given.get("run", {})}, "run")
     if not chosen.metrics:
         raise DataError(
             f"{path}: the run named no official metrics; name them, such as --options run.metrics=[exact_match]"

@@ -134,6 +134,15 @@ def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None 
     return {str(name): _plain(OmegaConf.create(section or {})) for name, section in sections.items()}
 
 
+def read_options(options: Sequence[str]) -> dict[str, Any]:
+    """Overrides as nested plain values.
+
+    Raises:
+        ConfigError: If one of them has no value.
+    """
+    return _plain(_read_options(options))
+
+
 class _Collector:
     """Calls parts of the reading and keeps their faults instead of stopping at the first."""
 

@@ -340,3 +340,48 @@ def test_tables_that_cannot_be_read(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"a,b\n\xff,1\n")
     with pytest.raises(DataError, match="not UTF-8"):
         list(table_rows(str(tmp_path / "a.csv")))
+
+
+def test_gqa(read):
+    entry = {
+        "question": "Is it red?",
+        "imageId": "n16",
+        "answer": "no",
+        "types": {"structural": "verify"},
+        "groups": {},
+    }
+    first, second = read("gqa", {"image": "gqa/{image_id}.jpg"}, file={"2013": entry, "2014": entry | {"types": None}})
+    assert (first.id, first.media[0].path, asked(first)) == ("2013", "/d/gqa/n16.jpg", ["Is it red?", "no"])
+    assert (first.meta, second.meta) == ({"image_id": "n16", "type": "verify"}, {"image_id": "n16"})
+    assert read("gqa", file={}) == []
+    with pytest.raises(DataError, match="2013: question is None, expected text"):
+        read("gqa", file={"2013": {"imageId": "n1", "answer": "no"}})
+    with pytest.raises(DataError, match="expected an object"):
+        read("gqa", file=[entry])
+
+
+def test_nocaps_and_flickr30k(read):
+    images = [{"id": 3, "file_name": "a.jpg", "domain": "in-domain"}, {"id": 4, "file_name": "b.jpg"}]
+    annotations = [{"image_id": 3, "id": i, "caption": f"A cat {i}."} for i in range(2)]
+    nocaps = {"info": {}, "images": images, "annotations": annotations}
+    [sample] = read("coco_annotations", {"image": "nocaps/{file_name}"}, file=nocaps)  # the other one has no caption
+    assert (sample.id, sample.media[0].path) == ("3", "/d/nocaps/a.jpg")
+    assert sample.captions == ("A cat 0.", "A cat 1.")
+    assert sample.meta == {"image_id": 3, "type": "in-domain"}
+    image = {"filename": "7.jpg", "imgid": 7, "split": "test", "sentences": [{"raw": "A dog."}]}
+    [sample] = read("coco_karpathy", {"image": "f/{image}"}, {"split": "test"}, file={"images": [image]})
+    assert (sample.id, sample.media[0].path, sample.captions) == ("7", "/d/f/7.jpg", ("A dog.",))
+
+
+def test_vatex(read):
+    [sample] = read("vatex", {"video": "v/{video_id}.mp4"}, file=[{"videoID": "x_0_10", "enCap": ["One.", "Two."]}])
+    assert (sample.id, sample.media[0].path, sample.captions) == ("x_0_10", "/d/v/x_0_10.mp4", ("One.", "Two."))
+
+
+def test_msvd_qa_finds_the_names_of_its_videos(read):
+    questions = [{"id": 5, "video_id": 12, "question": "what is it?", "answer": "cat"}]
+    media = {"video": "msvd/{name}.avi"}
+    [sample] = read("msrvtt_qa", media, questions=questions, mapping="a_0_5 vid1\n-b_3_9 vid12\n")
+    assert sample.media[0].path == "/d/msvd/-b_3_9.avi"
+    with pytest.raises(DataError, match=r"questions.txt: \[0\]: video 12 is not in"):
+        read("msrvtt_qa", media, questions=questions, mapping="a_0_5 vid1\n")

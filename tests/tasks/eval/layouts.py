@@ -1,4 +1,4 @@
-"""A few real media and the annotations of all fifteen benchmarks, each in its own published layout, under one folder."""
+"""A few real media and the annotations of all fifteen benchmarks, each in its published layout, under one folder."""
 
 from __future__ import annotations
 

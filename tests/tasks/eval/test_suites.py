@@ -1,4 +1,4 @@
-"""All fifteen suites end to end with the shipped tiny parts, in one process with one model; their prompts; their faults.
+"""All fifteen suites end to end with the shipped tiny parts, one process, one model; their prompts; their faults.
 
 The snapshot of prompts changes only on purpose: run with ``UPDATE_SNAPSHOTS=1`` and read the difference.
 """

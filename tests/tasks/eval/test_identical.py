@@ -1,0 +1,134 @@
+"""Predictions do not depend on batches, processes and interruptions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.plugin.launch import Session
+from lavis_chatbridge.prompting import Turn
+from tests.runners.runner_parts import in_processes
+from tests.tasks.eval import ranks
+
+pytestmark = pytest.mark.usefixtures("cached")
+QUESTIONS = ["What is it?", "Which colour does the whole picture have, if it has only one?", "Is it red or blue? " * 4]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Seven questions about pictures and four about sounds, of very different lengths."""
+    root = tmp_path_factory.mktemp("data")
+    samples = []
+    for n in range(11):
+        kind, path = ("image", root / f"{n}.png") if n < 7 else ("audio", root / f"{n}.wav")
+        if kind == "image":
+            Image.fromarray(np.random.default_rng(n).integers(0, 255, (56, 56, 3), np.uint8)).save(path)
+        else:
+            soundfile.write(path, np.random.default_rng(n).uniform(-0.3, 0.3, 16000), 16000)
+        turns = (Turn("user", QUESTIONS[n % 3], (kind,)), Turn("assistant", "red"))
+        samples.append(Sample(f"s{n}", (Medium(kind, str(path)),), turns=turns))
+    write_jsonl(root / "test.jsonl", samples)
+    (root / "run.yaml").write_text(
+        "model: {arch: chatbridge, model_type: tiny, checkpoint: null}\n"
+        f"datasets: {{chatbridge_jsonl: {{data_root: '{root}', splits: {{test: test.jsonl}}, templates: false}}}}\n"
+        "run:\n  task: chatbridge_captioning\n  evaluate: true\n  test_splits: [test]\n  metrics: [exact_match]\n"
+        "  num_workers: 0\n  max_len: 8\n  batch_size_eval: 3\n  device: cpu\n  job_id: ''\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def session():
+    """One model for all tests of the file."""
+    with Session() as one:
+        yield one
+
+
+@pytest.fixture
+def evaluate(data, session, tmp_path):
+    """Evaluate into a folder of the test and return the file of predictions."""
+
+    def evaluating(name, *options):
+        session.run(str(data / "run.yaml"), [f"run.output_dir={tmp_path / name}", *options], evaluate=True)
+        return (tmp_path / name / "result/test_step0.json").read_text()
+
+    return evaluating
+
+
+def test_batches_and_beams(evaluate):
+    for beams in (1, 3):
+        options = (f"run.num_beams={beams}",)
+        one = evaluate(f"one{beams}", "run.batch_size_eval=1", *options)
+        assert one == evaluate(f"eight{beams}", "run.batch_size_eval=8", *options)
+    records = json.loads(one)
+    assert [record["sample_id"] for record in records] == sorted(
+        (f"s{n}" for n in range(11)), key=lambda name: (int(name[1:]) < 7, int(name[1:]))
+    )
+    assert len({record["prediction"] for record in records}) > 1
+
+
+def test_an_interrupted_run_goes_on(evaluate, tmp_path, monkeypatch):
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    whole = evaluate("whole")
+    generate, seen = ChatBridge.generate, []
+
+    def counted(model, samples, **more):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(samples["sample_id"]))
+        return generate(model, samples, **more)
+
+    monkeypatch.setattr(ChatBridge, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("cut")
+    journal = tmp_path / "cut/result/journal/rank0.jsonl"
+    assert len(journal.read_text().splitlines()) == sum(seen)
+    with open(journal, "a") as file:
+        file.write('{"key": "abc", "rec')  # a line that a kill cut off
+    counts = []
+    monkeypatch.setattr(
+        ChatBridge, "generate", lambda m, s, **more: counts.append(len(s["sample_id"])) or generate(m, s, **more)
+    )
+    assert evaluate("cut") == whole
+    assert sum(counts) == 11 - sum(seen)
+    assert not journal.exists()
+    counts.clear()
+    assert evaluate("cut") == whole
+    assert sum(counts) == 11
+
+
+def test_other_decoding_is_predicted_anew(evaluate, monkeypatch):
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    first = evaluate("kept", "run.keep_journal=true")
+    generate, counts = ChatBridge.generate, []
+    monkeypatch.setattr(
+        ChatBridge, "generate", lambda m, s, **more: counts.append(len(s["sample_id"])) or generate(m, s, **more)
+    )
+    assert evaluate("kept", "run.keep_journal=true") == first
+    assert not counts
+    evaluate("kept", "run.keep_journal=true", "run.repetition_penalty=1.5")
+    assert sum(counts) == 11
+
+
+def test_two_processes_write_the_file_of_one(evaluate, data, tmp_path):
+    one = evaluate("one")
+    in_processes(ranks.evaluate, 2, str(data / "run.yaml"), [f"run.output_dir={tmp_path / 'two'}"])
+    assert (tmp_path / "two/result/test_step0.json").read_text() == one
+
+
+def test_answers_are_chosen_from_a_list(evaluate, tmp_path):
+    (tmp_path / "answers.json").write_text(json.dumps(["red", "a large blue circle", "yes"]))
+    options = ("run.inference_method=rank", f"run.answer_list={tmp_path / 'answers.json'}")
+    one = evaluate("one", "run.batch_size_eval=1", *options)
+    assert one == evaluate("eight", "run.batch_size_eval=8", *options)
+    assert {record["prediction"] for record in json.loads(one)} <= {"red", "a large blue circle", "yes"}
+    with pytest.raises(ConfigError, match="cannot be read"):
+        evaluate("none", "run.inference_method=rank", "run.answer_list=nowhere.json")
