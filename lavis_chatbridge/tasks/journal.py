@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def model_mark(model: nn.Module) -> str:
     need not be read.
     """
     digest = hashlib.sha256(repr(getattr(model, "settings", "")).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    # not the state dict: asking for it would take weights apart again that FSDP has gathered for the evaluation
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // _VALUES_PER_TENSOR)
         values = flat[::step].to("cpu", torch.float64).numpy()

@@ -44,7 +44,10 @@ def written(folder, name, content):
 
 
 def test_captioning_on_coco_caption(score, tmp_path):
-    rows = [{"image": f"val2014/COCO_val2014_{n:012d}.jpg", "caption": ["a colour"]} for n in (1, 2, 3)]
+    rows = [
+        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "image_id": f"coco_{n}", "caption": ["a colour"]}
+        for n in (1, 2, 3)
+    ]
     file = written(tmp_path, "coco.json", rows)
     splits = {split: {"url": file, "storage": file} for split in ("train", "val", "test")}
     info = {"annotations": splits, "images": {"storage": str(tmp_path / "images")}}
