@@ -91,14 +91,24 @@ class _Schedule:
 
     def at(self, step: int) -> tuple[int, int]:
         """The source of a step, and how many earlier steps had the same one."""
+        source, before = self._walk(step)
+        return source, before[source]
+
+    def before(self, step: int) -> list[int]:
+        """How many of the steps before ``step`` each source has."""
+        return self._walk(step)[1]
+
+    def _walk(self, step: int) -> tuple[int, list[int]]:
+        """The source of a step, and how many earlier steps each source has."""
         number, inside = divmod(step, self.block)
         before = self.counts(number * self.block)
         after = self.counts((number + 1) * self.block)
         members = [source for source, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
         order = sorted(range(self.block), key=lambda i: _hash(self.seed, number, i))
         sources = [members[i] for i in order]
-        source = sources[inside]
-        return source, before[source] + sources[:inside].count(source)
+        for source in sources[:inside]:
+            before[source] += 1
+        return sources[inside], before
 
 
 class MixturePlan:
@@ -144,6 +154,24 @@ class MixturePlan:
         self.group = group
         self._schedule = _Schedule.of([self.ratios[name] for name in self.names], _hash(seed, 0))
         self._window: tuple[tuple[str, int], np.ndarray] | None = None
+        self.go_on_from(0, dict.fromkeys(self.names, 0))
+
+    def go_on_from(self, step: int, positions: Mapping[str, int]) -> None:
+        """Let ``step`` begin at these positions of the sources, as a run of another size left them.
+
+        Args:
+            step: The first step that this plan is asked for.
+            positions: Per source, how many samples of its endless sequence of epochs have been taken.
+        """
+        self.origin = {"step": step, "positions": dict(positions)}
+        self._starts = [positions[name] for name in self.names]
+        self._turns = self._schedule.before(step)
+        self._window = None
+
+    def positions(self, step: int) -> dict[str, int]:
+        """Per source, how many samples of its endless sequence all ranks have taken before ``step``."""
+        taken = zip(self.names, self._starts, self._turns, self._schedule.before(step), strict=True)
+        return {name: start + (now - then) * self._global(name) for name, start, then, now in taken}
 
     def source(self, step: int) -> str:
         """The source that all ranks have at ``step`` (from 0)."""
@@ -153,12 +181,13 @@ class MixturePlan:
         """What a rank trains on at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
         number, turn = self._schedule.at(step)
         name = self.names[number]
+        turn -= self._turns[number]
         size = self.batch_sizes[name]
         if name in self.lengths:
             # neighbours in length go to different ranks, so that no rank waits for the one with the long ones
             positions = self._grouped(name, turn)[rank :: self.world_size]
         else:
-            start = (turn * self.world_size + rank) * size
+            start = self._starts[number] + (turn * self.world_size + rank) * size
             positions = np.arange(start, start + size)
         return name, self.samples(name, positions)
 
@@ -178,6 +207,10 @@ class MixturePlan:
         per_step = float(shares @ np.array([self.batch_sizes[name] for name in self.names]) / shares.sum())
         return max(1, -int(-sum(self.sizes.values()) // (per_step * self.world_size)))
 
+    def _global(self, name: str) -> int:
+        """Samples of one step of a source on all ranks together."""
+        return self.batch_sizes[name] * self.world_size
+
     def _order(self, name: str, epoch: int) -> KeyedPermutation:
         return KeyedPermutation(self.sizes[name], self.seed, 1, self.names.index(name), epoch)
 
@@ -185,8 +218,8 @@ class MixturePlan:
         """Positions of a source's ``turn``-th global batch when samples of similar length are put together."""
         window, inside = divmod(turn, self.group)
         if self._window is None or self._window[0] != (name, window):
-            per_batch = self.batch_sizes[name] * self.world_size
-            start = window * self.group * per_batch
+            per_batch = self._global(name)
+            start = self._starts[self.names.index(name)] + window * self.group * per_batch
             positions = np.arange(start, start + self.group * per_batch)
             indices = [index for index, _ in self.samples(name, positions)]
             by_length = positions[np.argsort(np.asarray(self.lengths[name])[indices], kind="stable")]

@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 STOPPED_BY_SIGTERM = 128 + 15
 WEIGHTS = "model.safetensors"
+_DATA_OF_A_PLAN = ("sizes", "ratios", "seed")
 
 
 @registry.register_runner("chatbridge_runner")
@@ -78,7 +79,8 @@ class ChatBridgeRunner(RunnerBase):
         if self._wrapped_model is None:
             self._marks = parallel.prepare(self._model, self.run, self.device)
             self._wrapped_model = self._model
-            features.attach(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
+            with parallel.whole(self._model):
+                features.attach(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
         return self._wrapped_model
 
     @property
@@ -340,10 +342,22 @@ class ChatBridgeRunner(RunnerBase):
         _log.info("going on from %s after step %d of %d", path, self.state.step, self.steps)
 
     def _restore_position(self, state: Mapping[str, Any], path: Path) -> None:
-        """Check that the step means the same samples as when it was saved, and take over the loaders' counts."""
-        faults = checkpoints.differences(state["data"]["plan"], self._plan_record())
+        """Let the sources go on where the checkpoint left them, and take over the loaders' counts.
+
+        Other batch sizes or another number of processes go on at the same sample; other data or seeds cannot.
+        """
+        plan, record = self.train_loader.plan, dict(state["data"]["plan"])
+        origin, positions = record.pop("origin"), record.pop("positions")
+        mine = self._plan_record()
+        found, expected = ({key: one[key] for key in _DATA_OF_A_PLAN} for one in (record, mine))
+        faults = checkpoints.differences(found, expected)
         if faults:
-            raise CheckpointError(f"{path} was trained on another plan of data: {'; '.join(faults)}")
+            raise CheckpointError(f"{path} was trained on other data: {'; '.join(faults)}")
+        if all(record[key] == mine[key] for key in record):
+            plan.go_on_from(origin["step"], origin["positions"])
+        else:
+            _log.warning("batch sizes or processes are not those of %s: going on at the same samples", path)
+            plan.go_on_from(self.state.step, positions)
         loading = state["data"]["loaders"]
         if distributed.rank() < len(loading):
             self.train_loader.load_state_dict(loading[distributed.rank()])
@@ -394,6 +408,8 @@ class ChatBridgeRunner(RunnerBase):
             "batch_sizes": plan.batch_sizes,
             "world_size": plan.world_size,
             "seed": plan.seed,
+            "origin": plan.origin,
+            "positions": plan.positions(self.state.step),
         }
 
     # ---- logs

@@ -221,9 +221,9 @@ def newest_run(output_dir: Path, identity: Mapping[str, Any]) -> Path | None:
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], limit: int = 5) -> list[str]:
     """What of ``found`` (in a checkpoint) is not as ``expected`` (in the model), as sentences."""
     lines = [f"{key} is missing" for key in expected if key not in found]
-    lines += [f"{key} is not in the model" for key in found if key not in expected]
+    lines += [f"{key} is not expected" for key in found if key not in expected]
     both = [key for key in expected if key in found and found[key] != expected[key]]
-    lines += [f"{key} is {found[key]}, the model has {expected[key]}" for key in both]
+    lines += [f"{key} is {found[key]}, expected {expected[key]}" for key in both]
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
 
 

@@ -7,13 +7,14 @@ over them block by block and gathered when a block runs (``fsdp``, FSDP2).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lavis_chatbridge.errors import ConfigError, TrainingError
 from lavis_chatbridge.runners import distributed, optim, snapshot
@@ -39,7 +40,7 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> dict[st
     if len({str(sorted(other.items())) for other in distributed.gather_everywhere(marks)}) > 1:
         raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
     if run.gradient_checkpointing:
-        _checkpoint_gradients(model)
+        _recompute(model)
     if run.parallel == "fsdp" and distributed.in_group():
         _shard(model, device)
     model.to(device)
@@ -104,10 +105,22 @@ def _broadcast(model: nn.Module) -> None:
             dist.broadcast(parameter.data, src=0)
 
 
-def _checkpoint_gradients(model: nn.Module) -> None:
-    for part in (model, *model.children()):
-        enable = getattr(part, "gradient_checkpointing_enable", None)
-        if enable is not None:
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            return
-    raise ConfigError(f"run.gradient_checkpointing: {type(model).__name__} has no part that can recompute activations")
+def _recompute(model: nn.Module) -> None:
+    """Let frozen blocks keep only their inputs for the backward pass.
+
+    The switch that transformers' models have for this does nothing in evaluation mode, in which frozen parts stay.
+    """
+    blocks = frozen_blocks(model)
+    if not blocks:
+        raise ConfigError("run.gradient_checkpointing is set, but the model has no frozen stack of blocks")
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Any, **more: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **more)
+        return checkpoint(forward, *inputs, use_reentrant=False, **more)
+
+    return run

@@ -7,10 +7,11 @@ import os
 import resource
 import signal
 import time
+from typing import ClassVar
 
 import pytest
 import torch
-from runner_parts import ToyModel, ToySource, in_processes, runner, toy_data, weights
+from runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.runners import checkpoints, distributed, snapshot
@@ -203,7 +204,7 @@ def test_other_frozen_weights_are_refused(tmp_path):
     other = ToyModel()
     with torch.no_grad():
         other.frozen[0][0].weight[0, 0] += 0.5
-    with pytest.raises(CheckpointError, match=r"trained with other frozen parts: frozen is .*, the model has"):
+    with pytest.raises(CheckpointError, match=r"trained with other frozen parts: frozen is .*, expected"):
         runner(tmp_path, other, resume="auto").train()
 
 
@@ -211,7 +212,7 @@ def test_other_dimensions_are_refused_with_the_difference(tmp_path):
     runner(tmp_path).train()
     other = ToyModel()
     other.norm = torch.nn.LayerNorm(8, elementwise_affine=True, bias=False)
-    with pytest.raises(CheckpointError, match=r"is for another model: norm.bias is not in the model"):
+    with pytest.raises(CheckpointError, match=r"is for another model: norm.bias is not expected"):
         runner(tmp_path, other, resume="auto").train()
 
 
@@ -259,3 +260,37 @@ def test_signals_save(tmp_path, number):
 def test_the_clock_saves(tmp_path):
     runner(tmp_path, max_iters=4, save_every_minutes=1e-9, keep_last=10).train()
     assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 4
+
+
+class Recorder(ToySource):
+    """A source that notes which samples were taken, and the epoch."""
+
+    taken: ClassVar[list[tuple[str, int, int]]] = []
+
+    def item(self, index, epoch=0):
+        self.taken.append((self.name, index, epoch))
+        return super().item(index, epoch)
+
+
+def test_another_number_of_samples_per_step_goes_on_at_the_same_sample(tmp_path, monkeypatch):
+    """As another number of processes does: what a step takes of a source is what all processes take together."""
+    monkeypatch.setattr(Recorder, "taken", [])
+    data = {"pictures": {"train": ToyGroup([Recorder("pictures", "image", 24)])}}
+    data["sounds"] = {"train": ToyGroup([Recorder("sounds", "audio", 12)])}
+    for steps, batch in ((5, 4), (8, 2), (13, 3)):
+        one = runner(tmp_path, data=data, max_iters=steps, batch_size_train=batch, resume="auto")
+        one.train()
+    positions = one.train_loader.plan.positions(13)
+    assert sum(positions.values()) == 5 * 4 + 3 * 2 + 5 * 3
+    for name, size in (("pictures", 24), ("sounds", 12)):
+        taken = [(index, epoch) for source, index, epoch in Recorder.taken if source == name]
+        assert len(taken) == len(set(taken)) == positions[name]
+        assert [epoch for _, epoch in taken] == [number // size for number in range(len(taken))]
+
+
+def test_other_data_are_refused(tmp_path):
+    runner(tmp_path).train()
+    data = toy_data()
+    data["sounds"]["train"].sources[0].size = 99
+    with pytest.raises(CheckpointError, match=r"was trained on other data: sizes is \{.*'sounds': 17\}, expected"):
+        runner(tmp_path, data=data, resume="auto").train()

@@ -192,3 +192,11 @@ def test_an_output_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to"):
         runner(tmp_path / "file" / "below")
+
+
+def test_recomputed_blocks_change_nothing(tmp_path):
+    plain = runner(tmp_path / "plain", max_iters=4)
+    other = runner(tmp_path / "other", max_iters=4, gradient_checkpointing=True)
+    plain.train()
+    other.train()
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())
