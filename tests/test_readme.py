@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -22,6 +23,9 @@ EXERCISED_BY = {
     "chatbridge train": "tests/plugin/test_autoload.py",
     "chatbridge evaluate": "tests/test_cli.py",
     "chatbridge world build": "tests/toyworld/test_build.py",
+    "chatbridge check-data": "tests/datasets/test_check.py",
+    "chatbridge ask": "tests/chat/test_commands.py",
+    "chatbridge chat": "tests/chat/test_commands.py",
 }
 """Each command, without its arguments -> the file that runs it."""
 
@@ -45,7 +49,7 @@ def _name(command: str) -> str:
     words = shlex.split(command)
     if "-m" in words:
         return f"{words[0]} -m {words[words.index('-m') + 1]}"
-    return " ".join(word for word in words if re.fullmatch("[a-z]+", word))
+    return " ".join(itertools.takewhile(lambda word: re.fullmatch("[a-z-]+", word) and word[0] != "-", words))
 
 
 def test_every_command_is_exercised(commands: list[str], repository: Path):
