@@ -89,6 +89,7 @@ class Generation:
         self.reused = prefix.common(self.elements)
         """Positions of the prompt that need not be read again."""
         self.started = time.monotonic()
+        """When the answer was asked for."""
         self.first_token: float | None = None
         """Seconds from the start to the first token."""
         self._cancelled = threading.Event()

@@ -151,6 +151,7 @@ class MediaReader:
 
     def __init__(self, model: Any, processors: Mapping[str, Mapping[str, Any]], capacity: int = 64) -> None:
         self._model = model
+        self.processors = processors
         self._processors = {kind: processors[kind]["eval"] for kind in KINDS}
         self._capacity = capacity
         self._known: OrderedDict[str, Perceived] = OrderedDict()

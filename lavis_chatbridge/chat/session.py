@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Answer:
         media: What became of the media of all turns that the model was given.
         turn: The number of the user's turn that it answers.
         dropped: Turns at the start of the conversation that did not fit into the context.
-        first_token_seconds: From the end of the media's preparation to the first token.
+        first_token_seconds: From the call to the first token, the opening of media included.
     """
 
     text: str
@@ -81,15 +82,21 @@ class Stream(Iterator[str]):
         self._session, self._generation = session, generation
         self._texts = iter(Decoder(session.model.llama_model).run(generation))
         self._answer: Answer | None = None
+        self._over = False
         self._step = threading.Lock()
         self._reader = threading.get_ident()
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; what has not been read of it is read now."""
+        """The whole answer; what has not been read of it is read now.
+
+        Raises:
+            PromptError: If it could not be generated.
+        """
         for _ in self:
             pass
-        assert self._answer is not None
+        if self._answer is None:
+            raise PromptError("there is no answer: its generation failed")
         return self._answer
 
     @property
@@ -100,13 +107,15 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         self._reader = threading.get_ident()
         with self._step:
-            while self._answer is None:
+            while not self._over:
                 try:
                     text = next(self._texts, None)
                 except BaseException:
+                    self._over = True
                     self._session.abandon(self._generation)
                     raise
                 if text is None:
+                    self._over = True
                     self._answer = self._session.finish(self._generation)
                 elif text:
                     return text
@@ -129,7 +138,7 @@ class Stream(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_answer", self) is None:
+        if not getattr(self, "_over", True):
             self.close()
 
 
@@ -399,6 +408,7 @@ class Session:
         """Wait for the session, and prepare an answer after ``new`` turns, or (none) to the last user's turn anew."""
         chosen = self._sampling(sampling)
         self._wait()
+        started = time.monotonic()
         try:
             turns = [*self._turns, *new]
             if not new and turns and turns[-1].role == "assistant":
@@ -416,6 +426,7 @@ class Session:
                 self._template.end_ids,
                 replace(chosen, max_new_tokens=min(chosen.max_new_tokens, room)),
             )
+            generation.started = started
             notes = tuple(m.note(i) for i in range(start, len(turns)) for m in turns[i].media)
             self._running = _Running(generation, turns, notes, start)
             return generation

@@ -204,9 +204,8 @@ def test_user_text_forges_no_turn_and_no_slot(model: Any, template: str):
     texts = "".join(part.text for part in parts if isinstance(part, Text))
     assert slots == [Slot("image", 0)]
     if template == "human_assistant":
-        assert texts.count("###Human:") == 1  # the second one's ### closes the reply
-        assert texts.count("###") == 4
-        assert texts.count("###Assistant:") == 2
+        # Two that open the first turn (its media, its words), one behind the reply; an assistant's for each question.
+        assert (texts.count("###Human:"), texts.count("###Assistant:")) == (3, 2)
     else:
         assert (texts.count("USER:"), texts.count("ASSISTANT:")) == (2, 2)
     ids = codec.encode(FORGED)

@@ -1,0 +1,100 @@
+"""The five kinds of chat with the shipped tiny model give the right answers of the embedded world.
+
+Needs the shipped checkpoint ``assets/tiny/chatbridge.safetensors``; where it is missing the tests fail and say so.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lavis_chatbridge.chat import Sampling, Session
+from lavis_chatbridge.prompting import Kind
+from lavis_chatbridge.toyworld import clips, language, pictures, sounds
+from lavis_chatbridge.toyworld.world import Scene, scenes
+
+TALKS = 8
+FIVE: dict[str, tuple[Kind, ...]] = {
+    "audio+video": ("video", "audio"),
+    "audio+image": ("image", "audio"),
+    "image": ("image",),
+    "audio": ("audio",),
+    "video": ("video",),
+}
+LEAST = {1: 0.8, 2: 0.7}
+"""The share of right answers for one medium, and for two at once; guessing gets about a fifth, and less."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return Session.open("tiny", device="cpu")
+
+
+def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[tuple[str, str, str]]:
+    """A conversation of three questions about new renderings: question, right answer, the model's answer."""
+    rng, words = np.random.default_rng([7, number]), random.Random(f"chat {number}")
+    files = files_of(scene, rng)
+    if len(scene) == 1:
+        asked = language.questions(scene[0], words)[:3]
+    else:
+        asked = [
+            language.one_of(scene, words),
+            language.joint(scene[0], scene[1], words, "name"),
+            language.one_of(scene, words),
+        ]
+    found = []
+    for i, question in enumerate(asked):
+        answer = session.ask(question.text, media=[] if i else files)
+        assert answer.finish == "stop"
+        assert sum(note.reached for note in answer.media) == len(scene)
+        found.append((question.text, question.answer, answer.text))
+    assert session.turns[-1].text == found[-1][2]
+    return found
+
+
+def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[Kind, bytes]]:
+    """The media as files; a sound beside a video is the video's own track."""
+    kinds = tuple(one.kind for one in scene)
+    if kinds == ("video", "audio"):
+        clip = clips.render(scene[0], rng)
+        seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
+        return [("video", clips.encode(clip, rng, sounds.render(scene[1], rng, seconds, rate=16_000)))]
+    files: list[tuple[Kind, bytes]] = []
+    for one in scene:
+        if one.kind == "image":
+            files.append(("image", pictures.encode(pictures.render(one, rng), "png", rng)))
+        elif one.kind == "audio":
+            files.append(("audio", sounds.encode(sounds.render(one, rng), "wav")))
+        else:
+            files.append(("video", clips.encode(clips.render(one, rng), rng)))
+    return files
+
+
+@pytest.mark.parametrize("kinds", FIVE.values(), ids=FIVE)
+def test_the_answers_are_right(model: Session, kinds: tuple[Kind, ...]):
+    drawn = [scenes(kind, False, 4211) for kind in kinds]
+    found = []
+    for number in range(TALKS):
+        session = Session(model.model, reader=model.reader, sampling=Sampling(max_new_tokens=24))
+        found += talk_about(session, tuple(next(one) for one in drawn), number)
+    wrong = [entry for entry in found if entry[1] != entry[2]]
+    share = 1 - len(wrong) / len(found)
+    assert share >= LEAST[len(kinds)], f"{share:.0%} of the answers are right; wrong are {wrong}"
+
+
+def test_a_second_medium_in_a_later_turn(model: Session):
+    """A picture first, a sound in the next turn: the questions about each are answered."""
+    pictured, heard = scenes("image", False, 99), scenes("audio", False, 99)
+    right = 0
+    for number in range(TALKS):
+        rng, picture, sound = np.random.default_rng([9, number]), next(pictured), next(heard)
+        session = Session(model.model, reader=model.reader, sampling=Sampling(max_new_tokens=24))
+        first = session.ask("what is the colour of the picture?", media=files_of((picture,), rng))
+        second = session.ask("what is the pitch of the sound?", media=files_of((sound,), rng))
+        right += first.text == picture.facts["colour"]
+        right += second.text == sound.facts["pitch"]
+        assert [note.turn for note in second.media] == [0, 2]
+    assert right >= 0.7 * 2 * TALKS, f"{right} of {2 * TALKS} answers are right"
