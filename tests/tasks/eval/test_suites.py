@@ -140,6 +140,19 @@ def test_suites_are_chosen_by_name():
         suites.choose("clothoo", found)
 
 
+@pytest.mark.parametrize("model_type", ["vicuna7b", "vicuna13b"])
+def test_one_override_takes_the_large_models(benchmark_data, model_type):
+    from lavis_chatbridge.runners.config import load_config
+
+    options = [f"model.model_type={model_type}", f"env.data_root={benchmark_data}"]
+    for name, suite in suites.find().items():
+        cfg = load_config(suite.path, options)
+        assert cfg.run.output_dir == f"output/eval/{model_type}/{name}"
+        assert cfg.model_cfg.prompt_layout == "original"
+        [section] = cfg.datasets_cfg.values()
+        assert section.video_processor.eval.image_size == 224
+
+
 def test_the_paper_and_the_files_are_named_in_every_suite():
     for name, suite in suites.find().items():
         text = suite.path.read_text()
