@@ -7,6 +7,7 @@ torch's DataLoader supplies workers, prefetching and pinned memory.
 from __future__ import annotations
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -321,6 +322,7 @@ def _load(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettin
         prefetch_factor=settings.prefetch if settings.workers else None,
         pin_memory=settings.pin_memory and torch.cuda.is_available(),
         collate_fn=_as_it_is,
+        worker_init_fn=_outlive_signals,
     )
     try:
         for batch in loader:
@@ -334,6 +336,13 @@ def _load(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettin
             f"a data worker died: {str(error).splitlines()[0]} Often it was killed for memory: use fewer workers "
             "(run.num_workers), or give the container more shared memory"
         ) from error
+
+
+def _outlive_signals(_worker: int) -> None:
+    """Clusters and terminals signal all processes at once: the training decides when its workers end, so that it can
+    still save a checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

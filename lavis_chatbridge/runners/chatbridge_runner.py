@@ -23,7 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, TrainingError
-from lavis_chatbridge.runners import checkpoints, data, distributed, features, optim, parallel, snapshot
+from lavis_chatbridge.runners import (
+    checkpoints,
+    data,
+    distributed,
+    features,
+    migrations,
+    optim,
+    parallel,
+    snapshot,
+)
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
 from lavis_chatbridge.runners.progress import LOG, Reporter, append_stats
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
@@ -156,7 +165,7 @@ class ChatBridgeRunner(RunnerBase):
         if self.continued is not None:
             self._load_checkpoint(self.continued)
         optim.log_sizes(model)
-        with Watch(self.run.save_every_minutes) as watch, self._reporter() as reporter:
+        with Watch(self.run.save_every_minutes) as watch, self._reporter() as reporter, distributed.contact():
             self._train_steps(watch, reporter)
         self._write_weights()
         self.evaluate()
@@ -240,8 +249,9 @@ class ChatBridgeRunner(RunnerBase):
             Split -> its metrics.
         """
         if self.evaluate_only and self.continued is not None:
-            weights = checkpoints.read(self.continued).model
-            snapshot.load_trained_weights(self.model, weights, str(self.continued))
+            path, model = self.continued, self.model
+            weights = migrations.read(path, model).model if path.is_file() else checkpoints.read(path).model
+            snapshot.load_trained_weights(model, weights, str(path))
         elif not self.evaluate_only and not skip_reload and cur_epoch == "best":
             self._reload_best_model(self.model)
         logs: dict[str, Any] = {}
@@ -327,6 +337,9 @@ class ChatBridgeRunner(RunnerBase):
             CheckpointError: If it is damaged, or made for other weights, dimensions or sources.
         """
         path = Path(url_or_filename)
+        if path.is_file():
+            self._migrate(path)
+            return
         checkpoint = checkpoints.read(path)
         state = checkpoint.state
         faults = checkpoints.differences(state["fingerprints"], self._marks)
@@ -340,6 +353,23 @@ class ChatBridgeRunner(RunnerBase):
         if distributed.rank() < len(state["rng"]):
             snapshot.set_rng_state(state["rng"][distributed.rank()])
         _log.info("going on from %s after step %d of %d", path, self.state.step, self.steps)
+
+    def _migrate(self, path: Path) -> None:
+        """Go on from another program's checkpoint: weights, optimiser where its order is known, and how far it was."""
+        foreign = migrations.read(path, self.model)
+        snapshot.load_trained_weights(self.model, foreign.model, str(path))
+        snapshot.load_optimizer(self.model, self.optimizer, foreign.optimizer)
+        per_epoch = self.train_loader.plan.steps_per_epoch()
+        done = foreign.steps if foreign.steps is not None else (foreign.epochs or 0) * per_epoch
+        self.state = TrainState(step=min(done, self.steps))
+        kept = "its optimiser" if foreign.optimizer else "a new optimiser: its own does not fit these parameters"
+        _log.warning(
+            "going on from %s, a checkpoint of format %r, at step %d with %s; the order of its data is not known",
+            path,
+            foreign.format,
+            self.state.step,
+            kept,
+        )
 
     def _restore_position(self, state: Mapping[str, Any], path: Path) -> None:
         """Let the sources go on where the checkpoint left them, and take over the loaders' counts.

@@ -13,7 +13,8 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_LOST = re.compile(r"timed? ?out|closed by peer|connection (reset|refused|was closed)|broken pipe", re.IGNORECASE)
 _FIRST_PORT, _PORTS = 15000, 20000
 
 
@@ -211,6 +213,25 @@ def gather_everywhere(value: T) -> list[T]:
     box: list[Any] = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+@contextmanager
+def contact() -> Iterator[None]:
+    """Name the cause when another process does not answer any more.
+
+    Raises:
+        TrainingError: In place of the backend's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (in_group() and (isinstance(error, dist.DistError) or _LOST.search(str(error)))):
+            raise
+        raise TrainingError(
+            f"process {rank()} has lost another one (it died, hangs, or took longer than run.timeout_minutes): look at "
+            f"the first error among the processes' logs, then run again with run.resume=auto; "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def setup_logging() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -294,3 +295,74 @@ def test_other_data_are_refused(tmp_path):
     data["sounds"]["train"].sources[0].size = 99
     with pytest.raises(CheckpointError, match=r"was trained on other data: sizes is \{.*'sounds': 17\}, expected"):
         runner(tmp_path, data=data, resume="auto").train()
+
+
+def _lavis_checkpoint(path, groups, **progress):
+    """A checkpoint as LAVIS's runners write it, after two steps of AdamW on every parameter."""
+    model = ToyModel()
+    named = dict(model.named_parameters())
+    order = groups(named)
+    optimizer = torch.optim.AdamW([{"params": [named[name] for name in names]} for names in order], lr=0.1)
+    for number, parameter in enumerate(named.values()):
+        parameter.grad = torch.full_like(parameter, 1.0 + number)
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": None, "config": {}}
+    torch.save(content | progress, path)
+    return {name: optimizer.state[parameter]["exp_avg"] for name, parameter in named.items() if parameter.requires_grad}
+
+
+def _lavis_groups(named):
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    matrices = [name for name, p in trained.items() if p.ndim >= 2 and "bias" not in name]
+    return [matrices, [name for name in trained if name not in matrices]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "progress", "step"),
+    [
+        (_lavis_groups, {"iters": 3}, 3),
+        (_lavis_groups, {"epoch": 0}, 10),
+        (lambda named: [list(named)], {"epoch": 1}, 20),
+    ],
+    ids=["lavis-iterations", "lavis-epochs", "original"],
+)
+def test_a_checkpoint_of_lavis_or_the_original_goes_on(tmp_path, groups, progress, step):
+    averages = _lavis_checkpoint(tmp_path / "checkpoint.pth", groups, **progress)
+    one = runner(tmp_path / "out", max_iters=25, resume=str(tmp_path / "checkpoint.pth"))
+    one._load_checkpoint(one.continued)
+    assert one.state.step == step
+    tensors = snapshot.optimizer_tensors(one.model, one.optimizer)
+    assert {name for name, _, part in (key.partition("|") for key in tensors) if part == "exp_avg"} == set(averages)
+    assert all(torch.equal(tensors[f"{name}|exp_avg"], average) for name, average in averages.items())
+    one.train()
+    assert one.state.step == 25
+
+
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
+    torch.save({"model": {}, "config": Stop()}, tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match="only tensors and plain values are read"):
+        runner(tmp_path / "out", resume=str(tmp_path / "checkpoint.pth")).train()
+
+
+def _end_of_time(folder):
+    """A training whose whole process group is told to end, workers included, as Slurm does it."""
+    os.setpgid(0, 0)
+    one = runner(folder, num_workers=2, max_iters=500, save_every_steps=None)
+    take = one.state.record
+
+    def record(source, result):
+        take(source, result)
+        if one.state.step == 5:
+            os.killpg(0, signal.SIGTERM)
+
+    one.state.record = record
+    one.train()
+
+
+def test_the_end_of_a_jobs_time_saves_although_workers_are_signalled_too(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=_end_of_time, args=(tmp_path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 143
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoints.verify(newest) == []

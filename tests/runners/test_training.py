@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 
 import pytest
 import torch
@@ -200,3 +202,26 @@ def test_recomputed_blocks_change_nothing(tmp_path):
     plain.train()
     other.train()
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())
+
+
+def _train_and_lose_one(rank, folder, how):
+    one = runner(folder, max_iters=6, timeout_minutes=0.05)
+    take = one.state.record
+
+    def record(source, result):
+        take(source, result)
+        if rank == 1 and one.state.step == 3:
+            os._exit(0) if how == "dies" else time.sleep(8)
+
+    one.state.record = record
+    try:
+        one.train()
+    except TrainingError as error:
+        (folder / f"error{rank}").write_text(str(error))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_process_is_named(tmp_path, how):
+    in_processes(_train_and_lose_one, 2, tmp_path, how)
+    assert "process 0 has lost another one" in (tmp_path / "error0").read_text()
