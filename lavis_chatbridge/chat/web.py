@@ -406,6 +406,7 @@ def run(args: argparse.Namespace) -> int:
         page = Page(model, MediaReader(model, processors), args.template)
         examples = not args.no_examples and args.model == "tiny"
         app = build_app(page, max_bytes=round(args.max_medium * MEBIBYTE), password=password, examples=examples)
+        line.listen()  # whoever reads the next line may come at once
         print(f"open {address_of(line)} in a browser", flush=True)
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[line])

@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
                 lifespan="off",
                 timeout_graceful_shutdown=5,
             )
+            line.listen()  # whoever reads the next line may come at once
             print(f"listening on {address_of(line)}/v1 (model {settings.name})", flush=True)
             uvicorn.Server(config).run(sockets=[line])
         finally:
