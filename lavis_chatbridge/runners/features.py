@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lavis_chatbridge.datasets.features import build_features
+from lavis_chatbridge.datasets.features import FeatureStore, build_features
 from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.processors.loading import load_processors
@@ -39,26 +39,50 @@ def attach(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettin
     """
     if run.feature_cache is None:
         return
+    store = fill(model, datasets, run, preprocess)
+    _log.info("taking the frozen encoders' outputs of %d media from %s", len(store), store.folder)
+    for group in _used(datasets, run):
+        group.set_features(store)
+
+
+def fill(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings, preprocess: Any) -> FeatureStore:
+    """Encode what the cache lacks of the used splits; every process does its share.
+
+    Args:
+        model: A model with ``encode_media`` and ``frozen_fingerprint``, on its device.
+        datasets: Data set name -> split -> data set.
+        run: Names the splits and the folder.
+        preprocess: The ``preprocess`` section, for the evaluation processors.
+
+    Raises:
+        ConfigError: If there is no folder, or the model or a data set cannot do this.
+    """
     groups = _used(datasets, run)
-    if not hasattr(model, "encode_media") or not all(hasattr(group, "set_features") for group in groups):
-        raise ConfigError("run.feature_cache needs ChatBridge and this package's data sets; set it to null")
-    processors = {kind: splits["eval"] for kind, splits in load_processors(preprocess).items() if kind in KINDS}
-    folder = Path(run.feature_cache).expanduser().absolute()
+    able = hasattr(model, "encode_media") and all(hasattr(group, "set_features") for group in groups)
+    if run.feature_cache is None or not able:
+        raise ConfigError(
+            "run.feature_cache needs a folder, ChatBridge and this package's data sets; else leave it null"
+        )
+    loaded = load_processors(preprocess)
+    processors: dict[str, Any] = {kind: loaded[kind]["eval"] for kind in KINDS}
     with torch.no_grad():
         store = build_features(
             model,
-            chain.from_iterable(_samples(group) for group in groups),
+            samples(datasets, run),
             processors,
-            folder,
+            Path(run.feature_cache).expanduser().absolute(),
             workers=run.num_workers,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
     distributed.barrier()
     store.refresh()
-    _log.info("taking the frozen encoders' outputs of %d media from %s", len(store), folder)
-    for group in groups:
-        group.set_features(store)
+    return store
+
+
+def samples(datasets: Mapping[str, Mapping[str, Any]], run: RunSettings) -> Iterator[Sample]:
+    """All samples of the splits that a run reads."""
+    return chain.from_iterable(_samples(group) for group in _used(datasets, run))
 
 
 def _used(datasets: Mapping[str, Mapping[str, Any]], run: RunSettings) -> list[Any]:
