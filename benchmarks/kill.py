@@ -112,12 +112,16 @@ def newest_step(output: Path) -> int:
 
 
 def kill_and_resume(
-    context: ForkServerContext, config: Path, output: Path, span: tuple[float, float], wanted: str, rng: random.Random
+    context: ForkServerContext, config: Path, output: Path, steps: int, pace: float, wanted: str, rng: random.Random
 ) -> Row:
-    """Kill a training at a random moment of ``span``, resume it to the end, compare."""
+    """Kill a training at a random moment of a random step, resume it to the end, compare."""
+    began = time.monotonic()
     processes = start(context, config, output)
-    seconds = rng.uniform(*span)
-    time.sleep(seconds)
+    step = rng.randrange(steps)
+    while newest_step(output) < step and any(process.is_alive() for process in processes):
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0.0, 1.5 * pace))
+    seconds = time.monotonic() - began
     for process in processes:
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -129,11 +133,14 @@ def kill_and_resume(
     return Row(seconds, step, in_save, digest(output) == wanted)
 
 
-def first_step_after(output: Path, began: float) -> float:
-    """Seconds until the first checkpoint appears: before it, a kill finds only imports."""
-    while not list((output / "checkpoints").glob("step_*")):
-        time.sleep(0.02)
-    return time.monotonic() - began
+def seconds_per_step(output: Path, steps: int) -> float:
+    """How long a step of a running training takes, its save included."""
+    while not newest_step(output):
+        time.sleep(0.002)
+    began = time.monotonic()
+    while newest_step(output) < steps:
+        time.sleep(0.002)
+    return (time.monotonic() - began) / (steps - 1)
 
 
 def table(rows: list[Row], steps: int) -> str:
@@ -184,15 +191,14 @@ def measure(context: ForkServerContext, folder: Path, args: argparse.Namespace) 
     config = folder / "run.yaml"
     config.write_text(CONFIG.format(folder=folder, steps=args.steps), encoding="utf-8")
     finish(start(context, config, folder / "first"), folder / "first")  # fills the feature cache
-    began = time.monotonic()
     processes = start(context, config, folder / "whole")
-    first = first_step_after(folder / "whole", began)
+    pace = seconds_per_step(folder / "whole", args.steps)
     finish(processes, folder / "whole")
-    span, wanted = (0.9 * first, time.monotonic() - began), digest(folder / "whole")
+    wanted = digest(folder / "whole")
     rng, rows = random.Random(args.seed), []
     for number in range(args.runs):
         output = folder / f"run{number}"
-        rows.append(kill_and_resume(context, config, output, span, wanted, rng))
+        rows.append(kill_and_resume(context, config, output, args.steps, pace, wanted, rng))
         shutil.rmtree(output)
         print(f"run {number + 1}: {rows[-1]}", flush=True)
     return rows

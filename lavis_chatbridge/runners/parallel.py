@@ -7,6 +7,7 @@ over them block by block and gathered when a block runs (``fsdp``, FSDP2).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +92,9 @@ def _shard(model: nn.Module, device: torch.device) -> None:
         raise ConfigError(f"run.parallel fsdp needs torch 2.6 or newer, found {torch.__version__}") from error
     mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
     blocks = frozen_blocks(model)
+    uses = Counter(parameter for block in blocks for parameter in block.parameters())
+    # a weight that several blocks share (BEATs' table of relative positions) cannot be spread with one of them
+    blocks = [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
     if not blocks:
         raise ConfigError("run.parallel is fsdp, but the model has no frozen stack of blocks to spread")
     for block in blocks:

@@ -286,8 +286,8 @@ def _step_of(line: str) -> int:
         record = json.loads(line)
     except ValueError:
         return 0
-    steps = [value for key, value in record.items() if key.endswith("_step") and key.count("_") == 1]
-    return max((step for step in steps if isinstance(step, int)), default=0)
+    key, step = next(iter(record.items()), ("", 0)) if isinstance(record, dict) else ("", 0)
+    return step if key.endswith("_step") and isinstance(step, int) else 0
 
 
 def _short(value: float) -> str:

@@ -182,7 +182,10 @@ def seed_all(*numbers: int) -> None:
     Dropout of a step is thus a function of seed, step and rank: an evaluation between two steps, or a resumed run,
     changes nothing.
     """
-    torch.manual_seed(int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1, np.uint64)[0]))
+    seed = int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # torch.manual_seed would queue a call per step where CUDA is never used
+        torch.cuda.manual_seed(seed)
 
 
 def sample_ids(samples: Samples) -> Sequence[str]:

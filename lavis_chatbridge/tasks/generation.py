@@ -160,6 +160,7 @@ class GenerationTask(ChatBridgeTask):
         if answered:
             said, accepted = [r["prediction"] for r in answered], [accepted_answers(r) for r in answered]
             score["exact_match"] = score["accuracy"] = metrics.exact_match(said, accepted).value
+            score |= by_kind(answered)
         if described:
             facts = [record["facts"] for record in described]
             values = self._values.get(source) or metrics.values_of(facts)
@@ -252,6 +253,17 @@ def _answer_list(settings: EvaluationSettings) -> list[str]:
 def is_question(record: Mapping[str, Any]) -> bool:
     """Whether a prediction answers a question for which the data set lists accepted answers."""
     return bool(accepted_answers(record))
+
+
+def by_kind(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The exact match of each kind of question, where the data set says (``meta.asked``) what kind each one is."""
+    kinds: dict[str, metrics.Share] = {}
+    for record in records:
+        kind = (record.get("meta") or {}).get("asked")
+        if kind is not None:
+            answer, accepted = [record["prediction"]], [accepted_answers(record)]
+            kinds.setdefault(str(kind), metrics.Share()).add(bool(metrics.exact_match(answer, accepted).right))
+    return {"by_kind": {kind: share.value for kind, share in sorted(kinds.items())}} if kinds else {}
 
 
 def accepted_answers(record: Mapping[str, Any]) -> list[str]:

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from lavis.common.registry import registry
+from runner_parts import in_processes
 
-from lavis_chatbridge.runners import checkpoints
+from lavis_chatbridge.runners import checkpoints, distributed
 from lavis_chatbridge.runners.config import load_config
+from lavis_chatbridge.runners.snapshot import trained_weights
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 
 YAML = """
@@ -91,3 +93,25 @@ def test_the_ablation_runs(tmp_path, world, media):
     options = ("run.test_splits=[test]", "run.max_len=2", f"run.media={media}")
     scores = run(tmp_path, world, *options, task="chatbridge_captioning", evaluate=True)
     assert scores["test"]["by_source"]["chatbridge_world_caption/audio"]["samples"] == 3
+
+
+def _on_a_rank(rank, folder, world, options):
+    runner = run(folder, world, "run.batch_size_train=1", *options)
+    torch.save(trained_weights(runner.model), folder / f"weights{rank}.pt")
+    distributed.close()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(tmp_path, world, parallel):
+    """Also where every process holds only a part of the frozen encoders and of the language model."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    dropless = ("model.perceiver.dropout=0", "run.max_iters=2", "run.valid_splits=[test]")
+    one = run(tmp_path / "one", world, *dropless)
+    in_processes(_on_a_rank, 2, tmp_path / "two", world, (*dropless, f"run.parallel={parallel}"))
+    first, second = (torch.load(tmp_path / "two" / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in trained_weights(one.model))
+    logs = [(tmp_path / name / "out" / "log.txt").read_text().splitlines() for name in ("one", "two")]
+    for key in ("train_loss", "val_loss"):
+        found = [[line[key] for line in map(json.loads, log) if key in line] for log in logs]
+        assert found[0] == pytest.approx(found[1], abs=1e-4)

@@ -32,6 +32,10 @@ class Source:
     def __len__(self):
         return self.size
 
+    @property
+    def lengths(self):
+        return [7 * index % 5 for index in range(self.size)]
+
     def sample(self, index):
         return SimpleNamespace(id=f"{self.name}{index}", facts={"colour": COLOURS[index % 3]})
 
@@ -49,10 +53,11 @@ class Source:
             "references": [f"a {colour} thing"],
             "answers": [colour.upper()] if self.answers else [],
             "facts": {"colour": colour},
+            "meta": {"asked": "first" if index < 2 else "later"} if self.answers else {},
         }
 
 
-class Seer:
+class Seer(torch.nn.Module):
     """Says the colour of the picture it is given; without one it says red."""
 
     def generate(self, samples, **decoding):
@@ -98,6 +103,7 @@ def test_a_model_that_sees_is_right_and_its_predictions_are_written(results):
 def test_accepted_answers_give_an_exact_match():
     scores = evaluate(GenerationTask(), [Source("a", 7, answers=True)])
     assert (scores["by_source"]["a"]["exact_match"], scores["agg_metrics"]) == (1.0, 1.0)
+    assert scores["by_source"]["a"]["by_kind"] == {"first": 1.0, "later": 1.0}
 
 
 @pytest.mark.parametrize(("mode", "low", "high"), [("shuffled", 0.1, 0.6), ("withheld", 1 / 3, 1 / 3)])
