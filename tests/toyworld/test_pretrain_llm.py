@@ -77,12 +77,10 @@ def test_pieces_are_encoded_one_by_one_and_weighted(tokenizer: PreTrainedTokeniz
     )
     assert tokens == expected.split(" ")
     assert [weight for weight in one.weights if weight] == [CONTEXT_WEIGHT, CONTEXT_WEIGHT, 1.0, 1.0]
-    assert one.described.index(True) == 9
-    assert sum(one.described) == 2
 
 
 def test_grouping_pads_on_the_right_without_weight() -> None:
-    passages = [Encoded([1] * length, [1.0] * length, [False] * length) for length in (5, 2, 3, 4)]
+    passages = [Encoded([1] * length, [1.0] * length) for length in (5, 2, 3, 4)]
     short, long = group(passages, pad=9, groups=2)
     assert short.ids.tolist() == [[1, 1, 9], [1, 1, 1]]
     assert long.weights.tolist() == [[1.0, 1.0, 1.0, 1.0, 0.0], [1.0] * 5]
