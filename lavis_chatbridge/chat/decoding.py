@@ -149,10 +149,10 @@ class Generation:
     def embeds(self, start: int, table: Any) -> Tensor:
         """``[N, D]``: the prompt's elements from ``start`` on, in the precision of the language model."""
         rest = self.elements[start:]
-        places = {key: i for i, key in enumerate(dict.fromkeys(e[0] for e in rest if not isinstance(e, int)))}
-        starts, soft = {}, []
-        for key in places:
-            starts[key] = sum(map(len, soft))
+        starts: dict[str, int] = {}
+        soft: list[Tensor] = []
+        for key in dict.fromkeys(element[0] for element in rest if not isinstance(element, int)):
+            starts[key] = sum(len(one) for one in soft)
             soft.append(self.media[key])
         ids = torch.tensor([[e if isinstance(e, int) else SOFT for e in rest]])
         which = torch.tensor([starts[e[0]] + e[1] for e in rest if not isinstance(e, int)], dtype=torch.long)
@@ -294,7 +294,7 @@ class Decoder:
         sampling, stream = generation.sampling, generation.stream
         embeds = generation.embeds(0, self._table)[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        ends = sorted(generation.end_ids)
+        more: dict[str, Any] = {"eos_token_id": sorted(generation.end_ids)} if generation.end_ids else {}
         ids = answering.generate_ids(
             self._model,
             stream.codec,
@@ -303,7 +303,7 @@ class Decoder:
             stream.stops[:1],
             max_tokens=sampling.max_new_tokens,
             beams=sampling.num_beams,
-            **({"eos_token_id": ends} if ends else {}),
+            **more,
         )
         text = ""
         for token in ids[0].tolist():

@@ -48,14 +48,14 @@ def _config(model: str, options: Sequence[str], chatbridge: Any) -> Any:
     if wrong:
         raise ConfigError(f"option {wrong[0]!r}: expected model.KEY=VALUE or preprocess.KEY=VALUE")
     try:
-        own = OmegaConf.create({})
+        own: Any = OmegaConf.create({})
         if model.endswith((".yaml", ".yml")):
             if not Path(model).is_file():
                 raise ConfigError(f"no configuration file at {model}")
             own = OmegaConf.load(model)
         overrides = OmegaConf.from_dotlist(list(options))
         named = OmegaConf.select(own, "model.model_type") if len(own) else model
-        base = OmegaConf.load(chatbridge.default_config_path(named))
+        base: Any = OmegaConf.load(chatbridge.default_config_path(named))
         parts = [OmegaConf.masked_copy(part, ["model", "preprocess"]) for part in (base, own, overrides)]
         return OmegaConf.merge(*parts)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:

@@ -506,7 +506,7 @@ class Session:
             raise ConfigError(unknown_key(unknown[0], fields, "sampling"))
         if isinstance(given.get("stop"), str):
             raise ConfigError("stop is a list of texts")
-        changed = {name: tuple(value) if name == "stop" else value for name, value in given.items()}
+        changed: dict[str, Any] = {name: tuple(value) if name == "stop" else value for name, value in given.items()}
         return check_sampling(replace(self.sampling, **changed))
 
 
