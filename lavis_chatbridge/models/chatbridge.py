@@ -23,13 +23,13 @@ from torch.nn import functional
 from lavis_chatbridge import settings as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import answering, checkpoint, encoding
+from lavis_chatbridge.models import answering, checkpoint, encoding, weights
 from lavis_chatbridge.models import samples as sample_reader
-from lavis_chatbridge.models.beats import Beats, BeatsConfig
+from lavis_chatbridge.models.beats import Beats
 from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
 from lavis_chatbridge.models.language_model import load_language_model, logits_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
-from lavis_chatbridge.models.settings import AudioSettings, ModelSettings, torch_dtype
+from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
 from lavis_chatbridge.models.vision import build_vision
 from lavis_chatbridge.prompting import Kind, Piece, Slot
 from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, END_OF_TURN, escape_markers
@@ -38,16 +38,6 @@ log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 FROZEN = ("visual_encoder", "ln_vision", "audio_encoder", "ln_audio", "llama_model")
-_LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
-HINTS = {
-    "model.vision.weights": f"published as {_LAVIS_FILES}/eva_vit_g.pth",
-    "model.audio.weights": "published by https://github.com/microsoft/unilm/tree/master/beats",
-    "model.perceiver.weights": f"published as {_LAVIS_FILES}/blip2_pretrained_flant5xxl.pth",
-    "model.language_model.weights": "Vicuna is published by https://huggingface.co/lmsys",
-    "model.language_model.tokenizer": "it is part of the language model's folder",
-    "model.checkpoint": "null starts from an untrained bridge",
-}
-"""Where the file of a setting can be had, or what stands in for it."""
 
 
 @registry.register_model("chatbridge")
@@ -79,7 +69,7 @@ class ChatBridge(BaseModel):
 
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
         self.visual_encoder = build_vision(settings.vision)
-        self.audio_encoder = Beats(_beats_config(settings.audio))
+        self.audio_encoder = Beats(weights.beats_config(settings.audio))
         width = settings.vision.width
         self.ln_vision = nn.LayerNorm(width)
         self.ln_audio = nn.LayerNorm(self.audio_encoder.config.encoder_embed_dim)
@@ -427,8 +417,8 @@ class ChatBridge(BaseModel):
         self.visual_encoder.to(torch_dtype(vision.dtype))
         self.audio_encoder.to(torch_dtype(audio.dtype))
 
-    def _load_blip2(self, weights: str) -> None:
-        file = checkpoint.read(checkpoint.find(weights, "model.perceiver.weights"))
+    def _load_blip2(self, path: str) -> None:
+        file = checkpoint.read(checkpoint.find(path, "model.perceiver.weights"))
         mine = ("image_query_tokens", "Qformer.", "ln_vision.")
         found = {name: t for name, t in checkpoint.bridge_tensors(file.tensors).items() if name.startswith(mine)}
         expected = checkpoint.bridge_tensors(self.state_dict())
@@ -509,36 +499,14 @@ def _stop_of(context: Sequence[Piece]) -> str:
 
 def _look_for_files(settings: ModelSettings) -> None:
     """Refuse before anything large is built, naming every file that is missing."""
-    named = {
-        "model.language_model.weights": settings.language_model.weights,
-        "model.language_model.tokenizer": settings.language_model.tokenizer,
-        "model.vision.weights": settings.vision.weights,
-        "model.audio.weights": settings.audio.weights,
-        "model.perceiver.weights": settings.perceiver.weights,
-        "model.checkpoint": settings.trained,
-    }
     faults = []
-    for setting, path in named.items():
+    for setting, path in weights.named_files(settings).items():
         try:
-            if path is not None:
-                checkpoint.find(path, setting, HINTS[setting])
+            checkpoint.find(path, setting, weights.HINTS[setting])
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
         raise CheckpointError("; ".join(faults))
-
-
-def _beats_config(audio: AudioSettings) -> BeatsConfig:
-    """The sizes of BEATs: from its file where that holds them, else from the settings."""
-    if audio.weights is None:
-        return audio.config or BeatsConfig()
-    file = checkpoint.read(checkpoint.find(audio.weights, "model.audio.weights"))
-    if file.cfg is None:
-        return audio.config or BeatsConfig()
-    held = BeatsConfig.from_dict(file.cfg)
-    if audio.config is not None and audio.config != held:
-        raise CheckpointError(f"{file.path} holds {held}, but model.audio.config says {audio.config}")
-    return held
 
 
 def _drawn(deviation: float, *shape: int) -> nn.Parameter:
