@@ -25,24 +25,26 @@ _PLACEHOLDER = re.compile(r"<[^<>]*>")
 def vqav2(origin: Origin) -> Iterator[Sample]:
     """VQAv2 and OKVQA: ``questions`` and, except for the test split, ``annotations`` with ten answers to each.
 
-    The answer trained on is ``multiple_choice_answer``; all ten are kept for the score. Media fields: ``image_id``,
+    The answer trained on is ``multiple_choice_answer``; all ten are kept for the score, and the type of answer by which
+    the official evaluator tells questions apart. Media fields: ``image_id``,
     ``data_subtype`` (``train2014``).
     """
     questions = origin.file("questions")
     subtype = json_value(questions, "data_subtype") or ""
-    answers = {}
+    answers: dict[int, tuple[str, tuple[str, ...], dict[str, str]]] = {}
     if "annotations" in origin.files:
         for row in json_rows(origin.file("annotations"), "annotations"):
             every = tuple(answer.text("answer") for answer in row.rows("answers")) if "answers" in row else ()
             best = row.text("multiple_choice_answer") if "multiple_choice_answer" in row else _commonest(every, row)
-            answers[row.whole("question_id")] = (best, every or (best,))
+            kind = {"type": row.text("answer_type")} if "answer_type" in row else {}
+            answers[row.whole("question_id")] = (best, every or (best,), kind)
     for row in json_rows(questions, "questions"):
         number, image = row.whole("question_id"), row.whole("image_id")
         media = origin.locate(row.where, image_id=image, data_subtype=subtype)
         if "annotations" in origin.files and number not in answers:
             raise DataError(f"{row.where}: question {number} has no annotation in {origin.file('annotations')}")
-        best, every = answers.get(number, ("", ()))
-        meta = {"question_id": number, "image_id": image}
+        best, every, kind = answers.get(number, ("", (), {}))
+        meta = {"question_id": number, "image_id": image} | kind
         sample = question_sample(row, str(number), media, row.text("question"), best, answers=every, meta=meta)
         yield sample if every else Sample(sample.id, media, turns=sample.turns[:1], meta=meta)
 

@@ -7,13 +7,13 @@ in percent, as papers give them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.tasks.scoring import answers, captions
-from lavis_chatbridge.tasks.scoring.names import ANSWER_METRICS, CAPTION_METRICS, HEADLINES
+from lavis_chatbridge.tasks.scoring.names import CAPTION_METRICS, HEADLINES
 
 _log = logging.getLogger(__name__)
 
@@ -57,21 +57,27 @@ def score_records(records: Sequence[Record], metrics: Sequence[str], normalisati
         raise DataError(f"none of {len(records)} predictions has references or answers to be compared with")
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(usable)}
     scores: dict[str, float] = {}
-    each: dict[str, Mapping[str, float]] = {}
     _captions(usable, [m for m in metrics if m in CAPTION_METRICS], scores, result)
     said = {record["sample_id"]: record["prediction"] for record in usable}
     truth = {record["sample_id"]: truth_of(record) for record in usable}
-    for metric in (m for m in metrics if m in ANSWER_METRICS):
-        scored = (
-            answers.vqa_accuracy(said, truth)
-            if metric == "vqa_accuracy"
-            else answers.exact_match(said, truth, normalisation)
-        )
-        scores[metric], each[metric] = scored["overall"], scored["each"]
+    types = {record["sample_id"]: kind for record in usable if (kind := type_of(record))}
+    by_type: dict[str, dict[str, float]] = {}
+    if "vqa_accuracy" in metrics:
+        groups = {sample_id: types.get(sample_id, "other") for sample_id in said}
+        official = answers.vqa_accuracy(said, truth, groups)
+        scores["vqa_accuracy"], by_type["vqa_accuracy"] = official["overall"], official["by_type"]
+    if "exact_match" in metrics:
+        matched = answers.exact_match(said, truth, normalisation)
+        scores["exact_match"], by_type["exact_match"] = matched["overall"], _by_type(matched["each"], types)
     result["scores"] = scores
     result["headline"] = scores.get(HEADLINES.get(metrics[0], metrics[0])) if metrics else None
-    by_type = _by_type(usable, each)
-    return result | ({"by_type": by_type} if by_type else {})
+    return result | ({"by_type": by_type} if types and by_type else {})
+
+
+def type_of(record: Record) -> str:
+    """The type by which the data set tells its questions apart; empty where it does not."""
+    kind = (record.get("meta") or {}).get("type") or ""
+    return kind if isinstance(kind, str) else " / ".join(map(str, kind))
 
 
 def truth_of(record: Record) -> list[str]:
@@ -101,24 +107,12 @@ def _captions(records: Sequence[Record], metrics: Sequence[str], scores: dict[st
     result |= {"tokenizer": scored.tokenizer, "left_out": scored.left_out}
 
 
-def _by_type(records: Sequence[Record], each: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The mean of each answer metric over the records of every type that the data set tells apart."""
-    groups: dict[str, list[str]] = {}
-    for record in records:
-        kind = (record.get("meta") or {}).get("type")
-        if kind:
-            name = kind if isinstance(kind, str) else " / ".join(map(str, kind))
-            groups.setdefault(name, []).append(record["sample_id"])
-    return {
-        metric: {name: _mean(values[sample_id] for sample_id in ids) for name, ids in sorted(groups.items())}
-        for metric, values in each.items()
-        if groups
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+def _by_type(each: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:
+    """The mean over the samples of every type."""
+    groups: dict[str, list[float]] = {}
+    for sample_id, kind in types.items():
+        groups.setdefault(kind, []).append(each[sample_id])
+    return {kind: sum(values) / len(values) for kind, values in sorted(groups.items())}
 
 
 def _check_ids(records: Sequence[Record]) -> None:

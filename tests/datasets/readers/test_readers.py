@@ -45,7 +45,7 @@ def test_vqav2(read):
     assert sample.media == (Medium("image", "/d/coco/train2014/COCO_train2014_000000000009.jpg"),)
     assert sample.turns == (Turn("user", "What is it?", ("image",)), Turn("assistant", "cat"))
     assert sample.answers == ("cat", "cat", "a cat")
-    assert (sample.id, sample.meta) == ("9000", {"question_id": 9000, "image_id": 9})
+    assert (sample.id, sample.meta) == ("9000", {"question_id": 9000, "image_id": 9, "type": "other"})
     [test] = read("vqav2", media, questions=questions)
     assert [turn.role for turn in test.turns] == ["user"]
     del annotation["multiple_choice_answer"]

@@ -85,6 +85,8 @@ def test_types_of_questions_are_told_apart(scored):
     metrics = json.loads((folder / "music_avqa/result/test_step0_metrics.json").read_text())
     by_type = metrics["by_source"]["eval_music_avqa"]["by_type"]["exact_match"]
     assert set(by_type) == {"Audio / Counting", "Audio-Visual / Location"}
+    metrics = json.loads((folder / "okvqa/result/test_step0_metrics.json").read_text())
+    assert set(metrics["by_source"]["eval_okvqa"]["by_type"]["vqa_accuracy"]) == {"other"}
 
 
 def test_rescoring_gives_the_same_scores_without_a_model(scored, capsys):
