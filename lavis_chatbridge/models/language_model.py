@@ -117,7 +117,7 @@ def load_codec(folder: Path) -> Codec:
     try:
         if pieces.is_file() and _is_llama(folder):
             return SentencePieceCodec(pieces)
-        return HubCodec(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+        return HubCodec(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
     except Exception as error:  # transformers lets whatever its converters stumble over through
         raise CheckpointError(f"no tokenizer can be read from {folder}: {_one_line(error)}; {HINT}") from error
 
@@ -172,7 +172,11 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch_dtype(settings.dtype), local_files_only=True, output_loading_info=True
+            str(folder),
+            dtype=torch_dtype(settings.dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # safetensors' own error type derives from Exception directly
         raise CheckpointError(f"no language model can be read from {folder}: {_one_line(error)}; {HINT}") from error
