@@ -34,9 +34,26 @@ COMMANDS = (
     Command(
         "world", "lavis_chatbridge.toyworld.command", "build the embedded world, a small closed world with exact truth"
     ),
+    Command(
+        "weights",
+        "lavis_chatbridge.models.weights_command",
+        "say which weight files are there and what a file holds; convert checkpoints",
+    ),
     Command("check-data", "lavis_chatbridge.datasets.check", "say what a JSONL of data holds and whether it is usable"),
+    Command(
+        "cache-features",
+        "lavis_chatbridge.plugin.cache_features",
+        "store the frozen encoders' outputs for a configuration, without training",
+    ),
+    Command(
+        "doctor",
+        "lavis_chatbridge.plugin.doctor",
+        "look at packages, devices, files and memory before a run needs them",
+    ),
     Command("chat", "lavis_chatbridge.chat.terminal", "talk with a model about images, videos and sounds"),
     Command("ask", "lavis_chatbridge.chat.ask", "ask one question, or a file of them, about images, videos and sounds"),
+    Command("serve", "lavis_chatbridge.chat.server.command", "answer over HTTP like OpenAI's chat completions"),
+    Command("web", "lavis_chatbridge.chat.web", "chat in the browser"),
     Command("multis", "lavis_chatbridge.multis.command", "make chat data: annotate, generate, check, build"),
 )
 

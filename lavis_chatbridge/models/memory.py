@@ -1,0 +1,121 @@
+"""How much memory a training step takes, by arithmetic from sizes: nothing is built or run.
+
+It is an estimate: weights, gradients and optimiser are exact, activations count the tensors that the backward pass of a
+LLaMA-like model keeps, and the allocator's slack is a flat share.
+
+Shapes: ``L`` positions, ``Q`` query tokens, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lavis_chatbridge.models import shapes
+from lavis_chatbridge.models.beats import BeatsConfig
+from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
+
+SLACK = 0.08
+"""Fragments and the libraries' own buffers, as a share of the rest."""
+
+_CONTEXT = 600 << 20  # what CUDA itself takes of a device
+_FP32 = 4
+
+
+def llm_parameters(config: Mapping[str, Any]) -> int:
+    """Numbers of a LLaMA-like language model, from its ``config.json``.
+
+    Raises:
+        KeyError: If it is no such model.
+    """
+    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or width // heads
+    keys = (config.get("num_key_value_heads") or heads) * head
+    layer = 2 * width * heads * head + 2 * width * keys + 3 * width * inner + 2 * width
+    ends = 1 if config.get("tie_word_embeddings") else 2
+    return layers * layer + ends * config["vocab_size"] * width + width
+
+
+def training_memory(
+    settings: ModelSettings,
+    llm: Mapping[str, Any],
+    batch: int,
+    beats: BeatsConfig | None = None,
+    checkpointing: bool = False,
+    cached: bool = False,
+) -> dict[str, int]:
+    """Bytes of device memory of one training process, by part.
+
+    Args:
+        settings: Of the model.
+        llm: The language model's ``config.json``.
+        batch: Samples of a micro-batch, each with one medium and the most text.
+        beats: Sizes of the audio encoder; those of the settings, or the published ones, without.
+        checkpointing: The language model's activations are recomputed.
+        cached: The encoders' outputs are read from a cache.
+
+    Raises:
+        KeyError: If the language model is not LLaMA-like.
+    """
+    audio = beats or settings.audio.config or BeatsConfig()
+    bridge = shapes.bridge_shapes(settings, audio.encoder_embed_dim, llm["hidden_size"])
+    trained = sum(tensor.numel() for name, tensor in bridge.items() if not name.startswith("ln_"))
+    half = torch_dtype(settings.language_model.dtype).itemsize
+    parts = {
+        "vision encoder": _numbers(shapes.vision_shapes(settings.vision)) * torch_dtype(settings.vision.dtype).itemsize,
+        "audio encoder": _numbers(shapes.beats_shapes(audio)) * torch_dtype(settings.audio.dtype).itemsize,
+        "language model": llm_parameters(llm) * half,
+        "trained weights": trained * _FP32,
+        "their gradients": trained * _FP32,
+        "AdamW": trained * 2 * _FP32,
+        "activations of the language model": _llm_activations(settings, llm, batch, half, checkpointing),
+        "activations of the perceiver": _perceiver_activations(settings, batch),
+        "encoders at work": 0 if cached else _encoder_buffers(settings, batch),
+        "CUDA itself": _CONTEXT,
+    }
+    parts["slack"] = int(SLACK * sum(parts.values()))
+    return parts
+
+
+def _llm_activations(
+    settings: ModelSettings, llm: Mapping[str, Any], batch: int, half: int, checkpointing: bool
+) -> int:
+    """Frozen products keep nothing for the backward pass.
+
+    Norms keep their input in fp32, attention its queries, keys, values and output, the feed-forward part the gate
+    before and after its activation and what it gates.
+    """
+    width, inner, layers = llm["hidden_size"], llm["intermediate_size"], llm["num_hidden_layers"]
+    positions = batch * (settings.perceiver.queries + settings.max_text_length)
+    norms = 2 * width * _FP32
+    attention = 4 * width * half
+    feed_forward = 3 * inner * half
+    layer = norms + attention + feed_forward
+    kept = layers * width * half + layer if checkpointing else layers * layer
+    logits = batch * settings.max_text_length * llm["vocab_size"] * (half + 2 * _FP32)
+    return positions * kept + logits
+
+
+def _perceiver_activations(settings: ModelSettings, batch: int) -> int:
+    """In fp32: what the trained layers keep of the queries, and keys and values of every encoder token."""
+    own = settings.perceiver
+    frames = settings.temporal_positions.frames if settings.temporal_positions else 4
+    tokens = frames * settings.vision.tokens
+    crossings = -(-own.layers // own.cross_attention_every)
+    of_queries = own.layers * own.queries * (16 * own.width + 3 * own.feed_forward)
+    of_tokens = tokens * (crossings * (2 * own.width + own.heads * own.queries) + 2 * settings.vision.width)
+    return batch * (of_queries + of_tokens) * _FP32
+
+
+def _encoder_buffers(settings: ModelSettings, batch: int) -> int:
+    """The largest tensors that live at once in one block, without gradients, and the tokens of all frames."""
+    own = settings.vision
+    frames = batch * (settings.temporal_positions.frames if settings.temporal_positions else 4)
+    half = torch_dtype(own.dtype).itemsize
+    at_once = min(frames, settings.encoder_batch) * own.tokens * own.width * (2 + 2 * own.mlp_ratio) * half
+    return int(at_once) + frames * own.tokens * own.width * _FP32
+
+
+def _numbers(tensors: shapes.Shapes) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())

@@ -1,0 +1,36 @@
+"""The arithmetic of memory: sizes of known models, and what settings change."""
+
+from __future__ import annotations
+
+import pytest
+
+from lavis_chatbridge.models.memory import llm_parameters, training_memory
+from lavis_chatbridge.models.weights_command import model_settings
+
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+
+
+def test_language_models_have_their_published_sizes() -> None:
+    assert llm_parameters({**LLAMA_7B, "vocab_size": 32000}) == 6_738_415_616
+    assert llm_parameters({**LLAMA_13B, "vocab_size": 32000}) == 13_015_864_320
+    tied = {**LLAMA_7B, "vocab_size": 32000, "tie_word_embeddings": True}
+    assert llm_parameters(tied) == 6_738_415_616 - 32000 * 4096
+    grouped = {**LLAMA_7B, "vocab_size": 32000, "num_key_value_heads": 8}
+    assert llm_parameters(grouped) == 6_738_415_616 - 32 * 2 * 4096 * 3072
+    with pytest.raises(KeyError, match="vocab_size"):
+        llm_parameters(LLAMA_7B)
+
+
+def test_parts_at_the_papers_scale() -> None:
+    settings = model_settings("vicuna13b")
+    llm = {**LLAMA_13B, "vocab_size": 32000}
+    parts = training_memory(settings, llm, batch=32)
+    assert parts["language model"] == 2 * 13_015_864_320
+    assert parts["vision encoder"] == 2 * 985_894_528
+    assert parts["AdamW"] == 2 * parts["trained weights"] == 8 * (110_211_200 - 2 * (1408 + 768))
+    activations = "activations of the language model"
+    assert training_memory(settings, llm, batch=64)[activations] == 2 * parts[activations]
+    assert training_memory(settings, llm, batch=32, checkpointing=True)[activations] < parts[activations] / 5
+    assert training_memory(settings, llm, batch=32, cached=True)["encoders at work"] == 0
+    assert sum(training_memory(settings, llm, batch=1).values()) < sum(parts.values())

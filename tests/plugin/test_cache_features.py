@@ -1,0 +1,57 @@
+"""``chatbridge cache-features``: everything encoded once, and found again by training's own reading of the cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.toyworld.build import Sizes, build_world
+
+YAML = """
+model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
+datasets:
+  chatbridge_world_caption: {{data_root: {world}}}
+run:
+  task: chatbridge_alignment
+  max_iters: 1
+  num_workers: 0
+  output_dir: {output}
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world") / "w", Sizes(6, 3, 3, 2, 1, 1), processes=1)
+
+
+@pytest.fixture
+def config(tmp_path, world):
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML.format(world=world, output=tmp_path / "out"))
+    return str(path)
+
+
+def test_the_cache_is_filled_once_and_training_finds_it(tmp_path, config, capsys, monkeypatch):
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    folder = tmp_path / "features"
+    options = ["--options", f"run.feature_cache={folder}"]
+    assert cli.main(["cache-features", "--cfg-path", config, *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"{folder}: features of 3 audio files, 6 image files, 3 video files for this configuration" in printed
+    assert not (tmp_path / "out").exists()
+    shards = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    def never(self, kind, media):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(ChatBridge, "encode_media", never)
+    assert cli.main(["cache-features", "--cfg-path", config, *options]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == shards
+
+
+def test_a_folder_and_a_file_are_needed(config, capsys):
+    assert cli.main(["cache-features", "--cfg-path", config]) == 2
+    assert "run.feature_cache names no folder" in capsys.readouterr().err
+    assert cli.main(["cache-features", "--cfg-path", "none.yaml"]) == 2
+    assert "no configuration file at none.yaml" in capsys.readouterr().err

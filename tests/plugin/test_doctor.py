@@ -1,0 +1,105 @@
+"""``chatbridge doctor``: what stops a run is a fault with its remedy, what is well is said, the exit status follows."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.plugin import doctor
+from lavis_chatbridge.plugin.doctor import Finding
+
+YAML = """
+model: {{arch: chatbridge, model_type: {model_type}}}
+datasets:
+  chatbridge_world_caption: {{data_root: {folder}/world}}
+run: {{task: chatbridge_alignment, max_iters: 1, batch_size_train: 4}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(model_type="tiny"):
+        path = tmp_path / "run.yaml"
+        path.write_text(YAML.format(model_type=model_type, folder=tmp_path))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchaudio", "clashes"),
+    [
+        ("2.15.0+cu132", "2.11.0", True),
+        ("2.14.1", "2.11.0", False),
+        ("2.16.0", "2.16.0", False),
+        (None, "2.11.0", False),
+    ],
+)
+def test_the_known_conflict(torch, torchaudio, clashes):
+    found = doctor.conflict(torch, torchaudio)
+    assert (found is not None) == clashes
+    assert found is None or "pip install 'torch<2.15'" in found
+
+
+def test_unmet_requirements_and_broken_packages_are_faults(monkeypatch):
+    wanted = ["torch>=99", "no-such-package>=1", "numpy", 'peft>=9; extra == "lora"']
+    monkeypatch.setattr(doctor, "requires", lambda name: wanted)
+    monkeypatch.setitem(sys.modules, "decord", None)
+    faults = [text for level, text in doctor.packages() if level == "FAULT"]
+    assert len(faults) == 3
+    assert faults[0].endswith("pip install 'torch>=99'")
+    assert faults[1].startswith("no-such-package is not installed")
+    assert faults[2].startswith("decord cannot be imported (ModuleNotFoundError")
+    assert "eva-decord" in faults[2]
+
+
+def test_missing_java_is_a_warning(monkeypatch):
+    from lavis_chatbridge.tasks.scoring import captions
+
+    monkeypatch.setattr(captions, "unavailable", lambda: {"METEOR": "Java is not installed"})
+    assert list(doctor.scores()) == [Finding("warning", "METEOR: Java is not installed")]
+    monkeypatch.setattr(captions, "unavailable", dict)
+    assert [level for level, _ in doctor.scores()] == ["ok"]
+
+
+def test_a_sound_configuration(config, capsys, monkeypatch):
+    for look in ("packages", "scores"):
+        monkeypatch.setattr(doctor, look, lambda: iter([Finding("ok", "well")]))
+    assert cli.main(["doctor", "--cfg-path", config()]) == 0
+    printed = capsys.readouterr().out
+    assert "model.vision.weights" in printed
+    assert "the embedded world will be built in" in printed
+    assert "GPU memory of a training process, estimated:" in printed
+    assert "at batch 4" in printed
+    assert printed.endswith("nothing stops a run\n")
+
+
+def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
+    found = list(doctor.configuration(config("vicuna13b"), []))
+    faults = [text for level, text in found if level == "FAULT"]
+    assert [text.split(":")[0] for text in faults] == [
+        "model.language_model.weights",
+        "model.vision.weights",
+        "model.audio.weights",
+        "model.perceiver.weights",
+    ]
+    assert all("published" in text for text in faults)
+    assert Finding("warning", "GPU memory is not estimated: the language model's folder is not there") in found
+    [fault] = doctor.configuration(config(), ["run.max_itres=3"])
+    assert fault.level == "FAULT"
+    assert "did you mean 'max_iters'" in fault.text
+
+
+def test_the_exit_status_counts_faults(monkeypatch, capsys):
+    for look in ("packages", "devices", "scores"):
+        monkeypatch.setattr(doctor, look, lambda: iter([Finding("warning", "w")]))
+    assert cli.main(["doctor"]) == 0
+    monkeypatch.setattr(doctor, "packages", lambda: iter([Finding("FAULT", "broken:\n mend it")]))
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "  FAULT    broken: mend it\n" in printed
+    assert printed.endswith("1 faults\n")
+    assert cli.main(["doctor", "--options", "run.seed=1"]) == 2
