@@ -1,9 +1,8 @@
 """Asking a language model for chat data: many requests at a time, none of them lost and none paid for twice.
 
-What is written down, and when: a ``sent`` record is on the disk before its request leaves, the ``answer`` is on the
-disk before the next request takes its place. After a kill the answered requests are known, and so are the few that
-were under way (at most ``concurrency``): those may have been answered into the void, and `InDoubt` says what happens
-to them.
+What is written down, and when: a ``sent`` record is on the disk before its request leaves, the ``answer`` before its
+worker takes another request. After a kill the answered requests are known, and so are the few that were under way (at
+most `workers_for` the concurrency). Those may have been answered into the void; `InDoubt` says what happens to them.
 
 This module knows neither how prompts are worded nor how answers are read.
 """
@@ -210,6 +209,11 @@ def generate(
     return asyncio.run(_generate(requests, Path(folder), endpoint, price, options))
 
 
+def workers_for(concurrency: int) -> int:
+    """How many requests are handled at a time: while some wait for the disk, others keep the server busy."""
+    return concurrency + (concurrency + 1) // 2
+
+
 async def _generate(
     requests: Iterable[Request], folder: Path, endpoint: EndpointSettings, price: Price, options: GenerateSettings
 ) -> Report:
@@ -235,6 +239,7 @@ class _Run:
         self.budget = Budget(options.max_cost, ledger.spent)
         self.rate = RateLimit(options.requests_per_minute, options.tokens_per_minute)
         self.report = Report()
+        self._places = asyncio.Semaphore(options.concurrency)
         self._failed_in_a_row = 0
         self._fatal: BaseException | None = None
         self._shown_at = self._began_at = time.monotonic()
@@ -249,7 +254,8 @@ class _Run:
         except (ValueError, RuntimeError, NotImplementedError):
             signals = []  # not the main thread: somebody else handles signals
         try:
-            workers = [asyncio.create_task(self._worker(requests)) for _ in range(self.options.concurrency)]
+            count = workers_for(self.options.concurrency)
+            workers = [asyncio.create_task(self._worker(requests)) for _ in range(count)]
             await asyncio.gather(*workers)
         finally:
             for number in signals:
@@ -302,7 +308,11 @@ class _Run:
             doubt = Doubt(sent_at, self._bound(request)) if failure.paid else None
             if not failure.retry:
                 break
-        if failure is not None and not (doubt is not None and await self._settled(request, doubt)):
+        if (
+            failure is not None
+            and not self.report.stopped
+            and not (doubt is not None and await self._settled(request, doubt))
+        ):
             await self._give_up(request, failure)
 
     async def _settled(self, request: Request, doubt: Doubt) -> bool:
@@ -335,7 +345,7 @@ class _Run:
                 {"event": "sent", "id": request.id, "attempt": attempt, "bound": round(bound, 9), "at": sent_at}
             )
             try:
-                answer = await self.endpoint.ask(request.id, request.messages, request.max_tokens)
+                answer = await self._ask(request)
             except RequestFailed as failure:
                 cost = bound if failure.paid else 0.0
                 await self._note_failure(request, attempt, failure.reason, failure.paid, failure.body)
@@ -349,6 +359,26 @@ class _Run:
             return None
         finally:
             self.budget.settle(bound, cost)
+
+    async def _ask(self, request: Request) -> Answer:
+        """Send a request when there is a place for it; a failure that concerns all is heeded before others follow."""
+        async with self._places:
+            await self.rate.resume()
+            if self.report.stopped:
+                raise RequestFailed("not sent: the run was stopped", retry=False)
+            try:
+                return await self.endpoint.ask(request.id, request.messages, request.max_tokens)
+            except EndpointError as error:
+                self._stop(str(error))
+                raise
+            except RequestFailed as failure:
+                if failure.after is not None and failure.after > _LONGEST_PAUSE:
+                    self._stop(
+                        f"the server asks to wait {failure.after:.0f} s ({failure.reason}); start again after that"
+                    )
+                elif failure.after is not None:
+                    self.rate.pause(failure.after)
+                raise
 
     async def _note_failure(self, request: Request, attempt: int, reason: str, paid: bool, body: str = "") -> None:
         record = {"event": "failed", "id": request.id, "attempt": attempt, "reason": reason, "paid": paid}
@@ -399,11 +429,8 @@ class _Run:
         if failure.after is None:
             longest = min(_LONGEST_PAUSE, self.options.first_pause * 2**attempt)
             await asyncio.sleep(longest * random.uniform(0.5, 1.0))  # jitter, so that they do not all come back at once
-        elif failure.after > _LONGEST_PAUSE:
-            self._stop(f"the server asks to wait {failure.after:.0f} s ({failure.reason}); start again after that")
         else:
-            self.rate.pause(failure.after)
-            await asyncio.sleep(failure.after)
+            await self.rate.resume()
 
     async def _recover(self, request: Request, doubt: Doubt) -> Answer | None:
         """The stored answer of a request in doubt; waits as long as the server may still be writing it."""

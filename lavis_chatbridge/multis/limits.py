@@ -124,7 +124,13 @@ class RateLimit:
         """Wait for the next free place in time."""
         start = max(time.monotonic(), self._free_at)
         self._free_at = start + max(self._request_time, tokens * self._token_time)
-        while (wait := max(start, self._paused_until) - time.monotonic()) > 0:
+        while (wait := start - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        await self.resume()
+
+    async def resume(self) -> None:
+        """Wait until a pause is over."""
+        while (wait := self._paused_until - time.monotonic()) > 0:
             await asyncio.sleep(wait)
 
     def pause(self, seconds: float) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import email.utils
 import json
-import threading
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,17 @@ def test_a_timeout_is_tried_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["seconds", "milliseconds", "date"])
 def test_retry_after_is_honoured_by_all_workers(tmp_path: Path, form: str) -> None:
     wait = 1.0
-    headers = {
-        "seconds": {"retry_after": "1"},
-        "milliseconds": {"retry_after_ms": "1000"},
-        "date": {"retry_after": email.utils.formatdate(time.time() + 2.5, usegmt=True)},
-    }[form]
-    with OpenAIServer(first_fails(failure(429, **headers))) as server:
+
+    def busy_once(number: int, body: dict[str, Any]) -> Reply:
+        date = email.utils.formatdate(time.time() + wait + 1.0, usegmt=True)  # whole seconds, so up to one less
+        header = {
+            "seconds": ("retry_after", "1"),
+            "milliseconds": ("retry_after_ms", "1000"),
+            "date": ("retry_after", date),
+        }
+        return failure(429, **dict([header[form]])) if number == 0 else Reply()
+
+    with OpenAIServer(busy_once) as server:
         report = run(tmp_path, server, 6, concurrency=2)
         pauses = sorted(after - before for before, after in zip(server.times, server.times[1:], strict=False))
     assert report.answered == 6
@@ -140,7 +146,7 @@ def test_a_dead_server_ends_the_run(tmp_path: Path) -> None:
     with OpenAIServer(lambda number, body: failure(500)) as server:
         report = run(tmp_path, server, 50, attempts=2, stop_after=5, concurrency=1)
     assert "5 requests in a row" in report.stopped
-    assert server.asked.total() == 10
+    assert 10 <= server.asked.total() <= 12
 
 
 def test_truncated_answers_are_kept_as_such(tmp_path: Path) -> None:
@@ -167,8 +173,8 @@ def test_concurrency_is_reached_and_not_exceeded(tmp_path: Path) -> None:
 
 
 def test_the_rate_limit_spreads_requests(tmp_path: Path, server: OpenAIServer) -> None:
-    run(tmp_path, server, 6, requests_per_minute=600, concurrency=6)
-    assert server.times[-1] - server.times[0] >= 0.45
+    run(tmp_path, server, 12, requests_per_minute=600, concurrency=12)
+    assert server.times[-1] - server.times[0] >= 0.9
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -276,13 +282,15 @@ def test_hold_never_sends_twice(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_waits_for_what_is_under_way(tmp_path: Path) -> None:
-    import os
-    import signal
+    def interrupting(number: int, body: dict[str, Any]) -> Reply:
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Reply()
 
-    with OpenAIServer(latency=0.5) as server:
-        threading.Timer(0.8, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with OpenAIServer(interrupting, latency=0.5) as server:
         report = run(tmp_path, server, 40, concurrency=4)
     assert report.stopped == "interrupted"
+    assert 7 <= report.answered < 40
     assert report.answered == server.answered.total() == len(list(answers(tmp_path)))
     assert Ledger.read(tmp_path / "journal.jsonl").doubts == {}
 
