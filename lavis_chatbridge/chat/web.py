@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 EXAMPLES = Path(__file__).resolve().parent.parent / "assets" / "examples"
 """Media of the embedded world, which the shipped model knows."""
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("What colour is the object?", ("picture.jpg",)),
-    ("Which way does it move?", ("video.mp4",)),
-    ("What do you hear?", ("sound.mp3",)),
-    ("Describe both.", ("picture.jpg", "sound.mp3")),
+    ("what colour is it?", ("picture.jpg",)),
+    ("how does it move?", ("video.mp4",)),
+    ("what makes the sound?", ("sound.mp3",)),
+    ("name the colour of the picture and the pattern of the sound", ("picture.jpg", "sound.mp3")),
 )
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -40,7 +40,10 @@ POLICY = (
 )
 """What the page's browser may load: gradio writes scripts into the page and compiles some, all of them its own."""
 STYLE = """
+.gradio-container { max-width: 64rem !important; margin-inline: auto !important; }
 footer { display: none !important; }
+/* Gradio's own would send what is shown to a hub; the policy forbids that, so it is not offered. */
+button[aria-label="Share"], button[title="Share"] { display: none !important; }
 #page-title { margin: 0; }
 #conversation { height: clamp(16rem, 55dvh, 60rem) !important; }
 #actions { flex-wrap: nowrap; }
@@ -310,7 +313,8 @@ def _wire(page: Page, shown: Sequence[Any], pressed: Sequence[Any], settings: Se
     # Not queued: it must be heard while an answer holds the queue.
     stop.click(page.stop, [talk], None, queue=False, **quiet)
     undo.click(page.undo, [talk], [box, chat, line], **quiet)
-    new.click(page.clear, [talk], [chat, talk, line], **quiet)
+    for cleared in (new.click, chat.clear):
+        cleared(page.clear, [talk], [chat, talk, line], **quiet)
     camera.input(add, [camera, box], [box], **quiet)
 
 
@@ -335,6 +339,9 @@ def build_app(page: Page, *, max_bytes: int, password: Sequence[tuple[str, str]]
     own = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     blocks = build_blocks(page, **look).queue(default_concurrency_limit=4, max_size=64)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    # Gradio's greys are too light to be read by everybody.
+    dark = {"body_text_color_subdued": "*neutral_600", "input_placeholder_color": "*neutral_600"}
+    light = {f"{name}_dark": "*neutral_300" for name in dark}
     app = gr.mount_gradio_app(
         own,
         blocks,
@@ -345,7 +352,7 @@ def build_app(page: Page, *, max_bytes: int, password: Sequence[tuple[str, str]]
         show_error=False,
         max_file_size=max_bytes,
         ssr_mode=False,
-        theme=gr.themes.Default(**fonts),
+        theme=gr.themes.Default(**fonts).set(**dark, **light),  # type: ignore[arg-type]
         css=STYLE,
         allowed_paths=[str(EXAMPLES)],
     )

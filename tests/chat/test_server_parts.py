@@ -50,9 +50,10 @@ class Pages(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         leads = {"/to-picture": "/picture", "/round": "/round", "/to-metadata": "http://169.254.169.254/secret"}
         leads["/to-file"] = "file:///etc/passwd"
-        if self.path in leads:
+        path = self.path.partition("?")[0]
+        if path in leads:
             self.send_response(302)
-            self.send_header("Location", leads[self.path])
+            self.send_header("Location", leads[path])
             self.end_headers()
         elif self.path == "/missing":
             self.send_error(404)
@@ -60,7 +61,7 @@ class Pages(BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             if self.path == "/slow":
-                for _ in range(100):
+                for _ in range(1200):
                     self.wfile.write(b"a")
                     self.wfile.flush()
                     time.sleep(0.05)
