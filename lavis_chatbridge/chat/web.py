@@ -30,8 +30,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "assets" / "examples"
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("what colour is it?", ("picture.jpg",)),
     ("how does it move?", ("video.mp4",)),
-    ("what makes the sound?", ("sound.mp3",)),
-    ("name the colour of the picture and the pattern of the sound", ("picture.jpg", "sound.mp3")),
+    ("how does the sound go on?", ("sound.mp3",)),
+    ("tell me the pitch of the audio and the colour of the image", ("picture.jpg", "sound.mp3")),
 )
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "

@@ -131,7 +131,14 @@ def test_passwords(tmp_path: Path):
             web.passwords(str(tmp_path / name))
 
 
-def test_the_examples_are_shipped():
+def test_the_examples_are_shipped_and_answered():
+    session = Session.open("tiny", device="cpu")
+    answers = []
+    for text, names in web.QUESTIONS:
+        session.clear()
+        answers.append(session.ask(text, media=[(web.kind_of(name), str(web.EXAMPLES / name)) for name in names]).text)
+    # A red star on the left, a blue circle that rises, a rising sound of middle pitch.
+    assert answers == ["red", "up", "rising", "middle and red"]
     for _, names in web.QUESTIONS:
         for name in names:
             assert (web.EXAMPLES / name).stat().st_size < 100_000
