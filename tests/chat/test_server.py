@@ -283,8 +283,9 @@ def test_who_leaves_makes_room(client: Any, server: Served):
     while metrics(server)["chatbridge_running"] and time.monotonic() < deadline:
         time.sleep(0.1)
     assert metrics(server)["chatbridge_running"] == 0
-    folders = list(server.temporary.glob("chatbridge-*/*"))
-    assert folders == []  # nor do media of any request remain
+    while list(server.temporary.glob("chatbridge-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list(server.temporary.glob("chatbridge-*/*")) == []  # nor do media of any request remain
 
 
 def test_it_still_answers(client: Any):

@@ -131,13 +131,18 @@ def _fetch_one(url: str, file: BinaryIO, limit: int, deadline: float) -> str | N
             count += len(block)
             if count > limit:
                 raise TooLargeError
+            _check_time(deadline)  # the watch may have run out before there was a line to close
             file.write(block)
-        if time.monotonic() >= deadline:
-            raise TooSlowError("fetching the URL took too long")
+        _check_time(deadline)
         return None
     finally:
         watch.cancel()
         connection.close()
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise TooSlowError("fetching the URL took too long")
 
 
 class _Connection(http.client.HTTPConnection):
