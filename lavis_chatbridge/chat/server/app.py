@@ -143,11 +143,8 @@ class _Chats:
             if asked.stream:
                 completion = answers.Completion(asked.model)
                 body = self._stream(asked, completion, waiting, first)
-                response = StreamingResponse(
-                    body, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-                )
                 waiting.handed_on = True
-                return response
+                return _Streamed(body, waiting)
             while not isinstance(first, Answer):
                 first = await waiting.next(request)
             self._count(first, waiting)
