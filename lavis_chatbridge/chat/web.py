@@ -49,6 +49,12 @@ button[aria-label="Share"], button[title="Share"] { display: none !important; }
 #actions { flex-wrap: nowrap; }
 #actions button { min-width: 0; min-height: 44px; padding-inline: 0.5rem; }
 #status { min-height: 1.5em; }
+@media (max-width: 600px) {
+  .gradio-container .app { padding-inline: 0.75rem !important; }
+  #examples .gallery-item { max-width: calc(100vw - 2rem); }
+  #examples .gallery-item * { min-width: 0; }
+  #examples audio { max-width: 7rem; }
+}
 :focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 2px; }
 """
 _SUFFIXES: dict[Kind, frozenset[str]] = {
@@ -270,7 +276,7 @@ def build_blocks(page: Page, title: str = "ChatBridge", examples: bool = True) -
             camera = gr.Image(label="Camera", sources=["webcam"], type="filepath", height=280)
         if examples:
             given = [[{"text": text, "files": [str(EXAMPLES / name) for name in names]}] for text, names in QUESTIONS]
-            gr.Examples(given, inputs=[box], label="Examples")
+            gr.Examples(given, inputs=[box], label="Examples", elem_id="examples")
         settings = _settings(gr)
         _wire(page, [talk, chat, line, box], [stop, retry, undo, new, camera], settings)
     return blocks
