@@ -7,7 +7,9 @@ neither retries nor counts money: `generate` does.
 from __future__ import annotations
 
 import email.utils
+import itertools
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraEr
 from lavis_chatbridge.multis.prompts import Message
 
 _KEPT_OF_A_BODY = 20_000
+_PLACES_PER_CLIENT = 16
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,19 @@ class EndpointError(ChatBridgeError):
 
 
 class Endpoint:
-    """A connection to the server.
+    """The connections to the server.
+
+    Args:
+        options: Where to ask, and how.
+        concurrency: Requests under way at a time. A client looks through all its connections for each request, so there
+            is one client for every sixteen.
 
     Raises:
         MissingExtraError: If the package ``openai`` is absent.
         ConfigError: If OpenAI's own server is asked without a key.
     """
 
-    def __init__(self, options: EndpointSettings) -> None:
+    def __init__(self, options: EndpointSettings, concurrency: int = 1) -> None:
         try:
             import openai
         except ImportError as error:
@@ -107,13 +115,16 @@ class Endpoint:
         key = os.environ.get(options.api_key_env)
         if key is None and options.base_url is None:
             raise ConfigError(f"set {options.api_key_env} to your key, or name a server of your own with --base-url")
-        self._client = openai.AsyncOpenAI(
-            api_key=key or "none", base_url=options.base_url, timeout=options.timeout, max_retries=0
-        )
+        self._clients = [
+            openai.AsyncOpenAI(api_key=key or "none", base_url=options.base_url, timeout=options.timeout, max_retries=0)
+            for _ in range(math.ceil(concurrency / _PLACES_PER_CLIENT))
+        ]
+        self._next_client = itertools.cycle(self._clients).__next__
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.close()
+        for client in self._clients:
+            await client.close()
 
     async def ask(self, request_id: str, messages: list[Message], max_tokens: int) -> Answer:
         """Send one chat and wait for its answer.
@@ -132,7 +143,7 @@ class Endpoint:
         if options.store:
             arguments |= {"store": True, "metadata": {"chatbridge_request": request_id}}
         try:
-            response = await self._client.chat.completions.with_raw_response.create(
+            response = await self._next_client().chat.completions.with_raw_response.create(
                 model=options.model,
                 messages=[],  # in extra_body: the client's walk over typed messages takes half of a request's CPU time
                 temperature=options.temperature,
@@ -157,7 +168,7 @@ class Endpoint:
             RequestFailed: If the server cannot be asked this time.
         """
         try:
-            page = await self._client.chat.completions.list(metadata={"chatbridge_request": request_id}, limit=1)
+            page = await self._next_client().chat.completions.list(metadata={"chatbridge_request": request_id}, limit=1)
         except self._openai.APIStatusError as error:
             raise self._status_failure(error) from error
         except self._openai.APIConnectionError as error:

@@ -220,7 +220,7 @@ async def _generate(
     path = folder / JOURNAL_NAME
     with Journal(path) as journal:
         ledger = Ledger.read(path)
-        run = _Run(journal, ledger, Endpoint(endpoint), price, options)
+        run = _Run(journal, ledger, Endpoint(endpoint, options.concurrency), price, options)
         header = {"event": "run", "at": time.time(), "model": endpoint.model, "base_url": endpoint.base_url}
         await journal.write({**header, "temperature": endpoint.temperature, "top_p": endpoint.top_p})
         try:
