@@ -18,7 +18,6 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lavis_chatbridge import settings as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
@@ -27,7 +26,8 @@ from lavis_chatbridge.models import answering, checkpoint, encoding, weights
 from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.beats import Beats
 from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
-from lavis_chatbridge.models.language_model import load_language_model, logits_at
+from lavis_chatbridge.models.language_model import load_language_model
+from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
 from lavis_chatbridge.models.vision import build_vision
@@ -173,15 +173,16 @@ class ChatBridge(BaseModel):
         if not len(targets):
             return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
         with self._llm_precision():
-            logits = logits_at(
+            losses = losses_at(
                 self.llama_model,
                 rows,
                 columns,
+                targets,
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
             )
-        return functional.cross_entropy(logits.float(), targets, reduction="none"), targets
+        return losses.to(self.device), targets
 
     @torch.no_grad()
     def generate(

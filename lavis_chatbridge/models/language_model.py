@@ -167,6 +167,32 @@ def logits_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tenso
         handle.remove()
 
 
+def hidden_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
+    """What the output layer would be given at chosen positions; it is not run.
+
+    Args:
+        model: A causal language model.
+        rows: ``[K]`` rows of the positions.
+        columns: ``[K]`` columns of the positions.
+        **inputs: What the model is given.
+
+    Returns:
+        ``[K, D]``.
+    """
+    chosen: list[Tensor] = []
+
+    def take(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        chosen.append(arguments[0][rows, columns])
+        return (arguments[0][:0],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        model(**inputs, use_cache=False, return_dict=True)
+    finally:
+        handle.remove()
+    return chosen[0]
+
+
 def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
     from transformers import AutoModelForCausalLM
 
