@@ -18,6 +18,7 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lavis_chatbridge import settings as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
@@ -26,8 +27,7 @@ from lavis_chatbridge.models import answering, checkpoint, encoding, weights
 from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.beats import Beats
 from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
-from lavis_chatbridge.models.language_model import load_language_model
-from lavis_chatbridge.models.losses import losses_at
+from lavis_chatbridge.models.language_model import load_language_model, logits_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
 from lavis_chatbridge.models.vision import build_vision
@@ -173,16 +173,15 @@ class ChatBridge(BaseModel):
         if not len(targets):
             return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
         with self._llm_precision():
-            losses = losses_at(
+            logits = logits_at(
                 self.llama_model,
                 rows,
                 columns,
-                targets,
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
             )
-        return losses.to(self.device), targets
+        return functional.cross_entropy(logits.float(), targets, reduction="none"), targets
 
     @torch.no_grad()
     def generate(
@@ -302,6 +301,48 @@ class ChatBridge(BaseModel):
         if not answer_list:
             raise ConfigError("inference_method 'rank' needs answer_list, the candidates")
         return self._rank(samples, list(answer_list), num_ans_candidates, length_penalty, **more)
+
+    @torch.no_grad()
+    def answer_scores(
+        self,
+        samples: Mapping[str, Any],
+        answers: Sequence[str],
+        keep: int | None = None,
+        *,
+        stop: str | None = None,
+        bos: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """How likely each of some answers is; prompts and media are read once, not once for each answer.
+
+        Args:
+            samples: A batch; targets in its prompts are not looked at.
+            answers: The ``C`` candidates.
+            keep: Of each sample, so many with the likeliest first token are scored, the others get minus infinity; all
+                without.
+            stop: What closes an answer and is scored with it; by default the end of a reply.
+            bos: See :meth:`generate`.
+
+        Returns:
+            ``[B, C]`` log-probabilities in fp32, and ``[C]`` the numbers of tokens that they are sums over.
+
+        Raises:
+            PromptError: If prompts and media do not fit together.
+        """
+        media = sample_reader.media_of(samples)
+        contexts = sample_reader.contexts(samples, media)
+        end = self.settings.reply_end if stop is None else stop
+        candidates = [self.llama_tokenizer.encode(escape_markers(answer) + end) for answer in answers]
+        embeds, mask = self._context(contexts, media, bos)
+        with self._llm_precision():
+            scores = answering.candidate_scores(
+                self.llama_model,
+                embeds,
+                mask,
+                candidates,
+                len(candidates) if keep is None else keep,
+                chunk=self.settings.encoder_batch,
+            )
+        return scores, torch.tensor([len(ids) for ids in candidates], device=scores.device)
 
     def encode_media(self, kind: Kind, media: Sequence[Any]) -> list[EncodedMedium]:
         """Media through their frozen encoder and its layer norm, all in one batch.
@@ -472,16 +513,7 @@ class ChatBridge(BaseModel):
         bos: bool | None = None,
         **ignored: Any,
     ) -> list[str]:
-        media = sample_reader.media_of(samples)
-        contexts = sample_reader.contexts(samples, media)
-        end = self.settings.reply_end if stop is None else stop
-        candidates = [self.llama_tokenizer.encode(escape_markers(answer) + end) for answer in answers]
-        embeds, mask = self._context(contexts, media, bos)
-        with self._llm_precision():
-            scores = answering.candidate_scores(
-                self.llama_model, embeds, mask, candidates, keep, chunk=self.settings.encoder_batch
-            )
-        lengths = torch.tensor([len(ids) for ids in candidates], device=scores.device)
+        scores, lengths = self.answer_scores(samples, answers, keep, stop=stop, bos=bos)
         return [answers[i] for i in (scores / lengths**length_penalty).argmax(1).tolist()]
 
     def _llm_precision(self) -> AbstractContextManager:

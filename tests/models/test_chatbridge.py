@@ -343,17 +343,34 @@ def test_contexts_of_training_and_generation_agree(model: Any) -> None:
 ANSWERS = ["red", "a red car", "blue", "two", "on the beach", "yes", "no", "a"]
 
 
-def brute_force(model: Any, samples: dict[str, Any], answers: list[str], power: float = 0.0) -> list[str]:
-    best = []
+def plain_scores(model: Any, samples: dict[str, Any], answers: list[str]) -> tuple[torch.Tensor, list[int]]:
+    """``[B, C]`` log-probabilities, each from its own whole sequence, and the numbers of tokens."""
+    rows = []
     for i, pieces in enumerate(samples["pieces"]):
-        scores = []
-        for answer in answers:
-            prompt: list[Piece] = [*context_of(pieces), Text(answer + "###", target=True)]
-            out = model({"image": samples["image"][i : i + 1], "pieces": [prompt]})
-            count = int(out["target_tokens"])
-            scores.append(-out["loss"].item() * count / count**power)
-        best.append(answers[scores.index(max(scores))])
-    return best
+        prompts = [[*context_of(pieces), Text(answer + "###", target=True)] for answer in answers]
+        outs = [model({"image": samples["image"][i : i + 1], "pieces": [prompt]}) for prompt in prompts]
+        counts = [int(out["target_tokens"]) for out in outs]
+        rows.append([-out["loss"].item() * count for out, count in zip(outs, counts, strict=True)])
+    return torch.tensor(rows), counts
+
+
+def brute_force(model: Any, samples: dict[str, Any], answers: list[str], power: float = 0.0) -> list[str]:
+    scores, counts = plain_scores(model, samples, answers)
+    return [answers[i] for i in (scores / torch.tensor(counts) ** power).argmax(1).tolist()]
+
+
+def test_answers_are_scored_as_whole_sequences_are_but_the_question_is_read_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, counts = plain_scores(model, QUESTIONS, ANSWERS)
+    read, forward = [], model.llama_model.forward
+    monkeypatch.setattr(
+        model.llama_model, "forward", lambda *a, **k: read.append(k.get("inputs_embeds") is not None) or forward(*a, **k)
+    )
+    found, lengths = model.answer_scores(QUESTIONS, ANSWERS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert lengths.tolist() == counts
+    assert read.count(True) == 1
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
