@@ -1,7 +1,7 @@
 """Cross-entropy of a frozen output layer at chosen positions, a few positions at a time: no logits are kept.
 
-At a vocabulary of 32,000 the logits of a batch and their gradients are its largest tensors. Each position's gradient needs its
-own logits only, so it is worked out together with the loss and the logits are thrown away.
+At a vocabulary of 32,000 the logits of a batch and their gradients are its largest tensors. Each position's gradient
+needs its own logits only, so it is worked out together with the loss, and the logits are thrown away.
 
 Shapes: ``K`` positions, ``D`` width, ``V`` vocabulary.
 """

@@ -54,7 +54,8 @@ def test_half_precision_ends_in_fp32() -> None:
     found = chunked_cross_entropy(half, weight.bfloat16(), None, targets, 8)
     found.sum().backward()
     assert found.dtype == torch.float32
-    assert half.grad is not None and half.grad.dtype == torch.bfloat16
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
     torch.testing.assert_close(found.detach(), expected, atol=0.03, rtol=0)
 
 
@@ -88,4 +89,5 @@ def test_an_output_layer_that_is_trained_gets_its_gradient() -> None:
     head = model.get_output_embeddings().requires_grad_(True)
     embeds = torch.randn(1, 4, 32)
     losses_at(model, torch.tensor([0]), torch.tensor([2]), torch.tensor([7]), inputs_embeds=embeds).sum().backward()
-    assert head.weight.grad is not None and head.weight.grad[7].abs().sum() > 0
+    assert head.weight.grad is not None
+    assert head.weight.grad[7].abs().sum() > 0
