@@ -3,12 +3,20 @@
 #   make install   the plugin with what its tests need, and LAVIS beside it, in .venv
 #   make demo      train, evaluate and show ChatBridge on the embedded world; writes output/demo/report.html
 #   make test      the test suite on the newest transformers, then tests/compat457 on the oldest that is supported
-#   make check     format, lint, types
+#   make check     format, lint, types, floors
+#   make coverage  the test suite, and which lines of the package it ran
+#   make docs      docs/api from the docstrings
+#   make lock      constraints.txt from what lies in .venv
+#   make audit     known vulnerabilities of what constraints.txt names; needs a network
 #   make clean     remove everything that the other targets made
+#
+# `LOCK=constraints.txt` installs the versions that the suite was last run with, as .ci/run does.
 
 PYTHON ?= python3
 VENV := .venv
 COMPAT := .venv-compat
+AUDIT := .venv-audit
+LOCK ?=
 DEMO := output/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -19,14 +27,14 @@ EVALUATE := $(BIN)/python -m lavis.evaluate --cfg-path projects/chatbridge/eval/
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check coverage docs lock audit clean
 
 install: $(INSTALLED)
 
 # LAVIS comes without its dependencies: its pins exclude every LLaMA. setup.cfg lists what it really imports.
-$(INSTALLED): setup.cfg pyproject.toml
+$(INSTALLED): setup.cfg pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(LOCK)) --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps salesforce-lavis==1.0.2
 	touch $@
 
@@ -35,7 +43,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 $(COMPAT_INSTALLED): Makefile | $(INSTALLED)
 	rm -rf $(COMPAT)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(COMPAT) \
-		transformers==4.57.6 'huggingface_hub>=0.34,<1' 'tokenizers>=0.22,<0.23'
+		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 	touch $@
 
 # Stage 1 and what it says to pictures, clips and sounds, its own and others'; stage 2 and what it answers, also about two
@@ -66,7 +74,25 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy lavis_chatbridge
+	$(BIN)/lint-imports --no-cache
+
+# Data of all processes, those that tests start included, are put together; one figure for a folder is in docs/contributing.md.
+coverage: install
+	rm -rf output/coverage && mkdir -p output/coverage
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
+
+docs: install
+	$(BIN)/python docs/make_api.py
+
+lock: install
+	$(BIN)/python .ci/lock.py
+
+audit: constraints.txt
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit; }
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) $(COMPAT) output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) $(AUDIT) output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
