@@ -1,6 +1,6 @@
 """How long a chat lets one wait: the first token of an answer, with and without what earlier turns have computed.
 
-    python benchmarks/chat.py [--turns 10] [--width 768] [--layers 12]
+    python benchmarks/chat.py [--turns 10] [--width 768] [--layers 12] [--write benchmarks/chat.md]
 
 A model of middle size with random weights talks on the CPU; a picture comes in turn 1, and another in turn 4. Goal: the
 first token at turn 5 at least 5 times as early with the cache as without. CPU seconds are given beside those of the
@@ -10,6 +10,10 @@ clock: they count what is computed, however busy the machine is.
 from __future__ import annotations
 
 import argparse
+import datetime
+import os
+import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -81,23 +85,40 @@ def first_tokens(model: Any, processors: Any, keep: bool, turns: int) -> list[tu
     return found
 
 
-def latency(turns: int, width: int, layers: int) -> None:
-    """Print the table of first tokens."""
+def latency(turns: int, width: int, layers: int) -> str:
+    """The table of first tokens, in Markdown."""
     model, processors = build(width, layers)
     size = sum(p.numel() for p in model.llama_model.parameters()) / 1e6
     first_tokens(model, processors, True, 1)  # the first run of everything is slower
     without = first_tokens(model, processors, False, turns)
     kept = first_tokens(model, processors, True, turns)
-    print(f"first token, language model of {size:.0f} M parameters, {torch.get_num_threads()} threads")
-    names = ("turn", "tokens", "without (s)", "with (s)", "ratio", "CPU without", "CPU with", "ratio")
-    print("".join(f"{name:>12}" for name in names))
+    lines = [
+        f"First token of an answer, language model of {size:.0f} M parameters:",
+        "",
+        "| turn | tokens of the prompt | without cache (s) | with (s) | ratio | CPU s without | with | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for turn, ((tokens, *slow), (_, *fast)) in enumerate(zip(without, kept, strict=True), start=1):
         if turn > 1:
-            seconds = f"{slow[0]:>12.3f}{fast[0]:>12.3f}{slow[0] / fast[0]:>12.1f}"
-            print(f"{turn:>12}{tokens:>12}{seconds}{slow[1]:>12.3f}{fast[1]:>12.3f}{slow[1] / fast[1]:>12.1f}")
+            both = zip(slow, fast, strict=True)
+            cells = " | ".join(f"{one:.3f} | {other:.3f} | {one / other:.1f}" for one, other in both)
+            lines.append(f"| {turn} | {tokens} | {cells} |")
     if turns >= GOAL_TURN:
-        ratio = without[GOAL_TURN - 1][2] / kept[GOAL_TURN - 1][2]
-        print(f"goal: at least {GOAL:g} times at turn {GOAL_TURN}; CPU seconds: {ratio:.1f}")
+        clock, cpu = (without[GOAL_TURN - 1][i] / kept[GOAL_TURN - 1][i] for i in (1, 2))
+        told = "reached" if cpu >= GOAL else "missed"
+        lines += ["", f"Goal: at least {GOAL:g} times at turn {GOAL_TURN}: {told}, {cpu:.1f} times in CPU seconds "]
+        lines[-1] += f"({clock:.1f} by the clock, which counts what else the machine does)."
+    return "\n".join(lines) + "\n"
+
+
+def circumstances(script: str, *options: str) -> str:
+    """When, with what and by which command something was measured, in Markdown."""
+    import transformers
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    command = " ".join(["python", f"benchmarks/{script}", *options])
+    return f"{datetime.date.today()}, {cores} CPU core(s), {versions}; `{command}`.\n"
 
 
 def main() -> None:
@@ -106,8 +127,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--width", type=int, default=768, help="of the language model")
     parser.add_argument("--layers", type=int, default=12, help="of the language model")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file for the table")
     args = parser.parse_args()
-    latency(args.turns, args.width, args.layers)
+    options = [f"--{name}={getattr(args, name)}" for name in ("turns", "width", "layers")]
+    table = latency(args.turns, args.width, args.layers)
+    table = f"# What the cache of a conversation is worth\n\n{circumstances('chat.py', *options)}\n{table}"
+    sys.stdout.write(table)
+    if args.write:
+        args.write.write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How much more a server answers when several clients ask at once: tokens a second at 1, 4 and 16 clients.
 
     python benchmarks/chat_server.py [--width 768] [--layers 12] [--tokens 32] [--clients 1 4 16]
+        [--write benchmarks/chat_server.md]
 
 A model of middle size with random weights, on the CPU, behind the real HTTP server; every client asks about a picture.
 The baseline is the same server with ``--batch 1``, which answers one after the other. Goal: at 16 clients at least
@@ -13,10 +14,11 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 import httpx
 import numpy as np
 import uvicorn
-from chat import build  # the file beside this one
+from chat import build, circumstances  # the file beside this one
 from PIL import Image
 
 from lavis_chatbridge.chat.server.app import build_app
@@ -86,6 +88,30 @@ def measure(model: Any, processors: Any, batch: int, clients: int, tokens: int) 
         return total / (time.perf_counter() - began), total / (time.process_time() - worked)
 
 
+def throughput(width: int, layers: int, tokens: int, clients: Sequence[int]) -> str:
+    """The table of tokens a second, in Markdown."""
+    model, processors = build(width, layers)
+    base = measure(model, processors, 1, max(clients), tokens)
+    lines = [
+        f"Tokens of all replies a second; {REQUESTS} requests about a picture each, {tokens} tokens a reply:",
+        "",
+        "| server | clients | tokens/s | ratio | tokens/CPU s | ratio |",
+        "|---|---|---|---|---|---|",
+        f"| `--batch 1` | {max(clients)} | {base[0]:.1f} | 1.00 | {base[1]:.1f} | 1.00 |",
+    ]
+    verdict = ""
+    for number in clients:
+        found = measure(model, processors, 16, number, tokens)
+        ratio = found[0] / base[0]
+        lines.append(
+            f"| `--batch 16` | {number} | {found[0]:.1f} | {ratio:.2f} | {found[1]:.1f} | {found[1] / base[1]:.2f} |"
+        )
+        if number == GOAL_CLIENTS:
+            told = "reached" if ratio >= GOAL else "missed"
+            verdict = f"\nGoal: at least {GOAL:g} times at {GOAL_CLIENTS} clients: {told}, {ratio:.2f} times.\n"
+    return "\n".join(lines) + "\n" + verdict
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,19 +119,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file for the table")
     args = parser.parse_args()
-    model, processors = build(args.width, args.layers)
-    print(f"{'server':>12} {'clients':>8} {'tokens/s':>9} {'tokens/CPU s':>13} {'ratio':>6} {'CPU ratio':>10}")
-    base = measure(model, processors, 1, max(args.clients), args.tokens)
-    print(f"{'batch 1':>12} {max(args.clients):>8} {base[0]:>9.1f} {base[1]:>13.1f} {1:>6.2f} {1:>10.2f}", flush=True)
-    for clients in args.clients:
-        found = measure(model, processors, 16, clients, args.tokens)
-        ratios = found[0] / base[0], found[1] / base[1]
-        goal = ""
-        if clients == GOAL_CLIENTS:
-            goal = f"  goal {GOAL:g}: {'reached' if ratios[0] >= GOAL else 'missed'}"
-        numbers = f"{found[0]:>9.1f} {found[1]:>13.1f} {ratios[0]:>6.2f} {ratios[1]:>10.2f}"
-        print(f"{'batch 16':>12} {clients:>8} {numbers}{goal}", flush=True)
+    options = [f"--{name}={getattr(args, name)}" for name in ("width", "layers", "tokens")]
+    table = throughput(args.width, args.layers, args.tokens, args.clients)
+    table = f"# Many clients at once\n\n{circumstances('chat_server.py', *options)}\n{table}"
+    sys.stdout.write(table)
+    if args.write:
+        args.write.write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 
 from lavis_chatbridge.chat.server import attachments, command, fetch
 from lavis_chatbridge.chat.server.errors import RequestError
+from lavis_chatbridge.chat.server.folder import RequestFolder
 from lavis_chatbridge.chat.server.metrics import Metrics
 from lavis_chatbridge.chat.server.requests import Attachment
 from lavis_chatbridge.chat.server.settings import ServerSettings, checked
@@ -156,8 +157,7 @@ def test_files_below_a_folder_only(tmp_path: Path):
     settings = ServerSettings(folders=(offered,), max_medium=6)
 
     def saved(url: str) -> bytes:
-        folder = tmp_path / f"request{time.monotonic_ns()}"
-        folder.mkdir()
+        folder = RequestFolder(tmp_path)
         (path,) = attachments.save([Attachment("image", url, where="x")], folder, settings, time.monotonic() + 9)
         return path.read_bytes()
 

@@ -11,10 +11,9 @@ import hmac
 import json
 import logging
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -26,6 +25,7 @@ from lavis_chatbridge.chat.history import ChatTurn
 from lavis_chatbridge.chat.server import answers, attachments
 from lavis_chatbridge.chat.server.engine import Engine, Event, Job, QueueFullError
 from lavis_chatbridge.chat.server.errors import RequestError, timed_out, too_large
+from lavis_chatbridge.chat.server.folder import RequestFolder
 from lavis_chatbridge.chat.server.metrics import Metrics
 from lavis_chatbridge.chat.server.requests import ChatRequest, read_request
 from lavis_chatbridge.chat.server.settings import ServerSettings
@@ -90,7 +90,12 @@ def build_app(engine: Engine, settings: ServerSettings, scratch: Path) -> FastAP
 
 
 class _Gate:
-    """Asks for the token, counts what is answered, and answers what nobody foresaw."""
+    """Asks for the token, counts what is answered, answers what nobody foresaw, and closes every request.
+
+    A request is over when its call of the application is: with an answer, by a fault, by a client that left before or
+    in a stream (whose generator is then neither run to its end nor closed by anyone), or cancelled. So what a request
+    holds is given back here, and nowhere else.
+    """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -106,8 +111,10 @@ class _Gate:
             status = message.get("status", status)
             await send(message)
 
+        request = Request(scope)
+        closing = request.state.closing = ExitStack()
         try:
-            _check_access(Request(scope), self._settings)
+            _check_access(request, self._settings)
             await self._app(scope, receive, watched)
         except RequestError as error:
             await _refusal(error)(scope, receive, watched)
@@ -117,6 +124,7 @@ class _Gate:
             if not status:
                 await _refusal(_internal(number))(scope, receive, watched)
         finally:
+            closing.close()
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.count("chatbridge_requests_total", path=path, status=status)
 
@@ -136,24 +144,21 @@ class _Chats:
         deadline = time.monotonic() + self._settings.timeout
         waiting = _Waiting(self, deadline)
         self._present += 1
+        request.state.closing.callback(waiting.close)
         try:
             asked = await self._read(request, deadline)
             await self._start(asked, waiting)
             first = await waiting.next(request)
+            waiting.forget_media()
             if asked.stream:
-                completion = answers.Completion(asked.model)
-                body = self._stream(asked, completion, waiting, first)
-                waiting.handed_on = True
-                return _Streamed(body, waiting)
+                body = self._stream(asked, waiting, first, request)
+                return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
             while not isinstance(first, Answer):
                 first = await waiting.next(request)
             self._count(first, waiting)
             return JSONResponse(answers.Completion(asked.model).whole(first))
         except _GoneError:
             return Response(status_code=499)
-        finally:
-            if not waiting.handed_on:
-                waiting.close()
 
     async def _read(self, request: Request, deadline: float) -> ChatRequest:
         settings = self._settings
@@ -172,7 +177,7 @@ class _Chats:
 
     async def _start(self, asked: ChatRequest, waiting: _Waiting) -> None:
         """Write the media into a folder, and hand the conversation to the engine."""
-        waiting.folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        waiting.folder = RequestFolder(self._scratch)
         saving = asyncio.to_thread(attachments.save, asked.media, waiting.folder, self._settings, waiting.deadline)
         try:
             paths = await asyncio.wait_for(saving, attachments.remaining(waiting.deadline))
@@ -191,14 +196,15 @@ class _Chats:
             raise _queue_full() from None
 
     async def _stream(
-        self, asked: ChatRequest, completion: answers.Completion, waiting: _Waiting, heard: str | Answer
+        self, asked: ChatRequest, waiting: _Waiting, heard: str | Answer, request: Request
     ) -> AsyncIterator[bytes]:
         """A reply as server-sent events; a fault on the way is one too, since the status has been sent."""
+        completion = answers.Completion(asked.model)
         try:
             yield answers.event(completion.opening())
             while not isinstance(heard, Answer):
                 yield answers.event(completion.chunk({"content": heard}))
-                heard = await waiting.next()
+                heard = await waiting.next(request)
             self._count(heard, waiting)
             yield answers.event(completion.closing(heard))
             if asked.usage:
@@ -207,6 +213,8 @@ class _Chats:
         except RequestError as error:
             yield answers.event(error.body())
             yield answers.END
+        except _GoneError:
+            return
 
     def _count(self, answer: Answer, waiting: _Waiting) -> None:
         count, seconds = self._metrics.count, time.monotonic() - waiting.started
@@ -232,24 +240,21 @@ class _Waiting:
         self._chats = chats
         self.deadline, self.started = deadline, time.monotonic()
         self.job: Job | None = None
-        self.folder: Path | None = None
+        self.folder: RequestFolder | None = None
         self.names: dict[str, str] = {}
-        self.handed_on = False
-        """Whether a stream, which begins when the handler has returned, will close it."""
-        self._open = True
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
     def deliver(self, event: Event) -> None:
         """Called by the engine's threads."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the server has ended: its loop is closed
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def next(self, request: Request | None = None) -> str | Answer:
+    async def next(self, request: Request) -> str | Answer:
         """What the engine says next.
 
         Args:
-            request: Looked at from time to time, where nothing else tells that the client has gone.
+            request: Looked at from time to time, for whether its client is still there.
 
         Raises:
             RequestError: If the request is at fault, or takes too long.
@@ -262,22 +267,23 @@ class _Waiting:
             except asyncio.TimeoutError:
                 if attachments.remaining(self.deadline) == 0:
                     raise timed_out(self.deadline - self.started) from None
-                if request is not None and await request.is_disconnected():
+                if await request.is_disconnected():
                     raise _GoneError from None
                 continue
             if isinstance(event, Exception):
                 raise self._refusal(event) from event
             return event
 
+    def forget_media(self) -> None:
+        """Remove the request's files: what has been answered with one word has been read whole."""
+        if self.folder is not None:
+            self.folder.close()
+
     def close(self) -> None:
         """Stop what is still under way, and remove the request's files."""
-        if not self._open:
-            return
-        self._open = False
         if self.job is not None:
             self.job.cancel()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.forget_media()
         self._chats.leave()
 
     def _refusal(self, fault: Exception) -> RequestError:
@@ -296,21 +302,7 @@ class _Waiting:
     def _without_paths(self, text: str) -> str:
         for path in sorted(self.names, key=len, reverse=True):
             text = text.replace(path, "the file")
-        return text if self.folder is None else text.replace(str(self.folder), "")
-
-
-class _Streamed(StreamingResponse):
-    """Events of a reply; whatever becomes of the line, the request is closed."""
-
-    def __init__(self, body: AsyncIterator[bytes], waiting: _Waiting) -> None:
-        super().__init__(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._waiting = waiting
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._waiting.close()
+        return text if self.folder is None else text.replace(str(self.folder.path), "")
 
 
 async def _body(request: Request, limit: int) -> bytes:

@@ -19,31 +19,33 @@ from typing import BinaryIO
 from lavis_chatbridge.chat.media import Medium
 from lavis_chatbridge.chat.server import fetch
 from lavis_chatbridge.chat.server.errors import RequestError, timed_out, too_large
+from lavis_chatbridge.chat.server.folder import RequestFile, RequestFolder
 from lavis_chatbridge.chat.server.requests import Attachment
 from lavis_chatbridge.chat.server.settings import ServerSettings
 
 _BLOCK = 1 << 20
 
 
-def save(attachments: Sequence[Attachment], folder: Path, settings: ServerSettings, deadline: float) -> list[Path]:
+def save(
+    attachments: Sequence[Attachment], folder: RequestFolder, settings: ServerSettings, deadline: float
+) -> list[Path]:
     """Write the media of a request into a folder of its own.
 
     Args:
         attachments: What the request brings.
-        folder: An empty folder.
+        folder: An empty folder; once it is closed, nothing more is written.
         settings: What is allowed.
         deadline: The moment (``time.monotonic``) at which to give up.
 
     Raises:
         RequestError: If one is not allowed, too large, or cannot be had.
+        FolderClosedError: If the request ended meanwhile.
     """
-    paths = []
-    for number, attachment in enumerate(attachments):
-        path = folder / str(number)
-        with open(path, "xb") as file:
-            _write(attachment, file, settings, deadline)
-        paths.append(path)
-    return paths
+    with folder.writing():
+        for number, attachment in enumerate(attachments):
+            with folder.create(str(number)) as file:
+                _write(attachment, file, settings, deadline)
+    return [folder.path / str(number) for number in range(len(attachments))]
 
 
 def media_of(attachments: Sequence[Attachment], paths: Sequence[Path], hear_videos: bool) -> list[list[Medium]]:
@@ -60,7 +62,7 @@ def media_of(attachments: Sequence[Attachment], paths: Sequence[Path], hear_vide
     return result
 
 
-def _write(attachment: Attachment, file: BinaryIO, settings: ServerSettings, deadline: float) -> None:
+def _write(attachment: Attachment, file: RequestFile, settings: ServerSettings, deadline: float) -> None:
     where, limit = attachment.where, settings.max_medium
     if attachment.data:
         file.write(_decoded(attachment.data, limit, where))
@@ -118,7 +120,7 @@ def _decoded(data: str, limit: int, where: str) -> bytes:
     return content
 
 
-def _copy(url: str, file: BinaryIO, settings: ServerSettings, where: str) -> None:
+def _copy(url: str, file: RequestFile, settings: ServerSettings, where: str) -> None:
     """Copy a file below one of the folders.
 
     Whether a file is missing, lies elsewhere or may not be read is not told: a client could look around with it.

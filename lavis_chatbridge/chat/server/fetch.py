@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.parse
 from contextlib import suppress
-from typing import BinaryIO
+from typing import Protocol
 
 from lavis_chatbridge import __version__
 
@@ -22,6 +22,13 @@ _MOST_REDIRECTS = 3
 _BLOCK = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class Sink(Protocol):
+    """Where bytes go."""
+
+    def write(self, block: bytes, /) -> object:
+        """Take some."""
 
 
 class FetchError(Exception):
@@ -36,7 +43,7 @@ class TooSlowError(FetchError):
     """It took too long."""
 
 
-def fetch(url: str, file: BinaryIO, limit: int, deadline: float) -> None:
+def fetch(url: str, file: Sink, limit: int, deadline: float) -> None:
     """Write what a URL holds to a file.
 
     Args:
@@ -96,7 +103,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def _fetch_one(url: str, file: BinaryIO, limit: int, deadline: float) -> str | None:
+def _fetch_one(url: str, file: Sink, limit: int, deadline: float) -> str | None:
     """Fetch a URL; returns where it leads if that is elsewhere."""
     try:
         parsed = urllib.parse.urlsplit(url)
