@@ -341,8 +341,9 @@ def _load(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettin
 def _outlive_signals(_worker: int) -> None:
     """Clusters and terminals signal all processes at once: the training decides when its workers end, so that it can
     still save a checkpoint."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

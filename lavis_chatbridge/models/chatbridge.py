@@ -18,16 +18,16 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lavis_chatbridge import settings as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import answering, checkpoint, encoding, weights
+from lavis_chatbridge.models import answering, checkpoint, encoding, lora, weights
 from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.beats import Beats
 from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
-from lavis_chatbridge.models.language_model import load_language_model, logits_at
+from lavis_chatbridge.models.language_model import check_available, load_language_model
+from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
 from lavis_chatbridge.models.vision import build_vision
@@ -59,6 +59,7 @@ class ChatBridge(BaseModel):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         _look_for_files(settings)
+        check_available(settings.language_model)
         self.settings = settings
         self.prompt_layout = settings.prompt_layout
         self.max_text_length = settings.max_text_length
@@ -136,6 +137,7 @@ class ChatBridge(BaseModel):
         super().train(mode)
         for name in FROZEN:
             getattr(self, name).eval()
+        lora.set_training(self.llama_model, mode)
         if self.settings.perceiver.frozen:
             self.Qformer.eval()
         return self
@@ -173,15 +175,16 @@ class ChatBridge(BaseModel):
         if not len(targets):
             return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
         with self._llm_precision():
-            logits = logits_at(
+            losses = losses_at(
                 self.llama_model,
                 rows,
                 columns,
+                targets,
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
             )
-        return functional.cross_entropy(logits.float(), targets, reduction="none"), targets
+        return losses.to(self.device), targets
 
     @torch.no_grad()
     def generate(
@@ -423,15 +426,31 @@ class ChatBridge(BaseModel):
             CheckpointError: If it is missing, unsafe or does not fit; the model is then as before.
         """
         file = checkpoint.read(checkpoint.find(str(url_or_filename), "the trained ChatBridge"))
-        found = checkpoint.bridge_tensors(file.tensors)
         expected = checkpoint.bridge_tensors(self.state_dict())
-        required = [name for name, p in self.named_parameters() if p.requires_grad]
-        held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in found))
-        required += [name for name in expected if held and name.startswith(held)]
+        own = {lora.without_base(name): name for name in expected}
+        found = {own.get(name, name): t for name, t in checkpoint.bridge_tensors(file.tensors).items()}
+        fresh = self._check_adapters(file, found)
+        required = [n for n, p in self.named_parameters() if p.requires_grad and not (fresh and lora.is_adapter(n))]
+        frozen = [name for name in found if not lora.is_adapter(name)]
+        held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in frozen))
+        required += [n for n in expected if held and n.startswith(held) and not lora.is_adapter(n)]
         checkpoint.check_fit(expected, found, required, file.path, "this model")
         self.load_state_dict(found, strict=False)
         self._fingerprints.clear()
         log.info("loaded %d tensors from %s", len(found), file.path)
+
+    def _check_adapters(self, file: checkpoint.WeightFile, found: Mapping[str, Tensor]) -> bool:
+        """Refuse a file's adapters that are not this model's; whether this model's stay fresh."""
+        own = lora.describe(self.llama_model)
+        held = lora.described_by(found)
+        if held is not None and file.cfg is not None:
+            held |= file.cfg.get("lora", {})
+        fault = lora.misfit(held, own, fresh_is_fine=True)
+        if fault is not None:
+            raise CheckpointError(f"{file.path} does not fit this model: {fault}")
+        if held is None and own is not None:
+            log.info("%s has no LoRA adapters: this model's are fresh and change nothing yet", file.path)
+        return held is None
 
     def frozen_fingerprint(self, kind: Kind) -> str:
         """A short string that changes when encoded media of this kind would: the key of a feature cache."""
@@ -472,6 +491,7 @@ class ChatBridge(BaseModel):
     def _freeze(self) -> None:
         for name in FROZEN:
             getattr(self, name).requires_grad_(False)
+        lora.thaw(self.llama_model)
         if self.settings.perceiver.frozen:
             for trained in (self.Qformer, self.audio_trans, self.image_query_tokens, self.audio_query_tokens):
                 trained.requires_grad_(False)

@@ -7,15 +7,17 @@ Shapes: ``B`` rows, ``L`` positions, ``K`` chosen positions, ``D`` width, ``V`` 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
+from lavis_chatbridge.models import checkpoint, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 
 HINT = "set model.language_model.weights to a Hugging Face folder (config.json, tokenizer, weights)"
@@ -122,12 +124,35 @@ def load_codec(folder: Path) -> Codec:
         raise CheckpointError(f"no tokenizer can be read from {folder}: {_one_line(error)}; {HINT}") from error
 
 
+def check_available(settings: LanguageModelSettings) -> None:
+    """Refuse what this machine cannot do, before anything is loaded.
+
+    Raises:
+        MissingExtraError: If the settings need a package that is not installed.
+        ConfigError: If they need a CUDA device, and there is none.
+    """
+    if settings.lora is not None:
+        lora.check_available()
+    if settings.quantization is None:
+        return
+    setting = "model.language_model.quantization"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "quantize", setting)
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"{setting} is {settings.quantization}, which needs a CUDA device; torch finds none here: set it to null"
+        )
+
+
 def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
-    """The frozen language model and its tokenizer.
+    """The frozen language model, with fresh adapters where the settings ask for some, and its tokenizer.
 
     Raises:
         CheckpointError: If a folder is missing or incomplete, or model and tokenizer do not belong together.
+        MissingExtraError: If the settings need a package that is not installed.
+        ConfigError: If they need what this machine or the language model does not have.
     """
+    check_available(settings)
     folder = None if settings.weights is None else checkpoint.find(settings.weights, "the language model", HINT)
     named = settings.tokenizer or settings.weights
     codec = load_codec(checkpoint.find(str(named), "the language model's tokenizer", HINT))
@@ -139,7 +164,10 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
             f"{settings.weights or 'the configuration'} embeds {rows}: they do not belong together"
         )
     _forget_sampling_defaults(model, codec)
-    return model.requires_grad_(False).eval(), codec
+    model.requires_grad_(False).eval()
+    if settings.lora is not None:
+        lora.inject(model, settings.lora)
+    return model, codec
 
 
 def logits_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
@@ -203,6 +231,7 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_quantised(settings),
         )
     except Exception as error:  # safetensors' own error type derives from Exception directly
         raise CheckpointError(f"no language model can be read from {folder}: {_one_line(error)}; {HINT}") from error
@@ -213,6 +242,24 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             f"the language model in {folder} is incomplete: {len(missing)} tensors are missing, {missing[0]} for one"
         )
     return model
+
+
+def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
+    """What transformers needs to hold the layers in 8 or 4 bits: nothing else is then held in full on the way."""
+    if settings.quantization is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "8bit":
+        chosen = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        chosen = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
+        )
+    return {"quantization_config": chosen, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _random(settings: LanguageModelSettings) -> Any:

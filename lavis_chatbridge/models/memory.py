@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lavis_chatbridge.models import shapes
+from lavis_chatbridge.models import lora, shapes
 from lavis_chatbridge.models.beats import BeatsConfig
-from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
+from lavis_chatbridge.models.settings import ModelSettings, Quantization, torch_dtype
 
 SLACK = 0.08
 """Fragments and the libraries' own buffers, as a share of the rest."""
 
 _CONTEXT = 600 << 20  # what CUDA itself takes of a device
 _FP32 = 4
+_BITS: dict[Quantization, float] = {"8bit": 8.0, "4bit": 4.127}
+"""Bits of a quantised weight; NF4 with scales that are quantised themselves (QLoRA, arXiv 2305.14314, section 3)."""
 
 
 def llm_parameters(config: Mapping[str, Any]) -> int:
@@ -61,11 +63,13 @@ def training_memory(
     audio = beats or settings.audio.config or BeatsConfig()
     bridge = shapes.bridge_shapes(settings, audio.encoder_embed_dim, llm["hidden_size"])
     trained = sum(tensor.numel() for name, tensor in bridge.items() if not name.startswith("ln_"))
+    if (adapters := settings.language_model.lora) is not None:
+        trained += lora.parameter_count(llm, adapters)
     half = torch_dtype(settings.language_model.dtype).itemsize
     parts = {
         "vision encoder": _numbers(shapes.vision_shapes(settings.vision)) * torch_dtype(settings.vision.dtype).itemsize,
         "audio encoder": _numbers(shapes.beats_shapes(audio)) * torch_dtype(settings.audio.dtype).itemsize,
-        "language model": llm_parameters(llm) * half,
+        "language model": _llm_weights(settings, llm, half),
         "trained weights": trained * _FP32,
         "their gradients": trained * _FP32,
         "AdamW": trained * 2 * _FP32,
@@ -76,6 +80,15 @@ def training_memory(
     }
     parts["slack"] = int(SLACK * sum(parts.values()))
     return parts
+
+
+def _llm_weights(settings: ModelSettings, llm: Mapping[str, Any], half: int) -> int:
+    """Quantised are the linear layers of the blocks; embeddings, norms and the output layer are not."""
+    whole = llm_parameters(llm)
+    if (how := settings.language_model.quantization) is None:
+        return whole * half
+    linear = llm["num_hidden_layers"] * sum(i * o for i, o in lora.layer_sizes(llm).values())
+    return int(linear * _BITS[how] / 8) + (whole - linear) * half
 
 
 def _llm_activations(
@@ -92,6 +105,9 @@ def _llm_activations(
     attention = 4 * width * half
     feed_forward = 3 * inner * half
     layer = norms + attention + feed_forward
+    if (adapters := settings.language_model.lora) is not None:  # each keeps its own input
+        sizes = lora.layer_sizes(llm)
+        layer += sum(sizes[name][0] for name in adapters.target_modules if name in sizes) * _FP32
     kept = layers * width * half + layer if checkpointing else layers * layer
     logits = batch * settings.max_text_length * llm["vocab_size"] * (half + 2 * _FP32)
     return positions * kept + logits

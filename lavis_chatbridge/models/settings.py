@@ -13,6 +13,7 @@ from lavis_chatbridge.models.vision import VisionConfig
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Layout: TypeAlias = Literal["text", "original"]
+Quantization: TypeAlias = Literal["8bit", "4bit"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,35 @@ class PerceiverSettings(PerceiverConfig):
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Adapters on the language model, trained beside the bridge (extra ``lora``).
+
+    Args:
+        rank: Rank of the update of a layer.
+        alpha: An update is scaled by alpha over rank.
+        dropout: Dropout probability of an adapter's input in training.
+        target_modules: The last parts of the names of the layers that get one; LLaMA's are ``q_proj``, ``k_proj``,
+            ``v_proj``, ``o_proj``, ``gate_proj``, ``up_proj``, ``down_proj``.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def check(self) -> Iterable[str]:
+        """Numbers out of range, and adapters on nothing."""
+        if self.rank < 1:
+            yield f"rank {self.rank} is not positive"
+        if not self.alpha > 0:
+            yield f"alpha {self.alpha:g} is not positive"
+        if not 0 <= self.dropout < 1:
+            yield f"dropout {self.dropout:g} is not in [0, 1)"
+        if not self.target_modules:
+            yield "target_modules is empty"
+
+
+@dataclass(frozen=True)
 class LanguageModelSettings:
     """The language model.
 
@@ -104,17 +134,24 @@ class LanguageModelSettings:
         tokenizer: The tokenizer's folder, where it is not that of the weights.
         config: The model's configuration (``model_type`` and sizes), for random weights only.
         dtype: The precision that the frozen model runs in.
+        quantization: ``"8bit"`` (LLM.int8) or ``"4bit"`` (NF4) holds the frozen layers in fewer bits and computes in
+            ``dtype``; by bitsandbytes (extra ``quantize``), on a CUDA device only.
+        lora: Adapters that are trained beside the bridge, or none.
     """
 
     weights: str | None = None
     tokenizer: str | None = None
     config: dict[str, Any] | None = None
     dtype: Precision = "float32"
+    quantization: Quantization | None = None
+    lora: LoraSettings | None = None
 
     def check(self) -> Iterable[str]:
-        """Random weights need sizes and a tokenizer."""
+        """Random weights need sizes and a tokenizer, and are not quantised."""
         if self.weights is None and (self.config is None or self.tokenizer is None):
             yield "weights is null, so both config (model_type and sizes) and tokenizer (a folder) must be given"
+        if self.weights is None and self.quantization is not None:
+            yield f"quantization is {self.quantization}, but weights is null: random weights are not quantised"
 
 
 @dataclass(frozen=True)

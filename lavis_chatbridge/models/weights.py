@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import checkpoint, shapes
+from lavis_chatbridge.models import checkpoint, lora, shapes
 from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.checkpoint import WeightFile
 from lavis_chatbridge.models.settings import AudioSettings, ModelSettings
@@ -202,14 +202,15 @@ def convert(source: Path, target: Path, settings: ModelSettings | None = None, r
     if settings is not None:
         check(file, settings)
     own = (*TRAINED, *TEMPORAL, *NORMS)
-    tensors = {name: t for name, t in checkpoint.bridge_tensors(file.tensors).items() if name.startswith(own)}
+    named = checkpoint.bridge_tensors(file.tensors)
+    tensors = {name: t for name, t in named.items() if name.startswith(own) or lora.is_adapter(name)}
     renamed = {"query_tokens"} if "image_query_tokens" in tensors else set()
     dropped: dict[str, int] = {}
     for name in file.tensors:
         if name not in tensors and name not in renamed:
             part = name.split(".", maxsplit=1)[0]
             dropped[part] = dropped.get(part, 0) + 1
-    checkpoint.save(target, tensors)
+    checkpoint.save(target, tensors, {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None)
     return Converted(sorted(tensors), dropped, sum(t.numel() for t in tensors.values()))
 
 

@@ -149,6 +149,7 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
 def _model(cfg: Any) -> Iterator[Finding]:
     from lavis_chatbridge.models import weights
     from lavis_chatbridge.models.chatbridge import ChatBridge
+    from lavis_chatbridge.models.language_model import check_available
     from lavis_chatbridge.models.weights_command import size_in_words
 
     settings = ChatBridge.check_config(cfg.model_cfg)
@@ -157,6 +158,10 @@ def _model(cfg: Any) -> Iterator[Finding]:
             yield Finding("FAULT", need.fault)
         else:
             yield Finding("ok", f"{need.setting:<32}{size_in_words(need.size):>10}  {need.place}")
+    try:
+        check_available(settings.language_model)
+    except ChatBridgeError as error:
+        yield Finding("FAULT", str(error))
     yield _memory(cfg, settings)
 
 

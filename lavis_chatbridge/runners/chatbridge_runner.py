@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, TrainingError
+from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import (
     checkpoints,
     data,
@@ -324,6 +325,7 @@ class ChatBridgeRunner(RunnerBase):
             "schedule": self.lr_scheduler.state_dict(),
             "identity": self._identity(),
             "fingerprints": self._marks,
+            "adapters": lora.describe(self.model),
             "versions": snapshot.versions(),
             "config": _plain(self.config),
         }
@@ -345,7 +347,7 @@ class ChatBridgeRunner(RunnerBase):
         faults = checkpoints.differences(state["fingerprints"], self._marks)
         if faults:
             raise CheckpointError(f"{path} was trained with other frozen parts: {'; '.join(faults)}")
-        snapshot.load_trained_weights(self.model, checkpoint.model, str(path))
+        snapshot.load_trained_weights(self.model, checkpoint.model, str(path), state.get("adapters"))
         snapshot.load_optimizer(self.model, self.optimizer, checkpoint.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.state = TrainState.from_dict(state["progress"])
@@ -407,7 +409,8 @@ class ChatBridgeRunner(RunnerBase):
         best = self.checkpoints.best()
         weights = checkpoints.read(best).model if best is not None else snapshot.trained_weights(self.model)
         partial = self.output_dir / f".{WEIGHTS}.partial"
-        save_file(weights, partial, metadata={"step": str(self.state.best_step if best else self.state.step)})
+        metadata = {"step": str(self.state.best_step if best else self.state.step)}
+        save_file(weights, partial, metadata=metadata | checkpoints.adapters_metadata(lora.describe(self.model)))
         os.replace(partial, self.output_dir / WEIGHTS)
         _log.info("the trained weights are in %s", self.output_dir / WEIGHTS)
 

@@ -139,7 +139,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         SafetensorError: The same, from the tensor files.
     """
     folder.mkdir(parents=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.model.items()}, folder / MODEL)
+    weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.model.items()}
+    save_file(weights, folder / MODEL, metadata=adapters_metadata(checkpoint.state.get("adapters")) or None)
     save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.optimizer.items()}, folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1), encoding="utf-8")
     manifest = {
@@ -149,6 +150,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     for name in (*_files(folder), MANIFEST):
         _sync(folder / name)
     _sync(folder)
+
+
+def adapters_metadata(adapters: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a weight file says of its LoRA adapters: the alpha is in no tensor, and another one gives other answers."""
+    return {"cfg": json.dumps({"lora": dict(adapters)})} if adapters else {}
 
 
 def read(folder: Path) -> Checkpoint:

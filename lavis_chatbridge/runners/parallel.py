@@ -6,6 +6,7 @@ over them block by block and gathered when a block runs (``fsdp``, FSDP2).
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lavis_chatbridge.errors import ConfigError, TrainingError
+from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import distributed, optim, snapshot
 from lavis_chatbridge.runners.settings import RunSettings
 
@@ -53,15 +55,15 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> dict[st
 
 
 def frozen_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of the frozen stacks: children of module lists without a trainable parameter, the outermost ones."""
+    """The layers of the frozen stacks: children of module lists, the outermost ones, in which LoRA alone is trained."""
     blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for stack in model.modules():
         if not isinstance(stack, nn.ModuleList) or stack in inside:
             continue
         for block in stack:
-            parameters = list(block.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
+            parameters = list(block.named_parameters())
+            if parameters and not any(p.requires_grad and not lora.is_adapter(name) for name, p in parameters):
                 blocks.append(block)
                 inside.update(block.modules())
     return blocks
@@ -97,9 +99,23 @@ def _shard(model: nn.Module, device: torch.device) -> None:
     blocks = [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
     if not blocks:
         raise ConfigError("run.parallel is fsdp, but the model has no frozen stack of blocks to spread")
+    if any(not (p.is_floating_point() or p.requires_grad) for block in blocks for p in block.parameters()):
+        raise ConfigError("run.parallel fsdp cannot spread a quantised language model: use ddp, or no quantization")
     for block in blocks:
         block.to(device)
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, **_kept_whole(block))
+
+
+def _kept_whole(block: nn.Module) -> dict[str, Any]:
+    """What ``fully_shard`` must leave alone: adapters are trained, and what is trained is whole on every process."""
+    from torch.distributed.fsdp import fully_shard
+
+    adapters = {parameter for name, parameter in block.named_parameters() if lora.is_adapter(name)}
+    if not adapters:
+        return {}
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ConfigError(f"run.parallel fsdp with LoRA needs torch 2.7 or newer, found {torch.__version__}: use ddp")
+    return {"ignored_params": adapters}
 
 
 def _broadcast(model: nn.Module) -> None:

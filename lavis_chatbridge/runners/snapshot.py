@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import checkpoints, optim
 
 _PROBES = 1024
@@ -35,12 +36,23 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in optim.trainable(model).items()}
 
 
-def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+def load_trained_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], where: str, adapters: Mapping[str, Any] | None = None
+) -> None:
     """Put trained weights into the model.
 
+    Args:
+        model: The model.
+        weights: Trained weights by name.
+        where: Where they come from, for the message.
+        adapters: What the checkpoint says of its LoRA adapters; without it, what the weights tell.
+
     Raises:
-        CheckpointError: With the differences, if names or shapes are not the model's.
+        CheckpointError: With the differences, if names, shapes or adapters are not the model's.
     """
+    misfit = lora.misfit(adapters or lora.described_by(weights), lora.describe(model))
+    if misfit is not None:
+        raise CheckpointError(f"{where} is for another model: {misfit}")
     parameters = optim.trainable(model)
     shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
     expected = {name: list(parameter.shape) for name, parameter in parameters.items()}
@@ -113,7 +125,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             part = digests.setdefault(name.split(".")[0], hashlib.blake2b(digest_size=16))
-            part.update(f"{name} {tuple(parameter.shape)}".encode())
+            part.update(f"{lora.without_base(name)} {tuple(parameter.shape)}".encode())
             part.update(_probe(parameter))
     found = {name: digest.hexdigest() for name, digest in digests.items()}
     for name in ("llama_tokenizer", "tokenizer", "llm_tokenizer"):

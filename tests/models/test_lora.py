@@ -1,0 +1,210 @@
+"""Adapters and quantisation as options of the language model: what they change, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import small_model, small_settings
+from torch import Tensor
+
+from lavis_chatbridge import settings as settings_reader
+from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
+from lavis_chatbridge.models import language_model, lora
+from lavis_chatbridge.models.chatbridge import ChatBridge
+from lavis_chatbridge.models.memory import training_memory
+from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
+from lavis_chatbridge.models.weights_command import model_settings
+
+LLAMA_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "vocab_size": 32000,
+}
+
+
+def with_lora(tokenizer: Path, **changes: Any) -> LanguageModelSettings:
+    own = small_settings(tokenizer).language_model
+    return LanguageModelSettings(tokenizer=own.tokenizer, config=own.config, lora=LoraSettings(**changes))
+
+
+def logits(model: Any) -> Tensor:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model.llama_model(inputs_embeds=torch.randn(1, 6, 32)).logits
+
+
+def test_fresh_adapters_change_nothing_and_alone_are_trained(golden_dir: Path) -> None:
+    plain = small_model(golden_dir / "tokenizer")
+    model = small_model(golden_dir / "tokenizer", language_model=with_lora(golden_dir / "tokenizer", dropout=0.5))
+    own = dict(model.llama_model.named_parameters())
+    trained = {name for name, parameter in own.items() if parameter.requires_grad}
+    assert trained == {name for name in own if ".lora_" in name}
+    assert len(trained) == 2 * 2 * 2  # A and B, two layers, q_proj and v_proj
+    assert {own[name].dtype for name in trained} == {torch.float32}
+    for name, parameter in plain.llama_model.named_parameters():
+        with torch.no_grad():
+            own[name if name in own else name.replace(".weight", ".base_layer.weight")].copy_(parameter)
+    assert torch.equal(logits(model), logits(plain))
+    model.train()
+    dropouts = [module for module in model.llama_model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts
+    assert all(module.training for module in dropouts)
+    assert not model.llama_model.training
+    model.eval()
+    assert not any(module.training for module in dropouts)
+
+
+def test_adapters_beside_half_precision_stay_in_fp32(golden_dir: Path) -> None:
+    own = with_lora(golden_dir / "tokenizer")
+    half = LanguageModelSettings(own.weights, own.tokenizer, own.config, "bfloat16", lora=own.lora)
+    model = small_model(golden_dir / "tokenizer", language_model=half)
+    dtypes = {lora.is_adapter(name): p.dtype for name, p in model.llama_model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert logits_dtype(model) == torch.bfloat16
+
+
+def logits_dtype(model: Any) -> torch.dtype:
+    with torch.no_grad():
+        return model.llama_model(inputs_embeds=torch.randn(1, 2, 32, dtype=torch.bfloat16)).logits.dtype
+
+
+def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(golden_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tokenizer = golden_dir / "tokenizer"
+    plain = small_model(tokenizer, seed=3)
+    save_file(plain.trainable_state_dict(), tmp_path / "bridge.safetensors")
+    whole = {name: t.clone() for name, t in plain.state_dict().items()}
+    torch.save({"model": whole}, tmp_path / "whole.pth")
+    for name in ("bridge.safetensors", "whole.pth"):
+        model = small_model(tokenizer, seed=4, language_model=with_lora(tokenizer))
+        model.load_checkpoint(str(tmp_path / name))
+        assert torch.equal(model.llama_proj.weight, plain.llama_proj.weight)
+        assert torch.equal(logits(model), logits(plain)) == (name == "whole.pth")
+        assert all(p.abs().max() == 0 for n, p in model.named_parameters() if ".lora_B." in n)
+
+
+def test_other_adapters_are_refused(golden_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tokenizer = golden_dir / "tokenizer"
+    model = small_model(tokenizer, language_model=with_lora(tokenizer, rank=4))
+    path = tmp_path / "lora.safetensors"
+    save_file(model.trainable_state_dict(), path)
+    for changes, message in (
+        (None, "has LoRA adapters of rank 4 on q_proj, v_proj, but the model has none"),
+        ({"rank": 2}, "of rank 4 on q_proj, v_proj, the model's of rank 2, alpha 16 on q_proj, v_proj"),
+        ({"rank": 4, "target_modules": ("o_proj",)}, "the model's of rank 4, alpha 16 on o_proj"),
+    ):
+        more = {} if changes is None else {"language_model": with_lora(tokenizer, **changes)}
+        with pytest.raises(CheckpointError, match=message):
+            small_model(tokenizer, **more).load_checkpoint(str(path))
+    same = small_model(tokenizer, seed=9, language_model=with_lora(tokenizer, rank=4))
+    same.load_checkpoint(str(path))
+    assert all(torch.equal(t, same.trainable_state_dict()[n]) for n, t in model.trainable_state_dict().items())
+
+
+def test_layers_that_are_not_there_and_numbers_out_of_range(golden_dir: Path) -> None:
+    own = with_lora(golden_dir / "tokenizer", target_modules=("query",))
+    with pytest.raises(ConfigError, match=r"target_modules \['query'\] do not fit .*named .*q_proj"):
+        language_model.load_language_model(own)
+    wrong = {"rank": 0, "alpha": -1.0, "dropout": 1.0, "target_modules": []}
+    with pytest.raises(ConfigError, match=r"rank 0 .*alpha -1 .*dropout 1 .*target_modules is empty"):
+        settings_reader.parse(LoraSettings, wrong, "lora")
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else real(name, *more))
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_without_peft_the_extra_is_named_before_anything_is_built(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, "peft")
+    monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
+    with pytest.raises(MissingExtraError, match=r"model.language_model.lora needs .*lavis-chatbridge\[lora\]"):
+        ChatBridge(small_settings(golden_dir / "tokenizer", language_model=with_lora(golden_dir / "tokenizer")))
+
+
+def quantised(folder: Path, how: Any = "4bit") -> LanguageModelSettings:
+    return LanguageModelSettings(weights=str(folder), dtype="bfloat16", quantization=how)
+
+
+def test_quantisation_without_the_package_or_a_device_is_refused_first(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
+    settings = quantised(golden_dir / "tokenizer")
+    hide(monkeypatch, "bitsandbytes")
+    with pytest.raises(MissingExtraError, match=r"quantization needs .*lavis-chatbridge\[quantize\]"):
+        language_model.load_language_model(settings)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="quantization is 4bit, which needs a CUDA device"):
+        language_model.load_language_model(settings)
+
+
+@pytest.mark.parametrize("how", ["8bit", "4bit"])
+def test_what_transformers_is_asked_for(golden_dir: Path, monkeypatch: pytest.MonkeyPatch, how: Any) -> None:
+    import transformers
+
+    class Asked(Exception):
+        pass
+
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(*_folder: Any, **more: Any) -> None:
+        asked.update(more)
+        raise Asked
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    if how == "4bit":  # its check asks for the installed version
+        real = importlib.metadata.version
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.50.0" if "bits" in name else real(name))
+    with pytest.raises(CheckpointError):
+        language_model.load_language_model(quantised(golden_dir / "tokenizer", how))
+    config = asked["quantization_config"]
+    assert (config.load_in_8bit, config.load_in_4bit) == (how == "8bit", how == "4bit")
+    assert asked["device_map"] == {"": 3}
+    assert asked["dtype"] == torch.bfloat16
+    if how == "4bit":
+        assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
+        assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_random_weights_are_not_quantised() -> None:
+    values = {"config": {}, "tokenizer": "t", "quantization": "8bit"}
+    with pytest.raises(ConfigError, match="quantization is 8bit, but weights is null"):
+        settings_reader.parse(LanguageModelSettings, values, "language_model")
+
+
+def test_memory_knows_bits_and_adapters() -> None:
+    import dataclasses
+
+    plain = model_settings("vicuna13b")
+
+    def memory(**changes: Any) -> dict[str, int]:
+        own = dataclasses.replace(plain.language_model, **changes)
+        return training_memory(dataclasses.replace(plain, language_model=own), LLAMA_13B, batch=8)
+
+    linear = 40 * (4 * 5120 * 5120 + 3 * 5120 * 13824)
+    rest = 13_015_864_320 - linear
+    assert memory(quantization="8bit")["language model"] == linear + 2 * rest
+    assert memory(quantization="4bit")["language model"] == int(linear * 4.127 / 8) + 2 * rest
+    adapters = 40 * 2 * 8 * (5120 + 5120)
+    whole, more = memory(), memory(lora=LoraSettings())
+    assert more["trained weights"] - whole["trained weights"] == 4 * adapters
+    assert more["AdamW"] - whole["AdamW"] == 8 * adapters
+    assert more["activations of the language model"] > whole["activations of the language model"]
