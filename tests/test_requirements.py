@@ -1,0 +1,171 @@
+"""What the package needs: the lock that CI installs, no requirement for nothing, what is said where an extra lacks."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lavis_chatbridge"
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2", "protobuf": "google"}
+"""Distribution -> what is imported, where the two differ."""
+OF_OTHERS = {"protobuf": "transformers reads tokenizer.model files with it"}
+"""Requirements that neither this package nor LAVIS imports, and who does."""
+LED = {"starlette": "fastapi", "lavis": "salesforce-lavis", "lmms_eval": "lmms-eval"}
+"""Imported without being listed: it comes with a listed one, or the user installs it beside this package."""
+
+WITHOUT_EXTRAS = """
+import argparse, importlib, json, pkgutil, sys
+from pathlib import Path
+
+sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None there: not found, by import and by find_spec
+import lavis_chatbridge, lavis.models
+from lavis_chatbridge.errors import ChatBridgeError
+
+broken = {}
+for module in pkgutil.walk_packages(lavis_chatbridge.__path__, "lavis_chatbridge."):
+    try:
+        importlib.import_module(module.name)
+    except (ImportError, ChatBridgeError) as error:
+        absent = error if isinstance(error, ImportError) else error.__cause__
+        broken[module.name] = (getattr(absent, "name", None) or str(error)).partition(".")[0]
+
+from lavis_chatbridge.chat import web
+from lavis_chatbridge.chat.server import command
+from lavis_chatbridge.models import lora
+from lavis_chatbridge.multis import endpoint
+from lavis_chatbridge.runners import progress
+from lavis_chatbridge.runners.settings import RunSettings
+
+def arguments(module, *words):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(words)
+
+def said(act):
+    try:
+        act()
+    except ChatBridgeError as error:
+        return f"{type(error).__name__}: {error}"
+
+folder = Path(sys.argv[2])
+entries = {
+    "tensorboard": lambda: progress.TensorBoard(folder, 0),
+    "wandb": lambda: progress.WeightsAndBiases(RunSettings(), folder, {}),
+    "multis": lambda: endpoint.Endpoint(endpoint.EndpointSettings(model="any")),
+    "serve": lambda: command.run(arguments(command)),
+    "web": lambda: web.run(arguments(web)),
+    "lora": lora.check_available,
+}
+print(json.dumps({"broken": broken, "said": {name: said(act) for name, act in entries.items()}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def setup(repository: Path) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(comment_prefixes=("#",))
+    parser.read(repository / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+@pytest.fixture(scope="module")
+def lock(repository: Path) -> dict[str, str]:
+    lines = (repository / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def listed(text: str) -> list[Requirement]:
+    return [Requirement(line) for line in text.splitlines() if line.strip()]
+
+
+def import_name(requirement: Requirement) -> str:
+    return IMPORT_NAMES.get(requirement.name, requirement.name.replace("-", "_"))
+
+
+def imported_by(folder: Path) -> set[str]:
+    """The top-level names that the modules of a folder import anywhere, the standard library's left out."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+def test_the_lock_satisfies_every_requirement(setup: configparser.ConfigParser, lock: dict[str, str]) -> None:
+    wanted = listed(setup["options"]["install_requires"]) + listed(setup["options.extras_require"]["test"])
+    assert [str(r) for r in wanted if canonicalize_name(r.name) not in lock] == [], "run `make lock`"
+    unmet = [str(r) for r in wanted if not r.specifier.contains(lock[canonicalize_name(r.name)])]
+    assert unmet == [], "run `make lock`"
+    assert lock["salesforce-lavis"] == "1.0.2"
+
+
+def test_the_lock_names_versions_and_no_place_or_build(repository: Path) -> None:
+    lines = (repository / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [line for line in pins if not re.fullmatch(r"[a-z0-9-]+==\d[0-9a-z.]*", line)] == []
+    names = [line.partition("==")[0] for line in pins]
+    assert names == sorted(set(names))
+    assert [line for line in lines if re.search(r"://|--|@", line.replace("`make install LOCK", ""))] == []
+
+
+def test_ci_installs_the_lock(repository: Path) -> None:
+    assert "export LOCK=constraints.txt" in (repository / ".ci" / "run").read_text(encoding="utf-8")
+    told = subprocess.run(
+        ["make", "--dry-run", "--always-make", "install", "LOCK=constraints.txt"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--constraint constraints.txt --editable '.[test]'" in told.stdout
+
+
+def test_every_core_requirement_is_imported(setup: configparser.ConfigParser) -> None:
+    spec = find_spec("lavis")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    imported = imported_by(PACKAGE) | imported_by(Path(spec.submodule_search_locations[0]))
+    core = listed(setup["options"]["install_requires"])
+    assert [r.name for r in core if import_name(r) not in imported and r.name not in OF_OTHERS] == []
+
+
+def test_every_import_is_a_requirement(setup: configparser.ConfigParser) -> None:
+    extras = "\n".join(text for name, text in setup["options.extras_require"].items() if name != "test")
+    known = {import_name(r) for r in listed(setup["options"]["install_requires"] + "\n" + extras)}
+    assert imported_by(PACKAGE) - known - set(LED) - {"lavis_chatbridge"} == set()
+
+
+def test_without_the_extras_all_modules_load_and_each_use_names_its_extra(
+    setup: configparser.ConfigParser, repository: Path, tmp_path: Path
+) -> None:
+    extras = {name: listed(text) for name, text in setup["options.extras_require"].items() if name != "test"}
+    core = {import_name(r) for r in listed(setup["options"]["install_requires"])}
+    names = {import_name(r) for requirements in extras.values() for r in requirements} - core | {"starlette"}
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, ",".join(sorted(names | {"lmms_eval"})), str(tmp_path)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    # Reached only through a guarded import of the command.
+    behind = {"lavis_chatbridge.chat.server.app": "fastapi", "lavis_chatbridge.plugin.lmms_eval.model": "lmms_eval"}
+    assert {name: absent for name, absent in told["broken"].items() if behind.get(name) != absent} == {}
+    for extra, said in told["said"].items():
+        assert said is not None, f"{extra}: nothing said that a package is absent"
+        assert said.startswith("MissingExtraError: "), said
+        assert said.endswith(f"pip install 'lavis-chatbridge[{extra}]'"), said
