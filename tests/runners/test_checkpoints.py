@@ -190,7 +190,7 @@ def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    def full(*_arguments):
+    def full(*_arguments, **_more):
         raise OSError(28, "No space left on device")
 
     folder = CheckpointFolder(tmp_path)
