@@ -19,7 +19,7 @@ from lavis_chatbridge.models.language_model import hidden_at, logits_at
 CHUNK = 256
 """Positions whose logits live at once."""
 
-_PLAIN_HEADS = frozenset(("llama", "mistral", "qwen2", "qwen3"))
+PLAIN_HEADS = frozenset(("llama", "mistral", "qwen2", "qwen3"))
 """Model types (of transformers) whose logits are the output layer's results; others scale or cap them afterwards."""
 
 
@@ -37,7 +37,7 @@ def losses_at(model: Any, rows: Tensor, columns: Tensor, targets: Tensor, **inpu
         ``[K]`` in fp32.
     """
     head = model.get_output_embeddings()
-    if getattr(model.config, "model_type", None) not in _PLAIN_HEADS or not _is_frozen_linear(head):
+    if getattr(model.config, "model_type", None) not in PLAIN_HEADS or not _is_frozen_linear(head):
         logits = logits_at(model, rows, columns, **inputs)
         return functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
     hidden = hidden_at(model, rows, columns, **inputs).to(head.weight.device)

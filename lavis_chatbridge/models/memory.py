@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lavis_chatbridge.models import lora, shapes
+from lavis_chatbridge.models import lora, losses, shapes
 from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.settings import ModelSettings, Quantization, torch_dtype
 
@@ -74,6 +74,7 @@ def training_memory(
         "their gradients": trained * _FP32,
         "AdamW": trained * 2 * _FP32,
         "activations of the language model": _llm_activations(settings, llm, batch, half, checkpointing),
+        "loss": _loss_buffers(settings, llm, batch, half),
         "activations of the perceiver": _perceiver_activations(settings, batch),
         "encoders at work": 0 if cached else _encoder_buffers(settings, batch),
         "CUDA itself": _CONTEXT,
@@ -109,8 +110,23 @@ def _llm_activations(
         sizes = lora.layer_sizes(llm)
         layer += sum(sizes[name][0] for name in adapters.target_modules if name in sizes) * _FP32
     kept = layers * width * half + layer if checkpointing else layers * layer
-    logits = batch * settings.max_text_length * llm["vocab_size"] * (half + 2 * _FP32)
-    return positions * kept + logits
+    return positions * kept
+
+
+def _loss_buffers(settings: ModelSettings, llm: Mapping[str, Any], batch: int, half: int) -> int:
+    """Logits and their gradients at the targets: of all targets at once, or of a chunk where :mod:`losses` can.
+
+    A chunk holds logits in the model's precision and in fp32, which become the gradients; kept for the backward pass
+    is one row of the model's width for each target.
+    """
+    targets, vocabulary = batch * settings.max_text_length, llm["vocab_size"]
+    adapters = settings.language_model.lora
+    trained = adapters is not None and "lm_head" in adapters.target_modules
+    if trained or llm.get("model_type", "llama") not in losses.PLAIN_HEADS:
+        return targets * vocabulary * (half + 2 * _FP32)
+    rounded = 2 * half if half < _FP32 else 0
+    chunk = min(targets, losses.CHUNK) * vocabulary * (_FP32 + rounded)
+    return chunk + targets * llm["hidden_size"] * half
 
 
 def _perceiver_activations(settings: ModelSettings, batch: int) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavis_chatbridge.models.losses import _PLAIN_HEADS, chunked_cross_entropy, losses_at
+from lavis_chatbridge.models.losses import PLAIN_HEADS, chunked_cross_entropy, losses_at
 
 SIZES = {
     "vocab_size": 97,
@@ -68,7 +68,7 @@ def test_no_tensor_of_all_logits_is_kept_for_the_backward_pass() -> None:
     assert kept == [64 * 32]
 
 
-@pytest.mark.parametrize("model_type", [*sorted(_PLAIN_HEADS), "gemma2"])
+@pytest.mark.parametrize("model_type", [*sorted(PLAIN_HEADS), "gemma2"])
 def test_losses_are_those_of_the_models_own_logits(model_type: str) -> None:
     """Whether a model's logits come from its output layer alone, or are changed afterwards (gemma2 caps them)."""
     model = tiny(model_type, **({"final_logit_softcapping": 0.05} if model_type == "gemma2" else {}))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from lavis_chatbridge.models import losses
 from lavis_chatbridge.models.memory import llm_parameters, training_memory
+from lavis_chatbridge.models.settings import LoraSettings
 from lavis_chatbridge.models.weights_command import model_settings
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -34,3 +38,20 @@ def test_parts_at_the_papers_scale() -> None:
     assert training_memory(settings, llm, batch=32, checkpointing=True)[activations] < parts[activations] / 5
     assert training_memory(settings, llm, batch=32, cached=True)["encoders at work"] == 0
     assert sum(training_memory(settings, llm, batch=1).values()) < sum(parts.values())
+
+
+def test_the_loss_holds_the_logits_of_a_chunk_only() -> None:
+    settings = model_settings("vicuna13b")
+    llm = {**LLAMA_13B, "vocab_size": 32000}
+    chunk = losses.CHUNK * 32000 * (2 + 4 + 2)  # in bf16, in fp32, and the gradients rounded to bf16
+    rows = 150 * 5120 * 2  # a sample's gradients at the output layer's input
+    assert settings.max_text_length == 150
+    assert training_memory(settings, llm, batch=2)["loss"] == chunk + 2 * rows
+    assert training_memory(settings, llm, batch=64)["loss"] == chunk + 64 * rows
+    assert training_memory(settings, llm, batch=1)["loss"] == 150 * 32000 * 8 + rows
+
+    whole = 64 * 150 * 32000 * (2 + 4 + 4)
+    assert training_memory(settings, {**llm, "model_type": "gemma2"}, batch=64)["loss"] == whole
+    adapters = LoraSettings(target_modules=("q_proj", "lm_head"))
+    own = dataclasses.replace(settings.language_model, lora=adapters)
+    assert training_memory(dataclasses.replace(settings, language_model=own), llm, batch=64)["loss"] == whole
