@@ -66,6 +66,19 @@ def command_lines(text: str) -> Iterator[Command]:
                 yield Command([word for word in words if not re.match(r"[A-Z_]+=", word)], prose(section))
 
 
+@each_guide
+def test_no_shell_line_goes_unread(guide: Path) -> None:
+    """What is not a command of ours is a setting, or one of a few programs of others."""
+    lines = [
+        line
+        for block in blocks(guide.read_text(encoding="utf-8"), "bash", "sh", "shell")
+        for line in block.splitlines()
+    ]
+    ours = r"(chatbridge|torchrun|srun|make|([A-Z_]+=\S+ )?(\S*/)?python3?)\s"
+    others = r"(export [A-Z_]+=|pip install |apt-get install |curl |#|\s|$)"
+    assert [line for line in lines if not re.match(f"{ours}|{others}", line)] == []
+
+
 def parse(module: str, arguments: list[str]) -> argparse.Namespace:
     """Arguments as the module that gets them would read them."""
     parser = argparse.ArgumentParser(module)
