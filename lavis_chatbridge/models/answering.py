@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.language_model import Codec
+
+Cache: TypeAlias = Literal["dynamic", "static"]
 
 
 def generate_ids(
@@ -35,6 +38,7 @@ def generate_ids(
     temperature: float = 1.0,
     repetition_penalty: float = 1.0,
     length_penalty: float = 1.0,
+    cache: Cache = "dynamic",
     **more: Any,
 ) -> Tensor:
     """Token ids that go on from each row.
@@ -54,11 +58,20 @@ def generate_ids(
         temperature: Temperature of the draw.
         repetition_penalty: Above one: repeating new tokens costs.
         length_penalty: Exponent of the length in a beam's score.
+        cache: How keys and values are held. ``"dynamic"`` grows with every token; ``"static"`` has its full length from
+            the start, so that transformers compiles the step of a token on a GPU: worth its minutes where many calls
+            have the same ``B``, ``L`` and ``max_tokens``.
         **more: For transformers' ``generate`` (a ``streamer``, say).
 
     Returns:
         ``[B * results, n]`` new ids, padded on the right.
+
+    Raises:
+        ConfigError: If the cache is neither.
     """
+    if cache not in ("dynamic", "static"):
+        raise ConfigError(f"cache {cache!r} is neither 'dynamic' nor 'static'")
+    holding = {"cache_implementation": "static"} if cache == "static" else {}
     drawing = {"top_p": top_p, "temperature": float(temperature), "top_k": 0} if sample else {}
     searching = {"length_penalty": float(length_penalty)} if beams > 1 else {}
     wanted = any(stops)
@@ -75,6 +88,7 @@ def generate_ids(
         stopping_criteria=criteria,
         **drawing,
         **searching,
+        **holding,
         **more,
     )
 

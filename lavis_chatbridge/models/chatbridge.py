@@ -203,6 +203,7 @@ class ChatBridge(BaseModel):
         prompt: str | Sequence[str] | None = None,
         stop: str | None = None,
         bos: bool | None = None,
+        cache: answering.Cache = "dynamic",
         **more: Any,
     ) -> list[str]:
         """Captions or answers, with LAVIS's arguments.
@@ -221,6 +222,7 @@ class ChatBridge(BaseModel):
             prompt: The question, where the batch holds none.
             stop: What ends a result and is no part of it; by default ``"###"``, and a newline for bare captions.
             bos: Whether BOS opens the prompt; by default not in the original's layout, as in its evaluation.
+            cache: How keys and values are held, ``"dynamic"`` or ``"static"``: :func:`answering.generate_ids`.
             **more: For transformers' ``generate`` (a ``streamer``, say).
 
         Returns:
@@ -228,6 +230,7 @@ class ChatBridge(BaseModel):
 
         Raises:
             PromptError: If prompts and media do not fit together.
+            ConfigError: If the cache is neither.
         """
         media = sample_reader.media_of(samples)
         contexts = sample_reader.contexts(samples, media, prompt)
@@ -249,6 +252,7 @@ class ChatBridge(BaseModel):
                 temperature=temperature,
                 repetition_penalty=repetition_penalty,
                 length_penalty=length_penalty,
+                cache=cache,
                 **more,
             )
         per_result = [end for end in ends for _ in range(num_captions)]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.prompting import Piece, Slot, Text, Turn, alignment_prompt, chat_prompt, context_of
+from lavis_chatbridge.prompting import Slot, Text, Turn, alignment_prompt, chat_prompt, context_of
 from tests.models.building import small_model, small_settings
 
 
@@ -302,6 +303,25 @@ def test_generation_in_a_batch_equals_one_by_one(model: Any, beams: int) -> None
     assert len(set(together)) > 1
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_static_cache_changes_no_token(model: Any, beams: int) -> None:
+    held = set()
+
+    def look(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        held.update(type(value).__name__ for value in keywords.values() if isinstance(value, Cache))
+
+    handle = model.llama_model.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        static = model.generate(QUESTIONS, num_beams=beams, max_length=8, stop="", cache="static")
+    finally:
+        handle.remove()
+    assert held == {"StaticCache"}
+    assert static == model.generate(QUESTIONS, num_beams=beams, max_length=8, stop="")
+    assert len(set(static)) > 1
+    with pytest.raises(ConfigError, match="cache 'none' is neither 'dynamic' nor 'static'"):
+        model.generate(QUESTIONS, cache="none")
+
+
 def test_generation_arguments(model: Any) -> None:
     several = model.generate(QUESTIONS, num_beams=4, num_captions=2, max_length=4)
     assert len(several) == 6
@@ -365,7 +385,9 @@ def test_answers_are_scored_as_whole_sequences_are_but_the_question_is_read_once
     expected, counts = plain_scores(model, QUESTIONS, ANSWERS)
     read, forward = [], model.llama_model.forward
     monkeypatch.setattr(
-        model.llama_model, "forward", lambda *a, **k: read.append(k.get("inputs_embeds") is not None) or forward(*a, **k)
+        model.llama_model,
+        "forward",
+        lambda *a, **k: read.append(k.get("inputs_embeds") is not None) or forward(*a, **k),
     )
     found, lengths = model.answer_scores(QUESTIONS, ANSWERS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
