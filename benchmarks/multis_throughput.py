@@ -1,18 +1,22 @@
 """How fast `multis generate` asks, and whether its memory stays flat: many requests, a server with a fixed latency.
 
     python benchmarks/multis_throughput.py [--requests 10000] [--latency 0.2] [--in-flight 64]
+        [--cores CLIENT,SERVER] [--write benchmarks/multis_throughput.md]
 
 The ideal time is requests x latency / in flight. The named baseline, measured in the same run, is the `openai` client
-alone: the same requests through as many bare loops, without journal, budget and rate limit. Server and client run on
-this machine, in two processes, so other work on it shows in both rows. The last line says whether the target was met.
+alone: the same requests through as many bare loops over one client, without journal, budget and rate limit. Server and
+client run on this machine, in two processes, so other work on it shows in both rows. `--cores` binds each of the two
+to a core of its own. The last line says whether the target was met.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime
 import logging
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -21,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from lavis_chatbridge.multis import generate as stage
 from lavis_chatbridge.multis.annotation import Annotation, MediumRef
@@ -98,19 +103,62 @@ def bare(url: str, count: int, in_flight: int) -> int:
     return done
 
 
-def measure(name: str, run: Callable[[], int], ideal: float) -> float:
-    """Run once, print a row of the table, return the ratio to the ideal time."""
+class Measured(NamedTuple):
+    """One row of the table: times in seconds, memory in MB."""
+
+    name: str
+    count: int
+    seconds: float
+    cpu: float
+    early: float
+    late: float
+
+    def line(self, ideal: float, baseline: float) -> str:
+        """The row in Markdown."""
+        return (
+            f"| {self.name} | {self.count} | {self.seconds:.1f} | {self.seconds / ideal:.2f}x "
+            f"| {self.seconds / baseline:.2f}x | {1000 * self.cpu / self.count:.2f} "
+            f"| {self.early:.0f} | {self.late:.0f} ({self.late - self.early:+.1f}) |"
+        )
+
+
+def measure(name: str, run: Callable[[], int]) -> Measured:
+    """Run once."""
     with Memory() as memory:
         cpu, began = time.process_time(), time.perf_counter()
         count = run()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    early, late = memory.growth()
-    print(
-        f"{name:20}{count:9}{seconds:9.1f}{ideal:9.1f}{seconds / ideal:8.2f}x{1000 * cpu / count:14.2f}"
-        f"{early:11.0f}{late:9.0f}{late - early:+9.1f}",
-        flush=True,
+    return Measured(name, count, seconds, cpu, *memory.growth())
+
+
+def report(rows: list[Measured], args: argparse.Namespace, load: float) -> tuple[str, float]:
+    """The table, and the ratio of the first row to the ideal time."""
+    import openai
+
+    ideal = args.requests * args.latency / args.in_flight
+    ratio = rows[0].seconds / ideal
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    where = (
+        f"client on core {args.cores[0]}, server on core {args.cores[1]}" if args.cores else "client and server unbound"
     )
-    return seconds / ideal
+    command = " ".join(["python", "benchmarks/multis_throughput.py", *sys.argv[1:]])
+    return (
+        f"# Requests of `chatbridge multis generate`\n\n"
+        f"{datetime.date.today()}, Python {platform.python_version()}, openai {openai.__version__}, "
+        f"{os.cpu_count()} cores, load {load:.1f} before the run; {where}. `{command}`\n\n"
+        f"{args.requests} requests, {args.in_flight} in flight, the server answers after {args.latency} s: "
+        f"ideal {ideal:.2f} s.\n\n"
+        f"| | answers | seconds | to the ideal | to the client alone | CPU ms/request | MB at 1/4 | MB at the end |\n"
+        f"|---|---|---|---|---|---|---|---|\n"
+        + "".join(row.line(ideal, rows[-1].seconds) + "\n" for row in rows)
+        + f"\nPeak memory {peak:.0f} MB. Target {TARGET}x: {'met' if ratio <= TARGET else 'missed'} ({ratio:.2f}x).\n"
+    ), ratio
+
+
+def cores(text: str) -> tuple[int, int]:
+    """``CLIENT,SERVER``."""
+    client, server = (int(part) for part in text.split(","))
+    return client, server
 
 
 def main() -> int:
@@ -119,26 +167,32 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--latency", type=float, default=0.2)
     parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--cores", type=cores, metavar="CLIENT,SERVER", help="bind each process to a core")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file for the table")
     args = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    ideal = args.requests * args.latency / args.in_flight
+    load = os.getloadavg()[0]
     program = [sys.executable, str(_ROOT / "tests" / "multis" / "openai_server.py"), "--latency", str(args.latency)]
     with (
         subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server,
         tempfile.TemporaryDirectory() as folder,
     ):
         try:
+            if args.cores:
+                os.sched_setaffinity(0, {args.cores[0]})
+                os.sched_setaffinity(server.pid, {args.cores[1]})
             url = (server.stdout.readline() if server.stdout else "").strip()
             bare(url, 64, 64)  # imports, connections
-            load = os.getloadavg()[0]
-            print(f"{os.cpu_count()} cores, load {load:.1f}; latency {args.latency} s, {args.in_flight} in flight")
-            print(f"{'':20}  answers  seconds    ideal    ratio   CPU ms/req.  MB at 1/4   at end")
-            ratio = measure("multis generate", lambda: ours(url, args.requests, args.in_flight, folder), ideal)
-            measure("openai client alone", lambda: bare(url, args.requests, args.in_flight), ideal)
+            rows = [
+                measure("multis generate", lambda: ours(url, args.requests, args.in_flight, folder)),
+                measure("openai client alone", lambda: bare(url, args.requests, args.in_flight)),
+            ]
         finally:
             server.kill()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {peak:.0f} MB; target {TARGET}x: {'met' if ratio <= TARGET else 'missed'} ({ratio:.2f}x)")
+    table, ratio = report(rows, args, load)
+    sys.stdout.write(table)
+    if args.write:
+        args.write.write_text(table, encoding="utf-8")
     return 0 if ratio <= TARGET else 1
 
 

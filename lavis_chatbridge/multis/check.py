@@ -248,6 +248,11 @@ class Checker:
         for run, count in runs.most_common(1):
             if count >= 3 and 4 * count > 0.2 * len(words):
                 yield Reason("repetition", f"{count} times: {' '.join(run)}")
+        for pair in candidate.pairs:
+            names = Counter(name for name, _ in self._things.mentions(pair.answer))
+            for name, count in names.most_common(1):
+                if count >= 5 and count > 0.15 * _count_words(pair.answer):  # small models turn round one word
+                    yield Reason("repetition", f"{count} times in {_count_words(pair.answer)} words: {name}")
 
     def _absent(self, candidate: Candidate) -> Iterator[Reason]:
         """Things, sounds and colours that are claimed, and that the annotation does not support."""

@@ -84,6 +84,7 @@ class OpenAIServer:
         asked: How often each request id was received.
         answered: How often a request id was given a whole answer (sent, not necessarily received).
         bodies: The requests.
+        peers: The clients' ends of the connections.
         most_at_once: The largest number of requests under way together.
     """
 
@@ -95,6 +96,7 @@ class OpenAIServer:
         self.stored: dict[str, dict[str, Any]] = {}
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
+        self.peers: set[tuple[str, int]] = set()
         self.most_at_once = 0
         self._at_once = 0
         self._ready = threading.Event()
@@ -148,6 +150,7 @@ class OpenAIServer:
         number = self.asked.total()
         self.asked[name] += 1
         self.times.append(time.monotonic())
+        self.peers.add(writer.get_extra_info("peername"))
         if self._remember:
             self.bodies.append(body)
         self._at_once += 1

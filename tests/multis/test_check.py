@@ -89,6 +89,7 @@ def test_a_good_conversation_becomes_a_sample() -> None:
         ("absent", talk("It may be a cat.", "It runs.")),
         ("repetition", "Question: What is it?\nAnswer: A dog.\nQuestion: What is it?\nAnswer: It runs."),
         ("repetition", talk("It runs and it runs " * 6, "A dog.")),
+        ("repetition", talk("The dog is a dog. It is both dog and dog, and what runs is one more dog.", "It runs.")),
         ("unsafe", talk("Write to a.dog@mail.example.com now.", "It runs.")),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import os
@@ -15,11 +16,11 @@ import pytest
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.multis import generate as stage
 from lavis_chatbridge.multis.annotation import Annotation, MediumRef
-from lavis_chatbridge.multis.endpoint import EndpointError, EndpointSettings
+from lavis_chatbridge.multis.endpoint import Endpoint, EndpointError, EndpointSettings
 from lavis_chatbridge.multis.generate import GenerateSettings, Report
 from lavis_chatbridge.multis.journal import Journal, read_journal
 from lavis_chatbridge.multis.ledger import Ledger, answers
-from lavis_chatbridge.multis.limits import Price
+from lavis_chatbridge.multis.limits import Price, estimate_tokens
 from lavis_chatbridge.multis.prompts import PromptBook
 from tests.multis.openai_server import OpenAIServer, Reply, Script, failure
 
@@ -177,6 +178,27 @@ def test_the_rate_limit_spreads_requests(tmp_path: Path, server: OpenAIServer) -
     assert server.times[-1] - server.times[0] >= 0.9
 
 
+def test_the_rate_limit_counts_tokens(tmp_path: Path, server: OpenAIServer) -> None:
+    request = requests(1, settings())[0]
+    tokens = estimate_tokens(request.messages) + request.max_tokens
+    began = time.monotonic()
+    run(tmp_path, server, 6, tokens_per_minute=tokens * 600, concurrency=6)  # 0.1 s for each
+    assert server.times[-1] - began >= 0.49
+
+
+def test_many_requests_share_several_clients_and_all_are_closed(server: OpenAIServer) -> None:
+    async def ask() -> list[bool]:
+        endpoint = Endpoint(EndpointSettings("m", server.url), concurrency=33)
+        clients = list(endpoint._clients)
+        for number in range(6):
+            await endpoint.ask(str(number), requests(1, settings())[0].messages, 5)
+        await endpoint.close()
+        return [client.is_closed() for client in clients]
+
+    assert asyncio.run(ask()) == [True, True, True]
+    assert len(server.peers) == 3, "in turn: one connection for each client"
+
+
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_the_budget_is_never_exceeded(tmp_path: Path, server: OpenAIServer, concurrency: int) -> None:
     bound = PRICE.cost(requests(1, settings())[0].bound, BOOK.max_tokens("detail"))
@@ -187,6 +209,21 @@ def test_the_budget_is_never_exceeded(tmp_path: Path, server: OpenAIServer, conc
     assert "is spent" in report.stopped
     again = run(tmp_path, server, 20, max_cost=limit, concurrency=concurrency)
     assert again.answered == 0, "the limit counts what earlier runs spent"
+
+
+def test_the_budget_holds_with_64_in_flight_and_answers_that_get_lost(tmp_path: Path) -> None:
+    """Every third answer is cut off: it may have been paid, so its bound counts."""
+    bound = PRICE.cost(requests(1, settings())[0].bound, BOOK.max_tokens("detail"))
+    limit = 80 * bound
+    with OpenAIServer(lambda number, body: Reply(cut=0.5) if number % 3 == 0 else Reply(), latency=0.3) as server:
+        report = run(tmp_path, server, 400, max_cost=limit, concurrency=64)
+    bounds = {(record["id"], record["attempt"]): record["bound"] for record in events(tmp_path, "sent")}
+    lost = [bounds[record["id"], record["attempt"]] for record in events(tmp_path, "failed") if record["paid"]]
+    assert lost
+    assert server.most_at_once > 8
+    assert report.spent == pytest.approx(report.answered * ANSWER_COST + sum(lost))
+    assert limit - 1.1 * bound < report.spent <= limit, "stops because the next bound no longer fits, not earlier"
+    assert Ledger.read(tmp_path / "journal.jsonl").spent == pytest.approx(report.spent)
 
 
 def test_an_estimate_sends_nothing_and_bounds_the_cost(tmp_path: Path, server: OpenAIServer) -> None:
