@@ -147,6 +147,19 @@ async def leaves_before_the_answer(app: Any, engine: Engine) -> None:
     assert line.status == 499
 
 
+async def leaves_in_its_body(app: Any, engine: Engine) -> None:
+    """Nothing is answered to, and it is nobody's fault."""
+    line = Line(request(stream=False))
+    messages = iter([{"type": "http.request", "body": b'{"model": "chat', "more_body": True}, GONE])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    await app(line.scope, receive, line.send)
+    engine.jobs.append(SimpleNamespace(cancelled=True))
+    assert line.status == 499
+
+
 async def is_cancelled(app: Any, engine: Engine, stream: bool = False) -> None:
     """As at the server's end."""
     engine.events = ("a",) if stream else ()
@@ -189,6 +202,7 @@ WAYS = (
     its_line_breaks,
     leaves_unnoticed,
     leaves_before_the_answer,
+    leaves_in_its_body,
     is_cancelled,
     its_stream_is_cancelled,
     the_engine_fails,

@@ -19,6 +19,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis_chatbridge.chat.history import ChatTurn
@@ -157,7 +158,7 @@ class _Chats:
                 first = await waiting.next(request)
             self._count(first, waiting)
             return JSONResponse(answers.Completion(asked.model).whole(first))
-        except _GoneError:
+        except (_GoneError, ClientDisconnect):
             return Response(status_code=499)
 
     async def _read(self, request: Request, deadline: float) -> ChatRequest:
