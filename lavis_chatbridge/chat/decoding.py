@@ -295,16 +295,8 @@ class Decoder:
         embeds = generation.embeds(0, self._table)[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         more: dict[str, Any] = {"eos_token_id": sorted(generation.end_ids)} if generation.end_ids else {}
-        ids = answering.generate_ids(
-            self._model,
-            stream.codec,
-            embeds,
-            mask,
-            stream.stops[:1],
-            max_tokens=sampling.max_new_tokens,
-            beams=sampling.num_beams,
-            **more,
-        )
+        decoding = answering.Decoding(sampling.max_new_tokens, beams=sampling.num_beams)
+        ids = answering.generate_ids(self._model, stream.codec, embeds, mask, decoding, stream.stops[:1], **more)
         text = ""
         for token in ids[0].tolist():
             text += generation.accept(token)

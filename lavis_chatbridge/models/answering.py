@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,23 +23,69 @@ from lavis_chatbridge.models.language_model import Codec
 Cache: TypeAlias = Literal["dynamic", "static"]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Args:
+        max_tokens: The most new tokens.
+        min_tokens: The fewest new tokens before a stop counts.
+        sample: Draw instead of searching.
+        beams: Beams of the search; a draw has none.
+        results: Continuations of each row.
+        top_p: Nucleus of the draw.
+        temperature: Temperature of the draw.
+        repetition_penalty: Above one: repeating new tokens costs.
+        length_penalty: Exponent of the length in a beam's score.
+        cache: How keys and values are held. ``"dynamic"`` grows with every token; ``"static"`` has its full length from
+            the start, so that transformers compiles the step of a token on a GPU: worth its minutes where many calls
+            have the same ``B``, ``L`` and ``max_tokens``.
+
+    Raises:
+        ConfigError: If the cache is neither.
+    """
+
+    max_tokens: int
+    min_tokens: int = 1
+    sample: bool = False
+    beams: int = 1
+    results: int = 1
+    top_p: float = 1.0
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    cache: Cache = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.cache not in ("dynamic", "static"):
+            raise ConfigError(f"cache {self.cache!r} is neither 'dynamic' nor 'static'")
+
+    def arguments(self) -> dict[str, Any]:
+        """The same for transformers' ``generate``, which warns of what does not concern the chosen way."""
+        beams = 1 if self.sample else self.beams
+        drawing = {"top_p": self.top_p, "temperature": float(self.temperature), "top_k": 0} if self.sample else {}
+        searching = {"length_penalty": float(self.length_penalty)} if beams > 1 else {}
+        holding = {"cache_implementation": "static"} if self.cache == "static" else {}
+        return {
+            "max_new_tokens": self.max_tokens,
+            "min_new_tokens": min(self.min_tokens, self.max_tokens),
+            "do_sample": self.sample,
+            "num_beams": beams,
+            "num_return_sequences": self.results,
+            "repetition_penalty": float(self.repetition_penalty),
+            **drawing,
+            **searching,
+            **holding,
+        }
+
+
 def generate_ids(
     model: Any,
     codec: Codec,
     embeds: Tensor,
     mask: Tensor,
+    decoding: Decoding,
     stops: Sequence[str] = (),
-    *,
-    max_tokens: int,
-    min_tokens: int = 1,
-    sample: bool = False,
-    beams: int = 1,
-    results: int = 1,
-    top_p: float = 1.0,
-    temperature: float = 1.0,
-    repetition_penalty: float = 1.0,
-    length_penalty: float = 1.0,
-    cache: Cache = "dynamic",
     **more: Any,
 ) -> Tensor:
     """Token ids that go on from each row.
@@ -48,47 +95,19 @@ def generate_ids(
         codec: Its tokenizer.
         embeds: ``[B, L, D]``, padded on the left.
         mask: ``[B, L]``, one where a position counts.
+        decoding: How tokens are chosen.
         stops: Each row's stop text; it is part of the ids. None at all: only the model's own end stops.
-        max_tokens: The most new tokens.
-        min_tokens: The fewest new tokens before a stop counts.
-        sample: Draw instead of searching.
-        beams: Beams of the search.
-        results: Continuations of each row.
-        top_p: Nucleus of the draw.
-        temperature: Temperature of the draw.
-        repetition_penalty: Above one: repeating new tokens costs.
-        length_penalty: Exponent of the length in a beam's score.
-        cache: How keys and values are held. ``"dynamic"`` grows with every token; ``"static"`` has its full length from
-            the start, so that transformers compiles the step of a token on a GPU: worth its minutes where many calls
-            have the same ``B``, ``L`` and ``max_tokens``.
         **more: For transformers' ``generate`` (a ``streamer``, say).
 
     Returns:
         ``[B * results, n]`` new ids, padded on the right.
-
-    Raises:
-        ConfigError: If the cache is neither.
     """
-    if cache not in ("dynamic", "static"):
-        raise ConfigError(f"cache {cache!r} is neither 'dynamic' nor 'static'")
-    holding = {"cache_implementation": "static"} if cache == "static" else {}
-    drawing = {"top_p": top_p, "temperature": float(temperature), "top_k": 0} if sample else {}
-    searching = {"length_penalty": float(length_penalty)} if beams > 1 else {}
-    wanted = any(stops)
-    criteria = StoppingCriteriaList([_StopTexts(codec, stops, min_tokens)] if wanted else [])
+    criteria = StoppingCriteriaList([_StopTexts(codec, stops, decoding.min_tokens)] if any(stops) else [])
     return model.generate(
         inputs_embeds=embeds,
         attention_mask=mask,
-        max_new_tokens=max_tokens,
-        min_new_tokens=min(min_tokens, max_tokens),
-        do_sample=sample,
-        num_beams=beams,
-        num_return_sequences=results,
-        repetition_penalty=float(repetition_penalty),
         stopping_criteria=criteria,
-        **drawing,
-        **searching,
-        **holding,
+        **decoding.arguments(),
         **more,
     )
 

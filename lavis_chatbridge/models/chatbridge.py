@@ -222,7 +222,7 @@ class ChatBridge(BaseModel):
             prompt: The question, where the batch holds none.
             stop: What ends a result and is no part of it; by default ``"###"``, and a newline for bare captions.
             bos: Whether BOS opens the prompt; by default not in the original's layout, as in its evaluation.
-            cache: How keys and values are held, ``"dynamic"`` or ``"static"``: :func:`answering.generate_ids`.
+            cache: How keys and values are held, ``"dynamic"`` or ``"static"``: see :class:`answering.Decoding`.
             **more: For transformers' ``generate`` (a ``streamer``, say).
 
         Returns:
@@ -232,31 +232,39 @@ class ChatBridge(BaseModel):
             PromptError: If prompts and media do not fit together.
             ConfigError: If the cache is neither.
         """
+        decoding = answering.Decoding(
+            max_tokens=max_length,
+            min_tokens=min_length,
+            sample=use_nucleus_sampling,
+            beams=num_beams,
+            results=num_captions,
+            top_p=top_p,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            cache=cache,
+        )
+        return self._decode(samples, decoding, prompt, stop, bos, more)
+
+    def _decode(
+        self,
+        samples: Mapping[str, Any],
+        decoding: answering.Decoding,
+        prompt: str | Sequence[str] | None,
+        stop: str | None,
+        bos: bool | None,
+        more: Mapping[str, Any],
+    ) -> list[str]:
+        """Texts that go on from each sample's prompt."""
         media = sample_reader.media_of(samples)
         contexts = sample_reader.contexts(samples, media, prompt)
         ends = [stop if stop is not None else _stop_of(context) for context in contexts]
         embeds, mask = self._context(contexts, media, bos)
+        model, codec = self.llama_model, self.llama_tokenizer
         with self._llm_precision():
-            ids = answering.generate_ids(
-                self.llama_model,
-                self.llama_tokenizer,
-                embeds,
-                mask,
-                ends,
-                max_tokens=max_length,
-                min_tokens=min_length,
-                sample=use_nucleus_sampling,
-                beams=1 if use_nucleus_sampling else num_beams,
-                results=num_captions,
-                top_p=top_p,
-                temperature=temperature,
-                repetition_penalty=repetition_penalty,
-                length_penalty=length_penalty,
-                cache=cache,
-                **more,
-            )
-        per_result = [end for end in ends for _ in range(num_captions)]
-        return [answering.text_before(self.llama_tokenizer, r, e) for r, e in zip(ids, per_result, strict=True)]
+            ids = answering.generate_ids(model, codec, embeds, mask, decoding, ends, **more)
+        per_result = [end for end in ends for _ in range(decoding.results)]
+        return [answering.text_before(codec, r, e) for r, e in zip(ids, per_result, strict=True)]
 
     @torch.no_grad()
     def predict_answers(

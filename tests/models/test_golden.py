@@ -410,8 +410,7 @@ def test_greedy_tokens(model: Any, tensors: Callable, facts: Callable) -> None:
             model.llama_tokenizer,
             embeds,
             batch.attention_mask,
-            max_tokens=len(case["greedy_ids"]),
-            min_tokens=0,
+            answering.Decoding(len(case["greedy_ids"]), min_tokens=0),
             eos_token_id=-1,
         )
         assert ids[0].tolist() == case["greedy_ids"], name
