@@ -41,6 +41,11 @@ COMMANDS = (
     ),
     Command("check-data", "lavis_chatbridge.datasets.check", "say what a JSONL of data holds and whether it is usable"),
     Command(
+        "shard",
+        "lavis_chatbridge.plugin.shard",
+        "write data sets as webdataset shards, resumable and spread over processes",
+    ),
+    Command(
         "cache-features",
         "lavis_chatbridge.plugin.cache_features",
         "store the frozen encoders' outputs for a configuration, without training",

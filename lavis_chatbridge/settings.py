@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,6 +18,16 @@ from typing import Any, TypeVar
 from lavis_chatbridge.errors import ConfigError
 
 T = TypeVar("T")
+
+_LONGEST_KEY = 80
+
+_short = reprlib.Repr()
+_short.maxstring, _short.maxother, _short.maxlong = 80, 80, 40
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: whatever somebody wrote, in a line that can be read."""
+    return _short.repr(value)
 
 
 def parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -40,14 +52,14 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> str:
     """The sentence for a key that ``where`` does not have, with the nearest one that it has."""
-    near = difflib.get_close_matches(key, list(known), n=1)
+    near = difflib.get_close_matches(key[:_LONGEST_KEY], list(known), n=1)
     hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
-    return f"unknown key {where}.{key}{hint}"
+    return f"unknown key {where}.{key if key.isprintable() and len(key) <= _LONGEST_KEY else shown(key)}{hint}"
 
 
 def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        faults.append(f"{where}: expected a mapping, found {values!r}")
+        faults.append(f"{where}: expected a mapping, found {shown(values)}")
         return None
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
@@ -80,22 +92,24 @@ def _convert(value: Any, hint: Any, where: str, faults: list[str]) -> Any:
         return _convert_union(value, arguments, where, faults)
     if origin is typing.Literal:
         if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            near = difflib.get_close_matches(shown(value).strip("'"), [str(a) for a in arguments], n=1)
             hint_text = f", did you mean {near[0]!r}?" if near else ""
-            faults.append(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}{hint_text}")
+            faults.append(f"{where}: {shown(value)} is not one of {', '.join(map(repr, arguments))}{hint_text}")
         return value
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, faults)
     if origin in (list, tuple) or hint in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            faults.append(f"{where}: expected a list, found {value!r}")
+            faults.append(f"{where}: expected a list, found {shown(value)}")
             return value
         inner = arguments[0] if arguments else Any
         items = [_convert(item, inner, f"{where}[{i}]", faults) for i, item in enumerate(value)]
         return tuple(items) if (origin or hint) is tuple else items
     if origin is dict or hint is dict:
+        if value is None:  # a key with nothing behind it, which also empties what a default holds
+            return {}
         if not isinstance(value, Mapping):
-            faults.append(f"{where}: expected a mapping, found {value!r}")
+            faults.append(f"{where}: expected a mapping, found {shown(value)}")
             return value
         inner = arguments[1] if arguments else Any
         return {str(key): _convert(item, inner, f"{where}.{key}", faults) for key, item in value.items()}
@@ -119,14 +133,14 @@ def _convert_union(value: Any, options: tuple, where: str, faults: list[str]) ->
 
 
 def _convert_scalar(value: Any, hint: Any, where: str, faults: list[str]) -> Any:
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 (no dot) as a string
-        except ValueError:
-            pass
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            number = float(value)  # YAML 1.1 reads 1e-4 (no dot) as a string
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):
+            return number
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and hint is not float:
         return value
-    faults.append(f"{where}: expected {hint.__name__}, found {value!r}")
+    faults.append(f"{where}: expected {hint.__name__}, found {shown(value)}")
     return value

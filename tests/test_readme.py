@@ -24,6 +24,7 @@ EXERCISED_BY = {
     "chatbridge evaluate": "tests/test_cli.py",
     "chatbridge world build": "tests/toyworld/test_build.py",
     "chatbridge check-data": "tests/datasets/test_check.py",
+    "chatbridge shard": "tests/plugin/test_shard.py",
     "chatbridge ask": "tests/chat/test_commands.py",
     "chatbridge chat": "tests/chat/test_commands.py",
 }

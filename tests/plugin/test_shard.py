@@ -1,0 +1,237 @@
+"""``chatbridge shard``: training from shards is training from files; ranks and cut runs give every sample once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset as wds
+import yaml
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.datasets import shards
+from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, media_source
+from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.schema import Medium, Sample, to_record, write_jsonl
+from lavis_chatbridge.plugin.shard import _add_ratios, _section
+from lavis_chatbridge.runners.config import load_config
+from lavis_chatbridge.toyworld.build import Sizes, build_world
+
+YAML = """
+model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
+datasets:
+  chatbridge_world_caption: {{data_root: {world}}}
+run:
+  task: chatbridge_alignment
+  max_iters: 4
+  batch_size_train: 2
+  init_lr: 1e-3
+  num_workers: 0
+  log_every: 1
+  output_dir: {output}
+  job_id: ""
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world") / "w", Sizes(8, 4, 5, 2, 1, 1), processes=1)
+
+
+@pytest.fixture
+def config(tmp_path, world):
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML.format(world=world, output=tmp_path / "out"))
+    return path
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A JSONL of eleven samples: one without media, one of two media, two that share one."""
+    (tmp_path / "media").mkdir()
+    for i in range(12):
+        (tmp_path / "media" / f"m{i}.PNG").write_bytes(bytes([i]) * (600 + i))
+    samples = [
+        Sample(f"s{i}", (Medium("image", str(tmp_path / "media" / f"m{i}.PNG")),), (f"caption {i}",)) for i in range(9)
+    ]
+    both = (Medium("image", str(tmp_path / "media" / "m9.PNG")), Medium("audio", str(tmp_path / "media" / "m10.PNG")))
+    samples += [
+        Sample("both", (*both, Medium("video", words=("a clip",))), ("two",), meta={"ü": 1}),
+        Sample("none", (), ("x",)),
+    ]
+    samples.insert(4, Sample("again", samples[3].media, ("the same",)))
+    write_jsonl(tmp_path / "mine.jsonl", samples)
+    return tmp_path / "mine.jsonl"
+
+
+def shard(*words):
+    return cli.main(["shard", *map(str, words)])
+
+
+def contents(path, root=None):
+    """Every sample of a JSONL with its media's bytes instead of their places."""
+    found = []
+    for sample in SampleFile(path, root):
+        record = to_record(sample)
+        for medium, entry in zip(sample.media, record.get("media", []), strict=True):
+            if not medium.words:
+                source = media_source(medium)
+                data = source if isinstance(source, bytes) else Path(source).read_bytes()
+                entry.pop("offset", None)
+                entry["path"], entry["size"] = data, len(data)
+        found.append(record)
+    return found
+
+
+def train(path, *options):
+    cfg = load_config(path, list(options))
+    torch.manual_seed(cfg.run.seed)
+    task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
+    datasets = task.build_datasets(cfg)
+    runner_class = registry.get_runner_class(cfg.run.runner)
+    runner_class(cfg=cfg, job_id="job", task=task, model=task.build_model(cfg), datasets=datasets).train()
+    lines = [json.loads(line) for line in Path(cfg.run.output_dir, "log.txt").read_text().splitlines()]
+    return [line["train_loss"] for line in lines if "train_loss" in line]
+
+
+def test_training_from_shards_is_training_from_files_and_resumes_it(tmp_path, config, world, caplog):
+    assert (
+        shard("--cfg-path", config, "--output", tmp_path / "shards", "--splits", "train", "test", "--per-shard", 3) == 0
+    )
+    from_shards = yaml.safe_load(config.read_text()) | yaml.safe_load(
+        (tmp_path / "shards" / "datasets.yaml").read_text()
+    )
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(from_shards))
+    splits = from_shards["datasets"]["chatbridge_world_caption"]["splits"]
+    assert (len(splits["train"]), len(splits["test"]), splits["heldout"]) == (3, 3, None)
+    for path in splits["train"]:
+        assert contents(path) == contents(f"{world}/annotations/{path.rsplit('/', 1)[1]}", world)
+
+    files = train(config, "run.save_every_steps=2")
+    assert len(files) == 4
+    assert train(tmp_path / "sharded.yaml", f"run.output_dir={tmp_path / 'b'}") == files
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_00000004")
+    assert train(tmp_path / "sharded.yaml", "run.resume=auto") == files
+    assert f"going on from {tmp_path / 'out' / 'checkpoints' / 'step_00000002'}" in caplog.text
+
+
+def test_shards_are_plain_webdataset_and_hold_each_medium_once(tmp_path, mine, capsys):
+    assert shard(mine, "--output", tmp_path / "out", "--per-shard", 6) == 0
+    assert "mine.jsonl: 12 samples (10 image, 1 image+audio, 1 text) in 2 shards" in capsys.readouterr().out
+    assert contents(tmp_path / "out" / "mine.jsonl") == contents(mine)
+    tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    records = list(wds.WebDataset(tars, shardshuffle=False))
+    assert [record["__key__"] for record in records] == [f"{i:09d}" for i in range(12)]
+    assert records[0]["png"] == bytes(600)
+    assert json.loads(records[4]["json"])["media"] == [{"type": "image", "path": "000000003.png"}]
+    assert {"0.png", "1.png", "json"} < set(records[10])
+    assert json.loads(records[10]["json"])["media"][2] == {"type": "video", "words": ["a clip"]}
+    manifest = json.loads((tmp_path / "out" / "mine.manifest.json").read_text())
+    assert (manifest["samples"], manifest["media"], manifest["left_out"]) == (12, 11, 0)
+    assert [one["sha256"] for one in manifest["shards"]] == [
+        shards._sha256(tmp_path / "out" / one["name"]) for one in manifest["shards"]
+    ]
+
+
+def test_ranks_make_what_one_process_makes(tmp_path, mine, capsys, monkeypatch):
+    shard(mine, "--output", tmp_path / "one", "--per-shard", 2)
+    assert shard(mine, "--output", tmp_path / "two", "--per-shard", 2, "--rank", 1, "--world", 2) == 0
+    assert "1 of 1 files wait for the shards of other processes" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.tar")) == [f"mine-0000{i}.tar" for i in (1, 3, 5)]
+    assert not (tmp_path / "two" / "mine.jsonl").exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert shard(mine, "--output", tmp_path / "two", "--per-shard", 2) == 0
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, mine, monkeypatch):
+    out, fill, made = tmp_path / "out", shards._fill, []
+
+    def stop_at_the_third(path, name, chosen, part):
+        made.append(name)
+        index = fill(path, name, chosen, part)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return index
+
+    monkeypatch.setattr(shards, "_fill", stop_at_the_third)
+    assert shard(mine, "--output", out, "--per-shard", 2) == 130
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"mine-0000{i}.{kind}" for i in (0, 1) for kind in ("index.json", "tar")
+    ]
+    (out / ".mine-00002.tar.abc.tmp").write_text("left by a process that was killed")
+    (out / "mine-00001.index.json").write_text("damag")
+    assert shard(mine, "--output", out, "--per-shard", 2) == 0
+    assert made[3:] == [f"mine-0000{i}.tar" for i in (1, 2, 3, 4, 5)]
+    assert contents(out / "mine.jsonl") == contents(mine)
+    assert not list(out.glob(".*"))
+
+    assert shard(mine, "--output", out, "--per-shard", 2) == 0
+    assert len(made) == 8
+    (tmp_path / "media" / "m5.PNG").write_bytes(b"another picture")
+    damaged = out / "mine-00004.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert shard(mine, "--output", out, "--per-shard", 2, "--verify") == 0
+    assert made[8:] == ["mine-00003.tar", "mine-00004.tar"]
+    assert contents(out / "mine.jsonl") == contents(mine)
+    assert shard(mine, "--output", out, "--per-shard", 6) == 0
+    assert sorted(path.name for path in out.glob("*.tar")) == ["mine-00000.tar", "mine-00001.tar"]
+
+
+def test_unreadable_media_are_left_out_counted_and_limited(tmp_path, mine, capsys):
+    (tmp_path / "media" / "m0.PNG").unlink()
+    (tmp_path / "media" / "m9.PNG").write_bytes(b"")
+    assert shard(mine, "--output", tmp_path / "out") == 0
+    assert "10 samples" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "mine.manifest.json").read_text())
+    assert [name for name, _ in manifest["left_out_first"]] == ["s0", "both"]
+    assert SampleFile(tmp_path / "out" / "mine.jsonl")[0].id == "s1"
+    many = [Sample(str(i), (Medium("image", str(tmp_path / f"{i}.png")),), ("x",)) for i in range(25)]
+    write_jsonl(tmp_path / "many.jsonl", many)
+    assert shard(tmp_path / "many.jsonl", "--output", tmp_path / "out") == 2
+    assert "25 of 25 samples have media that cannot be read, more than the 5%" in capsys.readouterr().err
+
+
+def test_links_out_of_the_root_are_refused(tmp_path, mine, capsys):
+    (tmp_path / "media" / "m0.PNG").unlink()
+    (tmp_path / "media" / "m0.PNG").symlink_to("/etc/hostname")
+    assert shard(mine, "--output", tmp_path / "out") == 2
+    assert "leads out of the media root" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "o"], "name either a JSONL or a configuration"),
+        (["mine.jsonl", "--output", "o", "--rank", "1"], "--rank and --world belong together"),
+        (["mine.jsonl", "--output", "o", "--rank", "2", "--world", "2"], "rank 2 is not one of 2 processes"),
+        (["mine.jsonl", "--output", "o", "--per-shard", "0"], "--per-shard must be at least 1"),
+        (["--cfg-path", "none.yaml", "--output", "o"], "no configuration file at none.yaml"),
+    ],
+)
+def test_mistakes_are_named(words, message, capsys):
+    assert shard(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mixture_becomes_its_parts_with_their_shares(tmp_path, mine):
+    vqa, caption = (registry.get_builder_class(name) for name in ("multis_vqav2", "multis_coco_caption"))
+    mixture = OmegaConf.create({"data_root": "d", "reply_end": "</s>", "parts": ["multis_vqav2"]})
+    section = _section(mixture, vqa, of_mixture=True)
+    assert (section["data_root"], section["reply_end"], section["media"]) == ("d", "</s>", None)
+    assert section["splits"] == dict.fromkeys(vqa.ROW["splits"])
+    sections = {"multis_vqav2": section, "multis_coco_caption": _section(mixture, caption, of_mixture=True)}
+    sources = [
+        SourceDataset(name, SampleFile(mine), SourceSettings(), ratio=ratio)
+        for name, ratio in (("multis_vqav2/a", 1.0), ("multis_vqav2/b", 2.0), ("multis_coco_caption", 1.0))
+    ]
+    _add_ratios(sections, {"multis": SourceGroup("multis", sources, 8.0)})
+    assert [one["ratio"] for one in sections.values()] == [6.0, 2.0]
