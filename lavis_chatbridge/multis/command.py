@@ -52,7 +52,7 @@ def _define_annotate(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="an annotator: blip2, lavis, florence2, segmenter, audio_tagger (a folder of weights), or grit, "
-        "semantic_sam, captions, tags (JSON made elsewhere); may be given several times",
+        "semantic_sam, captions, sound_captions, tags (JSON made elsewhere); may be given several times",
     )
     parser.add_argument("--media-root", help="what the media's paths are relative to (default: the folder of ITEMS)")
     parser.add_argument("--rank", type=int, help="this process (default: RANK or SLURM_PROCID)")

@@ -89,6 +89,44 @@ def test_a_folder_of_files_captions_and_tags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        {"bell": ["a bell rings", {"caption": "two strokes"}]},
+        {"sounds/bell.wav": {"captions": ["a bell rings", " two strokes "]}},
+        [{"audio_id": "bell", "caption": "a bell rings"}, {"audio_id": "bell", "text": "two strokes"}],
+        [{"file_name": "bell.wav", "captions": ["a bell rings", "two strokes"]}],
+    ],
+)
+def test_captions_of_sounds_are_imported(tmp_path: Path, content: Any) -> None:
+    importer = imported(tmp_path, content, "sound_captions")
+    views = [view("bell", kind="sound", path="sounds/bell.wav"), view("other", kind="sound", path="other.wav")]
+    assert importer.kind == "sound"
+    assert [one.sound_captions for one in importer.annotate(views)] == [("a bell rings", "two strokes"), ()]
+
+
+def test_imported_captions_go_to_the_frames_and_to_the_sounds(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "seen.json").write_text(json.dumps({"both0/1": "a square"}))
+    (tmp_path / "heard.json").write_text(json.dumps({"both0": ["a flute", "a long tone"]}))
+    annotators = [
+        registry.build(f"captions={tmp_path}/seen.json"),
+        registry.build(f"sound_captions={tmp_path}/heard.json"),
+    ]
+    annotate(world / "items.jsonl", tmp_path / "out", annotators)
+    done = {one.id: one for one in read_annotations(tmp_path / "out")}
+    both, other = done["both0"], done["both1"]
+    assert [frame.caption for frame in both.frames] == ["", "a square", ""]
+    assert both.sound_captions[-2:] == ("a flute", "a long tone")
+    assert len(both.sound_captions) > 2, "what people wrote stays"
+    assert both.written_by["sound_captions"] == "human, sound_captions import heard.json"
+    assert other.written_by["sound_captions"] == "human"
+
+
+def test_captions_of_another_form_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a caption is a text, or an object with .* found 7"):
+        imported(tmp_path, {"clip": [7]}, "captions").annotate([view()])
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [([{"box": [1, 2, 3, 4]}], "names no image"), ({"clip": [{"text": "x", "box": [1, 2]}]}, "four numbers")],
 )

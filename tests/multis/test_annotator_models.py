@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from lavis.common.registry import registry as lavis_registry
+from lavis.models.base_model import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lavis_chatbridge.multis.annotation import Region
 from lavis_chatbridge.multis.annotators.base import View, WeightsError
-from lavis_chatbridge.multis.annotators.models import AudioTagger, Blip2Captioner, Florence2Regions, Segmenter
+from lavis_chatbridge.multis.annotators.models import (
+    AudioTagger,
+    Blip2Captioner,
+    Florence2Regions,
+    LavisCaptioner,
+    Segmenter,
+)
 
 SIDE = 32
 BART = {
@@ -71,6 +80,44 @@ def test_blip2_captions_a_batch_of_frames(tmp_path: Path) -> None:
     assert found == captioner.annotate(frames(3))
     assert captioner.name == f"blip2 {tmp_path.name}"
     assert len(Blip2Captioner(tmp_path, prompt="a photo of", max_tokens=5).annotate(frames(2))) == 2
+
+
+class BrightnessCaptioner(BaseModel):
+    """A captioner with LAVIS's interface that says how bright an image is, and which limits it was given."""
+
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(100.0))
+
+    @classmethod
+    def from_config(cls, cfg: object) -> BrightnessCaptioner:
+        return cls()
+
+    def generate(self, samples: dict, max_length: int, num_beams: int) -> list[str]:
+        assert samples["image"].shape[1:] == (3, SIDE, SIDE)
+        means = (samples["image"].mean(dim=(1, 2, 3)) * self.scale).round().int().tolist()
+        return [f" {mean}, {max_length} tokens, {num_beams} beams\n" for mean in means]
+
+
+def test_a_captioner_of_lavis_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAVIS's own captioners fetch their tokenizer when they are built, so one of ours stands in for them."""
+    processor = f"{{eval: {{name: blip_image_eval, image_size: {SIDE}, mean: [0, 0, 0], std: [1, 1, 1]}}}}"
+    (tmp_path / "model.yaml").write_text(f"model: {{}}\npreprocess: {{vis_processor: {processor}}}\n")
+    monkeypatch.setitem(BrightnessCaptioner.PRETRAINED_MODEL_CONFIG_DICT, "dim", str(tmp_path / "model.yaml"))
+    monkeypatch.setitem(lavis_registry.mapping["model_name_mapping"], "brightness", BrightnessCaptioner)
+    captioner = LavisCaptioner("brightness/dim", max_tokens=7, beams=2)
+    grey = [
+        View("clip", "frame", "clip.mp4", lambda level=level: np.full((40, 60, 3), level, np.uint8), number)
+        for number, level in enumerate((0, 255, 51))
+    ]
+    assert [one.caption for one in captioner.annotate(grey)] == [
+        f"{percent}, 7 tokens, 2 beams" for percent in (0, 100, 20)
+    ]
+    assert captioner.name == "lavis brightness/dim"
+    with pytest.raises(WeightsError, match="LAVIS cannot load 'brightness/bright': "):
+        LavisCaptioner("brightness/bright")
 
 
 def florence(folder: Path) -> Florence2Regions:

@@ -21,7 +21,8 @@ from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.annotation import Box, Region, Semantic, Tag
 from lavis_chatbridge.multis.annotators.base import Findings, View, ViewKind
 
-Form = Literal["grit", "semantic_sam", "captions", "tags"]
+Form = Literal["grit", "semantic_sam", "captions", "sound_captions", "tags"]
+_SOUND_FORMS = ("sound_captions", "tags")
 _IMAGE_KEYS = ("image", "file_name", "image_id", "id", "video_id", "audio_id")
 _LIST_KEYS = ("annotations", "regions", "predictions", "instances", "captions", "tags")
 _REGION_TEXT = ("description", "caption", "object_description", "object_descriptions", "text", "phrase")
@@ -34,7 +35,8 @@ class Imported:
     Args:
         path: A JSON or JSONL file, or a folder of JSON files.
         form: Whose form it has.
-        largest: Regions, classes or tags kept per view: those of the best score or largest share.
+        largest: Regions, classes or tags kept per view: those of the best score or largest share. Of the captions of a
+            sound the first ones are kept, of those of a frame the first.
         least_score: Regions and tags below are dropped.
 
     Raises:
@@ -46,7 +48,7 @@ class Imported:
     def __init__(self, path: str | Path, form: Form, largest: int = 12, least_score: float = 0.0) -> None:
         self._path, self._form, self._largest, self._least = Path(path), form, largest, least_score
         self.name = f"{form} import {self._path.name}"
-        self.kind = "sound" if form == "tags" else "frame"
+        self.kind = "sound" if form in _SOUND_FORMS else "frame"
         self._entries: dict[str, Any] | None = None if self._path.is_dir() else _by_key(self._path)
         if self._path.is_dir() and not any(self._path.rglob("*.json")):
             raise DataError(f"{self._path}: holds no JSON file")
@@ -60,7 +62,9 @@ class Imported:
         if record is None:
             return Findings()
         if self._form == "captions":
-            return _captions(record, view.kind)
+            return Findings(caption=next(iter(_captions(record)), ""))
+        if self._form == "sound_captions":
+            return Findings(sound_captions=_captions(record)[: self._largest])
         entries = _entries_of(record)
         if self._form == "grit":
             return Findings(regions=self._best(list(_regions(entries, _frame_size(record, view)))))
@@ -192,19 +196,19 @@ def _semantics(entries: Iterable[Any], size: tuple[float, float], largest: int) 
     return tuple(Semantic(name, round(min(1.0, shares[name]), 4) or None) for name in order)
 
 
-def _captions(record: Any, kind: ViewKind) -> Findings:
+def _captions(record: Any) -> tuple[str, ...]:
+    """The texts of a record: a text, or a list of texts or of objects that hold one each, or an object with either."""
     if isinstance(record, dict):
         record = record.get("captions") or record.get("caption") or record.get("text") or []
-    texts = (
-        [record]
-        if isinstance(record, str)
-        else [
-            text
-            for entry in record
-            if (text := entry if isinstance(entry, str) else _first(entry, ("caption", "text")))
-        ]
-    )
-    return Findings(caption=texts[0]) if texts and kind == "frame" else Findings(sound_captions=tuple(texts))
+    texts = (entry if isinstance(entry, str) else _caption_of(entry) for entry in _entries_of(record))
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _caption_of(entry: Any) -> str:
+    text = _first(entry, ("caption", "text")) if isinstance(entry, dict) else None
+    if text is None:
+        raise DataError(f"a caption is a text, or an object with `caption` or `text`, found {entry!r:.120}")
+    return text
 
 
 def _tag(entry: Any) -> Tag | None:

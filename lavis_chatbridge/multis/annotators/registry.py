@@ -30,6 +30,7 @@ ANNOTATORS: dict[str, Callable[..., Annotator]] = {
     "grit": functools.partial(Imported, form="grit"),
     "semantic_sam": functools.partial(Imported, form="semantic_sam"),
     "captions": functools.partial(Imported, form="captions"),
+    "sound_captions": functools.partial(Imported, form="sound_captions"),
     "tags": functools.partial(Imported, form="tags"),
 }
 """Name -> what builds the annotator from a path and options. Add to it to plug in one of your own."""
