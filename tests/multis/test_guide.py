@@ -1,0 +1,85 @@
+"""docs/multis.md, "Your own, from a folder of clips", followed to the letter: its files, its commands, in its order.
+
+The guide asks OpenAI; the official client's own variable leads the same lines to a server on loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lavis_chatbridge import cli
+from tests.media.making import tone, video_file
+from tests.multis.openai_server import OpenAIServer
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "multis.md"
+SECTION = GUIDE.read_text(encoding="utf-8").split("## Your own, from a folder of clips")[1].split("\n## ")[0]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The guide's folder as its reader has it before the first command; the working directory is above it."""
+    clips = tmp_path / "my_clips"
+    (clips / "clips").mkdir(parents=True)
+    items, frames = blocks("json")
+    configuration = {"build.yaml": blocks("yaml")[0], "run.yaml": blocks("yaml")[1]}
+    for name, text in {"items.jsonl": items, "frames.json": frames, **configuration}.items():
+        assert f"`my_clips/{name}`" in SECTION or f"`{name}`" in SECTION
+        (clips / name).write_text(text, encoding="utf-8")
+    for line in items.splitlines():
+        for medium in json.loads(line)["media"]:
+            (clips / medium["path"]).write_bytes(video_file(sound=tone(1.2, 48_000)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHATBRIDGE_CACHE", str(tmp_path / "cache"))
+    return clips
+
+
+def follow(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what a line of the guide says."""
+    program, *rest = shlex.split(line)
+    if program == "export":
+        monkeypatch.setenv(*rest[0].split("=", 1))
+    elif program == "chatbridge":
+        assert cli.main(rest) == 0, line
+    else:
+        assert program == "python", line
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *rest], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_from_a_folder_of_clips_to_a_model(
+    folder: Path, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    asked = []
+    for line in lines:
+        follow(line, monkeypatch)
+        asked.append(server.asked.total())
+    said = capsys.readouterr().out
+    dry = next(number for number, line in enumerate(lines) if line.endswith("--dry-run"))
+    assert asked[dry : dry + 2] == [0, 6], "a dry run sends nothing; then each clip is asked about in three kinds"
+    assert asked[-1] == 6
+    assert "requests to send:        6" in said
+    prompts = [body["messages"][-1]["content"] for body in server.bodies]
+    assert sum("a pot with a wooden spoon" in prompt for prompt in prompts) == 3, "the frames' captions were read"
+    assert sum("Brakes squeal, then doors hiss." in prompt for prompt in prompts) == 3
+
+    accepted = (folder / "checked" / "accepted.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(accepted) == 6, (folder / "checked" / "rejected.jsonl").read_text(encoding="utf-8")
+    assert (folder / "page.html").read_text(encoding="utf-8").count("<article") == 6
+    manifest = json.loads((folder / "multis" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["sources"]["my_chat"]["by_modality"] == {"video": 3, "video+audio": 3}
+    assert (folder.parent / "output/my_chat/model.safetensors").stat().st_size > 0
