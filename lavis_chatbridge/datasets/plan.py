@@ -179,27 +179,39 @@ class MixturePlan:
 
     def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
         """What a rank trains on at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
+        name, positions = self.slices(step, np.array([rank]))
+        return name, self.samples(name, positions[0])
+
+    def slices(self, step: int, ranks: np.ndarray) -> tuple[str, np.ndarray]:
+        """Where some ranks read at a step: the source, and ``[R, B]`` positions in its endless sequence of epochs.
+
+        Args:
+            step: From 0.
+            ranks: ``[R]`` which ranks.
+        """
         number, turn = self._schedule.at(step)
         name = self.names[number]
         turn -= self._turns[number]
         size = self.batch_sizes[name]
         if name in self.lengths:
             # neighbours in length go to different ranks, so that no rank waits for the one with the long ones
-            positions = self._grouped(name, turn)[rank :: self.world_size]
-        else:
-            start = self._starts[number] + (turn * self.world_size + rank) * size
-            positions = np.arange(start, start + size)
-        return name, self.samples(name, positions)
+            return name, self._grouped(name, turn).reshape(size, self.world_size).T[ranks]
+        starts = self._starts[number] + (turn * self.world_size + ranks) * size
+        return name, starts[:, None] + np.arange(size)
 
     def samples(self, name: str, positions: np.ndarray) -> list[tuple[int, int]]:
         """``(index, epoch)`` at the given positions of a source's endless sequence of epochs."""
+        return [(int(index), int(epoch)) for index, epoch in zip(*self.drawn(name, positions), strict=True)]
+
+    def drawn(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``[n]`` positions of a source's endless sequence of epochs -> ``[n]`` indices and ``[n]`` epochs."""
         size = self.sizes[name]
         epochs = positions // size
         found = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             found[chosen] = self._order(name, int(epoch))(positions[chosen] % size)
-        return [(int(index), int(epoch)) for index, epoch in zip(found, epochs, strict=True)]
+        return found, epochs
 
     def steps_per_epoch(self) -> int:
         """Steps after which as many samples have been seen as all sources hold together, at the mixture's ratios."""
