@@ -3,6 +3,7 @@
 #   make install   the plugin with what its tests need, and LAVIS beside it, in .venv
 #   make demo      train, evaluate and show ChatBridge on the embedded world; writes output/demo/report.html
 #   make test      the test suite on the newest transformers, then tests/compat457 on the oldest that is supported
+#   make test-lmms-eval   ChatBridge inside the installed lmms-eval, in an environment of its own
 #   make check     format, lint, types, floors
 #   make coverage  the test suite, and which lines of the package it ran
 #   make docs      docs/api from the docstrings
@@ -21,13 +22,15 @@ DEMO := output/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPAT_INSTALLED := $(COMPAT)/.installed
+LMMS := .venv-lmms-eval
+LMMS_INSTALLED := $(LMMS)/.installed
 EVALUATE := $(BIN)/python -m lavis.evaluate --cfg-path projects/chatbridge/eval/align.yaml --options
 
 # Nothing that runs here asks a hub; tokenizers that run in data workers start no threads of their own.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test check coverage docs lock audit clean
+.PHONY: install demo test test-lmms-eval check coverage docs lock audit clean
 
 install: $(INSTALLED)
 
@@ -70,6 +73,19 @@ test: install $(COMPAT_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(COMPAT) EXPECTED_TRANSFORMERS=4.57.6 $(BIN)/python -m pytest tests/compat457
 
+# lmms-eval's many dependencies stay out of .venv: its own environment looks into .venv for what is there already (torch above
+# all, and this package), and holds the rest. lmms-eval 0.7.3 imports a module that filelock 4 no longer has.
+$(LMMS_INSTALLED): Makefile | $(INSTALLED)
+	rm -rf $(LMMS)
+	$(BIN)/python -m venv $(LMMS)
+	folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		echo "import site; site.addsitedir('$$folder')" > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/chatbridge.pth"
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check lmms-eval==0.7.3 'filelock>=3.16,<4'
+	touch $@
+
+test-lmms-eval: install $(LMMS_INSTALLED)
+	OMP_NUM_THREADS=1 TEST_LMMS_EVAL=1 $(LMMS)/bin/python -m pytest tests/lmms_eval
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -94,5 +110,5 @@ audit: constraints.txt
 	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(AUDIT) output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) $(LMMS) $(AUDIT) output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

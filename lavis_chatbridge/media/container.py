@@ -53,8 +53,9 @@ def first_stream(container: InputContainer, kind: str, source: object) -> Any:
         cover = stream.disposition & av.stream.Disposition.attached_pic
         if stream.type == kind and not cover and stream.codec_context is not None:
             stream.codec_context.thread_count = 1  # data workers are processes: threads would only fight over the cores
+            skipped = getattr(av.stream, "Discard", None)  # PyAV 15, which lmms-eval pins, reads what it does not need
             for other in container.streams:
-                if other.index != stream.index:
-                    other.discard = av.stream.Discard.all
+                if skipped is not None and other.index != stream.index:
+                    other.discard = skipped.all
             return stream
     raise MediaError(source, f"it has no {kind} track")

@@ -158,3 +158,12 @@ def test_a_pickled_error_keeps_its_parts() -> None:
         open_audio(io.BytesIO(b"x").getvalue())
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.source, again.cause) == (caught.value.source, caught.value.cause)
+
+
+def test_pyav_15_which_skips_no_other_streams_gives_the_same_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    import av.stream
+
+    video = video_file(3, sound=tone(0.5, 48_000))
+    expected = open_audio(video)
+    monkeypatch.delattr(av.stream, "Discard", raising=False)
+    np.testing.assert_array_equal(open_audio(video), expected)

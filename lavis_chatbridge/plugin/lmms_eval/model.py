@@ -1,0 +1,178 @@
+"""The classes that lmms-eval runs. They need lmms-eval, which no other part of the package does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lavis_chatbridge.chat.loading import load_model
+from lavis_chatbridge.errors import ConfigError, MediaError
+from lavis_chatbridge.media import has_audio_track
+from lavis_chatbridge.plugin.lmms_eval import missing
+from lavis_chatbridge.plugin.lmms_eval.requests import Given, Said, batches, conversation, cut, decoding, question
+from lavis_chatbridge.prompting import Kind, Turn, chat_prompt
+from lavis_chatbridge.prompting.pieces import KINDS
+
+try:
+    from lmms_eval.api.instance import GenerationResult
+    from lmms_eval.api.model import lmms
+except ImportError as error:
+    raise ConfigError(missing(error)) from error
+
+_log = logging.getLogger(__name__)
+
+
+class Score(GenerationResult):
+    """A continuation's mean loss, and whether the model would say just that.
+
+    lmms-eval 0.7 makes text of every answer that is no ``GenerationResult``, and of what this holds it makes nothing.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.text)
+
+
+class ChatBridge(lmms):
+    """Answers lmms-eval's plain tasks: a question, and media of any kinds before it.
+
+    A request whose medium cannot be read is answered with an empty text, and the log names the file.
+
+    Args:
+        pretrained: A model type (``tiny``, ``vicuna7b``, ``vicuna13b``) or a YAML with ``model`` and ``preprocess``.
+        batch_size: Requests answered at once.
+        device: Torch's name of a device; without, this process's CUDA device where there is one.
+        max_batch_size: lmms-eval hands it to every model; batches do not grow here.
+        hear_videos: The model hears a video's own sound track with it, where a task brings no sound of its own.
+        **options: Settings that override the model's, under their full names: ``model.checkpoint=file``.
+
+    Raises:
+        ConfigError: If a setting is unknown or does not fit.
+        CheckpointError: If a weight file is missing or does not fit.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        batch_size: int | str | None = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        hear_videos: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
+            raise ConfigError(f"batch_size {batch_size!r}: expected a whole number from 1")
+        self.batch_size = int(batch_size or 1)
+        self.hear_videos = hear_videos
+        changes = [f"{key}={value}" for key, value in options.items()]
+        self.model, processors = load_model(str(pretrained), changes, device or _own_device())
+        self.device = self.model.device
+        self._processors = {kind: processors[kind]["eval"] for kind in KINDS}
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """An answer to each request."""
+        kwargs = [self._kwargs(request) for request in requests]
+        answers = [""] * len(requests)
+        keys = [json.dumps(given, sort_keys=True, default=str) for given in kwargs]
+        for places in batches(keys, [len(str(request.args[0])) for request in requests], self.batch_size):
+            read = {place: self._read(requests[place]) for place in places}
+            able = [place for place in places if read[place] is not None]
+            if not able:
+                continue
+            given = kwargs[able[0]]
+            found = self.model.generate(_samples([read[place] for place in able]), **decoding(given))
+            for place, answer in zip(able, found, strict=True):
+                answers[place] = cut(answer, given.get("until"))
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Score]:
+        """The mean loss of each continuation's tokens, and whether the model would say just that.
+
+        lmms-eval takes the smallest number for the choice, since its models give losses. The media and the question of
+        several continuations are read once.
+        """
+        results = [Score((math.inf, False))] * len(requests)
+        together: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            together.setdefault(repr((request.args[0], *request.args[3:])), []).append(place)
+        for places in together.values():
+            read = self._read(requests[places[0]])
+            if read is None:
+                continue
+            answers = [self._continuation(requests[place]) for place in places]
+            scores, lengths = self.model.answer_scores(_samples([read]), answers)
+            said = self.model.generate(_samples([read]), max_length=int(lengths.max()))[0]
+            for place, answer, loss in zip(places, answers, (-scores[0] / lengths).tolist(), strict=True):
+                results[place] = Score((loss, said.split() == answer.split()))
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered."""
+        raise NotImplementedError("ChatBridge answers lmms-eval's tasks of one round: generate_until and loglikelihood")
+
+    def _turns(self, request: Any) -> list[Said]:
+        visuals = request.args[2](self._doc(request)) if len(request.args) > 2 else None
+        return question(str(request.args[0]), visuals, self.hear_videos)
+
+    def _kwargs(self, request: Any) -> dict[str, Any]:
+        return dict(request.args[1])
+
+    def _continuation(self, request: Any) -> str:
+        """What is to be scored; the space before it is a habit of other models' prompts."""
+        target = request.args[1]
+        return str(target(self._doc(request)) if callable(target) else target).strip()
+
+    def _doc(self, request: Any) -> Any:
+        number, task, split = request.args[3:6]
+        return self.task_dict[task][split][number]
+
+    def _read(self, request: Any) -> tuple[list[Any], dict[Kind, list[Any]]] | None:
+        """A request's prompt and its prepared media, by kind; None if a medium cannot be read."""
+        try:
+            turns, media = [], {kind: [] for kind in KINDS}  # type: ignore[var-annotated]
+            for said in self._turns(request):
+                prepared = [(given.kind, medium) for given in said.media if (medium := self._open(given)) is not None]
+                turns.append(Turn(said.role, said.text, tuple(kind for kind, _ in prepared)))
+                for kind, medium in prepared:
+                    media[kind].append(medium)
+        except MediaError as error:
+            _log.warning("a request of task %s is answered with an empty text: %s", request.task_name, error)
+            return None
+        return chat_prompt(turns, generate=True, reply_end=self.model.settings.reply_end), media
+
+    def _open(self, given: Given) -> Any:
+        processor = self._processors[given.kind]
+        if given.track and not has_audio_track(given.source, limits=processor.limits):
+            return None
+        return processor(given.source)
+
+
+class ChatBridgeChat(ChatBridge):
+    """Answers lmms-eval's chat tasks: messages whose media stand in any of them."""
+
+    is_simple = False
+
+    def _turns(self, request: Any) -> list[Said]:
+        return conversation(request.args[1](self._doc(request)), self.hear_videos)
+
+    def _kwargs(self, request: Any) -> dict[str, Any]:
+        return dict(request.args[2])
+
+
+def _samples(read: Sequence[Any]) -> dict[str, Any]:
+    """A batch as the model takes it."""
+    by_kind: dict[str, Any] = {kind: [media[kind] for _, media in read] for kind in KINDS}
+    return {"pieces": [pieces for pieces, _ in read], **by_kind}
+
+
+def _own_device() -> str:
+    """Each process of ``accelerate launch`` or ``torchrun`` has a device of its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,211 @@
+"""The installed lmms-eval evaluates ChatBridge on tasks made here and gets what our own task predicts.
+
+``make test-lmms-eval`` runs this in an environment of its own; elsewhere lmms-eval is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if not os.environ.get("TEST_LMMS_EVAL"):
+    pytest.skip("lmms-eval has an environment of its own: make test-lmms-eval", allow_module_level=True)
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmms-eval-test-")  # read when the datasets library is imported
+
+from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.plugin.launch import Session
+from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.toyworld import clips, pictures, sounds
+from lavis_chatbridge.toyworld.world import scenes
+
+COUNT = 4
+CHOICES = ["red", "blue", "green", "high", "low", "circle", "star"]
+QUESTIONS = {
+    "image": ["what is the colour of the picture?", "what is the shape of the picture?"],
+    "video": ["what is the colour of the video?", "what is the shape of the video?"],
+    "audio": ["what is the pitch of the sound?", "what is the timbre of the sound?"],
+    "both": ["what is the colour of the video and the pitch of the sound?", "what is the pitch of the sound?"],
+    "track": ["what is the pitch of the sound?", "what is the colour of the video?"],
+}
+KINDS = {
+    "image": ("image",),
+    "video": ("video",),
+    "audio": ("audio",),
+    "both": ("video", "audio"),
+    "track": ("video", "audio"),
+}
+UTILS = """
+from PIL import Image
+
+def doc_to_visual(doc):
+    return [Image.open(path) if path.endswith(".png") else path for path in doc["files"]]
+
+def process_results(doc, results):
+    return {"right": float(results[0] == doc["answer"])}
+"""
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {output}
+doc_to_visual: !function {utils}.doc_to_visual
+doc_to_text: question
+doc_to_target: answer
+{more}
+metadata: {{version: 0.0}}
+"""
+WRITTEN = """process_results: !function {utils}.process_results
+generation_kwargs: {{max_new_tokens: 12, temperature: 0, do_sample: false}}
+metric_list: [{{metric: right, aggregation: mean, higher_is_better: true}}]"""
+CHOSEN = "doc_to_choice: {choices}\nmetric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Media of the embedded world, lmms-eval's tasks about them, and the same questions as our samples."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "utils.py").write_text(UTILS)
+    for name, kinds in KINDS.items():
+        drawn = [scenes(kind, False, 77) for kind in kinds]
+        docs, samples = [], []
+        for number in range(COUNT):
+            files = _files(root, name, number, [next(one) for one in drawn])
+            text = QUESTIONS[name][number % 2]
+            docs.append({"files": list(dict.fromkeys(files)), "question": text, "answer": CHOICES[0]})
+            media = tuple(Medium(kind, file) for kind, file in zip(kinds, files, strict=True))
+            samples.append(
+                Sample(f"s{number}", media, turns=(Turn("user", text, kinds), Turn("assistant", CHOICES[0])))
+            )
+        (root / f"{name}_docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+        write_jsonl(root / f"{name}.jsonl", samples)
+        _task(root, name, "generate_until", WRITTEN.format(utils="utils"))
+    _task(root, "image", "multiple_choice", CHOSEN.format(choices=json.dumps(CHOICES)), "image_choice")
+    (root / "choices.json").write_text(json.dumps(CHOICES))
+    return root
+
+
+def _files(root: Path, name: str, number: int, drawn: list[Any]) -> list[str]:
+    rng = np.random.default_rng([number, len(name)])
+    files = []
+    for scene in drawn:
+        path = root / f"{name}{number}.{ {'image': 'png', 'video': 'mp4', 'audio': 'wav'}[scene.kind] }".replace(
+            " ", ""
+        )
+        if scene.kind == "image":
+            path.write_bytes(pictures.encode(pictures.render(scene, rng), "png", rng))
+        elif scene.kind == "audio":
+            path.write_bytes(sounds.encode(sounds.render(scene, rng), "wav"))
+        else:
+            clip = clips.render(scene, rng)
+            seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
+            track = sounds.render(drawn[1], rng, seconds, rate=16_000) if name == "track" else None
+            path.write_bytes(clips.encode(clip, rng, track))
+        files.append(str(path))
+        if name == "track":
+            return files * 2  # the sound is the clip's own
+    return files
+
+
+def _task(root: Path, data: str, output: str, more: str, name: str = "") -> None:
+    text = TASK.format(
+        name=f"chatbridge_{name or data}", file=root / f"{data}_docs.jsonl", output=output, utils="utils", more=more
+    )
+    (root / f"{name or data}.yaml").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def ours(world: Path) -> dict[str, list[str]]:
+    """What our own task predicts for each set of questions, and of the pictures' what it chooses from a list."""
+    found = {}
+    chosen = ["run.inference_method=rank", f"run.answer_list={world / 'choices.json'}", "run.length_penalty=1.0"]
+    with Session() as session:
+        for name in [*KINDS, "image_choice"]:
+            config = world / f"ours_{name}.yaml"
+            config.write_text(
+                "model: {arch: chatbridge, model_type: tiny}\n"
+                f"datasets: {{chatbridge_jsonl: {{data_root: '{world}', splits: {{test: {name.split('_')[0]}.jsonl}}, "
+                "templates: false}}\n"
+                "run:\n  task: chatbridge_captioning\n  evaluate: true\n  test_splits: [test]\n  num_workers: 0\n"
+                f"  max_len: 12\n  batch_size_eval: 4\n  device: cpu\n  job_id: ''\n  output_dir: {world}/out_{name}\n"
+            )
+            session.run(str(config), chosen if name == "image_choice" else [], evaluate=True)
+            records = json.loads((world / f"out_{name}/result/test_step0.json").read_text())
+            assert len(records) == COUNT
+            found[name] = [record["prediction"] for record in records]
+    return found
+
+
+def evaluate(world: Path, names: list[str], **settings: Any) -> dict[str, list[dict[str, Any]]]:
+    """The samples of each task, as the real evaluator logs them."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(world), include_defaults=False, model_name="chatbridge")
+    tasks = [f"chatbridge_{name}" for name in names]
+    found = simple_evaluate(model="chatbridge", tasks=tasks, task_manager=manager, device="cpu", **settings)
+    return {name: sorted(found["samples"][f"chatbridge_{name}"], key=lambda s: s["doc_id"]) for name in names}
+
+
+def said(samples: list[dict[str, Any]]) -> list[str]:
+    return [sample["filtered_resps"][0] for sample in samples]
+
+
+WRITERS = ["image", "video", "audio", "both"]
+
+
+@pytest.mark.parametrize(("simple", "batch_size"), [(False, 3), (True, 1)], ids=["chat", "plain"])
+def test_written_answers_are_those_of_our_own_task(
+    world: Path, ours: dict[str, list[str]], simple: bool, batch_size: int
+) -> None:
+    found = evaluate(world, WRITERS, batch_size=batch_size, force_simple=simple)
+    assert {name: said(samples) for name, samples in found.items()} == {name: ours[name] for name in WRITERS}
+    assert len({answer for name in WRITERS for answer in ours[name]}) > 3
+    assert all(sample["right"] == (said([sample])[0] == CHOICES[0]) for samples in found.values() for sample in samples)
+
+
+def test_a_videos_own_sound_is_heard_where_that_is_asked_for(world: Path, ours: dict[str, list[str]]) -> None:
+    found = evaluate(world, ["track"], batch_size=4, model_args="hear_videos=True")
+    assert said(found["track"]) == ours["track"]
+    deaf = evaluate(world, ["track"], batch_size=4)
+    assert said(deaf["track"]) != ours["track"]
+
+
+def test_choices_are_ranked_as_our_own_task_ranks_them(world: Path, ours: dict[str, list[str]]) -> None:
+    samples = evaluate(world, ["image_choice"], batch_size=2, force_simple=True)["image_choice"]
+    losses = [[float(loss) for loss, _ in sample["filtered_resps"]] for sample in samples]
+    assert [CHOICES[int(np.argmin(each))] for each in losses] == ours["image_choice"]
+    assert all(len(each) == len(CHOICES) for each in losses)
+    assert [sample["acc"] for sample in samples] == [float(answer == CHOICES[0]) for answer in ours["image_choice"]]
+    would_say = [
+        [choice for choice, (_, greedy) in zip(CHOICES, s["filtered_resps"], strict=True) if greedy] for s in samples
+    ]
+    assert would_say == [[answer] if answer in CHOICES else [] for answer in ours["image"]]
+
+
+def test_an_unreadable_medium_costs_its_own_request_only(world: Path, ours: dict[str, list[str]], caplog: Any) -> None:
+    docs = (world / "image_docs.jsonl").read_text()
+    (world / "broken_docs.jsonl").write_text(docs.replace("image1.png", "image1_gone.mp4"))
+    _task(world, "broken", "generate_until", WRITTEN.format(utils="utils"))
+    found = said(evaluate(world, ["broken"], batch_size=4)["broken"])
+    assert found == [ours["image"][0], "", *ours["image"][2:]]
+    assert "image1_gone.mp4" in caplog.text
+
+
+def test_the_command_of_the_guide(world: Path, ours: dict[str, list[str]], repository: Path) -> None:
+    command = [sys.executable, "-m", "lmms_eval", "--model", "chatbridge", "--model_args", "pretrained=tiny"]
+    command += ["--tasks", "chatbridge_audio", "--include_path", str(world), "--batch_size", "4"]
+    command += ["--log_samples", "--output_path", str(world / "written")]
+    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=580, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    [file] = (world / "written").rglob("*samples_chatbridge_audio.jsonl")
+    samples = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda s: s["doc_id"])
+    assert [sample["filtered_resps"] for sample in samples] == ours["audio"]  # one answer stands there without its list
