@@ -133,6 +133,8 @@ def check_available(settings: LanguageModelSettings) -> None:
     """
     if settings.lora is not None:
         lora.check_available()
+    if settings.device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise MissingExtraError("accelerate", "device-map", "model.language_model.device_map")
     if settings.quantization is None:
         return
     setting = "model.language_model.quantization"
@@ -231,6 +233,7 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_placed(settings),
             **_quantised(settings),
         )
     except Exception as error:  # safetensors' own error type derives from Exception directly
@@ -241,7 +244,32 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
         raise CheckpointError(
             f"the language model in {folder} is incomplete: {len(missing)} tensors are missing, {missing[0]} for one"
         )
+    if settings.device_map is not None:
+        _keep_in_place(model, settings)
     return model
+
+
+def _placed(settings: LanguageModelSettings) -> dict[str, Any]:
+    """Where the layers go; quantised ones go to this process's device unless they are spread."""
+    if settings.device_map is not None:
+        return {"device_map": settings.device_map}
+    return {} if settings.quantization is None else {"device_map": {"": torch.cuda.current_device()}}
+
+
+def _keep_in_place(model: Any, settings: LanguageModelSettings) -> None:
+    """Let a model that is spread over devices stay there when the whole of which it is a part is moved.
+
+    Raises:
+        ConfigError: If a part did not fit on the devices: it would be fetched anew for every token.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    aside = sorted(places & {"disk", "cpu"}) if len(places) > 1 else []
+    if aside:
+        raise ConfigError(
+            f"model.language_model.device_map is {settings.device_map}, but the devices of this process are too "
+            f"small: parts would stay on {' and '.join(aside)}. Use more devices, or model.language_model.quantization"
+        )
+    model._apply = lambda function, recurse=True: model
 
 
 def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
@@ -259,7 +287,7 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
         )
-    return {"quantization_config": chosen, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": chosen}
 
 
 def _random(settings: LanguageModelSettings) -> Any:

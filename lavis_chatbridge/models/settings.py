@@ -14,6 +14,7 @@ from lavis_chatbridge.models.vision import VisionConfig
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Layout: TypeAlias = Literal["text", "original"]
 Quantization: TypeAlias = Literal["8bit", "4bit"]
+DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class LanguageModelSettings:
         dtype: The precision that the frozen model runs in.
         quantization: ``"8bit"`` (LLM.int8) or ``"4bit"`` (NF4) holds the frozen layers in fewer bits and computes in
             ``dtype``; by bitsandbytes (extra ``quantize``), on a CUDA device only.
+        device_map: How transformers and accelerate (extra ``device-map``) spread the layers over the devices of this
+            process, for answering only; none keeps the model whole, on the device of the rest.
         lora: Adapters that are trained beside the bridge, or none.
     """
 
@@ -144,14 +147,17 @@ class LanguageModelSettings:
     config: dict[str, Any] | None = None
     dtype: Precision = "float32"
     quantization: Quantization | None = None
+    device_map: DeviceMap | None = None
     lora: LoraSettings | None = None
 
     def check(self) -> Iterable[str]:
-        """Random weights need sizes and a tokenizer, and are not quantised."""
+        """Random weights need sizes and a tokenizer, and are neither quantised nor spread."""
         if self.weights is None and (self.config is None or self.tokenizer is None):
             yield "weights is null, so both config (model_type and sizes) and tokenizer (a folder) must be given"
         if self.weights is None and self.quantization is not None:
             yield f"quantization is {self.quantization}, but weights is null: random weights are not quantised"
+        if self.weights is None and self.device_map is not None:
+            yield f"device_map is {self.device_map}, but weights is null: random weights are not spread over devices"
 
 
 @dataclass(frozen=True)

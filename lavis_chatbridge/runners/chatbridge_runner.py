@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.errors import CheckpointError, ConfigError, TrainingError
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import (
@@ -111,7 +112,7 @@ class ChatBridgeRunner(RunnerBase):
     def lr_scheduler(self) -> optim.WarmupCosine:
         """The learning rate per step."""
         if self._lr_sched is None:
-            self._lr_sched = optim.schedule(self.optimizer, self.run, self.steps)
+            self._lr_sched = optim.schedule(self.optimizer, self.run, self.steps, self.validation_interval)
         return self._lr_sched
 
     @property
@@ -157,16 +158,19 @@ class ChatBridgeRunner(RunnerBase):
         Raises:
             TrainingError: If training cannot go on; the last checkpoint is sound.
             CheckpointError: If the run to go on from does not fit.
+            ConfigError: If the language model is spread over devices.
         """
         if self.evaluate_only:
             self.evaluate()
             return
+        parallel.check_trainable(self._model)
         started = time.monotonic()
         model = self.model
         if self.continued is not None:
             self._load_checkpoint(self.continued)
         optim.log_sizes(model)
-        with Watch(self.run.save_every_minutes) as watch, self._reporter() as reporter, distributed.contact():
+        watched, reporting = Watch(self.run.save_every_minutes), self._reporter()
+        with watched as watch, reporting as reporter, distributed.contact(), worker_deaths():
             self._train_steps(watch, reporter)
         self._write_weights()
         self.evaluate()

@@ -54,6 +54,20 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> dict[st
     return marks
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model whose parts lie on several devices: a process trains on one.
+
+    Raises:
+        ConfigError: If the language model was loaded with a device map.
+    """
+    settings = getattr(getattr(model, "settings", None), "language_model", None)
+    if (chosen := getattr(settings, "device_map", None)) is not None:
+        raise ConfigError(
+            f"model.language_model.device_map is {chosen}, which is for answering: set it to null to train, and use "
+            "run.parallel: fsdp if the model does not fit on one device"
+        )
+
+
 def frozen_blocks(model: nn.Module) -> list[nn.Module]:
     """The layers of the frozen stacks: children of module lists, the outermost ones, in which LoRA alone is trained."""
     blocks: list[nn.Module] = []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,7 +208,7 @@ def test_recomputed_blocks_change_nothing(tmp_path):
 
 
 def _train_and_lose_one(rank, folder, how):
-    one = runner(folder, max_iters=6, timeout_minutes=0.05)
+    one = runner(folder, max_iters=6, timeout_minutes=0.05, save_every_steps=1)
     take = one.state.record
 
     def record(source, result):
@@ -222,6 +225,41 @@ def _train_and_lose_one(rank, folder, how):
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_lost_process_is_named(tmp_path, how):
+def test_a_lost_process_is_named_and_the_last_checkpoint_goes_on(tmp_path, how):
     in_processes(_train_and_lose_one, 2, tmp_path, how)
     assert "process 0 has lost another one" in (tmp_path / "error0").read_text()
+    resumed = runner(tmp_path, max_iters=6, resume="auto")
+    assert resumed.continued == tmp_path / "checkpoints" / "step_00000002"  # the third was never agreed upon
+    resumed.train()
+    assert resumed.state.step == 6
+
+
+def test_a_killed_worker_is_named_and_the_last_checkpoint_goes_on(tmp_path):
+    """Torch's error then comes at any line of the main process, not only where it waits for data."""
+    whole = runner(tmp_path / "whole", max_iters=8)
+    whole.train()
+    one = runner(tmp_path / "cut", max_iters=8, num_workers=1, save_every_steps=2)
+    take = one.state.record
+
+    def record(source, result):
+        take(source, result)
+        if one.state.step == 5:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(120)  # which the error interrupts
+
+    one.state.record = record
+    with pytest.raises(TrainingError, match=r"a data worker died: .*killed by signal.*run\.num_workers.*run\.resume"):
+        one.train()
+    resumed = runner(tmp_path / "cut", max_iters=8, resume="auto")
+    assert resumed.continued == tmp_path / "cut" / "checkpoints" / "step_00000004"
+    resumed.train()
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+
+
+def test_a_model_that_is_spread_over_devices_is_not_trained(tmp_path):
+    model = ToyModel()
+    model.settings = SimpleNamespace(language_model=SimpleNamespace(device_map="auto"))
+    with pytest.raises(ConfigError, match=r"device_map is auto, which is for answering: set it to null to train"):
+        runner(tmp_path, model).train()
+    runner(tmp_path, model, evaluate=True, test_splits=["val"]).train()
