@@ -84,6 +84,7 @@ class OpenAIServer:
         asked: How often each request id was received.
         answered: How often a request id was given a whole answer (sent, not necessarily received).
         bodies: The requests.
+        keys: What stood under ``Authorization``.
         peers: The clients' ends of the connections.
         most_at_once: The largest number of requests under way together.
     """
@@ -96,6 +97,7 @@ class OpenAIServer:
         self.stored: dict[str, dict[str, Any]] = {}
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
+        self.keys: set[str] = set()
         self.peers: set[tuple[str, int]] = set()
         self.most_at_once = 0
         self._at_once = 0
@@ -149,6 +151,7 @@ class OpenAIServer:
         body, name = json.loads(content), headers.get("idempotency-key", "")
         number = self.asked.total()
         self.asked[name] += 1
+        self.keys.add(headers.get("authorization", ""))
         self.times.append(time.monotonic())
         self.peers.add(writer.get_extra_info("peername"))
         if self._remember:

@@ -343,7 +343,11 @@ def test_openai_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         stage.generate(requests(1, settings()), tmp_path, EndpointSettings("gpt-4o"), PRICE, settings())
 
 
-def test_the_request_is_what_the_protocol_wants(tmp_path: Path, server: OpenAIServer) -> None:
+def test_the_request_is_what_the_protocol_wants(
+    tmp_path: Path, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "mine")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "too mighty")
     options = settings(kinds=["conversation"])
     endpoint = EndpointSettings("m", server.url, token_limit_field="max_completion_tokens", extra_body={"top_k": 5})
     plan = list(stage.plan(notes(1), BOOK, options, endpoint))
@@ -353,3 +357,4 @@ def test_the_request_is_what_the_protocol_wants(tmp_path: Path, server: OpenAISe
     assert body["messages"][-1]["content"] == "What people say about the sound:\n- A bell rings 0 times."
     assert (body["max_completion_tokens"], body["top_k"], "max_tokens" in body) == (700, 5, False)
     assert json.loads(json.dumps(body)) == body
+    assert server.keys == {"Bearer mine"}
