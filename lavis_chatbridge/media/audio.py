@@ -50,16 +50,37 @@ def open_audio(
         if isinstance(source, np.ndarray):
             own_rate, samples = source_rate or rate, _array_samples(source, channel)
         else:
-            own_rate, samples = _file_samples(file_of(source), source, channel, limits)
-        if samples.size == 0:
-            raise MediaError(source, "it holds no sound")
-        if not _LOWEST_RATE <= own_rate <= _HIGHEST_RATE:
-            raise MediaError(source, f"a sampling rate of {own_rate} Hz is out of range")
-        if samples.size > limits.max_seconds * own_rate:
-            raise MediaError(source, _too_long(limits))
-        if not np.isfinite(samples).all():
-            raise MediaError(source, "its samples are not all finite numbers")
-        return resample(samples.clip(-1.0, 1.0), own_rate, rate)
+            own_rate, samples = decode_audio(source, channel, limits=limits)
+        return finish_audio(source, own_rate, samples, rate, limits)
+
+
+def decode_audio(
+    source: Source, channel: Channel = "mean", *, limits: Limits = DEFAULT_LIMITS
+) -> tuple[int, np.ndarray]:
+    """The first half of `open_audio`: the sampling rate of a file, and its samples as mono (float32 ``[S]``).
+
+    Raises:
+        MediaError: As `open_audio`.
+    """
+    with media_errors(source):
+        return _file_samples(file_of(source), source, channel, limits)
+
+
+def finish_audio(source: object, own_rate: int, samples: np.ndarray, rate: int, limits: Limits) -> np.ndarray:
+    """The second half of `open_audio`: samples of one rate, checked, at another.
+
+    Raises:
+        MediaError: If there are none, too many, or others than numbers; or if ``own_rate`` is out of range.
+    """
+    if samples.size == 0:
+        raise MediaError(source, "it holds no sound")
+    if not _LOWEST_RATE <= own_rate <= _HIGHEST_RATE:
+        raise MediaError(source, f"a sampling rate of {own_rate} Hz is out of range")
+    if samples.size > limits.max_seconds * own_rate:
+        raise MediaError(source, _too_long(limits))
+    if not np.isfinite(samples).all():
+        raise MediaError(source, "its samples are not all finite numbers")
+    return resample(samples.clip(-1.0, 1.0), own_rate, rate)
 
 
 def resample(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
@@ -102,6 +123,13 @@ def _resample_by_sample(samples: np.ndarray, old: int, new: int) -> np.ndarray:
 
 def _too_long(limits: Limits) -> str:
     return f"it is longer than the limit of {limits.max_seconds:g} s"
+
+
+def _check_length(source: object, length: int, rate: int, limits: Limits) -> None:
+    if length > limits.max_seconds * max(rate, 1):
+        raise MediaError(source, _too_long(limits))
+    if 4 * length > limits.max_bytes:
+        raise MediaError(source, f"{length} samples at {rate} Hz exceed {limits.max_bytes} bytes")
 
 
 def _array_samples(array: np.ndarray, channel: Channel) -> np.ndarray:
@@ -153,8 +181,7 @@ def _sndfile_samples(
 
     deadline = Deadline(source, limits.timeout)
     with soundfile.SoundFile(file) as sound:
-        if sound.frames > limits.max_seconds * sound.samplerate:
-            raise MediaError(source, _too_long(limits))
+        _check_length(source, sound.frames, sound.samplerate, limits)
         blocks = []
         while True:
             deadline.check()
@@ -189,8 +216,7 @@ def _ffmpeg_samples(file: str | io.BytesIO, source: object, channel: Channel, li
                     raise MediaError(source, "its sampling rate changes midway")
                 blocks.append(_to_mono(_frame_samples(frame), channel))
                 length += len(blocks[-1])
-            if length > limits.max_seconds * max(rate, 1):
-                raise MediaError(source, _too_long(limits))
+            _check_length(source, length, rate, limits)
         if length == 0 or faults > max(1, count // 10):
             raise MediaError(source, fault)
         return rate, _joined(blocks)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-from lavis_chatbridge.media.source import Source, file_of, head_of, is_picture, media_errors
+from lavis_chatbridge.media.source import Source, file_of, head_of, is_file, is_picture, media_errors
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -32,7 +32,7 @@ def has_audio_track(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> bool:
         MediaError: If the file cannot be opened.
     """
     with media_errors(source):
-        if not isinstance(source, (str, bytes, bytearray, memoryview)) and not hasattr(source, "__fspath__"):
+        if not is_file(source):
             return False
         file = file_of(source)
         if is_picture(head_of(file)):

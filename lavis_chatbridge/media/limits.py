@@ -14,7 +14,7 @@ class Limits:
             warn.
         max_seconds: Length of a sound.
         max_frames: Frames in a video or an animated picture.
-        max_bytes: Size of the decoded result.
+        max_bytes: Size of the decoded result; of a sound, as mono and before it is resampled.
         timeout: Seconds of decoding of one video or sound, checked between packets.
     """
 

@@ -39,6 +39,11 @@ def media_errors(source: object, passing: tuple[type[Exception], ...] = ()) -> I
         raise MediaError(source, _cause(error)) from error
 
 
+def is_file(source: object) -> bool:
+    """Whether a source is a path or the bytes of a file: what has yet to be decoded."""
+    return isinstance(source, (str, bytes, bytearray, memoryview)) or hasattr(source, "__fspath__")
+
+
 def file_of(source: Any) -> str | io.BytesIO:
     """The absolute path, or the bytes as a file object.
 

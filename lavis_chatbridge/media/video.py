@@ -68,7 +68,12 @@ class ChoiceError(ValueError):
     """The caller's ``choose`` is at fault, not the file."""
 
 
-def _chosen(choose: Callable[[int], Sequence[int]], count: int) -> list[int]:
+def chosen(choose: Callable[[int], Sequence[int]], count: int) -> list[int]:
+    """The indices that ``choose`` returns for ``count`` frames.
+
+    Raises:
+        ChoiceError: If there are none, or one that does not exist.
+    """
     try:
         indices = [int(index) for index in choose(count)]
     except Exception as error:
@@ -82,7 +87,7 @@ def _array_frames(array: np.ndarray, choose: Callable[[int], Sequence[int]]) -> 
     frames = array[..., None] if array.ndim == 3 else array
     if frames.ndim != 4 or 0 in frames.shape or frames.shape[3] not in (1, 3):
         raise MediaError(array, "a video has the shape [T,H,W], [T,H,W,1] or [T,H,W,3]")
-    picked = as_bytes(frames[_chosen(choose, len(frames))])
+    picked = as_bytes(frames[chosen(choose, len(frames))])
     return np.repeat(picked, 3, axis=3) if picked.shape[3] == 1 else np.ascontiguousarray(picked)
 
 
@@ -99,8 +104,8 @@ def _picture_frames(
     count = getattr(image, "n_frames", 1)
     if count > limits.max_frames:
         raise MediaError(source, f"{count} frames are more than the limit of {limits.max_frames}")
-    indices = _chosen(choose, count)
-    _check_bytes(source, image.size, len(set(indices)), limits)
+    indices = chosen(choose, count)
+    _check_bytes(source, image.size, len(indices), limits)
     pictures: dict[int, np.ndarray] = {}
     for index in range(max(indices) + 1):  # each frame of a GIF builds on the one before
         if count > 1:
@@ -138,10 +143,10 @@ def _container_frames(
     with open_container(file, limits) as container:
         stream = first_stream(container, "video", source)
         index = _read_index(container, stream, source, limits, deadline)
-        indices = _chosen(choose, len(index.times))
+        indices = chosen(choose, len(index.times))
         size = (stream.codec_context.width, stream.codec_context.height)
         check_size(source, size, limits)
-        _check_bytes(source, size, len(set(indices)), limits)
+        _check_bytes(source, size, len(indices), limits)
         if index.packets is not None:
             return _decode(stream, index.packets, index, indices, source, deadline)
     if not isinstance(file, str):

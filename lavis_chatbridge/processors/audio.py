@@ -11,7 +11,6 @@ import torch
 from lavis.common.registry import registry
 
 from lavis_chatbridge.errors import TooShortError
-from lavis_chatbridge.media.audio import open_audio
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
 from lavis_chatbridge.processors.fbank import (
@@ -60,7 +59,7 @@ class AudioEvalProcessor(ChatBridgeProcessor):
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> AudioClips:
         settings = self.settings
-        samples = open_audio(source, RATE, settings.channel, limits=self.limits)
+        samples = self.opener.open_audio(source, RATE, settings.channel, limits=self.limits)
         if len(samples) < FRAME_SAMPLES:
             raise TooShortError(source, f"{1000 * len(samples) / RATE:g} ms of sound are less than one frame of 25 ms")
         cut = cut_slices_as_original if settings.layout == "original" else cut_clips

@@ -12,6 +12,7 @@ import numpy as np
 from lavis.processors.base_processor import BaseProcessor
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_chatbridge import media
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
 from lavis_chatbridge.settings import parse
 
@@ -25,6 +26,7 @@ class ChatBridgeProcessor(BaseProcessor):
         revision: Raised whenever its output for the same settings changes.
         settings: How it works.
         limits: What a medium may cost; a server sets narrower ones.
+        opener: What opens media: the ``media`` module, or a `media.pool.DecodingPool` where media are not trusted.
     """
 
     name: ClassVar[str]
@@ -32,6 +34,7 @@ class ChatBridgeProcessor(BaseProcessor):
     revision: ClassVar[int] = 1
     settings: Any
     limits: Limits
+    opener: Any = media
 
     def __init__(self, settings: Any = None, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ import numpy as np
 from lavis.common.registry import registry
 from torch import Tensor
 
-from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
 from lavis_chatbridge.processors.pictures import PictureSettings, TrainPictureSettings, least_side, prepare
 
@@ -23,7 +22,9 @@ class ImageEvalProcessor(ChatBridgeProcessor):
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Tensor:
         background = self.settings.background[0], self.settings.background[1], self.settings.background[2]
-        picture = open_image(source, at_least=least_side(self.settings), background=background, limits=self.limits)
+        picture = self.opener.open_image(
+            source, at_least=least_side(self.settings), background=background, limits=self.limits
+        )
         return prepare(picture[None], self.settings, self._chance(rng))[0]
 
     def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:

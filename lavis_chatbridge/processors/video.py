@@ -10,7 +10,6 @@ import numpy as np
 from lavis.common.registry import registry
 from torch import Tensor
 
-from lavis_chatbridge.media.video import open_video
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
 from lavis_chatbridge.processors.frames import frame_indices, uniform_frame_indices
 from lavis_chatbridge.processors.pictures import PictureSettings, TrainPictureSettings, prepare
@@ -52,7 +51,7 @@ class VideoEvalProcessor(ChatBridgeProcessor):
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Tensor:
         chance = self._chance(rng)
         background = self.settings.background[0], self.settings.background[1], self.settings.background[2]
-        frames = open_video(
+        frames = self.opener.open_video(
             source, lambda count: self._choose(count, chance), background=background, limits=self.limits
         )
         return prepare(frames, self.settings, chance)

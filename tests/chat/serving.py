@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from tests.chat.building import picture, sound, video
@@ -64,9 +65,9 @@ def serving(folder: Path, *more: str) -> Iterator[Served]:
             process.wait(30)
 
 
-def png() -> bytes:
-    """A picture's file."""
-    return encoded(Image.fromarray(picture()), "PNG")
+def png(darker: int = 0) -> bytes:
+    """A picture's file; another one for each ``darker``."""
+    return encoded(Image.fromarray(picture() - np.minimum(picture(), darker)), "PNG")
 
 
 def data_url(content: bytes, kind: str) -> str:

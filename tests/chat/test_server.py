@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.chat.serving import MAX_BODY, MODEL, TOKEN, Served, asked, audio, clip, data_url, image, png, serving, text
+from tests.media.making import encoded
 
 httpx = pytest.importorskip("httpx", reason="the server's tests need the extra 'test'")
 pytest.importorskip("uvicorn", reason="the server needs the extra 'serve'")
@@ -22,9 +27,12 @@ openai = pytest.importorskip("openai", reason="the server's tests need the extra
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("server")) as running:
+    limits = ("--decode-workers", "1", "--decode-memory", "96", "--decode-seconds", "10")
+    with serving(tmp_path_factory.mktemp("server"), *limits) as running:
         yield running
         assert running.process.poll() is None  # whatever the tests sent, it lives
+        decoder = decoder_of(running)
+    assert not Path("/proc", str(decoder)).exists()
     assert list(running.temporary.iterdir()) == []
 
 
@@ -47,6 +55,18 @@ def post(server: Served, body: Any, **headers: str) -> Any:
 def get(server: Served, path: str, token: str = TOKEN) -> Any:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return httpx.get(server.url.replace("/v1", path), headers=headers, timeout=120)
+
+
+def decoder_of(server: Served) -> int:
+    """The process that opens the server's media."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ProcessLookupError):
+            continue  # it has ended meanwhile
+    (decoder,) = [process for process, parent in parents.items() if parent == server.process.pid]
+    return decoder
 
 
 def chat(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -227,6 +247,22 @@ def test_media_that_cannot_be_had_are_refused_without_a_path(server: Served, fau
     for folder in (server.temporary, server.files):
         assert str(folder) not in reply.text
     assert not re.search(r"/(tmp|home|work|root|etc)/", reply.text)
+
+
+def test_decoders_that_fail_cost_one_request(server: Served):
+    good, large = chat(image(), text("What is it?")), encoded(Image.new("1", (8000, 4500)), "PNG")
+    assert post(server, good).status_code == 200
+    os.kill(decoder_of(server), signal.SIGKILL)  # between requests: another takes its place
+    assert post(server, chat(image(data_url(png(1), "image/png")))).status_code == 200
+    reply = post(server, chat(image(data_url(large, "image/png"))))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_media")
+    assert "more than 96 MiB of memory" in reply.json()["error"]["message"]
+    assert post(server, chat(image(data_url(png(2), "image/png")))).status_code == 200
+    os.kill(decoder_of(server), signal.SIGSTOP)
+    reply = post(server, chat(image(data_url(png(3), "image/png"))))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_media")
+    assert "longer than 10 s" in reply.json()["error"]["message"]
+    assert post(server, chat(image(data_url(png(4), "image/png")))).status_code == 200
 
 
 def test_a_file_below_an_offered_folder(client: Any, server: Served):

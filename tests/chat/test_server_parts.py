@@ -178,8 +178,8 @@ def test_files_below_a_folder_only(tmp_path: Path):
 
 def test_settings_tell_all_faults_together(tmp_path: Path):
     with pytest.raises(ConfigError) as faults:
-        checked(ServerSettings(host="0.0.0.0", queue=0, timeout=0, folders=(tmp_path / "none",)))
-    for part in ("queue", "timeout", "no folder", "give tokens"):
+        checked(ServerSettings(host="0.0.0.0", queue=0, timeout=0, decode_memory=1, folders=(tmp_path / "none",)))
+    for part in ("decode_memory", "queue", "timeout", "no folder", "give tokens"):
         assert part in str(faults.value)
     checked(ServerSettings(host="0.0.0.0", tokens=("a",)))
     assert "localhost" in ServerSettings().host_names
@@ -191,11 +191,21 @@ def test_the_command_reads_tokens_and_names(tmp_path: Path, monkeypatch: pytest.
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     monkeypatch.setenv(command.TOKENS, "zero")
-    given = ["--model", "some/my.yaml", "--token-file", str(tmp_path / "tokens"), "--max-body", "0.5"]
+    given = [
+        "--model",
+        "some/my.yaml",
+        "--token-file",
+        str(tmp_path / "tokens"),
+        "--max-body",
+        "0.5",
+        "--decode-memory",
+        "64",
+    ]
     settings = command.settings_of(parser.parse_args(given))
     assert settings.tokens == ("zero", "one", "two")
     assert settings.name == "chatbridge-my"
     assert settings.max_body == 1 << 19
+    assert settings.decode_memory == 1 << 26
     (tmp_path / "empty").write_text("")
     monkeypatch.delenv(command.TOKENS)
     with pytest.raises(ConfigError, match="holds no token"):

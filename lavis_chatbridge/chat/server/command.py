@@ -10,6 +10,8 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lavis_chatbridge.errors import ConfigError, MissingExtraError
 TOKENS = "CHATBRIDGE_TOKENS"
 """The environment variable that holds bearer tokens, separated by spaces."""
 _FRAMES_PER_SECOND = 60
+_MAX_BYTES = 512 * MEBIBYTE  # of a decoded medium
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--queue", type=int, default=usual.queue, metavar="N", help="requests that may wait (default: %(default)s)")
     add("--batch", type=int, default=usual.batch, metavar="N", help="replies made together (default: %(default)s)")
     add("--preparers", type=int, default=usual.preparers, metavar="N", help="requests whose media are opened at once")
+    add("--decode-workers", type=int, default=usual.decode_workers, metavar="N", help="processes that open media")
+    add("--decode-memory", type=float, default=usual.decode_memory / MEBIBYTE, metavar="MIB", help="of one medium")
+    add("--decode-seconds", type=float, default=usual.decode_seconds, metavar="S", help="of one medium")
     add("--timeout", type=float, default=usual.timeout, metavar="S", help="of a request (default: %(default)s)")
     add(
         "--keep",
@@ -87,16 +93,17 @@ def run(args: argparse.Namespace) -> int:
     line = listen(settings.host, settings.port)
     model, processors = load_model(args.model, args.options, args.device)
     narrow(processors, settings.max_seconds, settings.max_pixels)
-    engine = Engine(
-        model,
-        processors,
-        args.template,
-        batch=settings.batch,
-        waiting=settings.queue,
-        preparers=settings.preparers,
-        keep=settings.keep,
-    )
-    with tempfile.TemporaryDirectory(prefix="chatbridge-", ignore_cleanup_errors=True) as scratch:
+    scratch_folder = tempfile.TemporaryDirectory(prefix="chatbridge-", ignore_cleanup_errors=True)
+    with decoding(processors, settings), scratch_folder as scratch:
+        engine = Engine(
+            model,
+            processors,
+            args.template,
+            batch=settings.batch,
+            waiting=settings.queue,
+            preparers=settings.preparers,
+            keep=settings.keep,
+        )
         try:
             config = uvicorn.Config(
                 build_app(engine, settings, Path(scratch)),
@@ -130,6 +137,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         "max_body": round(args.max_body * MEBIBYTE),
         "max_medium": round(args.max_medium * MEBIBYTE),
         "max_new_tokens": args.max_tokens,
+        "decode_memory": round(args.decode_memory * MEBIBYTE),
     }
     return checked(ServerSettings(**values))
 
@@ -143,9 +151,29 @@ def narrow(processors: Any, max_seconds: float, max_pixels: int) -> None:
         max_pixels=min(max_pixels, DEFAULT_LIMITS.max_pixels),
         max_seconds=max_seconds,
         max_frames=round(max_seconds * _FRAMES_PER_SECOND),
+        max_bytes=_MAX_BYTES,
     )
     for kind in ("image", "video", "audio"):
         processors[kind]["eval"].limits = limits
+
+
+@contextmanager
+def decoding(processors: Any, settings: ServerSettings) -> Iterator[None]:
+    """Let worker processes open the media, as long as it lasts."""
+    if settings.decode_workers == 0:
+        yield
+        return
+    from lavis_chatbridge.media.pool import DecodingPool
+
+    evaluating = [processors[kind]["eval"] for kind in ("image", "video", "audio")]
+    with DecodingPool(settings.decode_workers, settings.decode_memory, settings.decode_seconds) as pool:
+        for processor in evaluating:
+            processor.opener = pool
+        try:
+            yield
+        finally:
+            for processor in evaluating:
+                del processor.opener  # its class's holds again
 
 
 def listen(host: str, port: int) -> socket.socket:

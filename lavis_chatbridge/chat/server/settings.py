@@ -33,6 +33,9 @@ class ServerSettings:
         queue: Requests that may wait; further ones are refused.
         batch: Replies that move forward together.
         preparers: Requests whose media are opened at the same time.
+        decode_workers: Processes that open media; 0 opens them in the server itself.
+        decode_memory: Bytes that opening one medium may take.
+        decode_seconds: Seconds that opening one medium may take.
         timeout: Seconds from a request's first byte to the last of its reply.
         keep: Conversations whose keys and values are kept for their next turn.
     """
@@ -52,6 +55,9 @@ class ServerSettings:
     queue: int = 64
     batch: int = 16
     preparers: int = 2
+    decode_workers: int = 2
+    decode_memory: int = 2048 * MEBIBYTE
+    decode_seconds: float = 60.0
     timeout: float = 120.0
     keep: int = 8
 
@@ -59,10 +65,11 @@ class ServerSettings:
         """Yields what does not fit."""
         least = {"max_body": 1024, "max_medium": 1, "max_media": 0, "max_new_tokens": 1, "queue": 1, "batch": 1}
         least |= {"preparers": 1, "keep": 0, "max_pixels": 1, "port": 0}
+        least |= {"decode_workers": 0, "decode_memory": 16 * MEBIBYTE}
         for name, value in least.items():
             if getattr(self, name) < value:
                 yield f"{name} is {getattr(self, name)}, expected at least {value}"
-        for name in ("max_seconds", "timeout"):
+        for name in ("max_seconds", "decode_seconds", "timeout"):
             if not getattr(self, name) > 0:
                 yield f"{name} is {getattr(self, name)}, expected above 0"
         if self.port > 65_535:
