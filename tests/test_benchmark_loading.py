@@ -1,0 +1,33 @@
+"""The benchmark of loading compares what is alike: one model from both ways and layouts, and ratios to its files."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "loading.py"
+
+
+def test_every_way_loads_the_same_model_from_every_layout(tmp_path: Path) -> None:
+    script = SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="loading"))
+    script.write_model(tmp_path, "tiny")
+    for layout in ("safetensors", "bin"):
+        folder = tmp_path / layout
+        assert len(list(folder.glob(f"*.{layout}"))) == script.SHARDS
+        first, second = (way(folder).state_dict() for way in (script.plain, script.ours))
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+        assert {tensor.dtype for tensor in second.values()} == {torch.bfloat16}
+    assert script.status("VmHWM") > script.status("RssAnon") > 1 << 20
+
+
+def test_the_table_has_ratios_to_the_files_and_to_the_plain_way() -> None:
+    script = SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="loading"))
+    mib = 1 << 20
+    rows = [
+        script.Row("plain", "bin", 100 * mib, 400 * mib, 300 * mib, 2.0),
+        script.Row("ours", "bin", 100 * mib, 120 * mib, 110 * mib, 1.0),
+    ]
+    assert "| bin | ours | 120 | 1.20 | 110 | 1.10 | 0.30 | 1.0 |" in script.table(rows, "tiny")
