@@ -10,6 +10,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -324,17 +325,28 @@ def _load(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettin
         collate_fn=_as_it_is,
         worker_init_fn=_outlive_signals,
     )
-    try:
+    with worker_deaths():
         for batch in loader:
             if _FATAL in batch:
                 raise batch[_FATAL]
             yield batch
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Name cause and remedy when a data worker dies; torch raises its own error at whatever the process is doing then.
+
+    Raises:
+        TrainingError: In place of torch's error.
+    """
+    try:
+        yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker"):
             raise
         raise TrainingError(
             f"a data worker died: {str(error).splitlines()[0]} Often it was killed for memory: use fewer workers "
-            "(run.num_workers), or give the container more shared memory"
+            "(run.num_workers), or give the container more shared memory; a training goes on with run.resume=auto"
         ) from error
 
 

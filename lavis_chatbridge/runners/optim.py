@@ -63,6 +63,18 @@ def learning_rate(step: int, steps: int, init_lr: float, min_lr: float, warmup_s
     return min_lr + (init_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
+def original_rate(
+    step: int, steps: int, init_lr: float, min_lr: float, warmup_steps: int, warmup_lr: float, epoch: int
+) -> float:
+    """The original ChatBridge's rate of step ``step`` (from 0) of ``steps``, with epochs of ``epoch`` steps.
+
+    Its ramp begins again with every epoch that starts within the warm-up, and its cosine counts the warm-up's steps.
+    """
+    if step < warmup_steps:
+        return warmup_lr + (init_lr - warmup_lr) * (step % epoch) / warmup_steps
+    return min_lr + (init_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / steps)))
+
+
 @registry.register_lr_scheduler(SCHEDULER_NAME)
 class WarmupCosine:
     """Linear warm-up and cosine per step over the whole run, with the signature of LAVIS's schedulers.
@@ -78,6 +90,7 @@ class WarmupCosine:
         warmup_steps: Length of the warm-up in steps.
         warmup_start_lr: Rate at the first step; negative means ``init_lr`` (LAVIS's convention).
         iters_per_epoch: Steps of one epoch.
+        original_epoch: Follow `original_rate`, with epochs of so many steps.
     """
 
     def __init__(
@@ -89,10 +102,11 @@ class WarmupCosine:
         warmup_steps: int = 0,
         warmup_start_lr: float = -1.0,
         iters_per_epoch: int = 1,
+        original_epoch: int | None = None,
         **_unused: Any,
     ) -> None:
         self.optimizer = optimizer
-        self.iters_per_epoch = iters_per_epoch
+        self.iters_per_epoch, self.original_epoch = iters_per_epoch, original_epoch
         self.steps = max_epoch * iters_per_epoch
         self.init_lr, self.min_lr = init_lr, min_lr
         self.warmup_steps = warmup_steps
@@ -101,19 +115,21 @@ class WarmupCosine:
     def step(self, cur_epoch: int, cur_step: int) -> float:
         """Set the rate for step ``cur_step`` of epoch ``cur_epoch`` (both from 0) and return it."""
         step = cur_epoch * self.iters_per_epoch + cur_step
-        rate = learning_rate(step, self.steps, self.init_lr, self.min_lr, self.warmup_steps, self.warmup_lr)
+        shape = (step, self.steps, self.init_lr, self.min_lr, self.warmup_steps, self.warmup_lr)
+        rate = original_rate(*shape, self.original_epoch) if self.original_epoch else learning_rate(*shape)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint records: the schedule itself; its position is the step."""
-        names = ("steps", "iters_per_epoch", "init_lr", "min_lr", "warmup_steps", "warmup_lr")
+        names = ("steps", "iters_per_epoch", "init_lr", "min_lr", "warmup_steps", "warmup_lr", "original_epoch")
         return {name: getattr(self, name) for name in names}
 
 
-def schedule(optimizer: torch.optim.Optimizer, run: RunSettings, steps: int) -> WarmupCosine:
-    """The schedule of a run of ``steps`` optimiser steps."""
+def schedule(optimizer: torch.optim.Optimizer, run: RunSettings, steps: int, epoch: int | None = None) -> WarmupCosine:
+    """The schedule of a run of ``steps`` optimiser steps; ``epoch`` is the original's number of steps between two
+    validations, which its warm-up depends on."""
     return WarmupCosine(
         optimizer,
         max_epoch=1,
@@ -122,6 +138,7 @@ def schedule(optimizer: torch.optim.Optimizer, run: RunSettings, steps: int) -> 
         warmup_steps=run.warmup_steps,
         warmup_start_lr=run.warmup_lr,
         iters_per_epoch=steps,
+        original_epoch=(epoch or steps) if run.lr_sched == "original" else None,
     )
 
 

@@ -65,8 +65,10 @@ class RunSettings(EvaluationSettings):
     """Learning rate at the first step of warm-up."""
     warmup_steps: int = 0
     """Length of the linear warm-up, in optimiser steps."""
-    lr_sched: Literal["linear_warmup_cosine_lr"] = "linear_warmup_cosine_lr"
-    """Warm-up, then a cosine over the rest of training, both per step (LAVIS's scheduler of that name is per epoch)."""
+    lr_sched: Literal["linear_warmup_cosine_lr", "original"] = "linear_warmup_cosine_lr"
+    """Warm-up, then a cosine over the rest of training, both per step (LAVIS's scheduler of that name is per epoch).
+
+    ``original`` is the original ChatBridge's: its ramp restarts with each epoch (``eval_every``)."""
     weight_decay: float = 0.05
     """AdamW's decay of matrices."""
     decay_all: bool = False

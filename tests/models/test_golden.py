@@ -26,7 +26,7 @@ from lavis_chatbridge.models.samples import media_of
 from lavis_chatbridge.models.settings import TemporalSettings
 from lavis_chatbridge.processors.fbank import fbank
 from lavis_chatbridge.prompting import Piece, Slot, Text, Turn, alignment_prompt, chat_prompt, clean_caption
-from lavis_chatbridge.runners.optim import learning_rate
+from lavis_chatbridge.runners.optim import learning_rate, original_rate
 from tests.models.building import golden_settings
 from tests.processors.test_golden_processing import (  # noqa: F401 (a golden folder is checked whole by this file)
     rules,
@@ -478,6 +478,14 @@ def test_learning_rate_ramp(rules: dict[str, Any]) -> None:  # noqa: F811
     assert ours[:ramp] == pytest.approx(lrs[:ramp], rel=1e-6)
     assert ours[config["warmup_steps"]] == pytest.approx(config["init_lr"])
     assert all(a < b for a, b in pairwise(ours[: config["warmup_steps"] + 1]))
+
+
+def test_the_originals_learning_rates(rules: dict[str, Any]) -> None:  # noqa: F811
+    """With ``lr_sched: original`` every rate is the original's, its restarted ramp included."""
+    config, lrs = rules["lr_schedule"]["config"], rules["lr_schedule"]["lrs"]
+    epoch = config["iters_per_epoch"]
+    rest = (config["init_lr"], config["min_lr"], config["warmup_steps"], config["warmup_start_lr"])
+    assert [original_rate(step, len(lrs), *rest, epoch) for step in range(len(lrs))] == pytest.approx(lrs, rel=1e-9)
 
 
 @torch.no_grad()

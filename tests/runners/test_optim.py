@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from lavis.common.registry import registry
-from runner_parts import ToyModel, config
+from runner_parts import ToyModel, config, runner
 from torch import nn
 
 from lavis_chatbridge.errors import TrainingError
@@ -40,6 +40,15 @@ def test_the_schedule_has_lavis_signature_and_counts_over_epochs():
     )
     assert scheduler.step(cur_epoch=2, cur_step=0) == pytest.approx(0.5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def test_the_originals_schedule_takes_its_epoch_from_the_validations(tmp_path):
+    options = {"max_iters": 8, "eval_every": 3, "warmup_steps": 4, "init_lr": 0.08, "min_lr": 0.0, "warmup_lr": 0.0}
+    one = runner(tmp_path, lr_sched="original", **options)
+    rates = [one.lr_scheduler.step(cur_epoch=0, cur_step=step) for step in range(5)]
+    assert rates == pytest.approx([0.0, 0.02, 0.04, 0.0, 0.04])  # half-way, the cosine has come down to a half
+    plain = runner(tmp_path, **options)
+    assert [plain.lr_scheduler.step(0, step) for step in (3, 4)] == pytest.approx([0.06, 0.08])
 
 
 def test_only_matrices_decay_unless_all_shall():
