@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -212,9 +213,14 @@ def complete(line: str, commands: Iterable[str]) -> list[str]:
     """What the last word of a line may become: a command at its start, a file behind it."""
     if line.startswith("/") and " " not in line:
         return sorted(f"/{name} " for name in commands if name.startswith(line[1:]))
-    word = line.rsplit(" ", 1)[-1]
-    found = sorted(glob.glob(glob.escape(os.path.expanduser(word)) + "*"))
-    return [path + ("/" if os.path.isdir(path) else "") for path in found]
+    typed = re.sub(r"\\(.)", r"\1", _last_word(line))
+    found = sorted(glob.glob(glob.escape(os.path.expanduser(typed)) + "*"))
+    return [re.sub(r"([\s'\"\\])", r"\\\1", path) + ("/" if os.path.isdir(path) else "") for path in found]
+
+
+def _last_word(line: str) -> str:
+    """What stands behind the last space that no backslash escapes."""
+    return re.split(r"(?<!\\) ", line)[-1]
 
 
 def _harmless(text: str) -> str:
@@ -245,8 +251,11 @@ def _set_up_editing() -> None:
         names = [*_KINDS, "media", "retry", "edit", "undo", "history", "set", "save", "load", "new", "help", "quit"]
 
         def completer(word: str, state: int) -> str | None:
-            found = complete(readline.get_line_buffer()[: readline.get_endidx()], names)
-            return found[state] if state < len(found) else None
+            line = readline.get_line_buffer()[: readline.get_endidx()]
+            found = complete(line, names)
+            # For readline a word begins behind an escaped space too: what stands before is there already.
+            there = readline.get_begidx() - (len(line) - len(_last_word(line)))
+            return found[state][there:] if state < len(found) else None
 
         readline.set_completer_delims(" ")
         readline.set_completer(completer)

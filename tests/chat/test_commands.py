@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,37 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert terminal.complete("/im", ["image", "video"]) == ["/image "]
     assert terminal.complete("/image fo", ["image"]) == ["folder/", "found.png"]
     assert terminal.complete("/image found.png x", ["image"]) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "begins", "found"),
+    [
+        ("/ima", 0, ["/image "]),
+        ("/image a", 7, ["a\\ b\\'s.png", "ab/"]),
+        ("/image a\\ b", 10, ["b\\'s.png"]),
+        ("/image x.png ab", 13, ["ab/"]),
+        ("/image none", 7, []),
+    ],
+)
+def test_the_tab_key_completes_what_can_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, begins: int, found: list[str]
+):
+    readline = pytest.importorskip("readline", reason="the system has no readline")
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "a b's.png").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(readline, "get_line_buffer", lambda: line)
+    monkeypatch.setattr(readline, "get_begidx", lambda: begins)
+    monkeypatch.setattr(readline, "get_endidx", lambda: len(line))
+    before = readline.get_completer()
+    try:
+        terminal._set_up_editing()
+        completer = readline.get_completer()
+        assert [completer(line[begins:], state) for state in range(len(found) + 1)] == [*found, None]
+        whole = line[:begins] + found[0] if begins and found else ""
+        assert all(Path(word).exists() for word in shlex.split(whole)[-1:])
+    finally:
+        readline.set_completer(before)
 
 
 def test_the_terminal_reads_a_pipe(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,8 @@ httpx = pytest.importorskip("httpx", reason="the server's tests need the extra '
 pytest.importorskip("uvicorn", reason="the server needs the extra 'serve'")
 pytest.importorskip("fastapi", reason="the server needs the extra 'serve'")
 openai = pytest.importorskip("openai", reason="the server's tests need the extra 'test'")
+
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,29 @@ def test_a_stream_says_the_same_as_the_whole(client: Any):
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert chunks[0].choices[0].delta.role == "assistant"
+
+
+def test_the_guides_curl_is_answered(server: Served):
+    curl, bash = shutil.which("curl"), shutil.which("bash")
+    if curl is None or bash is None:
+        pytest.skip("needs curl and bash")
+    (command,) = re.findall(r"^```sh\n(curl .*?)^```", GUIDE, flags=re.DOTALL | re.MULTILINE)
+    command = command.replace("http://127.0.0.1:8000/v1", f"{server.url}", 1)
+    command = command.replace("curl ", f"curl -sS --noproxy '*' -H 'Authorization: Bearer {TOKEN}' ", 1)
+    done = subprocess.run([bash, "-c", command], cwd=server.files, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    reply = json.loads(done.stdout)
+    assert [medium["reached"] for medium in reply["chatbridge"]["media"]] == [True]
+    assert reply["usage"]["completion_tokens"] >= 1
+
+
+def test_the_guides_python_is_answered(server: Served, monkeypatch: pytest.MonkeyPatch):
+    code = next(block for block in re.findall(r"^```python\n(.*?)^```", GUIDE, flags=re.DOTALL | re.MULTILINE))
+    monkeypatch.chdir(server.files)
+    names: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000/v1", server.url).replace('"none"', repr(TOKEN)), names)
+    with names["client"]:
+        assert names["reply"].usage.completion_tokens >= 1
 
 
 def test_a_conversation_goes_on_from_what_was_read(client: Any):

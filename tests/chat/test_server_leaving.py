@@ -21,6 +21,7 @@ pytest.importorskip("fastapi", reason="the server needs the extra 'serve'")
 
 from lavis_chatbridge.chat.server import attachments
 from lavis_chatbridge.chat.server.app import build_app
+from lavis_chatbridge.chat.server.engine import QueueFullError
 from lavis_chatbridge.chat.server.folder import FolderClosedError, RequestFolder
 from lavis_chatbridge.chat.server.settings import ServerSettings
 from lavis_chatbridge.chat.session import Answer
@@ -235,6 +236,35 @@ def test_who_leaves_takes_everything_with_him(tmp_path: Path, way: Any):
     assert asyncio.run(run()) == 200
     assert len(engine.jobs) == 4
     assert all(job.cancelled for job in engine.jobs)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("full", ["places", "engine"])
+def test_who_finds_no_place_is_to_come_again(tmp_path: Path, full: str):
+    engine = Engine()
+    app = build_app(engine, ServerSettings(queue=1, batch=1, timeout=PATIENCE), tmp_path)
+
+    def takes_nobody(job: Any) -> None:
+        raise QueueFullError
+
+    async def run() -> Line:
+        present = [Line(request(stream=False)) for _ in range(2 if full == "places" else 0)]
+        tasks = [asyncio.ensure_future(app(line.scope, line.receive, line.send)) for line in present]
+        await true(lambda: len(engine.jobs) == len(present))
+        if full == "engine":
+            engine.submit = takes_nobody
+        late = Line(request(stream=False))
+        await app(late.scope, late.receive, late.send)
+        for job in engine.jobs:
+            job.deliver(ANSWER)
+        await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
+        assert [line.status for line in present] == [200] * len(present)
+        return late
+
+    late = asyncio.run(run())
+    assert late.status == 429
+    assert (b"retry-after", b"1") in late.sent[0]["headers"]
+    assert json.loads(late.sent[1]["body"])["error"]["code"] == "queue_full"
     assert list(tmp_path.iterdir()) == []
 
 
