@@ -15,6 +15,8 @@ import torch
 from runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
+from lavis_chatbridge.models import shapes
+from lavis_chatbridge.models.weights_command import model_settings
 from lavis_chatbridge.runners import checkpoints, distributed, snapshot
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
 
@@ -366,3 +368,23 @@ def test_the_end_of_a_jobs_time_saves_although_workers_are_signalled_too(tmp_pat
     assert process.exitcode == 143
     (newest,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoints.verify(newest) == []
+
+
+def test_a_checkpoint_of_the_13b_model_takes_less_than_one_and_a_half_gb(tmp_path):
+    """The toy run's files are twelve bytes a value and the names; the large model's values are counted."""
+
+    def size(tensors):
+        values = sum(tensor.numel() for tensor in tensors.values())
+        return 12 * values + 4 * len(tensors)  # weights, AdamW's two averages, and its count of steps, in fp32
+
+    one = runner(tmp_path, max_iters=4)
+    one.train()
+    (newest,) = (tmp_path / "checkpoints").glob("step_00000004")
+    found = sum((newest / name).stat().st_size for name in (checkpoints.MODEL, checkpoints.OPTIMIZER))
+    trained = weights(one)
+    assert 0 <= found - size(trained) < 4 * 200 * len(trained)
+
+    bridge = shapes.bridge_shapes(model_settings("vicuna13b"), audio_width=768, llm_width=5120)
+    trained = {name: tensor for name, tensor in bridge.items() if not name.startswith(("ln_vision", "ln_audio"))}
+    assert size(trained) + 4 * 200 * len(trained) < 1_500_000_000
+    assert round(size(trained) / 1e9, 2) == 1.32

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import types
 
 import pytest
 
 from lavis_chatbridge.errors import MissingExtraError
-from lavis_chatbridge.runners.progress import Console, LogFile, Meter, TensorBoard, append_record
+from lavis_chatbridge.runners.progress import Console, LogFile, Meter, TensorBoard, WeightsAndBiases, append_record
+from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult
 
 
@@ -58,6 +61,27 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"lavis-chatbridge\[tensorboard\]"):
         TensorBoard(tmp_path, 0)
+
+
+def test_weights_and_biases_stays_offline_unless_told_otherwise(tmp_path, monkeypatch):
+    """By a stand-in for the package: what it is asked for, which is all that decides whether anything is sent."""
+    asked, logged = [], []
+    stand_in = types.ModuleType("wandb")
+    run = types.SimpleNamespace(
+        log=lambda numbers, step: logged.append((numbers, step)), finish=lambda: logged.append(0)
+    )
+    stand_in.init = lambda **words: asked.append(words) or run
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    sink = WeightsAndBiases(RunSettings(task="chatbridge_alignment"), tmp_path / "wandb", {"seed": 1})
+    sink.write("train", {"loss": 1.5, "note": "text"}, 3)
+    sink.close()
+    WeightsAndBiases(RunSettings(task="chatbridge_alignment", wandb_mode="online"), tmp_path / "wandb", {})
+    assert [words["mode"] for words in asked] == ["offline", "online"]
+    assert (asked[0]["dir"], asked[0]["config"]) == (str(tmp_path / "wandb"), {"seed": 1})
+    assert logged == [({"train/loss": 1.5}, 3), 0]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtraError, match=r"lavis-chatbridge\[wandb\]"):
+        WeightsAndBiases(RunSettings(task="chatbridge_alignment"), tmp_path, {})
 
 
 class Terminal(io.StringIO):
