@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,18 @@ def test_a_body_that_is_too_large(client: Any, server: Served):
     with socket.create_connection((host, int(port)), timeout=30) as line:
         line.sendall(head.encode() + b"{")
         assert line.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_an_idle_line_outlives_the_clients_patience(server: Served):
+    """Clients use a line again for 5 seconds; one that the server closes about then loses a request."""
+    host, port = server.url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert line.recv(1000).startswith(b"HTTP/1.1 200")
+        line.settimeout(7)
+        with suppress(TimeoutError):
+            while True:
+                assert line.recv(1000), "the server has closed it"
 
 
 def test_bodies_that_are_no_request(server: Served):

@@ -21,6 +21,9 @@ from lavis_chatbridge.errors import ConfigError, MissingExtraError
 TOKENS = "CHATBRIDGE_TOKENS"
 """The environment variable that holds bearer tokens, separated by spaces."""
 _FRAMES_PER_SECOND = 60
+_KEEP_ALIVE = 75
+"""Seconds after which an idle line is closed. Clients (httpx, and so openai) use one again for 5 seconds: were it
+closed about then, a request that is just being sent would be lost."""
 _MAX_BYTES = 512 * MEBIBYTE  # of a decoded medium
 
 
@@ -112,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
                 server_header=False,
                 lifespan="off",
                 timeout_graceful_shutdown=5,
+                timeout_keep_alive=_KEEP_ALIVE,
             )
             line.listen()  # whoever reads the next line may come at once
             print(f"listening on {address_of(line)}/v1 (model {settings.name})", flush=True)
