@@ -157,7 +157,7 @@ def report(rows: list[Measured], args: argparse.Namespace, load: float) -> tuple
         f"| | answers | seconds | to the ideal | to the client alone | CPU ms/request | MB at 1/4 | MB at the end |\n"
         f"|---|---|---|---|---|---|---|---|\n"
         + "".join(row.line(ideal, rows[-1].each) + "\n" for row in rows)
-        + f"\nPeak memory {peak:.0f} MB. Target {TARGET}x: {'met' if ratio <= TARGET else 'missed'} ({ratio:.2f}x), "
+        + f"\nPeak memory {peak:.0f} MiB. Target {TARGET}x: {'met' if ratio <= TARGET else 'missed'} ({ratio:.2f}x), "
         f"which leaves {1000 * TARGET * ideal:.2f} ms of its core to each request.\n"
     ), ratio
 
