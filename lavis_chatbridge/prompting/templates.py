@@ -143,6 +143,6 @@ def _draw(items: Sequence[str], rng: np.random.Generator | None) -> str:
 def _read(path: Path) -> _TemplateFile:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"templates {path}: {' '.join(str(error).split())}") from error
     return settings.parse(_TemplateFile, content, f"templates {path.name}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ from lavis_chatbridge.runners.settings import RunSettings, parse_run
 _log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
+_LONGEST_FAULT = 4000
 _DEFAULT_ARCH = "chatbridge"
 _LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
 _DATASET_NAME_OF_PROCESSOR = {"txt_processor": "text_processor"}
@@ -104,8 +106,10 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
 
     user = _over(_read_yaml(cfg_path), _read_options(options or []))
     faults = [settings.unknown_key(str(key), SECTIONS, "config") for key in user if key not in SECTIONS]
-    merged = OmegaConf.create({section: user.get(section) or {} for section in SECTIONS})
     collect = _Collector(faults)
+    merged = OmegaConf.create({section: {} for section in SECTIONS})
+    for section in SECTIONS:
+        merged[section] = collect(functools.partial(_section, user, section)) or {}
     env = collect(lambda: settings.parse(EnvSettings, _plain(merged.env), "env"))
     if env is not None:
         _set_paths(env)  # first: data sets look for their files under env.data_root
@@ -143,6 +147,14 @@ def read_options(options: Sequence[str]) -> dict[str, Any]:
     return _plain(_read_options(options))
 
 
+def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
+    """A part of a configuration that must be a mapping, empty where there is none."""
+    part = config.get(name)
+    if part is None or isinstance(part, DictConfig):
+        return OmegaConf.create({}) if part is None else part
+    raise ConfigError(f"{where}{name}: expected a mapping, found {settings.shown(part)}")
+
+
 class _Collector:
     """Calls parts of the reading and keeps their faults instead of stopping at the first."""
 
@@ -153,7 +165,7 @@ class _Collector:
         try:
             return part()
         except (ConfigError, OmegaConfBaseException) as error:
-            self.faults.append(" ".join(str(error).split()))
+            self.faults.append(" ".join(str(error).split())[:_LONGEST_FAULT])
             return None
 
 
@@ -162,7 +174,7 @@ def _read_yaml(path: str | os.PathLike) -> DictConfig:
         raise ConfigError(f"no configuration file at {path}")
     try:
         loaded = OmegaConf.load(Path(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold the sections {', '.join(SECTIONS)}, found a list")
@@ -188,13 +200,13 @@ def _merge_model(merged: DictConfig) -> None:
     """Put the model type's YAML under the user's ``model`` and ``preprocess`` sections, and check the result."""
     from lavis.common.registry import registry
 
-    arch = merged.model.setdefault("arch", _DEFAULT_ARCH)
+    arch = _word(merged.model.setdefault("arch", _DEFAULT_ARCH), "model.arch")
     model_class = registry.get_model_class(arch)
     if model_class is None:
         raise ConfigError(_unknown_name("model.arch", arch, registry.list_models()))
     types = list(model_class.PRETRAINED_MODEL_CONFIG_DICT)
     model_type = merged.model.get("model_type") or getattr(model_class, "DEFAULT_MODEL_TYPE", types[0])
-    if model_type not in types:
+    if _word(model_type, "model.model_type") not in types:
         raise ConfigError(_unknown_name("model.model_type", model_type, types))
     defaults = _read_yaml(model_class.default_config_path(model_type))
     for section in ("model", "preprocess"):
@@ -207,11 +219,12 @@ def _merge_datasets(merged: DictConfig) -> None:
     """Put each builder's default YAML under the user's section of that name; processors come from the model's YAML."""
     if not merged.datasets:
         raise ConfigError("datasets is missing: name at least one registered data set")
-    unknown = [name for name in merged.run.get("train_dataset_ratios") or {} if name not in merged.datasets]
+    ratios = _section(merged.run, "train_dataset_ratios", "run.")
+    unknown = [str(name) for name in ratios if name not in merged.datasets]
     faults = [_unknown_name("run.train_dataset_ratios", name, list(merged.datasets)) for name in unknown]
     for name in list(merged.datasets):
         try:
-            merged.datasets[name] = _dataset(name, merged)
+            merged.datasets[name] = _dataset(_word(name, "datasets"), merged)
         except ConfigError as error:
             faults.append(str(error))
     if faults:
@@ -221,11 +234,11 @@ def _merge_datasets(merged: DictConfig) -> None:
 def _dataset(name: str, merged: DictConfig) -> DictConfig:
     from lavis.common.registry import registry
 
-    chosen = merged.datasets[name] or OmegaConf.create({})
+    chosen = _section(merged.datasets, name, "datasets.")
     builder = registry.get_builder_class(name)
     if builder is None:
         raise ConfigError(_unknown_name("datasets", name, registry.list_datasets()))
-    kind = chosen.get("type", "default")
+    kind = _word(chosen.get("type", "default"), f"datasets.{name}.type")
     if kind not in builder.DATASET_CONFIG_DICT:
         raise ConfigError(_unknown_name(f"datasets.{name}.type", kind, list(builder.DATASET_CONFIG_DICT)))
     defaults = _read_yaml(builder.default_config_path(type=kind))
@@ -267,10 +280,19 @@ def _for_lavis(run: RunSettings) -> dict[str, Any]:
 
 def _over(*configs: DictConfig) -> DictConfig:
     """Later ones over earlier ones."""
-    merged = OmegaConf.merge(*configs)
+    try:
+        merged = OmegaConf.merge(*configs)
+    except (TypeError, ValueError) as error:  # a list where a mapping stands
+        raise ConfigError(" ".join(str(error).split())) from error
     if not isinstance(merged, DictConfig):
         raise ConfigError(f"expected mappings, found {merged!r}")
     return merged
+
+
+def _word(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise ConfigError(f"{where}: expected a name, found {settings.shown(value)}")
 
 
 def _plain(section: DictConfig) -> dict[str, Any]:
@@ -278,9 +300,9 @@ def _plain(section: DictConfig) -> dict[str, Any]:
 
 
 def _unknown_name(where: str, name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
+    near = difflib.get_close_matches(str(name)[:80], list(known), n=1)
     hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
-    return f"{where}: unknown name {name!r}{hint}"
+    return f"{where}: unknown name {settings.shown(name)}{hint}"
 
 
 def _set_paths(env: EnvSettings) -> None:
