@@ -229,13 +229,13 @@ def _converted(name: str, split: str, own: DataSettings) -> Path:
     files = own.files(split)
     options = {key: value for key, value in own.options.items() if key not in own.splits}
     options |= own.options.get(split) or {}
-    origin = readers.Origin(name, files, own.root, own.media, options)
+    origin = readers.Origin(name, files, own.root, own.media, options, own.allow_outside)
     stamps = []
     for role, path in files.items():
         status = os.stat(path)
         stamps.append((role, os.path.abspath(path), status.st_size, status.st_mtime_ns))
     made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, stamps, os.path.abspath(own.root))
-    made_with = (sorted(own.media.items()), sorted(options.items(), key=str), own.skip_missing)
+    made_with = (sorted(own.media.items()), sorted(options.items(), key=str), own.skip_missing, own.allow_outside)
     key = hashlib.sha256(repr((made_by, made_with)).encode()).hexdigest()[:16]
     target = cache_folder() / "converted" / f"{name}-{split}-{key}.jsonl"
     with locked(target):

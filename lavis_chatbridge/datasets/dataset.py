@@ -305,13 +305,13 @@ def media_source(medium: Medium) -> str | bytes:
         return medium.path
     try:
         with open(medium.path, "rb") as shard:
+            if medium.offset + medium.size > os.fstat(shard.fileno()).st_size:
+                end = medium.offset + medium.size
+                raise MediaError(medium.path, f"ends before byte {end}, where a medium should end")
             shard.seek(medium.offset)
-            content = shard.read(medium.size)
+            return shard.read(medium.size)
     except OSError as error:
         raise MediaError(medium.path, error.strerror or error) from error
-    if len(content) < medium.size:
-        raise MediaError(medium.path, f"ends before byte {medium.offset + medium.size}, where a medium should end")
-    return content
 
 
 def _is_caption(sample: Sample, stage: Stage) -> bool:

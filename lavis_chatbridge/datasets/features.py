@@ -12,11 +12,13 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,14 +67,10 @@ class FeatureStore:
     def refresh(self) -> None:
         """Take in what other processes have added."""
         for index in sorted(self.folder.glob("*.index.json")):
-            content = _read_json(index)
-            if not isinstance(content, dict) or content.get("format") != _FORMAT:
-                raise DataError(f"{index}: not the index of a feature shard; name another folder, or delete this file")
+            places, files = _index_in(_read_json(index), index)
             shard = index.name.replace(".index.json", ".tar")
-            for key, place in content["places"].items():
-                self._places[key] = (shard, place)
-            for path, (size, changed, digest) in content["files"].items():
-                self._digests[path] = (size, changed, digest)
+            self._places |= {key: (shard, place) for key, place in places.items()}
+            self._digests |= files
 
     def __len__(self) -> int:
         return len(self._places)
@@ -100,9 +98,17 @@ class FeatureStore:
         try:
             with open(path, "rb") as shard:
                 tokens, mask = (_load_array(shard, *place) for place in ((at, size), (mask_at, mask_size)))
-        except (OSError, ValueError) as error:
+            if (
+                tokens.dtype != np.float16
+                or mask.dtype != np.bool_
+                or tokens.ndim != 3
+                or mask.shape != tokens.shape[:2]
+            ):
+                raise ValueError(f"{tokens.dtype} {list(tokens.shape)} and {mask.dtype} {list(mask.shape)} are stored")
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError, TokenError) as error:
+            cause = " ".join(str(error).split())
             raise DataError(
-                f"{path}: features cannot be read ({error}); delete {self.folder} to make them anew"
+                f"{path}: features cannot be read ({cause}); delete {self.folder} to make them anew"
             ) from error
         return EncodedMedium(torch.from_numpy(tokens), torch.from_numpy(mask))
 
@@ -271,8 +277,8 @@ def _as_it_is(items: Any) -> Any:
 def _sha256(medium: Medium) -> str:
     digest = hashlib.sha256()
     with open(medium.path, "rb") as file:
-        file.seek(medium.offset or 0)
-        left = medium.size if medium.size is not None else None
+        file.seek(min(medium.offset or 0, os.fstat(file.fileno()).st_size))
+        left = medium.size
         while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
             digest.update(block)
             left = None if left is None else left - len(block)
@@ -292,17 +298,41 @@ def _append(tar: tarfile.TarFile, name: str, tensor: torch.Tensor) -> list[int]:
 
 
 def _load_array(shard: Any, at: int, size: int) -> np.ndarray:
-    shard.seek(at)
-    content = shard.read(size)
-    if len(content) < size:
+    if at + size > os.fstat(shard.fileno()).st_size:
         raise ValueError(f"it ends before byte {at + size}")
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    shard.seek(at)
+    content = io.BytesIO(shard.read(size))
+    np.lib.format.read_magic(content)
+    shape, by_columns, kind = np.lib.format.read_array_header_1_0(content)
+    if by_columns or kind.hasobject or math.prod(shape) * kind.itemsize != size - content.tell():
+        raise ValueError(f"an array {kind} {list(shape)} does not fit {size} bytes")
+    return np.frombuffer(content.read(), kind).reshape(shape).copy()
+
+
+def _index_in(content: Any, path: Path) -> tuple[dict[str, list[int]], dict[str, tuple[int, int, str]]]:
+    """The places of features, and the digests of files, that an index holds."""
+    fault = f"{path}: not the index of a feature shard; name another folder, or delete this file"
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise DataError(fault)
+    places, files = content.get("places"), content.get("files")
+    if not isinstance(places, dict) or not all(_are(place, int, int, int, int) for place in places.values()):
+        raise DataError(fault)
+    if not isinstance(files, dict) or not all(_are(stamp, int, int, str) for stamp in files.values()):
+        raise DataError(fault)
+    if any(min(place) < 0 for place in places.values()):
+        raise DataError(fault)
+    return places, {name: (stamp[0], stamp[1], stamp[2]) for name, stamp in files.items()}
+
+
+def _are(values: Any, *kinds: type) -> bool:
+    """Whether this is a list of values of these types."""
+    return isinstance(values, list) and list(map(type, values)) == list(kinds)
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

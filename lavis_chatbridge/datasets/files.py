@@ -10,9 +10,11 @@ import hashlib
 import mmap
 import os
 import tempfile
+import zlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from zipfile import BadZipFile
 
 import numpy as np
@@ -22,6 +24,7 @@ from lavis_chatbridge.errors import DataError
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MEDIUM = 32
+_ARRAYS = ("starts", "lines", "modality", "lengths", "modalities")
 _CACHED_FROM = 1 << 20  # bytes; a smaller file is indexed faster than its index is found
 
 
@@ -105,7 +108,11 @@ def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
     starts, lines, modality, lengths = array("Q"), array("Q"), array("B"), array("L")
     modalities: dict[str, int] = {}
     position = 0
-    with open(path, "rb") as file:
+    try:
+        opened = open(path, "rb")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with opened as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 sample = parse_line(line, f"{path}:{number}", root, allow_outside)
@@ -128,9 +135,9 @@ def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
 def _load_index(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as stored:
-            return dict(stored)
-    except (OSError, ValueError, EOFError, BadZipFile):  # none yet, or damaged: it is made anew
-        return None
+            return {name: stored[name] for name in _ARRAYS}
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError, KeyError, TokenError, zlib.error):
+        return None  # none yet, or damaged: it is made anew
 
 
 def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, cast
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.settings import shown
 
 SCHEMA_VERSION = 1
 _KEYS = frozenset(
@@ -25,6 +27,9 @@ _KEYS = frozenset(
 )
 _COMMON = frozenset(("id", "source", "media", "captions", "turns", "task"))
 _ROLES = ("user", "assistant")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_DEEPEST, _MOST_MEDIA = 32, 1000
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,39 @@ def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = F
     """One line of JSONL as a sample; ``where`` opens the message of a `DataError`."""
     try:
         record = json.loads(line)
+    except RecursionError as error:
+        raise DataError(f"{where}: not JSON: too many brackets inside one another") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
         raise DataError(f"{where}: not JSON: {error}") from error
+    if _SURROGATE.search(line if isinstance(line, bytes) else line.encode("utf-8", "replace")):
+        _check_unicode(record, where)
     return parse_record(record, where, root, allow_outside)
+
+
+def media_path(path: Any, root: str, where: str, allow_outside: bool = False) -> str:
+    """A medium's path as annotations name it, under the root. All annotations' paths come through here.
+
+    Args:
+        path: A path relative to the root.
+        root: The media root.
+        where: Its place, for messages.
+        allow_outside: Accept absolute paths and paths that climb out of the root.
+
+    Raises:
+        DataError: If it is no path (an address, for one), or leads out of the root. Links are followed when a medium is
+            opened: see `check_inside`.
+    """
+    if not isinstance(path, str) or not path:
+        raise DataError(f"{where}: path is {_short(path)}, expected a file's path")
+    if "\0" in path:
+        raise DataError(f"{where}: path holds a NUL character")
+    if _ADDRESS.match(path):
+        raise DataError(f"{where}: {_short(path)} is an address, expected the path of a file that is there")
+    if not allow_outside and (os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")):
+        raise DataError(
+            f"{where}: {_short(path)} leaves the media root {root}; use a path under it, or set allow_outside: true"
+        )
+    return os.path.join(root, path)
 
 
 def parse_record(record: Any, where: str, root: str, allow_outside: bool = False) -> Sample:
@@ -167,7 +202,10 @@ def parse_record(record: Any, where: str, root: str, allow_outside: bool = False
         raise DataError(f"{where}: expected an object, found {_short(record)}")
     if not _KEYS.issuperset(record):
         raise DataError(f"{where}: {_unknown(next(key for key in record if key not in _KEYS))}")
-    media = [_medium(item, f"{where}: media[{i}]", root, allow_outside) for i, item in _list(record, "media", where)]
+    items = _typed(record, "media", list, [], where)
+    if len(items) > _MOST_MEDIA:
+        raise DataError(f"{where}: media holds {len(items)} entries, expected at most {_MOST_MEDIA}")
+    media = [_medium(item, f"{where}: media[{i}]", root, allow_outside) for i, item in enumerate(items)]
     turns, order = _turns(record, media, where)
     captions = _strings(record, "captions", where)
     if not captions and not turns:
@@ -217,7 +255,10 @@ def check_inside(path: str, root: str) -> None:
     Raises:
         DataError: If they do.
     """
-    real, base = os.path.realpath(path), os.path.realpath(root)
+    try:
+        real, base = os.path.realpath(path), os.path.realpath(root)
+    except ValueError as error:  # NUL, or half a character
+        raise DataError(f"{path!r}: is no path: {error}") from error
     if os.path.commonpath([real, base]) == base:
         return
     folder = os.path.relpath(os.path.abspath(path), os.path.abspath(root)).split(os.sep)[0]
@@ -233,8 +274,27 @@ def _rarer(record: dict, where: str) -> dict[str, Any]:
         "style": _string(record, "style", where),
         "facts": _facts(record, where),
         "held_out": _typed(record, "held_out", bool, False, where),
-        "meta": _typed(record, "meta", dict, {}, where),
+        "meta": _shallow(_typed(record, "meta", dict, {}, where), where),
     }
+
+
+def _shallow(meta: dict, where: str) -> dict:
+    """``meta``, whose depth is bounded: what writes it again calls itself for each level."""
+    level: list[Any] = [meta]
+    for _ in range(_DEEPEST):
+        held = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [item for values in held for item in values if isinstance(item, (dict, list))]
+        if not level:
+            return meta
+    raise DataError(f"{where}: meta holds objects or lists more than {_DEEPEST} deep")
+
+
+def _check_unicode(record: Any, where: str) -> None:
+    """Refuse halves of characters, which JSON can spell and no file or tokenizer can hold."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise DataError(f"{where}: holds half a character (a lone surrogate such as \\ud800)") from error
 
 
 def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:
@@ -245,22 +305,15 @@ def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:
         raise DataError(f"{where}: type is {_short(kind)}, expected one of {', '.join(KINDS)}")
     if "words" in item:
         return _in_words(item, cast(Kind, kind), where)
-    if not isinstance(path, str) or not path:
-        raise DataError(f"{where}: path is {_short(path)}, expected a file's path")
-    if "\0" in path:
-        raise DataError(f"{where}: path holds a NUL character")
-    if not allow_outside and (os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")):
-        raise DataError(
-            f"{where}: {path!r} leaves the media root {root}; use a path under it, or set allow_outside: true"
-        )
+    place = media_path(path, root, where, allow_outside)
     for key in ("offset", "size"):
         value = item.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise DataError(f"{where}: {key} is {_short(value)}, expected a number of bytes")
     unknown = set(item) - {"type", "path", "offset", "size"}
     if unknown:
-        raise DataError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are type, path, offset, size")
-    return Medium(cast(Kind, kind), os.path.join(root, path), item.get("offset"), item.get("size"))
+        raise DataError(f"{where}: unknown key {_short(sorted(unknown)[0])}; known are type, path, offset, size")
+    return Medium(cast(Kind, kind), place, item.get("offset"), item.get("size"))
 
 
 def _in_words(item: dict, kind: Kind, where: str) -> Medium:
@@ -270,7 +323,7 @@ def _in_words(item: dict, kind: Kind, where: str) -> Medium:
         raise DataError(f"{where}: words is {_short(words)}, expected a list of descriptions")
     unknown = set(item) - {"type", "words"}
     if unknown:
-        raise DataError(f"{where}: {sorted(unknown)[0]!r} beside words: a medium is a file or words, not both")
+        raise DataError(f"{where}: {_short(sorted(unknown)[0])} beside words: a medium is a file or words, not both")
     return Medium(kind, words=tuple(words))
 
 
@@ -302,7 +355,7 @@ def _turns(record: dict, media: list[Medium], where: str) -> tuple[tuple[Turn, .
             raise DataError(f"{spot}: expected an object, found {_short(item)}")
         unknown = set(item) - {"role", "text", "media"}
         if unknown:
-            raise DataError(f"{spot}: unknown key {sorted(unknown)[0]!r}; known are role, text, media")
+            raise DataError(f"{spot}: unknown key {_short(sorted(unknown)[0])}; known are role, text, media")
         if item.get("role") != _ROLES[position % 2]:
             raise DataError(
                 f"{spot}: role is {_short(item.get('role'))}, expected {_ROLES[position % 2]!r}: turns alternate, "
@@ -315,7 +368,7 @@ def _turns(record: dict, media: list[Medium], where: str) -> tuple[tuple[Turn, .
         turns.append(Turn(item["role"], item["text"], tuple(media[i].kind for i in brought)))
     if sorted(order) != every:
         fault = "two turns bring the same medium" if len(order) > len(set(order)) else "a medium belongs to no turn"
-        raise DataError(f"{where}: {fault}: there are {len(media)} media, the turns name {order}")
+        raise DataError(f"{where}: {fault}: there are {len(media)} media, the turns name {_short(order)}")
     return tuple(turns), order
 
 
@@ -344,7 +397,7 @@ def _facts(record: dict, where: str) -> dict[str, str]:
     facts = _typed(record, "facts", dict, {}, where)
     for name, value in facts.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}: facts.{name} is {_short(value)}, expected a string")
+            raise DataError(f"{where}: facts.{name[:60]} is {_short(value)}, expected a string")
     return facts
 
 
@@ -375,11 +428,11 @@ def _typed(record: dict, key: str, kind: type, default: Any, where: str) -> Any:
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, _KEYS, n=1)
+    near = difflib.get_close_matches(key[:60], _KEYS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "fields of your own belong under 'meta'"
-    return f"unknown key {key!r}, {hint}"
+    return f"unknown key {_short(key)}, {hint}"
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = shown(value)
     return text if len(text) <= 60 else text[:57] + "..."

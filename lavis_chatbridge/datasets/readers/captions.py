@@ -4,12 +4,14 @@ WebVid, VALOR.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
 from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, table_rows
 from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.settings import shown
 
 _CLOTHO_CAPTIONS = 5
 
@@ -77,7 +79,7 @@ def msrvtt(origin: Origin) -> Iterator[Sample]:
     captions: dict[str, list[str]] = {}
     for row in json_rows(path, "sentences"):
         if row.text("video_id") not in videos:
-            raise DataError(f"{row.where}: video {row.text('video_id')!r} is not among the videos")
+            raise DataError(f"{row.where}: video {shown(row.text('video_id'))} is not among the videos")
         captions.setdefault(row.text("video_id"), []).append(row.text("caption"))
     for name, row in videos.items():
         if split in (None, row.values.get("split")) and name in captions:
@@ -138,4 +140,8 @@ def valor(origin: Origin) -> Iterator[Sample]:
 
 def _seconds(row: Row) -> dict[str, float]:
     duration = row.values.get("duration")
-    return {"seconds": float(duration)} if isinstance(duration, (int, float)) else {}
+    try:
+        seconds = float(duration) if isinstance(duration, (int, float)) else math.nan
+    except OverflowError:
+        seconds = math.nan
+    return {"seconds": seconds} if math.isfinite(seconds) else {}

@@ -9,6 +9,7 @@ from lavis_chatbridge.datasets.readers.common import Origin, Row, json_rows, que
 from lavis_chatbridge.datasets.schema import Medium, Sample
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.settings import shown
 
 _MARKERS = ("<image>", "<video>", "<audio>")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -79,7 +80,9 @@ def _turns(row: Row, media: tuple[Medium, ...]) -> tuple[Turn, ...]:
     for number, item in enumerate(row.rows("conversations")):
         speaker, expected = item.text("from"), "gpt" if number % 2 else "human"
         if speaker != expected:
-            raise DataError(f"{item.where}: from is {speaker!r}, expected {expected!r}: they take turns, human first")
+            raise DataError(
+                f"{item.where}: from is {shown(speaker)}, expected {expected!r}: they take turns, human first"
+            )
         text = item.text("value")
         if number == 0:
             text = _without_marker(text)

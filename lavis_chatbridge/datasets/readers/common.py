@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from lavis_chatbridge.datasets.schema import Medium, Sample
+from lavis_chatbridge.datasets.schema import Medium, Sample, media_path
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.settings import shown
 
 _CHUNK = 1 << 20
 _NEAR = 32  # characters: a value that a chunk cuts off fails to decode within these of its end
 _NUMERIC = "0123456789.eE+-"
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Origin:
         root: The data root.
         media: Kind -> path under the root, with the fields of a row in braces: ``coco/{image_id:012d}.jpg``.
         options: What else the reader is told.
+        allow_outside: Accept media outside the root.
     """
 
     source: str
@@ -37,6 +40,7 @@ class Origin:
     root: str
     media: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    allow_outside: bool = False
 
     def file(self, role: str) -> str:
         """The path of a file by its role.
@@ -59,14 +63,12 @@ class Origin:
         for kind, pattern in self.media.items():
             try:
                 path = pattern.format(**fields)
-            except (KeyError, IndexError, ValueError) as error:
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
                 raise ConfigError(
                     f"{self.source}: media path {pattern!r} does not suit this format's fields "
-                    f"({', '.join(f'{k}={v!r}' for k, v in fields.items())}): {error}"
+                    f"({', '.join(f'{k}={shown(v)}' for k, v in fields.items())}): {error}"
                 ) from error
-            if ".." in path.split("/") or os.path.isabs(path) or "\0" in path:
-                raise DataError(f"{where}: the media path {path!r} leaves the data root")
-            found.append(Medium(cast(Kind, kind), os.path.join(self.root, path)))
+            found.append(Medium(cast(Kind, kind), media_path(path, self.root, where, self.allow_outside)))
         return tuple(found)
 
 
@@ -83,7 +85,7 @@ class Row:
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, Mapping):
-            raise DataError(f"{where}: expected an object, found {str(values)[:60]!r}")
+            raise DataError(f"{where}: expected an object, found {shown(values)}")
         self.values = values
         self.where = where
 
@@ -100,30 +102,41 @@ class Row:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {value!r}, expected text")
-        return value.strip()
+            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected text")
+        return self._whole_characters(value.strip(), keys)
 
     def whole(self, *keys: str) -> int:
         """The first of these fields that is there, as a whole number."""
         value = self._first(keys)
         try:
-            return int(value)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {value!r}, expected a whole number") from error
+            number = int(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None or isinstance(value, bool) or (isinstance(value, float) and number != value):
+            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected a whole number")
+        return number
 
     def texts(self, *keys: str) -> tuple[str, ...]:
         """The first of these fields that is there: a list of texts, or one text."""
         value = self._first(keys)
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            return tuple(item.strip() for item in value)
+            return tuple(self._whole_characters(item.strip(), keys) for item in value)
         return (self.text(*keys),)
 
     def rows(self, *keys: str) -> list[Row]:
         """The first of these fields that is there, as a list of rows."""
         value = self._first(keys)
         if not isinstance(value, list):
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {str(value)[:60]!r}, expected a list")
+            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected a list")
         return [Row(item, f"{self.where}.{keys[0]}[{i}]") for i, item in enumerate(value)]
+
+    def _whole_characters(self, text: str, keys: Sequence[str]) -> str:
+        """``text``, if a file can hold it: JSON can spell half a character, such as ``\\ud800``."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(text)}, which is not Unicode") from error
+        return text
 
     def _first(self, keys: Sequence[str]) -> Any:
         return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
@@ -273,6 +286,13 @@ class _JsonStream:
                 if cut and self._more():
                     continue
                 raise DataError(f"{self._path}: not JSON at character {place}: {error.msg}") from error
+            except RecursionError as error:
+                place = self._dropped + self._at
+                raise DataError(f"{self._path}: too many brackets inside one another at character {place}") from error
+            except ValueError as error:  # an integer of thousands of digits
+                raise DataError(
+                    f"{self._path}: not JSON after character {self._dropped + self._at}: {error}"
+                ) from error
             rest = self._text[end : end + _NEAR]
             if isinstance(value, (int, float)) and len(rest) < _NEAR and not rest.strip(_NUMERIC) and self._more():
                 continue  # the number goes on in the next chunk
@@ -282,8 +302,7 @@ class _JsonStream:
     def _peek(self) -> str:
         """The next character that is no white space; empty at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at].isspace():
-                self._at += 1
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it always matches
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():

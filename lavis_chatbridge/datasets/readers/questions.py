@@ -18,6 +18,7 @@ from lavis_chatbridge.datasets.readers.common import (
 )
 from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.settings import shown
 
 _PLACEHOLDER = re.compile(r"<[^<>]*>")
 
@@ -30,7 +31,9 @@ def vqav2(origin: Origin) -> Iterator[Sample]:
     ``data_subtype`` (``train2014``).
     """
     questions = origin.file("questions")
-    subtype = json_value(questions, "data_subtype") or ""
+    subtype = json_value(questions, "data_subtype")
+    if not isinstance(subtype, (str, type(None))):
+        raise DataError(f"{questions}: data_subtype is {shown(subtype)}, expected text")
     answers: dict[int, tuple[str, tuple[str, ...], dict[str, str]]] = {}
     if "annotations" in origin.files:
         for row in json_rows(origin.file("annotations"), "annotations"):
@@ -40,7 +43,7 @@ def vqav2(origin: Origin) -> Iterator[Sample]:
             answers[row.whole("question_id")] = (best, every or (best,), kind)
     for row in json_rows(questions, "questions"):
         number, image = row.whole("question_id"), row.whole("image_id")
-        media = origin.locate(row.where, image_id=image, data_subtype=subtype)
+        media = origin.locate(row.where, image_id=image, data_subtype=subtype or "")
         if "annotations" in origin.files and number not in answers:
             raise DataError(f"{row.where}: question {number} has no annotation in {origin.file('annotations')}")
         best, every, kind = answers.get(number, ("", (), {}))
@@ -137,16 +140,16 @@ def _list_in_text(row: Row, key: str) -> list[str]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{row.where}: {key} is {value!r}, expected a list as JSON") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{row.where}: {key} is {shown(value)}, expected a list as JSON") from error
     if not isinstance(value, list):
-        raise DataError(f"{row.where}: {key} is {value!r}, expected a list")
-    return [str(item) for item in value]
+        raise DataError(f"{row.where}: {key} is {shown(value)}, expected a list")
+    return [Row({key: item}, row.where).text(key) for item in value]
 
 
 def _fill(question: str, values: list[str], row: Row) -> str:
     places = _PLACEHOLDER.findall(question)
     if len(places) != len(values):
-        raise DataError(f"{row.where}: {len(places)} places in {question!r}, but {len(values)} values")
+        raise DataError(f"{row.where}: {len(places)} places in {shown(question)}, but {len(values)} values")
     rest = iter(values)
     return _PLACEHOLDER.sub(lambda _: next(rest), question)

@@ -13,7 +13,9 @@ from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, j
 from lavis_chatbridge.datasets.schema import Medium, Sample
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.settings import shown
 
+_LARGEST_TEXT = 1 << 20  # bytes of a caption's member
 _PER_SHARD = 10_000  # img2dataset's default number of rows per shard, which its file names follow
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "image"),
@@ -59,7 +61,9 @@ def webdataset(origin: Origin) -> Iterator[Sample]:
         try:
             with tarfile.open(path, "r:") as shard:
                 yield from _shard_samples(shard, path)
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{path}: not an uncompressed tar file: {error}") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -86,7 +90,7 @@ def _shard_samples(shard: tarfile.TarFile, path: str) -> Iterator[Sample]:
     """Members of one name stand together in a webdataset shard."""
     current, media, text = "", [], None  # type: str, list[Medium], str | None
     for member in shard:
-        if not member.isfile():
+        if not member.isfile() or member.issparse():
             continue
         folder, base = os.path.split(member.name)
         stem, _, suffix = base.partition(".")
@@ -99,14 +103,18 @@ def _shard_samples(shard: tarfile.TarFile, path: str) -> Iterator[Sample]:
         if suffix in _KINDS:
             media.append(Medium(_KINDS[suffix], path, member.offset_data, member.size))
         elif suffix == "txt":
-            text = _content(shard, member).decode("utf-8", errors="replace").strip()
+            text = _content(shard, member, path).decode("utf-8", errors="replace").strip()
         elif suffix == "json" and text is None:
-            text = _caption_in(_content(shard, member), f"{path}: {member.name}")
+            text = _caption_in(_content(shard, member, path), f"{path}: {member.name}")
     if media and text:
         yield Sample(f"{os.path.basename(path)}/{current}", tuple(media), (text,))
 
 
-def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _content(shard: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> bytes:
+    if not 0 <= member.size <= _LARGEST_TEXT:
+        raise DataError(
+            f"{path}: {shown(member.name)} has {member.size} bytes, expected a text of at most {_LARGEST_TEXT}"
+        )
     file = shard.extractfile(member)
     return b"" if file is None else file.read()
 
@@ -114,7 +122,7 @@ def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _caption_in(content: bytes, where: str) -> str | None:
     try:
         record: Any = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from error
     caption = record.get("caption") if isinstance(record, dict) else None
-    return caption.strip() if isinstance(caption, str) else None
+    return Row(record, where).text("caption") if isinstance(caption, str) and caption.strip() else None

@@ -297,7 +297,7 @@ def test_paths_are_checked(read):
     row = {"answer": "a", "id": 3, "question": "q?", "video_id": 1}
     with pytest.raises(ConfigError, match=r"media path 'x/{nope}.mp4' does not suit this format's fields"):
         read("msrvtt_qa", {"video": "x/{nope}.mp4"}, file=[row])
-    with pytest.raises(DataError, match="leaves the data root"):
+    with pytest.raises(DataError, match="leaves the media root"):
         read("valor", {"video": "{video_id}.mp4"}, file=[{"video_id": "../../etc/passwd", "desc": "d"}])
     with pytest.raises(ConfigError, match="the split names no 'questions' file, only file"):
         read("vqav2", file=[])
@@ -322,7 +322,7 @@ def test_json_is_read_piece_by_piece(tmp_path, monkeypatch, chunk):
     [
         ('{"rows": [{"a": 1}, {"a": }]}', "not JSON at character 26"),
         ('{"rows": [{"a": 1}', "expected ',', found 'the end'"),
-        ('{"rows": [1]}', r"rows\[0\]: expected an object, found '1'"),
+        ('{"rows": [1]}', r"rows\[0\]: expected an object, found 1"),
         ('{"rows": 3}', "expected rows to be a list, found '3'"),
         ('{"other": []}', "has no field 'rows'"),
         ("[]", "expected '{', found '\\['"),
