@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lavis_chatbridge import media
+from lavis_chatbridge.datasets.schema import check_inside, media_path
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError
 from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_lines
 from lavis_chatbridge.multis.annotators.base import Annotator, Findings, View
@@ -108,8 +109,13 @@ def annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path)
     """One item, with what the annotators find.
 
     Raises:
-        MediaError: If a medium cannot be opened.
+        MediaError: If a medium cannot be opened, or lies outside the media root.
     """
+    for medium in item.media:
+        try:
+            check_inside(media_path(medium.path, str(root), item.id), str(root))
+        except DataError as error:
+            raise MediaError(medium.path, error) from error
     frames = frame_views(item, root) if any(annotator.kind == "frame" for annotator in annotators) else []
     sounds = sound_views(item, root) if any(annotator.kind == "sound" for annotator in annotators) else []
     merged = item.frames or tuple(Frame(view.position) for view in frames)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavis_chatbridge import settings
+from lavis_chatbridge.datasets.schema import media_path
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.multis.journal import read_journal
 from lavis_chatbridge.prompting.pieces import Kind
@@ -130,19 +131,19 @@ def from_json(values: Mapping[str, Any], where: str = "annotation") -> Annotatio
         DataError: With every fault of the record.
     """
     values = dict(values)
-    values["tags"] = [_named(tag) for tag in values.get("tags") or ()]
+    values["tags"] = _all_named(values.get("tags"))
     frames = values.get("frames") or ()
     if not isinstance(frames, (list, tuple)) or not all(isinstance(frame, Mapping) for frame in frames):
-        raise DataError(f"{where}.frames: expected a list of objects, found {frames!r}")
-    values["frames"] = [
-        {**frame, "semantics": [_named(label) for label in frame.get("semantics") or ()]} for frame in frames
-    ]
+        raise DataError(f"{where}.frames: expected a list of objects, found {settings.shown(frames)}")
+    values["frames"] = [{**frame, "semantics": _all_named(frame.get("semantics"))} for frame in frames]
     try:
         annotation = settings.parse(Annotation, values, where)
     except ConfigError as error:
         raise DataError(str(error)) from error
     if not annotation.id or not annotation.media:
         raise DataError(f"{where}: an item needs an id and at least one medium")
+    for number, medium in enumerate(annotation.media):
+        media_path(medium.path, "of the items", f"{where}.media[{number}]")
     return annotation
 
 
@@ -253,8 +254,10 @@ def _describe_frame(frame: Frame, modality: Modality) -> list[str]:
     return lines
 
 
-def _named(value: Any) -> Any:
-    return {"label": value} if isinstance(value, str) else value
+def _all_named(values: Any) -> Any:
+    if not isinstance(values, (list, tuple)):
+        return values or []
+    return [{"label": value} if isinstance(value, str) else value for value in values]
 
 
 def _without_empty(value: Any) -> Any:
@@ -283,7 +286,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, values
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:  # not JSON, not UTF-8, or not an object
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep, or not an object
         raise DataError(f"{file}:{number}: {error}") from error
 
 
@@ -291,5 +294,5 @@ def _id_of(line: bytes) -> str | None:
     """The id of an annotation's line; None for an unfinished one, and for what is no annotation."""
     try:
         return str(json.loads(line)["id"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

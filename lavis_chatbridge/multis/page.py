@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lavis_chatbridge import media
+from lavis_chatbridge.datasets.schema import check_inside, media_path
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.multis.annotation import AnnotationIndex, describe
 from lavis_chatbridge.multis.statistics import table
@@ -144,15 +145,16 @@ def _card(status: str, record: Mapping[str, Any], root: Path, index: AnnotationI
 
 def _media(entries: Any, root: Path) -> Iterator[str]:
     for entry in entries:
-        path = root / entry["path"]
         try:
+            path = Path(media_path(entry["path"], str(root), "the sample"))
+            check_inside(str(path), str(root))
             if entry["type"] == "image":
                 yield _picture(media.open_image(path), "picture of the sample")
             elif entry["type"] == "video":
                 yield from _clip(path)
             else:
                 yield _sound(media.open_audio(path, rate=_RATE))
-        except MediaError as error:
+        except (MediaError, DataError) as error:
             yield f"<p class=reasons>{html.escape(str(error))}</p>"
 
 

@@ -13,16 +13,19 @@ Accepted forms, all of them keyed by the view (see `_keys_of`):
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from lavis_chatbridge.datasets.schema import check_inside, media_path
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.annotation import Box, Region, Semantic, Tag
 from lavis_chatbridge.multis.annotators.base import Findings, View, ViewKind
 
 Form = Literal["grit", "semantic_sam", "captions", "sound_captions", "tags"]
 _SOUND_FORMS = ("sound_captions", "tags")
+_LONGEST_PATH = 4096
 _IMAGE_KEYS = ("image", "file_name", "image_id", "id", "video_id", "audio_id")
 _LIST_KEYS = ("annotations", "regions", "predictions", "instances", "captions", "tags")
 _REGION_TEXT = ("description", "caption", "object_description", "object_descriptions", "text", "phrase")
@@ -61,6 +64,14 @@ class Imported:
         record = self._find(view)
         if record is None:
             return Findings()
+        try:
+            return self._read(record, view)
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self._path}: what it says of {view.item!r:.80} has not the form {self._form!r}"
+            ) from error
+
+    def _read(self, record: Any, view: View) -> Findings:
         if self._form == "captions":
             return Findings(caption=next(iter(_captions(record)), ""))
         if self._form == "sound_captions":
@@ -76,9 +87,19 @@ class Imported:
         for key in _keys_of(view):
             if self._entries is not None and key in self._entries:
                 return self._entries[key]
-            if self._entries is None and (file := self._path / f"{key}.json").is_file():
+            if self._entries is None and (file := self._file(key)) is not None:
                 return _load(file)
         return None
+
+    def _file(self, key: str) -> Path | None:
+        """The file of a key, if there is one: what an item is called leads to no other folder."""
+        try:
+            name = media_path(f"{key}.json", str(self._path), self._form)
+            name.encode()
+            check_inside(name, str(self._path))
+        except (DataError, UnicodeEncodeError):
+            return None
+        return Path(name) if len(name) < _LONGEST_PATH and os.path.isfile(name) else None
 
     def _best(self, found: list[Any]) -> tuple[Any, ...]:
         kept = [one for one in found if one.score is None or one.score >= self._least]
@@ -100,7 +121,7 @@ def _load(file: Path) -> Any:
         if file.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
 
 
