@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lavis_chatbridge import settings
 from lavis_chatbridge.errors import ConfigError
+
+_SIZES = ("input_patch_size", "embed_dim", "encoder_embed_dim", "encoder_ffn_embed_dim", "conv_pos", "num_buckets")
+_LARGEST, _MOST_LAYERS = 65_536, 256
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,17 @@ class BeatsConfig:
             if cfg.get(key, built) != built:
                 raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
         names = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{key: value for key, value in cfg.items() if key in names})
-        faults = list(config.check())
-        if faults:
-            raise ConfigError("BEATs: " + "; ".join(faults))
-        return config
+        return settings.parse(cls, {key: value for key, value in cfg.items() if key in names}, "BEATs")
 
     def check(self) -> Iterable[str]:
         """Sizes that do not fit together."""
         width, heads = self.encoder_embed_dim, self.encoder_attention_heads
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        wrong = [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST]
+        if wrong or not 1 <= self.encoder_layers <= _MOST_LAYERS:
+            yield f"sizes from 1 to {_LARGEST} and up to {_MOST_LAYERS} layers are built, found " + ", ".join(
+                [*wrong, f"encoder_layers {self.encoder_layers}"]
+            )
         if heads < 1 or width % heads:
             yield f"encoder_embed_dim {width} is not a multiple of encoder_attention_heads {heads}"
         if self.conv_pos_groups < 1 or width % self.conv_pos_groups:

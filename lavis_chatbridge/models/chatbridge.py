@@ -447,6 +447,7 @@ class ChatBridge(BaseModel):
         held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in frozen))
         required += [n for n in expected if held and n.startswith(held) and not lora.is_adapter(n)]
         checkpoint.check_fit(expected, found, required, file.path, "this model")
+        checkpoint.check_finite(found, file.path)
         self.load_state_dict(found, strict=False)
         self._fingerprints.clear()
         log.info("loaded %d tensors from %s", len(found), file.path)
@@ -456,7 +457,7 @@ class ChatBridge(BaseModel):
         own = lora.describe(self.llama_model)
         held = lora.described_by(found)
         if held is not None and file.cfg is not None:
-            held |= file.cfg.get("lora", {})
+            held |= dict(file.cfg["lora"]) if isinstance(file.cfg.get("lora"), Mapping) else {}
         fault = lora.misfit(held, own, fresh_is_fine=True)
         if fault is not None:
             raise CheckpointError(f"{file.path} does not fit this model: {fault}")
@@ -498,6 +499,7 @@ class ChatBridge(BaseModel):
         checkpoint.check_fit(
             expected, found, [name for name in expected if name.startswith(mine)], file.path, "model.perceiver"
         )
+        checkpoint.check_finite(found, file.path)
         self.load_state_dict(found, strict=False)
 
     def _freeze(self) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,6 +27,7 @@ PACKAGE = "package:"
 NAMED = 4
 """So many names are listed of each sort of mismatch; the rest is counted."""
 
+_LONGEST_NAME = 200
 _DROPPED = re.compile(
     r"rotary_emb\.inv_freq$|position_ids$|^Qformer\.cls\.|^Qformer\.bert\.embeddings\.(word|position)_embeddings\."
     r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
@@ -83,7 +85,12 @@ def read(path: Path) -> WeightFile:
         cfg = dict(content["cfg"])
     if isinstance(content.get("model"), Mapping):
         content = dict(content["model"])
-    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        name.removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    check_plain(tensors, path)
     if not tensors:
         raise CheckpointError(f"{path} holds no weights; it holds {_some(content)}")
     return WeightFile(path, tensors, cfg)
@@ -104,7 +111,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(apart, temporary, metadata=None if cfg is None else {"cfg": json.dumps(dict(cfg))})
+        save_file(apart, temporary, metadata=written_with(apart, cfg))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -112,14 +119,43 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
         raise
 
 
+def written_with(tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The metadata of a safetensors file: a configuration, and what `read` compares the tensors with."""
+    fixed = {"fingerprint": fingerprint(tensors)}
+    return fixed if cfg is None else {"cfg": json.dumps(dict(cfg)), **fixed}
+
+
+def check_plain(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Refuse tensors that are no plain arrays of numbers, each with a place in the file.
+
+    Raises:
+        CheckpointError: With the names of those that are not. Nothing is computed with them before.
+    """
+    odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+    if odd:
+        raise CheckpointError(f"{source} holds other than plain tensors of whole or real numbers: {_some(odd)}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Refuse NaN and infinity, and numbers that fp32 cannot hold.
+
+    Raises:
+        CheckpointError: With the tensors that hold one.
+    """
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not _is_finite(t)]
+    if bad:
+        raise CheckpointError(f"{source} holds NaN or infinity in {_some(bad)}; get or make the file anew")
+
+
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: object, what: str) -> None:
     """Give a module exactly these tensors.
 
     Raises:
-        CheckpointError: If one is missing, too many or of another shape; the module is then as before.
+        CheckpointError: If one is missing, too many, of another shape, or not finite; the module is then as before.
     """
     expected = module.state_dict()
     check_fit(expected, tensors, expected, source, what)
+    check_finite(tensors, source)
     module.load_state_dict(tensors, strict=True)
 
 
@@ -145,6 +181,11 @@ def check_fit(
         for name in found
         if name in expected and found[name].shape != expected[name].shape
     ]
+    shapes += [
+        f"{name} is {str(found[name].dtype).removeprefix('torch.')}, expected real numbers"
+        for name in found
+        if name in expected and expected[name].is_floating_point() and not found[name].is_floating_point()
+    ]
     faults = [("missing: ", missing), ("unexpected: ", unexpected), ("", shapes)]
     words = [label + _some(names) for label, names in faults if names]
     if words:
@@ -163,7 +204,7 @@ def vision_tensors(tensors: Mapping[str, Tensor], depth: int, tokens: int) -> di
     own = part(tensors, "visual_encoder.") or dict(tensors)
     unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
     kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
-    if "pos_embed" in kept and kept["pos_embed"].dim() == 3:
+    if "pos_embed" in kept and kept["pos_embed"].dim() == 3 and kept["pos_embed"].shape[1] > 1:
         kept["pos_embed"] = fit_positions(kept["pos_embed"], tokens)
     return kept
 
@@ -212,30 +253,68 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-        return tensors, json.loads(metadata["cfg"]) if "cfg" in metadata else None
-    except (SafetensorError, OSError, ValueError) as error:
+        cfg = json.loads(metadata["cfg"]) if "cfg" in metadata else None
+    except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(cfg, (dict, type(None))):
+        raise CheckpointError(f"{path} cannot be read: the cfg in its metadata is no object")
+    if metadata.get("fingerprint") not in (None, fingerprint(tensors)):
+        raise CheckpointError(f"{path} holds other tensors than were written: get or make the file anew")
+    return tensors, cfg
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Any], None]:
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files written before torch 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {named.group(1)}" if named else "other objects than tensors and plain values, or is damaged"
-        raise CheckpointError(f"{path} is refused: it holds {what}; only tensors are loaded, never code") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+    content = load_torch(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds no weights by name, but a {type(content).__name__}")
     return dict(content), None
 
 
+def load_torch(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, mapped where the format allows. No code in it is run.
+
+    Raises:
+        CheckpointError: If it is damaged, or holds other objects than tensors and plain values.
+    """
+    _check_archive(path)
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files written before torch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the object {named.group(1)}" if named else "other objects than tensors and plain values, or is damaged"
+        raise CheckpointError(f"{path} is refused: it holds {what}; only tensors are loaded, never code") from error
+    except Exception as error:  # at damaged files torch lets through whatever its parts raise
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse compressed members: ``torch.save`` stores its own as they are, and a megabyte may stand for gigabytes."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+    if packed:
+        raise CheckpointError(f"{path} is refused: its parts are compressed ({_some(packed)}), as torch writes none")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
+
+
 def _some(names: Iterable[object]) -> str:
-    listed = [str(name) for name in names]
+    listed = [" ".join(str(name)[:_LONGEST_NAME].split()) for name in names]
     more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
     return ", ".join(listed[:NAMED]) + more
 

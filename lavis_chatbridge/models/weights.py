@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
@@ -144,9 +143,7 @@ def check_finite(file: WeightFile) -> None:
     Raises:
         CheckpointError: With the tensors that hold one.
     """
-    bad = [name for name, t in file.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad:
-        raise CheckpointError(f"{file.path} holds NaN or infinity in {_some(bad)}; get or make the file anew")
+    checkpoint.check_finite(file.tensors, file.path)
 
 
 def check(file: WeightFile, settings: ModelSettings) -> None:

@@ -10,7 +10,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavis_chatbridge.datasets.loader import worker_deaths
-from lavis_chatbridge.errors import CheckpointError, ConfigError, TrainingError
+from lavis_chatbridge.errors import ChatBridgeError, CheckpointError, ConfigError, TrainingError
 from lavis_chatbridge.models import lora
+from lavis_chatbridge.models.checkpoint import written_with
 from lavis_chatbridge.runners import (
     checkpoints,
     data,
@@ -347,22 +349,52 @@ class ChatBridgeRunner(RunnerBase):
             self._migrate(path)
             return
         checkpoint = checkpoints.read(path)
-        state = checkpoint.state
+        snapshot.check_optimizer(self.model, checkpoint.optimizer, str(path))
+        with self._unless_it_fails(path):
+            self._restore_state(checkpoint.state, path)
+            adapters = checkpoint.state.get("adapters")
+            snapshot.load_trained_weights(self.model, checkpoint.model, str(path), adapters)
+        snapshot.load_optimizer(self.model, self.optimizer, checkpoint.optimizer)
+        _log.info("going on from %s after step %d of %d", path, self.state.step, self.steps)
+
+    def _restore_state(self, state: Mapping[str, Any], path: Path) -> None:
+        """Everything of a checkpoint but its tensors."""
         faults = checkpoints.differences(state["fingerprints"], self._marks)
         if faults:
             raise CheckpointError(f"{path} was trained with other frozen parts: {'; '.join(faults)}")
-        snapshot.load_trained_weights(self.model, checkpoint.model, str(path), state.get("adapters"))
-        snapshot.load_optimizer(self.model, self.optimizer, checkpoint.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.state = TrainState.from_dict(state["progress"])
         self._restore_position(state, path)
         if distributed.rank() < len(state["rng"]):
             snapshot.set_rng_state(state["rng"][distributed.rank()])
-        _log.info("going on from %s after step %d of %d", path, self.state.step, self.steps)
+
+    @contextmanager
+    def _unless_it_fails(self, path: Path) -> Iterator[None]:
+        """Put progress, position, scaler and random generators back as they are now if the block fails.
+
+        Raises:
+            CheckpointError: In the place of what a damaged state makes the block raise.
+        """
+        plan, loader = self.train_loader.plan, self.train_loader
+        origin: Any = dict(plan.origin)
+        before = (self.state, loader.state_dict(), self.scaler.state_dict(), snapshot.rng_state())
+        try:
+            yield
+        except Exception as error:
+            self.state, counts, scaler, rng = before
+            plan.go_on_from(origin["step"], origin["positions"])
+            loader.load_state_dict(counts)
+            self.scaler.load_state_dict(scaler)
+            snapshot.set_rng_state(rng)
+            if isinstance(error, ChatBridgeError):
+                raise
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise CheckpointError(f"the state in {path} is not of the form that is written: {cause}") from error
 
     def _migrate(self, path: Path) -> None:
         """Go on from another program's checkpoint: weights, optimiser where its order is known, and how far it was."""
         foreign = migrations.read(path, self.model)
+        snapshot.check_optimizer(self.model, foreign.optimizer, str(path))
         snapshot.load_trained_weights(self.model, foreign.model, str(path))
         snapshot.load_optimizer(self.model, self.optimizer, foreign.optimizer)
         per_epoch = self.train_loader.plan.steps_per_epoch()
@@ -384,6 +416,9 @@ class ChatBridgeRunner(RunnerBase):
         """
         plan, record = self.train_loader.plan, dict(state["data"]["plan"])
         origin, positions = record.pop("origin"), record.pop("positions")
+        counts = [origin["step"], *origin["positions"].values(), *positions.values()]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError(f"positions in the data are whole numbers, found {str(counts)[:100]}")
         mine = self._plan_record()
         found, expected = ({key: one[key] for key in _DATA_OF_A_PLAN} for one in (record, mine))
         faults = checkpoints.differences(found, expected)
@@ -413,7 +448,7 @@ class ChatBridgeRunner(RunnerBase):
         best = self.checkpoints.best()
         weights = checkpoints.read(best).model if best is not None else snapshot.trained_weights(self.model)
         partial = self.output_dir / f".{WEIGHTS}.partial"
-        metadata = {"step": str(self.state.best_step if best else self.state.step)}
+        metadata = {"step": str(self.state.best_step if best else self.state.step), **written_with(weights)}
         save_file(weights, partial, metadata=metadata | checkpoints.adapters_metadata(lora.describe(self.model)))
         os.replace(partial, self.output_dir / WEIGHTS)
         _log.info("the trained weights are in %s", self.output_dir / WEIGHTS)

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
+from lavis_chatbridge.models.checkpoint import written_with
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +141,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     """
     folder.mkdir(parents=True)
     weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.model.items()}
-    save_file(weights, folder / MODEL, metadata=adapters_metadata(checkpoint.state.get("adapters")) or None)
+    save_file(
+        weights, folder / MODEL, metadata=adapters_metadata(checkpoint.state.get("adapters")) | written_with(weights)
+    )
     save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.optimizer.items()}, folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1), encoding="utf-8")
     manifest = {
@@ -166,13 +169,19 @@ def read(folder: Path) -> Checkpoint:
     faults = verify(folder)
     if faults:
         raise CheckpointError(f"the checkpoint {folder} is damaged: {'; '.join(faults)}")
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        found = state.get("format")
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        model, optimizer = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
             f"the checkpoint {folder} has format {found!r}, this version reads {FORMAT}: update lavis-chatbridge"
         )
-    return Checkpoint(load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
+    return Checkpoint(model, optimizer, state)
 
 
 def verify(folder: Path) -> list[str]:
@@ -180,7 +189,9 @@ def verify(folder: Path) -> list[str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (entry["bytes"], entry["blake2b"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(Path(name).name != name for name in files):
+            raise ValueError("it names files of other folders")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} is missing or unreadable ({error})"]
     faults = [f"{name} is not in {MANIFEST}" for name in (MODEL, OPTIMIZER, STATE) if name not in files]
     for name, (size, digest) in files.items():
@@ -227,9 +238,9 @@ def newest_run(output_dir: Path, identity: Mapping[str, Any]) -> Path | None:
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], limit: int = 5) -> list[str]:
     """What of ``found`` (in a checkpoint) is not as ``expected`` (in the model), as sentences."""
     lines = [f"{key} is missing" for key in expected if key not in found]
-    lines += [f"{key} is not expected" for key in found if key not in expected]
+    lines += [f"{str(key)[:200]} is not expected" for key in found if key not in expected]
     both = [key for key in expected if key in found and found[key] != expected[key]]
-    lines += [f"{key} is {found[key]}, expected {expected[key]}" for key in both]
+    lines += [f"{key} is {str(found[key])[:200]}, expected {expected[key]}" for key in both]
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import checkpoint
 from lavis_chatbridge.runners import optim
+
+_MOST_STEPS = 1 << 40
 
 
 class Foreign(NamedTuple):
@@ -43,28 +45,37 @@ def read(path: Path, model: nn.Module) -> Foreign:
         CheckpointError: If the file is damaged, holds code, or is of no known form.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        cause = " ".join(str(error).split())[:200]
+        content = checkpoint.load_torch(path)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"cannot read the checkpoint {path} (only tensors and plain values are read): {cause}"
+            f"no checkpoint to go on from (only tensors and plain values are read): {error}"
         ) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise CheckpointError(
             f"{path} is no checkpoint of LAVIS's or the original's form: it has no weights under 'model'"
         )
-    held = {str(name).removeprefix("module."): tensor for name, tensor in content["model"].items()}
+    held = {str(name).removeprefix("module."): t for name, t in content["model"].items() if isinstance(t, Tensor)}
     trained = optim.trainable(model)
-    weights = {name: held[name].float() for name in trained if name in held}
-    optimizer = content.get("optimizer") or {}
-    name, order = _order(model, optimizer.get("param_groups") or [])
-    return Foreign(
-        name,
-        weights,
-        _by_name(order, optimizer.get("state") or {}, trained),
-        None if content.get("epoch") is None else int(content["epoch"]) + 1,
-        None if content.get("iters") is None else int(content["iters"]),
-    )
+    weights = {name: held[name] for name in trained if name in held}
+    checkpoint.check_plain(weights, path)
+    epoch, iters = _count(content, "epoch", path), _count(content, "iters", path)
+    try:
+        optimizer = content.get("optimizer") or {}
+        name, order = _order(model, optimizer.get("param_groups") or [])
+        state = _by_name(order, optimizer.get("state") or {}, trained)
+    except (AttributeError, TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path} holds an optimiser of a form that is not known: {error}") from error
+    checkpoint.check_plain(state, path)
+    state = {key: tensor.float() for key, tensor in state.items()}
+    weights = {key: tensor.float() for key, tensor in weights.items()}
+    return Foreign(name, weights, state, None if epoch is None else epoch + 1, iters)
+
+
+def _count(content: Mapping[str, Any], key: str, path: Path) -> int | None:
+    value = content.get(key)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_STEPS):
+        return value
+    raise CheckpointError(f"{path}: {key} is {str(value)[:60]!r}, expected a number of passes or steps")
 
 
 def _order(model: nn.Module, groups: list[Mapping[str, Any]]) -> tuple[str, list[str]]:
@@ -87,7 +98,7 @@ def _lavis_decays(name: str, parameter: nn.Parameter) -> bool:
 def _by_name(order: list[str], state: Mapping[Any, Mapping[str, Any]], trained: Mapping[str, Any]) -> dict[str, Tensor]:
     named = {order[int(number)]: values for number, values in state.items() if int(number) < len(order)}
     return {
-        f"{name}|{key}": torch.as_tensor(value, dtype=torch.float32)
+        f"{name}|{key}": value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
         for name, values in named.items()
         if name in trained
         for key, value in values.items()

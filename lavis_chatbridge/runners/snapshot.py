@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.models import lora
+from lavis_chatbridge.models import checkpoint, lora
 from lavis_chatbridge.runners import checkpoints, optim
 
 _PROBES = 1024
@@ -28,6 +28,8 @@ _PROBES = 1024
 _WORD_PROBES = 256
 
 _SEPARATOR = "|"
+_ADAMW = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter."""
 _PACKAGES = ("torch", "transformers", "salesforce-lavis", "safetensors", "numpy", "lavis-chatbridge")
 
 
@@ -59,6 +61,8 @@ def load_trained_weights(
     faults = checkpoints.differences(shapes, expected)
     if faults:
         raise CheckpointError(f"{where} is for another model: {'; '.join(faults)}")
+    checkpoint.check_fit(parameters, weights, parameters, where, "this model")
+    checkpoint.check_finite(weights, where)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -72,6 +76,30 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
+
+
+def check_optimizer(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Look at the optimiser's state before it is put back.
+
+    Raises:
+        CheckpointError: If it lacks a part of what AdamW keeps for a parameter, or a part has another shape, holds no
+            real numbers, or is not finite.
+    """
+    parameters = optim.trainable(model)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(_SEPARATOR)
+        if name in parameters:
+            parts.setdefault(name, {})[part] = tensor
+    faults = []
+    for name, state in parts.items():
+        expected = {part: [] if part == "step" else list(parameters[name].shape) for part in _ADAMW}
+        found = {part: list(state[part].squeeze().shape if part == "step" else state[part].shape) for part in state}
+        faults += checkpoints.differences(found, expected)
+        faults += [f"{part} holds no real numbers" for part, tensor in state.items() if not tensor.is_floating_point()]
+    if faults:
+        raise CheckpointError(f"{where} holds an optimiser's state that does not fit: {'; '.join(faults[:5])}")
+    checkpoint.check_finite(tensors, where)
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -77,4 +77,11 @@ class TrainState:
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """From what `to_dict` gave."""
         sources = {name: SourceCount(**count) for name, count in values["sources"].items()}
+        whole = [
+            values["step"],
+            values["nonfinite_steps"],
+            *(n for one in values["sources"].values() for n in one.values()),
+        ]
+        if not all(isinstance(number, int) and number >= 0 for number in whole):
+            raise ValueError(f"progress is counted in whole numbers, found {str(whole)[:100]}")
         return cls(**{**values, "sources": sources})
