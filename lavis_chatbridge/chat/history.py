@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -89,17 +90,18 @@ def read(path: str | Path) -> tuple[list[ChatTurn], dict[str, Any]]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: is no conversation of ChatBridge (it has no format {FORMAT!r})")
     if content.get("version") != VERSION:
-        raise DataError(f"{path}: version {content.get('version')!r} of the format, expected {VERSION}")
+        raise DataError(f"{path}: version {content.get('version')!r:.80} of the format, expected {VERSION}")
     folder = os.path.abspath(Path(path).parent)
     try:
         turns = [_turn(record, folder) for record in content["turns"]]
-    except (KeyError, TypeError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, ValueError, EOFError, AttributeError, MemoryError, OverflowError, TokenError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise DataError(f"{path}: damaged: {cause}") from error
     settings = {key: value for key, value in content.items() if key not in ("format", "version", "turns")}
     return turns, settings
 
@@ -116,7 +118,7 @@ def _turn_record(turn: ChatTurn, folder: str) -> dict[str, Any]:
 def _turn(record: Mapping[str, Any], folder: str) -> ChatTurn:
     role, text = record["role"], record["text"]
     if role not in ("user", "assistant") or not isinstance(text, str):
-        raise ValueError(f"a turn of role {role!r} with text {text!r}")
+        raise ValueError(f"a turn of role {role!r:.80} with text {text!r:.80}")
     tokens = record.get("tokens")
     ids = None if tokens is None else tuple(int(token) for token in tokens)
     media = [_medium(medium, folder) for medium in record.get("media", ())]

@@ -97,7 +97,7 @@ def _data_url(rest: str, limit: int, where: str) -> bytes:
         raise RequestError(400, f"{where}: a data: URL has a comma in front of its data", "invalid_url", where)
     if head.lower().endswith(";base64"):
         return _decoded(data, limit, where)
-    content = urllib.parse.unquote_to_bytes(data)
+    content = urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
     if len(content) > limit:
         raise too_large(where, limit, where)
     return content
@@ -126,7 +126,10 @@ def _copy(url: str, file: RequestFile, settings: ServerSettings, where: str) -> 
     Whether a file is missing, lies elsewhere or may not be read is not told: a client could look around with it.
     """
     refused = RequestError(400, f"{where}: this server offers no such file", "file_not_available", where)
-    parsed = urllib.parse.urlsplit(url)
+    try:
+        parsed = urllib.parse.urlsplit(url)
+    except ValueError:  # half a bracket, say
+        raise refused from None
     if parsed.netloc not in ("", "localhost") or parsed.query or parsed.fragment:
         raise refused
     path = urllib.parse.unquote(parsed.path)

@@ -204,7 +204,7 @@ def _part(part: Any, where: str) -> str | Attachment:
         if not isinstance(held, str):
             raise _wrong(f"{where}.text", "a text", held)
         return held
-    if kind in _URL_PARTS:
+    if isinstance(kind, str) and kind in _URL_PARTS:
         url = held.get("url") if isinstance(held, dict) else held
         if not isinstance(url, str) or not url:
             raise _wrong(f"{where}.{kind}.url", "a URL", url)
