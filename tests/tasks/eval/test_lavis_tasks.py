@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from lavis.common.registry import registry
+from lavis.common.vqa_tools.vqa_eval import VQAEval
+from lavis.datasets.datasets.retrieval_datasets import RetrievalEvalDataset
 from PIL import Image
 
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin.launch import Session
+from tests.media.making import video_file
 
 COLOURS = [(220, 30, 30), (30, 200, 40), (40, 60, 220)]
 RUN = {"evaluate": True, "num_workers": 0, "batch_size_eval": 2, "max_len": 6, "min_len": 1, "num_beams": 2,
@@ -58,8 +63,8 @@ def test_captioning_on_coco_caption(score, tmp_path):
     assert all(isinstance(record["caption"], str) for record in records)
 
 
-@pytest.mark.parametrize("method", ["rank", "generate"])
-def test_vqa_on_coco_vqa_with_the_official_score(score, tmp_path, method):
+def official_files(folder, candidates):
+    """The four files of a split in LAVIS's layout of VQAv2: rows, candidates, the official questions and answers."""
     rows = [
         {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "question": "What colour is it?", "question_id": n}
         for n in (1, 2, 3)
@@ -71,18 +76,143 @@ def test_vqa_on_coco_vqa_with_the_official_score(score, tmp_path, method):
         {"question_id": n, "image_id": n, "answers": answers, "answer_type": "other", "question_type": "what"}
         for n in (1, 2, 3)
     ]
-    files = [
-        written(tmp_path, "vqa.json", rows),
-        written(tmp_path, "answers.json", ["red", "green"] if method == "generate" else ["red"]),
-        written(tmp_path, "questions.json", top | questions),
-        written(tmp_path, "annotations.json", top | {"annotations": annotations}),
+    return [
+        written(folder, "vqa.json", rows),
+        written(folder, "answers.json", candidates),
+        written(folder, "questions.json", top | questions),
+        written(folder, "annotations.json", top | {"annotations": annotations}),
     ]
-    splits = {"val": {"url": files, "storage": files}}
-    info = {"annotations": splits, "images": {"storage": str(tmp_path / "images")}}
-    datasets = {"coco_vqa": {"type": "eval", "build_info": info}}
+
+
+def section(folder, splits, kind="images", **more):
+    """A data set's section whose annotations are files that exist."""
+    annotations = {split: {"url": files, "storage": files} for split, files in splits.items()}
+    return more | {"build_info": {"annotations": annotations, kind: {"storage": str(folder / kind)}}}
+
+
+@pytest.mark.parametrize("method", ["rank", "generate"])
+def test_vqa_on_coco_vqa_with_the_official_score(score, tmp_path, method):
+    files = official_files(tmp_path, ["red", "green"] if method == "generate" else ["red"])
+    datasets = {"coco_vqa": section(tmp_path, {"val": files}, type="eval")}
     found = score(datasets, task="vqa", test_splits=["val"], inference_method=method)
     assert set(found["val"]) == {"agg_metrics", "other"}
     if method == "rank":  # of a single candidate
         assert found["val"]["agg_metrics"] == 100.0
     records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
     assert [record["question_id"] for record in records] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("candidate", "accuracy"), [("red", 100.0), ("green", 0.0)])
+def test_vqa_on_ok_vqa_with_the_official_score(score, tmp_path, candidate, accuracy):
+    row = {"image": "val2014/COCO_val2014_000000000001.jpg", "question": "What colour is it?", "answer": ["red"] * 10}
+    train = [written(tmp_path, "train.json", [row | {"question_id": 9}])]
+    datasets = {"ok_vqa": section(tmp_path, {"train": train, "test": official_files(tmp_path, [candidate])})}
+    found = score(datasets, task="vqa", test_splits=["test"], inference_method="rank")
+    assert found["test"] == {"agg_metrics": accuracy, "other": accuracy}
+    records = json.loads((tmp_path / "result/test_vqa_result.json").read_text())
+    assert records == [{"question_id": n, "answer": candidate} for n in (1, 2, 3)]
+
+
+def gqa_rows(answers):
+    return [
+        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "question": "Is it red?", "question_id": n, "answer": answer}
+        for n, answer in enumerate(answers, 1)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["default", "balanced_val", "balanced_testdev"])
+def test_gqa_on_gqa_ranks_the_candidates(score, tmp_path, kind):
+    rows = written(tmp_path, "gqa.json", gqa_rows(["yes", "no", "yes"]))
+    files = [rows, written(tmp_path, "answers.json", ["yes"])]
+    datasets = {"gqa": section(tmp_path, {"train": [rows], "val": files, "test": files}, type=kind)}
+    found = score(datasets, task="gqa", test_splits=["val"], inference_method="rank")
+    assert found["val"] == {"agg_metrics": pytest.approx(200 / 3), "acc": pytest.approx(200 / 3)}
+    records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
+    assert [(r["question_id"], r["pred_ans"], r["gt_ans"]) for r in records] == [
+        (1, "yes", "yes"), (2, "yes", "no"), (3, "yes", "yes"),
+    ]  # fmt: skip
+
+
+def test_gqa_on_gqa_counts_generated_answers(score, tmp_path):
+    def run(name, answers):
+        rows = written(tmp_path, name, gqa_rows(answers))
+        datasets = {"gqa": section(tmp_path, {"train": [rows], "val": [rows], "test": [rows]}, type="balanced_testdev")}
+        return score(datasets, task="gqa", test_splits=["val"], inference_method="generate")["val"]
+
+    assert run("other.json", ["no such answer"] * 3) == {"agg_metrics": 0.0, "acc": 0.0}
+    records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
+    assert [record["question_id"] for record in records] == [1, 2, 3]
+    official = VQAEval()
+    said = [official.processDigitArticle(official.processPunctuation(record["pred_ans"])) for record in records]
+    assert run("same.json", [*said[:2], "no such answer"])["acc"] == pytest.approx(200 / 3)
+
+
+def test_captioning_on_nocaps(score, tmp_path):
+    rows = [{"image": f"val2014/COCO_val2014_{n:012d}.jpg", "img_id": 10 * n, "caption": ["a"]} for n in (1, 2, 3)]
+    file = written(tmp_path, "nocaps.json", rows)
+    datasets = {"nocaps": section(tmp_path, {"val": file, "test": file})}
+    found = score(datasets, task="captioning", test_splits=["val", "test"], report_metric=False)
+    assert found == {"val": {"agg_metrics": 0.0}, "test": {"agg_metrics": 0.0}}
+    for split in found:
+        records = json.loads((tmp_path / f"result/{split}_epoch0.json").read_text())
+        assert [record["image_id"] for record in records] == [10, 20, 30]
+        assert all(isinstance(record["caption"], str) for record in records)
+
+
+def video_rows(folder, **keys):
+    (folder / "videos").mkdir()
+    for n in (1, 2):
+        (folder / f"videos/video{n}.mp4").write_bytes(video_file(6 + n))
+    return [{"video": f"video{n}.mp4"} | {key: value or n for key, value in keys.items()} for n in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["msvd_qa", "msrvtt_qa"])
+def test_vqa_on_questions_about_videos_writes_answers(score, tmp_path, name):
+    rows = video_rows(tmp_path, question="Who runs?", question_id=None, answer="man")
+    file, labels = written(tmp_path, "qa.json", rows), written(tmp_path, "labels.json", {"man": 0})
+    splits = {"train": file, "val": file, "test": file, "ans2label": labels}
+    processors = {split: {"name": f"chatbridge_video_{split}", "num_frames": 4} for split in ("train", "eval")}
+    datasets = {name: section(tmp_path, splits, "videos", vis_processor=processors)}
+    found = score(datasets, task="vqa", test_splits=["test"], inference_method="generate")
+    assert found == {"test": {}}  # LAVIS counts no answers in words
+    records = json.loads((tmp_path / "result/test_vqa_result.json").read_text())
+    assert [record["question_id"] for record in records] == [1, 2]
+    assert all(isinstance(record["answer"], str) for record in records)
+
+
+@pytest.mark.parametrize("name", ["msvd_caption", "msrvtt_caption", "vatex_caption"])
+def test_laviss_video_captions_have_no_defaults_of_their_name(score, tmp_path, name):
+    file = written(tmp_path, "cap.json", video_rows(tmp_path, image_id=None, caption="a man"))
+    datasets = {name: section(tmp_path, dict.fromkeys(("train", "val", "test"), file), "videos")}
+    with pytest.raises(ConfigError, match=f"Missing key {name}"):
+        score(datasets, task="captioning", test_splits=["test"], report_metric=False)
+
+
+def test_gqa_without_answers_cannot_be_batched_by_lavis(score, tmp_path):
+    rows = gqa_rows(["yes", "no"])
+    file = written(tmp_path, "gqa.json", [{k: v for k, v in row.items() if k != "answer"} for row in rows])
+    datasets = {"gqa": section(tmp_path, {"train": [file], "val": [file], "test": [file]})}
+    with pytest.raises(TypeError, match="NoneType"):
+        score(datasets, task="gqa", test_splits=["test"], inference_method="generate")
+
+
+def test_the_model_offers_nothing_for_retrieval_and_classification():
+    assert registry.get_builder_class("flickr30k").eval_dataset_cls is RetrievalEvalDataset
+    model = registry.get_model_class("chatbridge")
+    assert not hasattr(model, "compute_sim_matrix")  # what LAVIS's `retrieval` calls
+    assert not hasattr(model, "predict")  # what its `multimodal_classification` calls
+
+
+def test_aok_vqa_on_aok_vqa(score, tmp_path):
+    rows = [
+        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "question": "What colour is it?", "question_id": f"q{n}",
+         "choices": ["red", "green"], "correct_choice_idx": 0, "direct_answers": ["red"] * n + ["green"] * (10 - n)}
+        for n in (1, 2, 3)
+    ]  # fmt: skip
+    file = written(tmp_path, "aok.json", rows)
+    files = [file, written(tmp_path, "answers.json", ["red"])]
+    datasets = {"aok_vqa": section(tmp_path, {"train": [file], "val": files, "test": files})}
+    found = score(datasets, task="aok_vqa", test_splits=["val"], inference_method="rank")
+    assert found["val"] == {"agg_metrics": pytest.approx(200 / 3), "acc": pytest.approx(200 / 3)}  # 1/3, 2/3 and 3/3
+    records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
+    assert [(record["question_id"], record["pred_ans"]) for record in records] == [(f"q{n}", "red") for n in (1, 2, 3)]
