@@ -66,6 +66,16 @@ def test_meteor_equals_the_official_one() -> None:
 
 
 @needs_java
+def test_too_little_memory_for_meteor_is_told_and_the_rest_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "METEOR_HEAP_MIB", 10**10)  # no machine has it
+    reason = captions.unavailable(captions.METRICS)["METEOR"]
+    assert reason.startswith("Java does not start with a heap of 10000000000 MiB: ")
+    scored = captions.score_captions({"a": "a dog runs"}, {"a": ["a dog runs"]}, ("METEOR", "ROUGE_L"))
+    assert scored.left_out == {"METEOR": reason}
+    assert scored.overall == {"ROUGE_L": 1.0}
+
+
+@needs_java
 def test_an_empty_or_broken_caption_shifts_no_other() -> None:
     predictions = {"a": "a dog runs", "b": "", "c": "a cat\u2028sits\r\non a mat", "d": ""}
     references = {"a": ["a dog runs"], "b": ["a bird"], "c": ["a cat sits on a mat"], "d": ["x"]}
