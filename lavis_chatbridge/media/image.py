@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.media import gif
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-from lavis_chatbridge.media.source import Source, file_of, media_errors
+from lavis_chatbridge.media.source import Deadline, Source, file_of, head_of, media_errors
 
 WHITE = (255, 255, 255)
 
@@ -65,7 +66,10 @@ def open_image(
         if isinstance(source, Image.Image):
             check_size(source, source.size, limits)
             return np.array(to_rgb(source, background))
-        with whole_files_only(), Image.open(file_of(source), formats=PICTURE_FORMATS) as image:
+        file = file_of(source)
+        if head_of(file).startswith(gif.HEADS):
+            gif.count_frames(file, source, 0, Deadline(source, limits.timeout))
+        with whole_files_only(), Image.open(file, formats=PICTURE_FORMATS) as image:
             check_size(source, image.size, limits)
             if at_least is not None:
                 image.draft(None, (at_least, at_least))

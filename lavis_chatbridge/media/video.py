@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.media import gif
 from lavis_chatbridge.media.container import first_stream, open_container
 from lavis_chatbridge.media.image import PICTURE_FORMATS, WHITE, as_bytes, check_size, to_rgb, whole_files_only
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
+_MOST_PICTURES = 50_000  # frames of an animated picture
 _KEEP_BYTES = 1 << 28  # compressed packets up to this size stay in memory between the two passes
 
 
@@ -58,7 +61,12 @@ def open_video(
         if isinstance(source, Image.Image):
             return _picture_frames(source, source, choose, background, limits)
         file = file_of(source)
-        if is_picture(head_of(file)):
+        head = head_of(file)
+        if is_picture(head):
+            if head.startswith(gif.HEADS):
+                most = min(limits.max_frames, _MOST_PICTURES)
+                if gif.count_frames(file, source, most, Deadline(source, limits.timeout)) > most:
+                    raise MediaError(source, f"it has more frames than the limit of {most}")
             with whole_files_only(), Image.open(file, formats=PICTURE_FORMATS) as image:
                 return _picture_frames(image, source, choose, background, limits)
         return _container_frames(file, source, choose, limits)
@@ -101,9 +109,10 @@ def _picture_frames(
     """Frames of an animated picture; a still one is a video of one frame."""
     check_size(source, image.size, limits)
     deadline = Deadline(source, limits.timeout)
-    count = getattr(image, "n_frames", 1)
-    if count > limits.max_frames:
-        raise MediaError(source, f"{count} frames are more than the limit of {limits.max_frames}")
+    most = min(limits.max_frames, _MOST_PICTURES)
+    count = _count_pictures(image, most, deadline)
+    if count > most:
+        raise MediaError(source, f"it has more frames than the limit of {most}")
     indices = chosen(choose, count)
     _check_bytes(source, image.size, len(indices), limits)
     pictures: dict[int, np.ndarray] = {}
@@ -114,6 +123,23 @@ def _picture_frames(
         if index in indices:
             pictures[index] = np.array(to_rgb(image.copy(), background))
     return np.stack([pictures[index] for index in indices])
+
+
+def _count_pictures(image: Image.Image, most: int, deadline: Deadline) -> int:
+    """How many frames an animated picture has, or ``most + 1`` if there are more.
+
+    Pillow would go through all pages of a TIFF to count them, however many there are.
+    """
+    if image.format != "TIFF":
+        return getattr(image, "n_frames", 1)
+    count = 1
+    with suppress(EOFError):
+        while count <= most:
+            deadline.check()
+            image.seek(count)
+            count += 1
+    image.seek(0)
+    return count
 
 
 def _check_bytes(source: object, size: tuple[int, int], frames: int, limits: Limits) -> None:

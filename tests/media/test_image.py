@@ -183,3 +183,22 @@ def test_a_file_cut_off_is_refused_whatever_lavis_tells_pillow(monkeypatch: pyte
 def test_programs_are_not_started() -> None:
     with pytest.raises(MediaError, match="known format"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+def gif(*parts: bytes) -> bytes:
+    """A GIF of 1 x 1 pixel in two colours, from its blocks."""
+    return b"".join([b"GIF89a", struct.pack("<HHBBB", 1, 1, 0x80, 0, 0), b"\0\0\0\xff\xff\xff", *parts, b";"])
+
+
+GIF_FRAME = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02D\x01\x00"
+
+
+def test_a_gif_cut_into_too_many_blocks_is_refused_before_pillow_reads_it(tmp_path: Path) -> None:
+    assert open_image(gif(b"!\xfe" + b"\x01a" * 9000 + b"\0", GIF_FRAME)).shape == (1, 1, 3)
+    comment = gif(b"!\xfe" + b"\x01a" * 10_001 + b"\0", GIF_FRAME)
+    (tmp_path / "a.gif").write_bytes(comment)
+    for source in (comment, tmp_path / "a.gif"):
+        with pytest.raises(MediaError, match="comments are cut into more than 10000 blocks"):
+            open_image(source)
+    with pytest.raises(MediaError, match="cut into more than 2000000 blocks"):
+        open_image(gif(b"!\xf9" + b"\x01a" * 2_000_001 + b"\0", GIF_FRAME))

@@ -188,3 +188,16 @@ def test_a_wrong_choice_is_the_callers_fault() -> None:
             open_video(video_file(5), lambda count, wrong=wrong: wrong)  # type: ignore[misc]
     with pytest.raises(ValueError, match="choosing from 5 frames failed"):
         open_video(video_file(5), lambda count: [1 // 0])
+
+
+def test_animated_pictures_of_endless_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_module, "_MOST_PICTURES", 40)
+    for form in ("GIF", "TIFF"):
+        for count in (40, 41):
+            frames = [Image.new("L", (2, 2), index) for index in range(count)]
+            data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+            if count == 40:
+                assert open_video(data, lambda found: [found - 1]).shape == (1, 2, 2, 3)
+            else:
+                with pytest.raises(MediaError, match="more frames than the limit of 40"):
+                    open_video(data, these(0))
