@@ -66,6 +66,8 @@ class Imported:
             return Findings()
         try:
             return self._read(record, view)
+        except DataError:
+            raise  # it says more than what follows
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self._path}: what it says of {view.item!r:.80} has not the form {self._form!r}"
