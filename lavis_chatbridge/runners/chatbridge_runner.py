@@ -349,10 +349,11 @@ class ChatBridgeRunner(RunnerBase):
             self._migrate(path)
             return
         checkpoint = checkpoints.read(path)
+        adapters = checkpoint.state.get("adapters")
+        snapshot.check_trained_weights(self.model, checkpoint.model, str(path), adapters)
         snapshot.check_optimizer(self.model, checkpoint.optimizer, str(path))
         with self._unless_it_fails(path):
             self._restore_state(checkpoint.state, path)
-            adapters = checkpoint.state.get("adapters")
             snapshot.load_trained_weights(self.model, checkpoint.model, str(path), adapters)
         snapshot.load_optimizer(self.model, self.optimizer, checkpoint.optimizer)
         _log.info("going on from %s after step %d of %d", path, self.state.step, self.steps)
@@ -394,6 +395,7 @@ class ChatBridgeRunner(RunnerBase):
     def _migrate(self, path: Path) -> None:
         """Go on from another program's checkpoint: weights, optimiser where its order is known, and how far it was."""
         foreign = migrations.read(path, self.model)
+        snapshot.check_trained_weights(self.model, foreign.model, str(path))
         snapshot.check_optimizer(self.model, foreign.optimizer, str(path))
         snapshot.load_trained_weights(self.model, foreign.model, str(path))
         snapshot.load_optimizer(self.model, self.optimizer, foreign.optimizer)

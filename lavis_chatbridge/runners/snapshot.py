@@ -38,10 +38,10 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in optim.trainable(model).items()}
 
 
-def load_trained_weights(
+def check_trained_weights(
     model: nn.Module, weights: Mapping[str, Tensor], where: str, adapters: Mapping[str, Any] | None = None
 ) -> None:
-    """Put trained weights into the model.
+    """Look at trained weights before anything is put into the model.
 
     Args:
         model: The model.
@@ -50,7 +50,7 @@ def load_trained_weights(
         adapters: What the checkpoint says of its LoRA adapters; without it, what the weights tell.
 
     Raises:
-        CheckpointError: With the differences, if names, shapes or adapters are not the model's.
+        CheckpointError: With the differences, if names, shapes or adapters are not the model's; if a value is not finite.
     """
     misfit = lora.misfit(adapters or lora.described_by(weights), lora.describe(model))
     if misfit is not None:
@@ -63,8 +63,15 @@ def load_trained_weights(
         raise CheckpointError(f"{where} is for another model: {'; '.join(faults)}")
     checkpoint.check_fit(parameters, weights, parameters, where, "this model")
     checkpoint.check_finite(weights, where)
+
+
+def load_trained_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], where: str, adapters: Mapping[str, Any] | None = None
+) -> None:
+    """Put trained weights into the model, once `check_trained_weights` has found no fault in them."""
+    check_trained_weights(model, weights, where, adapters)
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in optim.trainable(model).items():
             parameter.copy_(weights[name])
 
 
