@@ -50,7 +50,7 @@ def check_trained_weights(
         adapters: What the checkpoint says of its LoRA adapters; without it, what the weights tell.
 
     Raises:
-        CheckpointError: With the differences, if names, shapes or adapters are not the model's or a value is not finite.
+        CheckpointError: With the differences, if names, shapes or adapters do not fit, or a value is not finite.
     """
     misfit = lora.misfit(adapters or lora.described_by(weights), lora.describe(model))
     if misfit is not None:
