@@ -7,6 +7,7 @@ import io
 import socket
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -234,3 +235,21 @@ def test_metrics_are_prometheus_text():
     assert 'taken_bucket{le="0.5"} 1' in lines
     assert 'taken_bucket{le="+Inf"} 2' in lines
     assert "taken_sum 500.300000" in lines
+
+
+def test_escapes_are_undone_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 3
+    escaped = "".join(f"%{byte:02x}" for byte in content)
+    for stretch in (3, 4, 7, 1000):
+        monkeypatch.setattr(attachments, "_STRETCH", stretch)
+        assert attachments._unescaped(escaped) == content
+        assert attachments._unescaped("%%41%4%zz\u00e9%") == urllib.parse.unquote_to_bytes("%%41%4%zz\u00e9%")
+
+
+def test_what_is_no_address_or_no_unicode_is_refused(tmp_path: Path) -> None:
+    settings = ServerSettings(folders=(tmp_path,))
+    for url in ("file://[::1", "file:///\ud800", "data:;base64,\ud800"):
+        place = RequestFolder(tmp_path)
+        with pytest.raises(RequestError):
+            attachments.save([Attachment("image", url=url, where="w")], place, settings, float("inf"))
+        place.close()
