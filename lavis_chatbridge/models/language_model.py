@@ -58,7 +58,7 @@ class SentencePieceCodec:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, tokenised on its own."""
-        return self._pieces.encode(text)
+        return self._pieces.encode(_whole_characters(text))
 
     def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
         """The text of ids; special ones, and those beyond the file's pieces (a padding token), yield nothing."""
@@ -80,7 +80,8 @@ class HubCodec:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, tokenised on its own."""
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        whole = _whole_characters(text)
+        return self._tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode_marked(self, text: str) -> list[int]:
         """The ids of a text whose special tokens count as such: for text of a chat template, never for a user's."""
@@ -317,6 +318,15 @@ def _is_llama(folder: Path) -> bool:
         return not (folder / "tokenizer.json").is_file()
     name = json.loads(described.read_text(encoding="utf-8")).get("tokenizer_class") or ""
     return str(name).startswith("Llama") or not (folder / "tokenizer.json").is_file()
+
+
+def _whole_characters(text: str) -> str:
+    """``text`` with a replacement character for each half one (a lone surrogate), which tokenizers cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _from_zero(token: int) -> int | None:

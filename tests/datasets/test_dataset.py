@@ -11,7 +11,13 @@ import torch
 
 from lavis_chatbridge.datasets import files
 from lavis_chatbridge.datasets.collate import ITEM_KEYS, collate
-from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
+from lavis_chatbridge.datasets.dataset import (
+    SourceDataset,
+    SourceGroup,
+    SourceSettings,
+    media_source,
+    split_by_modality,
+)
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.errors import DataError, MediaError
@@ -111,6 +117,9 @@ def test_media_inside_a_shard(pictures, processors):
     assert torch.equal(data[0]["image"][0], torch.full((3, 4, 4), 7 / 255))
     with pytest.raises(MediaError, match="ends before byte"):
         data[1]
+    for offset, size in ((2**70, 1), (0, 10**15)):
+        with pytest.raises(MediaError, match="ends before byte"):
+            media_source(Medium("image", str(pictures / "s.tar"), offset, size))
 
 
 def test_stored_features_stand_in_for_media(pictures, processors):

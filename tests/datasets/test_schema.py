@@ -200,3 +200,35 @@ def test_words_must_be_descriptions_alone(medium: dict) -> None:
     record = {"id": "1", "media": [{"type": "audio", **medium}], "captions": ["x"]}
     with pytest.raises(DataError, match="words"):
         parse_record(record, "f:1", ".")
+
+
+def _nested(depth):
+    return [_nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"media": [{"type": "image", "path": "file:///etc/passwd"}]}, "is an address"),
+        ({"media": [{"type": "image", "path": "a\0.png"}]}, "NUL"),
+        ({"media": [{"type": "image", "path": "..\\\\x"}]}, "leaves the media root"),
+        ({"media": [IMAGE] * 1001}, "media holds 1001 entries, expected at most 1000"),
+        ({"captions": ["\ud800"]}, "holds half a character"),
+        ({"meta": {"a": [[[[]]]] * 2} | {"deep": _nested(40)}}, "meta holds objects or lists more than 32 deep"),
+        ({"x" * 1000: 1}, "unknown key 'xxx"),
+    ],
+)
+def test_hostile_lines_are_refused(tmp_path, changes, message):
+    text = fault(write(tmp_path / "a.jsonl", {"id": "a", "captions": ["c"]} | changes))
+    assert message in text
+    assert len(text) < 400
+
+
+def test_a_whole_character_may_be_spelt_in_two_halves(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "captions": ["\\ud83d\\ude00"]}')
+    assert next(read_jsonl(tmp_path / "a.jsonl")).captions == ("\N{GRINNING FACE}",)
+
+
+def test_too_many_brackets_are_no_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000)
+    assert "too many brackets" in fault(tmp_path / "a.jsonl")

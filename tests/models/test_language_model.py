@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.language_model import HubCodec, load_codec, load_language_model, logits_at
 from lavis_chatbridge.models.settings import LanguageModelSettings
+
+TINY = Path(language_model.__file__).parent.parent / "assets" / "tiny" / "llm"
 
 SIZES = {
     "model_type": "llama",
@@ -140,3 +143,9 @@ def test_chosen_logits_are_those_of_the_whole_for_any_family(golden_dir: Path, c
         torch.testing.assert_close(chosen, model(**inputs).logits[rows, columns], atol=1e-5, rtol=0)
     hook.remove()
     assert computed == [3, 14]
+
+
+def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path) -> None:
+    for codec in (load_codec(golden_dir / "tokenizer"), load_codec(TINY)):
+        assert codec.encode("a\ud800b") == codec.encode("a\N{REPLACEMENT CHARACTER}b")
+        assert codec.encode("a\ud83d\ude00") == codec.encode("a\N{GRINNING FACE}")

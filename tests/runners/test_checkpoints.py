@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from typing import ClassVar
 
 import pytest
+import safetensors.torch
 import torch
 from runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
 
@@ -19,6 +21,7 @@ from lavis_chatbridge.models import shapes
 from lavis_chatbridge.models.weights_command import model_settings
 from lavis_chatbridge.runners import checkpoints, distributed, snapshot
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
+from tests.fuzzing.weights import assert_same_state, run_state, with_manifest
 
 
 class Stop(Exception):
@@ -388,3 +391,144 @@ def test_a_checkpoint_of_the_13b_model_takes_less_than_one_and_a_half_gb(tmp_pat
     trained = {name: tensor for name, tensor in bridge.items() if not name.startswith(("ln_vision", "ln_audio"))}
     assert size(trained) + 4 * 200 * len(trained) < 1_500_000_000
     assert round(size(trained) / 1e9, 2) == 1.32
+
+
+def _changed(folder, name, change):
+    """Change a file of a checkpoint, and let the manifest agree: only its contents can betray it."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for place, content in with_manifest({**files, name: change(files[name])}).items():
+        (folder / place).write_bytes(content)
+
+
+def _tensors(change):
+    def changed(content):
+        tensors = safetensors.torch.load(content)
+        change(tensors)
+        return safetensors.torch.save(tensors)
+
+    return changed
+
+
+def _state(change):
+    def changed(content):
+        state = json.loads(content)
+        return json.dumps(change(state) or state).encode()
+
+    return changed
+
+
+def _exchange(tensors):
+    tensors["bridge.weight"], tensors["norm.weight"] = tensors["norm.weight"], tensors["bridge.weight"]
+
+
+DAMAGES = {
+    "weights with NaN": (checkpoints.MODEL, _tensors(lambda t: t["norm.bias"].fill_(float("nan"))), "NaN or infinity"),
+    "weights exchanged": (checkpoints.MODEL, _tensors(_exchange), "is for another model: bridge.weight is"),
+    "weights of whole numbers": (
+        checkpoints.MODEL,
+        _tensors(lambda t: t.update({"norm.bias": t["norm.bias"].int()})),
+        "norm.bias is int32, expected real numbers",
+    ),
+    "weights cut off": (checkpoints.MODEL, lambda content: content[:-8], "cannot be read"),
+    "optimiser cut off": (checkpoints.OPTIMIZER, lambda content: content[:-8], "cannot be read"),
+    "optimiser of another shape": (
+        checkpoints.OPTIMIZER,
+        _tensors(lambda t: t.update({"norm.bias|exp_avg": torch.ones(3)})),
+        "exp_avg is .3., expected .8.",
+    ),
+    "optimiser without a part": (
+        checkpoints.OPTIMIZER,
+        _tensors(lambda t: t.pop("norm.bias|exp_avg_sq")),
+        "exp_avg_sq is missing",
+    ),
+    "optimiser with infinity": (
+        checkpoints.OPTIMIZER,
+        _tensors(lambda t: t["norm.bias|exp_avg"].fill_(float("inf"))),
+        "NaN or infinity",
+    ),
+    "state that is a list": (checkpoints.STATE, lambda content: b"[]", "has format 'list'"),
+    "state too deep": (checkpoints.STATE, lambda content: b"[" * 100_000, "cannot be read"),
+    "state without a scaler": (checkpoints.STATE, _state(lambda s: s.pop("scaler") and None), "KeyError: 'scaler'"),
+    "steps that are words": (
+        checkpoints.STATE,
+        _state(lambda s: s["progress"].update(step="x")),
+        "counted in whole numbers",
+    ),
+    "positions that are words": (
+        checkpoints.STATE,
+        _state(lambda s: s["data"]["plan"]["positions"].update(sounds="x")),
+        "positions in the data are whole numbers",
+    ),
+    "random state cut off": (checkpoints.STATE, _state(lambda s: s["rng"][0].update(torch="AAAA")), "not of the form"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two steps, whose checkpoint is copied and damaged."""
+    folder = tmp_path_factory.mktemp("trained")
+    runner(folder, max_iters=2).train()
+    return folder / "checkpoints" / "step_00000002"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_refused_leaves_the_run_as_it_was(tmp_path, trained, damage):
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(trained, folder)
+    name, change, message = DAMAGES[damage]
+    one = runner(tmp_path / "out", max_iters=6)
+    before = run_state(one)
+    _changed(folder, name, change)
+    assert checkpoints.verify(folder) == []
+    with pytest.raises(CheckpointError, match=message):
+        one._load_checkpoint(folder)
+    assert_same_state(run_state(one), before)
+    _changed(folder, name, lambda content: (trained / name).read_bytes())
+    one._load_checkpoint(folder)
+    assert one.state.step == 2
+
+
+def test_a_manifest_names_files_of_its_own_folder_only(tmp_path, trained):
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(trained, folder)
+    for name in ("../../secret", "/etc/passwd", "a/b"):
+        (folder / checkpoints.MANIFEST).write_text(json.dumps({name: {"bytes": 1, "blake2b": "x"}}))
+        assert "names files of other folders" in checkpoints.verify(folder)[0]
+    (folder / checkpoints.MANIFEST).write_text("[" * 100_000)
+    assert "is missing or unreadable" in checkpoints.verify(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iters": "x"}, "iters is 'x', expected a number"),
+        ({"epoch": float("nan")}, "epoch is 'nan', expected a number"),
+        ({"epoch": -1}, "epoch is '-1', expected a number"),
+        ({"optimizer": 3}, "an optimiser of a form that is not known"),
+        ({"optimizer": {"state": {0: 3}, "param_groups": [{"params": []}, {}]}}, None),
+        ({"model": {"norm.bias": torch.full((8,), float("nan"))}}, "NaN or infinity"),
+        ({"model": {"norm.bias": torch.ones(3)}}, r"norm.bias is \[3\], expected \[8\]"),
+        ({"model": {"norm.bias": torch.ones(8).to_sparse()}}, "other than plain tensors"),
+        ({"model": {"norm.bias": torch.ones(8, dtype=torch.complex64)}}, "other than plain tensors"),
+        ({"model": 3}, "has no weights under 'model'"),
+    ],
+)
+def test_hostile_checkpoints_of_lavis_leave_the_run_as_it_was(tmp_path, changes, message):
+    path = tmp_path / "checkpoint.pth"
+    _lavis_checkpoint(path, _lavis_groups, iters=3)
+    content = torch.load(path, weights_only=True)
+    for key, value in changes.items():
+        content[key] = {**content["model"], **value} if key == "model" and isinstance(value, dict) else value
+    torch.save(content, path)
+    one = runner(tmp_path / "out", max_iters=6)
+    before = run_state(one)
+    if message is None:
+        one._load_checkpoint(path)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        one._load_checkpoint(path)
+    assert_same_state(run_state(one), before)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(CheckpointError, match="only tensors and plain values are read"):
+        one._load_checkpoint(path)
+    assert_same_state(run_state(one), before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -13,6 +14,7 @@ from lavis_chatbridge.datasets.readers.common import json_rows, json_value, tabl
 from lavis_chatbridge.datasets.schema import Medium
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting import Turn
+from tests.fuzzing.annotations import FORMATS, SHARD_CASES
 
 
 @pytest.fixture
@@ -385,3 +387,45 @@ def test_msvd_qa_finds_the_names_of_its_videos(read):
     assert sample.media[0].path == "/d/msvd/-b_3_9.avi"
     with pytest.raises(DataError, match=r"questions.txt: \[0\]: video 12 is not in"):
         read("msrvtt_qa", media, questions=questions, mapping="a_0_5 vid1\n")
+
+
+OUTSIDE = ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg"]
+NO_PATHS = ["file:///etc/passwd", "http://127.0.0.1/x.jpg", "a\0b.jpg", ""]
+
+
+@pytest.mark.parametrize("reader", sorted(FORMATS))
+def test_every_reader_refuses_media_outside_the_root(tmp_path, reader):
+    files = {}
+    for role, content in FORMATS[reader][1].items():
+        (tmp_path / role).write_text(content if isinstance(content, str) else json.dumps(content))
+        files[role] = str(tmp_path / role)
+    for path in (*OUTSIDE, *NO_PATHS):
+        with pytest.raises(DataError, match=r"leaves the media root|is an address|NUL|expected a file's path"):
+            list(READERS[reader](Origin("set", files, "/d", {"image": path})))
+    for path in OUTSIDE:
+        samples = list(READERS[reader](Origin("set", files, "/d", {"image": path}, allow_outside=True)))
+        assert samples[0].media[0].path == os.path.join("/d", path)
+    for path in NO_PATHS:
+        with pytest.raises(DataError, match=r"is an address|NUL|expected a file's path"):
+            list(READERS[reader](Origin("set", files, "/d", {"image": path}, allow_outside=True)))
+
+
+def test_every_reader_is_tried_with_paths_that_lead_out():
+    assert set(FORMATS) == set(READERS) - {"webdataset"}  # which names no paths: its media lie in the shard
+
+
+def test_texts_of_a_shard_are_bounded_and_holes_are_passed_over(tmp_path, monkeypatch):
+    from lavis_chatbridge.datasets.readers import web
+
+    monkeypatch.setattr(web, "_LARGEST_TEXT", 5)
+    origin = shard(tmp_path / "a.tar", [("0.jpg", b"J"), ("0.txt", b"a cat!")])
+    with pytest.raises(DataError, match=r"0\.txt' has 6 bytes, expected a text of at most 5"):
+        list(READERS["webdataset"](origin))
+    (tmp_path / "b.tar").write_bytes(SHARD_CASES["text of 8 GiB that is a hole"]())
+    assert list(READERS["webdataset"](Origin("set", {"file": str(tmp_path / "b.tar")}, "/d"))) == []
+
+
+@pytest.mark.parametrize("number", ["1.5", "true", "1e999", "NaN", '"x"', "null"])
+def test_what_is_no_whole_number_is_refused(read, number):
+    with pytest.raises(DataError, match="expected a whole number"):
+        read("msrvtt_qa", file=f'[{{"answer": "a", "id": 3, "question": "q?", "video_id": {number}}}]')
