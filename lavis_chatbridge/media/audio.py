@@ -18,6 +18,7 @@ from lavis_chatbridge.media.source import Deadline, Source, file_of, head_of, is
 Channel: TypeAlias = Literal["mean", "first"]
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
 _BLOCK = 1 << 20  # sample frames read at once, so that stereo never lies in memory whole
+_PLANES = 8  # of sound that a frame of FFmpeg has room for
 _LARGEST_KERNEL = 4_000_000
 _ROLLOFF, _ZERO_CROSSINGS = 0.99, 6  # of torchaudio's resampler
 
@@ -234,6 +235,11 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 
 def _frame_samples(frame: Any) -> np.ndarray:
     """A decoded frame as float32 ``[C,S]``."""
+    import av
+
+    if frame.format.is_planar and frame.layout.nb_channels >= _PLANES:
+        # PyAV looks for the end of the planes beyond the end of their list: these are laid into one by FFmpeg.
+        [frame] = av.AudioResampler(format=frame.format.packed, layout=frame.layout).resample(frame)
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T

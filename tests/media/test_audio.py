@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -167,3 +168,34 @@ def test_pyav_15_which_skips_no_other_streams_gives_the_same_sound(monkeypatch: 
     expected = open_audio(video)
     monkeypatch.delattr(av.stream, "Discard", raising=False)
     np.testing.assert_array_equal(open_audio(video), expected)
+
+
+def surround(layout: str, codec: str, gains: list[float]) -> bytes:
+    """A second of a tone in Matroska, in each channel as loud as its gain."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream: Any = container.add_stream(codec, rate=48_000, layout=layout)
+        form, samples = stream.codec_context.format, np.outer(tone(1.0, 48_000), gains).astype(np.float32)
+        for start in range(0, len(samples), 960):
+            packed = np.ascontiguousarray(samples[start : start + 960].reshape(1, -1))
+            frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
+            frame.sample_rate, frame.pts = 48_000, start
+            for part in av.AudioResampler(format=form, layout=layout, rate=48_000).resample(frame):
+                container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("layout", "codec"), [("7.1", "libopus"), ("7.1", "flac"), ("7.1", "aac"), ("hexadecagonal", "aac")]
+)
+def test_eight_channels_and_more(layout: str, codec: str) -> None:
+    """PyAV reads beyond the planes of such frames, and the process dies, where it is let."""
+    count = av.AudioLayout(layout).nb_channels
+    gains = [(number + 1) / count for number in range(count)]
+    first = open_audio(surround(layout, codec, gains), rate=48_000, channel="first")
+    assert np.abs(first[5000:40_000]).max() == pytest.approx(0.5 / count, rel=0.25)
+    mean = open_audio(surround(layout, codec, gains), rate=48_000)
+    assert pitch(mean, 48_000) == pytest.approx(440, abs=2)
+    if codec == "flac":
+        assert np.abs(mean).max() == pytest.approx(0.5 * np.mean(gains), rel=1e-3)
