@@ -234,3 +234,34 @@ def test_a_wrong_annotator_is_named_with_its_remedy(text: str, message: str) -> 
 def test_options_of_an_annotator_are_read(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text(json.dumps({"clip": [{"text": str(n), "box": [0, 0, 1, 1]} for n in range(5)]}))
     assert len(registry.build(f"grit={tmp_path}/g.json,largest=2").annotate([view()])[0].regions) == 2
+
+
+@pytest.mark.parametrize("path", ["../a.png", "/etc/passwd", "file:///etc/passwd", "a\0.png", ""])
+def test_media_outside_the_root_are_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "items.jsonl").write_text(json.dumps({"id": "a", "media": [{"type": "image", "path": path}]}))
+    with pytest.raises(DataError, match=r"leaves the media root|is an address|NUL|expected a file's path"):
+        annotate(tmp_path / "items.jsonl", tmp_path / "out", [])
+
+
+def test_links_that_lead_out_of_the_root_leave_an_item_out(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (root / "a.png").symlink_to(tmp_path / "secret.png")
+    (root / "items.jsonl").write_text(json.dumps({"id": "a", "media": [{"type": "image", "path": "a.png"}]}))
+    assert annotate(root / "items.jsonl", tmp_path / "out", []).failed == 1
+    assert "leads out of the media root" in next((tmp_path / "out").glob("failures-*")).read_text()
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "OUTSIDE", "a\0b", "\ud800", "x" * 9000])
+def test_an_items_name_leads_to_no_import_of_another_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "imports"
+    folder.mkdir()
+    (folder / "a.json").write_text("[]")
+    (tmp_path / "outside.json").write_text('[{"caption": "secret"}]')
+    (folder / "link.json").symlink_to(tmp_path / "outside.json")
+    name = name.replace("OUTSIDE", str(tmp_path / "outside"))
+    imported = Imported(folder, "captions")
+    for asked in (name, "link"):
+        view = View(asked, "frame", asked, lambda: np.zeros((4, 4, 3), np.uint8))
+        assert imported.annotate([view]) == [Findings()]

@@ -68,7 +68,7 @@ class Imported:
             return self._read(record, view)
         except DataError:
             raise  # it says more than what follows
-        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self._path}: what it says of {view.item!r:.80} has not the form {self._form!r}"
             ) from error
@@ -114,7 +114,8 @@ def _keys_of(view: View) -> Iterable[str]:
     yield from (f"{view.item}/{view.number}", f"{view.item}_{view.number}", f"{view.item}_frame{view.number}")
     if view.number == 0:
         path = PurePosixPath(view.path)
-        yield from dict.fromkeys((view.item, view.path, str(path.with_suffix("")), path.name, path.stem))
+        bare = str(path.with_suffix("")) if path.name else view.path
+        yield from dict.fromkeys((view.item, view.path, bare, path.name, path.stem))
 
 
 def _load(file: Path) -> Any:
@@ -141,7 +142,10 @@ def _by_key(file: Path) -> dict[str, Any]:
         if any(isinstance(record.get(name), list) for name in _LIST_KEYS):
             found[key] = record
         else:
-            found.setdefault(key, []).append(record)
+            regions = found.setdefault(key, [])
+            if not isinstance(regions, list):
+                raise DataError(f"{file}: {key!r:.80} has one record with a list and others without")
+            regions.append(record)
     return found
 
 
