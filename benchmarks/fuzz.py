@@ -106,9 +106,12 @@ def feed(target: Any, data: bytes) -> Outcome:
 def targets() -> dict[str, Any]:
     """All targets, by name."""
     sys.path.insert(0, str(ROOT))
+    import logging
+
     import tests.conftest  # noqa: F401  (the environment of the tests: offline, few threads, PyAV first)
     from tests.fuzzing.targets import TARGETS
 
+    logging.disable(logging.CRITICAL)
     return TARGETS
 
 
@@ -117,10 +120,8 @@ def work(connection: Connection, seed: int) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)  # decoders complain there about every broken file
     known, warm = targets(), set()
-    import logging
     import warnings
 
-    logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     while (order := connection.recv()) is not None:
         name, case = order

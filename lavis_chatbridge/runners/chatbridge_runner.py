@@ -350,9 +350,9 @@ class ChatBridgeRunner(RunnerBase):
             return
         checkpoint = checkpoints.read(path)
         adapters = checkpoint.state.get("adapters")
-        snapshot.check_trained_weights(self.model, checkpoint.model, str(path), adapters)
-        snapshot.check_optimizer(self.model, checkpoint.optimizer, str(path))
         with self._unless_it_fails(path):
+            snapshot.check_trained_weights(self.model, checkpoint.model, str(path), adapters)
+            snapshot.check_optimizer(self.model, checkpoint.optimizer, str(path))
             self._restore_state(checkpoint.state, path)
             snapshot.load_trained_weights(self.model, checkpoint.model, str(path), adapters)
         snapshot.load_optimizer(self.model, self.optimizer, checkpoint.optimizer)

@@ -192,14 +192,14 @@ def verify(folder: Path) -> list[str]:
         if any(Path(name).name != name for name in files):
             raise ValueError("it names files of other folders")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return [f"{MANIFEST} is missing or unreadable ({error})"]
+        return [f"{MANIFEST} is missing or unreadable ({' '.join(str(error).split())[:200]})"]
     faults = [f"{name} is not in {MANIFEST}" for name in (MODEL, OPTIMIZER, STATE) if name not in files]
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
+            faults.append(f"{' '.join(name.split())[:100]} is missing")
         elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
+            faults.append(f"{name} has {path.stat().st_size} bytes, expected {str(size)[:20]}")
         elif _digest(path) != digest:
             faults.append(f"{name} has other contents than were written")
     return faults

@@ -14,6 +14,8 @@ from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.schema import Medium, Sample
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
+from tests.fuzzing.annotations import FEATURE_CASES
+from tests.fuzzing.target import unpacked
 
 
 class Encoder:
@@ -128,3 +130,16 @@ def test_damage_is_named(pictures, processors):
     (pictures / "store" / "x.index.json").write_text("[]")
     with pytest.raises(DataError, match="not the index of a feature shard"):
         FeatureStore(pictures / "store")
+
+
+@pytest.mark.parametrize("case", FEATURE_CASES)
+def test_a_lying_cache_is_refused(tmp_path, case):
+    for name, content in unpacked(FEATURE_CASES[case]()).items():
+        (tmp_path / name).write_bytes(content)
+
+    def read():
+        store = FeatureStore(tmp_path)
+        store.get(next(iter(store._places)))
+
+    with pytest.raises(DataError, match=r"not the index of a feature shard|features cannot be read"):
+        read()

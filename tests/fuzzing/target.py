@@ -52,7 +52,7 @@ class Target:
         except REFUSALS as error:
             text = str(error)
             assert "\n" not in text, f"a message of several lines: {text[:200]!r}"
-            assert len(text) < 20_000, f"a message of {len(text)} characters: {text[:200]!r}"
+            assert len(text) < 8_000, f"a message of {len(text)} characters: {text[:200]!r}"
             return type(error).__name__
         return "result"
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
-from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models import checkpoint
-from lavis_chatbridge.models.beats import Beats
+from lavis_chatbridge.models.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.vision import VisionConfig, build_vision
 from tests.models.building import SMALL_BEATS, small_model, small_settings
 
@@ -186,3 +188,118 @@ def test_fingerprints_follow_weights_and_settings(tokenizer: Path) -> None:
     assert small_model(tokenizer, seed=1).frozen_fingerprint("audio") != before["audio"]
     tensors = {"a": torch.ones(2, dtype=torch.bfloat16)}
     assert checkpoint.fingerprint(tensors) != checkpoint.fingerprint({"a": torch.ones(2)})
+
+
+def hostile(tensor: torch.Tensor) -> dict[str, tuple[Any, str]]:
+    """What may stand in the place of a tensor, and what is said of it."""
+    nan = tensor.clone()
+    nan.view(-1)[-1] = float("nan")
+    return {
+        "NaN": (nan, "holds NaN or infinity in"),
+        "infinity": (tensor * float("inf"), "holds NaN or infinity in"),
+        "beyond fp32": (tensor.double() * 0 + 1e300, "holds NaN or infinity in"),
+        "meta": (tensor.to("meta"), "other than plain tensors"),
+        "sparse": (tensor.to_sparse(), "other than plain tensors"),
+        "complex": (tensor.to(torch.complex64), "other than plain tensors"),
+        "quantised": (torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "other than plain tensors"),
+        "more numbers than bytes": (torch.zeros(()).expand(tensor.shape), "other than plain tensors"),
+        "whole numbers": (tensor.to(torch.int32), "is int32, expected real numbers"),
+        "truth values": (tensor > 0, "is bool, expected real numbers"),
+        "another shape": (tensor.unsqueeze(0), "expected"),
+        "nothing": ("words", "missing"),
+    }
+
+
+@pytest.mark.parametrize("what", hostile(torch.ones(2, 2)))
+def test_hostile_tensors_are_refused_and_nothing_is_loaded(model: Any, tmp_path: Path, what: str) -> None:
+    tensors = changed(model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    last = list(tensors)[-1]
+    tensors[last], message = hostile(tensors[last])[what]
+    torch.save({"model": tensors}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message):
+        model.load_checkpoint(str(tmp_path / "a.pth"))
+    assert same(model, before)
+
+
+def load(module: Any, layout: str, path: Path, settings: Any) -> None:
+    """Load a file as the model does with each of its parts."""
+    if layout == "blip2":
+        module._load_blip2(str(path))
+        return
+    tensors = checkpoint.read(path).tensors
+    if layout == "eva":
+        fitted = checkpoint.vision_tensors(tensors, settings.vision.depth, settings.vision.tokens)
+    else:
+        fitted = checkpoint.beats_tensors(tensors, SMALL_BEATS.encoder_layers)
+    checkpoint.load_exactly(module, fitted, path, layout)
+
+
+@pytest.mark.parametrize("layout", ["eva", "beats", "blip2"])
+def test_hostile_tensors_in_published_layouts(tokenizer: Path, tmp_path: Path, layout: str) -> None:
+    settings = small_settings(tokenizer)
+    path = tmp_path / "a.pth"
+    module: Any = {"eva": lambda: build_vision(settings.vision), "beats": lambda: Beats(SMALL_BEATS)}.get(
+        layout, lambda: small_model(tokenizer)
+    )()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    whole = {name: t + 1 for name, t in before.items()}
+    if layout == "blip2":
+        whole = {n: t for n, t in whole.items() if n.startswith(("Qformer.", "ln_vision.", "image_query_tokens"))}
+    name = list(whole)[-1]
+    for value, message in hostile(before[name]).values():
+        torch.save({"model": {**whole, name: value}}, path)
+        with pytest.raises(CheckpointError, match=message):
+            load(module, layout, path, settings)
+        assert same(module, before)
+
+
+def test_exchanged_tensors_of_a_file_of_ours_are_refused(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = changed(model)
+    checkpoint.save(path, tensors, cfg={"a": 1})
+    assert checkpoint.read(path).cfg == {"a": 1}
+    first, second = b'"image_query_tokens"', b'"audio_query_tokens"'
+    data = path.read_bytes()
+    path.write_bytes(data.replace(first, b"<kept>").replace(second, first).replace(b"<kept>", second))
+    with pytest.raises(CheckpointError, match="holds other tensors than were written"):
+        model.load_checkpoint(str(path))
+    broken = bytearray(data)
+    broken[-2] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(CheckpointError, match="holds other tensors than were written"):
+        model.load_checkpoint(str(path))
+
+
+def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as source,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert checkpoint.read(tmp_path / "a.pth").tensors
+    with pytest.raises(CheckpointError, match="its parts are compressed"):
+        checkpoint.read(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"encoder_layers": 10**9}, "up to 256 layers"),
+        ({"encoder_embed_dim": "x"}, "encoder_embed_dim: expected int"),
+        ({"encoder_layers": 0.5}, "encoder_layers: expected int"),
+        ({"embed_dim": -3}, "embed_dim -3"),
+    ],
+)
+def test_sizes_in_a_file_are_checked_before_anything_is_built(cfg: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BeatsConfig.from_dict({**vars(SMALL_BEATS), **cfg})
+
+
+@pytest.mark.parametrize("cfg", ["[]", "3", "[" * 100_000, "{"])
+def test_a_malformed_cfg_is_told(tmp_path: Path, cfg: str) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {"cfg": cfg})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read(tmp_path / "a.safetensors")
