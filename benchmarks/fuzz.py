@@ -181,6 +181,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Run all targets, one after the other."""
     known = targets()
     chosen = args.target or list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        sys.exit(f"--target: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     worker = Worker(args.seed)
     for name, count in counts(chosen, args.inputs).items():
         row = Row(name)

@@ -191,6 +191,8 @@ def verify(folder: Path) -> list[str]:
         files = {str(name): (entry["bytes"], entry["blake2b"]) for name, entry in manifest.items()}
         if any(Path(name).name != name for name in files):
             raise ValueError("it names files of other folders")
+        if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in files.values()):
+            raise ValueError("a size or a digest is of another type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} is missing or unreadable ({' '.join(str(error).split())[:200]})"]
     faults = [f"{name} is not in {MANIFEST}" for name in (MODEL, OPTIMIZER, STATE) if name not in files]
@@ -199,7 +201,7 @@ def verify(folder: Path) -> list[str]:
         if not path.is_file():
             faults.append(f"{' '.join(name.split())[:100]} is missing")
         elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size} bytes, expected {str(size)[:20]}")
+            faults.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
         elif _digest(path) != digest:
             faults.append(f"{name} has other contents than were written")
     return faults

@@ -125,7 +125,7 @@ def _make_annotations(rng: random.Random) -> bytes:
     files = {}
     for role, content in FORMATS[reader][1].items():
         value = mutated_value(content, rng) if not isinstance(content, str) and rng.random() < 0.8 else content
-        data = value.encode() if isinstance(value, str) else dumped(value)
+        data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else dumped(value)
         files[role] = mutated_bytes(data, rng) if isinstance(value, str) or rng.random() < 0.3 else data
     return packed({"reader": reader.encode(), **files})
 
@@ -151,7 +151,7 @@ def _feed_annotations(data: bytes, folder: Path) -> None:
 
 
 def _assert_inside(path: str, root: Path) -> None:
-    inside = os.path.abspath(path).startswith(os.path.abspath(root) + os.sep)
+    inside = os.path.commonpath([os.path.abspath(path), os.path.abspath(root)]) == os.path.abspath(root)
     assert inside, f"{path!r} leaves {root}"
 
 
