@@ -24,7 +24,6 @@ INSTALLED := $(VENV)/.installed
 COMPAT_INSTALLED := $(COMPAT)/.installed
 LMMS := .venv-lmms-eval
 LMMS_INSTALLED := $(LMMS)/.installed
-EVALUATE := $(BIN)/python -m lavis.evaluate --cfg-path projects/chatbridge/eval/align.yaml --options
 
 # Nothing that runs here asks a hub; tokenizers that run in data workers start no threads of their own.
 export HF_HUB_OFFLINE := 1

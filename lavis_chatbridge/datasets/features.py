@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_chatbridge.datasets.dataset import media_source
 from lavis_chatbridge.datasets.schema import Medium, Sample
+from lavis_chatbridge.datasets.writing import publish, read_json, write_text
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
@@ -67,7 +68,7 @@ class FeatureStore:
     def refresh(self) -> None:
         """Take in what other processes have added."""
         for index in sorted(self.folder.glob("*.index.json")):
-            places, files = _index_in(_read_json(index), index)
+            places, files = _index_in(read_json(index), index)
             shard = index.name.replace(".index.json", ".tar")
             self._places |= {key: (shard, place) for key, place in places.items()}
             self._digests |= files
@@ -169,12 +170,12 @@ class FeatureStore:
                         files[medium.path] = self._digests[medium.path]
                     item = next(features, None) if tar.offset < SHARD_BYTES else None
             name = f"{first[0].kind}-{self.key(first[0])[:16]}"
-            _publish(Path(temporary), self.folder / f"{name}.tar")
+            publish(Path(temporary), self.folder / f"{name}.tar")
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         index = {"format": _FORMAT, "places": places, "files": files}
-        _write_json(self.folder / f"{name}.index.json", index)
+        write_text(self.folder / f"{name}.index.json", json.dumps(index))
         self._places |= {key: (f"{name}.tar", place) for key, place in places.items()}
         return len(places)
 
@@ -327,29 +328,3 @@ def _index_in(content: Any, path: Path) -> tuple[dict[str, list[int]], dict[str,
 def _are(values: Any, *kinds: type) -> bool:
     """Whether this is a list of values of these types."""
     return isinstance(values, list) and list(map(type, values)) == list(kinds)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        _publish(Path(temporary), path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Give a finished temporary file its name, after its bytes have reached the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Limits, has_audio_track, open_audio, open_image, open_video
+from tests.fuzzing.mutations import mutated_bytes
 from tests.media.making import encoded, photo, sound_file, tone, video_file
 
 LIMITS = Limits(max_pixels=4_000_000, max_seconds=60, max_frames=2000, max_bytes=1 << 28, timeout=5)
@@ -43,28 +44,6 @@ SOUNDS = {
 }
 
 
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """``data`` with bits flipped, an end cut off, a stretch zeroed, removed or inserted, or its header overwritten."""
-    broken, place = bytearray(data), rng.randrange(len(data))
-    kind = rng.randrange(6)
-    if kind == 0:
-        for _ in range(rng.choice((1, 3, 20))):
-            broken[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del broken[max(1, place) :]
-    elif kind == 2:
-        end = min(len(data), place + rng.choice((4, 50, 400)))
-        broken[place:end] = bytes(end - place)
-    elif kind == 3:
-        del broken[place : place + rng.choice((1, 10, 200))]
-    elif kind == 4:
-        for _ in range(rng.choice((1, 5))):
-            broken[rng.randrange(min(len(data), 64))] = rng.randrange(256)
-    else:
-        broken[place:place] = rng.randbytes(rng.choice((1, 4, 100)))
-    return bytes(broken)
-
-
 def some_frames(data: bytes) -> np.ndarray:
     return open_video(data, lambda count: [count // 8, count // 2, count - 1], limits=LIMITS)
 
@@ -90,7 +69,7 @@ def test_mutations(files: dict[str, bytes], opened: Callable[[bytes], Any], time
         for _ in range(times):
             begin = time.monotonic()
             try:
-                result = opened(mutated(data, rng))
+                result = opened(mutated_bytes(data, rng))
             except MediaError as error:
                 refusals += 1
                 messages.append(str(error))
