@@ -9,7 +9,7 @@ Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ class ChatBridge(BaseModel):
         self.video_queries = settings.perceiver.video_queries
         self.lost_answers = 0
         """Training samples so far whose whole answer was cut off by ``max_text_length``."""
+        self.most_passes: Callable[[list[int]], list[int]] | None = None
+        """Set where frozen parts are spread over processes, so that a pass through one gathers its weights from all of
+        them: from the passes that this process needs through the vision and the audio encoder, those all must make."""
         self._fingerprints: dict[str, str] = {}
 
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
@@ -172,7 +175,9 @@ class ChatBridge(BaseModel):
         """``[K]`` negative log-likelihoods in fp32 of the batch's targets, row by row, and the targets."""
         rows, columns, targets = (index.to(self.device) for index in batch.supervised())
         embeds = embed(batch, soft, self.llama_model.get_input_embeddings())
-        if not len(targets):
+        if self.most_passes is not None and torch.is_grad_enabled() and not embeds.requires_grad:
+            embeds.requires_grad_()  # text alone: other processes go back through the language model, so this one must
+        if not len(targets) and self.most_passes is None:
             return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
         with self._llm_precision():
             losses = losses_at(
@@ -516,15 +521,26 @@ class ChatBridge(BaseModel):
     ) -> dict[Kind, list[EncodedMedium]]:
         """The named media encoded, images and videos in the same batch of frames."""
         named: dict[Kind, list[Any]] = {k: [media[k][i][slot.index] for i, slot in wanted[k]] for k in wanted}
-        encoded: dict[Kind, list[EncodedMedium]] = {}
-        images, videos = named.get("image", []), named.get("video", [])
+        images, videos, sounds = (named.get(kind, []) for kind in ("image", "video", "audio"))
+        idle_frames, idle_sounds = self._idle_passes([*images, *videos], sounds)
         frames = self.encode_media("video", [*images, *videos])
-        for kind, listed in (("image", frames[: len(images)]), ("video", frames[len(images) :])):
-            if listed:
-                encoded[kind] = listed  # type: ignore[index]
-        if "audio" in named:
-            encoded["audio"] = self.encode_media("audio", named["audio"])
-        return encoded
+        for _ in range(idle_frames):
+            self.encode_media("video", [torch.zeros(3, *[self.settings.vision.image_size] * 2)])
+        heard = self.encode_media("audio", sounds)
+        patch = self.audio_encoder.config.input_patch_size
+        for _ in range(idle_sounds):
+            self.encode_media("audio", [torch.zeros(1, patch, patch)])
+        found: dict[Kind, list[EncodedMedium]] = {"image": frames[: len(images)], "video": frames[len(images) :]}
+        return {kind: listed for kind, listed in {**found, "audio": heard}.items() if listed}
+
+    def _idle_passes(self, frames: Sequence[Any], sounds: Sequence[Any]) -> tuple[int, int]:
+        """How often other processes run the vision and the audio encoder beyond what this one needs."""
+        if self.most_passes is None:
+            return 0, 0
+        chunk = self.settings.encoder_batch
+        own = [encoding.passes("video", frames, chunk), encoding.passes("audio", sounds, chunk)]
+        vision, audio = (most - mine for most, mine in zip(self.most_passes(own), own, strict=True))
+        return vision, audio
 
     def _context(
         self, contexts: Sequence[Sequence[Piece]], media: sample_reader.Media, bos: bool | None

@@ -19,6 +19,7 @@ from torch.nn import functional
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models.beats import Beats
+from lavis_chatbridge.prompting import Kind
 
 
 @torch.no_grad()
@@ -93,6 +94,22 @@ def encode_clips(
     own = [-(-bank.shape[1] // patch) * bands for bank in banks]
     each = zip(torch.cat(tokens).split(counts), torch.cat(masks).split(counts), own, strict=True)
     return [EncodedMedium(t[:, :n], m[:, :n]) for t, m, n in each]
+
+
+def passes(kind: Kind, media: Sequence[Any], chunk: int) -> int:
+    """How often an encoder runs for some media of which it takes ``chunk`` frames or clips at once.
+
+    Args:
+        kind: ``"audio"``, or ``"image"`` or ``"video"`` for the vision encoder.
+        media: What :func:`encode_frames` or :func:`encode_clips` takes, or encoded media, which need no pass.
+        chunk: The most frames or clips at once.
+    """
+    steps = 0
+    for medium in media:
+        if not isinstance(medium, EncodedMedium):
+            tensor = medium.fbank if isinstance(medium, AudioClips) else medium
+            steps += 1 if kind != "audio" and tensor.dim() == 3 else len(tensor)
+    return -(-steps // chunk)
 
 
 def stack(media: Sequence[EncodedMedium], device: torch.device) -> tuple[Tensor, Tensor | None, list[int]]:

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -186,6 +186,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if in_group():
         dist.all_reduce(values)
     return values
+
+
+def most_over_ranks(numbers: Sequence[int]) -> list[int]:
+    """For each of some numbers the largest that any process has."""
+    if not in_group():
+        return list(numbers)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    values = torch.tensor(list(numbers), device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 def from_main(value: T) -> T:

@@ -90,12 +90,15 @@ def whole(model: nn.Module) -> Iterator[None]:
     Needs the memory of the whole model on each process while it lasts.
     """
     sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+    most_passes = getattr(model, "most_passes", None)
+    model.most_passes = None  # type: ignore[assignment]
     for module in sharded:
         module.set_reshard_after_forward(False)
         module.unshard()
     try:
         yield
     finally:
+        model.most_passes = most_passes  # type: ignore[assignment]
         for module in sharded:
             module.set_reshard_after_forward(True)
             module.reshard()
@@ -118,6 +121,7 @@ def _shard(model: nn.Module, device: torch.device) -> None:
     for block in blocks:
         block.to(device)
         fully_shard(block, mesh=mesh, **_kept_whole(block))
+    model.most_passes = distributed.most_over_ranks  # type: ignore[assignment]
 
 
 def _kept_whole(block: nn.Module) -> dict[str, Any]:
