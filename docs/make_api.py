@@ -14,7 +14,7 @@ PAGES = {
     "media": ("Opening media", ["media.image", "media.video", "media.audio", "media.source", "media.limits"]),
     "processors": ("Processors", [f"processors.{name}" for name in ("base", "image", "video", "audio", "text")]),
     "models": ("The model", [f"models.{name}" for name in ("chatbridge", "settings", "checkpoint", "perceiver")]),
-    "datasets": ("Data", ["datasets.schema", "datasets.settings", "datasets.readers.common", "datasets.builders"]),
+    "datasets": ("Data", ["schema", "datasets.settings", "datasets.readers.common", "datasets.builders"]),
     "prompting": ("Prompts", ["prompting.pieces", "prompting.conversation", "prompting.templates"]),
     "multis": ("Annotators of the pipeline", ["multis.annotators.base", "multis.annotators.registry"]),
     "errors": ("Errors and settings", ["errors", "settings"]),

@@ -259,7 +259,7 @@ def _question(line: str, where: str, folder: str) -> dict[str, Any]:
 
 def _conversation(record: dict[str, Any], where: str, folder: str) -> dict[str, Any]:
     """A line in the schema of data sets; an answer at the end of its turns is what the model is to give instead."""
-    from lavis_chatbridge.datasets.schema import parse_record
+    from lavis_chatbridge.schema import parse_record
 
     given = {"id": where.rpartition(":")[2], **record}
     given.pop("text", None)

@@ -9,7 +9,6 @@ import base64
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from lavis_chatbridge.chat.media import Medium
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.writing import PRIVATE, write_text
 
 FORMAT, VERSION = "chatbridge-chat", 1
 
@@ -57,7 +57,6 @@ def write(path: str | Path, turns: Sequence[ChatTurn], settings: Mapping[str, An
     """
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         folder = os.path.abspath(target.parent)
         content = {
             "format": FORMAT,
@@ -66,16 +65,7 @@ def write(path: str | Path, turns: Sequence[ChatTurn], settings: Mapping[str, An
             "turns": [_turn_record(turn, folder) for turn in turns],
         }
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                out.write(text)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(target, text, mode=PRIVATE)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -24,11 +24,11 @@ from lavis_chatbridge.datasets import readers
 from lavis_chatbridge.datasets.cache import cache_folder, locked
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.schema import SCHEMA_VERSION, Sample, write_jsonl
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.loading import load_processors
 from lavis_chatbridge.prompting.templates import Templates
+from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, write_jsonl
 
 _log = logging.getLogger(__name__)
 

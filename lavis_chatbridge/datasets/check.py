@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside, parse_line
 from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.schema import Medium, Sample, check_inside, parse_line
 
 _SHOWN = 5
 _CHARACTERS_PER_TOKEN = 4

@@ -20,12 +20,12 @@ import torch
 
 from lavis_chatbridge.datasets.collate import collate
 from lavis_chatbridge.datasets.files import SampleFile, about_tokens
-from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside, to_record
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment_prompt, chat_prompt, clean_caption
 from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
+from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
 
 Stage = Literal["auto", "alignment", "instruction"]
 Processors = Mapping[str, Callable[..., Any]]

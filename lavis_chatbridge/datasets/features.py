@@ -26,11 +26,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_chatbridge.datasets.dataset import media_source
-from lavis_chatbridge.datasets.schema import Medium, Sample
-from lavis_chatbridge.datasets.writing import publish, read_json, write_text
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.schema import Medium, Sample
+from lavis_chatbridge.writing import publish, read_json, write_text
 
 _log = logging.getLogger(__name__)
 

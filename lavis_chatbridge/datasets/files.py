@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import tempfile
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lavis_chatbridge.datasets.schema import SCHEMA_VERSION, Sample, parse_line
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, parse_line
+from lavis_chatbridge.writing import whole_file
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MEDIUM = 32
@@ -141,12 +141,5 @@ def _load_index(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **index)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **index)  # type: ignore[arg-type]

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +25,10 @@ import numpy as np
 
 from lavis_chatbridge.datasets.dataset import SourceGroup, media_source
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.schema import Medium, Sample, check_inside, parse_record, to_record, write_jsonl
-from lavis_chatbridge.datasets.writing import publish, read_json, write_text
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.source import file_of, media_errors
+from lavis_chatbridge.schema import Medium, Sample, check_inside, parse_record, to_record, write_jsonl
+from lavis_chatbridge.writing import read_json, whole_file, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -174,18 +173,10 @@ def _shard(chosen: ShardSet, number: int, verify: bool) -> dict[str, Any]:
     target = chosen.shard(number)
     if index is not None and index["key"] == key and (not verify or _sha256(target) == index["sha256"]):
         return index
-    chosen.folder.mkdir(parents=True, exist_ok=True)
     for stale in (chosen.manifest, chosen.index(number)):  # what they say is about to be true no longer
         stale.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=chosen.folder, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with whole_file(target) as temporary:
         index = {"format": _FORMAT, "stamp": chosen.stamp, "key": key, **_fill(temporary, target.name, chosen, part)}
-        publish(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     write_text(chosen.index(number), json.dumps(index, ensure_ascii=False))
     _log.info("wrote %s: %d samples, left out %d", target, index["samples"], len(index["left_out"]))
     return index

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models.vision import fit_positions
+from lavis_chatbridge.writing import whole_file
 
 PACKAGE = "package:"
 NAMED = 4
@@ -107,16 +107,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
     from safetensors.torch import save_file
 
     apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         save_file(apart, temporary, metadata=written_with(apart, cfg))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def written_with(tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> dict[str, str]:

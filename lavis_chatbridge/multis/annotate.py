@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from lavis_chatbridge import media
-from lavis_chatbridge.datasets.schema import check_inside, media_path
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError
 from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_lines
 from lavis_chatbridge.multis.annotators.base import Annotator, Findings, View
 from lavis_chatbridge.multis.annotators.models import RATE
 from lavis_chatbridge.multis.journal import Journal, read_journal
+from lavis_chatbridge.schema import check_inside, media_path
+from lavis_chatbridge.writing import write_text
 
 FRAMES_PER_VIDEO = 3
 _OF_SAMPLES_ONLY = ("turns", "answers", "style", "task", "held_out", "meta")
@@ -234,6 +235,6 @@ def _with_authors(item: Annotation) -> Annotation:
 
 def _write_failures(path: Path, failures: list[dict[str, str]]) -> None:
     if failures:
-        path.write_text("".join(json.dumps(failure) + "\n" for failure in failures), encoding="utf-8")
+        write_text(path, "".join(json.dumps(failure) + "\n" for failure in failures))
     else:
         path.unlink(missing_ok=True)

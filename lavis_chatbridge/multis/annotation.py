@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavis_chatbridge import settings
-from lavis_chatbridge.datasets.schema import media_path
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.multis.journal import read_journal
 from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.schema import media_path
 
 Modality = Literal["image", "video", "audio", "video+audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio", "video+audio")

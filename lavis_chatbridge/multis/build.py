@@ -27,12 +27,12 @@ import yaml
 
 from lavis_chatbridge import __version__, settings
 from lavis_chatbridge.datasets.readers import READERS, Origin
-from lavis_chatbridge.datasets.schema import Medium, Sample, read_jsonl, to_record
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError, PromptError
-from lavis_chatbridge.multis.journal import write_atomically
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.templates import Templates
+from lavis_chatbridge.schema import Medium, Sample, read_jsonl, to_record
+from lavis_chatbridge.writing import write_text
 
 _ROWS = Path(__file__).parents[1] / "configs" / "datasets"
 _NAMED_FAULTS = 10
@@ -175,7 +175,7 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
         "samples": sum(entry["samples"] for entry in sources.values()),
         "sources": sources,
     }
-    write_atomically(unfinished / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_text(unfinished / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     os.replace(unfinished, folder)
     return manifest
 

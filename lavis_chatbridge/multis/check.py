@@ -7,28 +7,26 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import yaml
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, to_record
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.multis.annotation import MODALITIES, Annotation, AnnotationIndex, spoken_words
 from lavis_chatbridge.multis.duplicates import NearDuplicates
-from lavis_chatbridge.multis.journal import write_atomically
 from lavis_chatbridge.multis.ledger import answers
 from lavis_chatbridge.multis.parse import read_description, read_pairs
 from lavis_chatbridge.multis.prompts import DATA_KINDS, Pair, PromptBook
 from lavis_chatbridge.multis.statistics import Statistics
 from lavis_chatbridge.multis.things import Things
 from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.schema import Medium, Sample, to_record
+from lavis_chatbridge.writing import whole_text, write_text
 
 _WORDS = re.compile(r"\b[\w'\u2019-]+\b")
 _CLAUSE_END = re.compile(r"[.;:!?,]")
@@ -312,7 +310,10 @@ def check(
     folder = Path(folder)
     index = AnnotationIndex(annotations)
     statistics = Statistics()
-    with _Replacement(folder / "accepted.jsonl") as accepted, _Replacement(folder / "rejected.jsonl") as rejected:
+    with (
+        whole_text(folder / "accepted.jsonl", errors="replace") as accepted,
+        whole_text(folder / "rejected.jsonl", errors="replace") as rejected,
+    ):
         for record in answers(generated):
             annotation = index.get(record["item"])
             if annotation is None:
@@ -325,7 +326,7 @@ def check(
                 accepted.write(json.dumps(to_record(sample), ensure_ascii=False) + "\n")
             else:
                 rejected.write(json.dumps(_rejection(record, reasons, annotation), ensure_ascii=False) + "\n")
-    write_atomically(folder / "statistics.json", json.dumps(statistics.to_json(), indent=2) + "\n")
+    write_text(folder / "statistics.json", json.dumps(statistics.to_json(), indent=2) + "\n")
     return statistics
 
 
@@ -358,29 +359,6 @@ def _rejection(record: Mapping[str, Any], reasons: list[Reason], annotation: Ann
         "text": record["text"],
         "media": [{"type": medium.type, "path": medium.path} for medium in annotation.media] if annotation else [],
     }
-
-
-class _Replacement:
-    """A file that takes its name only when it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> IO[str]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self._temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        os.chmod(self._temporary, 0o644)
-        self._file = os.fdopen(handle, "w", encoding="utf-8", errors="replace")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            os.unlink(self._temporary)
 
 
 def _one_of(patterns: list[str]) -> re.Pattern[str]:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.writing import sync
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Journal:
             os.close(self._file)
             raise DataError(f"{self.path} is being written by another process; wait for it, or stop it") from error
         self._close_torn_line()
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
         self._pending: list[bytes] = []
         self._accepted = 0
         self._synced = 0
@@ -119,26 +120,5 @@ def read_journal(path: str | Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replace a file by ``text`` so that a reader sees either the old or the new one, also after a crash."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
 def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

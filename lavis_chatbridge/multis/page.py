@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from lavis_chatbridge import media
-from lavis_chatbridge.datasets.schema import check_inside, media_path
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.multis.annotation import AnnotationIndex, describe
 from lavis_chatbridge.multis.statistics import table
+from lavis_chatbridge.schema import check_inside, media_path
+from lavis_chatbridge.writing import write_text
 
 _PICTURE_WIDTH = 320
 _FRAMES = 3
@@ -106,9 +107,7 @@ def write_page(
         f"<h1>MULTIS samples</h1><pre>{html.escape(numbers)}</pre><nav aria-label='which samples'>{boxes}</nav>"
         f"<main id=all class='accepted-on rejected-on'>{cards}</main><script>{_SCRIPT}</script></body></html>\n"
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8", errors="replace")
+    write_text(Path(out), text, errors="replace")
     return len(shown)
 
 

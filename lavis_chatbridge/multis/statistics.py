@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.multis.annotation import MODALITIES
 from lavis_chatbridge.multis.prompts import DATA_KINDS
+from lavis_chatbridge.schema import Sample
 
 PAPER_COUNTS = {"conversation": 24_000, "detail": 18_000, "reasoning": 9_000}
 """Samples of the paper's video, audio and video+audio chat data (arXiv 2305.16103, section 4.2), rounded as there."""

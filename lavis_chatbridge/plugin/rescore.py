@@ -9,6 +9,7 @@ from typing import Any
 
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin.suite_table import Line, text_table
+from lavis_chatbridge.writing import write_json
 
 
 def run(file: str, options: Sequence[str]) -> int:
@@ -22,7 +23,6 @@ def run(file: str, options: Sequence[str]) -> int:
         DataError: If the file holds no predictions, or nothing says which metrics are wanted.
         ConfigError: If an option is none of this command.
     """
-    from lavis_chatbridge.tasks.base import write_json
     from lavis_chatbridge.tasks.scoring.records import announce, score_records, versions
 
     path = Path(file)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.tasks.scoring.names import HEADLINES
+from lavis_chatbridge.writing import write_text
 
 _COLUMNS = ("suite", "media", "samples", "metric", "score", "paper", "drop", "other scores", "remarks")
 _STYLE = (
@@ -94,7 +95,6 @@ def write(folder: Path, lines: Sequence[Line], about: Mapping[str, Any]) -> list
         lines: The table.
         about: The model and the versions.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     record = {**about, "suites": [asdict(line) for line in lines]}
     files = {
         "scores.txt": text_table(lines) + "\n",
@@ -102,7 +102,7 @@ def write(folder: Path, lines: Sequence[Line], about: Mapping[str, Any]) -> list
         "scores.html": _page(lines, about),
     }
     for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+        write_text(folder / name, content)
     return [folder / name for name in files]
 
 

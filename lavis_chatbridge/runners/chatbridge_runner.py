@@ -43,6 +43,7 @@ from lavis_chatbridge.runners.settings import RunSettings, parse_run
 from lavis_chatbridge.runners.signals import Watch
 from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult, TrainStep, autocast
+from lavis_chatbridge.writing import whole_file
 
 _log = logging.getLogger(__name__)
 
@@ -449,10 +450,9 @@ class ChatBridgeRunner(RunnerBase):
             return
         best = self.checkpoints.best()
         weights = checkpoints.read(best).model if best is not None else snapshot.trained_weights(self.model)
-        partial = self.output_dir / f".{WEIGHTS}.partial"
         metadata = {"step": str(self.state.best_step if best else self.state.step), **written_with(weights)}
-        save_file(weights, partial, metadata=metadata | checkpoints.adapters_metadata(lora.describe(self.model)))
-        os.replace(partial, self.output_dir / WEIGHTS)
+        with whole_file(self.output_dir / WEIGHTS) as partial:
+            save_file(weights, partial, metadata=metadata | checkpoints.adapters_metadata(lora.describe(self.model)))
         _log.info("the trained weights are in %s", self.output_dir / WEIGHTS)
 
     def _find_checkpoint(self, base: Path) -> Path | None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.models.checkpoint import written_with
+from lavis_chatbridge.writing import sync
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class CheckpointFolder:
             shutil.rmtree(target, ignore_errors=True)  # no manifest: what a crash left
             write(checkpoint, partial)
             os.rename(partial, target)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise TrainingError(
@@ -151,8 +152,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in (*_files(folder), MANIFEST):
-        _sync(folder / name)
-    _sync(folder)
+        sync(folder / name)
+    sync(folder)
 
 
 def adapters_metadata(adapters: Mapping[str, Any] | None) -> dict[str, str]:
@@ -264,15 +265,6 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the operating system put a file, or a folder's list of names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _cause(error: Exception) -> str:

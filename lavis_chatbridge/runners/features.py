@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from lavis_chatbridge.datasets.features import FeatureStore, build_features
-from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.processors.loading import load_processors
 from lavis_chatbridge.prompting.pieces import KINDS
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.schema import Sample
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from lavis_chatbridge.errors import MissingExtraError
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult
+from lavis_chatbridge.writing import write_text
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
@@ -99,9 +99,7 @@ class LogFile:
         self.path = path
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            temporary = path.with_name(f".{path.name}.partial")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
         """Append a line."""

@@ -5,7 +5,6 @@ A task knows batches and the model's contract; it knows no data set by name and 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 from lavis_chatbridge.tasks.splits import EvaluationSplit
+from lavis_chatbridge.writing import write_json
 
 
 class ChatBridgeTask(BaseTask):
@@ -115,14 +115,6 @@ def merge(result: list[dict], key: str = "") -> list[dict] | None:
     for record in together:
         first.setdefault((record.get("source", ""), record[key]), record)
     return list(first.values())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def result_dir() -> Path:

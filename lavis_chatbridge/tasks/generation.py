@@ -16,10 +16,11 @@ from torch import nn
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.prompting.pieces import Piece, Text, context_of
 from lavis_chatbridge.tasks import metrics
-from lavis_chatbridge.tasks.base import ChatBridgeTask, merge, result_dir, write_json
+from lavis_chatbridge.tasks.base import ChatBridgeTask, merge, result_dir
 from lavis_chatbridge.tasks.journal import Journal, key_of, model_mark
 from lavis_chatbridge.tasks.scoring.records import announce, score_records, versions
 from lavis_chatbridge.tasks.settings import EvaluationSettings
+from lavis_chatbridge.writing import write_json
 
 _log = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, language, pictures, sounds
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, TRIPLES, Scene, all_scenes, scenes
 

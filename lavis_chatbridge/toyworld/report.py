@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
 from lavis_chatbridge.toyworld.page import Curve, Example, Page, render
+from lavis_chatbridge.writing import write_text
 
 STARTED = ".started"
 JOINT = ("both", "no_vision", "no_audio", "neither")
@@ -48,8 +48,8 @@ def write_report(folder: Path, world: Path) -> dict[str, Any]:
     if (folder / "stage2_scores").is_dir():
         report["stage2"] = _stage2(folder)
         report["joint"] = _joint(folder)
-    _write(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    _write(folder / "report.html", render(_page(folder, world, report)))
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "report.html", render(_page(folder, world, report)))
     return report
 
 
@@ -239,9 +239,3 @@ def _media(world: Path, name: str) -> dict[str, tuple[tuple[Kind, Path], ...]]:
     """Sample id to its media, read from an annotation file of the world."""
     rows = (json.loads(line) for line in (world / "annotations" / f"{name}.jsonl").read_text().splitlines())
     return {row["id"]: tuple((medium["type"], world / medium["path"]) for medium in row["media"]) for row in rows}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 
 class PictureProcessor:

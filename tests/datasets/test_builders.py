@@ -10,10 +10,10 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin import compat
 from lavis_chatbridge.prompting import Text, Turn
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 compat.apply()
 registry = pytest.importorskip("lavis.common.registry").registry

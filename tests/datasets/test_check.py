@@ -8,9 +8,9 @@ import json
 import pytest
 
 from lavis_chatbridge.datasets.check import add_arguments, check_file, run
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 
 def command(*arguments):

@@ -19,11 +19,11 @@ from lavis_chatbridge.datasets.dataset import (
     split_by_modality,
 )
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting import Slot, Text, Turn
 from lavis_chatbridge.prompting.templates import Templates
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 
 def source(folder, processors, **settings):

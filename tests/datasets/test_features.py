@@ -11,9 +11,9 @@ import webdataset as wds
 from lavis_chatbridge.datasets import features
 from lavis_chatbridge.datasets.features import FeatureStore, build_features, salts_of
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.schema import Medium, Sample
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.schema import Medium, Sample
 from tests.fuzzing.annotations import FEATURE_CASES
 from tests.fuzzing.target import unpacked
 

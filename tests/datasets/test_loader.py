@@ -11,9 +11,9 @@ import torch
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
-from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.schema import Sample
 
 
 def group(folder, processors, name="grey", ratio=None, indices=None):

@@ -20,12 +20,12 @@ from lavis_chatbridge.datasets.dataset import SourceDataset, SourceSettings, med
 from lavis_chatbridge.datasets.features import FeatureStore
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.readers import READERS, Origin
-from lavis_chatbridge.datasets.schema import Medium, check_inside, read_jsonl, write_jsonl
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.multis.annotation import from_json
 from lavis_chatbridge.multis.annotators.base import View
 from lavis_chatbridge.multis.annotators.imported import Imported
+from lavis_chatbridge.schema import Medium, check_inside, read_jsonl, write_jsonl
 from tests.fuzzing.mutations import DEEP, deep_json, mutated_bytes, mutated_value, nested
 from tests.fuzzing.target import Target, dumped, packed, unpacked
 

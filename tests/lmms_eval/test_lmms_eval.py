@@ -20,9 +20,9 @@ if not os.environ.get("TEST_LMMS_EVAL"):
     pytest.skip("lmms-eval has an environment of its own: make test-lmms-eval", allow_module_level=True)
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmms-eval-test-")  # read when the datasets library is imported
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.plugin.launch import Session
 from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, pictures, sounds
 from lavis_chatbridge.toyworld.world import scenes
 

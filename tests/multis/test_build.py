@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.datasets.schema import read_jsonl
 from lavis_chatbridge.errors import ConfigError, DataError, PromptError
 from lavis_chatbridge.multis.build import build, load_settings, verify
+from lavis_chatbridge.schema import read_jsonl
 
 
 def sample(name: str, path: str = "a.png", kind: str = "image", **values: Any) -> dict[str, Any]:

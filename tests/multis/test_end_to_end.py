@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.datasets.schema import read_jsonl
 from lavis_chatbridge.multis.build import verify
 from lavis_chatbridge.multis.ledger import Ledger
+from lavis_chatbridge.schema import read_jsonl
 from tests.multis.openai_server import OpenAIServer, Reply, failure
 from tests.multis.test_training_step import take_steps
 

@@ -17,9 +17,9 @@ from lavis_chatbridge import cli
 from lavis_chatbridge.datasets import shards
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, media_source
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.schema import Medium, Sample, to_record, write_jsonl
 from lavis_chatbridge.plugin.shard import _add_ratios, _section
 from lavis_chatbridge.runners.config import load_config
+from lavis_chatbridge.schema import Medium, Sample, to_record, write_jsonl
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 
 YAML = """

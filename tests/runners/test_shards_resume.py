@@ -13,7 +13,7 @@ from runner_parts import WIDTH, WORDS, ToyModel, runner, weights
 
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 SAMPLES, PER_SHARD = 22, 8
 

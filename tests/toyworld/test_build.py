@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.datasets.schema import Sample, read_jsonl
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.media import open_audio, open_image, open_video
 from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.schema import Sample, read_jsonl
 from lavis_chatbridge.toyworld import build
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 from lavis_chatbridge.toyworld.captions import facts_in

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, media_path
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.schema import Medium, Sample, media_path
 from lavis_chatbridge.settings import shown
 
 _CHUNK = 1 << 20

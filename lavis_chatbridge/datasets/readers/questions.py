@@ -16,8 +16,8 @@ from lavis_chatbridge.datasets.readers.common import (
     question_sample,
     table_rows,
 )
-from lavis_chatbridge.datasets.schema import Sample
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.schema import Sample
 from lavis_chatbridge.settings import shown
 
 _PLACEHOLDER = re.compile(r"<[^<>]*>")

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, json_value, table_rows
-from lavis_chatbridge.datasets.schema import Medium, Sample
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.schema import Medium, Sample
 from lavis_chatbridge.settings import shown
 
 _LARGEST_TEXT = 1 << 20  # bytes of a caption's member

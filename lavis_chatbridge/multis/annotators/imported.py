@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from lavis_chatbridge.datasets.schema import check_inside, media_path
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.annotation import Box, Region, Semantic, Tag
 from lavis_chatbridge.multis.annotators.base import Findings, View, ViewKind
+from lavis_chatbridge.schema import check_inside, media_path
 
 Form = Literal["grit", "semantic_sam", "captions", "sound_captions", "tags"]
 _SOUND_FORMS = ("sound_captions", "tags")

@@ -11,9 +11,9 @@ import pytest
 
 from lavis_chatbridge.datasets.readers import READERS, Origin, common
 from lavis_chatbridge.datasets.readers.common import json_rows, json_value, table_rows
-from lavis_chatbridge.datasets.schema import Medium
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.schema import Medium
 from tests.fuzzing.annotations import FORMATS, SHARD_CASES
 
 

@@ -9,10 +9,10 @@ import pytest
 import soundfile
 from PIL import Image
 
-from lavis_chatbridge.datasets.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin.launch import Session
 from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from tests.runners.runner_parts import in_processes
 from tests.tasks.eval import ranks
 

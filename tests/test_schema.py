@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.datasets.schema import (
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.schema import (
     Medium,
     Sample,
     check_inside,
@@ -17,8 +19,6 @@ from lavis_chatbridge.datasets.schema import (
     to_record,
     write_jsonl,
 )
-from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.conversation import Turn
 
 
 def write(path, *records):

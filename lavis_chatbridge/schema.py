@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
 from lavis_chatbridge.settings import shown
+from lavis_chatbridge.writing import whole_text
 
 SCHEMA_VERSION = 1
 _KEYS = frozenset(
@@ -134,22 +134,12 @@ def write_jsonl(path: str | Path, samples: Iterable[Sample], root: str | Path | 
         How many were written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     base = os.path.abspath(root if root is not None else target.parent)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     count = 0
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            for sample in samples:
-                out.write(json.dumps(to_record(sample, base), ensure_ascii=False) + "\n")
-                count += 1
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp keeps files private; a data set is shared
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_text(target) as out:
+        for sample in samples:
+            out.write(json.dumps(to_record(sample, base), ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 

@@ -1,0 +1,48 @@
+"""Files appear whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from lavis_chatbridge.writing import PRIVATE, read_json, whole_file, whole_text, write_json, write_text
+
+
+def test_a_writer_that_fails_leaves_the_former_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "former\n")
+    with pytest.raises(RuntimeError, match="halfway"), whole_text(target) as file:
+        file.write("new, but ")
+        file.flush()
+        assert target.read_text() == "former\n"
+        raise RuntimeError("halfway")
+    with pytest.raises(RuntimeError, match="halfway"), whole_file(target) as temporary:
+        temporary.write_bytes(b"new, but ")
+        raise RuntimeError("halfway")
+    assert target.read_text() == "former\n"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folders_are_made_and_who_may_read_is_the_writers_choice(tmp_path: Path) -> None:
+    write_json(tmp_path / "x" / "y" / "shared.json", {"ü": [1, 2]})
+    write_text(tmp_path / "private.txt", "a", mode=PRIVATE)
+    assert read_json(tmp_path / "x" / "y" / "shared.json") == {"ü": [1, 2]}
+    assert stat.S_IMODE((tmp_path / "x" / "y" / "shared.json").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "private.txt").stat().st_mode) == 0o600
+
+
+def test_halves_of_characters_are_refused_or_replaced(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.txt", "\ud800")
+    assert list(tmp_path.iterdir()) == []
+    write_text(tmp_path / "a.txt", "\ud800b", errors="replace")
+    assert (tmp_path / "a.txt").read_text() == "?b"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[" * 100_000])
+def test_what_is_no_json_is_none(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert read_json(tmp_path / "a.json") is None
