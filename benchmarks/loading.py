@@ -1,15 +1,21 @@
-"""Host memory of loading a language model, against the size of its files and against the plain way.
+"""Host memory of loading a language model and a whole ChatBridge, against their sizes and against the plain way.
 
 Run from the repository's root::
 
     python benchmarks/loading.py [--size 1g] [--write benchmarks/loading.md]
 
-A LLaMA of random weights in bfloat16 is written in the two layouts that Vicuna is published in, sharded safetensors and
-sharded ``.bin``. Each row loads it in a fresh process, reads every weight once, and gives the peaks above what that
-process has after its imports: "resident" is what the kernel counts (VmHWM), pages of mapped files among them, which it
-takes back when memory is short; "own" leaves those out (RssAnon, looked at every 5 ms). The plain way, the named
-baseline, builds the model as it is declared, in float32, reads every shard, copies, and converts. Seconds are of
-loading alone.
+Random weights are written in the layouts that the real ones are published in: a LLaMA in bfloat16 as sharded
+safetensors and as sharded ``.bin`` (Vicuna), EVA-ViT in float16 with a block and a norm that are not used, BEATs in
+float32 with its configuration and a classifier, BLIP-2 in float32 with the Q-Former's text branch. In the whole model
+the encoders and the LLaMA run in bfloat16, what is trained in float32. Each row loads in a fresh process, reads every
+weight once, and gives the peaks above what that process has after its imports: "resident" is what the kernel counts
+(VmHWM), pages of mapped files among them, which it takes back when memory is short; "own" leaves those out (RssAnon,
+looked at every 5 ms).
+
+The plain way, the named baseline, builds each part as it is declared, in float32 with its random initialisation, reads
+its files, copies, and converts. "Encoders first" is what this package did before its encoders were built without
+numbers: the language model as now, the other parts built in float32 and filled from mapped files. Seconds are of
+loading alone, with all files in the page cache.
 """
 
 from __future__ import annotations
@@ -23,42 +29,60 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 import transformers
+from torch import Tensor, nn
 
-SIZES: dict[str, dict[str, int]] = {
+LLAMA: dict[str, dict[str, int]] = {
     "1g": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 32, "num_attention_heads": 16},
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
+EVA: dict[str, dict[str, int]] = {"1g": {"depth": 10}, "tiny": {"depth": 2, "width": 64, "heads": 4, "image_size": 28}}
+BEATS: dict[str, dict[str, int]] = {
+    "1g": {},
+    "tiny": {
+        "encoder_layers": 2,
+        "embed_dim": 32,
+        "encoder_embed_dim": 64,
+        "encoder_ffn_embed_dim": 96,
+        "encoder_attention_heads": 4,
+    },
+}
+QFORMER: dict[str, dict[str, int]] = {"1g": {}, "tiny": {"width": 48, "layers": 2, "heads": 4, "feed_forward": 96}}
+VOCABULARY = {"1g": 30_522, "tiny": 100}
 SHARDS = 4
 GOAL = 1.3
 TOKENIZER = "package:assets/tiny/llm"
+BRIDGE = "whole ChatBridge"
 _MIB, _PAGE = 1 << 20, 4096
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; sizes in bytes above the process's imports."""
+    """One line of the table; sizes in bytes, peaks above the process's imports.
+
+    ``size`` is that of the loaded model: of a language model, its files' too.
+    """
 
     way: str
-    layout: str
-    files: int
+    files: str
+    size: int
     resident: int
     own: int
     seconds: float
 
 
-def write_model(folder: Path, size: str) -> None:
-    """The model in both layouts, tensor by tensor: this process needs memory for one shard."""
+def write_language_model(folder: Path, size: str) -> None:
+    """The LLaMA in both layouts, tensor by tensor: this process needs memory for one shard."""
     from safetensors.torch import save_file
 
-    config = transformers.LlamaConfig(vocab_size=32000, **SIZES[size])
+    config = transformers.LlamaConfig(vocab_size=32000, **LLAMA[size])
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()}
@@ -83,15 +107,63 @@ def write_model(folder: Path, size: str) -> None:
         (target / f"{stem}.{suffix}.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def ours(folder: Path) -> Any:
-    """The package's own path."""
+def bridge_settings(folder: Path, size: str) -> Any:
+    """A ChatBridge of the files in a folder, precisions as in the shipped configurations of the paper's scale."""
+    from lavis_chatbridge.models.beats import BeatsConfig
+    from lavis_chatbridge.models.settings import (
+        AudioSettings,
+        LanguageModelSettings,
+        ModelSettings,
+        PerceiverSettings,
+        VisionSettings,
+    )
+
+    half: Any = {"dtype": "bfloat16"}
+    audio = {"weights": str(folder / "BEATs_iter3_plus_AS2M.pt"), "config": BeatsConfig(**BEATS[size])}
+    return ModelSettings(
+        vision=VisionSettings(**EVA[size], weights=str(folder / "eva_vit_g.pth"), **half),
+        audio=AudioSettings(**audio, **half),
+        perceiver=PerceiverSettings(**QFORMER[size], weights=str(folder / "blip2_pretrained_flant5xxl.pth")),
+        language_model=LanguageModelSettings(weights=str(folder / "safetensors"), tokenizer=TOKENIZER, **half),
+    )
+
+
+def write_encoders(folder: Path, size: str) -> None:
+    """The files of EVA-ViT, BEATs and BLIP-2, with the parts of the published ones that ChatBridge leaves out."""
+    from lavis_chatbridge.models import shapes
+
+    settings = bridge_settings(folder, size)
+    own = settings.perceiver
+    eva = shapes.vision_shapes(replace(settings.vision, depth=settings.vision.depth + 1))
+    eva |= {name: torch.empty(settings.vision.width, device="meta") for name in ("norm.weight", "norm.bias")}
+    torch.save(drawn(eva, torch.float16), settings.vision.weights)
+    beats = drawn(shapes.beats_shapes(settings.audio.config), torch.float32)
+    beats["predictor.weight"] = torch.zeros(527, settings.audio.config.encoder_embed_dim)
+    torch.save({"cfg": vars(settings.audio.config), "model": beats}, settings.audio.weights)
+    blip2 = shapes.bridge_shapes(settings, 1, 1)
+    blip2 = {name: t for name, t in blip2.items() if name.startswith(("Qformer.", "ln_vision."))}
+    blip2["query_tokens"] = torch.empty(1, own.queries, own.width, device="meta")
+    blip2["Qformer.bert.embeddings.word_embeddings.weight"] = torch.empty(VOCABULARY[size], own.width, device="meta")
+    for i in range(own.layers):
+        for name, shape in (("intermediate", (own.feed_forward, own.width)), ("output", (own.width, own.feed_forward))):
+            blip2[f"Qformer.bert.encoder.layer.{i}.{name}.dense.weight"] = torch.empty(shape, device="meta")
+    torch.save({"model": drawn(blip2, torch.float32)}, own.weights)
+
+
+def drawn(shapes: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random tensors of the shapes of others."""
+    return {name: (torch.randn(tensor.shape) * 0.02).to(dtype) for name, tensor in shapes.items()}
+
+
+def ours(folder: Path, size: str) -> Any:
+    """The package's own path to a language model."""
     from lavis_chatbridge.models.language_model import load_language_model
     from lavis_chatbridge.models.settings import LanguageModelSettings
 
     return load_language_model(LanguageModelSettings(weights=str(folder), tokenizer=TOKENIZER, dtype="bfloat16"))[0]
 
 
-def plain(folder: Path) -> Any:
+def plain(folder: Path, size: str) -> Any:
     """Build in float32, read every shard, copy, convert."""
     from safetensors.torch import load_file
 
@@ -105,7 +177,52 @@ def plain(folder: Path) -> Any:
     return model.bfloat16()
 
 
+def our_bridge(folder: Path, size: str) -> Any:
+    """The package's own path to a whole model."""
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    return ChatBridge(bridge_settings(folder, size))
+
+
+def encoders_first(folder: Path, size: str) -> Any:
+    """The language model as now, the other parts built in float32 and filled from mapped files."""
+    return filled(ours(folder / "safetensors", size), folder, size, mapped=True)
+
+
+def plain_bridge(folder: Path, size: str) -> Any:
+    """Every part built in float32, its files read, copied and converted."""
+    return filled(plain(folder / "safetensors", size), folder, size, mapped=False)
+
+
+def filled(language_model: Any, folder: Path, size: str, mapped: bool) -> Any:
+    """The parts of a ChatBridge around a language model, each built in float32 and then filled."""
+    from lavis_chatbridge.models import checkpoint
+    from lavis_chatbridge.models.beats import Beats
+    from lavis_chatbridge.models.perceiver import build_perceiver
+    from lavis_chatbridge.models.vision import build_vision
+
+    settings = bridge_settings(folder, size)
+    vision, audio, own = settings.vision, settings.audio, settings.perceiver
+    model = nn.Module()
+    model.llama_model = language_model
+    model.visual_encoder, model.audio_encoder = build_vision(vision), Beats(audio.config)
+    model.ln_vision, model.Qformer = nn.LayerNorm(vision.width), build_perceiver(own, vision.width)
+    model.image_query_tokens = nn.Parameter(torch.randn(1, own.queries, own.width))
+
+    def read(path: str) -> Any:
+        return torch.load(path, weights_only=True, mmap=mapped)
+
+    model.visual_encoder.load_state_dict(checkpoint.vision_tensors(read(vision.weights), vision.depth, vision.tokens))
+    beats = checkpoint.beats_tensors(read(audio.weights)["model"], audio.config.encoder_layers)
+    model.audio_encoder.load_state_dict(beats)
+    model.load_state_dict(checkpoint.bridge_tensors(read(own.weights)["model"]), strict=False)
+    model.visual_encoder.bfloat16()
+    model.audio_encoder.bfloat16()
+    return model
+
+
 WAYS = {"plain": plain, "ours": ours}
+BRIDGE_WAYS = {"plain": plain_bridge, "encoders first": encoders_first, "ours": our_bridge}
 
 
 def status(key: str) -> int:
@@ -116,12 +233,13 @@ def status(key: str) -> int:
     raise SystemExit(f"/proc/self/status has no {key}: this needs Linux")
 
 
-def measure(way: str, folder: Path) -> None:
+def measure(way: str, folder: Path, size: str) -> None:
     """In a process of its own: load, and print the peaks and seconds as JSON."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (lazy: imported before the baseline)
 
-    import lavis_chatbridge.models.language_model  # noqa: F401
+    import lavis_chatbridge.models.chatbridge  # noqa: F401
 
+    load = WAYS[way] if (folder / "config.json").is_file() else BRIDGE_WAYS[way]
     before, own, peak, done = status("VmHWM"), status("RssAnon"), 0, threading.Event()
 
     def watch() -> None:
@@ -129,10 +247,10 @@ def measure(way: str, folder: Path) -> None:
         while not done.wait(0.005):
             peak = max(peak, status("RssAnon"))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
-    model = WAYS[way](folder)
+    model = load(folder, size)
     seconds = time.perf_counter() - start
     for tensor in model.state_dict().values():  # a mapped file counts only where it has been read
         tensor.flatten()[:: _PAGE // tensor.element_size()].sum()
@@ -144,55 +262,68 @@ def measure(way: str, folder: Path) -> None:
 
 def rows(size: str) -> list[Row]:
     """Every way on every layout, each in a fresh process."""
-    found = []
     with tempfile.TemporaryDirectory() as temporary:
-        write_model(Path(temporary), size)
+        folder = Path(temporary)
+        write_language_model(folder, size)
+        write_encoders(folder, size)
+        found = []
         for layout in ("safetensors", "bin"):
-            folder = Path(temporary, layout)
-            files = sum(file.stat().st_size for file in folder.glob(f"*.{layout}"))
-            for way in WAYS:
-                command = [sys.executable, __file__, "--measure", way, str(folder)]
-                result = subprocess.run(command, check=True, capture_output=True, text=True)
-                told = json.loads(result.stdout.splitlines()[-1])
-                if told["held"] < 0.99 * files or told["held"] > 1.01 * files:
-                    raise SystemExit(f"{way}, {layout}: holds {told['held']} bytes, the files have {files}")
-                found.append(Row(way, layout, files, told["resident"], told["own"], told["seconds"]))
-    return found
+            files = sum(file.stat().st_size for file in (folder / layout).glob(f"*.{layout}"))
+            found += [one_row(way, layout, folder / layout, size, files) for way in WAYS]
+        found += [one_row(way, BRIDGE, folder, size) for way in BRIDGE_WAYS]
+        return found
+
+
+def one_row(way: str, files: str, folder: Path, size: str, expected: int | None = None) -> Row:
+    """What one way needs, in a process of its own."""
+    command = [sys.executable, __file__, "--measure", way, str(folder), "--size", size]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    told = json.loads(result.stdout.splitlines()[-1])
+    if expected is not None and not 0.99 * expected < told["held"] < 1.01 * expected:
+        raise SystemExit(f"{way}, {files}: holds {told['held']} bytes, the files have {expected}")
+    return Row(way, files, told["held"], told["resident"], told["own"], told["seconds"])
 
 
 def table(found: Sequence[Row], size: str) -> str:
-    """The table in Markdown."""
+    """The tables in Markdown: the language model's two layouts, and the whole model."""
     modules = {"torch": torch, "transformers": transformers, "safetensors": safetensors}
     versions = "  ".join(f"{name} {module.__version__}" for name, module in modules.items())
-    told = f"A LLaMA in bfloat16, {found[0].files / _MIB:.0f} MiB in {SHARDS} files. Peaks above the bare imports;"
-    titles = ["files", "way", "peak resident, MiB", "of the files", "peak own, MiB", "of the files", "to plain", "s"]
     lines = [
-        "# Host memory of loading a language model\n",
+        "# Host memory of loading\n",
         f"`python benchmarks/loading.py --size {size}`, {datetime.date.today()}, CPU.",
         f"Python {platform.python_version()}  {versions}\n",
-        f"{told} what is counted, and the plain way, stand at the head of the script.",
-        f"Goal: at most {GOAL} of the files' size.\n",
-        f"| {' | '.join(titles)} |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "Peaks above the bare imports; what is counted, and what the ways are, stands at the head of the script.",
+        f"Goal: at most {GOAL} of the loaded model's size.",
     ]
-    base = {row.layout: row for row in found if row.way == "plain"}
-    for row in found:
-        cells = [row.layout, row.way, f"{row.resident / _MIB:.0f}", f"{row.resident / row.files:.2f}"]
-        cells += [f"{row.own / _MIB:.0f}", f"{row.own / row.files:.2f}"]
-        cells += [f"{row.resident / base[row.layout].resident:.2f}", f"{row.seconds:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+    alone = [row for row in found if row.files != BRIDGE]
+    whole = [row for row in found if row.files == BRIDGE]
+    for listed, told in ((alone, f"A LLaMA in bfloat16, in {SHARDS} files"), (whole, "A whole ChatBridge")):
+        if listed:
+            lines += ["", f"{told}: {listed[-1].size / _MIB:.0f} MiB.\n", *_lines(listed)]
     return "\n".join(lines) + "\n"
+
+
+def _lines(found: Sequence[Row]) -> list[str]:
+    titles = ["files", "way", "peak resident, MiB", "of its size", "peak own, MiB", "of its size", "to plain", "s"]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    base = {row.files: row for row in found if row.way == "plain"}
+    for row in found:
+        cells = [row.files, row.way, f"{row.resident / _MIB:.0f}", f"{row.resident / row.size:.2f}"]
+        cells += [f"{row.own / _MIB:.0f}", f"{row.own / row.size:.2f}"]
+        cells += [f"{row.resident / base[row.files].resident:.2f}", f"{row.seconds:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the table where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="1g")
+    parser.add_argument("--size", choices=LLAMA, default="1g")
     parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
-        measure(args.measure[0], Path(args.measure[1]))
+        measure(args.measure[0], Path(args.measure[1]), args.size)
         return
     text = table(rows(args.size), args.size)
     print(text, end="")

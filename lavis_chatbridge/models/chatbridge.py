@@ -22,15 +22,13 @@ from torch import Tensor, nn
 from lavis_chatbridge import settings as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import answering, checkpoint, encoding, lora, weights
+from lavis_chatbridge.models import answering, building, checkpoint, encoding, lora, weights
 from lavis_chatbridge.models import samples as sample_reader
-from lavis_chatbridge.models.beats import Beats
 from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
 from lavis_chatbridge.models.language_model import check_available, load_language_model
 from lavis_chatbridge.models.losses import losses_at
-from lavis_chatbridge.models.perceiver import build_perceiver, perceive
-from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
-from lavis_chatbridge.models.vision import build_vision
+from lavis_chatbridge.models.perceiver import perceive
+from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.prompting import Kind, Piece, Slot
 from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, END_OF_TURN, escape_markers
 
@@ -72,13 +70,13 @@ class ChatBridge(BaseModel):
         self._fingerprints: dict[str, str] = {}
 
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
-        self.visual_encoder = build_vision(settings.vision)
-        self.audio_encoder = Beats(weights.beats_config(settings.audio))
+        self.visual_encoder = building.vision_encoder(settings.vision)
+        self.audio_encoder = building.audio_encoder(settings.audio)
         width = settings.vision.width
         self.ln_vision = nn.LayerNorm(width)
         self.ln_audio = nn.LayerNorm(self.audio_encoder.config.encoder_embed_dim)
         self.audio_trans = nn.Linear(self.audio_encoder.config.encoder_embed_dim, width)
-        self.Qformer = build_perceiver(settings.perceiver, width)
+        self.Qformer = building.perceiver(settings.perceiver, width)
         own = settings.perceiver
         self.image_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
         self.audio_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
@@ -86,7 +84,8 @@ class ChatBridge(BaseModel):
         if (times := settings.temporal_positions) is not None:
             self.visual_temporal_pos_embeds = _drawn(times.initializer_range, 1, times.frames, 1, width)
             self.audio_temporal_pos_embeds = _drawn(times.initializer_range, 1, times.clips, 1, width)
-        self._load_parts()
+        if own.weights is not None:
+            self._load_blip2(own.weights)
         self._freeze()
 
     @classmethod
@@ -480,22 +479,6 @@ class ChatBridge(BaseModel):
             self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide)
         return self._fingerprints[modality]
 
-    def _load_parts(self) -> None:
-        """Load the frozen encoders' files and BLIP-2's, and put the encoders into their precision."""
-        vision, audio, perceiver = self.settings.vision, self.settings.audio, self.settings.perceiver
-        if vision.weights is not None:
-            file = checkpoint.read(checkpoint.find(vision.weights, "model.vision.weights"))
-            tensors = checkpoint.vision_tensors(file.tensors, vision.depth, vision.tokens)
-            checkpoint.load_exactly(self.visual_encoder, tensors, file.path, "model.vision")
-        if audio.weights is not None:
-            file = checkpoint.read(checkpoint.find(audio.weights, "model.audio.weights"))
-            tensors = checkpoint.beats_tensors(file.tensors, self.audio_encoder.config.encoder_layers)
-            checkpoint.load_exactly(self.audio_encoder, tensors, file.path, "model.audio")
-        if perceiver.weights is not None:
-            self._load_blip2(perceiver.weights)
-        self.visual_encoder.to(torch_dtype(vision.dtype))
-        self.audio_encoder.to(torch_dtype(audio.dtype))
-
     def _load_blip2(self, path: str) -> None:
         file = checkpoint.read(checkpoint.find(path, "model.perceiver.weights"))
         mine = ("image_query_tokens", "Qformer.", "ln_vision.")
@@ -505,7 +488,8 @@ class ChatBridge(BaseModel):
             expected, found, [name for name in expected if name.startswith(mine)], file.path, "model.perceiver"
         )
         checkpoint.check_finite(found, file.path)
-        self.load_state_dict(found, strict=False)
+        read = {name: t.to(torch.float32, copy=True).contiguous() for name, t in found.items()}  # training writes to it
+        self.load_state_dict(read, strict=False, assign=True)
 
     def _freeze(self) -> None:
         for name in FROZEN:

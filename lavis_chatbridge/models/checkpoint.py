@@ -139,8 +139,19 @@ def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
         raise CheckpointError(f"{source} holds NaN or infinity in {_some(bad)}; get or make the file anew")
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: object, what: str) -> None:
-    """Give a module exactly these tensors.
+def load_exactly(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: object, what: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Give a module exactly these tensors in place of its own, which may be on the meta device.
+
+    They are taken over: one that has the precision already is not copied, and stays mapped where its file is.
+
+    Args:
+        module: The module.
+        tensors: All its tensors by name.
+        source: Where they come from, for the message.
+        what: What they are for, for the message.
+        dtype: The precision that the module has afterwards.
 
     Raises:
         CheckpointError: If one is missing, too many, of another shape, or not finite; the module is then as before.
@@ -148,7 +159,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: objec
     expected = module.state_dict()
     check_fit(expected, tensors, expected, source, what)
     check_finite(tensors, source)
-    module.load_state_dict(tensors, strict=True)
+    module.load_state_dict({name: t.to(dtype).contiguous() for name, t in tensors.items()}, strict=True, assign=True)
 
 
 def check_fit(
