@@ -97,7 +97,7 @@ def write_language_model(folder: Path, size: str) -> None:
         places = {}
         for number, part in enumerate(parts, start=1):
             name = f"{stem}-{number:05d}-of-{SHARDS:05d}.{suffix}"
-            tensors = {key: (torch.randn(shapes[key]) * 0.02).bfloat16() for key in part}
+            tensors = {key: (torch.randn(shapes[key]) * 0.02 + (len(shapes[key]) == 1)).bfloat16() for key in part}
             places |= dict.fromkeys(part, name)
             if layout == "bin":
                 torch.save(tensors, target / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
-from lavis_chatbridge.models import checkpoint, lora
+from lavis_chatbridge.models import checkpoint, delta, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
+
+log = logging.getLogger(__name__)
 
 HINT = "set model.language_model.weights to a Hugging Face folder (config.json, tokenizer, weights)"
 
@@ -151,7 +154,8 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
     """The frozen language model, with fresh adapters where the settings ask for some, and its tokenizer.
 
     Raises:
-        CheckpointError: If a folder is missing or incomplete, or model and tokenizer do not belong together.
+        CheckpointError: If a folder is missing or incomplete, holds a delta, or model and tokenizer do not belong
+            together.
         MissingExtraError: If the settings need a package that is not installed.
         ConfigError: If they need what this machine or the language model does not have.
     """
@@ -227,6 +231,12 @@ def hidden_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tenso
 def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if fault := delta.fault(folder):
+        raise CheckpointError(fault)
+    if name := delta.named(folder):
+        log.warning(
+            "%s: %s is the name of a delta; nothing shows that it is one, else docs/weights.md helps", folder, name
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import checkpoint, lora, shapes
+from lavis_chatbridge.models import checkpoint, delta, lora, shapes
 from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.checkpoint import WeightFile
 from lavis_chatbridge.models.settings import AudioSettings, ModelSettings
@@ -36,7 +36,7 @@ HINTS = {
     "model.vision.weights": f"published as {_LAVIS_FILES}/eva_vit_g.pth",
     "model.audio.weights": "published by https://github.com/microsoft/unilm/tree/master/beats",
     "model.perceiver.weights": f"published as {_LAVIS_FILES}/blip2_pretrained_flant5xxl.pth",
-    "model.language_model.weights": "Vicuna is published by https://huggingface.co/lmsys",
+    "model.language_model.weights": "published by https://huggingface.co/lmsys; Vicuna v0 as a delta: docs/weights.md",
     "model.language_model.tokenizer": "it is part of the language model's folder",
     "model.checkpoint": "null starts from an untrained bridge",
 }
@@ -250,7 +250,7 @@ def llm_config(settings: ModelSettings) -> dict[str, Any] | None:
 
 
 def folder_fault(folder: Path) -> str:
-    """Why a folder is no whole language model of Hugging Face's form; nothing if it is one."""
+    """Why a folder is no whole language model of Hugging Face's form (a delta, say); nothing if it is one."""
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -267,7 +267,7 @@ def folder_fault(folder: Path) -> str:
         return f"{folder} holds no weights (*.safetensors or *.bin)"
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "vocab.json")):
         return f"{folder} holds no tokenizer (tokenizer.model or tokenizer.json)"
-    return ""
+    return delta.fault(folder)
 
 
 def digest(path: Path) -> str:
