@@ -243,7 +243,7 @@ class Decoder:
         columns = torch.arange(past + embeds.shape[1])
         front = torch.tensor(pads)[:, None]
         positions = (columns[past:] - front).clamp(min=0)
-        given = {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else answering.going_on_from(self._model, cache)
         result = self._model(
             inputs_embeds=embeds,
             attention_mask=(columns >= front).long().to(embeds.device),
@@ -253,7 +253,7 @@ class Decoder:
             **given,
             **self._last_only,
         )
-        return result.logits[:, -1].float().cpu(), result.past_key_values
+        return result.logits[:, -1].float().cpu(), answering.keys_and_values(result)
 
     def _admit(self, new: _Lane) -> None:
         """Let a new row go on with others, where their caches can be joined."""

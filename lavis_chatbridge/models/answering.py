@@ -8,6 +8,7 @@ Shapes: ``B`` rows, ``L`` positions, ``C`` candidates, ``D`` width.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -152,7 +153,7 @@ def candidate_scores(
     rows = torch.arange(len(embeds), device=device).repeat_interleave(chosen.shape[1])
     pairs = zip(rows.split(chunk), chosen.flatten().split(chunk), strict=True)
     for row, candidate in pairs:
-        rest = _rest_scores(model, read.past_key_values, mask[row], ids[candidate], lengths[candidate], row)
+        rest = _rest_scores(model, keys_and_values(read), mask[row], ids[candidate], lengths[candidate], row)
         scores[row, candidate] = openings[row, candidate] + rest
     return scores
 
@@ -171,12 +172,23 @@ def _rest_scores(model: Any, cache: Any, mask: Tensor, ids: Tensor, lengths: Ten
         input_ids=ids[:, :steps],
         attention_mask=whole,
         position_ids=positions,
-        past_key_values=own,
         use_cache=True,
         return_dict=True,
+        **going_on_from(model, own),
     ).logits
     values = logits.float().log_softmax(-1).gather(-1, ids[:, 1 : steps + 1, None]).squeeze(-1)
     return (values * counts).sum(1)
+
+
+def keys_and_values(result: Any) -> Any:
+    """What a language model's result keeps of all it has read: ``cache``, in older transformers ``past_key_values``."""
+    return result.cache if "cache" in result else result.past_key_values
+
+
+def going_on_from(model: Any, cache: Any) -> dict[str, Any]:
+    """What makes a language model go on from kept keys and values: an argument whose name depends on its version."""
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 class _StopTexts(StoppingCriteria):

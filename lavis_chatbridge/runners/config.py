@@ -243,7 +243,9 @@ def _dataset(name: str, merged: DictConfig) -> DictConfig:
         raise ConfigError(_unknown_name(f"datasets.{name}.type", kind, list(builder.DATASET_CONFIG_DICT)))
     defaults = _read_yaml(builder.default_config_path(type=kind))
     processors = {_DATASET_NAME_OF_PROCESSOR.get(key, key): value for key, value in merged.preprocess.items()}
-    whole = _over(OmegaConf.create(processors), defaults.datasets[name], chosen)
+    # LAVIS's video captions name their section otherwise (`msvd_cap`) than their builder; its builders take the first
+    section = defaults.datasets.get(name) or next(iter(defaults.datasets.values()))
+    whole = _over(OmegaConf.create(processors), section, chosen)
     _check_by(builder, whole, f"datasets.{name}")
     return whole
 

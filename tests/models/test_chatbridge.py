@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -384,11 +385,13 @@ def test_answers_are_scored_as_whole_sequences_are_but_the_question_is_read_once
 ) -> None:
     expected, counts = plain_scores(model, QUESTIONS, ANSWERS)
     read, forward = [], model.llama_model.forward
-    monkeypatch.setattr(
-        model.llama_model,
-        "forward",
-        lambda *a, **k: read.append(k.get("inputs_embeds") is not None) or forward(*a, **k),
-    )
+
+    @functools.wraps(forward)
+    def counted(*a: Any, **k: Any) -> Any:
+        read.append(k.get("inputs_embeds") is not None)
+        return forward(*a, **k)
+
+    monkeypatch.setattr(model.llama_model, "forward", counted)
     found, lengths = model.answer_scores(QUESTIONS, ANSWERS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert lengths.tolist() == counts
