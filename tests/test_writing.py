@@ -13,14 +13,9 @@ from lavis_chatbridge.writing import PRIVATE, read_json, whole_file, whole_text,
 def test_a_writer_that_fails_leaves_the_former_file_and_nothing_beside_it(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     write_text(target, "former\n")
-    with pytest.raises(RuntimeError, match="halfway"), whole_text(target) as file:
-        file.write("new, but ")
-        file.flush()
-        assert target.read_text() == "former\n"
-        raise RuntimeError("halfway")
-    with pytest.raises(RuntimeError, match="halfway"), whole_file(target) as temporary:
-        temporary.write_bytes(b"new, but ")
-        raise RuntimeError("halfway")
+    for fail in (_text_halfway, _bytes_halfway):
+        with pytest.raises(RuntimeError, match="halfway"):
+            fail(target)
     assert target.read_text() == "former\n"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -46,3 +41,17 @@ def test_what_is_no_json_is_none(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content)
     assert read_json(tmp_path / "a.json") is None
+
+
+def _text_halfway(target: Path) -> None:
+    with whole_text(target) as file:
+        file.write("new, but ")
+        file.flush()
+        assert target.read_text() == "former\n"
+        raise RuntimeError("halfway")
+
+
+def _bytes_halfway(target: Path) -> None:
+    with whole_file(target) as temporary:
+        temporary.write_bytes(b"new, but ")
+        raise RuntimeError("halfway")

@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``chatbridge ask``: 0; 1 if some lines of a batch have no answer."""
     if (args.text is None) == (args.jsonl is None):
-        raise ConfigError("ask needs either a question or --jsonl IN OUT")
+        raise ConfigError(
+            "ask needs either a question or --jsonl IN OUT; the question comes before --image, --video and --audio, "
+            "which take all words that follow"
+        )
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
     settings = options.session_settings(args)

@@ -138,7 +138,6 @@ PROBES = {
         python_of(WITH_FAILURE), environment={"PYTHONPATH": "."}, files={"sitecustomize.py": FAILING_MODEL}
     ),
     "evaluate fault, wheel": Probe(["-m", "lavis.evaluate", "--cfg-path", "absent.yaml"], install="wheel"),
-    "torchrun": Probe(["--standalone", "--nproc-per-node=1", "-m", "lavis.train", "--help"], script="torchrun"),
     "command, switched off": Probe(
         ["train", "--cfg-path", "absent.yaml"], install="wheel", script="chatbridge", environment=NO_AUTOLOAD
     ),
@@ -202,12 +201,6 @@ def test_a_failing_module_costs_its_own_classes_only(ran):
     result = ran("failing model")
     assert result.facts == {"zoo": None, "others": True, "runner": True}
     assert "does not know the classes of lavis_chatbridge.models.chatbridge: RuntimeError: a broken model" in result.err
-
-
-def test_torchrun_finds_lavis_train(ran):
-    result = ran("torchrun")
-    assert result.status == 0, result.err
-    assert result.out.startswith("usage: lavis.train [-h] --cfg-path YAML")
 
 
 @pytest.mark.parametrize("name", ["evaluate fault, wheel", "command, switched off"])
