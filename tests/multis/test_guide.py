@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,14 @@ from tests.media.making import tone, video_file
 from tests.multis.openai_server import OpenAIServer
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "multis.md"
-SECTION = GUIDE.read_text(encoding="utf-8").split("## Your own, from a folder of clips")[1].split("\n## ")[0]
+TEXT = GUIDE.read_text(encoding="utf-8")
+SECTION = TEXT.split("## Your own, from a folder of clips")[1].split("\n## ")[0]
+REFERENCE = [
+    line
+    for line in re.findall(r"^    (chatbridge multis .*)$", TEXT, flags=re.MULTILINE)
+    if "/weights/" not in line  # of annotators whose weights are not here
+]
+"""The lines of the sections behind it, which go on in the reader's folder of clips."""
 
 
 def blocks(language: str) -> list[str]:
@@ -83,3 +91,13 @@ def test_from_a_folder_of_clips_to_a_model(
     manifest = json.loads((folder / "multis" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["sources"]["my_chat"]["by_modality"] == {"video": 3, "video+audio": 3}
     assert (folder.parent / "output/my_chat/model.safetensors").stat().st_size > 0
+
+    monkeypatch.chdir(folder)
+    shutil.rmtree("multis")
+    assert [line.split()[2] for line in REFERENCE] == ["generate", "generate", "check", "page", "build"]
+    for line in [*REFERENCE, "chatbridge multis stats checked"]:
+        follow(line, monkeypatch)
+    assert server.asked.total() == 6, "the same questions are not asked again"
+    assert "requests to send:        0 (6 have an answer already)" in capsys.readouterr().out
+    assert Path("page.html").read_text(encoding="utf-8").count("<article") == 6
+    assert Path("multis/manifest.json").is_file()
