@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.toyworld import pretrain_encoders
@@ -354,6 +355,54 @@ def test_every_guide_with_python_is_run() -> None:
     others = {"contributing.md", "server.md"}
     run = {Path(name).name for name, _ in python_examples()}
     assert {guide.name for guide in GUIDES if blocks(guide.read_text(encoding="utf-8"), "python")} == run | others
+
+
+def yaml_of(guide: str, sign: str) -> str:
+    """The YAML example of a guide that holds these words."""
+    [found] = [one for one in blocks((ROOT / "docs" / guide).read_text(encoding="utf-8"), "yaml") if sign in one]
+    return found
+
+
+def test_a_suite_of_ones_own(folder: Path) -> None:
+    (folder / "suites").mkdir()
+    (folder / "suites/mine.yaml").write_text(yaml_of("evaluation.md", "zero_shot: true"), encoding="utf-8")
+    shutil.copy(folder / "my_data/train.jsonl", folder / "my_data/test.jsonl")
+    small = f"--options {SCORE} model.model_type=tiny"
+    status, said = run_line(Step("chatbridge evaluate --suite mine --suite-folder suites", small))
+    assert status == 0, said
+    assert json.loads((folder / "output/eval/tiny/mine/result/test_step0.json").read_text())[0]["references"] == [
+        "a star"
+    ]
+
+
+def test_templates_of_ones_own(folder: Path) -> None:
+    from lavis.common.registry import registry
+
+    text = yaml_of("data.md", "scan_qa")
+    (folder / "my_templates.yaml").write_text(text, encoding="utf-8")
+    [section] = re.findall(r"chatbridge_jsonl: (\{.*?), \.\.\.\}", text)
+    turns = [{"role": "user", "text": "Is it broken?"}, {"role": "assistant", "text": "No."}]
+    sample = {"id": "1", "media": [{"type": "image", "path": "a.jpg"}], "turns": turns}
+    (folder / "scans.jsonl").write_text(json.dumps(sample) + "\n")
+    own = {"data_root": str(folder), "splits": {"test": "scans.jsonl"}, **yaml.safe_load(section + "}")}
+    source = registry.get_builder_class("chatbridge_jsonl")(own).build()["test"].sources[0]
+    words = "".join(getattr(piece, "text", "") for piece in source.pieces(source.sample(0), None))
+    assert "Is it broken? Answer in one clinical sentence." in words
+
+
+def test_sections_that_are_shown_are_understood() -> None:
+    from lavis.common.registry import registry
+
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    tiny = yaml.safe_load(Path(ChatBridge.default_config_path("tiny")).read_text(encoding="utf-8"))["model"]
+    shown = yaml.safe_load(yaml_of("training.md", "lora"))["model"]["language_model"]
+    settings = ChatBridge.check_config({**tiny, "language_model": {**tiny["language_model"], **shown}})
+    assert settings.language_model.lora is not None
+    assert (settings.language_model.lora.rank, settings.language_model.lora.alpha) == (8, 16.0)
+    for guide, sign in (("data.md", "img_vqa_vqav2.json"), ("multis.md", "parts: [], data_root: multis,")):
+        for name, section in yaml.safe_load(yaml_of(guide, sign))["datasets"].items():
+            assert registry.get_builder_class(name)(section).settings.used_splits == ["train"]
 
 
 def test_the_page_comes_up_and_goes(folder: Path) -> None:
