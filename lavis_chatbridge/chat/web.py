@@ -17,8 +17,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_chatbridge.chat.server.command import add_model_arguments, address_of, listen, narrow
-from lavis_chatbridge.chat.server.settings import MEBIBYTE, is_loopback
+from lavis_chatbridge.chat.server.command import (
+    add_decoding_arguments,
+    add_model_arguments,
+    address_of,
+    decoding,
+    listen,
+    narrow,
+)
+from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings, checked, is_loopback
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, MissingExtraError
 from lavis_chatbridge.media.source import head_of, is_picture
 from lavis_chatbridge.prompting import Kind
@@ -392,6 +399,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-medium", type=float, default=64.0, metavar="MIB", help="of an uploaded file (default: %(default)s)")
     add("--max-seconds", type=float, default=600.0, help="of a sound or video (default: %(default)s)")
     add("--max-pixels", type=int, default=40_000_000, help="of a picture or frame (default: %(default)s)")
+    add_decoding_arguments(parser)
     add("--no-examples", action="store_true", help="leave out the examples, which only the tiny model knows")
 
 
@@ -400,6 +408,8 @@ def run(args: argparse.Namespace) -> int:
     password = passwords(args.password_file)
     if not password and not is_loopback(args.host):
         raise ConfigError(f"host {args.host} can be reached by others: give --password-file, or listen on 127.0.0.1")
+    given = {name: getattr(args, name) for name in ("max_seconds", "max_pixels", "decode_workers", "decode_seconds")}
+    costs = checked(ServerSettings(**given, decode_memory=round(args.decode_memory * MEBIBYTE)))
     # Python's own reaction to SIGTERM would leave the temporary folder behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -415,14 +425,15 @@ def run(args: argparse.Namespace) -> int:
 
         line = listen(args.host, args.port)
         model, processors = load_model(args.model, args.options, args.device)
-        narrow(processors, args.max_seconds, args.max_pixels)
+        narrow(processors, costs.max_seconds, costs.max_pixels)
         page = Page(model, MediaReader(model, processors), args.template)
         examples = not args.no_examples and args.model == "tiny"
         app = build_app(page, max_bytes=round(args.max_medium * MEBIBYTE), password=password, examples=examples)
-        line.listen()  # whoever reads the next line may come at once
-        print(f"open {address_of(line)} in a browser", flush=True)
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[line])
+        with decoding(processors, costs.decode_workers, costs.decode_memory, costs.decode_seconds):
+            line.listen()  # whoever reads the next line may come at once
+            print(f"open {address_of(line)} in a browser", flush=True)
+            uvicorn.Server(config).run(sockets=[line])
     return 0
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from lavis_chatbridge.chat import MediaReader, Session, web
@@ -143,6 +146,52 @@ def test_the_examples_are_shipped_and_answered():
         for name in names:
             assert (web.EXAMPLES / name).stat().st_size < 100_000
             assert web.kind_of(name) == {"picture.jpg": "image", "video.mp4": "video", "sound.mp3": "audio"}[name]
+
+
+@pytest.fixture
+def started(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call ``chatbridge web`` with some arguments; a function in place of the server gets the processors."""
+    pytest.importorskip("gradio", reason="the page needs the extra 'web'")
+    uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'web'")
+    processors = building.processors()
+    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *_: (model, processors))
+    monkeypatch.setattr(web.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # is restored
+
+    def start(serving: Any, *words: str) -> None:
+        monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: serving(processors))
+        parser = argparse.ArgumentParser()
+        web.add_arguments(parser)
+        web.run(parser.parse_args(["--port", "0", "--no-examples", *words]))
+
+    return start
+
+
+def test_media_are_opened_by_processes_that_end_with_the_page(started: Any, files: dict[str, str]):
+    found: dict[str, Any] = {}
+
+    def serving(processors: Any) -> None:
+        image = processors["image"]["eval"]
+        found["processes"] = image.opener.processes
+        found["picture"] = image(files["a.png"])
+        with pytest.raises(MediaError):
+            image(files["broken.png"])
+
+    started(serving, "--decode-workers", "1")
+    (process,) = found["processes"]
+    assert not Path("/proc", str(process)).exists()
+    assert torch.equal(found["picture"], building.processors()["image"]["eval"](files["a.png"]))
+    started(lambda processors: found.update(own=processors["image"]["eval"].opener), "--decode-workers", "0")
+    assert not hasattr(found["own"], "processes")
+
+
+def test_costs_that_cannot_be_are_refused_before_the_model_is_loaded(started: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=r"decode_workers is -1, expected at least 0; .*decode_seconds is 0"):
+        started(lambda _: None, "--decode-workers", "-1", "--decode-seconds", "0")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="need Linux: use 0"):
+        started(lambda _: None, "--decode-workers", "1")
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--queue", type=int, default=usual.queue, metavar="N", help="requests that may wait (default: %(default)s)")
     add("--batch", type=int, default=usual.batch, metavar="N", help="replies made together (default: %(default)s)")
     add("--preparers", type=int, default=usual.preparers, metavar="N", help="requests whose media are opened at once")
-    add("--decode-workers", type=int, default=usual.decode_workers, metavar="N", help="processes that open media")
-    add("--decode-memory", type=float, default=usual.decode_memory / MEBIBYTE, metavar="MIB", help="of one medium")
-    add("--decode-seconds", type=float, default=usual.decode_seconds, metavar="S", help="of one medium")
+    add_decoding_arguments(parser)
     add("--timeout", type=float, default=usual.timeout, metavar="S", help="of a request (default: %(default)s)")
     add(
         "--keep",
@@ -76,6 +74,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", default="human_assistant", help="human_assistant, vicuna_v1 or tokenizer")
 
 
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many processes open media, and what one medium may take."""
+    usual = ServerSettings()
+    add = parser.add_argument
+    add("--decode-workers", type=int, default=usual.decode_workers, metavar="N", help="processes that open media")
+    add("--decode-memory", type=float, default=usual.decode_memory / MEBIBYTE, metavar="MIB", help="of one medium")
+    add("--decode-seconds", type=float, default=usual.decode_seconds, metavar="S", help="of one medium")
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
     settings = settings_of(args)
@@ -97,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     model, processors = load_model(args.model, args.options, args.device)
     narrow(processors, settings.max_seconds, settings.max_pixels)
     scratch_folder = tempfile.TemporaryDirectory(prefix="chatbridge-", ignore_cleanup_errors=True)
-    with decoding(processors, settings), scratch_folder as scratch:
+    opening = decoding(processors, settings.decode_workers, settings.decode_memory, settings.decode_seconds)
+    with opening, scratch_folder as scratch:
         engine = Engine(
             model,
             processors,
@@ -162,15 +170,22 @@ def narrow(processors: Any, max_seconds: float, max_pixels: int) -> None:
 
 
 @contextmanager
-def decoding(processors: Any, settings: ServerSettings) -> Iterator[None]:
-    """Let worker processes open the media, as long as it lasts."""
-    if settings.decode_workers == 0:
+def decoding(processors: Any, workers: int, memory: int, seconds: float) -> Iterator[None]:
+    """Let worker processes open the media, as long as it lasts; without workers this process opens them.
+
+    Args:
+        processors: Those of a model, whose evaluation ones open media.
+        workers: How many there are.
+        memory: Bytes that opening one medium may take.
+        seconds: Seconds that opening one may take.
+    """
+    if workers == 0:
         yield
         return
     from lavis_chatbridge.media.pool import DecodingPool
 
     evaluating = [processors[kind]["eval"] for kind in ("image", "video", "audio")]
-    with DecodingPool(settings.decode_workers, settings.decode_memory, settings.decode_seconds) as pool:
+    with DecodingPool(workers, memory, seconds) as pool:
         for processor in evaluating:
             processor.opener = pool
         try:

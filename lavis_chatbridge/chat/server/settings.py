@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class ServerSettings:
         queue: Requests that may wait; further ones are refused.
         batch: Replies that move forward together.
         preparers: Requests whose media are opened at the same time.
-        decode_workers: Processes that open media; 0 opens them in the server itself.
+        decode_workers: Processes that open media, on Linux only; 0 opens them in the server itself.
         decode_memory: Bytes that opening one medium may take.
         decode_seconds: Seconds that opening one medium may take.
         timeout: Seconds from a request's first byte to the last of its reply.
@@ -55,7 +56,7 @@ class ServerSettings:
     queue: int = 64
     batch: int = 16
     preparers: int = 2
-    decode_workers: int = 2
+    decode_workers: int = 2 if sys.platform == "linux" else 0
     decode_memory: int = 2048 * MEBIBYTE
     decode_seconds: float = 60.0
     timeout: float = 120.0
@@ -69,6 +70,8 @@ class ServerSettings:
         for name, value in least.items():
             if getattr(self, name) < value:
                 yield f"{name} is {getattr(self, name)}, expected at least {value}"
+        if self.decode_workers and sys.platform != "linux":
+            yield f"decode_workers is {self.decode_workers}, but the processes that open media need Linux: use 0"
         for name in ("max_seconds", "decode_seconds", "timeout"):
             if not getattr(self, name) > 0:
                 yield f"{name} is {getattr(self, name)}, expected above 0"
