@@ -24,7 +24,7 @@ from lavis_chatbridge.datasets import readers
 from lavis_chatbridge.datasets.cache import cache_folder, locked
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, DataSettings
+from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.loading import load_processors
 from lavis_chatbridge.prompting.templates import Templates
@@ -33,7 +33,6 @@ from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, write_jsonl
 _log = logging.getLogger(__name__)
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "datasets"
-WORLD_PREFIX = "chatbridge_world"
 _SHARED_WITH_PARTS = ("data_root", "limit", "allow_outside", "skip_missing", "reply_end", "templates")
 _PROCESSORS = ("vis_processor", "video_processor", "audio_processor", "text_processor")
 
@@ -227,15 +226,18 @@ def _report(where: str, root: str, missing: Sequence[str]) -> str:
 def _converted(name: str, split: str, own: DataSettings) -> Path:
     """A split in our schema, converted on first use and whenever files, settings or reader have changed."""
     files = own.files(split)
-    options = {key: value for key, value in own.options.items() if key not in own.splits}
-    options |= own.options.get(split) or {}
-    origin = readers.Origin(name, files, own.root, own.media, options, own.allow_outside)
+    origin = own.origin(name, split)
     stamps = []
     for role, path in files.items():
         status = os.stat(path)
         stamps.append((role, os.path.abspath(path), status.st_size, status.st_mtime_ns))
     made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, stamps, os.path.abspath(own.root))
-    made_with = (sorted(own.media.items()), sorted(options.items(), key=str), own.skip_missing, own.allow_outside)
+    made_with = (
+        sorted(own.media.items()),
+        sorted(origin.options.items(), key=str),
+        own.skip_missing,
+        own.allow_outside,
+    )
     key = hashlib.sha256(repr((made_by, made_with)).encode()).hexdigest()[:16]
     target = cache_folder() / "converted" / f"{name}-{split}-{key}.jsonl"
     with locked(target):

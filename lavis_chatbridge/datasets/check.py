@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.schema import Medium, Sample, check_inside, parse_line
 
 _SHOWN = 5
-_CHARACTERS_PER_TOKEN = 4
 _MALFORMED, _DUPLICATE, _MISSING = "malformed line", "duplicate id", "missing medium"
 _UNREADABLE, _OUTSIDE, _OVERLONG, _EMPTY = "unreadable medium", "medium outside the root", "overlong text", "empty text"
 _WARNINGS = (_OVERLONG, _EMPTY)
@@ -198,8 +198,8 @@ def _count(report: Report, sample: Sample) -> None:
 def _check_texts(report: Report, sample: Sample, where: str, max_tokens: int) -> None:
     texts = [*sample.captions, *[turn.text for turn in sample.turns]]
     longest = max(sum([len(turn.text) for turn in sample.turns]), max(map(len, sample.captions), default=0))
-    if longest > max_tokens * _CHARACTERS_PER_TOKEN:
-        report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {longest // _CHARACTERS_PER_TOKEN} tokens")
+    if longest > max_tokens * CHARACTERS_PER_TOKEN:
+        report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {longest // CHARACTERS_PER_TOKEN} tokens")
     for text in texts:
         if not text or text.isspace():
             report.add_fault(_EMPTY, f"{where}: a caption or turn says nothing")

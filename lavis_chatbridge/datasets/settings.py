@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lavis_chatbridge.datasets.readers import READERS
+from lavis_chatbridge.datasets.readers import READERS, Origin
 from lavis_chatbridge.prompting.pieces import KINDS
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
+WORLD_PREFIX = "chatbridge_world"
+"""How the names of the embedded world's data sets begin: a run makes the world first where it is not there."""
 OWN_READER = "jsonl"
 
 
@@ -107,6 +109,17 @@ class DataSettings:
             full = os.path.join(self.root, os.path.expanduser(path))
             paths += sorted(glob.glob(full)) or [full] if "*" in path else [full]
         return {"file": paths[0]} if len(paths) == 1 else {f"file{i}": path for i, path in enumerate(paths)}
+
+    def origin(self, name: str, split: str) -> Origin:
+        """What the reader of a split is given.
+
+        Args:
+            name: The data set's name.
+            split: The split.
+        """
+        options = {key: value for key, value in self.options.items() if key not in self.splits}
+        options |= self.options.get(split) or {}
+        return Origin(name, self.files(split), self.root, self.media, options, self.allow_outside)
 
     @property
     def used_splits(self) -> list[str]:

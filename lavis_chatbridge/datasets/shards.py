@@ -80,8 +80,8 @@ class ShardSet:
     @cached_property
     def stamp(self) -> str:
         """Changes with the annotation file, the choice of samples, and the samples per shard."""
-        chosen = "all" if self.indices is None else _sha256_of(np.asarray(self.indices, dtype=np.int64).tobytes())
-        return _sha256_of(f"{_FORMAT}:{self.per_shard}:{chosen}:{_sha256(Path(self.samples.path))}".encode())
+        chosen = "all" if self.indices is None else _digest(np.asarray(self.indices, dtype=np.int64).tobytes())
+        return _digest(f"{_FORMAT}:{self.per_shard}:{chosen}:{sha256_of(Path(self.samples.path))}".encode())
 
     def shard(self, number: int) -> Path:
         """The tar file of a number."""
@@ -171,7 +171,7 @@ def _shard(chosen: ShardSet, number: int, verify: bool) -> dict[str, Any]:
     key = _key(chosen, number, part)
     index = _standing(chosen, number)
     target = chosen.shard(number)
-    if index is not None and index["key"] == key and (not verify or _sha256(target) == index["sha256"]):
+    if index is not None and index["key"] == key and (not verify or sha256_of(target) == index["sha256"]):
         return index
     for stale in (chosen.manifest, chosen.index(number)):  # what they say is about to be true no longer
         stale.unlink(missing_ok=True)
@@ -231,7 +231,7 @@ def _fill(path: Path, name: str, chosen: ShardSet, part: Iterable[tuple[int, Sam
         offsets = {member.name: (member.offset_data, member.size) for member in written}
     places = {content: Medium("image", name, *offsets[member]) for content, member in members.items()}
     counts = {"samples": len(kept), "media": len(members), "left_out": left_out}
-    hashed = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    hashed = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return counts | hashed | {"records": [_with_places(sample, places) for sample in kept]}
 
 
@@ -301,7 +301,7 @@ def _manifest(chosen: ShardSet, indexes: Sequence[Mapping[str, Any]], modalities
         "bytes": sum(index["bytes"] for index in indexes),
         "left_out": len(left_out),
         "left_out_first": left_out[:_NAMED],
-        "jsonl": {"name": chosen.jsonl.name, "sha256": _sha256(chosen.jsonl)},
+        "jsonl": {"name": chosen.jsonl.name, "sha256": sha256_of(chosen.jsonl)},
         "shards": [
             {"name": chosen.shard(number).name} | {key: index[key] for key in ("samples", "media", "bytes", "sha256")}
             for number, index in enumerate(indexes)
@@ -318,7 +318,8 @@ def _tidy(chosen: ShardSet) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -326,5 +327,5 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sha256_of(content: bytes) -> str:
+def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -11,16 +11,15 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lavis_chatbridge import media
-from lavis_chatbridge.errors import ConfigError, DataError, MediaError
+from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_lines
 from lavis_chatbridge.multis.annotators.base import Annotator, Findings, View
 from lavis_chatbridge.multis.annotators.models import RATE
@@ -41,24 +40,6 @@ class AnnotateReport:
     annotated: int
     known: int
     failed: int
-
-
-def shard_of_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Rank and number of processes as torchrun or Slurm state them; ``(0, 1)`` where neither does.
-
-    Raises:
-        ConfigError: If they contradict each other.
-    """
-    for rank_key, world_key in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank_key in environment and world_key in environment:
-            try:
-                rank, world = int(environment[rank_key]), int(environment[world_key])
-            except ValueError as error:
-                raise ConfigError(f"{rank_key} and {world_key} must be whole numbers") from error
-            if not 0 <= rank < world:
-                raise ConfigError(f"{rank_key}={rank} does not fit {world_key}={world}")
-            return rank, world
-    return 0, 1
 
 
 def annotate(

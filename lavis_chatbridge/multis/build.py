@@ -9,7 +9,6 @@ bytes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -26,8 +25,9 @@ import numpy as np
 import yaml
 
 from lavis_chatbridge import __version__, settings
-from lavis_chatbridge.datasets.readers import READERS, Origin
+from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.datasets.settings import DataSettings
+from lavis_chatbridge.datasets.shards import sha256_of
 from lavis_chatbridge.errors import ConfigError, DataError, PromptError
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.templates import Templates
@@ -197,7 +197,7 @@ def verify(folder: str | Path) -> list[str]:
             file = folder / name
             if not file.is_file():
                 faults.append(f"{name} is absent")
-            elif _hash_of(file) != expected["sha256"]:
+            elif sha256_of(file) != expected["sha256"]:
                 faults.append(f"{name} has another hash than the manifest states")
     return faults
 
@@ -205,7 +205,7 @@ def verify(folder: str | Path) -> list[str]:
 def _samples(source: SourceSettings) -> Iterator[Sample]:
     if source.dataset is not None:
         row = _row(source)
-        every = READERS[row.reader](_origin(source, row))
+        every = READERS[row.reader](row.origin(str(source.dataset), source.split))
     else:
         every = itertools.chain.from_iterable(read_jsonl(file, source.media_root) for file in source.samples)
     return itertools.islice(every, source.limit)
@@ -229,12 +229,6 @@ def _row(source: SourceSettings) -> DataSettings:
             f"source {source.name!r}: {source.dataset} has no split {source.split!r} to read; it has {known}"
         )
     return row
-
-
-def _origin(source: SourceSettings, row: DataSettings) -> Origin:
-    options = {key: value for key, value in row.options.items() if key not in row.splits}
-    options |= row.options.get(source.split) or {}
-    return Origin(str(source.dataset), row.files(source.split), row.root, row.media, options)
 
 
 def _inputs(source: SourceSettings) -> list[Path]:
@@ -293,9 +287,9 @@ def _build_source(source: SourceSettings, options: BuildSettings, templates: Tem
         "by_task": _part(counts, "task "),
         "by_modality": _part(counts, "modality "),
         "dataset": source.dataset,
-        "made_from": {file.name: _hash_of(file) for file in _inputs(source)},
+        "made_from": {file.name: sha256_of(file) for file in _inputs(source)},
         "files": {
-            f"{source.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": _hash_of(file)} for file in files
+            f"{source.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
         },
     }
 
@@ -384,11 +378,3 @@ def _part(counts: Counter[str], prefix: str) -> dict[str, int]:
     return {
         key.removeprefix(prefix) or "none": count for key, count in sorted(counts.items()) if key.startswith(prefix)
     }
-
-
-def _hash_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

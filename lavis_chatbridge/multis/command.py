@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 
 from lavis_chatbridge import settings
 from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.launchers import share_of
 
 STOPPED_EARLY = 3
 _RunStage = Callable[[argparse.Namespace], int]
@@ -60,16 +62,12 @@ def _define_annotate(parser: argparse.ArgumentParser) -> None:
 
 
 def _annotate(args: argparse.Namespace) -> int:
-    from lavis_chatbridge.multis.annotate import annotate, shard_of_environment
+    from lavis_chatbridge.multis.annotate import annotate
     from lavis_chatbridge.multis.annotators import registry
 
-    if (args.rank is None) != (args.world is None):
-        raise ConfigError("--rank and --world go together")
-    rank, world = shard_of_environment() if args.rank is None else (args.rank, args.world)
-    if not 0 <= rank < world:
-        raise ConfigError(f"--rank {rank} does not fit --world {world}")
+    place = share_of(args.rank, args.world, os.environ)
     annotators = [registry.build(text) for text in args.annotators]
-    report = annotate(args.items, args.out, annotators, args.media_root, rank, world)
+    report = annotate(args.items, args.out, annotators, args.media_root, place.rank, place.world_size)
     print(f"annotated {report.annotated}, found finished {report.known}, unreadable {report.failed}: {args.out}")
     return 0
 

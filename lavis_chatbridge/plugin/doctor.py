@@ -202,8 +202,8 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
     from lavis.common.registry import registry
 
     from lavis_chatbridge.datasets.builders import ChatBridgeBuilder
+    from lavis_chatbridge.datasets.settings import WORLD_PREFIX
     from lavis_chatbridge.models.weights_command import size_in_words
-    from lavis_chatbridge.plugin.world import PREFIX
 
     builder = registry.get_builder_class(name)
     if not issubclass(builder, ChatBridgeBuilder):
@@ -214,7 +214,7 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
     there = [path for path in dict.fromkeys(files) if os.path.isfile(path)]
     if own.parts:
         yield Finding("ok", f"datasets.{name}: the files of {', '.join(own.parts)} are there")
-    elif name.startswith(PREFIX) and not there:
+    elif name.startswith(WORLD_PREFIX) and not there:
         yield Finding("ok", f"datasets.{name}: the embedded world will be built in {own.root}")
     for path in there:
         yield Finding("ok", f"{'datasets.' + name:<32}{size_in_words(os.path.getsize(path)):>10}  {path}")

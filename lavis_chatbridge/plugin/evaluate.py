@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin import launch as launching
-from lavis_chatbridge.plugin.launch import exit_status
+from lavis_chatbridge.plugin.launch import command_line
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -50,18 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of ``lavis.evaluate``.
-
-    Args:
-        argv: Arguments, by default the process's own.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser("lavis.evaluate", description="Score a LAVIS model as a configuration file says.")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    return exit_status(lambda: run(args))
+    """The command line of ``lavis.evaluate``: returns the exit status."""
+    what = "Score a LAVIS model as a configuration file says."
+    return command_line("lavis.evaluate", what, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,28 @@ def with_options(options: Sequence[str], more: Mapping[str, str]) -> list[str]:
     return [*options, *added]
 
 
+def command_line(
+    program: str,
+    description: str,
+    add: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """A module's own command line, as ``python -m`` calls it; returns the exit status.
+
+    Args:
+        program: Its name in messages.
+        description: One sentence of help.
+        add: Defines its arguments.
+        run: Does what they say.
+        argv: Arguments, by default the process's own.
+    """
+    parser = argparse.ArgumentParser(program, description=description)
+    add(parser)
+    args = parser.parse_args(argv)
+    return exit_status(lambda: run(args))
+
+
 def exit_status(action: Callable[[], int]) -> int:
     """What ``action`` returns, or 2 after one line ``error: ...`` on stderr for a mistake that the user can mend."""
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.launchers import share_of
 from lavis_chatbridge.plugin.launch import add_options
 from lavis_chatbridge.writing import read_json
 
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write this process's shards, and say which data sets are complete."""
-    rank, world_size = _place(args)
+    place = share_of(args.rank, args.world, os.environ)
     if args.per_shard < 1 or not 0 <= args.max_bad_share <= 1:
         raise ConfigError("--per-shard must be at least 1, and --max-bad-share within 0 and 1")
     if (args.jsonl is None) == (args.cfg_path is None):
@@ -73,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         samples = SampleFile(args.jsonl, args.root, args.allow_outside)
         sets = [ShardSet(args.output, args.jsonl.stem, samples, per_shard=args.per_shard)]
     else:
-        sets, sections = _from_configuration(args, world_size)
-    complete = write_shards(sets, rank, world_size, args.max_bad_share, args.verify)
+        sets, sections = _from_configuration(args, place.world_size)
+    complete = write_shards(sets, place.rank, place.world_size, args.max_bad_share, args.verify)
     for chosen in complete:
         print(_report(chosen))
     if len(complete) < len(sets):
@@ -83,18 +84,6 @@ def run(args: argparse.Namespace) -> int:
         _write_sections(args.output / _DATASETS, sections)
         print(f"{args.output / _DATASETS} has the section 'datasets' that reads them")
     return 0
-
-
-def _place(args: argparse.Namespace) -> tuple[int, int]:
-    """Rank and number of processes: as given, else as torchrun or Slurm says, else one alone."""
-    from lavis_chatbridge.runners.distributed import Place, announced
-
-    if (args.rank is None) != (args.world is None):
-        raise ConfigError("--rank and --world belong together: give both or none")
-    place = Place(args.rank, args.world) if args.rank is not None else announced(os.environ) or Place()
-    if not 0 <= place.rank < place.world_size:
-        raise ConfigError(f"rank {place.rank} is not one of {place.world_size} processes (counted from 0)")
-    return place.rank, place.world_size
 
 
 def _from_configuration(args: argparse.Namespace, world_size: int) -> tuple[list[ShardSet], dict[str, dict[str, Any]]]:

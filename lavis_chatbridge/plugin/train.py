@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lavis_chatbridge.plugin.launch import add_arguments, exit_status, launch
+from lavis_chatbridge.plugin.launch import add_arguments, command_line, launch
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -18,18 +18,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of ``lavis.train``.
-
-    Args:
-        argv: Arguments, by default the process's own.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser("lavis.train", description="Train a LAVIS model as a configuration file says.")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    return exit_status(lambda: run(args))
+    """The command line of ``lavis.train``: returns the exit status."""
+    what = "Train a LAVIS model as a configuration file says."
+    return command_line("lavis.train", what, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PREFIX = "chatbridge_world"
-
 
 def prepare(datasets_cfg: Mapping[str, Any]) -> None:
     """Build the world in the data root of each of its data sets that has none yet; one process does it for all.
@@ -14,11 +12,11 @@ def prepare(datasets_cfg: Mapping[str, Any]) -> None:
     Raises:
         DataError: If a data root holds something else.
     """
-    from lavis_chatbridge.datasets.settings import DataSettings
+    from lavis_chatbridge.datasets.settings import WORLD_PREFIX, DataSettings
     from lavis_chatbridge.runners import distributed
     from lavis_chatbridge.toyworld.build import build_world, is_world
 
-    sections = [section for name, section in datasets_cfg.items() if name.startswith(PREFIX)]
+    sections = [section for name, section in datasets_cfg.items() if name.startswith(WORLD_PREFIX)]
     for root in dict.fromkeys(DataSettings(data_root=section.get("data_root")).root for section in sections):
         if distributed.is_main() and not is_world(root):
             build_world(root)

@@ -66,15 +66,10 @@ class AudioEvalProcessor(ChatBridgeProcessor):
         sound = torch.from_numpy(samples)
         return cut(sound, settings.mel_bins, settings.clip_frames, settings.max_clips, self._chance(rng))
 
-    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        return None
-
 
 @registry.register_processor("chatbridge_audio_train")
 class AudioTrainProcessor(AudioEvalProcessor):
     """Random clips of long sounds."""
 
     name = "chatbridge_audio_train"
-
-    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        return rng or np.random.default_rng()
+    draws = True

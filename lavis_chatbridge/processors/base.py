@@ -24,6 +24,7 @@ class ChatBridgeProcessor(BaseProcessor):
         name: Its name in LAVIS's registry.
         settings_class: The dataclass of its settings.
         revision: Raised whenever its output for the same settings changes.
+        draws: Whether something of it is drawn, as in training.
         settings: How it works.
         limits: What a medium may cost; a server sets narrower ones.
         opener: What opens media: the ``media`` module, or a `media.pool.DecodingPool` where media are not trusted.
@@ -35,6 +36,7 @@ class ChatBridgeProcessor(BaseProcessor):
     settings: Any
     limits: Limits
     opener: Any = media
+    draws: ClassVar[bool] = False
 
     def __init__(self, settings: Any = None, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__()
@@ -70,3 +72,7 @@ class ChatBridgeProcessor(BaseProcessor):
             MediaError: If the medium cannot be opened.
         """
         raise NotImplementedError
+
+    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
+        """What it draws from; none if it draws nothing."""
+        return (rng or np.random.default_rng()) if self.draws else None

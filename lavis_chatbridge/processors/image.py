@@ -27,17 +27,12 @@ class ImageEvalProcessor(ChatBridgeProcessor):
         )
         return prepare(picture[None], self.settings, self._chance(rng))[0]
 
-    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        return None
-
 
 @registry.register_processor("chatbridge_image_train")
 class ImageTrainProcessor(ImageEvalProcessor):
     """A random part of the picture."""
 
     name = "chatbridge_image_train"
+    draws = True
     settings_class = TrainPictureSettings
     settings: TrainPictureSettings
-
-    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        return rng or np.random.default_rng()

@@ -61,17 +61,12 @@ class VideoEvalProcessor(ChatBridgeProcessor):
             return uniform_frame_indices(count, self.settings.num_frames)
         return frame_indices(count, self.settings.num_frames, rng)
 
-    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        return None
-
 
 @registry.register_processor("chatbridge_video_train")
 class VideoTrainProcessor(VideoEvalProcessor):
     """Random frames, and a random part of them."""
 
     name = "chatbridge_video_train"
+    draws = True
     settings_class = TrainVideoSettings
     settings: TrainVideoSettings
-
-    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        return rng or np.random.default_rng()

@@ -15,7 +15,6 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -23,27 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lavis_chatbridge.errors import ConfigError, TrainingError
+from lavis_chatbridge.launchers import Place, announced
 from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _LOST = re.compile(r"timed? ?out|closed by peer|connection (reset|refused|was closed)|broken pipe", re.IGNORECASE)
 _FIRST_PORT, _PORTS = 15000, 20000
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those that a launcher announced.
-
-    Attributes:
-        rank: Its number among all processes, from 0.
-        world_size: How many processes there are.
-        local_rank: Its number on its machine, from 0; also its CUDA device.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
 
 
 def init(run: RunSettings) -> torch.device:
@@ -68,20 +53,6 @@ def init(run: RunSettings) -> torch.device:
     setup_logging()
     _log.info("process %d of %d on %s, device %s", rank(), world_size(), socket.gethostname(), device)
     return device
-
-
-def announced(environment: Mapping[str, str]) -> Place | None:
-    """What torchrun or Slurm says about this process in its environment; None where neither started it."""
-    try:
-        if "RANK" in environment and "WORLD_SIZE" in environment:
-            rank_, local = int(environment["RANK"]), int(environment.get("LOCAL_RANK", environment["RANK"]))
-            return Place(rank_, int(environment["WORLD_SIZE"]), local)
-        if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-            local = int(environment.get("SLURM_LOCALID", "0"))
-            return Place(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), local)
-    except ValueError as error:
-        raise ConfigError(f"the launcher's environment variables are no numbers: {error}") from error
-    return None
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lavis_chatbridge.tasks.scoring.answers import squad
+
 Facts = Mapping[str, str]
 Values = Mapping[str, Sequence[str]]
 """Attribute -> the words that it can be."""
 
-_ARTICLES = frozenset({"a", "an", "the"})
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -108,17 +108,11 @@ def text_prior(train: Iterable[Facts], test: Iterable[Facts]) -> float:
     return sum(agreement) / len(shared)
 
 
-def normal_answer(text: str) -> str:
-    """An answer without case, punctuation, articles and extra spaces."""
-    words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
-    return " ".join(word for word in words if word not in _ARTICLES)
-
-
 def exact_match(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> Share:
-    """How many answers equal one of their accepted ones, both made normal."""
+    """How many answers equal one of their accepted ones, without case, punctuation, articles and extra spaces."""
     share = Share()
     for answer, choices in zip(answers, accepted, strict=True):
-        share.add(normal_answer(answer) in {normal_answer(choice) for choice in choices})
+        share.add(squad(answer) in {squad(choice) for choice in choices})
     return share
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.multis.annotate import annotate, shard_of_environment
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.multis.annotate import annotate
 from lavis_chatbridge.multis.annotation import AnnotationIndex, Region, Semantic, Tag, read_annotations
 from lavis_chatbridge.multis.annotators import registry
 from lavis_chatbridge.multis.annotators.base import Findings, View
@@ -205,14 +205,6 @@ def test_an_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text(f"{line}\n{line}\n")
     with pytest.raises(DataError, match=r"items.jsonl:2: the id 'a' stands in the file twice"):
         annotate(tmp_path / "items.jsonl", tmp_path / "out", [])
-
-
-def test_rank_and_world_come_from_the_launcher() -> None:
-    assert shard_of_environment({}) == (0, 1)
-    assert shard_of_environment({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
-    assert shard_of_environment({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (1, 2)
-    with pytest.raises(ConfigError, match="RANK=2 does not fit WORLD_SIZE=2"):
-        shard_of_environment({"RANK": "2", "WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_shards_are_plain_webdataset_and_hold_each_medium_once(tmp_path, mine, c
     manifest = json.loads((tmp_path / "out" / "mine.manifest.json").read_text())
     assert (manifest["samples"], manifest["media"], manifest["left_out"]) == (12, 11, 0)
     assert [one["sha256"] for one in manifest["shards"]] == [
-        shards._sha256(tmp_path / "out" / one["name"]) for one in manifest["shards"]
+        shards.sha256_of(tmp_path / "out" / one["name"]) for one in manifest["shards"]
     ]
 
 

@@ -22,17 +22,6 @@ def test_without_a_launcher_there_is_no_group(tmp_path, monkeypatch):
     distributed.barrier()
 
 
-def test_what_launchers_announce():
-    assert distributed.announced({}) is None
-    assert distributed.announced({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(3, 8, 1)
-    slurm = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
-    assert distributed.announced(slurm) == Place(9, 16, 1)
-    assert distributed.announced({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
-    assert distributed.announced({"SLURM_JOB_ID": "5"}) is None
-    with pytest.raises(ConfigError, match="are no numbers"):
-        distributed.announced({"RANK": "first", "WORLD_SIZE": "2"})
-
-
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
