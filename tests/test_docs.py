@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from lavis_chatbridge.cli import COMMANDS
+from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.runners.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +175,52 @@ def test_the_training_guide_has_every_key_with_its_default() -> None:
     }
     defaults = dataclasses.asdict(RunSettings()) | {"task": "required"}
     assert told == {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+
+
+def test_the_data_guide_has_every_reader() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    missing = [name for name in READERS if f"`{name}`" not in text]
+    assert missing == []
+
+
+FIGURES = [
+    ("docs/chat.md", r"([\d.]+) times less computation", "chat.md", r"reached, ([\d.]+) times in CPU"),
+    ("docs/server.md", r"answers ([\d.]+) times as many", "chat_server.md", r"reached, ([\d.]+) times"),
+    (
+        "docs/training.md",
+        r"a step is ([\d.]+) \(image\), ([\d.]+) \(video\) and ([\d.]+) \(audio\)",
+        "step.md",
+        r"\| \w+ \| fp32 \| [\d.]+ \| ([\d.]+)",
+    ),
+    (
+        "docs/training.md",
+        r"and ([\d.]+), ([\d.]+) and ([\d.]+) times with cached",
+        "step.md",
+        r"\| \w+ \| fp32, cached \| [\d.]+ \| ([\d.]+)",
+    ),
+    (
+        "docs/multis.md",
+        r"measured ([\d.]+) s, ([\d.]+) times the ideal, with ([\d.]+) ms",
+        "multis_throughput.md",
+        r"multis generate \| \d+ \| ([\d.]+) \| ([\d.]+)x \| [\d.]+x \| ([\d.]+)",
+    ),
+]
+"""A guide, where its figures stand, the table that they are from, where they stand there."""
+
+
+@pytest.mark.parametrize(("guide", "here", "table", "there"), FIGURES, ids=[f"{f[0]}-{f[2]}" for f in FIGURES])
+def test_figures_are_those_of_the_measured_tables(guide: str, here: str, table: str, there: str) -> None:
+    told = [
+        figure for found in re.findall(here, (ROOT / guide).read_text(encoding="utf-8")) for figure in _listed(found)
+    ]
+    text = (ROOT / "benchmarks" / table).read_text(encoding="utf-8")
+    measured = [figure for found in re.findall(there, text) for figure in _listed(found)][: len(told)]
+    assert told, f"{guide} has no {here}"
+    assert told == [f"{float(m):.{len(t.partition('.')[2])}f}" for t, m in zip(told, measured, strict=True)]
+
+
+def _listed(found: str | tuple[str, ...]) -> list[str]:
+    return [found] if isinstance(found, str) else list(found)
 
 
 def test_every_guide_is_reached_from_another() -> None:
