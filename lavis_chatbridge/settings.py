@@ -50,6 +50,18 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     return typing.cast(T, built)
 
 
+def checked(settings: T) -> T:
+    """Settings that were built by hand, themselves.
+
+    Raises:
+        ConfigError: With all faults that their ``check()`` yields.
+    """
+    faults = list(settings.check())  # type: ignore[attr-defined]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return settings
+
+
 def unknown_key(key: str, known: Iterable[str], where: str) -> str:
     """The sentence for a key that ``where`` does not have, with the nearest one that it has."""
     near = difflib.get_close_matches(key[:_LONGEST_KEY], list(known), n=1)

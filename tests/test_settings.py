@@ -63,3 +63,9 @@ def test_a_contradiction_is_a_fault() -> None:
 def test_a_section_must_be_a_mapping() -> None:
     with pytest.raises(ConfigError, match=r"run.inner: expected a mapping, found 7"):
         settings.parse(Outer, {"steps": 3, "inner": 7}, "run")
+
+
+def test_settings_built_by_hand_are_checked_too() -> None:
+    assert settings.checked(Outer(steps=3, limit=4)).limit == 4
+    with pytest.raises(ConfigError, match="limit 2 is below steps 3"):
+        settings.checked(Outer(steps=3, limit=2))

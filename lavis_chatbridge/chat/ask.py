@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--devices", nargs="+", metavar="DEVICE", help="with --jsonl: cuda:0 cuda:1 ..., or 'all'")
     options.add_model_arguments(parser)
+    options.add_conversation_arguments(parser)
     options.add_sampling_arguments(parser)
 
 

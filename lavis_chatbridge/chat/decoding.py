@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lavis_chatbridge.chat.prefix import Element, Prefix, is_plain, join, select
 from lavis_chatbridge.chat.text import TextStream
-from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import answering
 from lavis_chatbridge.models.interleave import IGNORED, SOFT, Batch, embed
 
@@ -303,15 +302,3 @@ class Decoder:
             if generation.done:
                 return text
         return text + generation.end("length")
-
-
-def check_sampling(sampling: Sampling) -> Sampling:
-    """The settings themselves.
-
-    Raises:
-        ConfigError: With all faults.
-    """
-    faults = list(sampling.check())
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return sampling

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lavis_chatbridge.settings import checked
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, where, and in which words."""
+    """Which model, where, and in which format it is spoken to."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help="tiny, vicuna7b, vicuna13b, or a YAML (default: tiny)")
     group.add_argument(
@@ -20,6 +22,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("human_assistant", "vicuna_v1", "tokenizer"),
         help="the conversation's format (default: human_assistant, the paper's)",
     )
+
+
+def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What else holds for a whole conversation."""
+    group = parser.add_argument_group("conversation")
     group.add_argument("--system", default="", metavar="TEXT", help="words in front of the conversation")
     group.add_argument("--no-video-sound", action="store_true", help="do not hear videos' own sound tracks")
     group.add_argument("--max-context", type=int, metavar="N", help="tokens that the model reads at most")
@@ -42,9 +49,9 @@ def sampling_of(args: argparse.Namespace) -> Any:
     Raises:
         ConfigError: If a number is out of range.
     """
-    from lavis_chatbridge.chat.decoding import Sampling, check_sampling
+    from lavis_chatbridge.chat.decoding import Sampling
 
-    return check_sampling(
+    return checked(
         Sampling(
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,

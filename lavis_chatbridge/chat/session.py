@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from lavis_chatbridge.chat import history
-from lavis_chatbridge.chat.decoding import Decoder, Finish, Generation, Sampling, check_sampling
+from lavis_chatbridge.chat.decoding import Decoder, Finish, Generation, Sampling
 from lavis_chatbridge.chat.history import ChatTurn
 from lavis_chatbridge.chat.loading import load_model
 from lavis_chatbridge.chat.media import MediaNote, MediaReader, Medium, media_of_turn
@@ -28,7 +28,7 @@ from lavis_chatbridge.chat.text import TextStream, text_of
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media import Source
 from lavis_chatbridge.prompting import Kind, Text
-from lavis_chatbridge.settings import unknown_key
+from lavis_chatbridge.settings import checked, unknown_key
 
 _USUAL_CONTEXT = 2048
 
@@ -181,7 +181,7 @@ class Session:
     ) -> None:
         self.model = model.eval()
         self.template_name, self.system, self.hear_videos = template, system, hear_videos
-        self.sampling = check_sampling(sampling or Sampling())
+        self.sampling = checked(sampling or Sampling())
         self.max_context = max_context or _context_of(model)
         self.reader = reader or MediaReader(model, processors or _processors_of(model))
         self._codec = model.llama_tokenizer
@@ -507,7 +507,7 @@ class Session:
         if isinstance(given.get("stop"), str):
             raise ConfigError("stop is a list of texts")
         changed: dict[str, Any] = {name: tuple(value) if name == "stop" else value for name, value in given.items()}
-        return check_sampling(replace(self.sampling, **changed))
+        return checked(replace(self.sampling, **changed))
 
 
 @dataclass

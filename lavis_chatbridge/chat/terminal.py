@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from lavis_chatbridge.chat import options
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
+from lavis_chatbridge.settings import checked
 
 PROMPT, ANSWER = "you> ", "chatbridge> "
 _KINDS = ("image", "video", "audio")
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="FILE", help=f"{kind}s for the first message")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from a saved conversation")
     options.add_model_arguments(parser)
+    options.add_conversation_arguments(parser)
     options.add_sampling_arguments(parser)
 
 
@@ -182,9 +184,7 @@ class Terminal:
                 given = None if name == "seed" and value.strip() == "none" else _SETTINGS[name](value)
             except ValueError:
                 raise ConfigError(f"{name}: {value!r} is no number") from None
-            from lavis_chatbridge.chat.decoding import check_sampling
-
-            self.session.sampling = check_sampling(replace(self.session.sampling, **{name: given}))
+            self.session.sampling = checked(replace(self.session.sampling, **{name: given}))
         self.say("\n".join(f"  {known} {getattr(self.session.sampling, known)}" for known in _SETTINGS))
 
     def _save(self, rest: str) -> None:

@@ -17,18 +17,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_chatbridge.chat import options
 from lavis_chatbridge.chat.server.command import (
     add_decoding_arguments,
-    add_model_arguments,
     address_of,
     decoding,
     listen,
     narrow,
 )
-from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings, checked, is_loopback
+from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings, is_loopback
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, MissingExtraError
 from lavis_chatbridge.media.source import head_of, is_picture
 from lavis_chatbridge.prompting import Kind
+from lavis_chatbridge.settings import checked
 
 log = logging.getLogger(__name__)
 
@@ -391,7 +392,7 @@ class _Headers:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``chatbridge web``."""
-    add_model_arguments(parser)
+    options.add_model_arguments(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, this machine only)")
     add("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")

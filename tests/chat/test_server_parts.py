@@ -20,8 +20,9 @@ from lavis_chatbridge.chat.server.errors import RequestError
 from lavis_chatbridge.chat.server.folder import RequestFolder
 from lavis_chatbridge.chat.server.metrics import Metrics
 from lavis_chatbridge.chat.server.requests import Attachment
-from lavis_chatbridge.chat.server.settings import ServerSettings, checked
+from lavis_chatbridge.chat.server.settings import ServerSettings
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.settings import checked
 
 PRIVATE = {
     "this machine": ("127.0.0.1", "127.8.8.8", "0.0.0.0", "::1", "::"),

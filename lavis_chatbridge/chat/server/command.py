@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings, checked
+from lavis_chatbridge.chat import options
+from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
+from lavis_chatbridge.settings import checked
 
 TOKENS = "CHATBRIDGE_TOKENS"
 """The environment variable that holds bearer tokens, separated by spaces."""
@@ -30,7 +32,7 @@ _MAX_BYTES = 512 * MEBIBYTE  # of a decoded medium
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``chatbridge serve``."""
     usual = ServerSettings()
-    add_model_arguments(parser)
+    options.add_model_arguments(parser)
     add = parser.add_argument
     add("--name", help="what clients call the model (default: chatbridge-MODEL)")
     add("--host", default=usual.host, help="the address to listen on (default: %(default)s, this machine only)")
@@ -56,22 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="conversations whose keys and values stay in memory for their next turn (default: %(default)s)",
     )
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model answers, and in which format."""
-    parser.add_argument(
-        "--model", default="tiny", help="a model type (tiny, vicuna7b, vicuna13b) or a YAML (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--options",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that override the model's, for example model.checkpoint=FILE",
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: CUDA where there is one)")
-    parser.add_argument("--template", default="human_assistant", help="human_assistant, vicuna_v1 or tokenizer")
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavis_chatbridge.errors import ConfigError
-
 MEBIBYTE = 1 << 20
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -92,18 +90,6 @@ class ServerSettings:
         Without this check any page in the user's browser could reach it, by a name of its own that leads to loopback.
         """
         return frozenset() if self.tokens else _LOCAL_NAMES | {self.host.lower()}
-
-
-def checked(settings: ServerSettings) -> ServerSettings:
-    """The settings themselves.
-
-    Raises:
-        ConfigError: With all faults.
-    """
-    faults = list(settings.check())
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return settings
 
 
 def is_loopback(host: str) -> bool:
