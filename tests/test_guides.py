@@ -270,6 +270,7 @@ def test_what_the_commands_say(ran: dict[str, tuple[int, str]], folder: Path) ->
     assert "MISSING" in said["chatbridge weights list --model-type vicuna13b"]
     assert "model.language_model.weights" in said["chatbridge weights list --cfg-path my.yaml --json"]
     assert "are missing" in said["chatbridge doctor --cfg-path projects/chatbridge/vicuna7b/align.yaml"]
+    assert "model.vision.weights" in said["chatbridge doctor --cfg-path projects/chatbridge/vicuna7b/align.yaml"]
     assert "fits         tiny" in said["chatbridge weights check FILE"]
     assert "going on from" in said[f"{TRAIN}/align.yaml --options run.resume=auto"]
     table = said["chatbridge evaluate --suite music_avqa --ablate"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ def model_types() -> list[str]:
     return sorted(path.stem.removeprefix(_PREFIX) for path in CONFIGS.glob(f"{_PREFIX}*.yaml"))
 
 
-def model_settings(model_type: str | None, cfg_path: str | None = None) -> ModelSettings:
+def model_settings(
+    model_type: str | None, cfg_path: str | None = None, changes: Mapping[str, Any] | None = None
+) -> ModelSettings:
     """The model section of a type, with a configuration file's changes over it.
+
+    Args:
+        model_type: The type; without it that of the configuration, or ``tiny``.
+        cfg_path: The configuration file.
+        changes: To the file's section.
 
     Raises:
         ConfigError: If there is no such type or file, or the section has faults.
@@ -63,6 +71,9 @@ def model_settings(model_type: str | None, cfg_path: str | None = None) -> Model
             if not isinstance(loaded, DictConfig):
                 raise ConfigError(f"{cfg_path} must hold sections such as model and run, found a list")
             own = loaded.get("model") or {}
+            if not isinstance(own, Mapping):
+                raise ConfigError(f"model: expected a mapping, found {settings_reader.shown(own)}")
+        own = OmegaConf.merge(own, dict(changes or {}))
         chosen = model_type or own.get("model_type") or "tiny"
         if chosen not in model_types():
             raise ConfigError(f"there is no model type {chosen!r}; there are {', '.join(model_types())}")

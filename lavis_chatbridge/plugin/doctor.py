@@ -134,6 +134,7 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
         cfg = load_config(cfg_path, options)
     except ChatBridgeError as error:
         yield Finding("FAULT", str(error))
+        yield from _weights_at_least(cfg_path, options)
         return
     except ImportError as error:
         yield Finding("FAULT", f"LAVIS cannot be imported: {error}")
@@ -146,18 +147,35 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
         yield from _data(str(name), section)
 
 
-def _model(cfg: Any) -> Iterator[Finding]:
+def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
+    """The model's files where something else of the configuration is at fault; nothing where it is the model."""
+    from lavis_chatbridge.models.weights_command import model_settings
+    from lavis_chatbridge.runners.config import read_options
+
+    try:
+        settings = model_settings(None, cfg_path, read_options(options).get("model"))
+    except ChatBridgeError:
+        return
+    yield from _weights(settings)
+
+
+def _weights(settings: Any) -> Iterator[Finding]:
     from lavis_chatbridge.models import weights
-    from lavis_chatbridge.models.chatbridge import ChatBridge
-    from lavis_chatbridge.models.language_model import check_available
     from lavis_chatbridge.models.weights_command import size_in_words
 
-    settings = ChatBridge.check_config(cfg.model_cfg)
     for need in weights.needs(settings):
         if need.fault:
             yield Finding("FAULT", need.fault)
         else:
             yield Finding("ok", f"{need.setting:<32}{size_in_words(need.size):>10}  {need.place}")
+
+
+def _model(cfg: Any) -> Iterator[Finding]:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+    from lavis_chatbridge.models.language_model import check_available
+
+    settings = ChatBridge.check_config(cfg.model_cfg)
+    yield from _weights(settings)
     try:
         check_available(settings.language_model)
     except ChatBridgeError as error:

@@ -88,9 +88,21 @@ def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch
     ]
     assert all("published" in text for text in faults)
     assert Finding("warning", "GPU memory is not estimated: the language model's folder is not there") in found
-    [fault] = doctor.configuration(config(), ["run.max_itres=3"])
-    assert fault.level == "FAULT"
-    assert "did you mean 'max_iters'" in fault.text
+    found = list(doctor.configuration(config(), ["run.max_itres=3"]))
+    [fault] = [text for level, text in found if level == "FAULT"]
+    assert "did you mean 'max_iters'" in fault
+    assert any("model.vision.weights" in text for _, text in found), "the model's files are listed all the same"
+
+
+def test_weights_are_told_with_other_faults(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
+    options = ["datasets.chatbridge_world_captions.batch_size=2", "model.model_type=vicuna13b"]
+    texts = [text for level, text in doctor.configuration(config(), options) if level == "FAULT"]
+    assert len(texts) == 5
+    assert "chatbridge_world_captions" in texts[0]
+    assert texts[2].startswith("model.vision.weights")
+    [fault] = doctor.configuration(config("no_such_type"), [])
+    assert "no_such_type" in fault.text
 
 
 def test_the_exit_status_counts_faults(monkeypatch, capsys):
