@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from lavis_chatbridge.datasets.collate import collate
-from lavis_chatbridge.datasets.files import SampleFile, about_tokens
+from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, SampleFile, about_tokens
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment_prompt, chat_prompt, clean_caption
-from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, slots_of, spell_out, target_text
+from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, Text, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
 
@@ -32,6 +32,7 @@ Processors = Mapping[str, Callable[..., Any]]
 """``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
 
 _TEXT_STREAM, _MEDIA_STREAM = 0, 1
+_LOOKED_AT = 64
 
 
 class MediaCache(Protocol):
@@ -105,12 +106,47 @@ class SourceDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """``[n]`` about how many tokens each sample has."""
+        """``[n]`` about how many tokens each sample has, without what format and templates add."""
         if isinstance(self.samples, SampleFile):
             lengths = self.samples.lengths
         else:
             lengths = np.array([about_tokens(sample) for sample in self.samples])
         return lengths if self.indices is None else lengths[self.indices]
+
+    def added_tokens(self) -> float:
+        """About how many tokens format and templates add to a sample, on average over some of them."""
+        some = np.linspace(0, len(self) - 1, num=min(len(self), _LOOKED_AT)).astype(int).tolist()
+        added = []
+        for index in some:
+            sample = self.sample(index)
+            pieces = self.pieces(sample, self._rng(index, 0, _TEXT_STREAM))
+            text = sum(len(piece.text) for piece in pieces if isinstance(piece, Text))
+            added.append(text / CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) - about_tokens(sample))
+        return float(np.mean(added)) if added else 0.0
+
+    def drawn_tokens(self, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """About how many tokens the template has that each sample draws: what lengths in an epoch differ by.
+
+        Samples are not read, so the source's task and style count, not those that a sample names.
+
+        Args:
+            indices: ``[n]`` which samples.
+            epochs: ``[n]`` in which epochs.
+
+        Returns:
+            ``[n]``, zeros where the source draws no template.
+        """
+        own, first = self.settings, self.sample(0)
+        templates = own.templates if first.turns else own.templates or Templates.default()
+        if _is_caption(first, own.stage) or not own.train or templates is None or own.task not in templates:
+            return np.zeros(len(indices), dtype=np.int64)
+        if (asks := templates[own.task].asks) != bool(first.turns):  # the question alone is the request
+            return np.zeros(len(indices), dtype=np.int64)
+        drawn = [
+            len(templates.apply(own.task, "?" if asks else "", own.style, self._rng(int(i), int(epoch), _TEXT_STREAM)))
+            for i, epoch in zip(indices, epochs, strict=True)
+        ]
+        return np.array(drawn, dtype=np.int64) // CHARACTERS_PER_TOKEN
 
     def __len__(self) -> int:
         return len(self.samples) if self.indices is None else len(self.indices)

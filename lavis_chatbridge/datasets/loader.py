@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 _TRIES_BEFORE_JUDGING = 20
 _NAMED_PER_SOURCE = 20
 _LENGTHS_LOOKED_AT = 20_000
+_MOST_DRAWN = 1024
+"""Samples of a step on all processes: drawing the templates of more takes longer than the padding that it saves."""
+
 _FATAL = "fatal"  # raised in a worker, an error would reach the user as a traceback
 
 
@@ -135,13 +138,16 @@ class MixtureLoader:
         self.rank = rank
         self.bad = BadSamples(settings.max_bad_share)
         lengths = {name: source.lengths for name, source in self.sources.items()} if _needs_lengths(settings) else {}
+        sizes = self._batch_sizes(lengths)
+        few = [name for name, size in sizes.items() if size * world_size <= _MOST_DRAWN]
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
             source_ratios(groups, settings.ratios, settings.cap),
-            self._batch_sizes(lengths),
+            sizes,
             world_size,
             settings.seed,
             lengths if settings.group_by_length else None,
+            {name: self.sources[name].drawn_tokens for name in few} if settings.group_by_length else None,
         )
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
@@ -171,10 +177,11 @@ class MixtureLoader:
         settings = self.settings
         if settings.batch_tokens is None:
             return dict.fromkeys(self.sources, settings.batch_size * settings.accumulate)
-        return {
-            name: batch_size_for_tokens(lengths[name][:_LENGTHS_LOOKED_AT], settings.batch_tokens) * settings.accumulate
-            for name in self.sources
-        }
+        sizes = {}
+        for name, source in self.sources.items():
+            written = lengths[name][:_LENGTHS_LOOKED_AT] + source.added_tokens()
+            sizes[name] = batch_size_for_tokens(written, settings.batch_tokens) * settings.accumulate
+        return sizes
 
 
 class EvaluationLoader:

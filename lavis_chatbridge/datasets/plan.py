@@ -8,7 +8,7 @@ million samples cost no memory, and going on from step 100,000 costs what step 0
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -125,6 +125,7 @@ class MixturePlan:
         world_size: Number of ranks.
         seed: Another seed gives another order.
         lengths: Per source, an integer array ``[size]`` of sample lengths; similar ones then share a batch.
+        drawn_lengths: Per source, what an epoch adds to them: from ``[n]`` indices and ``[n]`` epochs, ``[n]`` numbers.
         group: With ``lengths``: how many consecutive global batches are sorted together.
 
     Raises:
@@ -139,6 +140,7 @@ class MixturePlan:
         world_size: int = 1,
         seed: int = 0,
         lengths: Mapping[str, np.ndarray] | None = None,
+        drawn_lengths: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] | None = None,
         group: int = 32,
     ) -> None:
         _check(sizes, ratios, batch_size, world_size, lengths)
@@ -151,6 +153,7 @@ class MixturePlan:
         self.world_size = world_size
         self.seed = seed
         self.lengths = dict(lengths or {})
+        self.drawn_lengths = dict(drawn_lengths or {})
         self.group = group
         self._schedule = _Schedule.of([self.ratios[name] for name in self.names], _hash(seed, 0))
         self._window: tuple[tuple[str, int], np.ndarray] | None = None
@@ -233,8 +236,11 @@ class MixturePlan:
             per_batch = self._global(name)
             start = self._starts[self.names.index(name)] + window * self.group * per_batch
             positions = np.arange(start, start + self.group * per_batch)
-            indices = [index for index, _ in self.samples(name, positions)]
-            by_length = positions[np.argsort(np.asarray(self.lengths[name])[indices], kind="stable")]
+            indices, epochs = self.drawn(name, positions)
+            lengths = np.asarray(self.lengths[name])[indices]
+            if name in self.drawn_lengths:
+                lengths = lengths + self.drawn_lengths[name](indices, epochs)
+            by_length = positions[np.argsort(lengths, kind="stable")]
             batches = by_length.reshape(self.group, per_batch)
             order = KeyedPermutation(self.group, self.seed, 2, self.names.index(name), window)
             self._window = ((name, window), batches[order(np.arange(self.group))])

@@ -217,3 +217,61 @@ def test_collate_keeps_every_key_and_stacks_nothing(pictures, processors):
         collate([data[0], {key: value for key, value in data[1].items() if key != "image"}])
     with pytest.raises(DataError, match="different sources: grey, other"):
         collate([data[0], {**data[1], "source": "other"}])
+
+
+def text_tokens(pieces):
+    return sum(len(piece.text) for piece in pieces if isinstance(piece, Text)) / 4
+
+
+def test_what_format_and_templates_add_is_counted():
+    samples = [
+        Sample(
+            str(i),
+            (Medium("image", "a.png"),),
+            turns=(Turn("user", "x" * (20 + i), ("image",)), Turn("assistant", "y")),
+        )
+        for i in range(40)
+    ]
+    asked = SourceDataset("asked", samples, SourceSettings(task="image_qa", templates=Templates.default()))
+    written = [32 + text_tokens(asked.pieces(sample, asked._rng(i, 0, 0))) for i, sample in enumerate(samples)]
+    assert asked.lengths.mean() + asked.added_tokens() == pytest.approx(np.mean(written))
+    assert 15 < asked.added_tokens() < 40
+    drawn = asked.drawn_tokens(np.arange(40), np.zeros(40, dtype=np.int64))
+    left = np.array(written) - asked.lengths - drawn
+    assert np.ptp(left) <= 2  # halves of tokens are rounded in two places
+    assert np.ptp(drawn) > 5
+    again = asked.drawn_tokens(np.arange(40), np.ones(40, dtype=np.int64))
+    assert not np.array_equal(drawn, again), "another epoch draws other templates"
+
+
+@pytest.mark.parametrize(
+    ("settings", "turns"),
+    [
+        ({"stage": "alignment", "task": "image_caption"}, ()),
+        ({"stage": "auto", "task": "image_caption"}, ()),
+        ({"task": "image_caption", "train": False}, ()),
+        ({"task": ""}, ()),
+        ({"task": "image_detail"}, (Turn("user", "What?", ("image",)), Turn("assistant", "A dog."))),
+        (
+            {"task": "image_caption", "templates": Templates.default()},
+            (Turn("user", "?", ("image",)), Turn("assistant", "A")),
+        ),
+    ],
+)
+def test_where_no_template_is_drawn_nothing_is_added(settings, turns):
+    source = SourceDataset("a", [Sample("0", (Medium("image", "a.png"),), ("a",), turns)], SourceSettings(**settings))
+    assert source.drawn_tokens(np.array([0, 0]), np.array([0, 1])).tolist() == [0, 0]
+
+
+def test_a_request_for_a_caption_is_drawn():
+    source = SourceDataset(
+        "a", [Sample("0", (Medium("image", "a.png"),), ("a dog",))], SourceSettings(task="image_caption")
+    )
+    drawn = source.drawn_tokens(np.zeros(30, dtype=np.int64), np.arange(30))
+    for epoch in range(30):
+        request = next(
+            p.text
+            for p in source.pieces(source.sample(0), source._rng(0, epoch, 0))
+            if "Assistant" in getattr(p, "text", "")
+        )
+        assert drawn[epoch] == (len(request) - len(".###Human: ###Assistant:")) // 4

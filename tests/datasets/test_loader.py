@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,9 @@ from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, Source
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
-from lavis_chatbridge.prompting import Turn
-from lavis_chatbridge.schema import Sample
+from lavis_chatbridge.prompting import Text, Turn
+from lavis_chatbridge.prompting.templates import Templates
+from lavis_chatbridge.schema import Medium, Sample
 
 
 def group(folder, processors, name="grey", ratio=None, indices=None):
@@ -117,6 +119,30 @@ def test_token_budget_fixes_the_count_per_source(pictures, processors):
     settings = LoaderSettings(batch_tokens=150, group_by_length=True)
     loader = MixtureLoader({"grey": group(pictures, processors)}, settings)
     assert loader.plan.batch_sizes == {"grey": 4}  # 32 tokens for the picture, 3 for the words
+
+
+def test_a_token_budget_counts_the_conversations_format_and_groups_by_what_is_drawn():
+    turns = (Turn("user", "is it a dog?", ("image",)), Turn("assistant", "yes"))
+    samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(600)]
+    source = SourceDataset("qa", samples, SourceSettings(task="image_qa", templates=Templates.default()))
+    loader = MixtureLoader({"qa": source}, LoaderSettings(batch_tokens=2000, group_by_length=True), world_size=2)
+    batch = loader.plan.batch_sizes["qa"]
+    assert list(loader.plan.drawn_lengths) == ["qa"]
+    many = MixtureLoader({"qa": source}, loader.settings, world_size=1024 // batch + 1)
+    assert not many.plan.drawn_lengths, "each process draws the templates of all"
+    written = [
+        [
+            sum(
+                len(piece.text) / 4 if isinstance(piece, Text) else 32
+                for piece in source.pieces(source.sample(i), source._rng(i, e, 0))
+            )
+            for i, e in loader.plan.batch(step)[1]
+        ]
+        for step in range(5)
+    ]
+    assert 28 < batch < 36  # about 36 tokens without the format, which would make 55
+    assert 1600 < np.mean([batch * max(lengths) for lengths in written]) < 2200
+    assert np.mean([np.mean(lengths) / max(lengths) for lengths in written]) > 0.95
 
 
 def test_ratios_are_shared_out(pictures, processors):

@@ -119,6 +119,25 @@ def test_grouping_by_length_reduces_padding():
     assert padded(grouped) < 0.15 * padded(plain)
 
 
+def test_what_an_epoch_draws_counts_as_length():
+    base = np.full(400, 50)
+
+    def drawn(indices, epochs):
+        return (indices * 7 + epochs * 13) % 40
+
+    plan = MixturePlan(
+        {"a": 400}, batch_size=10, world_size=2, lengths={"a": base}, drawn_lengths={"a": drawn}, group=20
+    )
+    spread = []
+    for step in range(40):  # two epochs
+        pairs = np.array([pair for rank in range(2) for pair in plan.batch(step, rank)[1]])
+        spread.append(np.ptp(drawn(pairs[:, 0], pairs[:, 1])))
+    assert max(spread) <= 2
+    seen = Counter(pair for step in range(40) for rank in range(2) for pair in plan.batch(step, rank)[1])
+    assert set(seen.values()) == {1}
+    assert len(seen) == 800
+
+
 def test_a_thousand_ranks_and_130_million_samples_cost_nothing():
     sizes = {f"s{i}": 130_000_000 // 8 + i for i in range(8)}
     begin = time.perf_counter()
