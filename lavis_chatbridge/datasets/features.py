@@ -3,7 +3,8 @@
 Shards are tar files in webdataset's form (``KEY.tokens.npy`` float16 ``[T, N, D]``, ``KEY.mask.npy`` bool ``[T, N]``),
 each with an index of byte offsets for random access. A key depends on the file's content, the frozen encoder and the
 processor, so a changed picture, weight or setting is never answered with old features. A shard appears whole or not at
-all, and counts only once its index is there. Nothing here knows the encoders.
+all, counts only once its index is there, and is named after its content's hash: commands that fill one folder at once
+never replace what another has read the places of. What is read must bear its key. Nothing here knows the encoders.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SHARD_BYTES = 256 << 20
 _BLOCK = 1 << 20
 _FORMAT = "chatbridge-features-1"
 _HEADER = tarfile.BLOCKSIZE
+_TOKENS, _MASK = ".tokens.npy", ".mask.npy"
 
 
 class Encoder(Protocol):
@@ -56,10 +58,15 @@ class FeatureStore:
     Args:
         folder: Where the shards lie; made when something is added.
         salts: Kind -> what else the key depends on (encoder and processor), see `salts_of`.
+
+    Raises:
+        DataError: If the folder is a file, or holds an index that is none.
     """
 
     def __init__(self, folder: str | Path, salts: Mapping[Kind, str] | None = None) -> None:
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"{folder}: features are kept in a folder, and this is a file: name another place")
         self.salts = dict(salts or {})
         self._places: dict[str, tuple[str, list[int]]] = {}
         self._digests: dict[str, tuple[int, int, str]] = {}
@@ -92,13 +99,14 @@ class FeatureStore:
         """The stored features, tokens in float16.
 
         Raises:
-            DataError: If the shard is damaged or gone.
+            DataError: If the shard is damaged or gone, or holds another medium's features there.
         """
         name, (at, size, mask_at, mask_size) = self._places[key]
         path = self.folder / name
         try:
             with open(path, "rb") as shard:
-                tokens, mask = (_load_array(shard, *place) for place in ((at, size), (mask_at, mask_size)))
+                tokens = _load_array(shard, f"{key}{_TOKENS}", at, size)
+                mask = _load_array(shard, f"{key}{_MASK}", mask_at, mask_size)
             if (
                 tokens.dtype != np.float16
                 or mask.dtype != np.bool_
@@ -106,7 +114,7 @@ class FeatureStore:
                 or mask.shape != tokens.shape[:2]
             ):
                 raise ValueError(f"{tokens.dtype} {list(tokens.shape)} and {mask.dtype} {list(mask.shape)} are stored")
-        except (OSError, ValueError, EOFError, MemoryError, OverflowError, TokenError) as error:
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError, TokenError, tarfile.TarError) as error:
             cause = " ".join(str(error).split())
             raise DataError(
                 f"{path}: features cannot be read ({cause}); delete {self.folder} to make them anew"
@@ -140,7 +148,7 @@ class FeatureStore:
             known = self._digests.get(name)
             if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
                 return known[2]
-            digest = _sha256(medium)
+            digest = _sha256(medium.path, medium.offset or 0, medium.size)
         except OSError as error:
             raise MediaError(medium.path, error.strerror or error) from error
         self._digests[name] = (status.st_size, status.st_mtime_ns, digest)
@@ -151,33 +159,42 @@ class FeatureStore:
         first = next(features, None)
         if first is None:
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._new_file()
         places: dict[str, list[int]] = {}
         files: dict[str, tuple[int, int, str]] = {}
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         try:
             with (
-                os.fdopen(handle, "wb") as file,
+                open(temporary, "wb") as file,
                 tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
             ):
                 item: tuple[Medium, EncodedMedium] | None = first
                 while item is not None:
                     medium, encoded = item
                     key = self.key(medium)
-                    places[key] = _append(tar, f"{key}.tokens.npy", encoded.tokens.half())
-                    places[key] += _append(tar, f"{key}.mask.npy", encoded.mask.bool())
+                    places[key] = _append(tar, f"{key}{_TOKENS}", encoded.tokens.half())
+                    places[key] += _append(tar, f"{key}{_MASK}", encoded.mask.bool())
                     if medium.offset is None:
                         files[medium.path] = self._digests[medium.path]
                     item = next(features, None) if tar.offset < SHARD_BYTES else None
-            name = f"{first[0].kind}-{self.key(first[0])[:16]}"
-            publish(Path(temporary), self.folder / f"{name}.tar")
+            name = f"{first[0].kind}-{_sha256(temporary)[:32]}"  # a file that has this name already is the same one
+            publish(temporary, self.folder / f"{name}.tar")
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         index = {"format": _FORMAT, "places": places, "files": files}
         write_text(self.folder / f"{name}.index.json", json.dumps(index))
         self._places |= {key: (f"{name}.tar", place) for key, place in places.items()}
         return len(places)
+
+    def _new_file(self) -> Path:
+        """An empty temporary file of the folder, which is made where missing."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+        except OSError as error:
+            raise DataError(f"{self.folder}: features cannot be written there: {error.strerror or error}") from error
+        os.close(handle)
+        return Path(name)
 
 
 def salts_of(model: Encoder, processors: Mapping[str, Any], kinds: Iterable[Kind] = KINDS) -> dict[Kind, str]:
@@ -275,11 +292,11 @@ def _as_it_is(items: Any) -> Any:
     return items
 
 
-def _sha256(medium: Medium) -> str:
+def _sha256(path: str | Path, offset: int = 0, left: int | None = None) -> str:
+    """Of a file, or of ``left`` of its bytes."""
     digest = hashlib.sha256()
-    with open(medium.path, "rb") as file:
-        file.seek(min(medium.offset or 0, os.fstat(file.fileno()).st_size))
-        left = medium.size
+    with open(path, "rb") as file:
+        file.seek(min(offset, os.fstat(file.fileno()).st_size))
         while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
             digest.update(block)
             left = None if left is None else left - len(block)
@@ -298,10 +315,14 @@ def _append(tar: tarfile.TarFile, name: str, tensor: torch.Tensor) -> list[int]:
     return [at, entry.size]
 
 
-def _load_array(shard: Any, at: int, size: int) -> np.ndarray:
+def _load_array(shard: Any, name: str, at: int, size: int) -> np.ndarray:
+    """The array that a shard holds at a place, if it is the one of this name."""
     if at + size > os.fstat(shard.fileno()).st_size:
         raise ValueError(f"it ends before byte {at + size}")
-    shard.seek(at)
+    shard.seek(at - _HEADER)
+    entry = tarfile.TarInfo.frombuf(shard.read(_HEADER), "utf-8", "surrogateescape")
+    if (entry.name, entry.size) != (name, size):
+        raise ValueError(f"it holds {entry.size} bytes of {entry.name!r} where the index has {size} of {name}")
     content = io.BytesIO(shard.read(size))
     np.lib.format.read_magic(content)
     shape, by_columns, kind = np.lib.format.read_array_header_1_0(content)

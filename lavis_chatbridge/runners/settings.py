@@ -169,6 +169,8 @@ class RunSettings(EvaluationSettings):
             yield f"max_bad_share is a share between 0 and 1, found {self.max_bad_share}"
         if self.resume not in (None, "auto") and not Path(str(self.resume)).exists():
             yield f"resume: no checkpoint at {self.resume}"
+        if self.feature_cache is not None and Path(self.feature_cache).expanduser().is_file():
+            yield f"feature_cache: expected a folder, found a file at {self.feature_cache}"
 
     def _check_training(self) -> Iterable[str]:
         if (self.max_iters is None) == (self.max_epoch is None):

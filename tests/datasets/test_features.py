@@ -95,6 +95,60 @@ def test_ranks_share_the_work(pictures, processors):
     assert len(FeatureStore(pictures / "store")) == 12
 
 
+def sample(folder, *numbers):
+    return [Sample(f"s{n}", (Medium("image", str(folder / f"p{n}.png")),), ("c",)) for n in numbers]
+
+
+def test_two_commands_that_fill_one_folder_at_once_get_their_own_features(pictures, processors):
+    ours, theirs = sample(pictures, 0, 1, 2), sample(pictures, 0, 3, 4)  # the first picture is the same
+
+    class Interrupted(Encoder):
+        """The other command, whole, runs between this one's look at the folder and its own writing."""
+
+        def encode_media(self, kind, media):
+            self.other = build_features(Encoder(), theirs, processors, pictures / "store")
+            return super().encode_media(kind, media)
+
+    model = Interrupted()
+    own = build_features(model, ours, processors, pictures / "store")
+    together = FeatureStore(pictures / "store", salts_of(model, processors))
+    for store, numbers in ((own, (0, 1, 2)), (model.other, (0, 3, 4)), (together, (0, 1, 2, 3, 4))):
+        for number in numbers:
+            [one] = sample(pictures, number)
+            assert round(store.find(one.files[0]).tokens[0, 0, 0].item() * 255) == number
+
+
+def test_equal_features_of_two_commands_are_one_shard(pictures, processors):
+    class Interrupted(Encoder):
+        def encode_media(self, kind, media):
+            build_features(Encoder(), samples(pictures), processors, pictures / "store")
+            return super().encode_media(kind, media)
+
+    build_features(Interrupted(), samples(pictures), processors, pictures / "store")
+    assert sorted(path.suffix for path in (pictures / "store").iterdir()) == [".json", ".tar"]
+
+
+def test_an_entry_of_another_medium_is_not_taken(pictures, processors):
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    media = [Medium("image", str(pictures / f"p{n}.png")) for n in (4, 9)]
+    mine, other = map(store.key, media)
+    name, (*tokens, at, size) = store._places[mine]
+    _, place = store._places[other]
+    for wrong in (place, [*place[:2], at, size], [*tokens, *place[2:]], [at, size, at, size], [1, 700, at, size]):
+        store._places[mine] = (name, wrong)
+        with pytest.raises(DataError, match=r"features cannot be read.*delete"):
+            store.find(media[0])
+    assert round(store.find(media[1]).tokens[0, 0, 0].item() * 255) == 9
+
+
+def test_a_file_where_the_folder_should_be_is_named(pictures, processors):
+    (pictures / "b.yaml").write_text("run: {}")
+    with pytest.raises(DataError, match=r"b\.yaml: features are kept in a folder, and this is a file"):
+        build_features(Encoder(), samples(pictures), processors, pictures / "b.yaml")
+    with pytest.raises(DataError, match=r"features cannot be written there: Not a directory"):
+        build_features(Encoder(), samples(pictures), processors, pictures / "b.yaml" / "store")
+
+
 def test_media_inside_shards_have_their_own_keys(pictures, processors):
     content = b"".join((pictures / f"p{i}.png").read_bytes() for i in (1, 2))
     (pictures / "s.tar").write_bytes(content)

@@ -378,12 +378,22 @@ def _places(*numbers: int) -> Callable[[], bytes]:
 
 
 def _feature_array(head: bytes) -> Callable[[], bytes]:
+    """A cache whose entries bear the right names and sizes, and hold something else than arrays."""
+
     def make() -> bytes:
         files = dict(_features())
-        index = next(name for name in files if name.endswith(".json"))
-        content = json.loads(files[index])
-        content["places"] = {key: [0, len(head), 0, len(head)] for key in content["places"]}
-        return packed({name: head if name.endswith(".tar") else dumped(content) for name in files})
+        index, shard = sorted(files, key=lambda name: name.endswith(".tar"))
+        content, tar = json.loads(files[index]), io.BytesIO()
+        [key] = content["places"]
+        place = []
+        with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for name in (f"{key}.tokens.npy", f"{key}.mask.npy"):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(head)
+                place += [archive.offset + tarfile.BLOCKSIZE, len(head)]
+                archive.addfile(entry, io.BytesIO(head))
+        content["places"] = {key: place}
+        return packed({index: dumped(content), shard: tar.getvalue()})
 
     return make
 

@@ -121,6 +121,7 @@ def test_every_fault_is_told_at_once(yaml_of):
         ("  log_freq: 3\n  log_every: 4\n", "run.log_freq 3 is LAVIS's name of run.log_every 4"),
         ("  evaluate: true\n", "evaluate is set, but test_splits names no split"),
         ("  resume: /nowhere/step_1\n", "resume: no checkpoint at /nowhere/step_1"),
+        (f"  feature_cache: '{__file__}'\n", "feature_cache: expected a folder, found a file at "),
         ("  batch_size_train: 0\n", "batch_size_train must be positive, found 0"),
         ("  max_bad_share: 5\n", "max_bad_share is a share between 0 and 1, found 5"),
         ("  min_lr: 1\n", "init_lr 0.0001 must be positive and no less than min_lr 1.0"),
