@@ -283,15 +283,25 @@ def test_what_the_commands_say(ran: dict[str, tuple[int, str]], folder: Path) ->
 
 
 def test_the_conversation_of_the_chat_guide(ran: dict[str, tuple[int, str]], folder: Path) -> None:
-    """What its reader types, and what the shipped model then says."""
+    """Its reader's lines get the notes that it shows, and it shows answers that are true of the media."""
     assert ran["chatbridge world build output/world"][0] == 0
     (folder / "world").symlink_to("output/world")
     talk = next(b for b in blocks((ROOT / "docs/chat.md").read_text(encoding="utf-8"), "") if b.startswith("you> "))
     typed = [line.removeprefix("you> ") for line in talk.splitlines() if line.startswith("you> ")]
     status, said = run_line(Step("chatbridge chat", "--device cpu", typed="\n".join([*typed, "/quit", ""])))
     assert status == 0
-    answered = [line for line in talk.splitlines() if not line.startswith("you> ")]
-    assert [line for line in said.splitlines() if line in answered] == answered, said
+    shown = [line for line in talk.splitlines() if not line.startswith("you> ")]
+    notes = [line for line in shown if not line.startswith("chatbridge> ")]
+    assert [line for line in said.splitlines() if line in notes] == notes, said
+    answers = [line.removeprefix("chatbridge> ") for line in shown if line.startswith("chatbridge> ")]
+    assert len(re.findall(r"chatbridge> \S", said)) == len(answers) == 2, said
+    truth = {}
+    for name in ("image", "audio"):
+        for line in (folder / f"world/annotations/{name}_test.jsonl").read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            truth[f"world/{sample['media'][0]['path']}"] = sample["facts"]
+    media = [line.split()[-1] for line in typed if line.startswith("/")]
+    assert answers == [truth[media[0]]["colour"], truth[media[1]]["timbre"]]
 
 
 def test_every_command_is_run_or_listed_with_what_it_needs() -> None:
