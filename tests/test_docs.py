@@ -204,6 +204,13 @@ FIGURES = [
         "multis_throughput.md",
         r"multis generate \| \d+ \| ([\d.]+) \| ([\d.]+)x \| [\d.]+x \| ([\d.]+)",
     ),
+    (
+        "docs/data.md",
+        r"([\d.]+) % are padding in random order and ([\d.]+) % with .*, of stage 2's ([\d.]+) %\nand ([\d.]+) %",
+        "padding.md",
+        r"\| all \| \| \| \| ([\d.]+)% \| \*\*([\d.]+)%",
+    ),
+    ("docs/weights.md", r"peaks at ([\d.]+) times its size", "loading.md", r"ChatBridge \| ours \| \d+ \| ([\d.]+)"),
 ]
 """A guide, where its figures stand, the table that they are from, where they stand there."""
 
