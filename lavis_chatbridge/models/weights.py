@@ -97,7 +97,7 @@ def named_files(settings: ModelSettings) -> dict[str, str]:
 
 
 def needs(settings: ModelSettings) -> list[Need]:
-    """Every weight file that the settings name, looked for but not read."""
+    """Every weight file that the settings name, looked for but not read; of a language model one small tensor is."""
     found = []
     for setting, path in named_files(settings).items():
         try:
