@@ -35,18 +35,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; the arguments are those of :func:`add_arguments`."""
-    if args.ablate and not args.suite:
+    if args.ablate and args.suite is None:
         raise ConfigError("--ablate goes with --suite; for one configuration use --options run.media=withheld")
-    if args.suite:
+    if args.suite is not None:
         from lavis_chatbridge.plugin import suites
 
         return suites.run(args.suite, args.options, args.suite_folder, args.output, args.ablate)
-    if args.rescore:
+    if args.rescore is not None:
         from lavis_chatbridge.plugin import rescore
 
         return rescore.run(args.rescore, args.options)
-    launching.launch(args.cfg_path, args.options, evaluate=True)
-    return 0
+    return _evaluate(args.cfg_path, args.options)
+
+
+def _evaluate(cfg_path: str, options: Sequence[str]) -> int:
+    """Score one configuration and print what was found, on the main process; 1 if a part could not be scored."""
+    from lavis_chatbridge.plugin import scores
+
+    with launching.Session() as session:
+        found = session.run(cfg_path, options, evaluate=True) or {}
+
+        from lavis.common.registry import registry
+
+        from lavis_chatbridge.runners import distributed
+
+        printed, whole = scores.report(found, registry.get("configuration").run, registry.get_path("result_dir"))
+        if distributed.is_main():
+            print(printed)
+    return 0 if whole else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="settings that override the file's, for example run.seed=1 model.model_type=vicuna7b",
+        help="settings that override the file's, for example run.seed=1 model.model_type=vicuna7b; may be repeated",
     )
 
 
@@ -77,26 +79,37 @@ class Session:
         import lavis.common.optims
         import lavis.runners  # noqa: F401
         from lavis.common.registry import registry
-        from lavis.common.utils import now
 
-        from lavis_chatbridge.plugin import world
-        from lavis_chatbridge.runners import distributed
+        from lavis_chatbridge.runners import distributed, folder
         from lavis_chatbridge.runners.config import load_config
 
         cfg = load_config(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
         distributed.init(cfg.run)
         _seed(cfg.run.seed)
         cfg.pretty_print()
+        runner_class = registry.get_runner_class(cfg.run.runner)
+        job_id = distributed.from_main(folder.new_job_id())
+        with _claimed(cfg, runner_class, job_id):
+            runner = self._runner(cfg, runner_class, job_id, evaluate)
+            if evaluate:
+                return runner.evaluate()
+            runner.train()
+        return None
+
+    def _runner(self, cfg: Any, runner_class: type, job_id: str, evaluate: bool) -> Any:
+        """Everything that the configuration names, in LAVIS's order."""
+        from lavis.common.registry import registry
+
+        from lavis_chatbridge.plugin import world
+        from lavis_chatbridge.runners import ChatBridgeRunner, data
+
         world.prepare(cfg.datasets_cfg)
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
         datasets = task.build_datasets(cfg)
+        if issubclass(runner_class, ChatBridgeRunner):
+            data.check_splits(datasets, cfg.run)
         model = self._model_of(task, cfg, evaluate)
-        runner_class = registry.get_runner_class(cfg.run.runner)
-        runner = runner_class(cfg=cfg, job_id=distributed.from_main(now()), task=task, model=model, datasets=datasets)
-        if evaluate:
-            return runner.evaluate()
-        runner.train()
-        return None
+        return runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
 
     def _model_of(self, task: Any, cfg: Any, evaluate: bool) -> Any:
         """The model of a configuration: the previous run's where that was the same one, and nothing has changed it."""
@@ -109,6 +122,17 @@ class Session:
             self._model = None  # given back before the next one takes its place
             self._model, self._built_from = task.build_model(cfg), sections
         return self._model
+
+
+def _claimed(cfg: Any, runner_class: type, job_id: str) -> AbstractContextManager[None]:
+    """The folder of a training, chosen and kept before anything is loaded; LAVIS's own runners look after theirs."""
+    from lavis_chatbridge.runners import ChatBridgeRunner
+    from lavis_chatbridge.runners.folder import RunFolder
+
+    if cfg.run.evaluate or not issubclass(runner_class, ChatBridgeRunner):
+        return nullcontext()
+    cfg.folder = RunFolder.choose(cfg.run, cfg.to_dict(), job_id)
+    return cfg.folder.claimed()
 
 
 def with_options(options: Sequence[str], more: Mapping[str, str]) -> list[str]:

@@ -15,6 +15,9 @@ from lavis_chatbridge.writing import write_json
 def run(file: str, options: Sequence[str]) -> int:
     """Score the predictions of each source, write ``..._rescored.json`` beside them and print a table.
 
+    Returns:
+        0; 1 if a source could not be scored.
+
     Args:
         file: What an evaluation wrote, ``result/SPLIT_stepN.json``.
         options: ``run.metrics=[...]`` and ``run.normalisation=...`` where others are wanted than those of that run.
@@ -42,9 +45,9 @@ def run(file: str, options: Sequence[str]) -> int:
     target = path.with_name(f"{path.stem}_rescored.json")
     write_json(target, {"by_source": by_source, **settings, "versions": versions()})
     lines = [Line.of_scores(name, scores, chosen.metrics, chosen.published) for name, scores in by_source.items()]
-    print(text_table(lines))
+    print(text_table(lines, "data set"))
     print(f"written to {target}")
-    return 0
+    return int(any(line.status == "failed" for line in lines))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

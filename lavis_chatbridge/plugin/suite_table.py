@@ -1,4 +1,4 @@
-"""The table of a set of benchmarks as text, JSON and HTML: one line each, the paper's figure beside the score."""
+"""The table of scores as text, JSON and HTML: a line for each benchmark, the paper's figure beside the score."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class Line:
     Attributes:
         suite: The benchmark.
         media: ``""`` as they are, else what became of which (``"image withheld"``).
-        status: ``"scored"``, ``"missing"`` (its data are not there) or ``"failed"``.
+        status: ``"scored"``, ``"missing"`` (its data are not there) or ``"failed"`` (nothing could be scored).
         samples: How many were scored.
         metric: The suite's own metric.
-        score: Its value in percent; None where there is none.
+        score: Its value; None where there is none.
         paper: The paper's figure for that metric.
         drop: How much less than with all media.
-        scores: All metrics, in percent.
+        scores: All metrics.
+        unit: Of the scores: ``"percent"``, or ``""`` for a loss and what LAVIS's tasks give.
         remarks: What must be known to read the score: what is missing, left out or not comparable.
     """
 
@@ -46,6 +47,7 @@ class Line:
     paper: float | None = None
     drop: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    unit: str = "percent"
     remarks: list[str] = field(default_factory=list)
 
     @classmethod
@@ -63,6 +65,7 @@ class Line:
             remarks.append(f"{scores['unscored']} predictions have nothing to be compared with")
         return cls(
             suite,
+            status="scored" if scores["scores"] else "failed",
             samples=scores["samples"] - scores.get("unscored", 0),
             metric=metric,
             score=scores.get("headline"),
@@ -72,11 +75,16 @@ class Line:
         )
 
 
-def text_table(lines: Sequence[Line]) -> str:
-    """The table for a terminal; remarks stand below it."""
+def text_table(lines: Sequence[Line], first: str = _COLUMNS[0]) -> str:
+    """The table for a terminal; remarks stand below it.
+
+    Args:
+        lines: The table.
+        first: What the first column is called.
+    """
     rows = [_cells(line)[:-1] for line in lines]
     used = [i for i in range(len(_COLUMNS) - 1) if any(row[i] for row in rows)]
-    head = [_COLUMNS[i] for i in used]
+    head = [first, *(_COLUMNS[i] for i in used[1:])]
     body = [[row[i] for i in used] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     text = [
@@ -113,16 +121,16 @@ def _cells(line: Line) -> list[str]:
         line.media,
         "" if line.samples is None else str(line.samples),
         line.metric,
-        _number(line.score) if line.status == "scored" else line.status,
+        _number(line.score, line.unit) if line.status == "scored" else line.status,
         _number(line.paper),
         _number(line.drop),
-        ", ".join(f"{name} {_number(value)}" for name, value in others.items()),
+        ", ".join(f"{name} {_number(value, line.unit)}" for name, value in others.items()),
         "; ".join(line.remarks),
     ]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _number(value: float | None, unit: str = "percent") -> str:
+    return "" if value is None else f"{value:.1f}" if unit == "percent" else f"{value:.3f}"
 
 
 def _page(lines: Sequence[Line], about: Mapping[str, Any]) -> str:

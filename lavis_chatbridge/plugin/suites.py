@@ -18,6 +18,7 @@ import yaml
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.plugin.launch import Session, with_options
+from lavis_chatbridge.plugin.scores import lines_of
 from lavis_chatbridge.plugin.suite_table import Line, text_table, write
 
 _log = logging.getLogger(__name__)
@@ -66,13 +67,15 @@ def choose(names: str, suites: Mapping[str, Suite]) -> list[Suite]:
     """The suites that ``--suite`` names.
 
     Raises:
-        ConfigError: If a name is unknown.
+        ConfigError: If a name is unknown, or there is none.
     """
     if names == ALL:
         return list(suites.values())
     if names == ZERO_SHOT:
         return [suite for suite in suites.values() if suite.zero_shot]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ConfigError(f"--suite names no suite; known are {', '.join([ZERO_SHOT, ALL, *suites])}")
     for name in wanted:
         if name not in suites:
             near = difflib.get_close_matches(name, [*suites, ALL, ZERO_SHOT], n=1)
@@ -142,17 +145,9 @@ class _Runs:
         cfg = registry.get("configuration")
         self.model = cfg.model_cfg.model_type
         self.journals.append(Path(registry.get_path("result_dir")) / "journal")
-        lines = []
-        for split, metrics in found.items():
-            by_source = metrics.get("by_source") or {}
-            for source, scores in by_source.items():
-                alone = len(found) == len(by_source) == 1
-                name = suite.name if alone else f"{suite.name} {split} {source}"
-                line = Line.of_scores(name, scores, list(cfg.run.metrics), {} if media else cfg.run.published)
-                line.media = media
-                if metrics.get("not_predicted"):
-                    line.remarks.append(f"{metrics['not_predicted']} samples have no prediction (unreadable media)")
-                lines.append(line)
+        lines = lines_of(found, cfg.run)
+        for line in lines:
+            line.suite, line.media = suite.name if len(lines) == 1 else f"{suite.name} {line.suite}", media
         return lines
 
     def _kinds(self, suite: Suite) -> list[str]:

@@ -36,6 +36,7 @@ class ChatBridgeTask(BaseTask):
         self.settings = settings or EvaluationSettings()
         self.seed = seed
         self.datasets: Mapping[str, Mapping[str, Any]] = {}
+        self._evaluated: Any = None
 
     @classmethod
     def setup_task(cls, cfg: Any, **_unused: Any) -> ChatBridgeTask:
@@ -62,7 +63,8 @@ class ChatBridgeTask(BaseTask):
         return EvaluationSplit(sources, self.settings.media, self.settings.media_kinds, self.seed)
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
-        """Nothing to prepare; LAVIS's base calls a method that only its own models have."""
+        """Remember what is scored; LAVIS's base calls a method that only its own models have."""
+        self._evaluated = dataset
 
     def evaluation(self, model: nn.Module, data_loader: Iterable, cuda_enabled: bool = True) -> list[Any]:
         """What `valid_step` gives for every batch of this process, in order."""
@@ -71,6 +73,16 @@ class ChatBridgeTask(BaseTask):
             if samples.get("sample_id", True):  # an empty list: nothing of this batch could be read
                 results.extend(self.valid_step(model=model, samples=prepare_sample(samples, cuda_enabled=cuda_enabled)))
         return results
+
+    def unread(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Source of the split -> how many of its samples are missing, where some are.
+
+        Args:
+            counts: Source -> how many of its samples there are results of.
+        """
+        sources = getattr(self._evaluated, "sources", [])
+        missing = {source.name: len(source) - counts.get(source.name, 0) for source in sources}
+        return {name: count for name, count in missing.items() if count}
 
     @staticmethod
     def save_result(result: list[dict], result_dir: str, filename: str, remove_duplicate: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ class GenerationTask(ChatBridgeTask):
         super().__init__(*args, **kwargs)
         self._values: dict[str, dict[str, list[str]]] = {}
         self._priors: dict[str, float] = {}
-        self._evaluated: Any = None
         self._journal = Journal(Path(), 0)
         self._keys: _Keys | None = None
         self._mark = ""
@@ -47,7 +47,7 @@ class GenerationTask(ChatBridgeTask):
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
         """Say which scores cannot be computed here; learn the attributes' values and how far guessing gets."""
-        self._evaluated = dataset
+        super().before_evaluation(model, dataset)
         self._keys = None
         self._journal = Journal(result_dir() / "journal", get_rank())
         if self.settings.report_metric and get_rank() == 0:
@@ -109,7 +109,8 @@ class GenerationTask(ChatBridgeTask):
         """Write the predictions and the scores of a split; the journal is then no longer needed.
 
         Returns:
-            The metrics on the main process, None on the others.
+            The metrics on the main process, None on the others. ``samples`` have a prediction, ``not_predicted`` have
+            none (in ``by_source`` too), ``written`` are the files; without any prediction there is no ``agg_metrics``.
         """
         records = merge(val_result, key="sample_id")
         if records is None:
@@ -118,14 +119,24 @@ class GenerationTask(ChatBridgeTask):
             "" if self.settings.media == "normal" else f"_{self.settings.media}_{'_'.join(self.settings.media_kinds)}"
         )
         name = f"{split_name}{media}_step{epoch}"
-        write_json(result_dir() / f"{name}.json", records)
-        scores = self.score(records) if self.settings.report_metric else {"agg_metrics": 0.0}
-        if self._evaluated is not None:
-            scores |= {"not_predicted": len(self._evaluated) - len(records)}
-        write_json(result_dir() / f"{name}_metrics.json", {**scores, **self._circumstances()})
+        files = [result_dir() / f"{name}.json", result_dir() / f"{name}_metrics.json"]
+        write_json(files[0], records)
+        scores = self._counted(records, self.score(records) if self.settings.report_metric else {"agg_metrics": 0.0})
+        write_json(files[1], {**scores, **self._circumstances()})
         if not self.settings.keep_journal:
             self._journal.remove()
-        return scores
+        return scores | {"written": [str(path) for path in files]}
+
+    def _counted(self, records: Sequence[Mapping[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:
+        """Scores with how many samples have a prediction and how many have none, of each source too."""
+        counts = Counter(record["source"] for record in records)
+        unread = self.unread(counts)
+        by_source = dict(scores.get("by_source") or {})
+        for source in [*counts, *unread]:
+            by_source[source] = {"samples": counts[source], **by_source.get(source, {})}
+            by_source[source] |= {"not_predicted": unread[source]} if source in unread else {}
+        kept = {key: value for key, value in scores.items() if records or key != "agg_metrics"}
+        return {**kept, "by_source": by_source, "samples": len(records), "not_predicted": sum(unread.values())}
 
     def _circumstances(self) -> dict[str, Any]:
         """All that the scores depend on beside the predictions."""

@@ -155,7 +155,7 @@ def _by_kind(run: Path, split: str) -> dict[Kind, dict[str, Any]]:
     """The metrics of a split by the kind of medium, which the samples' ids begin with."""
     by_source = json.loads(_result(run, split, "_metrics.json").read_text())["by_source"]
     kinds = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split)}
-    return {kinds[source]: scores for source, scores in by_source.items()}
+    return {kinds[source]: scores for source, scores in by_source.items() if source in kinds}
 
 
 def _records(run: Path, split: str) -> list[dict[str, Any]]:

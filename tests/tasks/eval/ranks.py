@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from lavis_chatbridge.plugin.launch import launch
+import contextlib
+from pathlib import Path
+
+from lavis_chatbridge import cli
 
 
-def evaluate(rank: int, cfg_path: str, options: list[str]) -> None:
-    """Evaluate as a configuration file says; ``rank`` comes from the launcher's environment."""
-    launch(cfg_path, options, evaluate=True)
+def evaluate(rank: int, cfg_path: str, options: list[str], folder: str) -> None:
+    """Evaluate as a configuration file says, keep what is printed; ``rank`` comes from the launcher's environment."""
+    with open(Path(folder) / f"printed{rank}.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        status = cli.main(["evaluate", "--cfg-path", cfg_path, "--options", *options])
+    if status:
+        raise SystemExit(status)

@@ -120,8 +120,10 @@ def test_other_decoding_is_predicted_anew(evaluate, monkeypatch):
 
 def test_two_processes_write_the_file_of_one(evaluate, data, tmp_path):
     one = evaluate("one")
-    in_processes(ranks.evaluate, 2, str(data / "run.yaml"), [f"run.output_dir={tmp_path / 'two'}"])
+    in_processes(ranks.evaluate, 2, str(data / "run.yaml"), [f"run.output_dir={tmp_path / 'two'}"], str(tmp_path))
     assert (tmp_path / "two/result/test_step0.json").read_text() == one
+    assert "test chatbridge_jsonl/image  7        exact_match" in (tmp_path / "printed0.txt").read_text()
+    assert (tmp_path / "printed1.txt").read_text() == ""
 
 
 def test_answers_are_chosen_from_a_list(evaluate, tmp_path):

@@ -1,0 +1,141 @@
+"""What an evaluation prints at its end, and when it fails because nothing could be scored."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.plugin import evaluate, scores, train
+from lavis_chatbridge.plugin.suite_table import text_table
+from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.tasks.settings import EvaluationSettings
+
+YAML = """
+model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
+datasets:
+  chatbridge_jsonl: {{data_root: '{root}', splits: {{test: test.jsonl, gone: gone.jsonl}}, templates: false}}
+run:
+  task: chatbridge_captioning
+  evaluate: true
+  test_splits: [test]
+  metrics: [exact_match]
+  num_workers: 0
+  max_len: 2
+  device: cpu
+  output_dir: '{root}/out'
+  job_id: ''
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Three questions about pictures, one of which is not there, and a split of which none is."""
+    root = tmp_path_factory.mktemp("data")
+    for split, there in (("test", (0, 1)), ("gone", ())):
+        samples = []
+        for n in range(3):
+            path = root / f"{split}{n}.png"
+            if n in there:
+                Image.fromarray(np.full((56, 56, 3), 80 * n, np.uint8)).save(path)
+            turns = (Turn("user", "What is it?", ("image",)), Turn("assistant", "red"))
+            samples.append(Sample(f"s{n}", (Medium("image", str(path)),), turns=turns))
+        write_jsonl(root / f"{split}.jsonl", samples)
+    path = root / "run.yaml"
+    path.write_text(YAML.format(root=root))
+    return path
+
+
+def evaluated(config, *options, main=cli.main, words=("evaluate",)):
+    return main([*words, "--cfg-path", str(config), *(["--options", *options] if options else [])])
+
+
+def test_the_scores_and_their_files_are_printed(config, capsys):
+    assert evaluated(config, main=evaluate.main, words=()) == 0  # as python -m lavis.evaluate does
+    result = config.parent / "out/result"
+    found = json.loads((result / "test_step0_metrics.json").read_text())
+    assert (found["samples"], found["not_predicted"]) == (2, 1)
+    own = found["by_source"]["chatbridge_jsonl"]
+    assert (own["samples"], own["not_predicted"]) == (2, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.split(r"\s{2,}", lines[0]) == ["split and data set", "samples", "metric", "score"]
+    assert re.split(r"\s{2,}", lines[2]) == ["test chatbridge_jsonl", "2", "exact_match", f"{own['headline']:.1f}"]
+    assert lines[4] == "test chatbridge_jsonl: 1 sample has no prediction (unreadable media)"
+    assert lines[-1] == f"written to {result}/test_step0.json, {result}/test_step0_metrics.json"
+
+
+def test_nothing_to_score_is_an_error(config, capsys):
+    assert evaluated(config, "run.test_splits=[gone]") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    line = "nothing could be scored. gone chatbridge_jsonl: none of its samples (3) could be read, the log says why"
+    assert f"error: {line}\n" in printed.err
+
+
+def test_a_split_that_cannot_be_scored_beside_one_that_can_is_status_1(config, capsys):
+    options = ("run.task=chatbridge_alignment", "run.test_splits=[gone,test]")
+    assert evaluated(config, *options) == 1
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert rows[0] == ["gone", "0", "failed"]
+    assert rows[1][:3] == ["test", "2", "loss"]
+    assert 0 < float(rows[1][3]) < 20
+
+
+RUN = EvaluationSettings()
+
+
+@pytest.mark.parametrize(
+    ("found", "run", "row"),
+    [
+        ({"by_source": {"a": {"samples": 4, "exact_match": 0.75, "accuracy": 0.75, "text_prior": 0.5}}}, RUN,
+         ["test a", "4", "exact_match", "75.0", "text_prior 50.0"]),
+        ({"by_source": {"a": {"samples": 4, "attribute_accuracy": 0.9, "all_attributes_right": 0.5}}}, RUN,
+         ["test a", "4", "attribute_accuracy", "90.0", "all_attributes_right 50.0"]),
+        ({"by_source": {"a": {"samples": 4}}, "samples": 4}, EvaluationSettings(report_metric=False), ["test a", "4"]),
+        ({"agg_metrics": -1.5, "loss": 1.5, "loss_a": 1.0, "loss_b": 2.0, "samples": 9}, RUN,
+         ["test", "9", "loss", "1.500", "loss_a 1.000, loss_b 2.000"]),
+        ({"agg_metrics": 45.25, "other": 3}, RUN, ["test", "agg_metrics", "45.250", "other 3.000"]),
+        (None, RUN, ["test"]),
+    ],
+)  # fmt: skip
+def test_what_every_task_gives_is_a_line(found, run, row):
+    text = text_table(scores.lines_of({"test": found}, run))
+    assert re.split(r"\s{2,}", text.splitlines()[2]) == row
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ({"by_source": {}, "samples": 0, "not_predicted": 0}, "test: it has no samples"),
+        ({"by_source": {"a": {"samples": 3}}}, "test a: no accepted answers and no facts to compare with: name"),
+        ({"by_source": {"a": {"samples": 3, "scores": {}, "left_out": {"SPICE": "no Java"}}}}, "test a: SPICE"),
+        ({"samples": 3, "not_predicted": 0}, "test: its samples have no target token"),
+    ],
+)  # fmt: skip
+def test_what_is_no_score_is_an_error(found, why):
+    with pytest.raises(DataError, match=f"nothing could be scored. {why}"):
+        scores.report({"test": found}, EvaluationSettings(metrics=["SPICE"]), "out")
+
+
+@pytest.mark.parametrize("words", [["--suite", ""], ["--suite", " , "], ["--suite", "", "--ablate"]])
+def test_no_suite_is_no_suite(words, capsys):
+    assert cli.main(["evaluate", *words]) == 2
+    assert "error: --suite names no suite; known are zero-shot, all, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [train, evaluate])
+def test_repeated_options_all_count(tmp_path, module, capsys):
+    (tmp_path / "run.yaml").write_text(
+        "model: {arch: chatbridge, model_type: tiny}\nrun: {task: chatbridge_alignment}\n"
+    )
+    words = ["--cfg-path", str(tmp_path / "run.yaml"), "--options", "run.max_itres=1", "--options", "run.sed=1"]
+    assert module.main(words) == 2
+    message = capsys.readouterr().err
+    assert "unknown key run.max_itres, did you mean 'max_iters'?" in message
+    assert "unknown key run.sed, did you mean 'seed'?" in message
