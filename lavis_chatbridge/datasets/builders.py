@@ -69,6 +69,16 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             if missing:
                 raise ConfigError(_report(where, parsed.root, missing))
 
+    @classmethod
+    def split_names(cls, cfg: Mapping[str, Any]) -> list[str]:
+        """The splits that a section's data set has; of a mixture, the training split alone.
+
+        Raises:
+            ConfigError: With every fault of the section.
+        """
+        parsed = cls._parse(cfg, f"datasets.{cls.NAME}")
+        return ["train"] if parsed.parts else parsed.used_splits
+
     def build_datasets(self) -> dict[str, SourceGroup]:
         """All splits, ready to load from.
 

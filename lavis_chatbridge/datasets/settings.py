@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavis_chatbridge.datasets.readers import READERS, Origin
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting.templates import Templates
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
 WORLD_PREFIX = "chatbridge_world"
@@ -80,6 +83,7 @@ class DataSettings:
                 yield f"media: unknown kind {kind!r}; known are {', '.join(KINDS)}"
         if self.reader == OWN_READER and self.media:
             yield "media is for the readers of other formats; a jsonl file names its media itself"
+        yield from self._unknown_task()
         if self.limit is not None and self.limit < 1:
             yield f"limit must be at least 1, found {self.limit}"
         for name, ratio in {"ratio": self.ratio or 1.0, **self.ratios}.items():
@@ -93,6 +97,20 @@ class DataSettings:
         for split, entry in self.splits.items():
             if not _well_formed(entry):
                 yield f"splits.{split}: expected a path, a list of paths, or purpose -> path, found {entry!r}"
+
+    def _unknown_task(self) -> Iterable[str]:
+        """A task names instruction templates, whichever stage uses them."""
+        if not self.task or self.templates is False:
+            return
+        try:
+            known = (Templates.load(*self.templates) if isinstance(self.templates, list) else Templates.default()).tasks
+        except ConfigError as error:
+            yield str(error)
+            return
+        if self.task not in known:
+            near = difflib.get_close_matches(self.task[:80], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            yield f"task: no instruction template is of {self.task[:80]!r}, {hint} (templates: false takes any name)"
 
     @property
     def root(self) -> str:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from lavis_chatbridge.runners import (
     snapshot,
 )
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
+from lavis_chatbridge.runners.folder import WEIGHTS, RunFolder, identity
 from lavis_chatbridge.runners.progress import LOG, Reporter, append_stats
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
 from lavis_chatbridge.runners.signals import Watch
@@ -48,7 +49,6 @@ from lavis_chatbridge.writing import whole_file
 _log = logging.getLogger(__name__)
 
 STOPPED_BY_SIGTERM = 128 + 15
-WEIGHTS = "model.safetensors"
 _DATA_OF_A_PLAN = ("sizes", "ratios", "seed")
 
 
@@ -71,7 +71,6 @@ class ChatBridgeRunner(RunnerBase):
         self.run: RunSettings = getattr(cfg, "run", None) or _run_of(cfg)
         self.device_ = distributed.init(self.run)
         self.state = TrainState()
-        self.continued: Path | None = None
         self._train_loader: data.TrainLoader | None = None
         self._wrapped_model: nn.Module | None
         self._optimizer: torch.optim.Optimizer | None
@@ -139,18 +138,13 @@ class ChatBridgeRunner(RunnerBase):
         return (self.run.max_epoch or 0) * self.train_loader.plan.steps_per_epoch()
 
     def setup_output_dir(self) -> None:
-        """Choose and make the run's folder: a new one, or, with ``run.resume: auto``, that of the run that goes on."""
-        base = Path(self.run.output_dir).expanduser().absolute()
-        self.continued = self._find_checkpoint(base)
-        if self.continued is not None and self.run.resume == "auto":
-            self.output_dir = self.continued.parent.parent
-        else:
-            self.output_dir = base / distributed.from_main(str(self.job_id or ""))
+        """Make the run's folder: the one that was chosen before anything was loaded, else that of the configuration."""
+        chosen: RunFolder | None = getattr(self.config, "folder", None)
+        self.folder = chosen or RunFolder.choose(self.run, _plain(self.config), str(self.job_id or ""))
+        self.continued, self.output_dir = self.folder.continued, self.folder.path
         self.result_dir = self.output_dir / "result"
-        self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", self.run.keep_last, self.run.keep_every)
-        fault = distributed.from_main(_not_writable(self.result_dir) if distributed.is_main() else "")
-        if fault:
-            raise ConfigError(fault)
+        self.checkpoints = CheckpointFolder(self.folder.checkpoints, self.run.keep_last, self.run.keep_every)
+        self.folder.make()
         registry.mapping["paths"] |= {"output_dir": str(self.output_dir), "result_dir": str(self.result_dir)}
 
     # ---- training
@@ -161,20 +155,32 @@ class ChatBridgeRunner(RunnerBase):
         Raises:
             TrainingError: If training cannot go on; the last checkpoint is sound.
             CheckpointError: If the run to go on from does not fit.
-            ConfigError: If the language model is spread over devices.
+            ConfigError: If the language model is spread over devices, a split is unknown, or another training has the
+                folder or has left checkpoints in it.
+            DataError: If nothing could be trained on.
         """
         if self.evaluate_only:
             self.evaluate()
             return
+        data.check_splits(self.datasets, self.run)
         parallel.check_trainable(self._model)
+        with self.folder.claimed():
+            self._train()
+
+    def _train(self) -> None:
+        """Train in a folder that is this run's."""
         started = time.monotonic()
         model = self.model
         if self.continued is not None:
             self._load_checkpoint(self.continued)
+        self.folder.set_aside()
         optim.log_sizes(model)
         watched, reporting = Watch(self.run.save_every_minutes), self._reporter()
         with watched as watch, reporting as reporter, distributed.contact(), worker_deaths():
+            if self._lacks_validation():
+                self._validate(reporter)
             self._train_steps(watch, reporter)
+        self.state.check_end()
         self._write_weights()
         self.evaluate()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
@@ -196,22 +202,28 @@ class ChatBridgeRunner(RunnerBase):
             self._after_step(result, watch, reporter)
 
     def _after_step(self, result: StepResult, watch: Watch, reporter: Reporter) -> None:
-        """Validate, save and stop where it is time to."""
+        """Save, stop and validate where it is time to; saved first, a step outlives a validation that fails."""
         if result.suspects:
             reporter.say(
                 f"step {self.state.step} was not finite and is skipped; its samples: {', '.join(result.suspects)}"
             )
-        last = self.state.step == self.steps
-        if self.run.valid_splits and (last or self._is_multiple_of(self.validation_interval)):
-            self._validate(reporter)
-            result.wishes.save = True
-        if last or result.wishes.save or result.wishes.stop or self._is_multiple_of(self.run.save_every_steps):
+        last, wishes = self.state.step == self.steps, result.wishes
+        due = last or self._lacks_validation() or self._is_multiple_of(self.run.save_every_steps)
+        if due or wishes.save or wishes.stop:
             self._save_checkpoint(self.state.step)
             watch.saved()
         self.state.check(self.run)
-        if result.wishes.stop and not last:
+        if wishes.stop and not last:
             reporter.say(f"stopped by SIGTERM after step {self.state.step}; run again with run.resume=auto to go on")
             raise SystemExit(STOPPED_BY_SIGTERM)
+        if self._lacks_validation():
+            self._validate(reporter)
+
+    def _lacks_validation(self) -> bool:
+        """Whether this step is to be validated and has not been."""
+        done = self.state.step
+        due = done > 0 and (done == self.steps or self._is_multiple_of(self.validation_interval))
+        return bool(self.run.valid_splits) and due and self.state.validated != done
 
     def _is_multiple_of(self, interval: int | None) -> bool:
         return interval is not None and self.state.step % interval == 0
@@ -244,6 +256,8 @@ class ChatBridgeRunner(RunnerBase):
             if number == 0 and "agg_metrics" in stats and self.state.improves(float(stats["agg_metrics"])):
                 self._save_checkpoint(self.state.step, is_best=True)
             reporter.write(split, {**stats, "best_step": self.state.best_step}, self.state.step)
+        self.state.validated = self.state.step
+        self._on_main(lambda: self.checkpoints.add_validation(self.state.step, self.state.validation()))
         self.model.train()
 
     def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, Any]:
@@ -312,15 +326,22 @@ class ChatBridgeRunner(RunnerBase):
         """
         rng = distributed.gather_to_main(snapshot.rng_state())
         loading = distributed.gather_to_main(self.train_loader.state_dict())
+        save = self.checkpoints.save_best if is_best else self.checkpoints.save
+        self._on_main(lambda: save(self._checkpoint(rng, loading, is_best), cur_epoch))
+
+    def _on_main(self, write: Callable[[], object]) -> None:
+        """Write something on the main process; all processes wait until it is on disk.
+
+        Raises:
+            TrainingError: On every process, if it cannot be written.
+        """
         fault = ""
         if distributed.is_main():
             try:
-                checkpoint = self._checkpoint(rng, loading, is_best)
-                (self.checkpoints.save_best if is_best else self.checkpoints.save)(checkpoint, cur_epoch)
+                write()
             except TrainingError as error:
                 fault = str(error)
-        fault = distributed.from_main(fault)
-        if fault:
+        if fault := distributed.from_main(fault):
             raise TrainingError(fault)
 
     def _checkpoint(self, rng: list[dict], loading: list[dict], only_weights: bool) -> Checkpoint:
@@ -330,7 +351,7 @@ class ChatBridgeRunner(RunnerBase):
             "rng": rng,
             "scaler": self.scaler.state_dict(),
             "schedule": self.lr_scheduler.state_dict(),
-            "identity": self._identity(),
+            "identity": identity(self.run, _plain(self.config)),
             "fingerprints": self._marks,
             "adapters": lora.describe(self.model),
             "versions": snapshot.versions(),
@@ -357,7 +378,8 @@ class ChatBridgeRunner(RunnerBase):
             self._restore_state(checkpoint.state, path)
             snapshot.load_trained_weights(self.model, checkpoint.model, str(path), adapters)
         snapshot.load_optimizer(self.model, self.optimizer, checkpoint.optimizer)
-        _log.info("going on from %s after step %d of %d", path, self.state.step, self.steps)
+        finished = ": there is nothing left to train" if self.state.step == self.steps else ""
+        _log.info("going on from %s after step %d of %d%s", path, self.state.step, self.steps, finished)
 
     def _restore_state(self, state: Mapping[str, Any], path: Path) -> None:
         """Everything of a checkpoint but its tensors."""
@@ -366,6 +388,8 @@ class ChatBridgeRunner(RunnerBase):
             raise CheckpointError(f"{path} was trained with other frozen parts: {'; '.join(faults)}")
         self.scaler.load_state_dict(state["scaler"])
         self.state = TrainState.from_dict(state["progress"])
+        self.state.take_validation(checkpoints.validation_of(path))
+        self._check_length(self.state.step, path)
         self._restore_position(state, path)
         if distributed.rank() < len(state["rng"]):
             snapshot.set_rng_state(state["rng"][distributed.rank()])
@@ -393,16 +417,25 @@ class ChatBridgeRunner(RunnerBase):
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise CheckpointError(f"the state in {path} is not of the form that is written: {cause}") from error
 
+    def _check_length(self, done: int, path: Path) -> None:
+        """Refuse a checkpoint from beyond the end of this run."""
+        if done > self.steps:
+            raise CheckpointError(
+                f"{path} is of step {done}, but this run ends at step {self.steps}: raise run.max_iters (or "
+                "run.max_epoch), or set run.resume to a checkpoint of an earlier step"
+            )
+
     def _migrate(self, path: Path) -> None:
         """Go on from another program's checkpoint: weights, optimiser where its order is known, and how far it was."""
         foreign = migrations.read(path, self.model)
         snapshot.check_trained_weights(self.model, foreign.model, str(path))
         snapshot.check_optimizer(self.model, foreign.optimizer, str(path))
-        snapshot.load_trained_weights(self.model, foreign.model, str(path))
-        snapshot.load_optimizer(self.model, self.optimizer, foreign.optimizer)
         per_epoch = self.train_loader.plan.steps_per_epoch()
         done = foreign.steps if foreign.steps is not None else (foreign.epochs or 0) * per_epoch
-        self.state = TrainState(step=min(done, self.steps))
+        self._check_length(done, path)
+        snapshot.load_trained_weights(self.model, foreign.model, str(path))
+        snapshot.load_optimizer(self.model, self.optimizer, foreign.optimizer)
+        self.state = TrainState(step=done)
         kept = "its optimiser" if foreign.optimizer else "a new optimiser: its own does not fit these parameters"
         _log.warning(
             "going on from %s, a checkpoint of format %r, at step %d with %s; the order of its data is not known",
@@ -436,9 +469,21 @@ class ChatBridgeRunner(RunnerBase):
         if distributed.rank() < len(loading):
             self.train_loader.load_state_dict(loading[distributed.rank()])
 
+    def _best_weights(self) -> Path | None:
+        """The best weights, where validation chose some; also those beside the checkpoint that the run goes on from."""
+        step = self.state.best_step
+        if step is None:
+            return None
+        found = self.checkpoints.best(step)
+        if found is None and self.continued is not None:
+            found = CheckpointFolder(self.continued.parent).best(step)
+        if found is None:
+            _log.warning("the best weights, of step %d, are not there any more: taking the last ones", step)
+        return found
+
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
         """Put the best weights of this run into the model, where validation chose some."""
-        best = self.checkpoints.best()
+        best = self._best_weights()
         if best is not None:
             _log.info("taking the best weights, %s", best)
             snapshot.load_trained_weights(model, checkpoints.read(best).model, str(best))
@@ -448,31 +493,12 @@ class ChatBridgeRunner(RunnerBase):
         """The trained weights as one file, ``model.safetensors`` in the run's folder: the best ones, else the last."""
         if not distributed.is_main():
             return
-        best = self.checkpoints.best()
+        best = self._best_weights()
         weights = checkpoints.read(best).model if best is not None else snapshot.trained_weights(self.model)
         metadata = {"step": str(self.state.best_step if best else self.state.step), **written_with(weights)}
         with whole_file(self.output_dir / WEIGHTS) as partial:
             save_file(weights, partial, metadata=metadata | checkpoints.adapters_metadata(lora.describe(self.model)))
         _log.info("the trained weights are in %s", self.output_dir / WEIGHTS)
-
-    def _find_checkpoint(self, base: Path) -> Path | None:
-        """The checkpoint that ``run.resume`` names, the same on all processes."""
-        if self.run.resume is None:
-            return None
-        if self.run.resume != "auto":
-            return Path(self.run.resume).expanduser().absolute()
-        identity = self._identity()
-        found = checkpoints.newest_run(base, identity) if distributed.is_main() else None
-        found = distributed.from_main(found)
-        if found is None:
-            _log.info("run.resume is auto, and %s has no checkpoint of this configuration: starting anew", base)
-        return found
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes two configurations the same run: ``auto`` must not go on from somebody else's checkpoint."""
-        config = _plain(self.config)
-        model = {key: config["model"].get(key) for key in ("arch", "model_type")}
-        return {"task": self.run.task, "model": model, "datasets": sorted(config["datasets"]), "seed": self.run.seed}
 
     def _plan_record(self) -> dict[str, Any]:
         plan = self.train_loader.plan
@@ -490,7 +516,8 @@ class ChatBridgeRunner(RunnerBase):
 
     def _reporter(self) -> Reporter:
         config = _plain(self.config)
-        return Reporter(self.run, self.output_dir, self.steps, self.state.step, config, active=distributed.is_main())
+        main, validated = distributed.is_main(), not self._lacks_validation()
+        return Reporter(self.run, self.output_dir, self.steps, self.state.step, config, main, validated)
 
     def log_stats(self, stats: Any, split_name: str) -> None:
         """Append a split's metrics to ``log.txt``."""
@@ -506,15 +533,3 @@ def _run_of(cfg: Any) -> RunSettings:
 def _plain(cfg: Any) -> dict[str, Any]:
     """A configuration as plain dictionaries."""
     return OmegaConf.to_container(cfg.get_config(), resolve=True)  # type: ignore[return-value]
-
-
-def _not_writable(folder: Path) -> str:
-    """Make a folder; why that, or writing into it, is impossible, or an empty text."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        return f"run.output_dir: cannot write to {folder}: {error.strerror or error}"
-    return ""

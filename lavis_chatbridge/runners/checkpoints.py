@@ -7,7 +7,8 @@ A checkpoint is a folder ``step_NNNNNNNN`` of
 - ``state.json``: everything else: progress, data position, scaler, schedule, random generators, configuration,
   versions, and the fingerprints of what is frozen;
 - ``manifest.json``: size and digest of the other files. It is written last; a folder without it, or that does not
-  agree with it, is no checkpoint.
+  agree with it, is no checkpoint;
+- ``validation.json``: added once the step has been validated: what that changed of the progress.
 
 No pickle is read or written. This module knows no runner: it takes and returns `Checkpoint`.
 """
@@ -32,11 +33,12 @@ from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.models.checkpoint import written_with
-from lavis_chatbridge.writing import sync
+from lavis_chatbridge.writing import read_json, sync, write_json
 
 _log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+VALIDATION = "validation.json"
 FORMAT = 1
 _STEP = re.compile(r"step_(\d{8,})")
 _BEST = re.compile(r"best_(\d{8,})")
@@ -79,37 +81,52 @@ class CheckpointFolder:
             TrainingError: If it cannot be written; older checkpoints are as they were.
         """
         target = self.folder / f"step_{step:08d}"
-        if not (target / MANIFEST).is_file():
-            self._write(checkpoint, target)
+        self._write(checkpoint, target)
         self._remove_old()
         return target
 
     def save_best(self, checkpoint: Checkpoint, step: int) -> Path:
-        """Write the best weights so far, then remove the former best.
+        """Write the best weights so far. The former best stay until `add_validation`.
 
         Raises:
-            TrainingError: If they cannot be written; the former best is as it was.
+            TrainingError: If they cannot be written.
         """
         target = self.folder / f"best_{step:08d}"
-        if not (target / MANIFEST).is_file():
-            self._write(checkpoint, target)
-        for other in _numbered(self.folder, _BEST).values():
-            if other != target:
-                shutil.rmtree(other, ignore_errors=True)
+        self._write(checkpoint, target)
         return target
 
-    def best(self) -> Path | None:
-        """The best weights, if any were kept."""
-        found = _numbered(self.folder, _BEST)
-        return found[max(found)] if found else None
+    def add_validation(self, step: int, progress: Mapping[str, Any]) -> None:
+        """Add what a validation found to the checkpoint of its step, then remove best weights that are no longer so.
+
+        Args:
+            step: The step, whose checkpoint has been saved before the validation.
+            progress: `TrainState`'s fields that the validation changed, ``best_step`` among them.
+
+        Raises:
+            TrainingError: If it cannot be written; resuming then repeats the validation.
+        """
+        target = self.folder / f"step_{step:08d}"
+        try:
+            if target.is_dir():  # not where a run goes on from another run's checkpoint
+                write_json(target / VALIDATION, dict(progress))
+        except OSError as error:
+            raise TrainingError(f"cannot write {target / VALIDATION}: {_cause(error)}") from error
+        for number, path in _numbered(self.folder, _BEST).items():
+            if number != progress["best_step"]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def best(self, step: int) -> Path | None:
+        """The weights of the best step, as such or in that step's checkpoint; None where neither is there any more."""
+        places = [self.folder / f"best_{step:08d}", self.folder / f"step_{step:08d}"]
+        return next((place for place in places if (place / MANIFEST).is_file()), None)
 
     def _write(self, checkpoint: Checkpoint, target: Path) -> None:
         partial = target.with_name(f".{target.name}{_PARTIAL}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(target, ignore_errors=True)  # no manifest: what a crash left
             write(checkpoint, partial)
+            shutil.rmtree(target, ignore_errors=True)
             os.rename(partial, target)
             sync(self.folder)
         except (OSError, SafetensorError) as error:
@@ -217,6 +234,26 @@ def newest_in(folder: Path) -> Path | None:
             return found[step]
         _log.warning("passing over the checkpoint %s: %s", found[step], "; ".join(faults))
     return None
+
+
+def newest_step(folder: Path) -> int | None:
+    """The highest step of which a folder has a checkpoint or best weights, sound or not."""
+    return max([*_numbered(folder, _STEP), *_numbered(folder, _BEST)], default=None)
+
+
+def later_than(checkpoint: Path) -> list[Path]:
+    """The checkpoints and best weights beside a checkpoint whose step is a later one."""
+    match, folder = _STEP.fullmatch(checkpoint.name), checkpoint.parent
+    found = [*_numbered(folder, _STEP).items(), *_numbered(folder, _BEST).items()]
+    return [path for step, path in found if match is not None and step > int(match.group(1))]
+
+
+def validation_of(folder: Path) -> dict[str, Any]:
+    """What `CheckpointFolder.add_validation` added to a checkpoint; empty where that step was not validated."""
+    found = read_json(folder / VALIDATION)
+    numbers = (int, float, type(None))
+    sound = isinstance(found, dict) and all(isinstance(value, numbers) for value in found.values())
+    return found if sound else {}
 
 
 def newest_run(output_dir: Path, identity: Mapping[str, Any]) -> Path | None:

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +23,9 @@ from yaml import YAMLError
 from lavis_chatbridge import settings
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.runners.folder import RunFolder
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +53,10 @@ class Config:
         config: All sections, merged.
         run: The ``run`` section, typed.
         env: The ``env`` section, typed.
+        folder: The run's folder, where it was chosen before a runner is made.
     """
+
+    folder: RunFolder | None = None
 
     def __init__(self, config: DictConfig, run: RunSettings, env: EnvSettings) -> None:
         self.config = config
@@ -116,6 +122,8 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     collect(lambda: _merge_model(merged))
     collect(lambda: _merge_datasets(merged))
     run = collect(lambda: _check_run(merged.run))
+    if not faults and run is not None:
+        faults += _unknown_splits(merged.datasets, run)
     if faults or run is None or env is None:
         raise ConfigError(f"{cfg_path}: " + "; ".join(faults))
     merged.run = OmegaConf.create(_for_lavis(run))
@@ -191,9 +199,13 @@ def _read_options(options: Sequence[str]) -> DictConfig:
     if without:
         raise ConfigError(f"--options: {without[0]!r} has no value; write KEY=VALUE")
     try:
-        return OmegaConf.from_dotlist(list(options))
+        read = OmegaConf.from_dotlist(list(options))
+        for key, _, text in (option.partition("=") for option in options):
+            if key == "run.job_id" and isinstance(OmegaConf.select(read, key), (int, float)):
+                OmegaConf.update(read, key, text)  # Slurm's 123_4 is the number 1234 in YAML
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"--options: {' '.join(str(error).split())}") from error
+    return read
 
 
 def _merge_model(merged: DictConfig) -> None:
@@ -270,6 +282,19 @@ def _check_run(section: DictConfig) -> RunSettings:
     if faults:
         raise ConfigError("; ".join(faults))
     return run
+
+
+def _unknown_splits(datasets: DictConfig, run: RunSettings) -> list[str]:
+    """The splits that the run names and no data set has; nothing where a builder cannot tell its own (LAVIS's)."""
+    from lavis.common.registry import registry
+
+    there: set[str] = set()
+    for name, section in datasets.items():
+        split_names = getattr(registry.get_builder_class(str(name)), "split_names", None)
+        if split_names is None:
+            return []
+        there.update(split_names(_plain(section)))
+    return run.unknown_splits(there)
 
 
 def _for_lavis(run: RunSettings) -> dict[str, Any]:

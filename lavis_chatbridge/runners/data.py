@@ -53,6 +53,17 @@ def loader_settings(run: RunSettings, device: torch.device) -> LoaderSettings:
     )
 
 
+def check_splits(datasets: Splits, run: RunSettings) -> None:
+    """Look for the splits that a run names, before it needs them.
+
+    Raises:
+        ConfigError: Naming all that no data set has.
+    """
+    faults = run.unknown_splits({split for splits in datasets.values() for split in splits})
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
 def train_loader(datasets: Splits, run: RunSettings, device: torch.device) -> TrainLoader:
     """The training batches of this process.
 

@@ -46,6 +46,8 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> dict[st
         _recompute(model)
     if run.parallel == "fsdp" and distributed.in_group():
         _shard(model, device)
+    elif run.parallel == "fsdp":
+        _log.warning("run.parallel is fsdp, but this is the only process: nothing is spread, it runs as ddp does")
     model.to(device)
     _broadcast(model)
     if run.compile:

@@ -93,12 +93,15 @@ class LogFile:
     Args:
         path: The file.
         step: Where the run goes on; lines of later steps, from a run that was cut off, are dropped.
+        validated: Whether that step's validation is done; the lines of one that was cut off are dropped too.
     """
 
-    def __init__(self, path: Path, step: int = 0) -> None:
+    def __init__(self, path: Path, step: int = 0, validated: bool = True) -> None:
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            lines = path.read_text(encoding="utf-8").splitlines()
+            before = {True: step, False: step if validated else step - 1}
+            kept = [line for line in lines if _step_of(line) <= before[line.startswith('{"train_')]]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
@@ -223,17 +226,25 @@ class Reporter:
         done: Steps that are done already.
         config: The configuration, written first.
         active: Whether this is the main process.
+        validated: Whether the last of those steps has been validated, if it is to be.
     """
 
     def __init__(
-        self, run: RunSettings, folder: Path, steps: int, done: int, config: Mapping[str, Any], active: bool
+        self,
+        run: RunSettings,
+        folder: Path,
+        steps: int,
+        done: int,
+        config: Mapping[str, Any],
+        active: bool,
+        validated: bool = True,
     ) -> None:
         self.log_every, self.steps = run.log_every, steps
         self.meter = Meter()
         self.console = Console(steps, done) if active else None
         self.sinks: list[Sink] = []
         if active:
-            log = LogFile(folder / LOG, done)
+            log = LogFile(folder / LOG, done, validated)
             append_record(log.path, {"config": config, "from_step": done})
             self.sinks = [log, *([TensorBoard(folder / "tensorboard", done)] if run.tensorboard else [])]
             self.sinks += [WeightsAndBiases(run, folder / "wandb", config)] if run.wandb else []

@@ -5,7 +5,7 @@ LAVIS's older names for some keys (`LAVIS_NAMES`) are accepted and translated, s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +98,7 @@ class RunSettings(EvaluationSettings):
     output_dir: str = "output"
     """Folder of all results, relative to the working directory."""
     job_id: str | None = None
-    """Folder of this run under ``output_dir``; null takes the time, as LAVIS does; an empty one is ``output_dir``."""
+    """Folder of this run under ``output_dir``; null makes a name of the time; an empty one is ``output_dir`` itself."""
     log_every: int = 50
     """Steps between two lines of the log."""
     tensorboard: bool = False
@@ -113,6 +113,8 @@ class RunSettings(EvaluationSettings):
     # ---- checkpoints
     resume: str | None = None
     """A checkpoint to go on from; ``auto`` takes the newest sound one under ``output_dir``, if there is one."""
+    anew: bool = False
+    """Start anew where an earlier training lies, after moving its files to ``earlier/N``; else that is refused."""
     save_every_steps: int | None = None
     """Steps between two checkpoints; null saves at validations and at the end."""
     save_every_minutes: float | None = 30.0
@@ -167,10 +169,25 @@ class RunSettings(EvaluationSettings):
                 yield f"{name} must not be negative, found {getattr(self, name)}"
         if not 0 <= self.max_bad_share <= 1:
             yield f"max_bad_share is a share between 0 and 1, found {self.max_bad_share}"
+        if not 0 <= self.seed < 2**32:
+            yield f"seed must lie between 0 and {2**32 - 1}, found {self.seed}"
+        if self.anew and self.resume is not None:
+            yield f"anew starts a new run and resume goes on with {self.resume}: choose one"
         if self.resume not in (None, "auto") and not Path(str(self.resume)).exists():
             yield f"resume: no checkpoint at {self.resume}"
         if self.feature_cache is not None and Path(self.feature_cache).expanduser().is_file():
             yield f"feature_cache: expected a folder, found a file at {self.feature_cache}"
+
+    def unknown_splits(self, there: Collection[str]) -> list[str]:
+        """A sentence for each split that this run names and that is not among those ``there``."""
+        kinds = ["test_splits"] if self.evaluate else ["train_splits", "valid_splits", "test_splits"]
+        named = [(kind, split) for kind in kinds for split in getattr(self, kind)]
+        names = ", ".join(sorted(there))
+        return [
+            f"run.{kind}: no data set has the split {split!r}; there are {names}"
+            for kind, split in named
+            if split not in there
+        ]
 
     def _check_training(self) -> Iterable[str]:
         if (self.max_iters is None) == (self.max_epoch is None):
@@ -211,6 +228,8 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             value = ours.pop(theirs)
             if ours.setdefault(name, value) != value:
                 faults.append(f"run.{theirs} {value!r} is LAVIS's name of run.{name} {ours[name]!r}: give one")
+    if isinstance(ours.get("job_id"), int) and not isinstance(ours["job_id"], bool):
+        ours["job_id"] = str(ours["job_id"])
     if "amp" in ours:
         amp, precision = ours.pop("amp"), ours.get("precision")
         if amp and precision not in (None, "fp16"):

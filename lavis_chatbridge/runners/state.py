@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lavis_chatbridge.errors import TrainingError
+from lavis_chatbridge.errors import DataError, TrainingError
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult
 
@@ -31,6 +32,7 @@ class TrainState:
         nonfinite_steps: Steps that were skipped for a non-finite loss or gradient.
         best_metric: Highest ``agg_metrics`` of the first validation split; None before the first validation.
         best_step: The step of it.
+        validated: The last step whose validation is done.
     """
 
     step: int = 0
@@ -38,6 +40,7 @@ class TrainState:
     nonfinite_steps: int = 0
     best_metric: float | None = None
     best_step: int | None = None
+    validated: int = 0
 
     def record(self, source: str, result: StepResult) -> None:
         """Count a step that was taken."""
@@ -62,6 +65,37 @@ class TrainState:
                 "that the log names"
             )
 
+    def check_end(self) -> None:
+        """Fail a training that has learnt nothing although it came to its end.
+
+        Raises:
+            DataError: If none of its samples could be read, or none had a target.
+            TrainingError: If no step was finite.
+        """
+        samples, skipped, tokens, steps = (
+            sum(getattr(count, name) for count in self.sources.values())
+            for name in ("samples", "skipped", "tokens", "steps")
+        )
+        if steps and not samples:
+            raise DataError(
+                f"nothing was trained on: none of {skipped} samples could be read. Mend them (chatbridge check-data "
+                "--decode lists them), then start anew (run.anew=true)"
+            )
+        if steps and not tokens:
+            raise DataError(f"nothing was trained on: none of {samples} samples had a target that was left to learn")
+        if steps and self.nonfinite_steps >= steps:
+            raise TrainingError(f"nothing was trained: none of {steps} steps had a finite loss and gradient")
+
+    def validation(self) -> dict[str, Any]:
+        """What a validation changes of the progress."""
+        return {"best_metric": self.best_metric, "best_step": self.best_step, "validated": self.validated}
+
+    def take_validation(self, found: Mapping[str, Any]) -> None:
+        """Take over what `validation` gave, if it was of this step."""
+        if found.get("validated") == self.step:
+            self.best_metric, self.best_step = found["best_metric"], found["best_step"]
+            self.validated = self.step
+
     def improves(self, metric: float) -> bool:
         """Whether ``metric`` is the best so far; if so it is recorded for the current step."""
         if self.best_metric is not None and not metric > self.best_metric:
@@ -80,6 +114,7 @@ class TrainState:
         whole = [
             values["step"],
             values["nonfinite_steps"],
+            values.get("validated", 0),
             *(n for one in values["sources"].values() for n in one.values()),
         ]
         if not all(isinstance(number, int) and number >= 0 for number in whole):

@@ -82,6 +82,61 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, items, mon
     assert [step for step in steps if step] == [2, 4, 6, 8, 10, 12, 14]
 
 
+def _lines(folder, split):
+    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
+    return [line for line in lines if f"{split}_step" in line]
+
+
+@pytest.mark.parametrize("cut", ["in the validation", "after its line in the log", "by SIGTERM", "after it"])
+def test_a_run_that_ends_around_a_validation_resumes_exactly(tmp_path, cut):
+    """Its step is saved before; what the validation finds, the best score above all, is found again or kept."""
+    options = {"max_iters": 8, "eval_every": 2, "valid_splits": ["val"], "log_every": 1, "init_lr": 0.5}
+    whole = runner(tmp_path / "whole", ToyModel(0.3), **options)
+    whole.train()
+    part = runner(tmp_path / "cut", ToyModel(0.3), **options)
+    owner, name = {
+        "in the validation": (part, "eval_epoch"),
+        "after its line in the log": (part.checkpoints, "add_validation"),
+        "by SIGTERM": (part.state, "check"),
+        "after it": (part.state, "check"),
+    }[cut]
+    real, at = getattr(owner, name), 5 if cut == "after it" else 4
+
+    def ends(*arguments):
+        if part.state.step == at:
+            raise SystemExit(143)
+        return real(*arguments)
+
+    setattr(owner, name, ends)
+    with pytest.raises(SystemExit):
+        part.train()
+    validated = (tmp_path / "cut" / "checkpoints" / "step_00000004" / checkpoints.VALIDATION).exists()
+    assert validated == (cut == "after it")
+    resumed = runner(tmp_path / "cut", ToyModel(0.3), resume="auto", **options)
+    assert resumed.continued.name == "step_00000004"
+    resumed.train()
+    assert same(weights(whole), weights(resumed))
+    assert resumed.state.to_dict() == whole.state.to_dict()
+    for split in ("train", "val"):
+        found, expected = (_lines(tmp_path / folder, split) for folder in ("cut", "whole"))
+        keys = (f"{split}_step", f"{split}_loss", f"{split}_best_step")
+        assert [[line.get(key) for key in keys] for line in found] == [[line.get(k) for k in keys] for line in expected]
+    best = [sorted(p.name for p in (tmp_path / f / "checkpoints").glob("best_*")) for f in ("cut", "whole")]
+    assert best[0] == best[1] == [f"best_{whole.state.best_step:08d}"]
+
+
+@pytest.mark.parametrize("found", ["[1]", "{", '{"validated": 2, "best_metric": "x"}', '{"validated": 1}'])
+def test_a_damaged_record_of_a_validation_makes_it_run_again(tmp_path, found):
+    options = {"max_iters": 2, "valid_splits": ["val"]}
+    one = runner(tmp_path, **options)
+    one.train()
+    (tmp_path / "checkpoints" / "step_00000002" / checkpoints.VALIDATION).write_text(found)
+    resumed = runner(tmp_path, resume="auto", **options)
+    resumed.train()
+    assert resumed.state.to_dict() == one.state.to_dict()
+    assert len(_lines(tmp_path, "val")) == 1
+
+
 def _train_ranks(rank, folder, options, stop_at):
     one = runner(folder, ToyModel(0.3), **options)
     if stop_at:
@@ -161,8 +216,21 @@ def test_which_checkpoints_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000040", "step_00000080", "step_00000090"]
     for step in (10, 30):
         folder.save_best(Checkpoint({"w": torch.ones(1)}, {}, {}), step)
-    assert folder.best() == tmp_path / "best_00000030"
+    assert folder.best(10) == tmp_path / "best_00000010"  # the newest checkpoint may still name it
+    folder.add_validation(90, {"best_step": 30})
+    assert checkpoints.validation_of(tmp_path / "step_00000090") == {"best_step": 30}
+    assert checkpoints.verify(tmp_path / "step_00000090") == []
+    assert folder.best(30) == tmp_path / "best_00000030"
     assert not (tmp_path / "best_00000010").exists()
+    assert (folder.best(10), folder.best(40)) == (None, tmp_path / "step_00000040")
+
+
+def test_a_step_that_is_saved_again_replaces_the_former(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for value in (1.0, 2.0):
+        for save in (folder.save, folder.save_best):
+            found = checkpoints.read(save(Checkpoint({"w": torch.full((1,), value)}, {}, {}), 5))
+            assert found.model["w"].item() == value
 
 
 def test_a_crash_inside_a_save_leaves_the_last_one(tmp_path, monkeypatch):

@@ -80,6 +80,15 @@ def test_data_sets_take_the_models_processors_under_lavis_names(yaml_of):
     assert data.text_processor.train.name == "t"
 
 
+@pytest.mark.parametrize("name", ["txt_processor", "text_processor"])
+def test_the_text_processor_has_one_name_whatever_it_is_called(yaml_of, name):
+    """The section is what the feature cache loads processors from; the model type's YAML has the former name here."""
+    cfg = load_config(yaml_of(more=f"preprocess: {{{name}: {{train: {{clean: spaces}}}}}}\n"))
+    assert cfg.preprocess_cfg.text_processor.train == {"name": "t", "clean": "spaces"}
+    assert sorted(cfg.preprocess_cfg) == ["text_processor", "vis_processor"]
+    assert cfg.datasets_cfg.toy_data.text_processor.train.clean == "spaces"
+
+
 def test_lavis_code_finds_what_it_reads(yaml_of):
     cfg = load_config(yaml_of(run=RUN + "  amp: true\n  log_freq: 7\n  beta2: 0.98\n"))
     assert cfg.run_cfg.num_beams == 1
@@ -122,6 +131,10 @@ def test_every_fault_is_told_at_once(yaml_of):
         ("  evaluate: true\n", "evaluate is set, but test_splits names no split"),
         ("  resume: /nowhere/step_1\n", "resume: no checkpoint at /nowhere/step_1"),
         (f"  feature_cache: '{__file__}'\n", "feature_cache: expected a folder, found a file at "),
+        ("  seed: -1\n", "seed must lie between 0 and 4294967295, found -1"),
+        ("  seed: 99999999999999\n", "seed must lie between 0 and 4294967295, found 99999999999999"),
+        ("  anew: true\n  resume: auto\n", "anew starts a new run and resume goes on with auto: choose one"),
+        ("  job_id: true\n", "run.job_id: expected str, found True"),
         ("  batch_size_train: 0\n", "batch_size_train must be positive, found 0"),
         ("  max_bad_share: 5\n", "max_bad_share is a share between 0 and 1, found 5"),
         ("  min_lr: 1\n", "init_lr 0.0001 must be positive and no less than min_lr 1.0"),
@@ -171,6 +184,14 @@ def test_caches_lie_where_this_user_may_write(yaml_of, monkeypatch, tmp_path):
     assert registry.get_path("cache_root") == str(tmp_path / "c")
     assert os.environ["CHATBRIDGE_DATA"] == str(tmp_path / "d")
     monkeypatch.setenv("CHATBRIDGE_DATA", "")  # undone with the rest
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("5", "5"), ("123_4", "123_4"), ("007", "007"), ("null", None), ("''", ""), ("mine", "mine")]
+)
+def test_a_job_id_may_be_a_number_as_slurm_gives_it(yaml_of, written, name):
+    assert load_config(yaml_of(), [f"run.job_id={written}"]).run.job_id == name
+    assert load_config(yaml_of(run=f"{RUN}  job_id: 5\n")).run.job_id == "5"
 
 
 def test_numbers_in_yaml_1_1_and_whole_numbers_for_floats():

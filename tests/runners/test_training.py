@@ -114,6 +114,34 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
         one.train()
 
 
+def _pictures(**more):
+    return {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 5, **more)])}}
+
+
+def test_a_training_that_could_read_nothing_fails(tmp_path):
+    """Also where it is too short to judge by its share of unreadable samples, and when it is resumed."""
+    for more in ({}, {"resume": "auto"}):
+        one = runner(tmp_path, data=_pictures(bad=tuple(range(5))), max_iters=3, batch_size_train=2, **more)
+        with pytest.raises(DataError, match=r"nothing was trained on: none of 6 samples could be read\. Mend them"):
+            one.train()
+    assert not (tmp_path / "model.safetensors").exists()
+    one = runner(tmp_path / "one", data=_pictures(bad=(1, 2, 3, 4)), max_iters=3, batch_size_train=2)
+    one.train()
+    assert one.state.sources["pictures"].samples == 1
+
+
+def test_a_training_whose_steps_were_all_not_finite_fails(tmp_path):
+    one = runner(tmp_path, data=_pictures(poison=tuple(range(5))), max_iters=3, batch_size_train=2)
+    with pytest.raises(TrainingError, match="nothing was trained: none of 3 steps had a finite loss"):
+        one.train()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_fsdp_with_one_process_says_that_nothing_is_spread(tmp_path, caplog):
+    runner(tmp_path, parallel="fsdp", max_iters=1).train()
+    assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
+
+
 def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog):
     data = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 12, poison=(5,))])}}
     one = runner(tmp_path, data=data, max_iters=3, batch_size_train=4)
@@ -178,7 +206,7 @@ def test_best_weights_are_kept_although_every_metric_is_negative(tmp_path):
     one.train()
     assert one.state.best_metric is not None
     assert one.state.best_metric < 0
-    best = one.checkpoints.best()
+    best = one.checkpoints.best(one.state.best_step)
     assert best is not None
     assert best.name == f"best_{one.state.best_step:08d}"
 
