@@ -8,6 +8,7 @@ Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -98,7 +99,7 @@ class ChatBridge(BaseModel):
         """
         settings = cls.check_config(cfg)
         if settings.model_type == "tiny":
-            log.info("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
+            _tell_of_the_small_model()
         model = cls(settings)
         if settings.trained is not None:
             model.load_checkpoint(settings.trained)
@@ -562,6 +563,12 @@ _ENCODERS = {"vision": ("visual_encoder", "ln_vision"), "audio": ("audio_encoder
 
 def _stop_of(context: Sequence[Piece]) -> str:
     return END_OF_CAPTION if sample_reader.is_alignment(context) else END_OF_TURN
+
+
+@functools.cache
+def _tell_of_the_small_model() -> None:
+    """Once, as a warning: Python shows no less to a program that has set up no logging."""
+    log.warning("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
 
 
 def _look_for_files(settings: ModelSettings) -> None:

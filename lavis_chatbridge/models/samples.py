@@ -20,6 +20,9 @@ from lavis_chatbridge.prompting.pieces import KINDS
 Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
 Media: TypeAlias = dict[Kind, list[list[Medium]]]
 
+_BATCH: dict[Kind, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W]", "audio": "[B, T, F, M]"}
+"""The shape of a kind's tensor: ``F`` frames of ``M`` mel bins in each of a sound's ``T`` clips."""
+
 
 def media_of(samples: Mapping[str, Any]) -> Media:
     """Each kind's media, by sample.
@@ -91,6 +94,11 @@ def is_alignment(context: Sequence[Piece]) -> bool:
 
 def _by_sample(kind: Kind, given: Any) -> list[list[Medium]]:
     if isinstance(given, Tensor):
+        if given.dim() < len(_BATCH[kind].split(",")):
+            raise PromptError(
+                f"'{kind}' is a tensor of shape {list(given.shape)}, expected a batch {_BATCH[kind]}: "
+                f"{kind}.unsqueeze(0) makes a batch of a single one"
+            )
         return [[medium] for medium in given]
     if isinstance(given, (AudioClips, EncodedMedium)) or not isinstance(given, (list, tuple)):
         raise PromptError(f"'{kind}' of a batch is a {type(given).__name__}, expected a tensor or a list by sample")

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         for level, text in findings:
             faults += level == "FAULT"
             print(f"  {level:<9}{' '.join(text.split()) if level == 'FAULT' else text}", flush=True)
-    print(f"{faults} faults" if faults else "nothing stops a run")
+    print(f"{faults} fault{'s' if faults > 1 else ''}" if faults else "nothing stops a run")
     return int(faults > 0)
 
 

@@ -249,6 +249,12 @@ def test_lavis_keys_make_the_same_prompts_as_pieces(model: Any) -> None:
         ({"image": torch.zeros(1, 3, 28, 28), "video": [[], []], "text_input": ["a"]}, "different numbers of samples"),
         ({"image": ["a.png"], "text_input": ["a"]}, "holds a str, expected a processed medium"),
         ({"image": 3, "text_input": ["a"]}, "'image' of a batch is a int"),
+        (
+            {"image": torch.zeros(3, 28, 28), "text_input": ["a"]},
+            r"shape \[3, 28, 28\], expected a batch \[B, 3, H, W\]: image.unsqueeze\(0\) makes a batch of a single one",
+        ),
+        ({"video": torch.zeros(2, 3, 28, 28)}, r"a batch \[B, T, 3, H, W\]: video.unsqueeze\(0\)"),
+        ({"audio": torch.zeros(1, 64, 32)}, r"a batch \[B, T, F, M\]: audio.unsqueeze\(0\)"),
         ({"pieces": [[Slot("image"), Text("a", target=True)]]}, "names image 0, which it lacks"),
         ({"pieces": []}, "batch is empty"),
     ],

@@ -48,10 +48,12 @@ def test_missing_weights_are_listed_in_one_line(model_type: str, monkeypatch: py
     assert "eva_vit_g.pth" in message
 
 
-def test_the_tiny_model_with_random_weights(golden_dir: Path) -> None:
-    """What training the shipped parts begins with, and what needs none of them."""
+def test_the_tiny_model_with_random_weights(golden_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What training the shipped parts begins with, and what needs none of them; it says once what it is."""
+    from lavis_chatbridge.models import chatbridge
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
+    chatbridge._tell_of_the_small_model.cache_clear()
     sizes = {"model_type": "llama", "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4}
     random = {
@@ -60,7 +62,9 @@ def test_the_tiny_model_with_random_weights(golden_dir: Path) -> None:
         "language_model": {"weights": None, "tokenizer": str(golden_dir / "tokenizer"), "config": sizes},
         "checkpoint": None,
     }
-    model = ChatBridge.from_config(OmegaConf.merge(section("tiny", "model"), random))
+    model, _ = (ChatBridge.from_config(OmegaConf.merge(section("tiny", "model"), random)) for _ in range(2))
+    told = [record.levelname for record in caplog.records if "knows nothing outside that world" in record.message]
+    assert told == ["WARNING"]
     assert model.image_query_tokens.shape == (1, 8, 128)
     assert model.visual_encoder.pos_embed.shape == (1, 17, 96)
     assert not model.lost_answers

@@ -113,5 +113,8 @@ def test_the_exit_status_counts_faults(monkeypatch, capsys):
     assert cli.main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "  FAULT    broken: mend it\n" in printed
-    assert printed.endswith("1 faults\n")
+    assert printed.endswith("\n1 fault\n")
+    monkeypatch.setattr(doctor, "devices", lambda: iter([Finding("FAULT", "no device")]))
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().out.endswith("\n2 faults\n")
     assert cli.main(["doctor", "--options", "run.seed=1"]) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+MOST_BYTES_OF_ASSETS = 12_000_000
+
 
 def test_wheel_holds_the_package_and_all_its_data(wheel_file: Path, repository: Path):
     with zipfile.ZipFile(wheel_file) as archive:
@@ -22,3 +24,10 @@ def test_wheel_names_the_door_and_the_command(wheel_file: Path):
         text = archive.read(name).decode()
     assert "[torch.backends]\nlavis_chatbridge = lavis_chatbridge:activate" in text
     assert "chatbridge = lavis_chatbridge.cli:main" in text
+
+
+def test_what_ships_beside_the_code_stays_small(repository: Path):
+    assets = repository / "lavis_chatbridge" / "assets"
+    sizes = {path: path.stat().st_size for path in assets.rglob("*") if path.is_file()}
+    assert len(sizes) > 5
+    assert sum(sizes.values()) <= MOST_BYTES_OF_ASSETS, sizes
