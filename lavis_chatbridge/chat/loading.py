@@ -56,10 +56,21 @@ def _config(model: str, options: Sequence[str], chatbridge: Any) -> Any:
         overrides = OmegaConf.from_dotlist(list(options))
         named = OmegaConf.select(own, "model.model_type") if len(own) else model
         base: Any = OmegaConf.load(chatbridge.default_config_path(named))
-        parts = [OmegaConf.masked_copy(part, ["model", "preprocess"]) for part in (base, own, overrides)]
-        return OmegaConf.merge(*parts)
+        return OmegaConf.merge(*(_sections(part) for part in (base, own, overrides)))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"model {model}: {' '.join(str(error).split())}") from error
+
+
+def _sections(config: Any) -> Any:
+    """What a configuration says about the model and its processors."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from lavis_chatbridge.processors.loading import with_known_keys
+
+    part = OmegaConf.masked_copy(config, ["model", "preprocess"])
+    if isinstance(part.get("preprocess"), DictConfig):
+        part.preprocess = with_known_keys(part.preprocess)
+    return part
 
 
 def _device(name: str) -> Any:

@@ -26,7 +26,7 @@ from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, Source
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.processors.loading import load_processors
+from lavis_chatbridge.processors.loading import SECTIONS, load_processors
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, write_jsonl
 
@@ -34,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 _SHARED_WITH_PARTS = ("data_root", "limit", "allow_outside", "skip_missing", "reply_end", "templates")
-_PROCESSORS = ("vis_processor", "video_processor", "audio_processor", "text_processor")
 
 
 class ChatBridgeBuilder(BaseDatasetBuilder):
@@ -67,7 +66,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         if not cls.NAME.startswith(WORLD_PREFIX):
             missing = _missing(parsed)
             if missing:
-                raise ConfigError(_report(where, parsed.root, missing))
+                raise ConfigError(_report(where, missing, parsed))
 
     @classmethod
     def split_names(cls, cfg: Mapping[str, Any]) -> list[str]:
@@ -87,7 +86,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         """
         missing = _missing(self.settings)
         if missing:
-            raise DataError(_report(f"datasets.{self.NAME}", self.settings.root, missing))
+            raise DataError(_report(f"datasets.{self.NAME}", missing, self.settings))
         return self.build()
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, SourceGroup]:
@@ -141,7 +140,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return [SourceDataset(self.NAME, file, how, indices)]
 
     def _processors(self) -> dict[str, dict[str, Any]]:
-        given = {("txt_processor" if n == "text_processor" else n): getattr(self.settings, n) for n in _PROCESSORS}
+        given = {name: getattr(self.settings, name) for name in SECTIONS.values()}
         return load_processors({name: value for name, value in given.items() if value is not None})
 
     def _build_mixture(self) -> dict[str, SourceGroup]:
@@ -189,7 +188,7 @@ def require_files(datasets_cfg: Mapping[str, Any]) -> None:
             if absent:
                 missing[f"datasets.{name}"] = absent
     if missing:
-        raise DataError("; ".join(_report(name, "", paths) for name, paths in missing.items()))
+        raise DataError("; ".join(_report(name, paths) for name, paths in missing.items()))
 
 
 def _builder(name: str) -> type[ChatBridgeBuilder]:
@@ -206,7 +205,7 @@ def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
         without = sorted(set(own.parts) - set(own.ratios))
         raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
     default = DataSettings()
-    shared = {name: getattr(own, name) for name in (*_SHARED_WITH_PARTS, *_PROCESSORS)}
+    shared = {name: getattr(own, name) for name in (*_SHARED_WITH_PARTS, *SECTIONS.values())}
     shared = {name: value for name, value in shared.items() if value != getattr(default, name)}
     parts = {}
     for name in own.parts:
@@ -227,9 +226,16 @@ def _missing(own: DataSettings) -> list[str]:
     return list(dict.fromkeys(absent))
 
 
-def _report(where: str, root: str, missing: Sequence[str]) -> str:
-    files = ", ".join(missing)
-    under = f" (data root {os.path.abspath(root)}, set by env.data_root or ${DATA_VARIABLE})" if root else ""
+def _report(where: str, missing: Sequence[str], own: DataSettings | None = None) -> str:
+    """The sentence for missing files; with the data set's settings, where they were looked for and who said so."""
+    files, under = ", ".join(missing), ""
+    if own is not None:
+        said = f"set by env.data_root or ${DATA_VARIABLE}"
+        if own.data_root:
+            said = f"set by {where}.data_root"
+        elif not os.environ.get(DATA_VARIABLE):
+            said = f"this folder, since neither {where}.data_root nor env.data_root nor ${DATA_VARIABLE} is set"
+        under = f" (data root {os.path.abspath(own.root)}, {said})"
     return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
 
 

@@ -15,9 +15,11 @@ SECTIONS = {
     "image": "vis_processor",
     "video": "video_processor",
     "audio": "audio_processor",
-    "text": "txt_processor",
+    "text": "text_processor",
 }
-"""Kind of processor to its key in the YAML."""
+"""Kind of processor to its key in the YAML; those of pictures and words are LAVIS's."""
+FORMER_KEYS = {"txt_processor": "text_processor"}
+"""Keys of version 0.1.0, and what they are called now."""
 
 SPLITS = ("train", "eval")
 
@@ -26,7 +28,7 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
     """The processors of all kinds of media and of text.
 
     Args:
-        preprocess_cfg: ``vis_processor``, ``video_processor``, ``audio_processor``, ``txt_processor``, each with
+        preprocess_cfg: ``vis_processor``, ``video_processor``, ``audio_processor``, ``text_processor``, each with
             ``train`` and ``eval``, each with ``name`` and that processor's settings. What is left out is ChatBridge's
             own.
 
@@ -36,7 +38,7 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
     Raises:
         ConfigError: With all faults at once.
     """
-    sections = _as_dict(preprocess_cfg)
+    sections = with_known_keys(_as_dict(preprocess_cfg))
     faults = [unknown_key(key, SECTIONS.values(), "preprocess") for key in sections if key not in SECTIONS.values()]
     processors: dict[str, dict[str, Any]] = {}
     for kind, section in SECTIONS.items():
@@ -52,6 +54,23 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
     if faults:
         raise ConfigError("; ".join(faults))
     return processors
+
+
+def with_known_keys(preprocess_cfg: Any) -> Any:
+    """A ``preprocess`` section in which what had another name before has its present one.
+
+    Do this before sections are merged: one under its former name would stand beside what it overrides.
+
+    Raises:
+        ConfigError: If a section is there under both names.
+    """
+    both = [former for former, name in FORMER_KEYS.items() if former in preprocess_cfg and name in preprocess_cfg]
+    if both:
+        raise ConfigError(f"preprocess: {both[0]} is the former name of {FORMER_KEYS[both[0]]}; leave only the latter")
+    if not any(former in preprocess_cfg for former in FORMER_KEYS):
+        return preprocess_cfg
+    known = {FORMER_KEYS.get(key, key): value for key, value in preprocess_cfg.items()}
+    return OmegaConf.create(known) if isinstance(preprocess_cfg, DictConfig) else known
 
 
 def _load(kind: str, split: str, values: dict[str, Any], where: str) -> Any:

@@ -33,7 +33,6 @@ SECTIONS = ("model", "datasets", "run", "preprocess", "env")
 _LONGEST_FAULT = 4000
 _DEFAULT_ARCH = "chatbridge"
 _LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
-_DATASET_NAME_OF_PROCESSOR = {"txt_processor": "text_processor"}
 
 
 @dataclasses.dataclass
@@ -111,7 +110,7 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     from lavis.common.registry import registry
 
     user = _over(_read_yaml(cfg_path), _read_options(options or []))
-    faults = [settings.unknown_key(str(key), SECTIONS, "config") for key in user if key not in SECTIONS]
+    faults = [_no_section(str(key), user[key]) for key in user if key not in SECTIONS]
     collect = _Collector(faults)
     merged = OmegaConf.create({section: {} for section in SECTIONS})
     for section in SECTIONS:
@@ -192,6 +191,9 @@ def _read_yaml(path: str | os.PathLike) -> DictConfig:
 def _read_options(options: Sequence[str]) -> DictConfig:
     """``--options`` in either of LAVIS's two forms."""
     if options and "=" not in options[0]:
+        mixed = [key for key in options[::2] if "=" in key]
+        if mixed:
+            raise ConfigError(f"--options: {mixed[0]!r} stands among pairs KEY VALUE; write all as KEY=VALUE")
         if len(options) % 2:
             raise ConfigError(f"--options: {options[-1]!r} has no value; write KEY=VALUE")
         options = [f"{key}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
@@ -208,9 +210,20 @@ def _read_options(options: Sequence[str]) -> DictConfig:
     return read
 
 
+def _no_section(key: str, value: Any) -> str:
+    """The sentence for a key that is no section: one that is misspelt, or a setting without its section."""
+    if isinstance(value, DictConfig) or difflib.get_close_matches(key[:80], SECTIONS, n=1):
+        return _unknown_name("the configuration's sections", key, SECTIONS)
+    if key in {field.name for field in dataclasses.fields(RunSettings)}:
+        return f"{key} stands in no section, did you mean run.{key}?"
+    return f"{settings.shown(key)} stands in no section; name one of {', '.join(SECTIONS)}, as in run.seed"
+
+
 def _merge_model(merged: DictConfig) -> None:
     """Put the model type's YAML under the user's ``model`` and ``preprocess`` sections, and check the result."""
     from lavis.common.registry import registry
+
+    from lavis_chatbridge.processors.loading import with_known_keys
 
     arch = _word(merged.model.setdefault("arch", _DEFAULT_ARCH), "model.arch")
     model_class = registry.get_model_class(arch)
@@ -221,8 +234,8 @@ def _merge_model(merged: DictConfig) -> None:
     if _word(model_type, "model.model_type") not in types:
         raise ConfigError(_unknown_name("model.model_type", model_type, types))
     defaults = _read_yaml(model_class.default_config_path(model_type))
-    for section in ("model", "preprocess"):
-        merged[section] = _over(defaults.get(section) or OmegaConf.create({}), merged[section])
+    merged.model = _over(_section(defaults, "model"), merged.model)
+    merged.preprocess = _over(*map(with_known_keys, (_section(defaults, "preprocess"), merged.preprocess)))
     merged.model.model_type = model_type
     _check_by(model_class, merged.model, "model")
 
@@ -254,10 +267,9 @@ def _dataset(name: str, merged: DictConfig) -> DictConfig:
     if kind not in builder.DATASET_CONFIG_DICT:
         raise ConfigError(_unknown_name(f"datasets.{name}.type", kind, list(builder.DATASET_CONFIG_DICT)))
     defaults = _read_yaml(builder.default_config_path(type=kind))
-    processors = {_DATASET_NAME_OF_PROCESSOR.get(key, key): value for key, value in merged.preprocess.items()}
     # LAVIS's video captions name their section otherwise (`msvd_cap`) than their builder; its builders take the first
     section = defaults.datasets.get(name) or next(iter(defaults.datasets.values()))
-    whole = _over(OmegaConf.create(processors), section, chosen)
+    whole = _over(OmegaConf.create(dict(merged.preprocess.items())), section, chosen)
     _check_by(builder, whole, f"datasets.{name}")
     return whole
 

@@ -24,6 +24,7 @@ facts["file"] = sys.modules["lavis_chatbridge"].__file__
 model, vis_processors, txt_processors = load_model_and_preprocess("chatbridge", is_eval=True)
 facts["model"] = type(model).__name__
 facts["processors"] = sorted(vis_processors)
+facts["words"] = [type(txt_processors[split]).__name__ for split in ("train", "eval")]
 facts["same by load_model"] = type(load_model("chatbridge")) is type(model)
 """
 
@@ -164,6 +165,7 @@ def test_lavis_alone_knows_chatbridge(ran, install, repository):
         "processor": True,
         "model": "ChatBridge",
         "processors": ["eval", "train"],
+        "words": ["TextProcessor", "TextProcessor"],
         "same by load_model": True,
     }
     assert "does not know" not in result.err

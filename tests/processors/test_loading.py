@@ -37,7 +37,7 @@ def test_load_processors() -> None:
         {
             "vis_processor": {"train": {"name": "chatbridge_image_train", "image_size": 56}},
             "video_processor": {"eval": {"image_size": 56, "num_frames": 2}},
-            "txt_processor": {"train": {"name": "chatbridge_text", "clean": "no"}, "eval": None},
+            "text_processor": {"train": {"name": "chatbridge_text", "clean": "no"}, "eval": None},
         }
     )
     processors = load_processors(section)
@@ -48,6 +48,28 @@ def test_load_processors() -> None:
     assert processors["video"]["eval"].settings.num_frames == 2
     assert processors["text"]["train"]("A  B") == "A  B"
     assert load_processors(None)["audio"]["train"].name == "chatbridge_audio_train"
+
+
+def test_the_former_name_of_the_text_processor() -> None:
+    own = {"train": {"name": "chatbridge_text", "clean": "no"}}
+    assert load_processors({"txt_processor": own})["text"]["train"]("A  B") == "A  B"
+    assert load_processors(OmegaConf.create({"txt_processor": own}))["text"]["train"]("A  B") == "A  B"
+    with pytest.raises(ConfigError, match="former name of text_processor"):
+        load_processors({"txt_processor": own, "text_processor": own})
+
+
+@pytest.mark.parametrize("model_type", ["tiny", "vicuna7b", "vicuna13b"])
+def test_lavis_finds_the_processors_of_a_model(model_type: str) -> None:
+    """By `load_preprocess`, which `load_model_and_preprocess` calls."""
+    from lavis.models import load_preprocess
+
+    section = OmegaConf.load(registry.get_model_class("chatbridge").default_config_path(model_type)).preprocess
+    pictures, words = load_preprocess(section)
+    own = load_processors(section)
+    assert [pictures[split].version for split in ("train", "eval")] == [
+        own["image"][s].version for s in ("train", "eval")
+    ]
+    assert [words[split].version for split in ("train", "eval")] == [own["text"][s].version for s in ("train", "eval")]
 
 
 def test_load_processors_reports_all_faults() -> None:
