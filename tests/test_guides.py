@@ -83,7 +83,7 @@ STEPS = (
     Step(f"{SHARD} --rank 1 --world 2", leaves="output/shards/datasets.yaml"),
     # training: both stages, by each of its names; and from parts of one's own
     Step(f"{TRAIN}/align.yaml", f"--options {STEP}", leaves="output/align/model.safetensors"),
-    Step("chatbridge train --cfg-path projects/chatbridge/align.yaml", f"--options {STEP}"),
+    Step("chatbridge train --cfg-path projects/chatbridge/align.yaml --options run.anew=true", STEP),
     Step(
         f"{TRAIN}/align.yaml --options run.seed=1 run.output_dir=output/other",
         STEP,
@@ -151,7 +151,6 @@ ELSEWHERE = {
     "chatbridge serve": "tests/chat/serving.py",
     "chatbridge web": "tests/test_guides.py",
     "curl http://127.0.0.1:8000/v1/chat/completions": "tests/chat/test_server.py",
-    "torchrun --nproc-per-node 2 -m lavis.train --cfg-path projects/chatbridge/align.yaml": "tests/test_guides.py",
     "chatbridge check-data my_data/train.jsonl": "tests/datasets/test_own_data.py",
     "python -m lavis.train --cfg-path my_data/run.yaml": "tests/datasets/test_own_data.py",
     "python -m lavis.evaluate --cfg-path my_data/run.yaml": "tests/datasets/test_own_data.py",
