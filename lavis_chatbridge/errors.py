@@ -67,6 +67,8 @@ class MissingExtraError(ChatBridgeError, ImportError):
 
 
 def _describe(source: object) -> str:
+    if isinstance(source, tuple) and source:  # samples and their rate
+        return _describe(source[0])
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
     shape = getattr(source, "shape", None)

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from lavis_chatbridge.chat import options
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 
 _KINDS = ("image", "video", "audio")
+_SETTING = re.compile(r"[\w.]+=")  # how KEY=VALUE begins
 _KEYS = {"id", "text", "images", "videos", "audios", "media", "turns"}
 _IGNORED = {"source", "task", "style", "answers", "facts", "held_out", "meta", "captions"}
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", help="the question")
     for kind in _KINDS:
         parser.add_argument(
-            f"--{kind}", nargs="+", action="extend", default=[], metavar="FILE", help=f"{kind}s to ask about"
+            f"--{kind}", nargs="+", action="append", default=[], metavar="FILE", help=f"{kind}s to ask about"
         )
     parser.add_argument("--json", action="store_true", help="print the answer with all that is known about it as JSON")
     parser.add_argument(
@@ -50,11 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """``chatbridge ask``: 0; 1 if some lines of a batch have no answer."""
+    args = sorted_words(args)
     if (args.text is None) == (args.jsonl is None):
         raise ConfigError(
-            "ask needs either a question or --jsonl IN OUT; the question comes before --image, --video and --audio, "
-            "which take all words that follow"
+            "ask needs either a question or --jsonl IN OUT; a question is the first word, or stands behind the files"
         )
+    if args.text is not None and not args.text.strip() and not any(getattr(args, kind) for kind in _KINDS):
+        raise ConfigError("the question is empty, and there is no medium to speak about")
+    if args.text is not None and args.devices:
+        raise ConfigError("--devices is for --jsonl: one question is answered on one --device")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
     settings = options.session_settings(args)
@@ -63,6 +69,36 @@ def run(args: argparse.Namespace) -> int:
     if any(getattr(args, kind) for kind in _KINDS):
         raise ConfigError("with --jsonl, media are named in the lines of the file")
     return _ask_all(args, settings)
+
+
+def sorted_words(args: argparse.Namespace) -> argparse.Namespace:
+    """The parsed arguments with the question in its own place, and each kind's files in one list.
+
+    Where a question stands behind ``--image *.jpg`` or ``--options KEY=VALUE``, argparse takes it for one word more of
+    theirs. It is the last word behind files and looks like none of them, or a word that is no ``KEY=VALUE``.
+
+    Raises:
+        ConfigError: If several words may be the question.
+    """
+    files = {kind: [list(words) for words in getattr(args, kind)] for kind in _KINDS}
+    options, text = list(args.options), args.text
+    if text is None and args.jsonl is None:
+        groups = [words for listed in files.values() for words in listed]
+        found = [(words, len(words) - 1) for words in groups if len(words) > 1 and not _names_file(words[-1])]
+        found += [(options, i) for i, word in enumerate(options) if not _SETTING.match(word)]
+        if len(found) > 1:
+            either = ", ".join(repr(words[i]) for words, i in found)
+            raise ConfigError(f"which of {either} is the question? Write it as the first word, before all options")
+        if found:
+            words, place = found[0]
+            text = words.pop(place)
+    flat = {kind: [word for words in listed for word in words] for kind, listed in files.items()}
+    return argparse.Namespace(**{**vars(args), **flat, "text": text, "options": options})
+
+
+def _names_file(word: str) -> bool:
+    """Whether there is such a file, or it is a name such as files have, and then a wrong one."""
+    return os.path.exists(word) or bool(re.fullmatch(r"\S*(/\S*|\.\w+)", word))
 
 
 def _ask_one(args: argparse.Namespace, settings: dict[str, Any]) -> int:

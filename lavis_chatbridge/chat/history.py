@@ -19,6 +19,9 @@ import numpy as np
 
 from lavis_chatbridge.chat.media import Medium
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.media.audio import rated
+from lavis_chatbridge.media.image import upright
+from lavis_chatbridge.media.source import media_errors
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
 from lavis_chatbridge.writing import PRIVATE, write_text
 
@@ -50,10 +53,12 @@ class ChatTurn:
 def write(path: str | Path, turns: Sequence[ChatTurn], settings: Mapping[str, Any]) -> None:
     """Write a conversation: the file appears whole or not at all.
 
-    Files under the folder of ``path`` are named relative to it; media that came as bytes or arrays are stored inside.
+    Files under the folder of ``path`` are named relative to it; media that came as bytes, arrays or Pillow images are
+    stored inside.
 
     Raises:
         DataError: If it cannot be written.
+        MediaError: If a Pillow image can no longer be read.
     """
     target = Path(path)
     try:
@@ -124,7 +129,7 @@ def _medium_record(medium: Medium, folder: str) -> dict[str, Any]:
     record: dict[str, Any] = {"type": medium.kind, "name": medium.name}
     if medium.track:
         return record | {"track": True}  # of the video before it, which holds the source
-    source: Any = medium.source
+    source, rate = rated(medium.source)
     if isinstance(source, (str, os.PathLike)):
         path = os.path.abspath(os.fspath(source))
         inside = os.path.commonpath([path, folder]) == folder if _same_drive(path, folder) else False
@@ -134,9 +139,8 @@ def _medium_record(medium: Medium, folder: str) -> dict[str, Any]:
     file = io.BytesIO()
     if isinstance(source, np.ndarray):
         np.save(file, source, allow_pickle=False)
-        return record | {"array": _packed(file.getvalue())}
-    source.save(file, "PNG")
-    return record | {"bytes": _packed(file.getvalue())}
+        return record | {"array": _packed(file.getvalue())} | ({} if rate is None else {"rate": rate})
+    return record | {"bytes": _packed(_picture_file(source, animated=medium.kind == "video"))}
 
 
 def _medium(record: Mapping[str, Any], folder: str) -> Medium:
@@ -151,7 +155,37 @@ def _medium(record: Mapping[str, Any], folder: str) -> Medium:
     if "bytes" in record:
         return Medium(kind, base64.b64decode(record["bytes"], validate=True), name=name)
     array = np.load(io.BytesIO(base64.b64decode(record["array"], validate=True)), allow_pickle=False)
-    return Medium(kind, array, name=name)
+    return Medium(kind, (array, record["rate"]) if "rate" in record else array, name=name)
+
+
+def _picture_file(image: Any, animated: bool) -> bytes:
+    """A Pillow image of any mode as a file that opens to what the model was shown of it.
+
+    As pixels, since a PNG has no CMYK and need not keep an orientation. Several frames make a TIFF: in an animated PNG,
+    Pillow joins those that are alike.
+    """
+    file = io.BytesIO()
+    with media_errors(image):
+        shown = image.tell()
+        try:
+            frames = _frames(image) if animated else [upright(image)]
+        finally:
+            image.seek(shown)
+        if len(frames) == 1:
+            frames[0].save(file, "PNG")
+        else:
+            frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate")
+    return file.getvalue()
+
+
+def _frames(image: Any) -> list[Any]:
+    """All frames of a Pillow image, in one mode."""
+    frames = []
+    for number in range(getattr(image, "n_frames", 1)):
+        image.seek(number)
+        frames.append(upright(image.copy()))
+    transparent = any(frame.mode == "RGBA" for frame in frames)
+    return [frame.convert("RGBA") for frame in frames] if transparent else frames
 
 
 def _packed(content: bytes) -> str:

@@ -9,23 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import io
+import numbers
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lavis_chatbridge.errors import MediaError, TooShortError
-from lavis_chatbridge.media import Source
-from lavis_chatbridge.media.source import file_of, media_errors
+from lavis_chatbridge.media import Sound, Source
+from lavis_chatbridge.media.audio import rated
+from lavis_chatbridge.media.source import file_of, is_file, media_errors
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.fbank import MEAN, STD
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
+
+Images: TypeAlias = "Sequence[Source] | Source"
+"""Pictures, or videos; a single one stands for a list of one."""
+Sounds: TypeAlias = "Sequence[Sound] | Sound"
+"""Sounds; a single one stands for a list of one."""
+KindsAndSources: TypeAlias = "Sequence[tuple[Kind, Sound]] | tuple[Kind, Sound]"
+"""Media of any kind; a single pair stands for a list of one."""
 
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
 """A filterbank none of whose values is above this is of silence: they stay below the rounding of 16-bit samples."""
@@ -76,14 +85,14 @@ class Medium:
 
     Args:
         kind: ``"image"``, ``"video"`` or ``"audio"``.
-        source: A path, the bytes of a file, an array, or a Pillow image.
+        source: A path, the bytes of a file, an array, a Pillow image, or samples with their rate in Hz.
         track: It is the sound track of the video before it, and may be missing.
         name: What to call it; made from the source where empty.
         perceived: What the model sees, once that is known.
     """
 
     kind: Kind
-    source: Source
+    source: Sound
     track: bool = False
     name: str = ""
     perceived: Perceived | None = field(default=None, repr=False)
@@ -105,37 +114,59 @@ class Medium:
 
 
 def media_of_turn(
-    images: Sequence[Source] = (),
-    videos: Sequence[Source] = (),
-    audios: Sequence[Source] = (),
-    media: Sequence[tuple[Kind, Source]] = (),
+    images: Images = (),
+    videos: Images = (),
+    audios: Sounds = (),
+    media: KindsAndSources = (),
     hear_videos: bool = True,
 ) -> list[Medium]:
     """The media of one turn: images, videos, sounds, then ``media`` in their own order.
 
     Args:
-        images: Pictures.
-        videos: Videos.
-        audios: Sounds; a video among them is its sound track.
-        media: Kinds and sources, in any order.
+        images: Pictures, or one. An array is one picture.
+        videos: Videos, or one. An array is one video.
+        audios: Sounds, or one; a video among them is its sound track. An array is one sound, of 16 kHz where it is not
+            given as ``(array, rate in Hz)``.
+        media: Kinds and sources, in any order, or one pair of them.
         hear_videos: Each video is followed by its own sound track.
 
     Raises:
-        MediaError: If one has a kind that does not exist, or a single path stands where a list is expected.
+        MediaError: If one has a kind that does not exist, or something else stands where media are expected.
     """
-    listed: list[tuple[Kind, Source]] = []
+    given: list[tuple[Kind, Any]] = []
     for kind, sources in zip(KINDS, (images, videos, audios), strict=True):
-        if isinstance(sources, (str, bytes, bytearray, os.PathLike)):
-            raise MediaError(sources, f"{kind}s are given as a list")
-        listed += [(kind, source) for source in sources]
+        given += [(kind, source) for source in _listed(kind, sources)]
     result: list[Medium] = []
-    for kind, source in [*listed, *media]:
-        if kind not in KINDS:
-            raise MediaError(source, f"a medium of kind {kind!r}; the kinds are {', '.join(KINDS)}")
+    for kind, source in [*given, *_pairs(media)]:
         result.append(Medium(kind, source))
         if kind == "video" and hear_videos:
             result.append(Medium("audio", source, track=True))
     return result
+
+
+def _listed(kind: Kind, sources: Any) -> list[Any]:
+    """Media of one kind, a single one as a list of one."""
+    with_rate = isinstance(sources, tuple) and any(isinstance(part, numbers.Real) for part in sources)
+    if is_file(sources) or isinstance(sources, np.ndarray) or _is_pillow(sources) or with_rate:
+        return [sources]
+    if isinstance(sources, Mapping) or not isinstance(sources, Iterable):
+        found = type(sources).__name__
+        raise MediaError(
+            sources, f"{kind}s are given as a list of paths, bytes, arrays or Pillow images, not a {found}"
+        )
+    return list(sources)
+
+
+def _pairs(media: Any) -> list[tuple[Kind, Any]]:
+    """Kinds and sources, checked; a single pair as a list of one."""
+    single = isinstance(media, tuple) and len(media) == 2 and isinstance(media[0], str)
+    pairs = [media] if single else media
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise MediaError(media, "media are given as a list of pairs, each a kind and a source: [('image', 'a.png')]")
+    for kind, source in pairs:
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise MediaError(source, f"a medium of kind {kind!r:.80}; the kinds are {', '.join(KINDS)}")
+    return [(kind, source) for kind, source in pairs]
 
 
 class MediaReader:
@@ -167,11 +198,13 @@ class MediaReader:
         for medium in media:
             if medium.perceived is not None:
                 continue
-            key = self._key(medium)
+            # What a Pillow image shows (palette, transparency, EXIF, frames) is known by what comes of it.
+            early = self._prepare(medium) if _is_pillow(medium.source) and not medium.track else None
+            key = self._key(medium, None if early is None else early[0])
             medium.perceived = self._remembered(key)
             if medium.perceived is None:
                 try:
-                    prepared, warnings = self._prepare(medium)
+                    prepared, warnings = early or self._prepare(medium)
                 except TooShortError as error:
                     medium.perceived = self._remember(Perceived(key, None, (error.cause,)))
                 except _NothingToHear as error:
@@ -207,9 +240,13 @@ class MediaReader:
             raise _NothingToHear(SILENT_TRACK)
         return prepared, ()
 
-    def _key(self, medium: Medium) -> str:
+    def _key(self, medium: Medium, prepared: Tensor | None) -> str:
         version = getattr(self._processors[medium.kind], "version", "")
-        return f"{medium.kind}/{medium.track}/{version}/{_digest(medium.source)}"
+        if prepared is not None:
+            content = f"prepared {_digest(prepared.numpy())}"
+        else:  # a Pillow image has no sound track, whatever it shows
+            content = "picture" if _is_pillow(medium.source) else _digest(medium.source)
+        return f"{medium.kind}/{medium.track}/{version}/{content}"
 
     def _remembered(self, key: str) -> Perceived | None:
         with self._lock:
@@ -234,18 +271,16 @@ def _is_silent(clips: AudioClips) -> bool:
 
 
 def _digest(source: Any) -> str:
-    """What tells contents apart.
+    """What tells contents apart: those of files, and of arrays with or without a sampling rate.
 
     Raises:
         MediaError: If there is no such file.
     """
     digest = hashlib.sha256()
+    source, rate = rated(source)
     if isinstance(source, np.ndarray):
-        digest.update(f"array {source.dtype} {source.shape} ".encode())
+        digest.update(f"array {source.dtype} {source.shape} {rate} ".encode())
         digest.update(np.ascontiguousarray(source).tobytes())
-    elif hasattr(source, "tobytes") and hasattr(source, "mode"):
-        with media_errors(source):
-            digest.update(f"picture {source.mode} {source.size} ".encode() + source.tobytes())
     else:
         file = file_of(source)
         with media_errors(source), open(file, "rb") if isinstance(file, str) else io.BytesIO(source) as opened:
@@ -254,7 +289,13 @@ def _digest(source: Any) -> str:
     return digest.hexdigest()
 
 
+def _is_pillow(source: Any) -> bool:
+    return hasattr(source, "tobytes") and hasattr(source, "mode")
+
+
 def _name(source: Any) -> str:
+    if isinstance(source, tuple) and len(source) == 2:
+        return f"{_name(source[0])} at {source[1]} Hz"
     if isinstance(source, (str, os.PathLike)):
         return os.path.basename(os.fspath(source)) or str(source)
     if isinstance(source, (bytes, bytearray, memoryview)):

@@ -13,7 +13,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help="tiny, vicuna7b, vicuna13b, or a YAML (default: tiny)")
     group.add_argument(
-        "--options", nargs="+", default=[], metavar="KEY=VALUE", help="override the model's YAML: model.checkpoint=FILE"
+        "--options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override the model's YAML: model.checkpoint=FILE",
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument(
@@ -40,7 +45,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=0.9, metavar="P", help="where tokens are drawn (default 0.9)")
     group.add_argument("--num-beams", type=int, default=1, metavar="N", help="search (default 1: greedy)")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same reply")
-    group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="further texts that end a reply")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a reply too; repeatable")
 
 
 def sampling_of(args: argparse.Namespace) -> Any:

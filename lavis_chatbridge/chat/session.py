@@ -21,12 +21,11 @@ from lavis_chatbridge.chat import history
 from lavis_chatbridge.chat.decoding import Decoder, Finish, Generation, Sampling
 from lavis_chatbridge.chat.history import ChatTurn
 from lavis_chatbridge.chat.loading import load_model
-from lavis_chatbridge.chat.media import MediaNote, MediaReader, Medium, media_of_turn
+from lavis_chatbridge.chat.media import Images, KindsAndSources, MediaNote, MediaReader, Medium, Sounds, media_of_turn
 from lavis_chatbridge.chat.prefix import Element, Prefix
 from lavis_chatbridge.chat.templates import Ids, load_template
 from lavis_chatbridge.chat.text import TextStream, text_of
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.media import Source
 from lavis_chatbridge.prompting import Kind, Text
 from lavis_chatbridge.settings import checked, unknown_key
 
@@ -221,11 +220,11 @@ class Session:
     def ask(
         self,
         text: str,
-        images: Sequence[Source] = ...,
-        videos: Sequence[Source] = ...,
-        audios: Sequence[Source] = ...,
+        images: Images = ...,
+        videos: Images = ...,
+        audios: Sounds = ...,
         *,
-        media: Sequence[tuple[Kind, Source]] = ...,
+        media: KindsAndSources = ...,
         stream: Literal[False] = ...,
         **sampling: Any,
     ) -> Answer: ...
@@ -234,11 +233,11 @@ class Session:
     def ask(
         self,
         text: str,
-        images: Sequence[Source] = ...,
-        videos: Sequence[Source] = ...,
-        audios: Sequence[Source] = ...,
+        images: Images = ...,
+        videos: Images = ...,
+        audios: Sounds = ...,
         *,
-        media: Sequence[tuple[Kind, Source]] = ...,
+        media: KindsAndSources = ...,
         stream: Literal[True],
         **sampling: Any,
     ) -> Stream: ...
@@ -246,11 +245,11 @@ class Session:
     def ask(
         self,
         text: str,
-        images: Sequence[Source] = (),
-        videos: Sequence[Source] = (),
-        audios: Sequence[Source] = (),
+        images: Images = (),
+        videos: Images = (),
+        audios: Sounds = (),
         *,
-        media: Sequence[tuple[Kind, Source]] = (),
+        media: KindsAndSources = (),
         stream: bool = False,
         **sampling: Any,
     ) -> Answer | Stream:
@@ -258,18 +257,20 @@ class Session:
 
         Args:
             text: What is said.
-            images: Pictures that come with it.
-            videos: Videos; each is heard too, unless ``hear_videos`` is off.
-            audios: Sounds.
+            images: Pictures that come with it, or a single one.
+            videos: Videos, or a single one; each is heard too, unless ``hear_videos`` is off.
+            audios: Sounds, or a single one. An array without a rate, ``(array, rate in Hz)``, is taken for 16 kHz.
             media: Kinds and sources, to give media in an order of one's own.
             stream: Give the answer as it comes.
             **sampling: Fields of `Sampling` for this answer (``max_new_tokens``, ``temperature``, ``seed``...).
 
         Raises:
             MediaError: If a medium cannot be opened; the conversation is then as before.
-            PromptError: If the turn alone exceeds the context, or the last turn still waits for its answer.
+            PromptError: If there are neither words nor media, the turn alone exceeds the context, or the last turn
+                still waits for its answer.
             ConfigError: If a setting does not fit.
         """
+        _check_text(text)
         brought = media_of_turn(images, videos, audios, media, self.hear_videos)
         generation = self._begin([ChatTurn("user", text, tuple(brought))], sampling)
         return self._answered(generation, stream)
@@ -350,6 +351,7 @@ class Session:
         Raises:
             PromptError: If there is no such turn.
         """
+        _check_text(text)
         with self._alone():
             if not -len(self._turns) <= turn < len(self._turns):
                 raise PromptError(f"there is no turn {turn}: the conversation has {len(self._turns)}")
@@ -416,6 +418,8 @@ class Session:
             if not turns or len(turns) % 2 == 0:
                 waits = "the last question waits for its answer: call regenerate() or undo()" if new else ""
                 raise PromptError(waits or "there is no question to answer")
+            if not turns[-1].text.strip() and not turns[-1].media:
+                raise PromptError("the question is empty, and there is no medium to speak about")
             elements, start, media = self._prompt(turns, chosen.max_new_tokens)
             room = self.max_context - len(elements)
             generation = Generation(
@@ -525,7 +529,13 @@ def _checked(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
         expected = "assistant" if i % 2 else "user"
         if turn.role != expected:
             raise PromptError(f"turn {i} is of role {turn.role!r}, expected {expected!r}: turns alternate, user first")
+        _check_text(turn.text)
     return list(turns)
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"what is said is a text, found {text!r:.80}; media are given as images=, videos=, audios=")
 
 
 def _known_ids(turn: ChatTurn, codec: Any, stops: Sequence[str]) -> ChatTurn:

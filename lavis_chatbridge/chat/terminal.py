@@ -26,7 +26,9 @@ _SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "num_b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``chatbridge chat``."""
     for kind in _KINDS:
-        parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="FILE", help=f"{kind}s for the first message")
+        parser.add_argument(
+            f"--{kind}", nargs="+", action="extend", default=[], metavar="FILE", help=f"{kind}s for the first message"
+        )
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from a saved conversation")
     options.add_model_arguments(parser)
     options.add_conversation_arguments(parser)
@@ -36,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``chatbridge chat``: 0 when the user leaves."""
     settings = options.session_settings(args)
+    given = [(kind, path) for kind in _KINDS for word in getattr(args, kind) for path in _found(f"--{kind}", word)]
     from lavis_chatbridge.chat.session import Session
 
     session = Session.open(args.model, device=args.device, options=args.options, **settings)
     if args.load is not None:
         session.load(args.load)
     terminal = Terminal(session, sys.stdout)
-    for kind in _KINDS:
-        for path in getattr(args, kind):
-            terminal.attach(kind, path)
+    for kind, path in given:
+        terminal.attach(kind, path)
     _set_up_editing()
     terminal.say("Ask something; /image, /video and /audio FILE attach media; /help lists all commands; Ctrl-D ends.")
     terminal.talk(_lines(sys.stdin))
@@ -105,11 +107,8 @@ class Terminal:
         if not words:
             raise ConfigError(f"/{kind} needs a file")
         for word in words:
-            path = os.path.expanduser(word)
-            for found in sorted(glob.glob(path)) if not os.path.exists(path) else [path]:
-                self.attach(kind, found)
-            if not os.path.exists(path) and not glob.glob(path):
-                raise ConfigError(f"/{kind}: there is no file {word}")
+            for path in _found(f"/{kind}", word):
+                self.attach(kind, path)
 
     def attach(self, kind: Any, path: str) -> None:
         """Attach a file to the next message."""
@@ -156,13 +155,15 @@ class Terminal:
 
     def _edit(self, rest: str) -> None:
         number, _, text = rest.partition(" ")
-        asked = (len(self.session.turns) + 1) // 2
-        if number.isdigit() and text.strip():
+        asked = count = (len(self.session.turns) + 1) // 2
+        if number.isdecimal() and text.strip():
             asked, rest = int(number), text.strip()
         if not rest:
             raise ConfigError("/edit needs the new text")
-        if asked < 1:
-            raise ConfigError(f"there is no question {asked}; they count from 1")
+        if not count:
+            raise ConfigError("there is no question to edit")
+        if not 1 <= asked <= count:
+            raise ConfigError(f"there is no question {asked}; they count from 1 to {count}")
         self.session.edit(2 * (asked - 1), rest)
         self._retry("")
 
@@ -207,6 +208,19 @@ class Terminal:
         for name, (_, words) in self._commands.items():
             self.say(f"  /{name} {words}".rstrip())
         self.say("  /quit  leave (or Ctrl-D); Ctrl-C stops an answer")
+
+
+def _found(command: str, word: str) -> list[str]:
+    """The files that a word names, which may hold wildcards.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    path = os.path.expanduser(word)
+    found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+    if not found:
+        raise ConfigError(f"{command}: there is no file {word}")
+    return found
 
 
 def complete(line: str, commands: Iterable[str]) -> list[str]:

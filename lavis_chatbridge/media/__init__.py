@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lavis_chatbridge.media.container import has_audio_track
     from lavis_chatbridge.media.image import open_image
     from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-    from lavis_chatbridge.media.source import Source
+    from lavis_chatbridge.media.source import Sound, Source
     from lavis_chatbridge.media.types import AudioClips, EncodedMedium
     from lavis_chatbridge.media.video import open_video
 
@@ -22,6 +22,7 @@ __all__ = [
     "AudioClips",
     "EncodedMedium",
     "Limits",
+    "Sound",
     "Source",
     "has_audio_track",
     "open_audio",
@@ -36,6 +37,7 @@ _HOMES = {
     "has_audio_track": "container",
     "Limits": "limits",
     "DEFAULT_LIMITS": "limits",
+    "Sound": "source",
     "Source": "source",
     "AudioClips": "types",
     "EncodedMedium": "types",

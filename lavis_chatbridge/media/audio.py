@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import numbers
 from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -13,18 +14,19 @@ import numpy as np
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.container import first_stream, open_container
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-from lavis_chatbridge.media.source import Deadline, Source, file_of, head_of, is_picture, media_errors
+from lavis_chatbridge.media.source import Deadline, Sound, Source, file_of, head_of, is_picture, media_errors
 
 Channel: TypeAlias = Literal["mean", "first"]
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
 _BLOCK = 1 << 20  # sample frames read at once, so that stereo never lies in memory whole
+_MOST_CHANNELS = 32  # of an array
 _PLANES = 8  # of sound that a frame of FFmpeg has room for
 _LARGEST_KERNEL = 4_000_000
 _ROLLOFF, _ZERO_CROSSINGS = 0.99, 6  # of torchaudio's resampler
 
 
 def open_audio(
-    source: Source,
+    source: Sound,
     rate: int = 16_000,
     channel: Channel = "mean",
     *,
@@ -34,11 +36,12 @@ def open_audio(
     """Open a sound, or the sound track of a video, as mono.
 
     Args:
-        source: A path, the bytes of a file, or samples ``[S]`` or ``[C,S]`` (floats in [-1, 1], or integers, scaled by
-            their type). wav, flac, ogg, aiff and their kin are read by libsndfile, everything else by FFmpeg.
+        source: A path, the bytes of a file, or samples (floats in [-1, 1], or integers, scaled by their type), alone or
+            as ``(samples, rate in Hz)``: ``[S]``, ``[C,S]`` or ``[S,C]``, of which the shorter side is the channels (at
+            most 32). wav, flac, ogg, aiff and their kin are read by libsndfile, everything else by FFmpeg.
         rate: Samples per second of the result.
         channel: "mean" of all channels, or the "first" one.
-        source_rate: Samples per second of an array; ``rate`` if not given. Files state their own.
+        source_rate: Samples per second of an array without one; ``rate`` if not given. Files state their own.
         limits: Bounds on its length and on the time of decoding.
 
     Returns:
@@ -47,12 +50,31 @@ def open_audio(
     Raises:
         MediaError: If it cannot be opened, holds no sound, or is too long. What is left of a cut-off file is returned.
     """
-    with media_errors(source):
-        if isinstance(source, np.ndarray):
-            own_rate, samples = source_rate or rate, _array_samples(source, channel)
+    sound, stated = rated(source)
+    with media_errors(sound):
+        if isinstance(sound, np.ndarray):
+            own_rate, samples = stated or source_rate or rate, _array_samples(sound, channel)
         else:
-            own_rate, samples = decode_audio(source, channel, limits=limits)
-        return finish_audio(source, own_rate, samples, rate, limits)
+            own_rate, samples = decode_audio(sound, channel, limits=limits)
+        return finish_audio(sound, own_rate, samples, rate, limits)
+
+
+def rated(source: Any) -> tuple[Any, int | None]:
+    """A sound, and its sampling rate in Hz where it comes as a pair of both.
+
+    Raises:
+        MediaError: If a pair is not of samples and a rate.
+    """
+    if not isinstance(source, tuple):
+        return source, None
+    samples, rate = source if len(source) == 2 else (None, None)
+    if not isinstance(samples, np.ndarray):
+        raise MediaError(source, "a pair that stands for a sound is of an array and its sampling rate in Hz")
+    with media_errors(samples):  # some whole numbers are no floats
+        number = float(rate) if isinstance(rate, numbers.Real) else 0.0
+    if not number.is_integer() or number < 1:
+        raise MediaError(samples, f"its sampling rate is {rate!r:.80}, expected a whole number of Hz")
+    return samples, int(number)
 
 
 def decode_audio(
@@ -135,8 +157,21 @@ def _check_length(source: object, length: int, rate: int, limits: Limits) -> Non
 
 def _array_samples(array: np.ndarray, channel: Channel) -> np.ndarray:
     if array.ndim not in (1, 2):
-        raise MediaError(array, "a sound has the shape [S] or [C,S]")
-    return _to_mono(_scaled(np.atleast_2d(array)), channel)
+        raise MediaError(array, "a sound has the shape [S], [C,S] or [S,C]")
+    return _to_mono(_scaled(np.atleast_2d(array) if array.ndim == 1 else _channels_first(array)), channel)
+
+
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """``[C,S]``, also where the channels come last, as soundfile gives them."""
+    if array.size == 0 or 1 in array.shape:
+        return array.reshape(1, -1)
+    if array.shape[0] == array.shape[1] or min(array.shape) > _MOST_CHANNELS:
+        raise MediaError(
+            array,
+            f"which side of {list(array.shape)} is the channels? expected [S], or [C,S] or [S,C] with at most "
+            f"{_MOST_CHANNELS} channels and more samples than channels",
+        )
+    return array if array.shape[0] < array.shape[1] else array.T
 
 
 def _to_mono(samples: np.ndarray, channel: Channel) -> np.ndarray:

@@ -78,14 +78,25 @@ def open_image(
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """A Pillow image of any mode as an upright RGB image, its transparency filled with ``background``."""
+    picture = upright(image)
+    if picture.mode != "RGBA":
+        return picture
+    filled = Image.new("RGB", picture.size, background)
+    filled.paste(picture, mask=picture.getchannel("A"))
+    return filled
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A Pillow image of any mode, turned as its EXIF block says, as RGBA if it may be transparent, else as RGB.
+
+    What palette, bit depth, colour space and orientation say is then in the pixels.
+    """
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_array_to_rgb(_wide_gray(image), background))
+        image = Image.fromarray(_array_to_rgb(_wide_gray(image), WHITE))  # gray, so nothing shows through
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        picture = image.convert("RGBA")
-        image = Image.new("RGB", picture.size, background)
-        image.paste(picture, mask=picture.getchannel("A"))
+        image = image.convert("RGBA")
     elif image.mode != "RGB":
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)

@@ -24,7 +24,7 @@ import numpy as np
 from lavis_chatbridge.errors import ChatBridgeError, MediaError
 from lavis_chatbridge.media import audio, image, video
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-from lavis_chatbridge.media.source import Source, is_file, media_errors
+from lavis_chatbridge.media.source import Sound, Source, is_file, media_errors
 
 _LONGEST_LINE = 1 << 16
 _SECONDS_TO_START = 120.0
@@ -114,7 +114,7 @@ class DecodingPool:
 
     def open_audio(
         self,
-        source: Source,
+        source: Sound,
         rate: int = 16_000,
         channel: audio.Channel = "mean",
         *,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | PILImage"
 """A path, the bytes of a file, a decoded array, or a Pillow image."""
+Sound: TypeAlias = "Source | tuple[np.ndarray, float]"
+"""The same, or samples with their sampling rate in Hz."""
 
 _PICTURE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 

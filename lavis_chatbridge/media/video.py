@@ -59,7 +59,11 @@ def open_video(
         if isinstance(source, np.ndarray):
             return _array_frames(source, choose)
         if isinstance(source, Image.Image):
-            return _picture_frames(source, source, choose, background, limits)
+            shown = source.tell()
+            try:
+                return _picture_frames(source, source, choose, background, limits)
+            finally:
+                source.seek(shown)  # it is the caller's
         file = file_of(source)
         head = head_of(file)
         if is_picture(head):

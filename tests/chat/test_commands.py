@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import shlex
@@ -17,6 +18,7 @@ from lavis_chatbridge.chat import Session, ask, terminal
 from lavis_chatbridge.errors import DataError
 from tests.chat import building
 from tests.chat.building import picture, sound, video
+from tests.test_docs import GUIDES, command_lines
 
 SMALL: dict[str, Any] = {
     "model": {
@@ -94,12 +96,16 @@ def test_warnings_and_mistakes_are_told_and_cost_nothing(opened: Session, files:
         "/set temperature -2",
         "/edit",
         "/edit 7 what?",
+        "/edit 0 what?",
+        "/edit ² what?",
         "/save",
         "/load absent.json",
         "what is heard?",
     )
     assert "warning: d.mp4's sound track: the video has no audio track" in shown
-    assert shown.count("error: ") == 10
+    assert shown.count("error: ") == 11
+    assert "there is no question 7; they count from 1 to 1" in shown
+    assert "there is no question 0; they count from 1 to 1" in shown
     assert shown.count(f"{terminal.ANSWER}") >= 2
     assert "there is no file absent.png" in shown
     assert "unknown command /fly" in shown
@@ -184,6 +190,57 @@ def test_the_terminal_reads_a_pipe(files: Path, monkeypatch: pytest.MonkeyPatch,
     assert "the model got: image a b.png" in capsys.readouterr().out
 
 
+def test_files_that_there_are_not_are_refused_before_the_model_is_loaded(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(Session, "open", lambda *a, **k: pytest.fail("the model is loaded"))
+    assert cli.main(["chat", "--image", f"{files}/a b.png", f"{files}/nope.png"]) == 2
+    assert f"--image: there is no file {files}/nope.png" in capsys.readouterr().err
+    assert cli.main(["ask", " "]) == 2
+    assert "the question is empty" in capsys.readouterr().err
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("ask")
+    ask.add_arguments(parser)
+    return ask.sorted_words(parser.parse_args(words))
+
+
+def test_the_guides_commands_ask_what_stands_there():
+    """As they stand there, and with the question behind the options, as users of other programs write it."""
+    asked = 0
+    for guide in GUIDES:
+        for words, _ in command_lines(guide.read_text(encoding="utf-8")):
+            if words[:2] != ["chatbridge", "ask"] or "--jsonl" in words:
+                continue
+            question, *options = words[2:]
+            assert " " in question
+            for line in ([question, *options], [*options, question], [*options[:2], question, *options[2:]]):
+                args = parsed(line)
+                assert args.text == question, line
+                assert [*args.image, *args.video, *args.audio] == options[1::2], line
+                asked += 1
+    assert asked >= 9
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "what? --image {0} {1} --audio c.wav --options model.a=1 preprocess.b=2",
+        "--image {0} {1} what? --audio c.wav --options model.a=1 preprocess.b=2",
+        "--image {0} --image {1} --audio c.wav what? --options model.a=1 --options preprocess.b=2",
+        "--options model.a=1 preprocess.b=2 what? --image {0} {1} --audio c.wav",
+        "--options model.a=1 --options preprocess.b=2 --image {0} {1} --audio c.wav --stop ### --json what?",
+        "--image {0} {1} --audio c.wav --options model.a=1 preprocess.b=2 --stop ### what?",
+    ],
+)
+def test_a_question_may_stand_anywhere(files: Path, line: str):
+    args = parsed([part.format(files / "a b.png", "x.png") for part in line.split()])
+    assert args.text == "what?"
+    assert (args.image, args.audio, args.video) == ([f"{files}/a b.png", "x.png"], ["c.wav"], [])
+    assert args.options == ["model.a=1", "preprocess.b=2"]
+
+
 def test_ask_prints_the_answer(files: Path, capsys: pytest.CaptureFixture[str]):
     model = ["--model", f"{files}/small.yaml", "--max-new-tokens", "6", "--device", "cpu"]
     media = ["--image", f"{files}/a b.png", "--audio", f"{files}/c.wav", "--video", f"{files}/d.mp4"]
@@ -199,6 +256,10 @@ def test_ask_prints_the_answer(files: Path, capsys: pytest.CaptureFixture[str]):
     ("words", "message"),
     [
         ([], "either a question or --jsonl"),
+        (["--image", "what is it?"], "either a question or --jsonl"),
+        (["--image", "a.png", "nope.png"], "either a question or --jsonl"),
+        (["--image", "a.png", "b?", "--audio", "c.wav", "d?"], "which of 'b?', 'd?' is the question"),
+        (["hi", "--devices", "cpu"], "--devices is for --jsonl"),
         (["hi", "--jsonl", "in", "out"], "either a question or --jsonl"),
         (["hi", "--model", "absent.yaml"], "no configuration file at absent.yaml"),
         (["hi", "--model", "huge"], "no model_type 'huge'"),

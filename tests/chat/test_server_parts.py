@@ -19,7 +19,7 @@ from lavis_chatbridge.chat.server import attachments, command, fetch
 from lavis_chatbridge.chat.server.errors import RequestError
 from lavis_chatbridge.chat.server.folder import RequestFolder
 from lavis_chatbridge.chat.server.metrics import Metrics
-from lavis_chatbridge.chat.server.requests import Attachment
+from lavis_chatbridge.chat.server.requests import Attachment, read_request
 from lavis_chatbridge.chat.server.settings import ServerSettings
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.settings import checked
@@ -33,6 +33,46 @@ PRIVATE = {
     "nobody": ("240.0.0.1", "192.0.2.1", "198.18.0.1", "2001:db8::1", "nonsense"),
     "one inside another": ("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2002:a00:1::"),
 }
+
+
+USER = {"role": "user", "content": "hi"}
+OTHER = {"role": "assistant", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ([], "the request's body is a JSON object"),
+        ({"messages": [{"role": "user", "content": ""}]}, r"messages\[0\] is empty"),
+        ({"messages": [USER, OTHER, {"role": "user", "content": " \n"}]}, r"messages\[2\] is empty"),
+        ({"messages": [OTHER, USER]}, "begins with a message of the user"),
+        ({"messages": [USER, OTHER]}, "the last message is the user's"),
+        ({"messages": [USER, {"role": "system", "content": "x"}]}, "in front of all others"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]},
+                    USER,
+                ]
+            },
+            "only the user's messages bring media",
+        ),
+        ({"messages": [USER], "stop": ["x" * 101]}, "longer than 100"),
+    ],
+)
+def test_refusals_without_a_code(body: Any, message: str):
+    """Those of docs/server.md's table."""
+    with pytest.raises(RequestError, match=message) as refused:
+        read_request({"model": "m", **body} if isinstance(body, dict) else body, 8, 4)
+    assert (refused.value.status, refused.value.code) == (400, None)
+
+
+def test_what_was_found_is_named():
+    with pytest.raises(RequestError, match="response_format = an object of 1 is not supported") as refused:
+        read_request({"model": "m", "messages": [USER], "response_format": {"type": "json_object"}}, 8, 4)
+    assert refused.value.code == "unsupported_parameter"
+    with pytest.raises(RequestError, match="messages is an object of 0, expected a list"):
+        read_request({"model": "m", "messages": {}}, 8, 4)
 
 
 @pytest.mark.parametrize("kind", PRIVATE, ids=lambda name: name.replace(" ", "-"))

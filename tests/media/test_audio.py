@@ -110,6 +110,29 @@ def test_arrays() -> None:
     assert np.abs(open_audio(samples * 1e20)).max() == 1.0
 
 
+def test_arrays_with_their_own_rate() -> None:
+    slow = tone(0.1, 8000)
+    np.testing.assert_array_equal(open_audio((slow, 8000)), open_audio(slow, source_rate=8000))
+    np.testing.assert_array_equal(open_audio((slow, np.float64(8000.0)), source_rate=44_100), open_audio((slow, 8000)))
+    for rate in (0, 8000.5, "8000", None, float("nan"), 10**400):
+        with pytest.raises(MediaError, match=r"array of shape \(800,\)"):
+            open_audio((slow, rate))  # type: ignore[arg-type]
+    for pair in ((8000, slow), (slow, 8000, 1), (b"wav", 8000)):
+        with pytest.raises(MediaError, match="an array and its sampling rate"):
+            open_audio(pair)  # type: ignore[arg-type]
+
+
+def test_arrays_with_channels_first_or_last() -> None:
+    left, right = tone(0.1, 16_000), tone(0.1, 16_000, 660.0)
+    for channels in (np.stack([left, right]), np.stack([left, right], axis=1)):
+        np.testing.assert_array_equal(open_audio(channels), (left + right) / 2)
+        np.testing.assert_array_equal(open_audio(channels, channel="first"), left)
+    np.testing.assert_array_equal(open_audio(left[:, None]), left)
+    for unclear in (np.zeros((2, 2), np.float32), np.zeros((400, 33), np.float32), np.zeros((33, 400), np.float32)):
+        with pytest.raises(MediaError, match="which side of"):
+            open_audio(unclear)
+
+
 def test_silent_short_and_long() -> None:
     assert not open_audio(sound_file(np.zeros(8000, np.float32), 8000)).any()
     assert len(open_audio(sound_file(tone(0.01, 8000), 8000))) == 160

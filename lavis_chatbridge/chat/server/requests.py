@@ -190,7 +190,7 @@ def _message(entry: Mapping[str, Any], where: str) -> Message:
         raise _wrong(f"{where}.content", "a text or a list of parts", content)
     if message.media and role != "user":
         raise RequestError(400, f"{where}: only the user's messages bring media", param=where)
-    if not message.text and not message.media and role == "user":
+    if not message.text.strip() and not message.media and role == "user":
         raise RequestError(400, f"{where} is empty", param=where)
     return message
 
@@ -268,6 +268,6 @@ def _wrong(where: str, expected: str, found: Any) -> RequestError:
 
 def _short(value: Any) -> str:
     if isinstance(value, (dict, list)):
-        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     text = repr(value[:60] if isinstance(value, str) else value)
     return "missing" if value is None else text[:60]

@@ -1,0 +1,226 @@
+"""Media as Python has them: Pillow images of every mode, single ones, sounds with a rate; and what of them is saved."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lavis_chatbridge.chat import MediaReader, Medium, media_of_turn
+from lavis_chatbridge.errors import ChatBridgeError, MediaError, PromptError
+from tests.chat import building
+from tests.chat.building import picture
+from tests.media.making import sound_file, tone
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="module")
+def model(golden_dir: Path) -> Any:
+    return building.chat_model(golden_dir / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def reader(model: Any) -> MediaReader:
+    """One for all: what it remembers must never stand for something else."""
+    return MediaReader(model, building.processors())
+
+
+def seen(reader: MediaReader, *media: Medium) -> list[torch.Tensor]:
+    """The soft tokens of media."""
+    reader.read(media)
+    return [medium.perceived.soft for medium in media]  # type: ignore[union-attr]
+
+
+def paletted(colour: tuple[int, int, int]) -> Image.Image:
+    image = Image.new("P", (40, 40), 0)
+    image.putpalette([*colour] + [0, 0, 0] * 255)
+    return image
+
+
+def half_transparent(index: int) -> Image.Image:
+    image = Image.new("P", (40, 40), 0)
+    image.paste(1, (0, 0, 20, 40))
+    image.putpalette([200, 0, 0, 0, 0, 200] + [0, 0, 0] * 254)
+    image.info["transparency"] = index
+    return image
+
+
+def oriented(value: int) -> Image.Image:
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    file = io.BytesIO()
+    Image.fromarray(picture()).save(file, "PNG", exif=exif)
+    return Image.open(file)
+
+
+def deep(brightness: int) -> Image.Image:
+    return Image.fromarray(np.full((40, 40), brightness, np.uint16))
+
+
+def animation(*levels: int, mode: str = "L") -> Image.Image:
+    frames = [Image.new(mode, (40, 40), level) for level in levels]
+    file = io.BytesIO()
+    frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:])
+    return Image.open(file)
+
+
+def cmyk(cyan: int) -> Image.Image:
+    return Image.new("CMYK", (40, 40), (cyan, 80, 0, 20))
+
+
+def hsv(hue: int) -> Image.Image:
+    return Image.new("HSV", (40, 40), (hue, 200, 200))
+
+
+def floats(brightness: int) -> Image.Image:
+    return Image.fromarray(np.full((40, 40), brightness / 255.0, np.float32))
+
+
+PAIRS: dict[str, Callable[[], list[Image.Image]]] = {
+    "palette": lambda: [paletted((200, 0, 0)), paletted((0, 200, 0))],
+    "palette and transparency": lambda: [half_transparent(0), half_transparent(1)],
+    "EXIF orientation": lambda: [oriented(1), oriented(3)],
+    "16 bits": lambda: [deep(10_000), deep(60_000)],
+    "CMYK": lambda: [cmyk(10), cmyk(200)],
+    "HSV": lambda: [hsv(10), hsv(120)],
+    "floats": lambda: [floats(30), floats(220)],
+    "gray and alpha": lambda: [Image.new("LA", (40, 40), (90, alpha)) for alpha in (255, 90)],
+}
+each_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=[name.replace(" ", "-") for name in PAIRS])
+
+
+@each_pair
+def test_pillow_images_that_show_different_things_are_told_apart(
+    reader: MediaReader, pair: Callable[[], list[Image.Image]]
+):
+    first, second = seen(reader, *(Medium("image", image) for image in pair()))
+    [again] = seen(reader, Medium("image", pair()[0]))
+    assert not torch.equal(first, second)
+    assert again is first  # remembered, not perceived once more
+    fresh = MediaReader(reader._model, building.processors())
+    torch.testing.assert_close(seen(fresh, Medium("image", pair()[1]))[0], second)
+
+
+def test_all_frames_of_an_animation_tell_it_apart(reader: MediaReader):
+    first, second = (Medium("video", animation(0, level, level)) for level in (60, 220))
+    assert not torch.equal(*seen(reader, first, second))
+    assert first.source.tell() == 0  # type: ignore[union-attr]
+
+
+@each_pair
+def test_a_saved_pillow_image_is_what_the_model_saw(
+    model: Any, reader: MediaReader, pair: Callable[[], list[Image.Image]], tmp_path: Path
+):
+    talk = building.session(model, reader=reader)
+    answer = talk.ask("What is it?", images=pair(), max_new_tokens=2)
+    talk.save(tmp_path / "talk.json")
+    loaded = building.session(model)
+    loaded.load(tmp_path / "talk.json")
+    again = loaded.regenerate(max_new_tokens=2)
+    assert again.text == answer.text
+    for before, after in zip(talk.turns[0].media, loaded.turns[0].media, strict=True):
+        assert isinstance(after.source, bytes)
+        torch.testing.assert_close(after.perceived.soft, before.perceived.soft)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("levels", [(10, 200, 200, 90), (30,)])
+def test_a_saved_animation_keeps_its_frames(model: Any, levels: tuple[int, ...], tmp_path: Path):
+    talk = building.session(model)
+    talk.ask("What is it?", videos=animation(*levels), max_new_tokens=2)
+    talk.save(tmp_path / "talk.json")
+    loaded = building.session(model)
+    loaded.load(tmp_path / "talk.json")
+    loaded.regenerate(max_new_tokens=2)
+    before, after = (t.turns[0].media[0].perceived.soft for t in (talk, loaded))  # type: ignore[union-attr]
+    torch.testing.assert_close(after, before)
+
+
+def test_a_single_medium_is_a_list_of_one(tmp_path: Path):
+    path = tmp_path / "a.png"
+    array, image, samples = picture(), Image.fromarray(picture()), tone(0.1, 8000)
+    for source in (str(path), path, b"bytes", bytearray(b"bytes"), memoryview(b"bytes"), array, image):
+        for name in ("images", "videos", "audios"):
+            [medium] = media_of_turn(**{name: source}, hear_videos=False)  # type: ignore[arg-type]
+            assert medium.source is source
+    pair = (samples, np.int64(8000))
+    assert [m.source for m in media_of_turn(audios=pair)] == [pair]  # type: ignore[arg-type]
+    assert [m.source for m in media_of_turn(audios=("a.wav", "b.wav"))] == ["a.wav", "b.wav"]
+    assert [m.source for m in media_of_turn(images=(array, array))] == [array, array]
+    assert [(m.kind, m.source) for m in media_of_turn(media=("image", array))] == [("image", array)]
+    assert len(media_of_turn(videos=np.zeros((4, 28, 28, 3), np.uint8))) == 2  # and its sound track
+
+
+@pytest.mark.parametrize(
+    ("media", "message"),
+    [
+        ({"images": 3}, "images are given as a list .*, not a int"),
+        ({"audios": None}, "audios are given as a list"),
+        ({"videos": {"a.mp4": 1}}, "not a dict"),
+        ({"media": "m/red.png"}, "list of pairs"),
+        ({"media": ["image", "a.png"]}, "list of pairs"),
+        ({"media": [("image", "a.png", 1)]}, "list of pairs"),
+        ({"media": 3}, "list of pairs"),
+        ({"media": [("smell", "a.png")]}, "kind 'smell'; the kinds are image, video, audio"),
+        ({"media": [(picture(), "image")]}, "the kinds are image, video, audio"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_media_is_refused(media: dict[str, Any], message: str):
+    with pytest.raises(MediaError, match=message):
+        media_of_turn(**media)
+
+
+def test_what_is_no_question_is_refused(model: Any, reader: MediaReader):
+    talk = building.session(model, reader=reader)
+    for words in (3, None, b"hi", ["hi"]):
+        with pytest.raises(PromptError, match="what is said is a text"):
+            talk.ask(words)  # type: ignore[call-overload]
+    for words in ("", " \n"):
+        with pytest.raises(PromptError, match="the question is empty"):
+            talk.ask(words)
+    assert talk.turns == ()
+    assert talk.ask("", images=picture(), max_new_tokens=2).tokens == 2
+    with pytest.raises(PromptError, match="what is said is a text"):
+        talk.edit(0, 3)  # type: ignore[arg-type]
+    for wrong in (np.zeros((4, 28, 28, 3)), [picture(), 3], (picture(), 3)):
+        with pytest.raises(ChatBridgeError):
+            talk.ask("And this?", images=wrong)  # type: ignore[call-overload]
+    assert len(talk.turns) == 2
+
+
+def test_a_sound_with_its_rate_is_heard_as_its_file(model: Any, reader: MediaReader):
+    rate = 44_100
+    samples = tone(0.5, rate)
+    pair, wrong, stereo = (
+        Medium("audio", source) for source in ((samples, rate), samples, (np.stack([samples, samples], axis=1), rate))
+    )
+    read = seen(reader, pair, wrong, stereo)
+    [file] = seen(reader, Medium("audio", sound_file(samples, rate, subtype="FLOAT")))
+    torch.testing.assert_close(read[0], file, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(read[2], file, rtol=1e-3, atol=1e-3)
+    assert (read[1] - file).abs().max() > 10 * (read[0] - file).abs().max()
+    assert pair.name == f"array {len(samples)} at 44100 Hz"
+    assert not torch.equal(*seen(reader, *(Medium("audio", (samples, r)) for r in (44_100, 22_050))))
+
+
+def test_the_rate_of_a_sound_is_saved(model: Any, tmp_path: Path):
+    samples = tone(0.5, 8000)
+    talk = building.session(model)
+    talk.ask("What is heard?", audios=(samples, 8000), max_new_tokens=2)
+    talk.save(tmp_path / "talk.json")
+    [record] = json.loads((tmp_path / "talk.json").read_text())["turns"][0]["media"]
+    assert (record["rate"], record["name"]) == (8000, "array 4000 at 8000 Hz")
+    loaded = building.session(model)
+    loaded.load(tmp_path / "talk.json")
+    [medium] = loaded.turns[0].media
+    np.testing.assert_array_equal(medium.source[0], samples)  # type: ignore[index]
+    loaded.regenerate(max_new_tokens=2)
+    torch.testing.assert_close(medium.perceived.soft, talk.turns[0].media[0].perceived.soft)  # type: ignore[union-attr]
