@@ -104,6 +104,30 @@ def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):
     world.check_config({**world.ROW, "data_root": str(tmp_path)}, "datasets.world")
 
 
+@pytest.mark.parametrize(
+    ("own", "variable", "place", "said"),
+    [
+        ("mine", "other", "mine", "set by datasets.x.data_root"),
+        (None, "other", "other", "set by env.data_root or $CHATBRIDGE_DATA"),
+        (
+            None,
+            None,
+            "",
+            "this folder, since neither datasets.x.data_root nor env.data_root nor $CHATBRIDGE_DATA is set",
+        ),
+    ],
+)
+def test_missing_files_come_with_who_chose_the_data_root(tmp_path, monkeypatch, own, variable, place, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CHATBRIDGE_DATA", raising=False)
+    if variable:
+        monkeypatch.setenv("CHATBRIDGE_DATA", variable)
+    check = registry.get_builder_class("chatbridge_jsonl").check_config
+    with pytest.raises(ConfigError) as caught:
+        check({"splits": {"train": "a.jsonl"}, "data_root": own}, "datasets.x")
+    assert f"(data root {tmp_path / place}, {said})" in str(caught.value)
+
+
 def test_all_missing_files_are_named_at_once(tmp_path):
     with pytest.raises(DataError) as caught:
         builders.require_files(
@@ -204,3 +228,22 @@ def test_templates_of_ones_own(pictures):
     section = {"splits": {"test": str(pictures / "t.jsonl")}, "templates": [str(pictures / "mine.yaml")]}
     item = builder("chatbridge_jsonl", **section).build_datasets()["test"][0]
     assert item["pieces"][0] == Text("###Human: Hi, who?###Assistant:")
+
+
+def test_an_unknown_task_is_refused_whichever_stage_uses_it(pictures):
+    (pictures / "mine.yaml").write_text("tasks: {greet: {templates: ['Hi, {question}']}}\n")
+    section = {"splits": {"test": "t.jsonl"}, "stage": "alignment"}
+    with pytest.raises(ConfigError, match=r"task: no instruction template is of 'image_captoin', did you mean 'image_"):
+        builder("chatbridge_jsonl", **section, task="image_captoin")
+    with pytest.raises(ConfigError, match=r"of 'greet', known are audio_caption"):
+        builder("chatbridge_jsonl", **section, task="greet")
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        builder("chatbridge_jsonl", **section, task="greet", templates=["none.yaml"])
+    for templates in ([str(pictures / "mine.yaml")], False):
+        assert builder("chatbridge_jsonl", **section, task="greet", templates=templates).settings.task == "greet"
+
+
+def test_splits_are_known_without_reading_their_files():
+    own = registry.get_builder_class("chatbridge_jsonl").split_names
+    assert own({"splits": {"train": "a.jsonl", "val": None, "test": ["b.jsonl"]}}) == ["train", "test"]
+    assert registry.get_builder_class("multis").split_names({"parts": ["multis_vqav2"]}) == ["train"]

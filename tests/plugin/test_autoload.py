@@ -169,6 +169,7 @@ def test_lavis_alone_knows_chatbridge(ran, install, repository):
         "same by load_model": True,
     }
     assert "does not know" not in result.err
+    assert result.err.count("it knows nothing outside that world") == 1
     assert "Importing from timm" not in result.err
 
 

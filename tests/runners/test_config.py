@@ -105,12 +105,14 @@ def test_every_fault_is_told_at_once(yaml_of):
         run="run:\n  task: chatbridge_alignement\n  max_iter: 10\n  init_lr: fast\n",
         model="model: {arch: toy_arch, model_type: largo}\n",
         datasets="datasets: {toy_data: {batsh: 3}, toy_dat: }\n",
-        more="runn: 1\n",
+        more="runn: 1\nseed: 3\nfoo: 4\n",
     )
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     for part in (
-        "unknown key config.runn, did you mean 'run'?",
+        "the configuration's sections: unknown name 'runn', did you mean 'run'?",
+        "seed stands in no section, did you mean run.seed?",
+        "'foo' stands in no section; name one of model, datasets, run, preprocess, env, as in run.seed",
         "model.model_type: unknown name 'largo', did you mean 'large'?",
         "unknown key datasets.toy_data.batsh, did you mean 'batch'?",
         "datasets: unknown name 'toy_dat', did you mean 'toy_data'?",
@@ -159,6 +161,8 @@ def test_contradictions(yaml_of, run, fault):
         (["run.seed"], "'run.seed' has no value"),
         (["run.seed=1", "run.max_iters"], "'run.max_iters' has no value"),
         (["run.lr=1"], "unknown key run.lr"),
+        (["seed=1"], "seed stands in no section, did you mean run.seed?"),
+        (["run.seed", "1", "run.max_iters=2", "run.min_lr=0"], "'run.max_iters=2' stands among pairs KEY VALUE"),
     ],
 )
 def test_faulty_options(yaml_of, options, fault):
