@@ -44,8 +44,8 @@ LAST_LEVEL_FROM = 0.5
 class Recipe:
     """How the model is built and trained.
 
-    The shipped weights have these sizes but were trained in stages, by hand, while this recipe was being found;
-    ``gate.json`` beside them says so. Another run gives another model, and a bridge has to be trained anew on it.
+    The shipped weights are what one run of these defaults made; ``gate.json`` beside them keeps its settings and scores.
+    Another processor or library computes other weights, and a bridge has to be trained anew on them.
     """
 
     seed: int = 0
@@ -56,7 +56,7 @@ class Recipe:
     feed_forward: int = 320
     deviation: float = 0.07
     passages: int = 48
-    groups: int = 3
+    groups: int = 6
     learning_rate: float = 2e-3
     final_rate: float = 0.02
     warm_up: int = 100
