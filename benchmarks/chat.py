@@ -10,6 +10,7 @@ clock: they count what is computed, however busy the machine is.
 from __future__ import annotations
 
 import argparse
+import json
 import datetime
 import os
 import platform
@@ -37,7 +38,7 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "lavis_chatbridge" / "asset
 QUESTION = "what is the colour of the shape in the picture, and where is it? tell me about the size of it as well"
 PICTURES = (0, 3)
 REPLY_TOKENS = 48
-VOCABULARY = 598  # that of the tokenizer
+VOCABULARY = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
 
 
 def build(width: int, layers: int, context: int = 4096) -> Any:
