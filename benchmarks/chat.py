@@ -10,8 +10,8 @@ clock: they count what is computed, however busy the machine is.
 from __future__ import annotations
 
 import argparse
-import json
 import datetime
+import json
 import os
 import platform
 import sys
