@@ -145,6 +145,7 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
         yield from _model(cfg)
     for name, section in cfg.datasets_cfg.items():
         yield from _data(str(name), section)
+    yield from _folder(cfg)
 
 
 def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
@@ -236,6 +237,17 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
         yield Finding("ok", f"datasets.{name}: the embedded world will be built in {own.root}")
     for path in there:
         yield Finding("ok", f"{'datasets.' + name:<32}{size_in_words(os.path.getsize(path)):>10}  {path}")
+
+
+def _folder(cfg: Any) -> Iterator[Finding]:
+    """What an earlier training left where this one would write."""
+    from lavis_chatbridge.runners.folder import RunFolder
+
+    if cfg.run.evaluate or cfg.run.job_id is None:  # which has a folder of its own
+        return
+    refusal = RunFolder.choose(cfg.run, cfg.to_dict(), "").refusal()
+    if refusal:
+        yield Finding("FAULT", refusal)
 
 
 def _unmet() -> Iterator[Finding]:

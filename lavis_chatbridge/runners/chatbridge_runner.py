@@ -250,7 +250,11 @@ class ChatBridgeRunner(RunnerBase):
     # ---- evaluation
 
     def _validate(self, reporter: Reporter) -> None:
-        """Score ``valid_splits``; keep the weights if the first one's ``agg_metrics`` is the best so far."""
+        """Score ``valid_splits``; keep the weights if the first one's ``agg_metrics`` is the best so far.
+
+        The random generators are put back, since the checkpoint of this step has been saved before.
+        """
+        generators = snapshot.rng_state()
         for number, split in enumerate(self.run.valid_splits):
             stats = self.eval_epoch(split, self.state.step) or {}
             if number == 0 and "agg_metrics" in stats and self.state.improves(float(stats["agg_metrics"])):
@@ -258,6 +262,7 @@ class ChatBridgeRunner(RunnerBase):
             reporter.write(split, {**stats, "best_step": self.state.best_step}, self.state.step)
         self.state.validated = self.state.step
         self._on_main(lambda: self.checkpoints.add_validation(self.state.step, self.state.validation()))
+        snapshot.set_rng_state(generators)
         self.model.train()
 
     def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, Any]:

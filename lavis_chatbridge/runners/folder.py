@@ -104,8 +104,8 @@ class RunFolder:
             return
         self.make()
         lock, fault = _lock(self.path / LOCK) if distributed.is_main() else (None, "")
-        fault = distributed.from_main(fault or self._refusal())
         try:
+            fault = distributed.from_main(fault or (self.refusal() if distributed.is_main() else ""))
             if fault:
                 raise ConfigError(fault)
             self._held = True
@@ -113,6 +113,21 @@ class RunFolder:
         finally:
             self._held = False
             _unlock(self.path / LOCK, lock)
+
+    def refusal(self) -> str:
+        """Why this run must not write here, or an empty text."""
+        try:
+            left = "" if self.anew or self._goes_on_here() else self._left()
+        except OSError as error:
+            return f"run.output_dir: cannot read {self.path}: {error.strerror or error}"
+        if not left:
+            return ""
+        if self.auto:
+            own = "no sound checkpoint of this task, model type, data sets and seed, but "
+            remedy = "set another run.output_dir, or run.anew=true in the place of run.resume"
+        else:
+            own, remedy = "", "go on with it (run.resume=auto), set another run.output_dir, or run.anew=true"
+        return f"{self.path} holds {own}{left} of an earlier training: {remedy} (moves it to {self.path / EARLIER})"
 
     def set_aside(self) -> None:
         """Move to ``earlier/N`` what is not this run's: with ``anew`` all of the earlier run, else later checkpoints.
@@ -158,21 +173,6 @@ class RunFolder:
         if step is not None:
             return f"checkpoints up to step {step}"
         return f"trained weights, {WEIGHTS}" if (self.path / WEIGHTS).exists() else ""
-
-    def _refusal(self) -> str:
-        """Why this run must not write here, or an empty text."""
-        left = "" if self.anew or self._goes_on_here() else self._left()
-        if not left:
-            return ""
-        if self.auto:
-            own = "no sound checkpoint of this task, model type, data sets and seed, but"
-            remedy = "set another run.output_dir, or run.anew=true in the place of run.resume"
-        else:
-            own, remedy = "", "go on with it (run.resume=auto), set another run.output_dir, or run.anew=true"
-        where = self.path / EARLIER
-        return (
-            f"{self.path} holds {own}{' ' if own else ''}{left} of an earlier training: {remedy} (moves it to {where})"
-        )
 
 
 def _find_checkpoint(run: RunSettings, config: Mapping[str, Any], base: Path) -> Path | None:

@@ -6,10 +6,12 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import signal
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
@@ -199,6 +201,22 @@ def test_dropout_depends_on_the_step_only(tmp_path):
     newest = sorted((tmp_path / "1" / "checkpoints").glob("step_*"))[-1]
     resumed = load_file(newest / "model.safetensors")
     assert torch.equal(last[0], torch.cat([resumed[name].flatten() for name in weights(loaded)]))
+
+
+def test_a_validation_draws_nothing_from_what_training_draws(tmp_path):
+    left = []
+    for valid in ([], ["val"]):
+        one = runner(tmp_path / str(len(left)), max_iters=2, eval_every=1, valid_splits=valid)
+        random.seed(1)
+        np.random.seed(1)
+
+        def draws(*_arguments):
+            return {"agg_metrics": random.random() + np.random.rand() + torch.rand(1).item()}
+
+        one.eval_epoch = draws
+        one.train()
+        left.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert left[0] == left[1]
 
 
 def test_best_weights_are_kept_although_every_metric_is_negative(tmp_path):
