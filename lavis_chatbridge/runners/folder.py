@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from lavis_chatbridge.errors import ConfigError
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 CHECKPOINTS, RESULTS, EARLIER, LOCK = "checkpoints", "result", "earlier", ".training.lock"
+PATIENCE = 150.0
+"""Seconds to wait for a lock of another machine: a file server notices after 90 that its holder has vanished."""
 _OF_A_RUN = (CHECKPOINTS, WEIGHTS, LOG, RESULTS, "tensorboard", "wandb")
 
 
@@ -194,6 +197,7 @@ def _lock(path: Path) -> tuple[int | None, str]:
         import fcntl
     except ImportError:  # Windows
         return None, ""
+    until = monotonic() + PATIENCE
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -203,10 +207,15 @@ def _lock(path: Path) -> tuple[int | None, str]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(handle)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return None, _taken(path)
-            _log.warning("%s cannot be locked (%s): start no second training there", path.parent, error.strerror)
-            return None, ""
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                _log.warning("%s cannot be locked (%s): start no second training there", path.parent, error.strerror)
+                return None, ""
+            holder = _holder(path)
+            if holder.get("host") == socket.gethostname() or monotonic() >= until:
+                return None, _taken(path, holder)
+            _log.info("waiting for the lock of %s, which %s has", path.parent, holder.get("host"))
+            sleep(10.0)
+            continue
         if _is(handle, path):
             break
         os.close(handle)  # the training that had it has just ended, and removed it
@@ -227,12 +236,17 @@ def _is(handle: int, path: Path) -> bool:
         return False
 
 
-def _taken(path: Path) -> str:
-    holder = read_json(path)
-    who = ""
-    if isinstance(holder, dict):
-        who = f" (process {holder.get('process')} on {holder.get('host')}, since {holder.get('since')})"
-    return f"another training{who} writes into {path.parent}: wait for it, stop it, or set another run.output_dir"
+def _holder(path: Path) -> dict[str, Any]:
+    """What a locked file says of the training that has it; empty while that is being written."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}
+
+
+def _taken(path: Path, holder: Mapping[str, Any]) -> str:
+    who = (
+        f"process {holder.get('process')} on {holder.get('host')}, since {holder.get('since')}" if holder else "unknown"
+    )
+    return f"another training ({who}) writes into {path.parent}: wait for it, stop it, or set another run.output_dir"
 
 
 def _unlock(path: Path, handle: int | None) -> None:

@@ -6,8 +6,11 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +21,7 @@ from safetensors.torch import load_file
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.plugin import launch, train
-from lavis_chatbridge.runners import distributed
+from lavis_chatbridge.runners import distributed, folder
 from lavis_chatbridge.runners.folder import EARLIER, LOCK, WEIGHTS, RunFolder, new_job_id
 
 YAML = """
@@ -146,17 +149,25 @@ HOLD = """
 import fcntl, json, os, sys
 handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 fcntl.lockf(handle, fcntl.LOCK_EX)
-os.write(handle, json.dumps({"host": "gpu3", "process": os.getpid(), "since": "2026-01-02 03:04"}).encode())
+os.write(handle, json.dumps({"host": sys.argv[2], "process": os.getpid(), "since": "2026-01-02 03:04"}).encode())
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_two_trainings_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / LOCK)]
+@contextmanager
+def held(folder: Path, host: str) -> Iterator[subprocess.Popen]:
+    """Another process that has the lock of a folder."""
+    command = [sys.executable, "-c", HOLD, str(folder / LOCK), host]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        message = rf"another training \(process {holder.pid} on gpu3, since 2026-01-02 03:04\) writes into .*: wait for"
+        yield holder
+
+
+def test_two_trainings_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
+    host = socket.gethostname()
+    with held(tmp_path, host) as holder:
+        message = rf"another training \(process {holder.pid} on {re.escape(host)}, since 2026-01-02 03:04\) writes into"
         with pytest.raises(ConfigError, match=message):
             runner(tmp_path, max_iters=1).train()
         with pytest.raises(ConfigError, match=message):
@@ -171,10 +182,31 @@ def test_two_trainings_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp
     assert not (tmp_path / LOCK).exists()
 
 
+def test_the_lock_of_a_machine_that_vanished_is_waited_for(tmp_path, monkeypatch, caplog):
+    """A file server gives it back after a while; only then, or when it does not, is there an answer."""
+    caplog.set_level("INFO")
+    with held(tmp_path, "gpu3") as holder:
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, "PATIENCE", 0.0)
+            with pytest.raises(ConfigError, match=rf"another training \(process {holder.pid} on gpu3, since"):
+                runner(tmp_path, max_iters=1).train()
+        waited = []
+
+        def pause(seconds):
+            waited.append(seconds)
+            holder.kill()
+            holder.wait()
+
+        monkeypatch.setattr(folder, "sleep", pause)
+        runner(tmp_path, max_iters=1).train()
+    assert (len(waited), steps(tmp_path)) == (1, [1])
+    assert f"waiting for the lock of {tmp_path}, which gpu3 has" in caplog.text
+
+
 def test_a_claim_within_a_claim_keeps_the_lock(tmp_path):
-    folder = RunFolder(tmp_path)
-    with folder.claimed():
-        with folder.claimed():
+    one = RunFolder(tmp_path)
+    with one.claimed():
+        with one.claimed():
             assert json.loads((tmp_path / LOCK).read_text())["process"] > 0
         assert (tmp_path / LOCK).exists()
     assert not (tmp_path / LOCK).exists()
