@@ -44,7 +44,7 @@ LAST_LEVEL_FROM = 0.5
 class Recipe:
     """How the model is built and trained.
 
-    The shipped weights are what one run of these defaults made; ``gate.json`` beside them keeps its settings and scores.
+    The shipped weights are what one run of these defaults made; ``gate.json`` beside them keeps settings and scores.
     Another processor or library computes other weights, and a bridge has to be trained anew on them.
     """
 
