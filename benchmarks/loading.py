@@ -6,7 +6,8 @@ Run from the repository's root::
     python benchmarks/loading.py --size 7b --ways ours [--write benchmarks/loading_7b.md]
 
 The second has the real sizes of a ChatBridge with Vicuna-7B: it needs 31 GB for files in the temporary folder
-(``TMPDIR``) and 20 GB of memory; the plain way would take 45.
+(``TMPDIR``) and 20 GB of memory; the plain way would take 45. ``--size 13b`` has those with Vicuna-13B, as safetensors
+only: it needs 30 GB for files.
 
 Random weights are written in the layouts that the real ones are published in: a LLaMA in bfloat16 as sharded
 safetensors and as sharded ``.bin`` (Vicuna), EVA-ViT in float16 with a block and a norm that are not used, BEATs in
@@ -44,16 +45,19 @@ import transformers
 from torch import Tensor, nn
 
 LLAMA: dict[str, dict[str, int]] = {
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "1g": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 32, "num_attention_heads": 16},
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
 EVA: dict[str, dict[str, int]] = {
+    "13b": {},
     "7b": {},
     "1g": {"depth": 10},
     "tiny": {"depth": 2, "width": 64, "heads": 4, "image_size": 28},
 }
 BEATS: dict[str, dict[str, int]] = {
+    "13b": {},
     "7b": {},
     "1g": {},
     "tiny": {
@@ -65,11 +69,14 @@ BEATS: dict[str, dict[str, int]] = {
     },
 }
 QFORMER: dict[str, dict[str, int]] = {
+    "13b": {},
     "7b": {},
     "1g": {},
     "tiny": {"width": 48, "layers": 2, "heads": 4, "feed_forward": 96},
 }
-VOCABULARY = {"7b": 30_522, "1g": 30_522, "tiny": 100}
+VOCABULARY = {"13b": 30_522, "7b": 30_522, "1g": 30_522, "tiny": 100}
+ONE_LAYOUT = ("13b",)
+"""Sizes whose language model is written as safetensors only, for want of room."""
 SHARDS = 4
 GOAL = 1.3
 TOKENIZER = "package:assets/tiny/llm"
@@ -102,7 +109,8 @@ def write_language_model(folder: Path, size: str) -> None:
         shapes = {name: tensor.shape for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()}
     names = list(shapes)
     parts = [names[part * len(names) // SHARDS : (part + 1) * len(names) // SHARDS] for part in range(SHARDS)]
-    layouts = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin")}
+    layouts = {"safetensors": ("model", "safetensors")}
+    layouts |= {} if size in ONE_LAYOUT else {"bin": ("pytorch_model", "bin")}
     torch.manual_seed(0)
     for layout, (stem, suffix) in layouts.items():
         target = folder / layout
@@ -281,7 +289,7 @@ def rows(size: str, ways: Sequence[str]) -> list[Row]:
         write_language_model(folder, size)
         write_encoders(folder, size)
         found = []
-        for layout in ("safetensors", "bin"):
+        for layout in ("safetensors",) if size in ONE_LAYOUT else ("safetensors", "bin"):
             files = sum(file.stat().st_size for file in (folder / layout).glob(f"*.{layout}"))
             found += [one_row(way, layout, folder / layout, size, files) for way in WAYS if way in ways]
         found += [one_row(way, BRIDGE, folder, size) for way in BRIDGE_WAYS if way in ways]
