@@ -32,6 +32,7 @@ from lavis_chatbridge.models.settings import (
     VisionSettings,
 )
 from lavis_chatbridge.processors import load_processors
+from lavis_chatbridge.writing import write_text
 
 GOAL_TURN, GOAL = 5, 5.0
 TOKENIZER = Path(__file__).resolve().parent.parent / "lavis_chatbridge" / "assets" / "tiny" / "llm"
@@ -135,7 +136,7 @@ def main() -> None:
     table = f"# What the cache of a conversation is worth\n\n{circumstances('chat.py', *options)}\n{table}"
     sys.stdout.write(table)
     if args.write:
-        args.write.write_text(table, encoding="utf-8")
+        write_text(args.write, table)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from lavis_chatbridge.chat.server.app import build_app
 from lavis_chatbridge.chat.server.command import address_of, listen
 from lavis_chatbridge.chat.server.engine import Engine
 from lavis_chatbridge.chat.server.settings import ServerSettings
+from lavis_chatbridge.writing import write_text
 
 GOAL_CLIENTS, GOAL = 16, 2.0
 REQUESTS = 16
@@ -126,7 +127,7 @@ def main() -> None:
     table = f"# Many clients at once\n\n{circumstances('chat_server.py', *options)}\n{table}"
     sys.stdout.write(table)
     if args.write:
-        args.write.write_text(table, encoding="utf-8")
+        write_text(args.write, table)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from lavis_chatbridge.processors import AudioEvalProcessor, ImageEvalProcessor, 
 from lavis_chatbridge.processors.fbank import MEAN, STD
 from lavis_chatbridge.processors.frames import frame_indices
 from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD
+from lavis_chatbridge.writing import write_text
 
 SIZE, FRAMES, MEL_BINS, CLIP = 224, 4, 128, 1024
 
@@ -251,7 +252,7 @@ def main() -> None:
         rows, note = measure(Path(folder), arguments.seconds)
     table = report(rows, note, f"OMP_NUM_THREADS=1 python benchmarks/data_speed.py --seconds {arguments.seconds:g}")
     if arguments.write:
-        arguments.write.write_text(table)
+        write_text(arguments.write, table)
     sys.stdout.write(table)
 
 

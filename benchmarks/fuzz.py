@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 import av  # noqa: F401  (before LAVIS, which loads decord, whose libvpx would take the place of PyAV's)
 from chat import circumstances  # the file beside this one
 
+from lavis_chatbridge.writing import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS, PATIENCE, SPACE = 10.0, 120.0, 6 << 30
 WARM_UP = 3
@@ -264,7 +266,7 @@ def main() -> int:
     text = report(rows, (time.monotonic() - begin) / 60, options)
     sys.stdout.write(text)
     if args.write:
-        args.write.write_text(text, encoding="utf-8")
+        write_text(args.write, text)
     return 1 if any(row.outcomes["faults"] for row in rows) else 0
 
 

@@ -56,6 +56,7 @@ from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult, TrainStep, Wishes
+from lavis_chatbridge.writing import write_text
 
 KINDS = ("image", "video", "audio")
 FRAMES, CLIP, MEL_BINS = 4, 1024, 64
@@ -501,10 +502,10 @@ def main(words: list[str] | None = None) -> None:
     steps = measure_steps(model, arguments.kinds, plan, arguments.rounds, device)
     table = report(command, device, limits, steps, [])
     if arguments.write:  # what is there, should compiling fail
-        arguments.write.write_text(table, encoding="utf-8")
+        write_text(arguments.write, table)
     table = report(command, device, limits, steps, measure_decoding(model, plan, arguments.rounds, device))
     if arguments.write:
-        arguments.write.write_text(table, encoding="utf-8")
+        write_text(arguments.write, table)
     sys.stdout.write(table)
 
 

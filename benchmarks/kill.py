@@ -25,6 +25,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from lavis_chatbridge.writing import write_text
+
 RANKS = 2
 CONFIG = """
 model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
@@ -177,7 +179,7 @@ def main() -> int:
     verdict = f"{sum(row.identical for row in rows)} of {len(rows)} identical ({inside} kills inside a save)"
     if args.write:
         command = f"python benchmarks/kill.py --runs {args.runs} --steps {args.steps} --seed {args.seed}"
-        args.write.write_text(f"# Killed and resumed\n\n`{command}`\n\n{text}\n\n{verdict}\n", encoding="utf-8")
+        write_text(args.write, f"# Killed and resumed\n\n`{command}`\n\n{text}\n\n{verdict}\n")
     print(text)
     print(verdict)
     return 0 if all(row.identical for row in rows) else 1

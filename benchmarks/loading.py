@@ -44,6 +44,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lavis_chatbridge.writing import write_text
+
 LLAMA: dict[str, dict[str, int]] = {
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -355,9 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = table(rows(args.size, args.ways), args.size, args.ways)
     print(text, end="")
     if args.write:
-        temporary = args.write.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(args.write)
+        write_text(args.write, text)
 
 
 if __name__ == "__main__":

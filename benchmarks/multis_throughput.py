@@ -34,6 +34,7 @@ from lavis_chatbridge.multis.endpoint import EndpointSettings
 from lavis_chatbridge.multis.ledger import answers
 from lavis_chatbridge.multis.limits import Price
 from lavis_chatbridge.multis.prompts import PromptBook
+from lavis_chatbridge.writing import write_text
 
 TARGET = 1.3
 _ROOT = Path(__file__).resolve().parent.parent
@@ -200,7 +201,7 @@ def main() -> int:
     table, ratio = report(rows, args, load)
     sys.stdout.write(table)
     if args.write:
-        args.write.write_text(table, encoding="utf-8")
+        write_text(args.write, table)
     return 0 if ratio <= TARGET else 1
 
 

@@ -37,6 +37,7 @@ from lavis_chatbridge.models.interleave import lay_out
 from lavis_chatbridge.prompting import Slot, Turn
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample
+from lavis_chatbridge.writing import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "projects" / "chatbridge" / "vicuna13b"
@@ -266,9 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text_of_tables = table(stages, args.steps)
     print(text_of_tables, end="")
     if args.write:
-        temporary = args.write.with_suffix(".tmp")
-        temporary.write_text(text_of_tables, encoding="utf-8")
-        temporary.replace(args.write)
+        write_text(args.write, text_of_tables)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lavis_chatbridge.datasets.plan import MixturePlan  # noqa: E402  (of this tree, installed or not)
+from lavis_chatbridge.writing import write_text  # noqa: E402
 
 SHARES = (40, 20, 15, 10, 6, 5, 3, 1)
 SECONDS, MEGABYTES = 5.0, 500.0
@@ -209,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.write:
         ran = f"{datetime.date.today()}, Python {platform.python_version()}, numpy {np.__version__}"
         command = f"python benchmarks/scale.py --ranks {args.ranks} --samples {args.samples} --shards {args.shards}"
-        args.write.write_text(
+        write_text(
+            args.write,
             f"# The plan at full scale\n\n{ran}, on a CPU core shared with other work; `{command}`. Goal: none lost, "
             f"none twice, one source a step, resume in at most {SECONDS:g} s and {MEGABYTES:g} MB.\n\n{text}\n",
-            encoding="utf-8",
         )
     return 0 if good else 1
 

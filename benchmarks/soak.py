@@ -44,6 +44,8 @@ import soundfile
 from chat import circumstances  # the file beside this one
 from PIL import Image
 
+from lavis_chatbridge.writing import write_text
+
 MODEL, TOKEN = "chatbridge-tiny", "a-token-for-the-soak"
 MAX_BODY, MAX_MEDIUM, MAX_MEDIA = 4 << 20, 1 << 20, 8
 PATIENCE = 300.0
@@ -596,7 +598,7 @@ def main() -> int:
     text = f"# A server under load\n\n{circumstances('soak.py', *options)}\n{tables}\n{verdict}\n"
     sys.stdout.write(text)
     if args.write:
-        args.write.write_text(text, encoding="utf-8")
+        write_text(args.write, text)
     return int(bool(faults))
 
 

@@ -60,6 +60,7 @@ from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import TrainStep, Wishes
+from lavis_chatbridge.writing import write_text
 
 BATCHES = {"image": 8, "video": 4, "audio": 8}
 FRAMES, CLIPS, CLIP, MEL_BINS = 4, 2, 1024, 64
@@ -457,7 +458,7 @@ def main() -> None:
         command += " --variants " + " ".join(f'"{variant}"' if "," in variant else variant for variant in variants)
     table = report(measure(arguments.rounds, arguments.kinds, variants), command)
     if arguments.write:
-        arguments.write.write_text(table)
+        write_text(arguments.write, table)
     sys.stdout.write(table)
 
 
