@@ -41,7 +41,8 @@ for module in pkgutil.walk_packages(lavis_chatbridge.__path__, "lavis_chatbridge
 
 from lavis_chatbridge.chat import web
 from lavis_chatbridge.chat.server import command
-from lavis_chatbridge.models import lora
+from lavis_chatbridge.models import language_model, lora
+from lavis_chatbridge.models.settings import LanguageModelSettings
 from lavis_chatbridge.multis import endpoint
 from lavis_chatbridge.runners import progress
 from lavis_chatbridge.runners.settings import RunSettings
@@ -65,6 +66,8 @@ entries = {
     "serve": lambda: command.run(arguments(command)),
     "web": lambda: web.run(arguments(web)),
     "lora": lora.check_available,
+    "quantize": lambda: language_model.check_available(LanguageModelSettings("w", quantization="4bit")),
+    "device-map": lambda: language_model.check_available(LanguageModelSettings("w", device_map="auto")),
 }
 print(json.dumps({"broken": broken, "said": {name: said(act) for name, act in entries.items()}}))
 """

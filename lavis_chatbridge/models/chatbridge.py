@@ -451,6 +451,11 @@ class ChatBridge(BaseModel):
         frozen = [name for name in found if not lora.is_adapter(name)]
         held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in frozen))
         required += [n for n in expected if held and n.startswith(held) and not lora.is_adapter(n)]
+        if "llama_model." in held and (how := self.settings.language_model.quantization) is not None:
+            raise CheckpointError(
+                f"{file.path} holds a whole language model, but this one's is quantised to {how}: set "
+                "model.language_model.quantization to null, or keep the trained tensors alone in the file"
+            )
         checkpoint.check_fit(expected, found, required, file.path, "this model")
         checkpoint.check_finite(found, file.path)
         self.load_state_dict(found, strict=False)

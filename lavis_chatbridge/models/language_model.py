@@ -11,10 +11,12 @@ import importlib.util
 import json
 import logging
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
@@ -24,6 +26,9 @@ from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 log = logging.getLogger(__name__)
 
 HINT = "set model.language_model.weights to a Hugging Face folder (config.json, tokenizer, weights)"
+
+BITSANDBYTES = Version("0.47")
+"""The oldest that is used: 0.46, the first for a CPU, quantises 8-bit layers again when they are moved to one."""
 
 
 class Codec(Protocol):
@@ -129,24 +134,31 @@ def load_codec(folder: Path) -> Codec:
 
 
 def check_available(settings: LanguageModelSettings) -> None:
-    """Refuse what this machine cannot do, before anything is loaded.
+    """Refuse what this environment cannot do, before anything is loaded.
 
     Raises:
         MissingExtraError: If the settings need a package that is not installed.
-        ConfigError: If they need a CUDA device, and there is none.
+        ConfigError: If such a package is too old.
     """
     if settings.lora is not None:
         lora.check_available()
     if settings.device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise MissingExtraError("accelerate", "device-map", "model.language_model.device_map")
-    if settings.quantization is None:
-        return
+    if settings.quantization is not None:
+        _check_bitsandbytes(settings)
+
+
+def _check_bitsandbytes(settings: LanguageModelSettings) -> None:
     setting = "model.language_model.quantization"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError("bitsandbytes", "quantize", setting)
-    if not torch.cuda.is_available():
+    for package in ("bitsandbytes", "accelerate"):  # through which transformers places what bitsandbytes makes
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "quantize", setting)
+    found = metadata.version("bitsandbytes")
+    if Version(found) < BITSANDBYTES:
         raise ConfigError(
-            f"{setting} is {settings.quantization}, which needs a CUDA device; torch finds none here: set it to null"
+            f"{setting} is {settings.quantization}, which needs bitsandbytes {BITSANDBYTES} or newer, found {found} "
+            "(older ones do not run on a CPU, or spoil 8-bit layers there): "
+            "pip install --upgrade 'lavis-chatbridge[quantize]', or set it to null"
         )
 
 
@@ -157,7 +169,7 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
         CheckpointError: If a folder is missing or incomplete, holds a delta, or model and tokenizer do not belong
             together.
         MissingExtraError: If the settings need a package that is not installed.
-        ConfigError: If they need what this machine or the language model does not have.
+        ConfigError: If they need what this environment or the language model does not have.
     """
     check_available(settings)
     folder = None if settings.weights is None else checkpoint.find(settings.weights, "the language model", HINT)
@@ -257,6 +269,8 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
         )
     if settings.device_map is not None:
         _keep_in_place(model, settings)
+    if settings.quantization is not None:
+        _keep_differentiable(model)
     return model
 
 
@@ -264,7 +278,9 @@ def _placed(settings: LanguageModelSettings) -> dict[str, Any]:
     """Where the layers go; quantised ones go to this process's device unless they are spread."""
     if settings.device_map is not None:
         return {"device_map": settings.device_map}
-    return {} if settings.quantization is None else {"device_map": {"": torch.cuda.current_device()}}
+    if settings.quantization is None:
+        return {}
+    return {"device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}}
 
 
 def _keep_in_place(model: Any, settings: LanguageModelSettings) -> None:
@@ -289,6 +305,8 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
+    # it warns at every product of every layer that the input is rounded to fp16, which is what LLM.int8 is
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if settings.quantization == "8bit":
         chosen = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -299,6 +317,17 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
             bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
         )
     return {"quantization_config": chosen}
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Leave 4-bit layers as they are on a CPU with AVX512-BF16.
+
+    bitsandbytes would repack them for good when they first run without gradients, and the products of that layout have
+    no backward pass: after a validation, training would go on with gradients that lack all of these layers.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _random(settings: LanguageModelSettings) -> Any:

@@ -20,8 +20,10 @@ SLACK = 0.08
 
 _CONTEXT = 600 << 20  # what CUDA itself takes of a device
 _FP32 = 4
-_BITS: dict[Quantization, float] = {"8bit": 8.0, "4bit": 4.127}
-"""Bits of a quantised weight; NF4 with scales that are quantised themselves (QLoRA, arXiv 2305.14314, section 3)."""
+_BLOCK, _SCALES = 64, 256
+"""Weights that share a scale in NF4, and scales that share one of their own (QLoRA, arXiv 2305.14314, section 3)."""
+_CODE_BOOKS = (16 + 256) * _FP32
+"""What the codes of a layer's weights and of its scales stand for."""
 
 
 def llm_parameters(config: Mapping[str, Any]) -> int:
@@ -88,14 +90,24 @@ def _llm_weights(settings: ModelSettings, llm: Mapping[str, Any], half: int) -> 
     whole = llm_parameters(llm)
     if (how := settings.language_model.quantization) is None:
         return whole * half
-    linear = llm["num_hidden_layers"] * sum(i * o for i, o in lora.layer_sizes(llm).values())
-    return int(linear * _BITS[how] / 8) + (whole - linear) * half
+    sizes = lora.layer_sizes(llm).values()
+    linear = llm["num_hidden_layers"] * sum(inputs * outputs for inputs, outputs in sizes)
+    return llm["num_hidden_layers"] * sum(_quantised(how, *size) for size in sizes) + (whole - linear) * half
+
+
+def _quantised(how: Quantization, inputs: int, outputs: int) -> int:
+    """Bytes of a linear layer with all that is needed to read it."""
+    weights = inputs * outputs
+    if how == "8bit":  # and a scale for each output
+        return weights + outputs * _FP32
+    scales = -(-weights // _BLOCK)  # one byte each, and their mean
+    return -(-weights // 2) + scales + -(-scales // _SCALES) * _FP32 + _FP32 + _CODE_BOOKS
 
 
 def _llm_activations(
     settings: ModelSettings, llm: Mapping[str, Any], batch: int, half: int, checkpointing: bool
 ) -> int:
-    """Frozen products keep nothing for the backward pass.
+    """Frozen products keep nothing for the backward pass, except those in 8 bits, which keep their input.
 
     Norms keep their input in fp32, attention its queries, keys, values and output, the feed-forward part the gate
     before and after its activation and what it gates.
@@ -106,6 +118,8 @@ def _llm_activations(
     attention = 4 * width * half
     feed_forward = 3 * inner * half
     layer = norms + attention + feed_forward
+    if settings.language_model.quantization == "8bit":  # queries, keys and values have one input, gate and values too
+        layer += (2 * width + lora.layer_sizes(llm)["o_proj"][0] + inner) * half
     if (adapters := settings.language_model.lora) is not None:  # each keeps its own input
         sizes = lora.layer_sizes(llm)
         layer += sum(sizes[name][0] for name in adapters.target_modules if name in sizes) * _FP32

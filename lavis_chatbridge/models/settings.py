@@ -135,8 +135,9 @@ class LanguageModelSettings:
         tokenizer: The tokenizer's folder, where it is not that of the weights.
         config: The model's configuration (``model_type`` and sizes), for random weights only.
         dtype: The precision that the frozen model runs in.
-        quantization: ``"8bit"`` (LLM.int8) or ``"4bit"`` (NF4) holds the frozen layers in fewer bits and computes in
-            ``dtype``; by bitsandbytes (extra ``quantize``), on a CUDA device only.
+        quantization: ``"8bit"`` (LLM.int8) or ``"4bit"`` (NF4 with scales that are quantised too) holds the linear
+            layers of the frozen blocks in fewer bits; what is not quantised, and what goes between layers, stays in
+            ``dtype``. By bitsandbytes (extra ``quantize``), on a CPU or a CUDA device.
         device_map: How transformers and accelerate (extra ``device-map``) spread the layers over the devices of this
             process, for answering only; none keeps the model whole, on the device of the rest.
         lora: Adapters that are trained beside the bridge, or none.

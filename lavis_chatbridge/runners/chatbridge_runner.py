@@ -155,7 +155,7 @@ class ChatBridgeRunner(RunnerBase):
         Raises:
             TrainingError: If training cannot go on; the last checkpoint is sound.
             CheckpointError: If the run to go on from does not fit.
-            ConfigError: If the language model is spread over devices, a split is unknown, or another training has the
+            ConfigError: If the language model can only answer, a split is unknown, or another training has the
                 folder or has left checkpoints in it.
             DataError: If nothing could be trained on.
         """
@@ -163,7 +163,7 @@ class ChatBridgeRunner(RunnerBase):
             self.evaluate()
             return
         data.check_splits(self.datasets, self.run)
-        parallel.check_trainable(self._model)
+        parallel.check_trainable(self._model, self.device)
         with self.folder.claimed():
             self._train()
 

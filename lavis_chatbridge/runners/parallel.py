@@ -56,17 +56,25 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> dict[st
     return marks
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Refuse a model whose parts lie on several devices: a process trains on one.
+def check_trainable(model: nn.Module, device: torch.device) -> None:
+    """Refuse what can answer, but not be trained: parts on several devices, and LLM.int8 in float16 on a CPU.
+
+    bitsandbytes computes the latter by writing into the layers' inputs, which autograd forbids.
 
     Raises:
-        ConfigError: If the language model was loaded with a device map.
+        ConfigError: If the language model was loaded like that.
     """
     settings = getattr(getattr(model, "settings", None), "language_model", None)
     if (chosen := getattr(settings, "device_map", None)) is not None:
         raise ConfigError(
             f"model.language_model.device_map is {chosen}, which is for answering: set it to null to train, and use "
             "run.parallel: fsdp if the model does not fit on one device"
+        )
+    held = (getattr(settings, "quantization", None), getattr(settings, "dtype", None))
+    if held == ("8bit", "float16") and device.type == "cpu":
+        raise ConfigError(
+            "model.language_model.quantization is 8bit with dtype float16, which a CPU can answer with, but not train: "
+            "set model.language_model.dtype to bfloat16 or float32"
         )
 
 

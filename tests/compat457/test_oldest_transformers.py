@@ -90,6 +90,26 @@ def test_training_steps_give_the_golden_losses(golden_dir, sizes, state):
     assert losses == pytest.approx(expected[:2], abs=5e-5)
 
 
+@pytest.mark.parametrize(("how", "bound"), [("8bit", 0.02), ("4bit", 0.12)])
+def test_a_language_model_in_fewer_bits_says_nearly_the_same(how, bound, tmp_path, golden_dir, sizes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lavis_chatbridge.models.language_model import load_language_model
+    from lavis_chatbridge.models.settings import LanguageModelSettings
+
+    torch.manual_seed(7)
+    wide = {**sizes["llama"], "hidden_size": 64, "intermediate_size": 160, "initializer_range": 0.06}
+    LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(tmp_path)
+    embeds = torch.randn(2, 7, 64, requires_grad=True)
+    found = []
+    for quantization in (None, how):
+        chosen = LanguageModelSettings(str(tmp_path), str(golden_dir / "tokenizer"), quantization=quantization)
+        logits = load_language_model(chosen)[0](inputs_embeds=embeds).logits
+        found.append((logits.detach(), *torch.autograd.grad(logits.logsumexp(-1).sum(), embeds)))
+    for part, (own, whole) in enumerate(zip(*reversed(found), strict=True)):
+        assert 0 < (own - whole).norm() / whole.norm() < bound * (1, 3)[part]
+
+
 def _perceiver(qformer: dict[str, Any]) -> dict[str, Any]:
     return {
         "width": qformer["hidden_size"],

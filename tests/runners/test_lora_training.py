@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from runner_parts import ToyModel, in_processes, runner
+from runner_parts import in_processes, runner
 from test_end_to_end import run, world  # noqa: F401  (a fixture)
 
-from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import checkpoints, distributed, parallel, snapshot
+from lavis_chatbridge.runners import checkpoints, distributed, snapshot
 from lavis_chatbridge.runners.snapshot import trained_weights
 
 RANK = "model.language_model.lora.rank=4"
@@ -96,14 +96,6 @@ def test_two_processes_train_the_adapters_of_one(tmp_path, world, way):  # noqa:
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-4, msg=name)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-
-
-def test_a_quantised_model_is_not_spread(tmp_path, monkeypatch):
-    model = ToyModel()
-    model.frozen[0][0].weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    monkeypatch.setattr(parallel.dist, "init_device_mesh", lambda *_arguments: None)
-    with pytest.raises(ConfigError, match="fsdp cannot spread a quantised language model"):
-        parallel._shard(model, torch.device("cpu"))
 
 
 def test_a_model_without_adapters_says_nothing_of_them(tmp_path):

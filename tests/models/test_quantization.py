@@ -1,0 +1,393 @@
+"""A language model really held in 8 and 4 bits by bitsandbytes, on a CPU: what it weighs, computes, and lets train."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
+from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.models import language_model, lora
+from lavis_chatbridge.models.memory import training_memory
+from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
+from lavis_chatbridge.prompting import Slot, Text, alignment_prompt
+from lavis_chatbridge.runners import parallel, snapshot
+from tests.models.building import small_model, small_settings
+
+SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+BOTH = pytest.mark.parametrize("how", ["8bit", "4bit"])
+NEAR = {"8bit": 0.02, "4bit": 0.12}
+"""The most by which logits differ from the unquantised ones, of their size; a wrong scale or layer gives about 1."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA as its makers publish one; some features are large, which LLM.int8 computes apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.06))
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data[5] = 12.0
+        layer.self_attn.v_proj.weight.data[3] *= 10
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden_dir: Path) -> Path:
+    return golden_dir / "tokenizer"
+
+
+def settings(folder: Path, tokenizer: Path, how: Any, dtype: Any = "float32", **more: Any) -> LanguageModelSettings:
+    return LanguageModelSettings(str(folder), str(tokenizer), dtype=dtype, quantization=how, **more)
+
+
+def load(*arguments: Any, **more: Any) -> Any:
+    return language_model.load_language_model(settings(*arguments, **more))[0]
+
+
+def bridge(folder: Path, tokenizer: Path, how: Any, **more: Any) -> Any:
+    return small_model(tokenizer, language_model=settings(folder, tokenizer, how, **more))
+
+
+def logits(model: Any) -> Tensor:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model(inputs_embeds=torch.randn(3, 9, 64).to(model.dtype)).logits.float()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def quantised(model: nn.Module) -> dict[str, Any]:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bitLt))}
+
+
+def tensors_of(layer: Any) -> Iterator[Tensor]:
+    """Codes, then all that is needed to read them."""
+    yield layer.weight.data
+    if (state := getattr(layer.weight, "quant_state", None)) is not None:
+        yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    else:
+        yield layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+
+
+def full(layer: Any) -> Tensor:
+    """A layer's weights as the codes have them."""
+    codes, scale, *_ = tensors_of(layer)
+    if codes.dtype == torch.int8:
+        return codes.float() * scale[:, None] / 127
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(codes, layer.weight.quant_state).float()
+
+
+SAMPLES = {
+    "pieces": [alignment_prompt(["image"], "a red dog runs"), alignment_prompt(["audio"], "rain on a roof")],
+    "image": [[torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0))], []],
+    "video": [[], []],
+    "audio": [
+        [],
+        [AudioClips(torch.randn(1, 48, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([48]))],
+    ],
+}
+
+
+def gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(SAMPLES)["loss"]
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[0] for name in found} >= {"llama_proj", "Qformer", "image_query_tokens", "audio_trans"}
+    return loss.item(), found
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@BOTH
+def test_layers_weigh_what_the_arithmetic_says(folder: Path, tokenizer: Path, how: Any) -> None:
+    model = load(folder, tokenizer, how, "bfloat16")
+    layers = quantised(model)
+    assert len(layers) == 7 * SIZES["num_hidden_layers"]
+    for name, layer in layers.items():
+        inputs, outputs = lora.layer_sizes(SIZES)[name.rpartition(".")[2]]
+        packed = (torch.int8, inputs * outputs) if how == "8bit" else (torch.uint8, inputs * outputs // 2)
+        assert (layer.weight.dtype, layer.weight.numel()) == packed
+    inside = [t for layer in layers.values() for t in tensors_of(layer)]
+    others = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in layers]
+    assert {p.dtype for p in others} == {torch.bfloat16}
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in (*inside, *others)}
+
+    def counted(quantization: Any) -> int:
+        own = settings(folder, tokenizer, quantization, "bfloat16")
+        whole = small_settings(tokenizer, language_model=own)
+        return training_memory(whole, SIZES, batch=1)["language model"]
+
+    assert sum(held.values()) == counted(how) < counted(None)
+
+
+@BOTH
+def test_codes_stand_for_the_weights_of_their_layer(folder: Path, tokenizer: Path, how: Any) -> None:
+    plain, model = load(folder, tokenizer, None), load(folder, tokenizer, how)
+    for name, layer in quantised(model).items():
+        original = plain.get_submodule(name).weight
+        if how == "8bit":  # half a step of 127 to the row's largest, which is read in fp16
+            bound = original.abs().amax(1, keepdim=True) / 127 * 0.55 + 1e-6
+        else:  # half of NF4's widest gap, of the largest of 64; scales are rounded to 8 bits too
+            bound = original.reshape(-1, 64).abs().amax(1, keepdim=True) * 0.17
+        apart = (full(layer) - original).reshape(len(bound), -1).abs()
+        assert (apart <= bound).all(), name
+        assert apart.max() > 0
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_logits_are_near_those_of_all_bits(folder: Path, tokenizer: Path, how: Any, dtype: Any) -> None:
+    plain, model = load(folder, tokenizer, None), load(folder, tokenizer, how, dtype)
+    expected, found = logits(plain), logits(model)
+    assert 0 < error(found, expected) < NEAR[how]
+    assert torch.equal(logits(model), found)
+    with torch.no_grad():
+        for name, layer in quantised(model).items():
+            plain.get_submodule(name).weight.copy_(full(layer))
+    if dtype == "float32":  # 8 bits round the inputs as well
+        assert error(found, logits(plain)) < {"8bit": 0.02, "4bit": 1e-5}[how]
+
+
+@BOTH
+def test_moving_a_model_to_where_it_is_changes_nothing(folder: Path, tokenizer: Path, how: Any) -> None:
+    """As a runner and a chat do before its first use; bitsandbytes 0.46 quantised 8-bit layers again."""
+    model = load(folder, tokenizer, how)
+    whole = nn.ModuleList([model])
+    whole.to("cpu")
+    found = logits(model)
+    assert error(found, logits(load(folder, tokenizer, None))) < NEAR[how]
+    whole.to("cpu")
+    assert torch.equal(logits(model), found)
+
+
+@BOTH
+def test_loss_and_gradients_are_near_those_of_all_bits(folder: Path, tokenizer: Path, how: Any) -> None:
+    loss, expected = gradients(bridge(folder, tokenizer, None))
+    own_loss, found = gradients(bridge(folder, tokenizer, how))
+    assert own_loss == pytest.approx(loss, rel=0.02)
+    assert own_loss != loss
+    assert found.keys() == expected.keys()
+    assert error(flat(found), flat(expected)) < {"8bit": 0.1, "4bit": 0.3}[how]
+
+
+def test_a_validation_leaves_gradients_whole_on_a_cpu_with_bf16(
+    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes repacks 4-bit layers there as soon as they run without gradients, which they then no longer have."""
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    model = bridge(folder, tokenizer, "4bit")
+    loss, expected = gradients(model)
+    marks = snapshot.fingerprints(model)
+    with torch.no_grad():
+        assert model(SAMPLES)["loss"].item() == pytest.approx(loss, abs=1e-5)
+    again, found = gradients(model)
+    assert again == loss
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert snapshot.fingerprints(model) == marks
+
+
+@BOTH
+@pytest.mark.parametrize("adapters", [None, LoraSettings(rank=4, target_modules=("q_proj", "down_proj"))])
+def test_training_lowers_the_loss_and_leaves_the_codes(folder: Path, tokenizer: Path, how: Any, adapters: Any) -> None:
+    model = bridge(folder, tokenizer, how, lora=adapters)
+    before = [t.clone() for layer in quantised(model).values() for t in tensors_of(layer)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    beside = [name for name in trained if lora.is_adapter(name)]
+    assert len(beside) == (0 if adapters is None else 2 * 2 * SIZES["num_hidden_layers"])
+    assert not [name for name in trained if name.startswith("llama_model") and name not in beside]
+    optimiser = torch.optim.AdamW(trained.values(), lr=5e-3, weight_decay=0)
+    model.train()
+    losses = []
+    for step in range(6):
+        optimiser.zero_grad()
+        loss = model(SAMPLES)["loss"]
+        loss.backward()
+        if step == 1:  # A's gradient is zero until B has moved
+            assert all(trained[name].grad.abs().max() > 0 for name in beside)
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    after = [t for layer in quantised(model).values() for t in tensors_of(layer)]
+    assert all(map(torch.equal, after, before))
+
+
+@BOTH
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_static_cache_changes_no_token(folder: Path, tokenizer: Path, how: Any, beams: int) -> None:
+    model = bridge(folder, tokenizer, how)
+    asked = {
+        "prompts": [[Slot("image"), Text(" what is it?")], [Text("who are you?")]],
+        "image": [SAMPLES["image"][0], []],
+    }
+    told = [
+        model.generate(asked, num_beams=beams, max_length=8, stop="", cache=cache) for cache in ("dynamic", "static")
+    ]
+    assert told[0] == told[1]
+    assert all(told[0])
+
+
+@BOTH
+def test_what_was_trained_is_kept_and_loaded_into_any_precision(
+    folder: Path, tokenizer: Path, tmp_path: Path, how: Any
+) -> None:
+    model = bridge(folder, tokenizer, how)
+    with torch.no_grad():
+        model.llama_proj.weight.add_(1)
+    kept = model.trainable_state_dict()
+    assert not [name for name in kept if name.startswith("llama_model")]
+    path = tmp_path / "bridge.safetensors"
+    save_file(kept, path)
+    for other in (how, None):
+        again = bridge(folder, tokenizer, other)
+        again.load_checkpoint(str(path))
+        assert all(torch.equal(t, again.trainable_state_dict()[name]) for name, t in kept.items())
+    assert again(SAMPLES)["loss"].item() == pytest.approx(model(SAMPLES)["loss"].item(), rel=0.05)
+
+    whole = tmp_path / "whole.pth"
+    torch.save({"model": again.state_dict()}, whole)
+    codes = [t.clone() for layer in quantised(model).values() for t in tensors_of(layer)]
+    with pytest.raises(CheckpointError, match="holds a whole language model, but this one's is quantised to"):
+        model.load_checkpoint(str(whole))
+    assert all(map(torch.equal, codes, [t for layer in quantised(model).values() for t in tensors_of(layer)]))
+
+
+def test_half_precision_trains_in_4_bits_but_not_in_8_on_a_cpu(folder: Path, tokenizer: Path) -> None:
+    """bitsandbytes puts large inputs aside in place, where its own rounding to fp16 has not made a copy."""
+    model = bridge(folder, tokenizer, "4bit", dtype="float16")
+    parallel.check_trainable(model, torch.device("cpu"))
+    _, found = gradients(model)
+    assert error(flat(found), flat(gradients(bridge(folder, tokenizer, "4bit"))[1])) < 0.1
+    model = bridge(folder, tokenizer, "8bit", dtype="float16")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(model)
+    parallel.check_trainable(model, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"8bit with dtype float16, .* not train: set .*dtype to bfloat16 or float32"):
+        parallel.check_trainable(model, torch.device("cpu"))
+
+
+def test_fingerprints_tell_codes_apart(folder: Path, tokenizer: Path) -> None:
+    marks = {how: snapshot.fingerprints(bridge(folder, tokenizer, how)) for how in (None, "8bit", "4bit")}
+    assert len({own["llama_model"] for own in marks.values()}) == 3
+    assert marks["8bit"] == snapshot.fingerprints(bridge(folder, tokenizer, "8bit"))
+    assert marks["8bit"]["visual_encoder"] == marks[None]["visual_encoder"]
+
+
+@BOTH
+def test_a_quantised_model_is_not_spread(
+    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, how: Any
+) -> None:
+    monkeypatch.setattr(parallel.dist, "init_device_mesh", lambda *_arguments: None)
+    with pytest.raises(ConfigError, match="fsdp cannot spread a quantised language model"):
+        parallel._shard(bridge(folder, tokenizer, how), torch.device("cpu"))
+
+
+@BOTH
+def test_products_in_8_bits_keep_their_inputs_as_the_estimate_says(folder: Path, tokenizer: Path, how: Any) -> None:
+    """Which bitsandbytes does without need; those in 4 bits keep nothing."""
+    embeds = torch.randn(2, 9, SIZES["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
+    model = load(folder, tokenizer, how, "bfloat16")
+    kept = inputs_kept(model(inputs_embeds=embeds, use_cache=False).logits)
+
+    def counted(quantization: Any) -> int:
+        own = settings(folder, tokenizer, quantization, "bfloat16")
+        whole = dataclasses.replace(small_settings(tokenizer, language_model=own), max_text_length=2 * 9 - 3)
+        return training_memory(whole, SIZES, batch=1)["activations of the language model"]
+
+    assert kept == counted(how) - counted(None)
+    assert (kept > 0) == (how == "8bit")
+
+
+def inputs_kept(output: Tensor) -> int:
+    """Bytes of the layers' inputs that quantised products hold until the backward pass; outliers are left out."""
+    held: dict[int, int] = {}
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if type(node).__name__ in ("MatMul8bitLtBackward", "MatMul4BitBackward"):
+            inputs = [t for t in node.tensors if t is not None and t.is_floating_point() and t.shape[-1] > 1]
+            held |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in inputs}
+    assert len(seen) > 14
+    return sum(held.values())
+
+
+def test_no_word_for_each_product(folder: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(folder, tokenizer, "8bit")
+    with caplog.at_level(logging.WARNING):
+        logits(model)
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+
+
+def test_what_lacks_or_is_too_old_is_told_before_anything_is_loaded(
+    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
+    real = importlib.util.find_spec
+    for package in ("bitsandbytes", "accelerate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.util, "find_spec", lambda name, gone=package: None if name == gone else real(name))
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(
+                MissingExtraError, match=rf"quantization needs .*{package}.*lavis-chatbridge\[quantize\]"
+            ):
+                load(folder, tokenizer, "4bit")
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.46.1" if name == "bitsandbytes" else version(name))
+    with pytest.raises(
+        ConfigError, match=r"is 8bit, which needs bitsandbytes 0\.47 or newer, found 0\.46\.1 .*upgrade"
+    ):
+        load(folder, tokenizer, "8bit")
+
+
+def test_on_a_gpu_the_layers_go_to_this_process_s_device(
+    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(*_folder: Any, **more: Any) -> None:
+        asked.update(more)
+        raise OSError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(CheckpointError):
+        load(folder, tokenizer, "8bit", "bfloat16")
+    assert asked["device_map"] == {"": 3}
