@@ -58,14 +58,10 @@ STAGE2 := model.checkpoint=$(DEMO)/stage2/model.safetensors
 demo: install
 	rm -rf $(DEMO) && mkdir -p $(DEMO) && touch $(DEMO)/.started
 	$(TRAIN)/align.yaml --options run.output_dir=$(DEMO)/stage1
-	$(SCORE)/world_captions.yaml --options $(STAGE1) run.output_dir=$(DEMO)/stage1_scores
-	$(SCORE)/world_captions.yaml --options $(STAGE1) run.output_dir=$(DEMO)/stage1_shuffled run.media=shuffled run.test_splits=[test]
+	$(SCORE)/world_captions.yaml --ablate shuffled --options $(STAGE1) run.output_dir=$(DEMO)/stage1_scores
 	$(TRAIN)/instruct.yaml --options $(STAGE1) run.output_dir=$(DEMO)/stage2
 	$(SCORE)/world_answers.yaml --options $(STAGE2) run.output_dir=$(DEMO)/stage2_scores
-	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_both
-	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_no_vision run.test_splits=[test] run.media=withheld run.media_kinds=[image,video]
-	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_no_audio run.test_splits=[test] run.media=withheld run.media_kinds=[audio]
-	$(SCORE)/world_joint.yaml --options $(STAGE2) run.output_dir=$(DEMO)/joint_neither run.test_splits=[test] run.media=withheld
+	$(SCORE)/world_joint.yaml --ablate withheld:image,video withheld:audio withheld --options $(STAGE2) run.output_dir=$(DEMO)/joint
 	$(BIN)/chatbridge world report $(DEMO) --world output/world
 
 # what is named otherwise in the oldest transformers than in the newest: a language model's keys and values

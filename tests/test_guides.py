@@ -123,6 +123,11 @@ STEPS = (
     Step("chatbridge evaluate --suite okvqa,clotho", f"--options {SUITES}", leaves="output/eval/tiny/scores.html"),
     Step("chatbridge evaluate --suite music_avqa --ablate", f"--options {SUITES}"),
     Step(
+        f"{SCORED}/world_joint.yaml --ablate withheld:image,video withheld:audio shuffled",
+        f"--options {SCORE}",
+        leaves="output/world_joint/result/test_withheld_audio_step0.json",
+    ),
+    Step(
         "chatbridge evaluate --suite msvd_qa --options run.inference_method=rank run.answer_list=answers.json", SUITES
     ),
     Step(

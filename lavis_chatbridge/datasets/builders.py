@@ -27,6 +27,7 @@ from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.loading import SECTIONS, load_processors
+from lavis_chatbridge.prompting.pieces import Kind
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, write_jsonl
 
@@ -104,6 +105,15 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
             _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(groups[split]), sizes)
         return groups
+
+    def media_of(self, splits: Iterable[str]) -> dict[str, set[Kind]]:
+        """Split -> the kinds of media that its samples have, of those of the given splits that there are.
+
+        Raises:
+            DataError: If files are malformed.
+        """
+        groups = self.build(splits)
+        return {split: set().union(*(source.kinds for source in group.sources)) for split, group in groups.items()}
 
     @classmethod
     def _parse(cls, cfg: Any, where: str) -> DataSettings:

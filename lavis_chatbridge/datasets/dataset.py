@@ -105,6 +105,15 @@ class SourceDataset(torch.utils.data.Dataset):
         return [self]
 
     @property
+    def kinds(self) -> set[Kind]:
+        """The kinds of media that its samples have."""
+        if not isinstance(self.samples, SampleFile):
+            return {kind for i in range(len(self)) for kind in self.sample(i).kinds}
+        own = self.samples.modality if self.indices is None else self.samples.modality[self.indices]
+        named = {kind for number in np.unique(own) for kind in self.samples.modalities[number].split("+")}
+        return {kind for kind in KINDS if kind in named}
+
+    @property
     def lengths(self) -> np.ndarray:
         """``[n]`` about how many tokens each sample has, without what format and templates add."""
         if isinstance(self.samples, SampleFile):

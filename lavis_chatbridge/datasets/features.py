@@ -9,6 +9,7 @@ never replace what another has read the places of. What is read must bear its ke
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -39,6 +40,8 @@ SHARD_BYTES = 256 << 20
 _BLOCK = 1 << 20
 _FORMAT = "chatbridge-features-1"
 _HEADER = tarfile.BLOCKSIZE
+_NUMPY = np.lib.format.magic(1, 0)
+_NUMPY_SIZE = len(_NUMPY)
 _TOKENS, _MASK = ".tokens.npy", ".mask.npy"
 
 
@@ -323,12 +326,21 @@ def _load_array(shard: Any, name: str, at: int, size: int) -> np.ndarray:
     entry = tarfile.TarInfo.frombuf(shard.read(_HEADER), "utf-8", "surrogateescape")
     if (entry.name, entry.size) != (name, size):
         raise ValueError(f"it holds {entry.size} bytes of {entry.name!r} where the index has {size} of {name}")
-    content = io.BytesIO(shard.read(size))
-    np.lib.format.read_magic(content)
-    shape, by_columns, kind = np.lib.format.read_array_header_1_0(content)
-    if by_columns or kind.hasobject or math.prod(shape) * kind.itemsize != size - content.tell():
+    content = shard.read(size)
+    begin = _NUMPY_SIZE + 2
+    if content[:_NUMPY_SIZE] != _NUMPY or len(content) < begin:
+        raise ValueError(f"it holds no array of numpy's format 1.0: it begins with {content[:_NUMPY_SIZE]!r}")
+    end = begin + int.from_bytes(content[_NUMPY_SIZE:begin], "little")
+    shape, by_columns, kind = _described(content[_NUMPY_SIZE:end])
+    if by_columns or kind.hasobject or math.prod(shape) * kind.itemsize != size - end:
         raise ValueError(f"an array {kind} {list(shape)} does not fit {size} bytes")
-    return np.frombuffer(content.read(), kind).reshape(shape).copy()
+    return np.frombuffer(content, kind, offset=end).reshape(shape).copy()
+
+
+@functools.lru_cache(maxsize=64)
+def _described(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """What an array's header says; few differ in a shard, and to take one apart costs more than to read the numbers."""
+    return np.lib.format.read_array_header_1_0(io.BytesIO(header))
 
 
 def _index_in(content: Any, path: Path) -> tuple[dict[str, list[int]], dict[str, tuple[int, int, str]]]:

@@ -1,7 +1,7 @@
 """``python -m lavis.evaluate`` and ``chatbridge evaluate``: score a model as a configuration file says.
 
-The command also runs several benchmarks at once (``--suite``), with and without their media (``--ablate``), and scores
-a file of predictions again (``--rescore``).
+Media may be taken away or exchanged (``--ablate``). The command also runs several benchmarks at once (``--suite``), and
+scores a file of predictions again (``--rescore``).
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin import launch as launching
 from lavis_chatbridge.plugin.launch import command_line
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.plugin.suite_table import Line
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -24,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--suite", metavar="NAMES", help="benchmarks: zero-shot, all, or names with commas between them")
     what.add_argument("--rescore", metavar="FILE", help="score this file of predictions again, without a model")
     parser.add_argument(
-        "--ablate", action="store_true", help="with --suite: also withhold and shuffle each kind of medium"
+        "--ablate",
+        nargs="*",
+        metavar="CONDITION",
+        help="score again without media or with other samples': withheld, shuffled, or those of some kinds only "
+        "(withheld:image,video); without CONDITION each kind that the data have is withheld, and shuffled",
     )
     parser.add_argument(
         "--suite-folder", metavar="DIR", help="where the suites' YAML files are (default projects/chatbridge/eval)"
@@ -35,34 +43,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; the arguments are those of :func:`add_arguments`."""
-    if args.ablate and args.suite is None:
-        raise ConfigError("--ablate goes with --suite; for one configuration use --options run.media=withheld")
+    if args.rescore is not None:
+        from lavis_chatbridge.plugin import rescore
+
+        if args.ablate is not None:
+            raise ConfigError("--ablate needs a model: it goes with --cfg-path or --suite, not with --rescore")
+        return rescore.run(args.rescore, args.options)
     if args.suite is not None:
         from lavis_chatbridge.plugin import suites
 
         return suites.run(args.suite, args.options, args.suite_folder, args.output, args.ablate)
-    if args.rescore is not None:
-        from lavis_chatbridge.plugin import rescore
-
-        return rescore.run(args.rescore, args.options)
-    return _evaluate(args.cfg_path, args.options)
+    return _evaluate(args.cfg_path, args.options, args.ablate)
 
 
-def _evaluate(cfg_path: str, options: Sequence[str]) -> int:
+def _evaluate(cfg_path: str, options: Sequence[str], ablate: Sequence[str] | None) -> int:
     """Score one configuration and print what was found, on the main process; 1 if a part could not be scored."""
     from lavis_chatbridge.plugin import scores
 
+    if ablate is not None:
+        _check_ablation(ablate, cfg_path, options)
     with launching.Session() as session:
-        found = session.run(cfg_path, options, evaluate=True) or {}
-
-        from lavis.common.registry import registry
+        lines, files = _score(session, cfg_path, options)
+        if ablate is not None:
+            without, more = _ablated(session, cfg_path, options, ablate, lines)
+            lines, files = lines + without, files + more
+        printed, complete = scores.report(lines, files)
 
         from lavis_chatbridge.runners import distributed
 
-        printed, whole = scores.report(found, registry.get("configuration").run, registry.get_path("result_dir"))
         if distributed.is_main():
             print(printed)
-    return 0 if whole else 1
+    return 0 if complete else 1
+
+
+def _check_ablation(ablate: Sequence[str], cfg_path: str, options: Sequence[str]) -> None:
+    from lavis_chatbridge.plugin import ablation
+
+    ablation.parse(ablate)  # before LAVIS is imported, which takes seconds
+    from lavis_chatbridge.runners.config import dataset_sections
+
+    ablation.check(ablate, dataset_sections(cfg_path, options))
+
+
+def _ablated(
+    session: launching.Session, cfg_path: str, options: Sequence[str], ablate: Sequence[str], whole: Sequence[Line]
+) -> tuple[list[Line], list[str]]:
+    """The lines and files of a configuration under each condition, after it was scored with all media."""
+    from lavis.common.registry import registry
+
+    from lavis_chatbridge.plugin import ablation
+
+    lines: list[Line] = []
+    files: list[str] = []
+    for condition in ablation.conditions(ablate, registry.get("configuration")):
+        own, written = _score(session, cfg_path, launching.with_options(options, condition.options))
+        ablation.mark(own, whole, condition)
+        lines, files = lines + own, files + written
+    return lines, files
+
+
+def _score(session: launching.Session, cfg_path: str, options: Sequence[str]) -> tuple[list[Line], list[str]]:
+    """The lines of the table, and the files that hold the results."""
+    from lavis_chatbridge.plugin import scores
+
+    found = session.run(cfg_path, options, evaluate=True) or {}
+
+    from lavis.common.registry import registry
+
+    lines = scores.lines_of(found, registry.get("configuration").run)
+    return lines, scores.files_of(found) or [registry.get_path("result_dir")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ It knows the metrics that this package's tasks give, and that LAVIS's own give o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
@@ -16,13 +16,12 @@ _OF_FACTS = ("exact_match", "attribute_accuracy", "all_attributes_right", "text_
 """Shares that are found without ``run.metrics``; the first that is there is the score."""
 
 
-def report(found: Mapping[str, Any], run: EvaluationSettings, folder: str) -> tuple[str, bool]:
+def report(lines: Sequence[Line], written: Sequence[str]) -> tuple[str, bool]:
     """What is printed at the end of an evaluation: the scores of every split, and which files hold them.
 
     Args:
-        found: Split -> its metrics.
-        run: How it was scored.
-        folder: Where results are.
+        lines: The table, see `lines_of`.
+        written: The files, or the folder that they are in.
 
     Returns:
         The text, and whether every source of every split was scored.
@@ -30,17 +29,25 @@ def report(found: Mapping[str, Any], run: EvaluationSettings, folder: str) -> tu
     Raises:
         DataError: If nothing could be scored.
     """
-    lines = lines_of(found, run)
     failed = [line for line in lines if line.status == "failed"]
     if len(failed) == len(lines):
         faults = dict.fromkeys(f"{line.suite}: {remark}" for line in lines for remark in line.remarks)
         raise DataError(f"nothing could be scored. {'; '.join(faults)}")
-    written = [path for split in found.values() for path in (split or {}).get("written", ())]
-    return f"{text_table(lines, 'split and data set')}\n\nwritten to {', '.join(written) or folder}", not failed
+    return f"{text_table(lines, 'split and data set')}\n\nwritten to {', '.join(written)}", not failed
+
+
+def files_of(found: Mapping[str, Any]) -> list[str]:
+    """The files that an evaluation has written: split -> its metrics, as it gives them."""
+    return [path for split in found.values() for path in (split or {}).get("written", ())]
 
 
 def lines_of(found: Mapping[str, Any], run: EvaluationSettings) -> list[Line]:
-    """A line for each source of each split; arguments as those of `report`."""
+    """A line for each source of each split.
+
+    Args:
+        found: Split -> its metrics.
+        run: How it was scored.
+    """
     return [line for split, scores in found.items() for line in _of_split(split, scores or {}, run)]
 
 

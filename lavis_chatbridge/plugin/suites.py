@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
+from lavis_chatbridge.plugin import ablation
 from lavis_chatbridge.plugin.launch import Session, with_options
 from lavis_chatbridge.plugin.scores import lines_of
 from lavis_chatbridge.plugin.suite_table import Line, text_table, write
@@ -84,13 +85,23 @@ def choose(names: str, suites: Mapping[str, Suite]) -> list[Suite]:
     return [suites[name] for name in dict.fromkeys(wanted)]
 
 
-def run(names: str, options: Sequence[str], folder: str | None, output: str, ablate: bool = False) -> int:
+def run(
+    names: str, options: Sequence[str], folder: str | None, output: str, ablate: Sequence[str] | None = None
+) -> int:
     """Score the named suites, print and write the table.
+
+    Args:
+        names: Those behind ``--suite``.
+        options: Overrides of each suite's configuration.
+        folder: Where the suites are, if not in the checkout.
+        output: Where the table goes.
+        ablate: Also score with fewer media: conditions, an empty sequence for all (see `ablation.conditions`).
 
     Returns:
         0; 1 if a suite failed; 2 if the data of all are missing.
     """
     chosen = choose(names, find(folder))
+    ablation.parse(ablate or [])  # a wrong word is told before the first suite is scored
     with Session() as session:
         runs = _Runs(session, options)
         for suite in chosen:
@@ -109,49 +120,50 @@ class _Runs:
         self.journals: list[Path] = []
         self.model = ""
 
-    def score(self, suite: Suite, ablate: bool) -> None:
-        """The lines of one suite: with its media, and with ``ablate`` without and with others of each kind."""
+    def score(self, suite: Suite, ablate: Sequence[str] | None) -> None:
+        """The lines of one suite: with its media, and with ``ablate`` under other conditions."""
         try:
-            kinds = self._kinds(suite)
+            self._check(suite, ablate)
+            whole = self._run(suite, {})
+            lines = [*whole, *(self._ablated(suite, ablate, whole) if ablate is not None else [])]
         except _DataMissing as missing:
             self.lines.append(Line(suite.name, status="missing", remarks=[str(missing)]))
             return
         except ChatBridgeError as error:
             self.lines.append(_failed(suite, "", error))
             return
-        whole = self._run(suite, "normal", [])
-        for kind in kinds if ablate else []:
-            for mode in ("withheld", "shuffled"):
-                for line, before in zip(self._run(suite, mode, [kind]), whole, strict=False):
-                    if line.score is not None and before.score is not None:
-                        line.drop = before.score - line.score
-
-    def _run(self, suite: Suite, mode: str, kinds: Sequence[str]) -> list[Line]:
-        media = "" if mode == "normal" else f"{' and '.join(kinds)} {mode}"
-        more = {} if mode == "normal" else {"run.media": mode, "run.media_kinds": f"[{','.join(kinds)}]"}
-        _log.info("suite %s%s", suite.name, f", {media}" if media else "")
-        try:
-            found = self.session.run(str(suite.path), with_options(self.options, more), evaluate=True) or {}
-        except ChatBridgeError as error:
-            lines = [_failed(suite, media, error)]
-        else:
-            lines = list(self._scored(suite, media, found))
+        for line in lines:
+            alone = len(whole) == 1 or line.suite == suite.name
+            line.suite = suite.name if alone else f"{suite.name} {line.suite}"
         self.lines += lines
+
+    def _ablated(self, suite: Suite, ablate: Sequence[str], whole: Sequence[Line]) -> list[Line]:
+        """The lines of a suite under each condition; one that fails is a line too."""
+        from lavis.common.registry import registry
+
+        lines = []
+        for condition in ablation.conditions(ablate, registry.get("configuration")):
+            try:
+                own = self._run(suite, condition.options)
+            except ChatBridgeError as error:
+                own = [_failed(suite, condition.label, error)]
+            ablation.mark(own, whole, condition)
+            lines += own
         return lines
 
-    def _scored(self, suite: Suite, media: str, found: Mapping[str, Any]) -> list[Line]:
+    def _run(self, suite: Suite, more: Mapping[str, str]) -> list[Line]:
+        _log.info("suite %s%s", suite.name, "".join(f" {key}={value}" for key, value in more.items()))
+        found = self.session.run(str(suite.path), with_options(self.options, more), evaluate=True) or {}
+
         from lavis.common.registry import registry
 
         cfg = registry.get("configuration")
         self.model = cfg.model_cfg.model_type
         self.journals.append(Path(registry.get_path("result_dir")) / "journal")
-        lines = lines_of(found, cfg.run)
-        for line in lines:
-            line.suite, line.media = suite.name if len(lines) == 1 else f"{suite.name} {line.suite}", media
-        return lines
+        return lines_of(found, cfg.run)
 
-    def _kinds(self, suite: Suite) -> list[str]:
-        """The kinds of media that a suite's data sets have.
+    def _check(self, suite: Suite, ablate: Sequence[str] | None) -> None:
+        """Look for a suite's files, and whether its media can be exchanged if they are to be.
 
         Raises:
             _DataMissing: If files are not there.
@@ -161,8 +173,6 @@ class _Runs:
 
         sections = dataset_sections(suite.path, self.options)
 
-        from lavis.common.registry import registry
-
         from lavis_chatbridge.datasets.builders import require_files
         from lavis_chatbridge.errors import DataError
 
@@ -170,8 +180,8 @@ class _Runs:
             require_files(sections)
         except DataError as error:
             raise _DataMissing(error) from error
-        parts = [registry.get_builder_class(name)(section).settings.media for name, section in sections.items()]
-        return [kind for kind in ("image", "video", "audio") if any(kind in media for media in parts)]
+        if ablate is not None:
+            ablation.check(ablate, sections)
 
 
 class _DataMissing(ChatBridgeError):

@@ -1,14 +1,15 @@
 """What the demo found, as ``report.json`` and ``report.html``: reads what the runs wrote, computes nothing anew.
 
-The demo's folder holds the runs ``stage1``, ``stage1_scores`` and ``stage1_shuffled``, and where instruction tuning has
-run ``stage2``, ``stage2_scores`` and ``joint_{both,no_vision,no_audio,neither}``. This module knows the files of a run
-(``log.txt``, ``result/``), not how a run works.
+The demo's folder holds the runs ``stage1`` and ``stage1_scores``, and where instruction tuning has run ``stage2``,
+``stage2_scores`` and ``joint``; media are shuffled in the first of the scores, withheld in the last, too. This module
+knows the files of a run (``log.txt``, ``result/``), not how a run works.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,14 @@ from lavis_chatbridge.toyworld.page import Curve, Example, Page, render
 from lavis_chatbridge.writing import write_text
 
 STARTED = ".started"
-JOINT = ("both", "no_vision", "no_audio", "neither")
+SHUFFLED = "_shuffled_image_video_audio"
+JOINT = {
+    "both": "",
+    "no_vision": "_withheld_image_video",
+    "no_audio": "_withheld_audio",
+    "neither": "_withheld_image_video_audio",
+}
+"""What the model was given -> what the names of its results say of media."""
 COMPOSING = ("name", "compose", "match")
 """The kinds of joint questions that ``joint.both`` counts; the others are listed by kind."""
 
@@ -100,7 +108,7 @@ def _seconds(folder: Path) -> float | None:
 def _stage1(folder: Path) -> dict[str, dict[str, float]]:
     seen = _by_kind(folder / "stage1_scores", "test")
     held_out = _by_kind(folder / "stage1_scores", "heldout")
-    shuffled = _by_kind(folder / "stage1_shuffled", "test")
+    shuffled = _by_kind(folder / "stage1_scores", "test", SHUFFLED)
     return {
         kind: {
             "accuracy": seen[kind]["attribute_accuracy"],
@@ -121,11 +129,11 @@ def _stage2(folder: Path) -> dict[str, dict[str, float]]:
 def _joint(folder: Path) -> dict[str, Any]:
     """Exact match per condition over the composing kinds; per kind with both media, and with both in words only."""
     joint: dict[str, Any] = {}
-    for name in JOINT:
-        by_kind = _exact_by_asked(folder / f"joint_{name}", "test")
+    for name, media in JOINT.items():
+        by_kind = _exact_by_asked(folder / "joint", "test", media)
         joint[name] = _mean(by_kind, COMPOSING)
         joint.setdefault("by_kind", by_kind)
-    joint["text_only"] = _exact_by_asked(folder / "joint_both", "words")
+    joint["text_only"] = _exact_by_asked(folder / "joint", "words")
     return joint
 
 
@@ -134,10 +142,10 @@ def _mean(scores: Mapping[str, float], kinds: Iterable[str]) -> float:
     return sum(values) / len(values)
 
 
-def _exact_by_asked(run: Path, split: str) -> dict[str, float]:
+def _exact_by_asked(run: Path, split: str, media: str = "") -> dict[str, float]:
     """Share of exact answers per kind of question."""
     right: dict[str, list[bool]] = {}
-    for record in _records(run, split):
+    for record in _records(run, split, media):
         right.setdefault(record["meta"]["asked"], []).append(_is_right(record))
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
@@ -151,23 +159,23 @@ def _is_right(record: Mapping[str, Any]) -> bool:
     return all(value in words for value in record["facts"].values())
 
 
-def _by_kind(run: Path, split: str) -> dict[Kind, dict[str, Any]]:
+def _by_kind(run: Path, split: str, media: str = "") -> dict[Kind, dict[str, Any]]:
     """The metrics of a split by the kind of medium, which the samples' ids begin with."""
-    by_source = json.loads(_result(run, split, "_metrics.json").read_text())["by_source"]
-    kinds = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split)}
+    by_source = json.loads(_result(run, f"{split}{media}", "_metrics.json").read_text())["by_source"]
+    kinds = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split, media)}
     return {kinds[source]: scores for source, scores in by_source.items() if source in kinds}
 
 
-def _records(run: Path, split: str) -> list[dict[str, Any]]:
-    return json.loads(_result(run, split, ".json").read_text())
+def _records(run: Path, split: str, media: str = "") -> list[dict[str, Any]]:
+    return json.loads(_result(run, f"{split}{media}", ".json").read_text())
 
 
-def _result(run: Path, split: str, suffix: str) -> Path:
-    """The newest result of a split in a run's folder: ``{split}[_{mode}_{kinds}]_step{N}{suffix}``."""
-    results = (run / "result").glob(f"{split}_*{suffix}")
-    found = [path for path in results if path.name.endswith("_metrics.json") == (suffix == "_metrics.json")]
+def _result(run: Path, name: str, suffix: str) -> Path:
+    """The newest result of a split and what became of its media in a run's folder: ``{name}_step{N}{suffix}``."""
+    pattern = re.compile(rf"{re.escape(name)}_step\d+{re.escape(suffix)}")
+    found = [path for path in (run / "result").glob("*") if pattern.fullmatch(path.name)]
     if not found:
-        raise DataError(f"{run}/result has no results of the split {split!r}: run the evaluation first")
+        raise DataError(f"{run}/result has no {name}_step*{suffix}: run the evaluation first")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -220,7 +228,7 @@ def _examples(folder: Path, world: Path, kind: Kind) -> list[Example]:
 def _joint_examples(folder: Path, world: Path) -> list[Example]:
     media = _media(world, "joint_test")
     chosen: dict[str, dict[str, Any]] = {}
-    for record in _records(folder / "joint_both", "test"):
+    for record in _records(folder / "joint", "test"):
         chosen.setdefault(record["meta"]["asked"], record)
     return [_example(r, media[r["sample_id"]], asked=_question(r["prompt"])) for r in chosen.values()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin import evaluate, scores, train
 from lavis_chatbridge.plugin.suite_table import text_table
 from lavis_chatbridge.prompting import Turn
@@ -87,6 +89,29 @@ def test_a_split_that_cannot_be_scored_beside_one_that_can_is_status_1(config, c
     assert 0 < float(rows[1][3]) < 20
 
 
+def test_one_configuration_is_scored_again_without_its_media(config, capsys, monkeypatch):
+    built = []
+    real = ChatBridge.from_config.__func__
+    monkeypatch.setattr(ChatBridge, "from_config", classmethod(lambda *args: built.append(1) or real(*args)))
+    words = ("evaluate", "--ablate", "withheld:image,audio", "shuffled")  # the data have pictures only
+    assert evaluated(config, "run.output_dir=" + str(config.parent / "ablated"), words=words) == 0
+    result = config.parent / "ablated/result"
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["split and data set", "media", "samples", "metric", "score", "drop"]
+    whole, withheld, shuffled = rows[2:5]
+    assert whole[:3] == ["test chatbridge_jsonl", "2", "exact_match"]
+    assert withheld[1:4] == ["image withheld", "2", "exact_match"]  # of the same samples
+    assert shuffled[1] == "image shuffled"
+    assert float(withheld[5]) == pytest.approx(float(whole[3]) - float(withheld[4]))
+    names = ["test", "test_withheld_image", "test_shuffled_image"]
+    files = [str(result / f"{name}_step0{end}.json") for name in names for end in ("", "_metrics")]
+    assert rows[-1] == ["written to " + ", ".join(files)]
+    prompts = [[record["prompt"] for record in json.loads(Path(file).read_text())] for file in files[:4:2]]
+    assert all("[image 0]" in prompt for prompt in prompts[0])
+    assert not any("[image 0]" in prompt for prompt in prompts[1])
+    assert built == [1]  # one model answers under every condition
+
+
 RUN = EvaluationSettings()
 
 
@@ -120,7 +145,7 @@ def test_what_every_task_gives_is_a_line(found, run, row):
 )  # fmt: skip
 def test_what_is_no_score_is_an_error(found, why):
     with pytest.raises(DataError, match=f"nothing could be scored. {why}"):
-        scores.report({"test": found}, EvaluationSettings(metrics=["SPICE"]), "out")
+        scores.report(scores.lines_of({"test": found}, EvaluationSettings(metrics=["SPICE"])), ["out"])
 
 
 @pytest.mark.parametrize("words", [["--suite", ""], ["--suite", " , "], ["--suite", "", "--ablate"]])

@@ -69,7 +69,7 @@ def demo(tmp_path: Path) -> Path:
     for number, split in enumerate(("test", "heldout")):
         score = {"attribute_accuracy": 0.9 - number / 10, "text_prior": 0.25}
         scored(folder / "stage1_scores", split, score, captions(split))
-    scored(folder / "stage1_shuffled", "test_shuffled_image", {"attribute_accuracy": 0.26}, captions("test"))
+    scored(folder / "stage1_scores", "test_shuffled_image_video_audio", {"attribute_accuracy": 0.26}, captions("test"))
     (folder / "stage1").mkdir()
     (folder / "stage1" / "log.txt").write_text(
         '{"train_step": 1, "train_loss": 3.5}\n{"train_step": 9, "train_loss": 1.5}\n'
@@ -81,10 +81,11 @@ def add_stage2(folder: Path) -> None:
     for split in ("test", "heldout"):
         scored(folder / "stage2_scores", split, {"exact_match": 0.75}, captions(split))
     every = dict.fromkeys(("name", "compose", "match", "compare", "conditional"), True)
-    scored(folder / "joint_both", "test", {}, joint(every | {"match": False, "compare": False}))
-    scored(folder / "joint_both", "words", {}, joint(every))
-    for name in ("no_vision", "no_audio", "neither"):
-        scored(folder / f"joint_{name}", "test_withheld_image", {}, joint(dict.fromkeys(every, False)))
+    scored(folder / "joint", "test", {}, joint(every | {"match": False, "compare": False}))
+    scored(folder / "joint", "words", {}, joint(every))
+    for right, kinds in enumerate(("image_video", "audio", "image_video_audio")):
+        answers = dict.fromkeys(every, False) | dict.fromkeys(list(every)[: 2 - right], True)
+        scored(folder / "joint", f"test_withheld_{kinds}", {}, joint(answers))
 
 
 def test_stage_1_figures_come_from_the_runs(demo: Path) -> None:
@@ -102,6 +103,8 @@ def test_joint_figures_count_the_composing_kinds(demo: Path) -> None:
     found = report.write_report(demo, demo.parent / "world")
     assert found["stage2"]["video"] == {"accuracy": 0.75, "heldout": 0.75}
     assert found["joint"]["both"] == pytest.approx(2 / 3)
+    assert found["joint"]["no_vision"] == pytest.approx(2 / 3)
+    assert found["joint"]["no_audio"] == pytest.approx(1 / 3)
     assert found["joint"]["neither"] == 0.0
     assert found["joint"]["by_kind"]["compare"] == 0.0
     assert found["joint"]["text_only"]["compare"] == 1.0
@@ -109,8 +112,8 @@ def test_joint_figures_count_the_composing_kinds(demo: Path) -> None:
 
 
 def test_a_missing_run_is_named(demo: Path) -> None:
-    (demo / "stage1_shuffled" / "result" / "test_shuffled_image_step0_metrics.json").unlink()
-    with pytest.raises(DataError, match="stage1_shuffled/result has no results of the split 'test'"):
+    (demo / "stage1_scores" / "result" / "test_shuffled_image_video_audio_step0_metrics.json").unlink()
+    with pytest.raises(DataError, match=r"result has no test_shuffled_image_video_audio_step\*_metrics.json: run the"):
         report.write_report(demo, demo.parent / "world")
 
 

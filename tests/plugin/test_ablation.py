@@ -1,0 +1,102 @@
+"""The words behind ``--ablate``, and which of them suit the data."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.plugin import ablation
+from lavis_chatbridge.plugin.ablation import Condition
+from lavis_chatbridge.plugin.suite_table import Line
+from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.schema import Medium, Sample, write_jsonl
+
+CONFIG = """
+model: {arch: chatbridge, model_type: tiny}
+datasets: {%s: {}}
+run: {task: chatbridge_captioning}
+"""
+
+
+def configuration(root, **kinds_of):
+    """Of a JSONL data set whose splits have these kinds of media, as it is after a run."""
+    for split, kinds in kinds_of.items():
+        turns = (Turn("user", "What?", tuple(kinds)), Turn("assistant", "this"))
+        media = tuple(Medium(kind, str(root / "x")) for kind in kinds)
+        write_jsonl(root / f"{split}.jsonl", [Sample("s", media, turns=turns)])
+    section = {"data_root": str(root), "splits": {split: f"{split}.jsonl" for split in kinds_of}, "templates": False}
+    run = SimpleNamespace(test_splits=list(kinds_of))
+    return SimpleNamespace(run=run, datasets_cfg={"chatbridge_jsonl": section})
+
+
+def test_words_are_conditions():
+    words = ["withheld", "shuffled:audio", "withheld:audio,image", "shuffled:audio"]
+    assert ablation.parse(words) == [
+        Condition("withheld", ("image", "video", "audio")),
+        Condition("shuffled", ("audio",)),
+        Condition("withheld", ("image", "audio")),
+    ]
+    both = ablation.parse(words)[2]
+    assert both.label == "image and audio withheld"
+    assert both.options == {"run.media": "withheld", "run.media_kinds": "[image,audio]"}
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("hidden", "'hidden' is neither withheld nor shuffled"),
+        ("normal:image", "'normal' is neither withheld nor shuffled"),
+        ("withheld:sound", "unknown kind 'sound'"),
+        ("withheld:", "unknown kind ''"),
+        ("", "'' is neither withheld nor shuffled"),
+    ],
+)
+def test_other_words_are_refused(word, why, capsys):
+    with pytest.raises(ConfigError, match=why):
+        ablation.parse([word])
+    assert cli.main(["evaluate", "--suite", "gqa", "--ablate", word]) == 2
+    assert f"{why}; write MODE or MODE:KIND,KIND with the kinds image, video, audio" in capsys.readouterr().err
+
+
+def test_conditions_suit_the_data(tmp_path):
+    cfg = configuration(tmp_path, seen=["image"], both=["video", "audio"], words=[])
+    every = ablation.conditions([], cfg)
+    assert [condition.label for condition in every] == [
+        f"{kind} {mode}" for kind in ("image", "video", "audio") for mode in ("withheld", "shuffled")
+    ]
+    assert every[0].splits == ("seen",)
+    assert every[0].options["run.test_splits"] == "[seen]"  # the others have no picture to lose
+    assert every[4] == Condition("withheld", ("audio",), ("both",))
+    [one] = ablation.conditions(["withheld"], cfg)
+    assert one == Condition("withheld", ("image", "video", "audio"), ("seen", "both"))
+
+
+def test_media_that_the_data_lack_are_left_out_and_told(tmp_path, caplog):
+    cfg = configuration(tmp_path, test=["image"])
+    words = ["withheld", "shuffled:audio", "shuffled:image,video", "withheld:image"]
+    assert [condition.label for condition in ablation.conditions(words, cfg)] == ["image withheld", "image shuffled"]
+    assert "there are no such media in splits test" in caplog.text
+
+
+def test_media_of_data_sets_of_lavis_cannot_be_exchanged(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "coco_caption")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
+    assert "data set 'coco_caption' is LAVIS's own" in capsys.readouterr().err
+
+
+def test_predictions_alone_cannot_be_ablated(capsys):
+    assert cli.main(["evaluate", "--rescore", "some.json", "--ablate"]) == 2
+    assert "--ablate needs a model" in capsys.readouterr().err
+
+
+def test_a_drop_is_against_the_same_line_with_all_media():
+    whole = [Line("a", score=80.0), Line("b", score=None), Line("c", score=50.0)]
+    without = [Line("a", score=20.0), Line("b", score=1.0), Line("c", score=60.0)]
+    ablation.mark(without, whole, Condition("withheld", ("audio",)))
+    assert [line.drop for line in without] == [60.0, None, -10.0]
+    assert {line.media for line in without} == {"audio withheld"}
+    assert {line.media for line in whole} == {""}
