@@ -4,8 +4,8 @@ Run from the repository's root, on a quiet machine::
 
     OMP_NUM_THREADS=1 python benchmarks/step.py [--rounds 5] [--variants ...] [--write benchmarks/step.md]
 
-A processor without instructions for bf16 takes minutes for each of its steps: ``--variants plain fp32 "fp32, cached"``
-leaves them out.
+A processor without instructions for bf16 takes minutes for each of its steps: ``--variants plain fp32 "fp32, compiled"
+"fp32, cached" --memory-only bf16 "bf16, cached"`` takes the two steps alone that their memory needs.
 
 The sizes: EVA-ViT of 12 layers x 384 (224-pixel images, 257 tokens), BEATs 6 x 384 (clips of 10 s, 64 mel bins, 256
 tokens), perceiver 6 x 384 with 32 queries, LLaMA 12 x 512 with a vocabulary of 32,000; random weights, no dropout. The
@@ -15,8 +15,9 @@ The plain reference is written here and works as the original's code does: frame
 the other, attention in all three stacks is two products and a softmax, logits of every position of the padded batch are
 computed and shifted against the labels, AdamW takes one parameter after the other and gradients are set to zero. It
 has the same weights and is given the same batches; only the perceiver (LAVIS's) is the same code. "ours" is the
-package's own training step (`TrainStep`). The variants take turns, and the medians of processor time count. Memory is
-the peak of a process of its own that builds the model and takes two steps, above what it has after the imports.
+package's own training step (`TrainStep`), "compiled" is ``run.compile``. The variants take turns, and the medians of
+processor time count. Memory is the peak of a process of its own that builds the model and takes two steps, above what
+it has after the imports.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from lavis_chatbridge.models.settings import (
 )
 from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
+from lavis_chatbridge.runners.parallel import frozen_blocks
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import TrainStep, Wishes
 from lavis_chatbridge.writing import write_text
@@ -72,10 +74,11 @@ LLAMA = {
 }  # fmt: skip
 GOALS = {
     ("image", "fp32"): 1.2, ("audio", "fp32"): 1.2, ("video", "fp32"): 1.05,
+    ("image", "fp32, compiled"): 1.2, ("audio", "fp32, compiled"): 1.2, ("video", "fp32, compiled"): 1.05,
     ("image", "bf16"): 2.0, ("video", "bf16"): 2.0, ("audio", "bf16"): 2.0,
     ("image", "bf16, cached"): 3.0, ("video", "bf16, cached"): 7.0, ("audio", "bf16, cached"): 3.0,
 }  # fmt: skip
-VARIANTS = ("plain", "fp32", "fp32, cached", "bf16", "bf16, cached")
+VARIANTS = ("plain", "fp32", "fp32, compiled", "fp32, cached", "bf16", "bf16, cached")
 WORDS = ("a", "red", "circle", "moves", "left", "blue", "square", "green", "star", "above", "two", "big", "small")
 
 
@@ -218,8 +221,10 @@ def _plain_attention(own: Any, x: Tensor, bias: Tensor) -> Tensor:
 class Ours:
     """The package's own step."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, compiled: bool = False) -> None:
         self.model = build(dtype)
+        for block in frozen_blocks(self.model) if compiled else []:
+            block.compile()
         device = torch.device("cpu")
         run = RunSettings(task="chatbridge_alignment", max_iters=100_000, clip_grad_norm=None, decay_all=True)
         optimizer = optim.build_optimizer(self.model, run)
@@ -245,7 +250,9 @@ class Ours:
 
 def make(variant: str) -> Any:
     """The side that a variant is run by."""
-    return Plain() if variant == "plain" else Ours("bfloat16" if variant.startswith("bf16") else "float32")
+    if variant == "plain":
+        return Plain()
+    return Ours("bfloat16" if variant.startswith("bf16") else "float32", compiled="compiled" in variant)
 
 
 def in_turns(functions: list[Callable[[], Any]], rounds: int) -> list[float]:
@@ -263,8 +270,8 @@ def in_turns(functions: list[Callable[[], Any]], rounds: int) -> list[float]:
 def times(kind: str, rounds: int, variants: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of a step, and the first step's loss, of each variant."""
     batch = batch_of(kind)
-    made = {name: make(name) for name in dict.fromkeys(variant.split(",")[0] for variant in variants)}
-    sides = {variant: made[variant.split(",")[0]] for variant in variants}
+    made = {name: make(name) for name in dict.fromkeys(map(_model_of, variants))}
+    sides = {variant: made[_model_of(variant)] for variant in variants}
     batches = {v: cached(side.model, batch, kind) if "cached" in v else batch for v, side in sides.items()}
     losses = {}
     for variant, side in sides.items():
@@ -275,10 +282,15 @@ def times(kind: str, rounds: int, variants: list[str]) -> tuple[dict[str, float]
     return dict(zip(sides, in_turns(functions, rounds), strict=True)), losses
 
 
+def _model_of(variant: str) -> str:
+    """The variant whose model it shares: cached features need no other one."""
+    return variant.removesuffix(", cached")
+
+
 def answering(rounds: int, variants: list[str]) -> dict[str, float]:
     """Seconds for the answers of a batch of images."""
     batch = batch_of("image")
-    sides = {variant: make(variant) for variant in variants if "cached" not in variant}
+    sides = {variant: make(variant) for variant in variants if "," not in variant}
     for side in sides.values():
         side.model.eval()
     contexts = {**batch, "pieces": [pieces[:-1] for pieces in batch["pieces"]]}
@@ -367,7 +379,7 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def measure(rounds: int, kinds: list[str], variants: list[str]) -> SimpleNamespace:
+def measure(rounds: int, kinds: list[str], variants: list[str], memory_only: list[str]) -> SimpleNamespace:
     """Everything that the table holds."""
     result = SimpleNamespace(seconds={}, losses={}, parts={}, products=products())
     for kind in kinds:
@@ -377,7 +389,7 @@ def measure(rounds: int, kinds: list[str], variants: list[str]) -> SimpleNamespa
         print(kind, json.dumps({k: round(v, 5) for k, v in result.losses[kind].items()}), file=sys.stderr)
         print(kind, json.dumps({k: round(v, 3) for k, v in result.parts[kind].items()}), file=sys.stderr)
     result.answers = answering(rounds, variants)
-    result.memory = memory(kinds, variants)
+    result.memory = memory(kinds, [*variants, *memory_only])
     return result
 
 
@@ -394,17 +406,19 @@ def report(result: SimpleNamespace, command: str) -> str:
         "| kind | variant | s/step | ratio | goal | loss - plain | peak MB | of plain | goal |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for kind, seconds in result.seconds.items():
-        for variant in seconds:
-            goal = GOALS.get((kind, variant))
-            ratio = seconds["plain"] / seconds[variant]
-            difference = result.losses[kind][variant] - result.losses[kind]["plain"]
-            bytes_ = result.memory[kind, variant]
-            share = bytes_ / result.memory[kind, "plain"]
-            lines.append(
-                f"| {kind} | {variant} | {seconds[variant]:.2f} | {ratio:.2f} | {goal or ''} | {difference:+.1e} "
-                f"| {bytes_ / 1e6:.0f} | {share:.2f} | {'' if variant == 'plain' else '0.6'} |"
-            )
+    for (kind, variant), bytes_ in result.memory.items():
+        seconds, losses = result.seconds[kind], result.losses[kind]
+        timed = ["", "", ""]
+        if variant in seconds:
+            goal = GOALS.get((kind, variant), "")
+            timed = [f"{seconds[variant]:.2f}", f"{seconds['plain'] / seconds[variant]:.2f}", str(goal)]
+        difference = f"{losses[variant] - losses['plain']:+.1e}" if variant in losses else ""
+        space = [
+            f"{bytes_ / 1e6:.0f}",
+            f"{bytes_ / result.memory[kind, 'plain']:.2f}",
+            "" if variant == "plain" else "0.6",
+        ]
+        lines.append("| " + " | ".join([kind, variant, *timed, difference, *space]) + " |")
     lines += ["", f"Answers: {BATCHES['image']} images, {NEW_TOKENS} tokens each.", ""]
     lines += ["| variant | s | tokens/s | ratio |", "|---|---:|---:|---:|"]
     tokens = BATCHES["image"] * NEW_TOKENS
@@ -423,7 +437,7 @@ def report(result: SimpleNamespace, command: str) -> str:
     ]
     measured = {variant for seconds in result.seconds.values() for variant in seconds}
     if left_out := [variant for variant in VARIANTS if variant not in measured]:
-        lines += ["", "Not measured: " + ", ".join(f"`{variant}`" for variant in left_out) + "."]
+        lines += ["", "No time was measured of " + ", ".join(f"`{variant}`" for variant in left_out) + "."]
     if bf16 < fp32:
         lines[-1] += (
             f" This core computes bf16 {fp32 / bf16:.1f} times slower than fp32: its goals cannot be reached here."
@@ -439,12 +453,23 @@ def _cpu() -> str:
     return f"{name}, {', '.join(units) or 'no vector units known here'}"
 
 
+def _quoted(variants: list[str]) -> str:
+    return " ".join(f'"{variant}"' if "," in variant else variant for variant in variants)
+
+
 def main() -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each variant")
     parser.add_argument("--kinds", nargs="+", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument(
+        "--memory-only",
+        nargs="+",
+        default=[],
+        choices=VARIANTS,
+        help="further variants, of which only memory is measured",
+    )
     parser.add_argument("--write", type=Path, help="file for the tables")
     parser.add_argument("--memory-of", nargs=2, metavar=("VARIANT", "KIND"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -455,8 +480,11 @@ def main() -> None:
     variants = [variant for variant in VARIANTS if variant == "plain" or variant in arguments.variants]
     command = f"OMP_NUM_THREADS=1 python benchmarks/step.py --rounds {arguments.rounds}"
     if len(variants) < len(VARIANTS):
-        command += " --variants " + " ".join(f'"{variant}"' if "," in variant else variant for variant in variants)
-    table = report(measure(arguments.rounds, arguments.kinds, variants), command)
+        command += " --variants " + _quoted(variants)
+    only = [variant for variant in arguments.memory_only if variant not in variants]
+    if only:
+        command += " --memory-only " + _quoted(only)
+    table = report(measure(arguments.rounds, arguments.kinds, variants, only), command)
     if arguments.write:
         write_text(arguments.write, table)
     sys.stdout.write(table)
