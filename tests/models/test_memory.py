@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,18 @@ def test_parts_at_the_papers_scale() -> None:
     assert training_memory(settings, llm, batch=32, checkpointing=True)[activations] < parts[activations] / 5
     assert training_memory(settings, llm, batch=32, cached=True)["encoders at work"] == 0
     assert sum(training_memory(settings, llm, batch=1).values()) < sum(parts.values())
+
+
+def test_the_guide_says_what_fewer_bits_weigh() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    for told, how in (("half precision", None), ("`8bit`", "8bit"), ("`4bit`", "4bit")):
+        sizes = []
+        for name, llm in (("vicuna7b", LLAMA_7B), ("vicuna13b", LLAMA_13B)):
+            settings = model_settings(name)
+            own = dataclasses.replace(settings.language_model, quantization=how)
+            settings = dataclasses.replace(settings, language_model=own)
+            sizes.append(training_memory(settings, {**llm, "vocab_size": 32000}, batch=1)["language model"] / 1e9)
+        assert f"| {told} | {sizes[0]:.2f} GB | {sizes[1]:.2f} GB |" in guide
 
 
 def test_the_loss_holds_the_logits_of_a_chunk_only() -> None:
