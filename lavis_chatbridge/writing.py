@@ -10,8 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-SHARED, PRIVATE = 0o644, 0o600
-"""Who may read a file: everybody, or its owner alone."""
+
+def _left_by_umask(mode: int) -> int:
+    taken = os.umask(0o077)
+    os.umask(taken)
+    return mode & ~taken
+
+
+SHARED, PRIVATE = _left_by_umask(0o666), 0o600
+"""Who may use a file: whom the umask lets (as it was when this module was imported), or its owner alone."""
 
 
 @contextmanager
@@ -32,6 +39,11 @@ def whole_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def share(path: Path) -> None:
+    """Let others use a file as the umask has it; safetensors keeps those that it writes to their owner."""
+    os.chmod(path, SHARED)
 
 
 def publish(temporary: Path, target: Path, mode: int = SHARED) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,19 @@ def test_folders_are_made_and_who_may_read_is_the_writers_choice(tmp_path: Path)
     write_json(tmp_path / "x" / "y" / "shared.json", {"ü": [1, 2]})
     write_text(tmp_path / "private.txt", "a", mode=PRIVATE)
     assert read_json(tmp_path / "x" / "y" / "shared.json") == {"ü": [1, 2]}
-    assert stat.S_IMODE((tmp_path / "x" / "y" / "shared.json").stat().st_mode) == 0o644
     assert stat.S_IMODE((tmp_path / "private.txt").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_use_files_as_the_umask_has_it(tmp_path: Path, umask: int, mode: int) -> None:
+    program = (
+        "import sys, pathlib; from safetensors.numpy import save_file; from lavis_chatbridge import writing\n"
+        "folder = pathlib.Path(sys.argv[1]); writing.write_text(folder / 'a.txt', 'a')\n"
+        "save_file({}, folder / 'b.safetensors'); writing.share(folder / 'b.safetensors')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, umask=umask)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"a.txt": mode, "b.safetensors": mode}
 
 
 def test_halves_of_characters_are_refused_or_replaced(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.models.checkpoint import written_with
-from lavis_chatbridge.writing import read_json, sync, write_json
+from lavis_chatbridge.writing import read_json, share, sync, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +163,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         weights, folder / MODEL, metadata=adapters_metadata(checkpoint.state.get("adapters")) | written_with(weights)
     )
     save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.optimizer.items()}, folder / OPTIMIZER)
+    for name in (MODEL, OPTIMIZER):
+        share(folder / name)
     (folder / STATE).write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1), encoding="utf-8")
     manifest = {
         name: {"bytes": (folder / name).stat().st_size, "blake2b": _digest(folder / name)} for name in _files(folder)

@@ -27,6 +27,7 @@ from lavis_chatbridge.models.vision import VisionConfig, build_vision
 from lavis_chatbridge.toyworld import pools
 from lavis_chatbridge.toyworld.pools import Batch
 from lavis_chatbridge.toyworld.world import ATTRIBUTES
+from lavis_chatbridge.writing import share
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def save(encoder: nn.Module, path: Path) -> None:
     """Write the encoder's state dict in fp16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()}, path)
-    path.chmod(0o644)  # safetensors keeps its files private; these are shipped
+    share(path)
     log.info("wrote %s, %d bytes", path, path.stat().st_size)
 
 

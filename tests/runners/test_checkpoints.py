@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import time
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from lavis_chatbridge.models import shapes
 from lavis_chatbridge.models.weights_command import model_settings
 from lavis_chatbridge.runners import checkpoints, distributed, snapshot
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
+from lavis_chatbridge.writing import SHARED
 from tests.fuzzing.weights import assert_same_state, run_state, with_manifest
 
 
@@ -223,6 +225,13 @@ def test_which_checkpoints_stay(tmp_path):
     assert folder.best(30) == tmp_path / "best_00000030"
     assert not (tmp_path / "best_00000010").exists()
     assert (folder.best(10), folder.best(40)) == (None, tmp_path / "step_00000040")
+
+
+def test_colleagues_can_read_a_checkpoint(tmp_path):
+    runner(tmp_path, ToyModel(0.3), max_iters=2).train()
+    [step] = (tmp_path / "checkpoints").glob("step_*")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (*step.iterdir(), tmp_path / "model.safetensors")}
+    assert set(modes.values()) == {SHARED}, modes
 
 
 def test_a_step_that_is_saved_again_replaces_the_former(tmp_path):
