@@ -179,16 +179,12 @@ class ChatBridge(BaseModel):
             embeds.requires_grad_()  # text alone: other processes go back through the language model, so this one must
         if not len(targets) and self.most_passes is None:
             return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
+        places = (
+            {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids} if batch.needs_mask else {}
+        )
+        seen = {name: values.to(self.device) for name, values in places.items()}
         with self._llm_precision():
-            losses = losses_at(
-                self.llama_model,
-                rows,
-                columns,
-                targets,
-                inputs_embeds=embeds,
-                attention_mask=batch.attention_mask.to(self.device),
-                position_ids=batch.position_ids.to(self.device),
-            )
+            losses = losses_at(self.llama_model, rows, columns, targets, inputs_embeds=embeds, **seen)
         return losses.to(self.device), targets
 
     @torch.no_grad()

@@ -53,6 +53,16 @@ class Batch:
     labels: Tensor
     lost: int = 0
 
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a row holds anything in front of its text that must not be seen.
+
+        Causal attention never looks at padding behind a row's end; without a mask it runs as flash attention on a GPU.
+        """
+        ends_only = (self.attention_mask[:, 1:] <= self.attention_mask[:, :-1]).all()
+        counted = (self.position_ids == torch.arange(self.position_ids.shape[1])).all()
+        return not bool(ends_only & counted)
+
     def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
         """``[K]`` rows, columns and targets of the predictions that count: each position predicts the next one."""
         rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -49,6 +51,7 @@ def test_text_layout_by_hand() -> None:
     assert batch.soft.tolist() == [0, 1, 4, 5, 6, 2, 3]
     assert batch.attention_mask.tolist() == [[1] * 8 + [0] * 3, [1] * 11]
     assert batch.position_ids.tolist() == [list(range(11))] * 2
+    assert not batch.needs_mask
     expected = torch.full((2, 11), IGNORED)
     expected[0, 6:8] = torch.tensor([6, 7])
     expected[1, 7], expected[1, 9:] = 9, torch.tensor([11, 12])
@@ -65,6 +68,7 @@ def test_contexts_are_padded_on_the_left_with_bos_at_the_text() -> None:
     assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1, 1], [1] * 7]
     assert batch.position_ids[0].tolist() == [0, 0, 1, 2, 3, 4, 5]
     assert not (batch.labels != IGNORED).any()
+    assert batch.needs_mask
     without = lay_out_context([p[:3] for p in PROMPTS], PLACES, CODEC, bos=False, padding=PADDING)
     assert without.token_ids[0].tolist() == [PADDING, 3, 4, SOFT, SOFT, 5]
 
@@ -74,6 +78,10 @@ def test_original_layout_hides_bos_in_padded_rows() -> None:
     assert batch.token_ids[0].tolist() == [1, PADDING, PADDING, PADDING, 3, 4, SOFT, SOFT, 5, 6, 7]
     assert batch.attention_mask.tolist() == [[0] * 4 + [1] * 7, [1] * 11]
     assert batch.position_ids.tolist() == [list(range(11))] * 2
+    assert batch.needs_mask
+    assert not dataclasses.replace(batch, attention_mask=torch.ones(2, 11)).needs_mask
+    moved = batch.position_ids + torch.tensor([[0], [1]])
+    assert dataclasses.replace(batch, attention_mask=torch.ones(2, 11), position_ids=moved).needs_mask
 
 
 def test_original_layout_of_stage_1_pads_right_with_eos() -> None:
@@ -81,6 +89,7 @@ def test_original_layout_of_stage_1_pads_right_with_eos() -> None:
     batch = train(prompts, layout="original")
     assert batch.token_ids.tolist() == [[1, SOFT, SOFT, 3, 4, 2], [1, SOFT, SOFT, 3, 4, 5]]
     assert batch.labels[0].tolist() == [IGNORED] * 3 + [3, 4, IGNORED]
+    assert not batch.needs_mask
     assert train(prompts, length=2, layout="original").labels[1].tolist() == [IGNORED] * 3 + [3, 4]
 
 
