@@ -174,17 +174,16 @@ class ChatBridge(BaseModel):
     def token_losses(self, batch: Batch, soft: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[K]`` negative log-likelihoods in fp32 of the batch's targets, row by row, and the targets."""
         rows, columns, targets = (index.to(self.device) for index in batch.supervised())
-        embeds = embed(batch, soft, self.llama_model.get_input_embeddings())
+        end = batch.last_supervised + 1 or None  # no prediction that counts looks at what stands behind
+        embeds = embed(batch, soft, self.llama_model.get_input_embeddings())[:, :end]
         if self.most_passes is not None and torch.is_grad_enabled() and not embeds.requires_grad:
             embeds.requires_grad_()  # text alone: other processes go back through the language model, so this one must
         if not len(targets) and self.most_passes is None:
             return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
-        places = (
-            {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids} if batch.needs_mask else {}
-        )
-        seen = {name: values.to(self.device) for name, values in places.items()}
+        seen = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids} if batch.needs_mask else {}
+        places = {name: values[:, :end].to(self.device) for name, values in seen.items()}
         with self._llm_precision():
-            losses = losses_at(self.llama_model, rows, columns, targets, inputs_embeds=embeds, **seen)
+            losses = losses_at(self.llama_model, rows, columns, targets, inputs_embeds=embeds, **places)
         return losses.to(self.device), targets
 
     @torch.no_grad()

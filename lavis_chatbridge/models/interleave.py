@@ -63,6 +63,12 @@ class Batch:
         counted = (self.position_ids == torch.arange(self.position_ids.shape[1])).all()
         return not bool(ends_only & counted)
 
+    @property
+    def last_supervised(self) -> int:
+        """The last column whose prediction counts, of all rows; -1 where none does."""
+        columns = self.supervised()[1]
+        return int(columns.max()) if len(columns) else -1
+
     def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
         """``[K]`` rows, columns and targets of the predictions that count: each position predicts the next one."""
         rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)

@@ -90,6 +90,30 @@ def test_padding_behind_the_rows_needs_no_mask(model: Any, monkeypatch: pytest.M
     assert flags[-layers:] == [(False, True)] * layers
 
 
+@pytest.mark.parametrize("needs_mask", [False, True])
+def test_what_stands_behind_the_last_target_is_not_computed(
+    model: Any, monkeypatch: pytest.MonkeyPatch, needs_mask: bool
+) -> None:
+    target, more = alignment_prompt(["image"], "a red dog"), [Slot("image", 1), Text("and what follows it")]
+    monkeypatch.setattr(Batch, "needs_mask", needs_mask)
+    widths: list[int] = []
+
+    def note(_module: Any, _arguments: Any, given: dict[str, Any]) -> None:
+        widths.append(given["inputs_embeds"].shape[1])
+
+    handle = model.llama_model.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        found = [
+            losses(model, batch_of({"image": [image(), image(1)], "pieces": pieces}))
+            for pieces in (target, [*target, *more])
+        ]
+    finally:
+        handle.remove()
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    text = len(model.llama_tokenizer.encode(target[-1].text))
+    assert widths == [model.settings.perceiver.queries + text] * 2  # BOS, soft tokens, all but the text's last token
+
+
 def test_soft_tokens_do_not_depend_on_the_batch(model: Any) -> None:
     media = {"audio": [[m] for m in (sound(48, 20), sound(90), sound(160, 160, 8))]}
     together, places = model.soft_tokens([[Slot("audio")]] * 3, media)

@@ -60,6 +60,7 @@ def test_text_layout_by_hand() -> None:
     assert rows.tolist() == [0, 0, 1, 1, 1]
     assert columns.tolist() == [5, 6, 6, 8, 9]
     assert targets.tolist() == [6, 7, 9, 11, 12]
+    assert batch.last_supervised == 9
 
 
 def test_contexts_are_padded_on_the_left_with_bos_at_the_text() -> None:
@@ -69,6 +70,7 @@ def test_contexts_are_padded_on_the_left_with_bos_at_the_text() -> None:
     assert batch.position_ids[0].tolist() == [0, 0, 1, 2, 3, 4, 5]
     assert not (batch.labels != IGNORED).any()
     assert batch.needs_mask
+    assert batch.last_supervised == -1
     without = lay_out_context([p[:3] for p in PROMPTS], PLACES, CODEC, bos=False, padding=PADDING)
     assert without.token_ids[0].tolist() == [PADDING, 3, 4, SOFT, SOFT, 5]
 
