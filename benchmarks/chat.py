@@ -10,17 +10,15 @@ clock: they count what is computed, however busy the machine is.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from common import circumstances, tell
 
 from lavis_chatbridge.chat import Sampling, Session
 from lavis_chatbridge.models.chatbridge import ChatBridge
@@ -32,7 +30,6 @@ from lavis_chatbridge.models.settings import (
     VisionSettings,
 )
 from lavis_chatbridge.processors import load_processors
-from lavis_chatbridge.writing import write_text
 
 GOAL_TURN, GOAL = 5, 5.0
 TOKENIZER = Path(__file__).resolve().parent.parent / "lavis_chatbridge" / "assets" / "tiny" / "llm"
@@ -113,16 +110,6 @@ def latency(turns: int, width: int, layers: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def circumstances(script: str, *options: str) -> str:
-    """When, with what and by which command something was measured, in Markdown."""
-    import transformers
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    command = " ".join(["python", f"benchmarks/{script}", *options])
-    return f"{datetime.date.today()}, {cores} CPU core(s), {versions}; `{command}`.\n"
-
-
 def main() -> None:
     """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,11 +119,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file for the table")
     args = parser.parse_args()
     options = [f"--{name}={getattr(args, name)}" for name in ("turns", "width", "layers")]
+    how = circumstances("chat.py", *options, modules=(torch, transformers))
     table = latency(args.turns, args.width, args.layers)
-    table = f"# What the cache of a conversation is worth\n\n{circumstances('chat.py', *options)}\n{table}"
-    sys.stdout.write(table)
-    if args.write:
-        write_text(args.write, table)
+    tell(f"# What the cache of a conversation is worth\n\n{how}\n{table}", args.write)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import sys
 import tempfile
 import threading
 import time
@@ -26,15 +25,17 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
+import transformers
 import uvicorn
-from chat import build, circumstances  # the file beside this one
+from chat import build  # the file beside this one
+from common import circumstances, tell
 from PIL import Image
 
 from lavis_chatbridge.chat.server.app import build_app
 from lavis_chatbridge.chat.server.command import address_of, listen
 from lavis_chatbridge.chat.server.engine import Engine
 from lavis_chatbridge.chat.server.settings import ServerSettings
-from lavis_chatbridge.writing import write_text
 
 GOAL_CLIENTS, GOAL = 16, 2.0
 REQUESTS = 16
@@ -123,11 +124,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file for the table")
     args = parser.parse_args()
     options = [f"--{name}={getattr(args, name)}" for name in ("width", "layers", "tokens")]
+    how = circumstances("chat_server.py", *options, modules=(torch, transformers))
     table = throughput(args.width, args.layers, args.tokens, args.clients)
-    table = f"# Many clients at once\n\n{circumstances('chat_server.py', *options)}\n{table}"
-    sys.stdout.write(table)
-    if args.write:
-        write_text(args.write, table)
+    tell(f"# Many clients at once\n\n{how}\n{table}", args.write)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ filterbanks in normalised units.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -37,6 +35,7 @@ import soundfile
 import torch
 import torchaudio
 import torchvision
+from common import circumstances, tell
 from PIL import Image
 from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -45,7 +44,6 @@ from lavis_chatbridge.processors import AudioEvalProcessor, ImageEvalProcessor, 
 from lavis_chatbridge.processors.fbank import MEAN, STD
 from lavis_chatbridge.processors.frames import frame_indices
 from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD
-from lavis_chatbridge.writing import write_text
 
 SIZE, FRAMES, MEL_BINS, CLIP = 224, 4, 128, 1024
 
@@ -214,19 +212,12 @@ def measure(folder: Path, seconds: float) -> tuple[list[Row], str]:
     return rows, note
 
 
-def report(rows: list[Row], note: str, command: str) -> str:
+def report(rows: list[Row], note: str, how: str) -> str:
     """The table in Markdown."""
-    versions = {
-        "Python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "torchaudio": torchaudio.__version__, "Pillow": PIL.__version__, "PyAV": av.__version__,
-        "decord": decord.__version__, "numpy": np.__version__,
-    }  # fmt: skip
     lines = [
         "# Speed of the data on one core",
         "",
-        f"`{command}`, {datetime.date.today().isoformat()}, one thread.",
-        "  ".join(f"{name} {version}" for name, version in versions.items()),
-        "",
+        how,
         "Samples per second of processor time; what is compared, and with what, stands at the head of the script.",
         "",
         "| kind | what | against | plain | ours | ratio | goal | mean difference | largest |",
@@ -250,10 +241,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows, note = measure(Path(folder), arguments.seconds)
-    table = report(rows, note, f"OMP_NUM_THREADS=1 python benchmarks/data_speed.py --seconds {arguments.seconds:g}")
-    if arguments.write:
-        write_text(arguments.write, table)
-    sys.stdout.write(table)
+    modules = (torch, torchvision, torchaudio, PIL, av, decord, np)
+    how = circumstances("data_speed.py", f"--seconds {arguments.seconds:g}", modules=modules)
+    tell(report(rows, note, how), arguments.write)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av  # noqa: F401  (before LAVIS, which loads decord, whose libvpx would take the place of PyAV's)
-from chat import circumstances  # the file beside this one
-
-from lavis_chatbridge.writing import write_text
+from common import circumstances, status, tell
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS, PATIENCE, SPACE = 10.0, 120.0, 6 << 30
@@ -79,25 +77,18 @@ class Row:
             self.cases[case] = outcome
 
 
-def _memory(key: str) -> float:
-    """``VmRSS`` or ``VmHWM`` of this process, in MB."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    found = re.search(rf"{key}:\s+(\d+) kB", status)
-    return int(found.group(1)) / 1024 if found else 0.0
-
-
 def feed(target: Any, data: bytes) -> Outcome:
     """Give one input to the package, in this process."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-        before, begin = _memory("VmRSS"), time.process_time()
+        before, begin = status("VmRSS"), time.process_time()
         try:
             what = target.outcome(data, Path(folder))
         except BaseException as error:  # whatever it is, it is what is looked for
             if isinstance(error, KeyboardInterrupt):
                 raise
             what = " ".join(f"FAULT: {type(error).__name__}: {error}".split())[:300]
-        seconds, megabytes = time.process_time() - begin, _memory("VmHWM") - before
+        seconds, megabytes = time.process_time() - begin, (status("VmHWM") - before) / (1 << 20)
     if seconds > SECONDS and not what.startswith("FAULT"):
         what = f"FAULT: {seconds:.1f} s"
     if megabytes > target.megabytes and not what.startswith("FAULT"):
@@ -131,8 +122,7 @@ def work(connection: Connection, seed: int) -> None:
         if name not in warm:
             for number in range(WARM_UP):  # what is imported or built on first use is not the input's memory
                 feed(target, target.input(-1, number))
-            size = int(_memory("VmSize")) << 20
-            resource.setrlimit(resource.RLIMIT_AS, (size + SPACE, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + SPACE, resource.RLIM_INFINITY))
             warm.add(name)
         connection.send(feed(target, target.input(seed, case)))
 
@@ -221,11 +211,14 @@ def replay(path: Path) -> int:
 
 def report(rows: list[Row], minutes: float, options: list[str]) -> str:
     """The tables as Markdown."""
+    import torch
+    import transformers
+
     total, faults = sum(sum(row.outcomes.values()) for row in rows), sum(row.outcomes["faults"] for row in rows)
     lines = [
         "# Hostile inputs",
         "",
-        circumstances("fuzz.py", *options),
+        circumstances("fuzz.py", *options, modules=(torch, transformers)),
         f"{total} inputs in {minutes:.0f} minutes. Each must end in a result or an exception of the package, within "
         f"{SECONDS:g} s of CPU time. Memory is what an input adds to its process at the peak, bounded for each target.",
         "",
@@ -264,9 +257,7 @@ def main() -> int:
     rows = list(measure(args))
     options = [f"--inputs {args.inputs}", f"--seed {args.seed}", *("--media DIR" for _ in args.media)]
     text = report(rows, (time.monotonic() - begin) / 60, options)
-    sys.stdout.write(text)
-    if args.write:
-        write_text(args.write, text)
+    tell(text, args.write)
     return 1 if any(row.outcomes["faults"] for row in rows) else 0
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import gc
 import platform
 import statistics
@@ -36,6 +35,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import circumstances, tell
 from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -442,17 +442,15 @@ def bytes_of_token(settings: ModelSettings, rows: int, positions: int) -> int:
     return 2 * (weights + rows * positions * 2 * llm["num_hidden_layers"] * llm["hidden_size"])
 
 
-def report(command: str, device: torch.device, limits: tuple[float, float], steps: list, decoding: list) -> str:
+def report(how: str, device: torch.device, limits: tuple[float, float], steps: list, decoding: list) -> str:
     """The tables in Markdown."""
     products, bandwidth = limits
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     lines = [
         "# The paper's sizes on one device",
         "",
-        f"`{command}`, {datetime.date.today().isoformat()}; {name}.",
-        f"Python {platform.python_version()}  torch {torch.__version__}  transformers {transformers.__version__}",
-        "",
-        f"Measured ceilings: {products / 1e12:.3g} TFLOP/s in bf16, {bandwidth / 1e9:.4g} GB/s.",
+        how,
+        f"On {name}. Measured ceilings: {products / 1e12:.3g} TFLOP/s in bf16, {bandwidth / 1e9:.4g} GB/s.",
         "What is measured, and how it is counted, stands at the head of the script.",
         "",
         f"Training; goals: MFU {MFU_GOAL}, and a batch of {BATCH_GOAL} on 141 GB with 13B.",
@@ -498,15 +496,13 @@ def main(words: list[str] | None = None) -> None:
     plan = TINY if arguments.size == "tiny" else Plan()
     limits = ceilings(plan, arguments.rounds, device)
     model = build(settings_of(arguments.size), device)
-    command = f"python benchmarks/gpu.py --size {arguments.size} --rounds {arguments.rounds}"
+    options = (f"--size {arguments.size}", f"--rounds {arguments.rounds}")
+    how = circumstances("gpu.py", *options, modules=(torch, transformers))
     steps = measure_steps(model, arguments.kinds, plan, arguments.rounds, device)
-    table = report(command, device, limits, steps, [])
     if arguments.write:  # what is there, should compiling fail
-        write_text(arguments.write, table)
-    table = report(command, device, limits, steps, measure_decoding(model, plan, arguments.rounds, device))
-    if arguments.write:
-        write_text(arguments.write, table)
-    sys.stdout.write(table)
+        write_text(arguments.write, report(how, device, limits, steps, []))
+    decoding = measure_decoding(model, plan, arguments.rounds, device)
+    tell(report(how, device, limits, steps, decoding), arguments.write)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from lavis_chatbridge.writing import write_text
+from common import circumstances, tell
 
 RANKS = 2
 CONFIG = """
@@ -158,6 +158,8 @@ def table(rows: list[Row], steps: int) -> str:
 
 def main() -> int:
     """Run the benchmark."""
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=16)
@@ -177,11 +179,9 @@ def main() -> int:
     text = table(rows, args.steps)
     inside = sum(row.in_save for row in rows)
     verdict = f"{sum(row.identical for row in rows)} of {len(rows)} identical ({inside} kills inside a save)"
-    if args.write:
-        command = f"python benchmarks/kill.py --runs {args.runs} --steps {args.steps} --seed {args.seed}"
-        write_text(args.write, f"# Killed and resumed\n\n`{command}`\n\n{text}\n\n{verdict}\n")
-    print(text)
-    print(verdict)
+    options = [f"--{name} {getattr(args, name)}" for name in ("runs", "steps", "seed")]
+    how = circumstances("kill.py", *options, modules=(torch,))
+    tell(f"# Killed and resumed\n\n{how}\n{text}\n\n{verdict}\n", args.write)
     return 0 if all(row.identical for row in rows) else 1
 
 

@@ -26,9 +26,7 @@ loading alone, with all files in the page cache.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -42,9 +40,8 @@ from typing import Any
 import safetensors
 import torch
 import transformers
+from common import circumstances, status, tell
 from torch import Tensor, nn
-
-from lavis_chatbridge.writing import write_text
 
 LLAMA: dict[str, dict[str, int]] = {
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -249,14 +246,6 @@ WAYS = {"plain": plain, "ours": ours}
 BRIDGE_WAYS = {"plain": plain_bridge, "encoders first": encoders_first, "ours": our_bridge}
 
 
-def status(key: str) -> int:
-    """A line of this process's /proc status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) << 10
-    raise SystemExit(f"/proc/self/status has no {key}: this needs Linux")
-
-
 def measure(way: str, folder: Path, size: str) -> None:
     """In a process of its own: load, and print the peaks and seconds as JSON."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (lazy: imported before the baseline)
@@ -310,15 +299,11 @@ def one_row(way: str, files: str, folder: Path, size: str, expected: int | None 
 
 def table(found: Sequence[Row], size: str, ways: Sequence[str] = tuple(BRIDGE_WAYS)) -> str:
     """The tables in Markdown: the language model's two layouts, and the whole model."""
-    modules = {"torch": torch, "transformers": transformers, "safetensors": safetensors}
-    versions = "  ".join(f"{name} {module.__version__}" for name, module in modules.items())
-    chosen = (
-        "" if len(ways) == len(BRIDGE_WAYS) else f" --ways {' '.join(repr(way) if ' ' in way else way for way in ways)}"
-    )
+    chosen = [] if len(ways) == len(BRIDGE_WAYS) else ["--ways", *(repr(way) if " " in way else way for way in ways)]
+    modules = (torch, transformers, safetensors)
     lines = [
         "# Host memory of loading\n",
-        f"`python benchmarks/loading.py --size {size}{chosen}`, {datetime.date.today()}, CPU.",
-        f"Python {platform.python_version()}  {versions}\n",
+        circumstances("loading.py", f"--size {size}", *chosen, modules=modules),
         "Peaks above the bare imports; what is counted, and what the ways are, stands at the head of the script.",
         f"Goal: at most {GOAL} of the loaded model's size.",
     ]
@@ -354,10 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.measure:
         measure(args.measure[0], Path(args.measure[1]), args.size)
         return
-    text = table(rows(args.size, args.ways), args.size, args.ways)
-    print(text, end="")
-    if args.write:
-        write_text(args.write, text)
+    tell(table(rows(args.size, args.ways), args.size, args.ways), args.write)
 
 
 if __name__ == "__main__":

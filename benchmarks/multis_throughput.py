@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import logging
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -28,13 +26,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from common import circumstances, tell
+
 from lavis_chatbridge.multis import generate as stage
 from lavis_chatbridge.multis.annotation import Annotation, MediumRef
 from lavis_chatbridge.multis.endpoint import EndpointSettings
 from lavis_chatbridge.multis.ledger import answers
 from lavis_chatbridge.multis.limits import Price
 from lavis_chatbridge.multis.prompts import PromptBook
-from lavis_chatbridge.writing import write_text
 
 TARGET = 1.3
 _ROOT = Path(__file__).resolve().parent.parent
@@ -148,11 +147,10 @@ def report(rows: list[Measured], args: argparse.Namespace, load: float) -> tuple
     where = (
         f"client on core {args.cores[0]}, server on core {args.cores[1]}" if args.cores else "client and server unbound"
     )
-    command = " ".join(["python", "benchmarks/multis_throughput.py", *sys.argv[1:]])
     return (
         f"# Requests of `chatbridge multis generate`\n\n"
-        f"{datetime.date.today()}, Python {platform.python_version()}, openai {openai.__version__}, "
-        f"{os.cpu_count()} cores, load {load:.1f} before the run, niceness {os.nice(0)}; {where}. `{command}`\n\n"
+        f"{circumstances('multis_throughput.py', *sys.argv[1:], modules=(openai,))}\n"
+        f"Load {load:.1f} before the run, niceness {os.nice(0)}; {where}.\n\n"
         f"{args.requests} requests, {args.in_flight} in flight, the server answers after {args.latency} s: "
         f"ideal {args.requests * ideal:.2f} s.\n\n"
         f"| | answers | seconds | to the ideal | to the client alone | CPU ms/request | MB at 1/4 | MB at the end |\n"
@@ -199,9 +197,7 @@ def main() -> int:
         finally:
             server.kill()
     table, ratio = report(rows, args, load)
-    sys.stdout.write(table)
-    if args.write:
-        write_text(args.write, table)
+    tell(table, args.write)
     return 0 if ratio <= TARGET else 1
 
 

@@ -20,8 +20,6 @@ most of them against the mean of all eight, which wait for it in every step.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from common import circumstances, tell
 
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceSettings
 from lavis_chatbridge.datasets.loader import LoaderSettings, MixtureLoader
@@ -37,7 +36,6 @@ from lavis_chatbridge.models.interleave import lay_out
 from lavis_chatbridge.prompting import Slot, Turn
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample
-from lavis_chatbridge.writing import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "projects" / "chatbridge" / "vicuna13b"
@@ -231,9 +229,8 @@ def table(stages: Mapping[str, Sequence[Row]], steps: int) -> str:
     """The tables in Markdown."""
     lines = [
         "# Padding\n",
-        f"`python benchmarks/padding.py --steps {steps}`, {datetime.date.today()}, Python {platform.python_version()}. "
-        f"Drawn texts, {RANKS} processes; what is",
-        "drawn and what the columns mean stands at the head of the script.",
+        circumstances("padding.py", f"--steps {steps}", modules=(np,)),
+        f"Drawn texts, {RANKS} processes; what is drawn and what the columns mean stands at the head of the script.",
     ]
     titles = ["source", "of the steps", "samples", "positions, grouped", "padding, random", "padding, grouped"]
     titles += ["most to mean, random", "most to mean, grouped"]
@@ -264,10 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Stage 1": rows(STAGE_1, *settings_of("align.yaml"), args.steps),
         "Stage 2": rows(STAGE_2, *settings_of("instruct.yaml"), args.steps),
     }
-    text_of_tables = table(stages, args.steps)
-    print(text_of_tables, end="")
-    if args.write:
-        write_text(args.write, text_of_tables)
+    tell(table(stages, args.steps), args.write)
 
 
 if __name__ == "__main__":

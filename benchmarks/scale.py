@@ -11,10 +11,8 @@ exit status is 0 only if everything holds.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,10 +23,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT))  # behind this script's own folder: the package of this tree, installed or not
 
-from lavis_chatbridge.datasets.plan import MixturePlan  # noqa: E402  (of this tree, installed or not)
-from lavis_chatbridge.writing import write_text  # noqa: E402
+from common import circumstances, tell  # noqa: E402
+
+from lavis_chatbridge.datasets.plan import MixturePlan  # noqa: E402
 
 SHARES = (40, 20, 15, 10, 6, 5, 3, 1)
 SECONDS, MEGABYTES = 5.0, 500.0
@@ -206,15 +205,10 @@ def main(argv: list[str] | None = None) -> int:
         f"repeats too. A shard belongs to no rank: the {args.batch} samples of a rank and step come from {spread:.1f} "
         f"shards, read by offset.\n\n{resumes_table(rows)}\n\n{verdict}"
     )
-    print(text)
-    if args.write:
-        ran = f"{datetime.date.today()}, Python {platform.python_version()}, numpy {np.__version__}"
-        command = f"python benchmarks/scale.py --ranks {args.ranks} --samples {args.samples} --shards {args.shards}"
-        write_text(
-            args.write,
-            f"# The plan at full scale\n\n{ran}, on a CPU core shared with other work; `{command}`. Goal: none lost, "
-            f"none twice, one source a step, resume in at most {SECONDS:g} s and {MEGABYTES:g} MB.\n\n{text}\n",
-        )
+    options = [f"--{name} {getattr(args, name)}" for name in ("ranks", "samples", "shards")]
+    goal = f"none lost, none twice, one source a step, resume in at most {SECONDS:g} s and {MEGABYTES:g} MB"
+    how = circumstances("scale.py", *options, modules=(np,))
+    tell(f"# The plan at full scale\n\n{how}\nGoal: {goal}.\n\n{text}\n", args.write)
     return 0 if good else 1
 
 

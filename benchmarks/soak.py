@@ -41,10 +41,10 @@ import av
 import httpx
 import numpy as np
 import soundfile
-from chat import circumstances  # the file beside this one
+import torch
+import transformers
+from common import circumstances, tell
 from PIL import Image
-
-from lavis_chatbridge.writing import write_text
 
 MODEL, TOKEN = "chatbridge-tiny", "a-token-for-the-soak"
 MAX_BODY, MAX_MEDIUM, MAX_MEDIA = 4 << 20, 1 << 20, 8
@@ -595,10 +595,8 @@ def main() -> int:
     tables, faults = soak(args.minutes, args.clients, args.seed)
     options = [f"--{name}={getattr(args, name):g}" for name in ("minutes", "clients", "seed")]
     verdict = "pass" if not faults else f"fail ({len(faults)}): " + "; ".join(faults[:10])
-    text = f"# A server under load\n\n{circumstances('soak.py', *options)}\n{tables}\n{verdict}\n"
-    sys.stdout.write(text)
-    if args.write:
-        write_text(args.write, text)
+    how = circumstances("soak.py", *options, modules=(torch, transformers))
+    tell(f"# A server under load\n\n{how}\n{tables}\n{verdict}\n", args.write)
     return int(bool(faults))
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import runpy
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +12,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
-
 
 @pytest.fixture(scope="module")
-def gpu() -> Any:
-    return SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="gpu"))
+def gpu(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("gpu")
 
 
 def test_the_gpu_benchmark_runs_through(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

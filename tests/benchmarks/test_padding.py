@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "padding.py"
 
-
-def test_similar_lengths_leave_little_padding_in_batches_of_the_budget() -> None:
-    script = SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="padding"))
+def test_similar_lengths_leave_little_padding_in_batches_of_the_budget(benchmark: Callable[[str], Any]) -> None:
+    script = benchmark("padding")
     run, longest = script.settings_of("instruct.yaml")
     assert run["batch_tokens"] == 4096
     assert run["group_by_length"]

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "scale.py"
-
 
 @pytest.fixture
-def scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scale_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "scale_benchmark", module)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(module)
+def scale(benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = benchmark("scale")
     monkeypatch.setattr(module, "SECONDS", math.inf)  # how fast a machine under test is says nothing
     return module
 
@@ -36,7 +28,7 @@ def test_sixteen_ranks_lose_no_sample_and_repeat_none(
     assert "16 ranks, 8 sources, 40 shards of up to 832 samples, 30,000 samples" in text
     assert "| source0 | 12,476 | 15 |" in text
     assert "0 lost, 0 repeated, 0 of 48 ranks with another source or other samples, 0 of 4 resumes" in text
-    assert text.strip() in (tmp_path / "scale.md").read_text(encoding="utf-8")
+    assert (tmp_path / "scale.md").read_text(encoding="utf-8") == text
 
 
 def test_the_full_size_has_the_promised_numbers(scale: ModuleType) -> None:

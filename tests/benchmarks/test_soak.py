@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ pytest.importorskip("fastapi", reason="the server needs the extra 'serve'")
 
 
 @pytest.fixture
-def soak(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return importlib.import_module("soak")
+def soak(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("soak")
 
 
 def test_each_kind_of_request_gets_its_answer(

@@ -1,0 +1,64 @@
+"""Every benchmark opens with its command, which its parser understands; what they share says how a figure was got."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "common"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_opens_with_its_command_and_knows_its_options(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    opening = ast.get_docstring(ast.parse(text)) or ""
+    commands = re.findall(rf"^    .*python benchmarks/{script.name}(?:.|\n {{5,}})*", opening, flags=re.MULTILINE)
+    assert commands
+    told = {option for command in commands for option in re.findall(r"--[a-z][a-z-]*", command)}
+    assert told <= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', text))
+
+
+@pytest.mark.parametrize("table", sorted(FOLDER.glob("*.md")), ids=lambda path: path.stem)
+def test_a_table_names_a_command_that_there_is(table: Path) -> None:
+    named = re.findall(
+        r"`(?:OMP_NUM_THREADS=\d+ )?python benchmarks/(\w+\.py)[^`]*`", table.read_text(encoding="utf-8")
+    )
+    assert named
+    assert all((FOLDER / name).is_file() for name in named)
+
+
+def test_circumstances_are_a_command_that_can_be_run_again(
+    benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = benchmark("common")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    told = common.circumstances("a.py", "--rounds 2", modules=(np,))
+    assert told.endswith(f", numpy {np.__version__}; `OMP_NUM_THREADS=1 python benchmarks/a.py --rounds 2`.\n")
+    assert re.match(r"\d{4}-\d\d-\d\d, \d+ CPU core\(s\), Python 3\.", told)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert common.circumstances("a.py").endswith("; `python benchmarks/a.py`.\n")
+
+
+def test_memory_of_this_process_is_in_bytes(benchmark: Callable[[str], Any]) -> None:
+    common = benchmark("common")
+    before = common.status("VmRSS")
+    held = bytearray(b"x" * (64 << 20))
+    assert common.status("VmHWM") >= common.status("VmRSS") > before + len(held) // 2
+    with pytest.raises(SystemExit, match="has no VmNothing"):
+        common.status("VmNothing")
+
+
+def test_what_is_told_is_kept_where_that_is_asked(
+    benchmark: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("common").tell("| a |\n", tmp_path / "a.md")
+    benchmark("common").tell("| b |\n", None)
+    assert capsys.readouterr().out == "| a |\n| b |\n"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["| a |\n"]
