@@ -70,10 +70,13 @@ class BadSamples:
 
     Args:
         max_share: The share of a source's samples that may be unreadable.
+        sizes: Source -> how many samples there are in all, where that is known: the share is then of these, whichever
+            are tried first and however many are not tried again.
     """
 
-    def __init__(self, max_share: float) -> None:
+    def __init__(self, max_share: float, sizes: Mapping[str, int] | None = None) -> None:
         self.max_share = max_share
+        self.sizes = sizes or {}
         self.tried: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
 
@@ -81,7 +84,7 @@ class BadSamples:
         """Count a batch, name in the log what it lacks.
 
         Raises:
-            DataError: If a source's share of unreadable samples exceeds the limit, from 20 tries on.
+            DataError: If a source's share of unreadable samples exceeds the limit, from 20 samples on.
         """
         source, skipped = batch["source"], batch["skipped"]
         self.tried[source] += len(batch["sample_id"]) + len(skipped)
@@ -91,7 +94,7 @@ class BadSamples:
                 _log.warning("%s: skipped sample %s: %s", source, sample_id, cause)
             if self.skipped[source] == _NAMED_PER_SOURCE:
                 _log.warning("%s: further skipped samples are counted, not named", source)
-        bad, tried = self.skipped[source], self.tried[source]
+        bad, tried = self.skipped[source], max(self.tried[source], self.sizes.get(source, 0))
         if tried >= _TRIES_BEFORE_JUDGING and bad > self.max_share * tried:
             last = f"; the last one: {skipped[-1][1]}" if skipped else ""
             raise DataError(
@@ -237,7 +240,7 @@ class EvaluationLoader:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.bad = BadSamples(self.settings.max_bad_share)
+        self.bad = BadSamples(self.settings.max_bad_share, {source: len(share) for source, share in self.shares})
         sources = {source.name: source for source in self.dataset.sources}
         for batch in _load(_Mixture(sources), self._requests, self.settings):
             self.bad.take(batch)

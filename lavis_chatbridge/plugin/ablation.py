@@ -6,12 +6,12 @@ It knows the words of the command line and the settings that they stand for, not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.plugin.suite_table import Line
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError
+from lavis_chatbridge.plugin.suite_table import Line, failed
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
 
 _log = logging.getLogger(__name__)
@@ -48,21 +48,27 @@ def parse(words: Sequence[str]) -> list[Condition]:
     return [_parsed(word) for word in dict.fromkeys(words)]
 
 
-def check(words: Sequence[str], datasets: Iterable[str]) -> None:
+def check(words: Sequence[str], datasets: Iterable[str], run: Mapping[str, Any]) -> None:
     """Refuse, before anything is scored, what cannot be done.
 
     Args:
         words: Those behind ``--ablate``.
         datasets: The names of the data sets.
+        run: The ``run`` section, as file and options have it.
 
     Raises:
-        ConfigError: If a word is no condition, or a data set is one of LAVIS's own.
+        ConfigError: If a word is no condition, a data set is one of LAVIS's own, or media are taken away already.
     """
     parse(words)
+    if run.get("media", "normal") != "normal":
+        raise ConfigError(
+            f"--ablate scores with all media first, but run.media is {run['media']!r}: leave one of the two out"
+        )
     from lavis.common.registry import registry
 
     for name in datasets:
-        if not hasattr(registry.get_builder_class(name), "media_of"):
+        builder = registry.get_builder_class(name)
+        if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is told with all other faults
             raise ConfigError(f"--ablate: the data set {name!r} is LAVIS's own, whose media cannot be exchanged")
 
 
@@ -81,6 +87,8 @@ def conditions(words: Sequence[str], cfg: Any) -> list[Condition]:
             present[split] |= kinds
     every = [kind for kind in KINDS if any(kind in kinds for kinds in present.values())]
     wanted = parse(words) or [Condition(mode, (kind,)) for kind in every for mode in MODES]
+    if not every:
+        _log.warning("--ablate: there are no media in splits %s", ", ".join(present))
     found = []
     for each in wanted:
         kinds = tuple(kind for kind in each.kinds if kind in every)
@@ -89,6 +97,28 @@ def conditions(words: Sequence[str], cfg: Any) -> list[Condition]:
         if not kinds:
             _log.warning("%s: there are no such media in splits %s", each.label, ", ".join(present))
     return [condition for condition in dict.fromkeys(found) if condition.kinds]
+
+
+def scored(
+    found: Iterable[Condition], score: Callable[[Condition], list[Line]], name: str, whole: Sequence[Line]
+) -> list[Line]:
+    """The lines of some conditions; one that fails is a line too, since the others' scores are worth as much.
+
+    Args:
+        found: See `conditions`.
+        score: Gives the lines of one of them.
+        name: What a line of one that fails is called.
+        whole: The lines with all media.
+    """
+    lines = []
+    for condition in found:
+        try:
+            own = score(condition)
+        except ChatBridgeError as error:
+            own = [failed(name, condition.label, error)]
+        mark(own, whole, condition)
+        lines += own
+    return lines
 
 
 def mark(lines: Sequence[Line], whole: Sequence[Line], condition: Condition) -> None:

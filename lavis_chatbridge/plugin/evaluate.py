@@ -62,11 +62,12 @@ def _evaluate(cfg_path: str, options: Sequence[str], ablate: Sequence[str] | Non
 
     if ablate is not None:
         _check_ablation(ablate, cfg_path, options)
-    with launching.Session() as session:
+    with launching.Session(keep_journals=ablate is not None) as session:
         lines, files = _score(session, cfg_path, options)
         if ablate is not None:
             without, more = _ablated(session, cfg_path, options, ablate, lines)
             lines, files = lines + without, files + more
+        session.remove_journals()
         printed, complete = scores.report(lines, files)
 
         from lavis_chatbridge.runners import distributed
@@ -80,9 +81,9 @@ def _check_ablation(ablate: Sequence[str], cfg_path: str, options: Sequence[str]
     from lavis_chatbridge.plugin import ablation
 
     ablation.parse(ablate)  # before LAVIS is imported, which takes seconds
-    from lavis_chatbridge.runners.config import dataset_sections
+    from lavis_chatbridge.runners.config import dataset_sections, run_section
 
-    ablation.check(ablate, dataset_sections(cfg_path, options))
+    ablation.check(ablate, dataset_sections(cfg_path, options), run_section(cfg_path, options))
 
 
 def _ablated(
@@ -93,12 +94,15 @@ def _ablated(
 
     from lavis_chatbridge.plugin import ablation
 
-    lines: list[Line] = []
     files: list[str] = []
-    for condition in ablation.conditions(ablate, registry.get("configuration")):
-        own, written = _score(session, cfg_path, launching.with_options(options, condition.options))
-        ablation.mark(own, whole, condition)
-        lines, files = lines + own, files + written
+
+    def score(condition: ablation.Condition) -> list[Line]:
+        lines, written = _score(session, cfg_path, launching.with_options(options, condition.options))
+        files.extend(written)
+        return lines
+
+    cfg = registry.get("configuration")
+    lines = ablation.scored(ablation.conditions(ablate, cfg), score, ", ".join(cfg.run.test_splits), whole)
     return lines, files
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -56,11 +57,18 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, A
 
 
 class Session:
-    """Runs one after the other in one process group; evaluations with equal models share one, built once."""
+    """Runs one after the other in one process group; evaluations with equal models share one, built once.
 
-    def __init__(self) -> None:
+    Args:
+        keep_journals: Keep the journals of evaluations until `remove_journals`, so that several evaluations which are
+            interrupted take the predictions of those that were finished.
+    """
+
+    def __init__(self, keep_journals: bool = False) -> None:
         self._model: Any = None
         self._built_from: Any = None
+        self._keep_journals = keep_journals
+        self._journals: list[Path] = []
 
     def __enter__(self) -> Session:
         return self
@@ -82,6 +90,7 @@ class Session:
 
         from lavis_chatbridge.runners import distributed, folder
         from lavis_chatbridge.runners.config import load_config
+        from lavis_chatbridge.tasks.journal import JOURNAL
 
         cfg = load_config(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
         distributed.init(cfg.run)
@@ -89,26 +98,41 @@ class Session:
         cfg.pretty_print()
         runner_class = registry.get_runner_class(cfg.run.runner)
         job_id = distributed.from_main(folder.new_job_id())
+        removed_here = self._keep_journals and not cfg.run.keep_journal
+        if removed_here:
+            cfg.run.keep_journal = cfg.run_cfg.keep_journal = True
         with _claimed(cfg, runner_class, job_id):
             runner = self._runner(cfg, runner_class, job_id, evaluate)
-            if evaluate:
-                return runner.evaluate()
-            runner.train()
-        return None
+            if not evaluate:
+                runner.train()
+                return None
+            found = runner.evaluate()
+        if removed_here:
+            self._journals.append(Path(registry.get_path("result_dir")) / JOURNAL)
+        return found
+
+    def remove_journals(self) -> None:
+        """Remove the journals of the evaluations that were finished, but for those that a run wants to keep."""
+        from lavis_chatbridge.runners import distributed
+
+        if distributed.is_main():
+            for journal in self._journals:
+                shutil.rmtree(journal, ignore_errors=True)
 
     def _runner(self, cfg: Any, runner_class: type, job_id: str, evaluate: bool) -> Any:
         """Everything that the configuration names, in LAVIS's order."""
         from lavis.common.registry import registry
 
         from lavis_chatbridge.plugin import world
-        from lavis_chatbridge.runners import ChatBridgeRunner, data
+        from lavis_chatbridge.runners import ChatBridgeRunner, data, distributed
 
         world.prepare(cfg.datasets_cfg)
-        task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
-        datasets = task.build_datasets(cfg)
-        if issubclass(runner_class, ChatBridgeRunner):
-            data.check_splits(datasets, cfg.run)
-        model = self._model_of(task, cfg, evaluate)
+        with distributed.together():
+            task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
+            datasets = task.build_datasets(cfg)
+            if issubclass(runner_class, ChatBridgeRunner):
+                data.check_splits(datasets, cfg.run)
+            model = self._model_of(task, cfg, evaluate)
         return runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
 
     def _model_of(self, task: Any, cfg: Any, evaluate: bool) -> Any:

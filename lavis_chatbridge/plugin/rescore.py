@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.plugin.suite_table import Line, text_table
-from lavis_chatbridge.writing import write_json
+from lavis_chatbridge.plugin import scores
+from lavis_chatbridge.writing import read_json, write_json
+
+_log = logging.getLogger(__name__)
 
 
 def run(file: str, options: Sequence[str]) -> int:
@@ -23,10 +26,11 @@ def run(file: str, options: Sequence[str]) -> int:
         options: ``run.metrics=[...]`` and ``run.normalisation=...`` where others are wanted than those of that run.
 
     Raises:
-        DataError: If the file holds no predictions, or nothing says which metrics are wanted.
+        DataError: If the file holds no predictions, nothing says which metrics are wanted, nothing could be scored, or
+            the scores cannot be written.
         ConfigError: If an option is none of this command.
     """
-    from lavis_chatbridge.tasks.scoring.records import announce, score_records, versions
+    from lavis_chatbridge.tasks.scoring.records import announce, scores_or_fault, versions
 
     path = Path(file)
     records = _records(path)
@@ -34,7 +38,7 @@ def run(file: str, options: Sequence[str]) -> int:
     announce(chosen.metrics)
     sources = list(dict.fromkeys(str(record.get("source", "")) for record in records))
     by_source = {
-        name: score_records(
+        name: scores_or_fault(
             [record for record in records if str(record.get("source", "")) == name],
             chosen.metrics,
             chosen.normalisation,
@@ -43,11 +47,16 @@ def run(file: str, options: Sequence[str]) -> int:
     }
     settings = {"metrics": chosen.metrics, "normalisation": chosen.normalisation}
     target = path.with_name(f"{path.stem}_rescored.json")
-    write_json(target, {"by_source": by_source, **settings, "versions": versions()})
-    lines = [Line.of_scores(name, scores, chosen.metrics, chosen.published) for name, scores in by_source.items()]
-    print(text_table(lines, "data set"))
-    print(f"written to {target}")
-    return int(any(line.status == "failed" for line in lines))
+    lines = scores.lines_of({"": {"by_source": by_source}}, chosen)
+    for line in lines:
+        line.suite = line.suite.strip()
+    printed, complete = scores.report(lines, [str(target)], "data set")
+    try:
+        write_json(target, {"by_source": by_source, **settings, "versions": versions()})
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
+    print(printed)
+    return 0 if complete else 1
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -55,7 +64,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise DataError(
@@ -71,8 +80,14 @@ def _settings(path: Path, options: Sequence[str]) -> Any:
     from lavis_chatbridge.tasks.settings import EvaluationSettings
 
     beside = path.with_name(f"{path.stem}_metrics.json")
-    known = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    said = {key: known[key] for key in ("metrics", "normalisation", "published") if key in known}
+    known = read_json(beside)
+    if not isinstance(known, dict):
+        if beside.exists():
+            _log.warning("%s is damaged: what that run said about its metrics is not known", beside)
+        known = {}
+    said = {
+        key: known[key] for key in ("metrics", "normalisation", "published", "media", "media_kinds") if key in known
+    }
     given = read_options(options)
     others = [key for key in given if key != "run"]
     if others:

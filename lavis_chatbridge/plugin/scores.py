@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.plugin.ablation import Condition
 from lavis_chatbridge.plugin.suite_table import Line, text_table
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
@@ -16,12 +17,13 @@ _OF_FACTS = ("exact_match", "attribute_accuracy", "all_attributes_right", "text_
 """Shares that are found without ``run.metrics``; the first that is there is the score."""
 
 
-def report(lines: Sequence[Line], written: Sequence[str]) -> tuple[str, bool]:
+def report(lines: Sequence[Line], written: Sequence[str], first: str = "split and data set") -> tuple[str, bool]:
     """What is printed at the end of an evaluation: the scores of every split, and which files hold them.
 
     Args:
         lines: The table, see `lines_of`.
         written: The files, or the folder that they are in.
+        first: What the first column is called.
 
     Returns:
         The text, and whether every source of every split was scored.
@@ -31,9 +33,11 @@ def report(lines: Sequence[Line], written: Sequence[str]) -> tuple[str, bool]:
     """
     failed = [line for line in lines if line.status == "failed"]
     if len(failed) == len(lines):
-        faults = dict.fromkeys(f"{line.suite}: {remark}" for line in lines for remark in line.remarks)
+        faults = dict.fromkeys(
+            ": ".join(filter(None, (line.suite, remark))) for line in lines for remark in line.remarks
+        )
         raise DataError(f"nothing could be scored. {'; '.join(faults)}")
-    return f"{text_table(lines, 'split and data set')}\n\nwritten to {', '.join(written)}", not failed
+    return f"{text_table(lines, first)}\n\nwritten to {', '.join(written)}", not failed
 
 
 def files_of(found: Mapping[str, Any]) -> list[str]:
@@ -48,7 +52,10 @@ def lines_of(found: Mapping[str, Any], run: EvaluationSettings) -> list[Line]:
         found: Split -> its metrics.
         run: How it was scored.
     """
-    return [line for split, scores in found.items() for line in _of_split(split, scores or {}, run)]
+    lines = [line for split, scores in found.items() for line in _of_split(split, scores or {}, run)]
+    for line in lines:
+        line.media = "" if run.media == "normal" else Condition(run.media, tuple(run.media_kinds)).label
+    return lines
 
 
 def _of_split(split: str, scores: Mapping[str, Any], run: EvaluationSettings) -> Iterator[Line]:
@@ -65,6 +72,8 @@ def _of_source(name: str, scores: Mapping[str, Any], run: EvaluationSettings) ->
     """A line of what `GenerationTask` gives."""
     if not scores["samples"]:
         return _unread(name, scores)
+    if "fault" in scores:
+        return Line(name, status="failed", samples=scores["samples"], remarks=[scores["fault"]])
     shares = {key: 100.0 * scores[key] for key in _OF_FACTS if key in scores}
     if "scores" in scores:
         line = Line.of_scores(name, scores, run.metrics, run.published if run.media == "normal" else {})
@@ -76,7 +85,7 @@ def _of_source(name: str, scores: Mapping[str, Any], run: EvaluationSettings) ->
         line = Line(name, status="failed", samples=scores["samples"], remarks=[why])
     else:
         line = Line(name, samples=scores["samples"], remarks=["not scored (run.report_metric is false)"])
-    return _with_unread(line, scores)
+    return _with_unread(line, scores, run.media)
 
 
 def _of_loss(split: str, scores: Mapping[str, Any]) -> Line:
@@ -104,9 +113,8 @@ def _unread(name: str, scores: Mapping[str, Any]) -> Line:
     return Line(name, status="failed", samples=0, remarks=[why])
 
 
-def _with_unread(line: Line, scores: Mapping[str, Any]) -> Line:
+def _with_unread(line: Line, scores: Mapping[str, Any], media: str = "normal") -> Line:
     if count := scores.get("not_predicted"):
-        line.remarks.append(
-            f"{count} {'sample has' if count == 1 else 'samples have'} no prediction (unreadable media)"
-        )
+        why = "unreadable media" + (", or none like them to exchange" if media == "shuffled" else "")
+        line.remarks.append(f"{count} {'sample has' if count == 1 else 'samples have'} no prediction ({why})")
     return line

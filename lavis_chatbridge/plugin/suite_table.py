@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from lavis_chatbridge.tasks.scoring.names import HEADLINES
 from lavis_chatbridge.writing import write_text
+
+_log = logging.getLogger(__name__)
 
 _COLUMNS = ("suite", "media", "samples", "metric", "score", "paper", "drop", "other scores", "remarks")
 _STYLE = (
@@ -73,6 +76,18 @@ class Line:
             scores=dict(scores["scores"]),
             remarks=remarks,
         )
+
+
+def failed(name: str, media: str, error: Exception) -> Line:
+    """The line of what could not be scored.
+
+    Args:
+        name: What was to be scored.
+        media: What became of which media.
+        error: Why not.
+    """
+    _log.error("%s%s failed: %s", name, f" ({media})" if media else "", error)
+    return Line(name, media, "failed", remarks=[" ".join(str(error).split())])
 
 
 def text_table(lines: Sequence[Line], first: str = _COLUMNS[0]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.plugin import ablation
 from lavis_chatbridge.plugin.launch import Session, with_options
 from lavis_chatbridge.plugin.scores import lines_of
-from lavis_chatbridge.plugin.suite_table import Line, text_table, write
+from lavis_chatbridge.plugin.suite_table import Line, failed, text_table, write
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ class Suite:
     name: str
     path: Path
     run: Mapping[str, Any]
-    datasets: tuple[str, ...]
 
     @property
     def zero_shot(self) -> bool:
@@ -47,7 +45,7 @@ def find(folder: str | Path | None = None) -> dict[str, Suite]:
     """Name -> suite, of all configuration files of a folder that name metrics.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is none, or a file is no configuration.
     """
     places = [Path(folder)] if folder else [FOLDER, Path(__file__).resolve().parents[2] / FOLDER]
     chosen = next((place for place in places if place.is_dir()), None)
@@ -55,13 +53,23 @@ def find(folder: str | Path | None = None) -> dict[str, Suite]:
         raise ConfigError(f"no folder of suites at {places[0]}: run in the checkout, or name it with --suite-folder")
     suites = {}
     for path in sorted(chosen.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        run = content.get("run") or {}
+        run = _run_section(path)
         if run.get("metrics"):
-            suites[path.stem] = Suite(path.stem, path, run, tuple(content.get("datasets") or ()))
+            suites[path.stem] = Suite(path.stem, path, run)
     if not suites:
         raise ConfigError(f"{chosen} holds no suite: a suite is a YAML file with run.metrics")
     return suites
+
+
+def _run_section(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    run = (content.get("run") or {}) if isinstance(content, Mapping) else None
+    if not isinstance(run, Mapping):
+        raise ConfigError(f"{path}: expected sections of which run is a mapping; is this a configuration file?")
+    return run
 
 
 def choose(names: str, suites: Mapping[str, Suite]) -> list[Suite]:
@@ -102,7 +110,7 @@ def run(
     """
     chosen = choose(names, find(folder))
     ablation.parse(ablate or [])  # a wrong word is told before the first suite is scored
-    with Session() as session:
+    with Session(keep_journals=True) as session:
         runs = _Runs(session, options)
         for suite in chosen:
             runs.score(suite, ablate)
@@ -114,10 +122,8 @@ class _Runs:
 
     def __init__(self, session: Session, options: Sequence[str]) -> None:
         self.session = session
-        # a set that was interrupted takes the predictions of the suites that it had finished
-        self.options = with_options(options, {"run.keep_journal": "true"})
+        self.options = options
         self.lines: list[Line] = []
-        self.journals: list[Path] = []
         self.model = ""
 
     def score(self, suite: Suite, ablate: Sequence[str] | None) -> None:
@@ -130,7 +136,7 @@ class _Runs:
             self.lines.append(Line(suite.name, status="missing", remarks=[str(missing)]))
             return
         except ChatBridgeError as error:
-            self.lines.append(_failed(suite, "", error))
+            self.lines.append(failed(suite.name, "", error))
             return
         for line in lines:
             alone = len(whole) == 1 or line.suite == suite.name
@@ -141,15 +147,8 @@ class _Runs:
         """The lines of a suite under each condition; one that fails is a line too."""
         from lavis.common.registry import registry
 
-        lines = []
-        for condition in ablation.conditions(ablate, registry.get("configuration")):
-            try:
-                own = self._run(suite, condition.options)
-            except ChatBridgeError as error:
-                own = [_failed(suite, condition.label, error)]
-            ablation.mark(own, whole, condition)
-            lines += own
-        return lines
+        found = ablation.conditions(ablate, registry.get("configuration"))
+        return ablation.scored(found, lambda condition: self._run(suite, condition.options), suite.name, whole)
 
     def _run(self, suite: Suite, more: Mapping[str, str]) -> list[Line]:
         _log.info("suite %s%s", suite.name, "".join(f" {key}={value}" for key, value in more.items()))
@@ -159,7 +158,6 @@ class _Runs:
 
         cfg = registry.get("configuration")
         self.model = cfg.model_cfg.model_type
-        self.journals.append(Path(registry.get_path("result_dir")) / "journal")
         return lines_of(found, cfg.run)
 
     def _check(self, suite: Suite, ablate: Sequence[str] | None) -> None:
@@ -169,7 +167,7 @@ class _Runs:
             _DataMissing: If files are not there.
             ConfigError: If the configuration is at fault.
         """
-        from lavis_chatbridge.runners.config import dataset_sections  # before builders: it imports LAVIS
+        from lavis_chatbridge.runners.config import dataset_sections, run_section  # before builders: it imports LAVIS
 
         sections = dataset_sections(suite.path, self.options)
 
@@ -181,7 +179,7 @@ class _Runs:
         except DataError as error:
             raise _DataMissing(error) from error
         if ablate is not None:
-            ablation.check(ablate, sections)
+            ablation.check(ablate, sections, run_section(suite.path, self.options))
 
 
 class _DataMissing(ChatBridgeError):
@@ -194,14 +192,12 @@ def _finish(runs: _Runs, output: Path) -> int:
 
     states = {line.status for line in runs.lines}
     if distributed.is_main():
-        for journal in runs.journals:
-            shutil.rmtree(journal, ignore_errors=True)
-        files = write(output / (runs.model or "."), runs.lines, {"model": runs.model, "versions": versions()})
-        print(text_table(runs.lines))
+        print(text_table(runs.lines), flush=True)
+        folder = output / (runs.model or ".")
+        try:
+            files = write(folder, runs.lines, {"model": runs.model, "versions": versions()})
+        except OSError as error:
+            raise ConfigError(f"--output: cannot write to {folder}: {error.strerror or error}") from error
+        runs.session.remove_journals()
         print(f"\nwritten to {', '.join(map(str, files))}")
     return 1 if "failed" in states else 0 if "scored" in states else 2
-
-
-def _failed(suite: Suite, media: str, error: ChatBridgeError) -> Line:
-    _log.error("suite %s failed: %s", suite.name, error)
-    return Line(suite.name, media, "failed", remarks=[" ".join(str(error).split())])

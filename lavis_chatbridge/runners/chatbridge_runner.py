@@ -293,16 +293,21 @@ class ChatBridgeRunner(RunnerBase):
 
         Returns:
             The metrics, on every process.
+
+        Raises:
+            ChatBridgeError: On every process, if one of them could not go on.
         """
         if not skip_reload and cur_epoch == "best":
             self._reload_best_model(self.model)
-        loader = self._evaluation_loader(split_name)
+        with distributed.together():
+            loader = self._evaluation_loader(split_name)
         model = self.model
         model.eval()
         self.task.before_evaluation(model=model, dataset=getattr(loader, "dataset", None))
-        with parallel.whole(model), autocast(self.run.precision, self.device):
+        with parallel.whole(model), autocast(self.run.precision, self.device), distributed.together():
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled) if len(loader) else []
-        metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
+        with distributed.together():
+            metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
         return distributed.from_main(metrics)
 
     def _evaluation_loader(self, split: str) -> Any:

@@ -141,8 +141,17 @@ def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None 
 
     user = _over(_read_yaml(cfg_path), _read_options(options or []))
     _set_paths(settings.parse(EnvSettings, _plain(OmegaConf.create(user.get("env") or {})), "env"))
-    sections = user.get("datasets") or {}
-    return {str(name): _plain(OmegaConf.create(section or {})) for name, section in sections.items()}
+    sections = _section(user, "datasets")
+    return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
+
+
+def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, Any]:
+    """The ``run`` section as file and options have it, without defaults and unchecked.
+
+    Raises:
+        ConfigError: If the file or the options cannot be read.
+    """
+    return _plain(_section(_over(_read_yaml(cfg_path), _read_options(options or [])), "run"))
 
 
 def read_options(options: Sequence[str]) -> dict[str, Any]:

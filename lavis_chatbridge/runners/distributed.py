@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lavis_chatbridge.errors import ConfigError, TrainingError
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, TrainingError
 from lavis_chatbridge.launchers import Place, announced
 from lavis_chatbridge.runners.settings import RunSettings
 
@@ -194,6 +194,29 @@ def gather_everywhere(value: T) -> list[T]:
     box: list[Any] = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Give up on all processes where one of them must.
+
+    Else the others wait for it, or take its next message for the one that they wait for. Within the block no process
+    may wait for another one after what can fail.
+
+    Raises:
+        ChatBridgeError: On a process without a fault of its own, the first one of another.
+    """
+    fault: ChatBridgeError | None = None
+    try:
+        yield
+    except ChatBridgeError as error:
+        fault = error
+    everywhere = gather_everywhere(None if fault is None else str(fault))
+    if fault is not None:
+        raise fault
+    for number, other in enumerate(everywhere):
+        if other is not None:
+            raise ChatBridgeError(f"process {number}: {other}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ A task knows batches and the model's contract; it knows no data set by name and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,23 @@ class ChatBridgeTask(BaseTask):
     Args:
         settings: How answers are decoded and what the model is given.
         seed: Of what evaluation draws.
+        splits: Those that a run scores, in their order.
     """
 
-    def __init__(self, settings: EvaluationSettings | None = None, seed: int = 0) -> None:
+    def __init__(self, settings: EvaluationSettings | None = None, seed: int = 0, splits: Sequence[str] = ()) -> None:
         super().__init__()
         self.inst_id_key = "sample_id"
         self.settings = settings or EvaluationSettings()
         self.seed = seed
+        self.splits = list(splits)
         self.datasets: Mapping[str, Mapping[str, Any]] = {}
         self._evaluated: Any = None
 
     @classmethod
     def setup_task(cls, cfg: Any, **_unused: Any) -> ChatBridgeTask:
         """The task as the ``run`` section describes it."""
-        return cls(EvaluationSettings.of(cfg.run_cfg), int(cfg.run_cfg.get("seed", 0)))
+        run = cfg.run_cfg
+        return cls(EvaluationSettings.of(run), int(run.get("seed", 0)), run.get("test_splits") or ())
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Data set name -> split -> data set, by the registered builders."""
@@ -105,7 +108,7 @@ def merge(result: list[dict], key: str = "") -> list[dict] | None:
 
     Args:
         result: This process's.
-        key: Keep the first of those that agree in it (and in their source).
+        key: Keep the first of those that agree in it, in their source and, where they have one, in their index.
 
     Returns:
         All results on the main process, None on the others.
@@ -125,7 +128,7 @@ def merge(result: list[dict], key: str = "") -> list[dict] | None:
         return together
     first: dict[tuple, dict] = {}
     for record in together:
-        first.setdefault((record.get("source", ""), record[key]), record)
+        first.setdefault((record.get("source", ""), record.get("index"), record[key]), record)
     return list(first.values())
 
 

@@ -18,8 +18,8 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.prompting.pieces import Piece, Text, context_of
 from lavis_chatbridge.tasks import metrics
 from lavis_chatbridge.tasks.base import ChatBridgeTask, merge, result_dir
-from lavis_chatbridge.tasks.journal import Journal, key_of, model_mark
-from lavis_chatbridge.tasks.scoring.records import announce, score_records, versions
+from lavis_chatbridge.tasks.journal import JOURNAL, Journal, key_of, model_mark, writable
+from lavis_chatbridge.tasks.scoring.records import announce, scores_or_fault, versions
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 from lavis_chatbridge.writing import write_json
 
@@ -49,7 +49,7 @@ class GenerationTask(ChatBridgeTask):
         """Say which scores cannot be computed here; learn the attributes' values and how far guessing gets."""
         super().before_evaluation(model, dataset)
         self._keys = None
-        self._journal = Journal(result_dir() / "journal", get_rank())
+        self._journal = Journal(result_dir() / JOURNAL, get_rank())
         if self.settings.report_metric and get_rank() == 0:
             announce(self.settings.metrics)
         train = {source.name: source for source in self._sources("train")}
@@ -73,7 +73,10 @@ class GenerationTask(ChatBridgeTask):
         if not written or self._keys is None or not hasattr(loader, "leave_out"):
             return {}
         places = [(source, index) for source, share in loader.shares for index in share]
-        found = {place: written[key] for place in places if (key := self._keys.of(*place)) in written}
+        # a sample may stand elsewhere than when it was predicted, or twice
+        found = {
+            place: written[key] | {"index": place[1]} for place in places if (key := self._keys.of(*place)) in written
+        }
         loader.leave_out(found.keys())
         if places:
             _log.info("%d of %d predictions are taken from the journal %s", len(found), len(places), self._journal.path)
@@ -106,11 +109,14 @@ class GenerationTask(ChatBridgeTask):
         return model.generate(samples, **self._decoding())
 
     def after_evaluation(self, val_result: list[dict[str, Any]], split_name: str, epoch: Any, **_unused: Any) -> Any:
-        """Write the predictions and the scores of a split; the journal is then no longer needed.
+        """Write the predictions and the scores of a split; after the run's last one the journal is no longer needed.
 
         Returns:
             The metrics on the main process, None on the others. ``samples`` have a prediction, ``not_predicted`` have
-            none (in ``by_source`` too), ``written`` are the files; without any prediction there is no ``agg_metrics``.
+            none (in ``by_source`` too), ``written`` are the files; without any score there is no ``agg_metrics``.
+
+        Raises:
+            ConfigError: If the files cannot be written.
         """
         records = merge(val_result, key="sample_id")
         if records is None:
@@ -120,10 +126,12 @@ class GenerationTask(ChatBridgeTask):
         )
         name = f"{split_name}{media}_step{epoch}"
         files = [result_dir() / f"{name}.json", result_dir() / f"{name}_metrics.json"]
-        write_json(files[0], records)
+        with writable(files[0].parent):
+            write_json(files[0], records)
         scores = self._counted(records, self.score(records) if self.settings.report_metric else {"agg_metrics": 0.0})
-        write_json(files[1], {**scores, **self._circumstances()})
-        if not self.settings.keep_journal:
+        with writable(files[0].parent):
+            write_json(files[1], {**scores, **self._circumstances()})
+        if not self.settings.keep_journal and split_name not in self.splits[:-1]:
             self._journal.remove()
         return scores | {"written": [str(path) for path in files]}
 
@@ -151,21 +159,24 @@ class GenerationTask(ChatBridgeTask):
         return {"media": self.settings.media, "media_kinds": self.settings.media_kinds}
 
     def score(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Metrics per source, and ``agg_metrics``: the mean over sources of each one's first metric or accuracy."""
+        """Metrics per source, and ``agg_metrics``: the mean over sources of each one's first metric or accuracy.
+
+        A source that cannot be scored has a ``fault`` in their place.
+        """
         by_source: dict[str, list[Mapping[str, Any]]] = {}
         for record in records:
             by_source.setdefault(record["source"], []).append(record)
         scores = {name: self._score_source(name, group) for name, group in by_source.items()}
         if self.settings.metrics:
             heads = [score["headline"] for score in scores.values() if score.get("headline") is not None]
-            return {"agg_metrics": sum(heads) / len(heads) if heads else 0.0, "by_source": scores}
+            return {**({"agg_metrics": sum(heads) / len(heads)} if heads else {}), "by_source": scores}
         accuracies = [score["accuracy"] for score in scores.values() if "accuracy" in score]
         overall = sum(accuracies) / len(accuracies) if accuracies else 0.0
         return {"agg_metrics": overall, "by_source": scores}
 
     def _score_source(self, source: str, records: list[Mapping[str, Any]]) -> dict[str, Any]:
         if self.settings.metrics:
-            return score_records(records, self.settings.metrics, self.settings.normalisation)
+            return scores_or_fault(records, self.settings.metrics, self.settings.normalisation)
         answered = [record for record in records if is_question(record)]
         described = [record for record in records if not is_question(record) and record.get("facts")]
         score: dict[str, Any] = {"samples": len(records)}
@@ -251,15 +262,17 @@ def _answer_list(settings: EvaluationSettings) -> list[str]:
     Raises:
         ConfigError: If the list is missing or no list of texts.
     """
-    if settings.inference_method != "rank" or settings.answer_list is None:
+    if settings.inference_method != "rank":
         return []
+    if settings.answer_list is None:
+        raise ConfigError("run.inference_method is rank, but run.answer_list names no JSON file with the answers")
     try:
         listed = json.loads(Path(settings.answer_list).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.answer_list: {settings.answer_list} cannot be read: {error}") from error
     if not isinstance(listed, list) or not listed or not all(isinstance(text, str) for text in listed):
         raise ConfigError(f"run.answer_list: {settings.answer_list} holds no list of answers")
-    return listed
+    return list(dict.fromkeys(listed))  # a repeated one would take the place of another candidate
 
 
 def is_question(record: Mapping[str, Any]) -> bool:

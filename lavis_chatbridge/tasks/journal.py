@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_chatbridge.errors import ConfigError
+
 _log = logging.getLogger(__name__)
 _VALUES_PER_TENSOR = 64
+
+JOURNAL = "journal"
+"""The folder of journals within that of results."""
 
 
 class Journal:
@@ -39,7 +45,8 @@ class Journal:
         """Key -> record, of all processes; a line that an interruption cut off is passed over."""
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            # not splitlines, which also parts at characters that a text may hold
+            for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
                 try:
                     entry = json.loads(line)
                     found[entry["key"]] = entry["record"]
@@ -48,19 +55,37 @@ class Journal:
         return found
 
     def add(self, entries: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """Append records with their keys; they are in the file when this returns."""
+        """Append records with their keys; they are in the file when this returns.
+
+        Raises:
+            ConfigError: If they cannot be written.
+        """
         lines = [json.dumps({"key": key, "record": record}, ensure_ascii=False) for key, record in entries]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":  # an interruption cut the last line off
-                    file.write(b"\n")
-            file.write(("\n".join(lines) + "\n").encode())
+        with writable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as file:
+                if file.tell():
+                    file.seek(-1, 2)
+                    if file.read(1) != b"\n":  # an interruption cut the last line off
+                        file.write(b"\n")
+                file.write(("\n".join(lines) + "\n").encode())
 
     def remove(self) -> None:
         """Remove the journals of all processes."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Name the folder of results when it takes nothing (any more).
+
+    Raises:
+        ConfigError: In place of the operating system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror or error}") from error
 
 
 def key_of(*parts: Any) -> str:

@@ -73,6 +73,10 @@ class EvaluationSettings:
             yield f"top_p must lie in (0, 1], found {self.top_p}"
         if self.temperature <= 0:
             yield f"temperature must be positive, found {self.temperature}"
+        if self.repetition_penalty <= 0:
+            yield f"repetition_penalty must be positive, found {self.repetition_penalty}"
+        if self.num_ans_candidates < 1:
+            yield f"num_ans_candidates must be at least 1, found {self.num_ans_candidates}"
         if self.use_nucleus_sampling and self.num_beams > 1:
             yield f"use_nucleus_sampling draws and num_beams {self.num_beams} searches: choose one"
         for name in self.metrics:

@@ -6,12 +6,15 @@ This module opens nothing itself; it rearranges what a data set's sources return
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.prompting.pieces import Kind, Piece, Slot
 from lavis_chatbridge.tasks.settings import MediaMode
 
@@ -22,12 +25,16 @@ class Source(Protocol):
     """What this module needs of a data set's source."""
 
     name: str
+    kinds: Collection[Kind]
 
     def __len__(self) -> int:
         """How many samples it has."""
 
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """The ``index``-th sample, ready for the model."""
+
+    def sample(self, index: int) -> Any:
+        """The ``index``-th sample itself, nothing opened; its ``files`` have ``kind``, ``path`` and ``offset``."""
 
 
 class EvaluationSource:
@@ -39,14 +46,9 @@ class EvaluationSource:
             ``withheld``: none, and the prompt has no slot for them.
         kinds: The kinds of media that are concerned.
         seed: Of the shuffling.
-
-    Raises:
-        DataError: If there is no other sample to take media from.
     """
 
     def __init__(self, source: Source, mode: MediaMode, kinds: Sequence[Kind], seed: int = 0) -> None:
-        if mode == "shuffled" and len(source) < 2:
-            raise DataError(f"run.media is shuffled, but {source.name!r} has a single sample")
         self.source, self.mode, self.kinds, self.seed = source, mode, tuple(kinds), seed
         self.name = source.name
 
@@ -59,11 +61,10 @@ class EvaluationSource:
         return getattr(self.source, name)
 
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """The sample with its media replaced.
+        """The sample with its media replaced. Its own are read in any case, so that the same samples are scored.
 
         Raises:
-            MediaError: If a medium cannot be read.
-            DataError: If no other sample has as many media of these kinds.
+            MediaError: If a medium cannot be read, or no other sample has as many media of these kinds.
         """
         item = self.source.item(index, epoch) | {"index": index}
         if self.mode == "withheld":
@@ -73,36 +74,59 @@ class EvaluationSource:
         return item
 
     def _media_of_another(self, index: int, epoch: int, item: dict[str, Any]) -> dict[str, list]:
-        wanted = {kind: len(item[kind]) for kind in self.kinds}
-        if not any(wanted.values()):
+        own = self._files(index)
+        if not own:
             return {}
-        others = np.random.default_rng([self.seed, index]).permutation(len(self.source) - 1)[:_TRIES]
-        for other in others:
-            found = self.source.item(int(other) + (int(other) >= index), epoch)
-            if all(len(found[kind]) == count for kind, count in wanted.items()):
+        others = np.random.default_rng([self.seed, index]).permutation(len(self.source) - 1)
+        places = (int(other) + (int(other) >= index) for other in others)
+        fitting = (place for place in places if _exchangeable(self._files(place), own))
+        for place in itertools.islice(fitting, _TRIES):
+            with contextlib.suppress(MediaError):  # another one's are as good
+                found = self.source.item(place, epoch)
                 return {kind: found[kind] for kind in self.kinds}
-        raise DataError(
-            f"{self.name}: no other sample has the media that {item['sample_id']!r} needs for run.media shuffled"
+        raise MediaError(
+            f"another sample's media for {item['sample_id']!r}",
+            f"{self.name} has no other readable sample with as many of each kind (run.media is shuffled)",
         )
+
+    def _files(self, index: int) -> list[tuple]:
+        """The media of a sample that are concerned, kind first; nothing is opened."""
+        files = self.source.sample(index).files
+        return [(medium.kind, medium.path, medium.offset) for medium in files if medium.kind in self.kinds]
 
 
 class EvaluationSplit:
     """The sources of one or several data sets of a split, as evaluation sees them.
+
+    Sources without media of the kinds that are taken away or exchanged are left out: nothing would change for them.
 
     Args:
         sources: All sources of the split.
         mode: What becomes of their media.
         kinds: The kinds of media that are concerned.
         seed: Of the shuffling.
+
+    Raises:
+        DataError: If no source has such media.
     """
 
     def __init__(
         self, sources: Sequence[Source], mode: MediaMode = "normal", kinds: Sequence[Kind] = (), seed: int = 0
     ) -> None:
-        self.sources = [EvaluationSource(source, mode, kinds, seed) for source in sources]
+        concerned = [source for source in sources if mode == "normal" or set(source.kinds).intersection(kinds)]
+        if sources and not concerned:
+            names = ", ".join(source.name for source in sources)
+            raise DataError(f"run.media is {mode}, but {names} hold no {' and no '.join(kinds)}")
+        self.sources = [EvaluationSource(source, mode, kinds, seed) for source in concerned]
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+
+def _exchangeable(one: Sequence[tuple], other: Sequence[tuple]) -> bool:
+    """Whether two samples have as many media of each kind, none of which is the same."""
+    kinds = [Counter(kind for kind, *_ in media) for media in (one, other)]
+    return kinds[0] == kinds[1] and not set(one).intersection(other)
 
 
 def without(pieces: Sequence[Piece], kinds: Sequence[Kind]) -> list[Piece]:

@@ -11,7 +11,13 @@ import torch
 
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
+from lavis_chatbridge.datasets.loader import (
+    BadSamples,
+    EvaluationLoader,
+    LoaderSettings,
+    MixtureLoader,
+    source_ratios,
+)
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.prompting import Text, Turn
 from lavis_chatbridge.prompting.templates import Templates
@@ -162,3 +168,22 @@ def test_ratios_are_shared_out(pictures, processors):
         source_ratios({"two": two, "one": one}, {"three": 1})
     with pytest.raises(ConfigError, match="two has no ratio"):
         source_ratios({"two": two, "f": fixed})
+
+
+def test_the_share_of_unreadable_samples_of_an_evaluation_is_of_all_its_samples():
+    def batch(good, bad):
+        return {"source": "a", "sample_id": ["s"] * good, "skipped": [("s", "gone")] * bad}
+
+    bad = BadSamples(0.05, {"a": 400})
+    bad.take(batch(0, 20))  # what an interrupted run has left over: all that can be read is in its journal
+    with pytest.raises(DataError, match="21 of 400 samples could not be read"):
+        bad.take(batch(0, 1))
+    with pytest.raises(DataError, match="20 of 20"):
+        BadSamples(0.05).take(batch(0, 20))
+
+
+def test_an_evaluation_knows_how_many_samples_are_its_own(pictures, processors):
+    loader = EvaluationLoader(group(pictures, processors), 2, rank=1, world_size=2)
+    loader.leave_out({("grey", index) for index in range(3)})
+    next(iter(loader))
+    assert loader.bad.sizes == {"grey": sum(len(share) for _, share in loader.shares)}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin import ablation
 from lavis_chatbridge.plugin.ablation import Condition
 from lavis_chatbridge.plugin.suite_table import Line
@@ -86,6 +86,45 @@ def test_media_of_data_sets_of_lavis_cannot_be_exchanged(tmp_path, capsys):
     path.write_text(CONFIG % "coco_caption")
     assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
     assert "data set 'coco_caption' is LAVIS's own" in capsys.readouterr().err
+
+
+def test_media_are_not_taken_away_twice(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "chatbridge_jsonl")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", "run.media=withheld"]) == 2
+    assert "--ablate scores with all media first, but run.media is 'withheld'" in capsys.readouterr().err
+
+
+def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "chatbridge_jsonll")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
+    assert "unknown name 'chatbridge_jsonll', did you mean 'chatbridge_jsonl'" in capsys.readouterr().err
+    path.write_text("model: {arch: chatbridge}\ndatasets: [chatbridge_jsonl]\nrun: {}\n")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
+    assert "error: datasets: expected a mapping, found ['chatbridge_jsonl']" in capsys.readouterr().err
+
+
+def test_data_without_media_are_not_passed_over_in_silence(tmp_path, caplog):
+    assert ablation.conditions([], configuration(tmp_path, test=[], words=[])) == []
+    assert "--ablate: there are no media in splits test, words" in caplog.text
+
+
+def test_a_condition_that_fails_is_a_line():
+    def score(condition):
+        if condition.mode == "shuffled":
+            raise DataError("too\nfew")
+        return [Line("a", score=20.0)]
+
+    found = [Condition("shuffled", ("audio",)), Condition("withheld", ("audio",))]
+    failed, other = ablation.scored(found, score, "test", [Line("a", score=80.0)])
+    assert (failed.suite, failed.media, failed.status, failed.remarks) == (
+        "test",
+        "audio shuffled",
+        "failed",
+        ["too few"],
+    )
+    assert (other.media, other.drop) == ("audio withheld", 60.0)
 
 
 def test_predictions_alone_cannot_be_ablated(capsys):

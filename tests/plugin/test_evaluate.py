@@ -112,6 +112,43 @@ def test_one_configuration_is_scored_again_without_its_media(config, capsys, mon
     assert built == [1]  # one model answers under every condition
 
 
+def test_an_interrupted_ablation_goes_on(config, monkeypatch):
+    folder = config.parent / "interrupted"
+    generate, seen, limit = ChatBridge.generate, [], [3]
+
+    def counted(model, samples, **more):
+        if len(seen) == limit[0]:
+            raise KeyboardInterrupt
+        seen.append(len(samples["sample_id"]))
+        return generate(model, samples, **more)
+
+    monkeypatch.setattr(ChatBridge, "generate", counted)
+    words = ("evaluate", "--ablate", "withheld", "shuffled")
+    options = (f"run.output_dir={folder}", "run.batch_size_eval=1")
+    assert evaluated(config, *options, words=words) == 130  # two samples with their media, one without
+    limit[0] = -1
+    assert evaluated(config, *options, words=words) == 0
+    assert sum(seen) == 6
+    assert not (folder / "result/journal").exists()
+    assert evaluated(config, *options, "run.keep_journal=true", words=words) == 0
+    assert evaluated(config, *options, words=words) == 0
+    assert sum(seen) == 12
+    assert not (folder / "result/journal").exists()
+
+
+def test_the_table_says_what_became_of_the_media(config, capsys):
+    options = ("run.media=withheld", "run.media_kinds=[image]", f"run.output_dir={config.parent / 'without'}")
+    assert evaluated(config, *options) == 0
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[2][:2] == ["test chatbridge_jsonl", "image withheld"]
+    file = config.parent / "without/result/test_withheld_image_step0.json"
+    assert cli.main(["evaluate", "--rescore", str(file)]) == 0
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[2][:2] == ["chatbridge_jsonl", "image withheld"]
+    assert evaluated(config, "run.media=withheld", "run.media_kinds=[audio]") == 2
+    assert "run.media is withheld, but chatbridge_jsonl hold no audio" in capsys.readouterr().err
+
+
 RUN = EvaluationSettings()
 
 
@@ -140,6 +177,7 @@ def test_what_every_task_gives_is_a_line(found, run, row):
         ({"by_source": {}, "samples": 0, "not_predicted": 0}, "test: it has no samples"),
         ({"by_source": {"a": {"samples": 3}}}, "test a: no accepted answers and no facts to compare with: name"),
         ({"by_source": {"a": {"samples": 3, "scores": {}, "left_out": {"SPICE": "no Java"}}}}, "test a: SPICE"),
+        ({"by_source": {"a": {"samples": 3, "fault": "no truth"}}}, "test a: no truth"),
         ({"samples": 3, "not_predicted": 0}, "test: its samples have no target token"),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings
-from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.errors import ConfigError, DataError, MediaError
 from lavis_chatbridge.prompting.pieces import Slot, Text
 from lavis_chatbridge.tasks import AlignmentTask, GenerationTask
 from lavis_chatbridge.tasks.base import merge
@@ -25,9 +25,10 @@ class Source:
     """``size`` pictures, each a number that says its colour; every question asks for it."""
 
     ratio = None
+    kinds = ("image",)
 
-    def __init__(self, name, size, answers=False, bad=()):
-        self.name, self.size, self.answers, self.bad = name, size, answers, bad
+    def __init__(self, name, size, answers=False, bad=(), paths=None):
+        self.name, self.size, self.answers, self.bad, self.paths = name, size, answers, bad, paths
 
     def __len__(self):
         return self.size
@@ -37,7 +38,9 @@ class Source:
         return [7 * index % 5 for index in range(self.size)]
 
     def sample(self, index):
-        return SimpleNamespace(id=f"{self.name}{index}", facts={"colour": COLOURS[index % 3]})
+        path = f"{index}.png" if self.paths is None else self.paths[index]
+        files = [SimpleNamespace(kind="image", path=path, offset=None)] if path else []
+        return SimpleNamespace(id=f"{self.name}{index}", facts={"colour": COLOURS[index % 3]}, files=files)
 
     def item(self, index, epoch=0):
         if index in self.bad:
@@ -122,8 +125,56 @@ def test_shuffled_media_are_never_the_samples_own():
     assert shuffled.item(3)["facts"] == {"colour": "red"}
     normal = EvaluationSource(Source("a", 10), "shuffled", ["audio"], seed=1)
     assert int(normal.item(3)["image"][0]) == 3
-    with pytest.raises(DataError, match="has a single sample"):
-        EvaluationSource(Source("a", 1), "shuffled", ["image"])
+    same = EvaluationSource(Source("a", 6, paths=["x.png"] * 3 + ["y.png"] * 3), "shuffled", ["image"])
+    assert [int(same.item(index)["image"][0]) < 3 for index in range(6)] == [False] * 3 + [True] * 3
+
+
+def test_a_picture_is_exchanged_for_one_that_can_be_read_however_few_there_are():
+    among_texts = EvaluationSource(Source("a", 60, paths=["0.png", "1.png"] + [""] * 58), "shuffled", ["image"])
+    assert [int(among_texts.item(index)["image"][0]) for index in (0, 1, 2)] == [1, 0, 2]  # the third has none to lose
+    unread = EvaluationSource(Source("a", 12, bad=range(2, 12)), "shuffled", ["image"])
+    assert [int(unread.item(index)["image"][0]) for index in (0, 1)] == [1, 0]
+    alone = EvaluationSource(Source("a", 1), "shuffled", ["image"])
+    with pytest.raises(MediaError, match="another sample's media for 'a0': a has no other readable sample"):
+        alone.item(0)
+
+
+@pytest.mark.parametrize("mode", ["withheld", "shuffled"])
+def test_sources_without_such_media_are_left_out(mode):
+    words = Source("w", 4)
+    words.kinds = ()
+    assert [s.name for s in EvaluationSplit([Source("a", 4), words], mode, ["image"]).sources] == ["a"]
+    assert [s.name for s in EvaluationSplit([Source("a", 4), words]).sources] == ["a", "w"]
+    with pytest.raises(DataError, match=f"run.media is {mode}, but a, w hold no video and no audio"):
+        EvaluationSplit([Source("a", 4), words], mode, ["video", "audio"])
+
+
+def test_a_source_without_references_does_not_take_the_scores_of_the_others(results):
+    bare = Source("b", 3)
+    item = bare.item
+    bare.item = lambda index, epoch=0: item(index, epoch) | {"references": [], "answers": []}
+    scores = evaluate(GenerationTask(EvaluationSettings(metrics=["exact_match"])), [Source("a", 3, True), bare])
+    assert scores["by_source"]["a"]["headline"] == scores["agg_metrics"] == 100.0
+    assert scores["by_source"]["b"]["samples"] == 3
+    assert "none of 3 predictions has references" in scores["by_source"]["b"]["fault"]
+    alone = evaluate(GenerationTask(EvaluationSettings(metrics=["exact_match"])), [bare])
+    assert "agg_metrics" not in alone
+    assert len(json.loads((results / "test_step5.json").read_text())) == 3
+
+
+def test_samples_of_one_id_are_all_scored():
+    one = Source("a", 4, answers=True)
+    item = one.item
+    one.item = lambda index, epoch=0: item(index, epoch) | {"sample_id": "same"}
+    scores = evaluate(GenerationTask(EvaluationSettings(metrics=["exact_match", "vqa_accuracy"])), [one])
+    assert (scores["samples"], scores["not_predicted"]) == (4, 0)
+    assert scores["by_source"]["a"]["scores"]["exact_match"] == 100.0
+
+
+def test_results_that_cannot_be_written_are_named(results):
+    (results / "test_step5.json").mkdir()
+    with pytest.raises(ConfigError, match=f"run.output_dir: cannot write to {results}: Is a directory"):
+        evaluate(GenerationTask(), [Source("a", 2)])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -141,7 +192,8 @@ def test_merge_orders_and_drops_duplicates():
         {"source": "a", "index": 2, "id": 1},
         {"source": "a", "index": 0, "id": 1},
     ]
-    merged = merge(records, key="id")
+    assert [record["index"] for record in merge(records, key="id")] == [0, 2, 1]  # a data set may use an id twice
+    merged = merge([*records[::2], records[2]], key="id")
     assert merged == [{"source": "a", "index": 0, "id": 1}, {"source": "b", "index": 1, "id": 1}]
 
 

@@ -70,7 +70,7 @@ def score_captions(
         metrics: Which of `METRICS`.
 
     Raises:
-        DataError: If a prediction has no reference, or a metric is unknown.
+        DataError: If a prediction has no reference, no reference has a word, or a metric is unknown.
     """
     _check(predictions, references, metrics)
     missing = unavailable(metrics)
@@ -81,6 +81,8 @@ def score_captions(
     tokenise = _tokenise_ptb if tokenizer == "ptb" else _tokenise_python
     truth = tokenise({key: list(references[key]) for key in ids})
     said = tokenise({key: [predictions[key]] for key in ids})
+    if not any(text for texts in truth.values() for text in texts):
+        raise DataError(f"no reference of {len(ids)} predictions holds a word")
     overall: dict[str, float] = {}
     each: dict[str, list[float]] = {}
     for metric in metrics:

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.settings import shown
 from lavis_chatbridge.tasks.scoring import answers, captions
 from lavis_chatbridge.tasks.scoring.names import CAPTION_METRICS, HEADLINES
 
@@ -39,7 +40,7 @@ def score_records(records: Sequence[Record], metrics: Sequence[str], normalisati
     """Score predictions.
 
     Args:
-        records: One per sample, with ids of their own.
+        records: One per sample.
         metrics: Names of `names.METRICS`, the most important one first.
         normalisation: For ``exact_match``.
 
@@ -49,7 +50,7 @@ def score_records(records: Sequence[Record], metrics: Sequence[str], normalisati
         (how many records have nothing to compare with).
 
     Raises:
-        DataError: If two records have one id, or none can be scored.
+        DataError: If two records are of one sample (its id, and ``index`` where they have it), or none can be scored.
     """
     _check_ids(records)
     usable = [record for record in records if truth_of(record)]
@@ -58,9 +59,8 @@ def score_records(records: Sequence[Record], metrics: Sequence[str], normalisati
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(usable)}
     scores: dict[str, float] = {}
     _captions(usable, [m for m in metrics if m in CAPTION_METRICS], scores, result)
-    said = {record["sample_id"]: record["prediction"] for record in usable}
-    truth = {record["sample_id"]: truth_of(record) for record in usable}
-    types = {record["sample_id"]: kind for record in usable if (kind := type_of(record))}
+    said, truth = _named(usable)
+    types = {str(number): kind for number, record in enumerate(usable) if (kind := type_of(record))}
     by_type: dict[str, dict[str, float]] = {}
     if "vqa_accuracy" in metrics:
         groups = {sample_id: types.get(sample_id, "other") for sample_id in said}
@@ -74,16 +74,26 @@ def score_records(records: Sequence[Record], metrics: Sequence[str], normalisati
     return result | ({"by_type": by_type} if types and by_type else {})
 
 
+def scores_or_fault(records: Sequence[Record], metrics: Sequence[str], normalisation: str = "plain") -> dict[str, Any]:
+    """What `score_records` returns, or ``fault``: why it cannot, so that other data sets' scores are not lost."""
+    try:
+        return score_records(records, metrics, normalisation)
+    except DataError as error:
+        _log.error("not scored: %s", error)
+        return {"samples": len(records), "fault": str(error)}
+
+
 def type_of(record: Record) -> str:
     """The type by which the data set tells its questions apart; empty where it does not."""
-    kind = (record.get("meta") or {}).get("type") or ""
-    return kind if isinstance(kind, str) else " / ".join(map(str, kind))
+    meta = record.get("meta")
+    kind = meta.get("type") if isinstance(meta, Mapping) else None
+    return " / ".join(map(str, kind)) if isinstance(kind, (list, tuple)) else "" if kind is None else str(kind)
 
 
 def truth_of(record: Record) -> list[str]:
     """What a prediction is compared with: the accepted answers, else the references."""
     found = record.get("answers") or record.get("references") or []
-    return [found] if isinstance(found, str) else list(found)
+    return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
 def versions() -> dict[str, str]:
@@ -100,11 +110,16 @@ def versions() -> dict[str, str]:
 def _captions(records: Sequence[Record], metrics: Sequence[str], scores: dict[str, float], result: dict) -> None:
     if not metrics:
         return
-    said = {record["sample_id"]: record["prediction"] for record in records}
-    truth = {record["sample_id"]: truth_of(record) for record in records}
+    said, truth = _named(records)
     scored = captions.score_captions(said, truth, metrics)
     scores.update({name: 100.0 * value for name, value in scored.overall.items()})
     result |= {"tokenizer": scored.tokenizer, "left_out": scored.left_out}
+
+
+def _named(records: Sequence[Record]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Predictions, and what they are compared with, by the record's number: a data set may use an id twice."""
+    said = {str(number): record["prediction"] for number, record in enumerate(records)}
+    return said, {str(number): truth_of(record) for number, record in enumerate(records)}
 
 
 def _by_type(each: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:
@@ -116,10 +131,15 @@ def _by_type(each: Mapping[str, float], types: Mapping[str, str]) -> dict[str, f
 
 
 def _check_ids(records: Sequence[Record]) -> None:
-    seen: set[str] = set()
+    seen: set[tuple[str, Any]] = set()
     for number, record in enumerate(records):
         if not isinstance(record, Mapping) or not {"sample_id", "prediction"} <= set(record):
             raise DataError(f"prediction {number} has no sample_id or no prediction: is this a file of predictions?")
-        if record["sample_id"] in seen:
+        if not isinstance(record["prediction"], str):
+            raise DataError(f"prediction {number} is {shown(record['prediction'])}, expected text")
+        if not all(isinstance(text, str) for text in truth_of(record)):
+            raise DataError(f"prediction {number} is to be compared with {shown(truth_of(record))}, expected texts")
+        place = (str(record["sample_id"]), str(record.get("index")))
+        if place in seen:
             raise DataError(f"sample {record['sample_id']!r} was predicted twice")
-        seen.add(record["sample_id"])
+        seen.add(place)

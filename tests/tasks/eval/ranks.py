@@ -14,3 +14,9 @@ def evaluate(rank: int, cfg_path: str, options: list[str], folder: str) -> None:
         status = cli.main(["evaluate", "--cfg-path", cfg_path, "--options", *options])
     if status:
         raise SystemExit(status)
+
+
+def evaluate_suites(rank: int, words: list[str], folder: str) -> None:
+    """Evaluate suites and keep the exit status."""
+    status = cli.main(["evaluate", *words])
+    (Path(folder) / f"status{rank}.txt").write_text(str(status), encoding="utf-8")

@@ -104,6 +104,37 @@ def test_an_interrupted_run_goes_on(evaluate, tmp_path, monkeypatch):
     assert sum(counts) == 11
 
 
+def test_a_run_that_is_interrupted_in_its_second_split_goes_on(evaluate, data, tmp_path, monkeypatch):
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    lines = (data / "test.jsonl").read_text().splitlines(keepends=True)
+    (data / "later.jsonl").write_text("".join(lines[::-1]))  # the same samples at other places
+    (data / "odd.jsonl").write_text(lines[0].replace("What is it?", "What\u2028is\x85it?"))
+    splits = "datasets.chatbridge_jsonl.splits={odd: odd.jsonl, later: later.jsonl, test: test.jsonl}"
+    options = (splits, "run.test_splits=[odd,later,test]", "run.batch_size_eval=1")
+    generate, seen, limit = ChatBridge.generate, [], [14]
+
+    def counted(model, samples, **more):
+        if len(seen) == limit[0]:
+            raise KeyboardInterrupt
+        seen.append(samples["sample_id"])
+        return generate(model, samples, **more)
+
+    monkeypatch.setattr(ChatBridge, "generate", counted)
+    whole = evaluate("whole", "run.batch_size_eval=1")  # 11 samples
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("cut", *options)
+    assert len(seen) == 14  # 1 of the first split, 2 of the second
+    limit[0] = -1
+    assert evaluate("cut", *options) == whole
+    assert len(seen) == 14 + 9  # the third split's samples are the second's
+    indices = [(r["source"], r["index"]) for r in json.loads((tmp_path / "cut/result/later_step0.json").read_text())]
+    assert indices == [("chatbridge_jsonl/audio", n) for n in range(4)] + [
+        ("chatbridge_jsonl/image", n) for n in range(7)
+    ]
+    assert not (tmp_path / "cut/result/journal").exists()
+
+
 def test_other_decoding_is_predicted_anew(evaluate, monkeypatch):
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
@@ -126,6 +157,25 @@ def test_two_processes_write_the_file_of_one(evaluate, data, tmp_path):
     assert (tmp_path / "printed1.txt").read_text() == ""
 
 
+def test_what_one_process_cannot_do_ends_the_suite_on_both_and_the_next_one_runs(data, tmp_path):
+    suites, text = tmp_path / "suites", (data / "run.yaml").read_text()
+    suites.mkdir()
+    for name in ("first", "second"):
+        (suites / f"{name}.yaml").write_text(text + f"  output_dir: {tmp_path / name}\n")
+    (tmp_path / "first/result/test_step0.json").mkdir(parents=True)  # the main process cannot write there
+    words = ["--suite", "all", "--suite-folder", str(suites), "--output", str(tmp_path / "table")]
+    in_processes(ranks.evaluate_suites, 2, words, str(tmp_path))
+    assert [(tmp_path / f"status{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
+    table = json.loads((tmp_path / "table/tiny/scores.json").read_text())["suites"]
+    assert [(line["suite"], line["status"]) for line in table] == [
+        ("first", "failed"),
+        ("second test chatbridge_jsonl/audio", "scored"),
+        ("second test chatbridge_jsonl/image", "scored"),
+    ]
+    assert "cannot write to" in table[0]["remarks"][0]
+    assert len(json.loads((tmp_path / "second/result/test_step0.json").read_text())) == 11
+
+
 def test_answers_are_chosen_from_a_list(evaluate, tmp_path):
     (tmp_path / "answers.json").write_text(json.dumps(["red", "a large blue circle", "yes"]))
     options = ("run.inference_method=rank", f"run.answer_list={tmp_path / 'answers.json'}")
@@ -134,3 +184,11 @@ def test_answers_are_chosen_from_a_list(evaluate, tmp_path):
     assert {record["prediction"] for record in json.loads(one)} <= {"red", "a large blue circle", "yes"}
     with pytest.raises(ConfigError, match="cannot be read"):
         evaluate("none", "run.inference_method=rank", "run.answer_list=nowhere.json")
+    (tmp_path / "answers.json").write_text(json.dumps(["yes", "yes", "red", "a large blue circle", "red"]))
+    two = evaluate("two", *options, "run.num_ans_candidates=2")
+    (tmp_path / "answers.json").write_text(json.dumps(["yes", "red", "a large blue circle"]))
+    assert evaluate("distinct", *options, "run.num_ans_candidates=2") == two
+    with pytest.raises(ConfigError, match="num_ans_candidates must be at least 1, found 0"):
+        evaluate("none", *options, "run.num_ans_candidates=0")
+    with pytest.raises(ConfigError, match=r"run.answer_list names no JSON file"):
+        evaluate("none", "run.inference_method=rank")

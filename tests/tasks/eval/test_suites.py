@@ -142,6 +142,31 @@ def test_suites_are_chosen_by_name():
         suites.choose("clothoo", found)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("run: [1", "is no valid YAML: while parsing"),
+        ("- run", "expected sections of which run is a mapping"),
+        ("run: 3", "expected sections of which run is a mapping"),
+        ("run: {metrics: []}", "holds no suite"),
+    ],
+)
+def test_a_file_that_is_no_suite_is_named(tmp_path, text, why):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        suites.find(tmp_path)
+
+
+def test_scores_that_cannot_be_written_are_printed(benchmark_data, tmp_path, capsys):
+    (tmp_path / "scores").write_text("no folder")
+    options = [*SHORT, f"env.data_root={benchmark_data}", f"run.output_dir={tmp_path}/gqa"]
+    assert main(["evaluate", "--suite", "gqa", "--output", str(tmp_path / "scores"), "--options", *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[2].startswith("gqa ")
+    assert f"error: --output: cannot write to {tmp_path}/scores/tiny: Not a directory" in printed.err
+    assert (tmp_path / "gqa/result/journal/rank0.jsonl").exists()  # the same command finds the predictions
+
+
 @pytest.mark.parametrize("model_type", ["vicuna7b", "vicuna13b"])
 def test_one_override_takes_the_large_models(benchmark_data, model_type):
     from lavis_chatbridge.runners.config import load_config

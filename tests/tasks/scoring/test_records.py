@@ -6,7 +6,7 @@ import pytest
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.tasks.scoring import captions
-from lavis_chatbridge.tasks.scoring.records import announce, score_records
+from lavis_chatbridge.tasks.scoring.records import announce, score_records, scores_or_fault, type_of
 
 
 def record(number: int, said: str, *answers: str, kind: object = None) -> dict:
@@ -50,3 +50,41 @@ def test_what_cannot_be_scored_is_refused():
         score_records([record(0, "a")], ["exact_match"])
     with pytest.raises(DataError, match="prediction 0 has no sample_id"):
         score_records([{"caption": "a"}], ["exact_match"])
+
+
+def test_what_is_no_record_is_a_fault_and_no_accident():
+    both = [{**record(0, "a", "a"), "index": n} for n in (0, 1)]  # a data set that uses an id twice
+    assert score_records(both, ["exact_match"])["scores"] == {"exact_match": 100.0}
+    with pytest.raises(DataError, match="'s0' was predicted twice"):
+        score_records([*both, both[0]], ["exact_match"])
+    with pytest.raises(DataError, match="prediction 1 is 7, expected text"):
+        score_records([record(0, "a", "a"), {**record(1, "a", "a"), "prediction": 7}], ["exact_match"])
+    with pytest.raises(DataError, match=r"prediction 0 is to be compared with .7., expected texts"):
+        score_records([{**record(0, "a"), "references": 7}], ["exact_match"])
+    found = scores_or_fault([record(0, "a")], ["exact_match"])
+    assert found == {"samples": 1, "fault": "none of 1 predictions has references or answers to be compared with"}
+
+
+def test_captions_without_a_word_are_no_references(monkeypatch):
+    monkeypatch.setattr(captions, "_java_fault", lambda heap: "no Java")
+    with pytest.raises(DataError, match="no reference of 2 predictions holds a word"):
+        score_records(
+            [{"sample_id": str(n), "prediction": "a cat", "references": ["", "."]} for n in range(2)], ["CIDEr"]
+        )
+    records = [{"sample_id": str(n), "prediction": "a cat", "references": ["", "a cat"][n:]} for n in range(2)]
+    assert score_records(records, ["BLEU"])["scores"]["BLEU_1"] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("meta", "kind"),
+    [
+        ({"type": 3}, "3"),
+        ({"type": 0}, "0"),
+        ({"type": ["a", 1]}, "a / 1"),
+        ({"type": ""}, ""),
+        ({}, ""),
+        (["type"], ""),
+    ],
+)
+def test_a_type_of_questions_may_be_anything(meta, kind):
+    assert type_of({"meta": meta}) == kind
