@@ -8,7 +8,7 @@ The plain pipeline is what one writes first: Pillow and torchvision on the whole
 decoded and then picked, every channel resampled and a filterbank for each clip. Both work on the same files, made
 here: photo-like noise of all scales as JPEG and PNG, H.264 with long and short groups of pictures, stereo sound at
 44.1 kHz. "difference" is the mean distance of the results, for pictures on the scale from black 0 to white 1, for
-filterbanks in normalised units.
+filterbanks in normalised units. Goals: 1.7 times as fast for pictures, 2.0 for videos, 1.4 for sounds.
 """
 
 from __future__ import annotations

@@ -18,18 +18,17 @@ ones, and these two say little about a large model's. The second's loss is on ca
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from common import circumstances, tell
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,7 +36,6 @@ from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.settings import LanguageModelSettings, Quantization
 from lavis_chatbridge.prompting import Text
 from lavis_chatbridge.toyworld.reading import captioned
-from lavis_chatbridge.writing import write_text
 
 SIZES: dict[str, dict[str, int]] = {
     "0.5b": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 32, "num_attention_heads": 16},
@@ -156,19 +154,19 @@ def table(found: Sequence[Row]) -> list[str]:
 
 def report(size: str) -> str:
     """Both models measured, in Markdown."""
+    import bitsandbytes
+
     with tempfile.TemporaryDirectory() as temporary:
         numbers = random_folder(Path(temporary), size)
         ids = torch.randint(3, 32_000, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(1))
         large = rows(temporary, ids, torch.ones_like(ids))
     ids, mask = captions()
     small = rows(TRAINED, ids, mask)
-    names = ("torch", "transformers", "bitsandbytes")
     lines = [
         "# A language model in 8 and 4 bits\n",
-        f"`python benchmarks/quantize.py --size {size}`, {datetime.date.today()}, CPU "
-        f"({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}.",
-        f"Python {platform.python_version()}  {'  '.join(f'{name} {version(name)}' for name in names)}\n",
-        "What is compared, and with what, stands at the head of the script. No GPU was used: nothing here is of one.\n",
+        circumstances("quantize.py", f"--size {size}", modules=(torch, transformers, bitsandbytes)),
+        f"CPU ({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}. No GPU was used: "
+        "nothing here is of one. What is compared, and with what, stands at the head of the script.\n",
         f"A LLaMA of {numbers / 1e6:.0f} million random weights, {ids_in_words(ROWS, POSITIONS)}:\n",
         *table(large),
         f"\nThe shipped tiny language model, trained, {ids_in_words(*ids.shape)} at most, captions of its world:\n",
@@ -188,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    text = report(args.size)
-    print(text, end="")
-    if args.write:
-        write_text(args.write, text)
+    tell(report(args.size), args.write)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-import runpy
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "quantize.py"
 
-
-def test_the_benchmark_runs_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="quantize"))
-    script.main.__globals__["CAPTIONS"] = 6
+def test_the_benchmark_runs_through(
+    benchmark: Callable[[str], Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = benchmark("quantize")
+    monkeypatch.setattr(script, "CAPTIONS", 6)
     written = tmp_path / "quantize.md"
     script.main(["--size", "tiny", "--write", str(written)])
     text = written.read_text(encoding="utf-8")
