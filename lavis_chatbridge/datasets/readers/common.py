@@ -92,8 +92,8 @@ class Row:
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def text(self, *keys: str) -> str:
-        """The first of these fields that is there, as text; a number counts.
+    def text(self, *keys: str, blank: bool = False) -> str:
+        """The first of these fields that is there, as text; a number counts, and with ``blank`` a text of no characters.
 
         Raises:
             DataError: If none is there, or it is neither text nor a number.
@@ -101,7 +101,7 @@ class Row:
         value = self._first(keys)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not (blank or value.strip()):
             raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected text")
         return self._whole_characters(value.strip(), keys)
 

@@ -37,7 +37,10 @@ def vqav2(origin: Origin) -> Iterator[Sample]:
     answers: dict[int, tuple[str, tuple[str, ...], dict[str, str]]] = {}
     if "annotations" in origin.files:
         for row in json_rows(origin.file("annotations"), "annotations"):
-            every = tuple(answer.text("answer") for answer in row.rows("answers")) if "answers" in row else ()
+            # of ten people one may have said nothing, which the official evaluator takes for an answer like others
+            every = (
+                tuple(answer.text("answer", blank=True) for answer in row.rows("answers")) if "answers" in row else ()
+            )
             best = row.text("multiple_choice_answer") if "multiple_choice_answer" in row else _commonest(every, row)
             kind = {"type": row.text("answer_type")} if "answer_type" in row else {}
             answers[row.whole("question_id")] = (best, every or (best,), kind)

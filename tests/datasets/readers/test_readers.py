@@ -53,6 +53,12 @@ def test_vqav2(read):
     del annotation["multiple_choice_answer"]
     annotations["annotations"] = [annotation | {"question_id": 9000}]
     assert asked(read("vqav2", media, questions=questions, annotations=annotations)[0])[1] == "cat"
+    votes[2]["answer"] = ""  # nothing said is an answer too
+    assert read("vqav2", media, questions=questions, annotations=annotations)[0].answers == ("cat", "cat", "")
+    votes[2]["answer"] = None
+    with pytest.raises(DataError, match=r"answers\[2\]: answer is None, expected text"):
+        read("vqav2", media, questions=questions, annotations=annotations)
+    votes[2]["answer"] = "cat"
     with pytest.raises(DataError, match=r"questions\[0\]: question 9000 has no annotation"):
         read("vqav2", media, questions=questions, annotations=top | {"annotations": []})
 
