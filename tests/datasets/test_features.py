@@ -65,6 +65,28 @@ def test_changed_content_weights_or_processor_are_other_features(pictures, proce
         store.find(medium)
 
 
+def test_a_file_of_the_same_size_and_another_time_is_read_again(pictures, processors):
+    medium = Medium("image", str(pictures / "p9.png"))
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    content = (pictures / "p9.png").read_bytes()
+    (pictures / "p9.png").write_bytes(content[:-1] + b"x")
+    os.utime(pictures / "p9.png", ns=(1, 1))
+    assert store.find(medium) is None
+
+
+def test_one_file_has_features_of_its_own_for_each_kind(pictures):
+    store = FeatureStore(pictures / "store")
+    keys = {store.key(Medium(kind, str(pictures / "p0.png"))) for kind in ("image", "video", "audio")}
+    assert len(keys) == 3
+
+
+def test_features_whose_mask_is_of_another_medium_are_refused(pictures):
+    store, medium = FeatureStore(pictures / "store"), Medium("image", str(pictures / "p0.png"))
+    store.add([(medium, EncodedMedium(torch.ones(1, 3, 4), torch.ones(1, 2, dtype=torch.bool)))])
+    with pytest.raises(DataError, match=r"float16 \[1, 3, 4\] and bool \[1, 2\] are stored"):
+        store.find(medium)
+
+
 def test_equal_files_are_encoded_once_and_unreadable_ones_left_out(pictures, processors, caplog):
     (pictures / "p1.png").write_bytes((pictures / "p0.png").read_bytes())
     (pictures / "p2.png").write_bytes(b"broken")

@@ -67,7 +67,7 @@ def test_mutations(files: dict[str, bytes], opened: Callable[[bytes], Any], time
     messages: list[str] = []
     for name, data in files.items():
         for _ in range(times):
-            begin = time.monotonic()
+            begin = time.process_time()  # which other work on the machine does not stretch
             try:
                 result = opened(mutated_bytes(data, rng))
             except MediaError as error:
@@ -78,7 +78,7 @@ def test_mutations(files: dict[str, bytes], opened: Callable[[bytes], Any], time
                 if isinstance(result, np.ndarray):
                     assert result.size > 0
                     assert np.isfinite(result).all()
-            assert time.monotonic() - begin < 10, name
+            assert time.process_time() - begin < 10, name
     assert results > 0
     assert refusals > 0
     assert not any("\n" in message for message in messages)

@@ -7,24 +7,13 @@ import torch
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.beats import Beats, BeatsConfig, relative_buckets
-
-SMALL = {
-    "embed_dim": 24,
-    "encoder_embed_dim": 32,
-    "encoder_layers": 2,
-    "encoder_ffn_embed_dim": 48,
-    "encoder_attention_heads": 4,
-    "conv_pos": 8,
-    "conv_pos_groups": 4,
-    "num_buckets": 16,
-    "max_distance": 40,
-}
+from tests.models.building import SMALL_BEATS
 
 
 @pytest.fixture
 def beats() -> Beats:
     torch.manual_seed(0)
-    return Beats(BeatsConfig.from_dict(SMALL)).eval()
+    return Beats(SMALL_BEATS).eval()
 
 
 @pytest.mark.parametrize("frames", [1, 16, 75, 80])
@@ -37,6 +26,12 @@ def test_padding_changes_nothing(beats: Beats, frames: int) -> None:
     assert mask.sum(1).tolist() == [-(-frames // 16) * 2, 20]
     torch.testing.assert_close(tokens[0, mask[0]], alone[0], atol=1e-5, rtol=0)
     assert not tokens[0, ~mask[0]].any()
+
+
+def test_a_clip_without_sound_still_has_a_patch_to_look_at(beats: Beats) -> None:
+    tokens, mask = beats(torch.randn(2, 64, 32), torch.tensor([0, 64]))
+    assert mask.sum(1).tolist() == [2, 8]
+    assert tokens.isfinite().all()
 
 
 def test_without_frames_a_rest_is_dropped(beats: Beats) -> None:
@@ -80,7 +75,7 @@ def test_bfloat16_stays_near(beats: Beats) -> None:
 )
 def test_refused_configurations(change: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        BeatsConfig.from_dict({**SMALL, **change})
+        BeatsConfig.from_dict({**vars(SMALL_BEATS), **change})
 
 
 def test_bins_that_do_not_fit_are_named(beats: Beats) -> None:

@@ -109,6 +109,10 @@ def test_truncation_keeps_slots_whole_and_counts_lost_answers(length: int, ids: 
     assert batch.lost == lost
 
 
+def test_a_row_that_never_had_an_answer_has_lost_none() -> None:
+    assert lay_out([[Text("abc")], [IMAGE, Text("d", target=True)]], [{}, *PLACES[:1]], CODEC, "text", 1).lost == 0
+
+
 def test_a_medium_behind_cut_text_goes_whole() -> None:
     prompt: list[Piece] = [Text("abc"), IMAGE, Text("d", target=True)]
     batch = lay_out([prompt], PLACES[:1], CODEC, "text", 2)

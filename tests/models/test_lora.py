@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from building import small_model, small_settings
 from torch import Tensor
 
 from lavis_chatbridge import settings as settings_reader
@@ -19,6 +18,7 @@ from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.models.weights_command import model_settings
+from tests.models.building import small_model, small_settings
 
 LLAMA_13B = {
     "hidden_size": 5120,

@@ -48,6 +48,12 @@ def test_two_turns_with_media_in_both() -> None:
     ]
 
 
+def test_a_sound_is_the_background_of_a_video_only() -> None:
+    for kinds, words in ((("image", "audio"), " and audio: "), (("video", "audio"), " and its background audio: ")):
+        pieces = chat_prompt([Turn("user", "What?", kinds)])  # type: ignore[arg-type]
+        assert pieces[1:4] == [Slot(kinds[0], 0), Text(words), Slot("audio", 0)]  # type: ignore[arg-type]
+
+
 def test_media_are_numbered_over_turns() -> None:
     turns = [Turn("user", "a", ("image",)), Turn("assistant", "b"), Turn("user", "c", ("audio", "image"))]
     assert slots_of(chat_prompt(turns)) == [Slot("image", 0), Slot("audio", 0), Slot("image", 1)]

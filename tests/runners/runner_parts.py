@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
@@ -173,11 +176,19 @@ def in_processes(work: Any, count: int, *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # a server that has imported everything once forks the processes of all tests
-    multiprocessing.set_forkserver_preload([__name__])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python up to 3.11.9 forgets sys.path when it preloads
     everything = (count, port, work, arguments)
-    mp.start_processes(_as_rank, args=everything, nprocs=count, join=True, start_method="forkserver")
+    with preloaded():
+        mp.start_processes(_as_rank, args=everything, nprocs=count, join=True, start_method="forkserver")
+
+
+@contextmanager
+def preloaded() -> Iterator[None]:
+    """A server that has imported everything once forks the processes that are started meanwhile."""
+    multiprocessing.set_forkserver_preload([__name__])
+    path = os.pathsep.join(sys.path)  # Python up to 3.11.9 forgets sys.path when it preloads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        yield
 
 
 def _as_rank(rank: int, count: int, port: int, work: Any, arguments: tuple) -> None:

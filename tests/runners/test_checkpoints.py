@@ -10,20 +10,24 @@ import shutil
 import signal
 import stat
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import safetensors.torch
 import torch
-from runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.models import shapes
+from lavis_chatbridge.models.language_model import load_codec
 from lavis_chatbridge.models.weights_command import model_settings
 from lavis_chatbridge.runners import checkpoints, distributed, snapshot
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
 from lavis_chatbridge.writing import SHARED
 from tests.fuzzing.weights import assert_same_state, run_state, with_manifest
+from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, in_processes, preloaded, runner, toy_data, weights
+
+ASSETS = Path(shapes.__file__).parents[1] / "assets"
 
 
 class Stop(Exception):
@@ -305,6 +309,25 @@ def test_the_same_frozen_weights_in_another_precision_are_the_same():
     assert snapshot.fingerprints(model) == snapshot.fingerprints(half)
 
 
+def test_a_change_anywhere_in_a_large_frozen_part_is_noticed():
+    model = torch.nn.ModuleDict({"large": torch.nn.Linear(100, 100, bias=False).requires_grad_(False)})
+    before = snapshot.fingerprints(model)
+    for place in ((0, 0), (99, 99)):
+        with torch.no_grad():
+            model["large"].weight[place] += 1
+        assert snapshot.fingerprints(model) != before
+        before = snapshot.fingerprints(model)
+
+
+def test_another_tokenizer_of_the_same_size_is_noticed(golden_dir):
+    model, marks = ToyModel(), []
+    for folder in (golden_dir / "tokenizer", ASSETS / "tiny" / "llm"):
+        model.llama_tokenizer = load_codec(folder)
+        marks.append(snapshot.fingerprints(model))
+    assert marks[0].keys() == marks[1].keys() == {"frozen", "words", "tokenizer"}
+    assert {name for name in marks[0] if marks[0][name] != marks[1][name]} == {"tokenizer"}
+
+
 def test_random_generators_come_back():
     import random
 
@@ -443,7 +466,8 @@ def _end_of_time(folder):
 
 def test_the_end_of_a_jobs_time_saves_although_workers_are_signalled_too(tmp_path):
     process = multiprocessing.get_context("forkserver").Process(target=_end_of_time, args=(tmp_path,))
-    process.start()
+    with preloaded():
+        process.start()
     process.join(120)
     assert process.exitcode == 143
     (newest,) = (tmp_path / "checkpoints").iterdir()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runner_parts import config
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.distributed import Place
+from tests.runners.runner_parts import config
 
 
 def test_without_a_launcher_there_is_no_group(tmp_path, monkeypatch):

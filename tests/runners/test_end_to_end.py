@@ -6,58 +6,16 @@ import json
 
 import pytest
 import torch
-from lavis.common.registry import registry
-from runner_parts import in_processes
 
 from lavis_chatbridge.runners import checkpoints, distributed
-from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.runners.snapshot import trained_weights
-from lavis_chatbridge.toyworld.build import Sizes, build_world
-
-YAML = """
-model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
-datasets:
-  chatbridge_world_caption: {{data_root: {world}}}
-run:
-  task: {task}
-  max_iters: 4
-  batch_size_train: 2
-  batch_size_eval: 4
-  accum_grad_iters: 2
-  init_lr: 1e-3
-  num_workers: 0
-  log_every: 1
-  output_dir: {output}
-  job_id: ""
-"""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return build_world(tmp_path_factory.mktemp("world") / "w", Sizes(12, 6, 6, 3, 3, 2), processes=1)
-
-
-def run(tmp_path, world, *options, task="chatbridge_alignment", evaluate=False):
-    path = tmp_path / "run.yaml"
-    path.write_text(YAML.format(world=world, output=tmp_path / "out", task=task))
-    cfg = load_config(path, [*options, *(["run.evaluate=true"] if evaluate else [])])
-    torch.manual_seed(cfg.run.seed)
-    setup = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
-    datasets = setup.build_datasets(cfg)
-    runner_class = registry.get_runner_class(cfg.run.runner)
-    runner = runner_class(cfg=cfg, job_id="job", task=setup, model=setup.build_model(cfg), datasets=datasets)
-    if evaluate:
-        return runner.evaluate()
-    runner.train()
-    return runner
+from tests.runners.runner_parts import in_processes
+from tests.runners.world_runs import logged, run
 
 
 def test_train_resume_and_score(tmp_path, world):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "cut").mkdir()
     whole = run(tmp_path / "whole", world, "run.valid_splits=[test]")
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "out" / "log.txt").read_text().splitlines()]
-    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    losses = logged(tmp_path / "whole", "train_loss")
     assert len(losses) == 4
     assert all(0 < loss < 10 for loss in losses)
     folder = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
@@ -101,17 +59,24 @@ def _on_a_rank(rank, folder, world, options):
     distributed.close()
 
 
+DROPLESS = ("model.perceiver.dropout=0", "run.max_iters=2", "run.valid_splits=[test]")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, world):
+    """The folder of a training by one process, and its weights."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, trained_weights(run(folder, world, *DROPLESS).model)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_equal_one(tmp_path, world, parallel):
+def test_two_processes_equal_one(tmp_path, world, alone, parallel):
     """Also where every process holds only a part of the frozen encoders and of the language model."""
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    dropless = ("model.perceiver.dropout=0", "run.max_iters=2", "run.valid_splits=[test]")
-    one = run(tmp_path / "one", world, *dropless)
-    in_processes(_on_a_rank, 2, tmp_path / "two", world, (*dropless, f"run.parallel={parallel}"))
-    first, second = (torch.load(tmp_path / "two" / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in trained_weights(one.model))
-    logs = [(tmp_path / name / "out" / "log.txt").read_text().splitlines() for name in ("one", "two")]
+    folder, weights = alone
+    in_processes(_on_a_rank, 2, tmp_path, world, (*DROPLESS, f"run.parallel={parallel}"))
+    first, second = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, tensor in weights.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-3, msg=name)
     for key in ("train_loss", "val_loss"):
-        found = [[line[key] for line in map(json.loads, log) if key in line] for log in logs]
-        assert found[0] == pytest.approx(found[1], abs=1e-4)
+        assert logged(folder, key) == pytest.approx(logged(tmp_path, key), abs=1e-4)

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runner_parts import in_processes, runner
 from safetensors.torch import load_file
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.plugin import launch, train
 from lavis_chatbridge.runners import distributed, folder
 from lavis_chatbridge.runners.folder import EARLIER, LOCK, WEIGHTS, RunFolder, new_job_id
+from tests.runners.runner_parts import in_processes, runner
 
 YAML = """
 model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from lavis.common.registry import registry
-from runner_parts import ToyModel, config, runner
 from torch import nn
 
 from lavis_chatbridge.errors import TrainingError
 from lavis_chatbridge.runners import optim
+from tests.runners.runner_parts import ToyModel, config, runner
 
 
 def test_warm_up_then_cosine_over_the_whole_run():

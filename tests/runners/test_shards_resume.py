@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runner_parts import WIDTH, WORDS, ToyModel, runner, weights
 
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
+from tests.runners.runner_parts import WIDTH, WORDS, ToyModel, runner, weights
 
 SAMPLES, PER_SHARD = 22, 8
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from runner_parts import config, in_processes
 from torch import Tensor
 
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.prompting import Text, Turn, alignment_prompt, chat_prompt
 from lavis_chatbridge.runners import distributed, parallel
 from tests.models.building import small_model
+from tests.runners.runner_parts import config, in_processes
 
 
 def frames(*shape: int) -> Tensor:
