@@ -93,7 +93,7 @@ class Row:
         return self.values.get(key) is not None
 
     def text(self, *keys: str, blank: bool = False) -> str:
-        """The first of these fields that is there, as text; a number counts, with ``blank`` a text of no characters too.
+        """The first of these fields that is there, as text; a number counts, and with ``blank`` an empty text.
 
         Raises:
             DataError: If none is there, or it is neither text nor a number.
