@@ -57,15 +57,24 @@ def check(words: Sequence[str], datasets: Iterable[str], run: Mapping[str, Any])
         run: The ``run`` section, as file and options have it.
 
     Raises:
-        ConfigError: If a word is no condition, a data set is one of LAVIS's own, or media are taken away already.
+        ConfigError: If a word is no condition, media are taken away already, or a data set, the task or the runner is
+            LAVIS's own.
     """
     parse(words)
     if run.get("media", "normal") != "normal":
         raise ConfigError(
             f"--ablate scores with all media first, but run.media is {run['media']!r}: leave one of the two out"
         )
+    import lavis.runners  # noqa: F401  (fills the registry with runners)
     from lavis.common.registry import registry
 
+    from lavis_chatbridge.runners import ChatBridgeRunner
+    from lavis_chatbridge.tasks.base import ChatBridgeTask
+
+    task, runner = registry.get_task_class(str(run.get("task"))), registry.get_runner_class(str(run.get("runner")))
+    for key, found, own in (("task", task, ChatBridgeTask), ("runner", runner, ChatBridgeRunner)):
+        if found is not None and not issubclass(found, own):
+            raise ConfigError(f"--ablate: run.{key} {run[key]!r} is LAVIS's own, which knows no run.media")
     for name in datasets:
         builder = registry.get_builder_class(name)
         if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is told with all other faults

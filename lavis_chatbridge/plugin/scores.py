@@ -37,7 +37,7 @@ def report(lines: Sequence[Line], written: Sequence[str], first: str = "split an
             ": ".join(filter(None, (line.suite, remark))) for line in lines for remark in line.remarks
         )
         raise DataError(f"nothing could be scored. {'; '.join(faults)}")
-    return f"{text_table(lines, first)}\n\nwritten to {', '.join(written)}", not failed
+    return f"{text_table(lines, first)}\n\nwritten to {', '.join(dict.fromkeys(written))}", not failed
 
 
 def files_of(found: Mapping[str, Any]) -> list[str]:

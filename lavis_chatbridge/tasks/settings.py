@@ -6,6 +6,7 @@ These keys stand in the ``run`` section of a YAML, beside the runner's own, as L
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -71,8 +72,8 @@ class EvaluationSettings:
             yield f"expected 1 <= min_len <= max_len, found min_len {self.min_len} and max_len {self.max_len}"
         if not 0 < self.top_p <= 1:
             yield f"top_p must lie in (0, 1], found {self.top_p}"
-        if self.temperature <= 0:
-            yield f"temperature must be positive, found {self.temperature}"
+        if not 0 < self.temperature < math.inf:
+            yield f"temperature must be positive and finite, found {self.temperature}"
         if self.repetition_penalty <= 0:
             yield f"repetition_penalty must be positive, found {self.repetition_penalty}"
         if self.num_ans_candidates < 1:

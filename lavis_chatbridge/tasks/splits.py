@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,13 +74,9 @@ class EvaluationSource:
         return item
 
     def _media_of_another(self, index: int, epoch: int, item: dict[str, Any]) -> dict[str, list]:
-        own = self._files(index)
-        if not own:
+        if not self._files(index):
             return {}
-        others = np.random.default_rng([self.seed, index]).permutation(len(self.source) - 1)
-        places = (int(other) + (int(other) >= index) for other in others)
-        fitting = (place for place in places if _exchangeable(self._files(place), own))
-        for place in itertools.islice(fitting, _TRIES):
+        for place in itertools.islice(self._partners(index), _TRIES):
             with contextlib.suppress(MediaError):  # another one's are as good
                 found = self.source.item(place, epoch)
                 return {kind: found[kind] for kind in self.kinds}
@@ -88,6 +84,17 @@ class EvaluationSource:
             f"another sample's media for {item['sample_id']!r}",
             f"{self.name} has no other readable sample with as many of each kind (run.media is shuffled)",
         )
+
+    def _partners(self, index: int) -> Iterator[int]:
+        """Those with as many media of each kind: first those that share none with this one, then the others."""
+        own = self._files(index)
+        others = np.random.default_rng([self.seed, index]).permutation(len(self.source) - 1)
+        places = [int(other) + (int(other) >= index) for other in others]
+        for fits in (set.isdisjoint, set.__ne__):
+            for place in places:
+                files = self._files(place)
+                if _kinds(files) == _kinds(own) and fits(set(files), set(own)):
+                    yield place
 
     def _files(self, index: int) -> list[tuple]:
         """The media of a sample that are concerned, kind first; nothing is opened."""
@@ -123,10 +130,8 @@ class EvaluationSplit:
         return sum(map(len, self.sources))
 
 
-def _exchangeable(one: Sequence[tuple], other: Sequence[tuple]) -> bool:
-    """Whether two samples have as many media of each kind, none of which is the same."""
-    kinds = [Counter(kind for kind, *_ in media) for media in (one, other)]
-    return kinds[0] == kinds[1] and not set(one).intersection(other)
+def _kinds(files: Sequence[tuple]) -> Counter[str]:
+    return Counter(kind for kind, *_ in files)
 
 
 def without(pieces: Sequence[Piece], kinds: Sequence[Kind]) -> list[Piece]:

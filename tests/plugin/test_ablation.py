@@ -95,6 +95,14 @@ def test_media_are_not_taken_away_twice(tmp_path, capsys):
     assert "--ablate scores with all media first, but run.media is 'withheld'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "name"), [("task", "vqa"), ("runner", "runner_base")])
+def test_what_knows_no_media_to_take_away_is_refused(tmp_path, key, name, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "chatbridge_jsonl")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", f"run.{key}={name}"]) == 2
+    assert f"--ablate: run.{key} '{name}' is LAVIS's own, which knows no run.media" in capsys.readouterr().err
+
+
 def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG % "chatbridge_jsonll")
