@@ -468,7 +468,8 @@ def test_the_end_of_a_jobs_time_saves_although_workers_are_signalled_too(tmp_pat
     process = multiprocessing.get_context("forkserver").Process(target=_end_of_time, args=(tmp_path,))
     with preloaded():
         process.start()
-    process.join(120)
+    process.join(300)
+    process.kill()  # where it has not ended, else nothing
     assert process.exitcode == 143
     (newest,) = (tmp_path / "checkpoints").iterdir()
     assert checkpoints.verify(newest) == []
