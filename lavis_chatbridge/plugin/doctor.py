@@ -193,11 +193,15 @@ def _memory(cfg: Any, settings: Any) -> Finding:
     config = weights.llm_config(settings)
     if config is None:
         return Finding("warning", "GPU memory is not estimated: the language model's folder is not there")
+    batch, size = cfg.run.batch_size_train, f"batch {cfg.run.batch_size_train}"
+    if cfg.run.batch_tokens is not None:
+        batch = -(-cfg.run.batch_tokens // (settings.perceiver.queries + settings.max_text_length))
+        size = f"batch_tokens {cfg.run.batch_tokens}, {batch} of the longest samples"
     try:
         parts = training_memory(
             settings,
             config,
-            cfg.run.batch_size_train,
+            batch,
             checkpointing=cfg.run.gradient_checkpointing,
             cached=cfg.run.feature_cache is not None,
         )
@@ -205,14 +209,16 @@ def _memory(cfg: Any, settings: Any) -> Finding:
         return Finding("warning", f"GPU memory is not estimated: the language model's config.json lacks {error}")
     total = sum(parts.values())
     largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
-    text = f"GPU memory of a training process, estimated: {_gib(total)} at batch {cfg.run.batch_size_train} ("
+    text = f"GPU memory of a training process, estimated: {_gib(total)} at {size} ("
     text += ", ".join(f"{name} {_gib(size)}" for name, size in largest) + " ...)"
     if cfg.run.parallel == "fsdp":
         text += "; fsdp spreads the frozen parts over the processes"
     elif torch.cuda.is_available() and cfg.run.device != "cpu":
         least = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
         if total > least:
-            remedy = "lower run.batch_size_train, or set run.gradient_checkpointing or run.parallel: fsdp"
+            remedy = (
+                "lower run.batch_size_train or run.batch_tokens, or set run.gradient_checkpointing or parallel: fsdp"
+            )
             return Finding("warning", f"{text}; the smallest GPU has {_gib(least)}: {remedy}")
     return Finding("ok", text)
 

@@ -20,6 +20,7 @@ from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from lavis.runners.runner_base import RunnerBase
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
 from lavis_chatbridge.runners.folder import WEIGHTS, RunFolder, identity
 from lavis_chatbridge.runners.progress import LOG, Reporter, append_stats
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
-from lavis_chatbridge.runners.signals import Watch
+from lavis_chatbridge.runners.signals import Watch, user_signal_outlived
 from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult, TrainStep, autocast
 from lavis_chatbridge.writing import whole_file
@@ -132,10 +133,10 @@ class ChatBridgeRunner(RunnerBase):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps of the whole run; passes count what was taken before batches or processes were others."""
         if self.run.max_iters is not None:
             return self.run.max_iters
-        return (self.run.max_epoch or 0) * self.train_loader.plan.steps_per_epoch()
+        return self.train_loader.plan.steps_of(self.run.max_epoch or 0)
 
     def setup_output_dir(self) -> None:
         """Make the run's folder: the one that was chosen before anything was loaded, else that of the configuration."""
@@ -164,7 +165,7 @@ class ChatBridgeRunner(RunnerBase):
             return
         data.check_splits(self.datasets, self.run)
         parallel.check_trainable(self._model, self.device)
-        with self.folder.claimed():
+        with self.folder.claimed(), user_signal_outlived(), distributed.contact():
             self._train()
 
     def _train(self) -> None:
@@ -176,12 +177,12 @@ class ChatBridgeRunner(RunnerBase):
         self.folder.set_aside()
         optim.log_sizes(model)
         watched, reporting = Watch(self.run.save_every_minutes), self._reporter()
-        with watched as watch, reporting as reporter, distributed.contact(), worker_deaths():
+        with watched as watch, reporting as reporter, worker_deaths():
             if self._lacks_validation():
                 self._validate(reporter)
             self._train_steps(watch, reporter)
         self.state.check_end()
-        self._write_weights()
+        self._on_main(self._write_weights)
         self.evaluate()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
@@ -343,13 +344,13 @@ class ChatBridgeRunner(RunnerBase):
         """Write something on the main process; all processes wait until it is on disk.
 
         Raises:
-            TrainingError: On every process, if it cannot be written.
+            TrainingError: On every process, if it cannot be written, or what it is made of not be read.
         """
         fault = ""
         if distributed.is_main():
             try:
                 write()
-            except TrainingError as error:
+            except ChatBridgeError as error:
                 fault = str(error)
         if fault := distributed.from_main(fault):
             raise TrainingError(fault)
@@ -396,11 +397,12 @@ class ChatBridgeRunner(RunnerBase):
         faults = checkpoints.differences(state["fingerprints"], self._marks)
         if faults:
             raise CheckpointError(f"{path} was trained with other frozen parts: {'; '.join(faults)}")
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] or not self.scaler.is_enabled():  # a run in another precision had none
+            self.scaler.load_state_dict(state["scaler"])
         self.state = TrainState.from_dict(state["progress"])
         self.state.take_validation(checkpoints.validation_of(path))
-        self._check_length(self.state.step, path)
         self._restore_position(state, path)
+        self._check_length(self.state.step, path)
         if distributed.rank() < len(state["rng"]):
             snapshot.set_rng_state(state["rng"][distributed.rank()])
 
@@ -418,7 +420,7 @@ class ChatBridgeRunner(RunnerBase):
             yield
         except Exception as error:
             self.state, counts, scaler, rng = before
-            plan.go_on_from(origin["step"], origin["positions"])
+            plan.go_on_from(**origin)
             loader.load_state_dict(counts)
             self.scaler.load_state_dict(scaler)
             snapshot.set_rng_state(rng)
@@ -461,8 +463,9 @@ class ChatBridgeRunner(RunnerBase):
         Other batch sizes or another number of processes go on at the same sample; other data or seeds cannot.
         """
         plan, record = self.train_loader.plan, dict(state["data"]["plan"])
-        origin, positions = record.pop("origin"), record.pop("positions")
+        origin, positions, left = record.pop("origin"), record.pop("positions"), record.pop("left", {})
         counts = [origin["step"], *origin["positions"].values(), *positions.values()]
+        counts += itertools.chain(*left.values(), *origin.get("left", {}).values())
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError(f"positions in the data are whole numbers, found {str(counts)[:100]}")
         mine = self._plan_record()
@@ -471,10 +474,10 @@ class ChatBridgeRunner(RunnerBase):
         if faults:
             raise CheckpointError(f"{path} was trained on other data: {'; '.join(faults)}")
         if all(record[key] == mine[key] for key in record):
-            plan.go_on_from(origin["step"], origin["positions"])
+            plan.go_on_from(origin["step"], origin["positions"], origin.get("left"))
         else:
             _log.warning("batch sizes or processes are not those of %s: going on at the same samples", path)
-            plan.go_on_from(self.state.step, positions)
+            plan.go_on_from(self.state.step, positions, left)
         loading = state["data"]["loaders"]
         if distributed.rank() < len(loading):
             self.train_loader.load_state_dict(loading[distributed.rank()])
@@ -501,14 +504,16 @@ class ChatBridgeRunner(RunnerBase):
 
     def _write_weights(self) -> None:
         """The trained weights as one file, ``model.safetensors`` in the run's folder: the best ones, else the last."""
-        if not distributed.is_main():
-            return
-        best = self._best_weights()
+        best, target = self._best_weights(), self.output_dir / WEIGHTS
         weights = checkpoints.read(best).model if best is not None else snapshot.trained_weights(self.model)
         metadata = {"step": str(self.state.best_step if best else self.state.step), **written_with(weights)}
-        with whole_file(self.output_dir / WEIGHTS) as partial:
-            save_file(weights, partial, metadata=metadata | checkpoints.adapters_metadata(lora.describe(self.model)))
-        _log.info("the trained weights are in %s", self.output_dir / WEIGHTS)
+        metadata |= checkpoints.adapters_metadata(lora.describe(self.model))
+        try:
+            with whole_file(target) as partial:
+                save_file(weights, partial, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"cannot write {target}: {checkpoints.cause(error)}") from error
+        _log.info("the trained weights are in %s", target)
 
     def _plan_record(self) -> dict[str, Any]:
         plan = self.train_loader.plan
@@ -520,6 +525,8 @@ class ChatBridgeRunner(RunnerBase):
             "seed": plan.seed,
             "origin": plan.origin,
             "positions": plan.positions(self.state.step),
+            "grouped": bool(plan.lengths),
+            "left": plan.left(self.state.step),
         }
 
     # ---- logs
@@ -527,7 +534,8 @@ class ChatBridgeRunner(RunnerBase):
     def _reporter(self) -> Reporter:
         config = _plain(self.config)
         main, validated = distributed.is_main(), not self._lacks_validation()
-        return Reporter(self.run, self.output_dir, self.steps, self.state.step, config, main, validated)
+        with distributed.together():
+            return Reporter(self.run, self.output_dir, self.steps, self.state.step, config, main, validated)
 
     def log_stats(self, stats: Any, split_name: str) -> None:
         """Append a split's metrics to ``log.txt``."""

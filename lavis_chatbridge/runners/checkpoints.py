@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ _log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 VALIDATION = "validation.json"
 FORMAT = 1
+BEST = "best_"
 _STEP = re.compile(r"step_(\d{8,})")
-_BEST = re.compile(r"best_(\d{8,})")
+_BEST = re.compile(BEST + r"(\d{8,})")
 _PARTIAL = ".partial"
 
 
@@ -91,7 +92,7 @@ class CheckpointFolder:
         Raises:
             TrainingError: If they cannot be written.
         """
-        target = self.folder / f"best_{step:08d}"
+        target = self.folder / f"{BEST}{step:08d}"
         self._write(checkpoint, target)
         return target
 
@@ -110,14 +111,14 @@ class CheckpointFolder:
             if target.is_dir():  # not where a run goes on from another run's checkpoint
                 write_json(target / VALIDATION, dict(progress))
         except OSError as error:
-            raise TrainingError(f"cannot write {target / VALIDATION}: {_cause(error)}") from error
+            raise TrainingError(f"cannot write {target / VALIDATION}: {cause(error)}") from error
         for number, path in _numbered(self.folder, _BEST).items():
             if number != progress["best_step"]:
                 shutil.rmtree(path, ignore_errors=True)
 
     def best(self, step: int) -> Path | None:
         """The weights of the best step, as such or in that step's checkpoint; None where neither is there any more."""
-        places = [self.folder / f"best_{step:08d}", self.folder / f"step_{step:08d}"]
+        places = [self.folder / f"{BEST}{step:08d}", self.folder / f"step_{step:08d}"]
         return next((place for place in places if (place / MANIFEST).is_file()), None)
 
     def _write(self, checkpoint: Checkpoint, target: Path) -> None:
@@ -131,9 +132,7 @@ class CheckpointFolder:
             sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise TrainingError(
-                f"cannot write the checkpoint {target}: {_cause(error)}; {self._last_good()}"
-            ) from error
+            raise TrainingError(f"cannot write the checkpoint {target}: {cause(error)}; {self._last_good()}") from error
 
     def _last_good(self) -> str:
         newest = newest_in(self.folder)
@@ -243,6 +242,11 @@ def newest_step(folder: Path) -> int | None:
     return max([*_numbered(folder, _STEP), *_numbered(folder, _BEST)], default=None)
 
 
+def is_step(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint, and not best weights or something of the user's."""
+    return _STEP.fullmatch(name) is not None
+
+
 def later_than(checkpoint: Path) -> list[Path]:
     """The checkpoints and best weights beside a checkpoint whose step is a later one."""
     match, folder = _STEP.fullmatch(checkpoint.name), checkpoint.parent
@@ -258,12 +262,12 @@ def validation_of(folder: Path) -> dict[str, Any]:
     return found if sound else {}
 
 
-def newest_run(output_dir: Path, identity: Mapping[str, Any]) -> Path | None:
+def newest_run(output_dir: Path, fits: Callable[[Mapping[str, Any]], bool]) -> Path | None:
     """The newest sound checkpoint of the runs in ``output_dir`` or one folder below, the run that wrote last first.
 
     Args:
         output_dir: Where runs lie.
-        identity: Only a run whose checkpoints state this identity counts.
+        fits: Whether a checkpoint is of the run that is looked for, by its state.
     """
     folders = [*output_dir.glob("checkpoints"), *output_dir.glob("*/checkpoints")]
     runs = [folder for folder in folders if _numbered(folder, _STEP)]
@@ -271,7 +275,8 @@ def newest_run(output_dir: Path, identity: Mapping[str, Any]) -> Path | None:
         newest = newest_in(run)
         if newest is None:
             continue
-        if json.loads((newest / STATE).read_text(encoding="utf-8")).get("identity") == identity:
+        state = read_json(newest / STATE)
+        if isinstance(state, dict) and fits(state):
             return newest
         _log.warning("passing over %s: it belongs to another configuration", newest)
     return None
@@ -306,7 +311,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """Cause and remedy in a few words."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota" in str(error).lower():

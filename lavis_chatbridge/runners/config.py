@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lavis_chatbridge import settings
-from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.errors import ConfigError, MissingExtraError
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
 
 if TYPE_CHECKING:
@@ -300,6 +301,9 @@ def _check_run(section: DictConfig) -> RunSettings:
         faults.append(_unknown_name("run.task", run.task, registry.list_tasks()))
     if run.runner not in registry.list_runners():
         faults.append(_unknown_name("run.runner", run.runner, registry.list_runners()))
+    for extra in ("tensorboard", "wandb"):
+        if getattr(run, extra) and not run.evaluate and find_spec(extra) is None:
+            faults.append(str(MissingExtraError(extra, extra, f"run.{extra}")))
     if faults:
         raise ConfigError("; ".join(faults))
     return run

@@ -221,13 +221,19 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def contact() -> Iterator[None]:
-    """Name the cause when another process does not answer any more.
+    """Name the cause when another process does not answer any more, or the device has no memory left.
 
     Raises:
         TrainingError: In place of the backend's own error.
     """
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"process {rank()} ran out of its device's memory: lower run.batch_size_train (or run.batch_tokens) "
+            "and raise run.accum_grad_iters, or set run.gradient_checkpointing=true, and go on with run.resume=auto; "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     except RuntimeError as error:
         if not (in_group() and (isinstance(error, dist.DistError) or _LOST.search(str(error)))):
             raise

@@ -32,6 +32,13 @@ WEIGHTS = "model.safetensors"
 CHECKPOINTS, RESULTS, EARLIER, LOCK = "checkpoints", "result", "earlier", ".training.lock"
 PATIENCE = 150.0
 """Seconds to wait for a lock of another machine: a file server notices after 90 that its holder has vanished."""
+_NOT_LEARNT = (
+    *("job_id", "output_dir", "resume", "resume_ckpt_path", "anew", "log_every", "log_freq", "num_workers"),
+    *("tensorboard", "wandb", "wandb_mode", "wandb_project", "save_every_steps", "save_every_minutes", "keep_last"),
+    *("keep_every", "device", "distributed", "dist_url", "world_size", "timeout_minutes", "parallel", "compile"),
+    *("gradient_checkpointing", "feature_cache", "test_splits"),
+)
+"""Keys of the ``run`` section that may differ between two starts of one script."""
 _OF_A_RUN = (CHECKPOINTS, WEIGHTS, LOG, RESULTS, "tensorboard", "wandb")
 
 
@@ -120,7 +127,9 @@ class RunFolder:
     def refusal(self) -> str:
         """Why this run must not write here, or an empty text."""
         try:
-            left = "" if self.anew or self._goes_on_here() else self._left()
+            if unfit := self._not_to_go_on_from():
+                return unfit
+            left = "" if self.anew or self._own_checkpoint() else self._left()
         except OSError as error:
             return f"run.output_dir: cannot read {self.path}: {error.strerror or error}"
         if not left:
@@ -149,8 +158,8 @@ class RunFolder:
         self.make()
 
     def _not_of_this_run(self) -> list[Path]:
-        if self._goes_on_here() and self.continued is not None:
-            return checkpoints.later_than(self.continued)
+        if (own := self._own_checkpoint()) is not None:
+            return checkpoints.later_than(own)
         return [self.path / name for name in _OF_A_RUN] if self.anew and self._left() else []
 
     def _move(self, paths: list[Path]) -> None:
@@ -167,8 +176,27 @@ class RunFolder:
         names = ", ".join(str(path.relative_to(self.path)) for path in there)
         _log.warning("an earlier run's %s of %s are now in %s", names, self.path, target)
 
-    def _goes_on_here(self) -> bool:
-        return self.continued is not None and self.continued.parent.resolve() == self.checkpoints.resolve()
+    def _own_checkpoint(self) -> Path | None:
+        """The checkpoint that the run goes on from if it is one of this folder, also where links lead to it."""
+        for path in (self.continued, self.continued.resolve()) if self.continued is not None else ():
+            if checkpoints.is_step(path.name) and path.parent.resolve() == self.checkpoints.resolve():
+                return self.checkpoints / path.name
+        return None
+
+    def _not_to_go_on_from(self) -> str:
+        """Why a folder that ``run.resume`` names is no checkpoint of a training; an empty text if it may be one."""
+        path = self.continued
+        if path is None or not path.is_dir():
+            return ""
+        if not (path / checkpoints.MANIFEST).exists():
+            newest = checkpoints.newest_in(path) or checkpoints.newest_in(path / CHECKPOINTS)
+            return f"run.resume: {path} is no checkpoint; the newest one in it is {newest}" if newest else ""
+        if path.resolve().name.startswith(checkpoints.BEST):
+            return (
+                f"run.resume: {path} holds weights alone, without optimiser and position: go on from one of its "
+                f"neighbours step_NNNNNNNN, or start another run with model.checkpoint={path / checkpoints.MODEL}"
+            )
+        return ""
 
     def _left(self) -> str:
         """What lies here of an earlier training, in words; empty where nothing does."""
@@ -184,11 +212,34 @@ def _find_checkpoint(run: RunSettings, config: Mapping[str, Any], base: Path) ->
         return None
     if run.resume != "auto":
         return Path(run.resume).expanduser().absolute()
-    found = checkpoints.newest_run(base, identity(run, config)) if distributed.is_main() else None
-    found = distributed.from_main(found)
+    found = distributed.from_main(_newest(run, config, base) if distributed.is_main() else None)
     if found is None:
         _log.info("run.resume is auto, and %s has no checkpoint of this configuration: starting anew", base)
     return found
+
+
+def _newest(run: RunSettings, config: Mapping[str, Any], base: Path) -> Path | None:
+    """The checkpoint that ``auto`` takes: of a run with a name its own, else one of a run that was configured alike."""
+    wanted = identity(run, config)
+
+    def same(state: Mapping[str, Any]) -> bool:
+        return state.get("identity") == wanted
+
+    if not run.job_id:
+        return checkpoints.newest_run(base, same)
+    own = base / run.job_id
+    if checkpoints.newest_step(own / CHECKPOINTS) is not None:
+        return checkpoints.newest_run(own, same)
+    learns = _what_it_learns(config)
+    return checkpoints.newest_run(base, lambda state: same(state) and _what_it_learns(state.get("config")) == learns)
+
+
+def _what_it_learns(config: Any) -> str:
+    """What of a configuration decides the weights that come out, to be compared."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("run"), Mapping):
+        return ""
+    run = {key: value for key, value in config["run"].items() if key not in _NOT_LEARNT}
+    return json.dumps([config.get("model"), config.get("datasets"), run], sort_keys=True, default=str)
 
 
 def _lock(path: Path) -> tuple[int | None, str]:

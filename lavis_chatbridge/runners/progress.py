@@ -10,14 +10,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
 
-from lavis_chatbridge.errors import MissingExtraError
+from lavis_chatbridge.errors import ConfigError, MissingExtraError, TrainingError
+from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult
@@ -94,15 +95,22 @@ class LogFile:
         path: The file.
         step: Where the run goes on; lines of later steps, from a run that was cut off, are dropped.
         validated: Whether that step's validation is done; the lines of one that was cut off are dropped too.
+
+    Raises:
+        TrainingError: If it cannot be read or written.
     """
 
     def __init__(self, path: Path, step: int = 0, validated: bool = True) -> None:
         self.path = path
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            before = {True: step, False: step if validated else step - 1}
+        if not path.exists():
+            return
+        before = {True: step, False: step if validated else step - 1}
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the last one was cut off
             kept = [line for line in lines if _step_of(line) <= before[line.startswith('{"train_')]]
             write_text(path, "".join(f"{line}\n" for line in kept))
+        except OSError as error:
+            raise TrainingError(f"cannot write {path}: {checkpoints.cause(error)}") from error
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
         """Append a line."""
@@ -118,9 +126,18 @@ def append_stats(path: Path, split: str, stats: Mapping[str, Any], step: int) ->
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Append any object to a log as a line."""
-    with open(path, "a", encoding="utf-8") as out:
-        out.write(json.dumps(record, default=str) + "\n")
+    """Append any object to a log as a line.
+
+    Raises:
+        TrainingError: If it cannot be written.
+    """
+    try:
+        with open(path, "a+b") as out:
+            out.seek(max(0, out.tell() - 1))
+            cut_off = out.read(1) not in (b"", b"\n")  # the disk was full
+            out.write((b"\n" if cut_off else b"") + json.dumps(record, default=str).encode() + b"\n")
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {checkpoints.cause(error)}") from error
 
 
 class TensorBoard:
@@ -152,8 +169,13 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise MissingExtraError("wandb", "wandb", "run.wandb") from error
-        folder.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project=run.wandb_project, mode=run.wandb_mode, dir=str(folder), config=dict(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.run = wandb.init(project=run.wandb_project, mode=run.wandb_mode, dir=str(folder), config=dict(config))
+        except Exception as error:  # of its server, its settings or the disk, of many classes
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            remedy = "log in (wandb login), or set run.wandb_mode=offline or run.wandb=false"
+            raise ConfigError(f"run.wandb: Weights & Biases does not begin a run ({cause}): {remedy}") from error
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
         """Write the numbers among ``stats``."""
@@ -241,6 +263,7 @@ class Reporter:
     ) -> None:
         self.log_every, self.steps = run.log_every, steps
         self.meter = Meter()
+        self._failed: set[int] = set()
         self.console = Console(steps, done) if active else None
         self.sinks: list[Sink] = []
         if active:
@@ -254,7 +277,7 @@ class Reporter:
 
     def __exit__(self, *_fault: object) -> None:
         for sink in [*self.sinks, *([self.console] if self.console else [])]:
-            sink.close()
+            self._unless_it_fails(sink, sink.close)
 
     def step(self, source: str, result: StepResult, waited: float, state: TrainState) -> None:
         """A step was taken; every ``log_every`` of them, and at the end, the means and rates are written."""
@@ -267,9 +290,18 @@ class Reporter:
             self.meter = Meter()
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """The numbers of a split at a step."""
+        """The numbers of a split at a step. A training outlives a log that cannot take them, and says so once."""
         for sink in [*self.sinks, *([self.console] if self.console else [])]:
-            sink.write(split, stats, step)
+            self._unless_it_fails(sink, lambda sink=sink: sink.write(split, stats, step))  # type: ignore[misc]
+
+    def _unless_it_fails(self, sink: Sink, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # TensorBoard and W&B raise whatever they like
+            if id(sink) not in self._failed:
+                cause = " ".join(str(error).split())[:300]
+                _log.warning("%s does not take numbers, training goes on: %s", type(sink).__name__, cause)
+            self._failed.add(id(sink))
 
     def say(self, line: str) -> None:
         """A line for people."""

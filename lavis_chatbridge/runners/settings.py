@@ -5,6 +5,7 @@ LAVIS's older names for some keys (`LAVIS_NAMES`) are accepted and translated, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ LAVIS_NAMES = {"log_freq": "log_every", "iters_per_inner_epoch": "eval_every", "
 
 IGNORED_LAVIS_KEYS = ("use_dist_eval_sampler", "dist_backend", "rank", "gpu", "lr_decay_rate")
 """Keys of LAVIS's YAMLs that decide nothing here: evaluation always shares samples exactly, the rest is found out."""
+
+_LONGEST_TIMEOUT = 365 * 24 * 60
 
 
 @dataclass
@@ -151,6 +154,10 @@ class RunSettings(EvaluationSettings):
             yield "evaluate is set, but test_splits names no split"
         if not self.evaluate:
             yield from self._check_training()
+        for name in (name for name, value in vars(self).items() if value in (math.inf, -math.inf)):
+            yield f"{name} must be a finite number, found {getattr(self, name)}"
+        if self.timeout_minutes > _LONGEST_TIMEOUT:
+            yield f"timeout_minutes is at most {_LONGEST_TIMEOUT} (a year), found {self.timeout_minutes}"
         positive = [
             "batch_size_train",
             "batch_size_eval",
@@ -173,7 +180,7 @@ class RunSettings(EvaluationSettings):
             yield f"seed must lie between 0 and {2**32 - 1}, found {self.seed}"
         if self.anew and self.resume is not None:
             yield f"anew starts a new run and resume goes on with {self.resume}: choose one"
-        if self.resume not in (None, "auto") and not Path(str(self.resume)).exists():
+        if self.resume not in (None, "auto") and not Path(str(self.resume)).expanduser().exists():
             yield f"resume: no checkpoint at {self.resume}"
         if self.feature_cache is not None and Path(self.feature_cache).expanduser().is_file():
             yield f"feature_cache: expected a folder, found a file at {self.feature_cache}"

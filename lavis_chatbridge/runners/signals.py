@@ -10,6 +10,8 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -57,3 +59,17 @@ class Watch:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._asked.save = True
         self._asked.stop = self._asked.stop or number == signal.SIGTERM
+
+
+@contextmanager
+def user_signal_outlived() -> Iterator[None]:
+    """SIGUSR1 ends nothing where there is nothing to save: before the first step, and in the evaluation at the end."""
+    number = getattr(signal, "SIGUSR1", None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, lambda *_: _log.info("SIGUSR1: there is nothing to save now"))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

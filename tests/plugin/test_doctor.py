@@ -77,6 +77,14 @@ def test_a_sound_configuration(config, capsys, monkeypatch):
     assert printed.endswith("nothing stops a run\n")
 
 
+def test_memory_is_estimated_for_a_batch_counted_in_tokens(config):
+    """The tiny model's longest sample has 8 queries and 256 words."""
+    (text,) = (text for _, text in doctor.configuration(config(), ["run.batch_tokens=1000"]) if "GPU memory" in text)
+    assert "at batch_tokens 1000, 4 of the longest samples (" in text
+    (same,) = (text for _, text in doctor.configuration(config(), ["run.batch_size_train=4"]) if "GPU memory" in text)
+    assert same == text.replace("batch_tokens 1000, 4 of the longest samples", "batch 4")
+
+
 def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch):
     monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
     found = list(doctor.configuration(config("vicuna13b"), []))
