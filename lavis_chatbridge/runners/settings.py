@@ -201,6 +201,9 @@ class RunSettings(EvaluationSettings):
             yield "give either max_iters (optimiser steps) or max_epoch (passes over the data)"
         if not self.train_splits:
             yield "train_splits is empty"
+        for name, ratio in (self.train_dataset_ratios or {}).items():
+            if not 0 < ratio < math.inf:
+                yield f"train_dataset_ratios.{name} must be positive, found {ratio}: leave the data set out instead"
         if self.max_iters is not None and self.warmup_steps > self.max_iters:
             yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
         if self.init_lr <= 0 or self.min_lr > self.init_lr or self.warmup_lr > self.init_lr:

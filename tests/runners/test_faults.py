@@ -101,6 +101,13 @@ def test_numbers_without_an_end_are_refused(key):
         parse_run(values | {key: math.inf})
 
 
+@pytest.mark.parametrize("ratio", [0, -1.0, math.inf])
+def test_shares_of_the_steps_are_positive(ratio):
+    values = {"task": "chatbridge_alignment", "max_iters": 4, "train_dataset_ratios": {"a": 1.0, "b": ratio}}
+    with pytest.raises(ConfigError, match=rf"train_dataset_ratios.b must be positive, found {float(ratio)}: leave"):
+        parse_run(values)
+
+
 def test_a_timeout_that_no_clock_holds_is_refused():
     with pytest.raises(ConfigError, match=r"timeout_minutes is at most 525600 \(a year\), found 1e\+18"):
         parse_run({"task": "chatbridge_alignment", "max_iters": 4, "timeout_minutes": 1e18})
