@@ -12,11 +12,11 @@ on the device itself. A step is the package's own (``TrainStep``, ``precision: b
 losses are finite and that a step taken twice from the same weights gives the same loss and gradient norm. Then steps
 are timed at the paper's batch of one process and at the largest batch that fits.
 
-"MFU" is the share of the measured ceiling of matrix products (bf16, 8,192 x 8,192) that a step's own products take.
-They are counted here, from shapes: forward only for the encoders, forward and input gradients for the frozen language
-model, forward and both gradients for what is trained. Decoding is held against the measured bandwidth of copying: a
-token reads all weights but the embeddings once, and the keys and values of every row. "static" is the static cache,
-whose step transformers compiles on a GPU (it needs a C compiler). All kinds at 13B should take about ten minutes.
+"MFU" is the share of the measured ceiling of matrix products (bf16, 8,192 x 8,192) that a step's own products take,
+which are counted from shapes (`lavis_chatbridge.models.work`). Decoding is held against the measured bandwidth of
+copying: a token reads all weights but the embeddings once, and the keys and values of every row. "static" is the
+static cache, whose step transformers compiles on a GPU (it needs a C compiler). All kinds at 13B should take about ten
+minutes.
 
 Goals: an MFU of 0.55, decoding at 0.6 of the bandwidth's ceiling, and a batch of 64 on 141 GB with 13B.
 """
@@ -54,6 +54,7 @@ from lavis_chatbridge.models.settings import (
     VisionSettings,
 )
 from lavis_chatbridge.models.weights_command import model_settings
+from lavis_chatbridge.models.work import CLIP, FRAMES, MEL_BINS, work
 from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
@@ -61,7 +62,6 @@ from lavis_chatbridge.runners.step import StepResult, TrainStep, Wishes
 from lavis_chatbridge.writing import write_text
 
 KINDS = ("image", "video", "audio")
-FRAMES, CLIP, MEL_BINS = 4, 1024, 64
 CAPTION = "a red circle moves left above two big blue squares and a small green star moves right"
 MFU_GOAL, DECODE_GOAL, BATCH_GOAL = 0.55, 0.6, 64
 _LLAMA = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 2048}
@@ -184,80 +184,6 @@ class Trainer:
     def step(self, batch: dict[str, Any]) -> StepResult:
         """One step; always the first of the run, with its dropout and its learning rate."""
         return self._step(0, [batch], 0, Wishes())
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Floating-point operations of the products of one training step."""
-
-    encoder: float
-    bridge: float
-    language_model: float
-
-    @property
-    def all(self) -> float:
-        """Of the whole step."""
-        return self.encoder + self.bridge + self.language_model
-
-
-def work(settings: ModelSettings, kind: str, batch: int, positions: int, targets: int, clip: int = CLIP) -> Work:
-    """What one step computes.
-
-    Args:
-        settings: Of the model; positions in time are not counted.
-        kind: Of the media, one for each sample.
-        batch: Samples.
-        positions: Positions of a row of the language model.
-        targets: Supervised positions of the whole batch.
-        clip: Frames of a sound.
-    """
-    own, llm = settings.perceiver, settings.language_model.config or {}
-    audio = settings.audio.config or BeatsConfig()
-    if kind == "audio":
-        tokens = clip // audio.input_patch_size * (MEL_BINS // audio.input_patch_size)
-        encoder = _beats(audio, tokens)
-    else:
-        frames = FRAMES if kind == "video" else 1
-        tokens = frames * settings.vision.tokens
-        encoder = frames * _vision(settings)
-    width, inner = own.width, own.feed_forward
-    crossings = -(-own.layers // own.cross_attention_every)
-    queries = own.layers * (
-        _attention(own.queries, own.queries, width) + 2 * own.queries * (4 * width + 2 * inner) * width
-    )
-    queries += crossings * (_attention(own.queries, tokens, width) + 2 * own.queries * 2 * width * width)
-    queries += 2 * own.queries * width * llm["hidden_size"]
-    read = crossings * 2 * tokens * settings.vision.width * 2 * width  # keys and values of frozen tokens
-    bridge = 3 * queries + 2 * read
-    if kind == "audio":  # whose tokens pass a trained layer first
-        bridge += read + 2 * 2 * tokens * audio.encoder_embed_dim * settings.vision.width
-    return Work(batch * encoder, batch * bridge, _language_model(llm, batch, positions, targets))
-
-
-def _attention(queries: int, keys: int, width: int) -> float:
-    return 2 * 2 * queries * keys * width
-
-
-def _vision(settings: ModelSettings) -> float:
-    own = settings.vision
-    layer = 2 * own.tokens * (4 + 2 * own.mlp_ratio) * own.width**2 + _attention(own.tokens, own.tokens, own.width)
-    return own.depth * layer + 2 * (own.tokens - 1) * 3 * own.patch_size**2 * own.width
-
-
-def _beats(own: BeatsConfig, tokens: int) -> float:
-    width, inner = own.encoder_embed_dim, own.encoder_ffn_embed_dim
-    layer = 2 * tokens * (4 * width + 2 * inner) * width + _attention(tokens, tokens, width)
-    patches = 2 * tokens * own.embed_dim * (own.input_patch_size**2 + width)
-    positions = 2 * tokens * width * (width // own.conv_pos_groups) * own.conv_pos
-    return own.encoder_layers * (layer + 2 * tokens * width * 8) + patches + positions
-
-
-def _language_model(llm: dict[str, Any], batch: int, positions: int, targets: int) -> float:
-    """Forward and gradients of inputs; the attention's backward pass has twice its forward's products."""
-    width, layers = llm["hidden_size"], llm["num_hidden_layers"]
-    linear = layers * (4 * width + 3 * llm["intermediate_size"]) * width
-    attention = batch * layers * _attention(positions, positions, width)
-    return 2 * 2 * batch * positions * linear + 3 * attention + 2 * 2 * targets * width * llm["vocab_size"]
 
 
 def synchronise(device: torch.device) -> None:
@@ -389,12 +315,12 @@ def measure_step(
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else 0
     with torch.no_grad():
         encoding = seconds_of(lambda: model.encode_media(kind, media), rounds, device)  # type: ignore[arg-type]
-    settings, row = model.settings, lengths[0]
+    settings, row, llm = model.settings, lengths[0], model.settings.language_model.config or {}
     like = dataclasses.replace(settings, max_text_length=row - settings.perceiver.queries)
-    estimate = sum(training_memory(like, settings.language_model.config or {}, batch).values())
+    estimate = sum(training_memory(like, llm, batch).values())
     return {
         "kind": kind, "batch": batch, "seconds": taken, "encoding": encoding, "positions": batch * row,
-        "work": work(settings, kind, batch, row, tokens, plan.clip), "peak": peak, "estimate": estimate,
+        "work": work(settings, llm, kind, batch, row, tokens, plan.clip), "peak": peak, "estimate": estimate,
     }  # fmt: skip
 
 

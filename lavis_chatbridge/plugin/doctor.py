@@ -1,6 +1,7 @@
-"""``chatbridge doctor``: what would stop a run, found before it starts: packages, devices, Java, files, memory.
+"""``chatbridge doctor``: what would stop a run, found before it starts; and how much memory and time it takes.
 
-Every look at something yields findings; only faults decide the exit status. Nothing is loaded onto a device.
+Every look at something yields findings; only faults decide the exit status. No model is loaded: a device multiplies two
+matrices, for the estimate of time.
 """
 
 from __future__ import annotations
@@ -182,6 +183,8 @@ def _model(cfg: Any) -> Iterator[Finding]:
     except ChatBridgeError as error:
         yield Finding("FAULT", str(error))
     yield _memory(cfg, settings)
+    if not cfg.run.evaluate:
+        yield from _time(cfg, settings)
 
 
 def _memory(cfg: Any, settings: Any) -> Finding:
@@ -221,6 +224,25 @@ def _memory(cfg: Any, settings: Any) -> Finding:
             )
             return Finding("warning", f"{text}; the smallest GPU has {_gib(least)}: {remedy}")
     return Finding("ok", text)
+
+
+def _time(cfg: Any, settings: Any) -> Iterator[Finding]:
+    """How long the training takes on this machine; what an estimate lacks has been said with that of memory."""
+    import torch
+
+    from lavis_chatbridge.models import weights
+    from lavis_chatbridge.plugin import step_time
+
+    config = weights.llm_config(settings)
+    if config is None:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.run.device != "cpu" else "cpu")
+    try:
+        yield Finding("ok", step_time.describe(settings, config, cfg.run, device))
+    except torch.OutOfMemoryError:
+        yield Finding("warning", "time is not estimated: the device has no memory left")
+    except KeyError:
+        return
 
 
 def _data(name: str, section: Any) -> Iterator[Finding]:

@@ -42,7 +42,8 @@ def test_operations_are_counted_from_shapes(gpu: Any, kind: str) -> None:
     trainer = gpu.Trainer(model, device)
     with gpu.seen(model) as lengths:
         tokens = trainer.step(batch).tokens
-    counted = gpu.work(model.settings, kind, 2, lengths[0], tokens, gpu.TINY.clip)
+    llm = model.settings.language_model.config
+    counted = gpu.work(model.settings, llm, kind, 2, lengths[0], tokens, gpu.TINY.clip)
     with sdpa_kernel(SDPBackend.MATH):  # torch counts no products inside the fused kernel of a CPU
         with torch.no_grad(), FlopCounterMode(display=False) as encoder:
             model.encode_media(kind, [medium[0] for medium in batch[kind]])
@@ -56,7 +57,7 @@ def test_real_sizes_are_those_of_the_shipped_model(gpu: Any) -> None:
     settings = gpu.settings_of("13b")
     assert (settings.vision.depth, settings.vision.width, settings.perceiver.queries) == (39, 1408, 32)
     assert settings.vision.weights is settings.language_model.weights is settings.checkpoint is None
-    work = gpu.work(settings, "image", 1, 64, 30)
+    work = gpu.work(settings, settings.language_model.config, "image", 1, 64, 30)
     assert work.encoder == pytest.approx(2 * 0.98e9 * 257, rel=0.06)  # two operations a weight and token, and attention
     assert work.language_model == pytest.approx(4 * 12.7e9 * 64, rel=0.02)
     assert gpu.bytes_of_token(settings, 8, 100) == 2 * (13_015_864_320 - 32000 * 5120 + 8 * 100 * 2 * 40 * 5120)

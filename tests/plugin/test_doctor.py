@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import metadata
 
@@ -74,6 +75,7 @@ def test_a_sound_configuration(config, capsys, monkeypatch):
     assert "the embedded world will be built in" in printed
     assert "GPU memory of a training process, estimated:" in printed
     assert "at batch 4" in printed
+    assert re.search(r"time of a step, .* TFLOP/s in float32 .*: image \S+ ms to .*; \d+ steps: ", printed)
     assert printed.endswith("nothing stops a run\n")
 
 
