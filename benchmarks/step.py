@@ -9,12 +9,14 @@ A processor without instructions for bf16 takes minutes for each of its steps: `
 
 The sizes: EVA-ViT of 12 layers x 384 (224-pixel images, 257 tokens), BEATs 6 x 384 (clips of 10 s, 64 mel bins, 256
 tokens), perceiver 6 x 384 with 32 queries, LLaMA 12 x 512 with a vocabulary of 32,000; random weights, no dropout. The
-batches: 8 images, 4 videos of 4 frames, 8 sounds of 2 full clips, each with a caption of 6 to 20 tokens.
+batches: 8 images, 4 videos of 4 frames, 8 sounds of 2 full clips, each with a caption of 6 to 20 words. Four steps are
+timed together: plain takes their samples as they are drawn, ours in batches of similar lengths, by the training's own
+plan (`run.group_by_length`; it sorts 32 batches at a time, here 4).
 
 The plain reference is written here and works as the original's code does: frames and clips pass their encoder one after
 the other, attention in all three stacks is two products and a softmax, logits of every position of the padded batch are
 computed and shifted against the labels, AdamW takes one parameter after the other and gradients are set to zero. It
-has the same weights and is given the same batches; only the perceiver (LAVIS's) is the same code. "ours" is the
+has the same weights and is given the same samples; only the perceiver (LAVIS's) is the same code. "ours" is the
 package's own training step (`TrainStep`), "compiled" is ``run.compile``. The variants take turns, and the medians of
 processor time count. Memory is the peak of a process of its own that builds the model and takes two steps, above what
 it has after the imports.
@@ -23,7 +25,6 @@ it has after the imports.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -42,9 +43,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
+from common import circumstances, status, tell
 from torch import Tensor
 from torch.nn import functional
 
+from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models import interleave
 from lavis_chatbridge.models.beats import BeatsConfig, relative_buckets
@@ -62,9 +65,9 @@ from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.parallel import frozen_blocks
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import TrainStep, Wishes
-from lavis_chatbridge.writing import write_text
 
 BATCHES = {"image": 8, "video": 4, "audio": 8}
+STEPS = 4
 FRAMES, CLIPS, CLIP, MEL_BINS = 4, 2, 1024, 64
 NEW_TOKENS = 24
 BEATS = BeatsConfig(encoder_layers=6, encoder_embed_dim=384, encoder_ffn_embed_dim=1536, encoder_attention_heads=6)
@@ -95,21 +98,37 @@ def build(dtype: str) -> ChatBridge:
     return ChatBridge(settings).train()
 
 
-def batch_of(kind: str) -> dict[str, Any]:
-    """Random media with captions whose lengths differ as those of real ones do."""
-    rng = torch.Generator().manual_seed(1)
+def batches_of(kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same samples twice: in batches as they are drawn, and in the training plan's batches of similar lengths."""
     size = BATCHES[kind]
+    media, captions = media_of(kind, STEPS * size), captions_of(STEPS * size)
+    lengths = np.array([len(caption.split()) for caption in captions])
+    plan = MixturePlan({kind: len(captions)}, batch_size=size, lengths={kind: lengths}, group=STEPS)
+    grouped = [[index for index, _ in plan.batch(step)[1]] for step in range(STEPS)]
+    drawn = np.arange(len(captions)).reshape(STEPS, size).tolist()
+    return tuple([_batch(kind, media, captions, rows) for rows in order] for order in (drawn, grouped))  # type: ignore[return-value]
+
+
+def media_of(kind: str, count: int) -> list[Any]:
+    """Random media."""
+    rng = torch.Generator().manual_seed(1)
     if kind == "audio":
         frames = torch.full((CLIPS,), CLIP)
-        media: list[Any] = [AudioClips(torch.randn(CLIPS, CLIP, MEL_BINS, generator=rng), frames) for _ in range(size)]
-    else:
-        shape = (3, 224, 224) if kind == "image" else (FRAMES, 3, 224, 224)
-        media = [torch.randn(*shape, generator=rng) for _ in range(size)]
+        return [AudioClips(torch.randn(CLIPS, CLIP, MEL_BINS, generator=rng), frames) for _ in range(count)]
+    shape = (3, 224, 224) if kind == "image" else (FRAMES, 3, 224, 224)
+    return [torch.randn(*shape, generator=rng) for _ in range(count)]
+
+
+def captions_of(count: int) -> list[str]:
+    """Captions whose lengths differ as those of real ones do."""
     words = np.random.default_rng(2)
-    captions = [" ".join(words.choice(WORDS, words.integers(6, 21))) for _ in range(size)]
-    pieces = [alignment_prompt((kind,), caption) for caption in captions]  # type: ignore[arg-type]
-    others: dict[str, Any] = {other: [[]] * size for other in BATCHES if other != kind}
-    return {"sample_id": captions, "pieces": pieces, kind: [[medium] for medium in media], **others}
+    return [" ".join(words.choice(WORDS, words.integers(6, 21))) for _ in range(count)]
+
+
+def _batch(kind: str, media: list[Any], captions: list[str], rows: list[int]) -> dict[str, Any]:
+    pieces = [alignment_prompt((kind,), captions[row]) for row in rows]  # type: ignore[arg-type]
+    others: dict[str, Any] = {other: [[]] * len(rows) for other in BATCHES if other != kind}
+    return {"sample_id": [str(row) for row in rows], "pieces": pieces, kind: [[media[row]] for row in rows], **others}
 
 
 def cached(model: ChatBridge, batch: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -268,18 +287,20 @@ def in_turns(functions: list[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def times(kind: str, rounds: int, variants: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a step, and the first step's loss, of each variant."""
-    batch = batch_of(kind)
+    """Seconds of a step, and the loss of the first batch that plain is given, of each variant."""
+    drawn, grouped = batches_of(kind)
     made = {name: make(name) for name in dict.fromkeys(map(_model_of, variants))}
     sides = {variant: made[_model_of(variant)] for variant in variants}
-    batches = {v: cached(side.model, batch, kind) if "cached" in v else batch for v, side in sides.items()}
-    losses = {}
+    losses, work = {}, {}
     for variant, side in sides.items():
+        plain, from_cache = variant == "plain", "cached" in variant
+        first = cached(side.model, drawn[0], kind) if from_cache else drawn[0]
         with torch.no_grad():
-            plain = variant == "plain"
-            losses[variant] = float(side.loss(batch, kind) if plain else side.model(batches[variant])["loss"])
-    functions = [lambda v=v, s=s: s.step(batches[v], kind) for v, s in sides.items()]  # type: ignore[misc]
-    return dict(zip(sides, in_turns(functions, rounds), strict=True)), losses
+            losses[variant] = float(side.loss(first, kind) if plain else side.model(first)["loss"])
+        own = drawn if plain else grouped
+        work[variant] = [cached(side.model, batch, kind) for batch in own] if from_cache else own
+    functions = [lambda v=v, s=s: [s.step(batch, kind) for batch in work[v]] for v, s in sides.items()]  # type: ignore[misc]
+    return {v: seconds / STEPS for v, seconds in zip(sides, in_turns(functions, rounds), strict=True)}, losses
 
 
 def _model_of(variant: str) -> str:
@@ -289,7 +310,7 @@ def _model_of(variant: str) -> str:
 
 def answering(rounds: int, variants: list[str]) -> dict[str, float]:
     """Seconds for the answers of a batch of images."""
-    batch = batch_of("image")
+    batch = batches_of("image")[0][0]
     sides = {variant: make(variant) for variant in variants if "," not in variant}
     for side in sides.values():
         side.model.eval()
@@ -302,7 +323,7 @@ def answering(rounds: int, variants: list[str]) -> dict[str, float]:
 
 def profile(kind: str) -> dict[str, float]:
     """Seconds of the parts of a plain step, from the passes forward of each and of the whole backward pass."""
-    plain, batch = Plain(), batch_of(kind)
+    plain, batch = Plain(), batches_of(kind)[0][0]
     media = [medium[0] for medium in batch[kind]]
     parts = {}
     for _ in range(2):  # the first time warms up
@@ -350,14 +371,14 @@ def products() -> dict[str, float]:
 def memory_of(variant: str, kind: str) -> int:
     """Bytes: the peak of this process after two steps, above what it had before the model was built."""
     torch.set_num_threads(1)
-    before = _status("VmRSS")
-    batch = batch_of(kind)
+    before = status("VmRSS")
+    batch = batches_of(kind)[0][0]
     side = make(variant)
     if "cached" in variant:
         batch = cached(side.model, batch, kind)
     for _ in range(2):
         side.step(batch, kind)
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 def memory(kinds: list[str], variants: list[str]) -> dict[tuple[str, str], int]:
@@ -370,13 +391,6 @@ def memory(kinds: list[str], variants: list[str]) -> dict[tuple[str, str], int]:
             found[kind, variant] = int(result.stdout)
             print(f"memory, {kind}, {variant}: {found[kind, variant] / 1e6:.0f} MB", file=sys.stderr)
     return found
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def measure(rounds: int, kinds: list[str], variants: list[str], memory_only: list[str]) -> SimpleNamespace:
@@ -393,15 +407,13 @@ def measure(rounds: int, kinds: list[str], variants: list[str], memory_only: lis
     return result
 
 
-def report(result: SimpleNamespace, command: str) -> str:
+def report(result: SimpleNamespace, options: list[str]) -> str:
     """The tables in Markdown."""
     lines = [
         "# A training step on one CPU core",
         "",
-        f"`{command}`, {datetime.date.today().isoformat()}, one thread; {_cpu()}.",
-        f"Python {platform.python_version()}  torch {torch.__version__}  transformers {transformers.__version__}",
-        "",
-        "What is compared, and with what, stands at the head of the script.",
+        circumstances("step.py", *options, modules=(torch, transformers)),
+        f"One thread of {_cpu()}. What is compared, and with what, stands at the head of the script.",
         "",
         "| kind | variant | s/step | ratio | goal | loss - plain | peak MB | of plain | goal |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -478,16 +490,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     variants = [variant for variant in VARIANTS if variant == "plain" or variant in arguments.variants]
-    command = f"OMP_NUM_THREADS=1 python benchmarks/step.py --rounds {arguments.rounds}"
-    if len(variants) < len(VARIANTS):
-        command += " --variants " + _quoted(variants)
     only = [variant for variant in arguments.memory_only if variant not in variants]
-    if only:
-        command += " --memory-only " + _quoted(only)
-    table = report(measure(arguments.rounds, arguments.kinds, variants, only), command)
-    if arguments.write:
-        write_text(arguments.write, table)
-    sys.stdout.write(table)
+    options = [f"--rounds {arguments.rounds}"]
+    options += ["--variants " + _quoted(variants)] if len(variants) < len(VARIANTS) else []
+    options += ["--memory-only " + _quoted(only)] if only else []
+    tell(report(measure(arguments.rounds, arguments.kinds, variants, only), options), arguments.write)
 
 
 if __name__ == "__main__":
