@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -87,6 +87,14 @@ def write_text(path: Path, text: str, errors: str = "strict", mode: int = SHARED
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, indented, as a whole; its folder is made where missing."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines to a file, made if absent; half a line that an interruption left at its end stays apart."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(begin + "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.writing import PRIVATE, read_json, whole_file, whole_text, write_json, write_text
+from lavis_chatbridge.writing import PRIVATE, append_lines, read_json, whole_file, whole_text, write_json, write_text
 
 
 def test_a_writer_that_fails_leaves_the_former_file_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -39,6 +39,16 @@ def test_others_may_use_files_as_the_umask_has_it(tmp_path: Path, umask: int, mo
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, umask=umask)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {"a.txt": mode, "b.safetensors": mode}
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"), [(None, ""), ("", ""), ("one\n", "one\n"), ("one\ntw", "one\ntw\n"), ("\n", "\n")]
+)
+def test_lines_are_appended_behind_half_a_line(tmp_path: Path, found: str | None, kept: str) -> None:
+    if found is not None:
+        (tmp_path / "a.log").write_text(found)
+    append_lines(tmp_path / "a.log", ["ü", "b"])
+    assert (tmp_path / "a.log").read_text(encoding="utf-8") == f"{kept}ü\nb\n"
 
 
 def test_halves_of_characters_are_refused_or_replaced(tmp_path: Path) -> None:

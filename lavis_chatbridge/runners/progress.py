@@ -22,7 +22,7 @@ from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult
-from lavis_chatbridge.writing import write_text
+from lavis_chatbridge.writing import append_lines, write_text
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
@@ -132,10 +132,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         TrainingError: If it cannot be written.
     """
     try:
-        with open(path, "a+b") as out:
-            out.seek(max(0, out.tell() - 1))
-            cut_off = out.read(1) not in (b"", b"\n")  # the disk was full
-            out.write((b"\n" if cut_off else b"") + json.dumps(record, default=str).encode() + b"\n")
+        append_lines(path, [json.dumps(record, default=str)])
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {checkpoints.cause(error)}") from error
 

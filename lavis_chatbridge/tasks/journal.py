@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.writing import append_lines
 
 _log = logging.getLogger(__name__)
 _VALUES_PER_TENSOR = 64
@@ -63,12 +64,7 @@ class Journal:
         lines = [json.dumps({"key": key, "record": record}, ensure_ascii=False) for key, record in entries]
         with writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
-                if file.tell():
-                    file.seek(-1, 2)
-                    if file.read(1) != b"\n":  # an interruption cut the last line off
-                        file.write(b"\n")
-                file.write(("\n".join(lines) + "\n").encode())
+            append_lines(self.path, lines)
 
     def remove(self) -> None:
         """Remove the journals of all processes."""

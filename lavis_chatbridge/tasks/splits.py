@@ -89,9 +89,9 @@ class EvaluationSource:
         """Those with as many media of each kind: first those that share none with this one, then the others."""
         own = self._files(index)
         others = np.random.default_rng([self.seed, index]).permutation(len(self.source) - 1)
-        places = [int(other) + (int(other) >= index) for other in others]
         for fits in (set.isdisjoint, set.__ne__):
-            for place in places:
+            for other in others:
+                place = int(other) + int(other >= index)
                 files = self._files(place)
                 if _kinds(files) == _kinds(own) and fits(set(files), set(own)):
                     yield place

@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 
-from lavis_chatbridge.runners import checkpoints, distributed
+from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.snapshot import trained_weights
-from tests.runners.runner_parts import in_processes
-from tests.runners.world_runs import logged, run
+from tests.runners.world_runs import equal_on_two_processes, logged, run
 
 
 def test_train_resume_and_score(tmp_path, world):
@@ -53,12 +52,6 @@ def test_the_ablation_runs(tmp_path, world, media):
     assert scores["test"]["by_source"]["chatbridge_world_caption/audio"]["samples"] == 3
 
 
-def _on_a_rank(rank, folder, world, options):
-    runner = run(folder, world, "run.batch_size_train=1", *options)
-    torch.save(trained_weights(runner.model), folder / f"weights{rank}.pt")
-    distributed.close()
-
-
 DROPLESS = ("model.perceiver.dropout=0", "run.max_iters=2", "run.valid_splits=[test]")
 
 
@@ -73,10 +66,6 @@ def alone(tmp_path_factory, world):
 def test_two_processes_equal_one(tmp_path, world, alone, parallel):
     """Also where every process holds only a part of the frozen encoders and of the language model."""
     folder, weights = alone
-    in_processes(_on_a_rank, 2, tmp_path, world, (*DROPLESS, f"run.parallel={parallel}"))
-    first, second = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, tensor in weights.items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-3, msg=name)
+    equal_on_two_processes(tmp_path, world, (*DROPLESS, f"run.parallel={parallel}"), weights, atol=1e-3)
     for key in ("train_loss", "val_loss"):
         assert logged(folder, key) == pytest.approx(logged(tmp_path, key), abs=1e-4)

@@ -10,10 +10,10 @@ from lavis.common.registry import registry
 
 from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import checkpoints, distributed, snapshot
+from lavis_chatbridge.runners import checkpoints, snapshot
 from lavis_chatbridge.runners.snapshot import trained_weights
-from tests.runners.runner_parts import in_processes, runner
-from tests.runners.world_runs import configured, logged, run
+from tests.runners.runner_parts import runner
+from tests.runners.world_runs import configured, equal_on_two_processes, logged, run
 
 RANK = "model.language_model.lora.rank=4"
 LORA = (RANK, "model.language_model.lora.dropout=0.1", "model.language_model.lora.target_modules=[q_proj,up_proj]")
@@ -62,12 +62,6 @@ def run_model(world, folder, *options):
     return registry.get_model_class("chatbridge").from_config(configured(folder, world, *options).model_cfg)
 
 
-def _on_a_rank(rank, folder, world, options):
-    one = run(folder, world, "run.batch_size_train=1", *options)
-    torch.save(trained_weights(one.model), folder / f"weights{rank}.pt")
-    distributed.close()
-
-
 TWO_STEPS = (*LORA, "model.language_model.lora.dropout=0", "run.max_iters=2")
 
 
@@ -81,11 +75,7 @@ def alone(tmp_path_factory, world):
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_train_the_adapters_of_one(tmp_path, world, alone, way):
     folder, weights = alone
-    in_processes(_on_a_rank, 2, tmp_path, world, (*TWO_STEPS, f"run.parallel={way}"))
-    first, second = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, tensor in weights.items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-4, msg=name)
+    equal_on_two_processes(tmp_path, world, (*TWO_STEPS, f"run.parallel={way}"), weights, atol=1e-4)
     assert logged(tmp_path, "train_loss") == pytest.approx(logged(folder, "train_loss"), abs=1e-4)
 
 
