@@ -20,6 +20,7 @@ from lavis_chatbridge.settings import checked
 
 PROMPT, ANSWER = "you> ", "chatbridge> "
 _KINDS = ("image", "video", "audio")
+_LONGEST_NUMBER = 9
 _SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "num_beams": int, "seed": int}
 
 
@@ -156,10 +157,11 @@ class Terminal:
     def _edit(self, rest: str) -> None:
         number, _, text = rest.partition(" ")
         asked = count = (len(self.session.turns) + 1) // 2
-        if number.isdecimal() and text.strip():
+        if number.isdecimal() and len(number) <= _LONGEST_NUMBER:
             asked, rest = int(number), text.strip()
         if not rest:
-            raise ConfigError("/edit needs the new text")
+            which = f" of question {asked}: /edit {asked} TEXT" if number else ": /edit TEXT"
+            raise ConfigError(f"/edit needs the new text{which}")
         if not count:
             raise ConfigError("there is no question to edit")
         if not 1 <= asked <= count:

@@ -95,6 +95,7 @@ def test_warnings_and_mistakes_are_told_and_cost_nothing(opened: Session, files:
         "/set temperature hot",
         "/set temperature -2",
         "/edit",
+        "/edit 9",
         "/edit 7 what?",
         "/edit 0 what?",
         "/edit ² what?",
@@ -103,7 +104,9 @@ def test_warnings_and_mistakes_are_told_and_cost_nothing(opened: Session, files:
         "what is heard?",
     )
     assert "warning: d.mp4's sound track: the video has no audio track" in shown
-    assert shown.count("error: ") == 11
+    assert shown.count("error: ") == 12
+    assert "/edit needs the new text: /edit TEXT" in shown
+    assert "/edit needs the new text of question 9: /edit 9 TEXT" in shown
     assert "there is no question 7; they count from 1 to 1" in shown
     assert "there is no question 0; they count from 1 to 1" in shown
     assert shown.count(f"{terminal.ANSWER}") >= 2
@@ -130,6 +133,12 @@ def test_retry_edit_undo_save_and_load(opened: Session, tmp_path: Path):
     assert shown.count("1 you> uno?") == 1  # shown by /load; /history after /new shows nothing
     assert json.loads(file.read_text())["turns"][0]["text"] == "uno?"
     assert "two?" not in file.read_text()
+
+
+def test_a_question_may_become_a_number(opened: Session):
+    shown = typed(opened, "one?", "/edit 1 9", "/history", f"/edit {'1' * 5000}", "/history")
+    assert "1 you> 9\n" in shown
+    assert f"1 you> {'1' * 5000}\n" in shown
 
 
 def test_settings_and_help(opened: Session):
