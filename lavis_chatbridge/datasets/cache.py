@@ -1,10 +1,11 @@
-"""The folder for what can be made again (indexes, converted annotations), and a lock so that one process makes it."""
+"""The folder for what can be made again (indexes, converted annotations), and locks: one process makes a file, and what
+a killed one left unfinished is told from what another is writing."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CACHE_VARIABLE = "CHATBRIDGE_CACHE"
@@ -33,3 +34,24 @@ def locked(target: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+@contextmanager
+def held(temporary: Path) -> Iterator[None]:
+    """Mark an unfinished file as this process's for as long as it lives: `remove_abandoned` then leaves it alone."""
+    with open(temporary, "rb") as handle:
+        with suppress(ImportError, OSError):  # Windows removes no open file; some network folders have no locks
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def remove_abandoned(temporary: Path) -> None:
+    """Remove an unfinished file, unless a process holds it; where there are no locks it stays."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        with open(temporary, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()

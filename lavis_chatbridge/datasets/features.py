@@ -4,7 +4,8 @@ Shards are tar files in webdataset's form (``KEY.tokens.npy`` float16 ``[T, N, D
 each with an index of byte offsets for random access. A key depends on the file's content, the frozen encoder and the
 processor, so a changed picture, weight or setting is never answered with old features. A shard appears whole or not at
 all, counts only once its index is there, and is named after its content's hash: commands that fill one folder at once
-never replace what another has read the places of. What is read must bear its key. Nothing here knows the encoders.
+never replace what another has read the places of. What is read must bear its key, and a shard that is gone or cut off
+holds nothing: its features are made anew. Nothing here knows the encoders.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lavis_chatbridge.datasets.cache import held, remove_abandoned
 from lavis_chatbridge.datasets.dataset import media_source
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
@@ -43,6 +45,10 @@ _HEADER = tarfile.BLOCKSIZE
 _NUMPY = np.lib.format.magic(1, 0)
 _NUMPY_SIZE = len(_NUMPY)
 _TOKENS, _MASK = ".tokens.npy", ".mask.npy"
+
+_Stamp: TypeAlias = "tuple[int, int, int]"
+"""Size of a file, and the times in ns at which its content and anything of it changed; the latter cannot be set, as
+tar and rsync set the former."""
 
 
 class Encoder(Protocol):
@@ -72,16 +78,19 @@ class FeatureStore:
             raise DataError(f"{folder}: features are kept in a folder, and this is a file: name another place")
         self.salts = dict(salts or {})
         self._places: dict[str, tuple[str, list[int]]] = {}
-        self._digests: dict[str, tuple[int, int, str]] = {}
+        self._digests: dict[str, tuple[_Stamp, str]] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Take in what other processes have added."""
         for index in sorted(self.folder.glob("*.index.json")):
             places, files = _index_in(read_json(index), index)
-            shard = index.name.replace(".index.json", ".tar")
-            self._places |= {key: (shard, place) for key, place in places.items()}
             self._digests |= files
+            shard = index.name.replace(".index.json", ".tar")
+            if (fault := _lacks(self.folder / shard, places)) is not None:
+                _log.warning("%s: %s; its features are made anew (%s may go)", self.folder / shard, fault, index.name)
+                continue
+            self._places |= {key: (shard, place) for key, place in places.items()}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -134,7 +143,13 @@ class FeatureStore:
         return self.get(key) if key in self._places else None
 
     def add(self, features: Iterable[tuple[Medium, EncodedMedium]]) -> int:
-        """Write features to new shards; returns how many. What is written before an error stays."""
+        """Write features to new shards; returns how many. What is written before an error stays.
+
+        Raises:
+            DataError: If the folder cannot be written to.
+        """
+        for left in self.folder.glob("*.tmp"):
+            remove_abandoned(left)
         count = 0
         rest = iter(features)
         while True:
@@ -144,17 +159,17 @@ class FeatureStore:
                 return count
 
     def _digest(self, medium: Medium) -> str:
-        """SHA-256 of a medium's bytes, kept while size and time of the file stay."""
-        name = medium.path if medium.offset is None else f"{medium.path}@{medium.offset}+{medium.size}"
+        """SHA-256 of a medium's bytes, kept while the file stays as it is."""
+        name = _name(medium)
         try:
-            status = os.stat(medium.path)
+            stamp = _stamp(medium.path)
             known = self._digests.get(name)
-            if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
-                return known[2]
+            if known is not None and known[0] == stamp:
+                return known[1]
             digest = _sha256(medium.path, medium.offset or 0, medium.size)
         except OSError as error:
             raise MediaError(medium.path, error.strerror or error) from error
-        self._digests[name] = (status.st_size, status.st_mtime_ns, digest)
+        self._digests[name] = (stamp, digest)
         return digest
 
     def _write_shard(self, features: Iterator[tuple[Medium, EncodedMedium]]) -> int:
@@ -163,31 +178,42 @@ class FeatureStore:
         if first is None:
             return 0
         temporary = self._new_file()
-        places: dict[str, list[int]] = {}
-        files: dict[str, tuple[int, int, str]] = {}
         try:
-            with (
-                open(temporary, "wb") as file,
-                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-            ):
-                item: tuple[Medium, EncodedMedium] | None = first
-                while item is not None:
-                    medium, encoded = item
-                    key = self.key(medium)
-                    places[key] = _append(tar, f"{key}{_TOKENS}", encoded.tokens.half())
-                    places[key] += _append(tar, f"{key}{_MASK}", encoded.mask.bool())
-                    if medium.offset is None:
-                        files[medium.path] = self._digests[medium.path]
-                    item = next(features, None) if tar.offset < SHARD_BYTES else None
-            name = f"{first[0].kind}-{_sha256(temporary)[:32]}"  # a file that has this name already is the same one
-            publish(temporary, self.folder / f"{name}.tar")
+            with held(temporary):
+                places, files = self._fill(temporary, first, features)
+                name = f"{first[0].kind}-{_sha256(temporary)[:32]}"  # a file that has this name already is the same one
+                publish(temporary, self.folder / f"{name}.tar")
+            index = {"format": _FORMAT, "places": places, "files": files}
+            write_text(self.folder / f"{name}.index.json", json.dumps(index))
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise DataError(
+                f"{self.folder}: features cannot be written there: {error.strerror or error}; the same command goes on "
+                "with what is missing"
+            ) from error
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        index = {"format": _FORMAT, "places": places, "files": files}
-        write_text(self.folder / f"{name}.index.json", json.dumps(index))
         self._places |= {key: (f"{name}.tar", place) for key, place in places.items()}
         return len(places)
+
+    def _fill(
+        self, path: Path, first: tuple[Medium, EncodedMedium], more: Iterator[tuple[Medium, EncodedMedium]]
+    ) -> tuple[dict[str, list[int]], dict[str, list[Any]]]:
+        """Write a tar file; returns the places of its features, and the digests of the files that they are of."""
+        places: dict[str, list[int]] = {}
+        files: dict[str, list[Any]] = {}
+        with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            item: tuple[Medium, EncodedMedium] | None = first
+            while item is not None:
+                medium, encoded = item
+                key = self.key(medium)
+                places[key] = _append(tar, f"{key}{_TOKENS}", encoded.tokens.half())
+                places[key] += _append(tar, f"{key}{_MASK}", encoded.mask.bool())
+                stamp, digest = self._digests[_name(medium)]
+                files[_name(medium)] = [*stamp, digest]
+                item = next(more, None) if tar.offset < SHARD_BYTES else None
+        return places, files
 
     def _new_file(self) -> Path:
         """An empty temporary file of the folder, which is made where missing."""
@@ -250,9 +276,23 @@ def build_features(
     for kind, media in missing.items():
         mine = list(media.values())
         if mine:
-            count = store.add(_encode(model, kind, mine, processors[kind], batch, workers))
+            keys = {medium: key for key, medium in media.items()}
+            encoded = _encode(model, kind, mine, processors[kind], batch, workers)
+            count = store.add(pair for pair in encoded if _is_still(store, pair[0], keys[pair[0]]))
             _log.info("stored features of %d %s files in %s", count, kind, folder)
     return store
+
+
+def _is_still(store: FeatureStore, medium: Medium, key: str) -> bool:
+    """Whether a medium is what it was before it was opened: features must not bear the key of later content."""
+    try:
+        same = store.key(medium) == key
+    except MediaError as error:
+        _log.warning("no features: %s", error)
+        return False
+    if not same:
+        _log.warning("no features: %s has changed while it was encoded", medium.path)
+    return same
 
 
 class _Opened(Dataset):
@@ -293,6 +333,27 @@ def _encode(
 
 def _as_it_is(items: Any) -> Any:
     return items
+
+
+def _name(medium: Medium) -> str:
+    """What a medium's digest is kept under, wherever the process was started."""
+    path = os.path.abspath(medium.path)
+    return path if medium.offset is None else f"{path}@{medium.offset}+{medium.size}"
+
+
+def _stamp(path: str) -> _Stamp:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _lacks(shard: Path, places: Mapping[str, Sequence[int]]) -> str | None:
+    """What keeps a shard from holding features at all these places: it is gone, or too short."""
+    end = max((at + size for place in places.values() for at, size in (place[:2], place[2:])), default=0)
+    try:
+        size = shard.stat().st_size
+    except OSError as error:
+        return error.strerror or str(error)
+    return f"it ends before byte {end}" if size < end else None
 
 
 def _sha256(path: str | Path, offset: int = 0, left: int | None = None) -> str:
@@ -343,7 +404,7 @@ def _described(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_1_0(io.BytesIO(header))
 
 
-def _index_in(content: Any, path: Path) -> tuple[dict[str, list[int]], dict[str, tuple[int, int, str]]]:
+def _index_in(content: Any, path: Path) -> tuple[dict[str, list[int]], dict[str, tuple[_Stamp, str]]]:
     """The places of features, and the digests of files, that an index holds."""
     fault = f"{path}: not the index of a feature shard; name another folder, or delete this file"
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -351,11 +412,13 @@ def _index_in(content: Any, path: Path) -> tuple[dict[str, list[int]], dict[str,
     places, files = content.get("places"), content.get("files")
     if not isinstance(places, dict) or not all(_are(place, int, int, int, int) for place in places.values()):
         raise DataError(fault)
-    if not isinstance(files, dict) or not all(_are(stamp, int, int, str) for stamp in files.values()):
+    stamps = ((int, int, int, str), (int, int, str))  # the latter of an earlier version: too little to trust a digest
+    if not isinstance(files, dict) or not all(any(_are(known, *s) for s in stamps) for known in files.values()):
         raise DataError(fault)
     if any(min(place) < 0 for place in places.values()):
         raise DataError(fault)
-    return places, {name: (stamp[0], stamp[1], stamp[2]) for name, stamp in files.items()}
+    trusted = {name: known for name, known in files.items() if len(known) == 4}
+    return places, {name: ((known[0], known[1], known[2]), known[3]) for name, known in trusted.items()}
 
 
 def _are(values: Any, *kinds: type) -> bool:

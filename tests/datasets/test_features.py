@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import webdataset as wds
 
 from lavis_chatbridge.datasets import features
+from lavis_chatbridge.datasets.cache import held
 from lavis_chatbridge.datasets.features import FeatureStore, build_features, salts_of
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import DataError, MediaError
@@ -72,6 +74,71 @@ def test_a_file_of_the_same_size_and_another_time_is_read_again(pictures, proces
     (pictures / "p9.png").write_bytes(content[:-1] + b"x")
     os.utime(pictures / "p9.png", ns=(1, 1))
     assert store.find(medium) is None
+
+
+def test_a_file_of_the_same_size_and_time_is_read_again(pictures, processors):
+    """As tar and rsync leave it, which set the time of another version's file."""
+    medium = Medium("image", str(pictures / "p9.png"))
+    before = os.stat(medium.path)
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    content = (pictures / "p9.png").read_bytes()
+    (pictures / "p9.png").write_bytes(content[:-1] + b"x")
+    os.utime(pictures / "p9.png", ns=(before.st_mtime_ns, before.st_mtime_ns))
+    after = os.stat(medium.path)
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    for one in (store, FeatureStore(pictures / "store", store.salts)):
+        assert one.find(medium) is None
+
+
+def test_paths_relative_to_another_folder_are_other_files(tmp_path, monkeypatch):
+    store, tokens = FeatureStore(tmp_path / "store"), torch.ones(1, 1, 2)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.bin").write_bytes(folder.encode())
+        os.utime(tmp_path / folder / "x.bin", ns=(5, 5))
+    stamp = features._stamp(str(tmp_path / "a" / "x.bin"))
+    monkeypatch.setattr(features, "_stamp", lambda path: stamp)
+    monkeypatch.chdir(tmp_path / "a")
+    store.add([(Medium("image", "x.bin"), EncodedMedium(tokens, torch.ones(1, 1, dtype=torch.bool)))])
+    assert store.find(Medium("image", str(tmp_path / "a" / "x.bin"))) is not None
+    monkeypatch.chdir(tmp_path / "b")
+    assert store.find(Medium("image", "x.bin")) is None
+
+
+def test_digests_are_kept_and_not_made_again(pictures, processors, monkeypatch):
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    with open(pictures / "s.tar", "wb") as shard:
+        shard.write((pictures / "p1.png").read_bytes()[:-1] + b"y")
+        inside = Medium("image", str(pictures / "s.tar"), 0, shard.tell())
+    store.add([(inside, EncodedMedium(torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool)))])
+    reopened = FeatureStore(pictures / "store", store.salts)
+    monkeypatch.setattr(features, "_sha256", None)
+    for medium in (Medium("image", str(pictures / "p9.png")), inside):
+        assert reopened.find(medium) is not None
+
+
+def test_the_index_of_an_earlier_version_is_read_and_its_digests_are_not_trusted(pictures, processors):
+    medium = Medium("image", str(pictures / "p9.png"))
+    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    [index] = (pictures / "store").glob("*.index.json")
+    content = json.loads(index.read_text())
+    size, time = os.stat(medium.path).st_size, os.stat(medium.path).st_mtime_ns
+    index.write_text(json.dumps(content | {"files": {medium.path: [size, time, "another"]}}))
+    assert FeatureStore(pictures / "store", store.salts).find(medium) is not None
+
+
+def test_a_medium_that_changes_while_it_is_encoded_is_left_out(pictures, processors, caplog):
+    class Changing(Encoder):
+        def encode_media(self, kind, media):
+            (pictures / "p3.png").write_bytes((pictures / "p4.png").read_bytes() + b" ")
+            (pictures / "p5.png").unlink(missing_ok=True)
+            return super().encode_media(kind, media)
+
+    store = build_features(Changing(), samples(pictures), processors, pictures / "store")
+    assert len(store) == 10
+    assert store.find(Medium("image", str(pictures / "p3.png"))) is None
+    assert "p3.png has changed while it was encoded" in caplog.text
+    assert "p5.png" in caplog.text
 
 
 def test_one_file_has_features_of_its_own_for_each_kind(pictures):
@@ -200,12 +267,58 @@ def test_a_crash_while_writing_leaves_nothing_behind(pictures, processors):
 def test_damage_is_named(pictures, processors):
     store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
     [shard] = (pictures / "store").glob("*.tar")
-    shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(DataError, match=r"features cannot be read.*delete"):
-        store.find(Medium("image", str(pictures / "p9.png")))
+    content = shard.read_bytes()
+    for damaged in (content[:700], content[:512] + b"NUMPY" + content[517:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"features cannot be read.*delete"):
+            [store.find(Medium("image", str(pictures / f"p{number}.png"))) for number in range(12)]
     (pictures / "store" / "x.index.json").write_text("[]")
     with pytest.raises(DataError, match="not the index of a feature shard"):
         FeatureStore(pictures / "store")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_a_shard_that_is_gone_or_cut_off_is_made_anew(pictures, processors, damage, caplog):
+    build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    [shard] = (pictures / "store").glob("*.tar")
+    content = shard.read_bytes()
+    os.truncate(shard, 3000) if damage == "cut off" else shard.unlink()
+    model = Encoder()
+    assert len(FeatureStore(pictures / "store", salts_of(model, processors))) == 0
+    assert len(build_features(model, samples(pictures), processors, pictures / "store")) == 12
+    assert f"{shard}: " + ("it ends before byte" if damage == "cut off" else "No such file") in caplog.text
+    assert sum(model.batches) == 12
+    assert shard.read_bytes() == content
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(pictures, processors, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features, "_append", full)
+    with pytest.raises(DataError, match=r"store: features cannot be written there: No space left on device; the same"):
+        build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    assert os.listdir(pictures / "store") == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(pictures, processors):
+    class Interrupted(Encoder):
+        def encode_media(self, kind, media):
+            if len(self.batches) == 1:
+                [self.unfinished] = (pictures / "store").glob("*.tmp")
+                build_features(Encoder(), sample(pictures, 0, 1), processors, pictures / "store")
+            return super().encode_media(kind, media)
+
+    (pictures / "store").mkdir()
+    (pictures / "store" / "tmpabc.tmp").write_bytes(b"half a shard")
+    model = Interrupted()
+    assert len(build_features(model, samples(pictures), processors, pictures / "store", batch=4)) == 12
+    assert model.unfinished.name != "tmpabc.tmp"
+    assert not list((pictures / "store").glob("*.tmp"))
+    (pictures / "store" / "tmpdef.tmp").write_bytes(b"half a shard")
+    with held(pictures / "store" / "tmpdef.tmp"):
+        build_features(Encoder("weights-2"), samples(pictures), processors, pictures / "store")
+        assert (pictures / "store" / "tmpdef.tmp").exists()
 
 
 @pytest.mark.parametrize("case", FEATURE_CASES)
@@ -215,7 +328,9 @@ def test_a_lying_cache_is_refused(tmp_path, case):
 
     def read():
         store = FeatureStore(tmp_path)
+        if not len(store):
+            raise DataError("it is passed over, and features are made anew")
         store.get(next(iter(store._places)))
 
-    with pytest.raises(DataError, match=r"not the index of a feature shard|features cannot be read"):
+    with pytest.raises(DataError, match=r"not the index of a feature shard|features cannot be read|passed over"):
         read()
