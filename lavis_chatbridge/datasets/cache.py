@@ -4,11 +4,13 @@ a killed one left unfinished is told from what another is writing."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CACHE_VARIABLE = "CHATBRIDGE_CACHE"
+_SECONDS_TO_HOLD = 60.0  # from the making of an empty file until it is held
 
 
 def cache_folder() -> Path:
@@ -48,10 +50,13 @@ def held(temporary: Path) -> Iterator[None]:
 
 
 def remove_abandoned(temporary: Path) -> None:
-    """Remove an unfinished file, unless a process holds it; where there are no locks it stays."""
+    """Remove an unfinished file, unless a process holds it or is about to; where there are no locks it stays."""
     with suppress(ImportError, OSError):
         import fcntl
 
         with open(temporary, "rb") as handle:
+            status = os.fstat(handle.fileno())
+            if status.st_size == 0 and time.time() - status.st_mtime < _SECONDS_TO_HOLD:
+                return
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             temporary.unlink()

@@ -148,7 +148,7 @@ class FeatureStore:
         Raises:
             DataError: If the folder cannot be written to.
         """
-        for left in self.folder.glob("*.tmp"):
+        for left in self.folder.glob("tmp*.tmp"):
             remove_abandoned(left)
         count = 0
         rest = iter(features)

@@ -2,8 +2,8 @@
 
 A shard is a function of the annotation file and its number alone, so any number of processes can share the work, and an
 interrupted run goes on where it stopped. A shard appears whole or not at all, and counts only once its index is there;
-the JSONL and the manifest come last. Training reads that JSONL like any other, in the annotation file's order. Nothing
-here decodes a medium.
+the JSONL and the manifest come last, and go first when a shard is written anew. Training reads that JSONL like any
+other, in the annotation file's order. Nothing here decodes a medium.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from lavis_chatbridge.datasets.cache import held, remove_abandoned
 from lavis_chatbridge.datasets.dataset import SourceGroup, media_source
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import DataError, MediaError
@@ -37,6 +40,7 @@ _FORMAT = "chatbridge-shard-1"
 _NAMED = 20  # samples left out that a manifest names
 _TRIES_BEFORE_JUDGING = 20
 _BLOCK = 1 << 20
+_IN_AN_INDEX = frozenset(("key", "samples", "media", "left_out", "bytes", "sha256", "records"))
 
 _Content: TypeAlias = "tuple[str, int | None, int | None]"  # path, offset, size: one medium, whatever it is used as
 
@@ -115,17 +119,29 @@ def shard_sets(group: SourceGroup, folder: Path, split: str, per_shard: int = PE
         if not isinstance(source.samples, SampleFile):
             raise DataError(f"{source.name}: only samples of a file can be written to shards")
         files.setdefault((source.name.split("/")[0], source.samples.path), []).append(source)
-    stems = Counter((name, Path(path).stem) for name, path in files)
+    stems = _stems(list(files))
     sets = []
-    for number, ((name, path), sources) in enumerate(files.items()):
-        stem = Path(path).stem
-        stem = stem if stems[name, stem] == 1 else f"{stem}-{number}"
+    for (name, path), sources in files.items():
         parts = [source.indices for source in sources]
         indices = None if any(part is None for part in parts) else np.sort(np.concatenate(parts))
         if indices is not None and len(indices) == len(sources[0].samples):
             indices = None
-        sets.append(ShardSet(folder / name / split, stem, sources[0].samples, indices, per_shard))
+        sets.append(ShardSet(folder / name / split, stems[name, path], sources[0].samples, indices, per_shard))
     return sets
+
+
+def _stems(files: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """A name for the shards of each data set's annotation file: the file's own, numbered where that is taken."""
+    given = Counter((name, Path(path).stem) for name, path in files)
+    taken = {place for place, count in given.items() if count == 1}
+    stems = {}
+    for number, (name, path) in enumerate(files):
+        stem = Path(path).stem
+        if given[name, stem] > 1:
+            stem = next(new for n in count(number) if (name, new := f"{stem}-{n}") not in taken)
+            taken.add((name, stem))
+        stems[name, path] = stem
+    return stems
 
 
 def write_shards(
@@ -142,14 +158,31 @@ def write_shards(
         rank: This process writes every ``world_size``-th shard, from ``rank`` on.
         world_size: Number of processes.
         max_bad_share: Stop when more than this share of the samples has media that cannot be read.
-        verify: Compare the hashes of shards that are there, and make those anew that differ.
+        verify: Compare the hashes of what is there, and make anew what differs.
 
     Returns:
         The complete sets: all of them for the last process, perhaps fewer for those before.
 
     Raises:
-        DataError: If too many media cannot be read, a set has no readable sample, or a medium lies outside its root.
+        DataError: If too many media cannot be read, a set has no readable sample, a medium lies outside its root, the
+            folder cannot be written to, or an annotation file lies where a set's JSONL goes.
     """
+    for chosen in sets:
+        if os.path.realpath(chosen.jsonl) == os.path.realpath(chosen.samples.path):
+            raise DataError(f"{chosen.samples.path}: the shards' JSONL would replace it; name another --output")
+    try:
+        _write_own(sets, rank, world_size, max_bad_share, verify)
+        return [chosen for chosen in sets if _finish(chosen, verify)]
+    except OSError as error:
+        folder = ", ".join(dict.fromkeys(str(chosen.folder) for chosen in sets))
+        raise DataError(
+            f"{folder}: shards cannot be written there: {error.strerror or error}; the same command goes on where it "
+            "stopped"
+        ) from error
+
+
+def _write_own(sets: Sequence[ShardSet], rank: int, world_size: int, max_bad_share: float, verify: bool) -> None:
+    """Write this process's shards; arguments and errors as those of `write_shards`."""
     units = [(chosen, number) for chosen in sets for number in range(chosen.count)]
     tried = bad = 0
     for chosen, number in units[rank::world_size]:
@@ -162,7 +195,6 @@ def write_shards(
                 f"{chosen.samples.path}: {bad} of {tried} samples have media that cannot be read, more than the "
                 f"{max_bad_share:.0%} that --max-bad-share allows{last}"
             )
-    return [chosen for chosen in sets if _finish(chosen)]
 
 
 def _shard(chosen: ShardSet, number: int, verify: bool) -> dict[str, Any]:
@@ -173,9 +205,10 @@ def _shard(chosen: ShardSet, number: int, verify: bool) -> dict[str, Any]:
     target = chosen.shard(number)
     if index is not None and index["key"] == key and (not verify or sha256_of(target) == index["sha256"]):
         return index
-    for stale in (chosen.manifest, chosen.index(number)):  # what they say is about to be true no longer
+    for stale in (chosen.manifest, chosen.jsonl, chosen.index(number)):  # what they say is about to be true no longer
         stale.unlink(missing_ok=True)
-    with whole_file(target) as temporary:
+    with ExitStack() as until_published, whole_file(target) as temporary:
+        until_published.enter_context(held(temporary))
         index = {"format": _FORMAT, "stamp": chosen.stamp, "key": key, **_fill(temporary, target.name, chosen, part)}
     write_text(chosen.index(number), json.dumps(index, ensure_ascii=False))
     _log.info("wrote %s: %d samples, left out %d", target, index["samples"], len(index["left_out"]))
@@ -186,6 +219,8 @@ def _standing(chosen: ShardSet, number: int) -> dict[str, Any] | None:
     """The index of a shard that is whole and of this annotation file, else None."""
     index, target = read_json(chosen.index(number)), chosen.shard(number)
     if not isinstance(index, dict) or (index.get("format"), index.get("stamp")) != (_FORMAT, chosen.stamp):
+        return None
+    if not _IN_AN_INDEX.issubset(index):
         return None
     return index if target.is_file() and target.stat().st_size == index["bytes"] else None
 
@@ -224,7 +259,8 @@ def _fill(path: Path, name: str, chosen: ShardSet, part: Iterable[tuple[int, Sam
             for content, (extension, data) in new.items():
                 extension = extension if len(new) == 1 else f"{len(contents)}.{extension}"
                 contents[extension], members[content] = data, f"{key}.{extension}"
-            record = _with_places(sample, {content: Medium("image", member) for content, member in members.items()})
+            own = {content: Medium("image", members[content]) for content in map(_content, sample.files)}
+            record = _with_places(sample, own)
             tar.write({"__key__": key, **contents, "json": json.dumps(record, ensure_ascii=False).encode()})
             kept.append(sample)
     with tarfile.open(path, "r:") as written:
@@ -263,10 +299,9 @@ def _with_places(sample: Sample, places: Mapping[_Content, Medium]) -> dict[str,
     return to_record(replace(sample, media=tuple(media)))
 
 
-def _finish(chosen: ShardSet) -> bool:
+def _finish(chosen: ShardSet, verify: bool) -> bool:
     """Write JSONL and manifest if every shard is there; returns whether they are."""
-    known = read_json(chosen.manifest)
-    if isinstance(known, dict) and known.get("stamp") == chosen.stamp and chosen.jsonl.is_file():
+    if _is_finished(chosen, verify):
         return True
     indexes = []
     for number in range(chosen.count):  # one after the other: of a large set, the records do not fit into memory
@@ -274,17 +309,33 @@ def _finish(chosen: ShardSet) -> bool:
         if index is None:
             return False
         indexes.append({key: value for key, value in index.items() if key != "records"})
-    modalities: Counter[str] = Counter()
-    if not write_jsonl(chosen.jsonl, _all_samples(chosen, modalities)):
+    if not any(index["samples"] for index in indexes):
         raise DataError(f"{chosen.samples.path}: none of its {len(chosen)} samples has media that can be read")
+    modalities: Counter[str] = Counter()
+    write_jsonl(chosen.jsonl, _all_samples(chosen, modalities))
     _tidy(chosen)
     write_text(chosen.manifest, json.dumps(_manifest(chosen, indexes, modalities), ensure_ascii=False, indent=1))
     return True
 
 
+def _is_finished(chosen: ShardSet, verify: bool) -> bool:
+    """Whether JSONL and manifest are there and of these samples; with ``verify`` also whether the JSONL is whole."""
+    known = read_json(chosen.manifest)
+    if not isinstance(known, dict) or known.get("stamp") != chosen.stamp or not chosen.jsonl.is_file():
+        return False
+    return not verify or known.get("jsonl") == _hashed(chosen.jsonl)
+
+
+def _hashed(path: Path) -> dict[str, str]:
+    return {"name": path.name, "sha256": sha256_of(path)}
+
+
 def _all_samples(chosen: ShardSet, modalities: Counter[str]) -> Iterator[Sample]:
     for number in range(chosen.count):
-        for record in (_standing(chosen, number) or {"records": []})["records"]:
+        index = _standing(chosen, number)
+        if index is None:
+            raise DataError(f"{chosen.shard(number)}: another process has begun to write it anew; repeat this command")
+        for record in index["records"]:
             sample = parse_record(record, str(chosen.index(number)), str(chosen.folder))
             modalities[sample.modality] += 1
             yield sample
@@ -301,7 +352,7 @@ def _manifest(chosen: ShardSet, indexes: Sequence[Mapping[str, Any]], modalities
         "bytes": sum(index["bytes"] for index in indexes),
         "left_out": len(left_out),
         "left_out_first": left_out[:_NAMED],
-        "jsonl": {"name": chosen.jsonl.name, "sha256": sha256_of(chosen.jsonl)},
+        "jsonl": _hashed(chosen.jsonl),
         "shards": [
             {"name": chosen.shard(number).name} | {key: index[key] for key in ("samples", "media", "bytes", "sha256")}
             for number, index in enumerate(indexes)
@@ -314,7 +365,9 @@ def _tidy(chosen: ShardSet) -> None:
     ours = re.compile(rf"\.?{re.escape(chosen.stem)}-(\d{{5,}})\.(tar|index\.json|tar\.\w+\.tmp)")
     for path in chosen.folder.iterdir():
         match = ours.fullmatch(path.name)
-        if match and (path.suffix == ".tmp" or int(match[1]) >= chosen.count):
+        if match and path.suffix == ".tmp":
+            remove_abandoned(path)
+        elif match and int(match[1]) >= chosen.count:
             path.unlink(missing_ok=True)
 
 

@@ -124,10 +124,11 @@ def _from_configuration(args: argparse.Namespace, world_size: int) -> tuple[list
 
 def _section(section: DictConfig, builder: Any, of_mixture: bool) -> dict[str, Any]:
     """The section of one data set that reads shards: what the user had set for it, and the place of every split."""
+    from lavis_chatbridge.processors.loading import SECTIONS
+
     given: Any = OmegaConf.to_container(section, resolve=True)
-    names = [
-        name for name in (_SHARED if of_mixture else _KEPT) if name in given and given[name] != builder.ROW.get(name)
-    ]
+    kept = (*(_SHARED if of_mixture else _KEPT), *SECTIONS.values())
+    names = [name for name in kept if name in given and given[name] != builder.ROW.get(name)]
     if of_mixture and builder.ROW.get("templates") is False:  # its questions are whole instructions
         names = [name for name in names if name != "templates"]
     splits = [*(builder.ROW.get("splits") or {}), *({} if of_mixture else given.get("splits") or {})]

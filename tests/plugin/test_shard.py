@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import webdataset as wds
@@ -15,6 +18,7 @@ from omegaconf import OmegaConf
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets import shards
+from lavis_chatbridge.datasets.cache import held, remove_abandoned
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, media_source
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.plugin.shard import _add_ratios, _section
@@ -220,6 +224,158 @@ def test_links_out_of_the_root_are_refused(tmp_path, mine, capsys):
 def test_mistakes_are_named(words, message, capsys):
     assert shard(*words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_jsonl_beside_its_own_media_is_not_replaced(tmp_path, mine, capsys):
+    before = mine.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    for output in (tmp_path, tmp_path / "link"):
+        assert shard(mine, "--output", output) == 2
+        assert f"{mine}: the shards' JSONL would replace it; name another --output" in capsys.readouterr().err
+    assert mine.read_bytes() == before
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_a_jsonl_of_other_shards_is_gone_before_one_is_replaced(tmp_path, mine, monkeypatch):
+    """Media of one size lie at the same bytes whatever the shard: an older JSONL would name others' with no fault."""
+    out = tmp_path / "out"
+    shard(mine, "--output", out, "--per-shard", 2)
+
+    def stop(*_):
+        assert not (out / "mine.jsonl").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "_fill", stop)
+    assert shard(mine, "--output", out, "--per-shard", 3) == 130
+    assert not (out / "mine.jsonl").exists()
+    assert not (out / "mine.manifest.json").exists()
+    monkeypatch.undo()
+    assert shard(mine, "--output", out, "--per-shard", 3) == 0
+    assert contents(out / "mine.jsonl") == contents(mine)
+
+
+def test_verify_mends_the_jsonl_too(tmp_path, mine):
+    out = tmp_path / "out"
+    shard(mine, "--output", out, "--per-shard", 5)
+    written = (out / "mine.jsonl").read_bytes()
+    (out / "mine.jsonl").write_bytes(written[: written.index(b"\n") + 1])
+    assert shard(mine, "--output", out, "--per-shard", 5, "--verify") == 0
+    assert (out / "mine.jsonl").read_bytes() == written
+    (out / "mine.jsonl").unlink()
+    assert shard(mine, "--output", out, "--per-shard", 5) == 0
+    assert (out / "mine.jsonl").read_bytes() == written
+
+
+def test_a_shard_that_is_cut_off_or_gone_is_written_anew(tmp_path, mine):
+    out = tmp_path / "out"
+    shard(mine, "--output", out, "--per-shard", 4)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "mine-00000.tar").write_bytes(whole["mine-00000.tar"][:-512])
+    (out / "mine-00001.tar").unlink()
+    (out / "mine-00002.index.json").write_text(
+        json.dumps({key: json.loads(whole["mine-00002.index.json"])[key] for key in ("format", "stamp")})
+    )
+    assert shard(mine, "--output", out, "--per-shard", 4) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
+def test_a_full_disk_is_one_line_and_the_command_goes_on(tmp_path, mine, capsys):
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        assert shard(mine, "--output", out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert f"{out}: shards cannot be written there: File too large; the same command goes on" in error
+    assert list(out.iterdir()) == []
+    assert shard(mine, "--output", out) == 0
+    assert contents(out / "mine.jsonl") == contents(mine)
+
+
+def test_what_another_process_is_writing_stays(tmp_path, mine):
+    out = tmp_path / "out"
+    out.mkdir()
+    left, fresh, others = (out / f".mine-00000.tar.{name}.tmp" for name in ("left", "fresh", "others"))
+    for path in (left, others):
+        path.write_text("half a shard")
+    fresh.touch()
+    with held(others):
+        assert shard(mine, "--output", out) == 0
+    assert [path.exists() for path in (left, fresh, others)] == [False, True, True]
+    os.utime(fresh, (0, 0))
+    (out / "mine.manifest.json").unlink()
+    assert shard(mine, "--output", out) == 0
+    assert not list(out.glob(".*"))
+
+
+def test_the_file_being_written_is_held(tmp_path, mine, monkeypatch):
+    fill = shards._fill
+
+    def beside(path, *rest):
+        index = fill(path, *rest)
+        remove_abandoned(path)
+        return index
+
+    monkeypatch.setattr(shards, "_fill", beside)
+    assert shard(mine, "--output", tmp_path / "out", "--per-shard", 4) == 0
+    assert contents(tmp_path / "out" / "mine.jsonl") == contents(mine)
+
+
+def test_a_shard_that_another_process_begins_anew_is_not_left_out(tmp_path, mine, monkeypatch, capsys):
+    out, manifest = tmp_path / "out", shards._all_samples
+
+    def other_process(chosen, modalities):
+        chosen.index(1).unlink()
+        return manifest(chosen, modalities)
+
+    monkeypatch.setattr(shards, "_all_samples", other_process)
+    assert shard(mine, "--output", out, "--per-shard", 4) == 2
+    assert "mine-00001.tar: another process has begun to write it anew; repeat this command" in capsys.readouterr().err
+    assert not (out / "mine.jsonl").exists()
+
+
+def test_without_a_readable_sample_no_jsonl_is_left(tmp_path, mine, capsys):
+    for path in (tmp_path / "media").iterdir():
+        path.unlink()
+    mine.write_text("".join(line for line in mine.read_text().splitlines(keepends=True) if '"none"' not in line))
+    assert shard(mine, "--output", tmp_path / "out") == 2
+    assert "none of its 11 samples has media that can be read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "mine.jsonl").exists()
+
+
+def test_every_annotation_file_of_a_data_set_has_shards_of_its_own(tmp_path, mine):
+    places = [tmp_path / name for name in ("x/train.jsonl", "y/train.jsonl", "train-1.jsonl", "other.jsonl")]
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(mine.read_bytes())
+    files = [SampleFile(place, tmp_path) for place in places]
+    group = SourceGroup("set", [SourceDataset(f"set/{i}", file, SourceSettings()) for i, file in enumerate(files)])
+    sets = shards.shard_sets(group, tmp_path / "out", "train", 5)
+    assert [one.stem for one in sets] == ["train-0", "train-2", "train-1", "other"]
+    assert shards.write_shards(sets) == sets
+    assert all(contents(one.jsonl) == contents(mine) for one in sets)
+
+
+def test_a_choice_of_samples_is_one_set_whatever_the_number_of_sources(tmp_path, mine):
+    file = SampleFile(mine)
+    parts = [SourceDataset(f"set/{n}", file, SourceSettings(), np.array(part)) for n, part in enumerate(([7, 3], [5]))]
+    [chosen] = shards.shard_sets(SourceGroup("set", parts), tmp_path / "out", "train", 2)
+    assert chosen.indices.tolist() == [3, 5, 7]
+    assert shards.write_shards([chosen]) == [chosen]
+    every = contents(mine)
+    assert contents(chosen.jsonl) == [every[3], every[5], every[7]]
+    records = wds.WebDataset(str(chosen.shard(0)), shardshuffle=False)
+    assert [record["__key__"] for record in records] == ["000000003", "000000005"]
+
+
+def test_processors_of_a_data_set_are_kept(mine):
+    own = {"data_root": "d", "vis_processor": {"train": {"image_size": 32}}, "audio_processor": None}
+    builder = registry.get_builder_class("chatbridge_jsonl")
+    for of_mixture in (False, True):
+        section = _section(OmegaConf.create(own), builder, of_mixture)
+        assert section["vis_processor"] == {"train": {"image_size": 32}}
+        assert "audio_processor" not in section
 
 
 def test_a_mixture_becomes_its_parts_with_their_shares(tmp_path, mine):
