@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CACHE_VARIABLE = "CHATBRIDGE_CACHE"
-_SECONDS_TO_HOLD = 60.0  # from the making of an empty file until it is held
+_SECONDS_TO_HOLD = 2.0  # from the making of an empty file until it is held
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -30,8 +30,8 @@ from lavis_chatbridge.datasets.dataset import SourceGroup, media_source
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.source import file_of, media_errors
-from lavis_chatbridge.schema import Medium, Sample, check_inside, parse_record, to_record, write_jsonl
-from lavis_chatbridge.writing import read_json, whole_file, write_text
+from lavis_chatbridge.schema import Medium, Sample, check_inside, parse_record, to_record
+from lavis_chatbridge.writing import read_json, whole_file
 
 _log = logging.getLogger(__name__)
 
@@ -207,12 +207,24 @@ def _shard(chosen: ShardSet, number: int, verify: bool) -> dict[str, Any]:
         return index
     for stale in (chosen.manifest, chosen.jsonl, chosen.index(number)):  # what they say is about to be true no longer
         stale.unlink(missing_ok=True)
-    with ExitStack() as until_published, whole_file(target) as temporary:
-        until_published.enter_context(held(temporary))
+    with _whole(target) as temporary:
         index = {"format": _FORMAT, "stamp": chosen.stamp, "key": key, **_fill(temporary, target.name, chosen, part)}
-    write_text(chosen.index(number), json.dumps(index, ensure_ascii=False))
+    _write_lines(chosen.index(number), [json.dumps(index, ensure_ascii=False)])
     _log.info("wrote %s: %d samples, left out %d", target, index["samples"], len(index["left_out"]))
     return index
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """As `whole_file`; other processes leave the temporary file alone until it has the target's name."""
+    with ExitStack() as until_published, whole_file(target) as temporary:
+        until_published.enter_context(held(temporary))
+        yield temporary
+
+
+def _write_lines(target: Path, lines: Iterable[str]) -> None:
+    with _whole(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def _standing(chosen: ShardSet, number: int) -> dict[str, Any] | None:
@@ -312,9 +324,10 @@ def _finish(chosen: ShardSet, verify: bool) -> bool:
     if not any(index["samples"] for index in indexes):
         raise DataError(f"{chosen.samples.path}: none of its {len(chosen)} samples has media that can be read")
     modalities: Counter[str] = Counter()
-    write_jsonl(chosen.jsonl, _all_samples(chosen, modalities))
+    records = (to_record(sample, str(chosen.folder.absolute())) for sample in _all_samples(chosen, modalities))
+    _write_lines(chosen.jsonl, (json.dumps(record, ensure_ascii=False) for record in records))
     _tidy(chosen)
-    write_text(chosen.manifest, json.dumps(_manifest(chosen, indexes, modalities), ensure_ascii=False, indent=1))
+    _write_lines(chosen.manifest, [json.dumps(_manifest(chosen, indexes, modalities), ensure_ascii=False, indent=1)])
     return True
 
 
@@ -362,13 +375,15 @@ def _manifest(chosen: ShardSet, indexes: Sequence[Mapping[str, Any]], modalities
 
 def _tidy(chosen: ShardSet) -> None:
     """Remove what runs that were killed, or that had more shards, left behind."""
-    ours = re.compile(rf"\.?{re.escape(chosen.stem)}-(\d{{5,}})\.(tar|index\.json|tar\.\w+\.tmp)")
+    stem = re.escape(chosen.stem)
+    shard = re.compile(rf"{stem}-(\d{{5,}})\.(tar|index\.json)")
+    unfinished = re.compile(rf"\.{stem}(-\d{{5,}})?\.(tar|index\.json|jsonl|manifest\.json)\.\w+\.tmp")
     for path in chosen.folder.iterdir():
-        match = ours.fullmatch(path.name)
-        if match and path.suffix == ".tmp":
-            remove_abandoned(path)
-        elif match and int(match[1]) >= chosen.count:
+        match = shard.fullmatch(path.name)
+        if match and int(match[1]) >= chosen.count:
             path.unlink(missing_ok=True)
+        elif unfinished.fullmatch(path.name):
+            remove_abandoned(path)
 
 
 def sha256_of(path: Path) -> str:

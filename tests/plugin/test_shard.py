@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -296,13 +297,26 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(tmp_path, mine, capsys)
 def test_what_another_process_is_writing_stays(tmp_path, mine):
     out = tmp_path / "out"
     out.mkdir()
-    left, fresh, others = (out / f".mine-00000.tar.{name}.tmp" for name in ("left", "fresh", "others"))
-    for path in (left, others):
-        path.write_text("half a shard")
+    fresh, others = (out / f".mine-00000.tar.{name}.tmp" for name in ("fresh", "others"))
+    names = (
+        ".mine-00007.tar.left.tmp",
+        ".mine-00000.index.json.l_t.tmp",
+        ".mine.jsonl.1.tmp",
+        ".mine.manifest.json.2.tmp",
+    )
+    for path in (others, *(out / name for name in names)):
+        path.write_text("half of it")
+    foreign = [out / ".mine2.jsonl.1.tmp", out / "mine-x-00007.tar", out / "mine-notes.json"]
+    for path in foreign:
+        path.write_text("somebody's")
     fresh.touch()
+    os.utime(fresh, (time.time() + 1000,) * 2)
     with held(others):
         assert shard(mine, "--output", out) == 0
-    assert [path.exists() for path in (left, fresh, others)] == [False, True, True]
+    assert not any((out / name).exists() for name in names)
+    assert all(path.exists() for path in (fresh, others, *foreign))
+    for path in foreign:
+        path.unlink()
     os.utime(fresh, (0, 0))
     (out / "mine.manifest.json").unlink()
     assert shard(mine, "--output", out) == 0
