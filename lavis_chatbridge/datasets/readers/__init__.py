@@ -9,7 +9,7 @@ from __future__ import annotations
 from lavis_chatbridge.datasets.readers import captions, chats, questions, web
 from lavis_chatbridge.datasets.readers.common import Origin, Reader
 
-VERSION = 2
+VERSION = 3
 """Raised whenever a reader would give other samples; what was converted before is then converted anew."""
 
 READERS: dict[str, Reader] = {

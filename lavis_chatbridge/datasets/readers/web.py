@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, json_value, table_rows
@@ -15,13 +17,17 @@ from lavis_chatbridge.prompting.pieces import Kind
 from lavis_chatbridge.schema import Medium, Sample
 from lavis_chatbridge.settings import shown
 
+_log = logging.getLogger(__name__)
+
 _LARGEST_TEXT = 1 << 20  # bytes of a caption's member
 _PER_SHARD = 10_000  # img2dataset's default number of rows per shard, which its file names follow
+_MOST_PADDING = 1 << 20  # bytes of zeros behind the end that are looked at
 _KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "image"),
-    **dict.fromkeys(("mp4", "avi", "webm", "mkv"), "video"),
-    **dict.fromkeys(("wav", "flac", "ogg", "mp3"), "audio"),
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "image"),
+    **dict.fromkeys(("mp4", "m4v", "mov", "avi", "webm", "mkv", "mpg", "mpeg", "flv", "wmv"), "video"),
+    **dict.fromkeys(("wav", "flac", "ogg", "opus", "mp3", "m4a", "aac", "aif", "aiff"), "audio"),
 }
+_READ = frozenset((*_KINDS, "txt", "json"))
 
 
 def pairs_tsv(origin: Origin) -> Iterator[Sample]:
@@ -55,18 +61,34 @@ def pairs_json(origin: Origin) -> Iterator[Sample]:
 def webdataset(origin: Origin) -> Iterator[Sample]:
     """Shards as img2dataset or webdataset write them: media with a ``.txt`` or a ``.json`` that has a ``caption``.
 
-    A medium stays in its shard; the sample says at which byte it lies. So the shards must not be compressed.
+    A medium stays in its shard; the sample says at which byte it lies. So the shards must not be compressed. Keys
+    without a medium or without a text are left out, and the log counts them.
     """
+    keys, left_out, first = 0, 0, ""
     for path in origin.files.values():
         try:
             with tarfile.open(path, "r:") as shard:
-                yield from _shard_samples(shard, path)
+                for group in _groups(shard, path):
+                    keys += 1
+                    if group.media and group.text:
+                        yield Sample(group.key, tuple(group.media), (group.text,))
+                    else:
+                        left_out, first = left_out + 1, first or group.key
+                _check_end(shard, path)
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path}: not an uncompressed tar file: {error}") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if left_out:
+        _log.warning(
+            "%s: left out %d of %d keys, which have no medium or no text beside it; the first is %s",
+            origin.source,
+            left_out,
+            keys,
+            first,
+        )
 
 
 def _pair(origin: Origin, row: Row, number: int, place: str, caption: str) -> Sample:
@@ -86,28 +108,59 @@ def _sbu_rows(path: str) -> Iterator[Row]:
         yield Row({"url": url, "caption": caption}, f"{path}: captions[{number}]")
 
 
-def _shard_samples(shard: tarfile.TarFile, path: str) -> Iterator[Sample]:
-    """Members of one name stand together in a webdataset shard."""
-    current, media, text = "", [], None  # type: str, list[Medium], str | None
+@dataclass
+class _Group:
+    """The members of one key, which stand together in a webdataset shard."""
+
+    key: str
+    media: list[Medium] = field(default_factory=list)
+    text: str | None = None
+    suffixes: set[str] = field(default_factory=set)
+
+
+def _groups(shard: tarfile.TarFile, path: str) -> Iterator[_Group]:
+    group, current = None, ""
     for member in shard:
         if not member.isfile() or member.issparse():
             continue
         folder, base = os.path.split(member.name)
         stem, _, suffix = base.partition(".")
-        key = os.path.join(folder, stem)
-        if key != current:
-            if media and text:
-                yield Sample(f"{os.path.basename(path)}/{current}", tuple(media), (text,))
-            current, media, text = key, [], None
-        suffix = suffix.lower()
+        key, suffix = os.path.join(folder, stem), suffix.lower()
+        if group is None or key != current:
+            if group is not None:
+                yield group
+            group, current = _Group(f"{os.path.basename(path)}/{key}"), key
+        if suffix in group.suffixes and suffix in _READ:
+            raise DataError(
+                f"{path}: a second .{suffix} of one key, {shown(member.name)}; a key has one of each ending"
+            )
+        group.suffixes.add(suffix)
         if suffix in _KINDS:
-            media.append(Medium(_KINDS[suffix], path, member.offset_data, member.size))
+            group.media.append(Medium(_KINDS[suffix], path, member.offset_data, member.size))
         elif suffix == "txt":
-            text = _content(shard, member, path).decode("utf-8", errors="replace").strip()
-        elif suffix == "json" and text is None:
-            text = _caption_in(_content(shard, member, path), f"{path}: {member.name}")
-    if media and text:
-        yield Sample(f"{os.path.basename(path)}/{current}", tuple(media), (text,))
+            group.text = _content(shard, member, path).decode("utf-8", errors="replace").strip()
+        elif suffix == "json" and group.text is None:
+            group.text = _caption_in(_content(shard, member, path), f"{path}: {member.name}")
+    if group is not None:
+        yield group
+
+
+def _check_end(shard: tarfile.TarFile, path: str) -> None:
+    """Look behind the last member: Python takes a damaged header, and a second tar behind the first, for the end.
+
+    Raises:
+        DataError: If something stands there that was not read.
+    """
+    assert shard.fileobj is not None
+    shard.fileobj.seek(shard.offset)
+    rest = shard.fileobj.read(_MOST_PADDING)
+    if rest.strip(b"\0"):
+        raise DataError(
+            f"{path}: what stands from byte {shard.offset} on cannot be read: a damaged or cut-off header, or a tar "
+            "behind the end of another; make this shard anew, or leave it out"
+        )
+    if not rest:
+        _log.warning("%s: a tar without the mark of its end; has it been cut off?", path)
 
 
 def _content(shard: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> bytes:

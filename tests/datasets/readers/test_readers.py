@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -229,6 +230,47 @@ def test_webdataset_shards(tmp_path):
         list(READERS["webdataset"](shard(tmp_path / "z.tar.gz", members, "w:gz")))
     with pytest.raises(DataError, match=r"a.json: not JSON"):
         list(READERS["webdataset"](shard(tmp_path / "b.tar", [("a.json", b"{")])))
+
+
+PAIRS = [(f"{i}.{suffix}", f"{i}{suffix}".encode() * 40) for i in range(4) for suffix in ("jpg", "txt")]
+
+
+def test_a_shard_that_is_not_read_to_its_end_is_refused(tmp_path):
+    """Python's tarfile takes each of these for a shorter archive."""
+    good = Path(shard(tmp_path / "good.tar", PAIRS).files["file"]).read_bytes()
+    damaged = {
+        "header": good[:4099] + b"?" + good[4100:],
+        "second tar": good + good,
+        "zeros": good[:4096] + bytes(1024) + good[4096:],
+        "cut header": good[:4196],
+    }
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}\.tar: what stands from byte (4096|8192) on cannot be read"):
+            list(READERS["webdataset"](Origin("set", {"file": str(tmp_path / f"{name}.tar")}, "/d")))
+    (tmp_path / "cut.tar").write_bytes(good[:4800])
+    with pytest.raises(DataError, match="unexpected end of data"):
+        list(READERS["webdataset"](Origin("set", {"file": str(tmp_path / "cut.tar")}, "/d")))
+
+
+def test_a_shard_without_the_mark_of_its_end_is_named(tmp_path, caplog):
+    good = Path(shard(tmp_path / "good.tar", PAIRS).files["file"]).read_bytes()
+    assert len(list(READERS["webdataset"](Origin("set", {"file": str(tmp_path / "good.tar")}, "/d")))) == 4
+    assert caplog.text == ""
+    (tmp_path / "open.tar").write_bytes(good[:4096])
+    assert len(list(READERS["webdataset"](Origin("set", {"file": str(tmp_path / "open.tar")}, "/d")))) == 2
+    assert "open.tar: a tar without the mark of its end" in caplog.text
+
+
+def test_keys_without_medium_or_text_are_counted_and_members_that_come_twice_refused(tmp_path, caplog):
+    members = [("x.jpg", b"J"), ("y.jpg", b"J"), ("y.txt", b"t"), ("z.mov", b"M"), ("z.txt", b"t"), ("z.cls", b"1")]
+    origin = shard(tmp_path / "a.tar", [*members, ("z.cls", b"2"), ("README", b"")])
+    assert [sample.id for sample in READERS["webdataset"](origin)] == ["a.tar/y", "a.tar/z"]
+    assert "set: left out 2 of 4 keys, which have no medium or no text beside it; the first is a.tar/x" in caplog.text
+    for twice in (("y.JPG", b"K"), ("y.txt", b"other")):
+        origin = shard(tmp_path / "b.tar", [*members[:3], twice])
+        with pytest.raises(DataError, match=rf"a second \.{twice[0][2:].lower()} of one key, '{twice[0]}'"):
+            list(READERS["webdataset"](origin))
 
 
 def test_llava(read):
