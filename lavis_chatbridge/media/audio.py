@@ -19,6 +19,7 @@ from lavis_chatbridge.media.source import Deadline, Sound, Source, file_of, head
 Channel: TypeAlias = Literal["mean", "first"]
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
 _BLOCK = 1 << 20  # sample frames read at once, so that stereo never lies in memory whole
+_UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's word for a flac that was written into a pipe
 _MOST_CHANNELS = 32  # of an array
 _PLANES = 8  # of sound that a frame of FFmpeg has room for
 _LARGEST_KERNEL = 4_000_000
@@ -217,13 +218,16 @@ def _sndfile_samples(
 
     deadline = Deadline(source, limits.timeout)
     with soundfile.SoundFile(file) as sound:
-        _check_length(source, sound.frames, sound.samplerate, limits)
-        blocks = []
+        if sound.frames != _UNKNOWN_LENGTH:
+            _check_length(source, sound.frames, sound.samplerate, limits)
+        blocks, length = [], 0
         while True:
             deadline.check()
-            block = sound.read(min(_BLOCK, max(sound.frames - sound.tell(), 1)), dtype="float32", always_2d=True)
+            block = sound.read(min(_BLOCK, max(sound.frames - length, 1)), dtype="float32", always_2d=True)
             if len(block) == 0:
                 break
+            length += len(block)
+            _check_length(source, length, sound.samplerate, limits)
             blocks.append(_to_mono(block.T, channel))
         return sound.samplerate, _joined(blocks)
 

@@ -175,6 +175,15 @@ def test_headers_that_lie_about_the_length() -> None:
         open_audio(bytes(flac))
 
 
+def test_a_flac_that_was_written_into_a_pipe_does_not_say_how_long_it_is() -> None:
+    samples = tone(0.5, 16_000)
+    flac = bytearray(sound_file(samples, 16_000, "FLAC"))
+    flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])
+    np.testing.assert_allclose(open_audio(bytes(flac)), samples, atol=1e-4)
+    with pytest.raises(MediaError, match=r"longer than the limit of 0\.1 s"):
+        open_audio(bytes(flac), limits=Limits(max_seconds=0.1))
+
+
 def test_a_pickled_error_keeps_its_parts() -> None:
     import pickle
 
