@@ -232,7 +232,11 @@ def _decode(
     if index.order is None:
         picker.by_counting(packets, ranks)
     else:
-        picker.by_time(packets, _spans(index, ranks), {_time(index, rank): rank for rank in ranks})
+        wanted = {_time(index, rank): rank for rank in ranks}
+        picker.by_time(packets, _spans(index, ranks), wanted)
+        missing = [rank for rank in ranks if rank not in picker.pictures]
+        if missing and index.packets is not None:  # where key frames stand alone only after a while: gradual refresh
+            picker.by_time(index.packets, _spans(index, missing, groups=2), wanted)
     missing = [rank for rank in ranks if rank not in picker.pictures]
     if not picker.pictures or (index.order is not None and len(missing) > len(ranks) // 2):
         raise MediaError(source, picker.fault or "none of the chosen frames could be decoded")
@@ -250,23 +254,26 @@ def _time(index: _Index, rank: int) -> int:
     return time
 
 
-def _spans(index: _Index, ranks: list[int]) -> list[tuple[int, int, set[int]]]:
+def _spans(index: _Index, ranks: list[int], groups: int = 1) -> list[tuple[int, int, set[int]]]:
     """The stretches of the file to decode: first and last position, and the positions of chosen frames among them.
 
     A frame may precede, in time, the key frame that it follows in the file (open groups of pictures): it then refers
-    to the group before, so decoding starts there.
+    to the group before, so decoding starts there; with ``groups`` at the last but so many.
     """
     assert index.order is not None
     spans: list[tuple[int, int, set[int]]] = []
     for wanted in sorted(index.order[rank] for rank in ranks):
-        start = wanted
-        while start > 0 and not (index.keys[start] and (index.times[start] or 0) <= (index.times[wanted] or 0)):
+        start, left = wanted, groups
+        while start > 0:
+            left -= index.keys[start] and (index.times[start] or 0) <= (index.times[wanted] or 0)
+            if left == 0:
+                break
             start -= 1
-        if spans and start <= spans[-1][1]:
-            first, _, chosen = spans[-1]
-            spans[-1] = (first, wanted, chosen | {wanted})
-        else:
-            spans.append((start, wanted, {wanted}))
+        chosen = {wanted}
+        while spans and start <= spans[-1][1]:
+            first, _, earlier = spans.pop()
+            start, chosen = min(first, start), chosen | earlier
+        spans.append((start, wanted, chosen))
     return spans
 
 
@@ -296,6 +303,7 @@ class _Picker:
         self, packets: Iterable[Packet], spans: list[tuple[int, int, set[int]]], wanted: dict[int, int]
     ) -> None:
         """Decode the ``spans`` only; ``wanted`` maps the time of each chosen frame to its rank."""
+        self._codec.open(strict=False)  # libdav1d (AV1) keeps for good what it is told to skip when it is opened
         remaining = iter(spans)
         span = next(remaining, None)
         for position, packet in enumerate(packets):
