@@ -45,6 +45,7 @@ class VideoEvalProcessor(ChatBridgeProcessor):
     """The same video always gives the same tensor."""
 
     name = "chatbridge_video_eval"
+    revision = 2
     settings_class = VideoSettings
     settings: VideoSettings
 
