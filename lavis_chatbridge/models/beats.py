@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from lavis_chatbridge import settings
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.models import half_precision
 
 _SIZES = ("input_patch_size", "embed_dim", "encoder_embed_dim", "encoder_ffn_embed_dim", "conv_pos", "num_buckets")
 _LARGEST, _MOST_LAYERS = 65_536, 256
@@ -201,7 +202,8 @@ class _PositionConv(nn.Module):
         """``[B, D, n]`` to ``[B, D, n]``."""
         kernel = self.weight_v.shape[-1]
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
-        out = functional.conv1d(x, weight, self.bias, padding=kernel // 2, groups=self.groups)
+        sizes = {"padding": kernel // 2, "groups": self.groups}
+        out = half_precision.convolve(functional.conv1d, x, weight, self.bias, **sizes)
         return functional.gelu(out[..., : x.shape[-1]])  # an even kernel yields one step too many
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lavis_chatbridge import settings as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import answering, building, checkpoint, encoding, lora, weights
+from lavis_chatbridge.models import answering, building, checkpoint, encoding, half_precision, lora, weights
 from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
 from lavis_chatbridge.models.language_model import check_available, load_language_model
@@ -494,7 +494,7 @@ class ChatBridge(BaseModel):
 
     def _freeze(self) -> None:
         for name in FROZEN:
-            getattr(self, name).requires_grad_(False)
+            half_precision.use_fp32_products(getattr(self, name).requires_grad_(False))
         lora.thaw(self.llama_model)
         if self.settings.perceiver.frozen:
             for trained in (self.Qformer, self.audio_trans, self.image_query_tokens, self.audio_query_tokens):

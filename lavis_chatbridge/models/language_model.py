@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
-from lavis_chatbridge.models import checkpoint, delta, lora
+from lavis_chatbridge.models import checkpoint, delta, half_precision, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 
 log = logging.getLogger(__name__)
@@ -314,9 +314,15 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
+            bnb_4bit_compute_dtype=_product_dtype(settings),
         )
     return {"quantization_config": chosen}
+
+
+def _product_dtype(settings: LanguageModelSettings) -> torch.dtype:
+    """The precision in which 4-bit layers multiply: their own, or fp32 on a processor that is slow in it."""
+    dtype = torch_dtype(settings.dtype)
+    return torch.float32 if not torch.cuda.is_available() and half_precision.is_slow_on_cpu(dtype) else dtype
 
 
 def _keep_differentiable(model: Any) -> None:

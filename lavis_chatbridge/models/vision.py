@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lavis_chatbridge.models import half_precision
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -98,7 +100,7 @@ def fit_positions(table: Tensor, tokens: int) -> Tensor:
 def _fused_attention(attention: Any, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
     """The forward of an EVA attention module: queries and values have a bias, keys have none."""
     bias = torch.cat([attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias])
-    qkv = functional.linear(x, attention.qkv.weight, bias).unflatten(-1, (3, attention.num_heads, -1))
+    qkv = half_precision.linear(x, attention.qkv.weight, bias).unflatten(-1, (3, attention.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=rel_pos_bias)
     return attention.proj(out.transpose(1, 2).flatten(2))

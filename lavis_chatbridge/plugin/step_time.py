@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
 from lavis_chatbridge.models.work import work
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
@@ -43,13 +43,13 @@ def step_seconds(
 
 
 def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations of a product of two square matrices in a second: the best of three."""
+    """Floating-point operations of a product with a square frozen weight in a second: the best of three."""
     side = _SIDES.get(device.type, _SIDES["cuda"])
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     taken = []
     for _ in range(1 + _TURNS):  # the first warms up
         begin = time.perf_counter()
-        functional.linear(a, b)
+        half_precision.linear(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - begin)
@@ -66,9 +66,10 @@ def describe(settings: ModelSettings, llm: Mapping[str, Any], run: RunSettings, 
     rate = products_per_second(device, dtype)
     kinds = step_seconds(settings, llm, run, rate)
     each = ", ".join(f"{kind} {in_words(short)} to {in_words(long)}" for kind, (short, long) in kinds.items())
-    text = (
-        f"time of a step, its products alone at the {rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')} "
-    )
+    precision = str(dtype).removeprefix("torch.")
+    if device.type == "cpu" and half_precision.is_slow_on_cpu(dtype):
+        precision = f"float32 of {precision} weights (this processor is slow in {precision})"
+    text = f"time of a step, its products alone at the {rate / 1e12:.3g} TFLOP/s in {precision} "
     text += f"that {device.type} was just measured at: {each} (texts of {SHORT} tokens, and the longest)"
     if run.max_iters is None:
         return text

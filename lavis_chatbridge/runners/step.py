@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.runners import distributed, gradients, optim
 from lavis_chatbridge.runners.settings import RunSettings
 
@@ -172,8 +173,10 @@ class TrainStep:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The arithmetic of forward passes."""
-    return torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
+    """The arithmetic of forward passes; that of fp32 on a processor that is slow in a half precision."""
+    dtype = _AUTOCAST.get(precision)
+    slow = dtype is not None and device.type == "cpu" and half_precision.is_slow_on_cpu(dtype)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and not slow)
 
 
 def seed_all(*numbers: int) -> None:

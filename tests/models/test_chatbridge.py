@@ -15,6 +15,7 @@ from transformers import Cache
 
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.interleave import Batch
 from lavis_chatbridge.prompting import Slot, Text, Turn, alignment_prompt, chat_prompt, context_of
 from tests.models.building import small_model, small_settings
@@ -311,7 +312,11 @@ def test_pictures_of_another_size_are_explained(model: Any) -> None:
         model({"image": torch.zeros(1, 3, 56, 56), "text_input": ["a"]})
 
 
-def test_autocast_and_half_precision_stay_near(golden_dir: Path, model: Any) -> None:
+@pytest.mark.parametrize("slow", [False, True])
+def test_autocast_and_half_precision_stay_near(
+    golden_dir: Path, model: Any, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: slow and dtype == torch.bfloat16)
     expected = losses(model, MIXED)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(MIXED)
@@ -323,6 +328,8 @@ def test_autocast_and_half_precision_stay_near(golden_dir: Path, model: Any) -> 
     half = small_model(golden_dir / "tokenizer", **halved)
     assert half.visual_encoder.cls_token.dtype == half.llama_model.dtype == torch.bfloat16
     assert half.llama_proj.weight.dtype == torch.float32
+    changed = [type(layer).__name__ for layer in half.modules() if "forward" in vars(layer)]
+    assert (changed.count("Linear") > 20 and changed.count("Conv2d") == 2) == slow
     for context in (torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
         with context:
             out = half(MIXED)

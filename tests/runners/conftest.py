@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 
 
@@ -13,3 +14,9 @@ from lavis_chatbridge.toyworld.build import Sizes, build_world
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve pictures, six clips and six sounds to train on, three of each kind to test with."""
     return build_world(tmp_path_factory.mktemp("world") / "w", Sizes(12, 6, 6, 3, 3, 2), processes=1)
+
+
+@pytest.fixture(autouse=True)
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision is trained in as on a GPU, whatever this processor can do."""
+    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: False)

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
-from lavis_chatbridge.runners import distributed
+from lavis_chatbridge.models import half_precision
+from lavis_chatbridge.runners import distributed, step
 from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
 
 
@@ -172,6 +173,16 @@ def test_half_precision_trains_fp32_weights(tmp_path, precision):
     assert last < first
     assert {tensor.dtype for tensor in weights(one).values()} == {torch.float32}
     assert one.scaler.is_enabled() == (precision == "fp16")
+
+
+@pytest.mark.parametrize(("slow", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_a_processor_that_is_slow_in_bf16_computes_in_fp32(monkeypatch, slow, dtype):
+    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: slow)
+    layer = torch.nn.Linear(2, 2)
+    with step.autocast("bf16", torch.device("cpu")):
+        assert layer(torch.ones(1, 2)).dtype == dtype
+    with step.autocast("fp32", torch.device("cpu")):
+        assert layer(torch.ones(1, 2)).dtype == torch.float32
 
 
 def test_an_fp16_overflow_lowers_the_scale_and_is_no_fault(tmp_path):

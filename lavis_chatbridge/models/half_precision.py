@@ -1,0 +1,156 @@
+"""Products with frozen weights in half precision, on a processor that cannot multiply in it.
+
+Where instructions for bf16 or fp16 are missing (AVX2 alone, say), torch multiplies such matrices several times slower
+than fp32 ones. There a few rows of a weight at a time are converted, multiplied in fp32 and forgotten: a frozen model
+takes the memory of half precision and nearly the time of fp32 (benchmarks/half.md). Each result is rounded to half
+precision, as the processor's own product would be. Everywhere else nothing is changed.
+
+Shapes: ``M`` rows of the input, ``I`` and ``O`` the widths of input and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+VALUES_AT_ONCE = 1 << 20
+"""Values of a weight that are held in fp32 at once: 4 MiB, which caches hold."""
+
+ROWS_AT_ONCE = 2048
+"""Rows of an input that are held in fp32 at once."""
+
+FEW_ROWS = 4
+"""Up to so many rows, torch's own product takes as long as reading the weight does, so it is taken."""
+
+
+def is_slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this processor has no products of its own in a precision."""
+    return dtype in _SLOW
+
+
+def without_products() -> frozenset[torch.dtype]:
+    """The half precisions that torch has no fast products for on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset((torch.bfloat16, torch.float16))
+    asked = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return frozenset(dtype for dtype, has in asked.items() if not has())
+
+
+_SLOW = without_products()
+
+
+def use_fp32_products(module: nn.Module) -> None:
+    """Let the frozen linear and convolutional layers of a module work as below, where that is faster.
+
+    Layers that are trained, quantised or spread over devices stay as they are.
+    """
+    layer: Any
+    for layer in module.modules():
+        own = _FORWARDS.get(type(layer))
+        if own is not None and "forward" not in vars(layer) and _pays(layer.weight):
+            layer.forward = MethodType(own, layer)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``functional.linear``; in fp32 inside where the weight is frozen and the processor slow in its precision.
+
+    Args:
+        x: ``[..., I]``; gradients reach it.
+        weight: ``[O, I]``.
+        bias: ``[O]``; none of its gradient where the weight is frozen.
+
+    Returns:
+        ``[..., O]`` in the input's precision.
+    """
+    if x.dtype != weight.dtype or not _pays(weight) or x.numel() <= FEW_ROWS * x.shape[-1]:
+        return functional.linear(x, weight, bias)
+    result: Any = _LinearInFp32.apply(x, weight, bias)
+    return result
+
+
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight``, the way back through :func:`linear`, without a gradient of its own.
+
+    Args:
+        x: ``[..., O]``.
+        weight: ``[O, I]``.
+
+    Returns:
+        ``[..., I]`` in the input's precision.
+    """
+    if x.dtype != weight.dtype or not _pays(weight):
+        return x @ weight
+    flat = x.detach().reshape(-1, len(weight))
+    result = x.new_empty(len(flat), weight.shape[1])
+    height = _height(weight)
+    for some, target in zip(flat.split(ROWS_AT_ONCE), result.split(ROWS_AT_ONCE), strict=True):
+        total = torch.zeros_like(target, dtype=torch.float32)
+        for part, columns in zip(weight.split(height), some.split(height, dim=1), strict=True):
+            total.addmm_(columns.float(), part.float())
+        target.copy_(total)
+    return result.view(*x.shape[:-1], weight.shape[1])
+
+
+def convolve(function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, **sizes: Any) -> Tensor:
+    """A convolution, ``functional.conv2d`` say; in fp32 inside, as :func:`linear`, with the whole weight converted.
+
+    Args:
+        function: The convolution.
+        x: Its input.
+        weight: Its weight.
+        bias: Its bias.
+        **sizes: Its stride, padding, dilation and groups.
+    """
+    if x.dtype != weight.dtype or not _pays(weight):
+        return function(x, weight, bias, **sizes)
+    return function(x.float(), weight.float(), None if bias is None else bias.float(), **sizes).to(x.dtype)
+
+
+class _LinearInFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        flat = x.reshape(-1, x.shape[-1])
+        result = x.new_empty(len(flat), len(weight))
+        height = _height(weight)
+        for some, target in zip(flat.split(ROWS_AT_ONCE), result.split(ROWS_AT_ONCE), strict=True):
+            rows = some.float()
+            for begin in range(0, len(weight), height):
+                own = slice(begin, begin + height)
+                added = None if bias is None else bias[own].float()
+                target[:, own] = functional.linear(rows, weight[own].float(), added)
+        return result.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return times(gradients[0], weight), None, None
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def _conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    sizes = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    return convolve(functional.conv2d, x, layer.weight, layer.bias, **sizes)
+
+
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, nn.Conv2d: _conv2d}
+
+
+def _pays(weight: Tensor) -> bool:
+    return not weight.requires_grad and weight.device.type == "cpu" and is_slow_on_cpu(weight.dtype)
+
+
+def _height(weight: Tensor) -> int:
+    """Rows of a weight that are converted at once."""
+    return max(1, VALUES_AT_ONCE // weight.shape[1])
