@@ -60,9 +60,10 @@ def _evaluate(cfg_path: str, options: Sequence[str], ablate: Sequence[str] | Non
     """Score one configuration and print what was found, on the main process; 1 if a part could not be scored."""
     from lavis_chatbridge.plugin import scores
 
-    if ablate is not None:
-        _check_ablation(ablate, cfg_path, options)
     with launching.Session(keep_journals=ablate is not None) as session:
+        if ablate is not None:
+            with session.together(cfg_path, options):
+                _check_ablation(ablate, cfg_path, options)
         lines, files = _score(session, cfg_path, options)
         if ablate is not None:
             without, more = _ablated(session, cfg_path, options, ablate, lines)

@@ -6,15 +6,17 @@ It puts LAVIS's four parts together in LAVIS's order (task, data sets, model, ru
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
+from lavis_chatbridge.launchers import announced
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -65,6 +67,7 @@ class Session:
     """
 
     def __init__(self, keep_journals: bool = False) -> None:
+        self._meeting: Any = None
         self._model: Any = None
         self._built_from: Any = None
         self._keep_journals = keep_journals
@@ -79,21 +82,42 @@ class Session:
 
             distributed.close()
 
+    @contextmanager
+    def together(self, cfg_path: str | Path, options: Sequence[str]) -> Iterator[None]:
+        """Give up on all processes where one must, also before they have joined their group.
+
+        Args:
+            cfg_path: The configuration file, which says where processes meet.
+            options: Its overrides.
+
+        Raises:
+            ChatBridgeError: On a process without a fault of its own, the first one of another.
+        """
+        place = announced(os.environ)
+        if place is None or place.world_size == 1:
+            yield
+            return
+        from lavis_chatbridge.runners import distributed
+
+        if self._meeting is None:
+            self._meeting = distributed.Meeting(_readable_run(cfg_path, options))
+        with self._meeting.together():
+            yield
+
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, Any] | None:
         """One run, as `launch` describes it."""
-        if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
-            raise ConfigError(f"no configuration file at {cfg_path}")
-        # `import lavis` leaves these two out, yet the registry needs their classes.
-        import lavis.common.optims
-        import lavis.runners  # noqa: F401
+        with self.together(cfg_path, options):
+            cfg = _load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
         from lavis.common.registry import registry
 
         from lavis_chatbridge.runners import distributed, folder
-        from lavis_chatbridge.runners.config import load_config
         from lavis_chatbridge.tasks.journal import JOURNAL
 
-        cfg = load_config(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
-        distributed.init(cfg.run)
+        device = distributed.init(cfg.run) if self._meeting is None else self._meeting.join(cfg.run)
+        if device.type == "cpu" and not is_own_runner(cfg.run.runner):
+            raise ConfigError(
+                f"run.runner {cfg.run.runner!r} is LAVIS's own, which needs a CUDA device: use chatbridge_runner"
+            )
         _seed(cfg.run.seed)
         cfg.pretty_print()
         runner_class = registry.get_runner_class(cfg.run.runner)
@@ -146,6 +170,38 @@ class Session:
             self._model = None  # given back before the next one takes its place
             self._model, self._built_from = task.build_model(cfg), sections
         return self._model
+
+
+def is_own_runner(name: str) -> bool:
+    """Whether a registered runner is this package's, or made from it, and not LAVIS's own."""
+    import lavis.runners  # noqa: F401  (fills the registry with runners)
+    from lavis.common.registry import registry
+
+    from lavis_chatbridge.runners import ChatBridgeRunner
+
+    return issubclass(registry.get_runner_class(name) or ChatBridgeRunner, ChatBridgeRunner)
+
+
+def _load(cfg_path: str, options: Sequence[str]) -> Any:
+    if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
+        raise ConfigError(f"no configuration file at {cfg_path}")
+    # `import lavis` leaves these two out, yet the registry needs their classes.
+    import lavis.common.optims
+    import lavis.runners  # noqa: F401
+
+    from lavis_chatbridge.runners.config import load_config
+
+    return load_config(cfg_path, options)
+
+
+def _readable_run(cfg_path: str | Path, options: Sequence[str]) -> dict[str, Any]:
+    """The ``run`` section as written, empty where it cannot be read: that is told by who needs all of it."""
+    from lavis_chatbridge.runners.config import run_section
+
+    try:
+        return run_section(cfg_path, options)
+    except ConfigError:
+        return {}
 
 
 def _claimed(cfg: Any, runner_class: type, job_id: str) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ import yaml
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.plugin import ablation
-from lavis_chatbridge.plugin.launch import Session, with_options
+from lavis_chatbridge.plugin.launch import Session, is_own_runner, with_options
 from lavis_chatbridge.plugin.scores import lines_of
 from lavis_chatbridge.plugin.suite_table import Line, failed, text_table, write
 
@@ -129,7 +129,8 @@ class _Runs:
     def score(self, suite: Suite, ablate: Sequence[str] | None) -> None:
         """The lines of one suite: with its media, and with ``ablate`` under other conditions."""
         try:
-            self._check(suite, ablate)
+            with self.session.together(suite.path, self.options):
+                self._check(suite, ablate)
             whole = self._run(suite, {})
             lines = [*whole, *(self._ablated(suite, ablate, whole) if ablate is not None else [])]
         except _DataMissing as missing:
@@ -178,8 +179,14 @@ class _Runs:
             require_files(sections)
         except DataError as error:
             raise _DataMissing(error) from error
+        run = run_section(suite.path, self.options)
         if ablate is not None:
-            ablation.check(ablate, sections, run_section(suite.path, self.options))
+            ablation.check(ablate, sections, run)
+        if not is_own_runner(runner := str(run.get("runner") or "")):
+            raise ConfigError(
+                f"run.runner {runner!r} is LAVIS's own, which runs only once in a process: use chatbridge_runner, or "
+                f"score {suite.path} alone (--cfg-path)"
+            )
 
 
 class _DataMissing(ChatBridgeError):

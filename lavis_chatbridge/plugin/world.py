@@ -11,13 +11,14 @@ def prepare(datasets_cfg: Mapping[str, Any]) -> None:
 
     Raises:
         DataError: If a data root holds something else.
+        ChatBridgeError: On the other processes, that of the main one.
     """
     from lavis_chatbridge.datasets.settings import WORLD_PREFIX, DataSettings
     from lavis_chatbridge.runners import distributed
     from lavis_chatbridge.toyworld.build import build_world, is_world
 
     sections = [section for name, section in datasets_cfg.items() if name.startswith(WORLD_PREFIX)]
-    for root in dict.fromkeys(DataSettings(data_root=section.get("data_root")).root for section in sections):
-        if distributed.is_main() and not is_world(root):
-            build_world(root)
-    distributed.barrier()
+    with distributed.together():  # the others wait for the main process here
+        for root in dict.fromkeys(DataSettings(data_root=section.get("data_root")).root for section in sections):
+            if distributed.is_main() and not is_world(root):
+                build_world(root)

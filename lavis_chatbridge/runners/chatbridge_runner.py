@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavis_chatbridge.datasets.loader import worker_deaths
-from lavis_chatbridge.errors import ChatBridgeError, CheckpointError, ConfigError, TrainingError
+from lavis_chatbridge.errors import ChatBridgeError, CheckpointError, ConfigError, DataError, TrainingError
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.checkpoint import written_with
 from lavis_chatbridge.runners import (
@@ -172,8 +172,11 @@ class ChatBridgeRunner(RunnerBase):
         """Train in a folder that is this run's."""
         started = time.monotonic()
         model = self.model
-        if self.continued is not None:
-            self._load_checkpoint(self.continued)
+        with distributed.together():
+            sizes = self.train_loader.plan.sizes
+            _log.info("training on %d samples of %s", sum(sizes.values()), ", ".join(sizes))
+            if self.continued is not None:
+                self._load_checkpoint(self.continued)
         self.folder.set_aside()
         optim.log_sizes(model)
         watched, reporting = Watch(self.run.save_every_minutes), self._reporter()
@@ -193,14 +196,36 @@ class ChatBridgeRunner(RunnerBase):
         self.model.train()
         while self.state.step < self.steps:
             began = time.perf_counter()
-            micro_batches = list(itertools.islice(batches, self.run.accum_grad_iters))
+            micro_batches, fault = self._next_of(batches)
             waited = time.perf_counter() - began
-            source, skipped = micro_batches[0]["source"], sum(len(batch["skipped"]) for batch in micro_batches)
+            skipped = sum(len(batch["skipped"]) for batch in micro_batches)
             readable = [batch for batch in micro_batches if batch.get("sample_id", True)]
-            result = take(self.state.step, readable, skipped, watch.wishes())
+            wishes = watch.wishes()
+            wishes.stop = wishes.stop or fault is not None  # the others are in this step, and learn it by its end
+            result = take(self.state.step, readable, skipped, wishes)
+            if result.wishes.stop:
+                with distributed.together():
+                    if fault is not None:
+                        raise fault
+            source = micro_batches[0]["source"]
             self.state.record(source, result)
+            self._check_readable(source, micro_batches)
             reporter.step(source, result, waited, self.state)
             self._after_step(result, watch, reporter)
+
+    def _next_of(self, batches: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], ChatBridgeError | None]:
+        """The micro-batches of this process's next step, or why there are none."""
+        try:
+            return list(itertools.islice(batches, self.run.accum_grad_iters)), None
+        except ChatBridgeError as error:
+            return [], error
+
+    def _check_readable(self, source: str, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """Stop, before anything is saved, where too much of what all processes tried of a source cannot be read."""
+        if fault := self.state.unreadable(source, self.run):
+            mine = [cause for batch in micro_batches for _, cause in batch["skipped"]]
+            causes = itertools.chain(*distributed.gather_everywhere(mine))
+            raise DataError("; ".join([fault, *(f"one of them: {cause}" for cause in itertools.islice(causes, 1))]))
 
     def _after_step(self, result: StepResult, watch: Watch, reporter: Reporter) -> None:
         """Save, stop and validate where it is time to; saved first, a step outlives a validation that fails."""
@@ -307,6 +332,7 @@ class ChatBridgeRunner(RunnerBase):
         self.task.before_evaluation(model=model, dataset=getattr(loader, "dataset", None))
         with parallel.whole(model), autocast(self.run.precision, self.device), distributed.together():
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled) if len(loader) else []
+        data.check_readable(loader, self.run)
         with distributed.together():
             metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
         return distributed.from_main(metrics)

@@ -7,7 +7,9 @@ to the model as it is.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader
 from lavis_chatbridge.datasets.plan import MixturePlan
-from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.runners.state import too_many_unreadable
 
 Splits = Mapping[str, Mapping[str, Any]]
 """Data set name -> split name -> data set: what LAVIS's tasks build."""
@@ -84,6 +87,7 @@ def train_loader(datasets: Splits, run: RunSettings, device: torch.device) -> Tr
     settings = loader_settings(run, device)
     own = [hasattr(dataset, "sources") for dataset in chosen.values()]
     if all(own):
+        settings = replace(settings, max_bad_share=1.0)  # TrainState judges by what all processes have tried
         return MixtureLoader(chosen, settings, distributed.rank(), distributed.world_size())
     if any(own):
         raise ConfigError(f"cannot mix LAVIS's data sets with this package's in one training: {', '.join(chosen)}")
@@ -95,6 +99,8 @@ def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> A
     settings = loader_settings(run, device)
     rank, world_size = distributed.rank(), distributed.world_size()
     if hasattr(dataset, "sources"):
+        # one process's share of a split may lack as many as the split may: `check_readable` adds up what all lack
+        settings = replace(settings, max_bad_share=min(1.0, run.max_bad_share * world_size))
         return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, settings)
     return DataLoader(
         dataset,
@@ -104,6 +110,23 @@ def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> A
         collate_fn=getattr(dataset, "collater", None),
         pin_memory=settings.pin_memory,
     )
+
+
+def check_readable(loader: Any, run: RunSettings) -> None:
+    """Look how many samples of a split all processes together could not read, once each has evaluated its share.
+
+    Raises:
+        DataError: On every process, if it is more than ``run.max_bad_share`` of a source of 20 samples or more.
+    """
+    if not isinstance(loader, EvaluationLoader):
+        return
+    bad = Counter[str]()
+    for skipped in distributed.gather_everywhere(dict(loader.bad.skipped)):
+        bad.update(skipped)
+    sizes = {source.name: len(source) for source in loader.dataset.sources}
+    faults = [too_many_unreadable(name, bad[name], size, run.max_bad_share) for name, size in sizes.items()]
+    if any(faults):
+        raise DataError("; ".join(filter(None, faults)))
 
 
 class LavisTrainLoader:

@@ -8,33 +8,111 @@ processes talk over NCCL, others over Gloo.
 from __future__ import annotations
 
 import datetime
+import itertools
+import json
 import logging
 import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, TrainingError
 from lavis_chatbridge.launchers import Place, announced
-from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.runners.settings import LONGEST_TIMEOUT, RunSettings
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _LOST = re.compile(r"timed? ?out|closed by peer|connection (reset|refused|was closed)|broken pipe", re.IGNORECASE)
 _FIRST_PORT, _PORTS = 15000, 20000
+_LEAVE_TAKING = datetime.timedelta(seconds=30)
+_ROUNDS = itertools.count()
+"""Numbers what processes write into their store, which under torchrun outlives a group: all count alike."""
 
 
-def init(run: RunSettings) -> torch.device:
+class Meeting:
+    """Where processes tell one another what is wrong before they join their group, in which all would wait for it.
+
+    They need no backend, and so no device, for that: only the store that a group begins with.
+
+    Args:
+        run: The ``run`` section, as far as it could be read: where processes meet, and how long they wait.
+    """
+
+    def __init__(self, run: Mapping[str, Any] | None = None) -> None:
+        values = run or {}
+        minutes, url = values.get("timeout_minutes"), values.get("dist_url")
+        self._wanted = values.get("distributed") is not False
+        self._url = url if isinstance(url, str) else RunSettings.dist_url
+        if not isinstance(minutes, (int, float)) or not 0 < minutes <= LONGEST_TIMEOUT:
+            minutes = RunSettings.timeout_minutes
+        self._timeout = datetime.timedelta(minutes=minutes)
+        self._store: dist.Store | None = None
+        self._device = ""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What `together` does, for processes in a group and for those that have not joined one.
+
+        Raises:
+            ChatBridgeError: On a process without a fault of its own, the first one of another.
+            ConfigError: If not all would compute on the same kind of device.
+        """
+        place = announced(os.environ)
+        if dist.is_initialized():
+            with together():
+                yield
+        elif place is None or place.world_size == 1 or not self._wanted:
+            yield
+        else:
+            with _alike(lambda fault: self._tell(place, fault), Exception):
+                yield
+
+    def join(self, run: RunSettings) -> torch.device:
+        """Join the group, see `init`; all processes have one kind of device, or none joins."""
+        with self.together():
+            device = device_of(run)
+            self._device = device.type
+        return init(run, self._store)
+
+    def _tell(self, place: Place, fault: str | None) -> list[str | None]:
+        """Every process's fault, in the order of ranks, on every process."""
+        if fault is not None:
+            _log.error("process %d: %s; telling the other processes", place.rank, fault)
+        where = f"process {place.rank} of {place.world_size} cannot meet the others at {self._url}"
+        with _reaching(where):
+            if self._store is None:
+                self._store = _store(self._url, place, self._timeout)
+            store = dist.PrefixStore(f"chatbridge/{next(_ROUNDS)}", self._store)
+            store.set(f"{place.rank}", json.dumps([fault, self._device]))
+            said = [json.loads(word) for word in store.multi_get([f"{one}" for one in range(place.world_size)])]
+            if store.add("read", 1) == place.world_size:
+                store.set("all", "")
+        faults = [one for one, _ in said]
+        apart = "" if any(faults) else _apart([device for _, device in said])
+        if place.rank == 0 and (apart or any(faults)):  # its end would take the store away from those that still read
+            with suppress(RuntimeError):
+                store.wait(["all"], _LEAVE_TAKING)
+        if apart:
+            raise ConfigError(apart)
+        return faults
+
+
+def init(run: RunSettings, store: dist.Store | None = None) -> torch.device:
     """Join the process group that a launcher announces, if one does, and choose this process's device.
 
     Fills in ``run.world_size``. May be called again; a group that stands is kept.
+
+    Args:
+        run: The run's settings.
+        store: Where the processes have met before (`Meeting`); else they meet at ``run.dist_url``.
 
     Returns:
         The device of this process.
@@ -43,16 +121,25 @@ def init(run: RunSettings) -> torch.device:
         ConfigError: If the run asks for what this machine or launcher does not have.
         TrainingError: If the other processes cannot be reached.
     """
-    place = announced(os.environ)
-    if place is not None and place.world_size > 1 and not run.distributed:
-        raise ConfigError(f"run.distributed is false, but a launcher started {place.world_size} processes")
-    device = choose_device(run.device, place or Place())
+    device, place = device_of(run), announced(os.environ)
     if place is not None and run.distributed and not dist.is_initialized():
-        _join(run, place, device)
+        _join(run, place, device, store)
     run.world_size = world_size()
     setup_logging()
     _log.info("process %d of %d on %s, device %s", rank(), world_size(), socket.gethostname(), device)
     return device
+
+
+def device_of(run: RunSettings) -> torch.device:
+    """The device of this process, before it joins the others.
+
+    Raises:
+        ConfigError: If the run asks for what this machine or launcher does not have.
+    """
+    place = announced(os.environ)
+    if place is not None and place.world_size > 1 and not run.distributed:
+        raise ConfigError(f"run.distributed is false, but a launcher started {place.world_size} processes")
+    return choose_device(run.device, place or Place())
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:
@@ -74,25 +161,54 @@ def choose_device(wanted: str, place: Place) -> torch.device:
     return device
 
 
-def _join(run: RunSettings, place: Place, device: torch.device) -> None:
-    url = run.dist_url
-    if url == "env://" and "MASTER_ADDR" not in os.environ:
-        url = slurm_url(os.environ)
+def _join(run: RunSettings, place: Place, device: torch.device, store: dist.Store | None) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
+    timeout = datetime.timedelta(minutes=run.timeout_minutes)
+    with _reaching(f"process {place.rank} of {place.world_size} cannot join the others at {run.dist_url}"):
         dist.init_process_group(
             backend,
-            init_method=url,
+            store=dist.PrefixStore(f"chatbridge/{next(_ROUNDS)}", store or _store(run.dist_url, place, timeout)),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=datetime.timedelta(minutes=run.timeout_minutes),
+            timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
+
+
+def _store(url: str, place: Place, timeout: datetime.timedelta) -> dist.Store:
+    """What all processes can read and write before they are a group; the process of rank 0, or torchrun, has it."""
+    if url == "env://" and "MASTER_ADDR" not in os.environ:
+        url = slurm_url(os.environ)
+    store, _, _ = next(rendezvous(url, place.rank, place.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
+@contextmanager
+def _reaching(what: str) -> Iterator[None]:
+    """Say ``what`` did not work, and why, in one line.
+
+    Raises:
+        TrainingError: In place of the backend's own error.
+    """
+    try:
+        yield
+    except ChatBridgeError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
-        cause = str(error).splitlines()[0]
-        raise TrainingError(
-            f"process {place.rank} of {place.world_size} cannot join the others at {url}: {cause}"
-        ) from error
+        raise TrainingError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+def _apart(devices: Sequence[str]) -> str:
+    """Why processes cannot be one group: some would talk over NCCL, some over Gloo; an empty text if they can."""
+    if len(set(devices)) < 2:
+        return ""
+    few, many = sorted(set(devices), key=devices.count)[:2]
+    those = ", ".join(str(number) for number, device in enumerate(devices) if device == few)
+    return (
+        f"process {those} would compute on {few}, the others on {many}: look at the devices and drivers of those "
+        "machines, or set run.device=cpu for all"
+    )
 
 
 def slurm_url(environment: Mapping[str, str]) -> str:
@@ -206,12 +322,30 @@ def together() -> Iterator[None]:
     Raises:
         ChatBridgeError: On a process without a fault of its own, the first one of another.
     """
-    fault: ChatBridgeError | None = None
+    with _alike(gather_everywhere, ChatBridgeError):
+        yield
+
+
+@contextmanager
+def _alike(tell: Callable[[str | None], list[str | None]], kind: type[Exception]) -> Iterator[None]:
+    """Give up where any process must.
+
+    Args:
+        tell: From this process's fault, or None, to those of all processes in the order of ranks.
+        kind: What counts as a fault.
+    """
+    fault: Exception | None = None
     try:
         yield
-    except ChatBridgeError as error:
+    except kind as error:
         fault = error
-    everywhere = gather_everywhere(None if fault is None else str(fault))
+    named = "" if isinstance(fault, ChatBridgeError) else f"{type(fault).__name__}: "
+    try:
+        everywhere = tell(None if fault is None else f"{named}{fault}")
+    except (RuntimeError, ChatBridgeError):
+        if fault is None:
+            raise
+        everywhere = []
     if fault is not None:
         raise fault
     for number, other in enumerate(everywhere):

@@ -56,6 +56,7 @@ def fill(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings
 
     Raises:
         ConfigError: If there is no folder, or the model or a data set cannot do this.
+        ChatBridgeError: On every process, if one of them cannot do its share.
     """
     groups = _used(datasets, run)
     able = hasattr(model, "encode_media") and all(hasattr(group, "set_features") for group in groups)
@@ -65,7 +66,7 @@ def fill(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings
         )
     loaded = load_processors(preprocess)
     processors: dict[str, Any] = {kind: loaded[kind]["eval"] for kind in KINDS}
-    with torch.no_grad():
+    with distributed.together(), torch.no_grad():
         store = build_features(
             model,
             samples(datasets, run),
@@ -75,7 +76,6 @@ def fill(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-    distributed.barrier()
     store.refresh()
     return store
 

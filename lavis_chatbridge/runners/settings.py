@@ -21,7 +21,8 @@ LAVIS_NAMES = {"log_freq": "log_every", "iters_per_inner_epoch": "eval_every", "
 IGNORED_LAVIS_KEYS = ("use_dist_eval_sampler", "dist_backend", "rank", "gpu", "lr_decay_rate")
 """Keys of LAVIS's YAMLs that decide nothing here: evaluation always shares samples exactly, the rest is found out."""
 
-_LONGEST_TIMEOUT = 365 * 24 * 60
+LONGEST_TIMEOUT = 365 * 24 * 60
+"""In minutes: clocks hold no more than so many."""
 
 
 @dataclass
@@ -156,8 +157,8 @@ class RunSettings(EvaluationSettings):
             yield from self._check_training()
         for name in (name for name, value in vars(self).items() if value in (math.inf, -math.inf)):
             yield f"{name} must be a finite number, found {getattr(self, name)}"
-        if self.timeout_minutes > _LONGEST_TIMEOUT:
-            yield f"timeout_minutes is at most {_LONGEST_TIMEOUT} (a year), found {self.timeout_minutes}"
+        if self.timeout_minutes > LONGEST_TIMEOUT:
+            yield f"timeout_minutes is at most {LONGEST_TIMEOUT} (a year), found {self.timeout_minutes}"
         positive = [
             "batch_size_train",
             "batch_size_eval",

@@ -11,6 +11,18 @@ from lavis_chatbridge.errors import DataError, TrainingError
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult
 
+_TRIES_BEFORE_JUDGING = 20
+
+
+def too_many_unreadable(source: str, bad: int, tried: int, share: float) -> str:
+    """What to tell when more than ``share`` of a source's samples cannot be read, from 20 samples on; else nothing."""
+    if tried < _TRIES_BEFORE_JUDGING or bad <= share * tried:
+        return ""
+    return (
+        f"{source}: {bad} of {tried} samples could not be read, more than the {share:.0%} that max_bad_share allows. "
+        "Mend or remove them (chatbridge check-data --decode lists them)"
+    )
+
 
 @dataclass
 class SourceCount:
@@ -51,6 +63,11 @@ class TrainState:
         count.steps += 1
         self.step += 1
         self.nonfinite_steps += result.outcome == "nonfinite"
+
+    def unreadable(self, source: str, run: RunSettings) -> str:
+        """Why a source lacks too many samples to go on, over all processes; an empty text if it does not."""
+        count = self.sources[source]
+        return too_many_unreadable(source, count.skipped, count.samples + count.skipped, run.max_bad_share)
 
     def check(self, run: RunSettings) -> None:
         """Stop a run that cannot end well.
