@@ -12,7 +12,8 @@ import difflib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ _log = logging.getLogger(__name__)
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
 _LONGEST_FAULT = 4000
 _DEFAULT_ARCH = "chatbridge"
+_NUMBERED_BY = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
+"""LAVIS's tasks that score -> what they know a sample by."""
 _LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
 
 
@@ -124,6 +127,7 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     run = collect(lambda: _check_run(merged.run))
     if not faults and run is not None:
         faults += _unknown_splits(merged.datasets, run)
+        faults += _not_to_score(merged.datasets, run)
     if faults or run is None or env is None:
         raise ConfigError(f"{cfg_path}: " + "; ".join(faults))
     merged.run = OmegaConf.create(_for_lavis(run))
@@ -140,10 +144,11 @@ def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None 
     """
     import lavis  # noqa: F401  (fills the registry with builders)
 
-    user = _over(_read_yaml(cfg_path), _read_options(options or []))
-    _set_paths(settings.parse(EnvSettings, _plain(OmegaConf.create(user.get("env") or {})), "env"))
-    sections = _section(user, "datasets")
-    return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
+    with _as_config_error(cfg_path):
+        user = _over(_read_yaml(cfg_path), _read_options(options or []))
+        _set_paths(settings.parse(EnvSettings, _plain(OmegaConf.create(user.get("env") or {})), "env"))
+        sections = _section(user, "datasets")
+        return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
 
 
 def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, Any]:
@@ -152,7 +157,17 @@ def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     Raises:
         ConfigError: If the file or the options cannot be read.
     """
-    return _plain(_section(_over(_read_yaml(cfg_path), _read_options(options or [])), "run"))
+    with _as_config_error(cfg_path):
+        return _plain(_section(_over(_read_yaml(cfg_path), _read_options(options or [])), "run"))
+
+
+@contextmanager
+def _as_config_error(cfg_path: str | os.PathLike) -> Iterator[None]:
+    """What cannot be resolved (``${nothing}``) is a mistake of the configuration."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{cfg_path}: {' '.join(str(error).split())[:_LONGEST_FAULT]}") from error
 
 
 def read_options(options: Sequence[str]) -> dict[str, Any]:
@@ -320,6 +335,27 @@ def _unknown_splits(datasets: DictConfig, run: RunSettings) -> list[str]:
             return []
         there.update(split_names(_plain(section)))
     return run.unknown_splits(there)
+
+
+def _not_to_score(datasets: DictConfig, run: RunSettings) -> list[str]:
+    """Why a task of LAVIS's cannot score splits of this package's data sets; nothing where it can, or need not."""
+    from lavis.common.registry import registry
+
+    number = _NUMBERED_BY.get(run.task)
+    if number is None or not registry.get_task_class(run.task).__module__.startswith("lavis."):
+        return []
+    scored = {*run.test_splits, *([] if run.evaluate else run.valid_splits)}
+    own = []
+    for name, section in datasets.items():
+        split_names = getattr(registry.get_builder_class(str(name)), "split_names", None)
+        if split_names is not None and scored.intersection(split_names(_plain(section))):
+            own.append(str(name))
+    if not own:
+        return []
+    return [
+        f"run.task {run.task!r} is LAVIS's own and scores by {number}, which {', '.join(own)} does not have: set "
+        "run.task=chatbridge_captioning, which scores captions and answers (run.metrics)"
+    ]
 
 
 def _for_lavis(run: RunSettings) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin import evaluate, scores, train
 from lavis_chatbridge.plugin.suite_table import text_table
 from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
@@ -184,6 +185,38 @@ def test_what_every_task_gives_is_a_line(found, run, row):
 def test_what_is_no_score_is_an_error(found, why):
     with pytest.raises(DataError, match=f"nothing could be scored. {why}"):
         scores.report(scores.lines_of({"test": found}, EvaluationSettings(metrics=["SPICE"])), ["out"])
+
+
+@pytest.mark.parametrize("task", ["vqa", "gqa", "aok_vqa", "captioning"])
+def test_laviss_tasks_score_no_data_sets_of_ours(config, task, capsys):
+    assert evaluated(config, f"run.task={task}") == 2
+    said = capsys.readouterr().err
+    number = "image_id" if task == "captioning" else "question_id"
+    assert f"run.task '{task}' is LAVIS's own and scores by {number}, which chatbridge_jsonl does not have" in said
+    assert "set run.task=chatbridge_captioning" in said
+
+
+def test_laviss_tasks_may_train_on_data_sets_of_ours(config):
+    options = [f"run.{key}" for key in ("task=vqa", "evaluate=false", "max_iters=1", "train_splits=[test]")]
+    cfg = load_config(config, [*options, "run.test_splits=[]"])
+    assert cfg.run.task == "vqa"
+    with pytest.raises(ConfigError, match=r"run.task 'vqa' is LAVIS's own .*chatbridge_jsonl"):
+        load_config(config, [*options, "run.test_splits=[]", "run.valid_splits=[test]"])
+
+
+def test_laviss_runner_is_refused_where_it_cannot_run(config, tmp_path, capsys):
+    assert evaluated(config, "run.runner=runner_base") == 2
+    assert "run.runner 'runner_base' is LAVIS's own, which needs a CUDA device" in capsys.readouterr().err
+    suites = tmp_path / "suites"
+    suites.mkdir()
+    for name in ("one", "two"):
+        (suites / f"{name}.yaml").write_text(config.read_text())
+    words = ["evaluate", "--suite", "all", "--suite-folder", str(suites), "--output", str(tmp_path / "table")]
+    assert cli.main([*words, "--options", "run.runner=runner_base"]) == 1
+    table = json.loads((tmp_path / "table/scores.json").read_text())["suites"]
+    assert [(line["suite"], line["status"]) for line in table] == [("one", "failed"), ("two", "failed")]
+    why = f"which runs only once in a process: use chatbridge_runner, or score {suites / 'one.yaml'} alone (--cfg-path)"
+    assert table[0]["remarks"] == [f"run.runner 'runner_base' is LAVIS's own, {why}"]
 
 
 @pytest.mark.parametrize("words", [["--suite", ""], ["--suite", " , "], ["--suite", "", "--ablate"]])
