@@ -309,7 +309,7 @@ class _StopTexts(StoppingCriteria):
 class _NoEarlyStop(LogitsProcessor):
     """Keeps a row from completing its stop text before it may stop."""
 
-    def __init__(self, codec: Codec, stops: Sequence[str], min_tokens: int) -> None:
+    def __init__(self, codec: Any, stops: Sequence[str], min_tokens: int) -> None:
         self._codec = codec
         self._stops = stops
         self._min_tokens = min_tokens

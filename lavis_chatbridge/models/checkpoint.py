@@ -28,6 +28,9 @@ NAMED = 4
 """So many names are listed of each sort of mismatch; the rest is counted."""
 
 _LONGEST_NAME = 200
+_REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Smaller floats come with scales beside them, and are no weights without."""
+
 _DROPPED = re.compile(
     r"rotary_emb\.inv_freq$|position_ids$|^Qformer\.cls\.|^Qformer\.bert\.embeddings\.(word|position)_embeddings\."
     r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
@@ -60,40 +63,77 @@ def find(path: str, what: str, hint: str = "") -> Path:
     Raises:
         CheckpointError: If it is not there.
     """
-    if path.startswith(PACKAGE):
-        place = Path(__file__).resolve().parent.parent / path[len(PACKAGE) :]
-    else:
-        place = Path(os.path.expandvars(path)).expanduser()
-    if place.exists():
-        return place
+    get = f" ({hint})" if hint else ""
+    if not path.strip():
+        raise CheckpointError(f"{what} is empty: name a file, or set it to null{get}")
+    try:
+        if path.startswith(PACKAGE):
+            place = Path(__file__).resolve().parent.parent / path[len(PACKAGE) :]
+        else:
+            place = Path(os.path.expandvars(path)).expanduser()
+        if place.exists():
+            return place
+    except (OSError, RuntimeError) as error:  # a folder that may not be looked into, a home that nobody has
+        raise CheckpointError(f"{what}: {shown(path)} cannot be looked for: {one_line(error)}") from error
     unset = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
     because = "".join(f"; the environment variable {name} is not set" for name in unset)
-    get = f" ({hint})" if hint else ""
     raise CheckpointError(f"{what}: {place} does not exist{because}{get}")
 
 
 def read(path: Path) -> WeightFile:
     """Read a weight file into main memory, mapped where the format allows. No code in it is run.
 
+    Args:
+        path: The file, or a checkpoint's folder that training wrote. Its content tells its format, not its name.
+
     Raises:
         CheckpointError: If it is damaged, holds other objects than tensors and plain values, or no tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
-    content, cfg = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    path = file_at(path)
+    content, cfg = _contents(path)
     if isinstance(content.get("cfg"), Mapping):
         cfg = dict(content["cfg"])
     if isinstance(content.get("model"), Mapping):
         content = dict(content["model"])
-    tensors = {
-        name.removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    check_plain(tensors, path)
+    named = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
+    tensors = {name.removeprefix("module."): tensor for name, tensor in named.items()}
+    if len(tensors) < len(named):
+        twice = [name for name in named if f"module.{name}" in named]
+        raise CheckpointError(
+            f"{path} holds tensors twice, with 'module.' before their names and without: {some(twice)}"
+        )
     if not tensors:
-        raise CheckpointError(f"{path} holds no weights; it holds {_some(content)}")
+        held = f"it holds {some(content)}" if content else "it holds nothing"
+        raise CheckpointError(f"{path} holds no weights by name, neither at its top nor under 'model'; {held}")
+    check_plain(tensors, path)
     return WeightFile(path, tensors, cfg)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors at a file's top under the names that they have there. No code in it is run.
+
+    Raises:
+        CheckpointError: If it is damaged, or holds other objects than tensors and plain values.
+    """
+    content, _ = _contents(path)
+    return {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
+
+
+def check_sums(path: Path) -> None:
+    """Compare the parts of a file of ``torch.save`` with the checksums that it holds; other formats hold none.
+
+    Raises:
+        CheckpointError: If one differs.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    if wrong is not None:
+        raise CheckpointError(f"{path} is damaged: {shown(wrong)} in it differs from its checksum; get or make it anew")
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> None:
@@ -125,7 +165,7 @@ def check_plain(tensors: Mapping[str, Tensor], source: object) -> None:
     """
     odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
     if odd:
-        raise CheckpointError(f"{source} holds other than plain tensors of whole or real numbers: {_some(odd)}")
+        raise CheckpointError(f"{source} holds other than plain tensors of whole or real numbers: {some(odd)}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
@@ -136,7 +176,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
     """
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not _is_finite(t)]
     if bad:
-        raise CheckpointError(f"{source} holds NaN or infinity in {_some(bad)}; get or make the file anew")
+        raise CheckpointError(f"{source} holds NaN or infinity in {some(bad)}; get or make the file anew")
 
 
 def load_exactly(
@@ -154,12 +194,13 @@ def load_exactly(
         dtype: The precision that the module has afterwards.
 
     Raises:
-        CheckpointError: If one is missing, too many, of another shape, or not finite; the module is then as before.
+        CheckpointError: If one is missing, too many, of another shape, not finite, or too large for the precision; the
+            module is then as before.
     """
     expected = module.state_dict()
     check_fit(expected, tensors, expected, source, what)
     check_finite(tensors, source)
-    module.load_state_dict({name: t.to(dtype).contiguous() for name, t in tensors.items()}, strict=True, assign=True)
+    module.load_state_dict(_converted(tensors, dtype, source), strict=True, assign=True)
 
 
 def check_fit(
@@ -190,7 +231,7 @@ def check_fit(
         if name in expected and expected[name].is_floating_point() and not found[name].is_floating_point()
     ]
     faults = [("missing: ", missing), ("unexpected: ", unexpected), ("", shapes)]
-    words = [label + _some(names) for label, names in faults if names]
+    words = [label + some(names) for label, names in faults if names]
     if words:
         raise CheckpointError(f"{source} does not fit {what}: {'; '.join(words)}")
 
@@ -207,8 +248,9 @@ def vision_tensors(tensors: Mapping[str, Tensor], depth: int, tokens: int) -> di
     own = part(tensors, "visual_encoder.") or dict(tensors)
     unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
     kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
-    if "pos_embed" in kept and kept["pos_embed"].dim() == 3 and kept["pos_embed"].shape[1] > 1:
-        kept["pos_embed"] = fit_positions(kept["pos_embed"], tokens)
+    table = kept.get("pos_embed")
+    if table is not None and table.dim() == 3 and table.shape[1] > 1 and table.numel():
+        kept["pos_embed"] = fit_positions(table, tokens)
     return kept
 
 
@@ -229,7 +271,7 @@ def beats_tensors(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tenso
 def bridge_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ChatBridge's or BLIP-2's tensors under ChatBridge's names, without constants and the Q-Former's text branch."""
     kept = {name: tensor for name, tensor in tensors.items() if not _DROPPED.search(name)}
-    if "query_tokens" in kept:
+    if "query_tokens" in kept and "image_query_tokens" not in kept:
         kept["image_query_tokens"] = kept.pop("query_tokens")
     return kept
 
@@ -249,6 +291,62 @@ def fingerprint(tensors: Mapping[str, Tensor], *more: object) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_at(path: Path) -> Path:
+    """The file itself, or the one that training wrote into a checkpoint's folder.
+
+    Raises:
+        CheckpointError: If it is not there.
+    """
+    try:
+        if path.is_file():
+            return path
+        if (path / "config.json").is_file():
+            raise CheckpointError(f"{path} is a language model's folder, expected a weight file")
+        if (path / "model.safetensors").is_file():
+            return path / "model.safetensors"
+        fault = "is no file that can be read" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {'is a folder without model.safetensors' if path.is_dir() else fault}")
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {one_line(error)}") from error
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its content: a length in eight bytes, then JSON. A file of neither format is judged by its name."""
+    head = check_no_stand_in(path)
+    named = path.suffix == ".safetensors"
+    if head[8:9] == b"{":
+        return True
+    if named and head.startswith((b"PK\x03\x04", b"\x80")):  # torch goes by the name, and fails
+        raise CheckpointError(f"{path} is a file of torch.save, despite its name: rename it to end in .pth")
+    return named
+
+
+def check_no_stand_in(path: Path) -> bytes:
+    """The first bytes of a file that is neither empty nor what a failed download leaves in a file's place.
+
+    Raises:
+        CheckpointError: If it is, or may not be read.
+    """
+    try:
+        with open(path, "rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty: get it anew")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file that it stands for: git lfs pull fetches that"
+        )
+    if head.lstrip().startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not weights: get the file itself")
+    return head
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     from safetensors import SafetensorError, safe_open
 
@@ -258,7 +356,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         cfg = json.loads(metadata["cfg"]) if "cfg" in metadata else None
     except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(cfg, (dict, type(None))):
         raise CheckpointError(f"{path} cannot be read: the cfg in its metadata is no object")
     if metadata.get("fingerprint") not in (None, fingerprint(tensors)):
@@ -279,6 +377,7 @@ def load_torch(path: Path) -> Any:
     Raises:
         CheckpointError: If it is damaged, or holds other objects than tensors and plain values.
     """
+    check_no_stand_in(path)
     _check_archive(path)
     try:
         try:
@@ -287,10 +386,14 @@ def load_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {named.group(1)}" if named else "other objects than tensors and plain values, or is damaged"
+        what = (
+            f"the object {shown(named.group(1))}"
+            if named
+            else "other objects than tensors and plain values, or is damaged"
+        )
         raise CheckpointError(f"{path} is refused: it holds {what}; only tensors are loaded, never code") from error
     except Exception as error:  # at damaged files torch lets through whatever its parts raise
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(_damaged(path, error)) from error
 
 
 def _check_archive(path: Path) -> None:
@@ -301,13 +404,31 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(_damaged(path, error)) from error
     if packed:
-        raise CheckpointError(f"{path} is refused: its parts are compressed ({_some(packed)}), as torch writes none")
+        raise CheckpointError(f"{path} is refused: its parts are compressed ({some(packed)}), as torch writes none")
+
+
+def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object) -> dict[str, Tensor]:
+    """The tensors in another precision, each on its own; one that has it already is not copied.
+
+    Raises:
+        CheckpointError: If a number is too large for the precision.
+    """
+    done = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    narrowed = [name for name in done if dtype == torch.float16 != tensors[name].dtype]
+    lost = [name for name in narrowed if not _is_finite(done[name])]
+    if lost:
+        raise CheckpointError(
+            f"{source} holds numbers too large for float16 in {some(lost)}: choose bfloat16 or float32"
+        )
+    return done
 
 
 def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        return False
+    if tensor.is_floating_point() and tensor.dtype not in _REAL:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
@@ -316,11 +437,25 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
 
 
-def _some(names: Iterable[object]) -> str:
-    listed = [" ".join(str(name)[:_LONGEST_NAME].split()) for name in names]
+def some(names: Iterable[object]) -> str:
+    """The first few of some names, and how many more there are."""
+    listed = [shown(name) for name in names]
     more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
     return ", ".join(listed[:NAMED]) + more
 
 
-def _one_line(error: BaseException) -> str:
+def shown(name: object) -> str:
+    """A name from a file on one line; what would steer a terminal is spelt out."""
+    line = " ".join(str(name)[:_LONGEST_NAME].split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"{path} cannot be read: there is not enough memory"
+    return f"{path} cannot be read ({one_line(error)}): it is damaged or cut off, get or make it anew"

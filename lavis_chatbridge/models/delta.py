@@ -65,7 +65,12 @@ def _last_norm(folder: Path) -> Tensor | None:
                 found = next((content[name] for name in _LAST_NORM if name in content), None)
         except (SafetensorError, CheckpointError, OSError, ValueError, TypeError):
             return None
-        if isinstance(found, Tensor) and found.is_floating_point() and found.layout is torch.strided:
+        if (
+            isinstance(found, Tensor)
+            and found.is_floating_point()
+            and not found.is_meta
+            and found.layout is torch.strided
+        ):
             return found
     return None
 
@@ -78,6 +83,6 @@ def _holding(folder: Path) -> list[Path]:
         try:
             places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
             return [folder / places[name] for name in _LAST_NORM if name in places]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return []

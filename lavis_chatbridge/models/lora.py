@@ -96,7 +96,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Rank and targets of the adapters among a checkpoint's tensors, or none; the alpha is in no tensor."""
-    ranks = {name: len(tensor) for name, tensor in tensors.items() if _A in name}
+    ranks = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items() if _A in name}
     if not ranks:
         return None
     targets = {name.partition(_A)[0].rpartition(".")[2] for name in ranks}
@@ -177,5 +177,8 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _words(description: Mapping[str, Any]) -> str:
-    alpha = f", alpha {description['alpha']:g}" if "alpha" in description else ""
-    return f"rank {description['rank']}{alpha} on {', '.join(description['target_modules'])}"
+    """Of a model's, or of a file's, which may hold anything."""
+    alpha, targets = description.get("alpha"), description["target_modules"]
+    scale = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, (int, float)) else f", alpha {alpha!r}"
+    listed = ", ".join(map(str, targets)) if isinstance(targets, (list, tuple)) else repr(targets)
+    return f"rank {description['rank']}{scale} on {listed}"

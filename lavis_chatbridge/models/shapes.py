@@ -6,15 +6,21 @@ The tensors are on the meta device: they have shapes and take no memory. Tests h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.beats import Beats, BeatsConfig
-from lavis_chatbridge.models.settings import ModelSettings, PerceiverConfig
+from lavis_chatbridge.models.settings import LoraSettings, ModelSettings, PerceiverConfig
 from lavis_chatbridge.models.vision import VisionConfig
 
 Shapes = dict[str, Tensor]
+
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LARGEST, _MOST_LAYERS = 10_000_000, 1000
 
 
 def vision_shapes(config: VisionConfig) -> Shapes:
@@ -90,6 +96,52 @@ def bridge_shapes(settings: ModelSettings, audio_width: int, llm_width: int) -> 
         shapes["audio_temporal_pos_embeds"] = (1, times.clips, 1, width)
     perceiver = perceiver_shapes(own, width)
     return _on_meta(shapes) | {f"Qformer.{name}": tensor for name, tensor in perceiver.items()}
+
+
+def llama_shapes(config: Mapping[str, Any]) -> Shapes:
+    """A LLaMA's tensors by name, from its ``config.json``.
+
+    Raises:
+        CheckpointError: If the configuration lacks a size.
+    """
+    try:
+        width, vocabulary, layers = (int(config[name]) for name in ("hidden_size", "vocab_size", "num_hidden_layers"))
+        sizes = {name: (int(inputs), int(outputs)) for name, (inputs, outputs) in lora.layer_sizes(config).items()}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"a LLaMA's config.json lacks a size, or holds what is none: {error}") from error
+    every = (width, vocabulary, *(size for pair in sizes.values() for size in pair))
+    if min(every) < 1 or max(every) > _LARGEST or not 1 <= layers <= _MOST_LAYERS:
+        raise CheckpointError(f"a LLaMA's config.json holds sizes that no model has: {layers} layers, width {width}")
+    block: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    for name, (inputs, outputs) in sizes.items():
+        part, biased = ("self_attn", "attention_bias") if name in _OF_ATTENTION else ("mlp", "mlp_bias")
+        block[f"{part}.{name}.weight"] = (outputs, inputs)
+        if config.get(biased):
+            block[f"{part}.{name}.bias"] = (outputs,)
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+    }
+    for i in range(layers):
+        found |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    if not config.get("tie_word_embeddings"):
+        found["lm_head.weight"] = (vocabulary, width)
+    return _on_meta(found)
+
+
+def adapter_shapes(config: Mapping[str, Any], adapters: LoraSettings) -> Shapes:
+    """The adapters' tensors of a LLaMA by name, as far as they lie on its blocks' linear layers."""
+    sizes = lora.layer_sizes(config)
+    found: dict[str, tuple[int, ...]] = {}
+    for i in range(config["num_hidden_layers"]):
+        for name in (name for name in sizes if name in adapters.target_modules):
+            layer = f"model.layers.{i}.{'self_attn' if name in _OF_ATTENTION else 'mlp'}.{name}"
+            found[f"{layer}.lora_A.default.weight"] = (adapters.rank, sizes[name][0])
+            found[f"{layer}.lora_B.default.weight"] = (sizes[name][1], adapters.rank)
+    return _on_meta(found)
 
 
 def _attention(name: str, width: int, read: int) -> dict[str, tuple[int, ...]]:

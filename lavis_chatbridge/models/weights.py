@@ -7,7 +7,6 @@ minutes, and before there is a GPU.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import checkpoint, delta, lora, shapes
+from lavis_chatbridge.models import checkpoint, hub_folder, lora, shapes
 from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.checkpoint import WeightFile
 from lavis_chatbridge.models.settings import AudioSettings, ModelSettings
@@ -105,21 +104,45 @@ def needs(settings: ModelSettings) -> list[Need]:
         except CheckpointError as error:
             found.append(Need(setting, path, None, 0, str(error)))
             continue
-        fault = folder_fault(place) if setting == "model.language_model.weights" else ""
-        found.append(Need(setting, path, place, sum(file.stat().st_size for file in _files(place)), fault))
+        found.append(_looked_at(setting, path, place))
     return found
 
 
+def _looked_at(setting: str, path: str, place: Path) -> Need:
+    """A place that is there, judged by names, sizes and first bytes."""
+    try:
+        files = weight_files(setting, place)
+        for file in files:
+            checkpoint.check_no_stand_in(file)
+        if setting == "model.language_model.weights" and (fault := hub_folder.fault(place)):
+            raise CheckpointError(fault)
+        return Need(setting, path, place, sum(file.stat().st_size for file in files), "")
+    except (CheckpointError, OSError) as error:
+        return Need(setting, path, place, 0, f"{setting}: {checkpoint.one_line(error)}")
+
+
+def weight_files(setting: str, place: Path) -> list[Path]:
+    """The files that a setting's place stands for.
+
+    Raises:
+        CheckpointError: If they are not there.
+    """
+    if setting == "model.language_model.weights":
+        return hub_folder.weight_files(place)
+    if setting == "model.language_model.tokenizer":
+        return [hub_folder.tokenizer_file(place)]
+    return [checkpoint.file_at(place)]
+
+
 def open_file(path: Path) -> WeightFile:
-    """Read a weight file, or the weights in a checkpoint's folder.
+    """Read a weight file, or the weights in a checkpoint's folder, and compare it with the checksums that it holds.
 
     Raises:
         CheckpointError: If it is missing, damaged, unsafe, or a language model's folder.
     """
-    if path.is_dir() and (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is a language model's folder, which is used as it is")
-    inner = path / "model.safetensors"
-    return checkpoint.read(inner if inner.is_file() else path)
+    file = checkpoint.read(path)
+    checkpoint.check_sums(file.path)
+    return file
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
@@ -170,7 +193,7 @@ def check(file: WeightFile, settings: ModelSettings) -> None:
     elif layout == "language_model":
         raise CheckpointError(f"{file.path} is a part of a language model; model.language_model.weights is a folder")
     else:
-        raise CheckpointError(f"{file.path} has {LAYOUTS[layout]}; it holds {_some(list(file.tensors))}")
+        raise CheckpointError(f"{file.path} has {LAYOUTS[layout]}; it holds {checkpoint.some(file.tensors)}")
 
 
 def convert(source: Path, target: Path, settings: ModelSettings | None = None, replace: bool = False) -> Converted:
@@ -189,8 +212,7 @@ def convert(source: Path, target: Path, settings: ModelSettings | None = None, r
     """
     if target.suffix != ".safetensors":
         raise CheckpointError(f"{target}: the name of the file to write must end in .safetensors")
-    if target.exists() and not replace:
-        raise CheckpointError(f"{target} exists; name another file, or give --force to replace it")
+    _check_target(target, replace)
     file = open_file(source)
     layout = layout_of(file.tensors)
     if layout != "chatbridge":
@@ -201,14 +223,33 @@ def convert(source: Path, target: Path, settings: ModelSettings | None = None, r
     own = (*TRAINED, *TEMPORAL, *NORMS)
     named = checkpoint.bridge_tensors(file.tensors)
     tensors = {name: t for name, t in named.items() if name.startswith(own) or lora.is_adapter(name)}
-    renamed = {"query_tokens"} if "image_query_tokens" in tensors else set()
+    renamed = {"query_tokens"} if "query_tokens" not in named else set()
     dropped: dict[str, int] = {}
     for name in file.tensors:
         if name not in tensors and name not in renamed:
             part = name.split(".", maxsplit=1)[0]
             dropped[part] = dropped.get(part, 0) + 1
-    checkpoint.save(target, tensors, {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None)
+    _write(target, tensors, {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None)
     return Converted(sorted(tensors), dropped, sum(t.numel() for t in tensors.values()))
+
+
+def _check_target(target: Path, replace: bool) -> None:
+    try:
+        if target.is_dir():
+            raise CheckpointError(f"{target} is a folder, expected the name of the file to write")
+        if target.exists() and not replace:
+            raise CheckpointError(f"{target} exists; name another file, or give --force to replace it")
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {checkpoint.one_line(error)}") from error
+
+
+def _write(target: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        checkpoint.save(target, tensors, cfg)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} cannot be written: {checkpoint.one_line(error)}") from error
 
 
 def beats_config(audio: AudioSettings) -> BeatsConfig:
@@ -242,41 +283,25 @@ def llm_config(settings: ModelSettings) -> dict[str, Any] | None:
     if own.weights is None:
         return own.config
     try:
-        folder = checkpoint.find(own.weights, "model.language_model.weights")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (CheckpointError, OSError, ValueError):
+        return hub_folder.config_of(checkpoint.find(own.weights, "model.language_model.weights"))
+    except CheckpointError:
         return None
-    return config.get("text_config", config)
 
 
-def folder_fault(folder: Path) -> str:
-    """Why a folder is no whole language model of Hugging Face's form (a delta, say); nothing if it is one."""
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{folder / 'config.json'} cannot be read: {_one_line(error)}"
-    for index in sorted(folder.glob("*.index.json")):
-        try:
-            wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            return f"{index} cannot be read: {_one_line(error)}"
-        missing = [name for name in wanted if not (folder / name).is_file()]
-        if missing:
-            return f"{folder} lacks {_some(missing)}, which {index.name} names: fetch the folder again"
-    if not _files(folder):
-        return f"{folder} holds no weights (*.safetensors or *.bin)"
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "vocab.json")):
-        return f"{folder} holds no tokenizer (tokenizer.model or tokenizer.json)"
-    return delta.fault(folder)
+def digest(*files: Path) -> str:
+    """SHA-256 of files, one after the other: 64 hexadecimal digits.
 
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's weight files one after the other: 64 hexadecimal digits."""
+    Raises:
+        CheckpointError: If one cannot be read.
+    """
     total = hashlib.sha256()
-    for file in _files(path):
-        with open(file, "rb") as opened:
-            while block := opened.read(_BLOCK):
-                total.update(block)
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                while block := opened.read(_BLOCK):
+                    total.update(block)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {checkpoint.one_line(error)}") from error
     return total.hexdigest()
 
 
@@ -288,39 +313,60 @@ def _check_blip2(file: WeightFile, settings: ModelSettings) -> None:
 
 
 def _check_bridge(file: WeightFile, settings: ModelSettings) -> None:
-    """As the model's own ``load_checkpoint`` does; a language model inside the file is not looked at."""
+    """As the model's own ``load_checkpoint`` does; of a language model inside the file, a LLaMA is looked at."""
     found = checkpoint.bridge_tensors(file.tensors)
-    found = {name: tensor for name, tensor in found.items() if not name.startswith("llama_model.")}
     config = llm_config(settings)
-    llm_width = int(config["hidden_size"]) if config else found["llama_proj.weight"].shape[0]
+    what = f"model type {settings.model_type}"
+    inside = {name: tensor for name, tensor in found.items() if name.startswith("llama_model.")}
+    found = {name: tensor for name, tensor in found.items() if name not in inside}
     try:
         audio = beats_config(settings.audio)
     except (CheckpointError, ConfigError):  # not there yet: the published ones have these sizes
         audio = settings.audio.config or BeatsConfig()
-    expected = shapes.bridge_shapes(settings, audio.encoder_embed_dim, llm_width)
+    width = _llm_width(config) or next(iter(found["llama_proj.weight"].shape), 1)
+    expected = shapes.bridge_shapes(settings, audio.encoder_embed_dim, width)
     frozen = NORMS + (_FROZEN_WITH_PERCEIVER if settings.perceiver.frozen else ())
     required = [name for name in expected if not name.startswith(frozen)]
     expected |= {f"visual_encoder.{name}": t for name, t in shapes.vision_shapes(settings.vision).items()}
     expected |= {f"audio_encoder.{name}": t for name, t in shapes.beats_shapes(audio).items()}
     held = tuple(p for p in (*NORMS, *ENCODERS[:2]) if any(name.startswith(p) for name in found))
     required += [name for name in expected if held and name.startswith(held)]
-    checkpoint.check_fit(expected, found, required, file.path, f"model type {settings.model_type}")
+    checkpoint.check_fit(expected, found, required, file.path, what)
+    _check_inside(file, checkpoint.part(inside, "llama_model."), settings, config, what)
 
 
-def _files(place: Path) -> list[Path]:
-    """The weight files of a file or folder; safetensors come before copies in torch's format."""
-    if place.is_file():
-        return [place]
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.bin"):
-        if found := sorted(place.glob(pattern)):
-            return found
-    return []
+def _check_inside(
+    file: WeightFile, inside: Mapping[str, Tensor], settings: ModelSettings, config: dict[str, Any] | None, what: str
+) -> None:
+    """Adapters and a language model that a bridge's file holds."""
+    own = settings.language_model
+    held = lora.described_by(inside)
+    if held is not None and file.cfg is not None and isinstance(file.cfg.get("lora"), Mapping):
+        held |= file.cfg["lora"]
+    expected = None
+    if own.lora is not None:
+        targets = sorted(own.lora.target_modules)
+        expected = {"rank": own.lora.rank, "alpha": float(own.lora.alpha), "target_modules": targets}
+    if fault := lora.misfit(held, expected, fresh_is_fine=True):
+        raise CheckpointError(f"{file.path} does not fit {what}: {fault}")
+    adapters = {name: tensor for name, tensor in inside.items() if lora.is_adapter(name)}
+    whole = {lora.without_base(name): tensor for name, tensor in inside.items() if name not in adapters}
+    if whole and own.quantization is not None:
+        raise CheckpointError(
+            f"{file.path} does not fit {what}: it holds a whole language model, but this one's is quantised to "
+            f"{own.quantization}"
+        )
+    if config is None or config.get("model_type") != "llama":
+        return
+    if whole:
+        places = shapes.llama_shapes(config)
+        checkpoint.check_fit(places, whole, places, file.path, f"the language model of {what}")
+    if adapters and own.lora is not None:
+        places = shapes.adapter_shapes(config, own.lora)
+        checkpoint.check_fit(places, adapters, places, file.path, f"the adapters of {what}")
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - checkpoint.NAMED} more" if len(names) > checkpoint.NAMED else ""
-    return ", ".join(names[: checkpoint.NAMED]) + more
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _llm_width(config: Mapping[str, Any] | None) -> int | None:
+    """Width of a language model's embeddings, under the names that its family has for it."""
+    named = (config or {}).get("word_embed_proj_dim"), (config or {}).get("hidden_size"), (config or {}).get("n_embd")
+    return next((width for width in named if isinstance(width, int) and width > 0), None)

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lavis_chatbridge import settings as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import checkpoint, weights
+from lavis_chatbridge.models import checkpoint, hub_folder, weights
 from lavis_chatbridge.models.settings import ModelSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -79,6 +81,8 @@ def model_settings(
             raise ConfigError(f"there is no model type {chosen!r}; there are {', '.join(model_types())}")
         merged = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{_PREFIX}{chosen}.yaml").model, own, {"model_type": chosen})
         values: Any = OmegaConf.to_container(merged, resolve=True)
+    except OSError as error:
+        raise ConfigError(f"{cfg_path} cannot be read: {checkpoint.one_line(error)}") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{cfg_path} is no valid YAML: {' '.join(str(error).split())}") from error
     return settings_reader.parse(ModelSettings, values, "model")
@@ -100,7 +104,7 @@ def describe(needs: list[weights.Need], fingerprint: bool = False) -> list[str]:
         if need.fault:
             lines.append(f"  {'MISSING' if need.place is None else 'FAULT':<9}{need.fault}")
             continue
-        mark = f"  sha256 {weights.digest(need.place)}" if fingerprint and need.place else ""
+        mark = f"  sha256 {_digest(need)}" if fingerprint and need.place else ""
         lines.append(f"  {'found':<9}{need.setting:<32}{size_in_words(need.size):>10}  {need.place}{mark}")
     return lines
 
@@ -136,28 +140,47 @@ def _list(args: argparse.Namespace) -> int:
 def _as_dict(need: weights.Need, fingerprint: bool) -> dict[str, Any]:
     content = {**need._asdict(), "place": None if need.place is None else str(need.place)}
     content["source"] = weights.HINTS[need.setting]
-    if fingerprint and need.place is not None:
-        content["sha256"] = weights.digest(need.place)
+    if fingerprint and need.place is not None and not need.fault:
+        content["sha256"] = _digest(need)
     return content
 
 
+def _digest(need: weights.Need) -> str:
+    return "" if need.place is None else weights.digest(*weights.weight_files(need.setting, need.place))
+
+
 def _check(args: argparse.Namespace) -> int:
-    if args.file.is_dir() and (args.file / "config.json").is_file():
-        fault = weights.folder_fault(args.file)
-        print(f"{args.file}: {fault or 'a whole language model (Hugging Face folder)'}")
-        return int(bool(fault))
+    if hub_folder.is_one(args.file):
+        return _check_folder(args.file)
     file = weights.open_file(args.file)
-    layout = weights.layout_of(file.tensors)
-    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values())
-    numbers = sum(tensor.numel() for tensor in file.tensors.values())
-    print(f"{file.path}: {weights.LAYOUTS[layout]}")
-    print(f"  {len(file.tensors)} tensors, {numbers:,} numbers, {', '.join(f'{n} {t}' for t, n in types.items())}")
-    print(f"  {size_in_words(file.path.stat().st_size)}, sha256 {weights.digest(file.path)}")
+    print(f"{file.path}: {weights.LAYOUTS[weights.layout_of(file.tensors)]}")
+    _print_content(file.tensors, [file.path])
     weights.check_finite(file)
     faults = {name: _fault(file, settings) for name, settings in _asked(args).items()}
     for name, fault in faults.items():
         print(f"  {'does not fit' if fault else 'fits':<13}{name}{': ' if fault else ''}{fault}")
     return int(all(faults.values()))
+
+
+def _check_folder(folder: Path) -> int:
+    try:
+        content = hub_folder.check(folder)
+    except CheckpointError as error:
+        print(f"{folder}: {error}")
+        return 1
+    print(f"{folder}: a whole language model (Hugging Face folder)")
+    _print_content(content.tensors, hub_folder.weight_files(folder))
+    if content.unused:
+        print(f"  not used: {checkpoint.some(content.unused)}")
+    return 0
+
+
+def _print_content(tensors: Mapping[str, Tensor], files: list[Path]) -> None:
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    size = sum(file.stat().st_size for file in files)
+    print(f"  {len(tensors)} tensors, {numbers:,} numbers, {', '.join(f'{n} {t}' for t, n in types.items())}")
+    print(f"  {size_in_words(size)}, sha256 {weights.digest(*files)}")
 
 
 def _fault(file: checkpoint.WeightFile, settings: ModelSettings) -> str:
@@ -173,6 +196,6 @@ def _convert(args: argparse.Namespace) -> int:
     done = weights.convert(args.file, args.out, settings, args.force)
     print(f"{args.out}: {len(done.kept)} tensors, {done.parameters:,} numbers, sha256 {weights.digest(args.out)}")
     if done.dropped:
-        left = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(done.dropped.items()))
+        left = checkpoint.some(f"{name} ({count} tensors)" for name, count in sorted(done.dropped.items()))
         print(f"  left out: {left}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,143 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
         checkpoint.read(tmp_path / name)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: get it anew"),
+        (POINTER, "is a Git LFS pointer, .*git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, not weights"),
+    ],
+)
+def test_what_a_failed_download_leaves(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} {message}"):
+        checkpoint.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_file_that_is_cut_off_anywhere(tmp_path: Path, old: bool) -> None:
+    tensors = {f"a{i}": torch.randn(40, 7) for i in range(5)}
+    torch.save({"model": tensors}, tmp_path / "whole.pth", _use_new_zipfile_serialization=not old)
+    checkpoint.save(tmp_path / "whole.safetensors", tensors)
+    for suffix in (".pth", ".safetensors"):
+        data = (tmp_path / f"whole{suffix}").read_bytes()
+        assert set(checkpoint.read(tmp_path / f"whole{suffix}").tensors) == set(tensors)
+        for size in (0, 1, 7, 8, 9, 60, len(data) // 3, len(data) // 2, len(data) - 1):
+            (tmp_path / f"cut{suffix}").write_bytes(data[:size])
+            with pytest.raises(CheckpointError, match=f"cut{suffix} "):
+                checkpoint.read(tmp_path / f"cut{suffix}")
+
+
+def test_the_content_of_a_file_tells_its_format(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a.safetensors", {"a": torch.ones(2)}, cfg={"b": 1})
+    for name in ("a.pth", "A.SAFETENSORS", "a"):
+        shutil.copy(tmp_path / "a.safetensors", tmp_path / name)
+        assert checkpoint.read(tmp_path / name).cfg == {"b": 1}
+    for old in (True, False):
+        torch.save({"a": torch.ones(2)}, tmp_path / "b.bin", _use_new_zipfile_serialization=not old)
+        assert set(checkpoint.read(tmp_path / "b.bin").tensors) == {"a"}
+        shutil.copy(tmp_path / "b.bin", tmp_path / "b.safetensors")
+        with pytest.raises(CheckpointError, match=r"is a file of torch\.save, despite its name: rename it"):
+            checkpoint.read(tmp_path / "b.safetensors")
+
+
+def test_places_that_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("gone", tmp_path / "link")
+    for name, message in (
+        ("folder", "is a folder without model.safetensors"),
+        ("pipe", "is no file that can be read"),
+        ("link", "does not exist"),
+        ("a" * 300, "cannot be read: .*too long"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read(tmp_path / name)
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a language model's folder, expected a weight file"):
+        checkpoint.read(tmp_path / "folder")
+
+
+def test_a_folder_that_training_wrote_loads(model: Any, tmp_path: Path) -> None:
+    tensors = changed(model)
+    before = {name: tensor.clone() for name, tensor in model.trainable_state_dict().items()}
+    checkpoint.save(tmp_path / "step_00000001" / "model.safetensors", tensors)
+    model.load_checkpoint(str(tmp_path / "step_00000001"))
+    assert same(model, tensors)
+    model.load_state_dict(before, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "neither at its top nor under 'model'; it holds nothing"),
+        ({"state_dict": {"a": torch.ones(1)}}, "nor under 'model'; it holds state_dict"),
+        ({"a": torch.ones(1), "module.a": torch.zeros(1)}, "holds tensors twice, with 'module.' .* without: a$"),
+    ],
+)
+def test_tensors_are_found_once_or_the_file_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(tmp_path / "a.pth")
+
+
+def test_queries_under_both_names_are_not_mixed_up(model: Any, tmp_path: Path) -> None:
+    tensors = changed(model)
+    torch.save({**tensors, "query_tokens": tensors["image_query_tokens"] + 1}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected: query_tokens$"):
+        model.load_checkpoint(str(tmp_path / "a.pth"))
+
+
+def test_names_in_a_message_do_not_steer_the_terminal(model: Any, tmp_path: Path) -> None:
+    torch.save({**changed(model), "a\x1b[31m\nb\ud800": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected: a\\x1b\[31m b\\ud800$"):
+        model.load_checkpoint(str(tmp_path / "a.pth"))
+
+
+def test_a_bit_that_has_changed_differs_from_its_checksum(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pth")
+    checkpoint.check_sums(tmp_path / "a.pth")
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[data.index(bytes(3000)) + 1500] ^= 1
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged: .*data/0 in it differs from its checksum"):
+        checkpoint.check_sums(tmp_path / "a.pth")
+    torch.save({"a": torch.zeros(9)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    checkpoint.check_sums(tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.float16])
+def test_numbers_that_the_precision_cannot_hold_are_refused(held: torch.dtype) -> None:
+    layer = torch.nn.Linear(2, 2)
+    tensors = {"weight": torch.full((2, 2), 60_000.0).to(held), "bias": torch.ones(2)}
+    checkpoint.load_exactly(layer, tensors, "file", "layer", torch.float16)
+    assert layer.weight.dtype == torch.float16
+    large = {**tensors, "bias": torch.full((2,), 70_000.0)}
+    with pytest.raises(CheckpointError, match="file holds numbers too large for float16 in bias: choose bfloat16"):
+        checkpoint.load_exactly(layer, large, "file", "layer", torch.float16)
+    assert layer.bias.tolist() == [1, 1]
+    checkpoint.load_exactly(layer, large, "file", "layer", torch.bfloat16)
+
+
+def test_an_empty_position_table_is_a_misfit() -> None:
+    tensors = checkpoint.vision_tensors({"pos_embed": torch.ones(1, 17, 0)}, 1, 5)
+    assert list(tensors["pos_embed"].shape) == [1, 17, 0]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("", "what is empty: name a file"), ("~no_such_user/a", "cannot be looked for"), ("a" * 300, "too long")],
+)
+def test_paths_that_cannot_be_looked_for(path: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.find(path, "what")
+
+
 def test_missing_files_say_where_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CHATBRIDGE_WEIGHTS", raising=False)
     with pytest.raises(CheckpointError, match=r"variable CHATBRIDGE_WEIGHTS is not set \(there\)"):
@@ -203,6 +341,7 @@ def hostile(tensor: torch.Tensor) -> dict[str, tuple[Any, str]]:
         "complex": (tensor.to(torch.complex64), "other than plain tensors"),
         "quantised": (torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "other than plain tensors"),
         "more numbers than bytes": (torch.zeros(()).expand(tensor.shape), "other than plain tensors"),
+        "eight bits": (tensor.to(torch.float8_e4m3fn), "other than plain tensors"),
         "whole numbers": (tensor.to(torch.int32), "is int32, expected real numbers"),
         "truth values": (tensor > 0, "is bool, expected real numbers"),
         "another shape": (tensor.unsqueeze(0), "expected"),

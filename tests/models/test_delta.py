@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.models import delta, weights
+from lavis_chatbridge.models import delta, hub_folder
 from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.settings import LanguageModelSettings
 
@@ -85,7 +85,7 @@ def test_every_version_loads_whole_from_every_layout(
     config = CONFIGS[version]
     tensors = llama(0, **config)
     folder = write(tmp_path / "vicuna", golden_dir / "tokenizer", tensors, layout, config)
-    assert weights.folder_fault(folder) == ""
+    assert hub_folder.fault(folder) == ""
     with caplog.at_level(logging.WARNING):
         model, codec = load_language_model(LanguageModelSettings(weights=str(folder), dtype="float16"))
     assert not [record for record in caplog.records if record.name.startswith("lavis_chatbridge")]
@@ -151,6 +151,10 @@ def test_what_is_no_llama_or_cannot_be_read_is_left_to_loading(golden_dir: Path,
     ):
         (folder / "model.safetensors.index.json").write_text(index)
         assert delta.fault(folder) == ""
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    assert delta.fault(folder) == ""
+    torch.save({"model.norm.weight": torch.empty(32, device="meta")}, folder / "pytorch_model.bin")
+    assert delta.fault(folder) == ""
     for config in ("[", "[]", "3"):
         (folder / "config.json").write_text(config)
         assert delta.fault(folder) == ""

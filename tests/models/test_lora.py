@@ -111,6 +111,19 @@ def test_other_adapters_are_refused(golden_dir: Path, tmp_path: Path) -> None:
     assert all(torch.equal(t, same.trainable_state_dict()[n]) for n, t in model.trainable_state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ({"alpha": "x", "target_modules": 3}, "rank 4, alpha 'x' on 3"),
+        ({"alpha": None, "target_modules": [1, "a"]}, "rank 4 on 1, a"),
+    ],
+)
+def test_what_a_file_says_of_its_adapters_may_be_anything(held: dict[str, Any], words: str) -> None:
+    fault = lora.misfit({"rank": 4, **held}, None)
+    assert fault is not None
+    assert f"it has LoRA adapters of {words}, but the model has none" in fault
+
+
 def test_layers_that_are_not_there_and_numbers_out_of_range(golden_dir: Path) -> None:
     own = with_lora(golden_dir / "tokenizer", target_modules=("query",))
     with pytest.raises(ConfigError, match=r"target_modules \['query'\] do not fit .*named .*q_proj"):

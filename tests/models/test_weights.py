@@ -17,6 +17,7 @@ from lavis_chatbridge import cli
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models import checkpoint, shapes, weights, weights_command
 from lavis_chatbridge.models.beats import Beats
+from lavis_chatbridge.models.settings import LoraSettings
 from tests.models.building import SMALL_BEATS, small_settings
 
 
@@ -181,26 +182,6 @@ def test_what_cannot_be_converted_leaves_the_target_as_it_was(
     assert not Path("out.pth").exists()
 
 
-def test_language_model_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = tmp_path / "llm"
-    folder.mkdir()
-    steps = [
-        ("config.json", '{"hidden_size": 32}', "holds no weights"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}), "1"),
-        ("1.safetensors", "x", "lacks 2.safetensors, which model.safetensors.index.json names"),
-        ("2.safetensors", "y", "holds no tokenizer"),
-        ("tokenizer.model", "z", ""),
-    ]
-    for name, content, fault in steps:
-        (folder / name).write_text(content)
-        found = weights.folder_fault(folder)
-        assert (fault in found) if fault else found == ""
-    assert cli.main(["weights", "check", str(folder)]) == 0
-    assert "a whole language model" in capsys.readouterr().out
-    (folder / "config.json").write_text("{")
-    assert cli.main(["weights", "check", str(folder)]) == 1
-
-
 def test_list_says_what_is_found_and_where_the_rest_can_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -224,6 +205,144 @@ def test_list_says_what_is_found_and_where_the_rest_can_be_had(
         "model.audio.weights",
         "model.perceiver.weights",
     ]
+
+
+def test_list_finds_fault_with_what_loading_would_refuse(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "step", "llm"):
+        Path(name).mkdir()
+    checkpoint.save(Path("step/model.safetensors"), {"a": torch.ones(2)})
+    Path("empty.pth").touch()
+    places = {
+        "vision": ("folder", "FAULT    model.vision.weights: folder is a folder without model.safetensors"),
+        "audio": ("empty.pth", "FAULT    model.audio.weights: empty.pth is empty"),
+        "perceiver": ("~no_such_user/a", "MISSING  model.perceiver.weights: ~no_such_user/a cannot be looked for"),
+        "language_model": ("llm", "FAULT    model.language_model.weights: llm holds no weights"),
+    }
+    section: dict[str, Any] = {part: {"weights": place} for part, (place, _) in places.items()}
+    Path("run.yaml").write_text(yaml.safe_dump({"model": {"model_type": "tiny", "checkpoint": "step", **section}}))
+    assert cli.main(["weights", "list", "--cfg-path", "run.yaml", "--fingerprint"]) == 1
+    printed = capsys.readouterr().out
+    assert all(message in printed for _, message in places.values())
+    found = next(line for line in printed.splitlines() if "model.checkpoint" in line)
+    assert found.endswith(hashlib.sha256(Path("step/model.safetensors").read_bytes()).hexdigest())
+    assert cli.main(["weights", "list", "--cfg-path", "run.yaml", "--fingerprint", "--json"]) == 1
+    listed = json.loads(capsys.readouterr().out)["run.yaml"]
+    assert [need["setting"] for need in listed if "sha256" in need] == ["model.checkpoint"]
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, bridge: Any) -> None:
+    import resource
+    import signal
+
+    torch.save(bridge, tmp_path / "a.pth")
+    (tmp_path / "d.safetensors").mkdir()
+    targets = {
+        "d.safetensors": "is a folder, expected the name",
+        "a.pth/b.safetensors": "cannot be written",
+        "b" * 300 + ".safetensors": "cannot be written: .*too long",
+    }
+    for name, message in targets.items():
+        with pytest.raises(CheckpointError, match=message):
+            weights.convert(tmp_path / "a.pth", tmp_path / name, replace=True)
+    (tmp_path / "old.safetensors").write_bytes(b"before")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # as on a full disk, a part can be written
+    try:
+        with pytest.raises(CheckpointError, match=r"old\.safetensors cannot be written: .*too large"):
+            weights.convert(tmp_path / "a.pth", tmp_path / "old.safetensors", replace=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "old.safetensors").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "d.safetensors", "old.safetensors"]
+
+
+def test_conversion_counts_queries_of_a_second_name(tmp_path: Path, bridge: Any) -> None:
+    torch.save({**bridge, "query_tokens": bridge["image_query_tokens"] + 1}, tmp_path / "a.pth")
+    done = weights.convert(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    assert done.dropped == {"query_tokens": 1}
+    made = checkpoint.read(tmp_path / "b.safetensors").tensors
+    assert torch.equal(made["image_query_tokens"], bridge["image_query_tokens"])
+
+
+def test_a_damaged_file_of_torch_is_found_by_its_checksums(tmp_path: Path, bridge: Any) -> None:
+    torch.save({"model": {**bridge, "llama_proj.bias": torch.zeros(32)}}, tmp_path / "a.pth")
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[data.index(bytes(128)) + 60] ^= 1
+    (tmp_path / "a.pth").write_bytes(data)
+    checkpoint.read(tmp_path / "a.pth")
+    for action in (weights.open_file, lambda path: weights.convert(path, tmp_path / "b.safetensors")):
+        with pytest.raises(CheckpointError, match="differs from its checksum"):
+            action(tmp_path / "a.pth")
+
+
+def adapters(rank: int, *layers: int) -> dict[str, torch.Tensor]:
+    names = (f"llama_model.model.layers.{i}.self_attn.{target}" for i in layers for target in ("q_proj", "v_proj"))
+    return {
+        f"{n}.lora_{x}.default.weight": torch.ones(s) for n in names for x, s in (("A", (rank, 32)), ("B", (32, rank)))
+    }
+
+
+def test_check_judges_a_language_model_and_adapters_as_loading_does(
+    settings: Any, tmp_path: Path, bridge: Any, golden_dir: Path
+) -> None:
+    from tests.models.building import small_model
+
+    own = settings.language_model
+    tuned = replace(settings, language_model=replace(own, lora=LoraSettings(rank=4)))
+    models = {id(s): small_model(golden_dir / "tokenizer", language_model=s.language_model) for s in (settings, tuned)}
+    llm = {n: t for n, t in models[id(settings)].state_dict().items() if n.startswith("llama_model.")}
+    around = {n.replace("q_proj.weight", "q_proj.base_layer.weight"): t for n, t in llm.items()}
+    head = "llama_model.lm_head.weight"
+    scalar = {"llama_model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.tensor(1.0)}
+    cases: list[tuple[Any, dict[str, torch.Tensor], str]] = [
+        (settings, {}, ""),
+        (settings, llm, ""),
+        (settings, {head: llm[head]}, "missing: "),
+        (settings, {**llm, head: torch.ones(641, 32)}, r"lm_head.weight is \[641, 32\], expected \[640, 32\]"),
+        (settings, adapters(4, 0, 1), "has LoRA adapters of rank 4 on q_proj, v_proj, but the model has none"),
+        (settings, scalar, "has LoRA adapters of rank 0 on q_proj"),
+        (tuned, {}, ""),
+        (tuned, adapters(4, 0, 1), ""),
+        (tuned, {**adapters(4, 0, 1), **llm}, ""),
+        (tuned, {**adapters(4, 0, 1), **around}, ""),
+        (tuned, adapters(2, 0, 1), "of rank 2 .* the model's of rank 4"),
+        (tuned, adapters(4, 0), "missing: "),
+    ]
+    for chosen, more, message in cases:
+        torch.save({**bridge, **more}, tmp_path / "a.pth")
+        file = weights.open_file(tmp_path / "a.pth")
+        for judge in (lambda: weights.check(file, chosen), lambda: models[id(chosen)].load_checkpoint(str(file.path))):  # noqa: B023
+            if not message:
+                judge()
+                continue
+            with pytest.raises(CheckpointError, match=message):
+                judge()
+    quantised = replace(settings, language_model=replace(own, quantization="8bit"))
+    torch.save({**bridge, **llm}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="holds a whole language model, but this one's is quantised to 8bit"):
+        weights.check(weights.open_file(tmp_path / "a.pth"), quantised)
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [("[]", 32), ('{"model_type": "gpt2", "n_embd": 48}', 48), ('{"word_embed_proj_dim": 16, "hidden_size": 48}', 16)],
+)
+def test_check_knows_the_width_of_any_family(
+    settings: Any, tmp_path: Path, bridge: Any, config: str, width: int
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    chosen = replace(settings, language_model=replace(settings.language_model, weights=str(tmp_path)))
+    torch.save(bridge, tmp_path / "a.pth")
+    file = weights.open_file(tmp_path / "a.pth")
+    if width == 32:
+        weights.check(file, chosen)
+        return
+    with pytest.raises(CheckpointError, match=rf"llama_proj.weight is \[32, 32\], expected \[{width}, 32\]"):
+        weights.check(file, chosen)
 
 
 def test_check_and_convert_by_configuration(
