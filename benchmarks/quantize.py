@@ -32,6 +32,7 @@ from common import circumstances, tell
 from torch import Tensor
 from torch.nn import functional
 
+from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.settings import LanguageModelSettings, Quantization
 from lavis_chatbridge.prompting import Text
@@ -74,7 +75,9 @@ class Row:
 
 def load(folder: str, how: Quantization | None, dtype: Any = "bfloat16") -> tuple[Any, Any]:
     """The language model of a folder and its tokenizer, which the random one borrows."""
-    return load_language_model(LanguageModelSettings(folder, TRAINED, dtype=dtype, quantization=how))
+    model, codec = load_language_model(LanguageModelSettings(folder, TRAINED, dtype=dtype, quantization=how))
+    half_precision.use_fp32_products(model)  # as in a whole ChatBridge
+    return model, codec
 
 
 def held(model: Any) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.models import language_model, lora
+from lavis_chatbridge.models import half_precision, language_model, lora
 from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.prompting import Slot, Text, alignment_prompt
@@ -176,6 +176,21 @@ def test_logits_are_near_those_of_all_bits(folder: Path, tokenizer: Path, how: A
             plain.get_submodule(name).weight.copy_(full(layer))
     if dtype == "float32":  # 8 bits round the inputs as well
         assert error(found, logits(plain)) < {"8bit": 0.02, "4bit": 1e-5}[how]
+
+
+@pytest.mark.parametrize(("slow", "multiplied"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_4_bit_layers_multiply_in_fp32_where_bf16_is_slow(
+    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, slow: bool, multiplied: torch.dtype
+) -> None:
+    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: slow)
+    model = load(folder, tokenizer, "4bit", "bfloat16")
+    assert {layer.compute_dtype for layer in quantised(model).values()} == {multiplied}
+    one = model.get_submodule("model.layers.0.mlp.up_proj")
+    x = torch.randn(3, 9, SIZES["hidden_size"], dtype=torch.bfloat16)
+    expected = (x.to(multiplied) @ full(one).to(multiplied).T).bfloat16()
+    found = one(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=2**-7)
 
 
 @BOTH
