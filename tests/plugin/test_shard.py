@@ -205,6 +205,61 @@ def test_unreadable_media_are_left_out_counted_and_limited(tmp_path, mine, capsy
     assert "25 of 25 samples have media that cannot be read, more than the 5%" in capsys.readouterr().err
 
 
+def test_as_many_unreadable_samples_as_are_allowed_do_not_stop(tmp_path, mine):
+    (tmp_path / "ok.bin").write_bytes(b"x")
+    names = ["gone.bin", *["ok.bin"] * 24]
+    write_jsonl(
+        tmp_path / "many.jsonl",
+        [Sample(str(i), (Medium("image", str(tmp_path / name)),), ("x",)) for i, name in enumerate(names)],
+    )
+    assert shard(tmp_path / "many.jsonl", "--output", tmp_path / "a", "--max-bad-share", "0.04") == 0
+    assert shard(tmp_path / "many.jsonl", "--output", tmp_path / "b", "--max-bad-share", "0.039") == 2
+
+
+def test_a_manifest_names_the_first_samples_that_are_left_out(tmp_path):
+    (tmp_path / "ok.bin").write_bytes(b"x")
+    names = [f"gone{i}.bin" for i in range(23)] + ["ok.bin"]
+    write_jsonl(
+        tmp_path / "many.jsonl",
+        [Sample(str(i), (Medium("image", str(tmp_path / name)),), ("x",)) for i, name in enumerate(names)],
+    )
+    assert shard(tmp_path / "many.jsonl", "--output", tmp_path / "a", "--max-bad-share", "1") == 0
+    manifest = json.loads((tmp_path / "a" / "many.manifest.json").read_text())
+    assert (manifest["left_out"], len(manifest["left_out_first"])) == (23, 20)
+
+
+def test_a_medium_that_changes_its_size_or_goes_is_noticed(tmp_path, mine):
+    out, medium = tmp_path / "out", tmp_path / "media" / "m2.PNG"
+    shard(mine, "--output", out)
+    time_before = os.stat(medium).st_mtime_ns
+    medium.write_bytes(b"another size")
+    os.utime(medium, ns=(time_before, time_before))
+    assert shard(mine, "--output", out) == 0
+    assert contents(out / "mine.jsonl") == contents(mine)
+    medium.unlink()
+    (tmp_path / "media" / "m3.PNG").write_bytes(b"of now")
+    assert shard(mine, "--output", out) == 0
+    assert "s2" not in [sample.id for sample in SampleFile(out / "mine.jsonl")]
+    (tmp_path / "media" / "m3.PNG").unlink()
+    assert shard(mine, "--output", out) == 0
+    assert "s3" not in [sample.id for sample in SampleFile(out / "mine.jsonl")]
+
+
+def test_a_medium_twice_in_a_sample_is_stored_once_and_json_is_no_medium(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"sound")
+    (tmp_path / "b.jpg").write_bytes(b"picture")
+    twice = [Medium(kind, str(tmp_path / name)) for kind, name in (("audio", "a.json"), ("image", "b.jpg"))] * 2
+    write_jsonl(tmp_path / "twice.jsonl", [Sample("x", tuple(twice), ("c",)), Sample("y", twice[:1], ("c",))])
+    assert shard(tmp_path / "twice.jsonl", "--output", tmp_path / "out") == 0
+    assert contents(tmp_path / "out" / "twice.jsonl") == contents(tmp_path / "twice.jsonl")
+    [first, second] = wds.WebDataset(str(tmp_path / "out" / "twice-00000.tar"), shardshuffle=False)
+    assert {key: value for key, value in first.items() if key in ("0.audio", "1.jpg", "2.audio", "3.jpg")} == {
+        "0.audio": b"sound",
+        "1.jpg": b"picture",
+    }
+    assert "audio" not in second
+
+
 def test_links_out_of_the_root_are_refused(tmp_path, mine, capsys):
     (tmp_path / "media" / "m0.PNG").unlink()
     (tmp_path / "media" / "m0.PNG").symlink_to("/etc/hostname")
