@@ -30,6 +30,7 @@ from lavis_chatbridge.processors.loading import SECTIONS, load_processors
 from lavis_chatbridge.prompting.pieces import Kind
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, write_jsonl
+from lavis_chatbridge.writing import read_json, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -266,24 +267,33 @@ def _converted(name: str, split: str, own: DataSettings) -> Path:
     )
     key = hashlib.sha256(repr((made_by, made_with)).encode()).hexdigest()[:16]
     target = cache_folder() / "converted" / f"{name}-{split}-{key}.jsonl"
+    left_out = target.with_suffix(".left_out.json")
     with locked(target):
         if not target.exists():
             _log.info("%s, split %s: converting %s", name, split, ", ".join(files.values()))
             samples = readers.READERS[own.reader](origin)
-            write_jsonl(target, _present(samples, name) if own.skip_missing else samples, root=own.root)
+            absent: Counter[str] = Counter()
+            write_jsonl(target, _present(samples, absent) if own.skip_missing else samples, root=own.root)
+            write_json(left_out, absent.total())
+    if absences := read_json(left_out):
+        _log.warning(
+            "%s, split %s: left out %d samples whose media were not there when the annotations were converted "
+            "(skip_missing); remove %s once there are more",
+            name,
+            split,
+            absences,
+            target,
+        )
     return target
 
 
-def _present(samples: Iterable[Sample], name: str) -> Iterator[Sample]:
-    """The samples whose media are there; how many are not is logged."""
-    absent = 0
+def _present(samples: Iterable[Sample], absent: Counter[str]) -> Iterator[Sample]:
+    """The samples whose media are there; the others are counted."""
     for sample in samples:
         if all(os.path.exists(medium.path) for medium in sample.files):
             yield sample
         else:
-            absent += 1
-    if absent:
-        _log.warning("%s: left out %d samples whose media are not there (skip_missing)", name, absent)
+            absent["samples"] += 1
 
 
 def _templates(chosen: bool | list[str]) -> Templates | None:

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_chatbridge.datasets.cache import held, remove_abandoned
 from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.pieces import KINDS, Kind
@@ -318,17 +319,18 @@ def _encode(
     loader: DataLoader = DataLoader(
         _Opened(media, processor), batch_size=batch, num_workers=workers, collate_fn=_as_it_is
     )
-    for opened in loader:
-        readable = []
-        for medium, content in opened:
-            if isinstance(content, MediaError):
-                _log.warning("no features: %s", content)
-            else:
-                readable.append((medium, content))
-        if readable:
-            encoded = model.encode_media(kind, [content for _, content in readable])
-            for (medium, _), features in zip(readable, encoded, strict=True):
-                yield medium, EncodedMedium(features.tokens.detach().cpu(), features.mask.detach().cpu())
+    with worker_deaths():
+        for opened in loader:
+            readable = []
+            for medium, content in opened:
+                if isinstance(content, MediaError):
+                    _log.warning("no features: %s", content)
+                else:
+                    readable.append((medium, content))
+            if readable:
+                encoded = model.encode_media(kind, [content for _, content in readable])
+                for (medium, _), features in zip(readable, encoded, strict=True):
+                    yield medium, EncodedMedium(features.tokens.detach().cpu(), features.mask.detach().cpu())
 
 
 def _as_it_is(items: Any) -> Any:

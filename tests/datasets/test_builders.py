@@ -6,6 +6,7 @@ import csv
 import json
 import tarfile
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -193,6 +194,14 @@ def test_missing_web_media_can_be_left_out(tmp_path, caplog):
     group = builder("align_webvid10m", data_root=str(tmp_path)).build_datasets()["train"]
     assert [group.sources[0].sample(i).id for i in range(len(group))] == ["2"]
     assert "left out 1 samples" in caplog.text
+    (tmp_path / "webvid/videos/p/1.mp4").write_bytes(b"x")
+    caplog.clear()
+    assert len(builder("align_webvid10m", data_root=str(tmp_path)).build_datasets()["train"]) == 1
+    [message] = [message for message in caplog.messages if "left out 1 samples" in message]
+    Path(message.split("remove ")[1].split(" once")[0]).unlink()
+    caplog.clear()
+    assert len(builder("align_webvid10m", data_root=str(tmp_path)).build_datasets()["train"]) == 2
+    assert "left out" not in caplog.text
 
 
 def test_a_mixture_of_parts(tmp_path):

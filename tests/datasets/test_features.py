@@ -13,7 +13,7 @@ from lavis_chatbridge.datasets import features
 from lavis_chatbridge.datasets.cache import held
 from lavis_chatbridge.datasets.features import FeatureStore, build_features, salts_of
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.errors import DataError, MediaError, TrainingError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.schema import Medium, Sample
 from tests.fuzzing.annotations import FEATURE_CASES
@@ -262,6 +262,18 @@ def test_a_crash_while_writing_leaves_nothing_behind(pictures, processors):
         build_features(Breaks(), samples(pictures), processors, pictures / "store", batch=4)
     assert os.listdir(pictures / "store") == []
     assert len(build_features(Encoder(), samples(pictures), processors, pictures / "store")) == 12
+
+
+class _Dies:
+    version = "dies-1"
+
+    def __call__(self, source, rng=None):
+        os._exit(3)
+
+
+def test_a_dead_worker_is_named(pictures):
+    with pytest.raises(TrainingError, match=r"a data worker died.*run\.num_workers"):
+        build_features(Encoder(), samples(pictures), {"image": _Dies()}, pictures / "store", workers=1)
 
 
 def test_damage_is_named(pictures, processors):
