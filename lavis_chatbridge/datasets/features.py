@@ -372,7 +372,7 @@ def _sha256(path: str | Path, offset: int = 0, left: int | None = None) -> str:
 def _append(tar: tarfile.TarFile, name: str, tensor: torch.Tensor) -> list[int]:
     """Add a tensor as ``.npy``; returns offset and size of its bytes within the tar."""
     buffer = io.BytesIO()
-    np.save(buffer, tensor.detach().cpu().numpy())
+    np.save(buffer, tensor.detach().cpu().contiguous().numpy())  # rows first, as they are read
     entry = tarfile.TarInfo(name)
     entry.size = buffer.tell()
     buffer.seek(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 import webdataset as wds
@@ -151,6 +152,18 @@ def test_features_whose_mask_is_of_another_medium_are_refused(pictures):
     store, medium = FeatureStore(pictures / "store"), Medium("image", str(pictures / "p0.png"))
     store.add([(medium, EncodedMedium(torch.ones(1, 3, 4), torch.ones(1, 2, dtype=torch.bool)))])
     with pytest.raises(DataError, match=r"float16 \[1, 3, 4\] and bool \[1, 2\] are stored"):
+        store.find(medium)
+
+
+def test_features_that_lie_column_by_column_in_memory_come_back_and_such_files_are_refused(pictures, monkeypatch):
+    store, medium = FeatureStore(pictures / "store"), Medium("image", str(pictures / "p0.png"))
+    turned = torch.arange(6.0).reshape(1, 2, 3).transpose(1, 2)
+    store.add([(medium, EncodedMedium(turned, torch.ones(1, 3, dtype=torch.bool)))])
+    assert torch.equal(store.find(medium).tokens, turned.half())
+    save = np.save
+    monkeypatch.setattr(features.np, "save", lambda file, array: save(file, np.asfortranarray(array)))
+    store.add([(medium, EncodedMedium(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)))])
+    with pytest.raises(DataError, match=r"an array float16 \[2, 3, 4\] does not fit"):
         store.find(medium)
 
 
