@@ -86,16 +86,16 @@ class Plain:
 
 
 class Forced(LogitsProcessor):
-    """The ids that a model says, whatever it would say."""
+    """The ids that a model says, whatever it would say, unless they are barred."""
 
     def __init__(self, *rows: Sequence[int]) -> None:
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores - scores.max() - 1.0
+        scores = scores.clone()
         for i, row in enumerate(self.rows):
             if input_ids.shape[1] < len(row):
-                scores[i, row[input_ids.shape[1]]] = 1.0
+                scores[i, row[input_ids.shape[1]]] += 1e4
         return scores
 
 
@@ -147,6 +147,51 @@ def test_no_stop_text_is_completed_before_the_fewest_tokens(
     beside = said(model, codec, [row, row], ["", stop], max_tokens=12, min_tokens=first + 2)
     assert beside[0][: len(row)] == row, "a row without a stop text says what it says"
     assert beside[1][: len(later)] == later
+
+
+def test_the_models_own_end_comes_after_the_fewest_tokens_and_ends_the_text(model: Any) -> None:
+    codec = pieces_of(b"a", b"b")
+    codec.eos_id = model.llama_model.generation_config.eos_token_id
+    row = [3, 2, 4, 2, 3]
+    assert said(model, codec, [row], [""], max_tokens=6) == [row[:2]]
+    later = said(model, codec, [row], [""], max_tokens=6, min_tokens=3)[0]
+    assert (len(later), later[0], later[2:]) == (4, 3, [4, 2])
+    assert later[1] != 2
+    assert answering.text_before(codec, torch.tensor(row), "") == "a"
+    assert answering.text_before(codec, torch.tensor([4, 3, 4, 2]), "a") == "b"
+
+
+def test_a_draw_is_from_the_whole_nucleus(model: Any) -> None:
+    class Equal(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return torch.zeros_like(scores)
+
+    torch.manual_seed(0)
+    embeds, mask = torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.long)
+    decoding = Decoding(1, sample=True, results=300)
+    ids = generated(model, embeds, mask, decoding, logits_processor=LogitsProcessorList([Equal()]))
+    assert ids.shape == (300, 1)
+    assert len(set(ids.flatten().tolist())) > 150
+
+
+def test_a_length_penalty_prefers_short_or_long_results_of_a_search(model: Any) -> None:
+    def length(penalty: float) -> int:
+        embeds, mask = torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.long)
+
+        class Ends(LogitsProcessor):
+            """One way ends at once, the other after five tokens; each of its tokens is likelier than the early end."""
+
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                fixed = torch.full_like(scores, -1e4)
+                fixed[:, 5] = 1.0
+                fixed[:, 2] = 9.0 if input_ids.shape[1] == 5 else 0.5
+                return fixed.log_softmax(-1)
+
+        decoding = Decoding(8, min_tokens=0, beams=2, length_penalty=penalty)
+        return generated(model, embeds, mask, decoding, logits_processor=LogitsProcessorList([Ends()])).shape[1]
+
+    assert length(-5.0) == 1
+    assert length(5.0) == 6
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,36 @@ def test_numbers_that_the_precision_cannot_hold_are_refused(held: torch.dtype) -
     checkpoint.load_exactly(layer, large, "file", "layer", torch.bfloat16)
 
 
+def test_encoders_are_found_in_a_whole_model_too() -> None:
+    tensors = {f"{part}.{name}": torch.ones(1) for part in ("visual_encoder", "audio_encoder") for name in ("a", "b")}
+    whole = {**tensors, "ln_vision.a": torch.ones(1), "c": torch.ones(1)}
+    heads = dict.fromkeys(("head.weight", "fc_norm.bias", "norm.bias", "blocks.1.a"), torch.ones(1))
+    assert set(checkpoint.vision_tensors(whole, 1, 5)) == {"a", "b"}
+    assert set(checkpoint.vision_tensors({**heads, "a": torch.ones(1)}, 1, 5)) == {"a"}
+    assert set(checkpoint.beats_tensors({**whole, "audio_encoder.predictor.weight": torch.ones(1)}, 1)) == {"a", "b"}
+
+
+def test_a_fingerprint_follows_names_shapes_types_and_numbers_but_no_order() -> None:
+    a, b = torch.arange(4.0), torch.ones(2)
+    first = checkpoint.fingerprint({"a": a, "b": b})
+    assert first == checkpoint.fingerprint({"b": b, "a": a.clone()})
+    others = (
+        {"a": a},
+        {"a": a, "c": b},
+        {"a": a.view(2, 2), "b": b},
+        {"a": a.view(torch.int32), "b": b},
+        {"a": a, "b": a},
+    )
+    assert len({first, *(checkpoint.fingerprint(other) for other in others)}) == 6
+
+
+def test_tables_of_every_layer_are_kept_where_a_file_holds_them() -> None:
+    name = "encoder.layers.{}.self_attn.relative_attention_bias.weight"
+    own = {name.format(i): torch.full((1,), float(i)) for i in (0, 2)}
+    tables = checkpoint.beats_tensors(own, 3)
+    assert [tables[name.format(i)].item() for i in range(3)] == [0, 0, 2]
+
+
 def test_an_empty_position_table_is_a_misfit() -> None:
     tensors = checkpoint.vision_tensors({"pos_embed": torch.ones(1, 17, 0)}, 1, 5)
     assert list(tensors["pos_embed"].shape) == [1, 17, 0]

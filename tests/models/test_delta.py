@@ -139,6 +139,10 @@ def test_what_is_no_llama_or_cannot_be_read_is_left_to_loading(golden_dir: Path,
     assert delta.fault(folder) == ""
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "delta" in delta.fault(folder)
+    save_file({"norm.weight": torch.full((32,), 0.05)}, folder / "model.safetensors")
+    assert "delta" in delta.fault(folder)
+    save_file({"norm.weight": torch.full((32,), 0.5)}, folder / "model.safetensors")
+    assert delta.fault(folder) == ""
     for content in (b"", b"not weights", b"{}"):
         (folder / "model.safetensors").write_bytes(content)
         assert delta.fault(folder) == ""

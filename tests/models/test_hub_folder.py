@@ -184,6 +184,14 @@ def test_other_families_and_quantised_ones_are_judged_by_their_files(
     hub_folder.check(make("safetensors", packed, quantization_config={"quant_method": "bitsandbytes"}))
 
 
+def test_the_configuration_of_the_text_counts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1, "text_config": {"hidden_size": 2}}))
+    assert hub_folder.config_of(tmp_path) == {"hidden_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1, "text_config": 2}))
+    with pytest.raises(CheckpointError, match="holds no object"):
+        hub_folder.config_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

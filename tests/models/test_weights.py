@@ -327,6 +327,34 @@ def test_check_judges_a_language_model_and_adapters_as_loading_does(
         weights.check(weights.open_file(tmp_path / "a.pth"), quantised)
 
 
+def test_adapters_and_what_is_said_of_them_are_converted(settings: Any, tmp_path: Path, bridge: Any) -> None:
+    told = {"rank": 4, "alpha": 3.0, "target_modules": ["q_proj", "v_proj"]}
+    own = adapters(4, 0, 1)
+    checkpoint.save(tmp_path / "a.safetensors", {**bridge, **own}, {"lora": told, "step": 3})
+    done = weights.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert set(done.kept) == {*bridge, *own}
+    file = weights.open_file(tmp_path / "b.safetensors")
+    assert file.cfg == {"lora": told}
+    for alpha in (3.0, 5.0):
+        tuned = replace(settings.language_model, lora=LoraSettings(rank=4, alpha=alpha))
+        if alpha == told["alpha"]:
+            weights.check(file, replace(settings, language_model=tuned))
+            continue
+        with pytest.raises(
+            CheckpointError, match="of rank 4, alpha 3 on q_proj, v_proj, the model's of rank 4, alpha 5"
+        ):
+            weights.check(file, replace(settings, language_model=tuned))
+
+
+def test_a_frozen_perceiver_need_not_be_in_the_file(settings: Any, tmp_path: Path, bridge: Any) -> None:
+    some = {name: t for name, t in bridge.items() if name.startswith(("llama_proj.", "visual_", "audio_temporal_"))}
+    torch.save(some, tmp_path / "a.pth")
+    file = weights.open_file(tmp_path / "a.pth")
+    weights.check(file, replace(settings, perceiver=replace(settings.perceiver, frozen=True)))
+    with pytest.raises(CheckpointError, match=r"missing: audio_trans\.weight"):
+        weights.check(file, settings)
+
+
 @pytest.mark.parametrize(
     ("config", "width"),
     [("[]", 32), ('{"model_type": "gpt2", "n_embd": 48}', 48), ('{"word_embed_proj_dim": 16, "hidden_size": 48}', 16)],
