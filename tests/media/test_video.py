@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.media import Limits, has_audio_track, open_video
+from lavis_chatbridge.media import DEFAULT_LIMITS, Limits, has_audio_track, open_audio, open_video
 from lavis_chatbridge.media import video as video_module
 from tests.media.making import encoded, level, sound_file, tone, video_file
 
@@ -172,6 +172,15 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     for source in (b"junk" * 50, video_file(9)[:200], np.zeros((4, 4)), 3):
         with pytest.raises(MediaError):
             open_video(source, these(0))  # type: ignore[arg-type]
+
+
+def test_bounds_hold_where_none_are_given() -> None:
+    wide = encoded(Image.new("1", (9000, 9000)), "PNG")
+    with pytest.raises(MediaError, match="9 frames of 9000 x 9000 pixels exceed 2147483648 bytes"):
+        open_video(wide, these(*[0] * 9))
+    with pytest.raises(MediaError, match=r"limit of 3600 s"):
+        open_audio(np.zeros(3_600_001, np.int8), rate=1000)
+    assert (DEFAULT_LIMITS.max_frames, DEFAULT_LIMITS.timeout) == (500_000, 60.0)
 
 
 def test_playlists_reach_no_other_file(tmp_path: Path) -> None:
