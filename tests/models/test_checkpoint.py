@@ -140,12 +140,20 @@ class _Evil:
         return os.mkdir, ("pwned",)
 
 
-def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("old", [False, True])
+def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    """Not in the format of before torch 1.6 either, which is read another way."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": _Evil()}, tmp_path / "evil.pth")
+    torch.save({"model": _Evil()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=not old)
     with pytest.raises(CheckpointError, match=r"refused.*never code"):
         checkpoint.read(tmp_path / "evil.pth")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_views_that_repeat_their_numbers_are_no_plain_tensors() -> None:
+    checkpoint.check_plain({"a": torch.ones(3, 3).t(), "b": torch.ones(0), "c": torch.tensor(1.0)}, "file")
+    with pytest.raises(CheckpointError, match=r"file holds other than plain tensors .*: a$"):
+        checkpoint.check_plain({"a": torch.ones(4).as_strided((3, 3), (1, 0)), "b": torch.ones(2)}, "file")
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
