@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
+from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.beats import Beats
 from lavis_chatbridge.prompting import Kind
 
@@ -44,7 +45,8 @@ def encode_frames(encoder: Any, norm: nn.Module, media: Sequence[Tensor], chunk:
                 f"model.vision.image_size and the image processors' image_size equal"
             )
     weight = encoder.cls_token
-    flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in frames])
+    dtype = half_precision.input_dtype(weight)
+    flat = torch.cat([medium.to(weight.device, dtype, non_blocking=True) for medium in frames])
     with _own_precision(weight):
         tokens = [_normalised(norm, encoder(some)) for some in flat.split(chunk)]
     each = torch.cat(tokens).split([len(medium) for medium in frames])
@@ -80,7 +82,8 @@ def encode_clips(
     longest = -(-max(bank.shape[1] for bank in banks) // patch) * patch
     weight = encoder.patch_embedding.weight
     padded = [functional.pad(bank, (0, 0, 0, longest - bank.shape[1])) for bank in banks]
-    flat = torch.cat([bank.to(weight.device, weight.dtype, non_blocking=True) for bank in padded])
+    dtype = half_precision.input_dtype(weight)
+    flat = torch.cat([bank.to(weight.device, dtype, non_blocking=True) for bank in padded])
     frames = torch.cat([torch.as_tensor(length).to(weight.device) for length in lengths])
     full = bool((frames >= longest).all())
     tokens, masks = [], []

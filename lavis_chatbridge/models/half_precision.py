@@ -2,8 +2,9 @@
 
 Where instructions for bf16 or fp16 are missing (AVX2 alone, say), torch multiplies such matrices several times slower
 than fp32 ones. There a few rows of a weight at a time are converted, multiplied in fp32 and forgotten: a frozen model
-takes the memory of half precision and nearly the time of fp32 (benchmarks/half.md). Each result is rounded to half
-precision, as the processor's own product would be. Everywhere else nothing is changed.
+takes the memory of half precision and nearly the time of fp32 (benchmarks/half.md). Each result has the precision of
+its input: half, as the processor's own product would have, or fp32, which spares the rounding where nothing of it is
+kept. Everywhere else nothing is changed.
 
 Shapes: ``M`` rows of the input, ``I`` and ``O`` the widths of input and output.
 """
@@ -47,15 +48,20 @@ def without_products() -> frozenset[torch.dtype]:
 _SLOW = without_products()
 
 
+def input_dtype(weight: Tensor) -> torch.dtype:
+    """The precision of an encoder's input: its weight's, or fp32 where it multiplies in that."""
+    return torch.float32 if _is_slow(weight) else weight.dtype
+
+
 def use_fp32_products(module: nn.Module) -> None:
-    """Let the frozen linear and convolutional layers of a module work as below, where that is faster.
+    """Let the frozen linear, convolutional and normalising layers of a module work as below, where that is faster.
 
     Layers that are trained, quantised or spread over devices stay as they are.
     """
     layer: Any
     for layer in module.modules():
         own = _FORWARDS.get(type(layer))
-        if own is not None and "forward" not in vars(layer) and _pays(layer.weight):
+        if own is not None and "forward" not in vars(layer) and _is_slow(layer.weight):
             layer.forward = MethodType(own, layer)
 
 
@@ -63,14 +69,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``functional.linear``; in fp32 inside where the weight is frozen and the processor slow in its precision.
 
     Args:
-        x: ``[..., I]``; gradients reach it.
+        x: ``[..., I]`` in the weight's precision or, with such a weight, in fp32; gradients reach it.
         weight: ``[O, I]``.
         bias: ``[O]``; none of its gradient where the weight is frozen.
 
     Returns:
         ``[..., O]`` in the input's precision.
     """
-    if x.dtype != weight.dtype or not _pays(weight) or x.numel() <= FEW_ROWS * x.shape[-1]:
+    few = x.dtype == weight.dtype and x.numel() <= FEW_ROWS * x.shape[-1]
+    if few or not _pays(x, weight):
         return functional.linear(x, weight, bias)
     result: Any = _LinearInFp32.apply(x, weight, bias)
     return result
@@ -80,13 +87,13 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight``, the way back through :func:`linear`, without a gradient of its own.
 
     Args:
-        x: ``[..., O]``.
+        x: ``[..., O]``, as above.
         weight: ``[O, I]``.
 
     Returns:
         ``[..., I]`` in the input's precision.
     """
-    if x.dtype != weight.dtype or not _pays(weight):
+    if not _pays(x, weight):
         return x @ weight
     flat = x.detach().reshape(-1, len(weight))
     result = x.new_empty(len(flat), weight.shape[1])
@@ -104,12 +111,12 @@ def convolve(function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: T
 
     Args:
         function: The convolution.
-        x: Its input.
+        x: Its input, as above.
         weight: Its weight.
         bias: Its bias.
         **sizes: Its stride, padding, dilation and groups.
     """
-    if x.dtype != weight.dtype or not _pays(weight):
+    if not _pays(x, weight):
         return function(x, weight, bias, **sizes)
     return function(x.float(), weight.float(), None if bias is None else bias.float(), **sizes).to(x.dtype)
 
@@ -144,11 +151,26 @@ def _conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return convolve(functional.conv2d, x, layer.weight, layer.bias, **sizes)
 
 
-_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, nn.Conv2d: _conv2d}
+def _layer_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = (None if of is None else of.to(x.dtype) for of in (layer.weight, layer.bias))
+    return functional.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
 
-def _pays(weight: Tensor) -> bool:
-    return not weight.requires_grad and weight.device.type == "cpu" and is_slow_on_cpu(weight.dtype)
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.LayerNorm: _layer_norm,
+}
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype in (weight.dtype, torch.float32) and _is_slow(weight)
+
+
+def _is_slow(weight: Tensor | None) -> bool:
+    if weight is None or weight.requires_grad:
+        return False
+    return weight.device.type == "cpu" and is_slow_on_cpu(weight.dtype)
 
 
 def _height(weight: Tensor) -> int:

@@ -329,7 +329,7 @@ def test_autocast_and_half_precision_stay_near(
     assert half.visual_encoder.cls_token.dtype == half.llama_model.dtype == torch.bfloat16
     assert half.llama_proj.weight.dtype == torch.float32
     changed = [type(layer).__name__ for layer in half.modules() if "forward" in vars(layer)]
-    assert (changed.count("Linear") > 20 and changed.count("Conv2d") == 2) == slow
+    assert (changed.count("Linear") > 20 and changed.count("LayerNorm") == 10 and changed.count("Conv2d") == 2) == slow
     for context in (torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
         with context:
             out = half(MIXED)

@@ -57,6 +57,38 @@ def test_results_and_gradients_are_those_of_fp32_rounded_once(dtype: torch.dtype
 
 
 @pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_an_input_in_fp32_is_rounded_nowhere(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight, added = torch.randn(rows, 33, requires_grad=True), drawn(19, 33, dtype=dtype), drawn(19, dtype=dtype)
+    expected = functional.linear(x, weight.float(), added.float())
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    found = half_precision.linear(x, weight, added)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], slope, atol=1e-5, rtol=0)
+    assert half_precision.input_dtype(weight) == torch.float32
+    assert half_precision.input_dtype(weight.clone().requires_grad_()) == dtype
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_take_both_precisions(affine: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.LayerNorm(33, elementwise_affine=affine)
+    if affine:
+        layer.weight.data.normal_()
+        layer.bias.data.normal_()
+    layer.requires_grad_(False).bfloat16()
+    x = torch.randn(5, 33)
+    native, exact = layer(x.bfloat16()), copy.deepcopy(layer).float()(x)
+    half_precision.use_fp32_products(layer)
+    assert ("forward" in vars(layer)) == affine  # without numbers of its own it takes both as it is
+    assert torch.equal(layer(x.bfloat16()), native)
+    assert torch.equal(layer(x), exact)
+
+
+@pytest.mark.usefixtures("slow")
 def test_what_is_kept_for_the_way_back_is_the_weight_itself() -> None:
     x, weight = drawn(9, 33, dtype=torch.bfloat16).requires_grad_(), drawn(19, 33, dtype=torch.bfloat16)
     kept: list[Tensor] = []
@@ -87,7 +119,7 @@ def test_few_rows_other_precisions_and_trained_weights_take_torchs_own_product(m
     with pytest.raises(AssertionError, match="not in fp32"):
         half_precision.linear(many.bfloat16(), weight)
     with pytest.raises(RuntimeError, match="dtype"):
-        half_precision.linear(many, weight)
+        half_precision.linear(many.half(), weight)
 
 
 @pytest.mark.usefixtures("slow")
@@ -109,6 +141,7 @@ def test_convolutions(dtype: torch.dtype) -> None:
     expected = copy.deepcopy(layer).float()(x.float()).to(dtype)
     half_precision.use_fp32_products(layer)
     assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x.float()).to(dtype), expected)
     line, weight = drawn(2, 4, 9, dtype=dtype), drawn(4, 2, 3, dtype=dtype)
     found = half_precision.convolve(functional.conv1d, line, weight, None, padding=1, groups=2)
     assert torch.equal(found, functional.conv1d(line.float(), weight.float(), padding=1, groups=2).to(dtype))
@@ -147,6 +180,7 @@ def test_a_processor_with_products_of_its_own_is_left_alone() -> None:
     layer = nn.Linear(33, 19).requires_grad_(False).bfloat16()
     half_precision.use_fp32_products(layer)
     assert "forward" not in vars(layer)
+    assert half_precision.input_dtype(layer.weight) == torch.bfloat16
     x = drawn(9, 33, dtype=torch.bfloat16)
     assert torch.equal(half_precision.linear(x, layer.weight, layer.bias), layer(x))
     assert torch.equal(half_precision.times(layer(x), layer.weight), layer(x) @ layer.weight)
