@@ -22,7 +22,9 @@ def open_container(file: str | io.BytesIO, limits: Limits) -> InputContainer:
     import av
 
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(limits.max_pixels)}
-    return av.open(file, "r", options=options, metadata_errors="replace")
+    # Tags that are not UTF-8 must not cost the file. PyAV 19 reads them by itself, and has no such argument any more.
+    lenient: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
+    return av.open(file, "r", options=options, **lenient)
 
 
 def has_audio_track(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> bool:

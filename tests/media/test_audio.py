@@ -18,6 +18,7 @@ from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Limits, open_audio
 from lavis_chatbridge.media import audio as audio_module
 from lavis_chatbridge.media.audio import resample
+from lavis_chatbridge.media.container import has_audio_track
 from tests.media.making import encoded, sound_file, tone, video_file
 
 
@@ -90,6 +91,16 @@ def test_sound_tracks_of_videos(form: str, tmp_path: Path) -> None:
         got = open_audio(source)
         assert len(got) == pytest.approx(16_000, abs=900)
         assert pitch(got) == pytest.approx(440, abs=2)
+
+
+def test_tags_that_are_not_utf_8_do_not_cost_the_file() -> None:
+    sound = sound_file(tone(0.25, 16_000), 16_000)
+    title = "Ganz schön ".encode("latin-1") + b"."
+    tags = b"INFOINAM" + struct.pack("<I", len(title)) + title
+    body = sound[8:] + b"LIST" + struct.pack("<I", len(tags)) + tags
+    tagged = b"RIFF" + struct.pack("<I", len(body)) + body
+    assert has_audio_track(tagged)
+    np.testing.assert_array_equal(open_audio(tagged), open_audio(sound))
 
 
 def test_channels() -> None:
