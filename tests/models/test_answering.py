@@ -162,14 +162,14 @@ def test_the_models_own_end_comes_after_the_fewest_tokens_and_ends_the_text(mode
 
 
 def test_a_draw_is_from_the_whole_nucleus(model: Any) -> None:
-    class Equal(LogitsProcessor):
+    class NearlyEqual(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            return torch.zeros_like(scores)
+            return torch.arange(scores.shape[-1]).expand_as(scores) * 1e-4
 
     torch.manual_seed(0)
     embeds, mask = torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.long)
     decoding = Decoding(1, sample=True, results=300)
-    ids = generated(model, embeds, mask, decoding, logits_processor=LogitsProcessorList([Equal()]))
+    ids = generated(model, embeds, mask, decoding, logits_processor=LogitsProcessorList([NearlyEqual()]))
     assert ids.shape == (300, 1)
     assert len(set(ids.flatten().tolist())) > 150
 
