@@ -230,7 +230,7 @@ def surround(layout: str, codec: str, gains: list[float]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("layout", "codec"), [("7.1", "libopus"), ("7.1", "flac"), ("7.1", "aac"), ("hexadecagonal", "aac")]
+    ("layout", "codec"), [("7.1", "libopus"), ("7.1", "flac"), ("7.1", "aac"), ("hexadecagonal", "wavpack")]
 )
 def test_eight_channels_and_more(layout: str, codec: str) -> None:
     """PyAV reads beyond the planes of such frames, and the process dies, where it is let."""
