@@ -300,6 +300,8 @@ def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:
         value = item.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise DataError(f"{where}: {key} is {_short(value)}, expected a number of bytes")
+    if (item.get("offset") is None) != (item.get("size") is None):
+        raise DataError(f"{where}: a medium inside a file needs offset and size, found one of them")
     unknown = set(item) - {"type", "path", "offset", "size"}
     if unknown:
         raise DataError(f"{where}: unknown key {_short(sorted(unknown)[0])}; known are type, path, offset, size")

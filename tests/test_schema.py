@@ -122,6 +122,14 @@ USER, REPLY = {"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}
             {"id": "a", "captions": ["a"], "media": [{**IMAGE, "offset": -1}]},
             "offset is -1, expected a number of bytes",
         ),
+        (
+            {"id": "a", "captions": ["a"], "media": [{**IMAGE, "offset": 512}]},
+            "a medium inside a file needs offset and size, found one of them",
+        ),
+        (
+            {"id": "a", "captions": ["a"], "media": [{**IMAGE, "size": 512}]},
+            "a medium inside a file needs offset and size, found one of them",
+        ),
         ({"id": "a", "captions": ["a"], "media": [{"type": "image", "path": "../x"}]}, "'../x' leaves the media root"),
         (
             {"id": "a", "captions": ["a"], "media": [{"type": "image", "path": "/etc/x"}]},

@@ -8,6 +8,7 @@ its own, and no user interface.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 import weakref
@@ -26,6 +27,7 @@ from lavis_chatbridge.chat.prefix import Element, Prefix
 from lavis_chatbridge.chat.templates import Ids, load_template
 from lavis_chatbridge.chat.text import TextStream, text_of
 from lavis_chatbridge.errors import ConfigError, PromptError
+from lavis_chatbridge.models import answering
 from lavis_chatbridge.prompting import Kind, Text
 from lavis_chatbridge.settings import checked, unknown_key
 
@@ -547,7 +549,8 @@ def _known_ids(turn: ChatTurn, codec: Any, stops: Sequence[str]) -> ChatTurn:
 
 
 def _context_of(model: Any) -> int:
-    return int(getattr(model.llama_model.config, "max_position_embeddings", None) or _USUAL_CONTEXT)
+    most = answering.positions_of(model.llama_model.config)
+    return int(most) if math.isfinite(most) else _USUAL_CONTEXT
 
 
 def _processors_of(model: Any) -> Any:

@@ -65,6 +65,25 @@ class LoaderSettings:
     max_bad_share: float = 0.05
 
 
+def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: str = "") -> str:
+    """What to tell when more than ``share`` of a source's samples cannot be read, from 20 samples on; else nothing.
+
+    Args:
+        source: The name of the source.
+        bad: Samples that could not be read.
+        tried: Samples in all.
+        share: The share of them that may be unreadable.
+        last: Why the last one could not be read.
+    """
+    if tried < _TRIES_BEFORE_JUDGING or bad <= share * tried:
+        return ""
+    cause = f"; the last one: {last}" if last else ""
+    return (
+        f"{source}: {bad} of {tried} samples could not be read, more than the {share:.0%} that max_bad_share "
+        f"allows{cause}. Mend or remove them (chatbridge check-data --decode lists them)"
+    )
+
+
 class BadSamples:
     """Counts what could not be read, per source, and stops when it is too much.
 
@@ -95,12 +114,9 @@ class BadSamples:
             if self.skipped[source] == _NAMED_PER_SOURCE:
                 _log.warning("%s: further skipped samples are counted, not named", source)
         bad, tried = self.skipped[source], max(self.tried[source], self.sizes.get(source, 0))
-        if tried >= _TRIES_BEFORE_JUDGING and bad > self.max_share * tried:
-            last = f"; the last one: {skipped[-1][1]}" if skipped else ""
-            raise DataError(
-                f"{source}: {bad} of {tried} samples could not be read, more than the {self.max_share:.0%} that "
-                f"max_bad_share allows{last}. Mend or remove them (chatbridge check-data --decode lists them)"
-            )
+        last = skipped[-1][1] if skipped else ""
+        if fault := too_many_unreadable(source, bad, tried, self.max_share, last):
+            raise DataError(fault)
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """The counts, for a checkpoint."""

@@ -263,7 +263,7 @@ def _room(model: Any, mask: Tensor) -> float:
     Raises:
         PromptError: If the row itself has too many.
     """
-    longest, most = int(mask.sum(1).max()), _positions(model.config)
+    longest, most = int(mask.sum(1).max()), positions_of(model.config)
     if longest > most:
         raise PromptError(
             f"a prompt has {longest} positions with its media, the language model no more than {most:g}: shorten it"
@@ -271,7 +271,7 @@ def _room(model: Any, mask: Tensor) -> float:
     return most - longest + 1
 
 
-def _positions(config: Any) -> float:
+def positions_of(config: Any) -> float:
     """The positions that a language model was made for; without end where its configuration names none."""
     own = getattr(config, "max_position_embeddings", None)
     if not own:

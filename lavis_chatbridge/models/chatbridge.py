@@ -229,8 +229,9 @@ class ChatBridge(BaseModel):
             ``B * num_captions`` texts, those of a sample one after the other.
 
         Raises:
-            PromptError: If prompts and media do not fit together.
-            ConfigError: If the cache is neither.
+            PromptError: If prompts and media do not fit together, or a prompt is longer than the language model's
+                positions.
+            ConfigError: If the cache is neither, or a number is out of its range.
         """
         decoding = answering.Decoding(
             max_tokens=max_length,
@@ -453,6 +454,7 @@ class ChatBridge(BaseModel):
             )
         checkpoint.check_fit(expected, found, required, file.path, "this model")
         checkpoint.check_finite(found, file.path)
+        checkpoint.check_range({name: tensor.dtype for name, tensor in expected.items()}, found, file.path)
         self.load_state_dict(found, strict=False)
         self._fingerprints.clear()
         log.info("loaded %d tensors from %s", len(found), file.path)
@@ -476,8 +478,9 @@ class ChatBridge(BaseModel):
         if modality not in self._fingerprints:
             encoder, norm = (getattr(self, name) for name in _ENCODERS[modality])
             hide = self.settings.audio.mask_padding if modality == "audio" else None
+            shape = self.audio_encoder.config if modality == "audio" else self.settings.vision.heads
             tensors = {**encoder.state_dict(), **{f"norm.{name}": t for name, t in norm.state_dict().items()}}
-            self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide)
+            self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide, shape)
         return self._fingerprints[modality]
 
     def _load_blip2(self, path: str) -> None:

@@ -179,6 +179,25 @@ def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
         raise CheckpointError(f"{source} holds NaN or infinity in {some(bad)}; get or make the file anew")
 
 
+def check_range(dtypes: Mapping[str, torch.dtype], tensors: Mapping[str, Tensor], source: object) -> None:
+    """Refuse numbers that float16 would turn into infinity.
+
+    Args:
+        dtypes: The precision that each tensor will have, by name.
+        tensors: Finite tensors.
+        source: Where they come from, for the message.
+
+    Raises:
+        CheckpointError: With the names of their tensors.
+    """
+    narrowed = [name for name, tensor in tensors.items() if dtypes[name] == torch.float16 != tensor.dtype]
+    lost = [name for name in narrowed if not _is_finite(tensors[name].half())]
+    if lost:
+        raise CheckpointError(
+            f"{source} holds numbers too large for float16 in {some(lost)}: choose bfloat16 or float32"
+        )
+
+
 def load_exactly(
     module: nn.Module, tensors: Mapping[str, Tensor], source: object, what: str, dtype: torch.dtype = torch.float32
 ) -> None:
@@ -415,14 +434,8 @@ def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object
     Raises:
         CheckpointError: If a number is too large for the precision.
     """
-    done = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    narrowed = [name for name in done if dtype == torch.float16 != tensors[name].dtype]
-    lost = [name for name in narrowed if not _is_finite(done[name])]
-    if lost:
-        raise CheckpointError(
-            f"{source} holds numbers too large for float16 in {some(lost)}: choose bfloat16 or float32"
-        )
-    return done
+    check_range(dict.fromkeys(tensors, dtype), tensors, source)
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def _is_plain(tensor: Tensor) -> bool:

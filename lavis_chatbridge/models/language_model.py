@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
-from lavis_chatbridge.models import checkpoint, delta, half_precision, lora
+from lavis_chatbridge.models import checkpoint, delta, half_precision, hub_folder, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ def load_codec(folder: Path) -> Codec:
     """
     from transformers import AutoTokenizer
 
+    hub_folder.tokenizer_file(folder)  # without one transformers makes an empty tokenizer
     pieces = folder / "tokenizer.model"
     try:
         if pieces.is_file() and _is_llama(folder):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lavis_chatbridge.errors import ConfigError, MediaError
-from lavis_chatbridge.plugin.launch import add_arguments
+from lavis_chatbridge.plugin.launch import Session, add_arguments, load
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,21 +20,15 @@ _MIB = 1 << 20
 
 def run(args: argparse.Namespace) -> int:
     """Encode what the cache lacks, and say what it holds; every process that a launcher starts does its share."""
-    if not Path(args.cfg_path).is_file():  # before LAVIS is imported, which takes seconds
-        raise ConfigError(f"no configuration file at {args.cfg_path}")
-    from lavis.common.registry import registry
+    with Session() as session:
+        with session.together(args.cfg_path, args.options):
+            cfg = _read(args.cfg_path, args.options)
+        from lavis.common.registry import registry
 
-    from lavis_chatbridge.plugin import world
-    from lavis_chatbridge.runners import distributed, features
-    from lavis_chatbridge.runners.config import load_config
+        from lavis_chatbridge.plugin import world
+        from lavis_chatbridge.runners import distributed, features
 
-    cfg = load_config(args.cfg_path, args.options)
-    if cfg.run.feature_cache is None:
-        raise ConfigError(
-            "run.feature_cache names no folder: set it, for example --options run.feature_cache=output/features"
-        )
-    try:
-        device = distributed.init(cfg.run)
+        device = session.join(cfg.run)
         world.prepare(cfg.datasets_cfg)
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
         datasets = task.build_datasets(cfg)
@@ -43,9 +36,16 @@ def run(args: argparse.Namespace) -> int:
         store = features.fill(model, datasets, cfg.run, cfg.get_config().get("preprocess"))
         if distributed.is_main():
             print(_report(store, features.samples(datasets, cfg.run)))
-    finally:
-        distributed.close()
     return 0
+
+
+def _read(cfg_path: str, options: Sequence[str]) -> Any:
+    cfg = load(cfg_path, options)
+    if cfg.run.feature_cache is None:
+        raise ConfigError(
+            "run.feature_cache names no folder: set it, for example --options run.feature_cache=output/features"
+        )
+    return cfg
 
 
 def _report(store: Any, samples: Iterable[Any]) -> str:

@@ -104,16 +104,26 @@ class Session:
         with self._meeting.together():
             yield
 
+    def join(self, run: Any) -> Any:
+        """Join the group of processes where there are several; this process's device.
+
+        Args:
+            run: The ``run`` section.
+        """
+        from lavis_chatbridge.runners import distributed
+
+        return distributed.init(run) if self._meeting is None else self._meeting.join(run)
+
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, Any] | None:
         """One run, as `launch` describes it."""
         with self.together(cfg_path, options):
-            cfg = _load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
+            cfg = load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
         from lavis.common.registry import registry
 
         from lavis_chatbridge.runners import distributed, folder
         from lavis_chatbridge.tasks.journal import JOURNAL
 
-        device = distributed.init(cfg.run) if self._meeting is None else self._meeting.join(cfg.run)
+        device = self.join(cfg.run)
         if device.type == "cpu" and not is_own_runner(cfg.run.runner):
             raise ConfigError(
                 f"run.runner {cfg.run.runner!r} is LAVIS's own, which needs a CUDA device: use chatbridge_runner"
@@ -182,7 +192,12 @@ def is_own_runner(name: str) -> bool:
     return issubclass(registry.get_runner_class(name) or ChatBridgeRunner, ChatBridgeRunner)
 
 
-def _load(cfg_path: str, options: Sequence[str]) -> Any:
+def load(cfg_path: str, options: Sequence[str]) -> Any:
+    """The configuration of a run, checked.
+
+    Raises:
+        ConfigError: With all its faults, or if there is no such file.
+    """
     if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
         raise ConfigError(f"no configuration file at {cfg_path}")
     # `import lavis` leaves these two out, yet the registry needs their classes.

@@ -15,12 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader
+from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.state import too_many_unreadable
 
 Splits = Mapping[str, Mapping[str, Any]]
 """Data set name -> split name -> data set: what LAVIS's tasks build."""

@@ -7,21 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lavis_chatbridge.datasets.loader import too_many_unreadable
 from lavis_chatbridge.errors import DataError, TrainingError
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult
-
-_TRIES_BEFORE_JUDGING = 20
-
-
-def too_many_unreadable(source: str, bad: int, tried: int, share: float) -> str:
-    """What to tell when more than ``share`` of a source's samples cannot be read, from 20 samples on; else nothing."""
-    if tried < _TRIES_BEFORE_JUDGING or bad <= share * tried:
-        return ""
-    return (
-        f"{source}: {bad} of {tried} samples could not be read, more than the {share:.0%} that max_bad_share allows. "
-        "Mend or remove them (chatbridge check-data --decode lists them)"
-    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,19 @@ def test_a_file_that_is_no_conversation_leaves_the_session_as_it_was(model: Any,
         with pytest.raises(DataError, match=name):
             talk.load(tmp_path / name)
     assert len(talk.turns) == 2
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling", "expected"),
+    [(4096, None, 4096), (4096, {"rope_type": "linear", "factor": 4.0}, 16384), (None, None, 2048)],
+    ids=["as configured", "drawn out, as in Vicuna v1.5-16k", "not named"],
+)
+def test_the_context_is_what_the_language_model_was_made_for(
+    model: Any, monkeypatch: pytest.MonkeyPatch, positions: int | None, scaling: dict | None, expected: int
+):
+    config = SimpleNamespace(max_position_embeddings=positions, rope_scaling=scaling)
+    monkeypatch.setattr(model.llama_model, "config", config)
+    assert session(model).max_context == expected
 
 
 def test_the_oldest_turns_are_left_out_whole_and_that_is_said(model: Any):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -356,12 +357,32 @@ def test_saving_is_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
 
 
+def test_a_whole_model_in_float16_refuses_what_it_cannot_hold(tokenizer: Path, tmp_path: Path) -> None:
+    settings = small_settings(tokenizer)
+    half = small_model(tokenizer, vision=replace(settings.vision, dtype="float16"))
+    tensors = {name: t.float() for name, t in half.state_dict().items() if not name.startswith("llama_model.")}
+    tensors["visual_encoder.patch_embed.proj.bias"] += 1e6
+    torch.save(tensors, tmp_path / "whole.pth")
+    before = half.visual_encoder.patch_embed.proj.bias.clone()
+    with pytest.raises(CheckpointError, match=r"too large for float16 in visual_encoder\.patch_embed\.proj\.bias"):
+        half.load_checkpoint(str(tmp_path / "whole.pth"))
+    assert torch.equal(half.visual_encoder.patch_embed.proj.bias, before)
+
+
 def test_fingerprints_follow_weights_and_settings(tokenizer: Path) -> None:
     model = small_model(tokenizer)
     before = {kind: model.frozen_fingerprint(kind) for kind in ("image", "video", "audio")}
     assert before["image"] == before["video"] != before["audio"]
     assert small_model(tokenizer).frozen_fingerprint("audio") == before["audio"]
     assert small_model(tokenizer, seed=1).frozen_fingerprint("audio") != before["audio"]
+    settings = small_settings(tokenizer)
+    other = small_model(
+        tokenizer,
+        vision=replace(settings.vision, heads=2),  # the same tensors
+        audio=replace(settings.audio, config=replace(SMALL_BEATS, max_distance=20)),
+    )
+    assert other.frozen_fingerprint("image") != before["image"]
+    assert other.frozen_fingerprint("audio") != before["audio"]
     tensors = {"a": torch.ones(2, dtype=torch.bfloat16)}
     assert checkpoint.fingerprint(tensors) != checkpoint.fingerprint({"a": torch.ones(2)})
 

@@ -83,7 +83,7 @@ def faults(settings: LanguageModelSettings) -> str:
 def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
     assert "nowhere does not exist" in faults(LanguageModelSettings(weights=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    assert "no tokenizer can be read" in faults(LanguageModelSettings(weights=str(tmp_path / "empty")))
+    assert "holds no tokenizer" in faults(LanguageModelSettings(weights=str(tmp_path / "empty")))
     tokenizer = str(folder)
     bare = LanguageModelSettings(weights=str(tmp_path / "empty"), tokenizer=tokenizer)
     assert "no language model can be read" in faults(bare)
@@ -149,3 +149,10 @@ def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path)
     for codec in (load_codec(golden_dir / "tokenizer"), load_codec(TINY)):
         assert codec.encode("a\ud800b") == codec.encode("a\N{REPLACEMENT CHARACTER}b")
         assert codec.encode("a\ud83d\ude00") == codec.encode("a\N{GRINNING FACE}")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer \(tokenizer.model or tokenizer.json\)"):
+        load_codec(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
-from lavis_chatbridge.plugin import launch, suites, world
+from lavis_chatbridge.plugin import cache_features, launch, suites, world
 from lavis_chatbridge.prompting import Turn
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.schema import Sample, write_jsonl
@@ -226,3 +226,23 @@ def test_a_suite_whose_data_one_process_lacks_is_scored_by_none(tmp_path):
     assert "one missing" in second
     assert "one failed ['process 1: datasets.chatbridge_jsonl: 1 of its files" in first
     assert "two failed ['scored by nobody']" in first
+
+
+def _caches(rank, folder):
+    """The second process has no configuration."""
+    path = folder / f"{rank}.yaml"
+    if rank == 0:
+        path.write_text("model: {arch: chatbridge}\n" + SUITE.format(root=folder))
+        write_jsonl(folder / "test.jsonl", [Sample("s", turns=(Turn("user", "Who?"), Turn("assistant", "me")))])
+    options = ["run.max_iters=1", "run.train_splits=[test]", f"run.feature_cache={folder / 'features'}"]
+    try:
+        cache_features.run(SimpleNamespace(cfg_path=str(path), options=options))
+    except ChatBridgeError as error:
+        tell(folder, rank, str(error))
+
+
+def test_features_are_made_by_all_processes_or_none(tmp_path):
+    in_processes(_caches, 2, tmp_path)
+    first, second = told(tmp_path)
+    assert second == f"no configuration file at {tmp_path / '1.yaml'}"
+    assert first == f"process 1: {second}"
