@@ -2,7 +2,7 @@
 
 Run from the repository's root, on a quiet machine; no weights and no data are needed::
 
-    OMP_NUM_THREADS=2 python benchmarks/half.py [--size 7b] [--rounds 3] [--write benchmarks/half.md]
+    OMP_NUM_THREADS=1 python benchmarks/half.py [--size 7b] [--rounds 3] [--write benchmarks/half.md]
 
 The paper's sizes with Vicuna-7B's language model take 16 GiB of memory; ``--size tiny`` runs anywhere in seconds, and
 shows only that the script runs. "ours" is what the package does on such a processor by itself
@@ -51,14 +51,13 @@ def torchs_own() -> Iterator[None]:
 
 
 def seconds(function: Callable[[], Any], rounds: int) -> float:
-    """Median of the rounds, after one call to warm up."""
+    """Median of the rounds, after one call to warm up; without rounds, the one call."""
     taken = []
-    for turn in range(rounds + 1):
+    for _ in range(rounds + 1):
         begin = time.perf_counter()
         function()
-        if turn:
-            taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[1:] or taken)
 
 
 def both_ways(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -127,7 +126,7 @@ def report(size: str, rounds: int, options: list[str]) -> str:
     peak = status("VmHWM") - before
     print(parts, file=sys.stderr)
     with torchs_own():
-        parts["torch"] = answer(model, 1)
+        parts["torch"] = answer(model, 0)  # minutes, beside which nothing is left to warm up
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     lines += [
         "",
