@@ -26,7 +26,8 @@ ROWS_AT_ONCE = 2048
 """Rows of an input that are held in fp32 at once."""
 
 FEW_ROWS = 4
-"""Up to so many rows, torch's own product takes as long as reading the weight does, so it is taken."""
+"""Up to so many rows, torch's own product takes as long as reading the weight does, so it is taken; its way back, which
+takes much longer, is not."""
 
 
 def is_slow_on_cpu(dtype: torch.dtype) -> bool:
@@ -76,7 +77,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., O]`` in the input's precision.
     """
-    few = x.dtype == weight.dtype and x.numel() <= FEW_ROWS * x.shape[-1]
+    goes_back = torch.is_grad_enabled() and x.requires_grad
+    few = x.dtype == weight.dtype and x.numel() <= FEW_ROWS * x.shape[-1] and not goes_back
     if few or not _pays(x, weight):
         return functional.linear(x, weight, bias)
     result: Any = _LinearInFp32.apply(x, weight, bias)

@@ -116,8 +116,11 @@ def test_few_rows_other_precisions_and_trained_weights_take_torchs_own_product(m
     trained = weight.clone().requires_grad_()
     half_precision.linear(many.bfloat16(), trained).sum().backward()
     assert trained.grad is not None
-    with pytest.raises(AssertionError, match="not in fp32"):
-        half_precision.linear(many.bfloat16(), weight)
+    with torch.no_grad():
+        half_precision.linear(few.clone().requires_grad_(), weight)
+    for in_fp32 in (many.bfloat16(), few.clone().requires_grad_()):
+        with pytest.raises(AssertionError, match="not in fp32"):
+            half_precision.linear(in_fp32, weight)
     with pytest.raises(RuntimeError, match="dtype"):
         half_precision.linear(many.half(), weight)
 
