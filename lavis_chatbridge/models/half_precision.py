@@ -103,7 +103,7 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
     for some, target in zip(flat.split(ROWS_AT_ONCE), result.split(ROWS_AT_ONCE), strict=True):
         total = torch.zeros_like(target, dtype=torch.float32)
         for part, columns in zip(weight.split(height), some.split(height, dim=1), strict=True):
-            total.addmm_(columns.float(), part.float())
+            torch.addmm(total, columns.float(), part.float(), out=total)  # torch counts no products in `addmm_`
         target.copy_(total)
     return result.view(*x.shape[:-1], weight.shape[1])
 
