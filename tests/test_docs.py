@@ -199,6 +199,12 @@ FIGURES = [
         r"\| \w+ \| fp32, cached \| [\d.]+ \| ([\d.]+)",
     ),
     (
+        "docs/troubleshooting.md",
+        r"AVX2: ([\d.]+) s for the image, ([\d.]+) s to the first token, ([\d.]+) s for each",
+        "half.md",
+        r"\| (?:image|first token|each more) \| [\d.]+ \| ([\d.]+)",
+    ),
+    (
         "docs/multis.md",
         r"measured ([\d.]+) s, ([\d.]+) times the ideal, with ([\d.]+) ms",
         "multis_throughput.md",
