@@ -12,7 +12,7 @@ Shapes: ``M`` rows of the input, ``I`` and ``O`` the widths of input and output.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def use_fp32_products(module: nn.Module) -> None:
     for layer in module.modules():
         own = _FORWARDS.get(type(layer))
         if own is not None and "forward" not in vars(layer) and _is_slow(layer.weight):
-            layer.forward = MethodType(own, layer)
+            layer.forward = partial(own, layer)  # which can be pickled
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

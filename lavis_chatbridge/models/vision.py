@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def build_vision(config: VisionConfig) -> nn.Module:
         use_mean_pooling=False,
     )
     for block in model.blocks:
-        block.attn.forward = MethodType(_fused_attention, block.attn)
+        block.attn.forward = partial(_fused_attention, block.attn)  # which can be pickled
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -335,6 +336,22 @@ def test_autocast_and_half_precision_stay_near(
             out = half(MIXED)
         out["loss"].backward()
         assert out["loss"].item() == pytest.approx(expected, rel=0.05)
+
+
+def test_a_whole_model_can_be_copied_and_pickled(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As processes that are spawned with it, and `torch.save` of all of it, do."""
+    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
+    settings = small_settings(golden_dir / "tokenizer")
+    halved = {part: dataclasses.replace(getattr(settings, part), dtype="bfloat16") for part in ("vision", "audio")}
+    model = small_model(golden_dir / "tokenizer", **halved)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert losses(twin, MIXED) == losses(model, MIXED)
+        twin.visual_encoder.blocks[0].attn.qkv.weight.zero_()
+        twin.visual_encoder.blocks[0].attn.proj.weight.zero_()
+        assert losses(twin, MIXED) != losses(model, MIXED)
 
 
 QUESTIONS = batch_of(
