@@ -6,7 +6,6 @@ over them block by block and gathered when a block runs (``fsdp``, FSDP2).
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -115,10 +114,10 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def _shard(model: nn.Module, device: torch.device) -> None:
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise ConfigError(f"run.parallel fsdp needs torch 2.6 or newer, found {torch.__version__}") from error
+    from torch.distributed import fsdp
+
+    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_reshard_after_forward"):  # which `whole` needs
+        raise ConfigError(f"run.parallel fsdp needs torch 2.8 or newer, found {torch.__version__}: use ddp")
     mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
     blocks = frozen_blocks(model)
     uses = Counter(parameter for block in blocks for parameter in block.parameters())
@@ -130,20 +129,10 @@ def _shard(model: nn.Module, device: torch.device) -> None:
         raise ConfigError("run.parallel fsdp cannot spread a quantised language model: use ddp, or no quantization")
     for block in blocks:
         block.to(device)
-        fully_shard(block, mesh=mesh, **_kept_whole(block))
+        # adapters are trained, and what is trained is whole on every process
+        adapters = {parameter for name, parameter in block.named_parameters() if lora.is_adapter(name)}
+        fsdp.fully_shard(block, mesh=mesh, ignored_params=adapters or None)
     model.most_passes = distributed.most_over_ranks  # type: ignore[assignment]
-
-
-def _kept_whole(block: nn.Module) -> dict[str, Any]:
-    """What ``fully_shard`` must leave alone: adapters are trained, and what is trained is whole on every process."""
-    from torch.distributed.fsdp import fully_shard
-
-    adapters = {parameter for name, parameter in block.named_parameters() if lora.is_adapter(name)}
-    if not adapters:
-        return {}
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise ConfigError(f"run.parallel fsdp with LoRA needs torch 2.7 or newer, found {torch.__version__}: use ddp")
-    return {"ignored_params": adapters}
 
 
 def _broadcast(model: nn.Module) -> None:

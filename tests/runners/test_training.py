@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import fsdp
 
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.models import half_precision
-from lavis_chatbridge.runners import distributed, step
+from lavis_chatbridge.runners import distributed, parallel, step
 from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
 
 
@@ -144,6 +145,12 @@ def test_a_training_whose_steps_were_all_not_finite_fails(tmp_path):
 def test_fsdp_with_one_process_says_that_nothing_is_spread(tmp_path, caplog):
     runner(tmp_path, parallel="fsdp", max_iters=1).train()
     assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
+
+
+def test_fsdp_of_an_older_torch_is_refused(monkeypatch):
+    monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward")
+    with pytest.raises(ConfigError, match=r"run.parallel fsdp needs torch 2.8 or newer, found .*: use ddp"):
+        parallel._shard(torch.nn.Linear(2, 2), torch.device("cpu"))
 
 
 def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog):
