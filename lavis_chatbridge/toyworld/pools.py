@@ -95,7 +95,7 @@ def render_stills(count: int, side: int, seed: int) -> Stills:
         row.copy_(prepare(still[None], settings)[0])
         labels.append(label(scene, STILL_ATTRIBUTES))
         places.append((placement.x, placement.y, placement.radius))
-    return Stills(pixels, torch.tensor(labels), torch.tensor(places))
+    return Stills(pixels, torch.tensor(labels), torch.tensor(places, dtype=torch.float32))
 
 
 def still_batches(pool: Stills, size: int, seed: int) -> Iterator[Batch]:
