@@ -11,7 +11,8 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -125,13 +126,8 @@ def check_sums(path: Path) -> None:
     Raises:
         CheckpointError: If one differs.
     """
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(_damaged(path, error)) from error
+    with _archive(path) as archive:
+        wrong = None if archive is None else archive.testzip()
     if wrong is not None:
         raise CheckpointError(f"{path} is damaged: {shown(wrong)} in it differs from its checksum; get or make it anew")
 
@@ -415,15 +411,28 @@ def load_torch(path: Path) -> Any:
         raise CheckpointError(_damaged(path, error)) from error
 
 
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile | None]:
+    """A file of ``torch.save`` as the zip archive that it is; none for files of another form.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                yield archive
+        else:
+            yield None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:  # the last: an unknown compression
+        raise CheckpointError(_damaged(path, error)) from error
+
+
 def _check_archive(path: Path) -> None:
     """Refuse compressed members: ``torch.save`` stores its own as they are, and a megabyte may stand for gigabytes."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(_damaged(path, error)) from error
+    with _archive(path) as archive:
+        members = [] if archive is None else archive.infolist()
+    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise CheckpointError(f"{path} is refused: its parts are compressed ({some(packed)}), as torch writes none")
 

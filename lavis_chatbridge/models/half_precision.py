@@ -6,7 +6,7 @@ takes the memory of half precision and nearly the time of fp32 (benchmarks/half.
 its input: half, as the processor's own product would have, or fp32, which spares the rounding where nothing of it is
 kept. Everywhere else nothing is changed.
 
-Shapes: ``M`` rows of the input, ``I`` and ``O`` the widths of input and output.
+Shapes: ``I`` and ``O``, the widths of input and output.
 """
 
 from __future__ import annotations
