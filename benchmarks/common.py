@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from lavis_chatbridge.writing import write_text
+from lavis_chatbridge.files import write_text
 
 
 def circumstances(script: str, *options: str, modules: tuple[ModuleType, ...] = ()) -> str:

@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from lavis_chatbridge.files import write_text
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.chatbridge import ChatBridge
@@ -59,7 +60,6 @@ from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult, TrainStep, Wishes
-from lavis_chatbridge.writing import write_text
 
 KINDS = ("image", "video", "audio")
 CAPTION = "a red circle moves left above two big blue squares and a small green star moves right"

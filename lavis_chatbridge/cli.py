@@ -1,19 +1,23 @@
 """The ``chatbridge`` command: a table of subcommands, each imported only when it is asked for.
 
-A subcommand is one line of :data:`COMMANDS`. Its module has ``add_arguments(parser)`` and ``run(args) -> int`` (the
-exit status), and raises ``ChatBridgeError`` for what the user can mend. This file does not know how any of them works.
+A subcommand's module has a function ``command`` with annotated arguments, from which typer makes the command line. It
+raises ``ChatBridgeError`` for what the user can mend, and returns an exit status or None. This file does not know how
+any of them works.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import typer
 
 from lavis_chatbridge import __version__
-from lavis_chatbridge.plugin.launch import exit_status
+from lavis_chatbridge.plugin.launch import exit_status, returning_status, spread
 
 
 class Command(NamedTuple):
@@ -25,41 +29,23 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "lavis_chatbridge.plugin.train", "train as a configuration file says (python -m lavis.train)"),
+    Command("train", "lavis_chatbridge.plugin.train", "Train as a configuration file says (python -m lavis.train)."),
     Command(
         "evaluate",
         "lavis_chatbridge.plugin.evaluate",
-        "score a model on a configuration's test splits (python -m lavis.evaluate)",
+        "Score a model on a configuration's test splits (python -m lavis.evaluate).",
     ),
-    Command(
-        "world", "lavis_chatbridge.toyworld.command", "build the embedded world, a small closed world with exact truth"
-    ),
-    Command(
-        "weights",
-        "lavis_chatbridge.models.weights_command",
-        "say which weight files are there and what a file holds; convert checkpoints",
-    ),
-    Command("check-data", "lavis_chatbridge.datasets.check", "say what a JSONL of data holds and whether it is usable"),
-    Command(
-        "shard",
-        "lavis_chatbridge.plugin.shard",
-        "write data sets as webdataset shards, resumable and spread over processes",
-    ),
-    Command(
-        "cache-features",
-        "lavis_chatbridge.plugin.cache_features",
-        "store the frozen encoders' outputs for a configuration, without training",
-    ),
-    Command(
-        "doctor",
-        "lavis_chatbridge.plugin.doctor",
-        "look at packages, devices, files and memory before a run needs them",
-    ),
-    Command("chat", "lavis_chatbridge.chat.terminal", "talk with a model about images, videos and sounds"),
-    Command("ask", "lavis_chatbridge.chat.ask", "ask one question, or a file of them, about images, videos and sounds"),
-    Command("serve", "lavis_chatbridge.chat.server.command", "answer over HTTP like OpenAI's chat completions"),
-    Command("web", "lavis_chatbridge.chat.web", "chat in the browser"),
-    Command("multis", "lavis_chatbridge.multis.command", "make chat data: annotate, generate, check, build"),
+    Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
+    Command("weights", "lavis_chatbridge.models.weights_command", "List, download and convert weights."),
+    Command("check-data", "lavis_chatbridge.datasets.check", "Say what a data file holds and whether it is usable."),
+    Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),
+    Command("cache-features", "lavis_chatbridge.plugin.cache_features", "Store the frozen encoders' outputs."),
+    Command("doctor", "lavis_chatbridge.plugin.doctor", "Check packages, devices, files and memory before a run."),
+    Command("chat", "lavis_chatbridge.chat.terminal", "Talk with a model about images, videos and sounds."),
+    Command("ask", "lavis_chatbridge.chat.ask", "Ask one question, or a file of them."),
+    Command("serve", "lavis_chatbridge.chat.server.command", "Answer over HTTP like OpenAI's chat completions."),
+    Command("web", "lavis_chatbridge.chat.web", "Chat in the browser."),
+    Command("multis", "lavis_chatbridge.multis.command", "Make chat data: annotate, generate, check, build."),
 )
 
 
@@ -70,27 +56,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, by default the process's own.
 
     Returns:
-        The exit status: 0, 2 after a mistake that the user can mend, or what the subcommand says.
+        The exit status: 0, 2 after a mistake that the user can mend, or what the subcommand returns.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: _run(argv))
-
-
-def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "chatbridge", description="ChatBridge for LAVIS: images, videos and sounds for one LLM."
+    words = list(sys.argv[1:] if argv is None else argv)
+    app = typer.Typer(
+        name="chatbridge",
+        help="ChatBridge for LAVIS: images, videos and sounds for one language model.",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
     )
-    parser.add_argument("--version", action="version", version=f"chatbridge {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help.capitalize() + ".")
-        # Only the one that is asked for is imported: most take seconds, which `chatbridge --help` need not spend.
-        if argv[:1] == [command.name]:
-            module = import_module(command.module)
-            module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    return args.run(args)
+    app.callback()(_version)
+    for entry in COMMANDS:
+        # Only the requested command is imported: most take seconds, which `chatbridge --help` need not spend.
+        module: Any = import_module(entry.module) if words[:1] == [entry.name] else None
+        if module is not None and not hasattr(module, "command") and not hasattr(module, "app"):
+            return exit_status(functools.partial(_argparse, entry, module, words[1:]))
+        if module is not None and hasattr(module, "app"):
+            app.add_typer(module.app, name=entry.name, help=entry.help)
+        else:
+            app.command(entry.name, help=entry.help)(_listed if module is None else returning_status(module.command))
+    return exit_status(lambda: app(spread(words)))
+
+
+def _argparse(entry: Command, module: Any, words: list[str]) -> int:
+    parser = argparse.ArgumentParser(f"chatbridge {entry.name}", description=entry.help)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(words))
+
+
+def _listed() -> None:
+    """Stands for a command that is only listed."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"chatbridge {__version__}")
+        raise typer.Exit
+
+
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of ``chatbridge`` itself."""
 
 
 if __name__ == "__main__":

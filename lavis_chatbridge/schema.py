@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.files import atomic_text
 from lavis_chatbridge.prompting.conversation import Turn
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
-from lavis_chatbridge.settings import shown
-from lavis_chatbridge.writing import whole_text
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 SCHEMA_VERSION = 1
 _KEYS = frozenset(
@@ -45,7 +45,7 @@ class Medium:
             how a sample speaks of two media although it shows only one.
     """
 
-    kind: Kind
+    kind: Modality
     path: str = ""
     offset: int | None = None
     size: int | None = None
@@ -83,7 +83,7 @@ class Sample:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[Modality, ...]:
         """The kinds of the media, in order; those that words stand for included."""
         return tuple(medium.kind for medium in self.media)
 
@@ -96,7 +96,7 @@ class Sample:
     def modality(self) -> str:
         """Which kinds of files occur, in a fixed order: ``"image"``, ``"video+audio"``; ``"text"`` without files."""
         kinds = [medium.kind for medium in self.media if not medium.words]
-        return kinds[0] if len(kinds) == 1 else "+".join(kind for kind in KINDS if kind in kinds) or "text"
+        return kinds[0] if len(kinds) == 1 else "+".join(kind for kind in MODALITIES if kind in kinds) or "text"
 
 
 def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: bool = False) -> Iterator[Sample]:
@@ -136,7 +136,7 @@ def write_jsonl(path: str | Path, samples: Iterable[Sample], root: str | Path | 
     target = Path(path)
     base = os.path.abspath(root if root is not None else target.parent)
     count = 0
-    with whole_text(target) as out:
+    with atomic_text(target) as out:
         for sample in samples:
             out.write(json.dumps(to_record(sample, base), ensure_ascii=False) + "\n")
             count += 1
@@ -291,10 +291,10 @@ def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:
     if not isinstance(item, dict):
         raise DataError(f'{where}: expected {{"type": ..., "path": ...}}, found {_short(item)}')
     kind, path = item.get("type"), item.get("path")
-    if kind not in KINDS:
-        raise DataError(f"{where}: type is {_short(kind)}, expected one of {', '.join(KINDS)}")
+    if kind not in MODALITIES:
+        raise DataError(f"{where}: type is {_short(kind)}, expected one of {', '.join(MODALITIES)}")
     if "words" in item:
-        return _in_words(item, cast(Kind, kind), where)
+        return _in_words(item, cast(Modality, kind), where)
     place = media_path(path, root, where, allow_outside)
     for key in ("offset", "size"):
         value = item.get(key)
@@ -305,10 +305,10 @@ def _medium(item: Any, where: str, root: str, allow_outside: bool) -> Medium:
     unknown = set(item) - {"type", "path", "offset", "size"}
     if unknown:
         raise DataError(f"{where}: unknown key {_short(sorted(unknown)[0])}; known are type, path, offset, size")
-    return Medium(cast(Kind, kind), place, item.get("offset"), item.get("size"))
+    return Medium(cast(Modality, kind), place, item.get("offset"), item.get("size"))
 
 
-def _in_words(item: dict, kind: Kind, where: str) -> Medium:
+def _in_words(item: dict, kind: Modality, where: str) -> Medium:
     """A medium that words stand for."""
     words = item["words"]
     if not isinstance(words, list) or not words or not all(isinstance(text, str) and text for text in words):

@@ -19,11 +19,11 @@ import numpy as np
 
 from lavis_chatbridge.chat.media import Medium
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.files import PRIVATE, write_text
 from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.image import upright
 from lavis_chatbridge.media.source import media_errors
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
-from lavis_chatbridge.writing import PRIVATE, write_text
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 FORMAT, VERSION = "chatbridge-chat", 1
 
@@ -45,7 +45,7 @@ class ChatTurn:
     ids: tuple[int, ...] | None = None
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[Modality, ...]:
         """The kinds of the media that reached the model, in order."""
         return tuple(medium.kind for medium in self.media if medium.reached)
 
@@ -145,7 +145,7 @@ def _medium_record(medium: Medium, folder: str) -> dict[str, Any]:
 
 def _medium(record: Mapping[str, Any], folder: str) -> Medium:
     kind = record["type"]
-    if kind not in KINDS:
+    if kind not in MODALITIES:
         raise ValueError(f"a medium of type {kind!r}")
     name = str(record.get("name", ""))
     if record.get("track"):

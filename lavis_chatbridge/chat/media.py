@@ -27,13 +27,13 @@ from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.source import file_of, is_file, media_errors
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.fbank import MEAN, STD
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 Images: TypeAlias = "Sequence[Source] | Source"
 """Pictures, or videos; a single one stands for a list of one."""
 Sounds: TypeAlias = "Sequence[Sound] | Sound"
 """Sounds; a single one stands for a list of one."""
-KindsAndSources: TypeAlias = "Sequence[tuple[Kind, Sound]] | tuple[Kind, Sound]"
+KindsAndSources: TypeAlias = "Sequence[tuple[Modality, Sound]] | tuple[Modality, Sound]"
 """Media of any kind; a single pair stands for a list of one."""
 
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
@@ -56,7 +56,7 @@ class MediaNote:
         warnings: What the user should know about it.
     """
 
-    kind: Kind
+    kind: Modality
     name: str
     turn: int
     reached: bool
@@ -91,7 +91,7 @@ class Medium:
         perceived: What the model sees, once that is known.
     """
 
-    kind: Kind
+    kind: Modality
     source: Sound
     track: bool = False
     name: str = ""
@@ -133,8 +133,8 @@ def media_of_turn(
     Raises:
         MediaError: If one has a kind that does not exist, or something else stands where media are expected.
     """
-    given: list[tuple[Kind, Any]] = []
-    for kind, sources in zip(KINDS, (images, videos, audios), strict=True):
+    given: list[tuple[Modality, Any]] = []
+    for kind, sources in zip(MODALITIES, (images, videos, audios), strict=True):
         given += [(kind, source) for source in _listed(kind, sources)]
     result: list[Medium] = []
     for kind, source in [*given, *_pairs(media)]:
@@ -144,7 +144,7 @@ def media_of_turn(
     return result
 
 
-def _listed(kind: Kind, sources: Any) -> list[Any]:
+def _listed(kind: Modality, sources: Any) -> list[Any]:
     """Media of one kind, a single one as a list of one."""
     with_rate = isinstance(sources, tuple) and any(isinstance(part, numbers.Real) for part in sources)
     if is_file(sources) or isinstance(sources, np.ndarray) or _is_pillow(sources) or with_rate:
@@ -157,15 +157,15 @@ def _listed(kind: Kind, sources: Any) -> list[Any]:
     return list(sources)
 
 
-def _pairs(media: Any) -> list[tuple[Kind, Any]]:
+def _pairs(media: Any) -> list[tuple[Modality, Any]]:
     """Kinds and sources, checked; a single pair as a list of one."""
     single = isinstance(media, tuple) and len(media) == 2 and isinstance(media[0], str)
     pairs = [media] if single else media
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
         raise MediaError(media, "media are given as a list of pairs, each a kind and a source: [('image', 'a.png')]")
     for kind, source in pairs:
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise MediaError(source, f"a medium of kind {kind!r:.80}; the kinds are {', '.join(KINDS)}")
+        if not isinstance(kind, str) or kind not in MODALITIES:
+            raise MediaError(source, f"a medium of kind {kind!r:.80}; the kinds are {', '.join(MODALITIES)}")
     return [(kind, source) for kind, source in pairs]
 
 
@@ -183,7 +183,7 @@ class MediaReader:
     def __init__(self, model: Any, processors: Mapping[str, Mapping[str, Any]], capacity: int = 64) -> None:
         self._model = model
         self.processors = processors
-        self._processors = {kind: processors[kind]["eval"] for kind in KINDS}
+        self._processors = {kind: processors[kind]["eval"] for kind in MODALITIES}
         self._capacity = capacity
         self._known: OrderedDict[str, Perceived] = OrderedDict()
         self._lock = threading.Lock()
@@ -194,7 +194,7 @@ class MediaReader:
         Raises:
             MediaError: If one cannot be opened; a video's own sound track is then only noted.
         """
-        todo: dict[Kind, list[tuple[Medium, str, Any, tuple[str, ...]]]] = {}
+        todo: dict[Modality, list[tuple[Medium, str, Any, tuple[str, ...]]]] = {}
         for medium in media:
             if medium.perceived is not None:
                 continue
@@ -216,7 +216,7 @@ class MediaReader:
                 medium.perceived = self._remember(Perceived(key, soft, warnings))
 
     @torch.no_grad()
-    def _perceive(self, kind: Kind, entries: Sequence[tuple[Medium, str, Any, tuple[str, ...]]]) -> list[Tensor]:
+    def _perceive(self, kind: Modality, entries: Sequence[tuple[Medium, str, Any, tuple[str, ...]]]) -> list[Tensor]:
         """Soft tokens in the precision of the language model."""
         encoded = self._model.encode_media(kind, [prepared for _, _, prepared, _ in entries])
         dtype = self._model.llama_model.get_input_embeddings().weight.dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lavis_chatbridge.settings import checked
+from lavis_chatbridge.config import checked
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

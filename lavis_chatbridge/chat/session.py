@@ -26,10 +26,10 @@ from lavis_chatbridge.chat.media import Images, KindsAndSources, MediaNote, Medi
 from lavis_chatbridge.chat.prefix import Element, Prefix
 from lavis_chatbridge.chat.templates import Ids, load_template
 from lavis_chatbridge.chat.text import TextStream, text_of
+from lavis_chatbridge.config import checked, unknown_key
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models import answering
-from lavis_chatbridge.prompting import Kind, Text
-from lavis_chatbridge.settings import checked, unknown_key
+from lavis_chatbridge.prompting import Modality, Text
 
 _USUAL_CONTEXT = 2048
 
@@ -459,7 +459,7 @@ class Session:
             start += 2
 
     def _elements(self, window: Sequence[ChatTurn], media: Sequence[Medium]) -> list[Element]:
-        by_kind: dict[Kind, list[Medium]] = {}
+        by_kind: dict[Modality, list[Medium]] = {}
         for medium in media:
             by_kind.setdefault(medium.kind, []).append(medium)
         elements: list[Element] = []

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from lavis_chatbridge.chat.history import ChatTurn
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.language_model import Codec
-from lavis_chatbridge.prompting import Kind, Slot, Text, Turn, chat_prompt, escape_markers
+from lavis_chatbridge.prompting import Modality, Slot, Text, Turn, chat_prompt, escape_markers
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, introduce
 
 
@@ -118,7 +118,7 @@ class VicunaV1:
 
     def parts(self, turns: Sequence[ChatTurn]) -> list[Part]:
         """See `Template`."""
-        parts, counts = list(self._front), dict[Kind, int]()
+        parts, counts = list(self._front), dict[Modality, int]()
         for turn in turns:
             if turn.role == "assistant":
                 content = Text(self.escape(turn.text)) if turn.ids is None else Ids(_without(turn.ids, self.end_ids))
@@ -163,7 +163,7 @@ class TokenizerTemplate:
         said = [(turn.role, mark) for turn, mark in zip(turns, marks[1:], strict=True)]
         rendered = self._codec.render(_messages(marks[0] if self._system else "", said), True)
         contents: dict[str, list[Part]] = {marks[0]: [Text(self._system)]}
-        counts: dict[Kind, int] = {}
+        counts: dict[Modality, int] = {}
         for turn, mark in zip(turns, marks[1:], strict=True):
             if turn.role == "user":
                 contents[mark] = _user(turn, counts, "", "", self.escape)
@@ -199,7 +199,7 @@ def load_template(name: str, codec: Codec, system: str = "", reply_end: str = EN
 
 
 def _user(
-    turn: ChatTurn, counts: dict[Kind, int], opening: str, closing: str, escape: Callable[[str], str]
+    turn: ChatTurn, counts: dict[Modality, int], opening: str, closing: str, escape: Callable[[str], str]
 ) -> list[Part]:
     """A user's turn: its media, introduced in the paper's words, then its text."""
     if not turn.kinds:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lavis_chatbridge.chat import options
+from lavis_chatbridge.config import checked
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
-from lavis_chatbridge.settings import checked
 
 PROMPT, ANSWER = "you> ", "chatbridge> "
 _KINDS = ("image", "video", "audio")

@@ -26,10 +26,10 @@ from lavis_chatbridge.chat.server.command import (
     narrow,
 )
 from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings, is_loopback
+from lavis_chatbridge.config import checked
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, MissingExtraError
 from lavis_chatbridge.media.source import head_of, is_picture
-from lavis_chatbridge.prompting import Kind
-from lavis_chatbridge.settings import checked
+from lavis_chatbridge.prompting import Modality
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ button[aria-label="Share"], button[title="Share"] { display: none !important; }
 }
 :focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 2px; }
 """
-_SUFFIXES: dict[Kind, frozenset[str]] = {
+_SUFFIXES: dict[Modality, frozenset[str]] = {
     "image": frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}),
     "audio": frozenset({".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".weba"}),
 }
@@ -76,7 +76,7 @@ class Talk:
 
     def __init__(self, session: Any) -> None:
         self.session = session
-        self.pending: tuple[str, list[tuple[Kind, str]]] | None = None
+        self.pending: tuple[str, list[tuple[Modality, str]]] | None = None
 
     def messages(self, partial: str | None = None) -> list[dict[str, Any]]:
         """The conversation as gradio shows it."""
@@ -184,7 +184,7 @@ class Page:
         return [], talk or self.open(), status("A new conversation.")
 
 
-def kind_of(path: str) -> Kind:
+def kind_of(path: str) -> Modality:
     """What a file is, by its name, and where that says nothing by its content; what is neither is tried as a video."""
     suffix = Path(path).suffix.lower()
     for kind, suffixes in _SUFFIXES.items():
@@ -230,7 +230,7 @@ def status(text: str, bad: bool = False) -> str:
     return f'<p role="{"alert" if bad else "status"}" aria-live="polite">{mark}{html.escape(text)}</p>'
 
 
-def _shown(role: str, text: str, media: Sequence[tuple[Kind, str]]) -> list[dict[str, Any]]:
+def _shown(role: str, text: str, media: Sequence[tuple[Modality, str]]) -> list[dict[str, Any]]:
     files = [
         {"role": role, "content": {"path": path, "alt_text": f"{kind}: {os.path.basename(path)}"}}
         for kind, path in media

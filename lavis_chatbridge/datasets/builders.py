@@ -19,18 +19,18 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.datasets import readers
 from lavis_chatbridge.datasets.cache import cache_folder, locked
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.files import read_json, write_json
 from lavis_chatbridge.processors.loading import SECTIONS, load_processors
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, write_jsonl
-from lavis_chatbridge.writing import read_json, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(groups[split]), sizes)
         return groups
 
-    def media_of(self, splits: Iterable[str]) -> dict[str, set[Kind]]:
+    def media_of(self, splits: Iterable[str]) -> dict[str, set[Modality]]:
         """Split -> the kinds of media that its samples have, of those of the given splits that there are.
 
         Raises:

@@ -35,7 +35,7 @@ class Report:
         modalities: Modality -> samples.
         tasks: Task -> samples; ``captions`` and ``conversation`` where a sample names none.
         sources: Source -> samples.
-        media: Kind -> distinct files.
+        media: Modality -> distinct files.
         faults: Cause -> how often.
         examples: Cause -> the first few, with their line.
     """

@@ -23,7 +23,7 @@ from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MED
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment_prompt, chat_prompt, clean_caption
-from lavis_chatbridge.prompting.pieces import KINDS, Kind, Piece, Text, slots_of, spell_out, target_text
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
 
@@ -105,13 +105,13 @@ class SourceDataset(torch.utils.data.Dataset):
         return [self]
 
     @property
-    def kinds(self) -> set[Kind]:
+    def kinds(self) -> set[Modality]:
         """The kinds of media that its samples have."""
         if not isinstance(self.samples, SampleFile):
             return {kind for i in range(len(self)) for kind in self.sample(i).kinds}
         own = self.samples.modality if self.indices is None else self.samples.modality[self.indices]
         named = {kind for number in np.unique(own) for kind in self.samples.modalities[number].split("+")}
-        return {kind for kind in KINDS if kind in named}
+        return {kind for kind in MODALITIES if kind in named}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -181,7 +181,7 @@ class SourceDataset(torch.utils.data.Dataset):
         sample = self.sample(index)
         pieces = self.pieces(sample, self._rng(index, epoch, _TEXT_STREAM))
         rng = self._rng(index, epoch, _MEDIA_STREAM)
-        media: dict[str, list] = {kind: [] for kind in KINDS}
+        media: dict[str, list] = {kind: [] for kind in MODALITIES}
         for medium in sample.files:
             media[medium.kind].append(self._load(medium, rng))
         target = target_text(pieces)
@@ -265,7 +265,7 @@ class SourceDataset(torch.utils.data.Dataset):
         return np.random.default_rng([self.settings.seed, zlib.crc32(self.name.encode()), index, epoch, stream])
 
 
-_KEYS: dict[Kind, str] = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor"}
+_KEYS: dict[Modality, str] = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor"}
 
 
 @dataclass

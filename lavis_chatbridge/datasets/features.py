@@ -32,10 +32,10 @@ from lavis_chatbridge.datasets.cache import held, remove_abandoned
 from lavis_chatbridge.datasets.dataset import media_source
 from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.files import publish, read_json, write_text
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample
-from lavis_chatbridge.writing import publish, read_json, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ tar and rsync set the former."""
 class Encoder(Protocol):
     """What a model must offer to have its encoders' outputs stored."""
 
-    def encode_media(self, kind: Kind, media: list[Any]) -> list[EncodedMedium]:
+    def encode_media(self, kind: Modality, media: list[Any]) -> list[EncodedMedium]:
         """Processed media of one kind through the frozen encoder."""
 
-    def frozen_fingerprint(self, kind: Kind) -> str:
+    def frozen_fingerprint(self, kind: Modality) -> str:
         """Changes whenever the frozen weights do."""
 
 
@@ -67,13 +67,13 @@ class FeatureStore:
 
     Args:
         folder: Where the shards lie; made when something is added.
-        salts: Kind -> what else the key depends on (encoder and processor), see `salts_of`.
+        salts: Modality -> what else the key depends on (encoder and processor), see `salts_of`.
 
     Raises:
         DataError: If the folder is a file, or holds an index that is none.
     """
 
-    def __init__(self, folder: str | Path, salts: Mapping[Kind, str] | None = None) -> None:
+    def __init__(self, folder: str | Path, salts: Mapping[Modality, str] | None = None) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"{folder}: features are kept in a folder, and this is a file: name another place")
@@ -227,7 +227,9 @@ class FeatureStore:
         return Path(name)
 
 
-def salts_of(model: Encoder, processors: Mapping[str, Any], kinds: Iterable[Kind] = KINDS) -> dict[Kind, str]:
+def salts_of(
+    model: Encoder, processors: Mapping[str, Any], kinds: Iterable[Modality] = MODALITIES
+) -> dict[Modality, str]:
     """What a key depends on beside the content: the frozen weights and the processor of each kind."""
     return {
         kind: f"{model.frozen_fingerprint(kind)}:{processors[kind].version}" for kind in kinds if kind in processors
@@ -249,7 +251,7 @@ def build_features(
     Args:
         model: The model; its encoders are run as they are, so put it on its device first.
         samples: Whose media.
-        processors: Kind -> evaluation processor (what is drawn at random cannot be stored).
+        processors: Modality -> evaluation processor (what is drawn at random cannot be stored).
         folder: The store.
         batch: Media per forward pass.
         workers: Processes that open media.
@@ -260,7 +262,7 @@ def build_features(
         The store. Media that cannot be read are logged and left out; training counts them when it meets them.
     """
     store = FeatureStore(folder, salts_of(model, processors))
-    missing: dict[Kind, dict[str, Medium]] = {kind: {} for kind in KINDS}
+    missing: dict[Modality, dict[str, Medium]] = {kind: {} for kind in MODALITIES}
     seen: set[Medium] = set()
     for sample in samples:
         for medium in sample.files:
@@ -314,7 +316,7 @@ class _Opened(Dataset):
 
 
 def _encode(
-    model: Encoder, kind: Kind, media: Sequence[Medium], processor: Any, batch: int, workers: int
+    model: Encoder, kind: Modality, media: Sequence[Medium], processor: Any, batch: int, workers: int
 ) -> Iterator[tuple[Medium, EncodedMedium]]:
     loader: DataLoader = DataLoader(
         _Opened(media, processor), batch_size=batch, num_workers=workers, collate_fn=_as_it_is

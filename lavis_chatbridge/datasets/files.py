@@ -19,8 +19,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.files import atomic_file
 from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, parse_line
-from lavis_chatbridge.writing import whole_file
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MEDIUM = 32
@@ -141,5 +141,5 @@ def _load_index(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **index)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lavis_chatbridge.datasets.readers import READERS, Origin
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.prompting.templates import Templates
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
@@ -32,7 +32,7 @@ class DataSettings:
     splits: dict[str, Any] = field(default_factory=dict)
     """Split -> its annotation files: a path (or pattern with ``*``), a list, or file's purpose -> path."""
     media: dict[str, str] = field(default_factory=dict)
-    """Kind -> path under the data root with a row's fields in braces; not for ``jsonl``, which names its media."""
+    """Modality -> path under the data root with a row's fields in braces; not for ``jsonl``, which names its media."""
     data_root: str | None = None
     """The folder that all paths are relative to; null takes ``$CHATBRIDGE_DATA``, else the working directory."""
     media_root: str | None = None
@@ -79,8 +79,8 @@ class DataSettings:
         if self.reader != OWN_READER and self.reader not in READERS:
             yield f"unknown reader {self.reader!r}; known are {OWN_READER}, {', '.join(READERS)}"
         for kind in self.media:
-            if kind not in KINDS:
-                yield f"media: unknown kind {kind!r}; known are {', '.join(KINDS)}"
+            if kind not in MODALITIES:
+                yield f"media: unknown kind {kind!r}; known are {', '.join(MODALITIES)}"
         if self.reader == OWN_READER and self.media:
             yield "media is for the readers of other formats; a jsonl file names its media itself"
         yield from self._unknown_task()

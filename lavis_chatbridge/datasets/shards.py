@@ -29,9 +29,9 @@ from lavis_chatbridge.datasets.cache import held, remove_abandoned
 from lavis_chatbridge.datasets.dataset import SourceGroup, media_source
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.files import atomic_file, read_json
 from lavis_chatbridge.media.source import file_of, media_errors
 from lavis_chatbridge.schema import Medium, Sample, check_inside, parse_record, to_record
-from lavis_chatbridge.writing import read_json, whole_file
 
 _log = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ def _shard(chosen: ShardSet, number: int, verify: bool) -> dict[str, Any]:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """As `whole_file`; other processes leave the temporary file alone until it has the target's name."""
-    with ExitStack() as until_published, whole_file(target) as temporary:
+    """As `atomic_file`; other processes leave the temporary file alone until it has the target's name."""
+    with ExitStack() as until_published, atomic_file(target) as temporary:
         until_published.enter_context(held(temporary))
         yield temporary
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import half_precision
 

@@ -20,7 +20,7 @@ from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 
-from lavis_chatbridge import settings as settings_reader
+from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.models import answering, building, checkpoint, encoding, half_precision, lora, weights
@@ -30,7 +30,7 @@ from lavis_chatbridge.models.language_model import check_available, load_languag
 from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import perceive
 from lavis_chatbridge.models.settings import ModelSettings
-from lavis_chatbridge.prompting import Kind, Piece, Slot
+from lavis_chatbridge.prompting import Modality, Piece, Slot
 from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, END_OF_TURN, escape_markers
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ChatBridge(BaseModel):
         CheckpointError: If a weight file is missing or does not fit.
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS reads it from the class)
+    PRETRAINED_MODEL_CONFIG_DICT = {
         name: str(CONFIGS / f"chatbridge_{name}.yaml") for name in ("tiny", "vicuna7b", "vicuna13b")
     }
     DEFAULT_MODEL_TYPE = "tiny"
@@ -360,7 +360,7 @@ class ChatBridge(BaseModel):
             )
         return scores, torch.tensor([len(ids) for ids in candidates], device=scores.device)
 
-    def encode_media(self, kind: Kind, media: Sequence[Any]) -> list[EncodedMedium]:
+    def encode_media(self, kind: Modality, media: Sequence[Any]) -> list[EncodedMedium]:
         """Media through their frozen encoder and its layer norm, all in one batch.
 
         Args:
@@ -380,7 +380,7 @@ class ChatBridge(BaseModel):
             results[i] = encoded
         return results
 
-    def perceive_media(self, kind: Kind, media: Sequence[EncodedMedium]) -> list[Tensor]:
+    def perceive_media(self, kind: Modality, media: Sequence[EncodedMedium]) -> list[Tensor]:
         """Encoded media of one kind to soft tokens of the language model.
 
         Returns:
@@ -413,12 +413,12 @@ class ChatBridge(BaseModel):
         Returns:
             ``[S, D]`` (none if no medium is named), and where each sample's media lie among them.
         """
-        wanted: dict[Kind, list[tuple[int, Slot]]] = {}
+        wanted: dict[Modality, list[tuple[int, Slot]]] = {}
         for i, pieces in enumerate(prompts):
             for piece in dict.fromkeys(piece for piece in pieces if isinstance(piece, Slot)):
                 if piece.kind in media and 0 <= piece.index < len(media[piece.kind][i]):
                     wanted.setdefault(piece.kind, []).append((i, piece))
-        places: list[dict[tuple[Kind, int], range]] = [{} for _ in prompts]
+        places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
         parts: list[Tensor] = []
         start = 0
         for kind, named in self._encoded(wanted, media).items():
@@ -472,7 +472,7 @@ class ChatBridge(BaseModel):
             log.info("%s has no LoRA adapters: this model's are fresh and change nothing yet", file.path)
         return held is None
 
-    def frozen_fingerprint(self, kind: Kind) -> str:
+    def frozen_fingerprint(self, kind: Modality) -> str:
         """A short string that changes when encoded media of this kind would: the key of a feature cache."""
         modality = "audio" if kind == "audio" else "vision"
         if modality not in self._fingerprints:
@@ -505,10 +505,10 @@ class ChatBridge(BaseModel):
         self.train(self.training)
 
     def _encoded(
-        self, wanted: Mapping[Kind, list[tuple[int, Slot]]], media: sample_reader.Media
-    ) -> dict[Kind, list[EncodedMedium]]:
+        self, wanted: Mapping[Modality, list[tuple[int, Slot]]], media: sample_reader.Media
+    ) -> dict[Modality, list[EncodedMedium]]:
         """The named media encoded, images and videos in the same batch of frames."""
-        named: dict[Kind, list[Any]] = {k: [media[k][i][slot.index] for i, slot in wanted[k]] for k in wanted}
+        named: dict[Modality, list[Any]] = {k: [media[k][i][slot.index] for i, slot in wanted[k]] for k in wanted}
         images, videos, sounds = (named.get(kind, []) for kind in ("image", "video", "audio"))
         idle_frames, idle_sounds = self._idle_passes([*images, *videos], sounds)
         frames = self.encode_media("video", [*images, *videos])
@@ -518,7 +518,7 @@ class ChatBridge(BaseModel):
         patch = self.audio_encoder.config.input_patch_size
         for _ in range(idle_sounds):
             self.encode_media("audio", [torch.zeros(1, patch, patch)])
-        found: dict[Kind, list[EncodedMedium]] = {"image": frames[: len(images)], "video": frames[len(images) :]}
+        found: dict[Modality, list[EncodedMedium]] = {"image": frames[: len(images)], "video": frames[len(images) :]}
         return {kind: listed for kind, listed in {**found, "audio": heard}.items() if listed}
 
     def _idle_passes(self, frames: Sequence[Any], sounds: Sequence[Any]) -> tuple[int, int]:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.files import atomic_file
 from lavis_chatbridge.models.vision import fit_positions
-from lavis_chatbridge.writing import whole_file
 
 PACKAGE = "package:"
 NAMED = 4
@@ -143,7 +143,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
     from safetensors.torch import save_file
 
     apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         save_file(apart, temporary, metadata=written_with(apart, cfg))
 
 

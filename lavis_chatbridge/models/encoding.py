@@ -20,7 +20,7 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.beats import Beats
-from lavis_chatbridge.prompting import Kind
+from lavis_chatbridge.prompting import Modality
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def encode_clips(
     return [EncodedMedium(t[:, :n], m[:, :n]) for t, m, n in each]
 
 
-def passes(kind: Kind, media: Sequence[Any], chunk: int) -> int:
+def passes(kind: Modality, media: Sequence[Any], chunk: int) -> int:
     """How often an encoder runs for some media of which it takes ``chunk`` frames or clips at once.
 
     Args:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.models.language_model import Codec
 from lavis_chatbridge.models.settings import Layout
-from lavis_chatbridge.prompting import Kind, Piece, Slot
+from lavis_chatbridge.prompting import Modality, Piece, Slot
 
 SOFT = -1
 """Stands among token ids for a soft token."""
@@ -29,7 +29,7 @@ PADDING = -2
 IGNORED = -100
 """The label of a position that is not trained."""
 
-Places: TypeAlias = Mapping[tuple[Kind, int], range]
+Places: TypeAlias = Mapping[tuple[Modality, int], range]
 """Where the soft tokens of a sample's media lie among those of the batch."""
 
 

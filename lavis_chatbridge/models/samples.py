@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
-from lavis_chatbridge.prompting import Kind, Piece, Slot, Turn, alignment_prompt, chat_prompt, context_of
-from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting import Modality, Piece, Slot, Turn, alignment_prompt, chat_prompt, context_of
+from lavis_chatbridge.prompting.pieces import MODALITIES
 
 Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
-Media: TypeAlias = dict[Kind, list[list[Medium]]]
+Media: TypeAlias = dict[Modality, list[list[Medium]]]
 
-_BATCH: dict[Kind, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W]", "audio": "[B, T, F, M]"}
+_BATCH: dict[Modality, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W]", "audio": "[B, T, F, M]"}
 """The shape of a kind's tensor: ``F`` frames of ``M`` mel bins in each of a sound's ``T`` clips."""
 
 
@@ -30,7 +30,7 @@ def media_of(samples: Mapping[str, Any]) -> Media:
     Raises:
         PromptError: If kinds disagree on the number of samples, or a medium is none.
     """
-    media: Media = {kind: _by_sample(kind, samples[kind]) for kind in KINDS if samples.get(kind) is not None}
+    media: Media = {kind: _by_sample(kind, samples[kind]) for kind in MODALITIES if samples.get(kind) is not None}
     sizes = {kind: len(of_kind) for kind, of_kind in media.items()}
     if len(set(sizes.values())) > 1:
         raise PromptError(f"the media of a batch are for different numbers of samples: {sizes}")
@@ -92,7 +92,7 @@ def is_alignment(context: Sequence[Piece]) -> bool:
     return all(isinstance(piece, Slot) for piece in context)
 
 
-def _by_sample(kind: Kind, given: Any) -> list[list[Medium]]:
+def _by_sample(kind: Modality, given: Any) -> list[list[Medium]]:
     if isinstance(given, Tensor):
         if given.dim() < len(_BATCH[kind].split(",")):
             raise PromptError(
@@ -116,11 +116,11 @@ def _size(media: Media) -> int | None:
     return next((len(of_kind) for of_kind in media.values()), None)
 
 
-def _kinds(media: Media, size: int) -> list[tuple[Kind, ...]]:
+def _kinds(media: Media, size: int) -> list[tuple[Modality, ...]]:
     """Each sample's media in the order image, video, audio."""
     if _size(media) not in (None, size):
         raise PromptError(f"the batch has {size} texts, but media for {_size(media)} samples")
-    return [tuple(kind for kind in KINDS for _ in (media[kind][i] if kind in media else ())) for i in range(size)]
+    return [tuple(kind for kind in MODALITIES for _ in (media[kind][i] if kind in media else ())) for i in range(size)]
 
 
 def _texts(given: Any, size: int | None) -> list[str] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lavis_chatbridge import settings as settings_reader
+from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models import checkpoint, hub_folder, weights
 from lavis_chatbridge.models.settings import ModelSettings

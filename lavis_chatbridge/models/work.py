@@ -15,7 +15,7 @@ from typing import Any
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.settings import ModelSettings
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 
 FRAMES = 4
 """Of a video."""
@@ -41,7 +41,7 @@ class Work:
 def work(
     settings: ModelSettings,
     llm: Mapping[str, Any],
-    kind: Kind,
+    kind: Modality,
     batch: int,
     positions: int,
     targets: int,

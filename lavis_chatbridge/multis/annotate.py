@@ -20,12 +20,12 @@ import numpy as np
 
 from lavis_chatbridge import media
 from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.files import write_text
 from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_lines
 from lavis_chatbridge.multis.annotators.base import Annotator, Findings, View
 from lavis_chatbridge.multis.annotators.models import RATE
 from lavis_chatbridge.multis.journal import Journal, read_journal
 from lavis_chatbridge.schema import check_inside, media_path
-from lavis_chatbridge.writing import write_text
 
 FRAMES_PER_VIDEO = 3
 _OF_SAMPLES_ONLY = ("turns", "answers", "style", "task", "held_out", "meta")

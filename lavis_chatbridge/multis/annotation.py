@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.multis.journal import read_journal
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import media_path
 
-Modality = Literal["image", "video", "audio", "video+audio"]
-MODALITIES: tuple[Modality, ...] = ("image", "video", "audio", "video+audio")
+MediaKind = Literal["image", "video", "audio", "video+audio"]
+MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio", "video+audio")
 Box = tuple[float, ...]
 """``(left, top, right, bottom)`` as shares of the frame's width and height, each in [0, 1]."""
 
@@ -28,7 +28,7 @@ Box = tuple[float, ...]
 class MediumRef:
     """A medium's kind and its path, relative to the media root."""
 
-    type: Kind
+    type: Modality
     path: str
 
 
@@ -105,7 +105,7 @@ class Annotation:
     facts: dict[str, str] = field(default_factory=dict)
 
     @property
-    def modality(self) -> Modality:
+    def modality(self) -> MediaKind:
         """The set of media kinds, by which prompts are chosen.
 
         Raises:
@@ -117,7 +117,7 @@ class Annotation:
         if len(kinds) == 1:
             return next(iter(kinds))
         found = " and ".join(sorted(kinds)) or "no medium"
-        raise DataError(f"item {self.id!r} holds {found}; expected one of {', '.join(MODALITIES)}")
+        raise DataError(f"item {self.id!r} holds {found}; expected one of {', '.join(MEDIA_KINDS)}")
 
     def to_json(self) -> dict[str, Any]:
         """A mapping without empty fields, ready for ``json.dumps``."""
@@ -234,7 +234,7 @@ def spoken_words(annotation: Annotation) -> str:
     return "\n".join([*parts, *annotation.facts.values()])
 
 
-def _describe_frame(frame: Frame, modality: Modality) -> list[str]:
+def _describe_frame(frame: Frame, modality: MediaKind) -> list[str]:
     if modality == "image":
         name = "Image"
     elif frame.time is not None:

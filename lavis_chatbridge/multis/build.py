@@ -29,10 +29,10 @@ from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.datasets.shards import sha256_of
 from lavis_chatbridge.errors import ConfigError, DataError, PromptError
+from lavis_chatbridge.files import write_text
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, to_record
-from lavis_chatbridge.writing import write_text
 
 _ROWS = Path(__file__).parents[1] / "configs" / "datasets"
 _NAMED_FAULTS = 10

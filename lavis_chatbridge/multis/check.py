@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import yaml
 
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.multis.annotation import MODALITIES, Annotation, AnnotationIndex, spoken_words
+from lavis_chatbridge.files import atomic_text, write_text
+from lavis_chatbridge.multis.annotation import MEDIA_KINDS, Annotation, AnnotationIndex, spoken_words
 from lavis_chatbridge.multis.duplicates import NearDuplicates
 from lavis_chatbridge.multis.ledger import answers
 from lavis_chatbridge.multis.parse import read_description, read_pairs
@@ -26,7 +27,6 @@ from lavis_chatbridge.multis.statistics import Statistics
 from lavis_chatbridge.multis.things import Things
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.schema import Medium, Sample, to_record
-from lavis_chatbridge.writing import whole_text, write_text
 
 _WORDS = re.compile(r"\b[\w'\u2019-]+\b")
 _CLAUSE_END = re.compile(r"[.;:!?,]")
@@ -170,7 +170,7 @@ class Checker:
         self._things = Things(self._options.things)
         self._unsafe = _load_hook(self._options.unsafe) if self._options.unsafe else self._unsafe_phrase
         self._known = NearDuplicates(self._options.duplicate_from)
-        for modality in MODALITIES:
+        for modality in MEDIA_KINDS:
             for kind in DATA_KINDS:
                 for number, (_, answer) in enumerate(self._book.examples(kind, modality)):
                     self._known.add(f"seed example {number + 1} of {kind}/{modality}", _words_only(answer))
@@ -311,8 +311,8 @@ def check(
     index = AnnotationIndex(annotations)
     statistics = Statistics()
     with (
-        whole_text(folder / "accepted.jsonl", errors="replace") as accepted,
-        whole_text(folder / "rejected.jsonl", errors="replace") as rejected,
+        atomic_text(folder / "accepted.jsonl", errors="replace") as accepted,
+        atomic_text(folder / "rejected.jsonl", errors="replace") as rejected,
     ):
         for record in answers(generated):
             annotation = index.get(record["item"])

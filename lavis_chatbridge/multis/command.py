@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.launchers import share_of
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.writing import sync
+from lavis_chatbridge.files import sync
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError
 
 _TOKEN = re.compile(r"[^\W\d_]{1,7}|\d{1,3}|\n|[^\w\s]")

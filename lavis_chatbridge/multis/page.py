@@ -17,10 +17,10 @@ import numpy as np
 
 from lavis_chatbridge import media
 from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.files import write_text
 from lavis_chatbridge.multis.annotation import AnnotationIndex, describe
 from lavis_chatbridge.multis.statistics import table
 from lavis_chatbridge.schema import check_inside, media_path
-from lavis_chatbridge.writing import write_text
 
 _PICTURE_WIDTH = 320
 _FRAMES = 3

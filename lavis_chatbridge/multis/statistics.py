@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lavis_chatbridge.multis.annotation import MODALITIES
+from lavis_chatbridge.multis.annotation import MEDIA_KINDS
 from lavis_chatbridge.multis.prompts import DATA_KINDS
 from lavis_chatbridge.schema import Sample
 
@@ -68,7 +68,7 @@ class Statistics:
                 "mean_answer_words": _mean(sums["answer_words"], sums["answers"]),
                 "by_modality": {
                     modality: {"accepted": self.accepted[kind, modality], "rejected": self.rejected[kind, modality]}
-                    for modality in MODALITIES
+                    for modality in MEDIA_KINDS
                     if self.accepted[kind, modality] + self.rejected[kind, modality]
                 },
             }

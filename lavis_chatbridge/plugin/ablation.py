@@ -12,7 +12,7 @@ from typing import Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.plugin.suite_table import Line, failed
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Condition:
     """What becomes of which media, and in which splits there are such media (empty: not yet looked up)."""
 
     mode: str
-    kinds: tuple[Kind, ...]
+    kinds: tuple[Modality, ...]
     splits: tuple[str, ...] = ()
 
     @property
@@ -90,11 +90,11 @@ def conditions(words: Sequence[str], cfg: Any) -> list[Condition]:
     """
     from lavis.common.registry import registry
 
-    present: dict[str, set[Kind]] = {split: set() for split in cfg.run.test_splits}
+    present: dict[str, set[Modality]] = {split: set() for split in cfg.run.test_splits}
     for name, section in cfg.datasets_cfg.items():
         for split, kinds in registry.get_builder_class(name)(section).media_of(cfg.run.test_splits).items():
             present[split] |= kinds
-    every = [kind for kind in KINDS if any(kind in kinds for kinds in present.values())]
+    every = [kind for kind in MODALITIES if any(kind in kinds for kinds in present.values())]
     wanted = parse(words) or [Condition(mode, (kind,)) for kind in every for mode in MODES]
     if not every:
         _log.warning("--ablate: there are no media in splits %s", ", ".join(present))
@@ -142,9 +142,11 @@ def mark(lines: Sequence[Line], whole: Sequence[Line], condition: Condition) -> 
 
 def _parsed(word: str) -> Condition:
     mode, colon, named = word.partition(":")
-    asked = named.split(",") if colon else list(KINDS)
-    unknown = [kind for kind in asked if kind not in KINDS]
+    asked = named.split(",") if colon else list(MODALITIES)
+    unknown = [kind for kind in asked if kind not in MODALITIES]
     if mode not in MODES or unknown:
         what = f"unknown kind {unknown[0]!r}" if mode in MODES else f"{mode!r} is neither {' nor '.join(MODES)}"
-        raise ConfigError(f"--ablate {word}: {what}; write MODE or MODE:KIND,KIND with the kinds {', '.join(KINDS)}")
-    return Condition(mode, tuple(kind for kind in KINDS if kind in asked))
+        raise ConfigError(
+            f"--ablate {word}: {what}; write MODE or MODE:KIND,KIND with the kinds {', '.join(MODALITIES)}"
+        )
+    return Condition(mode, tuple(kind for kind in MODALITIES if kind in asked))

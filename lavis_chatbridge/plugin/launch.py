@@ -6,6 +6,7 @@ It puts LAVIS's four parts together in LAVIS's order (task, data sets, model, ru
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import shutil
@@ -259,16 +260,43 @@ def command_line(
     return exit_status(lambda: run(args))
 
 
-def exit_status(action: Callable[[], int]) -> int:
-    """What ``action`` returns, or 2 after one line ``error: ...`` on stderr for a mistake that the user can mend."""
+def exit_status(action: Callable[[], int | None]) -> int:
+    """The status that ``action`` returns or exits with; 2 after one line ``error: ...`` for a user's mistake."""
     try:
-        return action()
+        return action() or 0
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except ChatBridgeError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def returning_status(function: Callable[..., int | None]) -> Callable[..., None]:
+    """``function`` for typer, which ignores what a command returns: a status other than 0 or None ends the process."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> None:
+        if status := function(*args, **options):
+            raise SystemExit(status)
+
+    return run
+
+
+def spread(words: Sequence[str], lists: Sequence[str] = ("--options", "--ablate")) -> list[str]:
+    """A command line with LAVIS's ``--options A B`` as ``--options A --options B``, which typer reads."""
+    result: list[str] = []
+    current, first = "", False
+    for word in words:
+        if word.startswith("-"):
+            current, first = (word, True) if word in lists else ("", False)
+        elif current and not first:
+            result.append(current)
+        first = first and word == current
+        result.append(word)
+    return result
 
 
 def _seed(seed: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.files import read_json, write_json
 from lavis_chatbridge.plugin import scores
-from lavis_chatbridge.writing import read_json, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _settings(path: Path, options: Sequence[str]) -> Any:
     """What the run said about its metrics, with the options over it."""
-    from lavis_chatbridge import settings
+    from lavis_chatbridge import config as settings
     from lavis_chatbridge.runners.config import read_options
     from lavis_chatbridge.tasks.settings import EvaluationSettings
 

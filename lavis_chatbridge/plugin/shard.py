@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.files import read_json
 from lavis_chatbridge.launchers import share_of
 from lavis_chatbridge.plugin.launch import add_options
-from lavis_chatbridge.writing import read_json
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.shards import ShardSet
@@ -149,7 +149,7 @@ def _add_ratios(sections: dict[str, dict[str, Any]], training: Mapping[str, Any]
 def _write_sections(path: Path, sections: Mapping[str, Any]) -> None:
     import yaml
 
-    from lavis_chatbridge.writing import write_text
+    from lavis_chatbridge.files import write_text
 
     head = "# Made by `chatbridge shard`: a configuration with this section datasets reads the shards.\n"
     write_text(path, head + yaml.safe_dump({"datasets": dict(sections)}, sort_keys=False, allow_unicode=True))

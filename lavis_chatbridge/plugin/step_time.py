@@ -14,7 +14,7 @@ import torch
 from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
 from lavis_chatbridge.models.work import work
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.runners.settings import RunSettings
 
 SHORT = 32
@@ -25,7 +25,7 @@ _TURNS = 3
 
 def step_seconds(
     settings: ModelSettings, llm: Mapping[str, Any], run: RunSettings, rate: float
-) -> dict[Kind, tuple[float, float]]:
+) -> dict[Modality, tuple[float, float]]:
     """Seconds of a step on each kind of medium: with short texts, and with the longest.
 
     Args:
@@ -39,7 +39,7 @@ def step_seconds(
     """
     longest = settings.max_text_length
     texts = (min(SHORT, longest), longest)
-    return {kind: tuple(_seconds(settings, llm, run, kind, text, rate) for text in texts) for kind in KINDS}  # type: ignore[misc]
+    return {kind: tuple(_seconds(settings, llm, run, kind, text, rate) for text in texts) for kind in MODALITIES}  # type: ignore[misc]
 
 
 def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
@@ -86,7 +86,7 @@ def in_words(seconds: float) -> str:
 
 
 def _seconds(
-    settings: ModelSettings, llm: Mapping[str, Any], run: RunSettings, kind: Kind, text: int, rate: float
+    settings: ModelSettings, llm: Mapping[str, Any], run: RunSettings, kind: Modality, text: int, rate: float
 ) -> float:
     row = settings.perceiver.queries + text
     batch = run.batch_size_train if run.batch_tokens is None else max(1, run.batch_tokens // row)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lavis_chatbridge.files import write_text
 from lavis_chatbridge.tasks.scoring.names import HEADLINES
-from lavis_chatbridge.writing import write_text
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from lavis.processors.base_processor import BaseProcessor
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge import media
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-from lavis_chatbridge.settings import parse
 
 
 class ChatBridgeProcessor(BaseProcessor):

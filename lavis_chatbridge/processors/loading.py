@@ -8,8 +8,8 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_chatbridge.config import unknown_key
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.settings import unknown_key
 
 SECTIONS = {
     "image": "vis_processor",
@@ -17,7 +17,7 @@ SECTIONS = {
     "audio": "audio_processor",
     "text": "text_processor",
 }
-"""Kind of processor to its key in the YAML; those of pictures and words are LAVIS's."""
+"""Modality of processor to its key in the YAML; those of pictures and words are LAVIS's."""
 FORMER_KEYS = {"txt_processor": "text_processor"}
 """Keys of version 0.1.0, and what they are called now."""
 

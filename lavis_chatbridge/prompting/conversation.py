@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.prompting.pieces import Kind, Piece, Slot, Text
+from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot, Text
 
 END_OF_TURN = "###"
 HUMAN = "Human: "
@@ -34,10 +34,10 @@ class Turn:
 
     role: str
     text: str
-    media: tuple[Kind, ...] = ()
+    media: tuple[Modality, ...] = ()
 
 
-def alignment_prompt(media: Sequence[Kind], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:
+def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:
     """Stage 1: the media's slots, then the caption with its end mark as the target (paper, section 3.2)."""
     return [*_numbered(media, {}), Text(caption + end, target=True)]
 
@@ -55,7 +55,7 @@ def chat_prompt(turns: Sequence[Turn], generate: bool = False, reply_end: str = 
     """
     _check_order(turns, generate)
     pieces: list[Piece] = []
-    counts: dict[Kind, int] = {}
+    counts: dict[Modality, int] = {}
     opening = END_OF_TURN
     for turn in turns:
         if turn.role == "assistant":
@@ -69,7 +69,7 @@ def chat_prompt(turns: Sequence[Turn], generate: bool = False, reply_end: str = 
     return pieces
 
 
-def introduce(media: Sequence[Kind], counts: dict[Kind, int], opening: str = "") -> list[Piece]:
+def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: str = "") -> list[Piece]:
     """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop.
 
     Args:
@@ -78,7 +78,7 @@ def introduce(media: Sequence[Kind], counts: dict[Kind, int], opening: str = "")
         opening: Words in front.
     """
     pieces: list[Piece] = []
-    previous: Kind | None = None
+    previous: Modality | None = None
     for slot in _numbered(media, counts):
         if previous is None:
             words = f"{opening}Given following {slot.kind}: "
@@ -120,7 +120,7 @@ def _check_order(turns: Sequence[Turn], generate: bool) -> None:
         raise PromptError("the conversation must end with a user's turn for the model to answer")
 
 
-def _numbered(media: Sequence[Kind], counts: dict[Kind, int]) -> list[Slot]:
+def _numbered(media: Sequence[Modality], counts: dict[Modality, int]) -> list[Slot]:
     slots = []
     for kind in media:
         slots.append(Slot(kind, counts.get(kind, 0)))

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["image", "video", "audio"]
-KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+Modality: TypeAlias = Literal["image", "video", "audio"]
+MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Text:
 class Slot:
     """The place of a medium: the ``index``-th of its ``kind`` among the sample's media, from 0."""
 
-    kind: Kind
+    kind: Modality
     index: int = 0
 
 
@@ -49,7 +49,7 @@ def context_of(pieces: Sequence[Piece]) -> list[Piece]:
 
 def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]:
     """The prompt with words in the place of some slots; the other slots are numbered anew."""
-    counts: dict[Kind, int] = {}
+    counts: dict[Modality, int] = {}
     spelt: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, Text):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError, PromptError
 
 FOLDER = Path(__file__).with_name("templates")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.errors import ChatBridgeError, CheckpointError, ConfigError, DataError, TrainingError
+from lavis_chatbridge.files import atomic_file
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.checkpoint import written_with
 from lavis_chatbridge.runners import (
@@ -45,7 +46,6 @@ from lavis_chatbridge.runners.settings import RunSettings, parse_run
 from lavis_chatbridge.runners.signals import Watch, user_signal_outlived
 from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult, TrainStep, autocast
-from lavis_chatbridge.writing import whole_file
 
 _log = logging.getLogger(__name__)
 
@@ -535,7 +535,7 @@ class ChatBridgeRunner(RunnerBase):
         metadata = {"step": str(self.state.best_step if best else self.state.step), **written_with(weights)}
         metadata |= checkpoints.adapters_metadata(lora.describe(self.model))
         try:
-            with whole_file(target) as partial:
+            with atomic_file(target) as partial:
                 save_file(weights, partial, metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"cannot write {target}: {checkpoints.cause(error)}") from error

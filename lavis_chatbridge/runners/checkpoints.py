@@ -32,8 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
+from lavis_chatbridge.files import read_json, share, sync, write_json
 from lavis_chatbridge.models.checkpoint import written_with
-from lavis_chatbridge.writing import read_json, share, sync, write_json
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from lavis_chatbridge.datasets.features import FeatureStore, build_features
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.processors.loading import load_processors
-from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.schema import Sample
@@ -65,7 +65,7 @@ def fill(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings
             "run.feature_cache needs a folder, ChatBridge and this package's data sets; else leave it null"
         )
     loaded = load_processors(preprocess)
-    processors: dict[str, Any] = {kind: loaded[kind]["eval"] for kind in KINDS}
+    processors: dict[str, Any] = {kind: loaded[kind]["eval"] for kind in MODALITIES}
     with distributed.together(), torch.no_grad():
         store = build_features(
             model,

@@ -21,10 +21,10 @@ from time import monotonic, sleep
 from typing import Any
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.files import read_json
 from lavis_chatbridge.runners import checkpoints, distributed
 from lavis_chatbridge.runners.progress import LOG
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.writing import read_json
 
 _log = logging.getLogger(__name__)
 

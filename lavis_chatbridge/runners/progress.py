@@ -18,11 +18,11 @@ from typing import Any, Protocol, TextIO
 import torch
 
 from lavis_chatbridge.errors import ConfigError, MissingExtraError, TrainingError
+from lavis_chatbridge.files import append_lines, write_text
 from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult
-from lavis_chatbridge.writing import append_lines, write_text
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"

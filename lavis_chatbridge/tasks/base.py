@@ -17,9 +17,9 @@ from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
+from lavis_chatbridge.files import write_json
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 from lavis_chatbridge.tasks.splits import EvaluationSplit
-from lavis_chatbridge.writing import write_json
 
 
 class ChatBridgeTask(BaseTask):

@@ -15,13 +15,13 @@ from lavis.common.registry import registry
 from torch import nn
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.files import write_json
 from lavis_chatbridge.prompting.pieces import Piece, Text, context_of
 from lavis_chatbridge.tasks import metrics
 from lavis_chatbridge.tasks.base import ChatBridgeTask, merge, result_dir
 from lavis_chatbridge.tasks.journal import JOURNAL, Journal, key_of, model_mark, writable
 from lavis_chatbridge.tasks.scoring.records import announce, scores_or_fault, versions
 from lavis_chatbridge.tasks.settings import EvaluationSettings
-from lavis_chatbridge.writing import write_json
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def _prompt(source: Any, index: int) -> str:
 
 
 def _processing(source: Any) -> dict[str, str]:
-    """Kind -> the version of the processor that prepares it."""
+    """Modality -> the version of the processor that prepares it."""
     processors = getattr(source, "processors", {})
     return {kind: str(getattr(processor, "version", "")) for kind, processor in sorted(processors.items())}
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.writing import append_lines
+from lavis_chatbridge.files import append_lines
 
 _log = logging.getLogger(__name__)
 _VALUES_PER_TENSOR = 64

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.tasks.scoring.names import METRICS, NORMALISATION_NAMES
 
 MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
@@ -61,7 +61,7 @@ class EvaluationSettings:
     """Keep the journal of predictions after the scores are written, so that the same run takes them from there."""
     media: MediaMode = "normal"
     """``shuffled`` gives every sample another sample's media, ``withheld`` none: does the model really use them?"""
-    media_kinds: list[Kind] = field(default_factory=lambda: list(KINDS))
+    media_kinds: list[Modality] = field(default_factory=lambda: list(MODALITIES))
     """The kinds of media which ``media`` concerns; the others stay as they are."""
 
     def check(self) -> Iterable[str]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.prompting.pieces import Kind, Piece, Slot
+from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot
 from lavis_chatbridge.tasks.settings import MediaMode
 
 _TRIES = 16
@@ -25,7 +25,7 @@ class Source(Protocol):
     """What this module needs of a data set's source."""
 
     name: str
-    kinds: Collection[Kind]
+    kinds: Collection[Modality]
 
     def __len__(self) -> int:
         """How many samples it has."""
@@ -48,7 +48,7 @@ class EvaluationSource:
         seed: Of the shuffling.
     """
 
-    def __init__(self, source: Source, mode: MediaMode, kinds: Sequence[Kind], seed: int = 0) -> None:
+    def __init__(self, source: Source, mode: MediaMode, kinds: Sequence[Modality], seed: int = 0) -> None:
         self.source, self.mode, self.kinds, self.seed = source, mode, tuple(kinds), seed
         self.name = source.name
 
@@ -118,7 +118,7 @@ class EvaluationSplit:
     """
 
     def __init__(
-        self, sources: Sequence[Source], mode: MediaMode = "normal", kinds: Sequence[Kind] = (), seed: int = 0
+        self, sources: Sequence[Source], mode: MediaMode = "normal", kinds: Sequence[Modality] = (), seed: int = 0
     ) -> None:
         concerned = [source for source in sources if mode == "normal" or set(source.kinds).intersection(kinds)]
         if sources and not concerned:
@@ -134,6 +134,6 @@ def _kinds(files: Sequence[tuple]) -> Counter[str]:
     return Counter(kind for kind, *_ in files)
 
 
-def without(pieces: Sequence[Piece], kinds: Sequence[Kind]) -> list[Piece]:
+def without(pieces: Sequence[Piece], kinds: Sequence[Modality]) -> list[Piece]:
     """A prompt without the slots of some kinds."""
     return [piece for piece in pieces if not (isinstance(piece, Slot) and piece.kind in kinds)]

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, language, pictures, sounds
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, TRIPLES, Scene, all_scenes, scenes
@@ -41,15 +41,19 @@ VERSION = 2
 
 SPLITS = ("train", "test", "heldout")
 CAPTIONS_PER_MEDIUM = 3
-_FOLDERS: dict[Kind, str] = {"image": "images", "video": "videos", "audio": "sounds"}
-_SUFFIXES: dict[Kind, tuple[tuple[str, ...], tuple[int, ...]]] = {
+_FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "sounds"}
+_SUFFIXES: dict[Modality, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "image": (("png", "jpg"), (40, 60)),
     "video": (("mp4",), (1,)),
     "audio": (("wav", "flac", "mp3"), (79, 20, 1)),
 }
 _TRACK_SHARE = 0.25
-_PARTNERS: dict[Kind, tuple[Kind, ...]] = {"image": ("audio",), "video": ("audio",), "audio": ("image", "video")}
-_SEEN = {kind: [scene for scene in all_scenes(kind) if not scene.held_out] for kind in KINDS}
+_PARTNERS: dict[Modality, tuple[Modality, ...]] = {
+    "image": ("audio",),
+    "video": ("audio",),
+    "audio": ("image", "video"),
+}
+_SEEN = {kind: [scene for scene in all_scenes(kind) if not scene.held_out] for kind in MODALITIES}
 _QUESTIONS_ABOUT_TWO = 4
 _INFO = "world.json"
 
@@ -132,8 +136,8 @@ def is_world(folder: str | Path) -> bool:
 def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
     """Every file of the world and the pairs of the joint test; the same for the same arguments."""
     items: list[Item] = []
-    train: dict[Kind, int] = {"image": sizes.images, "video": sizes.videos, "audio": sizes.sounds}
-    for kind in KINDS:
+    train: dict[Modality, int] = {"image": sizes.images, "video": sizes.videos, "audio": sizes.sounds}
+    for kind in MODALITIES:
         for split, count in zip(SPLITS, (train[kind], sizes.test, sizes.heldout), strict=True):
             drawn = scenes(kind, split == "heldout", seed * len(SPLITS) + SPLITS.index(split))
             items += [Item(_path(kind, split, i, seed), split, i, next(drawn)) for i in range(count)]
@@ -148,7 +152,9 @@ def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
 
 def render(item: Item, seed: int) -> bytes:
     """The bytes of an item's file."""
-    rng = np.random.default_rng([seed, KINDS.index(item.scene.kind), (*SPLITS, "joint").index(item.split), item.number])
+    rng = np.random.default_rng(
+        [seed, MODALITIES.index(item.scene.kind), (*SPLITS, "joint").index(item.split), item.number]
+    )
     suffix = item.path.rsplit(".", 1)[1]
     if item.scene.kind == "image":
         return pictures.encode(pictures.render(item.scene, rng), suffix, rng)
@@ -192,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
 # --- The plan ---
 
 
-def _path(kind: Kind, split: str, number: int, seed: int) -> str:
+def _path(kind: Modality, split: str, number: int, seed: int) -> str:
     suffixes, weights = _SUFFIXES[kind]
     suffix = random.Random(f"{seed}/{kind}/{split}/{number}/suffix").choices(suffixes, weights)[0]
     return f"{_FOLDERS[kind]}/{split}/{number:05d}.{suffix}"
@@ -200,7 +206,7 @@ def _path(kind: Kind, split: str, number: int, seed: int) -> str:
 
 def _joint_scenes(seed: int) -> Iterator[tuple[Scene, Scene]]:
     """A picture or (every other time) a clip with a sound, all of combinations that training sees one by one."""
-    drawn = {kind: scenes(kind, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for kind in KINDS}
+    drawn = {kind: scenes(kind, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for kind in MODALITIES}
     while True:
         yield next(drawn["image"]), next(drawn["audio"])
         yield next(drawn["video"]), next(drawn["audio"])
@@ -258,7 +264,7 @@ def _worker() -> None:
 
 def _annotate(draft: Path, items: Iterable[Item], pairs: Iterable[Pair], seed: int) -> dict[str, int]:
     """Write all annotation files; returns how many samples each holds."""
-    files: dict[str, list[Sample]] = {f"{kind}_{split}": [] for kind in KINDS for split in SPLITS}
+    files: dict[str, list[Sample]] = {f"{kind}_{split}": [] for kind in MODALITIES for split in SPLITS}
     files |= {f"instruct_{name}": [] for name in files}
     files |= {"joint_test": [], "joint_words": []}
     for item in items:
@@ -366,7 +372,7 @@ def _vocabulary() -> dict[str, Any]:
         kind: sorted(
             {tuple(scene.facts[name] for name in TRIPLES[kind]) for scene in all_scenes(kind) if scene.held_out}
         )
-        for kind in KINDS
+        for kind in MODALITIES
     }
     return {"attributes": ATTRIBUTES, "held_out": held_out}
 

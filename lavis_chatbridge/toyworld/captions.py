@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 import re
 
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 
-CAPTIONS: dict[Kind, tuple[str, ...]] = {
+CAPTIONS: dict[Modality, tuple[str, ...]] = {
     "image": (
         "a {size} {colour} {shape} {where}",
         "a {colour} {shape} of {size} size {where}",
@@ -40,7 +40,11 @@ CAPTIONS: dict[Kind, tuple[str, ...]] = {
 }
 """The wordings of a caption, per kind; ``{where}`` and ``{act}`` hold the place and the motion."""
 
-SHORT: dict[Kind, str] = {"image": "a {colour} {shape}", "video": "a {colour} {shape}", "audio": "a {pitch} {timbre}"}
+SHORT: dict[Modality, str] = {
+    "image": "a {colour} {shape}",
+    "video": "a {colour} {shape}",
+    "audio": "a {pitch} {timbre}",
+}
 """The one wording of a thing in short, so that a question for it has one right answer."""
 
 _WHERE = {
@@ -90,7 +94,7 @@ def with_articles(sentence: str) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", sentence)
 
 
-def facts_in(text: str, kind: Kind) -> dict[str, str]:
+def facts_in(text: str, kind: Modality) -> dict[str, str]:
     """The attributes of which ``text`` names exactly one value, and that value.
 
     An attribute is missing where the text names none of its values, or several.

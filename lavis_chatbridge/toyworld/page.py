@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 
 WIDTH, HEIGHT, MARGIN = 640, 220, 44
 
@@ -37,7 +37,7 @@ svg { max-width: 100%; height: auto; } svg text { fill: currentColor; font-size:
 class Example:
     """One medium or several, what the model said, and what is true."""
 
-    media: tuple[tuple[Kind, Path], ...]
+    media: tuple[tuple[Modality, Path], ...]
     said: str
     truth: str
     right: bool
@@ -121,7 +121,7 @@ def _card(example: Example) -> str:
     return f"<li>{media}{asked}{said}<p>Truth: {_text(example.truth)} ({verdict})</p></li>"
 
 
-def _medium(kind: Kind, path: Path) -> str:
+def _medium(kind: Modality, path: Path) -> str:
     guessed = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     data = f"data:{guessed};base64,{base64.b64encode(path.read_bytes()).decode()}"
     if kind == "image":

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lavis_chatbridge.files import share
 from lavis_chatbridge.models.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.vision import VisionConfig, build_vision
 from lavis_chatbridge.toyworld import pools
 from lavis_chatbridge.toyworld.pools import Batch
 from lavis_chatbridge.toyworld.world import ATTRIBUTES
-from lavis_chatbridge.writing import share
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.toyworld.captions import short
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 
 QuestionKind: TypeAlias = Literal["name", "compose", "match", "compare", "conditional"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = ("name", "compose", "match", "compare", "conditional")
 
-NOUNS: dict[Kind, tuple[str, ...]] = {
+NOUNS: dict[Modality, tuple[str, ...]] = {
     "image": ("picture", "image"),
     "video": ("clip", "video"),
     "audio": ("sound", "audio"),

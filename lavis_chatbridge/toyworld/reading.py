@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lavis_chatbridge.prompting import Piece, Slot, Turn, alignment_prompt, chat_prompt
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.toyworld.language import (
     QUESTION_KINDS,
     Question,
@@ -30,7 +30,7 @@ from lavis_chatbridge.toyworld.language import (
 )
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 
-_PAIRS: tuple[tuple[Kind, Kind], ...] = (("image", "audio"), ("video", "audio"))
+_PAIRS: tuple[tuple[Modality, Modality], ...] = (("image", "audio"), ("video", "audio"))
 """The pairs that the joint test asks about; other pairs are read less often."""
 
 _NAMING = (1, 1, 1, 1, 0, 0, 0, 0)
@@ -59,7 +59,7 @@ NAMING = Level(None, _NAMING)
 """All values, and nothing to judge: read beside the first levels."""
 
 
-def draw_scene(kind: Kind, rng: random.Random, values: int | None = None) -> Scene:
+def draw_scene(kind: Modality, rng: random.Random, values: int | None = None) -> Scene:
     """A thing with random values, each among the first ``values`` (at least two) of its attribute's list."""
     count = None if values is None else max(values, 2)
     return Scene(kind, tuple((name, rng.choice(words[:count])) for name, words in ATTRIBUTES[kind].items()))
@@ -75,7 +75,7 @@ def passage(rng: random.Random, level: Level) -> list[Piece]:
 
 def captioned(rng: random.Random) -> list[Piece]:
     """A stage-1 prompt in words; now and then a caption of nothing, so that the model knows what captions are like."""
-    scene = draw_scene(rng.choice(KINDS), rng)
+    scene = draw_scene(rng.choice(MODALITIES), rng)
     if rng.random() < 0.1:
         return alignment_prompt((), caption(scene, rng))
     prompt = alignment_prompt((scene.kind,), caption(scene, rng))
@@ -99,7 +99,7 @@ def talk(rng: random.Random, level: Level, things: int) -> list[Piece]:
 
 def slots_for(scenes: Sequence[Scene]) -> dict[Slot, Scene]:
     """The slots that a prompt numbers for these media, in order."""
-    counts: dict[Kind, int] = {}
+    counts: dict[Modality, int] = {}
     slots = {}
     for scene in scenes:
         slots[Slot(scene.kind, counts.get(scene.kind, 0))] = scene
@@ -107,14 +107,14 @@ def slots_for(scenes: Sequence[Scene]) -> dict[Slot, Scene]:
     return slots
 
 
-def _kinds(rng: random.Random, things: int) -> list[Kind]:
+def _kinds(rng: random.Random, things: int) -> list[Modality]:
     if things == 1:
-        return [rng.choice(KINDS)]
+        return [rng.choice(MODALITIES)]
     if rng.random() < 0.6:
         kinds = list(rng.choice(_PAIRS))
         rng.shuffle(kinds)
         return kinds
-    return [rng.choice(KINDS), rng.choice(KINDS)]
+    return [rng.choice(MODALITIES), rng.choice(MODALITIES)]
 
 
 def _question(scenes: Sequence[Scene], rng: random.Random, level: Level) -> Question:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.files import write_text
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.toyworld.page import Curve, Example, Page, render
-from lavis_chatbridge.writing import write_text
 
 STARTED = ".started"
 SHUFFLED = "_shuffled_image_video_audio"
@@ -116,14 +116,16 @@ def _stage1(folder: Path) -> dict[str, dict[str, float]]:
             "shuffled": shuffled[kind]["attribute_accuracy"],
             "text_prior": seen[kind]["text_prior"],
         }
-        for kind in KINDS
+        for kind in MODALITIES
     }
 
 
 def _stage2(folder: Path) -> dict[str, dict[str, float]]:
     seen = _by_kind(folder / "stage2_scores", "test")
     held_out = _by_kind(folder / "stage2_scores", "heldout")
-    return {kind: {"accuracy": seen[kind]["exact_match"], "heldout": held_out[kind]["exact_match"]} for kind in KINDS}
+    return {
+        kind: {"accuracy": seen[kind]["exact_match"], "heldout": held_out[kind]["exact_match"]} for kind in MODALITIES
+    }
 
 
 def _joint(folder: Path) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def _is_right(record: Mapping[str, Any]) -> bool:
     return all(value in words for value in record["facts"].values())
 
 
-def _by_kind(run: Path, split: str, media: str = "") -> dict[Kind, dict[str, Any]]:
+def _by_kind(run: Path, split: str, media: str = "") -> dict[Modality, dict[str, Any]]:
     """The metrics of a split by the kind of medium, which the samples' ids begin with."""
     by_source = json.loads(_result(run, f"{split}{media}", "_metrics.json").read_text())["by_source"]
     kinds = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split, media)}
@@ -189,7 +191,7 @@ def _page(folder: Path, world: Path, report: Mapping[str, Any]) -> Page:
     if "joint" in report:
         _add_joint(page, report["joint"])
         page.galleries.append(("Seen and heard together", _joint_examples(folder, world)))
-    for kind in KINDS:
+    for kind in MODALITIES:
         page.galleries.append((f"Captions after stage 1: {kind}", _examples(folder, world, kind)))
     if report["seconds"] is not None:
         page.notes.append(f"Everything on this page took {report['seconds']:.0f} seconds to build, train and score.")
@@ -214,7 +216,7 @@ def _losses(log: Path) -> tuple[tuple[float, float], ...]:
     return tuple(points)
 
 
-def _examples(folder: Path, world: Path, kind: Kind) -> list[Example]:
+def _examples(folder: Path, world: Path, kind: Modality) -> list[Example]:
     """The first few captions of new renderings and of held-out combinations."""
     examples = []
     for split in ("test", "heldout"):
@@ -237,13 +239,13 @@ def _question(prompt: str) -> str:
     return prompt.rsplit("Human:", 1)[-1].replace("###Assistant:", "").strip()
 
 
-def _example(record: Mapping[str, Any], media: tuple[tuple[Kind, Path], ...], asked: str) -> Example:
+def _example(record: Mapping[str, Any], media: tuple[tuple[Modality, Path], ...], asked: str) -> Example:
     answers = record.get("answers")
     truth = answers[0] if answers else ", ".join(record["facts"].values())
     return Example(media, record["prediction"], truth, _is_right(record), asked)
 
 
-def _media(world: Path, name: str) -> dict[str, tuple[tuple[Kind, Path], ...]]:
+def _media(world: Path, name: str) -> dict[str, tuple[tuple[Modality, Path], ...]]:
     """Sample id to its media, read from an annotation file of the world."""
     rows = (json.loads(line) for line in (world / "annotations" / f"{name}.jsonl").read_text().splitlines())
     return {row["id"]: tuple((medium["type"], world / medium["path"]) for medium in row["media"]) for row in rows}

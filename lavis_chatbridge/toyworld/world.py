@@ -10,9 +10,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 
-ATTRIBUTES: dict[Kind, dict[str, tuple[str, ...]]] = {
+ATTRIBUTES: dict[Modality, dict[str, tuple[str, ...]]] = {
     "image": {
         "shape": ("circle", "square", "triangle", "star", "cross", "ring"),
         "colour": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
@@ -32,7 +32,7 @@ ATTRIBUTES: dict[Kind, dict[str, tuple[str, ...]]] = {
 }
 """The values of every attribute, per kind of medium."""
 
-TRIPLES: dict[Kind, tuple[str, str, str]] = {
+TRIPLES: dict[Modality, tuple[str, str, str]] = {
     "image": ("shape", "colour", "place"),
     "video": ("shape", "colour", "motion"),
     "audio": ("timbre", "pitch", "pattern"),
@@ -46,7 +46,7 @@ HELD_OUT_SHARE = 0.12
 class Scene:
     """The truth about one medium: its kind, and a value for each attribute of that kind."""
 
-    kind: Kind
+    kind: Modality
     values: tuple[tuple[str, str], ...]
 
     @property
@@ -60,13 +60,13 @@ class Scene:
         return tuple(self.facts[name] for name in TRIPLES[self.kind]) in _HELD_OUT[self.kind]
 
 
-def all_scenes(kind: Kind) -> list[Scene]:
+def all_scenes(kind: Modality) -> list[Scene]:
     """Every combination of attribute values of a kind, in a fixed order."""
     names = ATTRIBUTES[kind]
     return [Scene(kind, tuple(zip(names, values, strict=True))) for values in itertools.product(*names.values())]
 
 
-def scenes(kind: Kind, held_out: bool, seed: int) -> Iterator[Scene]:
+def scenes(kind: Modality, held_out: bool, seed: int) -> Iterator[Scene]:
     """Endless scenes of one split, each combination equally often, shuffled anew in every round."""
     pool = [scene for scene in all_scenes(kind) if scene.held_out == held_out]
     order = random.Random(f"{kind}/{held_out}/{seed}")
@@ -75,7 +75,7 @@ def scenes(kind: Kind, held_out: bool, seed: int) -> Iterator[Scene]:
         yield from pool
 
 
-def _hold_out(kind: Kind) -> frozenset[tuple[str, ...]]:
+def _hold_out(kind: Modality) -> frozenset[tuple[str, ...]]:
     """A fixed share of a kind's triples, spread so that no pair of values is missing from what remains."""
     pool = list(itertools.product(*(ATTRIBUTES[kind][name] for name in TRIPLES[kind])))
     random.Random(f"held out {kind}").shuffle(pool)
@@ -88,4 +88,4 @@ def _hold_out(kind: Kind) -> frozenset[tuple[str, ...]]:
     return frozenset(chosen)
 
 
-_HELD_OUT: dict[Kind, frozenset[tuple[str, ...]]] = {kind: _hold_out(kind) for kind in ATTRIBUTES}
+_HELD_OUT: dict[Modality, frozenset[tuple[str, ...]]] = {kind: _hold_out(kind) for kind in ATTRIBUTES}

@@ -24,10 +24,10 @@ def test_the_gpu_benchmark_runs_through(gpu: Any, tmp_path: Path, capsys: pytest
     table = written.read_text(encoding="utf-8")
     assert capsys.readouterr().out == table
     rows = [re.split(r" *\| *", line.strip("| ")) for line in table.splitlines() if re.match(r"\| \w", line)]
-    assert [row[:2] for row in rows if row[0] in gpu.KINDS] == [[k, b] for k in gpu.KINDS for b in ("2", "4")]
+    assert [row[:2] for row in rows if row[0] in gpu.MODALITIES] == [[k, b] for k in gpu.MODALITIES for b in ("2", "4")]
     assert [row[1] for row in rows if row[0] == "2"] == ["dynamic", "static"]
     for row in rows:
-        if row[0] in gpu.KINDS:
+        if row[0] in gpu.MODALITIES:
             assert float(row[2]) > 0
             assert float(row[6]) > 0
             assert 5 < float(row[-2]) < 8  # near the logarithm of a vocabulary of 640

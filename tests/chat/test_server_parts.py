@@ -21,8 +21,8 @@ from lavis_chatbridge.chat.server.folder import RequestFolder
 from lavis_chatbridge.chat.server.metrics import Metrics
 from lavis_chatbridge.chat.server.requests import Attachment, read_request
 from lavis_chatbridge.chat.server.settings import ServerSettings
+from lavis_chatbridge.config import checked
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.settings import checked
 
 PRIVATE = {
     "this machine": ("127.0.0.1", "127.8.8.8", "0.0.0.0", "::1", "::"),

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from lavis_chatbridge.chat import Sampling, Session
-from lavis_chatbridge.prompting import Kind
+from lavis_chatbridge.prompting import Modality
 from lavis_chatbridge.toyworld import clips, language, pictures, sounds
 from lavis_chatbridge.toyworld.world import Scene, scenes
 
 TALKS = 8
-FIVE: dict[str, tuple[Kind, ...]] = {
+FIVE: dict[str, tuple[Modality, ...]] = {
     "audio+video": ("video", "audio"),
     "audio+image": ("image", "audio"),
     "image": ("image",),
@@ -55,14 +55,14 @@ def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[
     return found
 
 
-def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[Kind, bytes]]:
+def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[Modality, bytes]]:
     """The media as files; a sound beside a video is the video's own track."""
     kinds = tuple(one.kind for one in scene)
     if kinds == ("video", "audio"):
         clip = clips.render(scene[0], rng)
         seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
         return [("video", clips.encode(clip, rng, sounds.render(scene[1], rng, seconds, rate=16_000)))]
-    files: list[tuple[Kind, bytes]] = []
+    files: list[tuple[Modality, bytes]] = []
     for one in scene:
         if one.kind == "image":
             files.append(("image", pictures.encode(pictures.render(one, rng), "png", rng)))
@@ -74,7 +74,7 @@ def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[K
 
 
 @pytest.mark.parametrize("kinds", FIVE.values(), ids=FIVE)
-def test_the_answers_are_right(model: Session, kinds: tuple[Kind, ...]):
+def test_the_answers_are_right(model: Session, kinds: tuple[Modality, ...]):
     drawn = [scenes(kind, False, 4211) for kind in kinds]
     found = []
     for number in range(TALKS):

@@ -35,7 +35,7 @@ QUESTIONS = {
     "both": ["what is the colour of the video and the pitch of the sound?", "what is the pitch of the sound?"],
     "track": ["what is the pitch of the sound?", "what is the colour of the video?"],
 }
-KINDS = {
+MODALITIES = {
     "image": ("image",),
     "video": ("video",),
     "audio": ("audio",),
@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Media of the embedded world, lmms-eval's tasks about them, and the same questions as our samples."""
     root = tmp_path_factory.mktemp("world")
     (root / "utils.py").write_text(UTILS)
-    for name, kinds in KINDS.items():
+    for name, kinds in MODALITIES.items():
         drawn = [scenes(kind, False, 77) for kind in kinds]
         docs, samples = [], []
         for number in range(COUNT):
@@ -128,7 +128,7 @@ def ours(world: Path) -> dict[str, list[str]]:
     found = {}
     chosen = ["run.inference_method=rank", f"run.answer_list={world / 'choices.json'}", "run.length_penalty=1.0"]
     with Session() as session:
-        for name in [*KINDS, "image_choice"]:
+        for name in [*MODALITIES, "image_choice"]:
             config = world / f"ours_{name}.yaml"
             config.write_text(
                 "model: {arch: chatbridge, model_type: tiny}\n"

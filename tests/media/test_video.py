@@ -35,7 +35,7 @@ def decoded_fully(data: bytes) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-KINDS: dict[str, dict[str, Any]] = {
+MODALITIES: dict[str, dict[str, Any]] = {
     "mp4": {},
     "mp4 with sound": {"sound": tone(1.2, 48_000)},
     "mp4, one group": {"gop": 250, "b_frames": 3, "options": {"x264-params": "b-pyramid=normal"}},
@@ -53,11 +53,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODALITIES)
 def test_chosen_frames_equal_those_of_a_full_decoding(kind: str) -> None:
-    if KINDS[kind].get("codec", "libx264") not in av.codecs_available:
+    if MODALITIES[kind].get("codec", "libx264") not in av.codecs_available:
         pytest.skip("this build of FFmpeg cannot make such a video")
-    data = video_file(40, **KINDS[kind])
+    data = video_file(40, **MODALITIES[kind])
     every = decoded_fully(data)
     rng = np.random.default_rng(3)
     counts: list[int] = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_chatbridge import settings as settings_reader
+from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.settings import LanguageModelSettings

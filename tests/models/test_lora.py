@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavis_chatbridge import settings as settings_reader
+from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.chatbridge import ChatBridge

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.vision import VisionConfig, build_vision, fit_positions
-from lavis_chatbridge.settings import parse
 
 SMALL = VisionConfig(image_size=28, patch_size=14, width=32, depth=2, heads=4)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.multis.annotation import Annotation, from_json
 from lavis_chatbridge.multis.check import Checker, CheckSettings, check

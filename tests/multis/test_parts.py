@@ -14,7 +14,7 @@ from lavis_chatbridge.multis.annotation import AnnotationIndex, describe, from_j
 from lavis_chatbridge.multis.duplicates import NearDuplicates
 from lavis_chatbridge.multis.journal import Journal, read_journal
 from lavis_chatbridge.multis.limits import Budget, bound_tokens, estimate_tokens, price_of
-from lavis_chatbridge.multis.prompts import DATA_KINDS, MODALITIES, PromptBook
+from lavis_chatbridge.multis.prompts import DATA_KINDS, MEDIA_KINDS, PromptBook
 from lavis_chatbridge.multis.things import Things
 
 CLIP = {
@@ -157,8 +157,8 @@ def test_prices_are_found_by_the_longest_prefix(tmp_path: Path) -> None:
 
 def test_every_kind_and_modality_has_three_examples_and_a_prompt() -> None:
     book = PromptBook()
-    media = {m: [{"type": kind, "path": "x"} for kind in m.split("+")] for m in MODALITIES}
-    for modality in MODALITIES:
+    media = {m: [{"type": kind, "path": "x"} for kind in m.split("+")] for m in MEDIA_KINDS}
+    for modality in MEDIA_KINDS:
         for kind in DATA_KINDS:
             assert len(book.examples(kind, modality)) >= 3
             annotation = from_json({"id": "x", "media": media[modality], "captions": ["A dog {runs}."]})

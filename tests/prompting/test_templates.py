@@ -17,7 +17,7 @@ from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.prompting.templates import QUESTION, STYLE, Templates
 
 SNAPSHOT = Path(__file__).with_name("templates_snapshot.json")
-KINDS = ("image", "video", "audio", "video_audio")
+MODALITIES = ("image", "video", "audio", "video_audio")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def templates():
 
 
 def test_sixteen_tasks_with_ten_to_fifteen_wordings_each(templates):
-    tasks = {f"{kind}_{task}" for kind in KINDS for task in ("caption", "qa", "detail", "reasoning")}
+    tasks = {f"{kind}_{task}" for kind in MODALITIES for task in ("caption", "qa", "detail", "reasoning")}
     assert tasks == set(templates.tasks)
     for task in tasks:
         entry = templates[task]

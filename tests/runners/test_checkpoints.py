@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
+from lavis_chatbridge.files import SHARED
 from lavis_chatbridge.models import shapes
 from lavis_chatbridge.models.language_model import load_codec
 from lavis_chatbridge.models.weights_command import model_settings
 from lavis_chatbridge.runners import checkpoints, distributed, snapshot
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
-from lavis_chatbridge.writing import SHARED
 from tests.fuzzing.weights import assert_same_state, run_state, with_manifest
 from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, in_processes, preloaded, runner, toy_data, weights
 

@@ -9,7 +9,7 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.models.base_model import BaseModel
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
@@ -30,11 +30,11 @@ def yaml_of(tmp_path, monkeypatch):
     data.write_text("datasets: {toy_data: {data_type: images, batch: 3}}\n")
 
     class Model(BaseModel):
-        PRETRAINED_MODEL_CONFIG_DICT = {"small": str(small), "large": str(large)}  # noqa: RUF012
+        PRETRAINED_MODEL_CONFIG_DICT = {"small": str(small), "large": str(large)}
         DEFAULT_MODEL_TYPE = "small"
 
     class Builder(BaseDatasetBuilder):
-        DATASET_CONFIG_DICT = {"default": str(data)}  # noqa: RUF012
+        DATASET_CONFIG_DICT = {"default": str(data)}
 
         @classmethod
         def check_config(cls, cfg, where):

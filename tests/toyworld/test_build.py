@@ -11,7 +11,7 @@ import pytest
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.media import open_audio, open_image, open_video
-from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.schema import Sample, read_jsonl
 from lavis_chatbridge.toyworld import build
 from lavis_chatbridge.toyworld.build import Sizes, build_world
@@ -36,7 +36,7 @@ def files(world: Path) -> dict[str, bytes]:
 
 def test_counts_are_those_asked_for(world: Path) -> None:
     info = json.loads((world / "world.json").read_text())
-    for kind, train in zip(KINDS, (14, 8, 8), strict=True):
+    for kind, train in zip(MODALITIES, (14, 8, 8), strict=True):
         for split, count in (("train", train), ("test", 5), ("heldout", 4)):
             assert len(samples(world, f"{kind}_{split}")) == count == info["counts"][f"{kind}_{split}"]
     assert len(samples(world, "joint_test")) == 5 * 8
@@ -52,7 +52,7 @@ def test_counts_are_those_asked_for(world: Path) -> None:
 
 def test_every_file_opens(world: Path) -> None:
     openers = {"image": open_image, "video": lambda path: open_video(path, lambda n: range(n)), "audio": open_audio}
-    for kind in KINDS:
+    for kind in MODALITIES:
         for sample in samples(world, f"{kind}_train"):
             assert openers[kind](sample.media[0].path).size > 0
     for sample in samples(world, "joint_test"):
@@ -60,14 +60,14 @@ def test_every_file_opens(world: Path) -> None:
             assert openers[medium.kind](medium.path).size > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODALITIES)
 def test_captions_state_the_facts(world: Path, kind) -> None:
     for sample in samples(world, f"{kind}_train") + samples(world, f"{kind}_heldout"):
         assert len(set(sample.captions)) == build.CAPTIONS_PER_MEDIUM
         assert all(facts_in(caption, kind) == sample.facts for caption in sample.captions)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODALITIES)
 def test_held_out_combinations_occur_only_in_their_split(world: Path, kind) -> None:
     def triples(split: str) -> set[tuple[str, ...]]:
         return {tuple(s.facts[name] for name in TRIPLES[kind]) for s in samples(world, f"{kind}_{split}")}
@@ -78,7 +78,7 @@ def test_held_out_combinations_occur_only_in_their_split(world: Path, kind) -> N
 
 
 def test_questions_have_their_answers(world: Path) -> None:
-    for kind in KINDS:
+    for kind in MODALITIES:
         for sample in samples(world, f"instruct_{kind}_test"):
             assert sample.turns[1].text == sample.answers[0] == sample.facts[sample.meta["attribute"]]
         for sample in samples(world, f"instruct_{kind}_train"):
@@ -102,7 +102,7 @@ def test_nothing_in_training_joins_two_media(world: Path) -> None:
 
 
 def test_words_stand_in_for_a_second_medium_in_training(world: Path) -> None:
-    for kind in KINDS:
+    for kind in MODALITIES:
         both = [sample for sample in samples(world, f"instruct_{kind}_train") if len(sample.media) == 2]
         assert len(both) == len(samples(world, f"{kind}_train"))
         for sample in both:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from lavis_chatbridge.prompting import Slot, Text, Turn, alignment_prompt, chat_prompt
-from lavis_chatbridge.prompting.pieces import KINDS, Kind
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.toyworld.captions import CAPTIONS, SHORT, fill
 from lavis_chatbridge.toyworld.language import (
     NOUNS,
@@ -34,12 +34,12 @@ from lavis_chatbridge.toyworld.language import (
 from lavis_chatbridge.toyworld.reading import Level, draw_scene, passage, slots_for
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene, all_scenes
 
-SCENES: dict[Kind, list[Scene]] = {kind: all_scenes(kind) for kind in KINDS}
-PAIRS: list[tuple[Kind, Kind]] = list(itertools.product(KINDS, KINDS))
+SCENES: dict[Modality, list[Scene]] = {kind: all_scenes(kind) for kind in MODALITIES}
+PAIRS: list[tuple[Modality, Modality]] = list(itertools.product(MODALITIES, MODALITIES))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_caption_of_every_scene_reads_back(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", MODALITIES)
+def test_every_caption_of_every_scene_reads_back(kind: Modality) -> None:
     rng = random.Random(0)
     for scene in SCENES[kind]:
         texts = [fill(template, scene) for template in CAPTIONS[kind]]
@@ -49,8 +49,8 @@ def test_every_caption_of_every_scene_reads_back(kind: Kind) -> None:
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_short_descriptions_state_only_what_they_name(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", MODALITIES)
+def test_short_descriptions_state_only_what_they_name(kind: Modality) -> None:
     for scene in SCENES[kind]:
         named = {name for name in scene.facts if f"{{{name}}}" in SHORT[kind]}
         assert facts_in(short(scene), kind) == {name: scene.facts[name] for name in named}
@@ -61,7 +61,7 @@ def test_a_caption_that_names_two_values_of_an_attribute_states_neither() -> Non
     assert facts_in("Red? REDDISH.", "image") == {"colour": "red"}
 
 
-def _scenes(kinds: tuple[Kind, ...], rng: random.Random) -> list[Scene]:
+def _scenes(kinds: tuple[Modality, ...], rng: random.Random) -> list[Scene]:
     return [rng.choice(SCENES[kind]) for kind in kinds]
 
 
@@ -148,7 +148,7 @@ class _Reader:
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
 @pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
-def test_joint_answers_are_right(kinds: tuple[Kind, Kind], kind: QuestionKind) -> None:
+def test_joint_answers_are_right(kinds: tuple[Modality, Modality], kind: QuestionKind) -> None:
     rng = random.Random(f"{kinds}/{kind}")
     for _ in range(150):
         scenes = _scenes(kinds, rng)
@@ -161,8 +161,8 @@ def test_joint_answers_are_right(kinds: tuple[Kind, Kind], kind: QuestionKind) -
 
 
 @pytest.mark.parametrize("kind", ["name", "compose", "compare", "conditional"])
-@pytest.mark.parametrize("medium", KINDS)
-def test_answers_about_one_thing_are_right(medium: Kind, kind: QuestionKind) -> None:
+@pytest.mark.parametrize("medium", MODALITIES)
+def test_answers_about_one_thing_are_right(medium: Modality, kind: QuestionKind) -> None:
     rng = random.Random(f"{medium}/{kind}")
     for _ in range(100):
         scenes = _scenes((medium,), rng)
@@ -173,7 +173,7 @@ def test_answers_about_one_thing_are_right(medium: Kind, kind: QuestionKind) -> 
 def test_matching_words_of_one_thing_are_its_own_and_the_others_are_not() -> None:
     rng = random.Random(0)
     for _ in range(200):
-        scene = rng.choice(SCENES[rng.choice(KINDS)])
+        scene = rng.choice(SCENES[rng.choice(MODALITIES)])
         question = alone(scene, rng, "match")
         offered = question.text.rstrip("?").split(": ")[1].split(", ")
         fitting = {word for word in offered if word in scene.facts.values()}
@@ -182,7 +182,7 @@ def test_matching_words_of_one_thing_are_its_own_and_the_others_are_not() -> Non
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
-def test_single_facts_of_two_things(kinds: tuple[Kind, Kind]) -> None:
+def test_single_facts_of_two_things(kinds: tuple[Modality, Modality]) -> None:
     rng = random.Random(f"{kinds}")
     for _ in range(100):
         scenes = _scenes(kinds, rng)
@@ -200,8 +200,8 @@ def test_a_checklist_says_of_each_word_whether_it_fits() -> None:
         assert question.answer == ", ".join(f"{word} {'yes' if word in true else 'no'}" for word in words)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_attribute_questions_ask_for_each_value_once(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", MODALITIES)
+def test_attribute_questions_ask_for_each_value_once(kind: Modality) -> None:
     rng = random.Random(0)
     for scene in SCENES[kind][:50]:
         asked = questions(scene, rng)
@@ -227,7 +227,7 @@ def test_a_curriculum_asks_about_the_first_values_only() -> None:
         scenes = [draw_scene("image", rng, 2), draw_scene("audio", rng, 2)]
         words = set(re.findall(r"\w+", joint(scenes[0], scenes[1], rng, "compare", asked=2).text))
         allowed = {value for kind in ("image", "audio") for values in ATTRIBUTES[kind].values() for value in values[:2]}
-        everything = {value for kind in KINDS for values in ATTRIBUTES[kind].values() for value in values}
+        everything = {value for kind in MODALITIES for values in ATTRIBUTES[kind].values() for value in values}
         assert words & everything <= allowed
 
 
@@ -241,7 +241,7 @@ def test_same_generator_state_same_text() -> None:
 def test_chat_alternates_and_brings_its_medium_once() -> None:
     rng = random.Random(0)
     for _ in range(100):
-        scene = rng.choice(SCENES[rng.choice(KINDS)])
+        scene = rng.choice(SCENES[rng.choice(MODALITIES)])
         turns = chat(scene, rng)
         assert turns[0].media == (scene.kind,)
         assert not any(turn.media for turn in turns[1:])

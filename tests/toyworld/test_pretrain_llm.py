@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lavis_chatbridge.prompting import Text, Turn, chat_prompt, context_of
-from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS, alone, facts_in, terse
 from lavis_chatbridge.toyworld.pretrain_llm import (
     CONTEXT_WEIGHT,
@@ -134,7 +134,7 @@ def test_shipped_model_generates_the_answer_and_its_end(
 ) -> None:
     model, tokenizer = shipped
     rng = random.Random(5)
-    for kind in KINDS:
+    for kind in MODALITIES:
         scene = draw_scene(kind, rng)
         question = alone(scene, rng, "name")
         words = " ".join(scene.facts.values())
@@ -152,7 +152,7 @@ def test_shipped_model_generates_the_answer_and_its_end(
 def test_shipped_model_captions_what_is_described(shipped: Any) -> None:
     model, tokenizer = shipped
     rng = random.Random(3)
-    for kind in KINDS:
+    for kind in MODALITIES:
         scene = draw_scene(kind, rng)
         (context,) = encode([[Text(terse(scene, rng))]], tokenizer)
         ids = torch.tensor([context.ids])

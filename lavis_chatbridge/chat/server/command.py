@@ -17,8 +17,8 @@ from typing import Any
 
 from lavis_chatbridge.chat import options
 from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings
+from lavis_chatbridge.config import checked
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
-from lavis_chatbridge.settings import checked
 
 TOKENS = "CHATBRIDGE_TOKENS"
 """The environment variable that holds bearer tokens, separated by spaces."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from lavis_chatbridge.chat.decoding import Sampling
 from lavis_chatbridge.chat.server.errors import RequestError
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 
-_URL_PARTS: dict[str, Kind] = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
+_URL_PARTS: dict[str, Modality] = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
 _SILENT_FIELDS = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 )
@@ -39,7 +39,7 @@ _MOST_STOPS, _LONGEST_STOP = 4, 100
 class Attachment:
     """A medium of a request: a URL, or (``input_audio``) bare base64 in ``data``."""
 
-    kind: Kind
+    kind: Modality
     url: str = ""
     data: str = ""
     where: str = ""

@@ -8,10 +8,10 @@ import math
 import os
 from collections.abc import Iterator
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, table_rows
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.schema import Sample
-from lavis_chatbridge.settings import shown
 
 _CLOTHO_CAPTIONS = 5
 

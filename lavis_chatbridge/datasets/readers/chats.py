@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import Origin, Row, json_rows, question_sample
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Turn
 from lavis_chatbridge.schema import Medium, Sample
-from lavis_chatbridge.settings import shown
 
 _MARKERS = ("<image>", "<video>", "<audio>")
 _ROLES = {"human": "user", "gpt": "assistant"}

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Turn
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path
-from lavis_chatbridge.settings import shown
 
 _CHUNK = 1 << 20
 _NEAR = 32  # characters: a value that a chunk cuts off fails to decode within these of its end
@@ -30,7 +30,7 @@ class Origin:
         files: What a file is for (``"questions"``) -> its path; a data set with one kind of file calls it ``"file"``,
             several of that kind ``"file0"``, ``"file1"``, ...
         root: The data root.
-        media: Kind -> path under the root, with the fields of a row in braces: ``coco/{image_id:012d}.jpg``.
+        media: Modality -> path under the root, with the fields of a row in braces: ``coco/{image_id:012d}.jpg``.
         options: What else the reader is told.
         allow_outside: Accept media outside the root.
     """
@@ -68,7 +68,7 @@ class Origin:
                     f"{self.source}: media path {pattern!r} does not suit this format's fields "
                     f"({', '.join(f'{k}={shown(v)}' for k, v in fields.items())}): {error}"
                 ) from error
-            found.append(Medium(cast(Kind, kind), media_path(path, self.root, where, self.allow_outside)))
+            found.append(Medium(cast(Modality, kind), media_path(path, self.root, where, self.allow_outside)))
         return tuple(found)
 
 

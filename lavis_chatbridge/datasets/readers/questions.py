@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import (
     Origin,
     Row,
@@ -18,7 +19,6 @@ from lavis_chatbridge.datasets.readers.common import (
 )
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.schema import Sample
-from lavis_chatbridge.settings import shown
 
 _PLACEHOLDER = re.compile(r"<[^<>]*>")
 

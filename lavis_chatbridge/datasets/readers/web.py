@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, json_value, table_rows
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.pieces import Kind
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample
-from lavis_chatbridge.settings import shown
 
 _log = logging.getLogger(__name__)
 
 _LARGEST_TEXT = 1 << 20  # bytes of a caption's member
 _PER_SHARD = 10_000  # img2dataset's default number of rows per shard, which its file names follow
 _MOST_PADDING = 1 << 20  # bytes of zeros behind the end that are looked at
-_KINDS: dict[str, Kind] = {
+_KINDS: dict[str, Modality] = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "image"),
     **dict.fromkeys(("mp4", "m4v", "mov", "avi", "webm", "mkv", "mpg", "mpeg", "flv", "wmv"), "video"),
     **dict.fromkeys(("wav", "flac", "ogg", "opus", "mp3", "m4a", "aac", "aif", "aiff"), "audio"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lavis_chatbridge.config import unknown_key
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.multis.annotators.base import Annotator
 from lavis_chatbridge.multis.annotators.imported import Imported
@@ -19,7 +20,6 @@ from lavis_chatbridge.multis.annotators.models import (
     LavisCaptioner,
     Segmenter,
 )
-from lavis_chatbridge.settings import unknown_key
 
 ANNOTATORS: dict[str, Callable[..., Annotator]] = {
     "blip2": Blip2Captioner,

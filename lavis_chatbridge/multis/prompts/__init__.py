@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from lavis_chatbridge import settings
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.multis.annotation import MODALITIES, Annotation, Modality, describe, from_json
+from lavis_chatbridge.multis.annotation import MEDIA_KINDS, Annotation, MediaKind, describe, from_json
 
 DataKind = Literal["conversation", "detail", "reasoning"]
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
@@ -70,7 +70,7 @@ class Kinds:
 
     def check(self) -> list[str]:
         """What is missing."""
-        faults = [f"modalities.{name} is missing" for name in MODALITIES if name not in self.modalities]
+        faults = [f"modalities.{name} is missing" for name in MEDIA_KINDS if name not in self.modalities]
         return faults + [f"kinds.{name} is missing" for name in DATA_KINDS if name not in self.kinds]
 
 
@@ -87,13 +87,13 @@ class PromptBook:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder else Path(__file__).parent
         self._kinds = settings.parse(Kinds, _load(self.folder / "kinds.yaml"), "kinds")
-        self._seeds: dict[tuple[DataKind, Modality], list[tuple[str, str]]] = {}
+        self._seeds: dict[tuple[DataKind, MediaKind], list[tuple[str, str]]] = {}
         for file in sorted((self.folder / "seeds").glob("*.yaml")):
             self._add_seeds(file)
         short = [
             f"{kind} of {modality} has {len(self._seeds.get((kind, modality), []))}"
             for kind in DATA_KINDS
-            for modality in MODALITIES
+            for modality in MEDIA_KINDS
             if len(self._seeds.get((kind, modality), [])) < MIN_SEEDS
         ]
         if short:
@@ -111,7 +111,7 @@ class PromptBook:
         """How long an answer of this kind may become."""
         return self._kinds.kinds[kind].max_tokens
 
-    def examples(self, kind: DataKind, modality: Modality) -> list[tuple[str, str]]:
+    def examples(self, kind: DataKind, modality: MediaKind) -> list[tuple[str, str]]:
         """All examples: textual description and answer."""
         return self._seeds[kind, modality]
 
@@ -135,7 +135,7 @@ class PromptBook:
             messages += [{"role": "user", "content": description}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": describe(annotation)}]
 
-    def question(self, kind: DataKind, modality: Modality, item: str) -> str:
+    def question(self, kind: DataKind, modality: MediaKind, item: str) -> str:
         """The question that stands before an answer which comes without one (detailed descriptions), fixed per item."""
         questions = (self._kinds.kinds[kind].questions or {}).get(modality)
         if not questions:
@@ -159,7 +159,7 @@ class PromptBook:
                     self._seeds.setdefault((kind, modality), []).append((describe(annotation), answer.strip()))
 
 
-_MODALITY_OF_FILE: dict[str, Modality] = {
+_MODALITY_OF_FILE: dict[str, MediaKind] = {
     "image": "image",
     "video": "video",
     "audio": "audio",
@@ -167,7 +167,7 @@ _MODALITY_OF_FILE: dict[str, Modality] = {
 }
 
 
-def _seed_annotation(values: Mapping[str, Any], modality: Modality, where: str) -> Annotation:
+def _seed_annotation(values: Mapping[str, Any], modality: MediaKind, where: str) -> Annotation:
     media = [{"type": kind, "path": "seed"} for kind in modality.split("+")]
     try:
         return from_json({"id": where, "media": media, **values}, where)

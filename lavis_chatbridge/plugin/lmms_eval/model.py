@@ -16,8 +16,8 @@ from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.plugin.lmms_eval import missing
 from lavis_chatbridge.plugin.lmms_eval.requests import Given, Said, batches, conversation, cut, decoding, question
-from lavis_chatbridge.prompting import Kind, Turn, chat_prompt
-from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting import Modality, Turn, chat_prompt
+from lavis_chatbridge.prompting.pieces import MODALITIES
 
 try:
     from lmms_eval.api.instance import GenerationResult
@@ -75,7 +75,7 @@ class ChatBridge(lmms):
         changes = [f"{key}={value}" for key, value in options.items()]
         self.model, processors = load_model(str(pretrained), changes, device or _own_device())
         self.device = self.model.device
-        self._processors = {kind: processors[kind]["eval"] for kind in KINDS}
+        self._processors = {kind: processors[kind]["eval"] for kind in MODALITIES}
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """An answer to each request."""
@@ -134,10 +134,10 @@ class ChatBridge(lmms):
         number, task, split = request.args[3:6]
         return self.task_dict[task][split][number]
 
-    def _read(self, request: Any) -> tuple[list[Any], dict[Kind, list[Any]]] | None:
+    def _read(self, request: Any) -> tuple[list[Any], dict[Modality, list[Any]]] | None:
         """A request's prompt and its prepared media, by kind; None if a medium cannot be read."""
         try:
-            turns, media = [], {kind: [] for kind in KINDS}  # type: ignore[var-annotated]
+            turns, media = [], {kind: [] for kind in MODALITIES}  # type: ignore[var-annotated]
             for said in self._turns(request):
                 prepared = [(given.kind, medium) for given in said.media if (medium := self._open(given)) is not None]
                 turns.append(Turn(said.role, said.text, tuple(kind for kind, _ in prepared)))
@@ -169,7 +169,7 @@ class ChatBridgeChat(ChatBridge):
 
 def _samples(read: Sequence[Any]) -> dict[str, Any]:
     """A batch as the model takes it."""
-    by_kind: dict[str, Any] = {kind: [media[kind] for _, media in read] for kind in KINDS}
+    by_kind: dict[str, Any] = {kind: [media[kind] for _, media in read] for kind in MODALITIES}
     return {"pieces": [pieces for pieces, _ in read], **by_kind}
 
 

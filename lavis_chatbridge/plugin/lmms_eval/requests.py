@@ -16,8 +16,8 @@ import numpy as np
 
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.source import is_picture
-from lavis_chatbridge.prompting import Kind
-from lavis_chatbridge.prompting.pieces import KINDS
+from lavis_chatbridge.prompting import Modality
+from lavis_chatbridge.prompting.pieces import MODALITIES
 
 MAX_NEW_TOKENS = 128
 """Where a task says nothing; the other models of lmms-eval have the same."""
@@ -32,7 +32,7 @@ _CUTS = ("video_start", "video_end", "start_time", "end_time")
 class Given:
     """One medium: its kind, and what a processor opens. ``track``: a video's own sound, which may be missing."""
 
-    kind: Kind
+    kind: Modality
     source: Any
     track: bool = False
 
@@ -118,8 +118,8 @@ def medium_of(given: Any, kind: str = "", more: Mapping[str, Any] | None = None)
         if inner is None:
             raise MediaError(_named(given), f"a medium with the fields {sorted(given)}, none of which is known")
         named = str(given.get("type") or kind)
-        return medium_of(inner, named if named in KINDS else "")
-    return Given(kind if kind in KINDS else _kind_of(given), given)  # type: ignore[arg-type]
+        return medium_of(inner, named if named in MODALITIES else "")
+    return Given(kind if kind in MODALITIES else _kind_of(given), given)  # type: ignore[arg-type]
 
 
 def heard(media: Iterable[Given]) -> Iterator[Given]:
@@ -181,7 +181,7 @@ def _flat(visuals: Any) -> Iterator[Any]:
         yield visuals
 
 
-def _kind_of(given: Any) -> Kind:
+def _kind_of(given: Any) -> Modality:
     """The kind of a medium that nobody names: by the file's ending, its first bytes, or its form."""
     if isinstance(given, (str, os.PathLike)):
         ending = os.path.splitext(os.fspath(given))[1].lower()

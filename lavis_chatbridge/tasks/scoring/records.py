@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.settings import shown
 from lavis_chatbridge.tasks.scoring import answers, captions
 from lavis_chatbridge.tasks.scoring.names import CAPTION_METRICS, HEADLINES
 

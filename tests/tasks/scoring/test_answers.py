@@ -44,7 +44,7 @@ def test_vqa_accuracy_equals_the_official_evaluator() -> None:
     predictions, answers, groups = make_questions()
 
     class Truth:
-        qa = {  # noqa: RUF012
+        qa = {
             key: {
                 "answers": [
                     {"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(texts)
@@ -59,7 +59,7 @@ def test_vqa_accuracy_equals_the_official_evaluator() -> None:
             return list(self.qa)
 
     class Said:
-        qa = {key: {"answer": text} for key, text in predictions.items()}  # noqa: RUF012
+        qa = {key: {"answer": text} for key, text in predictions.items()}
 
     official = VQAEval(Truth(), Said(), n=2)
     with contextlib.redirect_stdout(io.StringIO()):

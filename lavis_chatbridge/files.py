@@ -1,7 +1,11 @@
-"""Files that appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Files: atomic writes, JSON, JSONL, hashes of content, locks.
+
+An atomic write goes to a temporary file in the same folder, which is then renamed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -9,6 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from lavis_chatbridge.errors import DataError
 
 
 def _left_by_umask(mode: int) -> int:
@@ -22,7 +30,7 @@ SHARED, PRIVATE = _left_by_umask(0o666), 0o600
 
 
 @contextmanager
-def whole_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
+def atomic_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
     """The path of an empty temporary file, which takes the target's name when the block ends without a fault.
 
     Args:
@@ -66,7 +74,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def whole_text(target: Path, errors: str = "strict", mode: int = SHARED) -> Iterator[IO[str]]:
+def atomic_text(target: Path, errors: str = "strict", mode: int = SHARED) -> Iterator[IO[str]]:
     """A text file in UTF-8, open for writing, which takes the target's name when the block ends without a fault.
 
     Args:
@@ -74,13 +82,13 @@ def whole_text(target: Path, errors: str = "strict", mode: int = SHARED) -> Iter
         errors: What becomes of halves of characters, as ``str.encode`` has it.
         mode: Who may read it.
     """
-    with whole_file(target, mode) as temporary, open(temporary, "w", encoding="utf-8", errors=errors) as file:
+    with atomic_file(target, mode) as temporary, open(temporary, "w", encoding="utf-8", errors=errors) as file:
         yield file
 
 
 def write_text(path: Path, text: str, errors: str = "strict", mode: int = SHARED) -> None:
-    """Write a text file as a whole; arguments as those of `whole_text`."""
-    with whole_text(path, errors, mode) as file:
+    """Write a text file as a whole; arguments as those of `atomic_text`."""
+    with atomic_text(path, errors, mode) as file:
         file.write(text)
 
 
@@ -103,3 +111,60 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def read_lines(path: Path | str) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 text file with their numbers from 1; only ``\\n`` ends a line.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start} of the line") from error
+                yield number, text.rstrip("\r\n") if text.endswith("\n") else text
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def hash_of(*parts: Any) -> str:
+    """A SHA-256 (64 hex digits) of values as JSON; other types are hashed as ``str`` shows them."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_of_file(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes (64 hex digits)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: IO[bytes]) -> str:
+    """What `hashlib.file_digest` does, for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(target: Path, wait_seconds: float = -1) -> Iterator[None]:
+    """Hold the lock of ``target`` (the file ``.<name>.lock`` beside it); other processes wait for it.
+
+    Args:
+        target: The file or folder that the block is about.
+        wait_seconds: How long to wait; negative waits without limit.
+
+    Raises:
+        DataError: If another process still holds the lock after ``wait_seconds``.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        with FileLock(lock, timeout=wait_seconds):
+            yield
+    except Timeout as error:
+        raise DataError(f"{target} is in use by another process (lock {lock})") from error

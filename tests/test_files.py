@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.writing import PRIVATE, append_lines, read_json, whole_file, whole_text, write_json, write_text
+from lavis_chatbridge.files import PRIVATE, append_lines, atomic_file, atomic_text, read_json, write_json, write_text
 
 
 def test_a_writer_that_fails_leaves_the_former_file_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -32,9 +32,9 @@ def test_folders_are_made_and_who_may_read_is_the_writers_choice(tmp_path: Path)
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_others_may_use_files_as_the_umask_has_it(tmp_path: Path, umask: int, mode: int) -> None:
     program = (
-        "import sys, pathlib; from safetensors.numpy import save_file; from lavis_chatbridge import writing\n"
-        "folder = pathlib.Path(sys.argv[1]); writing.write_text(folder / 'a.txt', 'a')\n"
-        "save_file({}, folder / 'b.safetensors'); writing.share(folder / 'b.safetensors')"
+        "import sys, pathlib; from safetensors.numpy import save_file; from lavis_chatbridge import files\n"
+        "folder = pathlib.Path(sys.argv[1]); files.write_text(folder / 'a.txt', 'a')\n"
+        "save_file({}, folder / 'b.safetensors'); files.share(folder / 'b.safetensors')"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, umask=umask)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
@@ -67,7 +67,7 @@ def test_what_is_no_json_is_none(tmp_path: Path, content: str | None) -> None:
 
 
 def _text_halfway(target: Path) -> None:
-    with whole_text(target) as file:
+    with atomic_text(target) as file:
         file.write("new, but ")
         file.flush()
         assert target.read_text() == "former\n"
@@ -75,6 +75,6 @@ def _text_halfway(target: Path) -> None:
 
 
 def _bytes_halfway(target: Path) -> None:
-    with whole_file(target) as temporary:
+    with atomic_file(target) as temporary:
         temporary.write_bytes(b"new, but ")
         raise RuntimeError("halfway")

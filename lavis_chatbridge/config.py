@@ -1,0 +1,337 @@
+"""Settings: a mapping (YAML, command line) becomes a pydantic model, or one error that names every fault.
+
+Sections of a configuration are subclasses of :class:`Settings`. An unknown key is a fault that names the nearest known
+one; so are a missing key, a wrong type and whatever the model's own ``check()`` yields. YAML and ``--options`` are read
+here for every command. This module knows no setting by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from lavis_chatbridge.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+T = TypeVar("T")
+M = TypeVar("M", bound="Settings")
+
+_LONGEST_KEY = 80
+
+_short = reprlib.Repr()
+_short.maxstring, _short.maxother, _short.maxlong = 80, 80, 40
+
+
+class Settings(BaseModel):
+    """Base of every section of a configuration.
+
+    Fields are annotated as pydantic reads them. Build one from a user's values with :func:`parse`; the constructor is
+    for code, which passes keywords that are known to be right.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, values: Any) -> Any:
+        """``true`` is no number, although Python counts it as one."""
+        if isinstance(values, Mapping):
+            for name, value in values.items():
+                field = cls.model_fields.get(str(name))
+                if isinstance(value, bool) and field is not None and _is_number(field.annotation):
+                    raise ValueError(f"{name}: expected a number, found {value}")
+        return values
+
+    @model_validator(mode="after")
+    def _without_contradictions(self) -> Settings:
+        if faults := list(self.check()):
+            raise ValueError("; ".join(faults))
+        return self
+
+    def check(self) -> Iterable[str]:
+        """Yield a sentence for each contradiction between fields."""
+        return ()
+
+
+def read_yaml(path: str | os.PathLike) -> DictConfig:
+    """A YAML file that holds a mapping; ``${...}`` is resolved when a value is read.
+
+    Raises:
+        ConfigError: If there is no such file, or it is no YAML mapping.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    try:
+        loaded = OmegaConf.load(Path(path))
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of sections, found a list")
+    return loaded
+
+
+def read_options(options: Sequence[str]) -> DictConfig:
+    """``--options`` in either of LAVIS's two forms: ``KEY=VALUE ...``, or ``KEY VALUE KEY VALUE ...``.
+
+    Raises:
+        ConfigError: If a key has no value, or both forms are mixed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    words = list(options)
+    if words and "=" not in words[0]:
+        if mixed := [key for key in words[::2] if "=" in key]:
+            raise ConfigError(f"--options: {mixed[0]!r} stands among pairs KEY VALUE; write all as KEY=VALUE")
+        if len(words) % 2:
+            raise ConfigError(f"--options: {words[-1]!r} has no value; write KEY=VALUE")
+        words = [f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=True)]
+    if without := [word for word in words if "=" not in word]:
+        raise ConfigError(f"--options: {without[0]!r} has no value; write KEY=VALUE")
+    try:
+        read = OmegaConf.from_dotlist(words)
+        for key, _, text in (word.partition("=") for word in words):
+            if key == "run.job_id" and isinstance(OmegaConf.select(read, key), (int, float)):
+                OmegaConf.update(read, key, text)  # Slurm's 123_4 is the number 1234 in YAML
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--options: {' '.join(str(error).split())}") from error
+    return read
+
+
+def merged(*configs: Any) -> DictConfig:
+    """Mappings merged, later ones over earlier ones.
+
+    Raises:
+        ConfigError: If a list stands where another one has a mapping.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        result = OmegaConf.merge(*configs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if not isinstance(result, DictConfig):
+        raise ConfigError(f"expected mappings, found {shown(result)}")
+    return result
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it, shortened to one readable line."""
+    return _short.repr(value)
+
+
+def parse(cls: type[T], values: Any, where: str) -> T:
+    """Build the settings ``cls`` from ``values``.
+
+    Args:
+        cls: A subclass of :class:`Settings`.
+        values: The mapping to read; OmegaConf's is resolved first.
+        where: The section's name, for messages (``"run"``, ``"model"``).
+
+    Raises:
+        ConfigError: With all faults at once.
+    """
+    if type(values).__module__.startswith("omegaconf"):
+        from omegaconf import OmegaConf
+
+        values = OmegaConf.to_container(values, resolve=True)
+    if isinstance(cls, type) and issubclass(cls, BaseModel):
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected a mapping, found {shown(values)}")
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentences(cls, error, where))) from error
+    faults: list[str] = []
+    built = _build(cls, values, where, faults)
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return typing.cast(T, built)
+
+
+def _sentences(cls: type[BaseModel], error: ValidationError, where: str) -> list[str]:
+    """One sentence for each fault that pydantic found; of a union's branches, the first."""
+    sentences: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        place, owner = _place(cls, fault["loc"], where)
+        key = place if fault["type"] != "value_error" else f"{place} {fault['msg']}"
+        sentences.setdefault(key, _sentence(fault, place, owner))
+    return list(sentences.values())
+
+
+def _sentence(fault: Any, place: str, owner: type[BaseModel] | None) -> str:
+    found, context = shown(fault["input"]), fault.get("ctx", {})
+    if fault["type"] == "extra_forbidden":
+        return unknown_key(str(fault["loc"][-1]), owner.model_fields if owner else (), place.rpartition(".")[0])
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    if fault["type"] == "literal_error":
+        choices = str(context["expected"]).replace(" or ", ", ")
+        near = difflib.get_close_matches(found.strip("'"), [c.strip("'") for c in choices.split(", ")], n=1)
+        return f"{place}: {found} is not one of {choices}" + (f", did you mean {near[0]!r}?" if near else "")
+    if fault["type"] == "value_error":
+        return f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+    kinds = {"int": "int", "float": "float", "bool": "bool", "string": "str", "list": "a list", "tuple": "a list"}
+    kinds |= {"dict": "a mapping", "model": "a mapping", "model_attributes": "a mapping"}
+    expected = kinds.get(fault["type"].rsplit("_", 1)[0]) or kinds.get(fault["type"].split("_", 1)[0])
+    return f"{place}: expected {expected}, found {found}" if expected else f"{place}: {fault['msg']}, found {found}"
+
+
+def _place(cls: type[BaseModel], loc: tuple, where: str) -> tuple[str, type[BaseModel] | None]:
+    """A fault's dotted name without pydantic's union branches, and the model that the last key belongs to."""
+    place, owner, annotation = where, typing.cast("type[BaseModel] | None", cls), None
+    for part in loc:
+        model = _model_in(annotation) if annotation is not None else cls
+        if isinstance(part, int):
+            place += f"[{part}]"
+            continue
+        if model is not None and part in model.model_fields:
+            place, owner, annotation = f"{place}.{part}", model, model.model_fields[part].annotation
+        elif not _names_a_branch(str(part), annotation):
+            place, owner = f"{place}.{part}", model
+    return place, owner
+
+
+def _names_a_branch(part: str, annotation: Any) -> bool:
+    """Whether ``part`` is pydantic's name for a branch of a union."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return False
+    names = {getattr(branch, "__name__", str(branch)) for branch in typing.get_args(annotation)}
+    return part in names or "[" in part
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings class in an annotation, also inside ``X | None``, ``list[X]`` and ``dict[str, X]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for part in typing.get_args(annotation) if (m := _model_in(part)) is not None), None)
+
+
+def _is_number(annotation: Any) -> bool:
+    branches = typing.get_args(annotation) or (annotation,)
+    return bool({int, float} & set(branches)) and bool not in branches
+
+
+def checked(settings: T) -> T:
+    """Settings that were built by hand, themselves.
+
+    Raises:
+        ConfigError: With all faults that their ``check()`` yields.
+    """
+    faults = list(settings.check())  # type: ignore[attr-defined]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return settings
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> str:
+    """The sentence for a key that ``where`` does not have, with the nearest one that it has."""
+    near = difflib.get_close_matches(key[:_LONGEST_KEY], list(known), n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+    return f"unknown key {where}.{key if key.isprintable() and len(key) <= _LONGEST_KEY else shown(key)}{hint}"
+
+
+def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        faults.append(f"{where}: expected a mapping, found {shown(values)}")
+        return None
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    before = len(faults)
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            faults.append(unknown_key(str(key), fields, where))
+        else:
+            arguments[key] = _convert(value, hints[key], f"{where}.{key}", faults)
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            faults.append(f"{where}.{name} is missing")
+    if len(faults) > before:
+        return None
+    built = cls(**arguments)
+    check = getattr(built, "check", None)
+    if check is not None:
+        faults.extend(f"{where}: {fault}" for fault in check())
+    return built
+
+
+def _convert(value: Any, hint: Any, where: str, faults: list[str]) -> Any:
+    """``value`` as the type ``hint``; appends to ``faults`` and returns ``value`` itself where it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, arguments, where, faults)
+    if origin is typing.Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(shown(value).strip("'"), [str(a) for a in arguments], n=1)
+            hint_text = f", did you mean {near[0]!r}?" if near else ""
+            faults.append(f"{where}: {shown(value)} is not one of {', '.join(map(repr, arguments))}{hint_text}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where, faults)
+    if origin in (list, tuple) or hint in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            faults.append(f"{where}: expected a list, found {shown(value)}")
+            return value
+        inner = arguments[0] if arguments else Any
+        items = [_convert(item, inner, f"{where}[{i}]", faults) for i, item in enumerate(value)]
+        return tuple(items) if (origin or hint) is tuple else items
+    if origin is dict or hint is dict:
+        if value is None:  # a key with nothing behind it, which also empties what a default holds
+            return {}
+        if not isinstance(value, Mapping):
+            faults.append(f"{where}: expected a mapping, found {shown(value)}")
+            return value
+        inner = arguments[1] if arguments else Any
+        return {str(key): _convert(item, inner, f"{where}.{key}", faults) for key, item in value.items()}
+    return _convert_scalar(value, hint, where, faults)
+
+
+def _convert_union(value: Any, options: tuple, where: str, faults: list[str]) -> Any:
+    if value is None and type(None) in options:
+        return None
+    tried: list[str] = []
+    for option in options:
+        if option is type(None):
+            continue
+        attempt: list[str] = []
+        converted = _convert(value, option, where, attempt)
+        if not attempt:
+            return converted
+        tried = tried or attempt
+    faults.extend(tried)
+    return value
+
+
+def _convert_scalar(value: Any, hint: Any, where: str, faults: list[str]) -> Any:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-4 (no dot) as a string
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):
+            return number
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and hint is not float:
+        return value
+    faults.append(f"{where}: expected {hint.__name__}, found {shown(value)}")
+    return value

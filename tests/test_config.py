@@ -1,0 +1,96 @@
+"""Settings: typed, every fault at once, the nearest known key named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+
+from lavis_chatbridge.config import Settings, merged, parse, read_options, read_yaml
+from lavis_chatbridge.errors import ConfigError
+
+
+class Inner(Settings):
+    rate: float = 0.5
+    names: list[str] = []
+
+
+class Outer(Settings):
+    steps: int
+    mode: Literal["fast", "slow"] = "fast"
+    inner: Inner = Inner()
+    maybe: Inner | None = None
+    limit: int | None = None
+    entry: str | list[str] | dict[str, str] | None = None
+    ratios: dict[str, float] = {}
+
+    def check(self) -> Iterator[str]:
+        if self.limit is not None and self.limit < self.steps:
+            yield f"limit {self.limit} is below steps {self.steps}"
+
+
+def test_values_are_converted_and_nested() -> None:
+    given = {"steps": 3, "inner": {"rate": "1e-4", "names": ["a"]}, "limit": None, "ratios": {"x": 2}}
+    built = parse(Outer, given, "run")
+    assert built == Outer(steps=3, inner=Inner(rate=1e-4, names=["a"]), ratios={"x": 2.0})
+    assert isinstance(built.ratios["x"], float)
+
+
+def test_all_faults_come_together_with_the_nearest_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Outer, {"stepps": 3, "mode": "fats", "inner": {"rate": "much"}, "limit": 1.5}, "run")
+    message = str(caught.value)
+    assert "unknown key run.stepps, did you mean 'steps'?" in message
+    assert "run.steps is missing" in message
+    assert "run.mode: 'fats' is not one of 'fast', 'slow', did you mean 'fast'?" in message
+    assert "run.inner.rate: expected float, found 'much'" in message
+    assert "run.limit: expected int, found 1.5" in message
+
+
+def test_an_unknown_key_inside_an_optional_section_has_its_full_name() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown key run\.maybe\.ratee, did you mean 'rate'\?$"):
+        parse(Outer, {"steps": 3, "maybe": {"ratee": 1}}, "run")
+
+
+def test_a_union_that_fits_no_branch_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"^run\.entry: expected str, found 3$"):
+        parse(Outer, {"steps": 3, "entry": 3}, "run")
+
+
+@pytest.mark.parametrize("given", [{"steps": True}, {"steps": 1, "limit": True}])
+def test_a_bool_is_no_int(given: dict) -> None:
+    with pytest.raises(ConfigError, match=r"expected a number, found True"):
+        parse(Outer, given, "run")
+
+
+def test_a_contradiction_is_a_fault() -> None:
+    with pytest.raises(ConfigError, match="run: limit 2 is below steps 3"):
+        parse(Outer, {"steps": 3, "limit": 2}, "run")
+
+
+@pytest.mark.parametrize(("given", "message"), [(7, "run: "), ({"steps": 3, "inner": 7}, "run.inner: ")])
+def test_a_section_must_be_a_mapping(given: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message + "expected a mapping, found 7"):
+        parse(Outer, given, "run")
+
+
+def test_options_are_read_in_both_of_laviss_forms() -> None:
+    assert read_options(["run.seed=1", "model.a=b"]) == read_options(["run.seed", "1", "model.a", "b"])
+    assert read_options(["run.job_id=123_4"]).run.job_id == "123_4"
+    for wrong in (["run.seed"], ["run.seed=1", "model.a"], ["run.seed", "1", "a=b", "2"]):
+        with pytest.raises(ConfigError, match=r"^--options: "):
+            read_options(wrong)
+
+
+def test_yaml_is_read_merged_and_resolved(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("run: {steps: 2, limit: '${run.steps}'}")
+    config = merged(read_yaml(tmp_path / "a.yaml"), read_options(["run.steps=5"]))
+    assert parse(Outer, config.run, "run").limit == 5
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "a: b: c"])
+def test_a_damaged_yaml_is_one_error_that_names_the_file(tmp_path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.yaml"):
+        read_yaml(tmp_path / "a.yaml")
