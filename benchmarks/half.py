@@ -32,7 +32,7 @@ from gpu import LLAMAS, build, settings_of
 
 from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.prompting import Turn, chat_prompt
+from lavis_chatbridge.prompting import Message, chat_prompt
 
 ROWS = (1, 4, 16, 128)
 QUESTION = "What is on the table, and what colour is the largest thing on it?"
@@ -91,7 +91,7 @@ def answer(model: ChatBridge, rounds: int) -> dict[str, float]:
     side = model.settings.vision.image_size
     image = torch.randn(3, side, side, generator=torch.Generator().manual_seed(1))
     (encoded,) = model.encode_media("image", [image])
-    pieces = chat_prompt([Turn("user", QUESTION, ("image",)), Turn("assistant", "")])
+    pieces = chat_prompt([Message("user", QUESTION, ("image",)), Message("assistant", "")])
     samples = {"pieces": [pieces], "image": [[encoded]], "video": [[]], "audio": [[]]}
 
     def answered(tokens: int) -> Callable[[], Any]:

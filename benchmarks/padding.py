@@ -33,7 +33,7 @@ from common import circumstances, tell
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceSettings
 from lavis_chatbridge.datasets.loader import LoaderSettings, MixtureLoader
 from lavis_chatbridge.models.interleave import lay_out
-from lavis_chatbridge.prompting import Slot, Turn
+from lavis_chatbridge.prompting import Message, Slot
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample
 
@@ -166,11 +166,11 @@ def samples(texts: Texts, seed: int) -> list[Sample]:
         if texts.question is None:
             found.append(Sample(str(i), media, (text(count(texts.answer, rng), rng),)))
             continue
-        turns: list[Turn] = []
+        turns: list[Message] = []
         for number in range(1 if texts.rounds is None else count(texts.rounds, rng)):
             asked = text(count(texts.question, rng), rng)
-            turns.append(Turn("user", asked, () if number else texts.media))
-            turns.append(Turn("assistant", text(count(texts.answer, rng), rng)))
+            turns.append(Message("user", asked, () if number else texts.media))
+            turns.append(Message("assistant", text(count(texts.answer, rng), rng)))
         found.append(Sample(str(i), media, turns=tuple(turns)))
     return found
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import atomic_text
-from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 SCHEMA_VERSION = 1
@@ -73,7 +73,7 @@ class Sample:
     id: str
     media: tuple[Medium, ...] = ()
     captions: tuple[str, ...] = ()
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[Message, ...] = ()
     answers: tuple[str, ...] = ()
     source: str = ""
     style: str = ""
@@ -332,7 +332,7 @@ def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
     return record
 
 
-def _turns(record: dict, media: list[Medium], where: str) -> tuple[tuple[Turn, ...], list[int]]:
+def _turns(record: dict, media: list[Medium], where: str) -> tuple[tuple[Message, ...], list[int]]:
     """The turns, and the media's indices in the order in which the turns bring them."""
     items = list(_list(record, "turns", where))
     every = list(range(len(media)))
@@ -357,7 +357,7 @@ def _turns(record: dict, media: list[Medium], where: str) -> tuple[tuple[Turn, .
             raise DataError(f"{spot}: text is {_short(item.get('text'))}, expected a string")
         brought = _brought(item, len(media), spot) if placed else (every if position == 0 else [])
         order += brought
-        turns.append(Turn(item["role"], item["text"], tuple(media[i].kind for i in brought)))
+        turns.append(Message(item["role"], item["text"], tuple(media[i].kind for i in brought)))
     if sorted(order) != every:
         fault = "two turns bring the same medium" if len(order) > len(set(order)) else "a medium belongs to no turn"
         raise DataError(f"{where}: {fault}: there are {len(media)} media, the turns name {_short(order)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import (
     Medium,
     Sample,
@@ -55,7 +55,7 @@ def test_media_follow_the_order_in_which_turns_bring_them(tmp_path):
     [sample] = read_jsonl(write(tmp_path / "a.jsonl", record), root="/data")
     assert [medium.path for medium in sample.media] == ["/data/b.wav", "/data/a.png"]
     assert sample.turns[0].media == ("audio",)
-    assert sample.turns[2] == Turn("user", "And <image> here?", ("image",))
+    assert sample.turns[2] == Message("user", "And <image> here?", ("image",))
     assert sample.modality == "image+audio"
 
 
@@ -73,7 +73,15 @@ def test_writing_and_reading_gives_the_same(tmp_path):
     samples = [
         Sample("1", (Medium("image", str(tmp_path / "i/a.png")),), ("ä", "b"), facts={"colour": "red"}, held_out=True),
         Sample(
-            "2", (), (), (Turn("user", "q"), Turn("assistant", "a")), ("a", "an a"), "s", "short", "text", meta={"k": 1}
+            "2",
+            (),
+            (),
+            (Message("user", "q"), Message("assistant", "a")),
+            ("a", "an a"),
+            "s",
+            "short",
+            "text",
+            meta={"k": 1},
         ),
         Sample("3", (Medium("image", str(tmp_path / "s.tar"), 512, 99),), ("c",)),
     ]
@@ -193,7 +201,7 @@ def test_symbolic_links_may_not_lead_out(tmp_path):
 
 def test_words_stand_for_a_medium(tmp_path: Path) -> None:
     media = (Medium("image", str(tmp_path / "a.png")), Medium("audio", words=("a low flute", "low, flute")))
-    turns = (Turn("user", "what is it?", ("image", "audio")), Turn("assistant", "a flute"))
+    turns = (Message("user", "what is it?", ("image", "audio")), Message("assistant", "a flute"))
     sample = Sample(id="1", media=media, turns=turns)
     write_jsonl(tmp_path / "x.jsonl", [sample])
     (read,) = read_jsonl(tmp_path / "x.jsonl")

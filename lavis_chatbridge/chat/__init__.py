@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis_chatbridge.chat.decoding import Decoder, Generation, Sampling
     from lavis_chatbridge.chat.history import ChatTurn
     from lavis_chatbridge.chat.loading import load_model
     from lavis_chatbridge.chat.media import MediaNote, MediaReader, Medium, media_of_turn
     from lavis_chatbridge.chat.session import Answer, Session, Stream
+    from lavis_chatbridge.models.decoding import Decoder, Generation, Sampling
 
 __all__ = [
     "Answer",
@@ -31,22 +31,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answer": "session",
-    "ChatTurn": "history",
-    "Decoder": "decoding",
-    "Generation": "decoding",
-    "MediaNote": "media",
-    "MediaReader": "media",
-    "Medium": "media",
-    "Sampling": "decoding",
-    "Session": "session",
-    "Stream": "session",
-    "load_model": "loading",
-    "media_of_turn": "media",
+    "Answer": "chat.session",
+    "ChatTurn": "chat.history",
+    "Decoder": "models.decoding",
+    "Generation": "models.decoding",
+    "MediaNote": "chat.media",
+    "MediaReader": "chat.media",
+    "Medium": "chat.media",
+    "Sampling": "models.sampling",
+    "Session": "chat.session",
+    "Stream": "chat.session",
+    "load_model": "chat.loading",
+    "media_of_turn": "chat.media",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"lavis_chatbridge.{_HOMES[name]}"), name)

@@ -165,9 +165,9 @@ def answer_lines(
     Yields:
         A question's position and its record, in the order in which answers are complete.
     """
-    from lavis_chatbridge.chat.decoding import Decoder
     from lavis_chatbridge.chat.media import MediaReader
     from lavis_chatbridge.chat.session import Session
+    from lavis_chatbridge.models.decoding import Decoder
 
     reader = MediaReader(model, processors)
     decoder = Decoder(model.llama_model)

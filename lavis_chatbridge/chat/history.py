@@ -23,6 +23,7 @@ from lavis_chatbridge.files import PRIVATE, write_text
 from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.image import upright
 from lavis_chatbridge.media.source import media_errors
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 FORMAT, VERSION = "chatbridge-chat", 1
@@ -48,6 +49,11 @@ class ChatTurn:
     def kinds(self) -> tuple[Modality, ...]:
         """The kinds of the media that reached the model, in order."""
         return tuple(medium.kind for medium in self.media if medium.reached)
+
+    @property
+    def message(self) -> Message:
+        """What a template words."""
+        return Message(self.role, self.text, self.kinds, self.ids)
 
 
 def write(path: str | Path, turns: Sequence[ChatTurn], settings: Mapping[str, Any]) -> None:

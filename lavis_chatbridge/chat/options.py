@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lavis_chatbridge.config import checked
+from lavis_chatbridge.config import parse
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,18 +54,10 @@ def sampling_of(args: argparse.Namespace) -> Any:
     Raises:
         ConfigError: If a number is out of range.
     """
-    from lavis_chatbridge.chat.decoding import Sampling
+    from lavis_chatbridge.models.sampling import Sampling
 
-    return checked(
-        Sampling(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            num_beams=args.num_beams,
-            seed=args.seed,
-            stop=tuple(args.stop),
-        )
-    )
+    names = ("max_new_tokens", "temperature", "top_p", "num_beams", "seed", "stop")
+    return parse(Sampling, {name: getattr(args, name) for name in names}, "sampling")
 
 
 def session_settings(args: argparse.Namespace) -> dict[str, Any]:

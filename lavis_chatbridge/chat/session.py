@@ -19,16 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from lavis_chatbridge.chat import history
-from lavis_chatbridge.chat.decoding import Decoder, Finish, Generation, Sampling
 from lavis_chatbridge.chat.history import ChatTurn
 from lavis_chatbridge.chat.loading import load_model
 from lavis_chatbridge.chat.media import Images, KindsAndSources, MediaNote, MediaReader, Medium, Sounds, media_of_turn
-from lavis_chatbridge.chat.prefix import Element, Prefix
-from lavis_chatbridge.chat.templates import Ids, load_template
-from lavis_chatbridge.chat.text import TextStream, text_of
-from lavis_chatbridge.config import checked, unknown_key
+from lavis_chatbridge.config import parse, unknown_key
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models import answering
+from lavis_chatbridge.models.decoding import Decoder, Element, Finish, Generation, Prefix, Sampling, TextStream, text_of
+from lavis_chatbridge.models.templates import Ids, load_template
 from lavis_chatbridge.prompting import Modality, Text
 
 _USUAL_CONTEXT = 2048
@@ -182,7 +180,7 @@ class Session:
     ) -> None:
         self.model = model.eval()
         self.template_name, self.system, self.hear_videos = template, system, hear_videos
-        self.sampling = checked(sampling or Sampling())
+        self.sampling = sampling or Sampling()
         self.max_context = max_context or _context_of(model)
         self.reader = reader or MediaReader(model, processors or _processors_of(model))
         self._codec = model.llama_tokenizer
@@ -430,7 +428,7 @@ class Session:
                 self._prefix if self._keep else Prefix(),
                 TextStream(self._codec, (*self._template.stops, *chosen.stop)),
                 self._template.end_ids,
-                replace(chosen, max_new_tokens=min(chosen.max_new_tokens, room)),
+                chosen.model_copy(update={"max_new_tokens": min(chosen.max_new_tokens, room)}),
             )
             generation.started = started
             notes = tuple(m.note(i) for i in range(start, len(turns)) for m in turns[i].media)
@@ -463,7 +461,7 @@ class Session:
         for medium in media:
             by_kind.setdefault(medium.kind, []).append(medium)
         elements: list[Element] = []
-        for part in self._template.parts(window):
+        for part in self._template.parts([turn.message for turn in window]):
             if isinstance(part, Text):
                 elements += self._codec.encode(part.text)
             elif isinstance(part, Ids):
@@ -506,14 +504,13 @@ class Session:
         return tuple(generation.ids) if stopped in self._template.stops and whole.endswith(stopped) else None
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
-        fields = {field.name for field in dataclasses.fields(Sampling)}
+        fields = set(Sampling.model_fields)
         unknown = [name for name in given if name not in fields]
         if unknown:
             raise ConfigError(unknown_key(unknown[0], fields, "sampling"))
         if isinstance(given.get("stop"), str):
             raise ConfigError("stop is a list of texts")
-        changed: dict[str, Any] = {name: tuple(value) if name == "stop" else value for name, value in given.items()}
-        return checked(replace(self.sampling, **changed))
+        return parse(Sampling, {**self.sampling.model_dump(), **given}, "sampling")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from lavis_chatbridge.datasets.collate import collate
 from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, SampleFile, about_tokens
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.prompting.conversation import END_OF_TURN, Turn, alignment_prompt, chat_prompt, clean_caption
+from lavis_chatbridge.prompting.conversation import END_OF_TURN, Message, alignment_prompt, chat_prompt, clean_caption
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
@@ -224,7 +224,7 @@ class SourceDataset(torch.utils.data.Dataset):
         slots = zip(slots_of(pieces), sample.media, strict=True)
         return spell_out(pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words})
 
-    def _turns(self, sample: Sample, rng: np.random.Generator | None) -> Sequence[Turn]:
+    def _turns(self, sample: Sample, rng: np.random.Generator | None) -> Sequence[Message]:
         settings = self.settings
         task = sample.task or settings.task or f"{sample.modality.replace('+', '_')}_caption"
         style = sample.style or settings.style
@@ -233,7 +233,7 @@ class SourceDataset(torch.utils.data.Dataset):
             if settings.templates is None or task not in settings.templates:
                 return sample.turns
             question = settings.templates.apply(task, first.text, style, rng)
-            return (Turn("user", question, first.media), *sample.turns[1:])
+            return (Message("user", question, first.media), *sample.turns[1:])
         templates = settings.templates or Templates.default()
         if task not in templates:
             raise DataError(
@@ -241,7 +241,7 @@ class SourceDataset(torch.utils.data.Dataset):
                 f"for one; known tasks are {', '.join(templates.tasks)}"
             )
         request = templates.apply(task, "", style, rng)
-        return (Turn("user", request, sample.kinds), Turn("assistant", _choose(sample.captions, rng)))
+        return (Message("user", request, sample.kinds), Message("assistant", _choose(sample.captions, rng)))
 
     def _clean(self, caption: str) -> str:
         processor = self.processors.get("text")

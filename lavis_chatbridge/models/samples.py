@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
-from lavis_chatbridge.prompting import Modality, Piece, Slot, Turn, alignment_prompt, chat_prompt, context_of
+from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, alignment_prompt, chat_prompt, context_of
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
@@ -58,7 +58,7 @@ def training_prompts(samples: Mapping[str, Any], media: Media, reply_end: str) -
     if len(answers) != len(texts):
         raise PromptError(f"{len(texts)} questions in 'text_input', but {len(answers)} answers")
     conversations = [
-        chat_prompt([Turn("user", text, k), Turn("assistant", answer)], reply_end=reply_end)
+        chat_prompt([Message("user", text, k), Message("assistant", answer)], reply_end=reply_end)
         for k, text, answer in zip(kinds, texts, answers, strict=True)
     ]
     return _checked(conversations, media)
@@ -83,7 +83,7 @@ def contexts(samples: Mapping[str, Any], media: Media, question: Any = None) -> 
             raise PromptError("there is nothing to answer: the batch holds neither text nor media")
         return [list(alignment_prompt(k, "")[:-1]) for k in _kinds(media, size)]
     kinds = _kinds(media, len(texts))
-    turns = [[Turn("user", text, k)] for k, text in zip(kinds, texts, strict=True)]
+    turns = [[Message("user", text, k)] for k, text in zip(kinds, texts, strict=True)]
     return _checked([chat_prompt(t, generate=True) for t in turns], media)
 
 

@@ -30,7 +30,7 @@ from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.datasets.shards import sha256_of
 from lavis_chatbridge.errors import ConfigError, DataError, PromptError
 from lavis_chatbridge.files import write_text
-from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, to_record
 
@@ -314,8 +314,8 @@ def _worded(
         raise PromptError(f"{source.name}: sample {sample.id!r}: {error}") from error
     if options.wording == "at_reading":
         return sample
-    first = Turn("user", request, sample.kinds)
-    turns = (first, *sample.turns[1:]) if sample.turns else (first, Turn("assistant", sample.captions[0]))
+    first = Message("user", request, sample.kinds)
+    turns = (first, *sample.turns[1:]) if sample.turns else (first, Message("assistant", sample.captions[0]))
     # Without its task the reader leaves the request as it is; the task is kept where no template looks for it.
     return dataclasses.replace(sample, turns=turns, task="", style="", meta={**sample.meta, "task": task})
 

@@ -25,7 +25,7 @@ from lavis_chatbridge.multis.parse import read_description, read_pairs
 from lavis_chatbridge.multis.prompts import DATA_KINDS, Pair, PromptBook
 from lavis_chatbridge.multis.statistics import Statistics
 from lavis_chatbridge.multis.things import Things
-from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, to_record
 
 _WORDS = re.compile(r"\b[\w'\u2019-]+\b")
@@ -332,10 +332,10 @@ def check(
 
 def _sample(name: str, record: Mapping[str, Any], pairs: list[Pair], annotation: Annotation) -> Sample:
     media = tuple(Medium(medium.type, medium.path) for medium in annotation.media)
-    turns: list[Turn] = []
+    turns: list[Message] = []
     for position, pair in enumerate(pairs):
-        turns.append(Turn("user", pair.question, tuple(medium.kind for medium in media) if position == 0 else ()))
-        turns.append(Turn("assistant", pair.answer))
+        turns.append(Message("user", pair.question, tuple(medium.kind for medium in media) if position == 0 else ()))
+        turns.append(Message("assistant", pair.answer))
     meta = {"request": record["id"], "model": record.get("model", ""), "item": annotation.id}
     return Sample(
         id=name,

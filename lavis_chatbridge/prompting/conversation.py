@@ -23,18 +23,20 @@ _WORD_JOINERS = str.maketrans("-/", "  ")
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation.
+class Message:
+    """One message of a conversation.
 
     Args:
         role: ``"user"`` or ``"assistant"``.
-        text: What is said.
-        media: The kinds of the media that this turn brings, in order; for ``"user"`` only.
+        text: Its text.
+        media: The modalities of the media that a user's message brings, in order.
+        ids: The token ids that an assistant's text was generated as, its end mark included; None if they are unknown.
     """
 
     role: str
     text: str
     media: tuple[Modality, ...] = ()
+    ids: tuple[int, ...] | None = None
 
 
 def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:
@@ -42,7 +44,7 @@ def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_
     return [*_numbered(media, {}), Text(caption + end, target=True)]
 
 
-def chat_prompt(turns: Sequence[Turn], generate: bool = False, reply_end: str = END_OF_TURN) -> list[Piece]:
+def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str = END_OF_TURN) -> list[Piece]:
     """A conversation as pieces, each reply with its end mark a target.
 
     Args:
@@ -107,7 +109,7 @@ def clean_caption(text: str) -> str:
     return re.sub(r"\s{2,}", " ", words).strip(" ")
 
 
-def _check_order(turns: Sequence[Turn], generate: bool) -> None:
+def _check_order(turns: Sequence[Message], generate: bool) -> None:
     for position, turn in enumerate(turns):
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:

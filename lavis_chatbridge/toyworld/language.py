@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from lavis_chatbridge.prompting import Piece, Slot, Text, Turn
+from lavis_chatbridge.prompting import Message, Piece, Slot, Text
 from lavis_chatbridge.toyworld.captions import caption, describe, facts_in, short, terse
 from lavis_chatbridge.toyworld.questions import (
     NOUNS,
@@ -54,22 +54,22 @@ __all__ = [
 _DESCRIBE = ("describe {it}", "what does {it} hold?", "tell me about {it}", "describe {it} in a sentence")
 
 
-def describe_turns(scene: Scene, rng: random.Random) -> list[Turn]:
+def describe_turns(scene: Scene, rng: random.Random) -> list[Message]:
     """A request for a description of a medium, which the request brings, and a caption as the reply."""
     request = rng.choice(_DESCRIBE).format(it=f"the {rng.choice(NOUNS[scene.kind])}")
-    return [Turn("user", request, (scene.kind,)), Turn("assistant", caption(scene, rng))]
+    return [Message("user", request, (scene.kind,)), Message("assistant", caption(scene, rng))]
 
 
-def conversation(scenes: Sequence[Scene], asked: Sequence[Question]) -> list[Turn]:
+def conversation(scenes: Sequence[Scene], asked: Sequence[Question]) -> list[Message]:
     """Questions about media, which the first turn brings in the order of ``scenes``, with their answers."""
     turns = []
     for position, question in enumerate(asked):
         media = () if position else tuple(scene.kind for scene in scenes)
-        turns += [Turn("user", question.text, media), Turn("assistant", question.answer)]
+        turns += [Message("user", question.text, media), Message("assistant", question.answer)]
     return turns
 
 
-def chat(scene: Scene, rng: random.Random) -> list[Turn]:
+def chat(scene: Scene, rng: random.Random) -> list[Message]:
     """A conversation about one medium: often a description first, then one to three questions."""
     turns = describe_turns(scene, rng) if rng.random() < 0.5 else []
     some = questions(scene, rng)[: rng.randint(1, 3)]

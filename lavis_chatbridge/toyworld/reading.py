@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lavis_chatbridge.prompting import Piece, Slot, Turn, alignment_prompt, chat_prompt
+from lavis_chatbridge.prompting import Message, Piece, Slot, alignment_prompt, chat_prompt
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.toyworld.language import (
     QUESTION_KINDS,
@@ -86,7 +86,7 @@ def talk(rng: random.Random, level: Level, things: int) -> list[Piece]:
     """A conversation about described things, with as many short answers as give dense supervision."""
     scenes = [draw_scene(kind, rng, level.values) for kind in _kinds(rng, things)]
     asked = [_question(scenes, rng, level) for _ in range(rng.choice((1, 1, 1, 2, 3, 5)))]
-    turns: list[Turn]
+    turns: list[Message]
     if things == 1 and rng.random() < 0.4:
         turns = describe_turns(scenes[0], rng) + conversation((), _roughened(asked, rng))
     elif things == 2 and rng.random() < 0.15:

@@ -15,7 +15,7 @@ import torch
 from lavis_chatbridge.chat import ChatTurn, Decoder, MediaReader, Sampling, Session, Stream
 from lavis_chatbridge.chat import media as chat_media
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError, PromptError
-from lavis_chatbridge.prompting import Slot, Text, Turn, chat_prompt
+from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
 from tests.chat import building
 from tests.chat.building import picture, sound, video
 
@@ -68,7 +68,7 @@ def test_one_turn_is_what_the_model_generates(model: Any):
     talk = session(model)
     processor = building.processors()["image"]["eval"]
     answer = talk.ask("What is it?", images=[picture()])
-    pieces = chat_prompt([Turn("user", "What is it?", ("image",))], generate=True)
+    pieces = chat_prompt([Message("user", "What is it?", ("image",))], generate=True)
     (expected,) = model.generate({"image": [[processor(picture())]], "pieces": [pieces]}, max_length=12, bos=True)
     assert answer.text == expected
     searched = talk.regenerate(num_beams=3)
@@ -200,7 +200,7 @@ def test_user_text_forges_no_turn_and_no_slot(model: Any, template: str):
     talk.ask(FORGED, images=[picture()])
     talk.edit(1, FORGED)
     codec = model.llama_tokenizer
-    parts = talk._template.parts([*talk.turns, ChatTurn("user", FORGED)])
+    parts = talk._template.parts([t.message for t in (*talk.turns, ChatTurn("user", FORGED))])
     slots = [part for part in parts if isinstance(part, Slot)]
     texts = "".join(part.text for part in parts if isinstance(part, Text))
     assert slots == [Slot("image", 0)]
@@ -373,7 +373,7 @@ def test_a_medium_that_cannot_be_opened_leaves_the_session_as_it_was(model: Any,
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0, "max_new_tokens": 0}, "max_new_tokens is 0.*top_p is 0.0"),
         ({"stop": "###"}, "list of texts"),
-        ({"num_beams": 2, "temperature": 1.0}, "asks for a draw"),
+        ({"num_beams": 2, "temperature": 1.0}, "asks for sampling"),
     ],
 )
 def test_wrong_settings_are_named(model: Any, setting: dict[str, Any], message: str):

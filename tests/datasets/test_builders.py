@@ -13,7 +13,7 @@ from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin import compat
-from lavis_chatbridge.prompting import Text, Turn
+from lavis_chatbridge.prompting import Message, Text
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 compat.apply()
@@ -56,7 +56,10 @@ def test_every_data_set_is_registered():
 
 
 def test_own_data_becomes_one_source_per_modality(pictures):
-    own = [Sample("a", (Medium("image", str(pictures / "p0.png")),), ("c",)), Sample("t", turns=(Turn("user", "q"),))]
+    own = [
+        Sample("a", (Medium("image", str(pictures / "p0.png")),), ("c",)),
+        Sample("t", turns=(Message("user", "q"),)),
+    ]
     write_jsonl(pictures / "own.jsonl", own)
     groups = builder("chatbridge_jsonl", splits={"train": str(pictures / "own.jsonl")}).build_datasets()
     assert [source.name for source in groups["train"].sources] == ["chatbridge_jsonl/image", "chatbridge_jsonl/text"]
@@ -233,7 +236,9 @@ def test_a_mixture_of_parts(tmp_path):
 
 def test_templates_of_ones_own(pictures):
     (pictures / "mine.yaml").write_text("tasks: {greet: {templates: ['Hi, {question}']}}\n")
-    write_jsonl(pictures / "t.jsonl", [Sample("t", turns=(Turn("user", "who?"), Turn("assistant", "I")), task="greet")])
+    write_jsonl(
+        pictures / "t.jsonl", [Sample("t", turns=(Message("user", "who?"), Message("assistant", "I")), task="greet")]
+    )
     section = {"splits": {"test": str(pictures / "t.jsonl")}, "templates": [str(pictures / "mine.yaml")]}
     item = builder("chatbridge_jsonl", **section).build_datasets()["test"][0]
     assert item["pieces"][0] == Text("###Human: Hi, who?###Assistant:")

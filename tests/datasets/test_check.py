@@ -9,7 +9,7 @@ import pytest
 
 from lavis_chatbridge.datasets.check import add_arguments, check_file, run
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 
@@ -37,7 +37,7 @@ def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
     (pictures / "p4.png").symlink_to("/etc/hostname")
     file = pictures / "pictures.jsonl"
     lines = file.read_text().splitlines()
-    long = Sample("long", turns=(Turn("user", "q" * 3000), Turn("assistant", " ")), task="text_qa", source="mine")
+    long = Sample("long", turns=(Message("user", "q" * 3000), Message("assistant", " ")), task="text_qa", source="mine")
     write_jsonl(pictures / "more.jsonl", [long])
     lines += [lines[0], "{", '{"id": "x"}', (pictures / "more.jsonl").read_text().strip()]
     file.write_text("\n".join(lines) + "\n")

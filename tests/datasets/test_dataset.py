@@ -21,7 +21,7 @@ from lavis_chatbridge.datasets.dataset import (
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.prompting import Slot, Text, Turn
+from lavis_chatbridge.prompting import Message, Slot, Text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
@@ -67,7 +67,12 @@ def test_captions_become_instructions(pictures, processors):
 
 
 def test_questions_take_the_tasks_template_and_keep_the_other_turns():
-    turns = (Turn("user", "what {style}?"), Turn("assistant", "a"), Turn("user", "and?"), Turn("assistant", "b"))
+    turns = (
+        Message("user", "what {style}?"),
+        Message("assistant", "a"),
+        Message("user", "and?"),
+        Message("assistant", "b"),
+    )
     sample = Sample("x", turns=turns, task="image_qa", answers=("b", "bee"))
     plain = SourceDataset("s", [sample], SourceSettings(train=False))
     assert plain[0]["pieces"][0].text == "###Human: what {style}?###Assistant:"
@@ -79,13 +84,13 @@ def test_questions_take_the_tasks_template_and_keep_the_other_turns():
 
 
 def test_a_question_without_reply_is_a_prompt_to_answer():
-    data = SourceDataset("s", [Sample("x", turns=(Turn("user", "q"),))], SourceSettings(train=False))
+    data = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(train=False))
     assert data[0]["pieces"] == [Text("###Human: q###Assistant:")]
     assert data[0]["references"] == []
 
 
 def test_unsuitable_samples_are_named(pictures):
-    alignment = SourceDataset("s", [Sample("x", turns=(Turn("user", "q"),))], SourceSettings(stage="alignment"))
+    alignment = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(stage="alignment"))
     with pytest.raises(DataError, match="sample 'x' has no captions, which alignment needs"):
         alignment[0]
     odd = SourceDataset("s", [Sample("x", captions=("c",), task="image_qaa")], SourceSettings())
@@ -228,7 +233,7 @@ def test_what_format_and_templates_add_is_counted():
         Sample(
             str(i),
             (Medium("image", "a.png"),),
-            turns=(Turn("user", "x" * (20 + i), ("image",)), Turn("assistant", "y")),
+            turns=(Message("user", "x" * (20 + i), ("image",)), Message("assistant", "y")),
         )
         for i in range(40)
     ]
@@ -251,10 +256,10 @@ def test_what_format_and_templates_add_is_counted():
         ({"stage": "auto", "task": "image_caption"}, ()),
         ({"task": "image_caption", "train": False}, ()),
         ({"task": ""}, ()),
-        ({"task": "image_detail"}, (Turn("user", "What?", ("image",)), Turn("assistant", "A dog."))),
+        ({"task": "image_detail"}, (Message("user", "What?", ("image",)), Message("assistant", "A dog."))),
         (
             {"task": "image_caption", "templates": Templates.default()},
-            (Turn("user", "?", ("image",)), Turn("assistant", "A")),
+            (Message("user", "?", ("image",)), Message("assistant", "A")),
         ),
     ],
 )

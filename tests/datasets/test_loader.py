@@ -19,7 +19,7 @@ from lavis_chatbridge.datasets.loader import (
     source_ratios,
 )
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
-from lavis_chatbridge.prompting import Text, Turn
+from lavis_chatbridge.prompting import Message, Text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample
 
@@ -88,7 +88,7 @@ def test_a_batch_without_readable_samples_is_empty(pictures, processors):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_malformed_sample_ends_with_its_own_message(workers):
-    data = SourceDataset("s", [Sample("x", turns=(Turn("user", "q"),))], SourceSettings(stage="alignment"))
+    data = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(stage="alignment"))
     loader = MixtureLoader({"s": data}, LoaderSettings(workers=workers))
     with pytest.raises(DataError, match=r"^s: sample 'x' has no captions, which alignment needs$"):
         next(loader.batches())
@@ -128,7 +128,7 @@ def test_token_budget_fixes_the_count_per_source(pictures, processors):
 
 
 def test_a_token_budget_counts_the_conversations_format_and_groups_by_what_is_drawn():
-    turns = (Turn("user", "is it a dog?", ("image",)), Turn("assistant", "yes"))
+    turns = (Message("user", "is it a dog?", ("image",)), Message("assistant", "yes"))
     samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(600)]
     source = SourceDataset("qa", samples, SourceSettings(task="image_qa", templates=Templates.default()))
     loader = MixtureLoader({"qa": source}, LoaderSettings(batch_tokens=2000, group_by_length=True), world_size=2)

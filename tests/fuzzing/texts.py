@@ -20,10 +20,10 @@ from lavis_chatbridge.chat.server import attachments
 from lavis_chatbridge.chat.server.folder import RequestFolder
 from lavis_chatbridge.chat.server.requests import read_request
 from lavis_chatbridge.chat.server.settings import ServerSettings
-from lavis_chatbridge.chat.templates import Ids, load_template
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.models.language_model import load_codec
-from lavis_chatbridge.prompting import Slot, Text, Turn, chat_prompt
+from lavis_chatbridge.models.templates import Ids, load_template
+from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
 from lavis_chatbridge.prompting.templates import Templates
 from tests.fuzzing.mutations import DEEP, PATHS, deep_json, mutated_bytes, mutated_text, mutated_value, nested
 from tests.fuzzing.target import Target, dumped
@@ -237,7 +237,7 @@ def _feed_prompt(data: bytes, folder: Path) -> None:
     given = json.loads(data)
     marks = {"human_assistant": r"#{3}", "vicuna_v1": r"(USER|ASSISTANT):"}
     slots = sum(len(kinds) for _, _, kinds in given["turns"])
-    pieces = chat_prompt([Turn(role, text, tuple(kinds)) for role, text, kinds in given["turns"]], generate=True)
+    pieces = chat_prompt([Message(role, text, tuple(kinds)) for role, text, kinds in given["turns"]], generate=True)
     assert len([piece for piece in pieces if isinstance(piece, Slot)]) == slots
     for name, pattern in marks.items():
         template = load_template(name, _codec(), given["system"])

@@ -21,7 +21,7 @@ if not os.environ.get("TEST_LMMS_EVAL"):
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmms-eval-test-")  # read when the datasets library is imported
 
 from lavis_chatbridge.plugin.launch import Session
-from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, pictures, sounds
 from lavis_chatbridge.toyworld.world import scenes
@@ -83,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             docs.append({"files": list(dict.fromkeys(files)), "question": text, "answer": CHOICES[0]})
             media = tuple(Medium(kind, file) for kind, file in zip(kinds, files, strict=True))
             samples.append(
-                Sample(f"s{number}", media, turns=(Turn("user", text, kinds), Turn("assistant", CHOICES[0])))
+                Sample(f"s{number}", media, turns=(Message("user", text, kinds), Message("assistant", CHOICES[0])))
             )
         (root / f"{name}_docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
         write_jsonl(root / f"{name}.jsonl", samples)

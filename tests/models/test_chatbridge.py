@@ -18,7 +18,7 @@ from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.interleave import Batch
-from lavis_chatbridge.prompting import Slot, Text, Turn, alignment_prompt, chat_prompt, context_of
+from lavis_chatbridge.prompting import Message, Slot, Text, alignment_prompt, chat_prompt, context_of
 from tests.models.building import small_model, small_settings
 
 
@@ -59,9 +59,9 @@ MIXED = batch_of(
     {
         "image": [image(6), image(7)],
         "audio": [sound(33)],
-        "pieces": chat_prompt([Turn("user", "And?", ("image", "audio", "image")), Turn("assistant", "Both.")]),
+        "pieces": chat_prompt([Message("user", "And?", ("image", "audio", "image")), Message("assistant", "Both.")]),
     },
-    {"pieces": chat_prompt([Turn("user", "Who are you?"), Turn("assistant", "A bridge.")])},
+    {"pieces": chat_prompt([Message("user", "Who are you?"), Message("assistant", "A bridge.")])},
 )
 
 
@@ -249,7 +249,7 @@ def test_queries_of_absent_modalities_get_no_gradient(model: Any) -> None:
 
 
 def test_text_alone_has_a_loss_that_can_be_stepped(model: Any) -> None:
-    out = model({"pieces": [chat_prompt([Turn("user", "Hello?"), Turn("assistant", "Yes.")])]})
+    out = model({"pieces": [chat_prompt([Message("user", "Hello?"), Message("assistant", "Yes.")])]})
     out["loss"].backward()
     assert out["loss"] > 0
     assert not model.llama_proj.bias.grad.any()
@@ -274,7 +274,7 @@ def test_lavis_keys_make_the_same_prompts_as_pieces(model: Any) -> None:
     texts, answers = ["a dog", "two red bells"], ["yes", "no"]
     caption = {"image": pictures, "pieces": [alignment_prompt(["image"], text) for text in texts]}
     assert losses(model, {"image": pictures, "text_input": texts}) == pytest.approx(losses(model, caption))
-    turns = [[Turn("user", q, ("image",)), Turn("assistant", a)] for q, a in zip(texts, answers, strict=True)]
+    turns = [[Message("user", q, ("image",)), Message("assistant", a)] for q, a in zip(texts, answers, strict=True)]
     chat = {"image": pictures, "pieces": [chat_prompt(t) for t in turns]}
     expected = losses(model, chat)
     for keys in (
@@ -358,7 +358,7 @@ QUESTIONS = batch_of(
     *(
         {
             "image": [image(i)],
-            "pieces": chat_prompt([Turn("user", text, ("image",)), Turn("assistant", "unseen")]),
+            "pieces": chat_prompt([Message("user", text, ("image",)), Message("assistant", "unseen")]),
         }
         for i, text in enumerate(("Who?", "What is the colour of the red car?", "Why now, and where?"))
     )

@@ -25,7 +25,7 @@ from lavis_chatbridge.models.language_model import load_codec
 from lavis_chatbridge.models.samples import media_of
 from lavis_chatbridge.models.settings import TemporalSettings
 from lavis_chatbridge.processors.fbank import fbank
-from lavis_chatbridge.prompting import Piece, Slot, Text, Turn, alignment_prompt, chat_prompt, clean_caption
+from lavis_chatbridge.prompting import Message, Piece, Slot, Text, alignment_prompt, chat_prompt, clean_caption
 from lavis_chatbridge.runners.optim import learning_rate, original_rate
 from tests.models.building import golden_settings
 from tests.processors.test_golden_processing import (  # noqa: F401 (a golden folder is checked whole by this file)
@@ -456,17 +456,17 @@ def test_conversation_templates(rules: dict[str, Any]) -> None:  # noqa: F811
         assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == case["conversation"]
 
 
-def _turns(task: str, case: dict[str, Any]) -> list[Turn]:
+def _turns(task: str, case: dict[str, Any]) -> list[Message]:
     """The turns of an annotation as the original reads them: at most eight messages, one exchange for other tasks."""
     note = case["annotation"]
     if "conversations" in note:
         messages = note["conversations"][: 8 if task == "conv" else 2]
         texts = [re.sub(r"\n?<(image|video)>\n?", "", message["value"]) for message in messages]
-        return [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+        return [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
     answer = next(note[key] for key in ("answer", "caption", "desc", "text") if key in note)
     answer = ", ".join(answer) if isinstance(answer, list) else answer
     question = case["prompt_list"][0].replace("<QUESTION>", note.get("question", ""))
-    return [Turn("user", question), Turn("assistant", answer)]
+    return [Message("user", question), Message("assistant", answer)]
 
 
 def test_learning_rate_ramp(rules: dict[str, Any]) -> None:  # noqa: F811

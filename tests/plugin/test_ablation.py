@@ -11,7 +11,7 @@ from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin import ablation
 from lavis_chatbridge.plugin.ablation import Condition
 from lavis_chatbridge.plugin.suite_table import Line
-from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 CONFIG = """
@@ -24,7 +24,7 @@ run: {task: chatbridge_captioning}
 def configuration(root, **kinds_of):
     """Of a JSONL data set whose splits have these kinds of media, as it is after a run."""
     for split, kinds in kinds_of.items():
-        turns = (Turn("user", "What?", tuple(kinds)), Turn("assistant", "this"))
+        turns = (Message("user", "What?", tuple(kinds)), Message("assistant", "this"))
         media = tuple(Medium(kind, str(root / "x")) for kind in kinds)
         write_jsonl(root / f"{split}.jsonl", [Sample("s", media, turns=turns)])
     section = {"data_root": str(root), "splits": {split: f"{split}.jsonl" for split in kinds_of}, "templates": False}

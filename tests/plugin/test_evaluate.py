@@ -15,7 +15,7 @@ from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin import evaluate, scores, train
 from lavis_chatbridge.plugin.suite_table import text_table
-from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.tasks.settings import EvaluationSettings
@@ -47,7 +47,7 @@ def config(tmp_path_factory):
             path = root / f"{split}{n}.png"
             if n in there:
                 Image.fromarray(np.full((56, 56, 3), 80 * n, np.uint8)).save(path)
-            turns = (Turn("user", "What is it?", ("image",)), Turn("assistant", "red"))
+            turns = (Message("user", "What is it?", ("image",)), Message("assistant", "red"))
             samples.append(Sample(f"s{n}", (Medium("image", str(path)),), turns=turns))
         write_jsonl(root / f"{split}.jsonl", samples)
     path = root / "run.yaml"

@@ -11,7 +11,7 @@ import pytest
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.plugin import cache_features, launch, suites, world
-from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.schema import Sample, write_jsonl
 from tests.runners.runner_parts import ToyGroup, ToySource, config, in_processes, runner
@@ -210,7 +210,7 @@ def _scores_suites(rank, folder):
     there = folder / "test.jsonl"
     for name, root in (("one", folder if rank == 0 else own), ("two", folder)):
         (own / f"{name}.yaml").write_text(SUITE.format(root=root))
-    write_jsonl(there, [Sample("s", turns=(Turn("user", "Who?"), Turn("assistant", "me")))])
+    write_jsonl(there, [Sample("s", turns=(Message("user", "Who?"), Message("assistant", "me")))])
     with Noting() as session:
         scored = suites._Runs(session, [])
         for suite in suites.find(own).values():
@@ -233,7 +233,7 @@ def _caches(rank, folder):
     path = folder / f"{rank}.yaml"
     if rank == 0:
         path.write_text("model: {arch: chatbridge}\n" + SUITE.format(root=folder))
-        write_jsonl(folder / "test.jsonl", [Sample("s", turns=(Turn("user", "Who?"), Turn("assistant", "me")))])
+        write_jsonl(folder / "test.jsonl", [Sample("s", turns=(Message("user", "Who?"), Message("assistant", "me")))])
     options = ["run.max_iters=1", "run.train_splits=[test]", f"run.feature_cache={folder / 'features'}"]
     try:
         cache_features.run(SimpleNamespace(cfg_path=str(path), options=options))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.prompting import Text, Turn, alignment_prompt, chat_prompt
+from lavis_chatbridge.prompting import Message, Text, alignment_prompt, chat_prompt
 from lavis_chatbridge.runners import distributed, parallel
 from tests.models.building import small_model
 from tests.runners.runner_parts import config, in_processes
@@ -29,7 +29,7 @@ def batch(*samples: dict[str, Any]) -> dict[str, Any]:
     return {key: [sample.get(key, []) for sample in samples] for key in ("pieces", "image", "video", "audio")}
 
 
-TALK = {"pieces": chat_prompt([Turn("user", "Who are you?"), Turn("assistant", "A bridge.")])}
+TALK = {"pieces": chat_prompt([Message("user", "Who are you?"), Message("assistant", "A bridge.")])}
 PICTURE = {"image": [frames(3)], "pieces": alignment_prompt(["image"], "a red dog")}
 CLIP = {"video": [frames(5, 3)], "pieces": alignment_prompt(["video"], "it runs")}
 SOUND = {"audio": [clips(3)], "pieces": alignment_prompt(["audio"], "rain")}

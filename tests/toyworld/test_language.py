@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from lavis_chatbridge.prompting import Slot, Text, Turn, alignment_prompt, chat_prompt
+from lavis_chatbridge.prompting import Message, Slot, Text, alignment_prompt, chat_prompt
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.toyworld.captions import CAPTIONS, SHORT, fill
 from lavis_chatbridge.toyworld.language import (
@@ -254,7 +254,7 @@ PINNED = (
     "on the left there is a small red circle",
     "name the colour",
     "a low flute and a red circle",
-    Turn(role="user", text="what is the pitch?", media=("audio",)),
+    Message(role="user", text="what is the pitch?", media=("audio",)),
 )
 LOW_FLUTE = Scene("audio", (("timbre", "flute"), ("pitch", "low"), ("pattern", "rising")))
 

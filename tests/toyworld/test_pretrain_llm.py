@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lavis_chatbridge.prompting import Text, Turn, chat_prompt, context_of
+from lavis_chatbridge.prompting import Message, Text, chat_prompt, context_of
 from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS, alone, facts_in, terse
 from lavis_chatbridge.toyworld.pretrain_llm import (
@@ -139,7 +139,7 @@ def test_shipped_model_generates_the_answer_and_its_end(
         question = alone(scene, rng, "name")
         words = " ".join(scene.facts.values())
         pieces = [Text(f"###Human: Given following {kind}: "), Text(words)]
-        turns = [Turn("user", question.text), Turn("assistant", question.answer)]
+        turns = [Message("user", question.text), Message("assistant", question.answer)]
         (first, *rest) = context_of(chat_prompt(turns))
         assert isinstance(first, Text)
         (context,) = encode([[*pieces, Text(f".{first.text}"), *rest]], tokenizer)

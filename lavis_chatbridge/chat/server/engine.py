@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from lavis_chatbridge.chat.decoding import Decoder, Generation, Sampling
 from lavis_chatbridge.chat.history import ChatTurn
 from lavis_chatbridge.chat.media import MediaReader
-from lavis_chatbridge.chat.prefix import Prefix
 from lavis_chatbridge.chat.session import Answer, Session
+from lavis_chatbridge.models.decoding import Decoder, Generation, Prefix, Sampling
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lavis_chatbridge.chat.decoding import Sampling
 from lavis_chatbridge.chat.server.errors import RequestError
+from lavis_chatbridge.models.decoding import Sampling
 from lavis_chatbridge.prompting.pieces import Modality
 
 _URL_PARTS: dict[str, Modality] = {"image_url": "image", "video_url": "video", "audio_url": "audio"}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import Origin, Row, json_rows, question_sample
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample
 
 _MARKERS = ("<image>", "<video>", "<audio>")
@@ -36,13 +36,13 @@ def avsd(origin: Origin) -> Iterator[Sample]:
     for row in json_rows(origin.file("file"), "dialogs"):
         name = row.text("image_id")
         media = origin.locate(row.where, image_id=name)
-        turns: list[Turn] = []
+        turns: list[Message] = []
         for number, pair in enumerate(row.rows("dialog")):
             kinds = tuple(medium.kind for medium in media) if number == 0 else ()
-            turns.append(Turn("user", pair.text("question"), kinds))
+            turns.append(Message("user", pair.text("question"), kinds))
             answer = pair.text("answer") if "answer" in pair else "__UNDISCLOSED__"
             if answer != "__UNDISCLOSED__":
-                turns.append(Turn("assistant", answer))
+                turns.append(Message("assistant", answer))
             if origin.options.get("each_turn"):
                 yield Sample(f"{name}_{number}", media, turns=tuple(turns), meta={"video_id": name})
             if turns[-1].role == "user":
@@ -75,8 +75,8 @@ def multis(origin: Origin) -> Iterator[Sample]:
             yield Sample(sample_id, media, row.texts("desc", "caption"), meta=meta)
 
 
-def _turns(row: Row, media: tuple[Medium, ...]) -> tuple[Turn, ...]:
-    turns: list[Turn] = []
+def _turns(row: Row, media: tuple[Medium, ...]) -> tuple[Message, ...]:
+    turns: list[Message] = []
     for number, item in enumerate(row.rows("conversations")):
         speaker, expected = item.text("from"), "gpt" if number % 2 else "human"
         if speaker != expected:
@@ -87,7 +87,7 @@ def _turns(row: Row, media: tuple[Medium, ...]) -> tuple[Turn, ...]:
         if number == 0:
             text = _without_marker(text)
         kinds = tuple(medium.kind for medium in media) if number == 0 else ()
-        turns.append(Turn(_ROLES[speaker], text, kinds))
+        turns.append(Message(_ROLES[speaker], text, kinds))
     if len(turns) % 2:
         turns.pop()  # a question that nobody answers teaches nothing
     if not turns:

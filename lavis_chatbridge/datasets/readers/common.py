@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting.conversation import Turn
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path
 
@@ -146,7 +146,7 @@ def question_sample(
     row: Row, sample_id: str, media: tuple[Medium, ...], question: str, answer: str, **more: Any
 ) -> Sample:
     """A sample of one question and its answer."""
-    turns = (Turn("user", question, tuple(medium.kind for medium in media)), Turn("assistant", answer))
+    turns = (Message("user", question, tuple(medium.kind for medium in media)), Message("assistant", answer))
     return Sample(sample_id, media, turns=turns, **more)
 
 

@@ -16,7 +16,7 @@ from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.plugin.lmms_eval import missing
 from lavis_chatbridge.plugin.lmms_eval.requests import Given, Said, batches, conversation, cut, decoding, question
-from lavis_chatbridge.prompting import Modality, Turn, chat_prompt
+from lavis_chatbridge.prompting import Message, Modality, chat_prompt
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 try:
@@ -140,7 +140,7 @@ class ChatBridge(lmms):
             turns, media = [], {kind: [] for kind in MODALITIES}  # type: ignore[var-annotated]
             for said in self._turns(request):
                 prepared = [(given.kind, medium) for given in said.media if (medium := self._open(given)) is not None]
-                turns.append(Turn(said.role, said.text, tuple(kind for kind, _ in prepared)))
+                turns.append(Message(said.role, said.text, tuple(kind for kind, _ in prepared)))
                 for kind, medium in prepared:
                     media[kind].append(medium)
         except MediaError as error:

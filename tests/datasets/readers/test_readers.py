@@ -13,7 +13,7 @@ import pytest
 from lavis_chatbridge.datasets.readers import READERS, Origin, common
 from lavis_chatbridge.datasets.readers.common import json_rows, json_value, table_rows
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium
 from tests.fuzzing.annotations import FORMATS, SHARD_CASES
 
@@ -46,7 +46,7 @@ def test_vqav2(read):
     media = {"image": "coco/{data_subtype}/COCO_{data_subtype}_{image_id:012d}.jpg"}
     [sample] = read("vqav2", media, questions=questions, annotations=annotations)
     assert sample.media == (Medium("image", "/d/coco/train2014/COCO_train2014_000000000009.jpg"),)
-    assert sample.turns == (Turn("user", "What is it?", ("image",)), Turn("assistant", "cat"))
+    assert sample.turns == (Message("user", "What is it?", ("image",)), Message("assistant", "cat"))
     assert sample.answers == ("cat", "cat", "a cat")
     assert (sample.id, sample.meta) == ("9000", {"question_id": 9000, "image_id": 9, "type": "other"})
     [test] = read("vqav2", media, questions=questions)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin.launch import Session
-from lavis_chatbridge.prompting import Turn
+from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from tests.runners.runner_parts import in_processes
 from tests.tasks.eval import ranks
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
             Image.fromarray(np.random.default_rng(n).integers(0, 255, (56, 56, 3), np.uint8)).save(path)
         else:
             soundfile.write(path, np.random.default_rng(n).uniform(-0.3, 0.3, 16000), 16000)
-        turns = (Turn("user", QUESTIONS[n % 3], (kind,)), Turn("assistant", "red"))
+        turns = (Message("user", QUESTIONS[n % 3], (kind,)), Message("assistant", "red"))
         samples.append(Sample(f"s{n}", (Medium(kind, str(path)),), turns=turns))
     write_jsonl(root / "test.jsonl", samples)
     (root / "run.yaml").write_text(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.chat.text import TextStream, text_of
+from lavis_chatbridge.models.decoding import TextStream, text_of
 from lavis_chatbridge.models.language_model import load_codec
 
 

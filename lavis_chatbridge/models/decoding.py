@@ -17,47 +17,15 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from lavis_chatbridge.chat.prefix import Element, Prefix, is_plain, join, select
-from lavis_chatbridge.chat.text import TextStream
 from lavis_chatbridge.models import answering
 from lavis_chatbridge.models.interleave import IGNORED, SOFT, Batch, embed
+from lavis_chatbridge.models.language_model import Codec
+from lavis_chatbridge.models.sampling import Sampling
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a reply is chosen.
-
-    Args:
-        max_new_tokens: The most tokens of a reply.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        top_p: Tokens are drawn from the likeliest ones that together have this probability.
-        num_beams: Above 1: search the likeliest whole reply; neither drawn nor streamed.
-        seed: The same seed draws the same reply; none draws a new one.
-        stop: Further texts that end a reply and are no part of it.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 0.9
-    num_beams: int = 1
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def check(self) -> Iterable[str]:
-        """Numbers out of range."""
-        if self.max_new_tokens < 1:
-            yield f"max_new_tokens is {self.max_new_tokens}, expected at least 1"
-        if not 0.0 <= self.temperature <= 100.0:
-            yield f"temperature is {self.temperature}, expected 0 to 100"
-        if not 0.0 < self.top_p <= 1.0:
-            yield f"top_p is {self.top_p}, expected above 0, at most 1"
-        if self.num_beams < 1:
-            yield f"num_beams is {self.num_beams}, expected at least 1"
-        if self.num_beams > 1 and self.temperature > 0:
-            yield f"num_beams is {self.num_beams}, a search, but temperature {self.temperature} asks for a draw"
 
 
 class Generation:
@@ -302,3 +270,151 @@ class Decoder:
             if generation.done:
                 return text
         return text + generation.end("length")
+
+
+Element: TypeAlias = int | tuple[str, int]
+"""What stands at one position: a token id, or which medium's which soft token."""
+
+
+class Prefix:
+    """What one row has read: the elements and their keys and values."""
+
+    def __init__(self) -> None:
+        self.elements: list[Element] = []
+        self._cache: Any = None
+
+    def common(self, elements: Sequence[Element]) -> int:
+        """How many of ``elements`` need not be read again; the last one always is, for its prediction."""
+        most = min(len(self.elements), len(elements) - 1) if self._cache is not None else 0
+        return next((i for i in range(most) if self.elements[i] != elements[i]), max(most, 0))
+
+    def take(self, length: int) -> Any:
+        """The cache of the first ``length`` elements (none for 0), which then are no longer kept here."""
+        cache, self._cache, self.elements = self._cache, None, []
+        if not length:
+            return None
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        return cache
+
+    def put(self, elements: Sequence[Element], cache: Any) -> None:
+        """Keep what a row has read."""
+        if is_plain(cache):
+            self.elements, self._cache = list(elements), cache
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether every layer keeps the keys and values of every position."""
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def join(first: Any, second: Any) -> Any:
+    """The rows of two plain caches in one; the shorter rows are padded on the left."""
+    length = max(_length(first), _length(second))
+    joined = DynamicCache()
+    for i, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        keys = torch.cat([_padded(layer.keys, length) for layer in (a, b)])
+        joined.update(keys, torch.cat([_padded(layer.values, length) for layer in (a, b)]), i)
+    return joined
+
+
+def select(cache: Any, rows: Sequence[int], start: int = 0) -> Any:
+    """Some rows of a plain cache, from position ``start`` on."""
+    chosen = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        index = torch.tensor(list(rows), device=layer.keys.device)
+        chosen.update(layer.keys[index, :, start:], layer.values[index, :, start:], i)
+    return chosen
+
+
+def _length(cache: Any) -> int:
+    return cache.layers[0].keys.shape[-2]
+
+
+def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    return functional.pad(states, (0, 0, length - states.shape[-2], 0))
+
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, and so tokens that may each hold a part of it
+
+
+class TextStream:
+    """The text of a growing row of tokens.
+
+    Stop texts are looked for in the text, so it does not matter into which tokens a model cuts them.
+
+    Args:
+        codec: The tokenizer.
+        stops: Texts that end the row and are no part of its text.
+    """
+
+    def __init__(self, codec: Codec, stops: Sequence[str] = ()) -> None:
+        self.text = ""
+        """What has been handed out so far."""
+        self.stopped: str | None = None
+        """The stop text that was found."""
+        self.codec = codec
+        self.stops = tuple(stop for stop in stops if stop)
+        self._ids: list[int] = []
+        self._before, self._read = 0, 0  # tokens that give the next ones their context; tokens whose text is known
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that has become certain."""
+        self._ids.append(token)
+        self._held += self._decoded(final=False)
+        return self._hand_out(final=False)
+
+    def finish(self) -> str:
+        """No more tokens come; returns the rest of the text."""
+        self._held += self._decoded(final=True)
+        return self._hand_out(final=True)
+
+    def _decoded(self, final: bool) -> str:
+        """The text of the tokens that have not been read, once it holds whole characters only.
+
+        Tokens are decoded together with some before them: a token's text may depend on whether it comes first.
+        """
+        known = self.codec.decode(self._ids[self._before : self._read])
+        whole = self.codec.decode(self._ids[self._before :])
+        waiting = len(self._ids) - self._read
+        if whole.endswith(_BROKEN) and not final and waiting < _LONGEST_CHARACTER:
+            return ""
+        if len(whole) <= len(known):
+            return ""
+        self._before, self._read = self._read, len(self._ids)
+        return whole[len(known) :]
+
+    def _hand_out(self, final: bool) -> str:
+        if self.stopped is not None:
+            return ""
+        found = [(self._held.find(stop), stop) for stop in self.stops if stop in self._held]
+        if found:
+            place, self.stopped = min(found)
+            certain, self._held = self._held[:place].rstrip(), ""
+        elif final:
+            certain, self._held = self._held.rstrip(), ""
+        else:
+            keep = max((_overlap(self._held, stop) for stop in self.stops), default=0)
+            certain = self._held[: len(self._held) - keep].rstrip()
+            self._held = self._held[len(certain) :]
+        if not self.text:
+            certain = certain.lstrip()
+        self.text += certain
+        return certain
+
+
+def text_of(codec: Codec, ids: Sequence[int], stops: Sequence[str] = ()) -> str:
+    """The text of all ``ids``, up to the first stop text."""
+    stream = TextStream(codec, stops)
+    for token in ids:
+        stream.push(token)
+    stream.finish()
+    return stream.text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` may be the beginning of ``stop``."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from lavis_chatbridge.chat.history import ChatTurn
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.language_model import Codec
-from lavis_chatbridge.prompting import Modality, Slot, Text, Turn, chat_prompt, escape_markers
+from lavis_chatbridge.prompting import Message, Modality, Slot, Text, chat_prompt, escape_markers
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, introduce
 
 
@@ -47,7 +46,7 @@ class Template(Protocol):
     stops: tuple[str, ...]
     end_ids: frozenset[int]
 
-    def parts(self, turns: Sequence[ChatTurn]) -> list[Part]:
+    def parts(self, turns: Sequence[Message]) -> list[Part]:
         """A conversation up to the opening of the reply to its last turn; slots count its media that were reached."""
 
     def escape(self, text: str) -> str:
@@ -70,12 +69,11 @@ class HumanAssistant:
         front: list[Part] = [Ids((codec.bos_id,))] if codec.bos_id is not None else []
         self._front = [*front, *([Text(escape_markers(system))] if system else [])]
 
-    def parts(self, turns: Sequence[ChatTurn]) -> list[Part]:
+    def parts(self, turns: Sequence[Message]) -> list[Part]:
         """See `Template`."""
-        said = [Turn(turn.role, turn.text, turn.kinds) for turn in turns]
         replies = iter([turn for turn in turns if turn.role == "assistant"])
         parts = list(self._front)
-        for piece in chat_prompt(said, generate=True, reply_end=self._reply_end):
+        for piece in chat_prompt(turns, generate=True, reply_end=self._reply_end):
             if isinstance(piece, Text) and piece.target:
                 parts += self._reply(next(replies), piece)
             else:
@@ -86,7 +84,7 @@ class HumanAssistant:
         """See `Template`."""
         return escape_markers(text)
 
-    def _reply(self, turn: ChatTurn, piece: Text) -> list[Part]:
+    def _reply(self, turn: Message, piece: Text) -> list[Part]:
         """A reply in the tokens in which it was made, or in the tokenizer's where those are not known."""
         if turn.ids is None:
             return [piece]
@@ -116,7 +114,7 @@ class VicunaV1:
         front: list[Part] = [Ids((codec.bos_id,))] if codec.bos_id is not None else []
         self._front = [*front, Text(f"{self.escape(system) or VICUNA_SYSTEM} ")]
 
-    def parts(self, turns: Sequence[ChatTurn]) -> list[Part]:
+    def parts(self, turns: Sequence[Message]) -> list[Part]:
         """See `Template`."""
         parts, counts = list(self._front), dict[Modality, int]()
         for turn in turns:
@@ -157,7 +155,7 @@ class TokenizerTemplate:
         self.end_ids = _ids(codec.eos_id) | special
         self.stops: tuple[str, ...] = (closing.strip(),) if closing.strip() and not special else ()
 
-    def parts(self, turns: Sequence[ChatTurn]) -> list[Part]:
+    def parts(self, turns: Sequence[Message]) -> list[Part]:
         """See `Template`."""
         marks = _marks(len(turns) + 1)
         said = [(turn.role, mark) for turn, mark in zip(turns, marks[1:], strict=True)]
@@ -199,12 +197,12 @@ def load_template(name: str, codec: Codec, system: str = "", reply_end: str = EN
 
 
 def _user(
-    turn: ChatTurn, counts: dict[Modality, int], opening: str, closing: str, escape: Callable[[str], str]
+    turn: Message, counts: dict[Modality, int], opening: str, closing: str, escape: Callable[[str], str]
 ) -> list[Part]:
     """A user's turn: its media, introduced in the paper's words, then its text."""
-    if not turn.kinds:
+    if not turn.media:
         return [Text(f"{opening}{escape(turn.text)}{closing}")]
-    return [*introduce(turn.kinds, counts, opening), Text(f". {escape(turn.text)}{closing}")]
+    return [*introduce(turn.media, counts, opening), Text(f". {escape(turn.text)}{closing}")]
 
 
 def _messages(system: str, said: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
