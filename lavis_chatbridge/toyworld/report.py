@@ -1,14 +1,15 @@
-"""What the demo found, as ``report.json`` and ``report.html``: reads what the runs wrote, computes nothing anew.
+"""The demo's results as ``report.json`` and ``report.html``, from the files that its runs wrote.
 
-The demo's folder holds the runs ``stage1`` and ``stage1_scores``, and where instruction tuning has run ``stage2``,
-``stage2_scores`` and ``joint``; media are shuffled in the first of the scores, withheld in the last, too. This module
-knows the files of a run (``log.txt``, ``result/``), not how a run works.
+The demo's folder holds the runs ``stage1``, ``stage1_scores``, ``stage2``, ``stage2_scores`` and ``joint``. Stage 1 is
+also scored with shuffled media, the joint test with withheld media. This module knows a run's files (``log.txt``,
+``result/``); it does not know how a run works.
 """
 
 from __future__ import annotations
 
-import argparse
+import base64
 import json
+import mimetypes
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import write_text
+from lavis_chatbridge.files import write_json, write_text
+from lavis_chatbridge.pages import render
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
-from lavis_chatbridge.toyworld.page import Curve, Example, Page, render
 
 STARTED = ".started"
+"""A file that ``make demo`` touches at its beginning."""
+
 SHUFFLED = "_shuffled_image_video_audio"
 JOINT = {
     "both": "",
@@ -28,15 +31,13 @@ JOINT = {
     "no_audio": "_withheld_audio",
     "neither": "_withheld_image_video_audio",
 }
-"""What the model was given -> what the names of its results say of media."""
-COMPOSING = ("name", "compose", "match")
-"""The kinds of joint questions that ``joint.both`` counts; the others are listed by kind."""
+"""Media given to the model -> the part of a result's file name that says so."""
 
-_EXAMPLES_PER_KIND = 4
-_LEAD = (
-    "A model of a few million parameters on a small closed world, trained on this machine a moment ago. The encoders "
-    "and the language model are frozen; only the bridge between them has learnt."
-)
+COMPOSING = ("name", "compose", "match")
+"""The kinds of joint questions whose mean is ``joint.both``; the other kinds are listed separately."""
+
+_EXAMPLES_PER_MODALITY = 4
+_CURVE_WIDTH, _CURVE_HEIGHT = 552, 132
 
 
 def write_report(folder: Path, world: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def write_report(folder: Path, world: Path) -> dict[str, Any]:
         world: The folder of the embedded world that they used.
 
     Returns:
-        What ``report.json`` holds.
+        The content of ``report.json``.
 
     Raises:
         DataError: If a run's results are missing.
@@ -56,35 +57,18 @@ def write_report(folder: Path, world: Path) -> dict[str, Any]:
     if (folder / "stage2_scores").is_dir():
         report["stage2"] = _stage2(folder)
         report["joint"] = _joint(folder)
-    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "report.html", render(_page(folder, world, report)))
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.html", render("world_report.html", **_page(folder, world, report)))
     return report
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge world report``."""
-    parser.add_argument("folder", type=Path, help="the demo's folder, with the runs in it")
-    parser.add_argument("--world", type=Path, default=Path("output/world"), help="the world that they used")
-
-
-def run(args: argparse.Namespace) -> int:
-    """``chatbridge world report``: prints the scores and where the page is."""
-    report = write_report(args.folder, args.world)
-    print(summary(report))
-    if report["seconds"] is not None:
-        print(f"\n{report['seconds']:.0f} seconds in all")
-    print(f"report: {args.folder / 'report.html'}")
-    return 0
 
 
 def summary(report: Mapping[str, Any]) -> str:
     """The report's scores as a few lines of text."""
     lines = [_row("", *_columns(report["stage1"]))]
     for stage in ("stage1", "stage2"):
-        for kind, scores in report.get(stage, {}).items():
-            lines.append(_row(f"{stage} {kind}", *(f"{value:.3f}" for value in scores.values())))
-    joint = report.get("joint")
-    if joint:
+        for modality, scores in report.get(stage, {}).items():
+            lines.append(_row(f"{stage} {modality}", *(f"{value:.3f}" for value in scores.values())))
+    if joint := report.get("joint"):
         lines += [_row(f"joint {name}", f"{joint[name]:.3f}") for name in JOINT]
         for kind, score in joint["by_kind"].items():
             lines.append(_row(f"joint {kind}", f"{score:.3f}", f"in words {joint['text_only'][kind]:.3f}"))
@@ -100,52 +84,47 @@ def _columns(stage: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _seconds(folder: Path) -> float | None:
-    """Seconds since the demo began, by the mark that it left."""
-    mark = folder / STARTED
-    return round(time.time() - mark.stat().st_mtime, 1) if mark.is_file() else None
+    """Seconds since the demo began, or None if it was not started by make."""
+    started = folder / STARTED
+    return round(time.time() - started.stat().st_mtime, 1) if started.is_file() else None
+
+
+# --- Scores ---
 
 
 def _stage1(folder: Path) -> dict[str, dict[str, float]]:
-    seen = _by_kind(folder / "stage1_scores", "test")
-    held_out = _by_kind(folder / "stage1_scores", "heldout")
-    shuffled = _by_kind(folder / "stage1_scores", "test", SHUFFLED)
+    seen = _by_modality(folder / "stage1_scores", "test")
+    held_out = _by_modality(folder / "stage1_scores", "heldout")
+    shuffled = _by_modality(folder / "stage1_scores", "test", SHUFFLED)
     return {
-        kind: {
-            "accuracy": seen[kind]["attribute_accuracy"],
-            "heldout": held_out[kind]["attribute_accuracy"],
-            "shuffled": shuffled[kind]["attribute_accuracy"],
-            "text_prior": seen[kind]["text_prior"],
+        modality: {
+            "accuracy": seen[modality]["attribute_accuracy"],
+            "heldout": held_out[modality]["attribute_accuracy"],
+            "shuffled": shuffled[modality]["attribute_accuracy"],
+            "text_prior": seen[modality]["text_prior"],
         }
-        for kind in MODALITIES
+        for modality in MODALITIES
     }
 
 
 def _stage2(folder: Path) -> dict[str, dict[str, float]]:
-    seen = _by_kind(folder / "stage2_scores", "test")
-    held_out = _by_kind(folder / "stage2_scores", "heldout")
-    return {
-        kind: {"accuracy": seen[kind]["exact_match"], "heldout": held_out[kind]["exact_match"]} for kind in MODALITIES
-    }
+    splits = {"accuracy": "test", "heldout": "heldout"}
+    scores = {name: _by_modality(folder / "stage2_scores", split) for name, split in splits.items()}
+    return {modality: {name: scores[name][modality]["exact_match"] for name in splits} for modality in MODALITIES}
 
 
 def _joint(folder: Path) -> dict[str, Any]:
-    """Exact match per condition over the composing kinds; per kind with both media, and with both in words only."""
+    """Exact match over the composing kinds per condition, and per kind with both media and with descriptions."""
     joint: dict[str, Any] = {}
     for name, media in JOINT.items():
-        by_kind = _exact_by_asked(folder / "joint", "test", media)
-        joint[name] = _mean(by_kind, COMPOSING)
+        by_kind = _exact_by_kind(folder / "joint", "test", media)
+        joint[name] = sum(by_kind[kind] for kind in COMPOSING) / len(COMPOSING)
         joint.setdefault("by_kind", by_kind)
-    joint["text_only"] = _exact_by_asked(folder / "joint", "words")
+    joint["text_only"] = _exact_by_kind(folder / "joint", "words")
     return joint
 
 
-def _mean(scores: Mapping[str, float], kinds: Iterable[str]) -> float:
-    values = [scores[kind] for kind in kinds]
-    return sum(values) / len(values)
-
-
-def _exact_by_asked(run: Path, split: str, media: str = "") -> dict[str, float]:
-    """Share of exact answers per kind of question."""
+def _exact_by_kind(run: Path, split: str, media: str = "") -> dict[str, float]:
     right: dict[str, list[bool]] = {}
     for record in _records(run, split, media):
         right.setdefault(record["meta"]["asked"], []).append(_is_right(record))
@@ -153,7 +132,7 @@ def _exact_by_asked(run: Path, split: str, media: str = "") -> dict[str, float]:
 
 
 def _is_right(record: Mapping[str, Any]) -> bool:
-    """Exact match, or for captions all facts named by their words."""
+    """An answer must match exactly; a caption must name all facts by their words."""
     said = record["prediction"].lower()
     if record.get("answers"):
         return said.strip(" .") in [answer.lower() for answer in record["answers"]]
@@ -161,11 +140,11 @@ def _is_right(record: Mapping[str, Any]) -> bool:
     return all(value in words for value in record["facts"].values())
 
 
-def _by_kind(run: Path, split: str, media: str = "") -> dict[Modality, dict[str, Any]]:
-    """The metrics of a split by the kind of medium, which the samples' ids begin with."""
+def _by_modality(run: Path, split: str, media: str = "") -> dict[Modality, dict[str, Any]]:
+    """The metrics of a split by modality, with which the samples' ids begin."""
     by_source = json.loads(_result(run, f"{split}{media}", "_metrics.json").read_text())["by_source"]
-    kinds = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split, media)}
-    return {kinds[source]: scores for source, scores in by_source.items() if source in kinds}
+    modalities = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split, media)}
+    return {modalities[source]: scores for source, scores in by_source.items() if source in modalities}
 
 
 def _records(run: Path, split: str, media: str = "") -> list[dict[str, Any]]:
@@ -173,7 +152,7 @@ def _records(run: Path, split: str, media: str = "") -> list[dict[str, Any]]:
 
 
 def _result(run: Path, name: str, suffix: str) -> Path:
-    """The newest result of a split and what became of its media in a run's folder: ``{name}_step{N}{suffix}``."""
+    """The newest ``{name}_step{N}{suffix}`` among a run's results."""
     pattern = re.compile(rf"{re.escape(name)}_step\d+{re.escape(suffix)}")
     found = [path for path in (run / "result").glob("*") if pattern.fullmatch(path.name)]
     if not found:
@@ -181,71 +160,90 @@ def _result(run: Path, name: str, suffix: str) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def _page(folder: Path, world: Path, report: Mapping[str, Any]) -> Page:
-    page = Page("ChatBridge on the embedded world", _LEAD)
+# --- The page ---
+
+
+def _page(folder: Path, world: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the template."""
+    tables, curves = [], []
     for stage, title in (("stage1", "Stage 1: captions"), ("stage2", "Stage 2: answers")):
         if stage in report:
-            rows = [[kind, *(f"{value:.3f}" for value in scores.values())] for kind, scores in report[stage].items()]
-            page.tables.append((title, ["", *_columns(report[stage])], rows))
-            page.curves.append(Curve(f"{title}, training loss", _losses(folder / stage / "log.txt")))
+            rows = [[name, *(f"{value:.3f}" for value in scores.values())] for name, scores in report[stage].items()]
+            tables.append({"title": title, "columns": ["", *_columns(report[stage])], "rows": rows})
+            curves += _curve(f"{title}, training loss", folder / stage / "log.txt")
+    galleries: dict[str, list[dict[str, Any]]] = {}
     if "joint" in report:
-        _add_joint(page, report["joint"])
-        page.galleries.append(("Seen and heard together", _joint_examples(folder, world)))
-    for kind in MODALITIES:
-        page.galleries.append((f"Captions after stage 1: {kind}", _examples(folder, world, kind)))
-    if report["seconds"] is not None:
-        page.notes.append(f"Everything on this page took {report['seconds']:.0f} seconds to build, train and score.")
-    return page
+        tables += _joint_tables(report["joint"])
+        galleries["Seen and heard together"] = _joint_examples(folder, world)
+    for modality in MODALITIES:
+        galleries[f"Captions after stage 1: {modality}"] = _examples(folder, world, modality)
+    shown = {"tables": tables, "curves": curves, "galleries": galleries, "seconds": report["seconds"]}
+    return {"title": "ChatBridge on the embedded world", **shown}
 
 
-def _add_joint(page: Page, joint: Mapping[str, Any]) -> None:
-    rows = [[name.replace("_", " "), f"{joint[name]:.3f}"] for name in JOINT]
-    page.tables.append(
-        ("Picture or clip and sound together, never trained on: name, compose, match", ["", "exact"], rows)
-    )
-    rows = [[kind, f"{score:.3f}", f"{joint['text_only'][kind]:.3f}"] for kind, score in joint["by_kind"].items()]
-    page.tables.append(("The same by kind of question", ["", "with media", "in words only"], rows))
+def _joint_tables(joint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    given = [[name.replace("_", " "), f"{joint[name]:.3f}"] for name in JOINT]
+    kinds = [[kind, f"{score:.3f}", f"{joint['text_only'][kind]:.3f}"] for kind, score in joint["by_kind"].items()]
+    title = "Picture or clip and sound together, never shown together in training: name, compose, match"
+    return [
+        {"title": title, "columns": ["", "exact"], "rows": given},
+        {"title": "The same by kind of question", "columns": ["", "with media", "in words only"], "rows": kinds},
+    ]
 
 
-def _losses(log: Path) -> tuple[tuple[float, float], ...]:
-    points = []
-    for line in log.read_text().splitlines() if log.is_file() else []:
-        record = json.loads(line)
-        if "train_loss" in record and "train_step" in record:
-            points.append((float(record["train_step"]), float(record["train_loss"])))
-    return tuple(points)
+def _curve(title: str, log: Path) -> list[dict[str, Any]]:
+    """A loss curve as points of an SVG polyline; nothing if the log has fewer than two losses."""
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    points = [(r["train_step"], r["train_loss"]) for r in records if "train_loss" in r and "train_step" in r]
+    if len(points) < 2:
+        return []
+    steps, losses = zip(*points, strict=True)
+    low, high = min(losses), max(losses)
+    across, up = _CURVE_WIDTH / ((steps[-1] - steps[0]) or 1), _CURVE_HEIGHT / ((high - low) or 1)
+    line = " ".join(f"{(step - steps[0]) * across:.1f},{(high - loss) * up:.1f}" for step, loss in points)
+    return [{"title": title, "line": line, "low": low, "high": high, "steps": steps, "losses": losses}]
 
 
-def _examples(folder: Path, world: Path, kind: Modality) -> list[Example]:
-    """The first few captions of new renderings and of held-out combinations."""
+def _examples(folder: Path, world: Path, modality: Modality) -> list[dict[str, Any]]:
+    """The first captions of new renderings and of held-out combinations."""
     examples = []
     for split in ("test", "heldout"):
-        media = _media(world, f"{kind}_{split}")
+        media = _media(world, f"{modality}_{split}")
         records = [r for r in _records(folder / "stage1_scores", split) if r["sample_id"] in media]
-        for record in records[: _EXAMPLES_PER_KIND // 2]:
+        for record in records[: _EXAMPLES_PER_MODALITY // 2]:
             examples.append(_example(record, media[record["sample_id"]], asked=f"({split})"))
     return examples
 
 
-def _joint_examples(folder: Path, world: Path) -> list[Example]:
+def _joint_examples(folder: Path, world: Path) -> list[dict[str, Any]]:
     media = _media(world, "joint_test")
     chosen: dict[str, dict[str, Any]] = {}
     for record in _records(folder / "joint", "test"):
         chosen.setdefault(record["meta"]["asked"], record)
-    return [_example(r, media[r["sample_id"]], asked=_question(r["prompt"])) for r in chosen.values()]
+    return [_example(r, media[r["sample_id"]], _question(r["prompt"])) for r in chosen.values()]
 
 
 def _question(prompt: str) -> str:
     return prompt.rsplit("Human:", 1)[-1].replace("###Assistant:", "").strip()
 
 
-def _example(record: Mapping[str, Any], media: tuple[tuple[Modality, Path], ...], asked: str) -> Example:
+def _example(record: Mapping[str, Any], media: Iterable[tuple[Modality, Path]], asked: str) -> dict[str, Any]:
     answers = record.get("answers")
-    truth = answers[0] if answers else ", ".join(record["facts"].values())
-    return Example(media, record["prediction"], truth, _is_right(record), asked)
+    return {
+        "media": [(modality, _data_url(path)) for modality, path in media],
+        "asked": asked,
+        "said": record["prediction"],
+        "truth": answers[0] if answers else ", ".join(record["facts"].values()),
+        "verdict": "right" if _is_right(record) else "wrong",
+    }
+
+
+def _data_url(path: Path) -> str:
+    guessed = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{guessed};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _media(world: Path, name: str) -> dict[str, tuple[tuple[Modality, Path], ...]]:
-    """Sample id to its media, read from an annotation file of the world."""
+    """Sample id -> its media, from an annotation file of the world."""
     rows = (json.loads(line) for line in (world / "annotations" / f"{name}.jsonl").read_text().splitlines())
     return {row["id"]: tuple((medium["type"], world / medium["path"]) for medium in row["media"]) for row in rows}

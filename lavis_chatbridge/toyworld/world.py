@@ -1,6 +1,6 @@
-"""What exists in the embedded world: the attributes of its media, and which combinations are held out.
+"""What exists in the embedded world: attributes, their values, and the combinations that training never shows.
 
-Nothing here renders or words anything: `Scene` is the truth that the renderers draw and the grammar describes.
+A `Scene` is the truth about one medium. The renderers draw it and `language` describes it; this module does neither.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from dataclasses import dataclass
 
 from lavis_chatbridge.prompting.pieces import Modality
 
+_SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+_COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+
 ATTRIBUTES: dict[Modality, dict[str, tuple[str, ...]]] = {
     "image": {
-        "shape": ("circle", "square", "triangle", "star", "cross", "ring"),
-        "colour": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
+        "shape": _SHAPES,
+        "colour": _COLOURS,
         "size": ("small", "large"),
         "place": ("left", "right", "top", "bottom", "centre"),
     },
     "video": {
-        "shape": ("circle", "square", "triangle", "star", "cross", "ring"),
-        "colour": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
+        "shape": _SHAPES,
+        "colour": _COLOURS,
         "motion": ("left", "right", "up", "down", "grow", "shrink"),
     },
     "audio": {
@@ -30,55 +33,55 @@ ATTRIBUTES: dict[Modality, dict[str, tuple[str, ...]]] = {
         "pattern": ("steady", "pulsing", "rising", "falling"),
     },
 }
-"""The values of every attribute, per kind of medium."""
+"""Modality -> attribute -> its values."""
 
 TRIPLES: dict[Modality, tuple[str, str, str]] = {
     "image": ("shape", "colour", "place"),
     "video": ("shape", "colour", "motion"),
     "audio": ("timbre", "pitch", "pattern"),
 }
-"""The three attributes whose combinations are held out, per kind."""
+"""The three attributes of which some combinations are held out."""
 
 HELD_OUT_SHARE = 0.12
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about one medium: its kind, and a value for each attribute of that kind."""
+    """The truth about one medium: its modality, and a value for each attribute of that modality."""
 
-    kind: Modality
+    modality: Modality
     values: tuple[tuple[str, str], ...]
 
     @property
     def facts(self) -> dict[str, str]:
-        """Attribute to value, in the order of `ATTRIBUTES`."""
+        """Attribute -> value, in the order of `ATTRIBUTES`."""
         return dict(self.values)
 
     @property
     def held_out(self) -> bool:
-        """Whether this scene's triple is kept from the bridge's training."""
-        return tuple(self.facts[name] for name in TRIPLES[self.kind]) in _HELD_OUT[self.kind]
+        """Whether the bridge's training leaves out this scene's triple."""
+        return tuple(self.facts[name] for name in TRIPLES[self.modality]) in _HELD_OUT[self.modality]
 
 
-def all_scenes(kind: Modality) -> list[Scene]:
-    """Every combination of attribute values of a kind, in a fixed order."""
-    names = ATTRIBUTES[kind]
-    return [Scene(kind, tuple(zip(names, values, strict=True))) for values in itertools.product(*names.values())]
+def all_scenes(modality: Modality) -> list[Scene]:
+    """Every combination of attribute values, in a fixed order."""
+    names = ATTRIBUTES[modality]
+    return [Scene(modality, tuple(zip(names, values, strict=True))) for values in itertools.product(*names.values())]
 
 
-def scenes(kind: Modality, held_out: bool, seed: int) -> Iterator[Scene]:
-    """Endless scenes of one split, each combination equally often, shuffled anew in every round."""
-    pool = [scene for scene in all_scenes(kind) if scene.held_out == held_out]
-    order = random.Random(f"{kind}/{held_out}/{seed}")
+def scenes(modality: Modality, held_out: bool, seed: int) -> Iterator[Scene]:
+    """Endless scenes of one split; each round holds every combination once, in a new random order."""
+    pool = [scene for scene in all_scenes(modality) if scene.held_out == held_out]
+    order = random.Random(f"{modality}/{held_out}/{seed}")
     while True:
         order.shuffle(pool)
         yield from pool
 
 
-def _hold_out(kind: Modality) -> frozenset[tuple[str, ...]]:
-    """A fixed share of a kind's triples, spread so that no pair of values is missing from what remains."""
-    pool = list(itertools.product(*(ATTRIBUTES[kind][name] for name in TRIPLES[kind])))
-    random.Random(f"held out {kind}").shuffle(pool)
+def _hold_out(modality: Modality) -> frozenset[tuple[str, ...]]:
+    """A fixed share of the triples, chosen so that every pair of values still occurs in training."""
+    pool = list(itertools.product(*(ATTRIBUTES[modality][name] for name in TRIPLES[modality])))
+    random.Random(f"held out {modality}").shuffle(pool)
     wanted = round(HELD_OUT_SHARE * len(pool))
     chosen: list[tuple[str, ...]] = []
     for triple in pool:
@@ -88,4 +91,4 @@ def _hold_out(kind: Modality) -> frozenset[tuple[str, ...]]:
     return frozenset(chosen)
 
 
-_HELD_OUT: dict[Modality, frozenset[tuple[str, ...]]] = {kind: _hold_out(kind) for kind in ATTRIBUTES}
+_HELD_OUT: dict[Modality, frozenset[tuple[str, ...]]] = {modality: _hold_out(modality) for modality in ATTRIBUTES}

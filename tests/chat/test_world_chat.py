@@ -57,16 +57,16 @@ def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[
 
 def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[Modality, bytes]]:
     """The media as files; a sound beside a video is the video's own track."""
-    kinds = tuple(one.kind for one in scene)
+    kinds = tuple(one.modality for one in scene)
     if kinds == ("video", "audio"):
         clip = clips.render(scene[0], rng)
         seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
         return [("video", clips.encode(clip, rng, sounds.render(scene[1], rng, seconds, rate=16_000)))]
     files: list[tuple[Modality, bytes]] = []
     for one in scene:
-        if one.kind == "image":
+        if one.modality == "image":
             files.append(("image", pictures.encode(pictures.render(one, rng), "png", rng)))
-        elif one.kind == "audio":
+        elif one.modality == "audio":
             files.append(("audio", sounds.encode(sounds.render(one, rng), "wav")))
         else:
             files.append(("video", clips.encode(clips.render(one, rng), rng)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.toyworld import captions
+from lavis_chatbridge.toyworld import language
 from lavis_chatbridge.toyworld.build import Sizes, plan, render
 from tests.multis.openai_server import OpenAIServer
 
@@ -22,11 +22,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in files:
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.path).write_bytes(render(file, seed=3))
-    kinds = {kind: [file for file in files if file.scene.kind == kind] for kind in ("image", "video", "audio")}
+    kinds = {kind: [file for file in files if file.scene.modality == kind] for kind in ("image", "video", "audio")}
 
     def said(file) -> list[str]:
         rng = random.Random(file.path)
-        return list(dict.fromkeys(captions.caption(file.scene, rng) for _ in range(3)))
+        return list(dict.fromkeys(language.caption(file.scene, rng) for _ in range(3)))
 
     items = []
     for kind, (first, second, *_) in kinds.items():

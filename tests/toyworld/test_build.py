@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from lavis_chatbridge import cli
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.media import open_audio, open_image, open_video
 from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.schema import Sample, read_jsonl
 from lavis_chatbridge.toyworld import build
 from lavis_chatbridge.toyworld.build import Sizes, build_world
-from lavis_chatbridge.toyworld.captions import facts_in
+from lavis_chatbridge.toyworld.language import facts_in
 from lavis_chatbridge.toyworld.world import TRIPLES
 
 SMALL = Sizes(images=14, videos=8, sounds=8, test=5, heldout=4, joint=8)
@@ -148,16 +148,13 @@ def test_a_half_built_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_other_people_s_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="holds files that are no embedded world"):
         build_world(tmp_path, SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    build.add_arguments(parser)
-    order = f"{tmp_path / 'w'} --images 2 --videos 1 --sounds 1 --test 1 --heldout 1 --joint 1 --processes 1"
-    assert build.run(parser.parse_args(order.split())) == 0
+    sizes = "--images 2 --videos 1 --sounds 1 --test 1 --heldout 1 --joint 1 --processes 1"
+    assert cli.main(["world", "build", str(tmp_path / "w"), *sizes.split()]) == 0
     assert "annotation files" in capsys.readouterr().out
-    with pytest.raises(DataError, match="negative"):
-        build.run(parser.parse_args(f"{tmp_path / 'v'} --images -1".split()))
+    assert cli.main(["world", "build", str(tmp_path / "v"), "--images", "-1"]) == 2

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lavis_chatbridge import cli
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.toyworld import report
 
@@ -117,8 +118,14 @@ def test_a_missing_run_is_named(demo: Path) -> None:
         report.write_report(demo, demo.parent / "world")
 
 
-def test_the_command_ends_with_the_page(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    assert report.run(parser.parse_args([str(demo), "--world", str(demo.parent / "world")])) == 0
+def test_the_page_is_complete_and_escapes_words(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for record in (records := captions("test")):
+        record["prediction"] = "<b>red</b>"
+    scored(demo / "stage1_scores", "test", {"attribute_accuracy": 0.9, "text_prior": 0.25}, records)
+    assert cli.main(["world", "report", str(demo), "--world", str(demo.parent / "world")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {demo / 'report.html'}"
+    page = (demo / "report.html").read_text()
+    assert not re.search(r"(src|href)=['\"]?(https?:)?//", page)
+    assert "data:image/png;base64," in page
+    assert "&lt;b&gt;red&lt;/b&gt;" in page
+    assert "<b>" not in page

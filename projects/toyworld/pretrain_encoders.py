@@ -1,6 +1,6 @@
 """Trains the tiny EVA-ViT and the tiny BEATs of the embedded world: what they see or hear, they learn to classify.
 
-``python -m lavis_chatbridge.toyworld.pretrain_encoders vision|audio --out FOLDER`` writes ``eva_vit.safetensors`` or
+``python projects/toyworld/pretrain_encoders.py vision --out FOLDER`` writes ``eva_vit.safetensors`` or
 ``beats.safetensors``: the encoder's state dict in fp16. The heads that it was trained with are thrown away.
 
 Shape legend: ``B`` batch, ``N`` tokens, ``D`` width, ``A`` attributes.
@@ -25,8 +25,8 @@ from torch.nn import functional
 from lavis_chatbridge.files import share
 from lavis_chatbridge.models.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.vision import VisionConfig, build_vision
-from lavis_chatbridge.toyworld import pools
-from lavis_chatbridge.toyworld.pools import Batch
+import pools
+from pools import Batch
 from lavis_chatbridge.toyworld.world import ATTRIBUTES
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,9 @@ BEATS = BeatsConfig(
     num_buckets=64,
     max_distance=128,
 )
+FRESH = 960
+"""Renderings that only score an encoder."""
+
 TARGET_WEIGHT = 4.0
 """Of the squared error of place and radius beside the cross-entropies."""
 
@@ -59,7 +62,6 @@ class Recipe:
     rate: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.02
-    fresh: int = 960
     seed: int = 0
 
 
@@ -95,7 +97,7 @@ def train_vision(recipe: Recipe) -> nn.Module:
     heads = Heads(VISION.width, [len(ATTRIBUTES["image"][name]) for name in names], targets=3)
     began = time.monotonic()
     pool = pools.render_stills(recipe.renderings, VISION.image_size, recipe.seed)
-    fresh = pools.render_stills(recipe.fresh, VISION.image_size, recipe.seed + 1)
+    fresh = pools.render_stills(FRESH, VISION.image_size, recipe.seed + 1)
     log.info("rendered %d stills in %.0f s", len(pool.labels), time.monotonic() - began)
 
     def encode(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -123,7 +125,7 @@ def train_audio(recipe: Recipe) -> nn.Module:
     heads = Heads(BEATS.encoder_embed_dim, [len(ATTRIBUTES["audio"][name]) for name in names], targets=0)
     began = time.monotonic()
     pool = pools.render_sounds(recipe.renderings, recipe.seed)
-    fresh = pools.render_sounds(recipe.fresh // 3, recipe.seed + 1)
+    fresh = pools.render_sounds(FRESH // 3, recipe.seed + 1)
     log.info("rendered %d sounds in %.0f s", len(pool.labels), time.monotonic() - began)
 
     def encode(batch: Batch) -> tuple[Tensor, Tensor]:

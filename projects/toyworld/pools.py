@@ -81,7 +81,7 @@ class Sounds:
 def label(scene: Scene, names: Sequence[str]) -> list[int]:
     """The index of each attribute's value, `UNKNOWN` where the scene lacks the attribute."""
     facts = scene.facts
-    return [ATTRIBUTES[scene.kind][name].index(facts[name]) if name in facts else UNKNOWN for name in names]
+    return [ATTRIBUTES[scene.modality][name].index(facts[name]) if name in facts else UNKNOWN for name in names]
 
 
 def render_stills(count: int, side: int, seed: int) -> Stills:

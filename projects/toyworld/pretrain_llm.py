@@ -1,6 +1,6 @@
 """Train the tiny language model of the embedded world, from nothing, on the world's words only.
 
-    python -m lavis_chatbridge.toyworld.pretrain_llm --out DIR
+    python projects/toyworld/pretrain_llm.py --out DIR
 
 The folder is an ordinary Hugging Face one: a byte-level tokenizer in which every word of the world is one token, and a
 small LLaMA. What this model cannot do with things described in words it will not do with media later, hence the gate:
@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lavis_chatbridge.prompting import Piece, Text
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS, QuestionKind
-from lavis_chatbridge.toyworld.reading import LEVELS, NAMING, draw_scene, exam, passage
+from reading import LEVELS, NAMING, exam, passage, random_scene
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def gate(
     for kind in QUESTION_KINDS:
         prompts = []
         for _ in range(questions):
-            scenes = [draw_scene(rng.choice(("image", "video")), rng), draw_scene("audio", rng)]
+            scenes = [random_scene(rng.choice(("image", "video")), rng), random_scene("audio", rng)]
             rng.shuffle(scenes)
             prompts.append(exam(kind, scenes, rng))
         scores[kind] = sum(right_answers(model, tokenizer, prompts)) / questions
