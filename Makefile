@@ -6,7 +6,7 @@
 #   make test-lmms-eval   ChatBridge inside the installed lmms-eval, in an environment of its own
 #   make check     format, lint, types, floors
 #   make coverage  the test suite, and which lines of the package it ran
-#   make docs      docs/api from the docstrings
+#   make docs      an API reference from the docstrings, in output/docs
 #   make lock      constraints.txt from what lies in .venv
 #   make audit     known vulnerabilities of what constraints.txt names; needs a network
 #   make clean     remove everything that the other targets made
@@ -97,8 +97,10 @@ coverage: install
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
+# mkdocs and mkdocstrings are installed when asked for: nothing else needs them.
 docs: install
-	$(BIN)/python docs/make_api.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs 'mkdocstrings[python]'
+	$(BIN)/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
 
 lock: install
 	$(BIN)/python .ci/lock.py

@@ -1,14 +1,13 @@
-"""The ``chatbridge`` command: a table of subcommands, each imported only when it is asked for.
+"""The ``chatbridge`` command: a table of subcommands, each imported only when it is requested.
 
-A subcommand's module has a function ``command`` with annotated arguments, from which typer makes the command line. It
-raises ``ChatBridgeError`` for what the user can mend, and returns an exit status or None. This file does not know how
-any of them works.
+A subcommand's module has a function ``command`` with annotated arguments, from which typer makes the command line, or a
+typer application ``app``. A command raises ``ChatBridgeError`` for a user's mistake, and returns an exit status or
+None. This file does not know how any of them works.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,6 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from lavis_chatbridge import __version__
+from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError
 from lavis_chatbridge.plugin.launch import exit_status, returning_status, spread
 
 
@@ -29,15 +29,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "lavis_chatbridge.plugin.train", "Train as a configuration file says (python -m lavis.train)."),
+    Command("train", "lavis_chatbridge.plugin.train", "Train as a configuration file says (as python -m lavis.train)."),
     Command(
         "evaluate",
         "lavis_chatbridge.plugin.evaluate",
-        "Score a model on a configuration's test splits (python -m lavis.evaluate).",
+        "Score a model on a configuration's test splits (as python -m lavis.evaluate).",
     ),
     Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
     Command("weights", "lavis_chatbridge.models.weights_command", "List, download and convert weights."),
-    Command("check-data", "lavis_chatbridge.datasets.check", "Say what a data file holds and whether it is usable."),
+    Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),
     Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),
     Command("cache-features", "lavis_chatbridge.plugin.cache_features", "Store the frozen encoders' outputs."),
     Command("doctor", "lavis_chatbridge.plugin.doctor", "Check packages, devices, files and memory before a run."),
@@ -56,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments, by default the process's own.
 
     Returns:
-        The exit status: 0, 2 after a mistake that the user can mend, or what the subcommand returns.
+        The exit status: 0, 2 after a user's mistake, or the subcommand's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: _run(words))
+
+
+def _run(words: Sequence[str]) -> int | None:
     app = typer.Typer(
         name="chatbridge",
         help="ChatBridge for LAVIS: images, videos and sounds for one language model.",
@@ -68,19 +72,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         rich_markup_mode=None,
     )
     app.callback()(_version)
-    for entry in COMMANDS:
-        # Only the requested command is imported: most take seconds, which `chatbridge --help` need not spend.
-        module: Any = import_module(entry.module) if words[:1] == [entry.name] else None
-        if module is not None and not hasattr(module, "command") and not hasattr(module, "app"):
-            return exit_status(functools.partial(_argparse, entry, module, words[1:]))
-        if module is not None and hasattr(module, "app"):
-            app.add_typer(module.app, name=entry.name, help=entry.help)
-        else:
-            app.command(entry.name, help=entry.help)(_listed if module is None else returning_status(module.command))
-    return exit_status(lambda: app(spread(words)))
+    try:
+        for entry in COMMANDS:
+            # Only the requested command is imported: most take seconds, which `chatbridge --help` need not spend.
+            module: Any = import_module(entry.module) if words[:1] == [entry.name] else None
+            if module is not None and not hasattr(module, "command") and not hasattr(module, "app"):
+                return _argparse(entry, module, words[1:])
+            if module is not None and hasattr(module, "app"):
+                app.add_typer(module.app, name=entry.name, help=entry.help)
+            else:
+                command = _listed if module is None else returning_status(module.command)
+                app.command(entry.name, help=entry.help)(command)
+        return app(spread(words), prog_name="chatbridge")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "lavis":
+            raise ChatBridgeError(f"LAVIS is not installed: {INSTALL_LAVIS}") from error
+        raise
 
 
-def _argparse(entry: Command, module: Any, words: list[str]) -> int:
+def _argparse(entry: Command, module: Any, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(f"chatbridge {entry.name}", description=entry.help)
     module.add_arguments(parser)
     return module.run(parser.parse_args(words))

@@ -1,10 +1,13 @@
-"""The package's exceptions: every mistake that a user can mend raises one of them.
+"""The package's exceptions. Every mistake that a user can correct raises one of them.
 
-A message says what is wrong, what was found against what was expected, and how to mend it, in one line. The
-command-line entry points print that line and exit with status 2; a traceback is left for faults of ours.
+A message says in one line what is wrong, what was found and what was expected, and how to correct it. The commands
+print that line and exit with status 2. A traceback therefore means a fault of this package.
 """
 
 from __future__ import annotations
+
+INSTALL_LAVIS = "pip install --no-deps salesforce-lavis==1.0.2"
+"""LAVIS's own requirements exclude current libraries; setup.cfg lists what LAVIS needs."""
 
 
 class ChatBridgeError(Exception):
@@ -12,14 +15,14 @@ class ChatBridgeError(Exception):
 
 
 class ConfigError(ChatBridgeError, ValueError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another one."""
 
 
 class MediaError(ChatBridgeError):
     """A medium cannot be opened or decoded.
 
     Args:
-        source: The path, or a short description when the medium came as bytes or an array.
+        source: The path, or the bytes, array or tensor itself.
         cause: What is wrong with it.
     """
 
@@ -29,12 +32,12 @@ class MediaError(ChatBridgeError):
         super().__init__(f"cannot read {self.source}: {self.cause}")
 
     def __reduce__(self) -> tuple:
-        """Keep both arguments when the error crosses a process boundary (a data worker, say)."""
+        """Keep both arguments when the error is pickled, as between a data worker and its parent."""
         return type(self), (self.source, self.cause)
 
 
 class TooShortError(MediaError):
-    """A medium is whole, but shorter than the least that the model can take."""
+    """A medium can be read, but is shorter than the model's minimum."""
 
 
 class DataError(ChatBridgeError, ValueError):
@@ -42,28 +45,42 @@ class DataError(ChatBridgeError, ValueError):
 
 
 class PromptError(ChatBridgeError, ValueError):
-    """A prompt and its media do not fit together."""
+    """A prompt and its media do not match."""
 
 
 class CheckpointError(ChatBridgeError):
-    """A weight file is missing, unsafe, damaged, or made for other dimensions."""
+    """A weight file is missing, unsafe or damaged, or belongs to a model of other dimensions."""
 
 
 class TrainingError(ChatBridgeError):
-    """Training cannot go on: too many unusable samples, non-finite losses, a lost worker."""
+    """Training cannot continue: too many unusable samples, non-finite losses, or a lost worker."""
 
 
 class MissingExtraError(ChatBridgeError, ImportError):
-    """An optional package is needed for what was asked.
+    """An optional package is not installed.
 
     Args:
         package: The package that could not be imported.
-        extra: The extra of ``lavis-chatbridge`` that installs it.
+        extra: The extra of ``lavis-chatbridge`` that lists it.
         purpose: What needs it.
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}: pip install 'lavis-chatbridge[{extra}]'")
+        packages = " ".join(_requirements(extra)) or package
+        super().__init__(f"{purpose} needs the package {package!r} (extra {extra!r}): pip install {packages}")
+
+
+def _requirements(extra: str) -> list[str]:
+    """The packages of an extra as pip takes them, from the installed metadata."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        listed = requires("lavis-chatbridge") or []
+    except PackageNotFoundError:
+        return []
+    halves = (requirement.partition(";") for requirement in listed)
+    chosen = [name.strip() for name, _, marker in halves if marker.replace("'", '"').strip() == f'extra == "{extra}"']
+    return [f"'{name}'" if set(name) & set("<>[") else name for name in chosen]
 
 
 def _describe(source: object) -> str:

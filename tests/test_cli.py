@@ -93,3 +93,12 @@ def test_an_interrupt_is_status_130(run):
         raise KeyboardInterrupt
 
     assert run(interrupted) == 130
+
+
+def test_without_lavis_a_command_is_one_line(run, capsys):
+    def command() -> None:
+        raise ModuleNotFoundError("No module named 'lavis'", name="lavis")
+
+    assert run(command) == 2
+    message = "error: LAVIS is not installed: pip install --no-deps salesforce-lavis==1.0.2\n"
+    assert capsys.readouterr().err == message

@@ -1,22 +1,26 @@
-"""``chatbridge doctor``: what would stop a run, found before it starts; and how much memory and time it takes.
+"""``chatbridge doctor``: what would stop a run, found before it starts, and an estimate of its memory.
 
-Every look at something yields findings; only faults decide the exit status. No model is loaded: a device multiplies two
-matrices, for the estimate of time.
+Each check yields findings. Only faults decide the exit status. No weights are loaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError
-from lavis_chatbridge.plugin.launch import add_options
+import typer
+
+from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, ConfigError
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.models.settings import ModelSettings
+    from lavis_chatbridge.runners.config import Config
 
 DISTRIBUTION = "lavis-chatbridge"
 SHOWN = ("torch", "torchvision", "torchaudio", "transformers", "salesforce-lavis", "decord", "av", "timm", "numpy")
@@ -24,35 +28,36 @@ IMPORTED = {
     "torchvision": "LAVIS imports it: install the release that belongs to your torch",
     "torchaudio": "LAVIS imports it: install the release of your torch (2.11 is the last; it needs torch<2.15)",
     "decord": "LAVIS imports it: pip install decord, or eva-decord where decord has no wheel (macOS, ARM)",
-    "av": "videos and sounds are opened with it: pip install av",
-    "soundfile": "sounds are opened with it: pip install soundfile",
+    "av": "it opens videos and sounds: pip install av",
+    "soundfile": "it opens sounds: pip install soundfile",
     "transformers": "pip install 'transformers>=4.57'",
 }
-"""Package -> what to do when it cannot be imported."""
+"""Package -> what to do if it cannot be imported."""
 
 Level = Literal["ok", "warning", "FAULT"]
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     level: Level
     text: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge doctor``."""
-    parser.add_argument("--cfg-path", metavar="YAML", help="a configuration file, to look at its files and memory too")
-    add_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print what was found: 0 if nothing stops a run, else 1."""
-    if args.options and args.cfg_path is None:
+def command(
+    cfg_path: Annotated[
+        str | None, typer.Option("--cfg-path", metavar="YAML", help="a configuration whose files and memory to check")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--options", metavar="KEY=VALUE", help="settings that override the file's")
+    ] = None,
+) -> int:
+    """Print all findings and return 0 if nothing stops a run, else 1."""
+    if options and cfg_path is None:
         raise ConfigError("--options change a configuration file: name it with --cfg-path")
     sections = {"packages": packages(), "devices": devices(), "scores": scores()}
-    if args.cfg_path is not None:
-        sections[args.cfg_path] = configuration(args.cfg_path, args.options)
+    if cfg_path is not None:
+        sections[cfg_path] = configuration(cfg_path, options or [])
     faults = 0
     for title, findings in sections.items():
         print(title)
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def packages() -> Iterator[Finding]:
-    """Versions, requirements that are not met, known conflicts, and what cannot be imported."""
+    """Versions, requirements that are not met, known conflicts, and packages that cannot be imported."""
     yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     found = {name: _version(name) for name in SHOWN}
     yield Finding("ok", ", ".join(f"{name} {own}" for name, own in found.items() if own))
@@ -74,21 +79,19 @@ def packages() -> Iterator[Finding]:
     for name, remedy in IMPORTED.items():
         try:
             import_module(name)
-        except Exception as error:  # a broken binary raises whatever it likes
+        except Exception as error:  # a broken binary may raise anything
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             yield Finding("FAULT", f"{name} cannot be imported ({cause}). {remedy}")
+    if find_spec("lavis") is None:
+        yield Finding("FAULT", f"LAVIS is not installed: {INSTALL_LAVIS}")
 
 
 def conflict(torch: str | None, torchaudio: str | None) -> str | None:
-    """The known conflict between torch and torchaudio, or none."""
-    if torch is None or torchaudio is None:
+    """The known conflict between torch and torchaudio, or None."""
+    if torch is None or torchaudio is None or _numbers(torch) < (2, 15) or _numbers(torchaudio) > (2, 11):
         return None
-    if _numbers(torch) >= (2, 15) and _numbers(torchaudio) <= (2, 11):
-        return (
-            f"torchaudio {torchaudio} does not import beside torch {torch} (another CUDA): "
-            "pip install 'torch<2.15' with the torchvision of that torch"
-        )
-    return None
+    remedy = "pip install 'torch<2.15' with the torchvision of that torch"
+    return f"torchaudio {torchaudio} does not import beside torch {torch} (another CUDA): {remedy}"
 
 
 def devices() -> Iterator[Finding]:
@@ -97,23 +100,20 @@ def devices() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         if torch.version.cuda and Path("/dev/nvidiactl").exists():
-            yield Finding(
-                "warning", f"a GPU is there, but torch (CUDA {torch.version.cuda}) cannot use it: look at its driver"
-            )
+            yield Finding("warning", f"torch (CUDA {torch.version.cuda}) cannot use this machine's GPU: see its driver")
         yield Finding("ok", f"no GPU; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
         return
     for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        text = f"cuda:{i} {properties.name}, {_gib(properties.total_memory)}, capability "
-        yield Finding("ok", f"{text}{properties.major}.{properties.minor}")
-        if properties.major < 8:
+        gpu = torch.cuda.get_device_properties(i)
+        yield Finding("ok", f"cuda:{i} {gpu.name}, {_gib(gpu.total_memory)}, capability {gpu.major}.{gpu.minor}")
+        if gpu.major < 8:
             yield Finding(
                 "warning", f"cuda:{i} has no bf16: set run.precision to fp16 and the model's dtypes to float16"
             )
 
 
 def scores() -> Iterator[Finding]:
-    """What METEOR, SPICE and the official tokenizer need."""
+    """The caption scores that cannot be computed here."""
     try:
         from lavis_chatbridge.tasks.scoring.captions import unavailable
 
@@ -128,7 +128,7 @@ def scores() -> Iterator[Finding]:
 
 
 def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """A configuration's faults, weights, data and memory."""
+    """A configuration's faults, weight files, data and memory."""
     try:
         from lavis_chatbridge.runners.config import load_config
 
@@ -138,10 +138,10 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
         yield from _weights_at_least(cfg_path, options)
         return
     except ImportError as error:
-        yield Finding("FAULT", f"LAVIS cannot be imported: {error}")
+        yield Finding("FAULT", f"LAVIS cannot be imported ({error}): {INSTALL_LAVIS}")
         return
     if cfg.model_cfg.arch != "chatbridge":
-        yield Finding("ok", f"the model is LAVIS's {cfg.model_cfg.arch}: its files are not looked at")
+        yield Finding("ok", f"the model is LAVIS's {cfg.model_cfg.arch}: its files are not checked")
     else:
         yield from _model(cfg)
     for name, section in cfg.datasets_cfg.items():
@@ -150,9 +150,9 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
 
 
 def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """The model's files where something else of the configuration is at fault; nothing where it is the model."""
+    """The model's files, if the fault of the configuration lies elsewhere."""
+    from lavis_chatbridge.config import read_options
     from lavis_chatbridge.models.weights_command import model_settings
-    from lavis_chatbridge.runners.config import read_options
 
     try:
         settings = model_settings(None, cfg_path, read_options(options).get("model"))
@@ -161,7 +161,7 @@ def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding
     yield from _weights(settings)
 
 
-def _weights(settings: Any) -> Iterator[Finding]:
+def _weights(settings: ModelSettings) -> Iterator[Finding]:
     from lavis_chatbridge.models import weights
     from lavis_chatbridge.models.weights_command import size_in_words
 
@@ -172,7 +172,7 @@ def _weights(settings: Any) -> Iterator[Finding]:
             yield Finding("ok", f"{need.setting:<32}{size_in_words(need.size):>10}  {need.place}")
 
 
-def _model(cfg: Any) -> Iterator[Finding]:
+def _model(cfg: Config) -> Iterator[Finding]:
     from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.models.language_model import check_available
 
@@ -182,67 +182,6 @@ def _model(cfg: Any) -> Iterator[Finding]:
         check_available(settings.language_model)
     except ChatBridgeError as error:
         yield Finding("FAULT", str(error))
-    yield _memory(cfg, settings)
-    if not cfg.run.evaluate:
-        yield from _time(cfg, settings)
-
-
-def _memory(cfg: Any, settings: Any) -> Finding:
-    import torch
-
-    from lavis_chatbridge.models import weights
-    from lavis_chatbridge.models.memory import training_memory
-
-    config = weights.llm_config(settings)
-    if config is None:
-        return Finding("warning", "GPU memory is not estimated: the language model's folder is not there")
-    batch, size = cfg.run.batch_size_train, f"batch {cfg.run.batch_size_train}"
-    if cfg.run.batch_tokens is not None:
-        batch = -(-cfg.run.batch_tokens // (settings.perceiver.queries + settings.max_text_length))
-        size = f"batch_tokens {cfg.run.batch_tokens}, {batch} of the longest samples"
-    try:
-        parts = training_memory(
-            settings,
-            config,
-            batch,
-            checkpointing=cfg.run.gradient_checkpointing,
-            cached=cfg.run.feature_cache is not None,
-        )
-    except KeyError as error:
-        return Finding("warning", f"GPU memory is not estimated: the language model's config.json lacks {error}")
-    total = sum(parts.values())
-    largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
-    text = f"GPU memory of a training process, estimated: {_gib(total)} at {size} ("
-    text += ", ".join(f"{name} {_gib(size)}" for name, size in largest) + " ...)"
-    if cfg.run.parallel == "fsdp":
-        text += "; fsdp spreads the frozen parts over the processes"
-    elif torch.cuda.is_available() and cfg.run.device != "cpu":
-        least = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-        if total > least:
-            remedy = (
-                "lower run.batch_size_train or run.batch_tokens, or set run.gradient_checkpointing or parallel: fsdp"
-            )
-            return Finding("warning", f"{text}; the smallest GPU has {_gib(least)}: {remedy}")
-    return Finding("ok", text)
-
-
-def _time(cfg: Any, settings: Any) -> Iterator[Finding]:
-    """How long the training takes on this machine; what an estimate lacks has been said with that of memory."""
-    import torch
-
-    from lavis_chatbridge.models import weights
-    from lavis_chatbridge.plugin import step_time
-
-    config = weights.llm_config(settings)
-    if config is None:
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.run.device != "cpu" else "cpu")
-    try:
-        yield Finding("ok", step_time.describe(settings, config, cfg.run, device))
-    except torch.OutOfMemoryError:
-        yield Finding("warning", "time is not estimated: the device has no memory left")
-    except KeyError:
-        return
 
 
 def _data(name: str, section: Any) -> Iterator[Finding]:
@@ -254,7 +193,7 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
 
     builder = registry.get_builder_class(name)
     if not issubclass(builder, ChatBridgeBuilder):
-        yield Finding("ok", f"datasets.{name} is LAVIS's own: its files are not looked at")
+        yield Finding("ok", f"datasets.{name} is LAVIS's own: its files are not checked")
         return
     own = builder(section).settings
     files = [path for split in own.used_splits for path in own.files(split).values()]
@@ -267,27 +206,24 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
         yield Finding("ok", f"{'datasets.' + name:<32}{size_in_words(os.path.getsize(path)):>10}  {path}")
 
 
-def _folder(cfg: Any) -> Iterator[Finding]:
-    """What an earlier training left where this one would write."""
+def _folder(cfg: Config) -> Iterator[Finding]:
+    """Whether the output folder belongs to an earlier training."""
     from lavis_chatbridge.runners.folder import RunFolder
 
-    if cfg.run.evaluate or cfg.run.job_id is None:  # which has a folder of its own
+    if cfg.run.evaluate or cfg.run.job_id is None:  # then the run gets a folder of its own
         return
-    refusal = RunFolder.choose(cfg.run, cfg.to_dict(), "").refusal()
-    if refusal:
+    if refusal := RunFolder.choose(cfg.run, cfg.to_dict(), "").refusal():
         yield Finding("FAULT", refusal)
 
 
 def _unmet() -> Iterator[Finding]:
-    """Requirements of this package that what is installed does not meet."""
+    """This package's requirements that the installed versions do not meet."""
     from packaging.requirements import Requirement
 
     try:
         listed = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
-        yield Finding(
-            "FAULT", f"{DISTRIBUTION} is not installed, so LAVIS does not know it: pip install {DISTRIBUTION}"
-        )
+        yield Finding("FAULT", f"{DISTRIBUTION} is not installed, so LAVIS does not know it: pip install its wheel")
         return
     for requirement in map(Requirement, listed):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

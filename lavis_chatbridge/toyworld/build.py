@@ -154,9 +154,7 @@ def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
 def render(item: Item, seed: int) -> bytes:
     """The bytes of an item's file."""
     modality = item.scene.modality
-    rng = np.random.default_rng(
-        [seed, MODALITIES.index(modality), (*SPLITS, "joint").index(item.split), item.number]
-    )
+    rng = np.random.default_rng([seed, MODALITIES.index(modality), (*SPLITS, "joint").index(item.split), item.number])
     suffix = item.path.rsplit(".", 1)[1]
     if modality == "image":
         return pictures.encode(pictures.render(item.scene, rng), suffix, rng)
@@ -182,7 +180,9 @@ def _path(modality: Modality, split: str, number: int, seed: int) -> str:
 
 def _joint_scenes(seed: int) -> Iterator[tuple[Scene, Scene]]:
     """In turn a picture and a clip, each with a sound; training shows all of them, but one at a time."""
-    chosen = {modality: scenes(modality, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for modality in MODALITIES}
+    chosen = {
+        modality: scenes(modality, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for modality in MODALITIES
+    }
     while True:
         yield next(chosen["image"]), next(chosen["audio"])
         yield next(chosen["video"]), next(chosen["audio"])
@@ -205,7 +205,7 @@ def _joint_pair(number: int, pair: tuple[Scene, Scene], seed: int) -> tuple[Pair
 
 
 def _render_all(draft: Path, sizes: Sizes, seed: int, processes: int) -> None:
-    """Render in new interpreters: a fork is unsafe beside threads, and a spawned process would run the user's script."""
+    """Render in new interpreters: a fork is unsafe beside threads, a spawned process would run the user's script."""
     if processes == 1:
         _render_share(draft, sizes, seed, 0, 1)
         return

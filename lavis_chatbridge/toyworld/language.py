@@ -52,7 +52,11 @@ CAPTIONS: dict[Modality, tuple[str, ...]] = {
 }
 """Templates of captions; ``{where}`` stands for the place and ``{act}`` for the motion."""
 
-SHORT: dict[Modality, str] = {"image": "a {colour} {shape}", "video": "a {colour} {shape}", "audio": "a {pitch} {timbre}"}
+SHORT: dict[Modality, str] = {
+    "image": "a {colour} {shape}",
+    "video": "a {colour} {shape}",
+    "audio": "a {pitch} {timbre}",
+}
 """The only wording of a short description, so that a question for it has one right answer."""
 
 NOUNS: dict[Modality, tuple[str, ...]] = {

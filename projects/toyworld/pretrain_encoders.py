@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pools
 import torch
+from pools import Batch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,8 +27,6 @@ from torch.nn import functional
 from lavis_chatbridge.files import share
 from lavis_chatbridge.models.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.vision import VisionConfig, build_vision
-import pools
-from pools import Batch
 from lavis_chatbridge.toyworld.world import ATTRIBUTES
 
 log = logging.getLogger(__name__)

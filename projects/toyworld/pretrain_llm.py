@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from reading import LEVELS, NAMING, exam, passage, random_scene
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lavis_chatbridge.prompting import Piece, Text
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS, QuestionKind
-from reading import LEVELS, NAMING, exam, passage, random_scene
 
 log = logging.getLogger(__name__)
 

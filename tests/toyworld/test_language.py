@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from lavis_chatbridge.prompting import Slot, Text, chat_prompt
+from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.toyworld.language import (
     CAPTIONS,
@@ -107,7 +107,8 @@ class _Reader:
         for part in text.split(" and "):
             scene = self.medium(part)
             one, other = (
-                scene.facts[name] for name in (("pitch", "timbre") if scene.modality == "audio" else ("colour", "shape"))
+                scene.facts[name]
+                for name in (("pitch", "timbre") if scene.modality == "audio" else ("colour", "shape"))
             )
             things.append(f"an {one} {other}" if one == "orange" else f"a {one} {other}")
         return " and ".join(things)
@@ -244,7 +245,6 @@ def test_prompts_are_pinned() -> None:
         Text(ask),
         Text("red and low###", target=True),
     ]
-
 
 
 def test_wording_of_the_seed_is_pinned() -> None:
