@@ -1,128 +1,389 @@
-"""``python -m lavis.evaluate`` and ``chatbridge evaluate``: score a model as a configuration file says.
+"""``python -m lavis.evaluate`` and ``chatbridge evaluate``: score a model as configuration files say.
 
-Media may be taken away or exchanged (``--ablate``). The command also runs several benchmarks at once (``--suite``), and
-scores a file of predictions again (``--rescore``).
+For every configuration (one file, or a set of benchmarks) and every condition (all media, then those of ``--ablate``)
+the model is scored; the end is one table. A benchmark whose data are missing is a line of that table, and so is one
+that fails. ``--rescore`` scores a file of predictions again, without a model.
 """
 
 from __future__ import annotations
 
-import argparse
+import difflib
+import logging
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.plugin import launch as launching
-from lavis_chatbridge.plugin.launch import command_line
+import typer
+
+from lavis_chatbridge.config import read_yaml
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
+from lavis_chatbridge.plugin.launch import Session, is_own_runner, run_command, with_options
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 if TYPE_CHECKING:
-    from lavis_chatbridge.plugin.suite_table import Line
+    from lavis_chatbridge.plugin.report import Line
 
-__all__ = ["add_arguments", "main", "run"]
+_log = logging.getLogger(__name__)
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One configuration, a set of suites, or a file of predictions; and LAVIS's overrides."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cfg-path", metavar="YAML", help="score as this configuration file says")
-    what.add_argument("--suite", metavar="NAMES", help="benchmarks: zero-shot, all, or names with commas between them")
-    what.add_argument("--rescore", metavar="FILE", help="score this file of predictions again, without a model")
-    parser.add_argument(
-        "--ablate",
-        nargs="*",
-        metavar="CONDITION",
-        help="score again without media or with other samples': withheld, shuffled, or those of some kinds only "
-        "(withheld:image,video); without CONDITION each kind that the data have is withheld, and shuffled",
-    )
-    parser.add_argument(
-        "--suite-folder", metavar="DIR", help="where the suites' YAML files are (default projects/chatbridge/eval)"
-    )
-    parser.add_argument("--output", metavar="DIR", default="output/eval", help="where the table of --suite goes")
-    launching.add_options(parser)
+FOLDER = Path("projects/chatbridge/eval")
+ALL = "all"
+MODES = ("withheld", "shuffled")
+WORDS = ("removed", "told")
+"""What ``withheld`` does with the words that introduce a medium, instead of keeping them."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Evaluate; the arguments are those of :func:`add_arguments`."""
-    if args.rescore is not None:
-        from lavis_chatbridge.plugin import rescore
+def command(
+    cfg_path: Annotated[str | None, typer.Option("--cfg-path", help="Score as this configuration file says.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Benchmarks: paper, av, audio, image, video, zero-shot, all, or their names.")
+    ] = None,
+    rescore: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Score this file of predictions again, without a model.")
+    ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Score again without media or with other samples': withheld, shuffled, for some modalities only "
+            "(withheld:image,video), with words that say what is missing (withheld:told). Without CONDITION, each "
+            "modality of the data is withheld, and shuffled.",
+        ),
+    ] = None,
+    suite_folder: Annotated[
+        str | None, typer.Option(help="Folder of the suites' YAML files (default: projects/chatbridge/eval).")
+    ] = None,
+    output: Annotated[str, typer.Option(help="Folder of the table of --suite.")] = "output/eval",
+    options: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Settings that override the file's; repeatable.")
+    ] = None,
+) -> int:
+    """Score a model as a configuration file says."""
+    chosen = [value is not None for value in (cfg_path, suite, rescore)]
+    if sum(chosen) != 1:
+        raise ConfigError("give one of --cfg-path YAML, --suite NAMES and --rescore FILE")
+    conditions = None if ablate is None else parse_conditions(ablate)
+    if rescore is not None:
+        from lavis_chatbridge.plugin import report
 
-        if args.ablate is not None:
+        if conditions is not None:
             raise ConfigError("--ablate needs a model: it goes with --cfg-path or --suite, not with --rescore")
-        return rescore.run(args.rescore, args.options)
-    if args.suite is not None:
-        from lavis_chatbridge.plugin import suites
-
-        return suites.run(args.suite, args.options, args.suite_folder, args.output, args.ablate)
-    return _evaluate(args.cfg_path, args.options, args.ablate)
-
-
-def _evaluate(cfg_path: str, options: Sequence[str], ablate: Sequence[str] | None) -> int:
-    """Score one configuration and print what was found, on the main process; 1 if a part could not be scored."""
-    from lavis_chatbridge.plugin import scores
-
-    with launching.Session(keep_journals=ablate is not None) as session:
-        if ablate is not None:
-            with session.together(cfg_path, options):
-                _check_ablation(ablate, cfg_path, options)
-        lines, files = _score(session, cfg_path, options)
-        if ablate is not None:
-            without, more = _ablated(session, cfg_path, options, ablate, lines)
-            lines, files = lines + without, files + more
-        session.remove_journals()
-        printed, complete = scores.report(lines, files)
-
-        from lavis_chatbridge.runners import distributed
-
-        if distributed.is_main():
-            print(printed)
-    return 0 if complete else 1
-
-
-def _check_ablation(ablate: Sequence[str], cfg_path: str, options: Sequence[str]) -> None:
-    from lavis_chatbridge.plugin import ablation
-
-    ablation.parse(ablate)  # before LAVIS is imported, which takes seconds
-    from lavis_chatbridge.runners.config import dataset_sections, run_section
-
-    ablation.check(ablate, dataset_sections(cfg_path, options), run_section(cfg_path, options))
-
-
-def _ablated(
-    session: launching.Session, cfg_path: str, options: Sequence[str], ablate: Sequence[str], whole: Sequence[Line]
-) -> tuple[list[Line], list[str]]:
-    """The lines and files of a configuration under each condition, after it was scored with all media."""
-    from lavis.common.registry import registry
-
-    from lavis_chatbridge.plugin import ablation
-
-    files: list[str] = []
-
-    def score(condition: ablation.Condition) -> list[Line]:
-        lines, written = _score(session, cfg_path, launching.with_options(options, condition.options))
-        files.extend(written)
-        return lines
-
-    cfg = registry.get("configuration")
-    lines = ablation.scored(ablation.conditions(ablate, cfg), score, ", ".join(cfg.run.test_splits), whole)
-    return lines, files
-
-
-def _score(session: launching.Session, cfg_path: str, options: Sequence[str]) -> tuple[list[Line], list[str]]:
-    """The lines of the table, and the files that hold the results."""
-    from lavis_chatbridge.plugin import scores
-
-    found = session.run(cfg_path, options, evaluate=True) or {}
-
-    from lavis.common.registry import registry
-
-    lines = scores.lines_of(found, registry.get("configuration").run)
-    return lines, scores.files_of(found) or [registry.get_path("result_dir")]
+        return report.rescore(rescore, options or [])
+    if suite is not None:
+        return _suites(suite, suite_folder, Path(output), options or [], conditions)
+    return _one(str(cfg_path), options or [], conditions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of ``lavis.evaluate``: returns the exit status."""
-    what = "Score a LAVIS model as a configuration file says."
-    return command_line("lavis.evaluate", what, add_arguments, run, argv)
+    return run_command("lavis.evaluate", command, argv)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What becomes of which media, and which splits have such media (empty: not yet looked up)."""
+
+    mode: str = "normal"
+    modalities: tuple[Modality, ...] = ()
+    words: str = "kept"
+    splits: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """As the table names it: ``""``, ``"image and audio withheld"``, ``"audio withheld, told"``."""
+        if self.mode == "normal":
+            return ""
+        return f"{' and '.join(self.modalities)} {self.mode}{'' if self.words == 'kept' else f', {self.words}'}"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The overrides of a configuration for this condition."""
+        if self.mode == "normal":
+            return {}
+        found = {"run.media": self.mode, "run.media_modalities": f"[{','.join(self.modalities)}]"}
+        found |= {"run.withheld_words": self.words} if self.words != "kept" else {}
+        return found | ({"run.test_splits": f"[{','.join(self.splits)}]"} if self.splits else {})
+
+
+def parse_conditions(words: Sequence[str]) -> list[Condition]:
+    """The conditions that ``--ablate`` names: ``MODE`` or ``MODE:WORD,WORD`` with modalities, ``removed``, ``told``.
+
+    Raises:
+        ConfigError: If a word is none of these.
+    """
+    return [_condition(word) for word in dict.fromkeys(words) if word != ALL]
+
+
+def _condition(word: str) -> Condition:
+    mode, colon, rest = word.partition(":")
+    named = rest.split(",") if colon else []
+    manner = [name for name in named if name in WORDS]
+    asked = [name for name in named if name not in WORDS]
+    unknown = [name for name in asked if name not in MODALITIES]
+    if mode not in MODES or unknown or len(manner) > (mode == "withheld"):
+        what = f"unknown word {unknown[0]!r}" if unknown else f"{mode!r} is neither withheld nor shuffled"
+        what = what if unknown or mode not in MODES else f"{manner[-1]!r} does not fit"
+        raise ConfigError(
+            f"--ablate {word}: {what}; write withheld or shuffled, and after a colon any of {', '.join(MODALITIES)}; "
+            f"withheld takes removed or told, too"
+        )
+    return Condition(mode, tuple(m for m in MODALITIES if m in (asked or MODALITIES)), (manner or ["kept"])[0])
+
+
+@dataclass
+class _Scorer:
+    """Scores configurations in one session; equal models are built once."""
+
+    session: Session
+    options: Sequence[str]
+    written: list[str] = field(default_factory=list)
+    model: str = ""
+
+    def score(self, path: str, condition: Condition) -> list[Line]:
+        """The lines of one configuration under one condition."""
+        from lavis_chatbridge.plugin import report
+
+        _log.info("%s%s", path, f" ({condition.label})" if condition.label else "")
+        found = self.session.run(path, with_options(self.options, condition.options), evaluate=True) or {}
+        cfg = _configuration()
+        self.model = str(cfg.model_cfg.get("model_type") or "")
+        self.written += report.files_of(found) or [str(_result_dir())]
+        media = condition.label or _label_of(cfg.run)
+        return report.lines_of(found, cfg.run, media)
+
+    def score_all(self, path: str, name: str, conditions: Sequence[Condition] | None) -> list[Line]:
+        """The lines with all media, then those of each condition; a condition that fails is a line too."""
+        from lavis_chatbridge.plugin import report
+
+        whole = lines = self.score(path, Condition())
+        for condition in suitable(conditions, _configuration()) if conditions is not None else ():
+            try:
+                own = self.score(path, condition)
+            except ChatBridgeError as error:
+                own = [report.failed(name, condition.label, error)]
+            before = {line.suite: line.score for line in whole}
+            for line in own:
+                if line.score is not None and before.get(line.suite) is not None:
+                    line.drop = before[line.suite] - line.score  # type: ignore[operator]
+            lines = lines + own
+        return lines
+
+
+def _one(path: str, options: Sequence[str], conditions: Sequence[Condition] | None) -> int:
+    """Score one configuration and print the table on the main process; 1 if a part could not be scored."""
+    from lavis_chatbridge.plugin import report
+
+    with Session() as session:
+        scorer = _Scorer(session, options)
+        if conditions is not None:
+            with session.together(path, options):
+                _check_ablation(path, options)
+        splits = ", ".join(map(str, _run_section(path, options).get("test_splits") or ())) if conditions else ""
+        lines = scorer.score_all(path, splits, conditions)
+        printed, complete = report.summary(lines, scorer.written)
+        _print(printed)
+    return 0 if complete else 1
+
+
+def _suites(
+    names: str, folder: str | None, output: Path, options: Sequence[str], conditions: Sequence[Condition] | None
+) -> int:
+    """Score suites, print and write the table; 1 if a suite failed, 2 if the data of all are missing."""
+    from lavis_chatbridge.plugin import report
+
+    lines: list[Line] = []
+    with Session() as session:
+        scorer = _Scorer(session, options)
+        for name, path in choose(names, find(folder)).items():
+            try:
+                with session.together(path, options):
+                    _check_suite(path, options, conditions is not None)
+                own = scorer.score_all(str(path), name, conditions)
+            except _DataMissing as error:
+                own = [report.Line(name, status="missing", remarks=[str(error)])]
+            except ChatBridgeError as error:
+                own = [report.failed(name, "", error)]
+            alone = len({line.suite for line in own}) == 1
+            for line in own:
+                line.suite = name if alone or line.suite == name else f"{name} {line.suite}"
+            lines += own
+        _finish(lines, output / (scorer.model or "."), scorer.model)
+    states = {line.status for line in lines}
+    return 1 if "failed" in states else 0 if "scored" in states else 2
+
+
+def find(folder: str | Path | None = None) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+    """Name -> path and ``run`` section of the suites: the configuration files of a folder that name metrics.
+
+    Raises:
+        ConfigError: If there is none, or a file is no configuration.
+    """
+    places = [Path(folder)] if folder else [FOLDER, Path(__file__).resolve().parents[2] / FOLDER]
+    chosen = next((place for place in places if place.is_dir()), None)
+    if chosen is None:
+        raise ConfigError(f"no folder of suites at {places[0]}: run in the checkout, or name it with --suite-folder")
+    runs = {path: read_yaml(path).get("run") or {} for path in sorted(chosen.glob("*.yaml"))}
+    if odd := [path for path, run in runs.items() if not isinstance(run, Mapping) and not hasattr(run, "get")]:
+        raise ConfigError(f"{odd[0]}: expected sections of which run is a mapping; is this a configuration file?")
+    suites = {path.stem: (path, run) for path, run in runs.items() if run.get("metrics")}
+    if not suites:
+        raise ConfigError(f"{chosen} holds no suite: a suite is a YAML file with run.metrics")
+    return suites
+
+
+def choose(names: str, suites: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> dict[str, Path]:
+    """Name -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites.
+
+    Raises:
+        ConfigError: If a name is unknown, or there is none.
+    """
+    groups: dict[str, list[str]] = {ALL: list(suites)}
+    for suite, (_, run) in suites.items():
+        for group in run.get("groups") or ():
+            groups.setdefault(str(group), []).append(suite)
+    known = [*groups, *suites]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ConfigError(f"--suite names no suite; known are {', '.join(known)}")
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown suite {name!r}{hint}; known are {', '.join(known)}")
+    return {suite: suites[suite][0] for name in wanted for suite in groups.get(name, [name])}
+
+
+class _DataMissing(ChatBridgeError):
+    """Files of a suite are not there."""
+
+
+def _check_suite(path: Path, options: Sequence[str], ablated: bool) -> None:
+    """Look for a suite's files before the model is built.
+
+    Raises:
+        _DataMissing: If files are not there.
+        ConfigError: If the configuration is at fault.
+    """
+    from lavis_chatbridge.runners.config import dataset_sections  # before builders: it imports LAVIS
+
+    sections = dataset_sections(path, options)
+
+    from lavis_chatbridge.datasets.builders import require_files
+
+    try:
+        require_files(sections)
+    except DataError as error:
+        raise _DataMissing(error) from error
+    if ablated:
+        _check_ablation(path, options)
+    if not is_own_runner(runner := str(_run_section(path, options).get("runner") or "")):
+        raise ConfigError(
+            f"run.runner {runner!r} is LAVIS's own, which runs only once in a process: use chatbridge_runner, or "
+            f"score {path} alone (--cfg-path)"
+        )
+
+
+def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
+    """Refuse ``--ablate`` before anything is scored, where media cannot be exchanged.
+
+    Raises:
+        ConfigError: If media are withheld already, or a data set, the task or the runner is LAVIS's own.
+    """
+    from lavis_chatbridge.runners.config import dataset_sections
+
+    run, datasets = _run_section(path, options), dataset_sections(path, options)
+    if run.get("media", "normal") != "normal":
+        raise ConfigError(
+            f"--ablate scores with all media first, but run.media is {run['media']!r}: leave one of the two out"
+        )
+    import lavis.runners  # noqa: F401  (fills the registry with runners)
+    from lavis.common.registry import registry
+
+    from lavis_chatbridge.runners import ChatBridgeRunner
+    from lavis_chatbridge.tasks.base import ChatBridgeTask
+
+    task, runner = registry.get_task_class(str(run.get("task"))), registry.get_runner_class(str(run.get("runner")))
+    for key, found, own in (("task", task, ChatBridgeTask), ("runner", runner, ChatBridgeRunner)):
+        if found is not None and not issubclass(found, own):
+            raise ConfigError(f"--ablate: run.{key} {run[key]!r} is LAVIS's own, which knows no run.media")
+    for name in datasets:
+        builder = registry.get_builder_class(name)
+        if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is reported with all faults
+            raise ConfigError(f"--ablate: the data set {name!r} is LAVIS's own, whose media cannot be exchanged")
+
+
+def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
+    """The conditions for which the data have media; of none, each modality withheld and shuffled.
+
+    Args:
+        conditions: What ``--ablate`` names.
+        cfg: The configuration that has been scored with all media.
+    """
+    from lavis.common.registry import registry
+
+    present: dict[str, set[Modality]] = {split: set() for split in cfg.run.test_splits}
+    for name, section in cfg.datasets_cfg.items():
+        for split, modalities in registry.get_builder_class(name)(section).media_of(cfg.run.test_splits).items():
+            present[split] |= modalities
+    every = [modality for modality in MODALITIES if any(modality in own for own in present.values())]
+    if not every:
+        _log.warning("--ablate: there are no media in splits %s", ", ".join(present))
+    found = []
+    for each in conditions or [Condition(mode, (modality,)) for modality in every for mode in MODES]:
+        modalities = tuple(modality for modality in each.modalities if modality in every)
+        if not modalities:
+            _log.warning("%s: there are no such media in splits %s", each.label, ", ".join(present))
+            continue
+        splits = tuple(split for split, own in present.items() if own.intersection(modalities))
+        found.append(Condition(each.mode, modalities, each.words, splits))
+    return list(dict.fromkeys(found))
+
+
+def _label_of(run: Any) -> str:
+    """The condition of a configuration that names one itself."""
+    return Condition(run.media, tuple(run.media_modalities), run.withheld_words).label
+
+
+def _run_section(path: str | Path, options: Iterable[str]) -> Mapping[str, Any]:
+    from lavis_chatbridge.runners.config import run_section
+
+    return run_section(path, list(options))
+
+
+def _configuration() -> Any:
+    from lavis.common.registry import registry
+
+    return registry.get("configuration")
+
+
+def _result_dir() -> Path:
+    from lavis_chatbridge.tasks.base import result_dir
+
+    return result_dir()
+
+
+def _print(text: str) -> None:
+    from lavis_chatbridge.runners import distributed
+
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def _finish(lines: Sequence[Line], folder: Path, model: str) -> None:
+    """Print and write the table of suites on the main process."""
+    from lavis_chatbridge.plugin import report
+    from lavis_chatbridge.runners import distributed
+    from lavis_chatbridge.tasks.scoring.records import versions
+
+    if not distributed.is_main():
+        return
+    print(report.text_table(lines), flush=True)
+    try:
+        files = report.write(folder, lines, {"model": model, "versions": versions()})
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write to {folder}: {error.strerror or error}") from error
+    print(f"\nwritten to {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""LAVIS tasks for alignment, instruction tuning, captioning and question answering, and their metrics."""
+"""LAVIS tasks for alignment, instruction tuning, captioning, question answering and multiple choice, and their scores."""
 
 from lavis_chatbridge.tasks.alignment import AlignmentTask, InstructionTask
+from lavis_chatbridge.tasks.choice import ChoiceTask
 from lavis_chatbridge.tasks.generation import GenerationTask
 
-__all__ = ["AlignmentTask", "GenerationTask", "InstructionTask"]
+__all__ = ["AlignmentTask", "ChoiceTask", "GenerationTask", "InstructionTask"]

@@ -1,4 +1,4 @@
-"""What an evaluation is told: how answers are decoded, and what the model is given of each sample's media.
+"""Settings of an evaluation: how answers are decoded and scored, and what becomes of each sample's media.
 
 These keys stand in the ``run`` section of a YAML, beside the runner's own, as LAVIS has them.
 """
@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeAlias
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
-from lavis_chatbridge.tasks.scoring.names import METRICS, NORMALISATION_NAMES
+from lavis_chatbridge.tasks.scoring import METRICS, NORMALISATION_NAMES
 
 MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
+WithheldWords: TypeAlias = Literal["kept", "removed", "told"]
 
 
 @dataclass
@@ -26,9 +27,9 @@ class EvaluationSettings:
     num_beams: int = 1
     """Beams of the search; 1 is greedy decoding."""
     use_nucleus_sampling: bool = False
-    """Draw from the most likely tokens instead of searching; scores then depend on the seed."""
+    """Sample from the most likely tokens instead of searching; scores then depend on the seed."""
     top_p: float = 0.9
-    """Probability mass that nucleus sampling draws from."""
+    """Probability mass of nucleus sampling."""
     temperature: float = 1.0
     """Divisor of the logits in nucleus sampling."""
     max_len: int = 30
@@ -38,31 +39,38 @@ class EvaluationSettings:
     length_penalty: float = 1.0
     """Exponent of the length by which beam search divides a score; above 1 prefers longer answers."""
     repetition_penalty: float = 1.0
-    """Divisor of the logits of tokens that have been said; 1 changes nothing."""
+    """Divisor of the logits of tokens that already occur in the answer; 1 changes nothing."""
     inference_method: Literal["generate", "rank"] = "generate"
-    """Write an answer, or choose one of an answer list."""
+    """Generate an answer, or choose the most likely one of a list (of multiple choice: of the options)."""
     num_ans_candidates: int = 128
     """With ``rank``: how many answers of the list are scored in full (those with the likeliest first token)."""
     answer_list: str | None = None
     """With ``rank``: a JSON file with the list of answers. (LAVIS's ``vqa`` task takes its data set's list.)"""
+    option_orders: int | None = None
+    """Multiple choice: orders in which the options are asked; null asks every rotation, so that no letter pays."""
     prompt: str = ""
     """For LAVIS's own tasks: the template of the question."""
     report_metric: bool = True
     """Score the predictions; false only writes them."""
     metrics: list[str] = field(default_factory=list)
-    """Official scores, the first of which is the suite's own; empty: exact match and attribute accuracy only."""
+    """Official scores, the first of which is the suite's own; empty: exact match and attribute accuracy."""
     normalisation: str = "plain"
-    """What is done to answers before ``exact_match`` compares them: ``plain``, ``squad`` or ``vqa``."""
+    """How ``exact_match`` normalises answers: ``plain``, ``squad``, ``vqa`` or ``vocabulary``."""
     published: dict[str, float] = field(default_factory=dict)
     """The paper's figures, metric -> percent, shown beside the scores."""
-    zero_shot: bool = False
-    """Nothing of this benchmark was trained on; ``chatbridge evaluate --suite zero-shot`` runs those."""
-    keep_journal: bool = False
-    """Keep the journal of predictions after the scores are written, so that the same run takes them from there."""
+    published_stage1: dict[str, float] = field(default_factory=dict)
+    """The paper's figures of the model after stage 1 only."""
+    published_in: str = ""
+    """Where the published figures stand."""
+    groups: list[str] = field(default_factory=list)
+    """Names under which ``chatbridge evaluate --suite`` finds this suite: ``paper``, ``zero-shot``, ``av``, ..."""
     media: MediaMode = "normal"
     """``shuffled`` gives every sample another sample's media, ``withheld`` none: does the model really use them?"""
-    media_kinds: list[Modality] = field(default_factory=lambda: list(MODALITIES))
-    """The kinds of media which ``media`` concerns; the others stay as they are."""
+    media_modalities: list[Modality] = field(default_factory=lambda: list(MODALITIES))
+    """The modalities which ``media`` concerns; the others stay as they are."""
+    withheld_words: WithheldWords = "kept"
+    """The words that introduce a withheld medium: ``kept``, ``removed``, or replaced by words that say it is missing
+    (``told``)."""
 
     def check(self) -> Iterable[str]:
         """Contradictions between the keys."""
@@ -78,8 +86,10 @@ class EvaluationSettings:
             yield f"repetition_penalty must be positive, found {self.repetition_penalty}"
         if self.num_ans_candidates < 1:
             yield f"num_ans_candidates must be at least 1, found {self.num_ans_candidates}"
+        if self.option_orders is not None and self.option_orders < 1:
+            yield f"option_orders must be at least 1, found {self.option_orders}"
         if self.use_nucleus_sampling and self.num_beams > 1:
-            yield f"use_nucleus_sampling draws and num_beams {self.num_beams} searches: choose one"
+            yield f"use_nucleus_sampling samples and num_beams {self.num_beams} searches: choose one"
         for name in self.metrics:
             if name not in METRICS:
                 yield f"metrics: unknown {name!r}; known are {', '.join(METRICS)}"
@@ -88,7 +98,28 @@ class EvaluationSettings:
 
     @classmethod
     def of(cls, run_cfg: Mapping[str, Any]) -> EvaluationSettings:
-        """These keys out of a whole ``run`` section (LAVIS hands tasks all of it)."""
+        """These keys out of a whole ``run`` section (LAVIS gives tasks all of it)."""
         names = {item.name for item in dataclasses.fields(EvaluationSettings)}
         plain = OmegaConf.to_container(run_cfg, resolve=True) if isinstance(run_cfg, DictConfig) else run_cfg
         return EvaluationSettings(**{str(key): value for key, value in dict(plain).items() if key in names})  # type: ignore[arg-type]
+
+    def decoding(self) -> dict[str, Any]:
+        """Arguments of ``ChatBridge.generate``, under LAVIS's names."""
+        return {
+            "use_nucleus_sampling": self.use_nucleus_sampling,
+            "num_beams": self.num_beams,
+            "max_length": self.max_len,
+            "min_length": self.min_len,
+            "top_p": self.top_p,
+            "temperature": self.temperature,
+            "length_penalty": self.length_penalty,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
+    @property
+    def condition(self) -> str:
+        """What became of the media, as names of files say it: ``""`` or ``"withheld_image_audio"``."""
+        if self.media == "normal":
+            return ""
+        words = [] if self.media == "shuffled" or self.withheld_words == "kept" else [self.withheld_words]
+        return "_".join([self.media, *self.media_modalities, *words])

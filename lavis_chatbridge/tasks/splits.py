@@ -1,5 +1,4 @@
-"""A split as evaluation sees it: every item with its place, and, to learn whether the model really uses its media, with
-another sample's media or none.
+"""A split as evaluation sees it: every item with its index, and, if asked for, with another sample's media or none.
 
 This module opens nothing itself; it rearranges what a data set's sources return.
 """
@@ -10,13 +9,15 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot
-from lavis_chatbridge.tasks.settings import MediaMode
+from lavis_chatbridge.prompting.conversation import HUMAN
+from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot, Text
+from lavis_chatbridge.tasks.settings import MediaMode, WithheldWords
 
 _TRIES = 16
 
@@ -36,20 +37,32 @@ class Source(Protocol):
     def sample(self, index: int) -> Any:
         """The ``index``-th sample itself, nothing opened; its ``files`` have ``kind``, ``path`` and ``offset``."""
 
+    def pieces(self, sample: Any, rng: Any) -> list[Piece]:
+        """The prompt of a sample."""
+
 
 class EvaluationSource:
-    """A source whose items say where they stand (``index``), and may have lost their own media.
+    """A source whose items have their position as ``index``, and may have lost their own media.
 
     Args:
         source: The source as it is.
         mode: ``normal``; ``shuffled``: every sample has another sample's media, the same ones in every run;
             ``withheld``: none, and the prompt has no slot for them.
-        kinds: The kinds of media that are concerned.
+        modalities: The modalities that are concerned.
         seed: Of the shuffling.
+        words: What becomes of the words that introduce a withheld medium.
     """
 
-    def __init__(self, source: Source, mode: MediaMode, kinds: Sequence[Modality], seed: int = 0) -> None:
-        self.source, self.mode, self.kinds, self.seed = source, mode, tuple(kinds), seed
+    def __init__(
+        self,
+        source: Source,
+        mode: MediaMode,
+        modalities: Sequence[Modality],
+        seed: int = 0,
+        words: WithheldWords = "kept",
+    ) -> None:
+        self.source, self.mode, self.modalities = source, mode, tuple(modalities)
+        self.seed, self.words = seed, words
         self.name = source.name
 
     def __len__(self) -> int:
@@ -64,76 +77,111 @@ class EvaluationSource:
         """The sample with its media replaced. Its own are read in any case, so that the same samples are scored.
 
         Raises:
-            MediaError: If a medium cannot be read, or no other sample has as many media of these kinds.
+            MediaError: If a medium cannot be read, or no other sample has as many media of these modalities.
         """
         item = self.source.item(index, epoch) | {"index": index}
         if self.mode == "withheld":
-            return item | {"pieces": without(item["pieces"], self.kinds)} | {kind: [] for kind in self.kinds}
+            return item | {"pieces": self._withheld(index, item)} | {modality: [] for modality in self.modalities}
         if self.mode == "shuffled":
             return item | self._media_of_another(index, epoch, item)
         return item
 
+    def _withheld(self, index: int, item: dict[str, Any]) -> list[Piece]:
+        """The prompt of a sample that has lost its media."""
+        if self.words == "kept":
+            return [p for p in item["pieces"] if not (isinstance(p, Slot) and p.kind in self.modalities)]
+        sample = self.source.sample(index)
+        lost = [medium.kind for medium in sample.files if medium.kind in self.modalities]
+        media = tuple(medium for medium in sample.media if medium.words or medium.kind not in self.modalities)
+        spelt = {medium.kind for medium in sample.media if medium.words}
+        turns = tuple(
+            replace(turn, media=tuple(m for m in turn.media if m in spelt or m not in self.modalities))
+            for turn in sample.turns
+        )
+        pieces = self.source.pieces(replace(sample, media=media, turns=turns), None)
+        return told(pieces, lost) if self.words == "told" and lost else pieces
+
     def _media_of_another(self, index: int, epoch: int, item: dict[str, Any]) -> dict[str, list]:
         if not self._files(index):
             return {}
-        for place in itertools.islice(self._partners(index), _TRIES):
+        for partner in itertools.islice(self._partners(index), _TRIES):
             with contextlib.suppress(MediaError):  # another one's are as good
-                found = self.source.item(place, epoch)
-                return {kind: found[kind] for kind in self.kinds}
+                found = self.source.item(partner, epoch)
+                return {modality: found[modality] for modality in self.modalities}
         raise MediaError(
             f"another sample's media for {item['sample_id']!r}",
-            f"{self.name} has no other readable sample with as many of each kind (run.media is shuffled)",
+            f"{self.name} has no other readable sample with as many of each modality (run.media is shuffled)",
         )
 
     def _partners(self, index: int) -> Iterator[int]:
-        """Those with as many media of each kind: first those that share none with this one, then the others."""
+        """Samples with as many media of each modality: first those that share none with this one, then the others."""
         own = self._files(index)
         others = np.random.default_rng([self.seed, index]).permutation(len(self.source) - 1)
         for fits in (set.isdisjoint, set.__ne__):
             for other in others:
-                place = int(other) + int(other >= index)
-                files = self._files(place)
-                if _kinds(files) == _kinds(own) and fits(set(files), set(own)):
-                    yield place
+                partner = int(other) + int(other >= index)
+                files = self._files(partner)
+                if _modalities(files) == _modalities(own) and fits(set(files), set(own)):
+                    yield partner
 
     def _files(self, index: int) -> list[tuple]:
-        """The media of a sample that are concerned, kind first; nothing is opened."""
+        """The media of a sample that are concerned, modality first; nothing is opened."""
         files = self.source.sample(index).files
-        return [(medium.kind, medium.path, medium.offset) for medium in files if medium.kind in self.kinds]
+        return [(medium.kind, medium.path, medium.offset) for medium in files if medium.kind in self.modalities]
 
 
 class EvaluationSplit:
     """The sources of one or several data sets of a split, as evaluation sees them.
 
-    Sources without media of the kinds that are taken away or exchanged are left out: nothing would change for them.
+    Sources without media of the modalities that are withheld or exchanged are left out: nothing would change for them.
 
     Args:
         sources: All sources of the split.
         mode: What becomes of their media.
-        kinds: The kinds of media that are concerned.
+        modalities: The modalities that are concerned.
         seed: Of the shuffling.
+        words: What becomes of the words that introduce a withheld medium.
 
     Raises:
         DataError: If no source has such media.
     """
 
     def __init__(
-        self, sources: Sequence[Source], mode: MediaMode = "normal", kinds: Sequence[Modality] = (), seed: int = 0
+        self,
+        sources: Sequence[Source],
+        mode: MediaMode = "normal",
+        modalities: Sequence[Modality] = (),
+        seed: int = 0,
+        words: WithheldWords = "kept",
     ) -> None:
-        concerned = [source for source in sources if mode == "normal" or set(source.kinds).intersection(kinds)]
+        concerned = [source for source in sources if mode == "normal" or set(source.kinds).intersection(modalities)]
         if sources and not concerned:
             names = ", ".join(source.name for source in sources)
-            raise DataError(f"run.media is {mode}, but {names} hold no {' and no '.join(kinds)}")
-        self.sources = [EvaluationSource(source, mode, kinds, seed) for source in concerned]
+            raise DataError(f"run.media is {mode}, but {names} hold no {' and no '.join(modalities)}")
+        self.sources = [EvaluationSource(source, mode, modalities, seed, words) for source in concerned]
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
 
-def _kinds(files: Sequence[tuple]) -> Counter[str]:
-    return Counter(kind for kind, *_ in files)
+def told(pieces: Sequence[Piece], lost: Sequence[Modality]) -> list[Piece]:
+    """A prompt that says which media are missing, at the beginning of the first request after the media.
+
+    Args:
+        pieces: The prompt without these media.
+        lost: Their modalities.
+    """
+    names = [f"the {modality}" for modality in dict.fromkeys(lost)]
+    note = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing. "
+    note = note[0].upper() + note[1:]
+    first = max((i + 1 for i, piece in enumerate(pieces) if isinstance(piece, Slot)), default=0)
+    for position in range(first, len(pieces)):
+        piece = pieces[position]
+        if isinstance(piece, Text) and not piece.target:
+            text = piece.text.replace(HUMAN, HUMAN + note, 1) if HUMAN in piece.text else note + piece.text
+            return [*pieces[:position], Text(text), *pieces[position + 1 :]]
+    return [*pieces[:first], Text(note), *pieces[first:]]
 
 
-def without(pieces: Sequence[Piece], kinds: Sequence[Modality]) -> list[Piece]:
-    """A prompt without the slots of some kinds."""
-    return [piece for piece in pieces if not (isinstance(piece, Slot) and piece.kind in kinds)]
+def _modalities(files: Sequence[tuple]) -> Counter[str]:
+    return Counter(modality for modality, *_ in files)

@@ -1,4 +1,4 @@
-"""Answer scores: the official VQA accuracy, and exact match after the benchmark's own normalisation."""
+"""Answer scores: the official VQA accuracy, exact match after the benchmark's own normalisation, yes against no."""
 
 from __future__ import annotations
 
@@ -12,49 +12,44 @@ from typing import Any
 
 from lavis_chatbridge.errors import DataError
 
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+_NUMERALS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
-def vqa_accuracy(
-    predictions: Mapping[str, str],
-    answers: Mapping[str, Sequence[str]],
-    groups: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+
+def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
     """Accuracy of VQAv2 and OKVQA by the official evaluator (min(#humans / 3, 1), averaged over leave-one-out sets).
 
     Args:
-        predictions: Question id to answer.
-        answers: Question id to the human answers (ten of them in VQAv2).
-        groups: Question id to answer type, for the accuracies per type.
+        predictions: ``[n]`` answers.
+        answers: ``[n]`` the human answers to each question (ten in VQAv2).
 
     Returns:
-        ``{"overall": percent, "by_type": {type: percent}, "each": {question id: percent}}``, rounded to two digits as
-        the evaluator does.
-
-    Raises:
-        DataError: If a prediction has no human answers.
+        The accuracy in percent and each question's, rounded to two digits as the evaluator does.
     """
     _check(predictions, answers)
     truth = {
-        key: {
-            "answers": [{"answer": text, "answer_id": number} for number, text in enumerate(answers[key], start=1)],
+        number: {
+            "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(texts, start=1)],
             "question_type": "all",
-            "answer_type": (groups or {}).get(key, "all"),
+            "answer_type": "all",
         }
-        for key in predictions
+        for number, texts in enumerate(answers)
     }
-    evaluator = _evaluator_class()(_Questions(truth), _Questions({k: {"answer": v} for k, v in predictions.items()}), 2)
+    said = {number: {"answer": text} for number, text in enumerate(predictions)}
+    evaluator = _evaluator_class()(_Questions(truth), _Questions(said), 2)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.evaluate()
-    return {
-        "overall": evaluator.accuracy["overall"],
-        "by_type": evaluator.accuracy["perAnswerType"],
-        "each": dict(evaluator.evalQA),
-    }
+    return float(evaluator.accuracy["overall"]), [float(evaluator.evalQA[number]) for number in said]
 
 
 def exact_match(
-    predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]], normalisation: str = "plain"
-) -> dict[str, Any]:
-    """Share of predictions (percent) that equal one of their answers after `NORMALISATIONS` of both.
+    predictions: Sequence[str], answers: Sequence[Sequence[str]], normalisation: str = "plain"
+) -> list[float]:
+    """100 for each prediction that equals one of its answers after normalisation of both, 0 for the others.
 
     Raises:
         DataError: If a prediction has no answer, or the normalisation is unknown.
@@ -63,11 +58,34 @@ def exact_match(
     normalise = NORMALISATIONS.get(normalisation)
     if normalise is None:
         raise DataError(f"unknown normalisation {normalisation!r}; known are {', '.join(NORMALISATIONS)}")
-    each = {
-        key: 100.0 * (normalise(said) in {normalise(answer) for answer in answers[key]})
-        for key, said in predictions.items()
+    return [
+        100.0 * (normalise(said) in {normalise(answer) for answer in accepted})
+        for said, accepted in zip(predictions, answers, strict=True)
+    ]
+
+
+def yes_no(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[dict[str, float], list[float]]:
+    """Answers of yes or no; yes is the positive class.
+
+    Returns:
+        ``yes_no`` (accuracy), ``precision``, ``recall``, ``F1`` and ``yes_share`` in percent, and 100 or 0 for each
+        prediction. A prediction that begins with neither word is wrong and counts as no positive.
+    """
+    _check(predictions, answers)
+    said = [_first_word(text) for text in predictions]
+    truth = [_first_word(texts[0]) for texts in answers]
+    positives, hits = said.count("yes"), sum(s == t == "yes" for s, t in zip(said, truth, strict=True))
+    precision = 100.0 * hits / positives if positives else 0.0
+    recall = 100.0 * hits / truth.count("yes") if "yes" in truth else 0.0
+    each = [100.0 * (s == t) for s, t in zip(said, truth, strict=True)]
+    scores = {
+        "yes_no": sum(each) / len(each),
+        "precision": precision,
+        "recall": recall,
+        "F1": 2.0 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "yes_share": 100.0 * positives / len(said),
     }
-    return {"overall": sum(each.values()) / len(each), "each": each}
+    return scores, each
 
 
 def plain(text: str) -> str:
@@ -81,34 +99,42 @@ def squad(text: str) -> str:
     return " ".join(words.split())
 
 
+def vocabulary(text: str) -> str:
+    """The entry of a closed vocabulary that a text names: ``electric_bass`` is "Electric bass.", "2" is "two"."""
+    return " ".join(_NUMERALS.get(word, word) for word in squad(text.replace("_", " ").replace("-", " ")).split())
+
+
 def vqa(text: str) -> str:
     """The official VQA evaluator's normalisation of one answer."""
     evaluator = _normaliser()
     return evaluator.processDigitArticle(evaluator.processPunctuation(" ".join(text.split())))
 
 
-NORMALISATIONS: dict[str, Callable[[str], str]] = {"plain": plain, "squad": squad, "vqa": vqa}
+NORMALISATIONS: dict[str, Callable[[str], str]] = {"plain": plain, "squad": squad, "vqa": vqa, "vocabulary": vocabulary}
 """Name to normalisation of an answer before it is compared."""
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class _Questions:
     """What the official evaluator reads of a VQA object: ``qa`` and ``getQuesIds``."""
 
-    def __init__(self, qa: dict[str, Any]) -> None:
+    def __init__(self, qa: Mapping[int, Any]) -> None:
         self.qa = qa
 
-    def getQuesIds(self) -> list[str]:
+    def getQuesIds(self) -> list[int]:
         return list(self.qa)
 
 
-def _check(predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]]) -> None:
+def _check(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
     if not predictions:
         raise DataError("there are no predictions to score")
-    bare = [key for key in predictions if not answers.get(key)]
+    bare = [number for number, accepted in enumerate(answers) if not accepted]
     if bare:
-        raise DataError(f"{len(bare)} of {len(predictions)} predictions have no answer, the first is {bare[0]!r}")
+        raise DataError(f"{len(bare)} of {len(predictions)} predictions have no answer, the first is number {bare[0]}")
+
+
+def _first_word(text: str) -> str:
+    found = re.match(r"\W*([a-z]+)", text.lower())
+    return found.group(1) if found else ""
 
 
 def _evaluator_class() -> Any:

@@ -1,8 +1,8 @@
 """Caption scores by pycocoevalcap, the official COCO caption evaluation: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
-METEOR, SPICE and the official tokenizer are Java programs. Where they cannot run, the reason is told before anything is
-scored (`unavailable`), the other scores are still computed, and the result names the tokenizer that was used: figures
-from different tokenizers are not comparable.
+METEOR, SPICE and the official tokenizer are Java programs. If one cannot run, or dies, its metric is left out with the
+reason and the other scores are computed. The result names the tokenizer: figures from different tokenizers are not
+comparable.
 """
 
 from __future__ import annotations
@@ -11,148 +11,169 @@ import importlib.resources
 import logging
 import re
 import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.tasks.scoring.names import CAPTION_METRICS
+from lavis_chatbridge.tasks.scoring import CAPTION_METRICS
 
-METRICS = CAPTION_METRICS
-METEOR_HEAP_MIB = 2048
-"""The heap that pycocoevalcap asks of Java for METEOR; about 1.2 GB of it are used."""
+_log = logging.getLogger(__name__)
+
+METEOR_SECONDS = 600.0
+"""METEOR's Java is stopped after this time and a second for every ten captions: a degenerate caption can take hours."""
 
 _SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _PUNCTUATION = re.compile(r"[.,!?;:\"`()\[\]{}]|''|--+|(?<!\w)'|'(?!\w)|(?<!\w)-|-(?!\w)")
 
+Texts = dict[int, list[str]]
 
-@dataclass(frozen=True)
+
+@dataclass
 class CaptionScores:
     """Corpus scores, and each caption's own.
 
     Attributes:
         overall: Metric to corpus score, as pycocoevalcap gives it (not times 100); ``BLEU_1`` to ``BLEU_4``.
         each: Metric to scores in the order of the predictions.
-        tokenizer: ``"ptb"`` (official, Java) or ``"python"`` (where there is no Java).
+        tokenizer: ``"ptb"`` (official, Java) or ``"python"`` (a rule, without Java).
         left_out: Metric to the reason why it was not computed.
     """
 
-    overall: dict[str, float]
-    each: dict[str, list[float]]
-    tokenizer: str
-    left_out: dict[str, str]
+    overall: dict[str, float] = field(default_factory=dict)
+    each: dict[str, list[float]] = field(default_factory=dict)
+    tokenizer: str = "ptb"
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def unavailable(metrics: Sequence[str] = METRICS) -> dict[str, str]:
-    """Which of the metrics (and ``"ptb"``, the official tokenizer) cannot be computed here, and why."""
+def unavailable(metrics: Sequence[str] = CAPTION_METRICS) -> dict[str, str]:
+    """The metrics (and ``"ptb"``, the official tokenizer) that cannot be computed here, each with the reason."""
     reasons = {}
-    java = _java_fault(64)
+    java = None if shutil.which("java") else "Java is not installed (Debian: apt-get install default-jre-headless)"
     if java:
         reasons["ptb"] = f"{java}; captions are tokenised by a Python rule instead"
-    if "METEOR" in metrics and (fault := java or _java_fault(METEOR_HEAP_MIB)):
-        reasons["METEOR"] = fault
+    if "METEOR" in metrics and java:
+        reasons["METEOR"] = java
     if "SPICE" in metrics and (fault := java or _spice_fault()):
         reasons["SPICE"] = fault
     return reasons
 
 
 def score_captions(
-    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], metrics: Sequence[str] = METRICS
+    predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] = CAPTION_METRICS
 ) -> CaptionScores:
     """Score one predicted caption per sample against its references.
 
     Args:
-        predictions: Sample id to caption.
-        references: Sample id to one or more reference captions.
-        metrics: Which of `METRICS`.
+        predictions: ``[n]`` captions.
+        references: ``[n]`` one or more reference captions each.
+        metrics: Names of `CAPTION_METRICS`.
 
     Raises:
         DataError: If a prediction has no reference, no reference has a word, or a metric is unknown.
     """
-    _check(predictions, references, metrics)
+    if unknown := [metric for metric in metrics if metric not in CAPTION_METRICS]:
+        raise DataError(f"unknown caption metrics {unknown}; known are {', '.join(CAPTION_METRICS)}")
+    if bare := [number for number, texts in enumerate(references) if not texts]:
+        raise DataError(
+            f"{len(bare)} of {len(predictions)} predictions have no reference, the first is number {bare[0]}"
+        )
     missing = unavailable(metrics)
     for name, reason in missing.items():
-        logging.warning("%s is not available: %s", name, reason)
-    ids = list(predictions)
-    tokenizer = "python" if "ptb" in missing else "ptb"
-    tokenise = _tokenise_ptb if tokenizer == "ptb" else _tokenise_python
-    truth = tokenise({key: list(references[key]) for key in ids})
-    said = tokenise({key: [predictions[key]] for key in ids})
+        _log.warning("%s is not available: %s", name, reason)
+    found = CaptionScores(left_out={name: reason for name, reason in missing.items() if name != "ptb"})
+    truth: Texts = {number: list(texts) for number, texts in enumerate(references)}
+    said: Texts = {number: [text] for number, text in enumerate(predictions)}
+    truth, said, found.tokenizer = _tokenised(truth, said, official="ptb" not in missing)
     if not any(text for texts in truth.values() for text in texts):
-        raise DataError(f"no reference of {len(ids)} predictions holds a word")
-    overall: dict[str, float] = {}
-    each: dict[str, list[float]] = {}
+        raise DataError(f"no reference of {len(predictions)} predictions holds a word")
+    if len(predictions) == 1 and "CIDEr" in metrics:
+        found.left_out["CIDEr"] = "it needs two samples or more: words are weighted by how many samples have them"
     for metric in metrics:
-        if metric not in missing:
-            _score(metric, truth, said, overall, each)
-    left_out = {name: reason for name, reason in missing.items() if name != "ptb"}
-    return CaptionScores(overall, each, tokenizer, left_out)
+        if metric not in found.left_out:
+            _score(metric, truth, said, found)
+    return found
 
 
-def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> None:
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown:
-        raise DataError(f"unknown caption metrics {unknown}; known are {', '.join(METRICS)}")
-    if not predictions:
-        raise DataError("there are no predictions to score")
-    bare = [key for key in predictions if not references.get(key)]
-    if bare:
-        raise DataError(f"{len(bare)} of {len(predictions)} predictions have no reference, the first is {bare[0]!r}")
-
-
-def _score(metric: str, truth: dict, said: dict, overall: dict[str, float], each: dict[str, list[float]]) -> None:
-    corpus, single = _scorer(metric).compute_score(truth, said)
+def _score(metric: str, truth: Texts, said: Texts, found: CaptionScores) -> None:
+    """Add one metric, or the reason why its scorer failed."""
+    try:
+        corpus, single = _compute(metric, truth, said)
+    except Exception as error:  # a scorer of another project, which may fail in any way, costs its own metric only
+        found.left_out[metric] = f"its scorer failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        _log.warning("%s is left out: %s", metric, found.left_out[metric])
+        return
     if metric == "BLEU":
         for n, (value, values) in enumerate(zip(corpus, single, strict=True), start=1):
-            overall[f"BLEU_{n}"], each[f"BLEU_{n}"] = float(value), [float(v) for v in values]
-    elif metric == "SPICE":
-        overall[metric], each[metric] = float(corpus), [float(item["All"]["f"]) for item in single]
-    else:
-        overall[metric], each[metric] = float(corpus), [float(value) for value in single]
+            found.overall[f"BLEU_{n}"], found.each[f"BLEU_{n}"] = float(value), [float(v) for v in values]
+        return
+    each = [item["All"]["f"] for item in single] if metric == "SPICE" else single
+    found.overall[metric], found.each[metric] = float(corpus), [float(value) for value in each]
 
 
-def _scorer(metric: str) -> Any:
+def _compute(metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:
     if metric == "METEOR":
-        return _meteor()
+        return _meteor(truth, said)
     if metric == "BLEU":
         from pycocoevalcap.bleu.bleu import Bleu
 
-        return _QuietBleu(Bleu(4))
+        return Bleu(4).compute_score(truth, said, verbose=0)
     if metric == "ROUGE_L":
         from pycocoevalcap.rouge.rouge import Rouge
 
-        return Rouge()
+        return Rouge().compute_score(truth, said)
     if metric == "CIDEr":
         from pycocoevalcap.cider.cider import Cider
 
-        return Cider()
+        return Cider().compute_score(truth, said)
     from pycocoevalcap.spice.spice import Spice
 
-    return Spice()
+    return Spice().compute_score(truth, said)
 
 
-class _QuietBleu:
-    """pycocoevalcap's BLEU without its line on standard output."""
+def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
+    """METEOR by a Java process of its own, which is killed if it takes too long.
 
-    def __init__(self, bleu: Any) -> None:
-        self.bleu = bleu
-
-    def compute_score(self, truth: dict, said: dict) -> tuple:
-        return self.bleu.compute_score(truth, said, verbose=0)
-
-
-@lru_cache(maxsize=1)
-def _meteor() -> Any:
-    """One METEOR process for all calls: starting it takes 10 to 20 seconds."""
+    When the process dies, pycocoevalcap raises with its lock held, and its destructor would wait for that lock forever.
+    """
     from pycocoevalcap.meteor.meteor import Meteor
 
-    return Meteor()
+    meteor = Meteor()
+    watchdog = threading.Timer(METEOR_SECONDS + 0.1 * len(said), meteor.meteor_p.kill)
+    watchdog.start()
+    try:
+        return meteor.compute_score(truth, said)
+    except (OSError, ValueError) as error:
+        meteor.meteor_p.kill()
+        status = meteor.meteor_p.wait()
+        raise ValueError(f"its Java process ended with status {status}") from error
+    finally:
+        watchdog.cancel()
+        if meteor.lock.locked():
+            meteor.lock.release()
 
 
-def _tokenise_ptb(captions: dict[str, list[str]]) -> dict[str, list[str]]:
+def _tokenised(truth: Texts, said: Texts, official: bool) -> tuple[Texts, Texts, str]:
+    """References and predictions as tokens, and the name of the tokenizer."""
+    if official:
+        try:
+            both = _tokenise_ptb(truth), _tokenise_ptb(said)
+        except OSError as error:
+            _log.warning("the official tokenizer failed: %s", error)
+            both = {}, {}
+        if all(_same_shape(before, after) for before, after in zip((truth, said), both, strict=True)):
+            return *both, "ptb"
+        _log.warning("the official tokenizer's Java died; captions are tokenised by a Python rule instead")
+    return _tokenise_python(truth), _tokenise_python(said), "python"
+
+
+def _same_shape(before: Texts, after: Texts) -> bool:
+    return {key: len(texts) for key, texts in before.items()} == {key: len(texts) for key, texts in after.items()}
+
+
+def _tokenise_ptb(captions: Texts) -> Texts:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     # A line break inside a caption would shift all later captions, and an empty last line would be lost.
@@ -160,7 +181,7 @@ def _tokenise_ptb(captions: dict[str, list[str]]) -> dict[str, list[str]]:
     return PTBTokenizer().tokenize(rows)
 
 
-def _tokenise_python(captions: dict[str, list[str]]) -> dict[str, list[str]]:
+def _tokenise_python(captions: Texts) -> Texts:
     """Lower case, punctuation dropped, as near to the official tokenizer as a rule gets."""
     return {
         key: [" ".join(_PUNCTUATION.sub(" ", text.lower()).split()) for text in texts]
@@ -168,34 +189,8 @@ def _tokenise_python(captions: dict[str, list[str]]) -> dict[str, list[str]]:
     }
 
 
-def _java_fault(heap_mib: int) -> str | None:
-    """Why Java cannot run with this heap, or None if it can."""
-    java = shutil.which("java")
-    if java is None:
-        return "Java is not installed (Debian: apt-get install default-jre-headless)"
-    return _heap_fault(java, heap_mib)
-
-
-@lru_cache(maxsize=8)
-def _heap_fault(java: str, heap_mib: int) -> str | None:
-    try:
-        result = subprocess.run(
-            [java, f"-Xms{min(heap_mib, 1200)}m", f"-Xmx{heap_mib}m", "-version"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"Java does not start: {error}"
-    if result.returncode == 0:
-        return None
-    last = (result.stderr or result.stdout).strip().splitlines()
-    return f"Java does not start with a heap of {heap_mib} MiB: {last[0] if last else 'no message'}"
-
-
 def _spice_fault() -> str | None:
-    """Why SPICE cannot run: its parser's jars are not part of the package and are downloaded by it at first use."""
+    """Why SPICE cannot run: its parser's jars are not part of the package, which downloads them at first use."""
     folder = Path(str(importlib.resources.files("pycocoevalcap"))) / "spice" / "lib"
     missing = [name for name in _SPICE_JARS if not (folder / name).is_file()]
     if missing:

@@ -1,29 +1,66 @@
-"""Scores of prediction records by named metrics: what a task has written, scored now or again later without a model.
+"""Scores of predictions by named metrics: what a task has written, scored now or again later without a model.
 
-A record is a mapping with ``sample_id``, ``prediction``, ``references`` and, for questions, ``answers``. All scores are
-in percent, as papers give them.
+All scores are in percent, as papers give them. Each has a 95 % bootstrap interval, with samples of the same media
+resampled together, unless it is no mean over samples (BLEU, METEOR, precision, recall, F1).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-from lavis_chatbridge.config import shown
+import numpy as np
+
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.tasks.scoring import answers, captions
-from lavis_chatbridge.tasks.scoring.names import CAPTION_METRICS, HEADLINES
+from lavis_chatbridge.tasks import statistics
+from lavis_chatbridge.tasks.predictions import Prediction
+from lavis_chatbridge.tasks.scoring import CAPTION_METRICS, HEADLINES, answers, captions, choices, facts
 
 _log = logging.getLogger(__name__)
 
-Record = Mapping[str, Any]
 _PACKAGES = ("lavis-chatbridge", "salesforce-lavis", "pycocoevalcap", "torch", "transformers")
+_MEANS = ("ROUGE_L", "CIDEr", "SPICE")
+"""Caption metrics whose corpus score is the mean of the samples' scores."""
+
+
+@dataclass
+class Measured:
+    """Scores of some predictions, and each prediction's own.
+
+    Attributes:
+        records: The predictions that have something to be compared with.
+        scores: Metric -> percent.
+        each: Metric -> ``[n]`` percent; only metrics that are means over samples.
+        weights: Metric -> ``[n]``, for means that are weighted.
+        groups: Metric -> kind of part -> ``[n]`` percent or None, for metrics whose samples have several parts.
+        tokenizer: That of captions.
+        left_out: Metric -> why it was not computed.
+    """
+
+    records: list[Prediction]
+    scores: dict[str, float] = field(default_factory=dict)
+    each: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    parts: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    tokenizer: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, metric: str, each: Sequence[float], score: float | None = None) -> None:
+        """Add a metric that is a mean over samples."""
+        self.each[metric] = np.asarray(each, dtype=float)
+        self.scores[metric] = float(self.each[metric].mean()) if score is None else score
+
+    @property
+    def clusters(self) -> list[Any]:
+        """What samples share: their media, else nothing."""
+        return [tuple(record.media) or number for number, record in enumerate(self.records)]
 
 
 def announce(metrics: Sequence[str]) -> dict[str, str]:
-    """Say before a run which of its metrics cannot be computed here, and why.
+    """Log before a run which of its metrics cannot be computed here.
 
     Returns:
         Metric (or ``"ptb"``, the official tokenizer) -> the reason.
@@ -36,64 +73,94 @@ def announce(metrics: Sequence[str]) -> dict[str, str]:
     return missing
 
 
-def score_records(records: Sequence[Record], metrics: Sequence[str], normalisation: str = "plain") -> dict[str, Any]:
+def measured(
+    records: Sequence[Prediction],
+    metrics: Sequence[str] = (),
+    normalisation: str = "plain",
+    values: facts.Values | None = None,
+) -> Measured:
     """Score predictions.
 
     Args:
         records: One per sample.
-        metrics: Names of `names.METRICS`, the most important one first.
+        metrics: Names of `scoring.METRICS`; none: exact match of questions, attribute accuracy of captions with facts.
         normalisation: For ``exact_match``.
-
-    Returns:
-        ``scores`` (metric -> percent), ``headline`` (the first metric's, None where it could not be computed),
-        ``by_type`` (where records have a ``meta.type``), ``tokenizer``, ``left_out`` (metric -> why), ``unscored``
-        (how many records have nothing to compare with).
+        values: All values of each attribute, for the attribute accuracy; those of the records without.
 
     Raises:
-        DataError: If two records are of one sample (its id, and ``index`` where they have it), or none can be scored.
+        DataError: If two records are of one sample, or none can be scored.
     """
-    _check_ids(records)
-    usable = [record for record in records if truth_of(record)]
+    _check_unique(records)
+    if not metrics:
+        return _unnamed(records, values)
+    usable = [record for record in records if record.truth]
     if not usable:
         raise DataError(f"none of {len(records)} predictions has references or answers to be compared with")
-    result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(usable)}
-    scores: dict[str, float] = {}
-    _captions(usable, [m for m in metrics if m in CAPTION_METRICS], scores, result)
-    said, truth = _named(usable)
-    types = {str(number): kind for number, record in enumerate(usable) if (kind := type_of(record))}
-    by_type: dict[str, dict[str, float]] = {}
+    found = Measured(usable)
+    said, truth = [record.prediction for record in usable], [record.truth for record in usable]
+    if named := [metric for metric in metrics if metric in CAPTION_METRICS]:
+        _add_captions(found, captions.score_captions(said, truth, named))
     if "vqa_accuracy" in metrics:
-        groups = {sample_id: types.get(sample_id, "other") for sample_id in said}
-        official = answers.vqa_accuracy(said, truth, groups)
-        scores["vqa_accuracy"], by_type["vqa_accuracy"] = official["overall"], official["by_type"]
+        score, each = answers.vqa_accuracy(said, truth)
+        found.add("vqa_accuracy", each, score)
     if "exact_match" in metrics:
-        matched = answers.exact_match(said, truth, normalisation)
-        scores["exact_match"], by_type["exact_match"] = matched["overall"], _by_type(matched["each"], types)
-    result["scores"] = scores
-    result["headline"] = scores.get(HEADLINES.get(metrics[0], metrics[0])) if metrics else None
-    return result | ({"by_type": by_type} if types and by_type else {})
+        found.add("exact_match", answers.exact_match(said, truth, normalisation))
+    if "yes_no" in metrics:
+        scores, each = answers.yes_no(said, truth)
+        found.add("yes_no", each)
+        found.scores |= scores
+    if "choice" in metrics:
+        found.add("choice", [choices.right(record) for record in usable])
+    return found
 
 
-def scores_or_fault(records: Sequence[Record], metrics: Sequence[str], normalisation: str = "plain") -> dict[str, Any]:
-    """What `score_records` returns, or ``fault``: why it cannot, so that other data sets' scores are not lost."""
+def score_records(
+    records: Sequence[Prediction],
+    metrics: Sequence[str] = (),
+    normalisation: str = "plain",
+    values: facts.Values | None = None,
+) -> dict[str, Any]:
+    """`measured` as it stands in a file of scores.
+
+    Returns:
+        ``samples``, ``scores`` (metric -> percent), ``intervals`` (metric -> lower and upper end), ``metric`` and
+        ``headline`` (the first metric's name and score, None if it could not be computed), ``by_type`` (kind of type ->
+        type -> ``samples`` and scores), ``chance`` (of multiple choice), ``tokenizer``, ``left_out`` (metric -> why),
+        ``unscored`` (predictions with nothing to be compared with).
+    """
+    found = measured(records, metrics, normalisation, values)
+    first = metrics[0] if metrics else next(iter(found.scores), "")
+    metric = HEADLINES.get(first, first)
+    result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
+    result |= {"scores": found.scores, "metric": metric, "headline": found.scores.get(metric)}
+    result["intervals"] = {
+        name: [float(end) for end in statistics.interval(each, found.weights.get(name), found.clusters)]
+        for name, each in found.each.items()
+    }
+    more: dict[str, Any] = {"by_type": _by_type(found), "tokenizer": found.tokenizer, "left_out": found.left_out}
+    if "choice" in metrics:
+        more["chance"] = float(np.mean([choices.chance(record) for record in found.records]))
+    elif "yes_no" in metrics:
+        more["chance"] = 50.0
+    return result | {key: value for key, value in more.items() if value}
+
+
+def scores_or_fault(records: Sequence[Prediction], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The result of `score_records`, or ``fault``: why there is none, so that other data sets keep their scores."""
     try:
-        return score_records(records, metrics, normalisation)
+        return score_records(records, *args, **kwargs)
     except DataError as error:
         _log.error("not scored: %s", error)
         return {"samples": len(records), "fault": str(error)}
 
 
-def type_of(record: Record) -> str:
-    """The type by which the data set tells its questions apart; empty where it does not."""
-    meta = record.get("meta")
-    kind = meta.get("type") if isinstance(meta, Mapping) else None
-    return " / ".join(map(str, kind)) if isinstance(kind, (list, tuple)) else "" if kind is None else str(kind)
-
-
-def truth_of(record: Record) -> list[str]:
-    """What a prediction is compared with: the accepted answers, else the references."""
-    found = record.get("answers") or record.get("references") or []
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+def types_of(record: Prediction) -> dict[str, str]:
+    """Kind of type -> type, by which a data set tells its questions apart: ``meta.types`` and ``meta.type``."""
+    found = {"type": record.meta.get("type")}
+    several = record.meta.get("types")
+    found |= several if isinstance(several, Mapping) else {}
+    named = {key: " / ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for key, v in found.items()}
+    return {str(key): str(value) for key, value in named.items() if value not in (None, "")}
 
 
 def versions() -> dict[str, str]:
@@ -107,39 +174,64 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _captions(records: Sequence[Record], metrics: Sequence[str], scores: dict[str, float], result: dict) -> None:
-    if not metrics:
-        return
-    said, truth = _named(records)
-    scored = captions.score_captions(said, truth, metrics)
-    scores.update({name: 100.0 * value for name, value in scored.overall.items()})
-    result |= {"tokenizer": scored.tokenizer, "left_out": scored.left_out}
+def _unnamed(records: Sequence[Prediction], values: facts.Values | None) -> Measured:
+    """Exact match of questions with accepted answers; without any, attribute accuracy of captions with facts."""
+    asked = [record for record in records if record.answers]
+    if asked:
+        found = Measured(asked)
+        said = [record.prediction for record in asked]
+        found.add("exact_match", answers.exact_match(said, [record.answers for record in asked], "squad"))
+        return found
+    described = [record for record in records if record.facts]
+    found = Measured(described)
+    if not described:
+        return found
+    known = values or facts.values_of(record.facts for record in described)
+    rights = [facts.attributes_right(record.prediction, record.facts, known) for record in described]
+    counts = np.array([len(right) for right in rights], dtype=float)
+    each = 100.0 * np.array([sum(right.values()) for right in rights]) / counts
+    found.weights["attribute_accuracy"] = counts
+    found.add("attribute_accuracy", each, float((each * counts).sum() / counts.sum()))
+    found.add("all_attributes_right", [100.0 * all(right.values()) for right in rights])
+    for right in rights:
+        for name, is_right in right.items():
+            found.parts.setdefault("attribute", {}).setdefault(name, []).append(100.0 * is_right)
+    return found
 
 
-def _named(records: Sequence[Record]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Predictions, and what they are compared with, by the record's number: a data set may use an id twice."""
-    said = {str(number): record["prediction"] for number, record in enumerate(records)}
-    return said, {str(number): truth_of(record) for number, record in enumerate(records)}
+def _add_captions(found: Measured, scored: captions.CaptionScores) -> None:
+    for name, value in scored.overall.items():
+        found.scores[name] = 100.0 * value
+        if name in _MEANS:
+            found.each[name] = 100.0 * np.asarray(scored.each[name])
+    found.tokenizer, found.left_out = scored.tokenizer, scored.left_out
 
 
-def _by_type(each: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:
-    """The mean over the samples of every type."""
-    groups: dict[str, list[float]] = {}
-    for sample_id, kind in types.items():
-        groups.setdefault(kind, []).append(each[sample_id])
-    return {kind: sum(values) / len(values) for kind, values in sorted(groups.items())}
+def _by_type(found: Measured) -> dict[str, dict[str, dict[str, float]]]:
+    """Kind of type -> type -> number of samples and the mean of each metric that is a mean over samples."""
+    members: dict[str, dict[str, list[int]]] = {}
+    for number, record in enumerate(found.records):
+        for axis, name in types_of(record).items():
+            members.setdefault(axis, {}).setdefault(name, []).append(number)
+    result = {
+        axis: {
+            name: {"samples": len(chosen), **{m: float(each[chosen].mean()) for m, each in found.each.items()}}
+            for name, chosen in sorted(types.items())
+        }
+        for axis, types in members.items()
+    }
+    for axis, parts in found.parts.items():
+        result[axis] = {
+            name: {"samples": len(values), "attribute_accuracy": float(np.mean(values))}
+            for name, values in parts.items()
+        }
+    return result
 
 
-def _check_ids(records: Sequence[Record]) -> None:
-    seen: set[tuple[str, Any]] = set()
-    for number, record in enumerate(records):
-        if not isinstance(record, Mapping) or not {"sample_id", "prediction"} <= set(record):
-            raise DataError(f"prediction {number} has no sample_id or no prediction: is this a file of predictions?")
-        if not isinstance(record["prediction"], str):
-            raise DataError(f"prediction {number} is {shown(record['prediction'])}, expected text")
-        if not all(isinstance(text, str) for text in truth_of(record)):
-            raise DataError(f"prediction {number} is to be compared with {shown(truth_of(record))}, expected texts")
-        place = (str(record["sample_id"]), str(record.get("index")))
-        if place in seen:
-            raise DataError(f"sample {record['sample_id']!r} was predicted twice")
-        seen.add(place)
+def _check_unique(records: Sequence[Prediction]) -> None:
+    seen: set[tuple[str, int | None]] = set()
+    for record in records:
+        key = (record.sample_id, record.index)
+        if key in seen:
+            raise DataError(f"sample {record.sample_id!r} was predicted twice")
+        seen.add(key)

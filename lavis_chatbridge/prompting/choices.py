@@ -1,0 +1,27 @@
+"""The options of a multiple-choice question as text: a line for each, under letters, and the request for a letter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+REQUEST = "Answer with the letter of the right option."
+_LETTERED = re.compile(r"^\s*[(\[]?[A-Z][)\].:]\s*")
+
+
+def listed(options: Sequence[str]) -> str:
+    """The options under letters, and the request to answer with one.
+
+    Args:
+        options: Their texts, without letters.
+    """
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([*lines, REQUEST])
+
+
+def without_letters(options: Sequence[str]) -> list[str]:
+    """Options as publishers write them (``"A. a drum"``), without their letters where all have one."""
+    if all(_LETTERED.match(option) for option in options):
+        return [_LETTERED.sub("", option).strip() for option in options]
+    return [option.strip() for option in options]

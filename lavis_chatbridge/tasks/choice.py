@@ -1,0 +1,84 @@
+"""Multiple choice as a task: the options are asked in several orders, or ranked by how likely the model finds them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lavis.common.registry import registry
+
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.prompting.choices import listed
+from lavis_chatbridge.prompting.conversation import escape_markers
+from lavis_chatbridge.prompting.pieces import Piece, Text
+from lavis_chatbridge.tasks.generation import GenerationTask
+from lavis_chatbridge.tasks.scoring import choices
+
+
+@registry.register_task("chatbridge_choice")
+class ChoiceTask(GenerationTask):
+    """Questions whose samples have ``meta.options`` and ``meta.correct``, and whose text ends with `listed` options.
+
+    With ``inference_method: generate`` the options are asked in all their rotations, or in the first
+    ``run.option_orders`` of them. With ``rank`` the question is asked without its options, and the option whose words
+    have the highest mean log-probability is chosen: the order does not matter.
+    """
+
+    ranks_a_list = False
+
+    def predict(self, model: Any, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """For each sample the chosen option, and the replies to each order."""
+        options = [_options(meta, name) for meta, name in zip(samples["meta"], samples["sample_id"], strict=True)]
+        if self.settings.inference_method == "rank":
+            return [self._ranked(model, _part(samples, [n]), own) for n, own in enumerate(options)]
+        replies: list[list[str]] = [[] for _ in options]
+        chosen: list[list[int]] = [[] for _ in options]
+        for shift in range(min(max(map(len, options)), self.settings.option_orders or len(max(options, key=len)))):
+            asked = [number for number, own in enumerate(options) if shift < len(own)]
+            batch = _part(samples, asked)
+            batch["pieces"] = [
+                replaced(pieces, listed(options[n]), listed(_rotated(options[n], shift)))
+                for n, pieces in zip(asked, batch["pieces"], strict=True)
+            ]
+            for number, reply in zip(asked, model.generate(batch, **self.settings.decoding()), strict=True):
+                position = choices.chosen(reply, _rotated(options[number], shift))
+                replies[number].append(reply)
+                chosen[number].append(-1 if position < 0 else (position + shift) % len(options[number]))
+        return [
+            {"prediction": _most_frequent(own, picked), "replies": said, "chosen": picked}
+            for own, picked, said in zip(options, chosen, replies, strict=True)
+        ]
+
+    def _ranked(self, model: Any, sample: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+        sample["pieces"] = [replaced(sample["pieces"][0], "\n" + listed(options), "")]
+        scores, lengths = model.answer_scores(sample, options)
+        best = int((scores[0] / lengths).argmax())
+        return {"prediction": options[best], "chosen": [best]}
+
+
+def replaced(pieces: Sequence[Piece], block: str, by: str) -> list[Piece]:
+    """A prompt with another text in place of a block of options, in every piece that has it."""
+    before, after = escape_markers(block), escape_markers(by)
+    return [Text(p.text.replace(before, after), p.target) if isinstance(p, Text) else p for p in pieces]
+
+
+def _options(meta: Mapping[str, Any], name: str) -> list[str]:
+    options = meta.get("options")
+    if not isinstance(options, (list, tuple)) or not options or not isinstance(meta.get("correct"), int):
+        raise DataError(f"sample {name!r} has no meta.options and meta.correct, which run.task chatbridge_choice needs")
+    return [str(option) for option in options]
+
+
+def _rotated(options: Sequence[str], shift: int) -> list[str]:
+    return [*options[shift:], *options[:shift]]
+
+
+def _part(samples: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """Some samples of a batch."""
+    return {key: [v[n] for n in numbers] if isinstance(v, list) else v for key, v in samples.items()}
+
+
+def _most_frequent(options: Sequence[str], chosen: Sequence[int]) -> str:
+    counts = Counter(number for number in chosen if number >= 0)
+    return options[counts.most_common(1)[0][0]] if counts else ""

@@ -1,0 +1,194 @@
+"""Predictions on disk: one JSONL file per split, from which an interrupted evaluation resumes.
+
+While an evaluation runs, each process appends to a file of its own, whose name has a hash of all that the predictions
+depend on. At the end they become one file; its scores file names the hash, so that the same evaluation, started again,
+reads its predictions instead of making them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, ConfigDict, ValidationError
+from torch import nn
+
+from lavis_chatbridge.config import Settings, parse
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.files import append_lines, atomic_text, read_json, read_lines
+
+_log = logging.getLogger(__name__)
+_VALUES_PER_TENSOR = 64
+
+
+def _clean(value: Any) -> Any:
+    """Text without halves of characters, which no file and no scorer can hold."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _named(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _clean(value)
+
+
+Words = Annotated[str, BeforeValidator(_clean)]
+
+
+class Prediction(Settings):
+    """One line of a predictions file."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sample_id: Annotated[str, BeforeValidator(_named)]
+    prediction: Words
+    source: str = ""
+    index: int | None = None
+    """The sample's position in its source."""
+    prompt: Words = ""
+    """What the model was given; media stand as ``[image 0]``."""
+    references: list[Words] = []
+    answers: list[Words] = []
+    facts: dict[str, str] = {}
+    task: str = ""
+    held_out: bool = False
+    media: list[tuple[str, str]] = []
+    """Modality and path of each file."""
+    meta: dict[str, Any] = {}
+    replies: list[Words] = []
+    """Multiple choice: the reply to each order of the options."""
+    chosen: list[int] = []
+    """Multiple choice: the option chosen under each order, by its published position; -1: none."""
+
+    @property
+    def truth(self) -> list[str]:
+        """What the prediction is compared with: the accepted answers, else the references."""
+        return self.answers or self.references
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """Source and index, by which predictions are ordered and found."""
+        return self.source, self.index
+
+    def line(self) -> str:
+        """The record as a line of JSONL, without empty fields."""
+        return json.dumps(self.model_dump(exclude_defaults=True), ensure_ascii=False)
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The records of a predictions file.
+
+    Raises:
+        DataError: If it cannot be read, is no JSONL, or holds no prediction.
+        ConfigError: If a line is no prediction, with all its faults.
+    """
+    records = []
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(content, Mapping):
+            raise DataError(f"{path}:{number}: expected an object, a line of an evaluation's result/SPLIT_stepN.jsonl")
+        records.append(parse(Prediction, content, f"{path}:{number}"))
+    if not records:
+        raise DataError(f"{path} holds no prediction")
+    return records
+
+
+class PredictionFiles:
+    """The predictions of one split in a folder of results.
+
+    Args:
+        folder: The folder of results.
+        depends_on: Hash of all that the predictions depend on.
+        rank: This process.
+    """
+
+    def __init__(self, folder: Path, depends_on: str, rank: int = 0) -> None:
+        self.folder, self.depends_on = folder, depends_on
+        self._own = folder / f".{depends_on[:16]}.rank{rank}.jsonl"
+
+    def read(self) -> dict[tuple[str, int | None], Prediction]:
+        """What earlier evaluations with the same hash have predicted, by source and index.
+
+        A line that an interruption cut off is skipped.
+        """
+        found: dict[tuple[str, int | None], Prediction] = {}
+        for path in chain(self._finished(), self._parts()):
+            for number, line in read_lines(path):
+                try:
+                    record = Prediction.model_validate(json.loads(line))
+                except (ValueError, ValidationError):
+                    _log.warning("%s:%d: skipped a line that is cut off", path, number)
+                else:
+                    found[record.place] = record
+        return found
+
+    def append(self, records: Iterable[Prediction]) -> None:
+        """Write records down; they are in this process's file when this returns.
+
+        Raises:
+            ConfigError: If they cannot be written.
+        """
+        with writable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            append_lines(self._own, [record.line() for record in records])
+
+    def finish(self, name: str, records: Iterable[Prediction]) -> Path:
+        """Write all records to ``NAME.jsonl``, atomically, and remove the processes' own files.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        path = self.folder / f"{name}.jsonl"
+        with writable(self.folder), atomic_text(path) as file:
+            file.writelines(f"{record.line()}\n" for record in records)
+        for part in self._parts():
+            part.unlink(missing_ok=True)
+        return path
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(f".{self.depends_on[:16]}.rank*.jsonl"))
+
+    def _finished(self) -> Iterator[Path]:
+        for scores in sorted(self.folder.glob("*_metrics.json")):
+            predictions = scores.with_name(scores.name.removesuffix("_metrics.json") + ".jsonl")
+            content = read_json(scores)
+            if isinstance(content, dict) and content.get("depends_on") == self.depends_on and predictions.is_file():
+                yield predictions
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Name the folder of results if it cannot be written to.
+
+    Raises:
+        ConfigError: Instead of the operating system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror or error}") from error
+
+
+def model_hash(model: nn.Module) -> str:
+    """A short hash that changes when a model's weights or settings do.
+
+    A few evenly spaced values of every tensor are read: a training step changes all of them, and 13e9 values need not
+    be read.
+    """
+    digest = sha256(repr(getattr(model, "settings", "")).encode())
+    # not the state dict: asking for it would shard again what FSDP has gathered for the evaluation
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].to("cpu", torch.float64).numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]

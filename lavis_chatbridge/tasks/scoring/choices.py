@@ -1,0 +1,49 @@
+"""Multiple choice: options under letters, the option that a reply names, and a score that no letter can win.
+
+Every question is asked with its options in several orders (all rotations, by default), and its score is the share of
+orders in which the right option was chosen. A model that always says A is right in one of N rotations: chance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lavis_chatbridge.prompting.choices import LETTERS
+from lavis_chatbridge.tasks.predictions import Prediction
+from lavis_chatbridge.tasks.scoring.answers import squad
+
+
+def chosen(reply: str, options: Sequence[str]) -> int:
+    """Position of the option that a reply names: by its letter, by its text, or as the only one in a sentence.
+
+    Args:
+        reply: ``"B"``, ``"(b) a drum"``, ``"The answer is B."``, ``"a drum"``.
+        options: In the order in which they were asked.
+
+    Returns:
+        The position, -1 if the reply names none or several.
+    """
+    said = reply.strip()
+    letters = LETTERS[: len(options)]
+    texts = [squad(option) for option in options]
+    if squad(said) in texts:
+        return texts.index(squad(said))
+    leading = re.match(rf"[(\[]?([{letters}])(?:[)\].:,]|$|\s*\n)", said, re.IGNORECASE)
+    named = leading or re.search(rf"\b(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?([{letters}])\b", said, re.IGNORECASE)
+    if named:
+        return letters.index(named.group(1).upper())
+    words = f" {squad(said)} "
+    held = [number for number, text in enumerate(texts) if text and f" {text} " in words]
+    return held[0] if len(held) == 1 else -1
+
+
+def right(record: Prediction) -> float:
+    """Percent of the asked orders in which the right option was chosen."""
+    correct = record.meta.get("correct")
+    return 100.0 * sum(number == correct for number in record.chosen) / max(1, len(record.chosen))
+
+
+def chance(record: Prediction) -> float:
+    """Percent that guessing scores."""
+    return 100.0 / max(1, len(record.meta.get("options") or ()))
