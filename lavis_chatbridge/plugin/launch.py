@@ -9,7 +9,6 @@ import argparse
 import functools
 import os
 import random
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -60,19 +59,12 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, A
 
 
 class Session:
-    """Runs one after the other in one process group; evaluations with equal models share one, built once.
+    """Runs one after the other in one process group; evaluations with equal models share one, built once."""
 
-    Args:
-        keep_journals: Keep the journals of evaluations until `remove_journals`, so that several evaluations which are
-            interrupted take the predictions of those that were finished.
-    """
-
-    def __init__(self, keep_journals: bool = False) -> None:
+    def __init__(self) -> None:
         self._meeting: Any = None
         self._model: Any = None
         self._built_from: Any = None
-        self._keep_journals = keep_journals
-        self._journals: list[Path] = []
 
     def __enter__(self) -> Session:
         return self
@@ -122,7 +114,6 @@ class Session:
         from lavis.common.registry import registry
 
         from lavis_chatbridge.runners import distributed, folder
-        from lavis_chatbridge.tasks.journal import JOURNAL
 
         device = self.join(cfg.run)
         if device.type == "cpu" and not is_own_runner(cfg.run.runner):
@@ -133,26 +124,12 @@ class Session:
         cfg.pretty_print()
         runner_class = registry.get_runner_class(cfg.run.runner)
         job_id = distributed.from_main(folder.new_job_id())
-        removed_here = self._keep_journals and not cfg.run.keep_journal
-        if removed_here:
-            cfg.run.keep_journal = cfg.run_cfg.keep_journal = True
         with _claimed(cfg, runner_class, job_id):
             runner = self._runner(cfg, runner_class, job_id, evaluate)
             if not evaluate:
                 runner.train()
                 return None
-            found = runner.evaluate()
-        if removed_here:
-            self._journals.append(Path(registry.get_path("result_dir")) / JOURNAL)
-        return found
-
-    def remove_journals(self) -> None:
-        """Remove the journals of the evaluations that were finished, but for those that a run wants to keep."""
-        from lavis_chatbridge.runners import distributed
-
-        if distributed.is_main():
-            for journal in self._journals:
-                shutil.rmtree(journal, ignore_errors=True)
+            return runner.evaluate()
 
     def _runner(self, cfg: Any, runner_class: type, job_id: str, evaluate: bool) -> Any:
         """Everything that the configuration names, in LAVIS's order."""
@@ -286,17 +263,38 @@ def returning_status(function: Callable[..., int | None]) -> Callable[..., None]
 
 
 def spread(words: Sequence[str], lists: Sequence[str] = ("--options", "--ablate")) -> list[str]:
-    """A command line with LAVIS's ``--options A B`` as ``--options A --options B``, which typer reads."""
+    """A command line with LAVIS's ``--options A B`` as ``--options A --options B``, which typer reads.
+
+    ``--ablate`` without a word behind it becomes ``--ablate all``.
+    """
     result: list[str] = []
-    current, first = "", False
-    for word in words:
+    current = ""
+    for word, following in zip(words, [*words[1:], "-"], strict=False):
+        if word in lists:
+            current = word
+            if following.startswith("-"):
+                result += [word, "all"] if word == "--ablate" else [word]
+            continue
         if word.startswith("-"):
-            current, first = (word, True) if word in lists else ("", False)
-        elif current and not first:
-            result.append(current)
-        first = first and word == current
-        result.append(word)
+            current = ""
+        result += [current, word] if current else [word]
     return result
+
+
+def run_command(program: str, command: Callable[..., int | None], argv: Sequence[str] | None) -> int:
+    """A module's own command line, as ``python -m`` calls it; returns the exit status.
+
+    Args:
+        program: Its name in messages.
+        command: A function with annotated arguments.
+        argv: Arguments, by default the process's own.
+    """
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(returning_status(command))
+    words = spread(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: app(words, prog_name=program))
 
 
 def _seed(seed: int) -> None:

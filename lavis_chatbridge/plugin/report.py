@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge import pages
-from lavis_chatbridge.config import parse, read_options
+from lavis_chatbridge.config import merged, parse, read_options
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import read_json, write_json, write_text
 from lavis_chatbridge.tasks.settings import EvaluationSettings
@@ -220,12 +220,12 @@ def settings_of(predictions: Path, options: Sequence[str] = ()) -> EvaluationSet
         if beside.exists():
             _log.warning("%s is damaged: the metrics of that evaluation are not known", beside)
         known = {}
-    keys = ("metrics", "normalisation", "media", "media_modalities", "withheld_words")
-    keys += ("published", "published_stage1", "published_in")
+    keys = ["metrics", "normalisation", "media", "media_modalities", "withheld_words"]
+    keys += ["published", "published_stage1", "published_in"]
     given = read_options(options)
     if others := [str(key) for key in given if key != "run"]:
         raise ConfigError(f"--rescore takes options of run alone, such as run.metrics; found {', '.join(others)}")
-    return parse(EvaluationSettings, {**{k: known[k] for k in keys if k in known}, **given.get("run", {})}, "run")
+    return parse(EvaluationSettings, merged({k: known[k] for k in keys if k in known}, given.get("run") or {}), "run")
 
 
 def _of_split(split: str, scores: Mapping[str, Any], run: EvaluationSettings) -> Iterator[Line]:
@@ -258,7 +258,7 @@ def _of_source(name: str, found: Mapping[str, Any], run: EvaluationSettings) -> 
     if line.paper is not None and run.published_in:
         line.remarks.append(f"paper: {run.published_in}")
     if found.get("tokenizer") == "python":
-        line.remarks.append("captions were not tokenised by the official tokenizer: not comparable with published scores")
+        line.remarks.append("no official tokenizer of captions (Java) here: not comparable with published scores")
     if found.get("unscored") and line.scores:
         line.remarks.append(f"{found['unscored']} predictions have nothing to be compared with")
     if not line.scores and not run.report_metric:

@@ -1,4 +1,4 @@
-"""LAVIS tasks for alignment, instruction tuning, captioning, question answering and multiple choice, and their scores."""
+"""LAVIS tasks: alignment, instruction tuning, captions and answers, multiple choice; and their scores."""
 
 from lavis_chatbridge.tasks.alignment import AlignmentTask, InstructionTask
 from lavis_chatbridge.tasks.choice import ChoiceTask

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import write_json, write_text
+from lavis_chatbridge.files import read_lines, write_json, write_text
 from lavis_chatbridge.pages import render
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
@@ -141,14 +141,19 @@ def _is_right(record: Mapping[str, Any]) -> bool:
 
 
 def _by_modality(run: Path, split: str, media: str = "") -> dict[Modality, dict[str, Any]]:
-    """The metrics of a split by modality, with which the samples' ids begin."""
+    """Each score of a split as a share, and ``text_prior``, by modality, with which the samples' ids begin."""
     by_source = json.loads(_result(run, f"{split}{media}", "_metrics.json").read_text())["by_source"]
     modalities = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split, media)}
-    return {modalities[source]: scores for source, scores in by_source.items() if source in modalities}
+    shares = {
+        source: {name: value / 100 for name, value in {**own["scores"], "text_prior": own.get("chance", 0.0)}.items()}
+        for source, own in by_source.items()
+        if source in modalities
+    }
+    return {modalities[source]: own for source, own in shares.items()}
 
 
 def _records(run: Path, split: str, media: str = "") -> list[dict[str, Any]]:
-    return json.loads(_result(run, f"{split}{media}", ".json").read_text())
+    return [json.loads(line) for _, line in read_lines(_result(run, f"{split}{media}", ".jsonl"))]
 
 
 def _result(run: Path, name: str, suffix: str) -> Path:

@@ -138,7 +138,8 @@ def ours(world: Path) -> dict[str, list[str]]:
                 f"  max_len: 12\n  batch_size_eval: 4\n  device: cpu\n  job_id: ''\n  output_dir: {world}/out_{name}\n"
             )
             session.run(str(config), chosen if name == "image_choice" else [], evaluate=True)
-            records = json.loads((world / f"out_{name}/result/test_step0.json").read_text())
+            lines = (world / f"out_{name}/result/test_step0.jsonl").read_text().splitlines()
+            records = [json.loads(line) for line in lines]
             assert len(records) == COUNT
             found[name] = [record["prediction"] for record in records]
     return found

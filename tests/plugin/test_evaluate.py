@@ -1,10 +1,11 @@
-"""What an evaluation prints at its end, and when it fails because nothing could be scored."""
+"""What an evaluation prints and writes; conditions on media; predictions scored again."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from PIL import Image
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.plugin import evaluate, scores, train
-from lavis_chatbridge.plugin.suite_table import text_table
+from lavis_chatbridge.plugin import evaluate, report, train
+from lavis_chatbridge.plugin.evaluate import Condition
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
@@ -67,17 +68,25 @@ def test_the_scores_and_their_files_are_printed(config, capsys):
     own = found["by_source"]["chatbridge_jsonl"]
     assert (own["samples"], own["not_predicted"]) == (2, 1)
     lines = capsys.readouterr().out.splitlines()
-    assert re.split(r"\s{2,}", lines[0]) == ["split and data set", "samples", "metric", "score"]
-    assert re.split(r"\s{2,}", lines[2]) == ["test chatbridge_jsonl", "2", "exact_match", f"{own['headline']:.1f}"]
+    assert re.split(r"\s{2,}", lines[0]) == ["split and data set", "samples", "metric", "score", "95 %"]
+    assert re.split(r"\s{2,}", lines[2]) == [
+        "test chatbridge_jsonl",
+        "2",
+        "exact_match",
+        f"{own['headline']:.1f}",
+        "0.0 - 0.0",
+    ]
     assert lines[4] == "test chatbridge_jsonl: 1 sample has no prediction (unreadable media)"
-    assert lines[-1] == f"written to {result}/test_step0.json, {result}/test_step0_metrics.json"
+    assert lines[-1] == f"written to {result}/test_step0.jsonl, {result}/test_step0_metrics.json"
 
 
 def test_nothing_to_score_is_an_error(config, capsys):
     assert evaluated(config, "run.test_splits=[gone]") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    line = "nothing could be scored. gone chatbridge_jsonl: none of its samples (3) could be read, the log says why"
+    line = (
+        "nothing could be scored. gone chatbridge_jsonl: none of its samples (3) could be read, the log has the reasons"
+    )
     assert f"error: {line}\n" in printed.err
 
 
@@ -98,16 +107,16 @@ def test_one_configuration_is_scored_again_without_its_media(config, capsys, mon
     assert evaluated(config, "run.output_dir=" + str(config.parent / "ablated"), words=words) == 0
     result = config.parent / "ablated/result"
     rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["split and data set", "media", "samples", "metric", "score", "drop"]
+    assert rows[0] == ["split and data set", "media", "samples", "metric", "score", "95 %", "drop"]
     whole, withheld, shuffled = rows[2:5]
     assert whole[:3] == ["test chatbridge_jsonl", "2", "exact_match"]
     assert withheld[1:4] == ["image withheld", "2", "exact_match"]  # of the same samples
     assert shuffled[1] == "image shuffled"
-    assert float(withheld[5]) == pytest.approx(float(whole[3]) - float(withheld[4]))
+    assert float(withheld[6]) == pytest.approx(float(whole[3]) - float(withheld[4]))
     names = ["test", "test_withheld_image", "test_shuffled_image"]
-    files = [str(result / f"{name}_step0{end}.json") for name in names for end in ("", "_metrics")]
+    files = [str(result / f"{name}_step0{end}") for name in names for end in (".jsonl", "_metrics.json")]
     assert rows[-1] == ["written to " + ", ".join(files)]
-    prompts = [[record["prompt"] for record in json.loads(Path(file).read_text())] for file in files[:4:2]]
+    prompts = [[json.loads(line)["prompt"] for line in Path(file).read_text().splitlines()] for file in files[:4:2]]
     assert all("[image 0]" in prompt for prompt in prompts[0])
     assert not any("[image 0]" in prompt for prompt in prompts[1])
     assert built == [1]  # one model answers under every condition
@@ -130,23 +139,21 @@ def test_an_interrupted_ablation_goes_on(config, monkeypatch):
     limit[0] = -1
     assert evaluated(config, *options, words=words) == 0
     assert sum(seen) == 6
-    assert not (folder / "result/journal").exists()
-    assert evaluated(config, *options, "run.keep_journal=true", words=words) == 0
+    assert not list((folder / "result").glob(".*"))
     assert evaluated(config, *options, words=words) == 0
-    assert sum(seen) == 12
-    assert not (folder / "result/journal").exists()
+    assert sum(seen) == 6  # all predictions are read from the finished files
 
 
 def test_the_table_says_what_became_of_the_media(config, capsys):
-    options = ("run.media=withheld", "run.media_kinds=[image]", f"run.output_dir={config.parent / 'without'}")
+    options = ("run.media=withheld", "run.media_modalities=[image]", f"run.output_dir={config.parent / 'without'}")
     assert evaluated(config, *options) == 0
     rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
     assert rows[2][:2] == ["test chatbridge_jsonl", "image withheld"]
-    file = config.parent / "without/result/test_withheld_image_step0.json"
+    file = config.parent / "without/result/test_withheld_image_step0.jsonl"
     assert cli.main(["evaluate", "--rescore", str(file)]) == 0
     rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
     assert rows[2][:2] == ["chatbridge_jsonl", "image withheld"]
-    assert evaluated(config, "run.media=withheld", "run.media_kinds=[audio]") == 2
+    assert evaluated(config, "run.media=withheld", "run.media_modalities=[audio]") == 2
     assert "run.media is withheld, but chatbridge_jsonl hold no audio" in capsys.readouterr().err
 
 
@@ -156,10 +163,9 @@ RUN = EvaluationSettings()
 @pytest.mark.parametrize(
     ("found", "run", "row"),
     [
-        ({"by_source": {"a": {"samples": 4, "exact_match": 0.75, "accuracy": 0.75, "text_prior": 0.5}}}, RUN,
-         ["test a", "4", "exact_match", "75.0", "text_prior 50.0"]),
-        ({"by_source": {"a": {"samples": 4, "attribute_accuracy": 0.9, "all_attributes_right": 0.5}}}, RUN,
-         ["test a", "4", "attribute_accuracy", "90.0", "all_attributes_right 50.0"]),
+        ({"by_source": {"a": {"samples": 4, "scores": {"exact_match": 75.0, "x": 5.0}, "metric": "exact_match",
+                              "headline": 75.0, "chance": 50.0, "intervals": {"exact_match": [25.0, 100.0]}}}}, RUN,
+         ["test a", "4", "exact_match", "75.0", "25.0 - 100.0", "50.0", "x 5.0"]),
         ({"by_source": {"a": {"samples": 4}}, "samples": 4}, EvaluationSettings(report_metric=False), ["test a", "4"]),
         ({"agg_metrics": -1.5, "loss": 1.5, "loss_a": 1.0, "loss_b": 2.0, "samples": 9}, RUN,
          ["test", "9", "loss", "1.500", "loss_a 1.000, loss_b 2.000"]),
@@ -168,7 +174,7 @@ RUN = EvaluationSettings()
     ],
 )  # fmt: skip
 def test_what_every_task_gives_is_a_line(found, run, row):
-    text = text_table(scores.lines_of({"test": found}, run))
+    text = report.text_table(report.lines_of({"test": found}, run))
     assert re.split(r"\s{2,}", text.splitlines()[2]) == row
 
 
@@ -184,7 +190,7 @@ def test_what_every_task_gives_is_a_line(found, run, row):
 )  # fmt: skip
 def test_what_is_no_score_is_an_error(found, why):
     with pytest.raises(DataError, match=f"nothing could be scored. {why}"):
-        scores.report(scores.lines_of({"test": found}, EvaluationSettings(metrics=["SPICE"])), ["out"])
+        report.summary(report.lines_of({"test": found}, EvaluationSettings(metrics=["SPICE"])), ["out"])
 
 
 @pytest.mark.parametrize("task", ["vqa", "gqa", "aok_vqa", "captioning"])
@@ -222,7 +228,7 @@ def test_laviss_runner_is_refused_where_it_cannot_run(config, tmp_path, capsys):
 @pytest.mark.parametrize("words", [["--suite", ""], ["--suite", " , "], ["--suite", "", "--ablate"]])
 def test_no_suite_is_no_suite(words, capsys):
     assert cli.main(["evaluate", *words]) == 2
-    assert "error: --suite names no suite; known are zero-shot, all, " in capsys.readouterr().err
+    assert "error: --suite names no suite; known are all, paper, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [train, evaluate])
@@ -235,3 +241,218 @@ def test_repeated_options_all_count(tmp_path, module, capsys):
     message = capsys.readouterr().err
     assert "unknown key run.max_itres, did you mean 'max_iters'?" in message
     assert "unknown key run.sed, did you mean 'seed'?" in message
+
+
+# --- conditions
+
+CONFIG = """
+model: {arch: chatbridge, model_type: tiny}
+datasets: {%s: {}}
+run: {task: chatbridge_captioning}
+"""
+
+
+def configuration(root, **kinds_of):
+    """Of a JSONL data set whose splits have these kinds of media, as it is after a run."""
+    for split, kinds in kinds_of.items():
+        turns = (Message("user", "What?", tuple(kinds)), Message("assistant", "this"))
+        media = tuple(Medium(kind, str(root / "x")) for kind in kinds)
+        write_jsonl(root / f"{split}.jsonl", [Sample("s", media, turns=turns)])
+    section = {"data_root": str(root), "splits": {split: f"{split}.jsonl" for split in kinds_of}, "templates": False}
+    run = SimpleNamespace(test_splits=list(kinds_of))
+    return SimpleNamespace(run=run, datasets_cfg={"chatbridge_jsonl": section})
+
+
+def test_words_are_conditions():
+    words = ["withheld", "shuffled:audio", "withheld:audio,image", "shuffled:audio"]
+    assert evaluate.parse_conditions(words) == [
+        Condition("withheld", ("image", "video", "audio")),
+        Condition("shuffled", ("audio",)),
+        Condition("withheld", ("image", "audio")),
+    ]
+    told = evaluate.parse_conditions(["withheld:told,audio"])[0]
+    assert (told.label, told.options["run.withheld_words"]) == ("audio withheld, told", "told")
+    assert evaluate.parse_conditions(["all"]) == []  # a bare --ablate
+    both = evaluate.parse_conditions(words)[2]
+    assert both.label == "image and audio withheld"
+    assert both.options == {"run.media": "withheld", "run.media_modalities": "[image,audio]"}
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("hidden", "'hidden' is neither withheld nor shuffled"),
+        ("normal:image", "'normal' is neither withheld nor shuffled"),
+        ("withheld:sound", "unknown word 'sound'"),
+        ("shuffled:told", "'told' does not fit"),
+        ("withheld:", "unknown word ''"),
+        ("", "'' is neither withheld nor shuffled"),
+    ],
+)
+def test_other_words_are_refused(word, why, capsys):
+    with pytest.raises(ConfigError, match=why):
+        evaluate.parse_conditions([word])
+    assert cli.main(["evaluate", "--suite", "gqa", "--ablate", word]) == 2
+    assert f"{why}; write withheld or shuffled, and after a colon any of image, video, audio" in capsys.readouterr().err
+
+
+def test_conditions_suit_the_data(tmp_path):
+    cfg = configuration(tmp_path, seen=["image"], both=["video", "audio"], words=[])
+    every = evaluate.suitable([], cfg)
+    assert [condition.label for condition in every] == [
+        f"{kind} {mode}" for kind in ("image", "video", "audio") for mode in ("withheld", "shuffled")
+    ]
+    assert every[0].splits == ("seen",)
+    assert every[0].options["run.test_splits"] == "[seen]"  # the others have no picture to lose
+    assert every[4] == Condition("withheld", ("audio",), splits=("both",))
+    [one] = evaluate.suitable(evaluate.parse_conditions(["withheld"]), cfg)
+    assert one == Condition("withheld", ("image", "video", "audio"), splits=("seen", "both"))
+
+
+def test_media_that_the_data_lack_are_left_out_and_logged(tmp_path, caplog):
+    cfg = configuration(tmp_path, test=["image"])
+    words = ["withheld", "shuffled:audio", "shuffled:image,video", "withheld:image"]
+    found = evaluate.suitable(evaluate.parse_conditions(words), cfg)
+    assert [condition.label for condition in found] == ["image withheld", "image shuffled"]
+    assert "there are no such media in splits test" in caplog.text
+
+
+def test_media_of_data_sets_of_lavis_cannot_be_exchanged(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "coco_caption")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
+    assert "data set 'coco_caption' is LAVIS's own" in capsys.readouterr().err
+
+
+def test_media_are_not_taken_away_twice(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "chatbridge_jsonl")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", "run.media=withheld"]) == 2
+    assert "--ablate scores with all media first, but run.media is 'withheld'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "name"), [("task", "vqa"), ("runner", "runner_base")])
+def test_what_knows_no_media_to_take_away_is_refused(tmp_path, key, name, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "chatbridge_jsonl")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", f"run.{key}={name}"]) == 2
+    assert f"--ablate: run.{key} '{name}' is LAVIS's own, which knows no run.media" in capsys.readouterr().err
+
+
+def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG % "chatbridge_jsonll")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
+    assert "unknown name 'chatbridge_jsonll', did you mean 'chatbridge_jsonl'" in capsys.readouterr().err
+    path.write_text("model: {arch: chatbridge}\ndatasets: [chatbridge_jsonl]\nrun: {}\n")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
+    assert "error: datasets: expected a mapping, found ['chatbridge_jsonl']" in capsys.readouterr().err
+    path.write_text("datasets: {chatbridge_jsonl: {}}\nrun: {output_dir: '${nowhere}'}\n")
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
+    assert "run.yaml: Interpolation key 'nowhere' not found" in capsys.readouterr().err
+
+
+def test_data_without_media_are_not_passed_over_in_silence(tmp_path, caplog):
+    assert evaluate.suitable([], configuration(tmp_path, test=[], words=[])) == []
+    assert "--ablate: there are no media in splits test, words" in caplog.text
+
+
+def test_predictions_alone_cannot_be_ablated(capsys):
+    assert cli.main(["evaluate", "--rescore", "some.json", "--ablate"]) == 2
+    assert "--ablate needs a model" in capsys.readouterr().err
+
+
+# --- scoring again
+
+AGAIN = ("--options", "run.metrics=[exact_match]")
+
+
+def record(number, **change):
+    answers = {"answers": ["red"], "references": []}
+    return {"source": "a", "index": number, "sample_id": f"s{number}", "prediction": "red", **answers, **change}
+
+
+def lines(*records):
+    return "".join(json.dumps(one) + "\n" for one in records)
+
+
+def rescored(path, *words):
+    return cli.main(["evaluate", "--rescore", str(path), *words])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (lines(record(0), record(1))[:-9], "test_step0.jsonl:2: not JSON"),
+        ("[" * 100_000, "test_step0.jsonl:1: not JSON"),
+        ("", "holds no prediction"),
+        ("[1]", "test_step0.jsonl:1: expected an object"),
+        ('{"image_id": 1, "caption": "a"}', "test_step0.jsonl:1.sample_id is missing"),
+        (lines(record(0), record(0)), "sample 's0' was predicted twice"),
+        (lines(record(0, prediction=None)), "test_step0.jsonl:1.prediction: expected str, found None"),
+        (lines(record(0, answers=[])), "none of 1 predictions has references or answers"),
+    ],
+)
+def test_what_is_no_file_of_predictions_is_named(tmp_path, capsys, content, why):
+    path = tmp_path / "test_step0.jsonl"
+    path.write_text(content)
+    assert rescored(path, *AGAIN) == 2
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "test_step0_rescored.json").exists()
+
+
+def test_a_source_without_answers_does_not_take_the_scores_of_the_others(tmp_path, capsys):
+    path = tmp_path / "test_step0.jsonl"
+    odd = record(1, source="b", answers=[])
+    path.write_text(lines(record(0, meta={"type": 7}), odd))
+    assert rescored(path, *AGAIN) == 1
+    assert "b: none of 1 predictions has references" in capsys.readouterr().out
+    found = json.loads((tmp_path / "test_step0_rescored.json").read_text())["by_source"]
+    assert found["a"]["by_type"] == {"type": {"7": {"samples": 1, "exact_match": 100.0}}}
+    assert "fault" in found["b"]
+
+
+def test_the_figure_of_the_paper_stands_beside_whole_media_only(tmp_path, capsys):
+    path = tmp_path / "test_step0.jsonl"
+    path.write_text(lines(record(0)))
+    said = {"metrics": ["exact_match"], "published": {"exact_match": 45.2}}
+    (tmp_path / "test_step0_metrics.json").write_text(json.dumps(said))
+    assert rescored(path) == 0
+    assert "45.2" in capsys.readouterr().out
+    (tmp_path / "test_step0_metrics.json").write_text(
+        json.dumps({**said, "media": "withheld", "media_modalities": ["audio"]})
+    )
+    assert rescored(path) == 0
+    out = capsys.readouterr().out
+    assert "audio withheld" in out
+    assert "45.2" not in out
+
+
+def test_a_damaged_file_of_scores_leaves_the_choice_to_the_options(tmp_path, caplog, capsys):
+    path = tmp_path / "test_step0.jsonl"
+    path.write_text(lines(record(0)))
+    (tmp_path / "test_step0_metrics.json").write_text('{"metrics": ')
+    assert rescored(path) == 0
+    assert "test_step0_metrics.json is damaged" in caplog.text
+    assert "exact_match" in capsys.readouterr().out  # what records with answers get
+    assert rescored(path, "--options", "run.metrics=[vqa_accuracy]") == 0
+    assert "vqa_accuracy" in capsys.readouterr().out
+
+
+def test_a_folder_that_takes_nothing_is_named(tmp_path, capsys):
+    path = tmp_path / "test_step0.jsonl"
+    path.write_text(lines(record(0)))
+    (tmp_path / "test_step0_rescored.json").mkdir()
+    assert rescored(path, *AGAIN) == 2
+    assert "test_step0_rescored.json: cannot be written: Is a directory" in capsys.readouterr().err
+
+
+def test_only_newlines_end_a_line_and_halves_of_characters_are_replaced(tmp_path, capsys):
+    path = tmp_path / "test_step0.jsonl"
+    path.write_text(
+        json.dumps(record(0, prediction="red\u2028"), ensure_ascii=False) + "\n" + lines(record(1, prediction="\ud800"))
+    )
+    assert rescored(path, *AGAIN) == 0
+    assert json.loads((tmp_path / "test_step0_rescored.json").read_text())["by_source"]["a"]["scores"] == {
+        "exact_match": 50.0
+    }

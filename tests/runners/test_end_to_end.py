@@ -40,8 +40,9 @@ def test_train_resume_and_score(tmp_path, world):
     }
     for score in scores["test"]["by_source"].values():
         assert score["samples"] == 3
-        assert 0 < score["text_prior"] < 1
-    records = json.loads((tmp_path / "whole" / "out" / "result" / "test_step0.json").read_text())
+        assert 0 < score["chance"] < 100
+    lines = (tmp_path / "whole" / "out" / "result" / "test_step0.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert len(records) == 9
 
 

@@ -14,7 +14,6 @@ from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError
 from lavis_chatbridge.prompting.pieces import Slot, Text
 from lavis_chatbridge.tasks import AlignmentTask, GenerationTask
-from lavis_chatbridge.tasks.base import merge
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
 
@@ -56,7 +55,7 @@ class Source:
             "references": [f"a {colour} thing"],
             "answers": [colour.upper()] if self.answers else [],
             "facts": {"colour": colour},
-            "meta": {"asked": "first" if index < 2 else "later"} if self.answers else {},
+            "meta": {"type": "first" if index < 2 else "later"} if self.answers else {},
         }
 
 
@@ -72,6 +71,10 @@ class Seer(torch.nn.Module):
 def results(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.mapping["paths"], "result_dir", str(tmp_path))
     return tmp_path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def evaluate(task, sources, train=(), world_size=1):
@@ -90,31 +93,34 @@ def test_a_model_that_sees_is_right_and_its_predictions_are_written(results):
     scores = evaluate(
         GenerationTask(EvaluationSettings(max_len=7)), [Source("a", 9), Source("b", 6)], [Source("a", 30)]
     )
-    assert scores["agg_metrics"] == 1.0
-    assert scores["by_source"]["a"]["attributes"] == {"colour": 1.0}
-    assert scores["by_source"]["a"]["text_prior"] == pytest.approx(1 / 3)
-    assert "text_prior" not in scores["by_source"]["b"]
-    records = json.loads((results / "test_step5.json").read_text())
+    assert scores["agg_metrics"] == 100.0
+    assert scores["by_source"]["a"]["by_type"]["attribute"]["colour"] == {"samples": 9, "attribute_accuracy": 100.0}
+    assert scores["by_source"]["a"]["chance"] == pytest.approx(100 / 3)
+    assert "chance" not in scores["by_source"]["b"]
+    records = lines(results / "test_step5.jsonl")
     assert [record["sample_id"] for record in records] == [f"a{i}" for i in range(9)] + [f"b{i}" for i in range(6)]
     assert records[1]["prompt"] == "[image 0]colour?"
     assert (records[1]["prediction"], records[1]["references"]) == ("green", ["a green thing"])
     written = json.loads((results / "test_step5_metrics.json").read_text())
-    assert written["agg_metrics"] == 1.0
+    assert written["agg_metrics"] == 100.0
     assert written["decoding"]["max_length"] == 7
 
 
 def test_accepted_answers_give_an_exact_match():
     scores = evaluate(GenerationTask(), [Source("a", 7, answers=True)])
-    assert (scores["by_source"]["a"]["exact_match"], scores["agg_metrics"]) == (1.0, 1.0)
-    assert scores["by_source"]["a"]["by_kind"] == {"first": 1.0, "later": 1.0}
+    found = scores["by_source"]["a"]
+    assert (found["scores"]["exact_match"], scores["agg_metrics"]) == (100.0, 100.0)
+    assert found["by_type"]["type"] == {
+        name: {"samples": n, "exact_match": 100.0} for name, n in (("first", 2), ("later", 5))
+    }
 
 
-@pytest.mark.parametrize(("mode", "low", "high"), [("shuffled", 0.1, 0.6), ("withheld", 1 / 3, 1 / 3)])
+@pytest.mark.parametrize(("mode", "low", "high"), [("shuffled", 10, 60), ("withheld", 33.3, 33.4)])
 def test_a_model_that_sees_is_wrong_without_its_media(results, mode, low, high):
-    task = GenerationTask(EvaluationSettings(media=mode, media_kinds=["image"]))
+    task = GenerationTask(EvaluationSettings(media=mode, media_modalities=["image"]))
     scores = evaluate(task, [Source("a", 60)])
     assert low <= scores["agg_metrics"] <= high
-    records = json.loads((results / f"test_{mode}_image_step5.json").read_text())
+    records = lines(results / f"test_{mode}_image_step5.jsonl")
     assert records[0]["prompt"] == ("colour?" if mode == "withheld" else "[image 0]colour?")
     assert evaluate(task, [Source("a", 60)]) == scores
 
@@ -173,7 +179,7 @@ def test_a_source_without_references_does_not_take_the_scores_of_the_others(resu
     assert "none of 3 predictions has references" in scores["by_source"]["b"]["fault"]
     alone = evaluate(GenerationTask(EvaluationSettings(metrics=["exact_match"])), [bare])
     assert "agg_metrics" not in alone
-    assert len(json.loads((results / "test_step5.json").read_text())) == 3
+    assert len(lines(results / "test_step5.jsonl")) == 3
 
 
 def test_samples_of_one_id_are_all_scored():
@@ -186,7 +192,7 @@ def test_samples_of_one_id_are_all_scored():
 
 
 def test_results_that_cannot_be_written_are_named(results):
-    (results / "test_step5.json").mkdir()
+    (results / "test_step5.jsonl").mkdir()
     with pytest.raises(ConfigError, match=f"run.output_dir: cannot write to {results}: Is a directory"):
         evaluate(GenerationTask(), [Source("a", 2)])
 
@@ -194,21 +200,10 @@ def test_results_that_cannot_be_written_are_named(results):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_ranks_gives_the_same_predictions(results, world_size):
     whole = evaluate(GenerationTask(), [Source("a", 11), Source("b", 5, bad=(2,))])
-    one = (results / "test_step5.json").read_text()
+    one = (results / "test_step5.jsonl").read_text()
     assert evaluate(GenerationTask(), [Source("a", 11), Source("b", 5, bad=(2,))], world_size=world_size) == whole
-    assert (results / "test_step5.json").read_text() == one
+    assert (results / "test_step5.jsonl").read_text() == one
     assert whole["by_source"]["b"]["samples"] == 4
-
-
-def test_merge_orders_and_drops_duplicates():
-    records = [
-        {"source": "b", "index": 1, "id": 1},
-        {"source": "a", "index": 2, "id": 1},
-        {"source": "a", "index": 0, "id": 1},
-    ]
-    assert [record["index"] for record in merge(records, key="id")] == [0, 2, 1]  # a data set may use an id twice
-    merged = merge([*records[::2], records[2]], key="id")
-    assert merged == [{"source": "a", "index": 0, "id": 1}, {"source": "b", "index": 1, "id": 1}]
 
 
 class Loser:
@@ -236,11 +231,11 @@ def test_validation_loss_is_the_mean_over_tokens_in_any_batches(batch_size):
 
 def test_setup_reads_the_run_section_as_lavis_hands_it():
     run = OmegaConf.create(
-        {"task": "chatbridge_captioning", "num_beams": 3, "max_len": 12, "seed": 9, "media_kinds": ["audio"]}
+        {"task": "chatbridge_captioning", "num_beams": 3, "max_len": 12, "seed": 9, "media_modalities": ["audio"]}
     )
     task = registry.get_task_class("chatbridge_captioning").setup_task(cfg=SimpleNamespace(run_cfg=run))
     assert (task.settings.num_beams, task.settings.max_len, task.seed) == (3, 12, 9)
-    assert task.settings.media_kinds == ["audio"]
+    assert task.settings.media_modalities == ["audio"]
     assert registry.get_task_class("chatbridge_instruction") is not None
 
 

@@ -22,8 +22,11 @@ def write_json(path: Path, content: object) -> None:
 
 
 def scored(run: Path, split: str, score: dict, records: list[dict]) -> None:
-    write_json(run / "result" / f"{split}_step0.json", records)
-    by_source = {record["source"]: score for record in records}
+    (run / "result").mkdir(parents=True, exist_ok=True)
+    (run / "result" / f"{split}_step0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    percent = {name: 100 * value for name, value in score.items()}
+    chance = {"chance": percent.pop("text_prior")} if "text_prior" in percent else {}
+    by_source = {record["source"]: {"scores": percent, **chance} for record in records}
     write_json(run / "result" / f"{split}_step0_metrics.json", {"by_source": by_source})
 
 
@@ -91,9 +94,14 @@ def add_stage2(folder: Path) -> None:
 
 def test_stage_1_figures_come_from_the_runs(demo: Path) -> None:
     found = report.write_report(demo, demo.parent / "world")
-    expected = {"accuracy": 0.9, "heldout": pytest.approx(0.8), "shuffled": 0.26, "text_prior": 0.25}
+    expected = {
+        "accuracy": pytest.approx(0.9),
+        "heldout": pytest.approx(0.8),
+        "shuffled": pytest.approx(0.26),
+        "text_prior": 0.25,
+    }
     assert found["stage1"] == dict.fromkeys(("image", "video", "audio"), expected)
-    assert json.loads((demo / "report.json").read_text())["stage1"]["audio"]["shuffled"] == 0.26
+    assert json.loads((demo / "report.json").read_text())["stage1"]["audio"]["shuffled"] == pytest.approx(0.26)
     page = (demo / "report.html").read_text()
     assert "from 3.500 to 1.500" in page
     assert "a red thing" in page

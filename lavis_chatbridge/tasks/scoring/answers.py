@@ -13,10 +13,8 @@ from typing import Any
 from lavis_chatbridge.errors import DataError
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_TEENS = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+_NUMBERS = f"zero one two three four five six seven eight nine ten {_TEENS}".split()
 _NUMERALS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 

@@ -30,9 +30,9 @@ def chosen(reply: str, options: Sequence[str]) -> int:
     if squad(said) in texts:
         return texts.index(squad(said))
     leading = re.match(rf"[(\[]?([{letters}])(?:[)\].:,]|$|\s*\n)", said, re.IGNORECASE)
-    named = leading or re.search(rf"\b(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?([{letters}])\b", said, re.IGNORECASE)
-    if named:
-        return letters.index(named.group(1).upper())
+    stated = re.search(rf"\b(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?([{letters}])\b", said, re.IGNORECASE)
+    if letter := leading or stated:
+        return letters.index(letter.group(1).upper())
     words = f" {squad(said)} "
     held = [number for number, text in enumerate(texts) if text and f" {text} " in words]
     return held[0] if len(held) == 1 else -1

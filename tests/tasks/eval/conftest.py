@@ -24,4 +24,4 @@ def cached(tmp_path_factory, monkeypatch) -> None:
     from lavis_chatbridge.tasks.scoring import captions
 
     monkeypatch.setenv("CHATBRIDGE_CACHE", str(tmp_path_factory.getbasetemp() / "converted"))
-    monkeypatch.setattr(captions, "_java_fault", lambda heap: "Java is switched off for this test")
+    monkeypatch.setattr(captions.shutil, "which", lambda name: None)

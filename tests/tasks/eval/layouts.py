@@ -125,7 +125,7 @@ def _seen_and_heard(root: Path) -> None:
         {"question": "Which one?", "answer": "It is plain."},
     ]
     dialogs = [{"image_id": f"CH{n}", "dialog": dialog, "caption": "c", "summary": "s"} for n in range(3)]
-    _json(root, "avsd/test_set4DSTC7-AVSD.json", {"type": "test", "version": "0.1", "dialogs": dialogs})
+    _json(root, "avsd/lbl_test_set4DSTC7-AVSD.json", {"type": "test", "version": "0.1", "dialogs": dialogs})
     _json(
         root,
         "valor/desc_test.json",

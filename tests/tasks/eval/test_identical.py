@@ -56,7 +56,7 @@ def evaluate(data, session, tmp_path):
 
     def evaluating(name, *options):
         session.run(str(data / "run.yaml"), [f"run.output_dir={tmp_path / name}", *options], evaluate=True)
-        return (tmp_path / name / "result/test_step0.json").read_text()
+        return (tmp_path / name / "result/test_step0.jsonl").read_text()
 
     return evaluating
 
@@ -66,7 +66,7 @@ def test_batches_and_beams(evaluate):
         options = (f"run.num_beams={beams}",)
         one = evaluate(f"one{beams}", "run.batch_size_eval=1", *options)
         assert one == evaluate(f"eight{beams}", "run.batch_size_eval=8", *options)
-    records = json.loads(one)
+    records = [json.loads(line) for line in one.splitlines()]
     assert [record["sample_id"] for record in records] == sorted(
         (f"s{n}" for n in range(11)), key=lambda name: (int(name[1:]) < 7, int(name[1:]))
     )
@@ -88,19 +88,21 @@ def test_an_interrupted_run_goes_on(evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr(ChatBridge, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("cut")
-    journal = tmp_path / "cut/result/journal/rank0.jsonl"
-    assert len(journal.read_text().splitlines()) == sum(seen)
-    with open(journal, "a") as file:
-        file.write('{"key": "abc", "rec')  # a line that a kill cut off
+    [part] = (tmp_path / "cut/result").glob(".*.rank0.jsonl")
+    assert len(part.read_text().splitlines()) == sum(seen)
+    with open(part, "a") as file:
+        file.write('{"sample_id": "abc", "pred')  # a line that a kill cut off
     counts = []
     monkeypatch.setattr(
         ChatBridge, "generate", lambda m, s, **more: counts.append(len(s["sample_id"])) or generate(m, s, **more)
     )
     assert evaluate("cut") == whole
     assert sum(counts) == 11 - sum(seen)
-    assert not journal.exists()
+    assert not part.exists()
     counts.clear()
-    assert evaluate("cut") == whole
+    assert evaluate("cut") == whole  # the finished file is read
+    assert not counts
+    assert evaluate("again") == whole
     assert sum(counts) == 11
 
 
@@ -127,32 +129,33 @@ def test_a_run_that_is_interrupted_in_its_second_split_goes_on(evaluate, data, t
     assert len(seen) == 14  # 1 of the first split, 2 of the second
     limit[0] = -1
     assert evaluate("cut", *options) == whole
-    assert len(seen) == 14 + 9  # the third split's samples are the second's
-    indices = [(r["source"], r["index"]) for r in json.loads((tmp_path / "cut/result/later_step0.json").read_text())]
+    assert len(seen) == 14 + 9 + 11  # 9 of the second split, and the third
+    later = (tmp_path / "cut/result/later_step0.jsonl").read_text().split("\n")
+    indices = [(r["source"], r["index"]) for r in map(json.loads, filter(None, later))]
     assert indices == [("chatbridge_jsonl/audio", n) for n in range(4)] + [
         ("chatbridge_jsonl/image", n) for n in range(7)
     ]
-    assert not (tmp_path / "cut/result/journal").exists()
+    assert not list((tmp_path / "cut/result").glob(".*"))
 
 
-def test_other_decoding_is_predicted_anew(evaluate, monkeypatch):
+def test_other_decoding_is_predicted_again(evaluate, monkeypatch):
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
-    first = evaluate("kept", "run.keep_journal=true")
+    evaluate("kept")
     generate, counts = ChatBridge.generate, []
     monkeypatch.setattr(
         ChatBridge, "generate", lambda m, s, **more: counts.append(len(s["sample_id"])) or generate(m, s, **more)
     )
-    assert evaluate("kept", "run.keep_journal=true") == first
+    evaluate("kept", "run.metrics=[vqa_accuracy]")  # other scores of the same predictions
     assert not counts
-    evaluate("kept", "run.keep_journal=true", "run.repetition_penalty=1.5")
+    evaluate("kept", "run.repetition_penalty=1.5")
     assert sum(counts) == 11
 
 
 def test_two_processes_write_the_file_of_one(evaluate, data, tmp_path):
     one = evaluate("one")
     in_processes(ranks.evaluate, 2, str(data / "run.yaml"), [f"run.output_dir={tmp_path / 'two'}"], str(tmp_path))
-    assert (tmp_path / "two/result/test_step0.json").read_text() == one
+    assert (tmp_path / "two/result/test_step0.jsonl").read_text() == one
     assert "test chatbridge_jsonl/image  7        exact_match" in (tmp_path / "printed0.txt").read_text()
     assert (tmp_path / "printed1.txt").read_text() == ""
 
@@ -162,7 +165,7 @@ def test_what_one_process_cannot_do_ends_the_suite_on_both_and_the_next_one_runs
     suites.mkdir()
     for name in ("first", "second"):
         (suites / f"{name}.yaml").write_text(text + f"  output_dir: {tmp_path / name}\n")
-    (tmp_path / "first/result/test_step0.json").mkdir(parents=True)  # the main process cannot write there
+    (tmp_path / "first/result/test_step0.jsonl").mkdir(parents=True)  # the main process cannot write there
     words = ["--suite", "all", "--suite-folder", str(suites), "--output", str(tmp_path / "table")]
     in_processes(ranks.evaluate_suites, 2, words, str(tmp_path))
     assert [(tmp_path / f"status{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
@@ -173,7 +176,7 @@ def test_what_one_process_cannot_do_ends_the_suite_on_both_and_the_next_one_runs
         ("second test chatbridge_jsonl/image", "scored"),
     ]
     assert "cannot write to" in table[0]["remarks"][0]
-    assert len(json.loads((tmp_path / "second/result/test_step0.json").read_text())) == 11
+    assert len((tmp_path / "second/result/test_step0.jsonl").read_text().splitlines()) == 11
 
 
 def test_answers_are_chosen_from_a_list(evaluate, tmp_path):
@@ -181,7 +184,7 @@ def test_answers_are_chosen_from_a_list(evaluate, tmp_path):
     options = ("run.inference_method=rank", f"run.answer_list={tmp_path / 'answers.json'}")
     one = evaluate("one", "run.batch_size_eval=1", *options)
     assert one == evaluate("eight", "run.batch_size_eval=8", *options)
-    assert {record["prediction"] for record in json.loads(one)} <= {"red", "a large blue circle", "yes"}
+    assert {json.loads(line)["prediction"] for line in one.splitlines()} <= {"red", "a large blue circle", "yes"}
     with pytest.raises(ConfigError, match="cannot be read"):
         evaluate("none", "run.inference_method=rank", "run.answer_list=nowhere.json")
     (tmp_path / "answers.json").write_text(json.dumps(["yes", "yes", "red", "a large blue circle", "red"]))

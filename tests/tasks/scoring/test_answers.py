@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.tasks.scoring.answers import exact_match, plain, squad, vqa, vqa_accuracy
+from lavis_chatbridge.tasks.scoring.answers import exact_match, plain, squad, vocabulary, vqa, vqa_accuracy, yes_no
 
 POOL = [
     "red",
@@ -30,50 +31,36 @@ POOL = [
 ]
 
 
-def make_questions(count: int = 240, seed: int = 3) -> tuple[dict[str, str], dict[str, list[str]], dict[str, str]]:
-    rng = random.Random(seed)
-    answers = {str(n): rng.choices(rng.sample(POOL, 4), k=10) for n in range(count)}
-    predictions = {key: rng.choice([*texts, rng.choice(POOL)]) for key, texts in answers.items()}
-    groups = {key: rng.choice(["yes/no", "number", "other"]) for key in answers}
-    return predictions, answers, groups
-
-
 def test_vqa_accuracy_equals_the_official_evaluator() -> None:
     from lavis.common.vqa_tools.vqa_eval import VQAEval
 
-    predictions, answers, groups = make_questions()
-
-    class Truth:
-        qa = {
-            key: {
-                "answers": [
-                    {"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(texts)
-                ],
-                "question_type": "what",
-                "answer_type": groups[key],
-            }
-            for key, texts in answers.items()
+    rng = random.Random(3)
+    answers = [rng.choices(rng.sample(POOL, 4), k=10) for _ in range(240)]
+    said = [rng.choice([*texts, rng.choice(POOL)]) for texts in answers]
+    truth = {
+        number: {
+            "answers": [{"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(texts)],
+            "question_type": "what",
+            "answer_type": "other",
         }
-
-        def getQuesIds(self) -> list[str]:
-            return list(self.qa)
-
-    class Said:
-        qa = {key: {"answer": text} for key, text in predictions.items()}
-
-    official = VQAEval(Truth(), Said(), n=2)
+        for number, texts in enumerate(answers)
+    }
+    official = VQAEval(
+        SimpleNamespace(qa=truth, getQuesIds=lambda: list(truth)),
+        SimpleNamespace(qa={number: {"answer": text} for number, text in enumerate(said)}),
+        n=2,
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         official.evaluate()
-    ours = vqa_accuracy(predictions, answers, groups)
-    assert ours["overall"] == official.accuracy["overall"]
-    assert ours["by_type"] == official.accuracy["perAnswerType"]
-    assert ours["each"] == official.evalQA
+    overall, each = vqa_accuracy(said, answers)
+    assert overall == official.accuracy["overall"]
+    assert dict(enumerate(each)) == official.evalQA
 
 
 def test_vqa_accuracy_by_hand() -> None:
-    answers = {"q": ["blue"] * 2 + ["red"] * 8}
-    assert vqa_accuracy({"q": "Blue"}, answers)["overall"] == 60.0  # 8 x min(1, 2/3) + 2 x min(1, 1/3), over 10
-    assert vqa_accuracy({"q": "a red"}, answers)["overall"] == 100.0
+    answers = [["blue"] * 2 + ["red"] * 8]
+    assert vqa_accuracy(["Blue"], answers) == (60.0, [60.0])  # 8 x min(1, 2/3) + 2 x min(1, 1/3), over 10
+    assert vqa_accuracy(["a red"], answers)[0] == 100.0
 
 
 @pytest.mark.parametrize(
@@ -83,6 +70,9 @@ def test_vqa_accuracy_by_hand() -> None:
         (squad, "The man's, hat", "mans hat"),
         (vqa, "Two the dogs,", "2 dogs"),
         (vqa, "dont", "don't"),
+        (vocabulary, "An Electric Bass.", vocabulary("electric_bass")),
+        (vocabulary, "2", vocabulary("two")),
+        (vocabulary, "More than ten", vocabulary("more than 10")),
     ],
 )
 def test_normalisations(normalise, text: str, expected: str) -> None:
@@ -90,14 +80,24 @@ def test_normalisations(normalise, text: str, expected: str) -> None:
 
 
 def test_exact_match_counts_any_answer() -> None:
-    scored = exact_match({"a": "Guitar.", "b": "drum"}, {"a": ["guitar"], "b": ["piano", "flute"]})
-    assert scored == {"overall": 50.0, "each": {"a": 100.0, "b": 0.0}}
+    assert exact_match(["Guitar.", "drum"], [["guitar"], ["piano", "flute"]]) == [100.0, 0.0]
+
+
+def test_yes_and_no_have_precision_and_recall() -> None:
+    said = ["Yes, it is.", "yes", "No.", "no", "perhaps"]
+    scores, each = yes_no(said, [["Yes"], ["No"], ["No"], ["Yes"], ["Yes"]])
+    assert each == [100.0, 0.0, 100.0, 0.0, 0.0]
+    assert scores == {
+        "yes_no": 40.0, "precision": 50.0, "recall": pytest.approx(100 / 3), "F1": pytest.approx(40.0),
+        "yes_share": 40.0,
+    }  # fmt: skip
+    assert yes_no(["yes"] * 4, [["yes"], ["no"]] * 2)[0]["precision"] == 50.0
 
 
 def test_faults_are_named() -> None:
-    with pytest.raises(DataError, match="the first is 'a'"):
-        exact_match({"a": "x"}, {})
+    with pytest.raises(DataError, match="1 of 1 predictions have no answer, the first is number 0"):
+        exact_match(["x"], [[]])
     with pytest.raises(DataError, match="unknown normalisation 'plian'"):
-        exact_match({"a": "x"}, {"a": ["x"]}, "plian")
+        exact_match(["x"], [["x"]], "plian")
     with pytest.raises(DataError, match="no predictions"):
-        vqa_accuracy({}, {})
+        vqa_accuracy([], [])

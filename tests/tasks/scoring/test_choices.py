@@ -1,0 +1,97 @@
+"""Multiple choice: which option a reply names, and scores that do not depend on letters."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.prompting.choices import listed, without_letters
+from lavis_chatbridge.prompting.pieces import Slot, Text
+from lavis_chatbridge.tasks.choice import ChoiceTask
+from lavis_chatbridge.tasks.predictions import Prediction
+from lavis_chatbridge.tasks.scoring import choices
+from lavis_chatbridge.tasks.scoring.records import score_records
+from lavis_chatbridge.tasks.settings import EvaluationSettings
+
+OPTIONS = ["a drum", "an oboe", "a bass drum", "none"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "position"),
+    [
+        ("A", 0), ("b", 1), ("(C) a bass drum", 2), ("D. none", 3), ("B\nbecause", 1), ("The answer is C.", 2),
+        ("An oboe.", 1), ("It is an oboe, I think.", 1), ("a bass drum", 2), ("E", -1), ("", -1),
+        ("a drum or an oboe", -1), ("drums and basses", -1), ("A drum", 0),
+    ],
+)  # fmt: skip
+def test_a_reply_names_an_option_by_letter_or_words(reply: str, position: int) -> None:
+    assert choices.chosen(reply, OPTIONS) == position
+
+
+def test_letters_of_the_publisher_are_taken_off() -> None:
+    assert without_letters(["A. red", "(B) blue", "C: U.S."]) == ["red", "blue", "U.S."]
+    assert without_letters(["A. red", "blue"]) == ["A. red", "blue"]
+
+
+class Model:
+    """Answers every question by ``answer(listed options)``, and finds the last option the likeliest."""
+
+    def __init__(self, answer) -> None:
+        self.answer, self.prompts = answer, []
+
+    def generate(self, samples, **decoding):
+        texts = ["".join(piece.text for piece in pieces if isinstance(piece, Text)) for pieces in samples["pieces"]]
+        self.prompts += texts
+        return [self.answer(re.findall(r"^([A-Z])\. (.*)$", text, re.MULTILINE)) for text in texts]
+
+    def answer_scores(self, sample, answers):
+        self.prompts += ["".join(piece.text for piece in sample["pieces"][0] if isinstance(piece, Text))]
+        return torch.arange(len(answers)).float()[None], torch.ones(len(answers))
+
+
+def asked(model, count: int = 40, **settings) -> dict:
+    rng = np.random.default_rng(0)
+    options = [OPTIONS[: rng.integers(2, 5)] for _ in range(count)]
+    meta = [{"options": own, "correct": int(rng.integers(len(own)))} for own in options]
+    pieces = [[Slot("audio"), Text(f"What plays?\n{listed(own)}")] for own in options]
+    samples = {"sample_id": [f"s{n}" for n in range(count)], "pieces": pieces, "meta": meta, "source": "toy"}
+    task = ChoiceTask(EvaluationSettings(**settings))
+    replies = task.predict(model, samples)
+    records = [
+        Prediction(sample_id=f"s{n}", meta=meta[n], answers=[options[n][meta[n]["correct"]]], **reply)
+        for n, reply in enumerate(replies)
+    ]
+    return score_records(records, ["choice"])
+
+
+def test_a_model_that_always_says_a_scores_chance() -> None:
+    found = asked(Model(lambda lettered: "A"))
+    assert found["scores"]["choice"] == pytest.approx(found["chance"])
+    assert 25.0 < found["chance"] < 50.0
+    assert found["headline"] == found["scores"]["choice"]
+
+
+def test_a_model_that_knows_an_option_is_right_under_any_letter() -> None:
+    def oboe(lettered):
+        return next((f"{letter}. {text}" for letter, text in lettered if text == "an oboe"), "none")
+
+    found = asked(Model(oboe))
+    fixed = asked(Model(oboe), option_orders=1)
+    assert found["scores"]["choice"] == fixed["scores"]["choice"] > found["chance"]
+
+
+def test_ranking_asks_without_the_options_and_once() -> None:
+    model = Model(lambda lettered: "A")
+    found = asked(model, inference_method="rank")
+    assert set(model.prompts) == {"What plays?"}
+    assert len(model.prompts) == found["samples"] == 40
+
+
+def test_a_sample_without_options_is_named() -> None:
+    with pytest.raises(DataError, match=r"sample 's0' has no meta.options and meta.correct"):
+        ChoiceTask().predict(SimpleNamespace(), {"meta": [{}], "sample_id": ["s0"]})
