@@ -41,7 +41,7 @@ VOCABULARY = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
 
 def build(width: int, layers: int, context: int = 4096) -> Any:
     """A ChatBridge with a small encoder and a language model of the given size, and its processors."""
-    from lavis_chatbridge.models.beats import BeatsConfig
+    from lavis_chatbridge.models.settings import BeatsConfig
 
     torch.manual_seed(0)
     small_beats = BeatsConfig(

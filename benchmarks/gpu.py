@@ -13,7 +13,7 @@ losses are finite and that a step taken twice from the same weights gives the sa
 are timed at the paper's batch of one process and at the largest batch that fits.
 
 "MFU" is the share of the measured ceiling of matrix products (bf16, 8,192 x 8,192) that a step's own products take,
-which are counted from shapes (`lavis_chatbridge.models.work`). Decoding is held against the measured bandwidth of
+which torch's flop counter counts in one step. Decoding is held against the measured bandwidth of
 copying: a token reads all weights but the embeddings once, and the keys and values of every row. "static" is the
 static cache, whose step transformers compiles on a GPU (it needs a C compiler). All kinds at 13B should take about ten
 minutes.
@@ -40,22 +40,22 @@ import transformers
 from common import circumstances, tell
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.models.memory import llm_parameters, training_memory
+from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.settings import (
     AudioSettings,
+    BeatsConfig,
     LanguageModelSettings,
     ModelSettings,
     PerceiverSettings,
     VisionSettings,
 )
-from lavis_chatbridge.models.weights_command import model_settings
-from lavis_chatbridge.models.work import CLIP, FRAMES, MEL_BINS, work
+from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
@@ -63,6 +63,7 @@ from lavis_chatbridge.runners.step import StepResult, TrainStep, Wishes
 
 KINDS = ("image", "video", "audio")
 CAPTION = "a red circle moves left above two big blue squares and a small green star moves right"
+FRAMES, CLIP, MEL_BINS = 4, 1024, 64
 MFU_GOAL, DECODE_GOAL, BATCH_GOAL = 0.55, 0.6, 64
 _LLAMA = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 2048}
 LLAMAS: dict[str, dict[str, Any]] = {
@@ -110,20 +111,16 @@ def settings_of(size: str) -> ModelSettings:
             conv_pos=8, conv_pos_groups=4, num_buckets=16, max_distance=40,
         )  # fmt: skip
         return ModelSettings(
-            language_model,
+            language_model=language_model,
             vision=VisionSettings(image_size=28, width=32, depth=2, heads=4, mlp_ratio=4.0, dtype="bfloat16"),
             audio=AudioSettings(config=beats, mask_padding=False, dtype="bfloat16"),
             perceiver=PerceiverSettings(width=32, layers=2, heads=4, feed_forward=48, queries=4),
         )
     shipped = model_settings(f"vicuna{size}")
-    return dataclasses.replace(
-        shipped,
-        vision=dataclasses.replace(shipped.vision, weights=None),
-        audio=dataclasses.replace(shipped.audio, weights=None),
-        perceiver=dataclasses.replace(shipped.perceiver, weights=None),
-        language_model=language_model,
-        checkpoint=None,
-    )
+    bare = {
+        part: getattr(shipped, part).model_copy(update={"weights": None}) for part in ("vision", "audio", "perceiver")
+    }
+    return shipped.model_copy(update={**bare, "language_model": language_model, "checkpoint": None})
 
 
 @contextlib.contextmanager
@@ -310,17 +307,22 @@ def measure_step(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with seen(model) as lengths:
-        tokens = trainer.step(samples).tokens
+        trainer.step(samples)
     taken = seconds_of(lambda: trainer.step(samples), rounds, device)
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else 0
     with torch.no_grad():
         encoding = seconds_of(lambda: model.encode_media(kind, media), rounds, device)  # type: ignore[arg-type]
-    settings, row, llm = model.settings, lengths[0], model.settings.language_model.config or {}
-    like = dataclasses.replace(settings, max_text_length=row - settings.perceiver.queries)
-    estimate = sum(training_memory(like, llm, batch).values())
+    settings, row = model.settings, lengths[0]
+    with FlopCounterMode(display=False) as step_work:
+        trainer.step(samples)
+    with FlopCounterMode(display=False) as encoder_work, torch.no_grad():
+        model.encode_media(kind, media)  # type: ignore[arg-type]
+    like = settings.model_copy(update={"max_text_length": row - settings.perceiver.queries})
+    estimate = sum(training_memory(like, batch).values())
     return {
         "kind": kind, "batch": batch, "seconds": taken, "encoding": encoding, "positions": batch * row,
-        "work": work(settings, llm, kind, batch, row, tokens, plan.clip), "peak": peak, "estimate": estimate,
+        "all": step_work.get_total_flops(), "encoder": encoder_work.get_total_flops(),
+        "peak": peak, "estimate": estimate,
     }  # fmt: skip
 
 
@@ -366,7 +368,8 @@ def measure_decoding(model: ChatBridge, plan: Plan, rounds: int, device: torch.d
 def bytes_of_token(settings: ModelSettings, rows: int, positions: int) -> int:
     """What decoding a token of every row reads: weights once, and keys and values of each row, in bf16."""
     llm = settings.language_model.config or {}
-    weights = llm_parameters(llm) - llm["vocab_size"] * llm["hidden_size"]
+    block = 4 * llm["hidden_size"] ** 2 + 3 * llm["hidden_size"] * llm["intermediate_size"]
+    weights = llm["num_hidden_layers"] * block + llm["vocab_size"] * llm["hidden_size"]
     return 2 * (weights + rows * positions * 2 * llm["num_hidden_layers"] * llm["hidden_size"])
 
 
@@ -388,12 +391,12 @@ def report(how: str, device: torch.device, limits: tuple[float, float], steps: l
         "|---|" + "---:|" * 13,
     ]
     for row in steps:
-        own, rest = row["work"], row["seconds"] - row["encoding"]
-        shares = (own.all / row["seconds"], own.encoder / row["encoding"], (own.all - own.encoder) / max(rest, 1e-9))
+        whole, encoder, rest = row["all"], row["encoder"], row["seconds"] - row["encoding"]
+        shares = (whole / row["seconds"], encoder / row["encoding"], (whole - encoder) / max(rest, 1e-9))
         peak = f"{row['peak'] / 1e9:.1f}" if row["peak"] else ""
         lines.append(
             f"| {row['kind']} | {row['batch']} | {row['seconds']:.3f} | {row['batch'] / row['seconds']:.1f} "
-            f"| {row['positions'] / row['seconds']:.0f} | {own.all / 1e12:.3g} | "
+            f"| {row['positions'] / row['seconds']:.0f} | {whole / 1e12:.3g} | "
             + " | ".join(f"{share / products:.2f}" for share in shares)
             + f" | {row['encoding'] / row['seconds']:.0%} | {peak} | {row['estimate'] / 1e9:.1f} "
             f"| {row['loss']:.3f} | {row['loss differs']:.0e} |"

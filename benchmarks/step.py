@@ -50,11 +50,12 @@ from torch.nn import functional
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models import interleave
-from lavis_chatbridge.models.beats import BeatsConfig, relative_buckets
 from lavis_chatbridge.models.chatbridge import ChatBridge
+from lavis_chatbridge.models.encoders.beats import relative_buckets
 from lavis_chatbridge.models.perceiver import perceive
 from lavis_chatbridge.models.settings import (
     AudioSettings,
+    BeatsConfig,
     LanguageModelSettings,
     ModelSettings,
     PerceiverSettings,
@@ -90,7 +91,7 @@ def build(dtype: str) -> ChatBridge:
     precision: Any = dtype
     torch.manual_seed(0)
     settings = ModelSettings(
-        LanguageModelSettings(tokenizer="package:assets/tiny/llm", config=LLAMA, dtype=precision),
+        language_model=LanguageModelSettings(tokenizer="package:assets/tiny/llm", config=LLAMA, dtype=precision),
         vision=VisionSettings(width=384, depth=12, heads=6, mlp_ratio=4.0, dtype=precision),
         audio=AudioSettings(config=BEATS, mask_padding=False, dtype=precision),
         perceiver=PerceiverSettings(width=384, layers=6, heads=6, feed_forward=1536, dropout=0.0),

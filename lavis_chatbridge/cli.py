@@ -36,7 +36,7 @@ COMMANDS = (
         "Score a model on a configuration's test splits (as python -m lavis.evaluate).",
     ),
     Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
-    Command("weights", "lavis_chatbridge.models.weights_command", "List, download and convert weights."),
+    Command("weights", "lavis_chatbridge.models.weights", "List, download and convert weights."),
     Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),
     Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),
     Command("cache-features", "lavis_chatbridge.plugin.cache_features", "Store the frozen encoders' outputs."),

@@ -66,8 +66,8 @@ entries = {
     "serve": lambda: command.run(arguments(command)),
     "web": lambda: web.run(arguments(web)),
     "lora": lora.check_available,
-    "quantize": lambda: language_model.check_available(LanguageModelSettings("w", quantization="4bit")),
-    "device-map": lambda: language_model.check_available(LanguageModelSettings("w", device_map="auto")),
+    "quantize": lambda: language_model.check_available(LanguageModelSettings(weights="w", quantization="4bit")),
+    "device-map": lambda: language_model.check_available(LanguageModelSettings(weights="w", device_map="auto")),
 }
 print(json.dumps({"broken": broken, "said": {name: said(act) for name, act in entries.items()}}))
 """

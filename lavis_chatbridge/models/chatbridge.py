@@ -21,15 +21,17 @@ from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 
 from lavis_chatbridge import config as settings_reader
+from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import answering, building, checkpoint, encoding, half_precision, lora, weights
+from lavis_chatbridge.models import answering, checkpoint, encoding, lora, weights
 from lavis_chatbridge.models import samples as sample_reader
+from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
 from lavis_chatbridge.models.language_model import check_available, load_language_model
 from lavis_chatbridge.models.losses import losses_at
-from lavis_chatbridge.models.perceiver import perceive
-from lavis_chatbridge.models.settings import ModelSettings
+from lavis_chatbridge.models.perceiver import build_perceiver, perceive
+from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.prompting import Modality, Piece, Slot
 from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, END_OF_TURN, escape_markers
 
@@ -57,7 +59,7 @@ class ChatBridge(BaseModel):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        _look_for_files(settings)
+        weights.find_all(settings)  # fetch everything, or name everything that is missing, before anything is built
         check_available(settings.language_model)
         self.settings = settings
         self.prompt_layout = settings.prompt_layout
@@ -71,14 +73,15 @@ class ChatBridge(BaseModel):
         self._fingerprints: dict[str, str] = {}
 
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
-        self.visual_encoder = building.vision_encoder(settings.vision)
-        self.audio_encoder = building.audio_encoder(settings.audio)
-        width = settings.vision.width
+        self.visual_encoder = build_vision(settings.vision)
+        self.audio_encoder = build_audio(settings.audio)
+        width = self.visual_encoder.width
         self.ln_vision = nn.LayerNorm(width)
-        self.ln_audio = nn.LayerNorm(self.audio_encoder.config.encoder_embed_dim)
-        self.audio_trans = nn.Linear(self.audio_encoder.config.encoder_embed_dim, width)
-        self.Qformer = building.perceiver(settings.perceiver, width)
+        self.ln_audio = nn.LayerNorm(self.audio_encoder.width)
+        self.audio_trans = nn.Linear(self.audio_encoder.width, width)
         own = settings.perceiver
+        with nullcontext() if own.weights is None else checkpoint.on_meta():
+            self.Qformer = build_perceiver(own, width)
         self.image_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
         self.audio_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
         self.llama_proj = nn.Linear(settings.perceiver.width, self.llama_model.get_input_embeddings().embedding_dim)
@@ -432,13 +435,13 @@ class ChatBridge(BaseModel):
         """The trained tensors by name, on the CPU: what a checkpoint holds."""
         return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
 
-    def load_checkpoint(self, url_or_filename: str) -> None:
+    def load_checkpoint(self, url_or_filename: Weights) -> None:
         """Load a trained ChatBridge: trained tensors only, or a whole state dict, from safetensors or a torch file.
 
         Raises:
             CheckpointError: If it is missing, unsafe or does not fit; the model is then as before.
         """
-        file = checkpoint.read(checkpoint.find(str(url_or_filename), "the trained ChatBridge"))
+        file = checkpoint.read(hub.find(url_or_filename, "model.checkpoint"))
         expected = checkpoint.bridge_tensors(self.state_dict())
         own = {lora.without_base(name): name for name in expected}
         found = {own.get(name, name): t for name, t in checkpoint.bridge_tensors(file.tensors).items()}
@@ -453,8 +456,7 @@ class ChatBridge(BaseModel):
                 "model.language_model.quantization to null, or keep the trained tensors alone in the file"
             )
         checkpoint.check_fit(expected, found, required, file.path, "this model")
-        checkpoint.check_finite(found, file.path)
-        checkpoint.check_range({name: tensor.dtype for name, tensor in expected.items()}, found, file.path)
+        checkpoint.check_finite({name: tensor.to(expected[name].dtype) for name, tensor in found.items()}, file.path)
         self.load_state_dict(found, strict=False)
         self._fingerprints.clear()
         log.info("loaded %d tensors from %s", len(found), file.path)
@@ -478,15 +480,15 @@ class ChatBridge(BaseModel):
         if modality not in self._fingerprints:
             encoder, norm = (getattr(self, name) for name in _ENCODERS[modality])
             hide = self.settings.audio.mask_padding if modality == "audio" else None
-            shape = self.audio_encoder.config if modality == "audio" else self.settings.vision.heads
             tensors = {**encoder.state_dict(), **{f"norm.{name}": t for name, t in norm.state_dict().items()}}
-            self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide, shape)
+            self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide, encoder.description)
         return self._fingerprints[modality]
 
-    def _load_blip2(self, path: str) -> None:
-        file = checkpoint.read(checkpoint.find(path, "model.perceiver.weights"))
+    def _load_blip2(self, names: Weights) -> None:
+        prefixes = checkpoint.BLIP2_BRIDGE
+        file = checkpoint.read(hub.find(names, "model.perceiver.weights", prefixes=prefixes), prefixes)
         mine = ("image_query_tokens", "Qformer.", "ln_vision.")
-        found = {name: t for name, t in checkpoint.bridge_tensors(file.tensors).items() if name.startswith(mine)}
+        found = {n: t for n, t in checkpoint.bridge_tensors(file.tensors, file.path).items() if n.startswith(mine)}
         expected = checkpoint.bridge_tensors(self.state_dict())
         checkpoint.check_fit(
             expected, found, [name for name in expected if name.startswith(mine)], file.path, "model.perceiver"
@@ -497,7 +499,7 @@ class ChatBridge(BaseModel):
 
     def _freeze(self) -> None:
         for name in FROZEN:
-            half_precision.use_fp32_products(getattr(self, name).requires_grad_(False))
+            getattr(self, name).requires_grad_(False)
         lora.thaw(self.llama_model)
         if self.settings.perceiver.frozen:
             for trained in (self.Qformer, self.audio_trans, self.image_query_tokens, self.audio_query_tokens):
@@ -513,9 +515,9 @@ class ChatBridge(BaseModel):
         idle_frames, idle_sounds = self._idle_passes([*images, *videos], sounds)
         frames = self.encode_media("video", [*images, *videos])
         for _ in range(idle_frames):
-            self.encode_media("video", [torch.zeros(3, *[self.settings.vision.image_size] * 2)])
+            self.encode_media("video", [torch.zeros(self.visual_encoder.frame_shape)])
         heard = self.encode_media("audio", sounds)
-        patch = self.audio_encoder.config.input_patch_size
+        patch = self.audio_encoder.patch
         for _ in range(idle_sounds):
             self.encode_media("audio", [torch.zeros(1, patch, patch)])
         found: dict[Modality, list[EncodedMedium]] = {"image": frames[: len(images)], "video": frames[len(images) :]}
@@ -572,18 +574,6 @@ def _stop_of(context: Sequence[Piece]) -> str:
 def _tell_of_the_small_model() -> None:
     """Once, as a warning: Python shows no less to a program that has set up no logging."""
     log.warning("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
-
-
-def _look_for_files(settings: ModelSettings) -> None:
-    """Refuse before anything large is built, naming every file that is missing."""
-    faults = []
-    for setting, path in weights.named_files(settings).items():
-        try:
-            checkpoint.find(path, setting, weights.HINTS[setting])
-        except CheckpointError as error:
-            faults.append(str(error))
-    if faults:
-        raise CheckpointError("; ".join(faults))
 
 
 def _drawn(deviation: float, *shape: int) -> nn.Parameter:

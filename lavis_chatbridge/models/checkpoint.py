@@ -1,17 +1,15 @@
-"""Weight files: found, read without running code from them, checked against a module, loaded whole or not at all.
+"""Weight files: read without running code from them, checked against a module, loaded completely or not at all.
 
-The layouts known here: plain tensors, tensors under ``model`` (LAVIS and the original ChatBridge, beside optimizer and
-config), ``cfg`` and ``model`` (BEATs), safetensors with a ``cfg`` in the metadata, BLIP-2. This module builds no model.
+Known layouts: plain tensors; tensors under ``model`` (LAVIS, the original ChatBridge); ``cfg`` and ``model`` (BEATs);
+safetensors, one file or shards in a folder; BLIP-2 of LAVIS and of Hugging Face. This module builds no model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,124 +17,73 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.files import atomic_file
-from lavis_chatbridge.models.vision import fit_positions
 
-PACKAGE = "package:"
-NAMED = 4
-"""So many names are listed of each sort of mismatch; the rest is counted."""
+BLIP2_VISION, BLIP2_BRIDGE = ("vision_model.",), ("query_tokens", "qformer.", "vision_model.post_layernorm.")
+"""Prefixes in Hugging Face's layout of what the vision encoder and the bridge take from BLIP-2."""
 
-_LONGEST_NAME = 200
-_REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Smaller floats come with scales beside them, and are no weights without."""
-
+_NAMED = 4
 _DROPPED = re.compile(
     r"rotary_emb\.inv_freq$|position_ids$|^Qformer\.cls\.|^Qformer\.bert\.embeddings\.(word|position)_embeddings\."
     r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
 )
 """Constants, and the text branch of the Q-Former, which ChatBridge does not have."""
 
+_FROM_HUGGINGFACE = (
+    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"visual_encoder.blocks.\1.attn.proj."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.", r"visual_encoder.blocks.\1.attn.qkv."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"visual_encoder.blocks.\1.norm\2."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"visual_encoder.blocks.\1.mlp."),
+    (r"^vision_model\.post_layernorm\.", "ln_vision."),
+    (r"^qformer\.layernorm\.", "Qformer.bert.embeddings.LayerNorm."),
+    (r"^qformer\.encoder\.layer\.(\d+)\.(\w*attention)\.attention\.", r"Qformer.bert.encoder.layer.\1.\2.self."),
+    (r"^qformer\.", "Qformer.bert."),
+)
+
 
 class WeightFile(NamedTuple):
-    """What a weight file holds.
-
-    Attributes:
-        path: Where it was found.
-        tensors: The tensors by name.
-        cfg: The configuration beside them, or none.
-    """
+    """The tensors of a file or folder by name, and the configuration beside them (BEATs, LoRA), if any."""
 
     path: Path
     tensors: dict[str, Tensor]
     cfg: dict[str, Any] | None
 
 
-def find(path: str, what: str, hint: str = "") -> Path:
-    """The file or folder that a setting names.
+def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
+    """Read weights into main memory, mapped where the format allows. No code in them is run.
 
     Args:
-        path: A path; ``package:a/b`` lies inside the installed package, ``~`` and ``$NAME`` are expanded.
-        what: What is looked for, for the message.
-        hint: Where it can be had, for the message.
+        path: A file, or a folder with ``model.safetensors`` or shards (a training checkpoint, a hub's repository).
+        prefixes: Of a sharded folder only the shards with tensors of these names are read.
 
     Raises:
-        CheckpointError: If it is not there.
+        CheckpointError: If it cannot be read, or holds other objects than tensors and plain values, or no tensors.
     """
-    get = f" ({hint})" if hint else ""
-    if not path.strip():
-        raise CheckpointError(f"{what} is empty: name a file, or set it to null{get}")
-    try:
-        if path.startswith(PACKAGE):
-            place = Path(__file__).resolve().parent.parent / path[len(PACKAGE) :]
-        else:
-            place = Path(os.path.expandvars(path)).expanduser()
-        if place.exists():
-            return place
-    except (OSError, RuntimeError) as error:  # a folder that may not be looked into, a home that nobody has
-        raise CheckpointError(f"{what}: {shown(path)} cannot be looked for: {one_line(error)}") from error
-    unset = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
-    because = "".join(f"; the environment variable {name} is not set" for name in unset)
-    raise CheckpointError(f"{what}: {place} does not exist{because}{get}")
-
-
-def read(path: Path) -> WeightFile:
-    """Read a weight file into main memory, mapped where the format allows. No code in it is run.
-
-    Args:
-        path: The file, or a checkpoint's folder that training wrote. Its content tells its format, not its name.
-
-    Raises:
-        CheckpointError: If it is damaged, holds other objects than tensors and plain values, or no tensors.
-    """
-    path = file_at(path)
-    content, cfg = _contents(path)
-    if isinstance(content.get("cfg"), Mapping):
-        cfg = dict(content["cfg"])
+    files = [path] if path.is_file() else [f for f in hub.needed_files(path, "weights", prefixes) if not _is_json(f)]
+    content: dict[str, Any] = {}
+    for file in files:
+        content |= _read_safetensors(file) if file.suffix == ".safetensors" else load_torch(file)
+    cfg = dict(content["cfg"]) if isinstance(content.get("cfg"), Mapping) else None
     if isinstance(content.get("model"), Mapping):
         content = dict(content["model"])
-    named = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
-    tensors = {name.removeprefix("module."): tensor for name, tensor in named.items()}
-    if len(tensors) < len(named):
-        twice = [name for name in named if f"module.{name}" in named]
-        raise CheckpointError(
-            f"{path} holds tensors twice, with 'module.' before their names and without: {some(twice)}"
-        )
+    tensors = {str(n).removeprefix("module."): t for n, t in content.items() if isinstance(t, Tensor)}
     if not tensors:
-        held = f"it holds {some(content)}" if content else "it holds nothing"
-        raise CheckpointError(f"{path} holds no weights by name, neither at its top nor under 'model'; {held}")
-    check_plain(tensors, path)
+        raise CheckpointError(f"{path} holds no weights by name; it holds {some(content) if content else 'nothing'}")
     return WeightFile(path, tensors, cfg)
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors at a file's top under the names that they have there. No code in it is run.
-
-    Raises:
-        CheckpointError: If it is damaged, or holds other objects than tensors and plain values.
-    """
-    content, _ = _contents(path)
-    return {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
-
-
-def check_sums(path: Path) -> None:
-    """Compare the parts of a file of ``torch.save`` with the checksums that it holds; other formats hold none.
-
-    Raises:
-        CheckpointError: If one differs.
-    """
-    with _archive(path) as archive:
-        wrong = None if archive is None else archive.testzip()
-    if wrong is not None:
-        raise CheckpointError(f"{path} is damaged: {shown(wrong)} in it differs from its checksum; get or make it anew")
-
-
 def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> None:
-    """Write tensors as safetensors; a reader sees the old file or the new one, never a part.
+    """Write tensors as safetensors, atomically.
 
     Args:
-        path: Where to.
+        path: The file.
         tensors: The tensors; some may share memory.
         cfg: A configuration to keep beside them, of plain values.
     """
@@ -144,148 +91,104 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
 
     apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(apart, temporary, metadata=written_with(apart, cfg))
-
-
-def written_with(tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """The metadata of a safetensors file: a configuration, and what `read` compares the tensors with."""
-    fixed = {"fingerprint": fingerprint(tensors)}
-    return fixed if cfg is None else {"cfg": json.dumps(dict(cfg)), **fixed}
-
-
-def check_plain(tensors: Mapping[str, Tensor], source: object) -> None:
-    """Refuse tensors that are no plain arrays of numbers, each with a place in the file.
-
-    Raises:
-        CheckpointError: With the names of those that are not. Nothing is computed with them before.
-    """
-    odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
-    if odd:
-        raise CheckpointError(f"{source} holds other than plain tensors of whole or real numbers: {some(odd)}")
+        save_file(apart, temporary, metadata=None if cfg is None else {"cfg": json.dumps(dict(cfg))})
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
-    """Refuse NaN and infinity, and numbers that fp32 cannot hold.
+    """Refuse NaN and infinity.
 
     Raises:
         CheckpointError: With the tensors that hold one.
     """
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not _is_finite(t)]
+    bad = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
-        raise CheckpointError(f"{source} holds NaN or infinity in {some(bad)}; get or make the file anew")
-
-
-def check_range(dtypes: Mapping[str, torch.dtype], tensors: Mapping[str, Tensor], source: object) -> None:
-    """Refuse numbers that float16 would turn into infinity.
-
-    Args:
-        dtypes: The precision that each tensor will have, by name.
-        tensors: Finite tensors.
-        source: Where they come from, for the message.
-
-    Raises:
-        CheckpointError: With the names of their tensors.
-    """
-    narrowed = [name for name, tensor in tensors.items() if dtypes[name] == torch.float16 != tensor.dtype]
-    lost = [name for name in narrowed if not _is_finite(tensors[name].half())]
-    if lost:
-        raise CheckpointError(
-            f"{source} holds numbers too large for float16 in {some(lost)}: choose bfloat16 or float32"
-        )
+        raise CheckpointError(f"{source} holds NaN or infinity in {some(bad)}: download or save the file again")
 
 
 def load_exactly(
     module: nn.Module, tensors: Mapping[str, Tensor], source: object, what: str, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Give a module exactly these tensors in place of its own, which may be on the meta device.
+    """Replace all parameters and buffers of a module, which may be on the meta device.
 
-    They are taken over: one that has the precision already is not copied, and stays mapped where its file is.
+    A tensor that has the precision already is not copied: it stays mapped to its file.
 
     Args:
         module: The module.
         tensors: All its tensors by name.
-        source: Where they come from, for the message.
-        what: What they are for, for the message.
-        dtype: The precision that the module has afterwards.
+        source: The file, for messages.
+        what: The module's name, for messages.
+        dtype: The precision of the module's floating-point tensors afterwards.
 
     Raises:
-        CheckpointError: If one is missing, too many, of another shape, not finite, or too large for the precision; the
+        CheckpointError: If a tensor is missing, unexpected, of another shape, or not finite in that precision; the
             module is then as before.
     """
     expected = module.state_dict()
     check_fit(expected, tensors, expected, source, what)
-    check_finite(tensors, source)
-    module.load_state_dict(_converted(tensors, dtype, source), strict=True, assign=True)
+    converted = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
+    check_finite(converted, source if dtype != torch.float16 else f"in float16, {source}")
+    module.load_state_dict(converted, strict=True, assign=True)
 
 
 def check_fit(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], required: Iterable[str], source: object, what: str
 ) -> None:
-    """Refuse tensors that do not fit, with all that is wrong in one line.
+    """Refuse tensors that do not fit, with all faults in one line.
 
     Args:
-        expected: The tensors that there is a place for.
+        expected: The module's tensors.
         found: The tensors to load.
         required: The names that must be among them.
-        source: Where they come from, for the message.
-        what: What they are for, for the message.
+        source: The file, for messages.
+        what: The module's name, for messages.
 
     Raises:
         CheckpointError: With names, and shapes found and expected.
     """
     missing = [name for name in required if name not in found]
     unexpected = [name for name in found if name not in expected]
+    both = [name for name in found if name in expected]
     shapes = [
         f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
-        for name in found
-        if name in expected and found[name].shape != expected[name].shape
+        for name in both
+        if found[name].shape != expected[name].shape
     ]
     shapes += [
         f"{name} is {str(found[name].dtype).removeprefix('torch.')}, expected real numbers"
-        for name in found
-        if name in expected and expected[name].is_floating_point() and not found[name].is_floating_point()
+        for name in both
+        if expected[name].is_floating_point() and not found[name].is_floating_point()
     ]
     faults = [("missing: ", missing), ("unexpected: ", unexpected), ("", shapes)]
-    words = [label + some(names) for label, names in faults if names]
-    if words:
+    if words := [label + some(names) for label, names in faults if names]:
         raise CheckpointError(f"{source} does not fit {what}: {'; '.join(words)}")
 
 
-def vision_tensors(tensors: Mapping[str, Tensor], depth: int, tokens: int) -> dict[str, Tensor]:
-    """An EVA-ViT's tensors, from its own file or from a model that holds it.
+def from_huggingface(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """BLIP-2's tensors under LAVIS's names; tensors of another layout are returned as they are.
 
-    Args:
-        tensors: As read. The block after the last one used, and heads and final norms, which BLIP-2 leaves out, are
-            dropped.
-        depth: Blocks of the model to load.
-        tokens: Tokens of an image, to which the positions are fitted.
+    Hugging Face keeps one bias for queries, keys and values, LAVIS one each for queries and values: keys have none.
     """
-    own = part(tensors, "visual_encoder.") or dict(tensors)
-    unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
-    kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
-    table = kept.get("pos_embed")
-    if table is not None and table.dim() == 3 and table.shape[1] > 1 and table.numel():
-        kept["pos_embed"] = fit_positions(table, tokens)
-    return kept
+    if not any(name.startswith(("vision_model.", "qformer.")) for name in tensors):
+        return dict(tensors)
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        pattern, new = next(((p, n) for p, n in _FROM_HUGGINGFACE if re.match(p, name)), ("", ""))
+        own = re.sub(pattern, new, name) if pattern else name
+        if own.endswith("attn.qkv.bias") and own.startswith("visual_encoder."):
+            query, key, value = tensor.chunk(3)
+            if key.any():
+                raise CheckpointError(f"{source}: {name} has a bias of keys, which EVA-ViT does not have")
+            stem = own.removesuffix("qkv.bias")
+            named |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
+        else:
+            named[own] = tensor
+    return named
 
 
-def beats_tensors(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A BEATs' tensors, from its own file or from a model that holds it, without a classification head.
-
-    The relative-position table is one for all layers; where a file holds it once, it is put under every layer's name.
-    """
-    own = part(tensors, "audio_encoder.") or dict(tensors)
-    kept = {name: tensor for name, tensor in own.items() if not name.startswith("predictor.")}
-    table = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
-    if table is not None:
-        for i in range(1, layers):
-            kept.setdefault(f"encoder.layers.{i}.self_attn.relative_attention_bias.weight", table)
-    return kept
-
-
-def bridge_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def bridge_tensors(tensors: Mapping[str, Tensor], source: object = "") -> dict[str, Tensor]:
     """A ChatBridge's or BLIP-2's tensors under ChatBridge's names, without constants and the Q-Former's text branch."""
-    kept = {name: tensor for name, tensor in tensors.items() if not _DROPPED.search(name)}
+    named = from_huggingface(tensors, source)
+    kept = {name: tensor for name, tensor in named.items() if not _DROPPED.search(name)}
     if "query_tokens" in kept and "image_query_tokens" not in kept:
         kept["image_query_tokens"] = kept.pop("query_tokens")
     return kept
@@ -297,7 +200,7 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *more: object) -> str:
-    """A short string that changes when a tensor, a name or one of ``more`` does."""
+    """A hash (16 hex digits) of tensors, their names, and the ``repr`` of more values."""
     digest = hashlib.sha256(repr(more).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -306,178 +209,69 @@ def fingerprint(tensors: Mapping[str, Tensor], *more: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def file_at(path: Path) -> Path:
-    """The file itself, or the one that training wrote into a checkpoint's folder.
-
-    Raises:
-        CheckpointError: If it is not there.
-    """
-    try:
-        if path.is_file():
-            return path
-        if (path / "config.json").is_file():
-            raise CheckpointError(f"{path} is a language model's folder, expected a weight file")
-        if (path / "model.safetensors").is_file():
-            return path / "model.safetensors"
-        fault = "is no file that can be read" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {'is a folder without model.safetensors' if path.is_dir() else fault}")
-    except OSError as error:
-        raise CheckpointError(f"{shown(path)} cannot be read: {one_line(error)}") from error
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules built inside have shapes and no parameters in memory; constants (positions, schedules) are real."""
+    with torch.device("meta"), _RealConstants():
+        yield
 
 
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+class _RealConstants(TorchFunctionMode):
+    """LAVIS reads a schedule while it builds an EVA-ViT, and no file holds the Q-Former's positions."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(kwargs or {})
+        if function in (torch.arange, torch.linspace):
+            named.setdefault("device", "cpu")
+        return function(*args, **named)
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By its content: a length in eight bytes, then JSON. A file of neither format is judged by its name."""
-    head = check_no_stand_in(path)
-    named = path.suffix == ".safetensors"
-    if head[8:9] == b"{":
-        return True
-    if named and head.startswith((b"PK\x03\x04", b"\x80")):  # torch goes by the name, and fails
-        raise CheckpointError(f"{path} is a file of torch.save, despite its name: rename it to end in .pth")
-    return named
+def some(names: Iterable[object]) -> str:
+    """The first few of some names on one line, and the number of the rest."""
+    listed = [" ".join(ascii(str(name)[:200])[1:-1].split()) for name in names]
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    return ", ".join(listed[:_NAMED]) + more
 
 
-def check_no_stand_in(path: Path) -> bytes:
-    """The first bytes of a file that is neither empty nor what a failed download leaves in a file's place.
-
-    Raises:
-        CheckpointError: If it is, or may not be read.
-    """
-    try:
-        with open(path, "rb") as opened:
-            head = opened.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
-    if not head:
-        raise CheckpointError(f"{path} is empty: get it anew")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the file that it stands for: git lfs pull fetches that"
-        )
-    if head.lstrip().startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not weights: get the file itself")
-    return head
+def _is_json(path: Path) -> bool:
+    return path.suffix == ".json"
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as opened:
+            tensors: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-        cfg = json.loads(metadata["cfg"]) if "cfg" in metadata else None
-    except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
+        cfg = {"cfg": json.loads(metadata["cfg"])} if "cfg" in metadata else {}
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(_damaged(path, error)) from error
-    if not isinstance(cfg, (dict, type(None))):
-        raise CheckpointError(f"{path} cannot be read: the cfg in its metadata is no object")
-    if metadata.get("fingerprint") not in (None, fingerprint(tensors)):
-        raise CheckpointError(f"{path} holds other tensors than were written: get or make the file anew")
-    return tensors, cfg
+    return {**tensors, **cfg}
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Any], None]:
-    content = load_torch(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds no weights by name, but a {type(content).__name__}")
-    return dict(content), None
-
-
-def load_torch(path: Path) -> Any:
-    """What a file of ``torch.save`` holds, mapped where the format allows. No code in it is run.
+def load_torch(path: Path) -> dict[str, Any]:
+    """The mapping in a file of ``torch.save``, mapped where the format allows. No code in it is run.
 
     Raises:
-        CheckpointError: If it is damaged, or holds other objects than tensors and plain values.
+        CheckpointError: If it cannot be read, or holds other objects than tensors and plain values.
     """
-    check_no_stand_in(path)
-    _check_archive(path)
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files written before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"the object {shown(named.group(1))}"
-            if named
-            else "other objects than tensors and plain values, or is damaged"
-        )
+        what = f"the object {named[1]}" if named else "something else than tensors and plain values, or is damaged"
         raise CheckpointError(f"{path} is refused: it holds {what}; only tensors are loaded, never code") from error
-    except Exception as error:  # at damaged files torch lets through whatever its parts raise
+    except Exception as error:  # torch passes on any error of its zip and pickle readers
         raise CheckpointError(_damaged(path, error)) from error
-
-
-@contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile | None]:
-    """A file of ``torch.save`` as the zip archive that it is; none for files of another form.
-
-    Raises:
-        CheckpointError: If it is damaged.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                yield archive
-        else:
-            yield None
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:  # the last: an unknown compression
-        raise CheckpointError(_damaged(path, error)) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse compressed members: ``torch.save`` stores its own as they are, and a megabyte may stand for gigabytes."""
-    with _archive(path) as archive:
-        members = [] if archive is None else archive.infolist()
-    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise CheckpointError(f"{path} is refused: its parts are compressed ({some(packed)}), as torch writes none")
-
-
-def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object) -> dict[str, Tensor]:
-    """The tensors in another precision, each on its own; one that has it already is not copied.
-
-    Raises:
-        CheckpointError: If a number is too large for the precision.
-    """
-    check_range(dict.fromkeys(tensors, dtype), tensors, source)
-    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-        return False
-    if tensor.is_floating_point() and tensor.dtype not in _REAL:
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all())
-
-
-def some(names: Iterable[object]) -> str:
-    """The first few of some names, and how many more there are."""
-    listed = [shown(name) for name in names]
-    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
-    return ", ".join(listed[:NAMED]) + more
-
-
-def shown(name: object) -> str:
-    """A name from a file on one line; what would steer a terminal is spelt out."""
-    line = " ".join(str(name)[:_LONGEST_NAME].split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception of a library says, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds no weights by name, but a {type(content).__name__}")
+    return dict(content)
 
 
 def _damaged(path: Path, error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return f"{path} cannot be read: there is not enough memory"
-    return f"{path} cannot be read ({one_line(error)}): it is damaged or cut off, get or make it anew"
+    cause = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{path} cannot be read ({cause}): it is damaged or not a weight file, download it again"

@@ -18,85 +18,86 @@ from torch.nn import functional
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
-from lavis_chatbridge.models import half_precision
-from lavis_chatbridge.models.beats import Beats
+from lavis_chatbridge.models.encoders import AudioEncoder, VisionEncoder
 from lavis_chatbridge.prompting import Modality
 
 
 @torch.no_grad()
-def encode_frames(encoder: Any, norm: nn.Module, media: Sequence[Tensor], chunk: int) -> list[EncodedMedium]:
+def encode_frames(encoder: VisionEncoder, norm: nn.Module, media: Sequence[Tensor], chunk: int) -> list[EncodedMedium]:
     """Images and videos through the vision encoder and its layer norm.
 
     Args:
-        encoder: The EVA-ViT.
+        encoder: The vision encoder.
         norm: ``ln_vision``.
         media: Images ``[3, H, W]`` or videos ``[T, 3, H, W]``.
-        chunk: The most frames at once.
+        chunk: At most this many frames pass the encoder at once.
 
     Raises:
         ConfigError: If a frame is not of the encoder's size.
     """
     frames = [medium.unsqueeze(0) if medium.dim() == 3 else medium for medium in media]
-    expected = (3, *encoder.patch_embed.img_size)
     for medium in frames:
-        if tuple(medium.shape[1:]) != expected or not len(medium):
+        if tuple(medium.shape[1:]) != tuple(encoder.frame_shape) or not len(medium):
             raise ConfigError(
-                f"the vision encoder needs frames of shape {list(expected)}, found {list(medium.shape[1:])}: make "
-                f"model.vision.image_size and the image processors' image_size equal"
+                f"the vision encoder needs frames of shape {list(encoder.frame_shape)}, found "
+                f"{list(medium.shape[1:])}: make model.vision.image_size and the image processors' image_size equal"
             )
-    weight = encoder.cls_token
-    dtype = half_precision.input_dtype(weight)
-    flat = torch.cat([medium.to(weight.device, dtype, non_blocking=True) for medium in frames])
-    with _own_precision(weight):
-        tokens = [_normalised(norm, encoder(some)) for some in flat.split(chunk)]
-    each = torch.cat(tokens).split([len(medium) for medium in frames])
-    return [EncodedMedium(t, torch.ones(t.shape[:2], dtype=torch.bool, device=t.device)) for t in each]
+    tokens, mask = _encoded(encoder, norm, frames, None, chunk)
+    counts = [len(medium) for medium in frames]
+    return [EncodedMedium(t, m) for t, m in zip(tokens.split(counts), mask.split(counts), strict=True)]
 
 
 @torch.no_grad()
 def encode_clips(
-    encoder: Beats, norm: nn.Module, media: Sequence[Tensor | AudioClips], chunk: int, mask_padding: bool
+    encoder: AudioEncoder, norm: nn.Module, media: Sequence[Tensor | AudioClips], chunk: int, mask_padding: bool
 ) -> list[EncodedMedium]:
     """Sounds through the audio encoder and its layer norm.
 
     Args:
-        encoder: BEATs.
+        encoder: The audio encoder.
         norm: ``ln_audio``.
-        media: Filterbanks ``[T, F, M]``; one without ``frames`` holds no padding and loses what fills no whole patch.
-        chunk: The most clips at once.
-        mask_padding: Whether the padding that ``frames`` tells of is hidden.
+        media: Clips ``[T, F, ...]``; a tensor without ``frames`` holds no padding and loses an incomplete last patch.
+        chunk: At most this many clips pass the encoder at once.
+        mask_padding: Whether the frames behind ``AudioClips.frames`` are hidden.
 
     Raises:
-        ConfigError: If mel bins differ, or do not fit the encoder.
+        ConfigError: If clips have different mel bins, or do not fit the encoder.
     """
-    patch = encoder.config.input_patch_size
-    banks, lengths = [], []
+    patch = encoder.patch
+    clips, lengths = [], []
     for medium in media:
-        bank, frames = (medium.fbank, medium.frames) if isinstance(medium, AudioClips) else (medium, None)
-        whole = bank.shape[1] // patch * patch
+        clip, frames = (medium.fbank, medium.frames) if isinstance(medium, AudioClips) else (medium, None)
+        complete = clip.shape[1] // patch * patch
         known = frames is not None and mask_padding
-        banks.append(bank if known else bank[:, :whole])
-        lengths.append(frames if known else torch.full((len(bank),), whole))
-    if len({bank.shape[2] for bank in banks}) > 1:
-        raise ConfigError(f"sounds of one batch have different mel bins: {sorted({b.shape[2] for b in banks})}")
-    longest = -(-max(bank.shape[1] for bank in banks) // patch) * patch
-    weight = encoder.patch_embedding.weight
-    padded = [functional.pad(bank, (0, 0, 0, longest - bank.shape[1])) for bank in banks]
-    dtype = half_precision.input_dtype(weight)
-    flat = torch.cat([bank.to(weight.device, dtype, non_blocking=True) for bank in padded])
-    frames = torch.cat([torch.as_tensor(length).to(weight.device) for length in lengths])
-    full = bool((frames >= longest).all())
+        clips.append(clip if known else clip[:, :complete])
+        lengths.append(frames if known else torch.full((len(clip),), complete))
+    if len({clip.shape[2:] for clip in clips}) > 1:
+        raise ConfigError(f"sounds of one batch have different mel bins: {sorted({c.shape[2] for c in clips})}")
+    longest = -(-max(clip.shape[1] for clip in clips) // patch) * patch
+    beside = (0, 0) * (clips[0].dim() - 2)
+    padded = [functional.pad(clip, (*beside, 0, longest - clip.shape[1])) for clip in clips]
+    frames = torch.cat([torch.as_tensor(length) for length in lengths])
+    tokens, mask = _encoded(encoder, norm, padded, None if bool((frames >= longest).all()) else frames, chunk)
+    counts = [len(clip) for clip in clips]
+    own = [-(-(-(-clip.shape[1] // patch) * patch * tokens.shape[1]) // longest) for clip in clips]
+    each = zip(tokens.split(counts), mask.split(counts), own, strict=True)
+    return [EncodedMedium(t[:, :n], m[:, :n]) for t, m, n in each]
+
+
+def _encoded(
+    encoder: Any, norm: nn.Module, media: Sequence[Tensor], lengths: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """``[B, N, D]`` normalised tokens in fp32 and ``[B, N]`` mask of all frames or clips, in their order."""
+    weight = next(encoder.parameters())
+    flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in media])
+    parts = [None] * len(flat.split(chunk)) if lengths is None else lengths.to(weight.device).split(chunk)
     tokens, masks = [], []
     with _own_precision(weight):
-        for some, length in zip(flat.split(chunk), frames.split(chunk), strict=True):
-            encoded, mask = encoder(some, None if full else length)
+        for batch, length in zip(flat.split(chunk), parts, strict=True):
+            encoded, mask = encoder.encode(batch, length)
             tokens.append(_normalised(norm, encoded))
             masks.append(mask)
-    counts = [len(bank) for bank in banks]
-    bands = flat.shape[2] // patch
-    own = [-(-bank.shape[1] // patch) * bands for bank in banks]
-    each = zip(torch.cat(tokens).split(counts), torch.cat(masks).split(counts), own, strict=True)
-    return [EncodedMedium(t[:, :n], m[:, :n]) for t, m, n in each]
+    return torch.cat(tokens), torch.cat(masks)
 
 
 def passes(kind: Modality, media: Sequence[Any], chunk: int) -> int:

@@ -19,8 +19,9 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
-from lavis_chatbridge.models import checkpoint, delta, half_precision, hub_folder, lora
+from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def load_codec(folder: Path) -> Codec:
     """
     from transformers import AutoTokenizer
 
-    hub_folder.tokenizer_file(folder)  # without one transformers makes an empty tokenizer
+    hub.needed_files(folder, "tokenizer")  # without a tokenizer's file transformers makes an empty tokenizer
     pieces = folder / "tokenizer.model"
     try:
         if pieces.is_file() and _is_llama(folder):
@@ -173,9 +174,10 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
         ConfigError: If they need what this environment or the language model does not have.
     """
     check_available(settings)
-    folder = None if settings.weights is None else checkpoint.find(settings.weights, "the language model", HINT)
+    where = "model.language_model"
+    folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights", "language_model")
     named = settings.tokenizer or settings.weights
-    codec = load_codec(checkpoint.find(str(named), "the language model's tokenizer", HINT))
+    codec = load_codec(hub.find(named or (), f"{where}.tokenizer", "tokenizer"))
     model = _random(settings) if folder is None else _pretrained(folder, settings)
     rows = model.get_input_embeddings().num_embeddings
     if len(codec) > rows:
@@ -244,11 +246,10 @@ def hidden_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tenso
 def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if fault := delta.fault(folder):
-        raise CheckpointError(fault)
-    if name := delta.named(folder):
-        log.warning(
-            "%s: %s is the name of a delta; nothing shows that it is one, else docs/weights.md helps", folder, name
+    if any("delta" in Path(name).name.lower() for name in hub.as_list(settings.weights or ())):
+        raise CheckpointError(
+            f"{folder} holds delta weights (by its name), the difference to a LLaMA: add them to that LLaMA "
+            "(python3 -m fastchat.model.apply_delta), and name the result"
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -315,15 +316,9 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_product_dtype(settings),
+            bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
         )
     return {"quantization_config": chosen}
-
-
-def _product_dtype(settings: LanguageModelSettings) -> torch.dtype:
-    """The precision in which 4-bit layers multiply: their own, or fp32 on a processor that is slow in it."""
-    dtype = torch_dtype(settings.dtype)
-    return torch.float32 if not torch.cuda.is_available() and half_precision.is_slow_on_cpu(dtype) else dtype
 
 
 def _keep_differentiable(model: Any) -> None:

@@ -130,37 +130,6 @@ def misfit(
     )
 
 
-def parameter_count(config: Mapping[str, Any], settings: LoraSettings) -> int:
-    """Numbers in the adapters of a LLaMA-like language model, from its ``config.json``; other layers count nothing.
-
-    Raises:
-        KeyError: If it is no such model.
-    """
-    sizes = layer_sizes(config)
-    per_layer = sum(sum(sizes.get(name, (0, 0))) for name in settings.target_modules)
-    return config["num_hidden_layers"] * per_layer * settings.rank
-
-
-def layer_sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers in a block of a LLaMA-like language model.
-
-    Raises:
-        KeyError: If it is no such model.
-    """
-    width, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or width // heads
-    keys = (config.get("num_key_value_heads") or heads) * head
-    return {
-        "q_proj": (width, heads * head),
-        "k_proj": (width, keys),
-        "v_proj": (width, keys),
-        "o_proj": (heads * head, width),
-        "gate_proj": (width, inner),
-        "up_proj": (width, inner),
-        "down_proj": (inner, width),
-    }
-
-
 def _named_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):

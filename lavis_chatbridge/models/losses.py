@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.language_model import hidden_at, logits_at
 
 CHUNK = 256
@@ -72,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if wanted else None
         parts = zip(hidden.split(chunk), targets.split(chunk), losses.split(chunk), strict=True)
         for number, (some, their_targets, their_losses) in enumerate(parts):
-            logits = half_precision.linear(some, weight, bias)
+            logits = functional.linear(some, weight, bias)
             dtype = logits.dtype
             logits = logits.float()
             chosen = their_targets.unsqueeze(1)
@@ -81,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if slopes is not None:
                 shares = logits.sub_(total).exp_()
                 shares.scatter_add_(1, chosen, shares.new_full(chosen.shape, -1.0))
-                slopes[number * chunk : (number + 1) * chunk] = half_precision.times(shares.to(dtype), weight.to(dtype))
+                slopes[number * chunk : (number + 1) * chunk] = shares.to(dtype) @ weight.to(dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return losses

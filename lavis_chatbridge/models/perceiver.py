@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lavis_chatbridge.models.settings import PerceiverConfig
+from lavis_chatbridge.models.settings import PerceiverSettings
 
 
-def build_perceiver(config: PerceiverConfig, encoder_width: int) -> nn.Module:
+def build_perceiver(config: PerceiverSettings, encoder_width: int) -> nn.Module:
     """LAVIS's Q-Former with random weights, as BLIP-2 reduces it: queries only.
 
     Word and position embeddings, the language-model head and the text's feed-forward parts are gone.

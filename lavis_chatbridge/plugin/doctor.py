@@ -152,7 +152,7 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
 def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
     """The model's files, if the fault of the configuration lies elsewhere."""
     from lavis_chatbridge.config import read_options
-    from lavis_chatbridge.models.weights_command import model_settings
+    from lavis_chatbridge.models.weights import model_settings
 
     try:
         settings = model_settings(None, cfg_path, read_options(options).get("model"))
@@ -163,13 +163,11 @@ def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding
 
 def _weights(settings: ModelSettings) -> Iterator[Finding]:
     from lavis_chatbridge.models import weights
-    from lavis_chatbridge.models.weights_command import size_in_words
 
     for need in weights.needs(settings):
-        if need.fault:
-            yield Finding("FAULT", need.fault)
-        else:
-            yield Finding("ok", f"{need.setting:<32}{size_in_words(need.size):>10}  {need.place}")
+        found, line = weights.described(need)
+        level: Level = "FAULT" if found.state == "missing" else "warning" if found.state == "to fetch" else "ok"
+        yield Finding(level, line)
 
 
 def _model(cfg: Config) -> Iterator[Finding]:
@@ -182,6 +180,36 @@ def _model(cfg: Config) -> Iterator[Finding]:
         check_available(settings.language_model)
     except ChatBridgeError as error:
         yield Finding("FAULT", str(error))
+    yield _memory(cfg, settings)
+
+
+def _memory(cfg: Config, settings: ModelSettings) -> Finding:
+    import torch
+
+    from lavis_chatbridge.models.memory import training_memory
+
+    batch, size = cfg.run.batch_size_train, f"batch {cfg.run.batch_size_train}"
+    if cfg.run.batch_tokens is not None:
+        batch = -(-cfg.run.batch_tokens // (settings.perceiver.queries + settings.max_text_length))
+        size = f"batch_tokens {cfg.run.batch_tokens}, {batch} of the longest samples"
+    try:
+        parts = training_memory(settings, batch, cfg.run.gradient_checkpointing)
+    except (ChatBridgeError, AttributeError) as error:  # the latter: no LLaMA-like configuration
+        return Finding("warning", f"GPU memory is not estimated: {error}")
+    total = sum(parts.values())
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
+    text = f"GPU memory of a training process, estimated: {_gib(total)} at {size} ("
+    text += ", ".join(f"{name} {_gib(size)}" for name, size in largest) + " ...)"
+    if cfg.run.parallel == "fsdp":
+        text += "; fsdp shards the language model over the processes"
+    elif torch.cuda.is_available() and cfg.run.device != "cpu":
+        least = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        if total > least:
+            remedy = (
+                "lower run.batch_size_train or run.batch_tokens, or set run.gradient_checkpointing or parallel: fsdp"
+            )
+            return Finding("warning", f"{text}; the smallest GPU has {_gib(least)}: {remedy}")
+    return Finding("ok", text)
 
 
 def _data(name: str, section: Any) -> Iterator[Finding]:
@@ -189,7 +217,7 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
 
     from lavis_chatbridge.datasets.builders import ChatBridgeBuilder
     from lavis_chatbridge.datasets.settings import WORLD_PREFIX
-    from lavis_chatbridge.models.weights_command import size_in_words
+    from lavis_chatbridge.hub import in_words
 
     builder = registry.get_builder_class(name)
     if not issubclass(builder, ChatBridgeBuilder):
@@ -203,7 +231,7 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
     elif name.startswith(WORLD_PREFIX) and not there:
         yield Finding("ok", f"datasets.{name}: the embedded world will be built in {own.root}")
     for path in there:
-        yield Finding("ok", f"{'datasets.' + name:<32}{size_in_words(os.path.getsize(path)):>10}  {path}")
+        yield Finding("ok", f"{'datasets.' + name:<32}{in_words(os.path.getsize(path)):>10}  {path}")
 
 
 def _folder(cfg: Config) -> Iterator[Finding]:

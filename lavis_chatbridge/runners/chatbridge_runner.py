@@ -28,7 +28,6 @@ from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.errors import ChatBridgeError, CheckpointError, ConfigError, DataError, TrainingError
 from lavis_chatbridge.files import atomic_file
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.models.checkpoint import written_with
 from lavis_chatbridge.runners import (
     checkpoints,
     data,
@@ -532,7 +531,7 @@ class ChatBridgeRunner(RunnerBase):
         """The trained weights as one file, ``model.safetensors`` in the run's folder: the best ones, else the last."""
         best, target = self._best_weights(), self.output_dir / WEIGHTS
         weights = checkpoints.read(best).model if best is not None else snapshot.trained_weights(self.model)
-        metadata = {"step": str(self.state.best_step if best else self.state.step), **written_with(weights)}
+        metadata = {"step": str(self.state.best_step if best else self.state.step)}
         metadata |= checkpoints.adapters_metadata(lora.describe(self.model))
         try:
             with atomic_file(target) as partial:

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.files import read_json, share, sync, write_json
-from lavis_chatbridge.models.checkpoint import written_with
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +158,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir(parents=True)
     weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.model.items()}
     save_file(
-        weights, folder / MODEL, metadata=adapters_metadata(checkpoint.state.get("adapters")) | written_with(weights)
+        weights, folder / MODEL, metadata=adapters_metadata(checkpoint.state.get("adapters"))
     )
     save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.optimizer.items()}, folder / OPTIMIZER)
     for name in (MODEL, OPTIMIZER):

@@ -57,7 +57,6 @@ def read(path: Path, model: nn.Module) -> Foreign:
     held = {str(name).removeprefix("module."): t for name, t in content["model"].items() if isinstance(t, Tensor)}
     trained = optim.trainable(model)
     weights = {name: held[name] for name in trained if name in held}
-    checkpoint.check_plain(weights, path)
     epoch, iters = _count(content, "epoch", path), _count(content, "iters", path)
     try:
         optimizer = content.get("optimizer") or {}
@@ -65,7 +64,6 @@ def read(path: Path, model: nn.Module) -> Foreign:
         state = _by_name(order, optimizer.get("state") or {}, trained)
     except (AttributeError, TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path} holds an optimiser of a form that is not known: {error}") from error
-    checkpoint.check_plain(state, path)
     state = {key: tensor.float() for key, tensor in state.items()}
     weights = {key: tensor.float() for key, tensor in weights.items()}
     return Foreign(name, weights, state, None if epoch is None else epoch + 1, iters)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lavis_chatbridge.models import half_precision
+from lavis_chatbridge.models.settings import slow_on_cpu
 from lavis_chatbridge.runners import distributed, gradients, optim
 from lavis_chatbridge.runners.settings import RunSettings
 
@@ -175,7 +175,7 @@ class TrainStep:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The arithmetic of forward passes; that of fp32 on a processor that is slow in a half precision."""
     dtype = _AUTOCAST.get(precision)
-    slow = dtype is not None and device.type == "cpu" and half_precision.is_slow_on_cpu(dtype)
+    slow = dtype is not None and device.type == "cpu" and slow_on_cpu(dtype)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and not slow)
 
 

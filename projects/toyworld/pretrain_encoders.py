@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lavis_chatbridge.files import share
-from lavis_chatbridge.models.beats import Beats, BeatsConfig
-from lavis_chatbridge.models.vision import VisionConfig, build_vision
+from lavis_chatbridge.models.encoders.beats import Beats
+from lavis_chatbridge.models.encoders.eva import EvaVit
+from lavis_chatbridge.models.settings import BeatsConfig, VisionSettings
 from lavis_chatbridge.toyworld.world import ATTRIBUTES
 
 log = logging.getLogger(__name__)
 
-VISION = VisionConfig(image_size=56, patch_size=14, width=96, depth=3, heads=4)
+VISION = VisionSettings(image_size=56, patch_size=14, width=96, depth=3, heads=4)
 BEATS = BeatsConfig(
     embed_dim=96,
     encoder_layers=3,
@@ -91,7 +92,7 @@ class Heads(nn.Module):
 def train_vision(recipe: Recipe) -> nn.Module:
     """A trained tiny EVA-ViT; logs its accuracy on fresh renderings."""
     torch.manual_seed(recipe.seed)
-    encoder = build_vision(VISION)
+    encoder = EvaVit(VISION)
     spread_weights(encoder)
     names = pools.STILL_ATTRIBUTES
     heads = Heads(VISION.width, [len(ATTRIBUTES["image"][name]) for name in names], targets=3)

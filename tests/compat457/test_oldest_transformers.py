@@ -51,11 +51,11 @@ def test_lavis_imports_and_knows_the_plugins_names():
 @pytest.mark.parametrize("kind", ["image", "video", "audio"])
 def test_qformer_computes_the_golden_numbers(kind, golden_dir, sizes, state):
     from lavis_chatbridge.models.perceiver import build_perceiver, perceive
-    from lavis_chatbridge.models.settings import PerceiverConfig
+    from lavis_chatbridge.models.settings import PerceiverSettings
 
     golden = load_file(golden_dir / "perceiver.safetensors")
     features = golden[f"{kind}.encoder_features"]
-    perceiver = build_perceiver(PerceiverConfig(**_perceiver(sizes["qformer"])), features.shape[-1]).eval()
+    perceiver = build_perceiver(PerceiverSettings(**_perceiver(sizes["qformer"])), features.shape[-1]).eval()
     weights = {name.removeprefix("Qformer."): value for name, value in state.items() if name.startswith("Qformer.")}
     unknown = perceiver.load_state_dict(weights, strict=False)
     assert not unknown.unexpected_keys
@@ -103,7 +103,8 @@ def test_a_language_model_in_fewer_bits_says_nearly_the_same(how, bound, tmp_pat
     embeds = torch.randn(2, 7, 64, requires_grad=True)
     found = []
     for quantization in (None, how):
-        chosen = LanguageModelSettings(str(tmp_path), str(golden_dir / "tokenizer"), quantization=quantization)
+        names = {"weights": str(tmp_path), "tokenizer": str(golden_dir / "tokenizer")}
+        chosen = LanguageModelSettings(**names, quantization=quantization)
         logits = load_language_model(chosen)[0](inputs_embeds=embeds).logits
         found.append((logits.detach(), *torch.autograd.grad(logits.logsumexp(-1).sum(), embeds)))
     for part, (own, whole) in enumerate(zip(*reversed(found), strict=True)):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lavis_chatbridge.models.beats import BeatsConfig
 from lavis_chatbridge.models.settings import (
     AudioSettings,
+    BeatsConfig,
     LanguageModelSettings,
     ModelSettings,
     PerceiverSettings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -239,7 +238,7 @@ def test_prompts_beyond_the_positions_of_the_model(golden_dir: Path, family: dic
         config |= {"vocab_size": 640, "n_embd": 32, "n_layer": 1, "n_head": 2}
     else:
         config = {**(own.config or {}), **config}
-    model = small_model(golden_dir / "tokenizer", language_model=dataclasses.replace(own, config=config))
+    model = small_model(golden_dir / "tokenizer", language_model=own.model_copy(update={"config": config}))
     for length, room in ((64, 1), (60, 5)):
         embeds, mask = torch.randn(2, length, 32), torch.ones(2, length, dtype=torch.long)
         mask[0, :-3] = 0
@@ -264,7 +263,7 @@ def test_positions_that_are_drawn_out_count(golden_dir: Path) -> None:
     own = small_settings(golden_dir / "tokenizer").language_model
     scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     config = {**(own.config or {}), "max_position_embeddings": 16, "rope_scaling": scaling}
-    model = small_model(golden_dir / "tokenizer", language_model=dataclasses.replace(own, config=config))
+    model = small_model(golden_dir / "tokenizer", language_model=own.model_copy(update={"config": config}))
     assert generated(model, torch.randn(1, 60, 32), torch.ones(1, 60, dtype=torch.long), Decoding(5)).shape == (1, 5)
     with pytest.raises(PromptError, match="no more than 64"):
         generated(model, torch.randn(1, 65, 32), torch.ones(1, 65, dtype=torch.long), Decoding(1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import Cache
 
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.models.interleave import Batch
 from lavis_chatbridge.prompting import Message, Slot, Text, alignment_prompt, chat_prompt, context_of
 from tests.models.building import small_model, small_settings
@@ -134,7 +132,7 @@ def test_padding_has_no_influence_whatever_it_holds(model: Any) -> None:
 
 
 def test_a_setting_shows_padding_as_the_original_does(golden_dir: Path) -> None:
-    audio = dataclasses.replace(small_settings(golden_dir).audio, mask_padding=False)
+    audio = small_settings(golden_dir).audio.model_copy(update={"mask_padding": False})
     model = small_model(golden_dir / "tokenizer", audio=audio)
     clips = sound(40, size=160)
     samples = {"pieces": [alignment_prompt(["audio"], "rain")]}
@@ -233,7 +231,7 @@ def test_what_is_frozen_stays_frozen(golden_dir: Path) -> None:
 
 
 def test_only_the_projection_trains_with_a_frozen_perceiver(golden_dir: Path) -> None:
-    perceiver = dataclasses.replace(small_settings(golden_dir).perceiver, frozen=True, dropout=0.5)
+    perceiver = small_settings(golden_dir).perceiver.model_copy(update={"frozen": True, "dropout": 0.5})
     model = small_model(golden_dir / "tokenizer", perceiver=perceiver).train()
     trained = {"llama_proj.weight", "llama_proj.bias", "visual_temporal_pos_embeds", "audio_temporal_pos_embeds"}
     assert set(model.trainable_state_dict()) == trained
@@ -317,7 +315,8 @@ def test_pictures_of_another_size_are_explained(model: Any) -> None:
 def test_autocast_and_half_precision_stay_near(
     golden_dir: Path, model: Any, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
-    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: slow and dtype == torch.bfloat16)
+    """A CPU without bf16 instructions loads in fp32."""
+    monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: slow)
     expected = losses(model, MIXED)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(MIXED)
@@ -325,12 +324,11 @@ def test_autocast_and_half_precision_stay_near(
     assert out["loss"].item() == pytest.approx(expected, rel=0.02)
     settings = small_settings(golden_dir / "tokenizer")
     parts = ("vision", "audio", "language_model")
-    halved = {part: dataclasses.replace(getattr(settings, part), dtype="bfloat16") for part in parts}
+    halved = {part: getattr(settings, part).model_copy(update={"dtype": "bfloat16"}) for part in parts}
     half = small_model(golden_dir / "tokenizer", **halved)
-    assert half.visual_encoder.cls_token.dtype == half.llama_model.dtype == torch.bfloat16
+    expected_dtype = torch.float32 if slow else torch.bfloat16
+    assert half.visual_encoder.cls_token.dtype == half.llama_model.dtype == expected_dtype
     assert half.llama_proj.weight.dtype == torch.float32
-    changed = [type(layer).__name__ for layer in half.modules() if "forward" in vars(layer)]
-    assert (changed.count("Linear") > 20 and changed.count("LayerNorm") == 10 and changed.count("Conv2d") == 2) == slow
     for context in (torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
         with context:
             out = half(MIXED)
@@ -342,9 +340,9 @@ def test_a_whole_model_can_be_copied_and_pickled(
     golden_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As processes that are spawned with it, and `torch.save` of all of it, do."""
-    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
     settings = small_settings(golden_dir / "tokenizer")
-    halved = {part: dataclasses.replace(getattr(settings, part), dtype="bfloat16") for part in ("vision", "audio")}
+    halved = {part: getattr(settings, part).model_copy(update={"dtype": "bfloat16"}) for part in ("vision", "audio")}
     model = small_model(golden_dir / "tokenizer", **halved)
     torch.save(model, tmp_path / "model.pt")
     for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
@@ -517,7 +515,9 @@ def test_lavis_own_tasks_drive_the_model(model: Any) -> None:
 def test_configurations(golden_dir: Path) -> None:
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
-    with pytest.raises(ConfigError, match=r"unknown key model\.visoin, did you mean 'vision'\?; .*language_model"):
+    with pytest.raises(
+        ConfigError, match=r"language_model is missing; unknown key model\.visoin, did you mean 'vision'\?"
+    ):
         ChatBridge.check_config({"visoin": {}})
     with pytest.raises(ConfigError, match="no model_type 'huge'; it has tiny, vicuna7b, vicuna13b"):
         ChatBridge.default_config_path("huge")

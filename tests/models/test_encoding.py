@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ SOUND = AudioClips(torch.zeros(3, 48, 32), torch.full((3,), 48))
 ENCODED = EncodedMedium(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
 
 
-def test_encoders_in_half_precision_end_in_a_norm_in_fp32(golden_dir: Path) -> None:
+def test_encoders_in_half_precision_end_in_a_norm_in_fp32(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
     settings = small_settings(golden_dir / "tokenizer")
-    halved = {part: dataclasses.replace(getattr(settings, part), dtype="bfloat16") for part in ("vision", "audio")}
+    halved = {part: getattr(settings, part).model_copy(update={"dtype": "bfloat16"}) for part in ("vision", "audio")}
     whole, half = small_model(golden_dir / "tokenizer"), small_model(golden_dir / "tokenizer", **halved)
     for kind, medium in (("image", torch.randn(3, 28, 28)), ("audio", torch.randn(1, 48, 32))):
         (found,), (expected,) = (model.encode_media(kind, [medium]) for model in (half, whole))

@@ -154,5 +154,11 @@ def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path)
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer \(tokenizer.model or tokenizer.json\)"):
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer \(tokenizer.json or tokenizer.model\)"):
         load_codec(tmp_path)
+
+
+def test_a_delta_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vicuna-7b-delta-v0").symlink_to(folder)
+    named = LanguageModelSettings(weights=str(tmp_path / "vicuna-7b-delta-v0"))
+    assert "the difference to a LLaMA: add them to that LLaMA" in faults(named)

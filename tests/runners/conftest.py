@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.models import half_precision
+from lavis_chatbridge.runners import step
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 
 
@@ -19,4 +19,5 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision is trained in as on a GPU, whatever this processor can do."""
-    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: False)
+    monkeypatch.setattr(step, "slow_on_cpu", lambda dtype: False)
+    monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)

@@ -19,15 +19,16 @@ import torch
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.files import SHARED
-from lavis_chatbridge.models import shapes
+from lavis_chatbridge.models import checkpoint as weight_files
 from lavis_chatbridge.models.language_model import load_codec
-from lavis_chatbridge.models.weights_command import model_settings
+from lavis_chatbridge.models.perceiver import build_perceiver
+from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.runners import checkpoints, distributed, snapshot
 from lavis_chatbridge.runners.checkpoints import Checkpoint, CheckpointFolder
 from tests.fuzzing.weights import assert_same_state, run_state, with_manifest
 from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, in_processes, preloaded, runner, toy_data, weights
 
-ASSETS = Path(shapes.__file__).parents[1] / "assets"
+ASSETS = Path(weight_files.__file__).parents[1] / "assets"
 
 
 class Stop(Exception):
@@ -489,8 +490,12 @@ def test_a_checkpoint_of_the_13b_model_takes_less_than_one_and_a_half_gb(tmp_pat
     trained = weights(one)
     assert 0 <= found - size(trained) < 4 * 200 * len(trained)
 
-    bridge = shapes.bridge_shapes(model_settings("vicuna13b"), audio_width=768, llm_width=5120)
-    trained = {name: tensor for name, tensor in bridge.items() if not name.startswith(("ln_vision", "ln_audio"))}
+    settings = model_settings("vicuna13b")
+    with torch.device("meta"):
+        parts = torch.nn.ModuleList([torch.nn.Linear(768, 1408), torch.nn.Linear(768, 5120)])
+        queries = {name: torch.empty(1, 32, 768) for name in ("image_query_tokens", "audio_query_tokens")}
+        trained = {**parts.state_dict(), **queries}
+        trained |= dict(build_perceiver(settings.perceiver, 1408).named_parameters())
     assert size(trained) + 4 * 200 * len(trained) < 1_500_000_000
     assert round(size(trained) / 1e9, 2) == 1.32
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch.distributed import fsdp
 
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
-from lavis_chatbridge.models import half_precision
 from lavis_chatbridge.runners import distributed, parallel, step
 from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
 
@@ -184,7 +183,7 @@ def test_half_precision_trains_fp32_weights(tmp_path, precision):
 
 @pytest.mark.parametrize(("slow", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_processor_that_is_slow_in_bf16_computes_in_fp32(monkeypatch, slow, dtype):
-    monkeypatch.setattr(half_precision, "is_slow_on_cpu", lambda dtype: slow)
+    monkeypatch.setattr(step, "slow_on_cpu", lambda dtype: slow)
     layer = torch.nn.Linear(2, 2)
     with step.autocast("bf16", torch.device("cpu")):
         assert layer(torch.ones(1, 2)).dtype == dtype

@@ -18,8 +18,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lavis_chatbridge
-from lavis_chatbridge.models.beats import Beats
-from lavis_chatbridge.models.vision import build_vision
+from lavis_chatbridge.models.encoders.beats import Beats
+from lavis_chatbridge.models.encoders.eva import EvaVit
 from lavis_chatbridge.prompting import Text
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS
 
@@ -59,7 +59,7 @@ def shipped(recipes: SimpleNamespace, name: str, module: nn.Module) -> nn.Module
 
 @torch.no_grad()
 def test_the_shipped_vision_encoder_sees_every_attribute(recipes: SimpleNamespace) -> None:
-    encoder = shipped(recipes, "vision", build_vision(recipes.pretrain_encoders.VISION))
+    encoder = shipped(recipes, "vision", EvaVit(recipes.pretrain_encoders.VISION))
     stills = recipes.pools.render_stills(720, recipes.pretrain_encoders.VISION.image_size, seed=77)
     features = functional.layer_norm(encoder(stills.pixels.float()), (96,)).mean(1)
     order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
@@ -144,7 +144,7 @@ def test_a_script_runs(
 def test_training_an_encoder_lowers_the_loss(recipes: SimpleNamespace) -> None:
     pools, training = recipes.pools, recipes.pretrain_encoders
     torch.manual_seed(0)
-    encoder = build_vision(training.VISION)
+    encoder = EvaVit(training.VISION)
     training.spread_weights(encoder)
     heads = training.Heads(training.VISION.width, [6, 8, 2, 5], targets=3)
     batches = pools.still_batches(pools.render_stills(24, training.VISION.image_size, seed=1), 24, seed=1)

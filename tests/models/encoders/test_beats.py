@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models.beats import Beats, BeatsConfig, relative_buckets
+from lavis_chatbridge.models.encoders.beats import Beats, relative_buckets
+from lavis_chatbridge.models.settings import BeatsConfig
 from tests.models.building import SMALL_BEATS
 
 

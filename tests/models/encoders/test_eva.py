@@ -7,14 +7,15 @@ import torch
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models.vision import VisionConfig, build_vision, fit_positions
+from lavis_chatbridge.models.encoders.eva import EvaVit, fit_positions
+from lavis_chatbridge.models.settings import VisionSettings
 
-SMALL = VisionConfig(image_size=28, patch_size=14, width=32, depth=2, heads=4)
+SMALL = VisionSettings(image_size=28, patch_size=14, width=32, depth=2, heads=4)
 
 
 def test_all_tokens_and_no_final_norm() -> None:
     torch.manual_seed(0)
-    vision = build_vision(SMALL).eval()
+    vision = EvaVit(SMALL).eval()
     tokens = vision(torch.randn(2, 3, 28, 28))
     assert tokens.shape == (2, SMALL.tokens, 32) == (2, 5, 32)
     assert not {name for name in vision.state_dict() if name.startswith(("norm", "fc_norm", "head"))}
@@ -22,7 +23,7 @@ def test_all_tokens_and_no_final_norm() -> None:
 
 def test_fused_attention_equals_lavis() -> None:
     torch.manual_seed(0)
-    attention = build_vision(SMALL).blocks[1].attn
+    attention = EvaVit(SMALL).blocks[1].attn
     for bias in (attention.q_bias, attention.v_bias):
         torch.nn.init.normal_(bias)
     x = torch.randn(2, 5, 32)
@@ -34,12 +35,12 @@ def test_positions_fit_other_image_sizes_as_in_lavis(pixels: int) -> None:
     from lavis.models.eva_vit import interpolate_pos_embed
 
     table = torch.randn(1, 1 + 16, 32)
-    sizes = VisionConfig(image_size=pixels, patch_size=14, width=32, depth=1, heads=4)
+    sizes = VisionSettings(image_size=pixels, patch_size=14, width=32, depth=1, heads=4)
     weights = {"pos_embed": table}
-    interpolate_pos_embed(build_vision(sizes), weights)
+    interpolate_pos_embed(EvaVit(sizes), weights)
     assert torch.equal(fit_positions(table, sizes.tokens), weights["pos_embed"])
 
 
 def test_sizes_that_do_not_fit_are_all_named() -> None:
     with pytest.raises(ConfigError, match=r"image_size 225 is not a multiple of patch_size 14; .*width 32 .* heads 5"):
-        parse(VisionConfig, {"image_size": 225, "width": 32, "heads": 5}, "model.vision")
+        parse(VisionSettings, {"image_size": 225, "width": 32, "heads": 5}, "model.vision")

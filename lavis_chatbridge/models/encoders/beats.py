@@ -9,76 +9,56 @@ Shapes: ``B`` clips, ``F`` frames of 10 ms, ``M`` mel bins, ``n`` tokens (time o
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lavis_chatbridge import config as settings
-from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models import half_precision
+from lavis_chatbridge import hub
+from lavis_chatbridge.config import parse
+from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.settings import AudioSettings, BeatsConfig, torch_dtype
 
-_SIZES = ("input_patch_size", "embed_dim", "encoder_embed_dim", "encoder_ffn_embed_dim", "conv_pos", "num_buckets")
-_LARGEST, _MOST_LAYERS = 65_536, 256
 
+def build(settings: AudioSettings) -> Beats:
+    """The BEATs of a file, or a randomly initialised one.
 
-@dataclass(frozen=True)
-class BeatsConfig:
-    """Sizes of a BEATs encoder; the field names are those of the ``cfg`` in a published checkpoint.
-
-    The defaults are those of ``BEATs_iter3_plus_AS2M``.
+    Raises:
+        CheckpointError: If the file is missing or does not fit.
+        ConfigError: If it holds a variant that is not built here.
     """
+    own = settings.config
+    config = parse(BeatsConfig, own, "model.audio.config") if isinstance(own, dict) else own
+    dtype = torch_dtype(settings.dtype)
+    if settings.weights is None:
+        return Beats(config or BeatsConfig()).to(dtype)
+    file = checkpoint.read(hub.find(settings.weights, "model.audio.weights"))
+    held = None if file.cfg is None else BeatsConfig.from_dict(file.cfg)
+    if held is not None and config not in (None, held):
+        raise CheckpointError(f"{file.path} holds {held!r}, but model.audio.config is {config!r}")
+    with torch.device("meta"):
+        encoder = Beats(held or config or BeatsConfig())
+    tensors = tensors_of(file.tensors, encoder.config.encoder_layers)
+    checkpoint.load_exactly(encoder, tensors, file.path, "model.audio", dtype)
+    return encoder
 
-    input_patch_size: int = 16
-    embed_dim: int = 512
-    encoder_layers: int = 12
-    encoder_embed_dim: int = 768
-    encoder_ffn_embed_dim: int = 3072
-    encoder_attention_heads: int = 12
-    conv_bias: bool = False
-    conv_pos: int = 128
-    conv_pos_groups: int = 16
-    deep_norm: bool = True
-    relative_position_embedding: bool = True
-    gru_rel_pos: bool = True
-    num_buckets: int = 320
-    max_distance: int = 800
 
-    @classmethod
-    def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
-        """The configuration held in a published checkpoint.
+def tensors_of(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """A BEATs' tensors, from its own file or from a ChatBridge's, without a classification head.
 
-        Keys for training only (dropout, the classification head and so on) are of no use here and are left out.
-
-        Raises:
-            ConfigError: If the checkpoint uses a variant of the architecture that is not built here.
-        """
-        for key, built in (("layer_norm_first", False), ("activation_fn", "gelu")):
-            if cfg.get(key, built) != built:
-                raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        return settings.parse(cls, {key: value for key, value in cfg.items() if key in names}, "BEATs")
-
-    def check(self) -> Iterable[str]:
-        """Sizes that do not fit together."""
-        width, heads = self.encoder_embed_dim, self.encoder_attention_heads
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        wrong = [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST]
-        if wrong or not 1 <= self.encoder_layers <= _MOST_LAYERS:
-            yield f"sizes from 1 to {_LARGEST} and up to {_MOST_LAYERS} layers are built, found " + ", ".join(
-                [*wrong, f"encoder_layers {self.encoder_layers}"]
-            )
-        if heads < 1 or width % heads:
-            yield f"encoder_embed_dim {width} is not a multiple of encoder_attention_heads {heads}"
-        if self.conv_pos_groups < 1 or width % self.conv_pos_groups:
-            yield f"encoder_embed_dim {width} is not a multiple of conv_pos_groups {self.conv_pos_groups}"
-        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 4:
-            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets} (4 up)"
+    All layers share the relative-position table; if a file holds it once, it is returned under every layer's name.
+    """
+    own = checkpoint.part(tensors, "audio_encoder.") or dict(tensors)
+    kept = {name: tensor for name, tensor in own.items() if not name.startswith("predictor.")}
+    table = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
+    if table is not None:
+        for i in range(1, layers):
+            kept.setdefault(f"encoder.layers.{i}.self_attn.relative_attention_bias.weight", table)
+    return kept
 
 
 class Beats(nn.Module):
@@ -91,7 +71,9 @@ class Beats(nn.Module):
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
         self.config = config
-        patch = config.input_patch_size
+        self.width = config.encoder_embed_dim
+        self.patch = patch = config.input_patch_size
+        self.description = repr(config)
         self.patch_embedding = nn.Conv2d(1, config.embed_dim, patch, stride=patch, bias=config.conv_bias)
         self.layer_norm = nn.LayerNorm(config.embed_dim)
         self.post_extract_proj = (
@@ -123,23 +105,23 @@ class Beats(nn.Module):
                 f"{fbank.shape[-1]} bins and {fbank.shape[1]} frames"
             )
         if frames is None:
-            tokens = self.encode(self.patches(fbank), None)
+            tokens = self.encoder(self.post_extract_proj(self.patches(fbank)), None)
             return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         fbank = functional.pad(fbank, (0, 0, 0, -fbank.shape[1] % patch))
         fbank = fbank * (torch.arange(fbank.shape[1], device=fbank.device) < frames[:, None]).unsqueeze(-1)
         steps, bands = fbank.shape[1] // patch, fbank.shape[2] // patch
         begun = (frames + patch - 1).div(patch, rounding_mode="floor").clamp(1, steps)
         mask = (torch.arange(steps, device=fbank.device) < begun[:, None]).repeat_interleave(bands, dim=1)
-        tokens = self.encode(self.patches(fbank), mask)
+        tokens = self.encoder(self.post_extract_proj(self.patches(fbank)), mask)
         return tokens * mask.unsqueeze(-1), mask
 
     def patches(self, fbank: Tensor) -> Tensor:
         """``[B, F, M]`` filterbank to ``[B, n, embed_dim]`` normalised patches, time outer and mel inner."""
         return self.layer_norm(self.patch_embedding(fbank.unsqueeze(1)).flatten(2).transpose(1, 2))
 
-    def encode(self, patches: Tensor, mask: Tensor | None) -> Tensor:
-        """``[B, n, embed_dim]`` patches to ``[B, n, D]`` tokens; ``mask`` ``[B, n]`` is true for sound."""
-        return self.encoder(self.post_extract_proj(patches), mask)
+    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As :class:`lavis_chatbridge.models.encoders.Encoder` has it."""
+        return self(batch, lengths)
 
 
 class _Encoder(nn.Module):
@@ -202,8 +184,7 @@ class _PositionConv(nn.Module):
         """``[B, D, n]`` to ``[B, D, n]``."""
         kernel = self.weight_v.shape[-1]
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
-        sizes = {"padding": kernel // 2, "groups": self.groups}
-        out = half_precision.convolve(functional.conv1d, x, weight, self.bias, **sizes)
+        out = functional.conv1d(x, weight, self.bias, padding=kernel // 2, groups=self.groups)
         return functional.gelu(out[..., : x.shape[-1]])  # an even kernel yields one step too many
 
 

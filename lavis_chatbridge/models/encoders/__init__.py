@@ -1,0 +1,107 @@
+"""Frozen encoders by configuration: ``model.vision.encoder`` and ``model.audio.encoder`` name an entry of a table.
+
+An encoder of your own is a function that takes the settings and returns a module with the members of
+:class:`Encoder`; :func:`register` enters it. ``encoder: my_module:my_name`` imports ``my_module`` first.
+
+Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Literal, Protocol, cast
+
+from torch import Tensor, nn
+
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.models.settings import AudioSettings, VisionSettings
+
+
+class Encoder(Protocol):
+    """A frozen encoder, which is also an ``nn.Module``.
+
+    Attributes:
+        width: ``D`` of its tokens.
+        description: All settings that affect its output beside its tensors; part of the hash of cached features.
+    """
+
+    width: int
+    description: str
+
+    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens of frames or clips.
+
+        Args:
+            batch: ``[B, 3, H, W]`` frames, or ``[B, ...]`` clips as the encoder's processor returns them.
+            lengths: ``[B]`` steps in time of each clip that are sound; the rest is padding. None: all.
+
+        Returns:
+            ``[B, N, D]`` tokens and ``[B, N]`` bool, false for padding.
+        """
+        ...
+
+
+class VisionEncoder(Encoder, Protocol):
+    """An encoder of frames; ``frame_shape`` is ``(3, H, W)``."""
+
+    frame_shape: tuple[int, int, int]
+
+
+class AudioEncoder(Encoder, Protocol):
+    """An encoder of clips; clips are padded to multiples of ``patch`` steps in time."""
+
+    patch: int
+
+
+Build = Callable[[Any], nn.Module]
+_TABLES: dict[str, dict[str, Build]] = {"vision": {}, "audio": {}}
+VISION, AUDIO = _TABLES["vision"], _TABLES["audio"]
+
+
+def register(modality: Literal["vision", "audio"], name: str) -> Callable[[Build], Build]:
+    """Decorator: enters a function from settings to an encoder under a name."""
+
+    def enter(build: Build) -> Build:
+        _TABLES[modality][name] = build
+        return build
+
+    return enter
+
+
+def build_vision(settings: VisionSettings) -> VisionEncoder:
+    """The image and video encoder of the settings, with its weights.
+
+    Raises:
+        ConfigError: If the settings name an unknown encoder, or do not fit it.
+        CheckpointError: If its weights cannot be had, or do not fit.
+    """
+    return cast(VisionEncoder, _entry(VISION, settings.encoder, "model.vision.encoder")(settings))
+
+
+def build_audio(settings: AudioSettings) -> AudioEncoder:
+    """The audio encoder of the settings, with its weights; raises as :func:`build_vision`."""
+    return cast(AudioEncoder, _entry(AUDIO, settings.encoder, "model.audio.encoder")(settings))
+
+
+def _entry(table: Mapping[str, Build], name: str, setting: str) -> Build:
+    module, _, own = name.rpartition(":")
+    if module:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"{setting}: the module {module!r} cannot be imported ({error})") from error
+    if own not in table:
+        near = difflib.get_close_matches(own, table, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(table))}"
+        raise ConfigError(f"{setting}: there is no encoder {own!r}{hint}")
+    return table[own]
+
+
+def _lazily(module: str, function: str) -> Build:
+    return lambda settings: getattr(import_module(f"{__name__}.{module}"), function)(settings)
+
+
+VISION |= {name: _lazily(name, "build_vision") for name in ("timm", "transformers")} | {"eva": _lazily("eva", "build")}
+AUDIO |= {"transformers": _lazily("transformers", "build_audio"), "beats": _lazily("beats", "build")}

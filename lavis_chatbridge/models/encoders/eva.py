@@ -1,0 +1,114 @@
+"""EVA-ViT, ChatBridge's own vision encoder: LAVIS's class, built without a download, all tokens and no final norm.
+
+The frozen encoder of ChatBridge is EVA-ViT-G of BLIP-2 (39 of its 40 blocks). Parameter names are those of
+``eva_vit_g.pth``.
+
+Shapes: ``B`` images, ``N`` tokens (a class token, then patches row by row), ``D`` width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lavis.models.eva_vit import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lavis_chatbridge import hub
+from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
+
+
+class EvaVit(VisionTransformer):
+    """LAVIS's EVA-ViT with random weights; attention by torch's fused kernel."""
+
+    def __init__(self, settings: VisionSettings) -> None:
+        super().__init__(
+            img_size=settings.image_size,
+            patch_size=settings.patch_size,
+            embed_dim=settings.width,
+            depth=settings.depth,
+            num_heads=settings.heads,
+            mlp_ratio=settings.mlp_ratio,
+            qkv_bias=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_mean_pooling=False,
+        )
+        self.width = settings.width
+        self.frame_shape = (3, settings.image_size, settings.image_size)
+        self.description = f"eva, {settings.heads} heads"
+        for block in self.blocks:
+            block.attn.forward = partial(_fused_attention, block.attn)  # a partial can be pickled
+
+    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``[B, 3, H, W]`` to ``[B, N, D]``, the tokens of the last block, and their mask."""
+        tokens = self(batch)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def build(settings: VisionSettings) -> EvaVit:
+    """The EVA-ViT of a file, or a randomly initialised one.
+
+    Raises:
+        CheckpointError: If the file is missing or does not fit.
+    """
+    dtype = torch_dtype(settings.dtype)
+    if settings.weights is None:
+        return EvaVit(settings).to(dtype)
+    prefixes = checkpoint.BLIP2_VISION
+    file = checkpoint.read(hub.find(settings.weights, "model.vision.weights", prefixes=prefixes), prefixes)
+    tensors = tensors_of(file.tensors, settings.depth, settings.tokens, file.path)
+    with checkpoint.on_meta():
+        encoder = EvaVit(settings)
+    checkpoint.load_exactly(encoder, tensors, file.path, "model.vision", dtype)
+    return encoder
+
+
+def tensors_of(tensors: Mapping[str, Tensor], depth: int, tokens: int, source: object = "") -> dict[str, Tensor]:
+    """An EVA-ViT's tensors, from its own file, a ChatBridge's, or BLIP-2 in Hugging Face's layout.
+
+    Args:
+        tensors: As read. The block after the last one used, heads and final norms are dropped, as in BLIP-2.
+        depth: Blocks of the model to load.
+        tokens: Tokens of an image, for which the positions are interpolated.
+        source: The file, for messages.
+    """
+    named = checkpoint.from_huggingface(tensors, source)
+    own = checkpoint.part(named, "visual_encoder.") or named
+    unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
+    kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
+    table = kept.get("pos_embed")
+    if table is not None and table.dim() == 3 and table.shape[1] > 1 and table.numel():
+        kept["pos_embed"] = fit_positions(table, tokens)
+    return kept
+
+
+def fit_positions(table: Tensor, tokens: int) -> Tensor:
+    """A position table for another number of patches, by bicubic interpolation as in BLIP-2.
+
+    Args:
+        table: ``[1, N, D]`` with the class token's position first, then a square of patches.
+        tokens: The number of tokens, one more than a square number.
+
+    Returns:
+        ``[1, tokens, D]``; the table itself if it fits already or is no square of patches.
+    """
+    have, want = math.isqrt(table.shape[1] - 1), math.isqrt(tokens - 1)
+    if table.shape[1] == tokens or have**2 != table.shape[1] - 1 or want**2 != tokens - 1:
+        return table
+    grid = table[:, 1:].float().unflatten(1, (have, have)).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, size=(want, want), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def _fused_attention(attention: Any, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
+    """The forward of an EVA attention module: queries and values have a bias, keys have none."""
+    bias = torch.cat([attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias])
+    qkv = functional.linear(x, attention.qkv.weight, bias).unflatten(-1, (3, attention.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=rel_pos_bias)
+    return attention.proj(out.transpose(1, 2).flatten(2))

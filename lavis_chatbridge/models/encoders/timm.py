@@ -1,0 +1,88 @@
+"""Vision encoders of timm: every model with ``forward_features`` (ViT, SigLIP, EfficientNet, ConvNeXt, ...).
+
+Shapes: ``B`` images, ``N`` tokens, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lavis_chatbridge import hub
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
+
+
+class TimmVision(nn.Module):
+    """A timm model without its head.
+
+    Args:
+        model: The model, built with ``num_classes=0``.
+        settings: ``layer`` counts blocks of a ViT or stages of a convolutional network.
+    """
+
+    def __init__(self, model: Any, settings: VisionSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.layer, self.class_token, self.pool = settings.layer, settings.class_token, settings.pool
+        self.width: int = model.num_features
+        if self.layer != -1:
+            self.width = model.feature_info[self.layer]["num_chs"]
+        self.frame_shape = timm.data.resolve_model_data_config(model)["input_size"]
+        architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
+        self.description = f"timm {architecture}, layer {self.layer}, {self.class_token}, pool {self.pool}"
+
+    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``[B, 3, H, W]`` to ``[B, N, D]``: prefix tokens if they are kept, then the grid row by row."""
+        prefix: list[Tensor] = []
+        if self.layer == -1:
+            features = self.model.forward_features(batch)
+        else:
+            features = self.model.forward_intermediates(batch, indices=[self.layer], intermediates_only=True)[-1]
+        if features.dim() == 3:  # [B, N, D] of a transformer
+            count = getattr(self.model, "num_prefix_tokens", 0)
+            prefix = [features[:, :count]] if self.class_token else []
+            grid = features[:, count:].unflatten(1, self.model.patch_embed.grid_size).permute(0, 3, 1, 2)
+        else:
+            grid = features.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else features
+        if self.pool > 1:
+            grid = functional.avg_pool2d(grid, self.pool, ceil_mode=True)
+        tokens = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def build_vision(settings: VisionSettings) -> TimmVision:
+    """A timm model with the weights of the settings, or a randomly initialised one.
+
+    Raises:
+        ConfigError: If no architecture is named, or timm has no such one.
+        CheckpointError: If the weights are missing or do not fit.
+    """
+    place = None if settings.weights is None else hub.find(settings.weights, "model.vision.weights")
+    described = hub.read_config(place) if place is not None and (place / "config.json").is_file() else {}
+    name = settings.name or described.get("architecture")
+    if not isinstance(name, str):
+        raise ConfigError("model.vision.name is null and no config.json names an architecture of timm")
+    more = dict(described.get("model_args") or {})
+    if described.get("pretrained_cfg"):
+        more["pretrained_cfg"] = described["pretrained_cfg"]
+    try:
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0, **more)
+    except (RuntimeError, TypeError, ValueError) as error:
+        near = ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:4])
+        raise ConfigError(
+            f"model.vision.name: timm builds no {name!r} ({error}); it has {near or 'no such family'}"
+        ) from error
+    dtype = torch_dtype(settings.dtype)
+    if place is not None:
+        file = checkpoint.read(place)
+        head = model.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
+        tensors = {name: tensor for name, tensor in file.tensors.items() if not (heads and name.startswith(heads))}
+        checkpoint.load_exactly(model, tensors, file.path, "model.vision", dtype)
+    return TimmVision(model.to(dtype), settings)

@@ -1,0 +1,209 @@
+"""Encoders of transformers: the towers of CLIP, SigLIP, SigLIP2, DINOv2; Whisper, AST, wav2vec2, HuBERT, CLAP.
+
+Any other model that ``AutoModel`` builds and that returns ``last_hidden_state`` works too.
+
+Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lavis_chatbridge import hub
+from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.models.settings import AudioSettings, EncoderSettings, VisionSettings, torch_dtype
+
+log = logging.getLogger(__name__)
+
+_UNSTABLE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "_attn_implementation")
+"""Keys of a configuration that do not affect the output."""
+
+
+class TransformersVision(nn.Module):
+    """A vision tower.
+
+    Args:
+        model: The tower.
+        settings: ``layer`` counts blocks.
+        size: Height and width of a frame in pixels.
+    """
+
+    def __init__(self, model: Any, settings: VisionSettings, size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.layer, self.class_token, self.pool = settings.layer, settings.class_token, settings.pool
+        self.width: int = model.config.hidden_size
+        self.frame_shape = (3, size, size)
+        self.description = _description(model, settings)
+
+    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``[B, 3, H, W]`` to ``[B, N, D]``: prefix tokens if they are kept, then patches row by row."""
+        patch = self.model.config.patch_size
+        height, width = batch.shape[2] // patch, batch.shape[3] // patch
+        if self.model.config.model_type.startswith("siglip2"):
+            inputs = _as_patches(batch, patch)
+        else:
+            inputs = {"pixel_values": batch}
+        tokens = _run(self.model, inputs, self.layer)
+        count = tokens.shape[1] - height * width
+        grid = tokens[:, count:].transpose(1, 2).unflatten(2, (height, width))
+        if self.pool > 1:
+            grid = functional.avg_pool2d(grid, self.pool, ceil_mode=True)
+        prefix = [tokens[:, :count]] if self.class_token else []
+        tokens = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+class TransformersAudio(nn.Module):
+    """An audio encoder.
+
+    Args:
+        model: The encoder.
+        settings: ``layer`` counts blocks; ``pool`` shortens Whisper's 1500 tokens.
+    """
+
+    patch = 1
+
+    def __init__(self, model: Any, settings: AudioSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.layer, self.class_token, self.pool = settings.layer, settings.class_token, settings.pool
+        self.width: int = getattr(model.config, "hidden_size", 0) or model.config.d_model
+        self.description = _description(model, settings)
+
+    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``[B, ...]`` features of the encoder's own extractor to ``[B, N, D]``, and true where a token is sound."""
+        inputs = {self.model.main_input_name: batch}
+        family = self.model.config.model_type
+        if family.startswith("clap"):
+            inputs["is_longer"] = torch.zeros(len(batch), 1, dtype=torch.bool, device=batch.device)
+        if batch.dim() == 2 and lengths is not None and self.model.config.feat_extract_norm == "layer":
+            steps = torch.arange(batch.shape[1], device=batch.device)
+            inputs["attention_mask"] = (steps < lengths[:, None]).long()
+        tokens = _run(self.model, inputs, self.layer)
+        if tokens.dim() == 4:  # CLAP: [B, D, frequency, time]
+            tokens = tokens.flatten(2).transpose(1, 2)
+        if family == "audio-spectrogram-transformer":
+            return self._pooled_grid(tokens)
+        mask = self._mask(tokens, batch, lengths)
+        if self.pool > 1:
+            weights = mask.unsqueeze(1).to(tokens.dtype)
+            pooled = [_mean_of(part, self.pool) for part in (tokens.transpose(1, 2) * weights, weights)]
+            tokens = (pooled[0] / pooled[1].clamp_min(torch.finfo(tokens.dtype).eps)).transpose(1, 2)
+            mask = pooled[1].squeeze(1) > 0
+        return tokens * mask.unsqueeze(-1), mask
+
+    def _mask(self, tokens: Tensor, batch: Tensor, lengths: Tensor | None) -> Tensor:
+        """``[B, N]``: of encoders of one token after another, those that begin within the sound."""
+        count = tokens.shape[1]
+        valid = torch.full((len(tokens),), count, device=tokens.device)
+        if lengths is not None and hasattr(self.model, "_get_feat_extract_output_lengths") and batch.dim() == 2:
+            valid = self.model._get_feat_extract_output_lengths(lengths)
+        elif lengths is not None and self.model.config.model_type == "whisper":
+            valid = -(-lengths * count // batch.shape[-1])
+        return torch.arange(count, device=tokens.device) < valid.clamp(1, count)[:, None]
+
+    def _pooled_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """AST's tokens: two prefix tokens, then its patches, frequency outer and time inner."""
+        config = self.model.config
+        rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        grid = tokens[:, 2:].transpose(1, 2).unflatten(2, (rows, -1))
+        if self.pool > 1:
+            grid = functional.avg_pool2d(grid, self.pool, ceil_mode=True)
+        prefix = [tokens[:, :2]] if self.class_token else []
+        tokens = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def build_vision(settings: VisionSettings) -> TransformersVision:
+    """The vision tower of a folder, of a model with text and vision too, or a randomly initialised one.
+
+    Raises:
+        ConfigError: If no architecture is given.
+        CheckpointError: If the weights are missing, or are no model that transformers can build.
+    """
+    model, folder = _loaded(settings, "model.vision", "vision_config")
+    size = model.config.image_size if hasattr(model.config, "image_size") else settings.image_size
+    if folder is not None and (folder / "preprocessor_config.json").is_file():
+        size = hub.image_size(hub.read_config(folder, "preprocessor_config.json")) or size
+    return TransformersVision(model, settings, size if isinstance(size, int) else size[0])
+
+
+def build_audio(settings: AudioSettings) -> TransformersAudio:
+    """The audio encoder of a folder (of CLAP its audio tower, of Whisper its encoder); raises as `build_vision`."""
+    model, _ = _loaded(settings, "model.audio", "audio_config")
+    return TransformersAudio(model.encoder if model.config.model_type == "whisper" else model, settings)
+
+
+def _loaded(settings: EncoderSettings, where: str, tower: str) -> tuple[Any, Path | None]:
+    from transformers import AutoConfig
+
+    dtype = torch_dtype(settings.dtype)
+    sizes = getattr(settings, "config", None)
+    if settings.weights is None:
+        if not isinstance(sizes, dict) or "model_type" not in sizes:
+            raise ConfigError(f"{where}: weights is null, so config must give model_type and sizes")
+        given = dict(sizes)
+        config = AutoConfig.for_model(given.pop("model_type"), **given)
+        config = getattr(config, tower, config)
+        return _class_of(config)._from_config(config).to(dtype), None
+    folder = hub.find(settings.weights, f"{where}.weights")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{where}.weights: {folder} is no folder with config.json, which encoder transformers needs"
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config = getattr(config, tower, config)
+        model, info = _class_of(config).from_pretrained(
+            str(folder), config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers passes on whatever its readers raise
+        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{where}: no encoder can be read from {folder}: {cause}") from error
+    missing = [name for name in info["missing_keys"] if "pooler" not in name and "masked_spec_embed" not in name]
+    if missing:
+        raise CheckpointError(f"{where}: {folder} lacks {len(missing)} tensors, {missing[0]} for one")
+    return model, folder
+
+
+def _class_of(config: Any) -> Any:
+    from transformers import MODEL_MAPPING
+
+    return MODEL_MAPPING[type(config)]
+
+
+def _run(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
+    """The output of a block; of the last one after the model's final norm."""
+    output = model(**inputs, output_hidden_states=layer != -1, return_dict=True)
+    if layer == -1:
+        return output.last_hidden_state
+    return output.hidden_states[layer if layer < 0 else layer + 1]
+
+
+def _as_patches(batch: Tensor, patch: int) -> dict[str, Tensor]:
+    """Frames as SigLIP2 (NaFlex) takes them: flattened patches, channels last."""
+    height, width = batch.shape[2] // patch, batch.shape[3] // patch
+    grid = batch.unflatten(3, (width, patch)).unflatten(2, (height, patch))  # [B, 3, h, p, w, p]
+    pixels = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    shapes = torch.tensor([[height, width]] * len(batch), device=batch.device)
+    mask = torch.ones(pixels.shape[:2], dtype=torch.long, device=batch.device)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def _mean_of(line: Tensor, count: int) -> Tensor:
+    """``[B, D, N]`` to ``[B, D, ceil(N / count)]``."""
+    return functional.avg_pool1d(functional.pad(line, (0, -line.shape[2] % count)), count)
+
+
+def _description(model: Any, settings: EncoderSettings) -> str:
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _UNSTABLE}
+    options = settings.layer, settings.class_token, settings.pool
+    return f"transformers {json.dumps(config, sort_keys=True, default=str)} {options}"
