@@ -95,7 +95,9 @@ def find(
     raise CheckpointError(f"{what}: {'; '.join(faults)}" + (f" ({hint})" if hint else ""))
 
 
-def status(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Found:
+def status(
+    names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = (), hint: str = ""
+) -> Found:
     """Where weights are, without fetching them; a server is asked for their size if it can be reached."""
     try:
         alternatives = [parsed(text, what) for text in as_list(names)]
@@ -115,7 +117,7 @@ def status(names: str | Sequence[str], what: str, content: Content = "weights", 
             return Found("to fetch", None, size)
         except CheckpointError as error:
             faults.append(str(error))
-    return Found("missing", None, None, f"{what}: {'; '.join(faults)}")
+    return Found("missing", None, None, f"{what}: {'; '.join(faults)}" + (f" ({hint})" if hint else ""))
 
 
 def as_list(names: str | Sequence[str]) -> list[str]:

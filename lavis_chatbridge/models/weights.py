@@ -28,6 +28,9 @@ CfgPath = Annotated[str | None, typer.Option("--cfg-path", metavar="YAML", help=
 Options = Annotated[list[str] | None, typer.Option("--options", help="Changes to it, KEY=VALUE.")]
 
 
+_HINTS = {"model.audio.weights": "BEATs is published by https://github.com/microsoft/unilm/tree/master/beats"}
+
+
 class Need(NamedTuple):
     """Weights that a model's settings name.
 
@@ -45,11 +48,11 @@ class Need(NamedTuple):
 
     def find(self) -> Path:
         """The local file or folder, fetched if necessary."""
-        return hub.find(self.names, self.setting, self.content, self.prefixes)
+        return hub.find(self.names, self.setting, self.content, self.prefixes, _HINTS.get(self.setting, ""))
 
     def status(self) -> hub.Found:
         """Where it is, without fetching it."""
-        return hub.status(self.names, self.setting, self.content, self.prefixes)
+        return hub.status(self.names, self.setting, self.content, self.prefixes, _HINTS.get(self.setting, ""))
 
 
 def needs(settings: ModelSettings) -> list[Need]:
@@ -59,11 +62,11 @@ def needs(settings: ModelSettings) -> list[Need]:
     llm = settings.language_model
     blip2 = BLIP2_VISION if settings.vision.encoder == "eva" else ()
     named: list[tuple[str, Weights | None, hub.Content, tuple[str, ...]]] = [
+        ("model.language_model.weights", llm.weights, "language_model", ()),
+        ("model.language_model.tokenizer", llm.tokenizer, "tokenizer", ()),
         ("model.vision.weights", settings.vision.weights, "weights", blip2),
         ("model.audio.weights", settings.audio.weights, "weights", ()),
         ("model.perceiver.weights", settings.perceiver.weights, "weights", BLIP2_BRIDGE),
-        ("model.language_model.weights", llm.weights, "language_model", ()),
-        ("model.language_model.tokenizer", llm.tokenizer, "tokenizer", ()),
         ("model.checkpoint", settings.trained, "weights", ()),
     ]
     return [Need(setting, names, *rest) for setting, names, *rest in named if names is not None]  # type: ignore[arg-type]
@@ -156,8 +159,7 @@ def described(need: Need) -> tuple[hub.Found, str]:
     found = need.status()
     size = "unknown size" if found.size is None else hub.in_words(found.size)
     place = found.fault or found.place or " or ".join(hub.as_list(need.names))
-    text = str(place) if found.state == "missing" else f"{need.setting:<32}{size:>12}  {place}"
-    return found, f"{found.state:<9}{text}"
+    return found, str(place) if found.state == "missing" else f"{need.setting:<32}{size:>12}  {place}"
 
 
 @app.command("list")
@@ -174,7 +176,7 @@ def list_command(
         missing += sum(found.state == "missing" for _, found, _ in lines)
         rows[name] = [{"setting": need.setting, "names": need.names, **found._asdict()} for need, found, _ in lines]
         if not as_json:
-            typer.echo("\n".join([name, *(f"  {line}" for *_, line in lines)]))
+            typer.echo("\n".join([name, *(f"  {found.state:<9}{line}" for _, found, line in lines)]))
     if as_json:
         typer.echo(json.dumps(rows, default=str))
     return int(missing > 0 and (model_type or cfg_path) is not None)

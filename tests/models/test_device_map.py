@@ -35,7 +35,7 @@ def test_without_accelerate_the_extra_is_named_before_anything_is_loaded(monkeyp
     absent = lambda name, *more: None if name == "accelerate" else real(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
-    with pytest.raises(MissingExtraError, match=r"language_model.device_map needs .*lavis-chatbridge\[device-map\]"):
+    with pytest.raises(MissingExtraError, match=r"language_model.device_map needs .*extra 'device-map'"):
         language_model.load_language_model(LanguageModelSettings(weights=TINY, device_map="balanced"))
 
 

@@ -143,7 +143,7 @@ def test_without_peft_the_extra_is_named_before_anything_is_built(
 ) -> None:
     hide(monkeypatch, "peft")
     monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
-    with pytest.raises(MissingExtraError, match=r"model.language_model.lora needs .*lavis-chatbridge\[lora\]"):
+    with pytest.raises(MissingExtraError, match=r"model.language_model.lora needs .*extra 'lora'"):
         ChatBridge(small_settings(golden_dir / "tokenizer", language_model=with_lora(golden_dir / "tokenizer")))
 
 
