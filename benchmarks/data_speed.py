@@ -40,9 +40,9 @@ from PIL import Image
 from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
+from lavis_chatbridge.media.frames import frame_indices
 from lavis_chatbridge.processors import AudioEvalProcessor, ImageEvalProcessor, VideoEvalProcessor
 from lavis_chatbridge.processors.fbank import MEAN, STD
-from lavis_chatbridge.processors.frames import frame_indices
 from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD
 
 SIZE, FRAMES, MEL_BINS, CLIP = 224, 4, 128, 1024

@@ -63,14 +63,9 @@ def _config(model: str, options: Sequence[str], chatbridge: Any) -> Any:
 
 def _sections(config: Any) -> Any:
     """What a configuration says about the model and its processors."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    from lavis_chatbridge.processors.loading import with_known_keys
-
-    part = OmegaConf.masked_copy(config, ["model", "preprocess"])
-    if isinstance(part.get("preprocess"), DictConfig):
-        part.preprocess = with_known_keys(part.preprocess)
-    return part
+    return OmegaConf.masked_copy(config, ["model", "preprocess"])
 
 
 def _device(name: str) -> Any:

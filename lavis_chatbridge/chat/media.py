@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lavis_chatbridge.errors import MediaError, TooShortError
-from lavis_chatbridge.media import Sound, Source
+from lavis_chatbridge.media import Sound, Source, has_audio_track
 from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.source import file_of, is_file, media_errors
 from lavis_chatbridge.media.types import AudioClips
@@ -228,7 +228,7 @@ class MediaReader:
             prepared = processor(medium.source)
             silent = isinstance(prepared, AudioClips) and _is_silent(prepared)
             return prepared, (SILENT,) if silent else ()
-        if not processor.opener.has_audio_track(medium.source, limits=processor.limits):
+        if not processor.opener(has_audio_track, medium.source, limits=processor.limits):
             raise _NothingToHear(NO_TRACK)
         try:
             prepared = processor(medium.source)

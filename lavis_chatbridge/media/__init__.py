@@ -1,6 +1,6 @@
-"""Opening image, video and audio files safely: path or bytes -> array, or `MediaError`. Knows no normalisation.
+"""Opens image, video and audio files: a path or bytes become an array, or raise `MediaError`. Knows no normalisation.
 
-What is exported is imported on first use: PyAV, soundfile and Pillow cost time that not every command needs.
+Names are imported on first use: PyAV, soundfile and Pillow cost time that not every command needs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavis_chatbridge.media.audio import open_audio
-    from lavis_chatbridge.media.container import has_audio_track
+    from lavis_chatbridge.media.container import has_audio_track, modality_of
     from lavis_chatbridge.media.image import open_image
-    from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-    from lavis_chatbridge.media.source import Sound, Source
+    from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, Sound, Source
     from lavis_chatbridge.media.types import AudioClips, EncodedMedium
     from lavis_chatbridge.media.video import open_video
 
@@ -25,26 +24,24 @@ __all__ = [
     "Sound",
     "Source",
     "has_audio_track",
+    "modality_of",
     "open_audio",
     "open_image",
     "open_video",
 ]
 
-_HOMES = {
-    "open_image": "image",
-    "open_video": "video",
-    "open_audio": "audio",
-    "has_audio_track": "container",
-    "Limits": "limits",
-    "DEFAULT_LIMITS": "limits",
-    "Sound": "source",
-    "Source": "source",
-    "AudioClips": "types",
-    "EncodedMedium": "types",
+_MODULES = {
+    "audio": ("open_audio",),
+    "container": ("has_audio_track", "modality_of"),
+    "image": ("open_image",),
+    "source": ("DEFAULT_LIMITS", "Limits", "Sound", "Source"),
+    "types": ("AudioClips", "EncodedMedium"),
+    "video": ("open_video",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

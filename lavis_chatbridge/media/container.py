@@ -1,19 +1,19 @@
-"""Opens containers (mp4, mkv, webm, avi, ogg, mp3 ...) with PyAV, shut off from everything but the one file."""
+"""Opens containers (mp4, mkv, webm, avi, ogg, mp3 ...) with PyAV, which then reads no other file and no address."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-from lavis_chatbridge.media.source import Source, file_of, head_of, is_file, is_picture, media_errors
+from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, Source, file_of, guarded, head_of, is_file, is_picture
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
 
-# Playlists (HLS, DASH, concat) are containers to FFmpeg too, and may name other files and addresses: only these are
-# read.
+# FFmpeg counts playlists (HLS, DASH, concat) as containers too; they name other files and addresses.
 _FORMATS = "mov,matroska,avi,ogg,mp3,wav,w64,flac,aiff,au,aac,ac3,amr,mpegts,mpeg,mpegvideo,m4v,flv,asf,caf,h264,hevc"
 
 
@@ -22,42 +22,80 @@ def open_container(file: str | io.BytesIO, limits: Limits) -> InputContainer:
     import av
 
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(limits.max_pixels)}
-    # Tags that are not UTF-8 must not cost the file. PyAV 19 reads them by itself, and has no such argument any more.
+    # Tags that are not UTF-8 must not cost the file. PyAV 19 reads them by itself and has lost this argument.
     lenient: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
     return av.open(file, "r", options=options, **lenient)
 
 
+@guarded
 def has_audio_track(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> bool:
-    """Whether a file has a sound track (which may be silent). Pictures and arrays have none.
+    """Whether a file has an audio track (which may be silent). Images and arrays have none.
 
     Raises:
         MediaError: If the file cannot be opened.
     """
-    with media_errors(source):
-        if not is_file(source):
-            return False
-        file = file_of(source)
-        if is_picture(head_of(file)):
-            return False
-        with open_container(file, limits) as container:
-            return len(container.streams.audio) > 0
+    if not is_file(source) or is_picture(head_of(file := file_of(source))):
+        return False
+    with open_container(file, limits) as container:
+        return find_stream(container, "audio") is not None
 
 
-def first_stream(container: InputContainer, kind: str, source: object) -> Any:
-    """The first video or audio stream; the cover of a sound file is no video.
+@guarded
+def modality_of(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> Literal["image", "video", "audio"]:
+    """The modality of a file by its content: a webm or mp4 without a video track is audio.
 
     Raises:
-        MediaError: If there is none.
+        MediaError: If the file cannot be opened, or holds none of them.
     """
+    file = file_of(source)
+    if is_picture(head_of(file)):
+        return "image"
+    with open_container(file, limits) as container:
+        if find_stream(container, "video") is not None:
+            return "video"
+        if find_stream(container, "audio") is not None:
+            return "audio"
+    raise MediaError(source, "it has neither a video nor an audio track")
+
+
+def find_stream(container: InputContainer, modality: str) -> Any:
+    """The first video or audio stream that can be decoded, or None. The cover of a sound file is no video."""
     import av.stream
 
     for stream in container.streams:
         cover = stream.disposition & av.stream.Disposition.attached_pic
-        if stream.type == kind and not cover and stream.codec_context is not None:
-            stream.codec_context.thread_count = 1  # data workers are processes: threads would only fight over the cores
-            skipped = getattr(av.stream, "Discard", None)  # PyAV 15, which lmms-eval pins, reads what it does not need
-            for other in container.streams:
-                if skipped is not None and other.index != stream.index:
-                    other.discard = skipped.all
+        if stream.type == modality and not cover and stream.codec_context is not None:
             return stream
-    raise MediaError(source, f"it has no {kind} track")
+    return None
+
+
+def first_stream(container: InputContainer, modality: str, source: object) -> Any:
+    """The first video or audio stream, set up to be decoded alone and in one thread.
+
+    Raises:
+        MediaError: If the file has none.
+    """
+    import av.stream
+
+    stream = find_stream(container, modality)
+    if stream is None:
+        only_sound = modality == "video" and find_stream(container, "audio") is not None
+        raise MediaError(source, f"it has no {modality} track" + ("; it holds only sound" if only_sound else ""))
+    stream.codec_context.thread_count = 1  # data workers are processes: threads would only compete for the cores
+    discard = getattr(av.stream, "Discard", None)  # PyAV 15 has none and reads the other streams too
+    for other in container.streams:
+        if discard is not None and other.index != stream.index:
+            other.discard = discard.all
+    return stream
+
+
+def packets_of(container: InputContainer, stream: Any) -> Iterator[Packet]:
+    """The packets of a stream in the order of the file. A read error counts as end of file."""
+    import av.error
+
+    try:
+        for packet in container.demux(stream):
+            if packet.size > 0:
+                yield packet
+    except av.error.FFmpegError:
+        return

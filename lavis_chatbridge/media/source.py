@@ -1,14 +1,18 @@
-"""Where a medium comes from, and how every way of failing to open it becomes one ``MediaError``."""
+"""Where a medium comes from, what opening it may cost, and how every failure becomes a `MediaError`."""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import queue
 import stat
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,38 +26,123 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | n
 Sound: TypeAlias = "Source | tuple[np.ndarray, float]"
 """The same, or samples with their sampling rate in Hz."""
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _PICTURE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Brands of pictures in MPEG-4's container: AVIF and HEIC."""
+
+_SECONDS_TO_NOTICE = 1.0  # loops that check the deadline raise a clearer error within this time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on opening one medium; one that exceeds them raises `MediaError`."""
+
+    max_pixels: int = 89_478_485
+    """Width times height of an image or a video frame; Pillow warns from this size on."""
+    max_seconds: float = 3600.0
+    """Length of a sound."""
+    max_frames: int = 500_000
+    """Frames of a video or an animated image."""
+    max_bytes: int = 1 << 31
+    """Size of the decoded result; for a sound, as mono before it is resampled."""
+    timeout: float = 60.0
+    """Seconds of decoding."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class ChoiceError(ValueError):
+    """The caller's choice of frames is at fault, not the file."""
 
 
 @contextmanager
-def media_errors(source: object, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn whatever is raised inside, but for ``passing``, into ``MediaError(source, cause)``.
+def media_errors(source: object) -> Iterator[None]:
+    """Turn every exception except `ChoiceError` into ``MediaError(source, cause)``.
 
-    Pillow, PyAV and libsndfile raise some thirty different exceptions at broken files (``SyntaxError``,
-    ``struct.error``, ``UnicodeDecodeError``, ``MemoryError`` ... among them), so nothing short of ``Exception`` covers
-    them.
+    Pillow, PyAV and libsndfile raise some thirty different exceptions for broken files (``SyntaxError``,
+    ``struct.error``, ``UnicodeDecodeError``, ``MemoryError`` ...), so only ``Exception`` covers them.
     """
     try:
         yield
+    except (MediaError, ChoiceError):
+        raise
     except Exception as error:
-        if isinstance(error, (MediaError, *passing)):
-            raise
         raise MediaError(source, _cause(error)) from error
 
 
+def guarded(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of ``(source, ..., limits=...)``: it raises `MediaError` only, and soon.
+
+    Files are opened in a thread. Python cannot end a call into a C library that hangs, so after ``limits.timeout`` the
+    thread is left behind with the lowest priority, and the caller gets `MediaError`.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        source: Any = args[0]
+        limits: Any = kwargs.get("limits", DEFAULT_LIMITS)
+        outcome: queue.SimpleQueue[tuple[list[R], BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                with media_errors(source):
+                    outcome.put(([function(*args, **kwargs)], None))
+            except BaseException as error:
+                outcome.put(([], error))
+
+        if is_file(source):
+            thread = threading.Thread(target=run, name="decoder", daemon=True)
+            thread.start()
+        else:
+            run()
+        try:
+            result, error = outcome.get(timeout=limits.timeout + _SECONDS_TO_NOTICE)
+        except queue.Empty:
+            with suppress(OSError, AttributeError):  # only Linux has priorities of threads
+                os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, 19)
+            raise MediaError(source, f"its decoder hangs: no result after {limits.timeout:g} s") from None
+        if error is not None:
+            raise error
+        return result[0]
+
+    return call
+
+
+def directly(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+    """``function(*args, **kwargs)``; a `pool.DecodingPool` calls it in a limited process instead."""
+    return function(*args, **kwargs)
+
+
+class Deadline:
+    """The time at which decoding ``source`` has taken ``seconds``."""
+
+    def __init__(self, source: object, seconds: float) -> None:
+        self._source, self._seconds = source, seconds
+        self._end = time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raises MediaError: If the deadline has passed."""
+        if time.monotonic() > self._end:
+            raise MediaError(self._source, f"decoding took longer than {self._seconds:g} s")
+
+
 def is_file(source: object) -> bool:
-    """Whether a source is a path or the bytes of a file: what has yet to be decoded."""
+    """Whether a source is a path or the bytes of a file, and so has yet to be decoded."""
     return isinstance(source, (str, bytes, bytearray, memoryview)) or hasattr(source, "__fspath__")
 
 
 def file_of(source: Any) -> str | io.BytesIO:
     """The absolute path, or the bytes as a file object.
 
-    A path is made absolute so that no library takes it for a URL. What is not a plain file (a pipe, a device) is
-    refused, because reading it may never end.
+    A path is made absolute so that no library takes it for a URL. Pipes and devices are refused, because reading them
+    may never end.
 
     Raises:
-        MediaError: If there is no such file, it is not a plain one, it is empty, or the source is of no known type.
+        MediaError: If the file does not exist, is not a regular file or is empty, or the source is of no known type.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
@@ -68,7 +157,7 @@ def file_of(source: Any) -> str | io.BytesIO:
         except FileNotFoundError:
             raise MediaError(source, "there is no such file") from None
         if not stat.S_ISREG(found.st_mode):
-            raise MediaError(source, "it is a folder" if stat.S_ISDIR(found.st_mode) else "it is not a plain file")
+            raise MediaError(source, "it is a folder" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
         if found.st_size == 0:
             raise MediaError(source, "the file is empty")
         return path
@@ -85,38 +174,32 @@ def head_of(file: str | io.BytesIO, size: int = 16) -> bytes:
 
 
 def is_picture(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is a picture, animated or not."""
-    return head.startswith(_PICTURE_HEADS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    """Whether a file that begins with ``head`` is an image, animated or not."""
+    return head.startswith(_PICTURE_HEADS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or is_heif(head)
+
+
+def is_heif(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is an AVIF or HEIC image."""
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
 
 
 class _Bytes(io.BytesIO):
-    """Where a broken file sends its reader before the start, libsndfile would print a traceback: it gets the start."""
+    """Bytes as a file. A seek before the start, as broken files cause, goes to the start: libsndfile needs that."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to ``offset``, as in ``io.BytesIO``."""
+        """As ``io.BytesIO.seek``."""
         try:
             return super().seek(offset, whence)
         except (ValueError, OverflowError):
             return super().seek(0)
 
 
-class Deadline:
-    """Raises once the decoding of ``source`` has taken longer than ``seconds``."""
-
-    def __init__(self, source: object, seconds: float) -> None:
-        self._source, self._seconds = source, seconds
-        self._end = time.monotonic() + seconds
-
-    def check(self) -> None:
-        """Raises MediaError: If the time is up."""
-        if time.monotonic() > self._end:
-            raise MediaError(self._source, f"decoding took longer than {self._seconds:g} s")
-
-
 def _cause(error: Exception) -> str:
-    """One line that says what went wrong, without addresses of objects in memory."""
+    """What went wrong, in one line without addresses of objects in memory."""
     name = type(error).__name__
     if name == "UnidentifiedImageError":
-        return "it is not a picture of a known format"
+        return "it is not an image of a known format"
+    if name == "InvalidDataError":  # PyAV's
+        return "it is damaged, or no audio or video file of a known format"
     text = " ".join(str(error).split())
     return f"{name}: {text[:300]}" if text else name

@@ -1,15 +1,14 @@
-"""Opens videos: path, bytes or array -> the chosen frames. Decodes nothing that they do not need.
+"""Opens videos: a path, bytes or an array become the chosen frames. Decodes nothing that these do not need.
 
-The file is first read without decoding: that gives the true number of frames (headers may lie), the time of each and
-which of them stand alone. A chosen frame then costs the decoding of its predecessors from the last frame that stands
-alone, without those that no other frame refers to.
+The file is first read without decoding: that gives the true number of frames (headers may lie), the time of each frame,
+which are shown, and which are key frames. A chosen frame then costs the decoding of its predecessors from the last key
+frame, without those that no other frame refers to.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +16,32 @@ import numpy as np
 from PIL import Image
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.media import gif
-from lavis_chatbridge.media.container import first_stream, open_container
-from lavis_chatbridge.media.image import PICTURE_FORMATS, WHITE, as_bytes, check_size, to_rgb, whole_files_only
-from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
-from lavis_chatbridge.media.source import Deadline, Source, file_of, head_of, is_picture, media_errors
+from lavis_chatbridge.media.container import first_stream, open_container, packets_of
+from lavis_chatbridge.media.image import WHITE, as_bytes, check_size, formats_of, to_rgb, whole_files_only
+from lavis_chatbridge.media.source import (
+    DEFAULT_LIMITS,
+    ChoiceError,
+    Deadline,
+    Limits,
+    Source,
+    file_of,
+    guarded,
+    head_of,
+    is_picture,
+)
 
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
-_MOST_PICTURES = 50_000  # frames of an animated picture
-_KEEP_BYTES = 1 << 28  # compressed packets up to this size stay in memory between the two passes
+_MOST_PICTURES = 50_000  # frames of an animated image
+_KEEP_BYTES = 1 << 28  # packets up to this size in total stay in memory between the two passes
+_JUMP_SECONDS = 10  # a longer gap in a format for broadcasting is another recording, not a long frame
+_LIMITED, _FULL = 1, 2  # FFmpeg's AVColorRange
+_BT709, _UNKNOWN_MATRIX, _BT601 = 1, 2, 5  # FFmpeg's AVColorSpace and SWS_CS
 
 
+@guarded
 def open_video(
     source: Source,
     choose: Callable[[int], Sequence[int]],
@@ -38,53 +49,45 @@ def open_video(
     background: tuple[int, int, int] = WHITE,
     limits: Limits = DEFAULT_LIMITS,
 ) -> np.ndarray:
-    """Open chosen frames of a video, upright, in RGB.
+    """Open chosen frames of a video as a player shows them: upright, in RGB, without what an edit list cuts off.
 
     Args:
-        source: A path, the bytes of a file (a picture, animated or not, is a video too), a Pillow image, or an array
-            ``[T,H,W,3]`` or ``[T,H,W]`` as `open_image` takes for one picture.
-        choose: From the number of frames in the file to the indices wanted, in any order, repeats allowed.
-        background: What shows through where an animated picture is transparent.
+        source: A path, the bytes of a file (an image, animated or not, is a video too), a Pillow image, or an array
+            ``[T,H,W,3]`` or ``[T,H,W]`` as `open_image` takes for one image.
+        choose: Maps the number of shown frames to the wanted indices, in any order, repeats allowed. Indices count
+            equal parts of the video's time: where the frame rate varies, index ``i`` of ``n`` is the frame that is
+            shown in the middle of the ``i``-th of ``n`` parts.
+        background: Replaces the transparent parts of an animated image.
         limits: Bounds on its size and on the time of decoding.
 
     Returns:
-        uint8 ``[T,H,W,3]``, one frame per index. Where single frames are damaged, the nearest whole one stands for
-        them.
+        uint8 ``[T,H,W,3]``, one frame per index. The nearest intact frame replaces a damaged one.
 
     Raises:
         MediaError: If it cannot be opened, or most of the chosen frames are damaged.
-        ValueError: If ``choose`` returns no index or one that does not exist.
+        ValueError: If ``choose`` returns no index or one out of range.
     """
-    with media_errors(source, passing=(ChoiceError,)):
-        if isinstance(source, np.ndarray):
-            return _array_frames(source, choose)
-        if isinstance(source, Image.Image):
-            shown = source.tell()
-            try:
-                return _picture_frames(source, source, choose, background, limits)
-            finally:
-                source.seek(shown)  # it is the caller's
-        file = file_of(source)
-        head = head_of(file)
-        if is_picture(head):
-            if head.startswith(gif.HEADS):
-                most = min(limits.max_frames, _MOST_PICTURES)
-                if gif.count_frames(file, source, most, Deadline(source, limits.timeout)) > most:
-                    raise MediaError(source, f"it has more frames than the limit of {most}")
-            with whole_files_only(), Image.open(file, formats=PICTURE_FORMATS) as image:
-                return _picture_frames(image, source, choose, background, limits)
-        return _container_frames(file, source, choose, limits)
+    if isinstance(source, np.ndarray):
+        return _array_frames(source, choose)
+    if isinstance(source, Image.Image):
+        shown = source.tell()
+        try:
+            return _picture_frames(source, source, choose, background, limits)
+        finally:
+            source.seek(shown)  # it belongs to the caller
+    file = file_of(source)
+    head = head_of(file)
+    if is_picture(head):
+        with whole_files_only(), Image.open(file, formats=formats_of(head, source)) as image:
+            return _picture_frames(image, source, choose, background, limits)
+    return _container_frames(file, source, choose, limits)
 
 
-class ChoiceError(ValueError):
-    """The caller's ``choose`` is at fault, not the file."""
-
-
-def chosen(choose: Callable[[int], Sequence[int]], count: int) -> list[int]:
+def _chosen(choose: Callable[[int], Sequence[int]], count: int) -> list[int]:
     """The indices that ``choose`` returns for ``count`` frames.
 
     Raises:
-        ChoiceError: If there are none, or one that does not exist.
+        ChoiceError: If there are none, or one is out of range.
     """
     try:
         indices = [int(index) for index in choose(count)]
@@ -99,7 +102,7 @@ def _array_frames(array: np.ndarray, choose: Callable[[int], Sequence[int]]) -> 
     frames = array[..., None] if array.ndim == 3 else array
     if frames.ndim != 4 or 0 in frames.shape or frames.shape[3] not in (1, 3):
         raise MediaError(array, "a video has the shape [T,H,W], [T,H,W,1] or [T,H,W,3]")
-    picked = as_bytes(frames[chosen(choose, len(frames))])
+    picked = as_bytes(frames[_chosen(choose, len(frames))])
     return np.repeat(picked, 3, axis=3) if picked.shape[3] == 1 else np.ascontiguousarray(picked)
 
 
@@ -110,14 +113,13 @@ def _picture_frames(
     background: tuple[int, int, int],
     limits: Limits,
 ) -> np.ndarray:
-    """Frames of an animated picture; a still one is a video of one frame."""
+    """Frames of an animated image; a still one is a video of one frame."""
     check_size(source, image.size, limits)
     deadline = Deadline(source, limits.timeout)
-    most = min(limits.max_frames, _MOST_PICTURES)
-    count = _count_pictures(image, most, deadline)
+    count, most = getattr(image, "n_frames", 1), min(limits.max_frames, _MOST_PICTURES)
     if count > most:
-        raise MediaError(source, f"it has more frames than the limit of {most}")
-    indices = chosen(choose, count)
+        raise MediaError(source, f"it has {count} frames, more than the limit of {most}")
+    indices = _chosen(choose, count)
     _check_bytes(source, image.size, len(indices), limits)
     pictures: dict[int, np.ndarray] = {}
     for index in range(max(indices) + 1):  # each frame of a GIF builds on the one before
@@ -129,41 +131,50 @@ def _picture_frames(
     return np.stack([pictures[index] for index in indices])
 
 
-def _count_pictures(image: Image.Image, most: int, deadline: Deadline) -> int:
-    """How many frames an animated picture has, or ``most + 1`` if there are more.
-
-    Pillow would go through all pages of a TIFF to count them, however many there are.
-    """
-    if image.format != "TIFF":
-        return getattr(image, "n_frames", 1)
-    count = 1
-    with suppress(EOFError):
-        while count <= most:
-            deadline.check()
-            image.seek(count)
-            count += 1
-    image.seek(0)
-    return count
-
-
 def _check_bytes(source: object, size: tuple[int, int], frames: int, limits: Limits) -> None:
-    needed = 3 * size[0] * size[1] * frames
-    if needed > limits.max_bytes:
+    if 3 * size[0] * size[1] * frames > limits.max_bytes:
         raise MediaError(source, f"{frames} frames of {size[0]} x {size[1]} pixels exceed {limits.max_bytes} bytes")
 
 
 @dataclass(frozen=True)
 class _Index:
-    """The frames of a track, in the order of the file: what is known without decoding.
+    """The packets of a video stream in the order of the file: what is known without decoding.
 
-    ``packets`` holds the compressed frames themselves unless they are too many. ``order`` lists positions in the file
-    by time of display; it is None where the times cannot be trusted.
+    Attributes:
+        times: When each frame is displayed, in units of the stream's time base.
+        keys: Which are key frames.
+        count: Number of shown frames; an edit list hides others.
+        order: Positions of the shown frames by time of display; None if the times cannot be trusted.
+        end: When the last frame ends.
+        packets: The packets themselves, unless they are too large.
+        timed: Whether equal parts of the time can be told from the times; else frames are counted.
     """
 
     times: list[int | None]
     keys: list[bool]
-    packets: list[Packet] | None
+    count: int
     order: list[int] | None
+    end: int
+    packets: list[Packet] | None
+    timed: bool
+
+    def time(self, rank: int) -> int:
+        """When the ``rank``-th shown frame is displayed."""
+        assert self.order is not None
+        return self.times[self.order[rank]] or 0
+
+    def ranks(self, indices: list[int]) -> list[int]:
+        """The frames that are shown in the middle of the parts ``indices`` of the video's time."""
+        if self.order is None or not self.timed or self.count == 1:
+            return indices
+        shown = np.array([self.time(rank) for rank in range(self.count)])
+        first, last = int(shown[0]), int(shown[-1])
+        gap = (last - first) / (self.count - 1)
+        constant = np.abs(shown - np.linspace(first, last, self.count)).max() < gap / 2
+        if constant and self.end < last + 1.5 * gap:
+            return indices
+        part = ((self.end if self.end > last else last + gap) - first) / self.count
+        return [int(np.searchsorted(shown, first + (index + 0.5) * part, "right")) - 1 for index in indices]
 
 
 def _container_frames(
@@ -173,40 +184,37 @@ def _container_frames(
     with open_container(file, limits) as container:
         stream = first_stream(container, "video", source)
         index = _read_index(container, stream, source, limits, deadline)
-        indices = chosen(choose, len(index.times))
+        ranks = index.ranks(_chosen(choose, index.count))
         size = (stream.codec_context.width, stream.codec_context.height)
         check_size(source, size, limits)
-        _check_bytes(source, size, len(indices), limits)
+        _check_bytes(source, size, len(ranks), limits)
         if index.packets is not None:
-            return _decode(stream, index.packets, index, indices, source, deadline)
+            return _decode(stream, index.packets, index, ranks, source, deadline)
     if not isinstance(file, str):
         file.seek(0)
     with open_container(file, limits) as container:
         stream = first_stream(container, "video", source)
-        return _decode(stream, _packets(container, stream), index, indices, source, deadline)
+        return _decode(stream, _intact(packets_of(container, stream)), index, ranks, source, deadline)
 
 
-def _packets(container: Any, stream: Any) -> Iterator[Packet]:
-    """The frames of a track in the order of the file, compressed; where reading fails, the file ends."""
-    import av.error
-
-    try:
-        for packet in container.demux(stream):
-            if packet.size > 0 and not packet.is_corrupt:
-                yield packet
-    except av.error.FFmpegError:
-        return
+def _intact(packets: Iterable[Packet]) -> Iterator[Packet]:
+    return (packet for packet in packets if not packet.is_corrupt)
 
 
 def _read_index(container: Any, stream: Any, source: object, limits: Limits, deadline: Deadline) -> _Index:
     times: list[int | None] = []
     keys: list[bool] = []
+    shown: list[int] = []
+    durations: list[int] = []
     kept: list[Packet] | None = []
     total = 0
-    for packet in _packets(container, stream):
+    for position, packet in enumerate(_intact(packets_of(container, stream))):
         deadline.check()
-        times.append(None if packet.is_discard else packet.pts)
+        times.append(packet.pts)
         keys.append(packet.is_keyframe)
+        durations.append(packet.duration or 0)
+        if not packet.is_discard:
+            shown.append(position)
         total += packet.size
         if kept is not None and total <= _KEEP_BYTES:
             kept.append(packet)
@@ -214,28 +222,33 @@ def _read_index(container: Any, stream: Any, source: object, limits: Limits, dea
             kept = None
         if len(times) > limits.max_frames:
             raise MediaError(source, f"it has more than {limits.max_frames} frames")
-    if not times:
-        raise MediaError(source, "its video track holds no frames")
-    known = [time for time in times if time is not None]
-    # AVI stores no times of display: for codecs that reorder frames they come out in the order of decoding.
-    reordered = container.format.name == "avi" and stream.codec_context.has_b_frames
-    trusted = len(known) == len(times) == len(set(known)) and not reordered
-    order = sorted(range(len(times)), key=lambda position: times[position] or 0) if trusted else None
-    return _Index(times, keys, kept, order)
+    if not shown:
+        raise MediaError(source, "its video track shows no frames")
+    # AVI stores a frame rate and no times of display, which FFmpeg guesses in the order of decoding.
+    avi = container.format.name == "avi"
+    reordered = avi and stream.codec_context.has_b_frames
+    if reordered or None in times or len({times[position] for position in shown}) < len(shown):
+        return _Index(times, keys, len(shown), None, 0, kept, False)
+    order = sorted(shown, key=lambda position: times[position] or 0)
+    sorted_times = np.array([times[position] for position in order])
+    longest = float(np.diff(sorted_times).max(initial=0) * stream.time_base)
+    jumps = container.format.name in ("mpegts", "mpeg") and longest > _JUMP_SECONDS
+    end = int(sorted_times[-1]) + durations[order[-1]]
+    return _Index(times, keys, len(shown), order, end, kept, not avi and not jumps)
 
 
 def _decode(
-    stream: Any, packets: Iterable[Packet], index: _Index, indices: list[int], source: object, deadline: Deadline
+    stream: Any, packets: Iterable[Packet], index: _Index, chosen: list[int], source: object, deadline: Deadline
 ) -> np.ndarray:
-    ranks = sorted(set(indices))
+    ranks = sorted(set(chosen))
     picker = _Picker(source, stream, deadline)
     if index.order is None:
         picker.by_counting(packets, ranks)
     else:
-        wanted = {_time(index, rank): rank for rank in ranks}
+        wanted = {index.time(rank): rank for rank in ranks}
         picker.by_time(packets, _spans(index, ranks), wanted)
         missing = [rank for rank in ranks if rank not in picker.pictures]
-        if missing and index.packets is not None:  # where key frames stand alone only after a while: gradual refresh
+        if missing and index.packets is not None:  # with gradual refresh, frames are intact some time after a key frame
             picker.by_time(index.packets, _spans(index, missing, groups=2), wanted)
     missing = [rank for rank in ranks if rank not in picker.pictures]
     if not picker.pictures or (index.order is not None and len(missing) > len(ranks) // 2):
@@ -243,22 +256,14 @@ def _decode(
     for rank in missing:
         nearest = min(picker.pictures, key=lambda found: abs(found - rank))
         picker.pictures[rank] = picker.pictures[nearest]
-    return np.stack([picker.pictures[index] for index in indices])
-
-
-def _time(index: _Index, rank: int) -> int:
-    """When the ``rank``-th frame is displayed."""
-    assert index.order is not None
-    time = index.times[index.order[rank]]
-    assert time is not None
-    return time
+    return np.stack([picker.pictures[rank] for rank in chosen])
 
 
 def _spans(index: _Index, ranks: list[int], groups: int = 1) -> list[tuple[int, int, set[int]]]:
     """The stretches of the file to decode: first and last position, and the positions of chosen frames among them.
 
-    A frame may precede, in time, the key frame that it follows in the file (open groups of pictures): it then refers
-    to the group before, so decoding starts there; with ``groups`` at the last but so many.
+    A frame may be shown before the key frame that it follows in the file (open groups of pictures). It then refers to
+    the group before, so decoding starts there. With ``groups`` it starts that many key frames back.
     """
     assert index.order is not None
     spans: list[tuple[int, int, set[int]]] = []
@@ -287,7 +292,7 @@ class _Picker:
         self._size: tuple[int, int] | None = None
 
     def by_counting(self, packets: Iterable[Packet], ranks: list[int]) -> None:
-        """Decode from the start and count, where times are no guide. Some packets hold no frame of their own."""
+        """Decode from the start and count, where times are unknown. Some packets hold no frame of their own."""
         wanted, count, last = set(ranks), 0, None
         for packet in _then_none(packets):
             for frame in self._frames(packet):
@@ -303,7 +308,7 @@ class _Picker:
         self, packets: Iterable[Packet], spans: list[tuple[int, int, set[int]]], wanted: dict[int, int]
     ) -> None:
         """Decode the ``spans`` only; ``wanted`` maps the time of each chosen frame to its rank."""
-        self._codec.open(strict=False)  # libdav1d (AV1) keeps for good what it is told to skip when it is opened
+        self._codec.open(strict=False)  # libdav1d (AV1) keeps the setting of ``skip_frame`` that it is opened with
         remaining = iter(spans)
         span = next(remaining, None)
         for position, packet in enumerate(packets):
@@ -340,12 +345,42 @@ class _Picker:
     def _keep(self, rank: int, frame: VideoFrame) -> None:
         self._size = self._size or (frame.width, frame.height)
         width, height = self._size
-        pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-        turns = round(frame.rotation / 90) % 4
-        self.pictures[rank] = np.ascontiguousarray(np.rot90(pixels, turns))
+        pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **_colours(frame))
+        self.pictures[rank] = np.ascontiguousarray(_upright(pixels, frame))
 
 
 def _then_none(packets: Iterable[Packet]) -> Iterator[Packet | None]:
-    """The packets and, at the end, the sign for the decoder to hand out what it still holds."""
+    """The packets, then None to flush the decoder."""
     yield from packets
     yield None
+
+
+def _colours(frame: VideoFrame) -> dict[str, Any]:
+    """The frame's own colour matrix and range for the conversion to RGB; PyAV before 17 does not apply them itself."""
+    if not frame.format.name.startswith(("yuv", "nv", "p0")):
+        return {}
+    full = int(frame.color_range) == _FULL or frame.format.name.startswith("yuvj")
+    matrix = _BT601 if int(frame.colorspace) == _UNKNOWN_MATRIX else int(frame.colorspace)
+    return {
+        "src_colorspace": matrix,
+        "dst_colorspace": _BT601 if matrix != _BT601 else _BT709,  # PyAV 16 ignores the source's if both are equal
+        "src_color_range": _FULL if full else _LIMITED,
+        "dst_color_range": _FULL,
+    }
+
+
+def _upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
+    """``pixels`` turned and mirrored as the display matrix says: one of eight orientations.
+
+    FFmpeg's matrix ``a b . c d`` moves pixel (x, y) to (a x + c y, b x + d y).
+    """
+    import av.sidedata.sidedata
+
+    every: Any = frame.side_data
+    side = every.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    if side is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].astype(int)
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

@@ -1,46 +1,36 @@
-"""``chatbridge_audio_train`` and ``chatbridge_audio_eval``: a sound, or a video's sound track -> `AudioClips`."""
+"""``chatbridge_audio_train`` and ``chatbridge_audio_eval``: a sound, or a video's audio track -> `AudioClips`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lavis.common.registry import registry
 
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import TooShortError
+from lavis_chatbridge.media.audio import open_audio
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
-from lavis_chatbridge.processors.fbank import (
-    FRAME_SAMPLES,
-    RATE,
-    cut_clips,
-    cut_slices_as_original,
-)
+from lavis_chatbridge.processors.fbank import FRAME_SAMPLES, RATE, cut_clips, cut_slices_as_original
 
 
-@dataclass(frozen=True)
-class AudioSettings:
-    """How sounds are prepared.
-
-    Attributes:
-        mel_bins: 128 as BEATs was pre-trained, 64 as the released ChatBridge was trained.
-        clip_frames: Length of a clip in frames of 10 ms.
-        max_clips: How many clips are taken at most.
-        channel: "mean" of the channels, or the "first" one as the original takes it.
-        layout: "clips" gives as many clips as the sound fills; "original" always ``max_clips``, silence among them.
-    """
+class AudioSettings(Settings):
+    """How sounds are prepared."""
 
     mel_bins: int = 128
+    """128 as BEATs was pre-trained, 64 as the released ChatBridge was trained."""
     clip_frames: int = 1024
+    """Length of a clip in frames of 10 ms."""
     max_clips: int = 3
     channel: Literal["mean", "first"] = "mean"
+    """Mean of the channels, or the first one as the original takes it."""
     layout: Literal["clips", "original"] = "clips"
+    """``clips`` gives as many clips as the sound fills; ``original`` always ``max_clips``, silence among them."""
 
     def check(self) -> Iterator[str]:
-        """Yields what contradicts."""
         for name in ("mel_bins", "clip_frames"):
             value = getattr(self, name)
             if value < 16 or value % 16:
@@ -59,12 +49,12 @@ class AudioEvalProcessor(ChatBridgeProcessor):
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> AudioClips:
         settings = self.settings
-        samples = self.opener.open_audio(source, RATE, settings.channel, limits=self.limits)
+        samples = open_audio(source, RATE, settings.channel, limits=self.limits, opener=self.opener)
         if len(samples) < FRAME_SAMPLES:
             raise TooShortError(source, f"{1000 * len(samples) / RATE:g} ms of sound are less than one frame of 25 ms")
         cut = cut_slices_as_original if settings.layout == "original" else cut_clips
         sound = torch.from_numpy(samples)
-        return cut(sound, settings.mel_bins, settings.clip_frames, settings.max_clips, self._chance(rng))
+        return cut(sound, settings.mel_bins, settings.clip_frames, settings.max_clips, self._generator(rng))
 
 
 @registry.register_processor("chatbridge_audio_train")
@@ -72,4 +62,4 @@ class AudioTrainProcessor(AudioEvalProcessor):
     """Random clips of long sounds."""
 
     name = "chatbridge_audio_train"
-    draws = True
+    random = True

@@ -1,20 +1,17 @@
-"""What all processors share: settings from LAVIS's config, a version for cache keys, a source of chance."""
+"""What all processors share: settings from LAVIS's config, limits, a version for cache keys, a random generator."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from lavis.processors.base_processor import BaseProcessor
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_chatbridge import media
-from lavis_chatbridge.config import parse
-from lavis_chatbridge.media.limits import DEFAULT_LIMITS, Limits
+from lavis_chatbridge.config import Settings, parse
+from lavis_chatbridge.files import hash_of
+from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, directly
 
 
 class ChatBridgeProcessor(BaseProcessor):
@@ -22,21 +19,19 @@ class ChatBridgeProcessor(BaseProcessor):
 
     Attributes:
         name: Its name in LAVIS's registry.
-        settings_class: The dataclass of its settings.
+        settings_class: The class of its settings.
         revision: Raised whenever its output for the same settings changes.
-        draws: Whether something of it is drawn, as in training.
-        settings: How it works.
-        limits: What a medium may cost; a server sets narrower ones.
-        opener: What opens media: the ``media`` module, or a `media.pool.DecodingPool` where media are not trusted.
+        random: Whether its output is random, as in training.
+        limits: What opening a medium may cost; a server sets lower ones.
+        opener: Calls the ``media`` package's functions: here, or a `media.pool.DecodingPool` in limited processes.
     """
 
     name: ClassVar[str]
-    settings_class: ClassVar[type]
+    settings_class: ClassVar[type[Settings]]
     revision: ClassVar[int] = 1
+    random: ClassVar[bool] = False
+    opener: Callable[..., Any] = staticmethod(directly)
     settings: Any
-    limits: Limits
-    opener: Any = media
-    draws: ClassVar[bool] = False
 
     def __init__(self, settings: Any = None, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__()
@@ -45,7 +40,7 @@ class ChatBridgeProcessor(BaseProcessor):
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig | None = None) -> ChatBridgeProcessor:
-        """The processor that a section of a YAML describes; its ``name`` key is LAVIS's.
+        """The processor for a section of a YAML, of which LAVIS reads the ``name`` key.
 
         Raises:
             ConfigError: If a key is unknown or a value does not fit.
@@ -58,21 +53,20 @@ class ChatBridgeProcessor(BaseProcessor):
     @property
     def version(self) -> str:
         """A short string that changes whenever the output for a medium may change."""
-        settings = json.dumps(dataclasses.asdict(self.settings), sort_keys=True)
-        return f"{self.name}-{self.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        return f"{self.name}-{self.revision}-{hash_of(self.settings.model_dump())[:12]}"
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Any:
         """Prepare one medium.
 
         Args:
-            source: What the ``media`` module's functions take.
-            rng: What training processors draw from; a fresh one if not given. Others draw nothing.
+            source: What the ``media`` package's functions take.
+            rng: Random generator of training processors, by default a new one. Evaluation processors ignore it.
 
         Raises:
             MediaError: If the medium cannot be opened.
         """
         raise NotImplementedError
 
-    def _chance(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        """What it draws from; none if it draws nothing."""
-        return (rng or np.random.default_rng()) if self.draws else None
+    def _generator(self, rng: np.random.Generator | None) -> np.random.Generator | None:
+        """The random generator to use; None if the output is not random."""
+        return (rng or np.random.default_rng()) if self.random else None

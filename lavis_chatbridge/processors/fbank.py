@@ -1,8 +1,8 @@
-"""From mono samples to BEATs' input: log-mel filterbank frames, normalised, in clips of equal length.
+"""Mono samples become BEATs' input: sound is cut into clips of equal length, each a normalised log-mel filterbank.
 
-Every frame of the filterbank depends on its own 25 ms of sound only, so the frames of a part equal that part of the
-frames of the whole, and only the clips that are taken need be computed. Legend: `S` samples, `N` clips, `F` frames of
-a clip, `M` mel bins.
+A frame of the filterbank depends on its own 25 ms of sound only, so the frames of a part equal that part of the frames
+of the whole, and only the chosen clips are computed. Legend: `S` samples, `N` clips, `F` frames of a clip, `M` mel
+bins.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
+from lavis_chatbridge.media.frames import one_of_each
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.processors.frames import one_of_each
 
 RATE = 16_000
 FRAME_SAMPLES, SHIFT_SAMPLES = 400, 160
@@ -29,19 +29,66 @@ _FFT_SAMPLES = 512
 _FLOOR = torch.finfo(torch.float32).eps
 
 SHORTEST_TAIL = 16
-"""Frames below which the rest of a sound makes no clip of its own: one patch of BEATs."""
+"""The rest of a sound with fewer frames makes no clip of its own: this is one patch of BEATs."""
+
+
+def cut_clips(
+    samples: Tensor, mel_bins: int, clip_frames: int, max_clips: int, rng: np.random.Generator | None = None
+) -> AudioClips:
+    """Cut a sound into as many clips as it fills, at most ``max_clips``; zeros fill up the last one.
+
+    Args:
+        samples: ``[S]`` at 16 kHz; at least one frame.
+        mel_bins: `M`.
+        clip_frames: `F`.
+        max_clips: A longer sound is divided into this many stretches, of which one clip each is taken.
+        rng: With it a random clip of each stretch is taken; without it the middle one.
+    """
+    total = frame_count(len(samples))
+    clips = -(-total // clip_frames)
+    if clips > 1 and total - (clips - 1) * clip_frames < SHORTEST_TAIL:
+        clips -= 1
+    chosen = list(range(clips)) if clips <= max_clips else one_of_each(range(clips), max_clips, rng)
+    lengths = torch.tensor([min(clip_frames, total - clip * clip_frames) for clip in chosen])
+    return AudioClips(_clips(samples, chosen, mel_bins, clip_frames), lengths)
+
+
+def cut_slices_as_original(
+    samples: Tensor, mel_bins: int, clip_frames: int, slices: int, rng: np.random.Generator | None = None
+) -> AudioClips:
+    """Always ``slices`` clips, silence among them, as the original's reader cuts them for its checkpoints.
+
+    Zeros lengthen the sound to at least ``slices`` clips, and by a whole clip if it fills its last one; one clip of
+    each of ``slices`` stretches is taken. All frames count as sound (original: custom_datasets/valor_data/data.py).
+    Arguments as those of `cut_clips`.
+    """
+    total = frame_count(len(samples))
+    stacked = (total + max(slices * clip_frames - total, clip_frames - total % clip_frames)) // clip_frames
+    chosen = one_of_each(range(stacked), slices, rng)
+    return AudioClips(_clips(samples, chosen, mel_bins, clip_frames), torch.full((slices,), clip_frames))
+
+
+def _clips(samples: Tensor, chosen: list[int], mel_bins: int, clip_frames: int) -> Tensor:
+    """``[len(chosen), F, M]``: the clips with these numbers, zeros after the end of the sound."""
+    clips = samples.new_zeros(len(chosen), clip_frames, mel_bins)
+    for row, clip in enumerate(chosen):
+        start = clip * clip_frames * SHIFT_SAMPLES
+        part = samples[start : start + (clip_frames - 1) * SHIFT_SAMPLES + FRAME_SAMPLES]
+        if len(part) >= FRAME_SAMPLES:
+            frames = fbank(part, mel_bins)
+            clips[row, : len(frames)] = frames
+    return clips
 
 
 def frame_count(samples: int) -> int:
-    """Whole frames in so many samples."""
+    """The number of whole frames in this many samples."""
     return max(0, 1 + (samples - FRAME_SAMPLES) // SHIFT_SAMPLES)
 
 
 def fbank(samples: Tensor, mel_bins: int) -> Tensor:
     """Normalised log-mel filterbank: ``torchaudio.compliance.kaldi.fbank``, with its constant parts kept.
 
-    The operations come in torchaudio's order: where little sound is left, another order of rounding shows in the
-    logarithm.
+    The operations have torchaudio's order: for nearly silent sound, another order of rounding shows in the logarithm.
 
     Args:
         samples: ``[S]`` at 16 kHz, in [-1, 1]; at least one frame.
@@ -66,60 +113,3 @@ def _window_and_banks(mel_bins: int) -> tuple[Tensor, Tensor]:
     window = torch.hann_window(FRAME_SAMPLES, periodic=False) ** 0.85
     banks, _ = kaldi.get_mel_banks(mel_bins, _FFT_SAMPLES, float(RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
     return window, torch.nn.functional.pad(banks, (0, 1))
-
-
-def cut_clips(
-    samples: Tensor, mel_bins: int, clip_frames: int, max_clips: int, rng: np.random.Generator | None = None
-) -> AudioClips:
-    """As many clips as the sound fills, at most ``max_clips``; the last one may be filled up with zeros.
-
-    Args:
-        samples: ``[S]`` at 16 kHz; at least one frame.
-        mel_bins: `M`.
-        clip_frames: `F`.
-        max_clips: Of a longer sound, one clip of each of so many stretches is taken.
-        rng: With it a random clip of each stretch; without it the middle one.
-    """
-    total = frame_count(len(samples))
-    clips = -(-total // clip_frames)
-    if clips > 1 and total - (clips - 1) * clip_frames < SHORTEST_TAIL:
-        clips -= 1
-    chosen = list(range(clips)) if clips <= max_clips else one_of_each(range(clips), max_clips, rng)
-    lengths = torch.tensor([min(clip_frames, total - clip * clip_frames) for clip in chosen])
-    return AudioClips(_clips(samples, chosen, mel_bins, clip_frames), lengths)
-
-
-def cut_slices_as_original(
-    samples: Tensor, mel_bins: int, clip_frames: int, slices: int, rng: np.random.Generator | None = None
-) -> AudioClips:
-    """Always ``slices`` clips, silence among them, as the original's reader makes them for its checkpoints.
-
-    The sound is lengthened by zeros to at least ``slices`` clips, and by a whole clip of them where it fills its last
-    one; one clip of each of ``slices`` stretches is taken. All frames count as sound. (Original:
-    custom_datasets/valor_data/data.py.)
-
-    Args: as `cut_clips`.
-    """
-    total = frame_count(len(samples))
-    stacked = (total + max(slices * clip_frames - total, clip_frames - total % clip_frames)) // clip_frames
-    chosen = one_of_each(range(stacked), slices, rng)
-    return AudioClips(_clips(samples, chosen, mel_bins, clip_frames), torch.full((slices,), clip_frames))
-
-
-def _clips(samples: Tensor, chosen: list[int], mel_bins: int, clip_frames: int) -> Tensor:
-    """``[len(chosen), F, M]``: the clips of these numbers, zeros where the sound has ended."""
-    clips = samples.new_zeros(len(chosen), clip_frames, mel_bins)
-    total = frame_count(len(samples))
-    if 2 * len(chosen) * clip_frames >= total:
-        whole = fbank(samples, mel_bins)
-        for row, clip in enumerate(chosen):
-            frames = whole[clip * clip_frames : (clip + 1) * clip_frames]
-            clips[row, : len(frames)] = frames
-        return clips
-    for row, clip in enumerate(chosen):
-        start = clip * clip_frames * SHIFT_SAMPLES
-        part = samples[start : start + (clip_frames - 1) * SHIFT_SAMPLES + FRAME_SAMPLES]
-        if len(part) >= FRAME_SAMPLES:
-            frames = fbank(part, mel_bins)
-            clips[row, : len(frames)] = frames
-    return clips

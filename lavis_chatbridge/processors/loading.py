@@ -1,15 +1,19 @@
-"""From the ``preprocess`` section of a model's YAML to its processors."""
+"""All processors of a model, from the ``preprocess`` section of its YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge.config import unknown_key
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.processors.base import ChatBridgeProcessor
+
+Processors: TypeAlias = "dict[str, dict[str, ChatBridgeProcessor]]"
+"""Modality (or "text") -> split -> processor."""
 
 SECTIONS = {
     "image": "vis_processor",
@@ -17,20 +21,18 @@ SECTIONS = {
     "audio": "audio_processor",
     "text": "text_processor",
 }
-"""Modality of processor to its key in the YAML; those of pictures and words are LAVIS's."""
-FORMER_KEYS = {"txt_processor": "text_processor"}
-"""Keys of version 0.1.0, and what they are called now."""
+"""Modality (or "text") -> its key in the YAML; those of images and text are LAVIS's."""
 
 SPLITS = ("train", "eval")
 
 
-def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None) -> dict[str, dict[str, Any]]:
-    """The processors of all kinds of media and of text.
+def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None) -> Processors:
+    """The processors of all modalities and of text.
 
     Args:
         preprocess_cfg: ``vis_processor``, ``video_processor``, ``audio_processor``, ``text_processor``, each with
-            ``train`` and ``eval``, each with ``name`` and that processor's settings. What is left out is ChatBridge's
-            own.
+            ``train`` and ``eval``, each with ``name`` and that processor's settings. ChatBridge's own processors with
+            their defaults replace what is missing.
 
     Returns:
         ``{"image": {"train": ..., "eval": ...}, "video": ..., "audio": ..., "text": ...}``.
@@ -38,17 +40,17 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
     Raises:
         ConfigError: With all faults at once.
     """
-    sections = with_known_keys(_as_dict(preprocess_cfg))
+    sections = _as_dict(preprocess_cfg)
     faults = [unknown_key(key, SECTIONS.values(), "preprocess") for key in sections if key not in SECTIONS.values()]
-    processors: dict[str, dict[str, Any]] = {}
-    for kind, section in SECTIONS.items():
+    processors: Processors = {}
+    for modality, section in SECTIONS.items():
         splits = _as_dict(sections.get(section))
         where = f"preprocess.{section}"
         faults += [unknown_key(key, SPLITS, where) for key in splits if key not in SPLITS]
-        processors[kind] = {}
+        processors[modality] = {}
         for split in SPLITS:
             try:
-                processors[kind][split] = _load(kind, split, _as_dict(splits.get(split)), f"{where}.{split}")
+                processors[modality][split] = _load(modality, split, _as_dict(splits.get(split)), f"{where}.{split}")
             except ConfigError as error:
                 faults.append(str(error))
     if faults:
@@ -56,31 +58,12 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
     return processors
 
 
-def with_known_keys(preprocess_cfg: Any) -> Any:
-    """A ``preprocess`` section in which what had another name before has its present one.
-
-    Do this before sections are merged: one under its former name would stand beside what it overrides.
-
-    Raises:
-        ConfigError: If a section is there under both names.
-    """
-    both = [former for former, name in FORMER_KEYS.items() if former in preprocess_cfg and name in preprocess_cfg]
-    if both:
-        raise ConfigError(f"preprocess: {both[0]} is the former name of {FORMER_KEYS[both[0]]}; leave only the latter")
-    if not any(former in preprocess_cfg for former in FORMER_KEYS):
-        return preprocess_cfg
-    known = {FORMER_KEYS.get(key, key): value for key, value in preprocess_cfg.items()}
-    return OmegaConf.create(known) if isinstance(preprocess_cfg, DictConfig) else known
-
-
-def _load(kind: str, split: str, values: dict[str, Any], where: str) -> Any:
-    name = values.get("name") or ("chatbridge_text" if kind == "text" else f"chatbridge_{kind}_{split}")
+def _load(modality: str, split: str, values: dict[str, Any], where: str) -> ChatBridgeProcessor:
+    name = values.get("name") or ("chatbridge_text" if modality == "text" else f"chatbridge_{modality}_{split}")
     processor = registry.get_processor_class(name)
     if processor is None:
-        known = [known for known in registry.list_processors() if known.startswith("chatbridge")]
-        raise ConfigError(
-            f"{where}.name: LAVIS knows no processor {name!r}; ChatBridge's are {', '.join(sorted(known))}"
-        )
+        own = sorted(known for known in registry.list_processors() if known.startswith("chatbridge"))
+        raise ConfigError(f"{where}.name: LAVIS knows no processor {name!r}; ChatBridge's are {', '.join(own)}")
     return processor.from_config(OmegaConf.create(values))
 
 

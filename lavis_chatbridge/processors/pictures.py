@@ -1,92 +1,156 @@
-"""From RGB bytes to what the vision encoder takes: crop, resize, CLIP's mean and standard deviation.
+"""Images and videos become the vision encoder's input: crop, resize, normalise by the encoder's mean and std.
 
-Pictures and frames of videos go the same way. Legend: `T` frames, `H` `W` size of the source, `S` size of the result.
+Legend: `T` frames, `H` `W` size of the source, `S` size of the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from lavis.common.registry import registry
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+
+from lavis_chatbridge.config import Settings
+from lavis_chatbridge.media import open_image, open_video
+from lavis_chatbridge.media.frames import frame_indices, uniform_frame_indices
+from lavis_chatbridge.processors.base import ChatBridgeProcessor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _OVERSAMPLING = 2
-"""A large JPEG is decoded at a fraction of its size, but not below this many pixels for each of the result."""
+"""A large JPEG is decoded at a fraction of its size that has at least this many pixels per side for each of ours."""
 
 
-@dataclass(frozen=True)
-class PictureSettings:
-    """How pictures are prepared.
-
-    Attributes:
-        image_size: Side of the result, in pixels.
-        resize: "squash" the whole picture into the square, or "crop" its central square first.
-        interpolation: Of the resizing.
-        antialias: Whether every pixel of the source counts when it is made smaller.
-        arithmetic: "bytes" resizes bytes with torch, equal to Pillow to one level in 256, and may decode large JPEGs
-            at a fraction of their size; "pillow" is Pillow itself, as in the original's demo; "float" resizes
-            floating-point pixels, as in the original's training reader.
-        mean: Subtracted from the channels, which lie in [0, 1].
-        std: Divides them then.
-        background: What shows through transparent parts.
-    """
+class PictureSettings(Settings):
+    """How images are prepared."""
 
     image_size: int = 224
+    """Side of the result, in pixels."""
     resize: Literal["squash", "crop"] = "squash"
+    """Squash the whole image into the square, or crop its central square first."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True
+    """Whether every pixel of the source counts when it is made smaller."""
     arithmetic: Literal["bytes", "pillow", "float"] = "bytes"
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
-    background: tuple[int, ...] = (255, 255, 255)
+    """``bytes`` resizes bytes with torch, equal to Pillow to one level in 256, and may decode large JPEGs at a fraction
+    of their size; ``pillow`` is Pillow itself, as in the original's demo; ``float`` resizes floating-point pixels, as
+    the original's training reader does."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Subtracted from the channels, which lie in [0, 1]."""
+    std: tuple[float, float, float] = CLIP_STD
+    """Divides them then."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Replaces transparent parts."""
 
     def check(self) -> Iterator[str]:
-        """Yields what contradicts."""
         if self.image_size < 1:
             yield f"image_size is {self.image_size}, expected at least 1"
         if self.arithmetic == "pillow" and not self.antialias:
             yield "arithmetic 'pillow' always antialiases; choose 'float' or 'bytes' for antialias: false"
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std, default=0.0) <= 0.0:
-            yield "mean and std need 3 values each, std above 0"
-        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
-            yield "background needs 3 values from 0 to 255"
+        if min(self.std) <= 0.0:
+            yield f"std is {list(self.std)}, expected values above 0"
+        if not all(0 <= value <= 255 for value in self.background):
+            yield f"background is {list(self.background)}, expected values from 0 to 255"
 
 
-@dataclass(frozen=True)
 class TrainPictureSettings(PictureSettings):
-    """How pictures are prepared and varied in training. Mildly, because places and sizes matter to captions.
+    """How images are prepared and varied in training. Mildly, because places and sizes matter to captions."""
 
-    Attributes:
-        crop_scale: Least and largest share of the picture's area that is kept.
-        flip: Whether every other picture is mirrored; that makes "left" and "right" in its caption wrong.
-    """
-
-    crop_scale: tuple[float, ...] = (0.9, 1.0)
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Least and largest share of the image's area that is kept."""
     flip: bool = False
+    """Whether every other image is mirrored; "left" and "right" in its caption are then wrong."""
 
     def check(self) -> Iterator[str]:
-        """Yields what contradicts."""
         yield from super().check()
-        if len(self.crop_scale) != 2 or not 0.0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1.0:
+        if not 0.0 < self.crop_scale[0] <= self.crop_scale[1] <= 1.0:
             yield f"crop_scale is {list(self.crop_scale)}, expected two shares of the area in (0, 1], the smaller first"
 
 
+class VideoSettings(PictureSettings):
+    """How videos are prepared."""
+
+    num_frames: int = 4
+    sampling: Literal["chunks", "uniform"] = "chunks"
+    """``chunks`` takes one frame of each of ``num_frames`` equal stretches, the last one again of a shorter video;
+    ``uniform`` takes the first of each, and fewer of a shorter video, as the original's demo does."""
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.num_frames < 1:
+            yield f"num_frames is {self.num_frames}, expected at least 1"
+
+
+class TrainVideoSettings(TrainPictureSettings, VideoSettings):
+    """How videos are prepared and varied in training: all frames of one video alike."""
+
+
+@registry.register_processor("chatbridge_image_eval")
+class ImageEvalProcessor(ChatBridgeProcessor):
+    """An image -> float32 ``[3,S,S]``, the same tensor every time."""
+
+    name = "chatbridge_image_eval"
+    settings_class = PictureSettings
+    settings: PictureSettings
+
+    def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Tensor:
+        options = {"at_least": least_side(self.settings), "background": self.settings.background}
+        picture = self.opener(open_image, source, limits=self.limits, **options)
+        return prepare(picture[None], self.settings, self._generator(rng))[0]
+
+
+@registry.register_processor("chatbridge_image_train")
+class ImageTrainProcessor(ImageEvalProcessor):
+    """A random part of the image."""
+
+    name = "chatbridge_image_train"
+    random = True
+    settings_class = TrainPictureSettings
+
+
+@registry.register_processor("chatbridge_video_eval")
+class VideoEvalProcessor(ChatBridgeProcessor):
+    """A video -> float32 ``[T,3,S,S]``, the same tensor every time."""
+
+    name = "chatbridge_video_eval"
+    revision = 3
+    settings_class = VideoSettings
+    settings: VideoSettings
+
+    def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Tensor:
+        rng, frames = self._generator(rng), self.settings.num_frames
+        if self.settings.sampling == "uniform":
+            choose: partial[list[int]] = partial(uniform_frame_indices, frames=frames)
+        else:
+            choose = partial(frame_indices, frames=frames, rng=rng)
+        opened = self.opener(open_video, source, choose, background=self.settings.background, limits=self.limits)
+        return prepare(opened, self.settings, rng)
+
+
+@registry.register_processor("chatbridge_video_train")
+class VideoTrainProcessor(VideoEvalProcessor):
+    """Random frames, and a random part of them."""
+
+    name = "chatbridge_video_train"
+    random = True
+    settings_class = TrainVideoSettings
+
+
 def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Generator | None = None) -> Tensor:
-    """Pictures of one size as the encoder's input.
+    """Images of one size as the encoder's input.
 
     Args:
         frames: uint8 ``[T,H,W,3]``. All are cropped and mirrored alike.
-        settings: With `TrainPictureSettings` and ``rng``, the pictures are varied.
-        rng: Source of chance.
+        settings: With `TrainPictureSettings` and ``rng``, the images are varied.
+        rng: Random generator.
 
     Returns:
         float32 ``[T,3,S,S]``.
@@ -106,7 +170,7 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
 
 
 def least_side(settings: PictureSettings) -> int | None:
-    """The shortest side at which a photo may be decoded, or None where its full size is wanted."""
+    """The shortest side at which a photo may be decoded; None for its full size."""
     if settings.arithmetic != "bytes" or not settings.antialias:
         return None
     kept = settings.crop_scale[0] if isinstance(settings, TrainPictureSettings) else 1.0
@@ -120,9 +184,9 @@ def _central_square(frames: np.ndarray) -> np.ndarray:
     return frames[:, top : top + side, left : left + side]
 
 
-def _random_crop(frames: np.ndarray, scale: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """A rectangle of the picture's own shape, of a random share of its area, at a random place."""
-    share = math.sqrt(rng.uniform(scale[0], scale[1]))
+def _random_crop(frames: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A rectangle of the image's own shape, of a random share of its area, at a random place."""
+    share = math.sqrt(rng.uniform(*scale))
     height, width = (max(1, round(side * share)) for side in frames.shape[1:3])
     top = int(rng.integers(frames.shape[1] - height + 1))
     left = int(rng.integers(frames.shape[2] - width + 1))
@@ -135,7 +199,6 @@ def _resized(frames: np.ndarray, settings: PictureSettings) -> Tensor:
     if settings.arithmetic == "pillow":
         method = Image.Resampling[settings.interpolation.upper()]
         frames = np.stack([np.asarray(Image.fromarray(frame).resize(size, method)) for frame in frames])
-        return torch.from_numpy(frames).permute(0, 3, 1, 2)
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     if settings.arithmetic == "float":
         pixels = pixels.float()

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from lavis.common.registry import registry
 
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
 from lavis_chatbridge.prompting.conversation import clean_caption
 
 
-@dataclass(frozen=True)
-class TextSettings:
-    """How text is prepared.
-
-    Attributes:
-        clean: "original" as the original cleans captions (lower case, no hyphens); "spaces" only tidies white space;
-            "no" leaves the text as it is.
-        max_words: What exceeds so many words is cut off; null: nothing.
-        prompt: Put before the text.
-    """
+class TextSettings(Settings):
+    """How text is prepared."""
 
     clean: Literal["original", "spaces", "no"] = "original"
+    """``original``: lower case without hyphens, as the original cleans captions; ``spaces``: only tidy white space."""
     max_words: int | None = None
+    """Further words are cut off."""
     prompt: str = ""
+    """Put before the text."""
 
     def check(self) -> Iterator[str]:
-        """Yields what contradicts."""
         if self.max_words is not None and self.max_words < 1:
             yield f"max_words is {self.max_words}, expected at least 1 or null"
 
@@ -49,6 +43,5 @@ class TextProcessor(ChatBridgeProcessor):
         elif self.settings.clean == "spaces":
             text = " ".join(text.split())
         if self.settings.max_words is not None:
-            words = text.split(" ")
-            text = " ".join(words[: self.settings.max_words])
+            text = " ".join(text.split(" ")[: self.settings.max_words])
         return self.settings.prompt + text

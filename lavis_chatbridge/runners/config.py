@@ -248,8 +248,6 @@ def _merge_model(merged: DictConfig) -> None:
     """Put the model type's YAML under the user's ``model`` and ``preprocess`` sections, and check the result."""
     from lavis.common.registry import registry
 
-    from lavis_chatbridge.processors.loading import with_known_keys
-
     arch = _word(merged.model.setdefault("arch", _DEFAULT_ARCH), "model.arch")
     model_class = registry.get_model_class(arch)
     if model_class is None:
@@ -260,7 +258,7 @@ def _merge_model(merged: DictConfig) -> None:
         raise ConfigError(_unknown_name("model.model_type", model_type, types))
     defaults = _read_yaml(model_class.default_config_path(model_type))
     merged.model = _over(_section(defaults, "model"), merged.model)
-    merged.preprocess = _over(*map(with_known_keys, (_section(defaults, "preprocess"), merged.preprocess)))
+    merged.preprocess = _over(_section(defaults, "preprocess"), merged.preprocess)
     merged.model.model_type = model_type
     _check_by(model_class, merged.model, "model")
 

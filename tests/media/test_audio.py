@@ -16,7 +16,6 @@ from torchaudio.transforms import Resample
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Limits, open_audio
-from lavis_chatbridge.media import audio as audio_module
 from lavis_chatbridge.media.audio import resample
 from lavis_chatbridge.media.container import has_audio_track
 from tests.media.making import encoded, sound_file, tone, video_file
@@ -43,13 +42,11 @@ def test_resampling_is_torchaudios(rate: int) -> None:
     np.testing.assert_allclose(resample(samples, rate, 16_000), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("rate", [8000, 22050, 44100])
-def test_resampling_of_rates_without_a_common_divisor(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 5003).astype(np.float32)
-    expected = resample(samples, rate, 16_000)
-    monkeypatch.setattr(audio_module, "_LARGEST_KERNEL", 0)
-    np.testing.assert_allclose(resample(samples, rate, 16_000), expected, atol=1e-5, rtol=0)
-    assert pitch(resample(tone(1.0, 44_101), 44_101, 16_000)) == pytest.approx(440, abs=1.5)
+def test_rates_without_a_common_divisor() -> None:
+    got = open_audio((tone(2.0, 44_101), 44_101))
+    assert len(got) == pytest.approx(32_000, abs=2)
+    assert pitch(got) == pytest.approx(440, abs=1)
+    np.testing.assert_allclose(got[200:-200], tone(2.0, 16_000)[200 : len(got) - 200], atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +114,19 @@ def test_arrays() -> None:
     np.testing.assert_array_equal(open_audio(samples), samples)
     np.testing.assert_allclose(open_audio((samples * 32768).astype(np.int16)), samples, atol=1e-4)
     np.testing.assert_allclose(open_audio(np.stack([samples, samples])), samples, atol=1e-6)
-    assert len(open_audio(tone(0.1, 8000), source_rate=8000)) == 1600
-    assert np.abs(open_audio(samples * 1e20)).max() == 1.0
+    assert np.abs(open_audio(samples * 8)).max() == 1.0
+
+
+def test_float_samples_on_the_scale_of_int16_are_refused() -> None:
+    for source in (tone(0.1, 16_000) * 32768, sound_file(tone(0.1, 16_000) * 32768, 16_000, subtype="FLOAT")):
+        with pytest.raises(MediaError, match=r"its samples reach 16384, expected floats in \[-1, 1\]"):
+            open_audio(source)
 
 
 def test_arrays_with_their_own_rate() -> None:
     slow = tone(0.1, 8000)
-    np.testing.assert_array_equal(open_audio((slow, 8000)), open_audio(slow, source_rate=8000))
-    np.testing.assert_array_equal(open_audio((slow, np.float64(8000.0)), source_rate=44_100), open_audio((slow, 8000)))
+    assert len(open_audio((slow, 8000))) == 1600
+    np.testing.assert_array_equal(open_audio((slow, np.float64(8000.0))), open_audio((slow, 8000)))
     for rate in (0, 8000.5, "8000", None, float("nan"), 10**400):
         with pytest.raises(MediaError, match=r"array of shape \(800,\)"):
             open_audio((slow, rate))  # type: ignore[arg-type]
@@ -157,7 +159,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
         open_audio(tmp_path / "none.wav")
     with pytest.raises(MediaError, match="no audio track"):
         open_audio(video_file(3))
-    with pytest.raises(MediaError, match="it is a picture"):
+    with pytest.raises(MediaError, match="it is an image"):
         open_audio(encoded(Image.new("RGB", (4, 4)), "PNG"))
     with pytest.raises(MediaError, match="holds no sound"):
         open_audio(sound_file(np.zeros(0, np.float32), 16_000))
@@ -172,6 +174,16 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     for source in (b"junk" * 50, good[:20], np.zeros((2, 2, 2)), np.zeros(9, np.uint16), 3):
         with pytest.raises(MediaError):
             open_audio(source)  # type: ignore[arg-type]
+
+
+def test_a_wav_whose_recorder_was_killed_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    good = bytearray(sound_file(tone(0.5, 16_000), 16_000))
+    start = good.index(b"data") + 4
+    good[start : start + 4] = good[4:8] = bytes(4)
+    path = tmp_path / "killed.wav"
+    path.write_bytes(good)
+    for source in (bytes(good), path):
+        np.testing.assert_allclose(open_audio(source), tone(0.5, 16_000), atol=1e-4)
 
 
 def test_headers_that_lie_about_the_length() -> None:
@@ -195,24 +207,6 @@ def test_a_flac_that_was_written_into_a_pipe_does_not_say_how_long_it_is() -> No
         open_audio(bytes(flac), limits=Limits(max_seconds=0.1))
 
 
-def test_a_pickled_error_keeps_its_parts() -> None:
-    import pickle
-
-    with pytest.raises(MediaError) as caught:
-        open_audio(io.BytesIO(b"x").getvalue())
-    again = pickle.loads(pickle.dumps(caught.value))
-    assert (again.source, again.cause) == (caught.value.source, caught.value.cause)
-
-
-def test_pyav_15_which_skips_no_other_streams_gives_the_same_sound(monkeypatch: pytest.MonkeyPatch) -> None:
-    import av.stream
-
-    video = video_file(3, sound=tone(0.5, 48_000))
-    expected = open_audio(video)
-    monkeypatch.delattr(av.stream, "Discard", raising=False)
-    np.testing.assert_array_equal(open_audio(video), expected)
-
-
 def surround(layout: str, codec: str, gains: list[float]) -> bytes:
     """A second of a tone in Matroska, in each channel as loud as its gain."""
     file = io.BytesIO()
@@ -233,7 +227,7 @@ def surround(layout: str, codec: str, gains: list[float]) -> bytes:
     ("layout", "codec"), [("7.1", "libopus"), ("7.1", "flac"), ("7.1", "aac"), ("hexadecagonal", "wavpack")]
 )
 def test_eight_channels_and_more(layout: str, codec: str) -> None:
-    """PyAV reads beyond the planes of such frames, and the process dies, where it is let."""
+    """PyAV reads beyond the planes of such frames, which kills the process."""
     count = av.AudioLayout(layout).nb_channels
     gains = [(number + 1) / count for number in range(count)]
     first = open_audio(surround(layout, codec, gains), rate=48_000, channel="first")

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.media import DEFAULT_LIMITS, Limits, has_audio_track, open_audio, open_video
+from lavis_chatbridge.media import DEFAULT_LIMITS, Limits, has_audio_track, modality_of, open_audio, open_video
 from lavis_chatbridge.media import video as video_module
-from tests.media.making import encoded, level, sound_file, tone, video_file
+from tests.media.making import add_sound, encoded, level, sound_file, tone, video_file
 
 
 def these(*indices: int) -> Callable[[int], Sequence[int]]:
@@ -87,20 +87,11 @@ def test_only_needed_frames_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(seen) < 40  # of 61: those that no other refers to are skipped
 
 
-def test_variable_frame_rate() -> None:
-    times = np.cumsum(np.random.default_rng(0).integers(1, 40, size=24)).tolist()
-    for form in ("mp4", "matroska"):
-        got = open_video(video_file(24, times=times, form=form), these(0, 9, 17, 23))
-        assert np.abs(got[:, -1, -1, 0].astype(int) - [level(index) for index in (0, 9, 17, 23)]).max() <= 3
-
-
-@pytest.mark.parametrize(("rotation", "row", "column"), [(90, -1, 0), (180, -1, -1), (-90, 0, -1)])
-def test_rotated_videos_are_set_upright(rotation: int, row: int, column: int) -> None:
-    got = open_video(video_file(3, rotation=rotation), these(1))
-    assert got.shape == ((1, 48, 64, 3) if rotation == 180 else (1, 64, 48, 3))
-    corners = {(r, c): got[0, r, c].astype(int) for r in (0, -1) for c in (0, -1)}
-    red = max(corners, key=lambda corner: corners[corner][0] - corners[corner][1])
-    assert red == (row, column)
+@pytest.mark.parametrize("form", ["mp4", "matroska"])
+def test_a_variable_frame_rate_counts_time(form: str) -> None:
+    slides = video_file(4, times=[0, 100, 110, 120], form=form)  # the first is shown for 1 s of 1.24
+    got = open_video(slides, lambda count: range(3))
+    assert np.abs(got[:, -1, -1, 0].astype(int) - [level(i) for i in (0, 0, 0)]).max() <= 3
 
 
 def test_one_frame_and_repeats() -> None:
@@ -205,14 +196,24 @@ def test_a_wrong_choice_is_the_callers_fault() -> None:
         open_video(video_file(5), lambda count: [1 // 0])
 
 
-def test_animated_pictures_of_endless_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_module, "_MOST_PICTURES", 40)
+def test_animated_pictures_of_too_many_frames_are_refused() -> None:
+    frames = [Image.new("L", (2, 2), index) for index in range(41)]
     for form in ("GIF", "TIFF"):
-        for count in (40, 41):
-            frames = [Image.new("L", (2, 2), index) for index in range(count)]
-            data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
-            if count == 40:
-                assert open_video(data, lambda found: [found - 1]).shape == (1, 2, 2, 3)
-            else:
-                with pytest.raises(MediaError, match="more frames than the limit of 40"):
-                    open_video(data, these(0))
+        data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+        assert open_video(data, lambda found: [found - 1]).shape == (1, 2, 2, 3)
+        with pytest.raises(MediaError, match="41 frames, more than the limit of 40"):
+            open_video(data, these(0), limits=Limits(max_frames=40))
+
+
+def test_modality_by_content() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="webm") as container:
+        add_sound(container, container.add_stream("libopus", rate=48_000), tone(0.5, 48_000))
+    voice = file.getvalue()
+    image = encoded(Image.new("L", (4, 4)), "PNG")
+    sources = (image, video_file(2), video_file(2, sound=tone(0.2, 48_000)), sound_file(tone(0.1, 8000), 8000), voice)
+    assert [modality_of(source) for source in sources] == ["image", "video", "video", "audio", "audio"]
+    with pytest.raises(MediaError, match="no video track; it holds only sound"):
+        open_video(voice, these(0))
+    with pytest.raises(MediaError, match="damaged, or no audio or video file of a known format"):
+        modality_of(b"junk" * 50)

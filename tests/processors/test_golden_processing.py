@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from lavis_chatbridge.media import open_audio, open_image
+from lavis_chatbridge.media.frames import frame_indices, uniform_frame_indices
 from lavis_chatbridge.processors.fbank import cut_slices_as_original, fbank, frame_count
-from lavis_chatbridge.processors.frames import frame_indices, uniform_frame_indices
 from lavis_chatbridge.processors.pictures import PictureSettings, prepare
+
+TOLERANCE = 2e-4
+"""Of a filterbank: on some CPUs torchaudio's own is 1.6e-4 away from the stored one."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_fbank_slices(golden_dir: Path, slices: dict[str, Any], stacks: dict[str
         stack, step = _stored(stacks, info["slices_are_rows_of"])
         for row, stored in zip(got, info["slice_rows"], strict=True):
             expected = torch.zeros_like(row[::step]) if stored < 0 else stack[stored]
-            torch.testing.assert_close(row[::step], expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(row[::step], expected, atol=TOLERANCE, rtol=0)
 
 
 def test_a_whole_stored_slice(golden_dir: Path, stacks: dict[str, np.ndarray]) -> None:
@@ -99,7 +102,7 @@ def test_a_whole_stored_slice(golden_dir: Path, stacks: dict[str, np.ndarray]) -
         clip, mel = name.split(".")[:2]
         expected = torch.from_numpy(stacks[name])
         got = fbank(_samples(golden_dir, clip), int(mel.removeprefix("mel")))[: len(expected)]
-        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_slices_of_sounds_that_fill_them_exactly(golden_dir: Path, slices: dict[str, Any]) -> None:

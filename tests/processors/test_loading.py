@@ -50,14 +50,6 @@ def test_load_processors() -> None:
     assert load_processors(None)["audio"]["train"].name == "chatbridge_audio_train"
 
 
-def test_the_former_name_of_the_text_processor() -> None:
-    own = {"train": {"name": "chatbridge_text", "clean": "no"}}
-    assert load_processors({"txt_processor": own})["text"]["train"]("A  B") == "A  B"
-    assert load_processors(OmegaConf.create({"txt_processor": own}))["text"]["train"]("A  B") == "A  B"
-    with pytest.raises(ConfigError, match="former name of text_processor"):
-        load_processors({"txt_processor": own, "text_processor": own})
-
-
 @pytest.mark.parametrize("model_type", ["tiny", "vicuna7b", "vicuna13b"])
 def test_lavis_finds_the_processors_of_a_model(model_type: str) -> None:
     """By `load_preprocess`, which `load_model_and_preprocess` calls."""

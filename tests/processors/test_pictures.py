@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.media.frames import frame_indices, nearly_equal_chunks
 from lavis_chatbridge.processors import (
     ImageEvalProcessor,
     ImageTrainProcessor,
     VideoEvalProcessor,
     VideoTrainProcessor,
 )
-from lavis_chatbridge.processors.frames import frame_indices, nearly_equal_chunks
 from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, PictureSettings, TrainPictureSettings, prepare
 from tests.media.making import encoded, level, photo, video_file
 
@@ -41,7 +39,7 @@ def test_bytes_arithmetic_equals_pillow_to_one_level() -> None:
     for interpolation in ("bicubic", "bilinear"):
         settings = PictureSettings(image_size=32, interpolation=interpolation)  # type: ignore[arg-type]
         got = prepare(NOISE[None], settings)
-        expected = prepare(NOISE[None], replace(settings, arithmetic="pillow"))
+        expected = prepare(NOISE[None], settings.model_copy(update={"arithmetic": "pillow"}))
         assert (got - expected).abs().max() < 1.01 / (255 * min(CLIP_STD))
 
 
