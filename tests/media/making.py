@@ -13,7 +13,8 @@ import soundfile
 from PIL import Image
 
 ORIENTATIONS: list[tuple[int, int, int, int]] = [
-    (1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)
+    (1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0),
+    (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0),
 ]  # fmt: skip
 """``a b c d`` of a display matrix, which shows pixel (x, y) at (a x + c y, b x + d y): none, turns, mirror images."""
 
