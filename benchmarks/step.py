@@ -49,7 +49,7 @@ from torch.nn import functional
 
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
-from lavis_chatbridge.models import interleave
+from lavis_chatbridge.models import layout
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.encoders.beats import relative_buckets
 from lavis_chatbridge.models.perceiver import perceive
@@ -179,8 +179,8 @@ class Plain:
         soft = model.llama_proj(perceive(model.Qformer, queries, tokens, mask))
         count = soft.shape[1]
         places: list[Any] = [{(kind, 0): range(i * count, (i + 1) * count)} for i in range(len(media))]
-        laid = interleave.lay_out(batch["pieces"], places, model.llama_tokenizer, "text", 150)
-        return interleave.embed(laid, soft.flatten(0, 1), model.llama_model.get_input_embeddings()), laid
+        laid = layout.lay_out(batch["pieces"], places, model.llama_tokenizer, "text", 150)
+        return layout.embed(laid, soft.flatten(0, 1), model.llama_model.get_input_embeddings()), laid
 
     def see(self, media: list[Tensor]) -> Tensor:
         """``[B, T * N, D]``, one frame of each video after the other."""

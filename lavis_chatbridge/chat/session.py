@@ -24,10 +24,12 @@ from lavis_chatbridge.chat.loading import load_model
 from lavis_chatbridge.chat.media import Images, KindsAndSources, MediaNote, MediaReader, Medium, Sounds, media_of_turn
 from lavis_chatbridge.config import parse, unknown_key
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models import answering
-from lavis_chatbridge.models.decoding import Decoder, Element, Finish, Generation, Prefix, Sampling, TextStream, text_of
-from lavis_chatbridge.models.templates import Ids, load_template
-from lavis_chatbridge.prompting import Modality, Text
+from lavis_chatbridge.models import families
+from lavis_chatbridge.models.decoding import Decoder, Element, Finish, Generation, Prefix, Sampling, TextStream
+from lavis_chatbridge.models.layout import elements_of
+from lavis_chatbridge.models.templates import load_template
+from lavis_chatbridge.models.text import text_of
+from lavis_chatbridge.prompting import Modality, Slot, slots_of
 
 _USUAL_CONTEXT = 2048
 
@@ -460,18 +462,14 @@ class Session:
         by_kind: dict[Modality, list[Medium]] = {}
         for medium in media:
             by_kind.setdefault(medium.kind, []).append(medium)
-        elements: list[Element] = []
-        for part in self._template.parts([turn.message for turn in window]):
-            if isinstance(part, Text):
-                elements += self._codec.encode(part.text)
-            elif isinstance(part, Ids):
-                elements += part.ids
-            else:
-                seen = by_kind[part.kind][part.index].perceived
-                assert seen is not None
-                assert seen.soft is not None
-                elements += [(seen.key, i) for i in range(len(seen.soft))]
-        return elements
+        pieces = self._template.prompt([turn.message for turn in window], generate=True)
+        found: dict[Slot, tuple[str, int]] = {}
+        for slot in slots_of(pieces):
+            seen = by_kind[slot.kind][slot.index].perceived
+            assert seen is not None
+            assert seen.soft is not None
+            found[slot] = (seen.key, len(seen.soft))
+        return elements_of(pieces, found, self._codec)
 
     def _answered(self, generation: Generation, stream: bool) -> Answer | Stream:
         streamed = Stream(self, generation)
@@ -546,7 +544,7 @@ def _known_ids(turn: ChatTurn, codec: Any, stops: Sequence[str]) -> ChatTurn:
 
 
 def _context_of(model: Any) -> int:
-    most = answering.positions_of(model.llama_model.config)
+    most = families.positions_of(model.llama_model.config)
     return int(most) if math.isfinite(most) else _USUAL_CONTEXT
 
 

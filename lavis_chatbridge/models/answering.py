@@ -1,340 +1,257 @@
-"""Answers of the language model: generation until a stop text, and ranking of given candidates.
+"""ChatBridge's answers in LAVIS's contracts: ``generate``, ``predict_answers`` and the ranking of candidates.
 
-It knows embeddings, masks and token ids, no media and no prompts.
-
-Shapes: ``B`` rows, ``L`` positions, ``C`` candidates, ``D`` width.
+Shapes: ``B`` samples, ``C`` candidates, ``L`` positions, ``D`` width.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models.language_model import Codec
+from lavis_chatbridge.config import parse
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.models import samples as sample_reader
+from lavis_chatbridge.models.decoding import Decoder, Generation, beam_search
+from lavis_chatbridge.models.families import LanguageModel, own_precision, room_behind
+from lavis_chatbridge.models.layout import Places, elements_of
+from lavis_chatbridge.models.ranking import candidate_scores
+from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.settings import Layout, ModelSettings
+from lavis_chatbridge.models.templates import Template
+from lavis_chatbridge.models.text import TextStream, text_of
+from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.prompting import Piece, Slot
+from lavis_chatbridge.prompting.conversation import END_OF_CAPTION
 
 log = logging.getLogger(__name__)
 
-Cache: TypeAlias = Literal["dynamic", "static"]
 
-MOST = 1000
-"""The most beams of a search, and the most results of a row: each holds keys and values of its own."""
+class Answering:
+    """The part of :class:`chatbridge.ChatBridge` that answers."""
 
-_LARGEST_POWER = 30
-"""Lengths to the power of the length penalty stay below ten to this power, far from where fp32 ends."""
+    settings: ModelSettings
+    prompt_layout: Layout
+    llama_model: Any  # a LanguageModel, and a module
+    llama_tokenizer: Codec
+    template: Template
 
+    def soft_tokens(
+        self, prompts: Sequence[Sequence[Piece]], media: sample_reader.Media
+    ) -> tuple[Tensor | None, list[Places]]:
+        """See :class:`chatbridge.ChatBridge`."""
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen.
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: Mapping[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 1,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        stop: str | None = None,
+        bos: bool | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """Captions or answers, with LAVIS's arguments.
 
-    Args:
-        max_tokens: The most new tokens.
-        min_tokens: The fewest new tokens before a stop counts.
-        sample: Draw instead of searching.
-        beams: Beams of the search; a draw has none.
-        results: Continuations of each row.
-        top_p: Nucleus of the draw.
-        temperature: Temperature of the draw.
-        repetition_penalty: Above one: repeating new tokens costs.
-        length_penalty: Exponent of the length in a beam's score.
-        cache: How keys and values are held. ``"dynamic"`` grows with every token; ``"static"`` has its full length from
-            the start, so that transformers compiles the step of a token on a GPU: worth its minutes where many calls
-            have the same ``B``, ``L`` and ``max_tokens``.
+        Args:
+            samples: A batch; targets in its prompts are ignored.
+            use_nucleus_sampling: Sample from the nucleus; ``temperature`` and ``top_p`` count only then.
+            num_beams: Beams of the search; 1 is greedy.
+            max_length: Upper limit of new tokens.
+            min_length: A result does not end before this many new tokens.
+            top_p: Share of probability that the nucleus holds.
+            repetition_penalty: Above 1: repeating new tokens becomes less likely.
+            length_penalty: Exponent of the length in a beam's score.
+            num_captions: Results for each sample.
+            temperature: Temperature of sampling.
+            prompt: The question, for a batch without one.
+            stop: The text that ends a result, in place of the template's; ``""`` for none.
+            bos: Whether BOS opens the prompt; by default not in the original's layout, as in its evaluation.
+            sampling: All of the above settings at once, in place of them.
 
-    Raises:
-        ConfigError: With all that is out of range, under the names that ``ChatBridge.generate`` gives to them.
-    """
+        Returns:
+            ``B * num_captions`` texts, those of a sample next to each other.
 
-    max_tokens: int
-    min_tokens: int = 1
-    sample: bool = False
-    beams: int = 1
-    results: int = 1
-    top_p: float = 1.0
-    temperature: float = 1.0
-    repetition_penalty: float = 1.0
-    length_penalty: float = 1.0
-    cache: Cache = "dynamic"
+        Raises:
+            PromptError: If prompts and media do not fit together, or a prompt exceeds the language model's positions.
+            ConfigError: If a setting is out of range.
+        """
+        if sampling is None:
+            chosen = {"temperature": temperature, "top_p": top_p} if use_nucleus_sampling else {"num_beams": num_beams}
+            values = {
+                "max_new_tokens": max_length,
+                "min_new_tokens": min_length,
+                "repetition_penalty": repetition_penalty,
+                "num_return_sequences": num_captions,
+                **({"length_penalty": length_penalty} if chosen.get("num_beams", 1) > 1 else {}),
+                **chosen,
+            }
+            sampling = parse(Sampling, values, "generate")
+        replies = self.replies(samples, sampling, prompt, stop, bos)
+        if sampling.num_beams > 1:
+            return self._searched(replies, sampling)
+        decoder = Decoder(self.llama_model)
+        decoder.add_all(replies)
+        while len(decoder):
+            decoder.step()
+        return [reply.stream.text for reply in replies]
 
-    def __post_init__(self) -> None:
-        if faults := [*self._wrong_numbers(), *self._contradictions()]:
-            raise ConfigError("; ".join(faults))
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: Mapping[str, Any],
+        num_beams: int = 1,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: Sequence[str] | None = None,
+        prompt: str = "",
+        length_penalty: float = 0.0,
+        **more: Any,
+    ) -> list[str]:
+        """Answers to questions, with LAVIS's arguments.
 
-    def _wrong_numbers(self) -> Iterator[str]:
-        counts = (
-            ("max_length", self.max_tokens, 1, math.inf),
-            ("min_length", self.min_tokens, 0, math.inf),
-            ("num_beams", self.beams, 1, MOST),
-            ("num_captions", self.results, 1, MOST),
-        )
-        for name, count, least, most in counts:
-            if not isinstance(count, Integral) or not least <= count <= most:
-                span = f"from {least} up" if most == math.inf else f"from {least} to {most}"
-                yield f"{name} {count!r} is not a whole number {span}"
-        if self.sample and not 0 < self.top_p <= 1:
-            yield f"top_p {self.top_p!r} is not in (0, 1]"
-        if self.sample and not 0 < self.temperature < math.inf:
-            yield f"temperature {self.temperature!r} is not positive and finite"
-        if not 0 < self.repetition_penalty < math.inf:
-            yield f"repetition_penalty {self.repetition_penalty!r} is not positive and finite"
-        if not math.isfinite(self.length_penalty):
-            yield f"length_penalty {self.length_penalty!r} is not finite"
+        Args:
+            samples: A batch with ``pieces``, or questions under ``text_input``.
+            num_beams: Beams of the search, for ``"generate"``.
+            inference_method: ``"generate"`` free text, or ``"rank"`` the candidates of ``answer_list``.
+            max_len: Upper limit of new tokens, for ``"generate"``.
+            min_len: An answer does not end before this many new tokens, for ``"generate"``.
+            num_ans_candidates: Candidates of each question that are ranked, those with the likeliest first token.
+            answer_list: The candidates, for ``"rank"``.
+            prompt: A template with ``{}`` for the question.
+            length_penalty: A score is divided by the number of tokens to this power.
+            **more: For :meth:`generate` or :meth:`answer_scores` (``stop``, ``bos``).
 
-    def _contradictions(self) -> Iterator[str]:
-        if self.cache not in ("dynamic", "static"):
-            yield f"cache {self.cache!r} is neither 'dynamic' nor 'static'"
-        if list(self._wrong_numbers()) or self.sample:
-            return
-        if self.results > self.beams:
-            yield (
-                f"num_captions {self.results} is more than num_beams {self.beams}: set num_beams to {self.results} or "
-                "more, or use_nucleus_sampling"
-            )
-        if self.beams > 1 and abs(self.length_penalty) * math.log10(self.max_tokens) > _LARGEST_POWER:
-            yield f"length_penalty {self.length_penalty!r} is too large for max_length {self.max_tokens}"
+        Raises:
+            ConfigError: If the method is unknown, or lacks candidates.
+            PromptError: If prompts and media do not fit together.
+        """
+        questions = samples.get("text_input")
+        if prompt and questions:
+            listed = [questions] if isinstance(questions, str) else questions
+            samples = {**samples, "text_input": [prompt.format(q) if "{}" in prompt else prompt for q in listed]}
+        if inference_method == "generate":
+            limits = {"max_length": max_len, "min_length": min_len, "length_penalty": length_penalty}
+            return self.generate(samples, num_beams=num_beams, **{**more, **limits})
+        if inference_method != "rank":
+            raise ConfigError(f"inference_method {inference_method!r} is neither 'generate' nor 'rank'")
+        if not answer_list:
+            raise ConfigError("inference_method 'rank' needs answer_list, the candidates")
+        scores, lengths = self.answer_scores(samples, list(answer_list), num_ans_candidates, **more)
+        return [answer_list[i] for i in (scores / lengths**length_penalty).argmax(1).tolist()]
 
-    def arguments(self) -> dict[str, Any]:
-        """The same for transformers' ``generate``, which warns of what does not concern the chosen way."""
-        beams = 1 if self.sample else self.beams
-        drawing = {"top_p": self.top_p, "temperature": float(self.temperature), "top_k": 0} if self.sample else {}
-        searching = {"length_penalty": float(self.length_penalty)} if beams > 1 else {}
-        holding = {"cache_implementation": "static"} if self.cache == "static" else {}
-        return {
-            "max_new_tokens": self.max_tokens,
-            "min_new_tokens": min(self.min_tokens, self.max_tokens),
-            "do_sample": self.sample,
-            "num_beams": beams,
-            "num_return_sequences": self.results,
-            **drawing,
-            **searching,
-            **holding,
-        }
+    @torch.no_grad()
+    def answer_scores(
+        self,
+        samples: Mapping[str, Any],
+        answers: Sequence[str],
+        keep: int | None = None,
+        *,
+        stop: str | None = None,
+        bos: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """How likely each of the candidates is; prompts and media are read once for all of them.
 
+        Args:
+            samples: A batch; targets in its prompts are ignored.
+            answers: The ``C`` candidates.
+            keep: Candidates of each sample that are scored, those with the likeliest first token; the others get minus
+                infinity. None scores all.
+            stop: The text that closes an answer and is scored with it, in place of the template's end mark.
+            bos: See :meth:`generate`.
 
-def generate_ids(
-    model: Any,
-    codec: Codec,
-    embeds: Tensor,
-    mask: Tensor,
-    decoding: Decoding,
-    stops: Sequence[str] = (),
-    **more: Any,
-) -> Tensor:
-    """Token ids that go on from each row: no more than ``max_tokens``, and than the model has positions for.
+        Returns:
+            ``[B, C]`` log-probabilities in fp32, and ``[C]`` the numbers of tokens that they are sums over.
 
-    Args:
-        model: A causal language model.
-        codec: Its tokenizer.
-        embeds: ``[B, L, D]``, padded on the left.
-        mask: ``[B, L]``, one where a position counts.
-        decoding: How tokens are chosen.
-        stops: Each row's stop text; it is part of the ids. None at all: only the model's own end stops.
-        **more: For transformers' ``generate`` (a ``streamer``, say).
+        Raises:
+            PromptError: If prompts and media do not fit together.
+        """
+        embeds, mask = padded(self.llama_model, self.replies(samples, Sampling(), bos=bos))
+        candidates = [list(self._closed_ids(answer, stop)) for answer in answers]
+        most = len(candidates) if keep is None else keep
+        with own_precision(self.llama_model):
+            scores = candidate_scores(self.llama_model, embeds, mask, candidates, most, self.settings.encoder_batch)
+        return scores, torch.tensor([len(ids) for ids in candidates], device=scores.device)
 
-    Returns:
-        ``[B * results, n]`` new ids, padded on the right.
+    def _closed_ids(self, answer: str, stop: str | None) -> Sequence[int]:
+        reply = self.template.reply(answer)
+        if stop is not None:
+            return self.llama_tokenizer.encode(answer + stop)
+        return self.llama_tokenizer.encode(reply.text) if reply.ids is None else reply.ids
 
-    Raises:
-        PromptError: If a row is longer than what the model has positions for.
-    """
-    criteria = StoppingCriteriaList([_StopTexts(codec, stops, decoding.min_tokens)] if any(stops) else [])
-    processors = LogitsProcessorList(more.pop("logits_processor", None) or [])
-    if decoding.repetition_penalty != 1.0:
-        # As transformers' own argument it would pass over as many new tokens of a row as the row has padding.
-        processors.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
-    if any(stops) and decoding.min_tokens > 1:
-        processors.append(_NoEarlyStop(codec, stops, decoding.min_tokens))
-    arguments = decoding.arguments()
-    most = _room(model, mask)
-    if most < decoding.max_tokens:
-        log.warning("answers end after %d tokens, where the language model's positions do", most)
-        arguments |= {"max_new_tokens": most, "min_new_tokens": min(arguments["min_new_tokens"], most)}
-    return model.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        stopping_criteria=criteria,
-        logits_processor=processors,
-        **arguments,
-        **more,
-    )
+    def replies(
+        self,
+        samples: Mapping[str, Any],
+        sampling: Sampling,
+        question: str | Sequence[str] | None = None,
+        stop: str | None = None,
+        bos: bool | None = None,
+    ) -> list[Generation]:
+        """A reply to each sample, ``num_return_sequences`` times, for a :class:`Decoder`; see :meth:`generate`."""
+        media = sample_reader.media_of(samples)
+        prompts = sample_reader.contexts(samples, media, self.template, question)
+        soft, places = self.soft_tokens(prompts, media)
+        opens = self.prompt_layout != "original" if bos is None else bos
+        seed = int(torch.randint(1 << 31, ())) if sampling.seed is None and sampling.temperature else sampling.seed
+        replies: list[Generation] = []
+        for number, pieces in enumerate(prompts):
+            keys = {Slot(*name): (f"{number}/{name}", len(span)) for name, span in places[number].items()}
+            elements = elements_of(pieces, keys, self.llama_tokenizer, opens)
+            parts = {f"{number}/{name}": soft[span.start : span.stop] for name, span in places[number].items()}  # type: ignore[index]
+            for _ in range(1 if sampling.num_beams > 1 else sampling.num_return_sequences):
+                own = self._within_room(sampling, len(elements), None if seed is None else seed + len(replies))
+                replies.append(Generation(elements, parts, None, *self._ends(pieces, own, stop), own))
+        return replies
 
+    def _within_room(self, sampling: Sampling, length: int, seed: int | None) -> Sampling:
+        room = room_behind(self.llama_model.config, torch.ones(1, length))
+        if room < sampling.max_new_tokens:
+            log.warning("answers end after %d tokens, at the language model's last position", room)
+        return sampling.model_copy(update={"max_new_tokens": int(min(room, sampling.max_new_tokens)), "seed": seed})
 
-def text_before(codec: Codec, ids: Tensor, stop: str) -> str:
-    """The text of new ids, up to the stop text or the tokenizer's own end, without spaces around it."""
-    listed = ids.tolist()
-    if codec.eos_id is not None and codec.eos_id in listed:
-        listed = listed[: listed.index(codec.eos_id)]
-    text = codec.decode(listed)
-    return (text.split(stop)[0] if stop else text).strip()
+    def _ends(self, pieces: Sequence[Piece], sampling: Sampling, stop: str | None) -> tuple[TextStream, frozenset[int]]:
+        """A reply's stream of text, with the texts that end it, and the tokens that do."""
+        stops = (END_OF_CAPTION,) if sample_reader.is_alignment(pieces) else self.template.stops
+        stops = () if sampling.ignore_eos else stops if stop is None else (stop,)
+        stream = TextStream(self.llama_tokenizer, (*stops, *sampling.stop), sampling.min_new_tokens)
+        return stream, self.template.end_ids
 
-
-def candidate_scores(
-    model: Any, embeds: Tensor, mask: Tensor, candidates: Sequence[Sequence[int]], keep: int, chunk: int
-) -> Tensor:
-    """Log-probabilities of candidates as continuations of each row.
-
-    The rows are read once; each candidate then goes on from the stored keys and values.
-
-    Args:
-        model: A causal language model.
-        embeds: ``[B, L, D]``, padded on the left.
-        mask: ``[B, L]``, one where a position counts.
-        candidates: ``C`` lists of ids, none empty.
-        keep: Of each row, so many candidates with the likeliest first token are scored, the others get minus infinity
-            (as in BLIP's ranking).
-        chunk: Candidates scored at once.
-
-    Returns:
-        ``[B, C]`` sums of the tokens' log-probabilities, in fp32.
-
-    Raises:
-        PromptError: If a row with the longest candidate is longer than what the model has positions for.
-    """
-    device = embeds.device
-    longest = max(len(candidate) for candidate in candidates)
-    if (most := _room(model, mask)) < longest:
-        raise PromptError(f"a candidate has {longest} tokens, but behind the longest prompt there is room for {most}")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    read = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True)
-    first = read.logits[:, -1].float().log_softmax(-1)
-    ids = pad_sequence([torch.tensor(list(candidate)) for candidate in candidates], batch_first=True).to(device)
-    lengths = torch.tensor([len(candidate) for candidate in candidates], device=device)
-    openings = first[:, ids[:, 0]]
-    scores = torch.full_like(openings, float("-inf"))
-    chosen = openings.topk(min(keep, len(candidates)), dim=1).indices
-    rows = torch.arange(len(embeds), device=device).repeat_interleave(chosen.shape[1])
-    pairs = zip(rows.split(chunk), chosen.flatten().split(chunk), strict=True)
-    for row, candidate in pairs:
-        rest = _rest_scores(model, keys_and_values(read), mask[row], ids[candidate], lengths[candidate], row)
-        scores[row, candidate] = openings[row, candidate] + rest
-    return scores
-
-
-def _rest_scores(model: Any, cache: Any, mask: Tensor, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-    """``[P]`` log-probabilities of all but the first token of ``P`` candidates, each after the row it belongs to."""
-    steps = int(lengths.max()) - 1
-    if not steps:
-        return torch.zeros(len(ids), device=ids.device)
-    own = copy.deepcopy(cache)
-    own.batch_select_indices(rows)
-    counts = torch.arange(1, steps + 1, device=ids.device) < lengths[:, None]
-    whole = torch.cat([mask, torch.ones_like(ids[:, :steps])], dim=1)
-    positions = mask.sum(1, keepdim=True) + torch.arange(steps, device=ids.device)
-    logits = model(
-        input_ids=ids[:, :steps],
-        attention_mask=whole,
-        position_ids=positions,
-        use_cache=True,
-        return_dict=True,
-        **going_on_from(model, own),
-    ).logits
-    values = logits.float().log_softmax(-1).gather(-1, ids[:, 1 : steps + 1, None]).squeeze(-1)
-    return (values * counts).sum(1)
-
-
-def keys_and_values(result: Any) -> Any:
-    """What a language model's result keeps of all it has read: ``cache``, in older transformers ``past_key_values``."""
-    return result.cache if "cache" in result else result.past_key_values
-
-
-def going_on_from(model: Any, cache: Any) -> dict[str, Any]:
-    """What makes a language model go on from kept keys and values: an argument whose name depends on its version."""
-    names = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
-
-
-def _room(model: Any, mask: Tensor) -> float:
-    """How many new tokens the model has positions for behind the longest row; the last one needs none.
-
-    Raises:
-        PromptError: If the row itself has too many.
-    """
-    longest, most = int(mask.sum(1).max()), positions_of(model.config)
-    if longest > most:
-        raise PromptError(
-            f"a prompt has {longest} positions with its media, the language model no more than {most:g}: shorten it"
-        )
-    return most - longest + 1
-
-
-def positions_of(config: Any) -> float:
-    """The positions that a language model was made for; without end where its configuration names none."""
-    own = getattr(config, "max_position_embeddings", None)
-    if not own:
-        return math.inf
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    stretched = scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic")
-    # Vicuna v1.5-16k, say: 4096 positions of the LLaMA, drawn out by 4
-    return own * scaling.get("factor", 1) if stretched else own
-
-
-class _StopTexts(StoppingCriteria):
-    """Ends a row once its stop text stands at its end.
-
-    The ids given to it are new ones only, since the prompt came as embeddings.
-    """
-
-    def __init__(self, codec: Codec, stops: Sequence[str], min_tokens: int) -> None:
-        self._codec = codec
-        self._stops = stops
-        self._min_tokens = min_tokens
-        self._tail = max(_most_tokens(stop) for stop in stops)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if input_ids.shape[1] < self._min_tokens:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        per_row = len(input_ids) // len(self._stops)
-        tails = input_ids[:, -self._tail :].tolist()
-        ended = [
-            bool(stop) and stop in self._codec.decode(tail)
-            for tail, stop in zip(tails, (s for s in self._stops for _ in range(per_row)), strict=True)
+    def _searched(self, replies: Sequence[Generation], sampling: Sampling) -> list[str]:
+        embeds, mask = padded(self.llama_model, replies)
+        stops = [reply.stream.stops for reply in replies]
+        shortest = min(reply.sampling.max_new_tokens for reply in replies)
+        limited = sampling.model_copy(update={"max_new_tokens": shortest})
+        model, codec = self.llama_model, self.llama_tokenizer
+        ids = beam_search(model, codec, embeds, mask, limited, stops, replies[0].end_ids)
+        owners = [reply for reply in replies for _ in range(sampling.num_return_sequences)]
+        return [
+            text_of(codec, _before_end(row, reply.end_ids), reply.stream.stops)
+            for row, reply in zip(ids.tolist(), owners, strict=True)
         ]
-        return torch.tensor(ended, device=input_ids.device)
 
 
-class _NoEarlyStop(LogitsProcessor):
-    """Keeps a row from completing its stop text before it may stop."""
-
-    def __init__(self, codec: Any, stops: Sequence[str], min_tokens: int) -> None:
-        self._codec = codec
-        self._stops = stops
-        self._min_tokens = min_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] + 1 >= self._min_tokens:
-            return scores
-        per_row = len(input_ids) // len(self._stops)
-        barred = torch.zeros_like(scores, dtype=torch.bool)
-        for i, ids in enumerate(input_ids.tolist()):
-            if stop := self._stops[i // per_row]:
-                tail = ids[-_most_tokens(stop) :]
-                may_end = _ids_with(self._codec, stop[-1])
-                barred[i, [t for t in may_end if stop in self._codec.decode([*tail, t])]] = True
-        return scores.masked_fill(barred, float("-inf"))
+def padded(llm: LanguageModel, replies: Sequence[Generation]) -> tuple[Tensor, Tensor]:
+    """``[B, L, D]`` embeddings and ``[B, L]`` mask of prompts, padded on the left."""
+    rows = [reply.embeds(0, llm.get_input_embeddings(), llm.embedding_scale) for reply in replies]
+    mask = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
+    return pad_sequence(rows, True, padding_side="left"), pad_sequence(mask, True, padding_side="left")
 
 
-def _most_tokens(stop: str) -> int:
-    """The last tokens in which a stop text that ends with them lies: one for each byte, and those of a character."""
-    return len(stop.encode("utf-8", "surrogatepass")) + 4
-
-
-@functools.lru_cache(maxsize=16)
-def _ids_with(codec: Any, character: str) -> list[int]:
-    """The tokens that hold a character, or may complete one that takes several tokens."""
-    wanted = (character,) if character.isascii() else (character, "\N{REPLACEMENT CHARACTER}")
-    texts = ((token, codec.decode([token])) for token in range(len(codec)))
-    return [token for token, text in texts if any(part in text for part in wanted)]
+def _before_end(ids: Sequence[int], ends: frozenset[int]) -> Sequence[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import answering, checkpoint, encoding, lora, weights
+from lavis_chatbridge.models import checkpoint, encoding, lora, weights
 from lavis_chatbridge.models import samples as sample_reader
+from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
-from lavis_chatbridge.models.interleave import PADDING, Batch, Places, embed, lay_out, lay_out_context
+from lavis_chatbridge.models.families import own_precision
 from lavis_chatbridge.models.language_model import check_available, load_language_model
+from lavis_chatbridge.models.layout import Batch, Places, embed, lay_out
 from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.settings import ModelSettings, Weights
+from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.prompting import Modality, Piece, Slot
-from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, END_OF_TURN, escape_markers
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ FROZEN = ("visual_encoder", "ln_vision", "audio_encoder", "ln_audio", "llama_mod
 
 
 @registry.register_model("chatbridge")
-class ChatBridge(BaseModel):
+class ChatBridge(Answering, BaseModel):
     """The model, in LAVIS's contracts: ``forward``, ``generate`` and ``predict_answers``.
 
     Args:
@@ -67,12 +69,11 @@ class ChatBridge(BaseModel):
         self.video_queries = settings.perceiver.video_queries
         self.lost_answers = 0
         """Training samples so far whose whole answer was cut off by ``max_text_length``."""
-        self.most_passes: Callable[[list[int]], list[int]] | None = None
-        """Set where frozen parts are spread over processes, so that a pass through one gathers its weights from all of
-        them: from the passes that this process needs through the vision and the audio encoder, those all must make."""
         self._fingerprints: dict[str, str] = {}
 
+        self.llama_model: Any
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
+        self.template = load_template(settings.template, self.llama_tokenizer, reply_end=settings.reply_end)
         self.visual_encoder = build_vision(settings.vision)
         self.audio_encoder = build_audio(settings.audio)
         width = self.visual_encoder.width
@@ -162,7 +163,7 @@ class ChatBridge(BaseModel):
             PromptError: If prompts and media do not fit together.
         """
         media = sample_reader.media_of(samples)
-        prompts = sample_reader.training_prompts(samples, media, self.settings.reply_end)
+        prompts = sample_reader.training_prompts(samples, media, self.template)
         soft, places = self.soft_tokens(prompts, media)
         batch = lay_out(prompts, places, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
         if batch.lost and not self.lost_answers:
@@ -170,198 +171,22 @@ class ChatBridge(BaseModel):
         self.lost_answers += batch.lost
         nll, targets = self.token_losses(batch, soft)
         loss = nll.mean() if len(targets) else nll.sum()
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            loss = loss + 0.0 * self.llama_proj.bias.sum()  # a batch of text alone passes nothing that is trained
         return {"loss": loss, "target_tokens": torch.tensor(len(targets), device=loss.device)}
 
     def token_losses(self, batch: Batch, soft: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[K]`` negative log-likelihoods in fp32 of the batch's targets, row by row, and the targets."""
         rows, columns, targets = (index.to(self.device) for index in batch.supervised())
-        end = batch.last_supervised + 1 or None  # no prediction that counts looks at what stands behind
-        embeds = embed(batch, soft, self.llama_model.get_input_embeddings())[:, :end]
-        if self.most_passes is not None and torch.is_grad_enabled() and not embeds.requires_grad:
-            embeds.requires_grad_()  # text alone: other processes go back through the language model, so this one must
-        if not len(targets) and self.most_passes is None:
-            return embeds.float().sum() * 0.0 + embeds.new_zeros(0, dtype=torch.float32), targets
+        end = batch.last_supervised + 1 or 1  # tokens after the last target cannot affect the loss
+        table = self.llama_model.get_input_embeddings()
+        embeds = embed(batch, soft, table, self.llama_model.embedding_scale)[:, :end]
+        if torch.is_grad_enabled() and not embeds.requires_grad:
+            # text alone: backward must still pass the language model, whose blocks may be sharded over ranks
+            embeds = embeds + 0.0 * self.llama_proj.bias.sum().to(embeds.dtype)
         seen = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids} if batch.needs_mask else {}
         places = {name: values[:, :end].to(self.device) for name, values in seen.items()}
-        with self._llm_precision():
+        with own_precision(self.llama_model):
             losses = losses_at(self.llama_model, rows, columns, targets, inputs_embeds=embeds, **places)
         return losses.to(self.device), targets
-
-    @torch.no_grad()
-    def generate(
-        self,
-        samples: Mapping[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 1,
-        max_length: int = 30,
-        min_length: int = 1,
-        top_p: float = 0.9,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-        temperature: float = 1.0,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        stop: str | None = None,
-        bos: bool | None = None,
-        cache: answering.Cache = "dynamic",
-        **more: Any,
-    ) -> list[str]:
-        """Captions or answers, with LAVIS's arguments.
-
-        Args:
-            samples: A batch; targets in its prompts are not looked at.
-            use_nucleus_sampling: Draw from the nucleus instead of searching.
-            num_beams: Beams of the search; 1 is greedy.
-            max_length: The most new tokens.
-            min_length: The fewest new tokens before the stop counts.
-            top_p: Nucleus of the draw.
-            repetition_penalty: Above one: repeating costs.
-            length_penalty: Exponent of the length in a beam's score.
-            num_captions: Results for each sample.
-            temperature: Temperature of the draw.
-            prompt: The question, where the batch holds none.
-            stop: What ends a result and is no part of it; by default ``"###"``, and a newline for bare captions.
-            bos: Whether BOS opens the prompt; by default not in the original's layout, as in its evaluation.
-            cache: How keys and values are held, ``"dynamic"`` or ``"static"``: see :class:`answering.Decoding`.
-            **more: For transformers' ``generate`` (a ``streamer``, say).
-
-        Returns:
-            ``B * num_captions`` texts, those of a sample one after the other.
-
-        Raises:
-            PromptError: If prompts and media do not fit together, or a prompt is longer than the language model's
-                positions.
-            ConfigError: If the cache is neither, or a number is out of its range.
-        """
-        decoding = answering.Decoding(
-            max_tokens=max_length,
-            min_tokens=min_length,
-            sample=use_nucleus_sampling,
-            beams=num_beams,
-            results=num_captions,
-            top_p=top_p,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
-            cache=cache,
-        )
-        return self._decode(samples, decoding, prompt, stop, bos, more)
-
-    def _decode(
-        self,
-        samples: Mapping[str, Any],
-        decoding: answering.Decoding,
-        prompt: str | Sequence[str] | None,
-        stop: str | None,
-        bos: bool | None,
-        more: Mapping[str, Any],
-    ) -> list[str]:
-        """Texts that go on from each sample's prompt."""
-        media = sample_reader.media_of(samples)
-        contexts = sample_reader.contexts(samples, media, prompt)
-        ends = [stop if stop is not None else _stop_of(context) for context in contexts]
-        embeds, mask = self._context(contexts, media, bos)
-        model, codec = self.llama_model, self.llama_tokenizer
-        with self._llm_precision():
-            ids = answering.generate_ids(model, codec, embeds, mask, decoding, ends, **more)
-        per_result = [end for end in ends for _ in range(decoding.results)]
-        return [answering.text_before(codec, r, e) for r, e in zip(ids, per_result, strict=True)]
-
-    @torch.no_grad()
-    def predict_answers(
-        self,
-        samples: Mapping[str, Any],
-        num_beams: int = 1,
-        inference_method: str = "generate",
-        max_len: int = 10,
-        min_len: int = 1,
-        num_ans_candidates: int = 128,
-        answer_list: Sequence[str] | None = None,
-        prompt: str = "",
-        length_penalty: float = 0.0,
-        **more: Any,
-    ) -> list[str]:
-        """Answers to questions, with LAVIS's arguments.
-
-        Args:
-            samples: A batch with ``pieces``, or questions under ``text_input``.
-            num_beams: Beams of the search, for ``"generate"``.
-            inference_method: ``"generate"`` free text, or ``"rank"`` the candidates of ``answer_list``.
-            max_len: The most new tokens, for ``"generate"``.
-            min_len: The fewest new tokens, for ``"generate"``.
-            num_ans_candidates: So many candidates with the likeliest first token are ranked for each question.
-            answer_list: The candidates, for ``"rank"``.
-            prompt: A template with ``{}`` for the question.
-            length_penalty: A score is divided by the number of tokens to this power.
-            **more: For :meth:`generate` (``stop``, ``bos``).
-
-        Raises:
-            ConfigError: If the method is unknown, or lacks candidates.
-            PromptError: If prompts and media do not fit together.
-        """
-        questions = samples.get("text_input")
-        if prompt and questions:
-            listed = [questions] if isinstance(questions, str) else questions
-            samples = {**samples, "text_input": [prompt.format(q) if "{}" in prompt else prompt for q in listed]}
-        if inference_method == "generate":
-            return self.generate(
-                samples,
-                num_beams=num_beams,
-                max_length=max_len,
-                min_length=min_len,
-                length_penalty=length_penalty,
-                **more,
-            )
-        if inference_method != "rank":
-            raise ConfigError(f"inference_method {inference_method!r} is neither 'generate' nor 'rank'")
-        if not answer_list:
-            raise ConfigError("inference_method 'rank' needs answer_list, the candidates")
-        return self._rank(samples, list(answer_list), num_ans_candidates, length_penalty, **more)
-
-    @torch.no_grad()
-    def answer_scores(
-        self,
-        samples: Mapping[str, Any],
-        answers: Sequence[str],
-        keep: int | None = None,
-        *,
-        stop: str | None = None,
-        bos: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """How likely each of some answers is; prompts and media are read once, not once for each answer.
-
-        Args:
-            samples: A batch; targets in its prompts are not looked at.
-            answers: The ``C`` candidates.
-            keep: Of each sample, so many with the likeliest first token are scored, the others get minus infinity; all
-                without.
-            stop: What closes an answer and is scored with it; by default the end of a reply.
-            bos: See :meth:`generate`.
-
-        Returns:
-            ``[B, C]`` log-probabilities in fp32, and ``[C]`` the numbers of tokens that they are sums over.
-
-        Raises:
-            PromptError: If prompts and media do not fit together.
-        """
-        media = sample_reader.media_of(samples)
-        contexts = sample_reader.contexts(samples, media)
-        end = self.settings.reply_end if stop is None else stop
-        candidates = [self.llama_tokenizer.encode(escape_markers(answer) + end) for answer in answers]
-        embeds, mask = self._context(contexts, media, bos)
-        with self._llm_precision():
-            scores = answering.candidate_scores(
-                self.llama_model,
-                embeds,
-                mask,
-                candidates,
-                len(candidates) if keep is None else keep,
-                chunk=self.settings.encoder_batch,
-            )
-        return scores, torch.tensor([len(ids) for ids in candidates], device=scores.device)
 
     def encode_media(self, kind: Modality, media: Sequence[Any]) -> list[EncodedMedium]:
         """Media through their frozen encoder and its layer norm, all in one batch.
@@ -512,62 +337,13 @@ class ChatBridge(BaseModel):
         """The named media encoded, images and videos in the same batch of frames."""
         named: dict[Modality, list[Any]] = {k: [media[k][i][slot.index] for i, slot in wanted[k]] for k in wanted}
         images, videos, sounds = (named.get(kind, []) for kind in ("image", "video", "audio"))
-        idle_frames, idle_sounds = self._idle_passes([*images, *videos], sounds)
         frames = self.encode_media("video", [*images, *videos])
-        for _ in range(idle_frames):
-            self.encode_media("video", [torch.zeros(self.visual_encoder.frame_shape)])
         heard = self.encode_media("audio", sounds)
-        patch = self.audio_encoder.patch
-        for _ in range(idle_sounds):
-            self.encode_media("audio", [torch.zeros(1, patch, patch)])
         found: dict[Modality, list[EncodedMedium]] = {"image": frames[: len(images)], "video": frames[len(images) :]}
         return {kind: listed for kind, listed in {**found, "audio": heard}.items() if listed}
 
-    def _idle_passes(self, frames: Sequence[Any], sounds: Sequence[Any]) -> tuple[int, int]:
-        """How often other processes run the vision and the audio encoder beyond what this one needs."""
-        if self.most_passes is None:
-            return 0, 0
-        chunk = self.settings.encoder_batch
-        own = [encoding.passes("video", frames, chunk), encoding.passes("audio", sounds, chunk)]
-        vision, audio = (most - mine for most, mine in zip(self.most_passes(own), own, strict=True))
-        return vision, audio
-
-    def _context(
-        self, contexts: Sequence[Sequence[Piece]], media: sample_reader.Media, bos: bool | None
-    ) -> tuple[Tensor, Tensor]:
-        """``[B, L, D]`` embeddings and ``[B, L]`` mask of contexts, padded on the left."""
-        soft, places = self.soft_tokens(contexts, media)
-        original = self.prompt_layout == "original"
-        opens = not original if bos is None else bos
-        padding = PADDING if original else self.llama_tokenizer.pad_id
-        batch = lay_out_context(contexts, places, self.llama_tokenizer, opens, padding)
-        return embed(batch, soft, self.llama_model.get_input_embeddings()), batch.attention_mask.to(self.device)
-
-    def _rank(
-        self,
-        samples: Mapping[str, Any],
-        answers: list[str],
-        keep: int,
-        length_penalty: float,
-        stop: str | None = None,
-        bos: bool | None = None,
-        **ignored: Any,
-    ) -> list[str]:
-        scores, lengths = self.answer_scores(samples, answers, keep, stop=stop, bos=bos)
-        return [answers[i] for i in (scores / lengths**length_penalty).argmax(1).tolist()]
-
-    def _llm_precision(self) -> AbstractContextManager:
-        """A language model held in half precision runs in it; one held in fp32 follows the autocast around it."""
-        if self.llama_model.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, enabled=False)
-
 
 _ENCODERS = {"vision": ("visual_encoder", "ln_vision"), "audio": ("audio_encoder", "ln_audio")}
-
-
-def _stop_of(context: Sequence[Piece]) -> str:
-    return END_OF_CAPTION if sample_reader.is_alignment(context) else END_OF_TURN
 
 
 @functools.cache

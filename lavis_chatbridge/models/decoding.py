@@ -1,42 +1,52 @@
-"""Replies token by token, several at once: each may join and leave while the others go on, stop, or be cancelled.
+"""The one token loop: replies of evaluation, chat and server, several at once.
 
-A `Generation` is one reply in the making; a `Decoder` moves any number of them forward. They know positions and
-tokens, no conversation and no files.
+A `Generation` is one reply in the making. A `Decoder` moves any number of them forward by one token at a time; each may
+join and leave while the others continue, and any thread may cancel one. Beam search is transformers' own. This module
+knows embeddings and token ids, no conversation and no files.
 
-Shapes: ``B`` rows, ``L`` positions, ``N`` new positions, ``Q`` soft tokens of a medium, ``D`` width, ``V`` vocabulary.
+Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteria
 
-from lavis_chatbridge.models import answering
-from lavis_chatbridge.models.interleave import IGNORED, SOFT, Batch, embed
-from lavis_chatbridge.models.language_model import Codec
+from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision, switch_of
+from lavis_chatbridge.models.kept import Element, Prefix, is_plain, join, select
 from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.text import TextStream
+from lavis_chatbridge.models.tokenizer import Codec
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+class TokenLogprob(NamedTuple):
+    """The log-probability of a reply's token, and those of the likeliest tokens at its position."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Generation:
     """One reply in the making.
 
     Args:
-        elements: The whole prompt.
-        media: ``[Q, D]`` soft tokens of each medium among the elements, by its key.
-        prefix: What has been read before; it is given back longer.
-        stream: Where the reply's tokens become text.
-        end_ids: Tokens that end a reply.
+        elements: What stands at each position of the prompt.
+        media: ``[Q, D]`` soft tokens by the keys in ``elements``.
+        prefix: What was read before; it receives what this reply reads. None keeps nothing.
+        stream: Makes text of the reply's tokens; its stop texts end the reply.
+        end_ids: Tokens that end the reply, beside ``sampling.stop_token_ids``.
         sampling: How tokens are chosen.
     """
 
@@ -44,19 +54,21 @@ class Generation:
         self,
         elements: Sequence[Element],
         media: Mapping[str, Tensor],
-        prefix: Prefix,
+        prefix: Prefix | None,
         stream: TextStream,
         end_ids: frozenset[int],
         sampling: Sampling,
     ) -> None:
-        self.elements, self.prefix, self.stream, self.sampling = list(elements), prefix, stream, sampling
-        self.media, self.end_ids = media, end_ids
+        self.elements, self.media, self.prefix = list(elements), media, prefix
+        self.stream, self.sampling = stream, sampling
+        self.end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else end_ids)
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.finish: Finish | None = None
-        self.reused = prefix.common(self.elements)
-        """Positions of the prompt that need not be read again."""
+        self.reused = 0
+        """Positions of the prompt that were not read again."""
         self.started = time.monotonic()
-        """When the answer was asked for."""
+        """When the reply was requested."""
         self.first_token: float | None = None
         """Seconds from the start to the first token."""
         self._cancelled = threading.Event()
@@ -77,25 +89,36 @@ class Generation:
         return len(self.elements) + len(self.ids)
 
     def cancel(self) -> None:
-        """Ask the reply to end at its next token; may be called from any thread."""
+        """End the reply at its next token. Any thread may call this."""
         self._cancelled.set()
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody has asked it to end."""
+        """Whether :meth:`cancel` was called."""
         return self._cancelled.is_set()
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the plain argmax of the logits."""
+        own = self.sampling
+        penalised = own.repetition_penalty != 1 or own.presence_penalty != 0 or own.frequency_penalty != 0
+        waits = len(self.ids) < own.min_new_tokens
+        return own.temperature == 0 and own.logprobs is None and not penalised and not waits
+
     def choose(self, logits: Tensor) -> int:
-        """A token for the next position, of ``[V]`` logits in fp32 on the CPU."""
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        likely, tokens = (logits / self.sampling.temperature).softmax(-1).sort(descending=True, stable=True)
-        within = likely.cumsum(0) - likely < self.sampling.top_p  # the likeliest one always is
-        drawn = torch.multinomial(torch.where(within, likely, 0.0), 1, generator=self._chance)
-        return int(tokens[drawn])
+        """The next token, from ``[V]`` logits in fp32 on the CPU."""
+        own = self.sampling
+        raw, logits = logits, self._penalised(logits)
+        token = int(logits.argmax()) if own.temperature == 0 else self._sampled(logits / own.temperature)
+        if own.logprobs is not None:
+            values = raw.log_softmax(-1)
+            top = values.topk(min(own.logprobs, len(values)))
+            pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            self.logprobs.append(TokenLogprob(token, float(values[token]), pairs))
+        return token
 
     def accept(self, token: int) -> str:
-        """Add a token to the reply; returns the text that has become certain."""
+        """Add a token to the reply; returns the text that has become final."""
         if self.first_token is None:
             self.first_token = time.monotonic() - self.started
         self.ids.append(token)
@@ -104,317 +127,307 @@ class Generation:
         text = self.stream.push(token)
         if self.stream.stopped is not None:
             return text + self.end("stop")
-        if len(self.ids) >= self.sampling.max_new_tokens:
-            return text + self.end("length")
-        return text
+        return text + self.end("length") if len(self.ids) >= self.sampling.max_new_tokens else text
 
     def end(self, finish: Finish) -> str:
-        """The reply is complete; returns what is left of its text."""
+        """Complete the reply; returns the rest of its text."""
         self.finish = self.finish or finish
         return self.stream.finish()
 
-    def embeds(self, start: int, table: Any) -> Tensor:
-        """``[N, D]``: the prompt's elements from ``start`` on, in the precision of the language model."""
+    def embeds(self, start: int, table: nn.Embedding, scale: float = 1.0) -> Tensor:
+        """``[N, D]``: the prompt from position ``start``, in the language model's precision.
+
+        Args:
+            start: The first position.
+            table: The language model's embedding layer.
+            scale: See :func:`families.embedding_scale`.
+        """
         rest = self.elements[start:]
-        starts: dict[str, int] = {}
-        soft: list[Tensor] = []
-        for key in dict.fromkeys(element[0] for element in rest if not isinstance(element, int)):
-            starts[key] = sum(len(one) for one in soft)
-            soft.append(self.media[key])
-        ids = torch.tensor([[e if isinstance(e, int) else SOFT for e in rest]])
-        which = torch.tensor([starts[e[0]] + e[1] for e in rest if not isinstance(e, int)], dtype=torch.long)
-        ones = torch.ones_like(ids)
-        batch = Batch(ids, which, ones, ones, torch.full_like(ids, IGNORED))
-        return embed(batch, torch.cat(soft) if soft else None, table)[0]
+        device = table.weight.device
+        embeds = table(torch.tensor([e if isinstance(e, int) else 0 for e in rest], device=device))
+        places: dict[str, list[tuple[int, int]]] = {}
+        for i, element in enumerate(rest):
+            if not isinstance(element, int):
+                places.setdefault(element[0], []).append((i, element[1]))
+        for key, pairs in places.items():
+            positions, tokens = torch.tensor(pairs, device=device).T
+            embeds[positions] = self.media[key].to(device, embeds.dtype)[tokens] / scale
+        return embeds
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        own = self.sampling
+        counts = torch.bincount(torch.tensor(self.ids, dtype=torch.long), minlength=len(logits))
+        seen = counts > 0
+        scaled = torch.where(logits > 0, logits / own.repetition_penalty, logits * own.repetition_penalty)
+        logits = torch.where(seen, scaled, logits) - own.presence_penalty * seen - own.frequency_penalty * counts
+        if len(self.ids) < own.min_new_tokens and self.end_ids:
+            logits[sorted(i for i in self.end_ids if i < len(logits))] = -math.inf
+        return logits
+
+    def _sampled(self, logits: Tensor) -> int:
+        own = self.sampling
+        likely, tokens = logits.softmax(-1).sort(descending=True, stable=True)
+        kept = (likely.cumsum(0) - likely < own.top_p) & (likely >= own.min_p * likely[0])
+        if own.top_k > 0:
+            kept[own.top_k :] = False
+        kept[0] = True
+        chosen = torch.multinomial(torch.where(kept, likely, 0.0), 1, generator=self._chance)
+        return int(tokens[chosen])
 
 
 @dataclass
 class _Lane:
-    """Rows that share a cache. ``pads[i]``: how many positions in front of row ``i`` are padding."""
+    """Rows that share a cache.
+
+    Attributes:
+        rows: The replies.
+        pads: How many of the cache's first positions are padding, for each row.
+        cache: Keys and values.
+        long: Whether the rows are beyond the length at which the model's rotary factors change.
+    """
 
     rows: list[Generation]
     pads: list[int]
     cache: Any
+    long: bool = False
+
+    @property
+    def read(self) -> int:
+        """Positions in the cache, padding included; each row's newest token is not among them."""
+        return self.rows[0].length - 1 + self.pads[0]
 
 
 class Decoder:
     """Moves replies forward together, one token at a time.
 
-    Not for several threads at once; the replies' ``cancel`` may come from any.
+    One thread at a time may use it; `Generation.cancel` may be called from any.
 
     Args:
-        language_model: The causal language model; it may be shared with other decoders.
+        language_model: It may be shared with other decoders.
     """
 
-    def __init__(self, language_model: Any) -> None:
+    def __init__(self, language_model: LanguageModel) -> None:
         self._model = language_model
         self._table = language_model.get_input_embeddings()
-        # Models of the hub compute the logits of chosen positions only, if they know this argument.
-        known = inspect.signature(language_model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._switch = switch_of(language_model.config)
+        self._scale = getattr(language_model, "embedding_scale", 1.0)
         self._lanes: list[_Lane] = []
 
     def __len__(self) -> int:
         """Replies that are not complete."""
         return sum(len(lane.rows) for lane in self._lanes)
 
-    @torch.no_grad()
     def add(self, generation: Generation) -> str:
-        """Read a prompt, and choose the first token of its reply, whose text is returned.
+        """Read a prompt and choose the first token of its reply; returns the text that has become final.
 
-        A reply by search (``num_beams``) comes whole, at once.
+        A beam search (``num_beams`` above 1) completes its reply at once.
         """
-        if generation.cancelled:
-            return generation.end("cancelled")
-        if generation.sampling.num_beams > 1:
-            return self._search(generation)
-        past = generation.prefix.take(generation.reused)
-        embeds = generation.embeds(generation.reused, self._table)[None]
-        logits, cache = self._run(past, [0], generation.reused, embeds)
-        text = generation.accept(generation.choose(logits[0]))
-        lane = _Lane([generation], [0], cache)
-        if generation.done:
-            self._give_back(lane, 0)
-        else:
-            self._admit(lane)
-        return text
+        return self.add_all([generation])[0][1]
+
+    @torch.no_grad()
+    def add_all(self, generations: Sequence[Generation]) -> list[tuple[Generation, str]]:
+        """Read several prompts in one pass, each distinct one once; see :meth:`add`."""
+        texts: list[tuple[Generation, str]] = []
+        together: list[Generation] = []
+        for row in generations:
+            is_long = len(row.elements) > self._switch
+            row.reused = row.prefix.common(row.elements, is_long) if row.prefix is not None else 0
+            if row.cancelled:
+                texts.append((row, row.end("cancelled")))
+            elif row.sampling.num_beams > 1:
+                texts.append((row, self._search(row)))
+            elif row.reused or is_long:
+                texts += self._read([row])
+            else:
+                together.append(row)
+        return [*texts, *(self._read(together) if together else [])]
 
     @torch.no_grad()
     def step(self) -> list[tuple[Generation, str]]:
         """Choose the next token of every reply.
 
         Returns:
-            Each reply that was not complete before, with the text that has become certain (often none).
+            Each reply that was not complete, with the text that has become final (often none).
         """
         texts: list[tuple[Generation, str]] = []
-        for lane in self._lanes:
+        lanes, self._lanes = self._lanes, []
+        crossing: list[Generation] = []
+        for lane in lanes:
             texts += [(row, row.end("cancelled")) for row in lane.rows if row.cancelled]
-            self._remove_done(lane)
+            beyond = [row for row in lane.rows if not lane.long and not row.done and row.length > self._switch]
+            crossing += beyond
+            self._keep(lane, [row for row in lane.rows if not row.done and row not in beyond])
             if lane.rows:
                 last = torch.tensor([[row.ids[-1]] for row in lane.rows], device=self._table.weight.device)
-                past = lane.rows[0].length - 1 + lane.pads[0]
-                logits, lane.cache = self._run(lane.cache, lane.pads, past, self._table(last))
-                texts += [(row, row.accept(row.choose(one))) for row, one in zip(lane.rows, logits, strict=True)]
-                self._remove_done(lane)
-        self._lanes = [lane for lane in self._lanes if lane.rows]
+                logits, lane.cache = self._run(lane.cache, lane.pads, lane.read, self._table(last))
+                texts += self._chosen(lane.rows, logits)
+                self._keep(lane, [row for row in lane.rows if not row.done])
+            if lane.rows:
+                self._lanes.append(lane)
+        for row in crossing:  # what was read before the switch is read again with the other factors
+            texts += self._read([row])
         return texts
 
-    def run(self, generation: Generation) -> Iterable[str]:
-        """All of one reply, as its text becomes certain."""
+    def run(self, generation: Generation) -> Iterator[str]:
+        """Yields a reply's text as it becomes final."""
         yield self.add(generation)
         while not generation.done:
             yield from (text for _, text in self.step())
 
+    def _read(self, rows: list[Generation]) -> list[tuple[Generation, str]]:
+        """Read prompts (of crossing rows, their replies too) and choose a token behind each."""
+        distinct = list({tuple(row.elements): row for row in rows}.values())
+        index = [next(i for i, one in enumerate(distinct) if one.elements == row.elements) for row in rows]
+        start = rows[0].reused if len(rows) == 1 and not rows[0].ids else 0
+        parts = [self._unread(row, start) for row in distinct]
+        longest = max(map(len, parts))
+        embeds = pad_sequence(parts, batch_first=True, padding_side="left")
+        pads = [longest - len(part) for part in parts]
+        prefix = rows[0].prefix
+        past = prefix.take(start) if prefix is not None and len(rows) == 1 else None
+        logits, cache = self._run(past, pads, start, embeds)
+        if len(distinct) < len(rows):
+            cache.batch_select_indices(torch.tensor(index, device=logits.device))
+        lane = _Lane(rows, [pads[i] for i in index], cache, rows[0].length > self._switch)
+        texts = self._chosen(rows, logits[index])
+        self._keep(lane, [row for row in rows if not row.done])
+        if lane.rows:
+            self._admit(lane)
+        return texts
+
+    def _unread(self, row: Generation, start: int) -> Tensor:
+        prompt = row.embeds(start, self._table, self._scale)
+        if not row.ids:
+            return prompt
+        return torch.cat([prompt, self._table(torch.tensor(row.ids, device=prompt.device))])
+
     def _run(self, cache: Any, pads: Sequence[int], past: int, embeds: Tensor) -> tuple[Tensor, Any]:
-        """Read ``[B, N, D]`` positions behind ``past`` others; ``[B, V]`` logits of the last one, and the cache."""
+        """Read ``[B, N, D]`` positions behind ``past`` others; returns ``[B, V]`` logits of the last, and the cache."""
         columns = torch.arange(past + embeds.shape[1])
         front = torch.tensor(pads)[:, None]
         positions = (columns[past:] - front).clamp(min=0)
-        given = {} if cache is None else answering.going_on_from(self._model, cache)
-        result = self._model(
-            inputs_embeds=embeds,
-            attention_mask=(columns >= front).long().to(embeds.device),
-            position_ids=positions.to(embeds.device),
-            use_cache=True,
-            return_dict=True,
-            **given,
-            **self._last_only,
-        )
-        return result.logits[:, -1].float().cpu(), answering.keys_and_values(result)
+        with own_precision(self._model):
+            result = self._model(
+                inputs_embeds=embeds,
+                attention_mask=(columns >= front).long().to(embeds.device),
+                position_ids=positions.to(embeds.device),
+                use_cache=True,
+                return_dict=True,
+                logits_to_keep=1,
+                **cache_argument(self._model, cache),
+            )
+        return result.logits[:, -1], keys_and_values(result)
+
+    def _chosen(self, rows: Sequence[Generation], logits: Tensor) -> list[tuple[Generation, str]]:
+        likeliest = logits.argmax(-1).tolist()
+        values = None if all(row.takes_likeliest for row in rows) else logits.float().cpu()
+        tokens = [
+            likeliest[i] if values is None or row.takes_likeliest else row.choose(values[i])
+            for i, row in enumerate(rows)
+        ]
+        return [(row, row.accept(token)) for row, token in zip(rows, tokens, strict=True)]
 
     def _admit(self, new: _Lane) -> None:
-        """Let a new row go on with others, where their caches can be joined."""
-        lane = next((lane for lane in self._lanes if is_plain(lane.cache)), None)
-        if lane is None or not lane.rows or not is_plain(new.cache):
+        """Let new rows share the cache of others, where caches can be joined."""
+        lane = next((one for one in self._lanes if not one.long and is_plain(one.cache)), None)
+        if lane is None or new.long or not is_plain(new.cache):
             self._lanes.append(new)
             return
-        own, others = new.rows[0].length - 1, lane.rows[0].length - 1 + lane.pads[0]
-        longest = max(own, others)
+        longest = max(lane.read, new.read)
+        pads = [pad + longest - one.read for one in (lane, new) for pad in one.pads]
         lane.cache = join(lane.cache, new.cache)
-        lane.pads = [pad + longest - others for pad in lane.pads] + [longest - own]
-        lane.rows += new.rows
+        lane.rows, lane.pads = [*lane.rows, *new.rows], pads
 
-    def _remove_done(self, lane: _Lane) -> None:
-        staying = [i for i, row in enumerate(lane.rows) if not row.done]
+    def _keep(self, lane: _Lane, staying: Sequence[Generation]) -> None:
+        """Drop all other rows from a lane, and leave what complete ones have read with their prefixes."""
         if len(staying) == len(lane.rows):
             return
         for i, row in enumerate(lane.rows):
-            if row.done:
-                self._give_back(lane, i)
-        if staying:
-            # Columns in which only rows that have left stood go with them.
-            cut = min(lane.pads[i] for i in staying)
-            lane.cache = select(lane.cache, staying, cut)
-            lane.pads = [lane.pads[i] - cut for i in staying]
-        lane.rows = [lane.rows[i] for i in staying]
+            if row.done and row.prefix is not None and is_plain(lane.cache):
+                own = select(lane.cache, [i], lane.pads[i]) if len(lane.rows) > 1 else lane.cache
+                row.prefix.put([*row.elements, *row.ids[:-1]], own, lane.long)
+        index = [lane.rows.index(row) for row in staying]
+        if index and is_plain(lane.cache):
+            cut = min(lane.pads[i] for i in index)  # columns that only padded rows still use
+            lane.cache = select(lane.cache, index, cut)
+            lane.pads = [lane.pads[i] - cut for i in index]
+        elif index:
+            lane.cache.batch_select_indices(torch.tensor(index, device=self._table.weight.device))
+            lane.pads = [lane.pads[i] for i in index]
+        lane.rows = list(staying)
 
-    def _give_back(self, lane: _Lane, row: int) -> None:
-        """Leave what a row has read (all but its last token) with its session."""
-        generation = lane.rows[row]
-        cache = lane.cache
-        if len(lane.rows) > 1:
-            cache = select(cache, [row], lane.pads[row])
-        generation.prefix.put([*generation.elements, *generation.ids[:-1]], cache)
-
-    def _search(self, generation: Generation) -> str:
-        """The likeliest reply of a beam search over the whole prompt; nothing of it is kept for later turns."""
-        sampling, stream = generation.sampling, generation.stream
-        embeds = generation.embeds(0, self._table)[None]
+    def _search(self, row: Generation) -> str:
+        """Complete a reply by beam search over the whole prompt; nothing of it is kept for later turns."""
+        embeds = row.embeds(0, self._table, self._scale)[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        more: dict[str, Any] = {"eos_token_id": sorted(generation.end_ids)} if generation.end_ids else {}
-        decoding = answering.Decoding(sampling.max_new_tokens, beams=sampling.num_beams)
-        ids = answering.generate_ids(self._model, stream.codec, embeds, mask, decoding, stream.stops[:1], **more)
+        codec, stops = row.stream.codec, [row.stream.stops]
+        ids = beam_search(self._model, codec, embeds, mask, row.sampling, stops, row.end_ids)
         text = ""
         for token in ids[0].tolist():
-            text += generation.accept(token)
-            if generation.done:
+            text += row.accept(token)
+            if row.done:
                 return text
-        return text + generation.end("length")
+        return text + row.end("length")
 
 
-Element: TypeAlias = int | tuple[str, int]
-"""What stands at one position: a token id, or which medium's which soft token."""
-
-
-class Prefix:
-    """What one row has read: the elements and their keys and values."""
-
-    def __init__(self) -> None:
-        self.elements: list[Element] = []
-        self._cache: Any = None
-
-    def common(self, elements: Sequence[Element]) -> int:
-        """How many of ``elements`` need not be read again; the last one always is, for its prediction."""
-        most = min(len(self.elements), len(elements) - 1) if self._cache is not None else 0
-        return next((i for i in range(most) if self.elements[i] != elements[i]), max(most, 0))
-
-    def take(self, length: int) -> Any:
-        """The cache of the first ``length`` elements (none for 0), which then are no longer kept here."""
-        cache, self._cache, self.elements = self._cache, None, []
-        if not length:
-            return None
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-        return cache
-
-    def put(self, elements: Sequence[Element], cache: Any) -> None:
-        """Keep what a row has read."""
-        if is_plain(cache):
-            self.elements, self._cache = list(elements), cache
-
-
-def is_plain(cache: Any) -> bool:
-    """Whether every layer keeps the keys and values of every position."""
-    layers = getattr(cache, "layers", [])
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
-def join(first: Any, second: Any) -> Any:
-    """The rows of two plain caches in one; the shorter rows are padded on the left."""
-    length = max(_length(first), _length(second))
-    joined = DynamicCache()
-    for i, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
-        keys = torch.cat([_padded(layer.keys, length) for layer in (a, b)])
-        joined.update(keys, torch.cat([_padded(layer.values, length) for layer in (a, b)]), i)
-    return joined
-
-
-def select(cache: Any, rows: Sequence[int], start: int = 0) -> Any:
-    """Some rows of a plain cache, from position ``start`` on."""
-    chosen = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        index = torch.tensor(list(rows), device=layer.keys.device)
-        chosen.update(layer.keys[index, :, start:], layer.values[index, :, start:], i)
-    return chosen
-
-
-def _length(cache: Any) -> int:
-    return cache.layers[0].keys.shape[-2]
-
-
-def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
-    return functional.pad(states, (0, 0, length - states.shape[-2], 0))
-
-
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, and so tokens that may each hold a part of it
-
-
-class TextStream:
-    """The text of a growing row of tokens.
-
-    Stop texts are looked for in the text, so it does not matter into which tokens a model cuts them.
+def beam_search(
+    model: LanguageModel,
+    codec: Codec,
+    embeds: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    stops: Sequence[Sequence[str]],
+    end_ids: frozenset[int],
+) -> Tensor:
+    """The likeliest replies to each row, by transformers' beam search.
 
     Args:
-        codec: The tokenizer.
-        stops: Texts that end the row and are no part of its text.
+        model: The language model.
+        codec: Its tokenizer.
+        embeds: ``[B, L, D]``, padded on the left.
+        mask: ``[B, L]``, one where a position counts.
+        sampling: Its numbers of beams, results and tokens, and its penalties.
+        stops: Each row's stop texts; a text that is found is part of the ids.
+        end_ids: Tokens that end a reply.
+
+    Returns:
+        ``[B * num_return_sequences, n]`` new ids, padded on the right.
     """
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-    def __init__(self, codec: Codec, stops: Sequence[str] = ()) -> None:
-        self.text = ""
-        """What has been handed out so far."""
-        self.stopped: str | None = None
-        """The stop text that was found."""
-        self.codec = codec
-        self.stops = tuple(stop for stop in stops if stop)
-        self._ids: list[int] = []
-        self._before, self._read = 0, 0  # tokens that give the next ones their context; tokens whose text is known
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that has become certain."""
-        self._ids.append(token)
-        self._held += self._decoded(final=False)
-        return self._hand_out(final=False)
-
-    def finish(self) -> str:
-        """No more tokens come; returns the rest of the text."""
-        self._held += self._decoded(final=True)
-        return self._hand_out(final=True)
-
-    def _decoded(self, final: bool) -> str:
-        """The text of the tokens that have not been read, once it holds whole characters only.
-
-        Tokens are decoded together with some before them: a token's text may depend on whether it comes first.
-        """
-        known = self.codec.decode(self._ids[self._before : self._read])
-        whole = self.codec.decode(self._ids[self._before :])
-        waiting = len(self._ids) - self._read
-        if whole.endswith(_BROKEN) and not final and waiting < _LONGEST_CHARACTER:
-            return ""
-        if len(whole) <= len(known):
-            return ""
-        self._before, self._read = self._read, len(self._ids)
-        return whole[len(known) :]
-
-    def _hand_out(self, final: bool) -> str:
-        if self.stopped is not None:
-            return ""
-        found = [(self._held.find(stop), stop) for stop in self.stops if stop in self._held]
-        if found:
-            place, self.stopped = min(found)
-            certain, self._held = self._held[:place].rstrip(), ""
-        elif final:
-            certain, self._held = self._held.rstrip(), ""
-        else:
-            keep = max((_overlap(self._held, stop) for stop in self.stops), default=0)
-            certain = self._held[: len(self._held) - keep].rstrip()
-            self._held = self._held[len(certain) :]
-        if not self.text:
-            certain = certain.lstrip()
-        self.text += certain
-        return certain
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=min(sampling.min_new_tokens, sampling.max_new_tokens),
+        do_sample=False,
+        num_beams=sampling.num_beams,
+        num_return_sequences=sampling.num_return_sequences,
+        length_penalty=float(sampling.length_penalty),
+        eos_token_id=sorted(end_ids) or None,
+        pad_token_id=codec.pad_id,
+    )
+    # as transformers' own setting the penalty would ignore as many new tokens as a row has padding
+    penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
+    with own_precision(model):
+        return model.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_StopTexts(codec, stops, sampling.min_new_tokens)]),
+            logits_processor=LogitsProcessorList([penalty] if sampling.repetition_penalty != 1 else []),
+        )
 
 
-def text_of(codec: Codec, ids: Sequence[int], stops: Sequence[str] = ()) -> str:
-    """The text of all ``ids``, up to the first stop text."""
-    stream = TextStream(codec, stops)
-    for token in ids:
-        stream.push(token)
-    stream.finish()
-    return stream.text
+class _StopTexts(StoppingCriteria):
+    """Ends a row when a stop text is in its reply. It is given new ids only, since prompts come as embeddings."""
 
+    def __init__(self, codec: Codec, stops: Sequence[Sequence[str]], least: int) -> None:
+        self._codec, self._stops, self._least = codec, stops, least
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` may be the beginning of ``stop``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        beams = len(input_ids) // len(self._stops)
+        ended = [
+            TextStream.of(self._codec, ids, stops, self._least).stopped is not None
+            for ids, stops in zip(input_ids.tolist(), (s for s in self._stops for _ in range(beams)), strict=True)
+        ]
+        return torch.tensor(ended, device=input_ids.device)

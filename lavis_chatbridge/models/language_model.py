@@ -8,12 +8,10 @@ Shapes: ``B`` rows, ``L`` positions, ``K`` chosen positions, ``D`` width, ``V`` 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -21,8 +19,9 @@ from torch import Tensor
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
-from lavis_chatbridge.models import lora
+from lavis_chatbridge.models import families, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
+from lavis_chatbridge.models.tokenizer import Codec, load_codec, one_line
 
 log = logging.getLogger(__name__)
 
@@ -30,109 +29,6 @@ HINT = "set model.language_model.weights to a Hugging Face folder (config.json, 
 
 BITSANDBYTES = Version("0.47")
 """The oldest that is used: 0.46, the first for a CPU, quantises 8-bit layers again when they are moved to one."""
-
-
-class Codec(Protocol):
-    """Text to token ids and back, without special tokens: those that a user types are plain text."""
-
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, tokenised on its own."""
-
-    def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
-        """The text of ids; special ones yield nothing."""
-
-    def __len__(self) -> int:
-        """One more than the largest id."""
-
-
-class SentencePieceCodec:
-    """A LLaMA ``tokenizer.model`` read by sentencepiece itself.
-
-    transformers 4 and 5 differ on runs of spaces in such a file, and only the former agrees with what Vicuna was
-    trained on; sentencepiece is the same under both.
-    """
-
-    def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._pieces = SentencePieceProcessor(model_file=str(path))
-        self.bos_id: int | None = _from_zero(self._pieces.bos_id())
-        self.eos_id: int | None = _from_zero(self._pieces.eos_id())
-        pad = _from_zero(self._pieces.pad_id())
-        self.pad_id: int = next(i for i in (pad, self.eos_id, 0) if i is not None)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, tokenised on its own."""
-        return self._pieces.encode(_whole_characters(text))
-
-    def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
-        """The text of ids; special ones, and those beyond the file's pieces (a padding token), yield nothing."""
-        size = len(self)
-        return self._pieces.decode([i for i in _listed(ids) if 0 <= i < size])
-
-    def __len__(self) -> int:
-        return self._pieces.get_piece_size()
-
-
-class HubCodec:
-    """A tokenizer of transformers."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self.eos_id: int | None = tokenizer.eos_token_id
-        self.pad_id: int = next(i for i in (tokenizer.pad_token_id, self.eos_id, 0) if i is not None)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, tokenised on its own."""
-        whole = _whole_characters(text)
-        return self._tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def encode_marked(self, text: str) -> list[int]:
-        """The ids of a text whose special tokens count as such: for text of a chat template, never for a user's."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def render(self, messages: Sequence[dict[str, str]], generate: bool) -> str:
-        """A conversation in the tokenizer's own chat template, with ``generate`` up to the opening of a reply.
-
-        Raises:
-            ConfigError: If the tokenizer has no template, or its template refuses these messages.
-        """
-        if not self._tokenizer.chat_template:
-            raise ConfigError("the language model's tokenizer has no chat template: choose another template")
-        try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        except Exception as error:  # templates are programs of their own, and raise what they like
-            raise ConfigError(f"the tokenizer's chat template fails: {_one_line(error)}") from error
-
-    def decode(self, ids: Sequence[int] | Tensor, **ignored: Any) -> str:
-        """The text of ids; special ones yield nothing."""
-        return self._tokenizer.decode(_listed(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def __len__(self) -> int:
-        return len(self._tokenizer)
-
-
-def load_codec(folder: Path) -> Codec:
-    """The tokenizer of a Hugging Face folder.
-
-    Raises:
-        CheckpointError: If there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    hub.needed_files(folder, "tokenizer")  # without a tokenizer's file transformers makes an empty tokenizer
-    pieces = folder / "tokenizer.model"
-    try:
-        if pieces.is_file() and _is_llama(folder):
-            return SentencePieceCodec(pieces)
-        return HubCodec(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
-    except Exception as error:  # transformers lets whatever its converters stumble over through
-        raise CheckpointError(f"no tokenizer can be read from {folder}: {_one_line(error)}; {HINT}") from error
 
 
 def check_available(settings: LanguageModelSettings) -> None:
@@ -187,6 +83,8 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
         )
     _forget_sampling_defaults(model, codec)
     model.requires_grad_(False).eval()
+    families.check_family(model)
+    model.embedding_scale = families.embedding_scale(model)
     if settings.lora is not None:
         lora.inject(model, settings.lora)
     return model, codec
@@ -262,7 +160,7 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             **_quantised(settings),
         )
     except Exception as error:  # safetensors' own error type derives from Exception directly
-        raise CheckpointError(f"no language model can be read from {folder}: {_one_line(error)}; {HINT}") from error
+        raise CheckpointError(f"no language model can be read from {folder}: {one_line(error)}; {HINT}") from error
     model, loading = loaded
     missing = [name for name in loading["missing_keys"] if "inv_freq" not in name]
     if missing:
@@ -340,43 +238,11 @@ def _random(settings: LanguageModelSettings) -> Any:
         built = AutoConfig.for_model(config.pop("model_type", "llama"), **config)
         return AutoModelForCausalLM.from_config(built).to(torch_dtype(settings.dtype))
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"model.language_model.config: {_one_line(error)}") from error
+        raise CheckpointError(f"model.language_model.config: {one_line(error)}") from error
 
 
 def _forget_sampling_defaults(model: Any, codec: Codec) -> None:
     """Replace the generation settings that came with the folder: the caller's arguments alone decide."""
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig(
-        bos_token_id=codec.bos_id, eos_token_id=codec.eos_id, pad_token_id=codec.pad_id
-    )
-
-
-def _is_llama(folder: Path) -> bool:
-    """Whether a folder's ``tokenizer.model`` is LLaMA's sentencepiece file."""
-    described = folder / "tokenizer_config.json"
-    if not described.is_file():
-        return not (folder / "tokenizer.json").is_file()
-    name = json.loads(described.read_text(encoding="utf-8")).get("tokenizer_class") or ""
-    return str(name).startswith("Llama") or not (folder / "tokenizer.json").is_file()
-
-
-def _whole_characters(text: str) -> str:
-    """``text`` with a replacement character for each half one (a lone surrogate), which tokenizers cannot read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-def _from_zero(token: int) -> int | None:
-    return token if token >= 0 else None
-
-
-def _listed(ids: Sequence[int] | Tensor) -> list[int]:
-    return ids.tolist() if isinstance(ids, Tensor) else list(ids)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    model.generation_config = GenerationConfig(bos_token_id=codec.bos_id, pad_token_id=codec.pad_id)

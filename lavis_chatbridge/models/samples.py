@@ -1,8 +1,8 @@
-"""A batch as LAVIS's tasks and data sets hand it over, read into prompts and media; it knows no tokenizer and no model.
+"""Reads a batch of LAVIS's tasks and data sets into prompts and media.
 
-``samples`` is a dict. Media stand under ``image``, ``video`` and ``audio``: a tensor with a batch axis, or a list with,
-for each sample, a medium or a list of media (a medium is a tensor, ``AudioClips`` or ``EncodedMedium``). The prompt is
-``pieces`` where given, else it is made from LAVIS's own text keys.
+``samples`` is a dict. ``image``, ``video`` and ``audio`` hold a tensor with a batch axis, or a list with a medium or a
+list of media for each sample (a medium is a tensor, ``AudioClips`` or ``EncodedMedium``). ``pieces`` are the prompts;
+without them a template makes prompts from LAVIS's text keys.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from torch import Tensor
 
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
-from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, alignment_prompt, chat_prompt, context_of
+from lavis_chatbridge.models.templates import Template
+from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, alignment_prompt, context_of
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
 Media: TypeAlias = dict[Modality, list[list[Medium]]]
 
 _BATCH: dict[Modality, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W]", "audio": "[B, T, F, M]"}
-"""The shape of a kind's tensor: ``F`` frames of ``M`` mel bins in each of a sound's ``T`` clips."""
+"""The shape of a modality's tensor: ``F`` frames of ``M`` mel bins in each of a sound's ``T`` clips."""
 
 
 def media_of(samples: Mapping[str, Any]) -> Media:
-    """Each kind's media, by sample.
+    """Each modality's media, by sample.
 
     Raises:
-        PromptError: If kinds disagree on the number of samples, or a medium is none.
+        PromptError: If modalities have different numbers of samples, or a value is no processed medium.
     """
     media: Media = {kind: _by_sample(kind, samples[kind]) for kind in MODALITIES if samples.get(kind) is not None}
     sizes = {kind: len(of_kind) for kind, of_kind in media.items()}
@@ -37,14 +38,14 @@ def media_of(samples: Mapping[str, Any]) -> Media:
     return media
 
 
-def training_prompts(samples: Mapping[str, Any], media: Media, reply_end: str) -> list[list[Piece]]:
+def training_prompts(samples: Mapping[str, Any], media: Media, template: Template) -> list[list[Piece]]:
     """Each sample's prompt with its targets.
 
-    With ``pieces``: those. With an answer (``text_output`` or ``answer``): a conversation that ``text_input`` opens.
-    With ``text_input`` alone: its alignment with the media.
+    It is ``pieces``; or, with an answer (``text_output`` or ``answer``), a conversation that ``text_input`` opens; or,
+    with ``text_input`` alone, the media and that caption.
 
     Raises:
-        PromptError: If there is no text, or not as much as there are media.
+        PromptError: If there is no text, or texts and media are of different numbers.
     """
     if samples.get("pieces") is not None:
         return _checked([list(pieces) for pieces in samples["pieces"]], media)
@@ -58,17 +59,17 @@ def training_prompts(samples: Mapping[str, Any], media: Media, reply_end: str) -
     if len(answers) != len(texts):
         raise PromptError(f"{len(texts)} questions in 'text_input', but {len(answers)} answers")
     conversations = [
-        chat_prompt([Message("user", text, k), Message("assistant", answer)], reply_end=reply_end)
+        template.prompt([Message("user", text, k), Message("assistant", answer)])
         for k, text, answer in zip(kinds, texts, answers, strict=True)
     ]
     return _checked(conversations, media)
 
 
-def contexts(samples: Mapping[str, Any], media: Media, question: Any = None) -> list[list[Piece]]:
-    """Each sample's prompt for the model to go on from.
+def contexts(samples: Mapping[str, Any], media: Media, template: Template, question: Any = None) -> list[list[Piece]]:
+    """Each sample's prompt for the model to continue.
 
-    With ``pieces``: those up to the last target. Else a conversation that opens with ``question``, ``prompt`` or
-    ``text_input``; without any, the media alone, for a caption.
+    It is ``pieces`` up to the last target; or a conversation that ``question``, ``prompt`` or ``text_input`` opens; or,
+    without any of them, the media alone, for a caption.
 
     Raises:
         PromptError: If the batch is empty, or texts and media are of different numbers.
@@ -84,11 +85,11 @@ def contexts(samples: Mapping[str, Any], media: Media, question: Any = None) -> 
         return [list(alignment_prompt(k, "")[:-1]) for k in _kinds(media, size)]
     kinds = _kinds(media, len(texts))
     turns = [[Message("user", text, k)] for k, text in zip(kinds, texts, strict=True)]
-    return _checked([chat_prompt(t, generate=True) for t in turns], media)
+    return _checked([template.prompt(t, generate=True) for t in turns], media)
 
 
 def is_alignment(context: Sequence[Piece]) -> bool:
-    """Whether a context holds media only, so that a caption is asked for."""
+    """Whether a context has media only, so that a caption follows."""
     return all(isinstance(piece, Slot) for piece in context)
 
 

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Layout: TypeAlias = Literal["text", "original"]
+TemplateName: TypeAlias = Literal["human_assistant", "vicuna_v1", "tokenizer"]
 Quantization: TypeAlias = Literal["8bit", "4bit"]
 DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Weights: TypeAlias = str | tuple[str, ...]
@@ -288,6 +289,10 @@ class ModelSettings(Settings):
     temporal_positions: TemporalSettings | None = None
     """Positions of frames and clips in time; null as in the released checkpoints."""
 
+    template: TemplateName = "human_assistant"
+    """How conversations are worded, in training, evaluation, chat and server: ``human_assistant`` (the paper's),
+    ``vicuna_v1``, or ``tokenizer`` (the language model's own chat template)."""
+
     prompt_layout: Layout = "text"
     """``text`` puts BOS before the text; ``original`` repeats the original's batches exactly."""
 
@@ -318,6 +323,8 @@ class ModelSettings(Settings):
             yield f"max_text_length {self.max_text_length} is not positive"
         if self.encoder_batch < 1:
             yield f"encoder_batch {self.encoder_batch} is not positive"
+        if self.prompt_layout == "original" and self.template != "human_assistant":
+            yield f"prompt_layout original needs template human_assistant, found {self.template}"
         if self.load_finetuned and self.finetuned is None:
             yield "load_finetuned is true, but finetuned names no checkpoint"
 

@@ -55,7 +55,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
     Raises:
         PromptError: If the turns do not alternate, or ``generate`` does not fit the last one.
     """
-    _check_order(turns, generate)
+    check_order(turns, generate)
     pieces: list[Piece] = []
     counts: dict[Modality, int] = {}
     opening = END_OF_TURN
@@ -94,8 +94,8 @@ def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: s
 
 
 def escape_markers(text: str) -> str:
-    """``text`` with every run of three or more ``#`` spaced out, so that it cannot end a turn or open one."""
-    return re.sub(r"#{3,}", lambda run: " ".join(run.group()), text)
+    """``text`` with every run of three or more ``#`` (of any width) spaced out: it can neither end nor open a turn."""
+    return re.sub("[#\N{FULLWIDTH NUMBER SIGN}\N{SMALL NUMBER SIGN}]{3,}", lambda run: " ".join(run.group()), text)
 
 
 def clean_caption(text: str) -> str:
@@ -109,7 +109,12 @@ def clean_caption(text: str) -> str:
     return re.sub(r"\s{2,}", " ", words).strip(" ")
 
 
-def _check_order(turns: Sequence[Message], generate: bool) -> None:
+def check_order(turns: Sequence[Message], generate: bool) -> None:
+    """Refuse messages that do not alternate, or that do not end as ``generate`` needs.
+
+    Raises:
+        PromptError: With the first fault.
+    """
     for position, turn in enumerate(turns):
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:

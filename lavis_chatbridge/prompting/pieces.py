@@ -16,10 +16,17 @@ MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
 @dataclass(frozen=True)
 class Text:
-    """Words of a prompt. ``target`` marks those that the model is trained to produce."""
+    """Words of a prompt.
+
+    Args:
+        text: The words.
+        target: Whether the model is trained to produce them.
+        ids: Their token ids, where a template has encoded them already.
+    """
 
     text: str
     target: bool = False
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Cache
 
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.models.interleave import Batch
+from lavis_chatbridge.models.layout import Batch
 from lavis_chatbridge.prompting import Message, Slot, Text, alignment_prompt, chat_prompt, context_of
 from tests.models.building import small_model, small_settings
 
@@ -374,25 +373,6 @@ def test_generation_in_a_batch_equals_one_by_one(model: Any, beams: int) -> None
     assert len(set(together)) > 1
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_static_cache_changes_no_token(model: Any, beams: int) -> None:
-    held = set()
-
-    def look(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        held.update(type(value).__name__ for value in keywords.values() if isinstance(value, Cache))
-
-    handle = model.llama_model.model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        static = model.generate(QUESTIONS, num_beams=beams, max_length=8, stop="", cache="static")
-    finally:
-        handle.remove()
-    assert held == {"StaticCache"}
-    assert static == model.generate(QUESTIONS, num_beams=beams, max_length=8, stop="")
-    assert len(set(static)) > 1
-    with pytest.raises(ConfigError, match="cache 'none' is neither 'dynamic' nor 'static'"):
-        model.generate(QUESTIONS, cache="none")
-
-
 def test_generation_arguments(model: Any) -> None:
     several = model.generate(QUESTIONS, num_beams=4, num_captions=2, max_length=4)
     assert len(several) == 6
@@ -410,25 +390,6 @@ def test_generation_stops_at_the_stop_text_of_its_row(model: Any) -> None:
     stop = next(c for c in full[0][2:] if not c.isspace() and c != "\ufffd")
     cut = model.generate(QUESTIONS, max_length=12, stop=stop)
     assert cut == [text.split(stop)[0].strip() for text in full]
-
-
-def test_contexts_of_training_and_generation_agree(model: Any) -> None:
-    """The first token's likelihood in training is that of generation: same tokens, positions and masks."""
-    for layout in ("text", "original"):
-        model.prompt_layout = layout
-        pieces = [context_of(p) for p in QUESTIONS["pieces"]]
-        embeds, mask = model._context(pieces, {"image": QUESTIONS["image"]}, True)
-        logits = model.llama_model(inputs_embeds=embeds, attention_mask=mask).logits[:, -1]
-        one: list[Any] = [[*p, Text("red", target=True)] for p in pieces]
-        for i, prompt in enumerate(one):
-            soft, places = model.soft_tokens([prompt], {"image": QUESTIONS["image"][i : i + 1]})
-            from lavis_chatbridge.models.interleave import lay_out
-
-            batch = lay_out([prompt], places, model.llama_tokenizer, layout, 100)
-            nll, targets = model.token_losses(batch, soft)
-            expected = -logits[i].log_softmax(-1)[targets[0]]
-            assert nll[0].item() == pytest.approx(expected.item(), abs=1e-4), layout
-    model.prompt_layout = "text"
 
 
 ANSWERS = ["red", "a red car", "blue", "two", "on the beach", "yes", "no", "a"]
@@ -450,9 +411,11 @@ def brute_force(model: Any, samples: dict[str, Any], answers: list[str], power: 
     return [answers[i] for i in (scores / torch.tensor(counts) ** power).argmax(1).tolist()]
 
 
+@pytest.mark.parametrize("layout", ["text", "original"])
 def test_answers_are_scored_as_whole_sequences_are_but_the_question_is_read_once(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
+    monkeypatch.setattr(model, "prompt_layout", layout)
     expected, counts = plain_scores(model, QUESTIONS, ANSWERS)
     read, forward = [], model.llama_model.forward
 
@@ -462,7 +425,7 @@ def test_answers_are_scored_as_whole_sequences_are_but_the_question_is_read_once
         return forward(*a, **k)
 
     monkeypatch.setattr(model.llama_model, "forward", counted)
-    found, lengths = model.answer_scores(QUESTIONS, ANSWERS)
+    found, lengths = model.answer_scores(QUESTIONS, ANSWERS, bos=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert lengths.tolist() == counts
     assert read.count(True) == 1
@@ -476,10 +439,12 @@ def test_ranking_equals_brute_force(model: Any, power: float) -> None:
 
 def test_ranking_looks_at_candidates_with_likely_first_tokens(model: Any) -> None:
     one = model.predict_answers(QUESTIONS, inference_method="rank", answer_list=ANSWERS, num_ans_candidates=1)
-    embeds, mask = model._context([context_of(p) for p in QUESTIONS["pieces"]], {"image": QUESTIONS["image"]}, None)
-    first = model.llama_model(inputs_embeds=embeds, attention_mask=mask).logits[:, -1]
+    scores, _ = model.answer_scores(QUESTIONS, ANSWERS, keep=1)
+    assert (scores.isfinite().sum(1) == 1).all()
+    assert one == [ANSWERS[i] for i in scores.argmax(1).tolist()]
     openings = [model.llama_tokenizer.encode(answer + "###")[0] for answer in ANSWERS]
-    assert [openings[ANSWERS.index(a)] for a in one] == [openings[int(i)] for i in first[:, openings].argmax(1)]
+    first, _ = model.answer_scores(QUESTIONS, [model.llama_tokenizer.decode([i]) for i in openings], stop="")
+    assert first.argmax(1).tolist() == scores.argmax(1).tolist()
 
 
 def test_answers_by_lavis_arguments(model: Any) -> None:

@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import answering
-from lavis_chatbridge.models.interleave import PADDING, SOFT, Batch, embed, lay_out, lay_out_context
-from lavis_chatbridge.models.language_model import load_codec
+from lavis_chatbridge.models.answering import padded
+from lavis_chatbridge.models.decoding import Decoder
+from lavis_chatbridge.models.layout import PADDING, SOFT, Batch, embed, lay_out
 from lavis_chatbridge.models.samples import media_of
+from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import TemporalSettings
+from lavis_chatbridge.models.tokenizer import load_codec
 from lavis_chatbridge.processors.fbank import fbank
 from lavis_chatbridge.prompting import Message, Piece, Slot, Text, alignment_prompt, chat_prompt, clean_caption
 from lavis_chatbridge.runners.optim import learning_rate, original_rate
@@ -381,17 +383,15 @@ def test_five_optimiser_steps(fresh: Callable[..., Any], tensors: Callable, fact
         near(trained[name], after, LAYERED, name)
 
 
-def asked(model: Any, tensors: Callable, case: str, prompt: str) -> tuple[Batch, Tensor]:
-    """The context of a prompt with placeholders, for the first sample of each of its inputs."""
+def asked(tensors: Callable, case: str, prompt: str) -> dict[str, Any]:
+    """A batch of one prompt with placeholders, and the first sample of each of its inputs."""
     of_case = {"image": ["image"], "imageaudio": ["image", "audio1"], "video_audio": ["video", "audio2"]}
     named = [inputs(tensors, name) for name in of_case[case.split("_", 1)[1]]]
     texts = re.split(r"<ImageHere>|<query>", prompt)
     pieces: list[Piece] = [Text(texts[0])]
     for (kind, _), text in zip(named, texts[1:], strict=True):
         pieces += [Slot(kind), Text(text)]  # type: ignore[arg-type]
-    soft, places = model.soft_tokens([pieces], media_of({kind: values[:1] for kind, values in named}))
-    bos = case.startswith("chat_")
-    return lay_out_context([pieces], places, model.llama_tokenizer, bos, PADDING), soft
+    return {"pieces": [pieces], **{kind: values[:1] for kind, values in named}}
 
 
 @torch.no_grad()
@@ -400,20 +400,14 @@ def test_greedy_tokens(model: Any, tensors: Callable, facts: Callable) -> None:
     cases = {name: case for name, case in facts("generate").items() if "greedy_ids" in case}
     assert cases
     for name, case in cases.items():
-        batch, soft = asked(model, tensors, name, case["prompt"])
-        embeds = embed(batch, soft, model.llama_model.get_input_embeddings())
-        near(embeds, golden[f"{name}.inputs_embeds"], LAYERED, name)
-        logits = model.llama_model(inputs_embeds=embeds, attention_mask=batch.attention_mask).logits
-        near(logits[:, -1], golden[f"{name}.first_logits"], LAYERED, name)
-        ids = answering.generate_ids(
-            model.llama_model,
-            model.llama_tokenizer,
-            embeds,
-            batch.attention_mask,
-            answering.Decoding(len(case["greedy_ids"]), min_tokens=0),
-            eos_token_id=-1,
-        )
-        assert ids[0].tolist() == case["greedy_ids"], name
+        samples, bos = asked(tensors, name, case["prompt"]), name.startswith("chat_")
+        sampling = Sampling(max_new_tokens=len(case["greedy_ids"]), ignore_eos=True)
+        (reply,) = model.replies(samples, sampling, stop="", bos=bos)
+        embeds = reply.embeds(0, model.llama_model.get_input_embeddings())
+        near(embeds[None], golden[f"{name}.inputs_embeds"], LAYERED, name)
+        near(model.llama_model(inputs_embeds=embeds[None]).logits[:, -1], golden[f"{name}.first_logits"], LAYERED, name)
+        list(Decoder(model.llama_model).run(reply))
+        assert reply.ids == case["greedy_ids"], name
 
 
 @torch.no_grad()
@@ -424,11 +418,10 @@ def test_a_batch_of_prompts(model: Any, tensors: Callable, facts: Callable) -> N
         [Text(before), Slot("image"), Text(after.replace("<question>", question))] for question in case["questions"]
     ]
     kind, values = inputs(tensors, case["images"].split(":")[1])
-    soft, places = model.soft_tokens(prompts, media_of({kind: values[: len(prompts)]}))
-    batch = lay_out_context(prompts, places, model.llama_tokenizer, False, PADDING)
-    assert torch.equal(batch.attention_mask, golden["batch_prompt.attention_mask"])
-    found = embed(batch, soft, model.llama_model.get_input_embeddings())
-    near(found, golden["batch_prompt.inputs_embeds"], LAYERED)
+    replies = model.replies({"pieces": prompts, kind: values[: len(prompts)]}, Sampling(), bos=False)
+    embeds, mask = padded(model.llama_model, replies)
+    assert torch.equal(mask, golden["batch_prompt.attention_mask"])
+    near(embeds, golden["batch_prompt.inputs_embeds"], LAYERED)
 
 
 def test_tokenizer(golden_dir: Path) -> None:

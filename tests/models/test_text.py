@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.models.decoding import TextStream, text_of
-from lavis_chatbridge.models.language_model import load_codec
+from lavis_chatbridge.models.text import TextStream, text_of
+from lavis_chatbridge.models.tokenizer import load_codec
 
 
 class Bytes:
@@ -17,6 +17,7 @@ class Bytes:
 
     bos_id = eos_id = None
     pad_id = 0
+    byte_ids: frozenset[int] = frozenset()
 
     def __init__(self, *words: str) -> None:
         self.words = words

@@ -238,7 +238,7 @@ class Engine:
             generation.prefix, generation.reused = self._prefixes.pop(best), shared[best]
 
     def _take_back(self, generation: Generation) -> None:
-        if self._keep and generation.prefix.elements:
+        if self._keep and generation.prefix is not None and generation.prefix.elements:
             self._prefixes = [*self._prefixes, generation.prefix][-self._keep :]
 
 

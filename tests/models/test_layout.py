@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.models.interleave import IGNORED, PADDING, SOFT, Batch, embed, lay_out, lay_out_context
+from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Batch, elements_of, embed, lay_out
 from lavis_chatbridge.prompting import Piece, Slot, Text
 
 
@@ -63,16 +63,13 @@ def test_text_layout_by_hand() -> None:
     assert batch.last_supervised == 9
 
 
-def test_contexts_are_padded_on_the_left_with_bos_at_the_text() -> None:
-    batch = lay_out_context([p[:3] for p in PROMPTS], PLACES, CODEC, bos=True, padding=0)
-    assert batch.token_ids.tolist() == [[0, 1, 3, 4, SOFT, SOFT, 5], [1, SOFT, SOFT, SOFT, 8, SOFT, SOFT]]
-    assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1, 1], [1] * 7]
-    assert batch.position_ids[0].tolist() == [0, 0, 1, 2, 3, 4, 5]
-    assert not (batch.labels != IGNORED).any()
-    assert batch.needs_mask
-    assert batch.last_supervised == -1
-    without = lay_out_context([p[:3] for p in PROMPTS], PLACES, CODEC, bos=False, padding=PADDING)
-    assert without.token_ids[0].tolist() == [PADDING, 3, 4, SOFT, SOFT, 5]
+def test_the_elements_of_a_context() -> None:
+    pieces = [Text("a"), IMAGE, Text("b", ids=(20, 21)), IMAGE]
+    media = {IMAGE: ("key", 2)}
+    assert elements_of(pieces, media, CODEC) == [1, 3, ("key", 0), ("key", 1), 20, 21, ("key", 0), ("key", 1)]
+    assert elements_of(pieces, media, CODEC, bos=False)[0] == 3
+    assert elements_of([Text("<s>a", ids=(1, 3))], {}, CODEC) == [1, 3]  # it brings its own BOS
+    assert lay_out([[Text("<s>a", ids=(1, 3))]], [{}], CODEC, "text", 9).token_ids.tolist() == [[1, 3]]
 
 
 def test_original_layout_hides_bos_in_padded_rows() -> None:
@@ -146,5 +143,5 @@ def test_embeddings_carry_gradients_to_soft_tokens_only() -> None:
 def test_a_missing_medium_is_named() -> None:
     with pytest.raises(PromptError, match=r"sample 0 names image 1, which it lacks \(it has: image 0\)"):
         train([[Slot("image", 1), Text("a", target=True)]])
-    with pytest.raises(PromptError, match="nothing to go on from"):
-        lay_out_context([[]], PLACES[:1], CODEC, bos=False, padding=0)
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        elements_of([], {}, CODEC)

@@ -1,8 +1,9 @@
-"""Prompts become batches: pieces and soft tokens are laid out in rows of positions, with masks, labels and positions.
+"""Layout of prompts in batches: pieces and soft tokens become rows of positions, with mask, position ids and labels.
 
-Two layouts. ``"text"``: BOS, then the pieces; padding on the right in training, on the left in generation.
+There are two layouts. ``"text"``: BOS, then the pieces; padding on the right in training, on the left in generation.
 ``"original"``: the batches of the original ChatBridge, for its checkpoints (its ``models/chatbridge.py``, 249-295 and
-361-437). It knows a tokenizer and counts of soft tokens, no encoder and no language model.
+361-437). A prompt whose first piece is encoded already (by the tokenizer's own chat template) brings its own BOS.
+This module knows a tokenizer and counts of soft tokens, no encoder and no language model.
 
 Shapes: ``B`` rows, ``L`` positions, ``S`` soft tokens of the whole batch, ``K`` positions that hold one, ``D`` width.
 """
@@ -18,19 +19,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.models.language_model import Codec
+from lavis_chatbridge.models.kept import Element
 from lavis_chatbridge.models.settings import Layout
-from lavis_chatbridge.prompting import Modality, Piece, Slot
+from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.prompting import Modality, Piece, Slot, Text
 
 SOFT = -1
-"""Stands among token ids for a soft token."""
+"""In place of a token id: a soft token."""
 PADDING = -2
-"""Stands among token ids for a position without embedding."""
+"""In place of a token id: no embedding."""
 IGNORED = -100
 """The label of a position that is not trained."""
 
 Places: TypeAlias = Mapping[tuple[Modality, int], range]
-"""Where the soft tokens of a sample's media lie among those of the batch."""
+"""The range of each of a sample's media among the soft tokens of the batch."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Batch:
         soft: ``[K]`` which soft token each ``SOFT`` position holds, row by row.
         attention_mask: ``[B, L]`` one where a position may be seen.
         position_ids: ``[B, L]``.
-        labels: ``[B, L]`` the id itself where it is a target, else ``IGNORED``.
-        lost: Rows whose whole answer was cut off.
+        labels: ``[B, L]`` the id where it is a target, else ``IGNORED``.
+        lost: Rows whose targets were all cut off.
     """
 
     token_ids: Tensor
@@ -55,9 +57,9 @@ class Batch:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether a row holds anything in front of its text that must not be seen.
+        """Whether padding precedes any row's text.
 
-        Causal attention never looks at padding behind a row's end; without a mask it runs as flash attention on a GPU.
+        Padding behind a row cannot affect it in causal attention, which runs as flash attention without a mask.
         """
         ends_only = (self.attention_mask[:, 1:] <= self.attention_mask[:, :-1]).all()
         counted = (self.position_ids == torch.arange(self.position_ids.shape[1])).all()
@@ -65,12 +67,12 @@ class Batch:
 
     @property
     def last_supervised(self) -> int:
-        """The last column whose prediction counts, of all rows; -1 where none does."""
+        """The last column of all rows that predicts a target; -1 without targets."""
         columns = self.supervised()[1]
         return int(columns.max()) if len(columns) else -1
 
     def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``[K]`` rows, columns and targets of the predictions that count: each position predicts the next one."""
+        """``[K]`` rows, columns and targets of the predictions in the loss: each position predicts the next one."""
         rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         return rows, columns, self.labels[rows, columns + 1]
 
@@ -89,8 +91,8 @@ def lay_out(
         places: Each sample's soft tokens.
         codec: The tokenizer.
         layout: ``"text"`` or ``"original"``.
-        max_text_length: In layout ``"text"``, and for the original's stage 1, text tokens of a sample: text behind them
-            is cut off, and so is a medium behind text that was cut, always whole. In the original's stage 2, positions.
+        max_text_length: In layout ``"text"``, and in the original's stage 1: text tokens of a sample; further text, and
+            media behind it, are cut off. In the original's stage 2: positions.
 
     Raises:
         PromptError: If a prompt names a medium that its sample lacks.
@@ -101,7 +103,8 @@ def lay_out(
         batch = _original_chat(kept, codec)
     else:
         bos = codec.bos_id
-        kept = [row.within(max_text_length).after(bos) for row in rows]
+        pairs = zip(rows, prompts, strict=True)
+        kept = [row.within(max_text_length).after(None if _is_encoded(p) else bos) for row, p in pairs]
         # The original pads with EOS, and trains no position that holds it.
         ignored = codec.eos_id if layout == "original" else None
         batch = _padded_right(kept, codec, ignored)
@@ -109,39 +112,37 @@ def lay_out(
     return replace(batch, lost=lost)
 
 
-def lay_out_context(
-    prompts: Sequence[Sequence[Piece]], places: Sequence[Places], codec: Codec, bos: bool, padding: int
-) -> Batch:
-    """Rows to go on from, padded on the left and never cut.
+def elements_of(
+    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, int]], codec: Codec, bos: bool = True
+) -> list[Element]:
+    """What stands at each position of one prompt, for :class:`decoding.Generation`.
 
     Args:
-        prompts: Each sample's context.
-        places: Each sample's soft tokens.
+        pieces: The prompt.
+        media: Key and number of soft tokens of each slot's medium.
         codec: The tokenizer.
-        bos: Put BOS in front of each row. (The original's demonstration does, its evaluation does not.)
-        padding: The id to pad with, or ``PADDING`` for zeros.
+        bos: Begin with BOS, unless the prompt brings its own.
 
     Raises:
-        PromptError: If a prompt names a medium that its sample lacks, or a row is empty.
+        PromptError: If the prompt is empty, or names a medium that is not given.
     """
-    rows = [_row(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
-    if bos:
-        rows = [row.after(codec.bos_id) for row in rows]
-    if not rows or not all(len(row.ids) for row in rows):
-        raise PromptError("there is nothing to go on from: a prompt needs text or a medium")
-    ids = pad_sequence([row.ids for row in rows], True, padding, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row.ids) for row in rows], True, 0, padding_side="left")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(ids, _soft(rows), mask, positions, torch.full_like(ids, IGNORED))
+    places = {(slot.kind, slot.index): range(count) for slot, (_, count) in media.items()}
+    row = _row(pieces, places, codec, 0)
+    keys = iter([(media[p][0], i) for p in pieces if isinstance(p, Slot) for i in range(media[p][1])])
+    elements: list[Element] = [next(keys) if token == SOFT else token for token in row.ids.tolist()]
+    if not elements:
+        raise PromptError("the prompt is empty: it needs text or a medium")
+    return elements if not bos or codec.bos_id is None or _is_encoded(pieces) else [codec.bos_id, *elements]
 
 
-def embed(batch: Batch, soft: Tensor | None, table: nn.Module) -> Tensor:
+def embed(batch: Batch, soft: Tensor | None, table: nn.Module, scale: float = 1.0) -> Tensor:
     """The rows as embeddings.
 
     Args:
         batch: The rows.
-        soft: ``[S, D]`` soft tokens of the whole batch, none if no row holds one.
-        table: The language model's token embeddings.
+        soft: ``[S, D]`` soft tokens of the whole batch, None if no row has one.
+        table: The language model's embedding layer.
+        scale: See :func:`families.embedding_scale`.
 
     Returns:
         ``[B, L, D]`` in the embeddings' precision; gradients reach the soft tokens.
@@ -152,7 +153,7 @@ def embed(batch: Batch, soft: Tensor | None, table: nn.Module) -> Tensor:
         return embeds
     rows, columns = (batch.token_ids == SOFT).nonzero(as_tuple=True)
     device = embeds.device
-    chosen = soft.to(embeds.dtype)[batch.soft.to(device)]
+    chosen = (soft / scale).to(embeds.dtype)[batch.soft.to(device)]
     return embeds.index_put((rows.to(device), columns.to(device)), chosen)
 
 
@@ -169,12 +170,12 @@ class _Row:
         return _Row(self.ids[:length], self.target[:length], self.soft[:length])
 
     def within(self, text_length: int) -> _Row:
-        """All up to the first text token that is one too many."""
+        """The positions before the first text token beyond ``text_length``."""
         over = ((self.soft < 0).cumsum(0) > text_length).nonzero()
         return self.first(int(over[0])) if len(over) else self
 
     def after(self, token: int | None) -> _Row:
-        """The row with a token in front of it, if there is one."""
+        """The row behind a token, if there is one."""
         if token is None:
             return self
         front = (self.ids.new_tensor([token]), self.target.new_tensor([False]), self.soft.new_tensor([-1]))
@@ -198,7 +199,7 @@ def _row(pieces: Sequence[Piece], media: Places, codec: Codec, sample: int) -> _
             target += [False] * len(place)
             soft += place
         else:
-            tokens = codec.encode(piece.text)
+            tokens = codec.encode(piece.text) if piece.ids is None else piece.ids
             ids += tokens
             target += [piece.target] * len(tokens)
             soft += [-1] * len(tokens)
@@ -232,10 +233,15 @@ def _original_chat(rows: Sequence[_Row], codec: Codec) -> Batch:
 
 
 def _soft(rows: Sequence[_Row]) -> Tensor:
-    """The soft tokens of all rows, one after the other; padding holds none, so their order is that of the batch."""
+    """The soft tokens of all rows in order."""
     return torch.cat([row.soft[row.soft >= 0] for row in rows])
 
 
+def _is_encoded(pieces: Sequence[Piece]) -> bool:
+    """Whether a template has encoded a prompt, with the BOS that belongs to it."""
+    return bool(pieces) and isinstance(pieces[0], Text) and pieces[0].ids is not None and not pieces[0].target
+
+
 def _is_alignment(pieces: Sequence[Piece]) -> bool:
-    """Whether a prompt is one of stage 1: media and targets, no words that are only context."""
+    """Whether a prompt is of stage 1: media and targets only."""
     return all(isinstance(piece, Slot) or piece.target for piece in pieces)

@@ -1,0 +1,81 @@
+"""Keys and values of what a language model has read, kept so that a common beginning is not read again.
+
+It knows the caches of transformers, no text and no media. Only layers that keep every position can be cropped and
+joined; with others (sliding windows) nothing is reused.
+
+Shapes: ``B`` rows, ``L`` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+Element: TypeAlias = int | tuple[str, int]
+"""What stands at one position: a token id, or the key of a medium and the index of its soft token."""
+
+
+class Prefix:
+    """What one conversation's language model has read: the elements of its positions, and their keys and values."""
+
+    def __init__(self) -> None:
+        self.elements: list[Element] = []
+        self._cache: Any = None
+        self._long = False
+
+    def common(self, elements: Sequence[Element], is_long: bool = False) -> int:
+        """How many of ``elements`` need not be read again; the last one always is, for its prediction.
+
+        Args:
+            elements: Those of a new prompt.
+            is_long: Whether the prompt is beyond the length at which the model's rotary factors change: keys of the
+                other side are not reused.
+        """
+        most = min(len(self.elements), len(elements) - 1) if self._cache is not None and is_long == self._long else 0
+        return next((i for i in range(most) if self.elements[i] != elements[i]), max(most, 0))
+
+    def take(self, length: int) -> Any:
+        """The cache of the first ``length`` elements (None for 0); they are then no longer kept here."""
+        cache, self._cache, self.elements = self._cache, None, []
+        if not length:
+            return None
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        return cache
+
+    def put(self, elements: Sequence[Element], cache: Any, is_long: bool = False) -> None:
+        """Keep what was read."""
+        self.elements, self._cache, self._long = list(elements), cache, is_long
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether every layer keeps the keys and values of every position."""
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def join(first: Any, second: Any) -> Any:
+    """The rows of two plain caches in one; the shorter rows are padded on the left."""
+    length = max(cache.layers[0].keys.shape[-2] for cache in (first, second))
+    joined = DynamicCache()
+    for i, layers in enumerate(zip(first.layers, second.layers, strict=True)):
+        keys = torch.cat([_padded(layer.keys, length) for layer in layers])
+        joined.update(keys, torch.cat([_padded(layer.values, length) for layer in layers]), i)
+    return joined
+
+
+def select(cache: Any, rows: Sequence[int], start: int = 0) -> Any:
+    """Some rows of a plain cache, from position ``start`` on."""
+    chosen = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        index = torch.tensor(list(rows), device=layer.keys.device)
+        chosen.update(layer.keys[index, :, start:], layer.values[index, :, start:], i)
+    return chosen
+
+
+def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    return functional.pad(states, (0, 0, length - states.shape[-2], 0))

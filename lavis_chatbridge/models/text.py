@@ -1,0 +1,84 @@
+"""Token ids become text as they arrive: final characters only, up to a stop text, without blanks around the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lavis_chatbridge.models.tokenizer import Codec
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """The text of a growing row of tokens: at the end, that of all ids decoded together.
+
+    Stop texts are looked for in the text, so they are found wherever the tokens divide them.
+
+    Args:
+        codec: The tokenizer.
+        stops: Texts that end the row and are not part of its text.
+        least: Stop texts in the text of this many first tokens do not count.
+    """
+
+    def __init__(self, codec: Codec, stops: Sequence[str] = (), least: int = 0) -> None:
+        self.text = ""
+        """What has been returned so far."""
+        self.stopped: str | None = None
+        """The stop text that was found."""
+        self.codec = codec
+        self.stops = tuple(stop for stop in stops if stop)
+        self._least, self._exempt = least, 0
+        self._ids: list[int] = []
+
+    @classmethod
+    def of(cls, codec: Codec, ids: Sequence[int], stops: Sequence[str] = (), least: int = 0) -> TextStream:
+        """A complete stream of these ids."""
+        stream = cls(codec, stops, least)
+        if least:
+            for token in ids:
+                stream.push(token)
+        stream._ids = list(ids)
+        stream.finish()
+        return stream
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that has become final."""
+        self._ids.append(token)
+        return self._advance(self._certain(), final=False)
+
+    def finish(self) -> str:
+        """Return the rest of the text; no more tokens follow."""
+        return self._advance(self.codec.decode(self._ids), final=True)
+
+    def _certain(self) -> str:
+        """The text that no later token changes: an incomplete character, or a run of bytes, may still change."""
+        count = len(self._ids)
+        while count and self._ids[count - 1] in self.codec.byte_ids:
+            count -= 1
+        return self.codec.decode(self._ids[:count]).rstrip(_BROKEN)
+
+    def _advance(self, whole: str, final: bool) -> str:
+        if self.stopped is not None:
+            return ""
+        whole = whole.lstrip()
+        if len(self._ids) < self._least:
+            self._exempt = len(whole)
+        found = [(i, stop) for stop in self.stops if (i := whole.find(stop, self._exempt)) >= 0]
+        if found:
+            offset, self.stopped = min(found)
+            whole = whole[:offset]
+        elif not final:
+            whole = whole[: len(whole) - max((_overlap(whole, stop) for stop in self.stops), default=0)]
+        new = whole.rstrip()[len(self.text) :]
+        self.text += new
+        return new
+
+
+def text_of(codec: Codec, ids: Sequence[int], stops: Sequence[str] = ()) -> str:
+    """The text of all ``ids``, up to the first stop text."""
+    return TextStream.of(codec, ids, stops).text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` may begin ``stop``."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
