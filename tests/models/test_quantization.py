@@ -19,7 +19,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraEr
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
-from lavis_chatbridge.prompting import Slot, Text, alignment_prompt
+from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import parallel, snapshot
 from tests.models.building import small_model
 
@@ -233,21 +233,6 @@ def test_training_lowers_the_loss_and_leaves_the_codes(folder: Path, tokenizer: 
     assert losses[-1] < losses[0] - 0.3
     after = [t for layer in quantised(model).values() for t in tensors_of(layer)]
     assert all(map(torch.equal, after, before))
-
-
-@BOTH
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_static_cache_changes_no_token(folder: Path, tokenizer: Path, how: Any, beams: int) -> None:
-    model = bridge(folder, tokenizer, how)
-    asked = {
-        "prompts": [[Slot("image"), Text(" what is it?")], [Text("who are you?")]],
-        "image": [SAMPLES["image"][0], []],
-    }
-    told = [
-        model.generate(asked, num_beams=beams, max_length=8, stop="", cache=cache) for cache in ("dynamic", "static")
-    ]
-    assert told[0] == told[1]
-    assert all(told[0])
 
 
 @BOTH
