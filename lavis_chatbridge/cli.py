@@ -35,6 +35,7 @@ COMMANDS = (
         "lavis_chatbridge.plugin.evaluate",
         "Score a model on a configuration's test splits (as python -m lavis.evaluate).",
     ),
+    Command("compare", "lavis_chatbridge.plugin.compare", "Compare two evaluations sample by sample."),
     Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
     Command("weights", "lavis_chatbridge.models.weights", "List, download and convert weights."),
     Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),

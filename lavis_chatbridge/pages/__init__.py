@@ -14,13 +14,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["file_uri"] = lambda path: Path(path).absolute().as_uri()
+    return environment
 
 
 def render(template: str, **values: Any) -> str:

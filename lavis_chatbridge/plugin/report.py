@@ -136,7 +136,7 @@ def text_table(lines: Sequence[Line], first: str = COLUMNS[0]) -> str:
     """The table for a terminal; scores by type and remarks stand below it."""
     rows = [line.cells() for line in lines]
     used = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
-    text = [_aligned([[first, *(COLUMNS[i] for i in used[1:])], *([row[i] for i in used] for row in rows)])]
+    text = [aligned([[first, *(COLUMNS[i] for i in used[1:])], *([row[i] for i in used] for row in rows)])]
     for line in lines:
         name = f"{line.suite}{f' ({line.media})' if line.media else ''}"
         for axis, types in line.by_type.items():
@@ -144,7 +144,7 @@ def text_table(lines: Sequence[Line], first: str = COLUMNS[0]) -> str:
                 metric = line.metric if all(line.metric in found for found in types.values()) else ""
                 metric = metric or next((key for found in types.values() for key in found if key != "samples"), "")
                 body = [[kind, str(found["samples"]), _number(found.get(metric))] for kind, found in types.items()]
-                text += ["", _aligned([[f"{name} by {axis}", "samples", metric], *body])]
+                text += ["", aligned([[f"{name} by {axis}", "samples", metric], *body])]
     remarks = [f"{line.suite}{f' ({line.media})' if line.media else ''}: {r}" for line in lines for r in line.remarks]
     return "\n".join([*text, *([""] if remarks else []), *remarks])
 
@@ -299,7 +299,7 @@ def _number(value: float | None, unit: str = "percent") -> str:
     return "" if value is None else f"{value:.1f}" if unit == "percent" else f"{value:.3f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the first of them the head, with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
