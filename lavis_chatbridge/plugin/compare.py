@@ -86,7 +86,7 @@ class Comparison:
         found = self.difference
         spread = [f" ± {d:.1f}" if d is not None else "" for d in (self.a_deviation, self.b_deviation)]
         figures = (
-            [f"{found.value:+.1f}", f"{found.low:+.1f} - {found.high:+.1f}", f"{found.p:.4f}"] if found else [""] * 3
+            [f"{found.value:+.1f}", f"{found.low:+.1f} to {found.high:+.1f}", f"{found.p:.4f}"] if found else [""] * 3
         )
         samples = str(found.samples) if found else ""
         return [self.name, self.metric, samples, f"{self.a:.1f}{spread[0]}", f"{self.b:.1f}{spread[1]}", *figures]

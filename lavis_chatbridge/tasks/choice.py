@@ -75,8 +75,9 @@ def _rotated(options: Sequence[str], shift: int) -> list[str]:
 
 
 def _part(samples: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
-    """Some samples of a batch."""
-    return {key: [v[n] for n in numbers] if isinstance(v, list) else v for key, v in samples.items()}
+    """Some samples of a batch: what the model reads of them."""
+    columns = ("sample_id", "pieces", "image", "video", "audio")
+    return {key: [samples[key][n] for n in numbers] for key in columns if key in samples}
 
 
 def _most_frequent(options: Sequence[str], chosen: Sequence[int]) -> str:

@@ -193,16 +193,11 @@ def _sample_hash(source: Any, index: int) -> list[str]:
 
 
 def _require_truth(sources: Sequence[Any]) -> None:
-    for source in sources:
-        if any(_has_truth(source.sample(index)) for index in range(len(source))):
-            return
-    if sum(map(len, sources)):
-        undisclosed = [getattr(source.sample(0), "meta", {}).get("undisclosed") for source in sources if len(source)]
-        why = next((f": its answers are {mark}; use the labelled file" for mark in undisclosed if mark), "")
-        names = ", ".join(source.name for source in sources)
+    samples = [source.sample(index) for source in sources for index in range(len(source))]
+    if samples and not any(map(_has_truth, samples)):
         raise DataError(
-            f"{names}: no sample has an answer or a reference to compare with{why}. Nothing was predicted "
-            "(run.report_metric=false predicts without scoring)"
+            f"{', '.join(source.name for source in sources)}: no sample has an answer or a reference to compare with. "
+            "Nothing was predicted: name a file with labels, or predict without scores (run.report_metric=false)"
         )
 
 

@@ -12,8 +12,11 @@ from omegaconf import OmegaConf
 
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError
+from lavis_chatbridge.prompting.conversation import Message, chat_prompt
 from lavis_chatbridge.prompting.pieces import Slot, Text
+from lavis_chatbridge.schema import Medium, Sample
 from lavis_chatbridge.tasks import AlignmentTask, GenerationTask
+from lavis_chatbridge.tasks.generation import prompt_text
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
 
@@ -242,3 +245,44 @@ def test_setup_reads_the_run_section_as_lavis_hands_it():
 def test_train_step_gives_lavis_a_loss():
     loss = AlignmentTask().train_step(Loser(), {"image": [[torch.tensor([2.0])]]})
     assert float(loss) == 2.0
+
+
+class Asked(Source):
+    """A video with its sound and a question, as a data set's source words it."""
+
+    kinds = ("video", "audio")
+
+    def sample(self, index):
+        media = (Medium("video", "a.mp4"), Medium("audio", "a.mp4"))
+        turns = (Message("user", "What is it?", ("video", "audio")), Message("assistant", "red"))
+        return Sample("s", media, turns=turns)
+
+    def pieces(self, sample, rng):
+        return chat_prompt(sample.turns)
+
+    def item(self, index, epoch=0):
+        return {"sample_id": "s", "pieces": self.pieces(self.sample(0), None), "video": [1], "audio": [2]}
+
+
+@pytest.mark.parametrize(
+    ("words", "lost", "prompt"),
+    [
+        ("kept", ["video"], "Given following video:  and its background audio: [audio 0].###Human: What is it?"),
+        ("removed", ["video"], "Given following audio: [audio 0].###Human: What is it?"),
+        ("told", ["video"], "Given following audio: [audio 0].###Human: The video is missing. What is it?"),
+        ("told", ["audio"], "Given following video: [video 0].###Human: The audio is missing. What is it?"),
+        ("told", ["video", "audio"], "The video and the audio are missing. What is it?"),
+    ],
+)
+def test_the_prompt_keeps_or_loses_the_words_of_a_withheld_medium_or_says_that_it_is_missing(words, lost, prompt):
+    item = EvaluationSource(Asked("a", 1), "withheld", lost, words=words).item(0)
+    assert prompt_text(item["pieces"]) == f"###Human: {prompt}###Assistant:"
+    assert all(item[modality] == [] for modality in lost)
+
+
+def test_nothing_is_predicted_where_nothing_can_be_compared(results):
+    bare = Asked("a", 3)
+    bare.sample = lambda index: Sample("s", turns=(Message("user", "What?"),))
+    with pytest.raises(DataError, match="a: no sample has an answer or a reference to compare with"):
+        GenerationTask(EvaluationSettings(metrics=["CIDEr"])).before_evaluation(Seer(), EvaluationSplit([bare]))
+    GenerationTask(EvaluationSettings(metrics=["CIDEr"], report_metric=False)).before_evaluation(Seer(), bare)

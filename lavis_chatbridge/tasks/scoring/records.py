@@ -155,8 +155,13 @@ def scores_or_fault(records: Sequence[Prediction], *args: Any, **kwargs: Any) ->
 
 
 def types_of(record: Prediction) -> dict[str, str]:
-    """Kind of type -> type, by which a data set tells its questions apart: ``meta.types`` and ``meta.type``."""
-    found = {"type": record.meta.get("type")}
+    """Kind of type -> type, by which a data set tells its questions apart.
+
+    ``meta.type``, ``meta.question_type`` if it is another one, and all of ``meta.types``.
+    """
+    found: dict[str, Any] = {"type": record.meta.get("type")}
+    if record.meta.get("question_type") != found["type"]:
+        found["question type"] = record.meta.get("question_type")
     several = record.meta.get("types")
     found |= several if isinstance(several, Mapping) else {}
     named = {key: " / ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for key, v in found.items()}

@@ -25,7 +25,7 @@ def build(root: Path) -> Path:
         seconds = np.arange(int(1.5 * 16000)) / 16000
         soundfile.write(pool / f"{number}.wav", 0.4 * np.sin(2 * np.pi * 220 * (number + 1) * seconds), 16000)
         _video(pool / f"{number}.mp4", COLOURS[name], 220.0 * (number + 1))
-    for write in (_vqa, _gqa, _captioned_pictures, _videos, _sounds, _seen_and_heard):
+    for write in (_vqa, _gqa, _captioned_pictures, _videos, _sounds, _seen_and_heard, _choices, _other_questions):
         write(root)
     return root
 
@@ -150,6 +150,101 @@ def _seen_and_heard(root: Path) -> None:
         _medium(root, f"{n}.mp4", f"music_avqa/videos/0000{n}.mp4")
 
 
+def _choices(root: Path) -> None:
+    lettered = [f"{letter}. {name}" for letter, name in zip("ABC", NAMES, strict=True)]
+    rows = [
+        {"id": n, "video_name": f"yt{n}_000010", "video_id": 40 + n, "question_text": "What is shown?",
+         "multi_choice": NAMES, "answer": n, "question_relation": "View", "question_type": "Which"}
+        for n in range(3)
+    ]  # fmt: skip
+    _json(root, "avqa/val_qa.json", rows)
+    videos = {
+        f"ws{n}": {
+            "video_id": f"ws{n}", "duration": "<1min", "domain": "Music", "audio_class": ["Music"],
+            "task0": {"question": "What is shown?", "answer": "ABC"[n], "candidates": lettered,
+                      "task_domain": "Recognition", "task_type": "Attribute Recognition"},
+        }
+        for n in range(3)
+    }  # fmt: skip
+    _json(root, "worldsense/worldsense_qa.json", videos)
+    rows = [
+        {"index": n, "task type": "Action and Activity", "audio type": "speech", "question": "What is it?",
+         "options": NAMES, "answer": NAMES[n], "audio_path": f"{n}.wav", "image_path": f"{n}.jpg",
+         "audio content": "a tone", "image content": "a colour"}
+        for n in range(3)
+    ]  # fmt: skip
+    _jsonl(root, "omnibench/dataset/batch-5_1142_20240817.jsonl", rows)
+    rows = [
+        {"Question": "What is shown?", "Choice": lettered, "Answer": "ABC"[n], "video_id": f"do{n}",
+         "Type": "AV Event Alignment", "content_parent_category": "Music", "content_fine_category": "Tones",
+         "video_category": "Music", "video_duration": "30s"}
+        for n in range(3)
+    ]  # fmt: skip
+    _json(root, "daily_omni/qa.json", rows)
+    rows = [
+        {"question_id": f"1_{n}", "question_type_id": 1, "data_type": "image,audio", "subfield": "Timbre",
+         "question": "Which sound belongs to [img1]?", "options": ["A. [audio1]", "B. [audio2]", "C. both", "D. none"],
+         "answer": "A", "image_path": [f"image/{n}.jpg"], "audio_path": [f"audio/{n}.wav", f"audio/{(n + 1) % 3}.wav"],
+         "video_path": []}
+        for n in range(3)
+    ]  # fmt: skip
+    _json(root, "av_odyssey/av_odyssey.json", rows)
+    rows = [
+        {"id": f"mm{n}", "audio_id": f"./test-mini-audios/mm{n}.wav", "question": "What is heard?",
+         "choices": ["A tone", "A voice"], "answer": "A tone", "dataset": "d", "task": "sound", "split": "test-mini",
+         "category": "Reasoning", "sub-category": "Source", "difficulty": "easy"}
+        for n in range(3)
+    ]  # fmt: skip
+    _json(root, "mmau/mmau-test-mini.json", rows)
+    ask = {"task_type": "Attribute Perception", "question": "What is shown?", "options": lettered, "response": ""}
+    rows = [
+        {"video_id": f"00{n}", "duration": "short", "domain": "Knowledge", "sub_category": "s",
+         "url": f"https://www.youtube.com/watch?v=vm{n}",
+         "questions": [ask | {"question_id": f"00{n}-1", "answer": "ABC"[n]}]}
+        for n in range(3)
+    ]  # fmt: skip
+    _json(root, "video_mme/output_test_template.json", rows)
+    for n in range(3):
+        _medium(root, f"{n}.mp4", f"avqa/videos/yt{n}_000010.mp4")
+        _medium(root, f"{n}.mp4", f"worldsense/videos/ws{n}.mp4")
+        _medium(root, f"{n}.jpg", f"omnibench/mm_data/image/{n}.jpg")
+        _medium(root, f"{n}.wav", f"omnibench/mm_data/audio/{n}.wav")
+        _medium(root, f"{n}.mp4", f"daily_omni/Videos/do{n}/do{n}_video.mp4")
+        _medium(root, f"{n}.wav", f"daily_omni/Videos/do{n}/do{n}_audio.wav")
+        _medium(root, f"{n}.jpg", f"av_odyssey/image/{n}.jpg")
+        _medium(root, f"{n}.wav", f"av_odyssey/audio/{n}.wav")
+        _medium(root, f"{n}.wav", f"mmau/test-mini-audios/mm{n}.wav")
+        _medium(root, f"{n}.mp4", f"video_mme/data/vm{n}.mp4")
+
+
+def _other_questions(root: Path) -> None:
+    rows = [
+        {"video_id": f"0000{n}", "task": "Video-driven Audio Hallucination", "text": "Is the screen making sound?",
+         "label": "Yes" if n else "No"}
+        for n in range(3)
+    ]  # fmt: skip
+    rows.append({"video_id": "00000", "task": "AV Captioning", "text": "Describe it.", "label": "A screen hums."})
+    _json(root, "avhbench/qa.json", rows)
+    head = ["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"]
+    for name in ("mosi", "mosei"):
+        clips = [[f"s{n}", n, "I like it", 1.5, "", "", "", "Positive", "test"] for n in range(3)]
+        clips += [["s0", 7, "so so", 0, "", "", "", "Neutral", "train"]]
+        _csv(root, f"{name}/label.csv", head, clips)
+        for n in range(3):
+            _medium(root, f"{n}.mp4", f"{name}/Raw/s{n}/{n}.mp4")
+    head = ["id", "subject", "scene", "quality", "relevance", "verified", "script", "descriptions", "actions", "length",
+            "egocentric", "charades_video"]  # fmt: skip
+    clips = [
+        [f"E{n}{'EGO' if view == 'Yes' else ''}", "S", "Kitchen", 7, 7, "Yes", "A person hums.",
+         f"A {NAMES[n]} screen hums.;A screen is shown.", "c092 0.0 1.0", 1.5, view, ""]
+        for n in range(3) for view in ("No", "Yes")
+    ]  # fmt: skip
+    _csv(root, "charades_ego/CharadesEgo_v1_test.csv", head, clips)
+    for n in range(3):
+        _medium(root, f"{n}.mp4", f"avhbench/video/0000{n}.mp4")
+        _medium(root, f"{n}.mp4", f"charades_ego/CharadesEgo_v1_480/E{n}.mp4")
+
+
 def _video(path: Path, colour: tuple[int, int, int], pitch: float) -> None:
     with av.open(str(path), "w") as out:
         pictures, sound = out.add_stream("mpeg4", rate=8), out.add_stream("aac", rate=16000, layout="mono")
@@ -168,6 +263,11 @@ def _video(path: Path, colour: tuple[int, int, int], pitch: float) -> None:
 def _json(root: Path, name: str, content: Any) -> None:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_text(json.dumps(content))
+
+
+def _jsonl(root: Path, name: str, rows: list[Any]) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _csv(root: Path, name: str, head: list[str], rows: list[list]) -> None:

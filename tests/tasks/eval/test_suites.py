@@ -23,6 +23,8 @@ NAMES = [
     "vqav2", "okvqa", "gqa", "flickr30k", "nocaps", "coco_caption", "msrvtt_qa", "msrvtt_caption", "msvd_qa", "vatex",
     "audiocaps", "clotho", "avsd", "valor", "music_avqa",
 ]  # fmt: skip
+MODERN = ["avqa", "worldsense", "omnibench", "daily_omni", "av_odyssey", "avhbench", "mmau", "video_mme",
+          "charades_ego", "mosi", "mosei"]  # fmt: skip
 ZERO_SHOT = {"okvqa", "gqa", "flickr30k", "nocaps", "msvd_qa", "vatex", "clotho", "avsd", "valor", "music_avqa"}
 PUBLISHED = {"okvqa": 45.2, "gqa": 41.8, "avsd": 75.4, "valor": 24.7,
              "flickr30k": 82.5, "nocaps": 115.7, "msvd_qa": 45.3, "vatex": 48.9,
@@ -50,11 +52,11 @@ def lines_of(folder, name):
     return [json.loads(line) for line in (folder / name / "result/test_step0.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MODERN])
 def test_a_suite_runs_end_to_end(scored, name):
     status, lines, folder = scored
     assert status == 0
-    assert set(lines) == set(NAMES)
+    assert set(lines) == {*NAMES, *MODERN}
     line = lines[name]
     assert (line["status"], line["samples"], line["paper"]) == ("scored", 3, PUBLISHED.get(name))
     assert 0.0 <= line["score"] <= 1000.0
@@ -62,7 +64,7 @@ def test_a_suite_runs_end_to_end(scored, name):
     assert [record["index"] for record in records] == [0, 1, 2]
     assert all(record["prompt"].endswith("###Assistant:") and record["references"] for record in records)
     metrics = json.loads((folder / name / "result/test_step0_metrics.json").read_text())
-    assert metrics["decoding"]["num_beams"] == 5
+    assert metrics["decoding"]["num_beams"] == (5 if name in NAMES or name == "charades_ego" else 1)
     assert metrics["versions"]["pycocoevalcap"]
     assert metrics["not_predicted"] == 0
     [data] = metrics["data"].values()
@@ -82,6 +84,17 @@ def test_scores_of_captions_say_what_is_missing_without_java(scored):
     assert "clotho" in text
     assert "26.2" in text
     assert "<td>clotho</td>" in (folder / "scores.html").read_text()
+
+
+def test_multiple_choice_has_chance_beside_it_and_every_order_in_its_records(scored):
+    _, lines, folder = scored
+    assert (lines["mmau"]["chance"], lines["avqa"]["chance"], lines["avhbench"]["chance"]) == (50.0, 100 / 3, 50.0)
+    [first, *_] = lines_of(folder, "av_odyssey")
+    assert len(first["replies"]) == len(first["chosen"]) == 4
+    assert first["prompt"].count("[audio") == 2
+    assert first["meta"]["options"][:2] == ["(audio 1)", "(audio 2)"]
+    assert set(lines["avhbench"]["scores"]) == {"yes_no", "precision", "recall", "F1", "yes_share"}
+    assert set(lines["video_mme"]["by_type"]) == {"duration", "domain", "task type"}
 
 
 def test_types_of_questions_are_told_apart(scored):
@@ -110,7 +123,7 @@ def test_rescoring_gives_the_same_scores_without_a_model(scored, capsys):
 
 def test_prompts_are_pinned(scored):
     _, _, folder = scored
-    found = {name: lines_of(folder, name)[0]["prompt"] for name in NAMES}
+    found = {name: lines_of(folder, name)[0]["prompt"] for name in [*NAMES, *MODERN]}
     if os.environ.get("UPDATE_SNAPSHOTS"):
         SNAPSHOT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     assert found == json.loads(SNAPSHOT.read_text())
@@ -142,8 +155,12 @@ def test_missing_data_are_listed_and_the_rest_runs(benchmark_data, tmp_path, mon
 
 def test_suites_are_chosen_by_name():
     found = evaluate.find()
-    assert set(found) == set(NAMES)
-    assert set(evaluate.choose("zero-shot", found)) == ZERO_SHOT
+    assert set(found) == {*NAMES, *MODERN}
+    assert set(evaluate.choose("zero-shot", found)) == ZERO_SHOT | set(MODERN)
+    assert set(evaluate.choose("paper", found)) == set(NAMES)
+    assert set(evaluate.choose("audio", found)) == {"audiocaps", "clotho", "mmau"}
+    assert set(evaluate.choose("image,video", found)) == set(NAMES[:10])
+    assert {"avsd", "worldsense"} < set(evaluate.choose("av", found))
     assert list(evaluate.choose("clotho, gqa", found)) == ["clotho", "gqa"]
     with pytest.raises(ConfigError, match="unknown suite 'clothoo', did you mean 'clotho'"):
         evaluate.choose("clothoo", found)

@@ -1,0 +1,221 @@
+"""Readers of benchmarks with options or with yes and no: AVQA, WorldSense, OmniBench, Daily-Omni, AV-Odyssey, MMAU,
+Video-MME, AVHBench, CMU-MOSI and CMU-MOSEI; and Charades-Ego's descriptions.
+
+A question's options stand below it, under letters; ``meta.options`` and ``meta.correct`` let a task ask them in other
+orders. Layouts are those of the publishers' files, which docs/evaluation.md names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lavis_chatbridge.config import shown
+from lavis_chatbridge.datasets.readers.common import Origin, Row, json_entries, json_rows, question_sample, table_rows
+from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.files import read_lines
+from lavis_chatbridge.prompting.choices import LETTERS, listed, without_letters
+from lavis_chatbridge.schema import Medium, Sample
+
+_TASK = re.compile(r"task\d+")
+_MARK = re.compile(r"\[(img|image|audio|video)(\d+)\]")
+_SENTIMENT = "What is the sentiment of the speaker?"
+
+
+def avqa(origin: Origin) -> Iterator[Sample]:
+    """AVQA's ``{train,val}_qa.json``: ``answer`` is a position in ``multi_choice``. Media field: ``video_name``."""
+    for row in _rows(origin):
+        types = _types(row, "question_relation", "question_type")
+        media = origin.locate(row.where, video_name=row.text("video_name"))
+        options, correct = row.texts("multi_choice"), row.whole("answer")
+        yield _choice(row, row.text("id"), media, row.text("question_text"), options, correct, types)
+
+
+def worldsense(origin: Origin) -> Iterator[Sample]:
+    """WorldSense's ``worldsense_qa.json``: video -> ``task0``, ``task1``, ... Media field: ``video_id``."""
+    for path in _paths(origin):
+        for video, entry in json_entries(path):
+            media = origin.locate(entry.where, video_id=video)
+            for key in filter(_TASK.fullmatch, entry.values):
+                row = Row(entry.values[key], f"{entry.where}.{key}")
+                types = _types(row, "task_domain", "task_type") | _types(entry, "domain")
+                options, answer = row.texts("candidates"), row.text("answer")
+                yield _choice(row, f"{video}_{key}", media, row.text("question"), options, answer, types)
+
+
+def omnibench(origin: Origin) -> Iterator[Sample]:
+    """OmniBench's JSONL: ``answer`` is one of ``options``. Media fields: ``image_path``, ``audio_path``."""
+    for row in _rows(origin):
+        media = origin.locate(row.where, image_path=row.text("image_path"), audio_path=row.text("audio_path"))
+        types = _types(row, "task type", "audio type")
+        options, answer = row.texts("options"), row.text("answer")
+        yield _choice(row, row.text("index"), media, row.text("question"), options, answer, types)
+
+
+def daily_omni(origin: Origin) -> Iterator[Sample]:
+    """Daily-Omni's ``qa.json``. Media field: ``video_id``."""
+    for number, row in enumerate(_rows(origin)):
+        video = row.text("video_id")
+        types = _types(row, "Type", "video_category", "video_duration")
+        media = origin.locate(row.where, video_id=video)
+        options, answer = row.texts("Choice"), row.text("Answer")
+        yield _choice(row, f"{video}_{number}", media, row.text("Question"), options, answer, types)
+
+
+def av_odyssey(origin: Origin) -> Iterator[Sample]:
+    """AV-Odyssey's table, as JSON or JSONL: several media per question, named ``[img1]`` or ``[audio2]`` in its text.
+
+    All media stand before the question, pictures and videos first. Media field: ``path``, of each in ``image_path``,
+    ``video_path`` and ``audio_path``.
+    """
+    for row in _rows(origin):
+        media: list[Medium] = []
+        for modality, pattern in origin.media.items():
+            own = replace(origin, media={modality: pattern})
+            paths = row.texts(f"{modality}_path") if row.values.get(f"{modality}_path") else ()
+            media += [medium for path in paths for medium in own.locate(row.where, path=path)]
+        options = [_spelt(option) for option in row.texts("options")]
+        types = _types(row, "subfield")
+        question = _spelt(row.text("question"))
+        yield _choice(row, row.text("question_id"), tuple(media), question, options, row.text("answer"), types)
+
+
+def mmau(origin: Origin) -> Iterator[Sample]:
+    """MMAU's ``mmau-test-mini.json``: ``answer`` is one of ``choices``. Media field: ``audio_id``, without ``./``."""
+    for row in _rows(origin):
+        media = origin.locate(row.where, audio_id=row.text("audio_id").removeprefix("./"))
+        types = _types(row, "task", "category", "difficulty")
+        options, answer = row.texts("choices"), row.text("answer")
+        yield _choice(row, row.text("id"), media, row.text("question"), options, answer, types)
+
+
+def video_mme(origin: Origin) -> Iterator[Sample]:
+    """Video-MME: its ``output_test_template.json``, or its table as a JSON list of questions.
+
+    Media fields: ``video_id`` (``001``) and ``youtube_id``, by which the publisher names the files.
+    """
+    for video in _rows(origin):
+        url = video.text("url") if "url" in video else ""
+        youtube = video.text("videoID") if "videoID" in video else url.rpartition("=")[2]
+        media = origin.locate(video.where, video_id=video.text("video_id"), youtube_id=youtube)
+        for row in video.rows("questions") if "questions" in video else [video]:
+            types = _types(video, "duration", "domain") | _types(row, "task_type")
+            options, answer = row.texts("options"), row.text("answer")
+            yield _choice(row, row.text("question_id"), media, row.text("question"), options, answer, types)
+
+
+def avhbench(origin: Origin) -> Iterator[Sample]:
+    """AVHBench's JSON lists, one file or one per video: questions of yes or no, by kind of hallucination.
+
+    Option ``captions``: read the captions (task ``AV Captioning``) instead. Media field: ``video_id``.
+    """
+    for number, row in enumerate(_rows(origin)):
+        captioning = row.text("task") == "AV Captioning"
+        if captioning != bool(origin.options.get("captions")):
+            continue
+        video, label = row.text("video_id"), row.text("label")
+        media, meta = origin.locate(row.where, video_id=video), {"video_id": video, "types": _types(row, "task")}
+        name, text = f"{video}_{number}", row.text("text")
+        if captioning:
+            yield Sample(name, media, (label,), meta=meta)
+        elif label.lower() not in ("yes", "no"):
+            raise DataError(f"{row.where}: label is {shown(label)}, expected Yes or No")
+        else:
+            question = f"{text} Answer yes or no."
+            yield question_sample(row, name, media, question, label, answers=(label,), meta=meta)
+
+
+def mosi(origin: Origin) -> Iterator[Sample]:
+    """CMU-MOSI and CMU-MOSEI by the ``label.csv`` of the MMSA project: the sentiment of a clip as a choice.
+
+    Options: ``split`` (``mode`` in the file), ``classes`` (``annotation``; clips of others are left out) and
+    ``transcript`` (the question quotes what is said). Media fields: ``video_id``, ``clip_id``.
+    """
+    classes = list(origin.options.get("classes") or ("Negative", "Neutral", "Positive"))
+    for path in _paths(origin):
+        for row in table_rows(path):
+            annotation = row.text("annotation").capitalize()
+            if row.text("mode") != origin.options.get("split", "test") or annotation not in classes:
+                continue
+            video, clip = row.text("video_id"), row.text("clip_id")
+            said = f'The speaker says: "{row.text("text")}". ' if origin.options.get("transcript") else ""
+            media = origin.locate(row.where, video_id=video, clip_id=clip)
+            question, name = said + _SENTIMENT, f"{video}_{clip}"
+            yield _choice(row, name, media, question, classes, classes.index(annotation), {"sentiment": annotation})
+
+
+def charades_ego(origin: Origin) -> Iterator[Sample]:
+    """Charades-Ego's CSV: the ``descriptions`` of a video, separated by semicolons, else its ``script``.
+
+    Option ``egocentric`` (``Yes``, ``No``): videos of one view only. Media field: ``id``.
+    """
+    for path in _paths(origin):
+        for row in table_rows(path):
+            view = row.text("egocentric") if "egocentric" in row else ""
+            if origin.options.get("egocentric") in (None, view):
+                described = row.text("descriptions", "script", blank=True).split(";")
+                captions = tuple(text.strip() for text in described if text.strip()) or (row.text("script"),)
+                name, types = row.text("id"), {"view": "first person" if view == "Yes" else "third person"}
+                yield Sample(name, origin.locate(row.where, id=name), captions, meta={"types": types})
+
+
+def _choice(
+    row: Row,
+    name: str,
+    media: tuple[Medium, ...],
+    question: str,
+    options: Sequence[str],
+    answer: str | int,
+    types: Mapping[str, str],
+) -> Sample:
+    """A question with its options; ``answer`` is a position, a letter or an option's text."""
+    texts = without_letters(options)
+    correct = answer if isinstance(answer, int) else _position(answer, options, texts)
+    if not 0 <= correct < len(texts):
+        raise DataError(f"{row.where}: answer {shown(answer)} is none of the options {shown(list(options))}")
+    meta: dict[str, Any] = {"options": texts, "correct": correct, "types": dict(types)}
+    asked = f"{question}\n{listed(texts)}"
+    return question_sample(row, name, media, asked, LETTERS[correct], answers=(texts[correct],), meta=meta)
+
+
+def _position(answer: str, options: Sequence[str], texts: Sequence[str]) -> int:
+    if answer in options:
+        return list(options).index(answer)
+    if answer in texts:
+        return list(texts).index(answer)
+    letter = re.match(r"[(\[]?([A-Z])(?:[)\].:\s]|$)", answer)
+    return LETTERS.index(letter.group(1)) if letter else -1
+
+
+def _types(row: Row, *keys: str) -> dict[str, str]:
+    """The fields by which a benchmark tells its questions apart; ``["a", "b"]`` becomes ``a / b``."""
+    return {key.replace("_", " "): " / ".join(row.texts(key)) for key in keys if row.values.get(key)}
+
+
+def _spelt(text: str) -> str:
+    """A text whose marks of media are words: ``[img2]`` is ``(image 2)``."""
+    return _MARK.sub(lambda mark: f"({'image' if mark.group(1) == 'img' else mark.group(1)} {mark.group(2)})", text)
+
+
+def _paths(origin: Origin) -> list[str]:
+    found: list[str] = []
+    for value in origin.files.values():
+        found += [value] if isinstance(value, str) else list(value)
+    return found
+
+
+def _rows(origin: Origin) -> Iterator[Row]:
+    """The objects of all files: JSON lists, or JSONL."""
+    for path in _paths(origin):
+        if not path.endswith(".jsonl"):
+            yield from json_rows(path)
+            continue
+        for number, line in read_lines(path):
+            if line.strip():
+                try:
+                    yield Row(json.loads(line), f"{path}:{number}")
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not JSON: {error}") from error
