@@ -59,7 +59,7 @@ from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import StepResult, TrainStep, Wishes
+from lavis_chatbridge.runners.step import StepResult, TrainStep
 
 KINDS = ("image", "video", "audio")
 CAPTION = "a red circle moves left above two big blue squares and a small green star moves right"
@@ -180,7 +180,7 @@ class Trainer:
 
     def step(self, batch: dict[str, Any]) -> StepResult:
         """One step; always the first of the run, with its dropout and its learning rate."""
-        return self._step(0, [batch], 0, Wishes())
+        return self._step(0, [batch])
 
 
 def synchronise(device: torch.device) -> None:

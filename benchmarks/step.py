@@ -65,7 +65,7 @@ from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.parallel import frozen_blocks
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import TrainStep, Wishes
+from lavis_chatbridge.runners.step import TrainStep
 
 BATCHES = {"image": 8, "video": 4, "audio": 8}
 STEPS = 4
@@ -259,7 +259,7 @@ class Ours:
 
     def step(self, batch: dict[str, Any], kind: str) -> float:
         """One training step."""
-        result = self._step(self._taken, [batch], 0, Wishes())
+        result = self._step(self._taken, [batch])
         self._taken += 1
         return result.loss
 

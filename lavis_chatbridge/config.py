@@ -225,8 +225,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _is_number(annotation: Any) -> bool:
-    branches = typing.get_args(annotation) or (annotation,)
-    return bool({int, float} & set(branches)) and bool not in branches
+    branches = {getattr(branch, "__origin__", branch) for branch in typing.get_args(annotation) or (annotation,)}
+    return bool({int, float} & branches) and bool not in branches
 
 
 def checked(settings: T) -> T:

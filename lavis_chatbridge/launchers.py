@@ -1,4 +1,4 @@
-"""What torchrun and Slurm say about a process in its environment: training, shards and annotations share work by it."""
+"""The rank of this process, from the environment variables of torchrun and srun."""
 
 from __future__ import annotations
 
@@ -10,49 +10,55 @@ from lavis_chatbridge.errors import ConfigError
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among those that a launcher announced.
+    """One process among those that a launcher started.
 
     Attributes:
         rank: Its number among all processes, from 0.
-        world_size: How many processes there are.
+        world_size: Number of processes.
         local_rank: Its number on its machine, from 0; also its CUDA device.
+        launcher: The launcher and the variables that it set, for messages.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    launcher: str = ""
 
 
-def announced(environment: Mapping[str, str]) -> Place | None:
-    """This process's place by torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK) or Slurm's (SLURM_PROCID, ...).
-
-    Returns:
-        None where neither started it.
+def announced(environment: Mapping[str, str]) -> Place:
+    """This process as torchrun (RANK, ...) or srun (SLURM_PROCID, ...) announces it; one process without a launcher.
 
     Raises:
-        ConfigError: If the variables are no numbers.
+        ConfigError: If the variables are not numbers, or Slurm has several tasks and srun did not start this process.
     """
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
-            rank, local = int(environment["RANK"]), int(environment.get("LOCAL_RANK", environment["RANK"]))
-            return Place(rank, int(environment["WORLD_SIZE"]), local)
-        if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-            local = int(environment.get("SLURM_LOCALID", "0"))
-            return Place(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), local)
+            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            return Place(rank, world_size, int(environment.get("LOCAL_RANK", rank)), "torchrun (RANK, WORLD_SIZE)")
+        if (tasks := int(environment.get("SLURM_NTASKS", "1"))) > 1 and "SLURM_PROCID" in environment:
+            rank, local_rank = int(environment["SLURM_PROCID"]), int(environment.get("SLURM_LOCALID", "0"))
+            place = Place(rank, tasks, local_rank, "Slurm (SLURM_PROCID, SLURM_NTASKS)")
+        else:
+            return Place()
     except ValueError as error:
-        raise ConfigError(f"the launcher's environment variables are no numbers: {error}") from error
-    return None
+        raise ConfigError(f"the launcher's environment variables are not numbers: {error}") from error
+    if "SLURM_STEP_ID" not in environment and "SLURM_STEPID" not in environment:
+        raise ConfigError(
+            f"Slurm announces {tasks} processes (SLURM_NTASKS), but srun did not start this one: it would wait for "
+            f"{tasks - 1} others that nobody starts. Write srun before the command, or unset SLURM_NTASKS to run alone"
+        )
+    return place
 
 
 def share_of(rank: int | None, world: int | None, environment: Mapping[str, str]) -> Place:
-    """This process's place as ``--rank`` and ``--world`` say, else as a launcher does, else alone.
+    """This process as ``--rank`` and ``--world`` say, else as a launcher announces it.
 
     Raises:
-        ConfigError: If one of the two is missing, or the rank is none of the processes.
+        ConfigError: If only one of the two is given, or the rank is not below the number of processes.
     """
     if (rank is None) != (world is None):
         raise ConfigError("--rank and --world belong together: give both or none")
-    place = announced(environment) or Place() if rank is None or world is None else Place(rank, world)
+    place = announced(environment) if rank is None or world is None else Place(rank, world)
     if not 0 <= place.rank < place.world_size:
         raise ConfigError(f"rank {place.rank} is not one of {place.world_size} processes (counted from 0)")
     return place

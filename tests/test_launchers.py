@@ -1,4 +1,4 @@
-"""What torchrun and Slurm say about a process, and what a user may say instead."""
+"""The rank of a process, as torchrun and srun announce it, and as a user may set it instead."""
 
 from __future__ import annotations
 
@@ -8,22 +8,36 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.launchers import Place, announced, share_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-SLURM = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
+SBATCH = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
+SRUN = {**SBATCH, "SLURM_STEP_ID": "0"}
 
 
-def test_what_launchers_announce() -> None:
-    assert announced({}) is None
-    assert announced(TORCHRUN) == Place(3, 8, 1)
-    assert announced(SLURM) == Place(9, 16, 1)
-    assert announced({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
-    assert announced({"SLURM_JOB_ID": "5"}) is None
-    with pytest.raises(ConfigError, match="are no numbers"):
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1, 0)),
+        (TORCHRUN, (3, 8, 1)),
+        (SRUN, (9, 16, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0)),
+        ({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4"}, (0, 1, 0)),
+    ],
+)
+def test_what_launchers_announce(environment: dict[str, str], place: tuple[int, int, int]) -> None:
+    found = announced(environment)
+    assert (found.rank, found.world_size, found.local_rank) == place
+
+
+def test_inside_sbatch_without_srun_nothing_waits_and_no_share_is_made() -> None:
+    for ask in (announced, lambda environment: share_of(None, None, environment)):
+        with pytest.raises(ConfigError, match=r"Slurm announces 16 processes \(SLURM_NTASKS\), but srun did not start"):
+            ask(SBATCH)
+    with pytest.raises(ConfigError, match="are not numbers"):
         announced({"RANK": "first", "WORLD_SIZE": "2"})
 
 
-def test_a_share_is_what_is_said_else_what_is_announced_else_all() -> None:
-    assert share_of(1, 4, SLURM) == Place(1, 4)
-    assert share_of(None, None, SLURM) == Place(9, 16, 1)
+def test_a_share_is_set_by_the_user_else_announced_else_everything() -> None:
+    assert share_of(1, 4, SBATCH) == Place(1, 4)
+    assert share_of(None, None, SRUN).rank == 9
     assert share_of(None, None, {}) == Place(0, 1)
 
 

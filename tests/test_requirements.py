@@ -44,7 +44,7 @@ from lavis_chatbridge.chat.server import command
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings
 from lavis_chatbridge.multis import endpoint
-from lavis_chatbridge.runners import progress
+from lavis_chatbridge.runners import logs
 from lavis_chatbridge.runners.settings import RunSettings
 
 def arguments(module, *words):
@@ -60,8 +60,8 @@ def said(act):
 
 folder = Path(sys.argv[2])
 entries = {
-    "tensorboard": lambda: progress.TensorBoard(folder, 0),
-    "wandb": lambda: progress.WeightsAndBiases(RunSettings(), folder, {}),
+    "tensorboard": lambda: logs.TensorBoard(folder, 0),
+    "wandb": lambda: logs.WeightsAndBiases(RunSettings(task="t", max_iters=1), folder, {}),
     "multis": lambda: endpoint.Endpoint(endpoint.EndpointSettings(model="any")),
     "serve": lambda: command.run(arguments(command)),
     "web": lambda: web.run(arguments(web)),

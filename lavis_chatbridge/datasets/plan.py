@@ -8,10 +8,9 @@ million samples cost no memory, and going on from step 100,000 costs what step 0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -158,46 +157,34 @@ class MixturePlan:
         self.group = group
         self._schedule = _Schedule.of([self.ratios[name] for name in self.names], _hash(seed, 0))
         self._window: tuple[tuple[str, int], np.ndarray] | None = None
-        self.go_on_from(0, dict.fromkeys(self.names, 0))
+        self.resume(0, dict.fromkeys(self.names, 0))
 
-    def go_on_from(
-        self, step: int, positions: Mapping[str, int], left: Mapping[str, Sequence[int]] | None = None
-    ) -> None:
-        """Let ``step`` begin at these positions of the sources, as a run of another size left them.
+    def resume(self, step: int, positions: Mapping[str, int]) -> None:
+        """Let ``step`` begin at these positions, which a plan of other batch sizes or ranks gave for it.
 
         Args:
             step: The first step that this plan is asked for.
-            positions: Per source, how many samples of its endless sequence of epochs have been taken.
-            left: What `left` of the earlier plan says of this step.
+            positions: Per source, the number of samples of its endless sequence of epochs that count as taken.
         """
-        left = {name: list(numbers) for name, numbers in (left or {}).items() if len(numbers)}
-        self.origin: dict[str, Any] = {"step": step, "positions": dict(positions), "left": left}
-        self._left = {name: np.array(numbers, dtype=np.int64) for name, numbers in left.items()}
+        self.origin = (step, dict(positions))
         self._starts = [positions[name] for name in self.names]
         self._turns = self._schedule.before(step)
         self._window = None
 
     def positions(self, step: int) -> dict[str, int]:
-        """Per source, how many samples of its endless sequence all ranks have taken before ``step``."""
-        taken = zip(self.names, self._starts, self._turns, self._schedule.before(step), strict=True)
-        return {name: start + (now - then) * self._global(name) for name, start, then, now in taken}
+        """Per source, the position at which a plan of other batch sizes or ranks resumes at ``step``.
 
-    def left(self, step: int) -> dict[str, list[int]]:
-        """Per source, the positions that were sorted with others by length, and come at ``step`` or later.
-
-        A plan of another size cannot cut its batches from the same window: it takes these first, then goes on.
+        It is the number of samples that all ranks have taken before. A source that is sorted by length resumes at the
+        next window: samples of the window that come after ``step`` are left out, because no other batch size fits it.
         """
         found = {}
-        for number, (name, taken) in enumerate(self.positions(step).items()):
-            parts, end = [], taken
+        for name, start, then, now in zip(
+            self.names, self._starts, self._turns, self._schedule.before(step), strict=True
+        ):
+            steps = now - then
             if name in self.lengths:
-                turn = self._schedule.before(step)[number] - self._turns[number]
-                ahead = -turn % self.group
-                parts = [self._grouped(name, turn + i) for i in range(ahead)]
-                end = taken + ahead * self._global(name)
-            rest = np.arange(end, max(end, self._starts[number] + len(self._left.get(name, ()))))
-            if len(numbers := np.concatenate([*parts, rest])):
-                found[name] = self._as_left(name, numbers.astype(np.int64)).tolist()
+                steps = -(-steps // self.group) * self.group
+            found[name] = start + steps * self._global(name)
         return found
 
     def source(self, step: int) -> str:
@@ -232,7 +219,7 @@ class MixturePlan:
 
     def drawn(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``[n]`` positions of a source's endless sequence of epochs -> ``[n]`` indices and ``[n]`` epochs."""
-        size, positions = self.sizes[name], self._as_left(name, positions)
+        size = self.sizes[name]
         epochs = positions // size
         found = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
@@ -244,26 +231,25 @@ class MixturePlan:
         """Steps after which as many samples have been seen as all sources hold together, at the mixture's ratios."""
         return max(1, -int(-sum(self.sizes.values()) // self._samples_per_step()))
 
-    def steps_of(self, epochs: int) -> int:
-        """Steps of a run of so many epochs; after `go_on_from` its steps until then, and those that the rest takes."""
-        if self.origin["step"] == 0:
+    def steps_of(self, epochs: int, step: int | None = None, positions: Mapping[str, int] | None = None) -> int:
+        """Total steps for ``epochs`` epochs; of a resumed run, those before it and those for the remaining samples.
+
+        Args:
+            epochs: Passes over all sources.
+            step: The step that was or would be resumed at; None takes that of `resume`.
+            positions: The positions there.
+        """
+        first = self.origin[0] if step is None else step
+        if first == 0:
             return epochs * self.steps_per_epoch()
-        left = epochs * sum(self.sizes.values()) - sum(self._starts)
-        return self.origin["step"] + max(0, math.ceil(left / self._samples_per_step()))
+        left = epochs * sum(self.sizes.values()) - sum((positions or self.origin[1]).values())
+        return first + max(0, math.ceil(left / self._samples_per_step()))
 
     def _samples_per_step(self) -> float:
         """Samples of a step on all ranks together, on average over the mixture."""
         shares = np.array([self.ratios[name] for name in self.names])
         per_rank = float(shares @ np.array([self.batch_sizes[name] for name in self.names]) / shares.sum())
         return per_rank * self.world_size
-
-    def _as_left(self, name: str, positions: np.ndarray) -> np.ndarray:
-        """Positions of a source, those in place of which an earlier plan left others replaced by these."""
-        if name not in self._left:
-            return positions
-        left, place = self._left[name], positions - self._starts[self.names.index(name)]
-        inside = (place >= 0) & (place < len(left))
-        return np.where(inside, left[np.where(inside, place, 0)], positions)
 
     def _global(self, name: str) -> int:
         """Samples of one step of a source on all ranks together."""

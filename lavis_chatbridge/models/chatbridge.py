@@ -149,6 +149,26 @@ class ChatBridge(Answering, BaseModel):
             self.Qformer.eval()
         return self
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parts of the bridge that ``run.train`` names -> their parameters."""
+        prefixes = {
+            "perceiver": ("Qformer.",),
+            "projection": ("llama_proj.",),
+            "vision_queries": ("image_query_tokens", "video_query_tokens"),
+            "audio_queries": ("audio_query_tokens",),
+            "audio_trans": ("audio_trans.",),
+            "time": ("visual_temporal_pos_embeds", "audio_temporal_pos_embeds"),
+        }
+        named = list(self.named_parameters())
+        parts = {part: [p for name, p in named if name.startswith(prefix)] for part, prefix in prefixes.items()}
+        parts["lora"] = [p for name, p in named if lora.is_adapter(name)]
+        return {part: parameters for part, parameters in parts.items() if parameters}
+
+    def blocks(self) -> list[nn.Module]:
+        """The language model's blocks, which every batch passes once."""
+        stacks = [stack for stack in self.llama_model.modules() if isinstance(stack, nn.ModuleList)]
+        return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))
+
     def forward(self, samples: Mapping[str, Any], **ignored: Any) -> dict[str, Tensor]:
         """The loss of a batch.
 

@@ -5,30 +5,33 @@ Training with the same configuration then finds everything there, and never runs
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lavis_chatbridge.errors import ConfigError, MediaError
-from lavis_chatbridge.plugin.launch import Session, add_arguments, load
-
-__all__ = ["add_arguments", "run"]
+from lavis_chatbridge.plugin.launch import Session, load
 
 _MIB = 1 << 20
 
 
-def run(args: argparse.Namespace) -> int:
-    """Encode what the cache lacks, and say what it holds; every process that a launcher starts does its share."""
-    with Session() as session:
-        with session.together(args.cfg_path, args.options):
-            cfg = _read(args.cfg_path, args.options)
+def command(
+    cfg_path: Annotated[str, typer.Option("--cfg-path", metavar="YAML", help="The configuration file.")],
+    options: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Settings that override the file's; repeatable.")
+    ] = None,
+) -> None:
+    """Encode the media that the cache lacks, and report its content; every process of a launcher encodes its share."""
+    with Session():
+        cfg = _read(cfg_path, options or [])
         from lavis.common.registry import registry
 
         from lavis_chatbridge.plugin import world
         from lavis_chatbridge.runners import distributed, features
 
-        device = session.join(cfg.run)
+        device = distributed.init(cfg.run)
         world.prepare(cfg.datasets_cfg)
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
         datasets = task.build_datasets(cfg)
@@ -36,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
         store = features.fill(model, datasets, cfg.run, cfg.get_config().get("preprocess"))
         if distributed.is_main():
             print(_report(store, features.samples(datasets, cfg.run)))
-    return 0
 
 
 def _read(cfg_path: str, options: Sequence[str]) -> Any:

@@ -240,8 +240,10 @@ def _folder(cfg: Config) -> Iterator[Finding]:
 
     if cfg.run.evaluate or cfg.run.job_id is None:  # then the run gets a folder of its own
         return
-    if refusal := RunFolder.choose(cfg.run, cfg.to_dict(), "").refusal():
-        yield Finding("FAULT", refusal)
+    try:
+        RunFolder(cfg.run).check()
+    except ConfigError as error:
+        yield Finding("FAULT", str(error))
 
 
 def _unmet() -> Iterator[Finding]:

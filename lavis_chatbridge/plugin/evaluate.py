@@ -177,8 +177,7 @@ def _one(path: str, options: Sequence[str], conditions: Sequence[Condition] | No
     with Session() as session:
         scorer = _Scorer(session, options)
         if conditions is not None:
-            with session.together(path, options):
-                _check_ablation(path, options)
+            _check_ablation(path, options)
         splits = ", ".join(map(str, _run_section(path, options).get("test_splits") or ())) if conditions else ""
         lines = scorer.score_all(path, splits, conditions)
         printed, complete = report.summary(lines, scorer.written)
@@ -197,8 +196,7 @@ def _suites(
         scorer = _Scorer(session, options)
         for name, path in choose(names, find(folder)).items():
             try:
-                with session.together(path, options):
-                    _check_suite(path, options, conditions is not None)
+                _check_suite(path, options, conditions is not None)
                 own = scorer.score_all(str(path), name, conditions)
             except _DataMissing as error:
                 own = [report.Line(name, status="missing", remarks=[str(error)])]

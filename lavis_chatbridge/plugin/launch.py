@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
-from lavis_chatbridge.launchers import announced
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lavis_chatbridge.runners.config import Config
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """LAVIS's own two arguments."""
-    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="the configuration file")
-    add_options(parser)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The argument ``--options`` alone."""
+    """LAVIS's argument ``--options``."""
     parser.add_argument(
         "--options",
         nargs="+",
@@ -40,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, Any] | None:
-    """Build everything that the configuration names, and train or evaluate.
+def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
+    """Build everything that a configuration names, and train or evaluate.
 
     Args:
         cfg_path: The configuration file.
@@ -52,17 +49,16 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, A
         Split -> its metrics after an evaluation, else None.
 
     Raises:
-        ChatBridgeError: For anything that the user can mend.
+        ChatBridgeError: For any mistake that the user can mend.
     """
     with Session() as session:
         return session.run(cfg_path, options, evaluate)
 
 
 class Session:
-    """Runs one after the other in one process group; evaluations with equal models share one, built once."""
+    """Runs one configuration after the other in one process group; evaluations of equal models share one model."""
 
     def __init__(self) -> None:
-        self._meeting: Any = None
         self._model: Any = None
         self._built_from: Any = None
 
@@ -75,89 +71,69 @@ class Session:
 
             distributed.close()
 
-    @contextmanager
-    def together(self, cfg_path: str | Path, options: Sequence[str]) -> Iterator[None]:
-        """Give up on all processes where one must, also before they have joined their group.
-
-        Args:
-            cfg_path: The configuration file, which says where processes meet.
-            options: Its overrides.
-
-        Raises:
-            ChatBridgeError: On a process without a fault of its own, the first one of another.
-        """
-        place = announced(os.environ)
-        if place is None or place.world_size == 1:
-            yield
-            return
+    def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
+        """Train or evaluate one configuration, as `launch` does."""
+        cfg = load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
+        from lavis_chatbridge.plugin import world
         from lavis_chatbridge.runners import distributed
+        from lavis_chatbridge.runners.folder import RunFolder, new_job_id
 
-        if self._meeting is None:
-            self._meeting = distributed.Meeting(_readable_run(cfg_path, options))
-        with self._meeting.together():
-            yield
-
-    def join(self, run: Any) -> Any:
-        """Join the group of processes where there are several; this process's device.
-
-        Args:
-            run: The ``run`` section.
-        """
-        from lavis_chatbridge.runners import distributed
-
-        return distributed.init(run) if self._meeting is None else self._meeting.join(run)
-
-    def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> dict[str, Any] | None:
-        """One run, as `launch` describes it."""
-        with self.together(cfg_path, options):
-            cfg = load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
-        from lavis.common.registry import registry
-
-        from lavis_chatbridge.runners import distributed, folder
-
-        device = self.join(cfg.run)
-        if device.type == "cpu" and not is_own_runner(cfg.run.runner):
+        own = is_own_runner(cfg.run.runner)
+        device = distributed.init(cfg.run)
+        if device.type == "cpu" and not own:
             raise ConfigError(
                 f"run.runner {cfg.run.runner!r} is LAVIS's own, which needs a CUDA device: use chatbridge_runner"
             )
         _seed(cfg.run.seed)
         cfg.pretty_print()
-        runner_class = registry.get_runner_class(cfg.run.runner)
-        job_id = distributed.from_main(folder.new_job_id())
-        with _claimed(cfg, runner_class, job_id):
-            runner = self._runner(cfg, runner_class, job_id, evaluate)
+        _set_lavis_keys(cfg.run_cfg, device.index)
+        job_id = distributed.from_main(new_job_id())
+        with ExitStack() as stack:
+            if own:
+                cfg.folder = RunFolder(cfg.run, job_id)
+                if not evaluate:
+                    stack.enter_context(cfg.folder.claimed())  # refused before anything is loaded
+            world.prepare(cfg.datasets_cfg)
+            runner = self._runner(cfg, job_id, evaluate)
             if not evaluate:
                 runner.train()
                 return None
             return runner.evaluate()
 
-    def _runner(self, cfg: Any, runner_class: type, job_id: str, evaluate: bool) -> Any:
-        """Everything that the configuration names, in LAVIS's order."""
+    def _runner(self, cfg: Config, job_id: str, evaluate: bool) -> Any:
+        """The runner of a configuration, with its task, data sets and model, built in LAVIS's order."""
         from lavis.common.registry import registry
 
-        from lavis_chatbridge.plugin import world
-        from lavis_chatbridge.runners import ChatBridgeRunner, data, distributed
+        from lavis_chatbridge.runners import data, distributed
 
-        world.prepare(cfg.datasets_cfg)
         with distributed.together():
             task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
             datasets = task.build_datasets(cfg)
-            if issubclass(runner_class, ChatBridgeRunner):
+            if cfg.folder is not None:
                 data.check_splits(datasets, cfg.run)
             model = self._model_of(task, cfg, evaluate)
-        return runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+        return registry.get_runner_class(cfg.run.runner)(
+            cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets
+        )
 
-    def _model_of(self, task: Any, cfg: Any, evaluate: bool) -> Any:
-        """The model of a configuration: the previous run's where that was the same one, and nothing has changed it."""
-        sections = [cfg.to_dict()["model"], cfg.run.parallel, cfg.run.compile, cfg.run.resume]
-        shareable = evaluate and cfg.run.parallel == "ddp" and not cfg.run.compile and cfg.run.resume is None
-        if not shareable:
+    def _model_of(self, task: Any, cfg: Config, evaluate: bool) -> Any:
+        """The model of a configuration: the previous run's if that was configured alike and nothing has changed it."""
+        if not evaluate or cfg.run.parallel != "ddp" or cfg.run.compile or cfg.run.resume is not None:
             self._model = self._built_from = None
             return task.build_model(cfg)
-        if self._built_from != sections:
-            self._model = None  # given back before the next one takes its place
-            self._model, self._built_from = task.build_model(cfg), sections
+        section = cfg.to_dict()["model"]
+        if self._built_from != section:
+            self._model = None  # free its memory before the next one is built
+            self._model, self._built_from = task.build_model(cfg), section
         return self._model
+
+
+def _set_lavis_keys(run_cfg: DictConfig, gpu: int | None) -> None:
+    """The keys of the ``run`` section that LAVIS's own runners read about processes."""
+    from lavis_chatbridge.runners import distributed
+
+    run_cfg.distributed, run_cfg.world_size = distributed.in_group(), distributed.world_size()
+    run_cfg.rank, run_cfg.gpu = distributed.rank(), gpu or 0
 
 
 def is_own_runner(name: str) -> bool:
@@ -170,7 +146,7 @@ def is_own_runner(name: str) -> bool:
     return issubclass(registry.get_runner_class(name) or ChatBridgeRunner, ChatBridgeRunner)
 
 
-def load(cfg_path: str, options: Sequence[str]) -> Any:
+def load(cfg_path: str, options: Sequence[str]) -> Config:
     """The configuration of a run, checked.
 
     Raises:
@@ -178,34 +154,9 @@ def load(cfg_path: str, options: Sequence[str]) -> Any:
     """
     if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
         raise ConfigError(f"no configuration file at {cfg_path}")
-    # `import lavis` leaves these two out, yet the registry needs their classes.
-    import lavis.common.optims
-    import lavis.runners  # noqa: F401
-
     from lavis_chatbridge.runners.config import load_config
 
     return load_config(cfg_path, options)
-
-
-def _readable_run(cfg_path: str | Path, options: Sequence[str]) -> dict[str, Any]:
-    """The ``run`` section as written, empty where it cannot be read: that is told by who needs all of it."""
-    from lavis_chatbridge.runners.config import run_section
-
-    try:
-        return run_section(cfg_path, options)
-    except ConfigError:
-        return {}
-
-
-def _claimed(cfg: Any, runner_class: type, job_id: str) -> AbstractContextManager[None]:
-    """The folder of a training, chosen and kept before anything is loaded; LAVIS's own runners look after theirs."""
-    from lavis_chatbridge.runners import ChatBridgeRunner
-    from lavis_chatbridge.runners.folder import RunFolder
-
-    if cfg.run.evaluate or not issubclass(runner_class, ChatBridgeRunner):
-        return nullcontext()
-    cfg.folder = RunFolder.choose(cfg.run, cfg.to_dict(), job_id)
-    return cfg.folder.claimed()
 
 
 def with_options(options: Sequence[str], more: Mapping[str, str]) -> list[str]:
@@ -213,28 +164,6 @@ def with_options(options: Sequence[str], more: Mapping[str, str]) -> list[str]:
     pairs = options and "=" not in options[0]
     added = [word for key, value in more.items() for word in ([key, value] if pairs else [f"{key}={value}"])]
     return [*options, *added]
-
-
-def command_line(
-    program: str,
-    description: str,
-    add: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None,
-) -> int:
-    """A module's own command line, as ``python -m`` calls it; returns the exit status.
-
-    Args:
-        program: Its name in messages.
-        description: One sentence of help.
-        add: Defines its arguments.
-        run: Does what they say.
-        argv: Arguments, by default the process's own.
-    """
-    parser = argparse.ArgumentParser(program, description=description)
-    add(parser)
-    args = parser.parse_args(argv)
-    return exit_status(lambda: run(args))
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
@@ -298,7 +227,7 @@ def run_command(program: str, command: Callable[..., int | None], argv: Sequence
 
 
 def _seed(seed: int) -> None:
-    """The same seed on every process: they build the same weights, and the order of the data does not depend on it."""
+    """Seed all generators alike on every process, so that all build the same weights."""
     import numpy
     import torch
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
-from lavis_chatbridge.plugin.launch import add_arguments, command_line, launch
+import typer
 
-__all__ = ["add_arguments", "main", "run"]
+from lavis_chatbridge.plugin.launch import launch, run_command
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train; the arguments are those of :func:`add_arguments`."""
-    launch(args.cfg_path, args.options, evaluate=False)
-    return 0
+def command(
+    cfg_path: Annotated[str, typer.Option("--cfg-path", metavar="YAML", help="The configuration file.")],
+    options: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Settings that override the file's; repeatable.")
+    ] = None,
+) -> None:
+    """Train as a configuration file says."""
+    launch(cfg_path, options or [], evaluate=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of ``lavis.train``: returns the exit status."""
-    what = "Train a LAVIS model as a configuration file says."
-    return command_line("lavis.train", what, add_arguments, run, argv)
+    return run_command("lavis.train", command, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""The training engine on LAVIS's runner: configuration, processes, optimiser steps, checkpoints, logs."""
+"""Training on LAVIS's runner: configuration, processes, optimiser steps, checkpoints, logs."""
 
-from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
 
-__all__ = ["ChatBridgeRunner", "optim"]
+__all__ = ["ChatBridgeRunner"]

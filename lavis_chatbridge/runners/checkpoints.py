@@ -1,322 +1,410 @@
-"""Checkpoints that survive anything: written beside, synced, renamed, verified on load, refused where they do not fit.
+"""Checkpoints: folders that are written aside and renamed, read into a value, checked against the run, then applied.
 
 A checkpoint is a folder ``step_NNNNNNNN`` of
 
-- ``model.safetensors``: the trained weights, under the model's own names;
-- ``optimizer.safetensors``: the optimiser's tensors, as ``PARAMETER|STATE``;
-- ``state.json``: everything else: progress, data position, scaler, schedule, random generators, configuration,
-  versions, and the fingerprints of what is frozen;
-- ``manifest.json``: size and digest of the other files. It is written last; a folder without it, or that does not
-  agree with it, is no checkpoint;
-- ``validation.json``: added once the step has been validated: what that changed of the progress.
+- ``model.safetensors``: the bridge, under the model's own parameter names;
+- ``optimizer.safetensors``: AdamW's tensors, as ``PARAMETER|STATE``;
+- ``state.json``: progress, position in the data, loss scaler, hashes of the frozen parts, versions, configuration.
 
-No pickle is read or written. This module knows no runner: it takes and returns `Checkpoint`.
+No pickle is read or written. Frozen weights are not saved; their hashes make sure that a run resumes on the same ones.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from pydantic import NonNegativeInt
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from lavis_chatbridge.config import Settings, parse
+from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import CheckpointError, TrainingError
-from lavis_chatbridge.files import read_json, share, sync, write_json
+from lavis_chatbridge.files import atomic_file, hash_of, share, sync, write_json
+from lavis_chatbridge.models import lora
+from lavis_chatbridge.runners import optim
+from lavis_chatbridge.runners.state import TrainState
 
 _log = logging.getLogger(__name__)
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-VALIDATION = "validation.json"
-FORMAT = 1
-BEST = "best_"
+MODEL, OPTIMIZER, STATE, BEST = "model.safetensors", "optimizer.safetensors", "state.json", "best.safetensors"
 _STEP = re.compile(r"step_(\d{8,})")
-_BEST = re.compile(BEST + r"(\d{8,})")
-_PARTIAL = ".partial"
+_ADAMW = ("step", "exp_avg", "exp_avg_sq")
+_PACKAGES = ("torch", "transformers", "salesforce-lavis", "safetensors", "numpy", "lavis-chatbridge")
+_PROBES = 1024
+"""Values of a frozen tensor that its hash reads, evenly spread: 26 GB would take half a minute to hash entirely."""
 
 
-@dataclass
+class Position(Settings):
+    """Where a plan stands in each source."""
+
+    step: NonNegativeInt
+    positions: dict[str, NonNegativeInt]
+
+
+class SavedPlan(Settings):
+    """The data of a run and its position in them."""
+
+    sizes: dict[str, int]
+    ratios: dict[str, float]
+    seed: int
+    batch_sizes: dict[str, int]
+    world_size: int
+    grouped: bool
+    origin: Position
+    """The position that the plan was started or resumed at; the same plan computes every later step from it."""
+    resume: Position
+    """The position at which a plan of other batch sizes resumes."""
+
+    @classmethod
+    def of(cls, plan: MixturePlan, step: int) -> SavedPlan:
+        """A plan before ``step``."""
+        return cls(
+            sizes=plan.sizes,
+            ratios=plan.ratios,
+            seed=plan.seed,
+            batch_sizes=plan.batch_sizes,
+            world_size=plan.world_size,
+            grouped=bool(plan.lengths),
+            origin=Position(step=plan.origin[0], positions=plan.origin[1]),
+            resume=Position(step=step, positions=plan.positions(step)),
+        )
+
+    def position_for(self, plan: MixturePlan) -> Position:
+        """Where ``plan``, which has the same data, resumes."""
+        same = (self.batch_sizes, self.world_size, self.grouped)
+        return self.origin if same == (plan.batch_sizes, plan.world_size, bool(plan.lengths)) else self.resume
+
+
+class SavedScaler(Settings):
+    """The fp16 loss scaler."""
+
+    scale: float
+    growth_tracker: NonNegativeInt
+
+
+class SavedState(Settings):
+    """The content of ``state.json``."""
+
+    progress: TrainState
+    plan: SavedPlan
+    scaler: SavedScaler | None
+    """None in other precisions than fp16."""
+    frozen: dict[str, str]
+    adapters: dict[str, Any] | None
+    versions: dict[str, str]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A run at one moment.
 
     Attributes:
-        model: Trained weights by name.
-        optimizer: Optimiser tensors by ``PARAMETER|STATE``; empty where only weights were kept.
-        state: Everything else, as JSON's types.
+        path: Its folder.
+        weights: The bridge, by parameter name.
+        optimizer: AdamW's tensors by ``PARAMETER|STATE``.
+        state: Everything else.
     """
 
-    model: dict[str, Tensor]
+    path: Path
+    weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict[str, Any]
+    state: SavedState
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    try:
+        values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = parse(SavedState, values, STATE)
+        return Checkpoint(folder, load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the checkpoint {folder} cannot be read: {cause}") from error
+
+
+def check_weights(
+    weights: Mapping[str, Tensor],
+    model: nn.Module,
+    names: list[str],
+    where: Path,
+    adapters: Mapping[str, Any] | None = None,
+) -> None:
+    """Compare weights with the parameters ``names`` of a model.
+
+    Args:
+        weights: Weights by name.
+        model: The model.
+        names: The parameters that they must be.
+        where: Their file, for messages.
+        adapters: Their LoRA adapters; None deduces them from the weights, except the alpha.
+
+    Raises:
+        CheckpointError: If names, shapes, dtypes or adapters differ, or a value is not finite.
+    """
+    if misfit := lora.misfit(adapters or lora.described_by(weights), lora.describe(model)):
+        raise CheckpointError(f"{where} is for another model: {misfit}")
+    expected = {name: list(model.get_parameter(name).shape) for name in names}
+    faults = differences({name: list(tensor.shape) for name, tensor in weights.items()}, expected)
+    faults += [f"{name} is not finite" for name, tensor in weights.items() if not _is_finite(tensor)]
+    if faults:
+        raise CheckpointError(f"{where} is for another model, or damaged: {'; '.join(faults[:5])}")
+
+
+def check_optimizer(tensors: Mapping[str, Tensor], model: nn.Module, where: Path) -> None:
+    """Compare the optimiser's tensors with the trainable parameters of a model.
+
+    Raises:
+        CheckpointError: If a parameter's state is incomplete, of another shape, or not finite.
+    """
+    faults = [f"{key} is not finite" for key, tensor in tensors.items() if not _is_finite(tensor)]
+    for name, parameter in optim.trainable(model).items():
+        found = {part: list(tensors[f"{name}|{part}"].shape) for part in _ADAMW if f"{name}|{part}" in tensors}
+        expected = {part: [] if part == "step" else list(parameter.shape) for part in _ADAMW}
+        faults += [f"{name}: {fault}" for fault in differences(found, expected)] if found else []
+    if faults:
+        raise CheckpointError(f"{where} has an optimiser state that does not fit: {'; '.join(faults[:5])}")
+
+
+def check_state(state: SavedState, plan: MixturePlan, steps: int, frozen: Mapping[str, str], where: Path) -> None:
+    """Compare a checkpoint's state with a run of ``steps`` steps.
+
+    Raises:
+        CheckpointError: If the frozen parts or the data differ, or the checkpoint is from beyond the end of the run.
+    """
+    if faults := differences(state.frozen, frozen):
+        raise CheckpointError(f"{where} was trained with other frozen parts: {'; '.join(faults)}")
+    saved, own = state.plan, SavedPlan.of(plan, 0)
+    data = [{key: getattr(one, key) for key in ("sizes", "ratios", "seed")} for one in (saved, own)]
+    if faults := differences(*data):
+        raise CheckpointError(f"{where} was trained on other data: {'; '.join(faults)}")
+    if any(set(position.positions) != set(plan.sizes) for position in (saved.origin, saved.resume)):
+        raise CheckpointError(f"{where} has no position for some of {', '.join(plan.sizes)}")
+    if state.progress.step > steps:
+        raise CheckpointError(
+            f"{where} is of step {state.progress.step}, but this run ends at step {steps}: raise run.max_iters (or "
+            "run.max_epoch), or set run.resume to a checkpoint of an earlier step"
+        )
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy checked weights into a model."""
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load checked tensors into an optimiser; its learning rates and decay stay those of the configuration."""
+    names = {parameter: name for name, parameter in optim.trainable(model).items()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    states = {
+        i: {part: tensors[f"{name}|{part}"] for part in _ADAMW}
+        for i, name in enumerate(order)
+        if f"{name}|step" in tensors
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by ``PARAMETER|STATE``, on the CPU; a parameter that never had a gradient has none."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in optim.trainable(model).items()}
+    return {
+        f"{names[parameter]}|{part}": torch.as_tensor(value).detach().cpu().clone()
+        for parameter, state in optimizer.state.items()
+        for part, value in state.items()
+    }
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
+    """Write weights as one file; the LoRA alpha is in no tensor, so the metadata keep it.
+
+    Raises:
+        OSError: If the file cannot be written.
+        SafetensorError: For the same reasons.
+    """
+    about = {"step": str(step)} | ({"cfg": json.dumps({"lora": dict(adapters)})} if adapters else {})
+    with atomic_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, metadata=about)
 
 
 class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        folder: Where they lie; made on the first save.
-        keep_last: How many of the newest stay.
-        keep_every: Those at multiples of this step stay for good.
+        path: Their folder; created by the first save.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Checkpoints at multiples of this step are kept as well.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int | None = None) -> None:
-        self.folder = folder
-        self.keep_last = keep_last
-        self.keep_every = keep_every
+    def __init__(self, path: Path, keep_last: int = 2, keep_every: int | None = None) -> None:
+        self.path, self.keep_last, self.keep_every = path, keep_last, keep_every
 
-    def save(self, checkpoint: Checkpoint, step: int) -> Path:
-        """Write the checkpoint of a step, then remove those that need not stay.
+    def steps(self) -> dict[int, Path]:
+        """Step -> its checkpoint."""
+        found = {step_of(path): path for path in self.path.glob("step_*") if path.is_dir()}
+        return {step: path for step, path in found.items() if step is not None}
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that can be read; the log names the others."""
+        for _, path in sorted(self.steps().items(), reverse=True):
+            try:
+                return read(path).path
+            except CheckpointError as error:
+                _log.warning("skipped: %s", error)
+        return None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint of its step, then remove those that need not be kept.
 
         Raises:
             TrainingError: If it cannot be written; older checkpoints are as they were.
         """
-        target = self.folder / f"step_{step:08d}"
-        self._write(checkpoint, target)
-        self._remove_old()
-        return target
+        step = checkpoint.state.progress.step
+        target = self.path / f"step_{step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_weights(partial / MODEL, checkpoint.weights, step, checkpoint.state.adapters)
+            save_file(checkpoint.optimizer, partial / OPTIMIZER)
+            share(partial / OPTIMIZER)
+            sync(partial / OPTIMIZER)
+            write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+            sync(self.path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._unwritten(target, error) from error
+        steps = self.steps()
+        for old in sorted(steps)[: -self.keep_last]:
+            if self.keep_every is None or old % self.keep_every:
+                shutil.rmtree(steps[old], ignore_errors=True)
 
-    def save_best(self, checkpoint: Checkpoint, step: int) -> Path:
-        """Write the best weights so far. The former best stay until `add_validation`.
+    def save_best(self, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
+        """Write the best weights so far.
 
         Raises:
             TrainingError: If they cannot be written.
         """
-        target = self.folder / f"{BEST}{step:08d}"
-        self._write(checkpoint, target)
-        return target
+        try:
+            write_weights(self.path / BEST, weights, step, adapters)
+        except (OSError, SafetensorError) as error:
+            raise self._unwritten(self.path / BEST, error) from error
 
-    def add_validation(self, step: int, progress: Mapping[str, Any]) -> None:
-        """Add what a validation found to the checkpoint of its step, then remove best weights that are no longer so.
-
-        Args:
-            step: The step, whose checkpoint has been saved before the validation.
-            progress: `TrainState`'s fields that the validation changed, ``best_step`` among them.
+    def add_validation(self, progress: TrainState) -> None:
+        """Put a finished validation's result into the checkpoint of its step; without it, resuming repeats it.
 
         Raises:
-            TrainingError: If it cannot be written; resuming then repeats the validation.
+            TrainingError: If it cannot be written.
         """
-        target = self.folder / f"step_{step:08d}"
+        path = self.path / f"step_{progress.step:08d}" / STATE
+        if not path.is_file():  # the checkpoint of a resumed run's first step may be in another folder
+            return
         try:
-            if target.is_dir():  # not where a run goes on from another run's checkpoint
-                write_json(target / VALIDATION, dict(progress))
-        except OSError as error:
-            raise TrainingError(f"cannot write {target / VALIDATION}: {cause(error)}") from error
-        for number, path in _numbered(self.folder, _BEST).items():
-            if number != progress["best_step"]:
-                shutil.rmtree(path, ignore_errors=True)
+            state = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**state, "progress": asdict(progress)})
+        except (OSError, ValueError) as error:
+            raise self._unwritten(path, error) from error
 
     def best(self, step: int) -> Path | None:
-        """The weights of the best step, as such or in that step's checkpoint; None where neither is there any more."""
-        places = [self.folder / f"{BEST}{step:08d}", self.folder / f"step_{step:08d}"]
-        return next((place for place in places if (place / MANIFEST).is_file()), None)
+        """The file with the weights of the best step, as such or in that step's checkpoint; None if it is gone."""
+        if (path := self.path / BEST).is_file():
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("step") == str(step):
+                    return path
+        path = self.path / f"step_{step:08d}" / MODEL
+        return path if path.is_file() else None
 
-    def _write(self, checkpoint: Checkpoint, target: Path) -> None:
-        partial = target.with_name(f".{target.name}{_PARTIAL}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            write(checkpoint, partial)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
-            sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise TrainingError(f"cannot write the checkpoint {target}: {cause(error)}; {self._last_good()}") from error
+    def remove_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps."""
+        for later, path in self.steps().items():
+            if later > step:
+                shutil.rmtree(path)
 
-    def _last_good(self) -> str:
-        newest = newest_in(self.folder)
-        return f"the last good one is {newest}" if newest else "there is no earlier one"
-
-    def _remove_old(self) -> None:
-        found = _numbered(self.folder, _STEP)
-        newest = sorted(found)[-self.keep_last :]
-        for step, path in found.items():
-            kept_for_good = self.keep_every is not None and step % self.keep_every == 0
-            if step not in newest and not kept_for_good:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(f".*{_PARTIAL}"):
-            shutil.rmtree(path, ignore_errors=True)
+    def _unwritten(self, target: Path, error: Exception) -> TrainingError:
+        newest = max(self.steps().items(), default=None)
+        kept = f"the newest checkpoint is {newest[1]}" if newest else "there is no earlier checkpoint"
+        return TrainingError(f"cannot write {target}: {' '.join(str(error).split())}; {kept}")
 
 
-def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a checkpoint's files into a new folder and sync them to disk.
-
-    Raises:
-        OSError: If the disk is full, not writable ...
-        SafetensorError: The same, from the tensor files.
-    """
-    folder.mkdir(parents=True)
-    weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.model.items()}
-    save_file(
-        weights, folder / MODEL, metadata=adapters_metadata(checkpoint.state.get("adapters"))
-    )
-    save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.optimizer.items()}, folder / OPTIMIZER)
-    for name in (MODEL, OPTIMIZER):
-        share(folder / name)
-    (folder / STATE).write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1), encoding="utf-8")
-    manifest = {
-        name: {"bytes": (folder / name).stat().st_size, "blake2b": _digest(folder / name)} for name in _files(folder)
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for name in (*_files(folder), MANIFEST):
-        sync(folder / name)
-    sync(folder)
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder by its name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match.group(1)) if match else None
 
 
-def adapters_metadata(adapters: Mapping[str, Any] | None) -> dict[str, str]:
-    """What a weight file says of its LoRA adapters: the alpha is in no tensor, and another one gives other answers."""
-    return {"cfg": json.dumps({"lora": dict(adapters)})} if adapters else {}
-
-
-def read(folder: Path) -> Checkpoint:
-    """Verify and read a checkpoint.
-
-    Raises:
-        CheckpointError: If it is incomplete, damaged, or of a format that this version does not know.
-    """
-    faults = verify(folder)
-    if faults:
-        raise CheckpointError(f"the checkpoint {folder} is damaged: {'; '.join(faults)}")
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        model, optimizer = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(
-            f"the checkpoint {folder} has format {found!r}, this version reads {FORMAT}: update lavis-chatbridge"
-        )
-    return Checkpoint(model, optimizer, state)
-
-
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint's files; empty if nothing is."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (entry["bytes"], entry["blake2b"]) for name, entry in manifest.items()}
-        if any(Path(name).name != name for name in files):
-            raise ValueError("it names files of other folders")
-        if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in files.values()):
-            raise ValueError("a size or a digest is of another type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return [f"{MANIFEST} is missing or unreadable ({' '.join(str(error).split())[:200]})"]
-    faults = [f"{name} is not in {MANIFEST}" for name in (MODEL, OPTIMIZER, STATE) if name not in files]
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{' '.join(name.split())[:100]} is missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
-        elif _digest(path) != digest:
-            faults.append(f"{name} has other contents than were written")
-    return faults
-
-
-def newest_in(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is sound; damaged ones are named in the log and passed over."""
-    found = _numbered(folder, _STEP)
-    for step in sorted(found, reverse=True):
-        faults = verify(found[step])
-        if not faults:
-            return found[step]
-        _log.warning("passing over the checkpoint %s: %s", found[step], "; ".join(faults))
-    return None
-
-
-def newest_step(folder: Path) -> int | None:
-    """The highest step of which a folder has a checkpoint or best weights, sound or not."""
-    return max([*_numbered(folder, _STEP), *_numbered(folder, _BEST)], default=None)
-
-
-def is_step(name: str) -> bool:
-    """Whether a folder of this name is a checkpoint, and not best weights or something of the user's."""
-    return _STEP.fullmatch(name) is not None
-
-
-def later_than(checkpoint: Path) -> list[Path]:
-    """The checkpoints and best weights beside a checkpoint whose step is a later one."""
-    match, folder = _STEP.fullmatch(checkpoint.name), checkpoint.parent
-    found = [*_numbered(folder, _STEP).items(), *_numbered(folder, _BEST).items()]
-    return [path for step, path in found if match is not None and step > int(match.group(1))]
-
-
-def validation_of(folder: Path) -> dict[str, Any]:
-    """What `CheckpointFolder.add_validation` added to a checkpoint; empty where that step was not validated."""
-    found = read_json(folder / VALIDATION)
-    numbers = (int, float, type(None))
-    sound = isinstance(found, dict) and all(isinstance(value, numbers) for value in found.values())
-    return found if sound else {}
-
-
-def newest_run(output_dir: Path, fits: Callable[[Mapping[str, Any]], bool]) -> Path | None:
-    """The newest sound checkpoint of the runs in ``output_dir`` or one folder below, the run that wrote last first.
-
-    Args:
-        output_dir: Where runs lie.
-        fits: Whether a checkpoint is of the run that is looked for, by its state.
-    """
-    folders = [*output_dir.glob("checkpoints"), *output_dir.glob("*/checkpoints")]
-    runs = [folder for folder in folders if _numbered(folder, _STEP)]
-    for run in sorted(runs, key=lambda folder: folder.stat().st_mtime, reverse=True):
-        newest = newest_in(run)
-        if newest is None:
-            continue
-        state = read_json(newest / STATE)
-        if isinstance(state, dict) and fits(state):
-            return newest
-        _log.warning("passing over %s: it belongs to another configuration", newest)
-    return None
-
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any], limit: int = 5) -> list[str]:
-    """What of ``found`` (in a checkpoint) is not as ``expected`` (in the model), as sentences."""
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The differences between two mappings, as sentences."""
     lines = [f"{key} is missing" for key in expected if key not in found]
     lines += [f"{str(key)[:200]} is not expected" for key in found if key not in expected]
     both = [key for key in expected if key in found and found[key] != expected[key]]
-    lines += [f"{key} is {str(found[key])[:200]}, expected {expected[key]}" for key in both]
-    return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
+    return lines + [f"{key} is {str(found[key])[:200]}, expected {expected[key]}" for key in both]
 
 
-def _numbered(folder: Path, pattern: re.Pattern) -> dict[int, Path]:
-    """The folders whose names match, by their step."""
-    if not folder.is_dir():
-        return {}
-    matches = ((pattern.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    return {int(match.group(1)): path for match, path in matches if match}
+def frozen_hashes(model: nn.Module, bridge: list[str]) -> dict[str, str]:
+    """A hash of the frozen weights of each top-level part, and of the tokenizer's vocabulary.
+
+    Values are rounded to bfloat16 first, so that the same weights in another precision have the same hash.
+
+    Args:
+        model: The model.
+        bridge: Names of the parameters that checkpoints keep.
+    """
+    kept, hashes = set(bridge), dict[str, Any]()
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            digest = hashes.setdefault(name.split(".")[0], hashlib.sha256())
+            digest.update(f"{lora.without_base(name)} {tuple(parameter.shape)}".encode())
+            digest.update(_probe(parameter))
+    found = {name: digest.hexdigest()[:32] for name, digest in hashes.items()}
+    for name in ("llama_tokenizer", "tokenizer", "llm_tokenizer"):
+        if (tokenizer := getattr(model, name, None)) is not None:
+            size = len(tokenizer)
+            some = sorted({number * max(1, size - 1) // 256 for number in range(256)} | {size - 1})
+            found["tokenizer"] = hash_of(size, [tokenizer.decode([number]) for number in some])[:32]
+            break
+    return found
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+def versions() -> dict[str, str]:
+    """Versions of the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _probe(parameter: Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    if flat.numel() > _PROBES:
+        flat = flat[torch.linspace(0, flat.numel() - 1, _PROBES, dtype=torch.float64).long().to(flat.device)]
+    if flat.is_floating_point():
+        flat = flat.to(torch.bfloat16).view(torch.int16)
+    return flat.cpu().numpy().tobytes()
 
 
-def cause(error: Exception) -> str:
-    """Cause and remedy in a few words."""
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota" in str(error).lower():
-        return "the disk is full (free some space, then run again with run.resume=auto)"
-    if number == errno.EFBIG or "File too large" in str(error):
-        return "the file is larger than this system allows (ulimit -f)"
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return "the folder is not writable (set run.output_dir to one that is)"
-    return " ".join(str(error).split())
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(torch.isfinite(tensor).all())

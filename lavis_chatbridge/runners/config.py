@@ -1,18 +1,15 @@
-"""From a YAML and ``--options`` to one checked configuration: what LAVIS's tasks, builders and runners read.
+"""From a YAML and ``--options`` to one checked configuration, with the attributes of LAVIS's own ``Config``.
 
-Precedence, lowest first: the model type's YAML and the data sets' default YAML, the user's YAML, the options.
-Everything that is wrong (unknown keys, types, contradictions, names, files) is reported together, before anything is
-loaded.
+Precedence, lowest first: the YAML of model type and data sets, the user's YAML, the options. Faults are
+reported together, before anything is loaded.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from lavis_chatbridge import config as settings
+from lavis_chatbridge.config import Settings, merged, parse, read_options, read_yaml, shown
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
 
@@ -33,20 +29,18 @@ _log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
 _LONGEST_FAULT = 4000
-_DEFAULT_ARCH = "chatbridge"
-_NUMBERED_BY = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
-"""LAVIS's tasks that score -> what they know a sample by."""
+_ID_KEYS = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
+"""LAVIS's tasks that score -> the key by which they identify a sample."""
 _LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
 
 
-@dataclasses.dataclass
-class EnvSettings:
-    """The ``env`` section: where things lie on this machine."""
+class EnvSettings(Settings):
+    """The ``env`` section: paths of this machine."""
 
     data_root: str | None = None
-    """Folder under which the data sets' relative paths are looked up; null takes ``$CHATBRIDGE_DATA``."""
+    """Folder of the data sets' relative paths; null: ``$CHATBRIDGE_DATA``."""
     cache_root: str | None = None
-    """Folder of what LAVIS downloads; null takes LAVIS's setting if somebody changed it, else ``~/.cache/lavis``."""
+    """Folder of LAVIS's downloads; null: LAVIS's setting if it was changed, else ``~/.cache/lavis``."""
 
 
 class Config:
@@ -56,7 +50,7 @@ class Config:
         config: All sections, merged.
         run: The ``run`` section, typed.
         env: The ``env`` section, typed.
-        folder: The run's folder, where it was chosen before a runner is made.
+        folder: The run's folder if it was chosen before the runner is made.
     """
 
     folder: RunFolder | None = None
@@ -68,7 +62,7 @@ class Config:
 
     @property
     def run_cfg(self) -> DictConfig:
-        """The ``run`` section with all defaults filled in, as LAVIS's tasks read it."""
+        """The ``run`` section with all defaults, as LAVIS's tasks read it."""
         return self.config.run
 
     @property
@@ -87,7 +81,7 @@ class Config:
         return self.config.preprocess
 
     def get_config(self) -> DictConfig:
-        """All sections, merged (LAVIS's name)."""
+        """All sections (LAVIS's name)."""
         return self.config
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,8 +94,18 @@ class Config:
             _log.info("%s:\n%s", section, OmegaConf.to_yaml(self.config[section], resolve=True).rstrip())
 
 
+class _Faults(list[str]):
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the error of a part of the configuration, so that the other parts are checked too."""
+        try:
+            yield
+        except (ConfigError, OmegaConfBaseException) as error:
+            self.append(" ".join(str(error).split())[:_LONGEST_FAULT])
+
+
 def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> Config:
-    """Read, merge and check a configuration; tell LAVIS's registry where its caches lie.
+    """Read, merge and check a configuration, and register it and its paths with LAVIS.
 
     Args:
         cfg_path: A YAML with the sections ``model``, ``datasets`` and ``run``, as in LAVIS.
@@ -110,202 +114,146 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     Raises:
         ConfigError: With every fault that was found.
     """
-    import lavis  # noqa: F401  (fills the registry with models, builders and tasks)
+    import lavis.common.optims
+    import lavis.runners  # noqa: F401  (`import lavis` registers neither runners nor schedulers)
     from lavis.common.registry import registry
 
-    user = _over(_read_yaml(cfg_path), _read_options(options or []))
-    faults = [_no_section(str(key), user[key]) for key in user if key not in SECTIONS]
-    collect = _Collector(faults)
-    merged = OmegaConf.create({section: {} for section in SECTIONS})
+    user = merged(read_yaml(cfg_path), read_options(options or []))
+    faults = _Faults(_misplaced(str(key), user[key]) for key in user if key not in SECTIONS)
+    config = OmegaConf.create({section: {} for section in SECTIONS})
+    run = env = None
     for section in SECTIONS:
-        merged[section] = collect(functools.partial(_section, user, section)) or {}
-    env = collect(lambda: settings.parse(EnvSettings, _plain(merged.env), "env"))
-    if env is not None:
+        with faults.collected():
+            config[section] = _section(user, section)
+    with faults.collected():
+        env = parse(EnvSettings, config.env, "env")
         _set_paths(env)  # first: data sets look for their files under env.data_root
-    collect(lambda: _merge_model(merged))
-    collect(lambda: _merge_datasets(merged))
-    run = collect(lambda: _check_run(merged.run))
+    with faults.collected():
+        _merge_model(config)
+    with faults.collected():
+        _merge_datasets(config)
+    with faults.collected():
+        run = _check_run(config.run)
     if not faults and run is not None:
-        faults += _unknown_splits(merged.datasets, run)
-        faults += _not_to_score(merged.datasets, run)
+        faults += _unknown_splits(config.datasets, run) + _not_to_score(config.datasets, run)
     if faults or run is None or env is None:
         raise ConfigError(f"{cfg_path}: " + "; ".join(faults))
-    merged.run = OmegaConf.create(_for_lavis(run))
-    config = Config(merged, run, env)
-    registry.register("configuration", config)
-    return config
-
-
-def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """The ``datasets`` section as file and options have it, without defaults and unchecked; data roots are set.
-
-    Raises:
-        ConfigError: If the file or the options cannot be read.
-    """
-    import lavis  # noqa: F401  (fills the registry with builders)
-
-    with _as_config_error(cfg_path):
-        user = _over(_read_yaml(cfg_path), _read_options(options or []))
-        _set_paths(settings.parse(EnvSettings, _plain(OmegaConf.create(user.get("env") or {})), "env"))
-        sections = _section(user, "datasets")
-        return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
-
-
-def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, Any]:
-    """The ``run`` section as file and options have it, without defaults and unchecked.
-
-    Raises:
-        ConfigError: If the file or the options cannot be read.
-    """
-    with _as_config_error(cfg_path):
-        return _plain(_section(_over(_read_yaml(cfg_path), _read_options(options or [])), "run"))
-
-
-@contextmanager
-def _as_config_error(cfg_path: str | os.PathLike) -> Iterator[None]:
-    """What cannot be resolved (``${nothing}``) is a mistake of the configuration."""
-    try:
-        yield
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{cfg_path}: {' '.join(str(error).split())[:_LONGEST_FAULT]}") from error
-
-
-def read_options(options: Sequence[str]) -> dict[str, Any]:
-    """Overrides as nested plain values.
-
-    Raises:
-        ConfigError: If one of them has no value.
-    """
-    return _plain(_read_options(options))
-
-
-def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
-    """A part of a configuration that must be a mapping, empty where there is none."""
-    part = config.get(name)
-    if part is None or isinstance(part, DictConfig):
-        return OmegaConf.create({}) if part is None else part
-    raise ConfigError(f"{where}{name}: expected a mapping, found {settings.shown(part)}")
-
-
-class _Collector:
-    """Calls parts of the reading and keeps their faults instead of stopping at the first."""
-
-    def __init__(self, faults: list[str]) -> None:
-        self.faults = faults
-
-    def __call__(self, part: Callable[[], Any]) -> Any:
-        try:
-            return part()
-        except (ConfigError, OmegaConfBaseException) as error:
-            self.faults.append(" ".join(str(error).split())[:_LONGEST_FAULT])
-            return None
-
-
-def _read_yaml(path: str | os.PathLike) -> DictConfig:
-    if not Path(path).is_file():
-        raise ConfigError(f"no configuration file at {path}")
-    try:
-        loaded = OmegaConf.load(Path(path))
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} must hold the sections {', '.join(SECTIONS)}, found a list")
+    config.run = run.model_dump() | {
+        "amp": run.precision == "fp16",
+        "log_freq": run.log_every,
+        "resume_ckpt_path": run.resume,
+    }
+    loaded = Config(config, run, env)
+    registry.register("configuration", loaded)
     return loaded
 
 
-def _read_options(options: Sequence[str]) -> DictConfig:
-    """``--options`` in either of LAVIS's two forms."""
-    if options and "=" not in options[0]:
-        mixed = [key for key in options[::2] if "=" in key]
-        if mixed:
-            raise ConfigError(f"--options: {mixed[0]!r} stands among pairs KEY VALUE; write all as KEY=VALUE")
-        if len(options) % 2:
-            raise ConfigError(f"--options: {options[-1]!r} has no value; write KEY=VALUE")
-        options = [f"{key}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
-    without = [option for option in options if "=" not in option]
-    if without:
-        raise ConfigError(f"--options: {without[0]!r} has no value; write KEY=VALUE")
-    try:
-        read = OmegaConf.from_dotlist(list(options))
-        for key, _, text in (option.partition("=") for option in options):
-            if key == "run.job_id" and isinstance(OmegaConf.select(read, key), (int, float)):
-                OmegaConf.update(read, key, text)  # Slurm's 123_4 is the number 1234 in YAML
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--options: {' '.join(str(error).split())}") from error
-    return read
+def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """The ``datasets`` section without defaults, unchecked; ``env.data_root`` is set.
+
+    Raises:
+        ConfigError: If the file or the options cannot be read.
+    """
+    import lavis  # noqa: F401  (registers builders)
+
+    faults = _Faults()
+    with faults.collected():
+        user = merged(read_yaml(cfg_path), read_options(options or []))
+        _set_paths(parse(EnvSettings, user.get("env") or {}, "env"))
+        sections = _section(user, "datasets")
+        return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
+    raise ConfigError(f"{cfg_path}: {faults[0]}")
 
 
-def _no_section(key: str, value: Any) -> str:
-    """The sentence for a key that is no section: one that is misspelt, or a setting without its section."""
+def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, Any]:
+    """The ``run`` section without defaults, unchecked.
+
+    Raises:
+        ConfigError: If the file or the options cannot be read.
+    """
+    faults = _Faults()
+    with faults.collected():
+        return _plain(_section(merged(read_yaml(cfg_path), read_options(options or [])), "run"))
+    raise ConfigError(f"{cfg_path}: {faults[0]}")
+
+
+def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
+    """A part of a configuration that must be a mapping; empty if it is absent."""
+    part = config.get(name)
+    if part is None:
+        return OmegaConf.create({})
+    if isinstance(part, DictConfig):
+        return part
+    raise ConfigError(f"{where}{name}: expected a mapping, found {shown(part)}")
+
+
+def _misplaced(key: str, value: Any) -> str:
+    """The fault of a top-level key that is no section."""
     if isinstance(value, DictConfig) or difflib.get_close_matches(key[:80], SECTIONS, n=1):
         return _unknown_name("the configuration's sections", key, SECTIONS)
-    if key in {field.name for field in dataclasses.fields(RunSettings)}:
+    if key in RunSettings.model_fields:
         return f"{key} stands in no section, did you mean run.{key}?"
-    return f"{settings.shown(key)} stands in no section; name one of {', '.join(SECTIONS)}, as in run.seed"
+    return f"{shown(key)} stands in no section; name one of {', '.join(SECTIONS)}, as in run.seed"
 
 
-def _merge_model(merged: DictConfig) -> None:
+def _merge_model(config: DictConfig) -> None:
     """Put the model type's YAML under the user's ``model`` and ``preprocess`` sections, and check the result."""
     from lavis.common.registry import registry
 
-    arch = _word(merged.model.setdefault("arch", _DEFAULT_ARCH), "model.arch")
+    arch = _word(config.model.setdefault("arch", "chatbridge"), "model.arch")
     model_class = registry.get_model_class(arch)
     if model_class is None:
         raise ConfigError(_unknown_name("model.arch", arch, registry.list_models()))
     types = list(model_class.PRETRAINED_MODEL_CONFIG_DICT)
-    model_type = merged.model.get("model_type") or getattr(model_class, "DEFAULT_MODEL_TYPE", types[0])
+    model_type = config.model.get("model_type") or getattr(model_class, "DEFAULT_MODEL_TYPE", types[0])
     if _word(model_type, "model.model_type") not in types:
         raise ConfigError(_unknown_name("model.model_type", model_type, types))
-    defaults = _read_yaml(model_class.default_config_path(model_type))
-    merged.model = _over(_section(defaults, "model"), merged.model)
-    merged.preprocess = _over(_section(defaults, "preprocess"), merged.preprocess)
-    merged.model.model_type = model_type
-    _check_by(model_class, merged.model, "model")
+    defaults = read_yaml(model_class.default_config_path(model_type))
+    config.model = merged(_section(defaults, "model"), config.model, {"model_type": model_type})
+    config.preprocess = merged(_section(defaults, "preprocess"), config.preprocess)
+    _check_by(model_class, config.model, "model")
 
 
-def _merge_datasets(merged: DictConfig) -> None:
+def _merge_datasets(config: DictConfig) -> None:
     """Put each builder's default YAML under the user's section of that name; processors come from the model's YAML."""
-    if not merged.datasets:
+    if not config.datasets:
         raise ConfigError("datasets is missing: name at least one registered data set")
-    ratios = _section(merged.run, "train_dataset_ratios", "run.")
-    unknown = [str(name) for name in ratios if name not in merged.datasets]
-    faults = [_unknown_name("run.train_dataset_ratios", name, list(merged.datasets)) for name in unknown]
-    for name in list(merged.datasets):
-        try:
-            merged.datasets[name] = _dataset(_word(name, "datasets"), merged)
-        except ConfigError as error:
-            faults.append(str(error))
+    faults = _Faults(
+        _unknown_name("run.train_dataset_ratios", name, list(config.datasets))
+        for name in _section(config.run, "train_dataset_ratios", "run.")
+        if name not in config.datasets
+    )
+    for name in list(config.datasets):
+        with faults.collected():
+            config.datasets[name] = _dataset(_word(name, "datasets"), config)
     if faults:
         raise ConfigError("; ".join(faults))
 
 
-def _dataset(name: str, merged: DictConfig) -> DictConfig:
+def _dataset(name: str, config: DictConfig) -> DictConfig:
     from lavis.common.registry import registry
 
-    chosen = _section(merged.datasets, name, "datasets.")
+    user = _section(config.datasets, name, "datasets.")
     builder = registry.get_builder_class(name)
     if builder is None:
         raise ConfigError(_unknown_name("datasets", name, registry.list_datasets()))
-    kind = _word(chosen.get("type", "default"), f"datasets.{name}.type")
-    if kind not in builder.DATASET_CONFIG_DICT:
-        raise ConfigError(_unknown_name(f"datasets.{name}.type", kind, list(builder.DATASET_CONFIG_DICT)))
-    defaults = _read_yaml(builder.default_config_path(type=kind))
-    # LAVIS's video captions name their section otherwise (`msvd_cap`) than their builder; its builders take the first
-    section = defaults.datasets.get(name) or next(iter(defaults.datasets.values()))
-    whole = _over(OmegaConf.create(dict(merged.preprocess.items())), section, chosen)
-    _check_by(builder, whole, f"datasets.{name}")
-    return whole
+    variant = _word(user.get("type", "default"), f"datasets.{name}.type")
+    if variant not in builder.DATASET_CONFIG_DICT:
+        raise ConfigError(_unknown_name(f"datasets.{name}.type", variant, list(builder.DATASET_CONFIG_DICT)))
+    defaults = read_yaml(builder.default_config_path(type=variant)).datasets
+    # LAVIS's video captions name their section otherwise (`msvd_cap`) than their builder; its builders take the first.
+    section = merged(dict(config.preprocess.items()), defaults.get(name) or next(iter(defaults.values())), user)
+    _check_by(builder, section, f"datasets.{name}")
+    return section
 
 
 def _check_by(owner: type, section: DictConfig, where: str) -> None:
-    """Let the class that will read a section check it, where it can (``check_config(cfg, where)``)."""
-    check = getattr(owner, "check_config", None)
-    if check is not None:
+    """Call the ``check_config(cfg, where)`` of the class that will read a section, if it has one."""
+    if (check := getattr(owner, "check_config", None)) is not None:
         check(_plain(section), where)
 
 
 def _check_run(section: DictConfig) -> RunSettings:
-    import lavis.runners  # noqa: F401  (registers LAVIS's own, which `import lavis` does not)
     from lavis.common.registry import registry
 
     run = parse_run(_plain(section))
@@ -322,63 +270,43 @@ def _check_run(section: DictConfig) -> RunSettings:
     return run
 
 
-def _unknown_splits(datasets: DictConfig, run: RunSettings) -> list[str]:
-    """The splits that the run names and no data set has; nothing where a builder cannot tell its own (LAVIS's)."""
+def _splits_of(name: str, section: DictConfig) -> Iterable[str] | None:
+    """The splits of one of our data sets; None for LAVIS's, which cannot say."""
     from lavis.common.registry import registry
 
-    there: set[str] = set()
-    for name, section in datasets.items():
-        split_names = getattr(registry.get_builder_class(str(name)), "split_names", None)
-        if split_names is None:
-            return []
-        there.update(split_names(_plain(section)))
-    return run.unknown_splits(there)
+    split_names = getattr(registry.get_builder_class(name), "split_names", None)
+    return None if split_names is None else split_names(_plain(section))
+
+
+def _unknown_splits(datasets: DictConfig, run: RunSettings) -> list[str]:
+    """Faults of the splits that the run names and no data set has."""
+    splits = [_splits_of(str(name), section) for name, section in datasets.items()]
+    if None in splits:
+        return []
+    return run.unknown_splits({split for own in splits for split in own or ()})
 
 
 def _not_to_score(datasets: DictConfig, run: RunSettings) -> list[str]:
-    """Why a task of LAVIS's cannot score splits of this package's data sets; nothing where it can, or need not."""
+    """The fault of a task of LAVIS that would score our data sets, whose samples lack the id key that it needs."""
     from lavis.common.registry import registry
 
-    number = _NUMBERED_BY.get(run.task)
-    if number is None or not registry.get_task_class(run.task).__module__.startswith("lavis."):
+    id_key = _ID_KEYS.get(run.task)
+    if id_key is None or not registry.get_task_class(run.task).__module__.startswith("lavis."):
         return []
     scored = {*run.test_splits, *([] if run.evaluate else run.valid_splits)}
-    own = []
-    for name, section in datasets.items():
-        split_names = getattr(registry.get_builder_class(str(name)), "split_names", None)
-        if split_names is not None and scored.intersection(split_names(_plain(section))):
-            own.append(str(name))
+    own = [str(n) for n, section in datasets.items() if scored.intersection(_splits_of(str(n), section) or ())]
     if not own:
         return []
     return [
-        f"run.task {run.task!r} is LAVIS's own and scores by {number}, which {', '.join(own)} does not have: set "
+        f"run.task {run.task!r} is LAVIS's own and scores by {id_key}, which {', '.join(own)} does not have: set "
         "run.task=chatbridge_captioning, which scores captions and answers (run.metrics)"
     ]
-
-
-def _for_lavis(run: RunSettings) -> dict[str, Any]:
-    """The run section with every default, and with LAVIS's names beside ours, for tasks that read those."""
-    values = dataclasses.asdict(run)
-    values["betas"] = list(run.betas)
-    values |= {"amp": run.precision == "fp16", "log_freq": run.log_every, "resume_ckpt_path": run.resume}
-    return values
-
-
-def _over(*configs: DictConfig) -> DictConfig:
-    """Later ones over earlier ones."""
-    try:
-        merged = OmegaConf.merge(*configs)
-    except (TypeError, ValueError) as error:  # a list where a mapping stands
-        raise ConfigError(" ".join(str(error).split())) from error
-    if not isinstance(merged, DictConfig):
-        raise ConfigError(f"expected mappings, found {merged!r}")
-    return merged
 
 
 def _word(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise ConfigError(f"{where}: expected a name, found {settings.shown(value)}")
+    raise ConfigError(f"{where}: expected a name, found {shown(value)}")
 
 
 def _plain(section: DictConfig) -> dict[str, Any]:
@@ -388,13 +316,13 @@ def _plain(section: DictConfig) -> dict[str, Any]:
 def _unknown_name(where: str, name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name)[:80], list(known), n=1)
     hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
-    return f"{where}: unknown name {settings.shown(name)}{hint}"
+    return f"{where}: unknown name {shown(name)}{hint}"
 
 
 def _set_paths(env: EnvSettings) -> None:
-    """Tell LAVIS's registry (and the readers of data) where data and caches lie.
+    """Set the folders of data and caches in LAVIS's registry.
 
-    LAVIS refuses to register a path twice and comes with its authors' cache folder, so the mapping is written itself.
+    LAVIS refuses to register a path twice and ships its authors' cache folder, so its mapping is written directly.
     """
     from lavis.common.registry import registry
 

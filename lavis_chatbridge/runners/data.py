@@ -1,16 +1,16 @@
-"""Which loader serves a split: the package's own for its data sets, a plain one with the same plan for LAVIS's.
+"""The loader of each split: the package's own for its data sets, a plain one with the same plan for LAVIS's.
 
-LAVIS's data sets have one source, no names for their samples and a ``collater`` of their own; what they return goes
-to the model as it is.
+LAVIS's data sets have one source, no ids for their samples and a ``collater`` of their own; the model gets what that
+returns.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,25 +19,8 @@ from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, M
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.runners import distributed
+from lavis_chatbridge.runners.contracts import Datasets, Samples, TrainLoader
 from lavis_chatbridge.runners.settings import RunSettings
-
-Splits = Mapping[str, Mapping[str, Any]]
-"""Data set name -> split name -> data set: what LAVIS's tasks build."""
-
-
-class TrainLoader(Protocol):
-    """What training needs of a loader."""
-
-    plan: MixturePlan
-
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
-        """Micro-batches of steps ``start`` to ``stop - 1``, in order."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the step."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
 
 
 def loader_settings(run: RunSettings, device: torch.device) -> LoaderSettings:
@@ -55,22 +38,26 @@ def loader_settings(run: RunSettings, device: torch.device) -> LoaderSettings:
     )
 
 
-def check_splits(datasets: Splits, run: RunSettings) -> None:
+def splits_of(datasets: Datasets) -> set[str]:
+    """All splits of all data sets."""
+    return {split for splits in datasets.values() for split in splits}
+
+
+def check_splits(datasets: Datasets, run: RunSettings) -> None:
     """Look for the splits that a run names, before it needs them.
 
     Raises:
-        ConfigError: Naming all that no data set has.
+        ConfigError: If no data set has one of them.
     """
-    faults = run.unknown_splits({split for splits in datasets.values() for split in splits})
-    if faults:
+    if faults := run.unknown_splits(splits_of(datasets)):
         raise ConfigError("; ".join(faults))
 
 
-def train_loader(datasets: Splits, run: RunSettings, device: torch.device) -> TrainLoader:
+def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> TrainLoader:
     """The training batches of this process.
 
     Raises:
-        ConfigError: If there is nothing to train on, or data sets of LAVIS and of this package are mixed.
+        ConfigError: If no data set has a training split, or data sets of LAVIS and of this package are mixed.
     """
     chosen = {
         name if split == "train" else f"{name}/{split}": splits[split]
@@ -79,26 +66,24 @@ def train_loader(datasets: Splits, run: RunSettings, device: torch.device) -> Tr
         if split in splits
     }
     if not chosen:
-        found = sorted({split for splits in datasets.values() for split in splits})
-        raise ConfigError(
-            f"run.train_splits {run.train_splits} are in no data set; there are the splits {', '.join(found)}"
-        )
+        found = ", ".join(sorted(splits_of(datasets)))
+        raise ConfigError(f"run.train_splits {run.train_splits} are in no data set; there are the splits {found}")
     settings = loader_settings(run, device)
     own = [hasattr(dataset, "sources") for dataset in chosen.values()]
     if all(own):
-        settings = replace(settings, max_bad_share=1.0)  # TrainState judges by what all processes have tried
+        settings = replace(settings, max_bad_share=1.0)  # TrainState judges the share of all processes
         return MixtureLoader(chosen, settings, distributed.rank(), distributed.world_size())
     if any(own):
         raise ConfigError(f"cannot mix LAVIS's data sets with this package's in one training: {', '.join(chosen)}")
     return LavisTrainLoader(chosen, settings)
 
 
-def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Any:
-    """This process's batches of a split: every sample on exactly one process."""
+def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Iterable[Samples]:
+    """This process's batches of a split: each sample is on exactly one process."""
     settings = loader_settings(run, device)
     rank, world_size = distributed.rank(), distributed.world_size()
     if hasattr(dataset, "sources"):
-        # one process's share of a split may lack as many as the split may: `check_readable` adds up what all lack
+        # One process may lack as many samples as the whole split may: `check_readable` sums over processes.
         settings = replace(settings, max_bad_share=min(1.0, run.max_bad_share * world_size))
         return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, settings)
     return DataLoader(
@@ -111,11 +96,11 @@ def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> A
     )
 
 
-def check_readable(loader: Any, run: RunSettings) -> None:
-    """Look how many samples of a split all processes together could not read, once each has evaluated its share.
+def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
+    """Sum the unreadable samples of a split over processes, after each has evaluated its share.
 
     Raises:
-        DataError: On every process, if it is more than ``run.max_bad_share`` of a source of 20 samples or more.
+        DataError: On every process, if they are more than ``run.max_bad_share`` of a source of 20 samples or more.
     """
     if not isinstance(loader, EvaluationLoader):
         return
@@ -138,7 +123,7 @@ class LavisTrainLoader:
         self.plan = MixturePlan(sizes, settings.ratios, size, distributed.world_size(), settings.seed)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
-        """Micro-batches of steps ``start`` to ``stop - 1``, in order."""
+        """The micro-batches of steps ``start`` to ``stop - 1``, in order."""
         yield from DataLoader(
             _LavisBatches(self.datasets),
             batch_size=None,
@@ -153,13 +138,6 @@ class LavisTrainLoader:
             source, pairs = self.plan.batch(step, distributed.rank())
             indices = [index for index, _ in pairs]
             yield from ((source, indices[first : first + size]) for first in range(0, len(indices), size))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing beside the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing beside the step."""
 
 
 class _LavisBatches(torch.utils.data.Dataset):

@@ -1,37 +1,38 @@
-"""``run.feature_cache``: data sets take the frozen encoders' outputs from a folder, which is filled on first use.
+"""``run.feature_cache``: data sets read the frozen encoders' outputs from a folder, which is filled on first use.
 
-What is stored comes from the evaluation processors, so training then sees the middle frames and uncropped pictures:
-less augmentation for much less time per step.
+The outputs are those of the evaluation processors: middle frames and uncropped pictures, hence less augmentation.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lavis_chatbridge.datasets.features import FeatureStore, build_features
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.processors.loading import load_processors
 from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.runners import distributed
+from lavis_chatbridge.runners.contracts import Datasets
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.schema import Sample
 
 _log = logging.getLogger(__name__)
 
 
-def attach(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings, preprocess: Any) -> None:
-    """Let the used splits read features, after encoding what the cache lacks; every process does its share.
+def attach(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> None:
+    """Let the splits of a run read features, after encoding those that the cache lacks.
 
     Args:
-        model: A model with ``encode_media`` and ``frozen_fingerprint``, on its device.
+        model: ChatBridge, on its device.
         datasets: Data set name -> split -> data set.
-        run: Names the folder and the splits; without a folder nothing happens.
+        run: The folder and the splits; without a folder nothing happens.
         preprocess: The ``preprocess`` section, for the evaluation processors.
 
     Raises:
@@ -40,37 +41,27 @@ def attach(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettin
     if run.feature_cache is None:
         return
     store = fill(model, datasets, run, preprocess)
-    _log.info("taking the frozen encoders' outputs of %d media from %s", len(store), store.folder)
+    _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
     for group in _used(datasets, run):
         group.set_features(store)
 
 
-def fill(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings, preprocess: Any) -> FeatureStore:
-    """Encode what the cache lacks of the used splits; every process does its share.
-
-    Args:
-        model: A model with ``encode_media`` and ``frozen_fingerprint``, on its device.
-        datasets: Data set name -> split -> data set.
-        run: Names the splits and the folder.
-        preprocess: The ``preprocess`` section, for the evaluation processors.
+def fill(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
+    """Encode the media of a run's splits that the cache lacks; every process encodes its share.
 
     Raises:
         ConfigError: If there is no folder, or the model or a data set cannot do this.
-        ChatBridgeError: On every process, if one of them cannot do its share.
+        ChatBridgeError: On every process, if one of them fails.
     """
-    groups = _used(datasets, run)
-    able = hasattr(model, "encode_media") and all(hasattr(group, "set_features") for group in groups)
+    able = hasattr(model, "encode_media") and all(hasattr(group, "set_features") for group in _used(datasets, run))
     if run.feature_cache is None or not able:
-        raise ConfigError(
-            "run.feature_cache needs a folder, ChatBridge and this package's data sets; else leave it null"
-        )
+        raise ConfigError("run.feature_cache needs a folder, ChatBridge and this package's data sets: set it to null")
     loaded = load_processors(preprocess)
-    processors: dict[str, Any] = {kind: loaded[kind]["eval"] for kind in MODALITIES}
     with distributed.together(), torch.no_grad():
         store = build_features(
-            model,
+            model,  # type: ignore[arg-type]
             samples(datasets, run),
-            processors,
+            {modality: loaded[modality]["eval"] for modality in MODALITIES},
             Path(run.feature_cache).expanduser().absolute(),
             workers=run.num_workers,
             rank=distributed.rank(),
@@ -80,18 +71,13 @@ def fill(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: RunSettings
     return store
 
 
-def samples(datasets: Mapping[str, Mapping[str, Any]], run: RunSettings) -> Iterator[Sample]:
+def samples(datasets: Datasets, run: RunSettings) -> Iterator[Sample]:
     """All samples of the splits that a run reads."""
-    return chain.from_iterable(_samples(group) for group in _used(datasets, run))
+    sources = chain.from_iterable(group.sources for group in _used(datasets, run))
+    return (source.sample(index) for source in sources for index in range(len(source)))
 
 
-def _used(datasets: Mapping[str, Mapping[str, Any]], run: RunSettings) -> list[Any]:
+def _used(datasets: Datasets, run: RunSettings) -> list[Any]:
     """The data sets of the splits that this run reads."""
-    wanted = [*run.valid_splits, *run.test_splits, *([] if run.evaluate else run.train_splits)]
-    return [splits[split] for splits in datasets.values() for split in dict.fromkeys(wanted) if split in splits]
-
-
-def _samples(group: Any) -> Iterator[Sample]:
-    for source in group.sources:
-        for index in range(len(source)):
-            yield source.sample(index)
+    names = [*run.valid_splits, *run.test_splits, *([] if run.evaluate else run.train_splits)]
+    return [splits[split] for splits in datasets.values() for split in dict.fromkeys(names) if split in splits]

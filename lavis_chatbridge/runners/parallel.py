@@ -1,14 +1,13 @@
-"""A model made ready for its device and its process group: precision, equal weights, sharding, compilation.
+"""A model prepared for its device and its group: precision, equal weights, sharding, recomputation, compilation.
 
-What is trained is small and lies on every process. What is frozen is either on every process too (``ddp``) or spread
-over them block by block and gathered when a block runs (``fsdp``, FSDP2).
+Trained parameters are small and on every process. Frozen ones are on every process too (``ddp``), except that ``fsdp``
+(FSDP2) shards the language model's blocks and gathers each block when it runs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,51 +16,69 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_chatbridge.errors import ConfigError, TrainingError
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import distributed, optim, snapshot
+from lavis_chatbridge.runners import distributed, optim
+from lavis_chatbridge.runners.contracts import PartlyTrained, Shardable
 from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
 
 
-def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> dict[str, str]:
-    """Move a model to its device and make it alike on all processes.
+def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
+    """Let exactly the parts ``names`` of a model have gradients; None changes nothing.
 
     Returns:
-        The fingerprints of its frozen parts.
+        Names of the bridge's parameters, trained or not: those that checkpoints keep.
+
+    Raises:
+        ConfigError: If the model has no part of such a name.
+    """
+    bridge = list(optim.trainable(model))
+    if names is None:
+        return bridge
+    if not isinstance(model, PartlyTrained):
+        raise ConfigError(f"run.train chooses parts of ChatBridge, but the model is {type(model).__name__}: drop it")
+    parts = model.parts()
+    unknown = [name for name in names if name not in parts]
+    if unknown or not names:
+        raise ConfigError(f"run.train: expected some of {', '.join(parts)}, found {', '.join(unknown) or 'none'}")
+    for name, parameters in parts.items():
+        for parameter in parameters:
+            parameter.requires_grad_(name in names)
+    return list(dict.fromkeys([*bridge, *optim.trainable(model)]))
+
+
+def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
+    """Move a model to its device and make its trained parameters equal on all processes.
 
     Raises:
         ConfigError: If the model cannot do what the run asks for.
-        TrainingError: If processes have loaded different frozen weights.
     """
-    raised = optim.keep_in_fp32(optim.trainable(model).values())
-    if raised:
-        _log.warning("%d trainable weights were in half precision; they are kept in fp32", raised)
-    marks = snapshot.fingerprints(model)
-    if len({str(sorted(other.items())) for other in distributed.gather_everywhere(marks)}) > 1:
-        raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
+    if raised := optim.keep_in_fp32(optim.trainable(model).values()):
+        _log.warning("%d trained parameters were in half precision; they are kept in fp32", raised)
     if run.gradient_checkpointing:
-        _recompute(model)
+        for block in _blocks(model, "run.gradient_checkpointing"):
+            block.forward = _recomputed(block.forward)
     if run.parallel == "fsdp" and distributed.in_group():
-        _shard(model, device)
+        _shard(_blocks(model, "run.parallel fsdp"), device)
     elif run.parallel == "fsdp":
-        _log.warning("run.parallel is fsdp, but this is the only process: nothing is spread, it runs as ddp does")
+        _log.warning("run.parallel is fsdp, but this is the only process: nothing is sharded")
     model.to(device)
-    _broadcast(model)
+    if distributed.in_group():
+        for parameter in optim.trainable(model).values():
+            dist.broadcast(parameter.data, src=0)
     if run.compile:
         for block in frozen_blocks(model):
             block.compile()
-    return marks
 
 
 def check_trainable(model: nn.Module, device: torch.device) -> None:
-    """Refuse what can answer, but not be trained: parts on several devices, and LLM.int8 in float16 on a CPU.
-
-    bitsandbytes computes the latter by writing into the layers' inputs, which autograd forbids.
+    """Refuse a language model that can answer but not be trained.
 
     Raises:
-        ConfigError: If the language model was loaded like that.
+        ConfigError: If it is on several devices, or LLM.int8 in float16 on a CPU: bitsandbytes then writes into the
+            layers' inputs, which autograd forbids.
     """
     settings = getattr(getattr(model, "settings", None), "language_model", None)
     if (chosen := getattr(settings, "device_map", None)) is not None:
@@ -78,7 +95,7 @@ def check_trainable(model: nn.Module, device: torch.device) -> None:
 
 
 def frozen_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of the frozen stacks: children of module lists, the outermost ones, in which LoRA alone is trained."""
+    """The layers of all frozen stacks: children of the outermost module lists in which at most LoRA is trained."""
     blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for stack in model.modules():
@@ -93,68 +110,46 @@ def frozen_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Every process has all weights inside: evaluation takes each one through another number of passes.
-
-    Needs the memory of the whole model on each process while it lasts.
-    """
+def gathered(model: nn.Module) -> Iterator[None]:
+    """All sharded weights are on every process inside, because evaluation takes each one through other batches."""
     sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
-    most_passes = getattr(model, "most_passes", None)
-    model.most_passes = None  # type: ignore[assignment]
     for module in sharded:
         module.set_reshard_after_forward(False)
         module.unshard()
     try:
         yield
     finally:
-        model.most_passes = most_passes  # type: ignore[assignment]
         for module in sharded:
             module.set_reshard_after_forward(True)
             module.reshard()
 
 
-def _shard(model: nn.Module, device: torch.device) -> None:
+def _blocks(model: nn.Module, key: str) -> list[nn.Module]:
+    if not isinstance(model, Shardable):
+        raise ConfigError(f"{key} needs a model with the blocks of its language model, such as ChatBridge: drop it")
+    return model.blocks()
+
+
+def _shard(blocks: Sequence[nn.Module], device: torch.device) -> None:
     from torch.distributed import fsdp
 
-    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_reshard_after_forward"):  # which `whole` needs
+    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_reshard_after_forward"):  # `gathered` needs it
         raise ConfigError(f"run.parallel fsdp needs torch 2.8 or newer, found {torch.__version__}: use ddp")
-    mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
-    blocks = frozen_blocks(model)
-    uses = Counter(parameter for block in blocks for parameter in block.parameters())
-    # a weight that several blocks share (BEATs' table of relative positions) cannot be spread with one of them
-    blocks = [block for block in blocks if all(uses[parameter] == 1 for parameter in block.parameters())]
-    if not blocks:
-        raise ConfigError("run.parallel is fsdp, but the model has no frozen stack of blocks to spread")
     if any(not (p.is_floating_point() or p.requires_grad) for block in blocks for p in block.parameters()):
-        raise ConfigError("run.parallel fsdp cannot spread a quantised language model: use ddp, or no quantization")
+        raise ConfigError("run.parallel fsdp cannot shard a quantised language model: use ddp, or no quantization")
+    mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
     for block in blocks:
         block.to(device)
-        # adapters are trained, and what is trained is whole on every process
         adapters = {parameter for name, parameter in block.named_parameters() if lora.is_adapter(name)}
         fsdp.fully_shard(block, mesh=mesh, ignored_params=adapters or None)
-    model.most_passes = distributed.most_over_ranks  # type: ignore[assignment]
-
-
-def _broadcast(model: nn.Module) -> None:
-    """The main process's trainable weights, everywhere."""
-    if distributed.in_group():
-        for parameter in optim.trainable(model).values():
-            dist.broadcast(parameter.data, src=0)
-
-
-def _recompute(model: nn.Module) -> None:
-    """Let frozen blocks keep only their inputs for the backward pass.
-
-    The switch that transformers' models have for this does nothing in evaluation mode, in which frozen parts stay.
-    """
-    blocks = frozen_blocks(model)
-    if not blocks:
-        raise ConfigError("run.gradient_checkpointing is set, but the model has no frozen stack of blocks")
-    for block in blocks:
-        block.forward = _recomputed(block.forward)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, which keeps only its inputs for backward.
+
+    transformers' own switch for this has no effect in evaluation mode, in which frozen parts stay.
+    """
+
     def run(*inputs: Any, **more: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs, **more)

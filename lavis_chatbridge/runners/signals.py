@@ -1,7 +1,6 @@
-"""Signals and the clock as wishes: a cluster that takes the machine away asks for a checkpoint first.
+"""SIGTERM, SIGUSR1 and the clock as requests, which the training loop fulfils at the end of a step on all processes.
 
-SIGTERM (Slurm's end of time, a spot machine's notice, Ctrl-C's polite sister) saves and stops; SIGUSR1 saves and
-goes on. A handler only notes the wish: the training loop grants it at the end of a step, on all processes together.
+SIGTERM (Slurm's end of time, a spot machine's notice) saves a checkpoint and stops; SIGUSR1 saves and continues.
 """
 
 from __future__ import annotations
@@ -10,34 +9,38 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from lavis_chatbridge.runners.step import Wishes
+from lavis_chatbridge.runners.step import Requests
 
 _log = logging.getLogger(__name__)
 
+STOPPED_BY_SIGTERM = 128 + 15
+
 
 class Watch:
-    """Notes signals and the time between saves, while it is entered.
+    """Notes signals and the time since the last save, while it is entered.
 
     Args:
-        minutes: A checkpoint is wished for this often; None never.
+        minutes: A checkpoint is requested at this interval; None never.
+
+    Attributes:
+        in_loop: Whether steps are taken, so that SIGTERM waits for the end of one; else it ends the process at once.
     """
 
     def __init__(self, minutes: float | None) -> None:
-        self.seconds = None if minutes is None else 60.0 * minutes
-        self.last = time.monotonic()
-        self._asked = Wishes()
+        self.in_loop = False
+        self._seconds = None if minutes is None else 60.0 * minutes
+        self._last = time.monotonic()
+        self._noted = Requests()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
         if threading.current_thread() is not threading.main_thread():
             _log.warning("training outside the main thread: SIGTERM and SIGUSR1 do not save a checkpoint")
             return self
-        for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
+        for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)):  # Windows has no SIGUSR1
             if number is not None:
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -46,30 +49,18 @@ class Watch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def wishes(self) -> Wishes:
-        """What signals and the clock ask for now."""
-        due = self.seconds is not None and time.monotonic() - self.last >= self.seconds
-        return Wishes(save=self._asked.save or due, stop=self._asked.stop)
+    def requests(self) -> Requests:
+        """What signals and the clock request now."""
+        due = self._seconds is not None and time.monotonic() - self._last >= self._seconds
+        return Requests(save=self._noted.save or due, stop=self._noted.stop)
 
     def saved(self) -> None:
-        """A checkpoint has been written: the wish for one is granted."""
-        self.last = time.monotonic()
-        self._asked.save = False
+        """A checkpoint has been written."""
+        self._last = time.monotonic()
+        self._noted.save = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._asked.save = True
-        self._asked.stop = self._asked.stop or number == signal.SIGTERM
-
-
-@contextmanager
-def user_signal_outlived() -> Iterator[None]:
-    """SIGUSR1 ends nothing where there is nothing to save: before the first step, and in the evaluation at the end."""
-    number = getattr(signal, "SIGUSR1", None)
-    if number is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, lambda *_: _log.info("SIGUSR1: there is nothing to save now"))
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
+        if number == signal.SIGTERM and not self.in_loop:
+            raise SystemExit(STOPPED_BY_SIGTERM)
+        self._noted.save = True
+        self._noted.stop = self._noted.stop or number == signal.SIGTERM

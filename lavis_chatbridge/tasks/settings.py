@@ -5,14 +5,13 @@ These keys stand in the ``run`` section of a YAML, beside the runner's own, as L
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.tasks.scoring import METRICS, NORMALISATION_NAMES
 
@@ -20,8 +19,7 @@ MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
 WithheldWords: TypeAlias = Literal["kept", "removed", "told"]
 
 
-@dataclass
-class EvaluationSettings:
+class EvaluationSettings(Settings):
     """Keys of the ``run`` section that concern tasks; names and meanings are LAVIS's where it has them."""
 
     num_beams: int = 1
@@ -52,21 +50,21 @@ class EvaluationSettings:
     """For LAVIS's own tasks: the template of the question."""
     report_metric: bool = True
     """Score the predictions; false only writes them."""
-    metrics: list[str] = field(default_factory=list)
+    metrics: list[str] = []
     """Official scores, the first of which is the suite's own; empty: exact match and attribute accuracy."""
     normalisation: str = "plain"
     """How ``exact_match`` normalises answers: ``plain``, ``squad``, ``vqa`` or ``vocabulary``."""
-    published: dict[str, float] = field(default_factory=dict)
+    published: dict[str, float] = {}
     """The paper's figures, metric -> percent, shown beside the scores."""
-    published_stage1: dict[str, float] = field(default_factory=dict)
+    published_stage1: dict[str, float] = {}
     """The paper's figures of the model after stage 1 only."""
     published_in: str = ""
     """Where the published figures stand."""
-    groups: list[str] = field(default_factory=list)
+    groups: list[str] = []
     """Names under which ``chatbridge evaluate --suite`` finds this suite: ``paper``, ``zero-shot``, ``av``, ..."""
     media: MediaMode = "normal"
     """``shuffled`` gives every sample another sample's media, ``withheld`` none: does the model really use them?"""
-    media_modalities: list[Modality] = field(default_factory=lambda: list(MODALITIES))
+    media_modalities: list[Modality] = list(MODALITIES)
     """The modalities which ``media`` concerns; the others stay as they are."""
     withheld_words: WithheldWords = "kept"
     """The words that introduce a withheld medium: ``kept``, ``removed``, or replaced by words that say it is missing
@@ -99,9 +97,9 @@ class EvaluationSettings:
     @classmethod
     def of(cls, run_cfg: Mapping[str, Any]) -> EvaluationSettings:
         """These keys out of a whole ``run`` section (LAVIS gives tasks all of it)."""
-        names = {item.name for item in dataclasses.fields(EvaluationSettings)}
-        plain = OmegaConf.to_container(run_cfg, resolve=True) if isinstance(run_cfg, DictConfig) else run_cfg
-        return EvaluationSettings(**{str(key): value for key, value in dict(plain).items() if key in names})  # type: ignore[arg-type]
+        plain: Any = OmegaConf.to_container(run_cfg, resolve=True) if isinstance(run_cfg, DictConfig) else run_cfg
+        known = EvaluationSettings.model_fields
+        return EvaluationSettings(**{str(key): value for key, value in dict(plain).items() if key in known})
 
     def decoding(self) -> dict[str, Any]:
         """Arguments of ``ChatBridge.generate``, under LAVIS's names."""

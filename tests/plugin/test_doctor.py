@@ -139,7 +139,7 @@ def test_the_exit_status_counts_faults(monkeypatch, capsys):
 def test_an_earlier_training_in_the_folder_is_a_fault(config, tmp_path, capsys):
     (tmp_path / "out" / "checkpoints" / "step_00000003").mkdir(parents=True)
     options = ["--options", f"run.output_dir={tmp_path / 'out'}"]
-    for more, faults in ((["run.job_id=''"], 1), (["run.job_id=''", "run.anew=true"], 0), ([], 0)):
+    for more, faults in ((["run.job_id=''"], 1), (["run.job_id=''", "run.overwrite=true"], 0), ([], 0)):
         cli.main(["doctor", "--cfg-path", config(), *options, *more])
         found = [line for line in capsys.readouterr().out.splitlines() if "of an earlier training" in line]
         assert [line.split()[0] for line in found] == ["FAULT"] * faults

@@ -50,6 +50,9 @@ class ToySource:
     def lengths(self) -> np.ndarray:
         return np.array([1 + index % 5 for index in range(self.size)])
 
+    def drawn_tokens(self, indices: np.ndarray, _epochs: np.ndarray) -> np.ndarray:
+        return np.zeros(len(indices), dtype=int)
+
     def sample(self, index: int) -> SimpleNamespace:
         return SimpleNamespace(id=f"{self.name}-{index}", facts={"colour": COLOURS[index % 3]})
 
@@ -73,6 +76,22 @@ class ToySource:
             "answers": [],
             "facts": {"colour": COLOURS[index % 3]},
         }
+
+
+class Stop(Exception):
+    """Stands for a machine that goes away."""
+
+
+class StoppingSource(ToySource):
+    """A source that fails for good after a number of items, also in the middle of an accumulation."""
+
+    left = 10**9
+
+    def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        type(self).left -= 1
+        if self.left < 0:
+            raise Stop
+        return super().item(index, epoch)
 
 
 @dataclasses.dataclass
@@ -118,6 +137,13 @@ class ToyModel(nn.Module):
         loss = nn.functional.cross_entropy(logits.float(), words.to(logits.device))
         return {"loss": loss, "target_tokens": torch.tensor(len(words))}
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.frozen)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        bridge = [*self.bridge.parameters(), *self.norm.parameters()]
+        return {"images": [self.image_query], "sounds": [self.audio_query], "bridge": bridge}
+
     def generate(self, samples: dict[str, Any], **_unused: Any) -> list[str]:
         return [f"a {COLOURS[int(word) % 3]} thing" for word in self.logits(samples).argmax(1)]
 
@@ -140,19 +166,17 @@ def config(folder: Path, **run: Any) -> Config:
         "batch_size_train": 4,
         "batch_size_eval": 3,
         "num_workers": 0,
-    }
-    values |= {
         "init_lr": 0.05,
         "min_lr": 0.001,
-        "warmup_steps": 2,
+        "warmup_steps": min(2, run.get("max_iters") or 2),
         "output_dir": str(folder),
         "job_id": "",
         "log_every": 2,
+        "device": "cpu",
+        "save_every_minutes": None,
     }
-    values |= {"device": "cpu", "save_every_minutes": None} | run
-    settings = RunSettings(**values)
-    plain = dataclasses.asdict(settings) | {"betas": list(settings.betas)}
-    sections = {"run": plain, "model": {"arch": "toy", "model_type": "toy"}, "datasets": {"pictures": {}, "sounds": {}}}
+    settings = RunSettings(**values | run)
+    sections = {"run": settings.model_dump(), "model": {"arch": "toy", "model_type": "toy"}, "datasets": {}}
     return Config(OmegaConf.create(sections), settings, EnvSettings())
 
 
@@ -169,6 +193,11 @@ def runner(
 def weights(one: ChatBridgeRunner) -> dict[str, torch.Tensor]:
     """The trained weights of a runner's model."""
     return {name: p.detach().clone() for name, p in one.model.named_parameters() if p.requires_grad}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights are equal, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def in_processes(work: Any, count: int, *arguments: Any) -> None:

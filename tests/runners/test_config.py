@@ -1,8 +1,10 @@
-"""Configurations: what overrides what, what LAVIS's code reads, and that every fault is told at once."""
+"""Configurations: what overrides what, what LAVIS's code reads, and that every fault is reported at once."""
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 
 import pytest
 from lavis.common.registry import registry
@@ -100,7 +102,7 @@ def test_lavis_code_finds_what_it_reads(yaml_of):
     cfg.pretty_print()
 
 
-def test_every_fault_is_told_at_once(yaml_of):
+def test_every_fault_is_reported_at_once(yaml_of):
     path = yaml_of(
         run="run:\n  task: chatbridge_alignement\n  max_iter: 10\n  init_lr: fast\n",
         model="model: {arch: toy_arch, model_type: largo}\n",
@@ -128,18 +130,20 @@ def test_every_fault_is_told_at_once(yaml_of):
     [
         ("  max_epoch: 3\n", "give either max_iters"),
         ("  warmup_steps: 11\n", "warmup_steps 11 is more than max_iters 10"),
-        ("  precision: bf16\n  amp: true\n", "run.amp is LAVIS's name of precision fp16, but run.precision is 'bf16'"),
-        ("  log_freq: 3\n  log_every: 4\n", "run.log_freq 3 is LAVIS's name of run.log_every 4"),
+        ("  precision: bf16\n  amp: true\n", "run.amp is LAVIS's name of run.precision, which is 'bf16'"),
+        ("  log_freq: 3\n  log_every: 4\n", "run.log_freq is LAVIS's name of run.log_every, which is 4"),
         ("  evaluate: true\n", "evaluate is set, but test_splits names no split"),
-        ("  resume: /nowhere/step_1\n", "resume: no checkpoint at /nowhere/step_1"),
+        ("  resume: /nowhere/step_1\n", "resume: no checkpoint folder at /nowhere/step_1"),
         (f"  feature_cache: '{__file__}'\n", "feature_cache: expected a folder, found a file at "),
-        ("  seed: -1\n", "seed must lie between 0 and 4294967295, found -1"),
-        ("  seed: 99999999999999\n", "seed must lie between 0 and 4294967295, found 99999999999999"),
-        ("  anew: true\n  resume: auto\n", "anew starts a new run and resume goes on with auto: choose one"),
+        ("  seed: -1\n", "run.seed: Input should be greater than or equal to 0, found -1"),
+        ("  seed: 99999999999999\n", "run.seed: Input should be less than 4294967296, found 99999999999999"),
+        ("  overwrite: true\n  resume: auto\n  job_id: ''\n", "overwrite deletes the earlier run"),
+        ("  resume: auto\n", "resume: auto needs a job_id"),
+        ("  save_every_minutes: true\n", "save_every_minutes: expected a number, found True"),
         ("  job_id: true\n", "run.job_id: expected str, found True"),
-        ("  batch_size_train: 0\n", "batch_size_train must be positive, found 0"),
-        ("  max_bad_share: 5\n", "max_bad_share is a share between 0 and 1, found 5"),
-        ("  min_lr: 1\n", "init_lr 0.0001 must be positive and no less than min_lr 1.0"),
+        ("  batch_size_train: 0\n", "run.batch_size_train: Input should be greater than 0, found 0"),
+        ("  max_bad_share: 5\n", "run.max_bad_share: Input should be less than or equal to 1, found 5"),
+        ("  min_lr: 1\n", "init_lr 0.0001 is less than min_lr 1.0 or warmup_lr 0.0"),
         ("  num_beams: 3\n  use_nucleus_sampling: true\n", "choose one"),
         ("  media: shufled\n", "'shufled' is not one of 'normal', 'shuffled', 'withheld', did you mean 'shuffled'?"),
         ("  train_dataset_ratios: {toy_data: 1, toydata: 2}\n", "run.train_dataset_ratios: unknown name 'toydata'"),
@@ -202,3 +206,16 @@ def test_numbers_in_yaml_1_1_and_whole_numbers_for_floats():
     run = parse_run({"task": "t", "max_iters": 5, "init_lr": "1e-3", "min_lr": 0, "betas": [0.9, 0.98]})
     assert (run.init_lr, run.min_lr, run.betas) == (1e-3, 0.0, (0.9, 0.98))
     assert isinstance(run, RunSettings)
+
+
+@pytest.mark.parametrize("key", ["init_lr", "weight_decay", "clip_grad_norm", "save_every_minutes", "timeout_minutes"])
+def test_infinite_numbers_are_refused(key):
+    with pytest.raises(ConfigError, match=f"run.{key}: Input should be .*found inf"):
+        parse_run({"task": "chatbridge_alignment", "max_iters": 4, key: math.inf})
+
+
+@pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
+def test_a_missing_extra_is_named_before_anything_is_loaded(yaml_of, monkeypatch, extra):
+    monkeypatch.setitem(sys.modules, extra, None)
+    with pytest.raises(ConfigError, match=rf"run.{extra} .*lavis-chatbridge\[{extra}\]"):
+        load_config(yaml_of(), [f"run.{extra}=true"])

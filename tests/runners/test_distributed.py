@@ -1,56 +1,292 @@
-"""How processes find one another: torchrun, Slurm, neither."""
+"""Several processes: how they meet, that they train as one, and that all end where one fails."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import fsdp
 
-from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.runners import distributed
-from lavis_chatbridge.runners.distributed import Place
-from tests.runners.runner_parts import config
-
-
-def test_without_a_launcher_there_is_no_group(tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    run = config(tmp_path).run
-    assert distributed.init(run) == torch.device("cpu")
-    assert (run.world_size, distributed.rank(), distributed.in_group()) == (1, 0, False)
-    assert distributed.gather_to_main(3) == distributed.gather_everywhere(3) == [3]
-    assert distributed.from_main("x") == "x"
-    distributed.barrier()
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu07", "gpu07"),
-        ("gpu[03-05,9],login1", "gpu03"),
-        ("gpu[9,11]", "gpu9"),
-        ("a-b-[001-128]-x", "a-b-001-x"),
-        ("n1,n2", "n1"),
-    ],
+from lavis_chatbridge.datasets.plan import MixturePlan
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
+from lavis_chatbridge.launchers import Place
+from lavis_chatbridge.runners import distributed, parallel
+from tests.runners.runner_parts import (
+    Stop,
+    ToyGroup,
+    ToyModel,
+    ToySource,
+    config,
+    in_processes,
+    runner,
+    same,
+    toy_data,
+    weights,
 )
-def test_the_first_host_of_a_slurm_job(nodes, first):
-    assert distributed.first_host(nodes) == first
 
 
-def test_slurm_tasks_agree_on_where_to_meet():
-    one = distributed.slurm_url({"SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_ID": "123456"})
-    assert one == f"tcp://gpu1:{15000 + 123456 % 20000}"
-    with pytest.raises(ConfigError, match="neither MASTER_ADDR nor SLURM_JOB_NODELIST"):
-        distributed.slurm_url({})
+def test_one_process_meets_nobody(tmp_path, monkeypatch):
+    """Also with torchrun's variables and no address."""
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for rank in (None, "0"):
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "1")
+        assert distributed.init(config(tmp_path).run) == torch.device("cpu")
+        assert (distributed.world_size(), distributed.rank(), distributed.in_group()) == (1, 0, False)
+    assert distributed.gather_everywhere(3) == [3]
+    assert distributed.from_main("x") == "x"
 
 
-def test_a_device_that_is_not_there():
+def test_the_address_under_srun():
+    environment = {"SLURM_JOB_ID": "123456"}
+    distributed.set_address(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", str(15000 + 123456 % 20000))
+    with pytest.raises(ConfigError, match=r"export MASTER_ADDR=\$\(scontrol show hostnames"):
+        distributed.set_address({"SLURM_NNODES": "2"})
+    environment = {"SLURM_NNODES": "2", "MASTER_ADDR": "gpu1", "MASTER_PORT": "5"}
+    distributed.set_address(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("gpu1", "5")
+
+
+def test_a_device_that_is_not_there(monkeypatch):
     assert distributed.choose_device("auto", Place()) == torch.device("cpu")
     with pytest.raises(ConfigError, match="torch finds no CUDA device"):
         distributed.choose_device("cuda", Place())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="local rank 3 has no CUDA device of its own: 2 found"):
+        distributed.choose_device("auto", Place(3, 4, 3))
 
 
-def test_processes_that_are_not_wanted(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="a launcher started 2 processes"):
-        distributed.init(config(tmp_path, distributed=False).run)
+def test_a_process_that_waits_says_for_what(tmp_path, monkeypatch, capfd):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+
+    def nobody(*_arguments, **_more):
+        raise dist.DistNetworkError("timed out after 30s")
+
+    monkeypatch.setattr(dist, "init_process_group", nobody)
+    with pytest.raises(TrainingError, match="rank 1 of 4 cannot join the others: timed out after 30s"):
+        distributed.init(config(tmp_path).run)
+    said = "rank 1 of 4, announced by torchrun (RANK, WORLD_SIZE), waits for the others at gpu1:9 for up to 30 minutes"
+    assert said in capfd.readouterr().err
+    assert distributed.init(config(tmp_path, distributed=False).run) == torch.device("cpu")
+
+
+def _train(rank: int, folder: Path, options: dict[str, Any], stop_at: int | None = None) -> None:
+    one = runner(folder, ToyModel(0.3 if "max_iters" in options else 0.0), **options)
+    if stop_at is not None:
+        one.state.check = lambda run: (_ for _ in ()).throw(Stop) if one.state.step == stop_at else None
+    try:
+        one.train()
+    except Stop:
+        os._exit(0)
+    torch.save(weights(one), folder / f"weights{rank}.pt")
+    distributed.close()
+
+
+def both(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The final weights of two processes."""
+    return [torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def losses(folder: Path, split: str) -> list[float]:
+    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
+    return [line[f"{split}_loss"] for line in lines if f"{split}_loss" in line]
+
+
+@pytest.mark.parametrize("parallel_by", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, parallel_by):
+    options = {"valid_splits": ["val"], "eval_every": 4, "accum_grad_iters": 2}
+    single = runner(tmp_path / "one", batch_size_train=8, **options)
+    single.train()
+    (tmp_path / "two").mkdir()
+    in_processes(_train, 2, tmp_path / "two", options | {"batch_size_train": 4, "parallel": parallel_by})
+    first, second = both(tmp_path / "two")
+    assert same(first, second)
+    for name, tensor in weights(single).items():
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
+    for split in ("train", "val"):
+        assert losses(tmp_path / "two", split) == pytest.approx(losses(tmp_path / "one", split), abs=1e-4)
+
+
+def test_two_processes_resume_exactly(tmp_path):
+    options = {"max_iters": 9, "save_every_steps": 2}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    in_processes(_train, 2, tmp_path / "whole", options)
+    in_processes(_train, 2, tmp_path / "cut", options, 5)
+    in_processes(_train, 2, tmp_path / "cut", options | {"resume": "auto"})
+    for first, second in zip(both(tmp_path / "whole"), both(tmp_path / "cut"), strict=True):
+        assert same(first, second)
+
+
+def _train_with_bad_media(rank: int, folder: Path, more: dict[str, Any]) -> None:
+    data = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 40, bad=tuple(range(0, 40, 2)))])}}
+    one = runner(folder, data=data, batch_size_train=1, max_bad_share=1.0, **more)
+    one.train()
+    torch.save(weights(one), folder / f"weights{rank}.pt")
+    (folder / f"told{rank}").write_text(str(one.state))
+    distributed.close()
+
+
+@pytest.mark.parametrize("parallel_by", ["ddp", "fsdp"])
+def test_processes_stay_together_when_one_has_nothing_to_read(tmp_path, parallel_by):
+    in_processes(_train_with_bad_media, 2, tmp_path, {"parallel": parallel_by})
+    first, second = (((tmp_path / f"told{rank}").read_text()) for rank in (0, 1))
+    assert first == second
+    assert 0 < int(re.search(r"skipped=(\d+)", first)[1]) < 16
+    assert same(*both(tmp_path))
+
+
+class Malformed(ToySource):
+    """Its samples from the sixth on have no form."""
+
+    def item(self, index, epoch=0):
+        if index > 5:
+            raise DataError(f"sample {index} has no text")
+        return super().item(index, epoch)
+
+
+def _malformed_data(rank: int, folder: Path, more: dict[str, Any]) -> None:
+    source = (Malformed if rank == 1 else ToySource)("pictures", "image", 40)
+    one = runner(folder, data={"pictures": {"train": ToyGroup([source])}}, max_iters=12, save_every_steps=1, **more)
+    with pytest.raises(ChatBridgeError) as caught:
+        one.train()
+    (folder / f"told{rank}").write_text(str(caught.value))
+    distributed.close()
+
+
+@pytest.mark.parametrize("more", [{}, {"parallel": "fsdp"}], ids=["ddp", "fsdp"])
+def test_data_that_fail_on_one_process_end_the_training_of_all(tmp_path, more):
+    in_processes(_malformed_data, 2, tmp_path, more)
+    first, second = ((tmp_path / f"told{rank}").read_text() for rank in (0, 1))
+    assert second.endswith("has no text")
+    assert first == f"process 1: {second}"
+
+
+def _partly_unreadable(rank: int, folder: Path, bad: tuple[int, ...]) -> None:
+    pictures = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 400, bad=bad)])}}
+    one = runner(folder, data=pictures, max_iters=10, save_every_steps=1, keep_last=20)
+    told: object
+    try:
+        one.train()
+        told = one.state.sources["pictures"]
+    except DataError as error:
+        told = error
+    (folder / f"told{rank}").write_text(str(told))
+    distributed.close()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_share_of_unreadable_samples_is_that_of_all_processes(tmp_path, count):
+    """All of them are in the fifth batch of process 1, whose own share is then 10 or 15 %."""
+    fifth = MixturePlan({"pictures": 400}, batch_size=4, world_size=2, seed=42).batch(4, 1)[1]
+    bad = tuple(index for index, _ in fifth[:count])
+    in_processes(_partly_unreadable, 2, tmp_path, bad)
+    first, second = ((tmp_path / f"told{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    newest = max(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    if count == 2:
+        assert first.startswith("SourceCount(samples=78, skipped=2,")
+        assert newest == "step_00000010"
+    else:
+        assert first.startswith("pictures: 3 of 40 samples could not be read, more than the 5% that max_bad_share")
+        assert first.endswith(f"one of them: cannot read pictures-{bad[0]}.png: truncated")
+        assert newest == "step_00000004"  # its counts are below the limit: a mended source can be resumed
+
+
+def _evaluates(rank: int, folder: Path, bad: tuple[int, ...]) -> None:
+    splits = {"pictures": {"test": ToyGroup([ToySource("pictures", "image", 60, bad=bad)])}}
+    one = runner(folder, data=splits, evaluate=True, test_splits=["test"])
+    try:
+        told = str(one.evaluate()["test"]["samples"])
+    except ChatBridgeError as error:
+        told = str(error)
+    (folder / f"told{rank}").write_text(told)
+    distributed.close()
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [((0, 5, 10), "57"), ((0, 5, 10, 1), "pictures: 4 of 60 samples could not be read, more than the 5%")],
+    ids=["as many as allowed", "one more"],
+)
+def test_an_evaluation_lacks_what_its_processes_lack_together(tmp_path, bad, expected):
+    in_processes(_evaluates, 2, tmp_path, bad)
+    assert all((tmp_path / f"told{rank}").read_text().startswith(expected) for rank in (0, 1))
+
+
+def _train_and_lose_one(rank: int, folder: Path, how: str) -> None:
+    one = runner(folder, max_iters=6, timeout_minutes=0.05, save_every_steps=1)
+    record = one.state.record
+
+    def recorded(source, result):
+        record(source, result)
+        if rank == 1 and one.state.step == 3:
+            end = time.monotonic() + 60
+            while how == "hangs" and not (folder / "error0").exists() and time.monotonic() < end:
+                time.sleep(0.05)
+            os._exit(0)
+
+    one.state.record = recorded
+    try:
+        one.train()
+    except TrainingError as error:
+        (folder / f"error{rank}").write_text(str(error))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_process_is_named_and_the_last_checkpoint_resumes(tmp_path, how):
+    in_processes(_train_and_lose_one, 2, tmp_path, how)
+    assert "process 0 has lost another one" in (tmp_path / "error0").read_text()
+    resumed = runner(tmp_path, max_iters=6, resume="auto")
+    assert resumed.folder.resumed == tmp_path / "checkpoints" / "step_00000003"
+    resumed.train()
+    assert resumed.state.step == 6
+
+
+def _refused(rank: int, folder: Path, other: bool) -> None:
+    model = ToyModel()
+    if other and rank == 1:
+        with torch.no_grad():
+            model.frozen[0][0].weight[0, 0] += 0.5
+    with pytest.raises(ChatBridgeError) as caught:
+        runner(folder, model, max_iters=2).train()
+    (folder / f"told{rank}").write_text(str(caught.value))
+    distributed.close()
+
+
+def test_all_processes_refuse_alike(tmp_path):
+    runner(tmp_path / "used", max_iters=2).train()
+    in_processes(_refused, 2, tmp_path / "used", False)
+    first, second = ((tmp_path / "used" / f"told{rank}").read_text() for rank in (0, 1))
+    assert "has checkpoints up to step 2" in first
+    assert second == f"process 0: {first}"
+    (tmp_path / "new").mkdir()
+    in_processes(_refused, 2, tmp_path / "new", True)
+    assert "have loaded different frozen weights" in (tmp_path / "new" / "told1").read_text()
+
+
+def test_fsdp_needs_processes_a_new_torch_and_a_model_with_blocks(tmp_path, caplog, monkeypatch):
+    runner(tmp_path, parallel="fsdp", max_iters=1, data=toy_data()).train()
+    assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
+    with pytest.raises(ConfigError, match="gradient_checkpointing needs a model with the blocks"):
+        parallel.prepare(torch.nn.Linear(2, 2), config(tmp_path, gradient_checkpointing=True).run, torch.device("cpu"))
+    quantised = SimpleNamespace(parameters=lambda: [torch.nn.Parameter(torch.ones(2).int(), requires_grad=False)])
+    with pytest.raises(ConfigError, match="cannot shard a quantised language model"):
+        parallel._shard([quantised], torch.device("cpu"))
+    monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward", raising=False)
+    with pytest.raises(ConfigError, match=r"run.parallel fsdp needs torch 2.8 or newer, found .*: use ddp"):
+        parallel._shard([torch.nn.Linear(2, 2)], torch.device("cpu"))

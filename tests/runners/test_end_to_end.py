@@ -1,72 +1,143 @@
-"""The real tiny ChatBridge on a small embedded world, through the configuration, the tasks and the runner."""
+"""The real tiny ChatBridge on a small embedded world: trained, resumed, sharded, with adapters, in fewer bits."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from safetensors.torch import load_file
+from torch import nn
 
-from lavis_chatbridge.runners import checkpoints
-from lavis_chatbridge.runners.snapshot import trained_weights
-from tests.runners.world_runs import equal_on_two_processes, logged, run
+from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import lora
+from lavis_chatbridge.runners.checkpoints import MODEL, STATE
+from tests.runners.runner_parts import same, weights
+from tests.runners.world_runs import configured, equal_on_two_processes, logged, run
+
+LORA = (
+    "model.language_model.lora.rank=4",
+    "model.language_model.lora.dropout=0.1",
+    "model.language_model.lora.target_modules=[q_proj,up_proj]",
+)
+SAVED = ("run.save_every_steps=2", "run.keep_last=5")
+
+
+def resumed_from_step_2(folder: Path, world: Path, *options: str) -> Any:
+    """The run of ``folder`` without its last checkpoint, resumed in a copy."""
+    cut = folder.with_name("cut")
+    shutil.copytree(folder, cut)
+    shutil.rmtree(cut / "out" / "checkpoints" / "step_00000004")
+    return run(cut, world, *options, "run.resume=auto")
 
 
 def test_train_resume_and_score(tmp_path, world):
-    whole = run(tmp_path / "whole", world, "run.valid_splits=[test]")
+    whole = run(tmp_path / "whole", world, *SAVED, "run.valid_splits=[test]")
     losses = logged(tmp_path / "whole", "train_loss")
     assert len(losses) == 4
     assert all(0 < loss < 10 for loss in losses)
-    folder = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
-    state = json.loads((folder / checkpoints.STATE).read_text())
-    assert {"visual_encoder", "audio_encoder", "llama_model", "tokenizer"} <= set(state["fingerprints"])
-    names = set(checkpoints.read(folder).model)
+    newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
+    state = json.loads((newest / STATE).read_text())
+    assert {"visual_encoder", "audio_encoder", "llama_model", "tokenizer"} <= set(state["frozen"])
+    assert state["adapters"] is None
+    names = set(load_file(newest / MODEL))
     assert {"image_query_tokens", "audio_query_tokens", "llama_proj.weight", "audio_trans.weight"} <= names
     assert not any(name.startswith(("llama_model", "visual_encoder", "audio_encoder")) for name in names)
+    resumed = resumed_from_step_2(tmp_path / "whole", world, *SAVED, "run.valid_splits=[test]")
+    assert same(weights(whole), weights(resumed))
 
-    run(tmp_path / "cut", world, "run.max_iters=4", "run.save_every_steps=2", "run.keep_last=5")
-    (tmp_path / "cut" / "out" / "checkpoints" / "step_00000004" / checkpoints.MANIFEST).unlink()
-    resumed = run(tmp_path / "cut", world, "run.resume=auto")
-    trained = [name for name, parameter in whole.model.named_parameters() if parameter.requires_grad]
-    first, second = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in trained)
-
-    weights = tmp_path / "whole" / "out" / "model.safetensors"
-    options = (f"model.checkpoint={weights}", "run.test_splits=[test,heldout]", "run.max_len=4")
+    trained = tmp_path / "whole" / "out" / "model.safetensors"
+    options = (f"model.checkpoint={trained}", "run.test_splits=[test,heldout]", "run.max_len=4")
     scores = run(tmp_path / "whole", world, *options, task="chatbridge_captioning", evaluate=True)
     assert set(scores) == {"test", "heldout"}
-    assert set(scores["test"]["by_source"]) == {
-        f"chatbridge_world_caption/{kind}" for kind in ("image", "video", "audio")
-    }
-    for score in scores["test"]["by_source"].values():
-        assert score["samples"] == 3
-        assert 0 < score["chance"] < 100
-    lines = (tmp_path / "whole" / "out" / "result" / "test_step0.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert len(records) == 9
+    modalities = ("image", "video", "audio")
+    assert set(scores["test"]["by_source"]) == {f"chatbridge_world_caption/{modality}" for modality in modalities}
+    assert all(score["samples"] == 3 for score in scores["test"]["by_source"].values())
 
 
-@pytest.mark.parametrize("media", ["shuffled", "withheld"])
-def test_the_ablation_runs(tmp_path, world, media):
-    options = ("run.test_splits=[test]", "run.max_len=2", f"run.media={media}")
-    scores = run(tmp_path, world, *options, task="chatbridge_captioning", evaluate=True)
-    assert scores["test"]["by_source"]["chatbridge_world_caption/audio"]["samples"] == 3
+def test_audio_alone_is_added_to_a_vision_bridge(tmp_path, world):
+    run(tmp_path / "vision", world, "run.train=[perceiver,projection,vision_queries]", "run.max_iters=2")
+    first = load_file(tmp_path / "vision" / "out" / "model.safetensors")
+    start = f"model.checkpoint={tmp_path / 'vision' / 'out' / 'model.safetensors'}"
+    one = run(tmp_path / "audio", world, start, "run.train=[audio_queries,audio_trans]")
+    trained = {"audio_query_tokens", "audio_trans.weight", "audio_trans.bias"}
+    assert {name for name, p in one.model.named_parameters() if p.requires_grad} == trained
+    second = load_file(tmp_path / "audio" / "out" / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert {name for name in first if not torch.equal(first[name], second[name])} == trained
 
 
-DROPLESS = ("model.perceiver.dropout=0", "run.max_iters=2", "run.valid_splits=[test]")
+EXACT = ("model.perceiver.dropout=0", "run.max_iters=2", "run.valid_splits=[test]")
+EXACT += ("model.language_model.lora.rank=4", "model.language_model.lora.dropout=0")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, world):
     """The folder of a training by one process, and its weights."""
     folder = tmp_path_factory.mktemp("alone")
-    return folder, trained_weights(run(folder, world, *DROPLESS).model)
+    return folder, weights(run(folder, world, *EXACT, "run.gradient_checkpointing=true"))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one(tmp_path, world, alone, parallel):
-    """Also where every process holds only a part of the frozen encoders and of the language model."""
-    folder, weights = alone
-    equal_on_two_processes(tmp_path, world, (*DROPLESS, f"run.parallel={parallel}"), weights, atol=1e-3)
+    """Also where every process has only a part of the language model, and adapters beside it."""
+    folder, expected = alone
+    equal_on_two_processes(tmp_path, world, (*EXACT, f"run.parallel={parallel}"), expected, atol=1e-3)
     for key in ("train_loss", "val_loss"):
         assert logged(folder, key) == pytest.approx(logged(tmp_path, key), abs=1e-4)
+
+
+def test_adapters_with_features_sorted_batches_and_compilation_resume_exactly(tmp_path, world, monkeypatch):
+    compile_module = nn.Module.compile  # with a backend that needs no compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda module, *_, **__: compile_module(module, backend="eager"))
+    options = (*LORA, *SAVED, "run.compile=true", "run.group_by_length=true")
+    options += (f"run.feature_cache={tmp_path / 'features'}",)
+    whole = run(tmp_path / "whole", world, *options)
+    torch.compiler.reset()
+    resumed = resumed_from_step_2(tmp_path / "whole", world, *options)
+    assert same(weights(whole), weights(resumed))
+    assert logged(tmp_path / "cut", "train_loss") == logged(tmp_path / "whole", "train_loss")
+    assert all(block._compiled_call_impl is not None for block in resumed.model.llama_model.model.layers)
+    ups = [tensor for name, tensor in weights(whole).items() if ".lora_B." in name]
+    assert len(ups) == 2 * whole.model.llama_model.config.num_hidden_layers
+    assert all(tensor.abs().max() > 0 for tensor in ups)  # they start at zero
+
+    path = tmp_path / "whole" / "out" / "model.safetensors"
+    again = model_of(world, tmp_path, *LORA, f"model.checkpoint={path}")
+    assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in load_file(path).items())
+    newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
+    refusals = {
+        (): "it has LoRA adapters of rank 4, alpha 16 on q_proj, up_proj, but the model has none",
+        (*LORA, "model.language_model.lora.alpha=8"): "alpha 16 on .*, the model's of rank 4, alpha 8",
+    }
+    for number, (other, message) in enumerate(refusals.items()):
+        with pytest.raises(CheckpointError, match=message):
+            model_of(world, tmp_path, *other, f"model.checkpoint={path}")
+        with pytest.raises(CheckpointError, match=message):
+            run(tmp_path / f"refused{number}", world, *other, f"run.resume={newest}")
+
+
+def model_of(world: Path, folder: Path, *options: str) -> Any:
+    """The model of a configuration alone."""
+    return registry.get_model_class("chatbridge").from_config(configured(folder, world, *options).model_cfg)
+
+
+@pytest.mark.parametrize(("bits", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
+def test_training_in_fewer_bits_resumes_exactly_and_on_the_same_weights_only(tmp_path, world, bits, other):
+    """Validations, which run without gradients, are between the steps; LoRA's matrices are beside the codes."""
+    adapters = "model.language_model.lora.target_modules=[q_proj,down_proj]"
+    options = (*SAVED, "run.valid_splits=[test]", adapters, "run.gradient_checkpointing=true")
+    quantised = (*options, f"model.language_model.quantization={bits}")
+    whole = run(tmp_path / "whole", world, *quantised)
+    assert not next(whole.model.llama_model.model.layers[0].self_attn.k_proj.parameters()).is_floating_point()
+    resumed = resumed_from_step_2(tmp_path / "whole", world, *quantised)
+    assert same(weights(whole), weights(resumed))
+    assert all(tensor.abs().max() > 0 for name, tensor in weights(whole).items() if lora.is_adapter(name))
+    newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
+    elsewhere = (*options, f"model.language_model.quantization={other}", f"run.resume={newest}")
+    with pytest.raises(CheckpointError, match="trained with other frozen parts: llama_model"):
+        run(tmp_path / "refused", world, *elsewhere)

@@ -80,9 +80,9 @@ def test_a_run_from_shards_goes_on_with_another_number_of_workers(tmp_path, shar
     with pytest.raises(Stop):
         part.train()
     resumed = from_shards(tmp_path / "cut", shards, num_workers=workers[1], resume="auto")
-    assert resumed.continued.name == "step_00000006"
+    assert resumed.folder.resumed.name == "step_00000006"
     resumed.train()
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
-    assert resumed.state.to_dict() == whole.state.to_dict()
+    assert resumed.state == whole.state
     untrained = weights(from_shards(tmp_path / "new", shards))
     assert not torch.equal(untrained["bridge.weight"], weights(whole)["bridge.weight"])

@@ -1,4 +1,4 @@
-"""What a step draws, and the gradients that it gives its optimiser: of the mean over its tokens, clipped if asked."""
+"""One step: the gradients that it gives its optimiser, and what it draws at random."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from lavis_chatbridge.runners import gradients
 from tests.runners.runner_parts import ToyModel, runner
 
 
 class Keeping(ToyModel):
-    """Keeps the samples of every micro-batch."""
+    """Keeps the samples of every micro-batch, and a random number of each forward."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.drawn = [], []
 
     def forward(self, samples):
         self.seen.append(samples)
+        self.drawn.append(torch.rand(1).item())
         return super().forward(samples)
 
 
-def handed_over(folder, **run):
+def first_step(folder, **run):
     """The micro-batches of a first step, and the gradients by name that its optimiser is given."""
     one = runner(folder, Keeping(), max_iters=1, **run)
     found, step = {}, one.optimizer.step
@@ -51,7 +52,7 @@ def of_the_mean(batches):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(("limit", "clipped"), [(None, False), (100.0, False), (0.01, True)])
 def test_a_step_has_the_gradients_of_the_mean_over_its_tokens(tmp_path, accumulate, limit, clipped):
-    batches, found = handed_over(tmp_path, accum_grad_iters=accumulate, clip_grad_norm=limit)
+    batches, found = first_step(tmp_path, accum_grad_iters=accumulate, clip_grad_norm=limit)
     assert len(batches) == accumulate
     expected, norm = of_the_mean(batches)
     assert 0.01 < norm < 100
@@ -60,44 +61,23 @@ def test_a_step_has_the_gradients_of_the_mean_over_its_tokens(tmp_path, accumula
         torch.testing.assert_close(found[name], grad * (limit / norm if clipped else 1), rtol=1e-4, atol=1e-7)
 
 
-def test_norm_scale_and_clip_by_hand():
-    grads = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
-    assert gradients.norm(grads) == 5.0
-    assert gradients.norm([]) == 0.0
-    gradients.clip(grads, 5.0, 2.5)
-    assert [grad.flatten().tolist() for grad in grads] == [[1.5, 0.0], [2.0]]
-    for total, limit in ((2.5, 3.0), (2.5, None), (math.inf, 1.0)):
-        gradients.clip(grads, total, limit)
-    assert [grad.flatten().tolist() for grad in grads] == [[1.5, 0.0], [2.0]]
-    gradients.scale(grads, 2.0)
-    assert grads[0].tolist() == [3.0, 0.0]
-    assert not math.isfinite(gradients.norm([torch.tensor([1.0]), torch.tensor([float("nan")])]))
-
-
-def test_parameters_without_a_gradient_are_left_out():
-    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    used.grad = torch.ones(2)
-    assert gradients.of([used, unused]) == [used.grad]
-
-
-class Drawing(ToyModel):
-    """Keeps what chance gives it in each pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.drawn = []
-
-    def forward(self, samples):
-        self.drawn.append(torch.rand(1).item())
-        return super().forward(samples)
-
-
-def test_every_step_draws_anew_and_as_its_seed_says(tmp_path):
+def test_what_a_step_draws_is_a_function_of_seed_and_step(tmp_path):
     found = []
     for number, seed in enumerate((1, 1, 2)):
-        one = runner(tmp_path / str(number), Drawing(), max_iters=3, seed=seed)
+        one = runner(tmp_path / str(number), Keeping(), max_iters=3, seed=seed)
         one.train()
         found.append(one.model.drawn)
     assert len(set(found[0])) == 3
     assert found[0] == found[1]
     assert not set(found[0]) & set(found[2])
+
+
+def test_compiled_frozen_blocks_change_no_weight(tmp_path, monkeypatch):
+    compile_module = nn.Module.compile  # with a backend that needs no compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda module, *_, **__: compile_module(module, backend="eager"))
+    plain, other = runner(tmp_path / "a", max_iters=3), runner(tmp_path / "b", max_iters=3, compile=True)
+    plain.train()
+    other.train()
+    assert all(block._compiled_call_impl is not None for block in other.model.frozen)
+    for name, tensor in other._weights().items():
+        torch.testing.assert_close(tensor, plain._weights()[name], rtol=0, atol=1e-6)

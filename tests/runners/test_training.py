@@ -1,4 +1,4 @@
-"""The training loop: one process and two agree, accumulation changes nothing, odd steps are survived."""
+"""The training loop: what it learns, logs and saves, what it survives and what it stops at."""
 
 from __future__ import annotations
 
@@ -6,31 +6,36 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed import fsdp
 
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
-from lavis_chatbridge.runners import distributed, parallel, step
-from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, in_processes, runner, toy_data, weights
+from lavis_chatbridge.runners import step
+from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, preloaded, runner, same, toy_data, weights
 
 
-def train_losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return [line["train_loss"] for line in lines if "train_loss" in line]
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def train_losses(folder: Path) -> list[float]:
+    return [line["train_loss"] for line in log_of(folder) if "train_loss" in line]
+
+
+def pictures(size: int = 12, **more: Any) -> dict[str, dict[str, ToyGroup]]:
+    return {"pictures": {"train": ToyGroup([ToySource("pictures", "image", size, **more)])}}
 
 
 def test_the_loss_falls_and_the_log_is_lavis_own(tmp_path):
-    one = runner(tmp_path, max_iters=60, log_every=10, valid_splits=["val"])
-    one.train()
-    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    runner(tmp_path, max_iters=60, log_every=10, valid_splits=["val"]).train()
+    lines = log_of(tmp_path)
     train = [line for line in lines if "train_loss" in line]
     assert [line["train_step"] for line in train] == [10, 20, 30, 40, 50, 60]
     assert train[-1]["train_loss"] < 0.9 * train[0]["train_loss"]
@@ -42,20 +47,12 @@ def test_the_loss_falls_and_the_log_is_lavis_own(tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_frozen_weights_do_not_move_and_trained_ones_do(tmp_path):
+def test_frozen_weights_and_unused_queries_do_not_move(tmp_path):
     before = {name: tensor.clone() for name, tensor in ToyModel().state_dict().items()}
-    one = runner(tmp_path)
-    one.train()
-    for name, tensor in one.model.state_dict().items():
-        frozen = name.startswith(("frozen", "words"))
-        assert torch.equal(tensor, before[name]) == frozen, name
-
-
-def test_a_query_that_no_step_used_stays_untouched(tmp_path):
     one = runner(tmp_path, data={"pictures": toy_data()["pictures"]}, weight_decay=0.5, decay_all=True)
     one.train()
-    assert torch.equal(one.model.audio_query, ToyModel().audio_query)
-    assert not torch.equal(one.model.image_query, ToyModel().image_query)
+    still = {name for name, tensor in one.model.state_dict().items() if torch.equal(tensor, before[name])}
+    assert still == {name for name in before if name.startswith(("frozen", "words", "audio_query"))}
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -70,91 +67,44 @@ def test_two_micro_batches_are_one_batch(tmp_path, clip):
     assert train_losses(tmp_path / "b") == pytest.approx(train_losses(tmp_path / "a"), abs=1e-5)
 
 
-def _train_on_two(rank, folder, options):
-    one = runner(folder, **options)
+def test_exactly_the_chosen_parts_are_trained_and_the_whole_bridge_is_saved(tmp_path):
+    one = runner(tmp_path, train=["sounds"])
+    assert [name for name, p in one.model.named_parameters() if p.requires_grad] == ["audio_query"]
+    before = one._weights()
     one.train()
-    torch.save(weights(one), folder / f"weights{rank}.pt")
-    distributed.close()
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == before.keys() > {"audio_query"}
+    assert [name for name, tensor in saved.items() if not torch.equal(tensor, before[name])] == ["audio_query"]
+    optimizer = load_file(tmp_path / "checkpoints" / "step_00000008" / "optimizer.safetensors")
+    assert {key.partition("|")[0] for key in optimizer} == {"audio_query"}
+    for names, fault in ((["audio"], "found audio"), ([], "found none")):
+        with pytest.raises(ConfigError, match=f"run.train: expected some of images, sounds, bridge, {fault}"):
+            runner(tmp_path / "other", train=names)
 
 
-@pytest.mark.parametrize("more", [{}, {"parallel": "fsdp"}], ids=["ddp", "fsdp"])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, more):
-    options = {"max_iters": 10, "valid_splits": ["val"], "log_every": 1}
-    single = runner(tmp_path / "one", batch_size_train=8, **options)
-    single.train()
-    (tmp_path / "two").mkdir()
-    in_processes(_train_on_two, 2, tmp_path / "two", options | {"batch_size_train": 4} | more)
-    first, second = (torch.load(tmp_path / "two" / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, tensor in weights(single).items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
-    assert train_losses(tmp_path / "two") == pytest.approx(train_losses(tmp_path / "one"), abs=1e-4)
-    logs = [(tmp_path / name / "log.txt").read_text().splitlines() for name in ("one", "two")]
-    assert len(logs[0]) == len(logs[1])
-    val = [[json.loads(line)["val_loss"] for line in log if "val_loss" in line] for log in logs]
-    assert val[0] == pytest.approx(val[1], abs=1e-5)
-
-
-def _train_with_bad_media(rank, folder):
-    data = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 40, bad=tuple(range(0, 40, 2)))])}}
-    one = runner(folder, data=data, max_iters=12, batch_size_train=1, max_bad_share=1.0)
-    one.train()
-    torch.save([weights(one), one.state.to_dict()], folder / f"state{rank}.pt")
-    distributed.close()
-
-
-def test_processes_stay_together_when_one_has_nothing_to_read(tmp_path):
-    in_processes(_train_with_bad_media, 2, tmp_path)
-    (first, state), (second, other) = (torch.load(tmp_path / f"state{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert state == other
-    assert state["sources"]["pictures"]["skipped"] + state["sources"]["pictures"]["samples"] == 24
-    assert state["sources"]["pictures"]["skipped"] > 0
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_too_many_unreadable_samples_stop_the_run(tmp_path):
-    one = runner(tmp_path, data=toy_data(bad=tuple(range(10))), max_iters=30)
-    with pytest.raises(DataError, match=r"pictures: .* samples could not be read"):
-        one.train()
-
-
-def _pictures(**more):
-    return {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 5, **more)])}}
-
-
-def test_a_training_that_could_read_nothing_fails(tmp_path):
-    """Also where it is too short to judge by its share of unreadable samples, and when it is resumed."""
-    for more in ({}, {"resume": "auto"}):
-        one = runner(tmp_path, data=_pictures(bad=tuple(range(5))), max_iters=3, batch_size_train=2, **more)
-        with pytest.raises(DataError, match=r"nothing was trained on: none of 6 samples could be read\. Mend them"):
-            one.train()
-    assert not (tmp_path / "model.safetensors").exists()
-    one = runner(tmp_path / "one", data=_pictures(bad=(1, 2, 3, 4)), max_iters=3, batch_size_train=2)
-    one.train()
-    assert one.state.sources["pictures"].samples == 1
-
-
-def test_a_training_whose_steps_were_all_not_finite_fails(tmp_path):
-    one = runner(tmp_path, data=_pictures(poison=tuple(range(5))), max_iters=3, batch_size_train=2)
-    with pytest.raises(TrainingError, match="nothing was trained: none of 3 steps had a finite loss"):
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (
+            toy_data(bad=tuple(range(10))),
+            DataError,
+            r"pictures: .* samples could not be read.*one of them: cannot read",
+        ),
+        (pictures(5, bad=tuple(range(5))), DataError, r"none of \d+ samples could be read\. Mend them"),
+        (pictures(5, poison=tuple(range(5))), TrainingError, "none of 4 steps had a finite loss"),
+    ],
+    ids=["too many are unreadable", "all are unreadable", "no step is finite"],
+)
+def test_a_training_that_learns_too_little_fails(tmp_path, data, error, message):
+    """The first by the share of what was tried; the others, too short to judge that, at their end."""
+    one = runner(tmp_path, data=data, max_iters=30 if "sounds" in data else 4)
+    with pytest.raises(error, match=message):
         one.train()
     assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_fsdp_with_one_process_says_that_nothing_is_spread(tmp_path, caplog):
-    runner(tmp_path, parallel="fsdp", max_iters=1).train()
-    assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
-
-
-def test_fsdp_of_an_older_torch_is_refused(monkeypatch):
-    monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward", raising=False)
-    with pytest.raises(ConfigError, match=r"run.parallel fsdp needs torch 2.8 or newer, found .*: use ddp"):
-        parallel._shard(torch.nn.Linear(2, 2), torch.device("cpu"))
 
 
 def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog):
-    data = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 12, poison=(5,))])}}
-    one = runner(tmp_path, data=data, max_iters=3, batch_size_train=4)
+    one = runner(tmp_path, data=pictures(poison=(5,)), max_iters=3)
     caplog.set_level("INFO")
     one.train()
     assert one.state.nonfinite_steps == 1
@@ -164,8 +114,7 @@ def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog
 
 
 def test_too_many_non_finite_steps_stop_the_run(tmp_path):
-    data = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 12, poison=tuple(range(12)))])}}
-    one = runner(tmp_path, data=data, max_iters=9, max_nonfinite_steps=3)
+    one = runner(tmp_path, data=pictures(poison=tuple(range(12))), max_iters=9, max_nonfinite_steps=3)
     with pytest.raises(TrainingError, match="3 steps had a non-finite loss"):
         one.train()
     assert one.state.step == 3
@@ -173,7 +122,7 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_fp32_weights(tmp_path, precision):
-    one = runner(tmp_path, precision=precision, max_iters=40, log_every=20)
+    one = runner(tmp_path, ToyModel().half(), precision=precision, max_iters=40, log_every=20)
     one.train()
     first, last = train_losses(tmp_path)
     assert last < first
@@ -185,10 +134,9 @@ def test_half_precision_trains_fp32_weights(tmp_path, precision):
 def test_a_processor_that_is_slow_in_bf16_computes_in_fp32(monkeypatch, slow, dtype):
     monkeypatch.setattr(step, "slow_on_cpu", lambda dtype: slow)
     layer = torch.nn.Linear(2, 2)
-    with step.autocast("bf16", torch.device("cpu")):
-        assert layer(torch.ones(1, 2)).dtype == dtype
-    with step.autocast("fp32", torch.device("cpu")):
-        assert layer(torch.ones(1, 2)).dtype == torch.float32
+    for precision, expected in (("bf16", dtype), ("fp32", torch.float32)):
+        with step.autocast(precision, torch.device("cpu")):
+            assert layer(torch.ones(1, 2)).dtype == expected
 
 
 def test_an_fp16_overflow_lowers_the_scale_and_is_no_fault(tmp_path):
@@ -199,126 +147,145 @@ def test_an_fp16_overflow_lowers_the_scale_and_is_no_fault(tmp_path):
     assert one.scaler.get_scale() < 2.0**40
 
 
-def test_half_precision_trained_weights_are_raised(tmp_path):
-    one = runner(tmp_path, model=ToyModel().half())
-    assert {p.dtype for p in one.model.parameters() if p.requires_grad} == {torch.float32}
-
-
-def test_dropout_depends_on_the_step_only(tmp_path):
-    """An evaluation between two steps draws nothing from what training draws."""
+def test_a_validation_changes_nothing_that_training_draws(tmp_path):
     for name, more in (("plain", {}), ("validated", {"eval_every": 1, "valid_splits": ["val"]})):
         runner(tmp_path / name, ToyModel(0.5), max_iters=6, **more).train()
     last = [load_file(tmp_path / n / "checkpoints/step_00000006/model.safetensors") for n in ("plain", "validated")]
-    assert last[0].keys() == last[1].keys()
-    assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
-
-
-def test_a_validation_draws_nothing_from_what_training_draws(tmp_path):
-    left = []
-    for valid in ([], ["val"]):
-        one = runner(tmp_path / str(len(left)), max_iters=2, eval_every=1, valid_splits=valid)
-        random.seed(1)
-        np.random.seed(1)
-
-        def draws(*_arguments):
-            return {"agg_metrics": random.random() + np.random.rand() + torch.rand(1).item()}
-
-        one.eval_epoch = draws
-        one.train()
-        left.append((random.random(), np.random.rand(), torch.rand(1).item()))
-    assert left[0] == left[1]
+    assert same(*last)
 
 
 def test_best_weights_are_kept_although_every_metric_is_negative(tmp_path):
-    one = runner(tmp_path, max_iters=8, eval_every=2, valid_splits=["val"], test_splits=["val"])
+    one = runner(tmp_path, max_iters=8, eval_every=2, valid_splits=["val"], test_splits=["val"], init_lr=0.5)
     one.train()
-    assert one.state.best_metric is not None
-    assert one.state.best_metric < 0
-    best = one.checkpoints.best(one.state.best_step)
-    assert best is not None
-    assert best.name == f"best_{one.state.best_step:08d}"
+    scores = {line["val_step"]: line["val_agg_metrics"] for line in log_of(tmp_path) if "val_best_step" in line}
+    assert one.state.best_metric == max(scores.values()) < 0
+    assert scores[one.state.best_step] == one.state.best_metric
+    (tested,) = [line for line in log_of(tmp_path) if "val_agg_metrics" in line and "val_best_step" not in line]
+    assert tested["val_agg_metrics"] == pytest.approx(one.state.best_metric)
+    assert same(load_file(tmp_path / "model.safetensors"), load_file(one.folder.checkpoints.best(one.state.best_step)))
 
 
 def test_epochs_count_passes_over_all_sources(tmp_path):
     assert runner(tmp_path, max_iters=None, max_epoch=2, batch_size_train=4).steps == 2 * math.ceil(40 / 4)
 
 
-def test_an_unknown_split_names_the_known_ones(tmp_path):
-    one = runner(tmp_path, valid_splits=["dev"], max_iters=1)
-    with pytest.raises(ConfigError, match="no data set has the split 'dev'; there are train, val"):
+def test_unknown_splits_are_named_before_the_first_step(tmp_path):
+    one = runner(tmp_path, train_splits=["train", "trian"], test_splits=["tset"], max_iters=1)
+    message = r"train_splits: no data set has the split 'trian'; there are train, val; run.test_splits: .*'tset'"
+    with pytest.raises(ConfigError, match=message):
         one.train()
-
-
-def test_an_output_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write to"):
-        runner(tmp_path / "file" / "below")
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_recomputed_blocks_change_nothing(tmp_path):
-    plain = runner(tmp_path / "plain", max_iters=4)
-    other = runner(tmp_path / "other", max_iters=4, gradient_checkpointing=True)
+    plain, other = runner(tmp_path / "a", max_iters=4), runner(tmp_path / "b", max_iters=4, gradient_checkpointing=True)
     plain.train()
     other.train()
-    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())
+    assert same(weights(plain), weights(other))
 
 
-def _train_and_lose_one(rank, folder, how):
-    one = runner(folder, max_iters=6, timeout_minutes=0.05, save_every_steps=1)
-    take = one.state.record
-
-    def record(source, result):
-        take(source, result)
-        if rank == 1 and one.state.step == 3:
-            end = time.monotonic() + 60
-            while how == "hangs" and not (folder / "error0").exists() and time.monotonic() < end:
-                time.sleep(0.05)
-            os._exit(0)
-
-    one.state.record = record
-    try:
-        one.train()
-    except TrainingError as error:
-        (folder / f"error{rank}").write_text(str(error))
-    os._exit(0)
-
-
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_lost_process_is_named_and_the_last_checkpoint_goes_on(tmp_path, how):
-    in_processes(_train_and_lose_one, 2, tmp_path, how)
-    assert "process 0 has lost another one" in (tmp_path / "error0").read_text()
-    resumed = runner(tmp_path, max_iters=6, resume="auto")
-    assert resumed.continued == tmp_path / "checkpoints" / "step_00000002"  # the third was never agreed upon
-    resumed.train()
-    assert resumed.state.step == 6
-
-
-def test_a_killed_worker_is_named_and_the_last_checkpoint_goes_on(tmp_path):
-    """Torch's error then comes at any line of the main process, not only where it waits for data."""
-    whole = runner(tmp_path / "whole", max_iters=8)
-    whole.train()
-    one = runner(tmp_path / "cut", max_iters=8, num_workers=1, save_every_steps=2)
-    take = one.state.record
-
-    def record(source, result):
-        take(source, result)
-        if one.state.step == 5:
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGKILL)
-            time.sleep(120)  # which the error interrupts
-
-    one.state.record = record
-    with pytest.raises(TrainingError, match=r"a data worker died: .*killed by signal.*run\.num_workers.*run\.resume"):
-        one.train()
-    resumed = runner(tmp_path / "cut", max_iters=8, resume="auto")
-    assert resumed.continued == tmp_path / "cut" / "checkpoints" / "step_00000004"
-    resumed.train()
-    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
-
-
-def test_a_model_that_is_spread_over_devices_is_not_trained(tmp_path):
+def test_a_model_on_several_devices_is_not_trained(tmp_path):
     model = ToyModel()
     model.settings = SimpleNamespace(language_model=SimpleNamespace(device_map="auto"))
     with pytest.raises(ConfigError, match=r"device_map is auto, which is for answering: set it to null to train"):
         runner(tmp_path, model).train()
     runner(tmp_path, model, evaluate=True, test_splits=["val"]).train()
+
+
+def test_a_device_without_memory_left_is_named_with_remedies(tmp_path):
+    one = runner(tmp_path, max_iters=4, save_every_steps=1)
+    loss = one._loss
+
+    def large(model, samples):
+        if one.state.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss(model, samples)
+
+    one._loss = large
+    with pytest.raises(TrainingError, match=r"lower run.batch_size_train .*resume=auto; CUDA out of memory. Tried"):
+        one.train()
+    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
+
+
+def after_step(one, number, action):
+    """Call ``action`` once the runner has counted step ``number``."""
+    record = type(one.state).record
+
+    def recorded(source, result):
+        record(one.state, source, result)
+        if one.state.step == number:
+            action()
+
+    one.state.record = recorded
+
+
+def test_a_killed_worker_is_named_and_the_last_checkpoint_resumes(tmp_path):
+    """torch raises its error at any line of the main process, not only where it waits for data."""
+    whole = runner(tmp_path / "whole", max_iters=8)
+    whole.train()
+    one = runner(tmp_path / "cut", max_iters=8, num_workers=1, save_every_steps=2)
+
+    def kill():
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(120)  # which the error interrupts
+
+    after_step(one, 5, kill)
+    with pytest.raises(TrainingError, match=r"a data worker died: .*killed by signal.*run\.num_workers.*run\.resume"):
+        one.train()
+    resumed = runner(tmp_path / "cut", max_iters=8, resume="auto")
+    assert resumed.folder.resumed == tmp_path / "cut" / "checkpoints" / "step_00000004"
+    resumed.train()
+    assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save(tmp_path, number):
+    one, before = runner(tmp_path, max_iters=6, log_every=100), signal.getsignal(number)
+    after_step(one, 2, lambda: (os.kill(os.getpid(), number), time.sleep(0.01)))
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit) as caught:
+            one.train()
+        assert caught.value.code == 143
+        assert one.state.step == 3
+    else:
+        one.train()
+        assert one.state.step == 6
+    assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_the_evaluation_at_the_end(tmp_path, number):
+    one = runner(tmp_path, max_iters=2, test_splits=["val"])
+    score = one.eval_epoch
+    one.eval_epoch = lambda *words, **more: (os.kill(os.getpid(), number), time.sleep(0.01), score(*words, **more))
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit):
+            one.train()
+    else:
+        one.train()
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_the_clock_saves(tmp_path):
+    runner(tmp_path, max_iters=4, save_every_minutes=1e-9, keep_last=10).train()
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 4
+
+
+def _end_of_time(folder):
+    """A training whose process group is signalled, workers included, as Slurm does it."""
+    os.setpgid(0, 0)
+    one = runner(folder, num_workers=2, max_iters=500)
+    after_step(one, 5, lambda: os.killpg(0, signal.SIGTERM))
+    one.train()
+
+
+def test_the_end_of_a_jobs_time_saves_although_workers_are_signalled_too(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=_end_of_time, args=(tmp_path,))
+    with preloaded():
+        process.start()
+    process.join(300)
+    process.kill()
+    assert process.exitcode == 143
+    assert runner(tmp_path, max_iters=500, resume="auto").folder.resumed is not None

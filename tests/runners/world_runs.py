@@ -12,8 +12,7 @@ from lavis.common.registry import registry
 
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.config import Config, load_config
-from lavis_chatbridge.runners.snapshot import trained_weights
-from tests.runners.runner_parts import in_processes
+from tests.runners.runner_parts import in_processes, weights
 
 YAML = """
 model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
@@ -61,16 +60,16 @@ def logged(folder: Path, key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
-def equal_on_two_processes(folder: Path, world: Path, options: Sequence[str], weights: dict, atol: float) -> None:
+def equal_on_two_processes(folder: Path, world: Path, options: Sequence[str], alone: dict, atol: float) -> None:
     """Train on two processes; both end with the same weights, which are those of a single one to ``atol``."""
     in_processes(_on_a_rank, 2, folder, world, options)
     first, second = (torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, tensor in weights.items():
+    for name, tensor in alone.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=atol, msg=name)
 
 
 def _on_a_rank(rank: int, folder: Path, world: Path, options: Sequence[str]) -> None:
     trained = run(folder, world, "run.batch_size_train=1", *options)
-    torch.save(trained_weights(trained.model), folder / f"weights{rank}.pt")
+    torch.save(weights(trained), folder / f"weights{rank}.pt")
     distributed.close()

@@ -1,0 +1,294 @@
+"""Metrics of a run: console, ``log.txt``, TensorBoard and Weights & Biases. Only rank 0 writes them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+
+from lavis_chatbridge.errors import ConfigError, MissingExtraError, TrainingError
+from lavis_chatbridge.files import append_lines, write_text
+from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.runners.state import TrainState
+from lavis_chatbridge.runners.step import StepResult
+
+_log = logging.getLogger(__name__)
+LOG = "log.txt"
+
+
+class Meter:
+    """Means and rates since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.losses: defaultdict[str, float] = defaultdict(float)
+        self.tokens: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def record(self, source: str, result: StepResult, waited: float) -> None:
+        """Count a step; ``waited`` is the time in seconds that its data took to arrive."""
+        if result.outcome in ("ok", "overflow"):
+            self.losses[source] += result.loss * result.tokens
+            self.tokens[source] += result.tokens
+        self.counts.update(samples=result.samples, tokens=result.tokens, skipped=result.skipped)
+        self.waited += waited
+
+    def summary(self) -> dict[str, float]:
+        """Mean losses per token, samples and target tokens per second, the share of time spent waiting for data."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        stats: dict[str, float] = {}
+        if total := self.tokens.total():
+            stats["loss"] = sum(self.losses.values()) / total
+        stats |= {f"loss_{name}": self.losses[name] / tokens for name, tokens in self.tokens.items() if tokens}
+        stats["samples_per_second"] = self.counts["samples"] / seconds
+        stats["tokens_per_second"] = self.counts["tokens"] / seconds
+        stats["data_wait_share"] = min(1.0, self.waited / seconds)
+        stats["memory_mb"] = memory_mb()
+        if self.counts["skipped"]:
+            stats["skipped"] = self.counts["skipped"]
+        return stats
+
+
+class Sink(Protocol):
+    """A destination of metrics."""
+
+    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
+        """Write the metrics of a split (``train``, ``val``) at a step."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+class LogFile:
+    """LAVIS's ``log.txt``: one JSON object per line, keys prefixed with the split.
+
+    Args:
+        path: The file.
+        step: The step that the run resumes at; lines of later steps are dropped.
+        validated: Whether that step's validation is finished; if not, its lines are dropped too.
+    """
+
+    def __init__(self, path: Path, step: int = 0, validated: bool = True) -> None:
+        self.path = path
+        if not path.exists():
+            return
+        last = {True: step, False: step if validated else step - 1}
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # drops a line that was cut off
+        kept = [line for line in lines if _step_of(line) <= last[line.startswith('{"train_')]]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
+        """Append a line."""
+        append_stats(self.path, split, stats, step)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def append_stats(path: Path, split: str, stats: Mapping[str, Any], step: int) -> None:
+    """Append the metrics of a split to a log file."""
+    record = {f"{split}_{key}": value for key, value in {"step": step, **stats}.items()}
+    append_lines(path, [json.dumps(record, default=str)])
+
+
+class TensorBoard:
+    """TensorBoard events in a folder; a resumed run hides the events of steps that it repeats."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError("tensorboard", "tensorboard", "run.tensorboard") from error
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
+        """Write the numbers among ``stats``."""
+        for key, value in _numbers(stats).items():
+            self.writer.add_scalar(f"{split}/{key}", value, step)
+
+    def close(self) -> None:
+        """Flush the events."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run, on disk only unless ``wandb_mode`` is ``online``."""
+
+    def __init__(self, run: RunSettings, folder: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtraError("wandb", "wandb", "run.wandb") from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.run = wandb.init(project=run.wandb_project, mode=run.wandb_mode, dir=str(folder), config=dict(config))
+        except Exception as error:  # wandb raises errors of many classes: server, settings, disk
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(
+                f"run.wandb: Weights & Biases cannot start a run ({cause}): log in (wandb login), or set "
+                "run.wandb_mode=offline or run.wandb=false"
+            ) from error
+
+    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
+        """Write the numbers among ``stats``."""
+        self.run.log({f"{split}/{key}": value for key, value in _numbers(stats).items()}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+class Console:
+    """A bar on a terminal, log lines elsewhere.
+
+    Args:
+        steps: Steps of the whole run.
+        done: Finished steps.
+        stream: Output stream; stderr by default.
+    """
+
+    def __init__(self, steps: int, done: int, stream: TextIO | None = None) -> None:
+        self.steps, self.first, self.started = steps, done, time.perf_counter()
+        self.bar = None
+        if (stream or sys.stderr).isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, file=stream or sys.stderr)
+
+    def advance(self, source: str, result: StepResult) -> None:
+        """Move the bar by a step."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {result.loss:.4f} lr {result.rate:.2e} {source}", refresh=False)
+            self.bar.update()
+
+    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
+        """Print a line of metrics; the bar shows those of training itself."""
+        if self.bar is None or split != "train":
+            shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in _numbers(stats).items())
+            pace = (time.perf_counter() - self.started) / max(1, step - self.first)
+            eta = datetime.timedelta(seconds=int(pace * (self.steps - step)))
+            self.say(f"{split} step {step}/{self.steps} {' '.join(shown)} eta {eta}")
+
+    def say(self, line: str) -> None:
+        """Print a line that does not break the bar."""
+        if self.bar is None:
+            _log.info("%s", line)
+        else:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Reporter:
+    """Sends metrics to console, log file, TensorBoard and W&B. Does nothing on ranks other than 0.
+
+    Args:
+        run: Which of them to use.
+        folder: The run's folder.
+        steps: Steps of the whole run.
+        state: The progress that the run starts or resumes with.
+        validated: Whether the validation due at that step is finished.
+        config: The configuration, which is written first.
+        active: Whether this is rank 0.
+    """
+
+    def __init__(
+        self,
+        run: RunSettings,
+        folder: Path,
+        steps: int,
+        state: TrainState,
+        validated: bool,
+        config: Mapping[str, Any],
+        active: bool,
+    ) -> None:
+        self.log_every, self.steps, self.state = run.log_every, steps, state
+        self.meter = Meter()
+        self._failed: set[Sink] = set()
+        self.console = Console(steps, state.step) if active else None
+        self.sinks: list[Sink] = []
+        if not active:
+            return
+        try:
+            log = LogFile(folder / LOG, state.step, validated)
+            append_lines(log.path, [json.dumps({"config": config, "from_step": state.step}, default=str)])
+        except OSError as error:
+            raise TrainingError(f"cannot write {folder / LOG}: {error.strerror or error}") from error
+        self.sinks = [log, *([TensorBoard(folder / "tensorboard", state.step)] if run.tensorboard else [])]
+        self.sinks += [WeightsAndBiases(run, folder / "wandb", config)] if run.wandb else []
+        self.sinks += [self.console] if self.console else []
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_fault: object) -> None:
+        for sink in self.sinks:
+            self._tolerate(sink, sink.close)
+
+    def step(self, source: str, result: StepResult, waited: float) -> None:
+        """Count a step; every ``log_every`` steps, and at the end, write means and rates."""
+        self.meter.record(source, result, waited)
+        if self.console is not None:
+            self.console.advance(source, result)
+        if self.state.step % self.log_every == 0 or self.state.step == self.steps:
+            stats = {"lr": result.rate, "grad_norm": result.grad_norm, **self.meter.summary()}
+            self.write("train", stats | {"nonfinite_steps": self.state.nonfinite_steps})
+            self.meter = Meter()
+
+    def write(self, split: str, stats: Mapping[str, Any]) -> None:
+        """Write the metrics of a split at the current step."""
+        for sink in self.sinks:
+            self._tolerate(sink, lambda sink=sink: sink.write(split, stats, self.state.step))  # type: ignore[misc]
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self.console is not None:
+            self.console.say(line)
+
+    def _tolerate(self, sink: Sink, action: Callable[[], None]) -> None:
+        """A log that fails costs its metrics and one warning, not the training."""
+        try:
+            action()
+        except Exception as error:  # TensorBoard and W&B raise errors of any class
+            if sink not in self._failed:
+                cause = " ".join(str(error).split())[:300]
+                _log.warning("%s failed, training continues without it: %s", type(sink).__name__, cause)
+            self._failed.add(sink)
+
+
+def memory_mb() -> float:
+    """Peak memory so far in MiB: of the CUDA device if one is used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _numbers(stats: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in stats.items() if isinstance(value, (int, float))}
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of the log; 0 for the configuration and for foreign lines."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return 0
+    key, step = next(iter(record.items()), ("", 0)) if isinstance(record, dict) else ("", 0)
+    return step if key.endswith("_step") and isinstance(step, int) else 0
