@@ -287,11 +287,11 @@ def test_fingerprints_tell_codes_apart(folder: Path, tokenizer: Path) -> None:
 
 
 @BOTH
-def test_a_quantised_model_is_not_spread(
+def test_a_quantised_model_is_not_sharded(
     folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, how: Any
 ) -> None:
     monkeypatch.setattr(parallel.dist, "init_device_mesh", lambda *_arguments: None)
-    with pytest.raises(ConfigError, match="fsdp cannot spread a quantised language model"):
+    with pytest.raises(ConfigError, match="fsdp cannot shard a quantised language model"):
         parallel._shard(bridge(folder, tokenizer, how).blocks(), torch.device("cpu"))
 
 

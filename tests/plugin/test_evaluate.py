@@ -346,7 +346,7 @@ def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
     assert "unknown name 'chatbridge_jsonll', did you mean 'chatbridge_jsonl'" in capsys.readouterr().err
     path.write_text("model: {arch: chatbridge}\ndatasets: [chatbridge_jsonl]\nrun: {}\n")
     assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
-    assert "error: datasets: expected a mapping, found ['chatbridge_jsonl']" in capsys.readouterr().err
+    assert ": datasets: expected a mapping, found ['chatbridge_jsonl']" in capsys.readouterr().err
     path.write_text("datasets: {chatbridge_jsonl: {}}\nrun: {output_dir: '${nowhere}'}\n")
     assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
     assert "run.yaml: Interpolation key 'nowhere' not found" in capsys.readouterr().err

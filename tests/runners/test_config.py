@@ -217,5 +217,5 @@ def test_infinite_numbers_are_refused(key):
 @pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
 def test_a_missing_extra_is_named_before_anything_is_loaded(yaml_of, monkeypatch, extra):
     monkeypatch.setitem(sys.modules, extra, None)
-    with pytest.raises(ConfigError, match=rf"run.{extra} .*lavis-chatbridge\[{extra}\]"):
+    with pytest.raises(ConfigError, match=rf"run.{extra} .*pip install {extra}"):
         load_config(yaml_of(), [f"run.{extra}=true"])
