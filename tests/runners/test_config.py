@@ -24,7 +24,7 @@ def yaml_of(tmp_path, monkeypatch):
     """A model with two types and a data set, registered for one test; returns a writer of configuration files."""
     small, large = tmp_path / "small.yaml", tmp_path / "large.yaml"
     processors = (
-        "preprocess:\n  vis_processor: {train: {name: v, image_size: 56}}\n  txt_processor: {train: {name: t}}\n"
+        "preprocess:\n  vis_processor: {train: {name: v, image_size: 56}}\n  text_processor: {train: {name: t}}\n"
     )
     small.write_text(f"model: {{arch: toy_arch, width: 4, extra: {{depth: 1, heads: 2}}}}\n{processors}")
     large.write_text(f"model: {{arch: toy_arch, width: 400, extra: {{depth: 10, heads: 2}}}}\n{processors}")
@@ -75,20 +75,11 @@ def test_lavis_pairs_of_options_work(yaml_of):
     assert (cfg.model_cfg.width, cfg.run.seed) == (400, 7)
 
 
-def test_data_sets_take_the_models_processors_under_lavis_names(yaml_of):
+def test_data_sets_take_the_models_processors(yaml_of):
     cfg = load_config(yaml_of(datasets="datasets: {toy_data: {vis_processor: {train: {image_size: 28}}}}\n"))
     data = cfg.datasets_cfg.toy_data
     assert (data.vis_processor.train.name, data.vis_processor.train.image_size) == ("v", 28)
     assert data.text_processor.train.name == "t"
-
-
-@pytest.mark.parametrize("name", ["txt_processor", "text_processor"])
-def test_the_text_processor_has_one_name_whatever_it_is_called(yaml_of, name):
-    """The section is what the feature cache loads processors from; the model type's YAML has the former name here."""
-    cfg = load_config(yaml_of(more=f"preprocess: {{{name}: {{train: {{clean: spaces}}}}}}\n"))
-    assert cfg.preprocess_cfg.text_processor.train == {"name": "t", "clean": "spaces"}
-    assert sorted(cfg.preprocess_cfg) == ["text_processor", "vis_processor"]
-    assert cfg.datasets_cfg.toy_data.text_processor.train.clean == "spaces"
 
 
 def test_lavis_code_finds_what_it_reads(yaml_of):
