@@ -36,6 +36,8 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
     around: Callable[[str], AbstractContextManager[None]]
     if name == "lavis.models":
         around = _around_models
+    elif name.startswith("lavis.") and name in _compat().BASE_CLASSES:
+        around = _compat().loading_base_class
     elif name == "lavis.common.dist_utils":
         around = _quietly
     elif name == "lavis.tasks" or name.startswith("lavis_chatbridge."):
@@ -57,6 +59,12 @@ def catch_up() -> None:
 
         compat.apply()
     _register_when_ready()
+
+
+def _compat() -> ModuleType:
+    from lavis_chatbridge.plugin import compat
+
+    return compat
 
 
 @contextmanager
@@ -88,7 +96,7 @@ def _before_registering(name: str) -> Iterator[None]:
 def _register_when_ready() -> None:
     """Register the plugin's classes once LAVIS is complete and no module of this package is half imported."""
     # The last name that lavis.tasks defines: its module counts as initialising until after this has been called.
-    if _in_progress or not hasattr(sys.modules.get("lavis.tasks"), "setup_task"):
+    if _in_progress or "setup_task" not in vars(sys.modules.get("lavis.tasks", sys)):
         return
     from lavis_chatbridge.plugin import register
 

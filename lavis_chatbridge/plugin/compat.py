@@ -17,20 +17,24 @@ from typing import Any
 OPTIONAL_PACKAGES = ("ftfy", "spacy")
 """Imported at the top of single LAVIS models (CLIP's tokenizer, Img2Prompt), which alone need them."""
 
-_BASE_CLASSES = (
-    ("lavis.models.blip2_models.Qformer", "BertPreTrainedModel"),
-    ("lavis.models.blip2_models.modeling_opt", "OPTPreTrainedModel"),
-    ("lavis.models.blip2_models.modeling_t5", "T5PreTrainedModel"),
-    ("lavis.models.blip_models.nlvr_encoder", "BertPreTrainedModel"),
-    ("lavis.models.med", "BertPreTrainedModel"),
-)
+BASE_CLASSES = {
+    "lavis.models.blip2_models.Qformer": "BertPreTrainedModel",
+    "lavis.models.blip2_models.modeling_opt": "OPTPreTrainedModel",
+    "lavis.models.blip2_models.modeling_t5": "T5PreTrainedModel",
+    "lavis.models.blip_models.nlvr_encoder": "BertPreTrainedModel",
+    "lavis.models.med": "BertPreTrainedModel",
+}
+"""LAVIS's modules with a base class that lacks what transformers 5 expects of a model."""
 
 
 def apply() -> None:
     """Fill in everything that is missing now; safe to call at any time and any number of times."""
     patch_transformers()
+    for name in BASE_CLASSES:
+        if name in sys.modules:
+            patch_base_class(sys.modules[name])
     models = sys.modules.get("lavis.models")
-    if models is not None and hasattr(models, "model_zoo"):
+    if models is not None and "model_zoo" in vars(models):
         patch_lavis(models)
 
 
@@ -65,10 +69,26 @@ def patch_transformers() -> None:
         sys.modules[gone] = stub
 
 
+@contextmanager
+def loading_base_class(name: str) -> Iterator[None]:
+    """Surrounds the execution of one of `BASE_CLASSES`."""
+    patch_transformers()
+    yield
+    patch_base_class(sys.modules[name])
+
+
+def patch_base_class(module: ModuleType) -> None:
+    """Give the base class of a module of `BASE_CLASSES` what transformers 5 expects of a model, or no longer has."""
+    base = getattr(module, BASE_CLASSES[module.__name__], None)
+    if base is not None:
+        _fill(base, "all_tied_weights_keys", {})
+        _fill(base, "invert_attention_mask", _invert_attention_mask)
+        _fill(base, "get_head_mask", _get_head_mask)
+
+
 def patch_lavis(models: ModuleType) -> None:
     """Complete LAVIS's own classes and functions, after ``lavis.models`` has been imported.
 
-    - its transformer base classes get what transformers 5 expects of a model or no longer gives to one;
     - ``load_model`` and ``load_model_and_preprocess`` may be called without a model type. The defaults change in place,
       so that references imported earlier change too;
     - ``model_zoo`` shows the registry as it is, not as it was when ``lavis.models`` was imported.
@@ -76,12 +96,6 @@ def patch_lavis(models: ModuleType) -> None:
     Args:
         models: The module ``lavis.models``.
     """
-    for module_name, class_name in _BASE_CLASSES:
-        base = getattr(sys.modules.get(module_name), class_name, None)
-        if base is not None:
-            _fill(base, "all_tied_weights_keys", {})
-            _fill(base, "invert_attention_mask", _invert_attention_mask)
-            _fill(base, "get_head_mask", _get_head_mask)
     for function in (models.load_model, models.load_model_and_preprocess):
         defaults = function.__defaults__ or ()
         if function.__code__.co_argcount - len(defaults) == 2:  # name and model_type are still required
