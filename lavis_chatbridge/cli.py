@@ -49,6 +49,9 @@ COMMANDS = (
     Command("multis", "lavis_chatbridge.multis.command", "Make chat data: annotate, generate, check, build."),
 )
 
+ANSWERING = ("chat", "ask", "serve", "web")
+"""Commands that load one model to answer, and should start quickly."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
@@ -76,7 +79,7 @@ def _run(words: Sequence[str]) -> int | None:
     try:
         for entry in COMMANDS:
             # Only the requested command is imported: most take seconds, which `chatbridge --help` need not spend.
-            module: Any = import_module(entry.module) if words[:1] == [entry.name] else None
+            module: Any = _imported(entry) if words[:1] == [entry.name] else None
             if module is not None and not hasattr(module, "command") and not hasattr(module, "app"):
                 return _argparse(entry, module, words[1:])
             if module is not None and hasattr(module, "app"):
@@ -95,6 +98,14 @@ def _argparse(entry: Command, module: Any, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(f"chatbridge {entry.name}", description=entry.help)
     module.add_arguments(parser)
     return module.run(parser.parse_args(words))
+
+
+def _imported(entry: Command) -> Any:
+    if entry.name in ANSWERING:
+        from lavis_chatbridge.plugin import quick
+
+        quick.start()
+    return import_module(entry.module)
 
 
 def _listed() -> None:

@@ -9,6 +9,7 @@ that does not call `start`.
 from __future__ import annotations
 
 import builtins
+import functools
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,11 @@ LATER: dict[str, tuple[str, ...]] = {
     "transformers": (
         *("scipy", "torchvision", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
         *("torch.distributed.tensor", "torch.nn.attention.flex_attention", "transformers.distributed.tensor_parallel"),
-        *("transformers.distributed.expert_parallel", "transformers.integrations.deepgemm", "torch.distributed._composable"),
+        *(
+            "transformers.distributed.expert_parallel",
+            "transformers.integrations.deepgemm",
+            "torch.distributed._composable",
+        ),
     ),
     "transformers.loss.loss_utils": ("transformers.loss",),
 }
@@ -49,8 +54,8 @@ BASES = {
 
 
 def start() -> None:
-    """Use the quick start in this process, unless LAVIS or transformers is imported already."""
-    if "lavis" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Use the quick start in this process, unless torch is imported already."""
+    if "torch" not in sys.modules:
         sys.meta_path.insert(0, _Finder())
 
 
@@ -91,6 +96,12 @@ class _Finder:
             around = _postponed
         elif name == "lavis.common.registry":
             around = _with_filled_tables
+        elif name == "torch._compile":
+            around = _without_compiler
+        elif name == "torch":
+            around = _with_plain_checks
+        elif name == "transformers.distributed.utils":
+            around = _without_sharding
         elif name in LATER or name.startswith("transformers."):
             around = _without
         else:
@@ -120,7 +131,8 @@ def _without(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
         return builtins.__import__(name, globals, locals, fromlist, level)
 
     before = dict(vars(module))
-    vars(module)["__builtins__"] = {**vars(builtins), "__import__": import_}
+    held = {**vars(builtins), "__import__": import_}
+    vars(module)["__builtins__"] = held
     try:
         with _nothing_compiled():
             execute(module)
@@ -128,6 +140,46 @@ def _without(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
         vars(module).clear()
         vars(module).update(before)
         execute(module)
+    held["__import__"] = builtins.__import__  # imports inside of functions are real
+
+
+def _without_compiler(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+    """Functions that torch hides from its compiler call themselves directly while the compiler is not imported."""
+    execute(module)
+    original = module._disable_dynamo
+
+    def disable(function: Any = None, recursive: bool = True) -> Any:
+        if function is None:
+            return lambda inner: disable(inner, recursive)
+        hidden = original(function, recursive)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            chosen = hidden if "torch._dynamo" in sys.modules else function
+            return chosen(*arguments, **named)
+
+        return call
+
+    module._disable_dynamo = disable  # type: ignore[attr-defined]
+
+
+def _with_plain_checks(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+    """A check of a plain bool does not need torch's symbolic shapes, which import sympy."""
+    execute(module)
+    original = module._check_with
+
+    def check(error_type: Any, condition: Any, message: Any) -> None:
+        if condition is not True:
+            original(error_type, condition, message)
+
+    module._check_with = check  # type: ignore[attr-defined]
+
+
+def _without_sharding(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+    """No tensor is sharded as long as nobody has imported the classes of sharded tensors."""
+    execute(module)
+    if original := getattr(module, "is_dtensor", None):
+        module.is_dtensor = lambda value: "torch.distributed.tensor" in sys.modules and original(value)  # type: ignore[attr-defined]
 
 
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")

@@ -79,6 +79,25 @@ if __name__ == "__main__":
     print(json.dumps({"known in the worker": next(iter(loader))}))
 """
 
+QUICK = """
+import sys
+import lavis_chatbridge
+from pathlib import Path
+from lavis_chatbridge import cli
+picture = Path(lavis_chatbridge.__file__).parent / "assets" / "examples" / "picture.jpg"
+facts["status"] = cli.main(["ask", "what is it?", "--image", str(picture), "--device", "cpu"])
+heavy = ("torch._dynamo", "torch.distributed.tensor", "torchvision", "timm", "pandas", "scipy.optimize", "decord", "cv2")
+facts["imported"] = [name for name in (*heavy, "lavis.models.blip2_models.blip2") if name in sys.modules]
+from lavis.common.registry import registry
+facts["another processor"] = registry.get_processor_class("blip_image_eval").__name__
+facts["another model"] = registry.get_model_class("blip_caption").__name__
+facts["task"] = registry.get_task_class("chatbridge_alignment").__name__
+import torch
+from lavis.models import load_model_and_preprocess
+facts["model"] = type(load_model_and_preprocess("chatbridge", is_eval=True)[0]).__name__
+facts["compiled"] = torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item()
+"""
+
 STALE = """
 import sys
 import torch
@@ -127,6 +146,7 @@ PROBES = {
     "switched off": Probe(python_of(SWITCHED_OFF), environment=NO_AUTOLOAD),
     "spawned": Probe(python_of(SPAWNED)),
     "spawning": Probe(["spawning.py"], files={"spawning.py": SPAWNING}),
+    "quick": Probe(python_of(QUICK)),
     "stale": Probe(
         python_of(STALE), files={"lavis_chatbridge.egg-info/PKG-INFO": "Name: lavis-chatbridge\nVersion: 0.0.1\n"}
     ),
@@ -188,6 +208,18 @@ def test_a_spawned_child_of_lavis_train_finds_main_module_and_classes(ran):
 
 def test_a_spawned_data_worker_knows_chatbridge(ran):
     assert ran("spawning").facts == {"known in the worker": [True]}
+
+
+def test_a_quick_start_imports_the_rest_when_it_is_used(ran):
+    assert ran("quick").facts == {
+        "status": 0,
+        "imported": [],
+        "another processor": "BlipImageEvalProcessor",
+        "another model": "BlipCaption",
+        "task": "AlignmentTask",
+        "model": "ChatBridge",
+        "compiled": 2.0,
+    }
 
 
 def test_a_stale_egg_info_hides_the_entry_point_but_not_the_package(ran):

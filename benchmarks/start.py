@@ -1,0 +1,99 @@
+"""Seconds until ``chatbridge ask`` has answered, and what the plugin adds to ``import torch``.
+
+    python benchmarks/start.py --rounds 5 --write benchmarks/start.md
+
+Every row is the median of warm starts on one core. The baseline is the import of torch and transformers' LLaMA alone.
+"plain" is the same question without the quick start (`lavis_chatbridge/plugin/quick.py`). "first line" is the time
+until a command has printed something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from common import circumstances, tell
+
+import lavis_chatbridge
+
+LIMIT_MS = 3.0
+PICTURE = Path(lavis_chatbridge.__file__).parent / "assets" / "examples" / "picture.jpg"
+ASK = ["-m", "lavis_chatbridge.cli", "ask", "what is it?", "--image", str(PICTURE), "--device", "cpu"]
+PLAIN = "import sys, torch; from lavis_chatbridge import cli; sys.exit(cli.main(sys.argv[1:]))"
+ROWS = {
+    "torch and transformers' LLaMA": ["-c", "import torch; from transformers import LlamaForCausalLM, AutoTokenizer"],
+    "ask, plain": ["-c", PLAIN, *ASK[2:]],
+    "ask": ASK,
+}
+COMMANDS = {"chat": [], "web": ["--port", "0"], "serve": ["--port", "0"]}
+HOOK = """
+import time
+import torch
+from importlib.metadata import entry_points
+entry = next(iter(entry_points(group="torch.backends", name="lavis_chatbridge")))
+start = time.perf_counter()
+entry.load()()
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+def seconds(words: list[str], rounds: int) -> float:
+    """Median wall-clock seconds of a Python process on one core."""
+    taken = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[1:])
+
+
+def first_line(command: str, more: list[str]) -> float:
+    """Seconds until a command has printed its first line."""
+    words = [sys.executable, "-m", "lavis_chatbridge.cli", command, "--device", "cpu", *more]
+    begin = time.perf_counter()
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        taken = time.perf_counter() - begin
+        process.kill()
+    return taken
+
+
+def hook_cost() -> float:
+    """Milliseconds that the plugin adds to ``import torch``: loading and calling its entry point, as torch does."""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", HOOK], env=environment, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="measured starts of each row")
+    parser.add_argument("--write", type=Path, help="file for the table")
+    arguments = parser.parse_args(words)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    taken = {name: seconds(row, arguments.rounds) for name, row in ROWS.items()}
+    base = next(iter(taken.values()))
+    lines = ["# Start", "", circumstances("start.py", f"--rounds {arguments.rounds}", modules=(torch, transformers))]
+    lines += ["| process | s | of the baseline |", "|---|---:|---:|"]
+    lines += [f"| {name} | {value:.2f} | {value / base:.2f} |" for name, value in taken.items()]
+    lines += [f"| {name}, first line | {first_line(name, more):.2f} | |" for name, more in COMMANDS.items()]
+    lines += [
+        "",
+        f"The plugin adds {min(hook_cost() for _ in range(3)):.1f} ms to `import torch` (limit {LIMIT_MS:g} ms).",
+    ]
+    tell("\n".join(lines) + "\n", arguments.write)
+
+
+if __name__ == "__main__":
+    main()
