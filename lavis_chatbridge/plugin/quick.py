@@ -188,7 +188,7 @@ MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
     """Without torch's compiler, which `MARKS` import only to mark a function for it."""
-    import torch
+    torch: Any = import_module("torch")
 
     def mark(function: Any = None, *_: Any, **__: Any) -> Any:
         return function or (lambda inner: inner)

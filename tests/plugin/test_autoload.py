@@ -86,7 +86,7 @@ from pathlib import Path
 from lavis_chatbridge import cli
 picture = Path(lavis_chatbridge.__file__).parent / "assets" / "examples" / "picture.jpg"
 facts["status"] = cli.main(["ask", "what is it?", "--image", str(picture), "--device", "cpu"])
-heavy = ("torch._dynamo", "torch.distributed.tensor", "torchvision", "timm", "pandas", "scipy.optimize", "decord", "cv2")
+heavy = ("torch._dynamo", "torch.distributed.tensor", "torchvision", "timm", "pandas", "decord", "cv2")
 facts["imported"] = [name for name in (*heavy, "lavis.models.blip2_models.blip2") if name in sys.modules]
 from lavis.common.registry import registry
 facts["another processor"] = registry.get_processor_class("blip_image_eval").__name__
