@@ -28,6 +28,9 @@ if typing.TYPE_CHECKING:
 T = TypeVar("T")
 M = TypeVar("M", bound="Settings")
 
+PROJECTS = Path(__file__).parent / "configs" / "projects"
+"""The shipped configurations of runs; in a checkout a link to ``projects/chatbridge``."""
+
 _LONGEST_KEY = 80
 
 _short = reprlib.Repr()
@@ -65,8 +68,27 @@ class Settings(BaseModel):
         return ()
 
 
+def find_yaml(path: str | os.PathLike) -> Path:
+    """A configuration file by its path, or a shipped one by its name: ``align``, ``vicuna7b/align``, ``eval/okvqa``.
+
+    Raises:
+        ConfigError: If there is neither.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name = str(path).removeprefix("projects/chatbridge/").removesuffix(".yaml")
+    if (shipped := PROJECTS / f"{name}.yaml").is_file():
+        return shipped
+    known = sorted(str(file.relative_to(PROJECTS).with_suffix("")) for file in PROJECTS.rglob("*.yaml"))
+    near = difflib.get_close_matches(name, known, n=1)
+    raise ConfigError(f"no configuration file at {path}" + (f"; did you mean the shipped {near[0]!r}?" if near else ""))
+
+
 def read_yaml(path: str | os.PathLike) -> DictConfig:
     """A YAML file that holds a mapping; ``${...}`` is resolved when a value is read.
+
+    Args:
+        path: Its path, or a shipped configuration's name (see `find_yaml`).
 
     Raises:
         ConfigError: If there is no such file, or it is no YAML mapping.
@@ -75,10 +97,9 @@ def read_yaml(path: str | os.PathLike) -> DictConfig:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if not Path(path).is_file():
-        raise ConfigError(f"no configuration file at {path}")
+    file = find_yaml(path)
     try:
-        loaded = OmegaConf.load(Path(path))
+        loaded = OmegaConf.load(file)
     except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):

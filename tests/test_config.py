@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from lavis_chatbridge.config import Settings, merged, parse, read_options, read_yaml
+from lavis_chatbridge.config import Settings, find_yaml, merged, parse, read_options, read_yaml
 from lavis_chatbridge.errors import ConfigError
 
 
@@ -94,3 +95,13 @@ def test_a_damaged_yaml_is_one_error_that_names_the_file(tmp_path, text: str) ->
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"a\.yaml"):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_shipped_configuration_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_yaml("align").name == "align.yaml"
+    assert find_yaml("projects/chatbridge/eval/okvqa.yaml").is_file()
+    (tmp_path / "align").write_text("run: {}")
+    assert find_yaml("align") == Path("align")
+    with pytest.raises(ConfigError, match="no configuration file at algin; did you mean the shipped 'align'"):
+        find_yaml("algin")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lavis_chatbridge.config import read_yaml
+from lavis_chatbridge.config import PROJECTS, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.plugin.launch import Session, is_own_runner, run_command, with_options
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
@@ -217,7 +217,7 @@ def find(folder: str | Path | None = None) -> dict[str, tuple[Path, Mapping[str,
     Raises:
         ConfigError: If there is none, or a file is no configuration.
     """
-    places = [Path(folder)] if folder else [FOLDER, Path(__file__).resolve().parents[2] / FOLDER]
+    places = [Path(folder)] if folder else [FOLDER, PROJECTS / "eval"]
     chosen = next((place for place in places if place.is_dir()), None)
     if chosen is None:
         raise ConfigError(f"no folder of suites at {places[0]}: run in the checkout, or name it with --suite-folder")

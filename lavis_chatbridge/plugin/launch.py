@@ -11,7 +11,6 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
@@ -152,8 +151,9 @@ def load(cfg_path: str, options: Sequence[str]) -> Config:
     Raises:
         ConfigError: With all its faults, or if there is no such file.
     """
-    if not Path(cfg_path).is_file():  # before LAVIS is imported, which takes seconds
-        raise ConfigError(f"no configuration file at {cfg_path}")
+    from lavis_chatbridge.config import find_yaml
+
+    find_yaml(cfg_path)  # before LAVIS is imported, which takes seconds
     from lavis_chatbridge.runners.config import load_config
 
     return load_config(cfg_path, options)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_chatbridge.config import find_yaml
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.files import read_json
 from lavis_chatbridge.launchers import share_of
@@ -88,8 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _from_configuration(args: argparse.Namespace, world_size: int) -> tuple[list[ShardSet], dict[str, dict[str, Any]]]:
     """The shards of a configuration's splits, and the sections that read them."""
-    if not Path(args.cfg_path).is_file():  # before LAVIS is imported, which takes seconds
-        raise ConfigError(f"no configuration file at {args.cfg_path}")
+    find_yaml(args.cfg_path)  # before LAVIS is imported, which takes seconds
     from lavis.common.registry import registry
 
     from lavis_chatbridge.datasets.builders import ChatBridgeBuilder, require_files

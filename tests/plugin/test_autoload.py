@@ -159,6 +159,7 @@ PROBES = {
         python_of(WITH_FAILURE), environment={"PYTHONPATH": "."}, files={"sitecustomize.py": FAILING_MODEL}
     ),
     "evaluate fault, wheel": Probe(["-m", "lavis.evaluate", "--cfg-path", "absent.yaml"], install="wheel"),
+    "shipped, wheel": Probe(["doctor", "--cfg-path", "align"], install="wheel", script="chatbridge"),
     "command, switched off": Probe(
         ["train", "--cfg-path", "absent.yaml"], install="wheel", script="chatbridge", environment=NO_AUTOLOAD
     ),
@@ -236,6 +237,10 @@ def test_a_failing_module_costs_its_own_classes_only(ran):
     result = ran("failing model")
     assert result.facts == {"zoo": None, "others": True, "runner": True}
     assert "does not know the classes of lavis_chatbridge.models.chatbridge: RuntimeError: a broken model" in result.err
+
+
+def test_the_wheel_has_the_shipped_configurations(ran):
+    assert "the embedded world will be built in output/world" in ran("shipped, wheel").out
 
 
 @pytest.mark.parametrize("name", ["evaluate fault, wheel", "command, switched off"])

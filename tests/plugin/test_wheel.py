@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -11,11 +12,12 @@ MOST_BYTES_OF_ASSETS = 12_000_000
 def test_wheel_holds_the_package_and_all_its_data(wheel_file: Path, repository: Path):
     with zipfile.ZipFile(wheel_file) as archive:
         names = set(archive.namelist())
-    package = repository / "lavis_chatbridge"
-    sources = {path.relative_to(repository).as_posix() for path in package.rglob("*") if path.is_file()}
+    walked = os.walk(repository / "lavis_chatbridge", followlinks=True)  # configs/projects is a link
+    sources = {Path(folder, name).relative_to(repository).as_posix() for folder, _, files in walked for name in files}
     expected = {name for name in sources if "__pycache__" not in name}
     held = {name for name in names if ".dist-info/" not in name}
     assert held == expected
+    assert "lavis_chatbridge/configs/projects/eval/okvqa.yaml" in held
 
 
 def test_wheel_names_the_door_and_the_command(wheel_file: Path):
