@@ -188,11 +188,12 @@ class TokenizerTemplate:
         counts: dict[Modality, int] = {}
         as_in_chat, blank = False, ""
         for number, (message, closing) in enumerate(zip(messages, behind, strict=True)):
-            text = self._content(message, number == 0)
+            text = self._content(message)
             if message.role == "user":
                 as_in_chat = closing.startswith(self._opening)
                 blank = closing[len(self._opening) :] if as_in_chat else ""
-                for piece in _user(message.media, text, counts, "", closing[: len(closing) - len(blank)]):
+                front = f"{self._system}\n\n" if self._system_is_user and number == 0 else ""
+                for piece in _user(message.media, text, counts, front, closing[: len(closing) - len(blank)]):
                     run.add(piece)
             else:
                 ends = bool(self._end) and closing.lstrip().startswith(self._end)
@@ -246,13 +247,12 @@ class TokenizerTemplate:
         except ConfigError:
             return False
 
-    def _content(self, message: Message, first: bool) -> str:
+    def _content(self, message: Message) -> str:
         """A message's text as the template renders it, without role markers."""
         text = message.text
         if message.role == "assistant" and self._forgets:
             text = text.rpartition("</think>")[2].lstrip("\n")
-        text = self._broken(text.strip() if self._trims[message.role] else text)
-        return f"{self._system}\n\n{text}" if first and self._system_is_user else text
+        return self._broken(text.strip() if self._trims[message.role] else text)
 
     def _broken(self, text: str) -> str:
         broken = break_up(text, self._markers)

@@ -7,26 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lavis_chatbridge.models.text import TextStream, text_of
 from lavis_chatbridge.models.tokenizer import load_codec
+from tests.models.folders import STYLES, write_folder
 
 
 class Bytes:
-    """A tokenizer of single bytes; a token from 256 on is the text it is given for."""
+    """A tokenizer of single bytes; a token from 256 on is the text, or the bytes, that it is given."""
 
     bos_id = eos_id = None
     pad_id = 0
     byte_ids: frozenset[int] = frozenset()
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str | bytes) -> None:
         self.words = words
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int], **ignored: Any) -> str:
-        parts = [bytes([i]) if i < 256 else self.words[i - 256].encode() for i in ids]
+        words = [word.encode() if isinstance(word, str) else word for word in self.words]
+        parts = [bytes([i]) if i < 256 else words[i - 256] for i in ids]
         return b"".join(parts).decode(errors="replace")
 
     def __len__(self) -> int:
@@ -88,3 +92,47 @@ def test_spaces_around_the_text_are_left_out_as_they_come():
     texts, _ = deltas(Bytes(), b"  a  b \n")
     assert "".join(texts) == "a  b"
     assert texts[:2] == ["", ""]
+
+
+def test_a_stop_text_within_the_fewest_tokens_does_not_count():
+    stream = TextStream(Bytes(), ["#"], least=3)
+    for token in b"a#b#c":
+        stream.push(token)
+    assert (stream.text, stream.stopped) == ("a#b", "#")
+
+
+TEXT = st.text(st.sampled_from("a é€🎈你好\N{ZERO WIDTH JOINER}👨👩 #\n"), max_size=12)
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXT, st.lists(st.integers(1, 5), min_size=1, max_size=40), st.binary(max_size=3))
+def test_streamed_text_is_that_of_all_ids_for_any_vocabulary_of_bytes(text: str, cuts: list[int], broken: bytes):
+    """Tokens that end one character and begin the next, and bytes that are no character."""
+    whole, tokens = broken + text.encode() + broken, []
+    while whole:
+        size = cuts[len(tokens) % len(cuts)]
+        tokens, whole = [*tokens, whole[:size]], whole[size:]
+    codec = Bytes(*tokens)
+    ids = [256 + i for i in range(len(tokens))]
+    texts, stream = deltas(codec, ids)
+    assert "".join(texts) == stream.text == codec.decode(ids).strip()
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_codec(write_folder(tmp_path_factory.mktemp("llama"), STYLES["phi3"]))
+
+
+def test_streamed_text_is_that_of_all_ids_with_byte_tokens(fallback: Any):
+    """A later byte can turn a whole run of byte tokens into replacement characters."""
+    letters = fallback.encode("a red car")
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.one_of(st.sampled_from(sorted(fallback.byte_ids)), st.sampled_from(letters)), max_size=24))
+    def check(ids: list[int]) -> None:
+        texts, stream = deltas(fallback, ids)
+        assert "".join(texts) == stream.text == fallback.decode(ids).strip()
+
+    check()
+    texts, _ = deltas(fallback, [*fallback.encode("a 🎈"), *letters])
+    assert sum(bool(text) for text in texts) > 3  # it does not wait for the end

@@ -1,0 +1,118 @@
+"""Tokenizers: the ids of the folder's own file, whatever class its configuration names; end, added and special tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import language_model
+from lavis_chatbridge.models.templates import load_template
+from lavis_chatbridge.models.tokenizer import load_codec
+from lavis_chatbridge.prompting import Message, Text
+from tests.models.folders import STYLES, write_folder
+
+TINY = Path(language_model.__file__).parent.parent / "assets" / "tiny" / "llm"
+TEXTS = (" and image: ", "  two  blanks ", "What is it?", "é 🎈\n\n", "x", "", ". And its background audio: ")
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "GPT2Tokenizer"])
+@pytest.mark.parametrize("style", ["qwen3", "llama3", "gemma", "phi3"])
+def test_ids_are_those_of_the_file_whatever_class_is_named(tmp_path: Path, style: str, name: str) -> None:
+    folder = write_folder(tmp_path, STYLES[style], tokenizer_class=name, legacy=False, add_prefix_space=True)
+    codec, own = load_codec(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in TEXTS:
+        ids = own.encode(text, add_special_tokens=False).ids
+        assert codec.encode(text) == codec.encode_marked(text) == ids
+        assert codec.decode(ids) == own.decode(ids)
+    assert len(codec) == own.get_vocab_size()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_special_tokens_in_text_are_text(tmp_path: Path, style: str) -> None:
+    codec = load_codec(write_folder(tmp_path, STYLES[style]))
+    assert codec.special == set(STYLES[style].special)
+    for token in STYLES[style].special:
+        (marked,) = codec.encode_marked(token)[-1:]
+        assert marked not in codec.encode(f"a {token} b")
+        assert codec.decode(codec.encode(f"a {token} b")).strip() == f"a {token} b"
+        assert codec.decode([marked]) == ""
+
+
+def test_bos_end_and_padding(tmp_path: Path) -> None:
+    qwen, llama = (load_codec(write_folder(tmp_path / name, STYLES[name])) for name in ("qwen3", "llama3"))
+    assert qwen.bos_id is None
+    assert qwen.pad_id == qwen.eos_id == qwen.encode_marked("<|im_end|>")[0]  # it names no padding token
+    assert [llama.bos_id] == llama.encode_marked("<|begin_of_text|>")
+    bare = write_folder(tmp_path / "bare", STYLES["llama3"])
+    (bare / "tokenizer_config.json").unlink()
+    (bare / "config.json").write_text(json.dumps({"bos_token_id": 7, "eos_token_id": [9, 8], "pad_token_id": None}))
+    codec = load_codec(bare)
+    assert (codec.bos_id, codec.eos_id, codec.pad_id) == (7, 9, 9)
+
+
+def test_the_originals_sentencepiece_file(golden_dir: Path) -> None:
+    codec = load_codec(golden_dir / "tokenizer")
+    assert (codec.bos_id, codec.eos_id, codec.pad_id, len(codec)) == (1, 2, 2, 640)
+    for typed in ("</s>", "<s>", "a </s> b"):
+        assert not {1, 2} & set(codec.encode(typed))
+        assert codec.decode(codec.encode(typed)) == typed
+    assert codec.decode([1, *codec.encode("a dog"), 2, 700]) == "a dog"
+    assert codec.encode_marked("a</s>")[-1] == 2
+
+
+def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: Path, tmp_path: Path) -> None:
+    """As in chat models that grew out of LLaMA: tokens behind its vocabulary, one of them the end."""
+    shutil.copy(golden_dir / "tokenizer" / "tokenizer.model", tmp_path)
+    added = {"640": {"content": "<|end|>", "special": True}, "641": {"content": "<obj>", "special": False}}
+    config = {
+        "eos_token": "<|end|>",
+        "added_tokens_decoder": added,
+        "chat_template": "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    codec = load_codec(tmp_path)
+    assert (codec.bos_id, codec.eos_id, len(codec)) == (1, 640, 642)
+    assert codec.encode("a<obj>")[-1] == 641
+    assert codec.decode([*codec.encode("a dog"), 641, 640, *codec.encode("b")]) == "a dog<obj>b"
+    assert 640 not in codec.encode("a<|end|>")
+    template = load_template("tokenizer", codec)
+    assert template.end_ids == {640}
+    pieces = template.prompt([Message("user", "a<|end|>"), Message("assistant", "b")])
+    assert [p.ids[-1] for p in pieces if isinstance(p, Text) and p.target and p.ids] == [640]
+
+
+def test_added_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
+    size = Tokenizer.from_file(str(write_folder(tmp_path, STYLES["smollm2"]) / "tokenizer.json")).get_vocab_size()
+    added = {str(size): {"content": "<|eot|>", "special": True, "normalized": False}}
+    codec = load_codec(write_folder(tmp_path, STYLES["smollm2"], added_tokens_decoder=added, eos_token="<|eot|>"))
+    assert (codec.eos_id, len(codec)) == (size, size + 1)
+    assert codec.encode_marked("a<|eot|>")[-1] == size
+
+
+def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path) -> None:
+    for codec in (load_codec(golden_dir / "tokenizer"), load_codec(TINY)):
+        assert codec.encode("a\ud800b") == codec.encode("a\N{REPLACEMENT CHARACTER}b")
+        assert codec.encode("a\ud83d\ude00") == codec.encode("a\N{GRINNING FACE}")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": "{}"}, r"holds no tokenizer \(tokenizer.json or tokenizer.model\)"),
+        ({"tokenizer.json": "{"}, "no tokenizer can be read from"),
+        ({"tokenizer.model": "x", "tokenizer_config.json": "{}"}, "no tokenizer can be read from"),
+    ],
+)
+def test_folders_that_cannot_be_read(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_codec(tmp_path)
+    assert "\n" not in str(caught.value)
