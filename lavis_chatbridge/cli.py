@@ -38,6 +38,7 @@ COMMANDS = (
     Command("compare", "lavis_chatbridge.plugin.compare", "Compare two evaluations sample by sample."),
     Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
     Command("weights", "lavis_chatbridge.models.weights", "List, download and convert weights."),
+    Command("export-llm", "lavis_chatbridge.plugin.export_llm", "Write the language model with LoRA merged."),
     Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),
     Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),
     Command("cache-features", "lavis_chatbridge.plugin.cache_features", "Store the frozen encoders' outputs."),

@@ -1,13 +1,13 @@
-"""LoRA on the language model (Hu et al. 2021, arXiv 2106.09685): small matrices beside frozen ones, by peft.
+"""LoRA on the language model (Hu et al. 2021, arXiv 2106.09685) by peft: small trained matrices beside frozen ones.
 
-Adapters are put into the language model in place, so that it stays the class that it was. They train beside the bridge
-and are kept where the bridge is. All but `inject` know peft's layers by their attributes and need no peft.
+Adapters are put into the language model in place, so that it keeps its class; a checkpoint holds them beside the
+bridge. Only :func:`inject` and :func:`merge` need peft.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from lavis_chatbridge.models.settings import LoraSettings
 
 _ADAPTER = "default"
 _A, _BASE = ".lora_A.", ".base_layer."
-_MARK = ".lora_"
 
 
 def check_available() -> None:
@@ -31,20 +30,29 @@ def check_available() -> None:
 
 
 def inject(model: nn.Module, settings: LoraSettings) -> None:
-    """Put fresh adapters, which change nothing yet, into a frozen language model; they alone are trainable, in fp32.
+    """Put new adapters, which change nothing yet, into a frozen language model; only they are trainable, in fp32.
 
     Raises:
         MissingExtraError: If peft is not installed.
-        ConfigError: If the model has no layer of these names.
+        ConfigError: If a target is missing, or no linear layer.
     """
     check_available()
     from peft import LoraConfig, inject_adapter_in_model
 
+    targets = list(settings.target_modules)
+    listed = ", ".join(
+        sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    )
+    if wrong := {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Embedding)} & {*targets}:
+        raise ConfigError(
+            f"model.language_model.lora.target_modules names {sorted(wrong)[0]}, an embedding; linear "
+            f"layers are {listed}"
+        )
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=targets,
         bias="none",
     )
     try:
@@ -52,14 +60,35 @@ def inject(model: nn.Module, settings: LoraSettings) -> None:
     except ValueError as error:
         cause = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.language_model.lora.target_modules {list(settings.target_modules)} do not fit this language model "
-            f"({cause}); its linear layers are named {', '.join(_linear_names(model))}"
+            f"model.language_model.lora.target_modules {targets} do not fit this language model ({cause}); its linear "
+            f"layers are named {listed}"
         ) from error
     thaw(model)
 
 
+def merge(model: nn.Module) -> None:
+    """Add all adapters to the weights that they adapt; the model is then a plain one of transformers.
+
+    Raises:
+        ConfigError: If the layers are quantised.
+    """
+    for name, layer in list(_layers(model)):
+        base = layer.get_base_layer()
+        if type(base) is not nn.Linear:
+            raise ConfigError(
+                f"{name} is quantised ({type(base).__name__}): set model.language_model.quantization to null to merge"
+            )
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        if base.weight is embeddings.weight:  # tied: the token embeddings stay as they are
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        layer.merge(safe_merge=True)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, base)
+
+
 def thaw(model: nn.Module) -> None:
-    """Let the adapters, and nothing else that was frozen, be trained; in fp32, as all that is trained."""
+    """Make the adapters trainable, in fp32; the rest stays frozen."""
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
@@ -67,24 +96,24 @@ def thaw(model: nn.Module) -> None:
 
 
 def set_training(model: nn.Module, mode: bool) -> None:
-    """Switch the adapters' dropout; the model around them stays as it is."""
-    for layer in _layers(model):
+    """Switch the adapters' dropout; the model around them keeps its mode."""
+    for _, layer in _layers(model):
         layer.lora_dropout.train(mode)
 
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
-    return _MARK in name
+    return ".lora_" in name
 
 
 def without_base(name: str) -> str:
-    """A frozen weight's name as it is without an adapter around it."""
+    """A frozen weight's name without the adapter around it."""
     return name.replace(_BASE, ".")
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """Rank, alpha and targets of a model's adapters, or none without adapters."""
-    layers = list(_named_layers(model))
+    """Rank, alpha and targets of a model's adapters, or None without adapters."""
+    layers = list(_layers(model))
     if not layers:
         return None
     return {
@@ -95,7 +124,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Rank and targets of the adapters among a checkpoint's tensors, or none; the alpha is in no tensor."""
+    """Rank and targets of the adapters among a checkpoint's tensors, or None; no tensor holds the alpha."""
     ranks = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items() if _A in name}
     if not ranks:
         return None
@@ -106,12 +135,12 @@ def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 def misfit(
     found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, fresh_is_fine: bool = False
 ) -> str | None:
-    """Why adapters of a checkpoint cannot go into a model's, and how to mend it; none if they can.
+    """Why a checkpoint's adapters do not fit a model, and how to mend it; None if they do.
 
     Args:
-        found: Of the checkpoint, by `describe` or `described_by`.
-        expected: Of the model.
-        fresh_is_fine: A checkpoint without adapters may go into a model with fresh ones.
+        found: The checkpoint's, by `describe` or `described_by`.
+        expected: The model's.
+        fresh_is_fine: Accept a checkpoint without adapters for a model with new ones.
     """
     if found is None and (expected is None or fresh_is_fine):
         return None
@@ -121,32 +150,21 @@ def misfit(
         return (
             f"it has LoRA adapters of {_words(found)}, but the model has none: set model.language_model.lora to these"
         )
-    different = [key for key in found if key in expected and found[key] != expected[key]]
-    if not different:
+    if all(found[key] == expected[key] for key in found if key in expected):
         return None
     return (
-        f"its LoRA adapters are of {_words(found)}, the model's of {_words(expected)}: make model.language_model.lora "
-        "agree"
+        f"its LoRA adapters are of {_words(found)}, the model's of {_words(expected)}: change model.language_model.lora"
     )
 
 
-def _named_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield name, module
 
 
-def _layers(model: nn.Module) -> Iterable[Any]:
-    return (layer for _, layer in _named_layers(model))
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return sorted(found)
-
-
 def _words(description: Mapping[str, Any]) -> str:
-    """Of a model's, or of a file's, which may hold anything."""
+    """A description in words; a file's values may be of any type."""
     alpha, targets = description.get("alpha"), description["target_modules"]
     scale = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, (int, float)) else f", alpha {alpha!r}"
     listed = ", ".join(map(str, targets)) if isinstance(targets, (list, tuple)) else repr(targets)

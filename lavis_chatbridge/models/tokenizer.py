@@ -36,6 +36,8 @@ class Codec(Protocol):
     """Further added tokens; :meth:`encode` reads them as tokens."""
     chat_template: str
     """The tokenizer's own chat template, empty without one."""
+    folder: Path
+    """Where its files are."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, encoded on its own; a special token that somebody typed is plain text."""
@@ -110,7 +112,7 @@ class _Base:
 
     def __init__(self, folder: _Folder) -> None:
         self._folder = folder
-        self.chat_template = folder.template or ""
+        self.folder, self.chat_template = folder.path, folder.template or ""
         self.bos_id, self.eos_id, pad = (self._id_of(name) for name in ("bos_token", "eos_token", "pad_token"))
         self.pad_id: int = next(i for i in (pad, self.eos_id, 0) if i is not None)
 

@@ -16,6 +16,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraEr
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
+from lavis_chatbridge.plugin.export_llm import export
 from tests.models.building import small_model, small_settings
 
 LLAMA_13B = {
@@ -151,3 +152,45 @@ def test_random_weights_are_not_quantised() -> None:
     values = {"config": {}, "tokenizer": "t", "quantization": "8bit"}
     with pytest.raises(ConfigError, match="quantization is 8bit, but weights is null"):
         settings_reader.parse(LanguageModelSettings, values, "language_model")
+
+
+def test_an_embedding_is_no_target(golden_dir: Path) -> None:
+    own = with_lora(golden_dir / "tokenizer", target_modules=("q_proj", "embed_tokens"))
+    with pytest.raises(ConfigError, match=r"names embed_tokens, an embedding; linear layers are down_proj, .*q_proj"):
+        language_model.load_language_model(own)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_merged_language_model_has_the_logits_of_the_adapted_one(
+    golden_dir: Path, tmp_path: Path, tied: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    own = with_lora(golden_dir / "tokenizer", target_modules=("q_proj", "down_proj", "lm_head"))
+    own = own.model_copy(update={"config": {**(own.config or {}), "tie_word_embeddings": tied}})
+    model = small_model(golden_dir / "tokenizer", language_model=own)
+    for name, parameter in model.llama_model.named_parameters():
+        if lora.is_adapter(name):
+            torch.nn.init.normal_(parameter, std=0.2)
+    plain = small_model(golden_dir / "tokenizer", language_model=own)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(plain), atol=0.1)
+    embeddings = model.llama_model.get_input_embeddings().weight.clone()
+    export(model, tmp_path / "out")
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(found.get_input_embeddings().weight, embeddings)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        torch.testing.assert_close(found(inputs_embeds=torch.randn(1, 6, 32)).logits, expected, atol=1e-5, rtol=0)
+    assert (tmp_path / "out" / "tokenizer.model").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    again = language_model.load_language_model(LanguageModelSettings(weights=str(tmp_path / "out")))
+    assert again[1].encode("a dog") == model.llama_tokenizer.encode("a dog")
+
+
+def test_the_export_command(tmp_path: Path) -> None:
+    from lavis_chatbridge.cli import main
+
+    assert main(["export-llm", str(tmp_path / "llm")]) == 0
+    assert (tmp_path / "llm" / "model.safetensors").is_file()
+    assert main(["export-llm", str(tmp_path / "llm")]) == 2

@@ -1,4 +1,4 @@
-"""Tokenizers: the ids of the folder's own file, whatever class its configuration names; end, added and special tokens."""
+"""Tokenizers: the ids of the folder's own file whatever class its configuration names; end and special tokens."""
 
 from __future__ import annotations
 

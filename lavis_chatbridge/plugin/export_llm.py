@@ -1,0 +1,76 @@
+"""``chatbridge export-llm``: the language model, LoRA merged, as a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lavis_chatbridge.errors import ConfigError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def command(
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    model: Annotated[str, typer.Option(help="tiny, vicuna7b, vicuna13b, ... or a YAML.")] = "tiny",
+    options: Annotated[
+        list[str] | None, typer.Option("--options", help="Override the YAML: model.checkpoint=FILE.")
+    ] = None,
+) -> None:
+    """Write the language model in Hugging Face's layout, with LoRA adapters merged into its weights.
+
+    Raises:
+        ConfigError: If the folder exists, or the language model is quantised or remote.
+        CheckpointError: If a weight file is missing or does not fit.
+    """
+    from lavis_chatbridge.chat.loading import load_model
+
+    if out.exists():
+        raise ConfigError(f"{out} exists: name a new folder")
+    built, _ = load_model(model, options or (), "cpu")
+    export(built, out)
+    typer.echo(
+        f"{out}: AutoModelForCausalLM.from_pretrained loads it; vllm serve {out} --enable-prompt-embeds serves it"
+    )
+
+
+def export(model: Any, out: Path) -> None:
+    """Write a ChatBridge's language model and tokenizer; its adapters are merged in place.
+
+    Args:
+        model: The model.
+        out: The new folder, which appears complete or not at all.
+
+    Raises:
+        ConfigError: If its layers are quantised or on a server.
+    """
+    from lavis_chatbridge.models import lora
+
+    llm, settings = model.llama_model, model.settings.language_model
+    if not hasattr(llm, "save_pretrained") or settings.quantization is not None:
+        raise ConfigError("a quantised or remote language model is not exported: set quantization and engine to null")
+    lora.merge(llm)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        target = Path(folder) / out.name
+        llm.generation_config.eos_token_id = sorted(model.template.end_ids) or None
+        llm.save_pretrained(target)
+        for name in _TOKENIZER_FILES:
+            if (model.llama_tokenizer.folder / name).is_file():
+                shutil.copy(model.llama_tokenizer.folder / name, target)
+        os.replace(target, out)

@@ -1,0 +1,320 @@
+"""Language models of many families through every stage, and one line of refusal for those that cannot be driven.
+
+The table in docs/weights.md is what these tests measure; ``UPDATE_DOCS=1`` writes it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.models.decoding import Decoder, Generation, beam_search
+from lavis_chatbridge.models.families import check_family, embedding_scale, positions_of, switch_of
+from lavis_chatbridge.models.kept import Element, Prefix
+from lavis_chatbridge.models.losses import losses_at
+from lavis_chatbridge.models.ranking import candidate_scores
+from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.text import TextStream
+
+GUIDE = Path(__file__).parents[2] / "docs" / "weights.md"
+BEGIN, END = "<!-- families: begin (tests/models/test_families.py) -->", "<!-- families: end -->"
+COLUMNS = ("loss", "gradient", "batch = single", "beams", "ranking", "chat", "chat, kept keys")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SUPPORTED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "mixtral": {"num_local_experts": 2},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 6},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    "phi": {},
+    "phi3": {"sliding_window": None},
+    "smollm3": {},
+    "olmo2": {},
+    "granite": {},
+    "cohere2": {},
+    "glm4": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "gpt_neox": {},
+    "gpt2": GPT,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},
+}
+REFUSED = ("mamba", "rwkv", "falcon_h1")
+
+
+def tiny(model_type: str, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **more})
+    model: Any = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.embedding_scale = embedding_scale(model)
+    return model
+
+
+class Letters:
+    """A tokenizer whose text is the ids, a word each."""
+
+    bos_id, eos_id, pad_id = 1, 2, 0
+    byte_ids: frozenset[int] = frozenset()
+
+    def decode(self, ids: Any) -> str:
+        return "".join(f"<{i}>" for i in ids)
+
+
+def prompt(*lengths: int, seed: int = 0) -> tuple[list[Element], dict[str, torch.Tensor]]:
+    """Text, a medium of three soft tokens, text."""
+    chance = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 97, (length,), generator=chance).tolist() for length in lengths]
+    elements: list[Element] = [*ids[0], *((f"m{seed}", i) for i in range(3)), *ids[1]]
+    return elements, {f"m{seed}": torch.randn(3, 32, generator=chance) * 0.2}
+
+
+def reply(elements: list[Element], media: Any, prefix: Prefix | None = None, tokens: int = 6, **how: Any) -> Generation:
+    sampling = Sampling(max_new_tokens=tokens, **how)
+    codec: Any = Letters()
+    return Generation(elements, media, prefix, TextStream(codec), frozenset((2,)), sampling)
+
+
+def answers(model: Any, replies: list[Generation]) -> list[list[int]]:
+    decoder = Decoder(model)
+    decoder.add_all(replies)
+    while len(decoder):
+        decoder.step()
+    return [one.ids for one in replies]
+
+
+PROMPTS = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]
+
+
+def stages(model: Any) -> dict[str, bool]:
+    """What works, by the table's columns."""
+    table = model.get_input_embeddings()
+    embeds = reply(*PROMPTS[1]).embeds(0, table, model.embedding_scale)[None].requires_grad_()
+    rows, columns, targets = torch.tensor([0, 0]), torch.tensor([9, 13]), torch.tensor([5, 40])
+    loss = losses_at(model, rows, columns, targets, inputs_embeds=embeds)
+    logits = model(inputs_embeds=embeds).logits[0, columns].float()
+    expected = -logits.log_softmax(-1)[[0, 1], targets]
+    (slope,) = torch.autograd.grad(loss.sum(), embeds)
+    (whole,) = torch.autograd.grad(expected.sum(), embeds)
+    alone = [answers(model, [reply(*one)])[0] for one in PROMPTS]
+    with torch.no_grad():
+        return {
+            "loss": torch.allclose(loss, expected, atol=1e-4),
+            "gradient": torch.allclose(slope, whole, atol=1e-4) and bool(slope.abs().sum() > 0),
+            "batch = single": answers(model, [reply(*one) for one in PROMPTS]) == alone,
+            "beams": beams_agree(model),
+            "ranking": ranking_agrees(model),
+            "chat": joined_late(model) == alone,
+            "chat, kept keys": kept_agrees(model),
+        }
+
+
+def padded(model: Any, parts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [reply(*one).embeds(0, model.get_input_embeddings(), model.embedding_scale) for one in parts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, True, padding_side="left"), pad(
+        [torch.ones(len(r)).long() for r in rows], True, padding_side="left"
+    )
+
+
+def beams_agree(model: Any) -> bool:
+    codec: Any = Letters()
+    sampling = Sampling(max_new_tokens=4, num_beams=3)
+    together = beam_search(model, codec, *padded(model, PROMPTS), sampling, [()] * 3, frozenset((2,)))
+    found = [beam_search(model, codec, *padded(model, [p]), sampling, [()], frozenset((2,)))[0] for p in PROMPTS]
+    return all(one.tolist() == row.tolist()[: len(one)] for one, row in zip(found, together, strict=True))
+
+
+def ranking_agrees(model: Any) -> bool:
+    embeds, mask = padded(model, PROMPTS)
+    candidates = [[5, 6, 7], [9], [11, 12]]
+    scores = candidate_scores(model, embeds, mask, candidates, 3, 4)
+    for row, one in zip(scores, PROMPTS, strict=True):
+        own, _ = padded(model, [one])
+        for score, ids in zip(row, candidates, strict=True):
+            whole = torch.cat([own, model.get_input_embeddings()(torch.tensor([ids]))], 1)
+            values = model(inputs_embeds=whole).logits[0, own.shape[1] - 1 : -1].float().log_softmax(-1)
+            if abs(float(values[range(len(ids)), ids].sum() - score)) > 1e-3:
+                return False
+    return True
+
+
+def joined_late(model: Any) -> list[list[int]]:
+    """Replies that join while others are under way."""
+    decoder, replies = Decoder(model), [reply(*one) for one in PROMPTS]
+    for one in replies:
+        decoder.add(one)
+        decoder.step()
+    while len(decoder):
+        decoder.step()
+    return [one.ids for one in replies]
+
+
+def kept_agrees(model: Any) -> bool:
+    """A second question whose beginning was read before."""
+    prefix = Prefix()
+    elements, media = PROMPTS[1]
+    first = answers(model, [reply(elements, media, prefix)])[0]
+    longer = [*elements, *first, 44, 45]
+    again = reply(longer, media, prefix)
+    return answers(model, [again]) == answers(model, [reply(longer, media)])
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, bool]]:
+    return {name: stages(tiny(name, **more)) for name, more in SUPPORTED.items()}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_supported_family_passes_every_stage(measured: dict[str, dict[str, bool]], name: str) -> None:
+    check_family(tiny(name, **SUPPORTED[name]))
+    assert measured[name] == dict.fromkeys(COLUMNS, True)
+
+
+def test_the_table_in_the_guide_is_what_was_measured(measured: dict[str, dict[str, bool]]) -> None:
+    head = f"| family (`model_type`) | {' | '.join(COLUMNS)} |"
+    rows = [
+        f"| {name} | {' | '.join('yes' if found[c] else 'no' for c in COLUMNS)} |" for name, found in measured.items()
+    ]
+    table = "\n".join([head, "|---" * (len(COLUMNS) + 1) + "|", *rows])
+    before, rest = GUIDE.read_text(encoding="utf-8").split(BEGIN)
+    stood, after = rest.split(END)
+    if os.environ.get("UPDATE_DOCS"):
+        GUIDE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    else:
+        assert stood.strip() == table, "run UPDATE_DOCS=1 pytest tests/models/test_families.py"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_families_are_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"family '{name}' are not supported .*docs/weights.md") as caught:
+        check_family(tiny(name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text", "llama"])
+def test_the_first_block_reads_the_same_soft_tokens_under_every_version(name: str) -> None:
+    """Gemma's factor sqrt(width) is in the model's forward pass in some versions, in its embedding layer in others."""
+    model = tiny(name, **SUPPORTED[name])
+    seen: list[torch.Tensor] = []
+
+    def note(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(inputs[0] if inputs else named["hidden_states"])
+
+    handle = model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    elements, media = PROMPTS[0]
+    answers(model, [reply(elements, media, tokens=1)])
+    handle.remove()
+    torch.testing.assert_close(seen[0][0, 2:5], media["m1"], atol=1e-5, rtol=1e-4)
+    scale = 32**0.5 if name.startswith("gemma") else 1.0
+    words = model.get_input_embeddings().weight[[e for e in elements if isinstance(e, int)]] * scale
+    torch.testing.assert_close(seen[0][0][[0, 1, 5, 6, 7]], words, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "positions", "switch"),
+    [
+        ({"max_position_embeddings": 100}, 100, None),
+        ({"max_position_embeddings": 100, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 400, None),
+        ({"max_position_embeddings": 100, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 200, 100),
+        (  # as the card of Qwen2.5 says
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+            None,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+            None,
+        ),
+        (
+            {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            131072,
+            None,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]},
+            },
+            131072,
+            4096,
+        ),
+        ({"n_positions": 64}, 64, None),
+        ({}, float("inf"), None),
+    ],
+)
+def test_positions(values: dict[str, Any], positions: float, switch: float | None) -> None:
+    config = SimpleNamespace(**values)
+    assert positions_of(config) == positions
+    assert switch_of(config) == (switch or float("inf"))
+
+
+@pytest.fixture(scope="module")
+def longrope() -> Any:
+    """A Phi-3 whose rotary factors change behind 16 positions."""
+    rope = {"type": "longrope", "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    return tiny(
+        "phi3", sliding_window=None, original_max_position_embeddings=16, rope_scaling=rope, max_position_embeddings=64
+    )
+
+
+def by_rereading(model: Any, elements: list[Element], media: Any, tokens: int) -> list[int]:
+    """Greedy ids, each from a pass over everything before it."""
+    table, ids = model.get_input_embeddings(), list[int]()
+    for _ in range(tokens):
+        whole = reply([*elements, *ids], media).embeds(0, table, model.embedding_scale)[None]
+        ids.append(int(model(inputs_embeds=whole).logits[0, -1].argmax()))
+        if ids[-1] == 2:
+            break
+    return ids
+
+
+@torch.no_grad()
+def test_replies_across_the_switch_of_rotary_factors(longrope: Any) -> None:
+    """They depend neither on their neighbours in the batch nor on kept keys."""
+    assert switch_of(longrope.config) == 16
+    lengths = [(2, 3), (5, 6), (9, 9)]  # far below the switch, up to it, beyond it
+    prompts = [prompt(*length, seed=i) for i, length in enumerate(lengths)]
+    expected = [by_rereading(longrope, *one, 6) for one in prompts]
+    assert answers(longrope, [reply(*one) for one in prompts]) == expected
+    prefix = Prefix()
+    elements, media = prompts[1]
+    first = answers(longrope, [reply(elements, media, prefix)])[0]
+    for longer in ([*elements, *first, 44], [*elements[:9], 8], [*elements, *first, 44, 3]):
+        again = reply(longer, media, prefix)
+        assert answers(longrope, [again])[0] == by_rereading(longrope, longer, media, 6)
