@@ -63,23 +63,23 @@ def encode_clips(
     Raises:
         ConfigError: If clips have different mel bins, or do not fit the encoder.
     """
-    patch = encoder.patch
+    patch, axis = encoder.patch, encoder.time_axis
     clips, lengths = [], []
     for medium in media:
         clip, frames = (medium.fbank, medium.frames) if isinstance(medium, AudioClips) else (medium, None)
-        complete = clip.shape[1] // patch * patch
+        complete = clip.shape[axis] // patch * patch
         known = frames is not None and mask_padding
-        clips.append(clip if known else clip[:, :complete])
+        clips.append(clip if known else clip.narrow(axis, 0, complete))
         lengths.append(frames if known else torch.full((len(clip),), complete))
-    if len({clip.shape[2:] for clip in clips}) > 1:
-        raise ConfigError(f"sounds of one batch have different mel bins: {sorted({c.shape[2] for c in clips})}")
-    longest = -(-max(clip.shape[1] for clip in clips) // patch) * patch
-    beside = (0, 0) * (clips[0].dim() - 2)
-    padded = [functional.pad(clip, (*beside, 0, longest - clip.shape[1])) for clip in clips]
+    if len(others := {(*clip.shape[1:axis], *clip.shape[axis + 1 :]) for clip in clips}) > 1:
+        raise ConfigError(f"sounds of one batch have different mel bins: {sorted(others)}")
+    longest = -(-max(clip.shape[axis] for clip in clips) // patch) * patch
+    behind = (0, 0) * (clips[0].dim() - 1 - axis)
+    padded = [functional.pad(clip, (*behind, 0, longest - clip.shape[axis])) for clip in clips]
     frames = torch.cat([torch.as_tensor(length) for length in lengths])
     tokens, mask = _encoded(encoder, norm, padded, None if bool((frames >= longest).all()) else frames, chunk)
     counts = [len(clip) for clip in clips]
-    own = [-(-(-(-clip.shape[1] // patch) * patch * tokens.shape[1]) // longest) for clip in clips]
+    own = [-(-(-(-clip.shape[axis] // patch) * patch * tokens.shape[1]) // longest) for clip in clips]
     each = zip(tokens.split(counts), mask.split(counts), own, strict=True)
     return [EncodedMedium(t[:, :n], m[:, :n]) for t, m, n in each]
 

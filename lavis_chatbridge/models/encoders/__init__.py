@@ -50,9 +50,10 @@ class VisionEncoder(Encoder, Protocol):
 
 
 class AudioEncoder(Encoder, Protocol):
-    """An encoder of clips; clips are padded to multiples of ``patch`` steps in time."""
+    """An encoder of clips, whose dimension ``time_axis`` is padded to multiples of ``patch`` steps."""
 
     patch: int
+    time_axis: int
 
 
 Build = Callable[[Any], nn.Module]

@@ -73,6 +73,7 @@ class Beats(nn.Module):
         self.config = config
         self.width = config.encoder_embed_dim
         self.patch = patch = config.input_patch_size
+        self.time_axis = 1
         self.description = repr(config)
         self.patch_embedding = nn.Conv2d(1, config.embed_dim, patch, stride=patch, bias=config.conv_bias)
         self.layer_norm = nn.LayerNorm(config.embed_dim)

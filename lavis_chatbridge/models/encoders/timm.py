@@ -33,7 +33,7 @@ class TimmVision(nn.Module):
         self.width: int = model.num_features
         if self.layer != -1:
             self.width = model.feature_info[self.layer]["num_chs"]
-        self.frame_shape = timm.data.resolve_model_data_config(model)["input_size"]
+        self.frame_shape = tuple(timm.data.resolve_model_data_config(model)["input_size"])
         architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
         self.description = f"timm {architecture}, layer {self.layer}, {self.class_token}, pool {self.pool}"
 

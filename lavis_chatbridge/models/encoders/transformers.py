@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 _UNSTABLE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "_attn_implementation")
 """Keys of a configuration that do not affect the output."""
 
+_NOT_USED = ("pooler.dense.weight", "pooler.dense.bias", "masked_spec_embed")
+"""Parameters that published encoders may lack, and that ``last_hidden_state`` does not depend on."""
+
 
 class TransformersVision(nn.Module):
     """A vision tower.
@@ -76,6 +79,7 @@ class TransformersAudio(nn.Module):
         self.model = model
         self.layer, self.class_token, self.pool = settings.layer, settings.class_token, settings.pool
         self.width: int = getattr(model.config, "hidden_size", 0) or model.config.d_model
+        self.time_axis = 2 if model.config.model_type.startswith(("whisper", "clap")) else 1
         self.description = _description(model, settings)
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,7 +133,7 @@ def build_vision(settings: VisionSettings) -> TransformersVision:
         ConfigError: If no architecture is given.
         CheckpointError: If the weights are missing, or are no model that transformers can build.
     """
-    model, folder = _loaded(settings, "model.vision", "vision_config")
+    model, folder = _loaded(settings, "model.vision", "vision")
     size = model.config.image_size if hasattr(model.config, "image_size") else settings.image_size
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         size = hub.image_size(hub.read_config(folder, "preprocessor_config.json")) or size
@@ -138,46 +142,44 @@ def build_vision(settings: VisionSettings) -> TransformersVision:
 
 def build_audio(settings: AudioSettings) -> TransformersAudio:
     """The audio encoder of a folder (of CLAP its audio tower, of Whisper its encoder); raises as `build_vision`."""
-    model, _ = _loaded(settings, "model.audio", "audio_config")
+    model, _ = _loaded(settings, "model.audio", "audio")
+    if model.config.model_type.startswith("clap") and settings.layer != -1:
+        raise ConfigError(
+            "model.audio.layer: only -1 works for CLAP, whose stages differ in width"
+        )
     return TransformersAudio(model.encoder if model.config.model_type == "whisper" else model, settings)
 
 
 def _loaded(settings: EncoderSettings, where: str, tower: str) -> tuple[Any, Path | None]:
-    from transformers import AutoConfig
+    """The encoder and the folder of its weights; ``tower`` is its part of a model with text too."""
+    from transformers import MODEL_MAPPING, AutoConfig
 
     dtype = torch_dtype(settings.dtype)
     sizes = getattr(settings, "config", None)
-    if settings.weights is None:
-        if not isinstance(sizes, dict) or "model_type" not in sizes:
-            raise ConfigError(f"{where}: weights is null, so config must give model_type and sizes")
-        given = dict(sizes)
-        config = AutoConfig.for_model(given.pop("model_type"), **given)
-        config = getattr(config, tower, config)
-        return _class_of(config)._from_config(config).to(dtype), None
-    folder = hub.find(settings.weights, f"{where}.weights")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{where}.weights: {folder} is no folder with config.json, which encoder transformers needs"
-        )
+    if settings.weights is None and not (isinstance(sizes, dict) and "model_type" in sizes):
+        raise ConfigError(f"{where}: weights is null, so config must give model_type and sizes")
+    folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights")
+    if folder is not None and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{where}.weights: {folder} is no folder with config.json, as encoder transformers needs")
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        config = getattr(config, tower, config)
-        model, info = _class_of(config).from_pretrained(
-            str(folder), config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers passes on whatever its readers raise
+        given = dict(sizes or {}) if folder is None else hub.read_config(folder)
+        config = AutoConfig.for_model(given.pop("model_type"), **given)
+        alone = getattr(config, f"{tower}_config", config)
+        config = alone if type(alone) in MODEL_MAPPING else config
+        built: Any = MODEL_MAPPING[type(config)]
+        if folder is None:
+            model, missing = built._from_config(config).to(dtype), []
+        else:
+            model, info = built.from_pretrained(
+                str(folder), config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+            missing = [name for name in info["missing_keys"] if not name.endswith(_NOT_USED)]
+    except Exception as error:  # transformers passes on any error of its configurations and readers
         cause = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{where}: no encoder can be read from {folder}: {cause}") from error
-    missing = [name for name in info["missing_keys"] if "pooler" not in name and "masked_spec_embed" not in name]
+        raise CheckpointError(f"{where}: no encoder can be built from {folder or 'config'}: {cause}") from error
     if missing:
         raise CheckpointError(f"{where}: {folder} lacks {len(missing)} tensors, {missing[0]} for one")
-    return model, folder
-
-
-def _class_of(config: Any) -> Any:
-    from transformers import MODEL_MAPPING
-
-    return MODEL_MAPPING[type(config)]
+    return getattr(model, f"{tower}_model", model), folder
 
 
 def _run(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:

@@ -1,0 +1,184 @@
+"""Every supported architecture inside a bridge: it loads, trains, is cached and hashed; its options; refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lavis_chatbridge.config import parse
+from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.models import encoders
+from lavis_chatbridge.models.settings import AudioSettings, VisionSettings
+from lavis_chatbridge.prompting import alignment_prompt
+from tests.models.building import small_model
+from tests.models.encoders import architectures
+
+ALL = [("vision", name) for name in architectures.VISION] + [("audio", name) for name in architectures.AUDIO]
+
+
+def extracted(folder: Path, seconds: float = 2.0) -> AudioClips:
+    """Two clips of noise, the second half silent, as the folder's extractor gives them."""
+    from transformers import AutoFeatureExtractor
+
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    noise = np.random.default_rng(0).standard_normal((2, int(16_000 * seconds))).astype(np.float32)
+    features = next(iter(extractor(list(noise), sampling_rate=16_000, return_tensors="pt").values()))
+    steps = features.shape[-1] if features.dim() != 4 else features.shape[2]
+    return AudioClips(features, torch.tensor([steps, steps // 2]))
+
+
+def bridge(modality: str, name: str, folder: Path, tokenizer: Path, seed: int = 0) -> Any:
+    settings = getattr(architectures, modality)(name, folder, seed)
+    return small_model(tokenizer, **{modality: settings})
+
+
+def batch(modality: str, model: Any, folder: Path) -> tuple[str, dict[str, Any]]:
+    kind = "image" if modality == "vision" else "audio"
+    generator = torch.Generator().manual_seed(0)
+    medium: Any = torch.randn(model.visual_encoder.frame_shape, generator=generator)
+    if modality == "audio":
+        medium = extracted(folder)
+    pieces = alignment_prompt([kind], "a red dog")  # type: ignore[list-item]
+    return kind, {kind: [[medium], [medium]], "pieces": [pieces, pieces]}
+
+
+@pytest.mark.parametrize(("modality", "name"), ALL)
+def test_a_bridge_with_each_architecture(modality: str, name: str, tmp_path: Path, golden_dir: Path) -> None:
+    """One row of the table in docs/weights.md."""
+    tokenizer = golden_dir / "tokenizer"
+    model = bridge(modality, name, tmp_path / "a", tokenizer)
+    kind, samples = batch(modality, model, tmp_path / "a")
+    encoder = model.visual_encoder if modality == "vision" else model.audio_encoder
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+    first = model(samples)["loss"].item()
+    media = {kind: [model.encode_media(kind, of_sample) for of_sample in samples[kind]]}
+    assert model({**samples, **media})["loss"].item() == pytest.approx(first, abs=1e-5)  # from cached features
+    tokens = media[kind][0][0].tokens
+    assert tokens.shape[-1] == encoder.width
+    assert tokens.isfinite().all()
+
+    own = model.frozen_fingerprint(kind)
+    assert own == bridge(modality, name, tmp_path / "a2", tokenizer).frozen_fingerprint(kind)
+    assert own != bridge(modality, name, tmp_path / "b", tokenizer, seed=1).frozen_fingerprint(kind)
+
+    frozen = {key: value.clone() for key, value in encoder.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    model.train()
+    model(samples)["loss"].backward()
+    optimizer.step()
+    assert model.eval()(samples)["loss"].item() < first
+    assert all(torch.equal(value, frozen[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tokens"),
+    [
+        ("clip", {}, 17),
+        ("clip", {"class_token": False}, 16),
+        ("clip", {"pool": 2}, 5),
+        ("dinov2", {"class_token": False, "pool": 4}, 1),
+        ("siglip", {"layer": 0}, 16),
+        ("timm vit", {"class_token": False}, 4),
+        ("timm vit", {"layer": 0}, 4),
+        ("timm efficientnet", {"layer": -2}, 4),
+        ("timm convnext", {"layer": -2, "pool": 2}, 1),
+    ],
+)
+def test_options_of_vision(name: str, options: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+    settings = architectures.vision(name, tmp_path)
+    plain, changed = (encoders.build_vision(s) for s in (settings, settings.model_copy(update=options)))
+    frames = torch.randn(2, 3, 32, 32)
+    found, mask = changed.eval().encode(frames)  # type: ignore[attr-defined]
+    assert found.shape == (2, tokens, changed.width)
+    assert mask.all()
+    assert (changed.description != plain.description) == bool(options)
+
+
+def test_pooling_averages_neighbours_in_the_grid(tmp_path: Path) -> None:
+    settings = architectures.vision("siglip", tmp_path)
+    frames = torch.randn(1, 3, 32, 32)
+    plain, pooled = (
+        encoders.build_vision(settings.model_copy(update={"pool": pool})).eval().encode(frames)[0]  # type: ignore[attr-defined]
+        for pool in (1, 2)
+    )
+    grid = plain.view(1, 4, 4, 32)
+    torch.testing.assert_close(pooled[0, 1], grid[0, :2, 2:].mean((0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tokens", "valid"),
+    [
+        ("whisper", {}, 100, 50),
+        ("whisper", {"pool": 15}, 7, 4),
+        ("wav2vec2", {}, 399, 199),
+        ("hubert", {"pool": 4}, 100, 50),
+        ("ast", {}, 12, 12),
+        ("ast", {"class_token": False, "pool": 2}, 3, 3),
+        ("clap", {"pool": 8}, 8, 8),
+    ],
+)
+def test_options_of_audio(name: str, options: dict[str, Any], tokens: int, valid: int, tmp_path: Path) -> None:
+    """Encoders of one token after another hide padding; those of a fixed window were trained with it."""
+    encoder: Any = encoders.build_audio(architectures.audio(name, tmp_path, **options))
+    clips = extracted(tmp_path)
+    found, mask = encoder.eval().encode(*clips)
+    assert found.shape == (2, tokens, 32)
+    assert mask.sum(1).tolist() == [tokens, valid]
+    assert not found[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"encoder": "evva"}, ConfigError, "there is no encoder 'evva', did you mean 'eva'"),
+        ({"encoder": "no_module:x"}, ConfigError, "the module 'no_module' cannot be imported"),
+        ({"encoder": "eva", "pool": 2}, ConfigError, "layer, class_token and pool are for timm and transformers"),
+        ({"encoder": "timm"}, ConfigError, "model.vision.name is null and no config.json names an architecture"),
+        ({"encoder": "timm", "name": "vit_tinny"}, ConfigError, "timm builds no 'vit_tinny'"),
+        ({"encoder": "transformers"}, ConfigError, "weights is null, so config must give model_type and sizes"),
+        ({"encoder": "transformers", "config": {"model_type": "no"}}, CheckpointError, "no encoder can be built"),
+        ({"encoder": "transformers", "weights": "FOLDER"}, CheckpointError, "is no folder with config.json"),
+    ],
+)
+def test_refusals(settings: dict[str, Any], error: type, words: str, tmp_path: Path) -> None:
+    changed = {key: str(tmp_path) if value == "FOLDER" else value for key, value in settings.items()}
+    with pytest.raises(error, match=words):
+        encoders.build_vision(parse(VisionSettings, changed, "model.vision"))
+
+
+def test_random_encoders_need_no_files() -> None:
+    ast = {"model_type": "audio-spectrogram-transformer", **architectures.PART}
+    assert encoders.build_audio(parse(AudioSettings, {"encoder": "transformers", "config": ast}, "a")).width == 32
+    clip = {"model_type": "clip_vision_model", **architectures.PART, "image_size": 16, "patch_size": 8}
+    vision = parse(VisionSettings, {"encoder": "transformers", "config": clip}, "v")
+    assert encoders.build_vision(vision).frame_shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking", "words"),
+    [
+        ("dinov2", "encoder.layer.0.mlp.fc1.weight", "lacks 1 tensors, encoder.layer.0.mlp.fc1.weight"),
+        ("timm vit", "patch_embed.proj.weight", "missing: patch_embed.proj.weight"),
+    ],
+)
+def test_an_incomplete_folder_is_refused(name: str, lacking: str, words: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    settings = architectures.vision(name, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[lacking]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        encoders.build_vision(settings)
+
+
+def test_the_guide_lists_every_architecture(repository: Path) -> None:
+    guide = (repository / "docs" / "weights.md").read_text()
+    for _, name in ALL:
+        assert f"| {name} |" in guide, name
