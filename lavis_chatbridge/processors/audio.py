@@ -13,8 +13,11 @@ from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import TooShortError
 from lavis_chatbridge.media.audio import open_audio
 from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.processors import inputs
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
 from lavis_chatbridge.processors.fbank import FRAME_SAMPLES, RATE, cut_clips, cut_slices_as_original
+
+_SHORTEST_CLIP = 0.1
 
 
 class AudioSettings(Settings):
@@ -29,6 +32,10 @@ class AudioSettings(Settings):
     """Mean of the channels, or the first one as the original takes it."""
     layout: Literal["clips", "original"] = "clips"
     """``clips`` gives as many clips as the sound fills; ``original`` always ``max_clips``, silence among them."""
+    extractor: dict[str, Any] | None = None
+    """A feature extractor of transformers (its ``preprocessor_config.json``) instead of BEATs' filterbank."""
+    clip_seconds: float = 10.0
+    """Length of a clip for ``extractor``."""
 
     def check(self) -> Iterator[str]:
         for name in ("mel_bins", "clip_frames"):
@@ -37,6 +44,10 @@ class AudioSettings(Settings):
                 yield f"{name} is {value}, expected a multiple of 16, the side of BEATs' patches"
         if self.max_clips < 1:
             yield f"max_clips is {self.max_clips}, expected at least 1"
+        if self.extractor is not None and not isinstance(self.extractor.get("sampling_rate"), int):
+            yield "extractor has no sampling_rate"
+        if self.clip_seconds < _SHORTEST_CLIP:
+            yield f"clip_seconds is {self.clip_seconds:g}, expected at least {_SHORTEST_CLIP:g}"
 
 
 @registry.register_processor("chatbridge_audio_eval")
@@ -44,11 +55,19 @@ class AudioEvalProcessor(ChatBridgeProcessor):
     """The same sound always gives the same clips."""
 
     name = "chatbridge_audio_eval"
+    encoder = "audio"
     settings_class = AudioSettings
     settings: AudioSettings
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> AudioClips:
         settings = self.settings
+        if (extractor := settings.extractor) is not None:
+            rate = int(extractor["sampling_rate"])
+            samples = open_audio(source, rate, settings.channel, limits=self.limits, opener=self.opener)
+            if len(samples) < rate // 40:
+                raise TooShortError(source, f"{1000 * len(samples) / rate:g} ms of sound are less than 25 ms")
+            rng = self._generator(rng)
+            return inputs.clips_of(samples, extractor, settings.clip_seconds, settings.max_clips, rng)
         samples = open_audio(source, RATE, settings.channel, limits=self.limits, opener=self.opener)
         if len(samples) < FRAME_SAMPLES:
             raise TooShortError(source, f"{1000 * len(samples) / RATE:g} ms of sound are less than one frame of 25 ms")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, directly
+from lavis_chatbridge.processors import inputs
 
 
 class ChatBridgeProcessor(BaseProcessor):
@@ -22,6 +23,7 @@ class ChatBridgeProcessor(BaseProcessor):
         settings_class: The class of its settings.
         revision: Raised whenever its output for the same settings changes.
         random: Whether its output is random, as in training.
+        encoder: The encoder that takes its output, ``"vision"`` or ``"audio"``.
         limits: What opening a medium may cost; a server sets lower ones.
         opener: Calls the ``media`` package's functions: here, or a `media.pool.DecodingPool` in limited processes.
     """
@@ -30,6 +32,7 @@ class ChatBridgeProcessor(BaseProcessor):
     settings_class: ClassVar[type[Settings]]
     revision: ClassVar[int] = 1
     random: ClassVar[bool] = False
+    encoder: ClassVar[str] = "vision"
     opener: Callable[..., Any] = staticmethod(directly)
     settings: Any
 
@@ -42,12 +45,16 @@ class ChatBridgeProcessor(BaseProcessor):
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig | None = None) -> ChatBridgeProcessor:
         """The processor for a section of a YAML, of which LAVIS reads the ``name`` key.
 
+        ``encoder: ${model.vision}`` stands for the settings that this encoder needs; others beside it come first.
+
         Raises:
             ConfigError: If a key is unknown or a value does not fit.
         """
         values = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg or {})
         assert isinstance(values, dict)
         given = {str(key): value for key, value in values.items() if key != "name"}
+        if (encoder := given.pop("encoder", None)) is not None:
+            given = {**inputs.settings_for(encoder, cls.encoder), **given}
         return cls(parse(cls.settings_class, given, cls.name))
 
     @property

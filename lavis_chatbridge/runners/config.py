@@ -211,6 +211,7 @@ def _merge_model(config: DictConfig) -> None:
     defaults = read_yaml(model_class.default_config_path(model_type))
     config.model = merged(_section(defaults, "model"), config.model, {"model_type": model_type})
     config.preprocess = merged(_section(defaults, "preprocess"), config.preprocess)
+    config.preprocess = _plain(config.preprocess)  # resolves `encoder: ${model.vision}` beside the model's section
     _check_by(model_class, config.model, "model")
 
 
