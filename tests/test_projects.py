@@ -17,7 +17,8 @@ EMBEDDED = [
     "eval/world_answers.yaml",
     "eval/world_joint.yaml",
 ]
-LARGE = [f"{size}/{stage}.yaml" for size in ("vicuna7b", "vicuna13b") for stage in ("align", "instruct")]
+PAPER = [f"{size}/{stage}.yaml" for size in ("vicuna7b", "vicuna13b") for stage in ("align", "instruct")]
+LARGE = PAPER + [f"{size}/{stage}.yaml" for size in ("small", "qwen3_8b") for stage in ("align", "instruct")]
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -37,6 +38,9 @@ def test_large_configurations_lack_nothing_but_files(
     from lavis_chatbridge.runners.config import load_config
 
     monkeypatch.setenv("CHATBRIDGE_DATA", str(tmp_path))
+    monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
+    for part in ("siglip2-base-patch16-224", "siglip2-so400m-patch14-384", "whisper-small", "whisper-large-v3"):
+        (tmp_path / part).mkdir()
     with pytest.raises(ConfigError) as caught:
         load_config(PROJECTS / name)
     message = str(caught.value)
@@ -44,7 +48,7 @@ def test_large_configurations_lack_nothing_but_files(
     assert not re.search(r"unknown|expected|is not one of|give either", message), message
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", PAPER)
 def test_large_configurations_follow_the_paper(name: str) -> None:
     from omegaconf import OmegaConf
 

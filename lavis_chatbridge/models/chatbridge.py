@@ -12,7 +12,6 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ from lavis_chatbridge.prompting import Modality, Piece, Slot
 
 log = logging.getLogger(__name__)
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 FROZEN = ("visual_encoder", "ln_vision", "audio_encoder", "ln_audio", "llama_model")
 
 
@@ -54,9 +52,7 @@ class ChatBridge(Answering, BaseModel):
         CheckpointError: If a weight file is missing or does not fit.
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: str(CONFIGS / f"chatbridge_{name}.yaml") for name in ("tiny", "vicuna7b", "vicuna13b")
-    }
+    PRETRAINED_MODEL_CONFIG_DICT = {name: str(weights.config_path(name)) for name in weights.model_types()}
     DEFAULT_MODEL_TYPE = "tiny"
 
     def __init__(self, settings: ModelSettings) -> None:

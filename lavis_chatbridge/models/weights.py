@@ -94,6 +94,11 @@ def model_types() -> list[str]:
     return sorted(path.stem.removeprefix(_PREFIX) for path in CONFIGS.glob(f"{_PREFIX}*.yaml"))
 
 
+def config_path(model_type: str) -> Path:
+    """The YAML of a shipped model type."""
+    return CONFIGS / f"{_PREFIX}{model_type}.yaml"
+
+
 def model_settings(model_type: str | None, cfg_path: str | None = None, changes: Any = None) -> ModelSettings:
     """The ``model`` section of a type, changed by a configuration file.
 
@@ -112,7 +117,7 @@ def model_settings(model_type: str | None, cfg_path: str | None = None, changes:
     chosen = model_type or own.get("model_type") or "tiny"
     if chosen not in model_types():
         raise ConfigError(f"there is no model type {chosen!r}; there are {', '.join(model_types())}")
-    base = read_yaml(CONFIGS / f"{_PREFIX}{chosen}.yaml").model
+    base = read_yaml(config_path(chosen)).model
     return parse(ModelSettings, merged(base, own, {"model_type": chosen}), "model")
 
 
@@ -168,7 +173,7 @@ def list_command(
     cfg_path: CfgPath = None,
     options: Options = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> int:
+) -> None:
     """Show the weights that a model needs: local, cached, to fetch or missing, with their sizes."""
     missing, rows = 0, {}
     for name, settings in _wanted(model_type, cfg_path, options):
@@ -179,7 +184,8 @@ def list_command(
             typer.echo("\n".join([name, *(f"  {found.state:<9}{line}" for _, found, line in lines)]))
     if as_json:
         typer.echo(json.dumps(rows, default=str))
-    return int(missing > 0 and (model_type or cfg_path) is not None)
+    if missing and (model_type or cfg_path) is not None:
+        raise typer.Exit(1)
 
 
 @app.command("download")
@@ -187,14 +193,13 @@ def download_command(
     model_type: Annotated[str | None, typer.Argument(help="A shipped model type.")] = None,
     cfg_path: CfgPath = None,
     options: Options = None,
-) -> int:
+) -> None:
     """Fetch the weights that a model needs and that are not on this disk."""
     if (model_type is None) == (cfg_path is None):
         raise ConfigError("name a model type or --cfg-path")
     for _, settings in _wanted(model_type, cfg_path, options):
         for setting, place in find_all(settings).items():
             typer.echo(f"{setting:<32}{place}")
-    return 0
 
 
 @app.command("convert")
@@ -202,12 +207,11 @@ def convert_command(
     file: Annotated[Path, typer.Argument(help="A ChatBridge checkpoint of the original, LAVIS or this package.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
-) -> int:
+) -> None:
     """Write a ChatBridge checkpoint of any layout as safetensors."""
     written, dropped = convert(file, out, force)
     left = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(dropped.items()))
     typer.echo(f"{out}: {written} tensors" + (f"; left out: {left}" if left else ""))
-    return 0
 
 
 def _wanted(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError
@@ -83,8 +84,8 @@ def clips_of(
     chosen = list(range(count)) if count <= max_clips else one_of_each(range(count), max_clips, rng)
     clips = [samples[clip * length : (clip + 1) * length] for clip in chosen]
     built = _extractor(json.dumps(dict(extractor), sort_keys=True))
-    padding = {"padding": True} if "Wav2Vec2" in type(built).__name__ else {}
-    features: Tensor = next(iter(built(clips, sampling_rate=rate, return_tensors="pt", **padding).values()))
+    each = [next(iter(built(clip, sampling_rate=rate, return_tensors="pt").values()))[0] for clip in clips]
+    features = pad_sequence(each, batch_first=True)  # waveforms differ in length, other features do not
     return AudioClips(features, _valid(features, clips, getattr(built, "hop_length", 1)))
 
 

@@ -484,7 +484,7 @@ def test_configurations(golden_dir: Path) -> None:
         ConfigError, match=r"language_model is missing; unknown key model\.visoin, did you mean 'vision'\?"
     ):
         ChatBridge.check_config({"visoin": {}})
-    with pytest.raises(ConfigError, match="no model_type 'huge'; it has tiny, vicuna7b, vicuna13b"):
+    with pytest.raises(ConfigError, match="no model_type 'huge'; it has qwen3_8b, small, tiny, vicuna13b"):
         ChatBridge.default_config_path("huge")
     assert ChatBridge.default_config_path() == ChatBridge.default_config_path("tiny")
     with pytest.raises(ConfigError, match=r"model\.language_model: weights is null, so both"):

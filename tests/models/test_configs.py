@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.processors import load_processors
 
-TYPES = ("tiny", "vicuna7b", "vicuna13b")
+EVA = ("tiny", "vicuna7b", "vicuna13b")
 
 
 def section(model_type: str, name: str) -> Any:
@@ -20,17 +20,41 @@ def section(model_type: str, name: str) -> Any:
     return OmegaConf.load(ChatBridge.default_config_path(model_type))[name]
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", EVA)
 def test_every_type_is_valid(model_type: str) -> None:
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
     settings = ChatBridge.check_config(section(model_type, "model"))
     assert settings.model_type == model_type
-    processors = load_processors(section(model_type, "preprocess"))
+    whole = OmegaConf.load(ChatBridge.default_config_path(model_type))
+    processors = load_processors(whole.preprocess)
     for split in ("train", "eval"):
         assert processors["image"][split].settings.image_size == settings.vision.image_size
         assert processors["video"][split].settings.image_size == settings.vision.image_size
         assert processors["audio"][split].settings.mel_bins == 64
+
+
+@pytest.mark.parametrize("model_type", ["small", "qwen3_8b"])
+def test_types_of_published_parts_are_valid(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image size, mean, sample rate and extractor are those of the encoders' folders."""
+    from transformers import WhisperFeatureExtractor
+
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
+    whole = OmegaConf.load(ChatBridge.default_config_path(model_type))
+    settings = ChatBridge.check_config(whole.model)
+    assert settings.template == "tokenizer"
+    vision, audio = (tmp_path / str(part.weights).rpartition("/")[2] for part in (settings.vision, settings.audio))
+    vision.mkdir()
+    (vision / "preprocessor_config.json").write_text('{"size": {"height": 384}, "image_mean": [0.5, 0.5, 0.5]}')
+    WhisperFeatureExtractor().save_pretrained(audio)
+    processors = load_processors(whole.preprocess)
+    for split in ("train", "eval"):
+        assert {processors[kind][split].settings.image_size for kind in ("image", "video")} == {384}
+        assert processors["video"][split].settings.num_frames == settings.temporal_positions.frames  # type: ignore[union-attr]
+        sound = processors["audio"][split].settings
+        assert (sound.extractor["sampling_rate"], sound.clip_seconds, sound.max_clips) == (16_000, 30.0, 2)
 
 
 @pytest.mark.parametrize("model_type", ["vicuna7b", "vicuna13b"])

@@ -144,9 +144,7 @@ def build_audio(settings: AudioSettings) -> TransformersAudio:
     """The audio encoder of a folder (of CLAP its audio tower, of Whisper its encoder); raises as `build_vision`."""
     model, _ = _loaded(settings, "model.audio", "audio")
     if model.config.model_type.startswith("clap") and settings.layer != -1:
-        raise ConfigError(
-            "model.audio.layer: only -1 works for CLAP, whose stages differ in width"
-        )
+        raise ConfigError("model.audio.layer: only -1 works for CLAP, whose stages differ in width")
     return TransformersAudio(model.encoder if model.config.model_type == "whisper" else model, settings)
 
 

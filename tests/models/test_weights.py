@@ -1,0 +1,183 @@
+"""``chatbridge weights``, and a shipped type from an empty cache: downloaded by name, built, asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.models import checkpoint, weights
+from tests.hub_server import HubServer, serving
+from tests.media.making import sound_file, video_file
+from tests.models.building import small_model
+from tests.models.encoders import architectures
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASK = """
+import json, sys
+from lavis.models import load_model_and_preprocess
+from omegaconf import OmegaConf
+from lavis_chatbridge.processors import load_processors
+
+model, vis, txt = load_model_and_preprocess("chatbridge", "small", is_eval=True)
+own = load_processors(OmegaConf.load(model.default_config_path("small")).preprocess)
+media = {"image": own["image"]["eval"](sys.argv[1]), "video": own["video"]["eval"](sys.argv[2])}
+media["audio"] = own["audio"]["eval"](sys.argv[3])
+found = {"mean": vis["eval"].settings.mean, "rate": own["audio"]["eval"].settings.extractor["sampling_rate"]}
+for kind, medium in media.items():
+    batch = {kind: medium.unsqueeze(0) if kind != "audio" else [medium]}
+    found[kind] = model.generate(batch, prompt="What is it?", max_length=3)
+print("RESULT", json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """Stand-ins of the parts of `small` with their real names, saved by transformers itself."""
+    root = tmp_path_factory.mktemp("hub")
+    architectures.vision("siglip", root / "google" / "siglip2-base-patch16-224")
+    architectures.audio("whisper", root / "openai" / "whisper-small")
+    language_model(root / "HuggingFaceTB" / "SmolLM2-360M-Instruct")
+    with serving(root) as server:
+        yield server
+
+
+def language_model(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    plain.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    plain.train_from_iterator(["a red dog"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=320, eos_token_id=1, bos_token_id=0, **sizes)).save_pretrained(folder)
+
+
+def test_a_shipped_type_from_an_empty_cache_answers_about_every_modality(hub: HubServer, tmp_path: Path) -> None:
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    environment = {name: value for name, value in os.environ.items() if name != "CHATBRIDGE_WEIGHTS"} | home
+
+    def run(*words: str) -> str:
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    listed = run("-m", "lavis_chatbridge.cli", "weights", "list", "--model-type", "small")
+    assert listed.count("  to fetch ") == 3
+    run("-m", "lavis_chatbridge.cli", "weights", "download", "small")
+    assert hub.downloads().count("model.safetensors") == 3
+    environment["HF_HUB_OFFLINE"] = "1"
+    assert run("-m", "lavis_chatbridge.cli", "weights", "list", "--model-type", "small").count("  cached ") == 3
+
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.mp4").write_bytes(video_file(8))
+    (tmp_path / "a.wav").write_bytes(sound_file(np.sin(np.arange(48_000) / 9).astype(np.float32), 16_000))
+    printed = run("-c", ASK, *(str(tmp_path / name) for name in ("a.png", "a.mp4", "a.wav")))
+    found = json.loads(printed.rpartition("RESULT ")[2])
+    assert found["mean"] == [0.5] * 3
+    assert found["rate"] == 16_000
+    assert all(len(found[kind]) == 1 and isinstance(found[kind][0], str) for kind in ("image", "video", "audio"))
+
+
+def test_list_says_where_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
+    (tmp_path / "eva_vit_g.pth").write_bytes(b"x" * 2048)
+    assert cli.main(["weights", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}\n" in printed for name in ("tiny", "small", "qwen3_8b", "vicuna7b", "vicuna13b"))
+    assert cli.main(["weights", "list", "--model-type", "tiny"]) == 0
+    assert capsys.readouterr().out.count("  local ") == 4
+    assert cli.main(["weights", "list", "--model-type", "vicuna13b", "--json"]) == 1
+    rows = {row["setting"]: row for row in json.loads(capsys.readouterr().out)["vicuna13b"]}
+    assert (rows["model.vision.weights"]["state"], rows["model.vision.weights"]["size"]) == ("local", 2048)
+    assert rows["model.audio.weights"]["state"] == "missing"
+    assert "published by https://github.com/microsoft/unilm" in rows["model.audio.weights"]["fault"]
+    options = ["--options", "model.vision.weights=/no/such/file", "model.audio.weights=null"]
+    assert cli.main(["weights", "list", "--model-type", "tiny", *options]) == 1
+    printed = capsys.readouterr().out
+    assert "missing  model.vision.weights: /no/such/file does not exist" in printed
+    assert "model.audio.weights" not in printed
+
+
+def test_download_needs_a_model(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["weights", "download", "tiny"]) == 0
+    assert "model.checkpoint" in capsys.readouterr().out
+    assert cli.main(["weights", "download"]) == 2
+    assert cli.main(["weights", "download", "huge"]) == 2
+    assert "there is no model type 'huge'; there are qwen3_8b, small, tiny" in capsys.readouterr().err
+
+
+def test_everything_that_is_missing_is_named_before_anything_is_built(golden_dir: Path) -> None:
+    parts = {part: {"weights": f"/no/{part}"} for part in ("vision", "audio", "perceiver", "language_model")}
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
+    with pytest.raises(CheckpointError) as caught:
+        ChatBridge.from_config(parts)
+    assert all(f"model.{part}.weights: /no/{part} does not exist" in str(caught.value) for part in parts)
+
+
+@pytest.fixture(scope="module")
+def bridge(golden_dir: Path) -> dict[str, torch.Tensor]:
+    model = small_model(golden_dir / "tokenizer")
+    norms = {name: t for name, t in model.state_dict().items() if name.startswith("ln_")}
+    return model.trainable_state_dict() | norms
+
+
+def test_conversion_keeps_trained_tensors_and_the_norms(tmp_path: Path, bridge: Any, capsys: Any) -> None:
+    frozen = {"visual_encoder.cls_token": torch.ones(1, 1, 32), "llama_model.lm_head.weight": torch.ones(3)}
+    old = {**bridge, **frozen, "Qformer.bert.embeddings.position_ids": torch.ones(1, 4)}
+    old["query_tokens"] = old.pop("image_query_tokens")
+    torch.save({"model": {f"module.{n}": t for n, t in old.items()}, "config": {"a": 1}}, tmp_path / "a.pth")
+    target = tmp_path / "new" / "b.safetensors"
+    assert cli.main(["weights", "convert", str(tmp_path / "a.pth"), str(target)]) == 0
+    left = "left out: Qformer (1 tensors), llama_model (1 tensors), visual_encoder (1 tensors)"
+    assert capsys.readouterr().out.strip() == f"{target}: {len(bridge)} tensors; {left}"
+    made = checkpoint.read(target).tensors
+    assert set(made) == set(bridge)
+    assert all(torch.equal(made[name], bridge[name]) for name in bridge)
+    assert [path.name for path in target.parent.iterdir()] == ["b.safetensors"]
+    checkpoint.save(tmp_path / "step" / "model.safetensors", bridge, {"lora": {"rank": 2}})
+    weights.convert(tmp_path / "step", target, force=True)
+    assert checkpoint.read(target).cfg == {"lora": {"rank": 2}}
+
+
+def test_a_refused_conversion_leaves_the_target(tmp_path: Path, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({**bridge, "llama_proj.bias": torch.full((32,), float("nan"))}, "nan.pth")
+    torch.save({"cls_token": torch.ones(1)}, "eva.pth")
+    torch.save(bridge, "good.pth")
+    Path("out.safetensors").write_bytes(b"before")
+    refusals = {"nan.pth": "NaN or infinity in llama_proj.bias", "eva.pth": "is no ChatBridge checkpoint"}
+    for name, message in refusals.items():
+        with pytest.raises(CheckpointError, match=message):
+            weights.convert(Path(name), Path("out.safetensors"), force=True)
+    with pytest.raises(CheckpointError, match=r"exists.*--force"):
+        weights.convert(Path("good.pth"), Path("out.safetensors"))
+    with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
+        weights.convert(Path("good.pth"), Path("out.pth"))
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        weights.convert(Path("good.pth"), Path("good.pth/b.safetensors"))
+    assert Path("out.safetensors").read_bytes() == b"before"
