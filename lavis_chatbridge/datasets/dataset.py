@@ -22,7 +22,14 @@ from lavis_chatbridge.datasets.collate import collate
 from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, SampleFile, about_tokens
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.prompting.conversation import END_OF_TURN, Message, alignment_prompt, chat_prompt, clean_caption
+from lavis_chatbridge.prompting.conversation import (
+    END_OF_TURN,
+    Message,
+    Wording,
+    alignment_prompt,
+    chat_prompt,
+    clean_caption,
+)
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
@@ -98,6 +105,8 @@ class SourceDataset(torch.utils.data.Dataset):
         self.processors: Processors = processors or {}
         self.ratio = ratio
         self.features: MediaCache | None = None
+        self.template: Wording | None = None
+        """The model's template; None words conversations as the paper does."""
 
     @property
     def sources(self) -> list[SourceDataset]:
@@ -220,7 +229,8 @@ class SourceDataset(torch.utils.data.Dataset):
             pieces = alignment_prompt(sample.kinds, self._clean(_choose(sample.captions, chosen)))
         else:
             turns = self._turns(sample, chosen)
-            pieces = chat_prompt(turns, generate=turns[-1].role == "user", reply_end=self.settings.reply_end)
+            word = chat_prompt if self.template is None else self.template.prompt
+            pieces = word(turns, turns[-1].role == "user", self.settings.reply_end)
         slots = zip(slots_of(pieces), sample.media, strict=True)
         return spell_out(pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words})
 
@@ -304,6 +314,11 @@ class SourceGroup(torch.utils.data.Dataset):
         """Take media from this store where it holds them."""
         for source in self.sources:
             source.features = features
+
+    def set_template(self, template: Wording | None) -> None:
+        """Word the conversations of every source with the model's template."""
+        for source in self.sources:
+            source.template = template
 
     def collater(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """LAVIS's name for `collate`."""

@@ -162,7 +162,7 @@ class ChatBridge(Answering, BaseModel):
 
     def blocks(self) -> list[nn.Module]:
         """The language model's blocks, which every batch passes once."""
-        stacks = [stack for stack in self.llama_model.modules() if isinstance(stack, nn.ModuleList)]
+        stacks: list[Any] = [stack for stack in self.llama_model.modules() if isinstance(stack, nn.ModuleList)]
         return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))
 
     def forward(self, samples: Mapping[str, Any], **ignored: Any) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models.templates import Template
-from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, alignment_prompt, context_of
+from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, Text, alignment_prompt, context_of
+from lavis_chatbridge.prompting.conversation import END_OF_TURN, HUMAN
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
@@ -48,7 +49,7 @@ def training_prompts(samples: Mapping[str, Any], media: Media, template: Templat
         PromptError: If there is no text, or texts and media are of different numbers.
     """
     if samples.get("pieces") is not None:
-        return _checked([list(pieces) for pieces in samples["pieces"]], media)
+        return _checked([_worded(pieces, template) for pieces in samples["pieces"]], media)
     texts = _texts(samples.get("text_input"), _size(media))
     answers = _answers(samples)
     if texts is None:
@@ -75,7 +76,7 @@ def contexts(samples: Mapping[str, Any], media: Media, template: Template, quest
         PromptError: If the batch is empty, or texts and media are of different numbers.
     """
     if samples.get("pieces") is not None:
-        return _checked([context_of(pieces) for pieces in samples["pieces"]], media)
+        return _checked([context_of(_worded(pieces, template)) for pieces in samples["pieces"]], media)
     given = next((g for g in (question, samples.get("prompt"), samples.get("text_input")) if g), None)
     size = _size(media)
     texts = _texts(given, size)
@@ -146,6 +147,17 @@ def _answers(samples: Mapping[str, Any]) -> list[str] | None:
         chosen.append(answers[max(range(start, start + count), key=lambda i: weights[i])])
         start += count
     return chosen
+
+
+def _worded(pieces: Sequence[Piece], template: Template) -> list[Piece]:
+    """A batch's own prompt, unless it is worded for another template."""
+    first = pieces[0] if pieces else None
+    if template.name != "human_assistant" and isinstance(first, Text) and first.text.startswith(END_OF_TURN + HUMAN):
+        raise PromptError(
+            f"model.template is {template.name}, but the batch's prompts are worded as human_assistant: call "
+            "set_template(model.template) of the data sets (this package's runner does)"
+        )
+    return list(pieces)
 
 
 def _checked(prompts: list[list[Piece]], media: Media) -> list[list[Piece]]:

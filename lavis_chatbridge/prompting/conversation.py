@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot, Text
@@ -37,6 +38,15 @@ class Message:
     text: str
     media: tuple[Modality, ...] = ()
     ids: tuple[int, ...] | None = None
+
+
+class Wording(Protocol):
+    """What words conversations: :class:`models.templates.Template`."""
+
+    def prompt(
+        self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None
+    ) -> list[Piece]:
+        """A conversation as pieces; see :func:`chat_prompt`."""
 
 
 def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:

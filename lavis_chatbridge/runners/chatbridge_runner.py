@@ -67,6 +67,7 @@ class ChatBridgeRunner(RunnerBase):
         self._lr_sched: optim.WarmupCosine | None
         self.bridge = parallel.choose_trained(model, self.run.train)
         super().__init__(cfg, task, model, datasets, job_id)
+        data.set_template(datasets, getattr(model, "template", None))
 
     # ---- parts, made when first used
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.prompting.conversation import Wording
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.contracts import Datasets, Samples, TrainLoader
 from lavis_chatbridge.runners.settings import RunSettings
@@ -41,6 +42,13 @@ def loader_settings(run: RunSettings, device: torch.device) -> LoaderSettings:
 def splits_of(datasets: Datasets) -> set[str]:
     """All splits of all data sets."""
     return {split for splits in datasets.values() for split in splits}
+
+
+def set_template(datasets: Datasets, template: Wording | None) -> None:
+    """Let this package's data sets word conversations with the model's template."""
+    for group in (group for splits in datasets.values() for group in splits.values()):
+        if template is not None and hasattr(group, "set_template"):
+            group.set_template(template)
 
 
 def check_splits(datasets: Datasets, run: RunSettings) -> None:

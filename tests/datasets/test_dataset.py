@@ -89,6 +89,17 @@ def test_a_question_without_reply_is_a_prompt_to_answer():
     assert data[0]["references"] == []
 
 
+def test_the_models_template_words_conversations(pictures, processors):
+    class Quoted:
+        def prompt(self, messages, generate=False, reply_end=None):
+            return [Text(f"{m.role} {m.text} {m.media} {generate} {reply_end}") for m in messages]
+
+    talk = Sample("x", turns=(Message("user", "q"), Message("assistant", "a")))
+    group = SourceGroup("g", [SourceDataset("s", [talk], SourceSettings(train=False))])
+    group.set_template(Quoted())
+    assert [piece.text for piece in group[0]["pieces"]] == ["user q () False ###", "assistant a () False ###"]
+
+
 def test_unsuitable_samples_are_named(pictures):
     alignment = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(stage="alignment"))
     with pytest.raises(DataError, match="sample 'x' has no captions, which alignment needs"):

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models.layout import Batch
+from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.prompting import Message, Slot, Text, alignment_prompt, chat_prompt, context_of
 from tests.models.building import small_model, small_settings
+from tests.models.folders import STYLES, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +393,27 @@ def test_generation_stops_at_the_stop_text_of_its_row(model: Any) -> None:
     stop = next(c for c in full[0][2:] if not c.isspace() and c != "\ufffd")
     cut = model.generate(QUESTIONS, max_length=12, stop=stop)
     assert cut == [text.split(stop)[0].strip() for text in full]
+
+
+@pytest.mark.parametrize("style", ["qwen3", "gemma"])
+def test_a_model_with_the_tokenizers_template(tmp_path: Path, style: str) -> None:
+    """Training, generation and ranking use one prompt; a batch that is worded otherwise is refused."""
+    model = small_model(write_folder(tmp_path, STYLES[style]), template="tokenizer")
+    picture = [[image()], [image(1)]]
+    asked = {"image": picture, "text_input": ["What is it?", "Is the dog there too?"]}
+    scores, lengths = model.answer_scores(asked, ANSWERS)
+    assert lengths.tolist() == [len(model.template.reply(answer).ids) for answer in ANSWERS]
+    for i, answer in enumerate(ANSWERS):
+        out = model({**asked, "text_output": [answer, answer]})
+        assert out["loss"].item() == pytest.approx(-scores[:, i].sum().item() / (2 * int(lengths[i])), abs=1e-4)
+    assert len(model.generate(asked, max_length=4)) == 2
+    talk = [Message("user", "What is it?", ("image",)), Message("assistant", "red")]
+    worded = {"image": picture[:1], "pieces": [model.template.prompt(talk)]}
+    assert losses(model, worded) == pytest.approx(-scores[0, 0].item() / int(lengths[0]), abs=1e-4)
+    with pytest.raises(PromptError, match=r"worded as human_assistant: call set_template\(model.template\)"):
+        model({"image": picture[:1], "pieces": [chat_prompt(talk)]})
+    with pytest.raises(ConfigError, match="prompt_layout original needs template human_assistant"):
+        parse(ModelSettings, {**model.settings.model_dump(), "prompt_layout": "original"}, "model")
 
 
 ANSWERS = ["red", "a red car", "blue", "two", "on the beach", "yes", "no", "a"]

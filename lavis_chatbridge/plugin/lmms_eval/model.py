@@ -16,7 +16,7 @@ from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.plugin.lmms_eval import missing
 from lavis_chatbridge.plugin.lmms_eval.requests import Given, Said, batches, conversation, cut, decoding, question
-from lavis_chatbridge.prompting import Message, Modality, chat_prompt
+from lavis_chatbridge.prompting import Message, Modality
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 try:
@@ -146,7 +146,7 @@ class ChatBridge(lmms):
         except MediaError as error:
             _log.warning("a request of task %s is answered with an empty text: %s", request.task_name, error)
             return None
-        return chat_prompt(turns, generate=True, reply_end=self.model.settings.reply_end), media
+        return self.model.template.prompt(turns, generate=True), media
 
     def _open(self, given: Given) -> Any:
         processor = self._processors[given.kind]
