@@ -129,11 +129,12 @@ def finish_audio(source: object, own_rate: int, samples: np.ndarray, rate: int, 
             raise MediaError(source, f"a sampling rate of {own_rate} Hz is out of range")
         if samples.size > limits.max_seconds * own_rate:
             raise MediaError(source, _too_long(limits))
-        if not np.isfinite(samples).all():
+        peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is
+        if not math.isfinite(peak):
             raise MediaError(source, "its samples are not all finite numbers")
-        if (peak := float(np.abs(samples).max())) > _LOUDEST:
+        if peak > _LOUDEST:
             raise MediaError(source, f"its samples reach {peak:g}, expected floats in [-1, 1]; divide int16's by 32768")
-        return resample(samples.clip(-1.0, 1.0), own_rate, rate)
+        return resample(samples if peak <= 1.0 else samples.clip(-1.0, 1.0), own_rate, rate)
 
 
 def resample(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
