@@ -120,6 +120,18 @@ def status(
     return Found("missing", None, None, f"{what}: {'; '.join(faults)}" + (f" ({hint})" if hint else ""))
 
 
+def snapshot(repo: str, revision: str | None = None) -> Path:
+    """The local folder of a hub's repository, all of whose files are fetched.
+
+    Raises:
+        CheckpointError: One line with the address and a remedy, if it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    name = Name(repo, repo=repo, revision=revision)
+    return Path(_asking(name, partial(snapshot_download, repo, revision=revision)))
+
+
 def as_list(names: str | Sequence[str]) -> list[str]:
     """One name or alternatives as a list."""
     return [names] if isinstance(names, str) else list(names)

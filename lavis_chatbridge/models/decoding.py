@@ -413,12 +413,12 @@ def beam_search(
             inputs_embeds=embeds,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_StopTexts(codec, stops, sampling.min_new_tokens)]),
+            stopping_criteria=StoppingCriteriaList([StopTexts(codec, stops, sampling.min_new_tokens)]),
             logits_processor=LogitsProcessorList([penalty] if sampling.repetition_penalty != 1 else []),
         )
 
 
-class _StopTexts(StoppingCriteria):
+class StopTexts(StoppingCriteria):
     """Ends a row when a stop text is in its reply. It is given new ids only, since prompts come as embeddings."""
 
     def __init__(self, codec: Codec, stops: Sequence[Sequence[str]], least: int) -> None:

@@ -24,12 +24,20 @@ FRAME_SAMPLES, SHIFT_SAMPLES = 400, 160
 MEAN, STD = 15.41663, 6.55582
 """BEATs' statistics; the deviation counts twice (BEATs.py, preprocess)."""
 
+SILENCE = (8.0 - MEAN) / (2.0 * STD)
+"""The filterbank of a silent sound has no value above this: its samples stay below the rounding of 16 bits."""
+
 _PREEMPHASIS = 0.97
 _FFT_SAMPLES = 512
 _FLOOR = torch.finfo(torch.float32).eps
 
 SHORTEST_TAIL = 16
 """The rest of a sound with fewer frames makes no clip of its own: this is one patch of BEATs."""
+
+
+def is_silent(clips: AudioClips) -> bool:
+    """Whether a sound is digital silence."""
+    return all(bool((bank[: int(n)] <= SILENCE).all()) for bank, n in zip(clips.fbank, clips.frames, strict=True))
 
 
 def cut_clips(

@@ -1,0 +1,364 @@
+"""``ChatBridgeProcessor``: texts, images, videos and sounds to the model's inputs; ``ChatBridgeCollator`` for training.
+
+Prompts are those of ``models.templates``, so their ids equal those of evaluation, chat and server. A medium's position
+holds one placeholder id for each of its soft tokens. Placeholder ids lie behind the tokenizer's last id: no text can
+become one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+
+from lavis_chatbridge import hub
+from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
+from lavis_chatbridge.hf.configuration import ChatBridgeConfig
+from lavis_chatbridge.hf.modeling import config_of, folder_of
+from lavis_chatbridge.media import has_audio_track
+from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
+from lavis_chatbridge.models.settings import ModelSettings
+from lavis_chatbridge.models.templates import Template, load_template
+from lavis_chatbridge.models.text import text_of
+from lavis_chatbridge.models.tokenizer import load_codec
+from lavis_chatbridge.processors import load_processors
+from lavis_chatbridge.processors.fbank import is_silent
+from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, alignment_prompt
+from lavis_chatbridge.prompting.pieces import MODALITIES
+
+_SOURCES = ("url", "path", "base64", "image", "video", "audio")
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ChatBridgeProcessor(ProcessorMixin):
+    """Tokenizer, chat template and the processors of images, videos and sounds.
+
+    Build one with :meth:`from_pretrained`.
+
+    Args:
+        tokenizer: transformers' tokenizer, which streams and pipelines ask for.
+        config: The model's configuration.
+        folder: The folder that the configuration's relative paths start from.
+        hear_videos: A video brings its own sound.
+    """
+
+    attributes: ClassVar[list[str]] = ["tokenizer"]
+    tokenizer_class = "AutoTokenizer"
+    chat_template = None
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: ChatBridgeConfig | None = None,
+        folder: Path | None = None,
+        hear_videos: bool = True,
+    ) -> None:
+        if config is None:
+            raise ConfigError("ChatBridgeProcessor needs a config: use ChatBridgeProcessor.from_pretrained(NAME)")
+        self.config, self.hear_videos = config, hear_videos
+        self.settings: ModelSettings = config.settings(folder)
+        named = self.settings.language_model.tokenizer or self.settings.language_model.weights
+        place = hub.find(named or (), "model.language_model.tokenizer", "tokenizer")
+        self.codec = load_codec(place)
+        super().__init__(tokenizer or _tokenizer(place, self.codec))
+        self.processors = load_processors(config.preprocess)
+        self._template = lru_cache(maxsize=8)(self._load_template)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, *, revision: str | None = None, hear_videos: bool = True, **unused: Any
+    ) -> ChatBridgeProcessor:
+        """Load the processor that belongs to a model; ``name`` as for the model's ``from_pretrained``."""
+        folder = folder_of(name, revision)
+        return cls(None, config_of(name, folder), folder, hear_videos)
+
+    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
+        """Write the configuration, unless the model has written it, and the tokenizer's files."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").is_file():
+            self.config.with_references(folder, self.settings).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def placeholder_ids(self) -> dict[Modality, int]:
+        """Modality -> the id that marks a soft token."""
+        return {modality: len(self.codec) + i for i, modality in enumerate(MODALITIES)}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the model's inputs."""
+        audio = ["input_features", "feature_frames", "clips"]
+        return ["input_ids", "attention_mask", *_PIXELS.values(), *audio]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        return_tensors: str = "pt",
+        **unused: Any,
+    ) -> BatchFeature:
+        """Prepare questions, one for each row, each with its media; without ``text`` the model writes a caption.
+
+        Args:
+            images: An image (path, URL, bytes, PIL image, array), or for several texts one or a list for each.
+            text: Questions.
+            videos: Videos, likewise. A video brings its own sound unless ``audio`` is given.
+            audio: Sounds, likewise.
+            return_tensors: Only ``"pt"``.
+            **unused: Padding and truncation arguments of other processors: rows are padded on the left.
+
+        Raises:
+            PromptError: If texts and media are of different numbers.
+            MediaError: If a medium cannot be opened.
+        """
+        texts = None if text is None else [text] if isinstance(text, str) else list(text)
+        given = {"image": images, "video": videos, "audio": audio}
+        size = len(texts) if texts is not None else _rows(given)
+        rows = [{m: _row(media, i, size, m) for m, media in given.items() if media is not None} for i in range(size)]
+        prompts, media = [], []
+        for number, row in enumerate(rows):
+            parts = [{"type": m, m: source} for m in row for source in row[m]]
+            loaded = self._load(parts, hear=self.hear_videos and audio is None)
+            kinds = tuple(modality for modality, _ in loaded)
+            if texts is None:
+                prompts.append(list(alignment_prompt(kinds, "")[:-1]))
+            else:
+                prompts.append(self._template("").prompt([Message("user", texts[number], kinds)], generate=True))
+            media.append(loaded)
+        return self._features(prompts, media, generate=True)
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Messages | Sequence[Messages],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        hear_videos: bool | None = None,
+        **unused: Any,
+    ) -> Any:
+        """Word a conversation, or several, as the model's template does.
+
+        Args:
+            conversation: Messages ``{"role", "content"}``. A content is a text or a list of parts ``{"type": "text",
+                "text"}`` and ``{"type": "image" | "video" | "audio", "url" | "path" | "image" | ...}``.
+            chat_template: Must be None: ``model.template`` decides.
+            tokenize: Return ids instead of text.
+            return_dict: With ``tokenize``: return all inputs of the model instead of the ids alone.
+            hear_videos: A video brings its own sound; by default as the processor was built.
+            **unused: Arguments that other processors take.
+
+        Raises:
+            PromptError: If messages do not alternate, or a part is not understood.
+            MediaError: If a medium cannot be opened.
+        """
+        if chat_template is not None:
+            raise ConfigError("ChatBridge words conversations by model.template: leave chat_template out")
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        conversations: Any = conversation if batched else [conversation]
+        hear = self.hear_videos if hear_videos is None else hear_videos
+        read = [self._read(messages, hear, open_media=tokenize) for messages in conversations]
+        if not tokenize:
+            texts = [_text(pieces) for pieces, _ in read]
+            return texts if batched else texts[0]
+        features = self._features([pieces for pieces, _ in read], [media for _, media in read], generate=True)
+        if return_dict:
+            return features
+        return features["input_ids"]
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **unused: Any) -> list[str]:
+        """The replies in new ids, each up to its end."""
+        return [self.decode(row, skip_special_tokens) for row in sequences]
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True, **unused: Any) -> str:
+        """The text of ids, without placeholders; with ``skip_special_tokens`` up to the end of the reply."""
+        listed = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        known = [token for token in listed if token < len(self.codec)]
+        if not skip_special_tokens:
+            return self.codec.decode(known)
+        template = self._template("")
+        end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
+        return text_of(self.codec, known[:end], template.stops)
+
+    def training_features(self, conversations: Sequence[Messages]) -> BatchFeature:
+        """Conversations with their replies as labels, laid out as in training (:func:`models.layout.lay_out`)."""
+        read = [self._read(messages, self.hear_videos, open_media=True) for messages in conversations]
+        return self._features([pieces for pieces, _ in read], [media for _, media in read], generate=False)
+
+    def _load_template(self, system: str) -> Template:
+        return load_template(self.settings.template, self.codec, system, self.settings.reply_end)
+
+    def _read(self, messages: Messages, hear: bool, open_media: bool) -> tuple[list[Piece], list[tuple[Modality, Any]]]:
+        """A conversation as pieces, and its media in order."""
+        said: list[Message] = []
+        media: list[tuple[Modality, Any]] = []
+        system = ""
+        for message in messages:
+            parts = message["content"]
+            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
+            if message["role"] == "system":
+                system = text
+                continue
+            brought = [part for part in parts if part.get("type") != "text"]
+            loaded = self._load(brought, hear) if open_media else [(part["type"], None) for part in brought]
+            media += loaded
+            said.append(Message(message["role"], text, tuple(modality for modality, _ in loaded)))
+        generate = bool(said) and said[-1].role == "user"
+        return self._template(system).prompt(said, generate=generate), media
+
+    def _load(self, parts: Sequence[Mapping[str, Any]], hear: bool) -> list[tuple[Modality, Any]]:
+        """Open media; a video is followed by its own sound, if it has one that is not silent."""
+        loaded: list[tuple[Modality, Any]] = []
+        for part in parts:
+            modality = part.get("type")
+            if modality not in MODALITIES:
+                raise PromptError(f"a part of type {modality!r}; expected text, {', '.join(MODALITIES)}")
+            source = next((part[key] for key in _SOURCES if part.get(key) is not None), None)
+            if source is None:
+                raise PromptError(f"a part of type {modality!r} names no medium: give one of {', '.join(_SOURCES)}")
+            source = _fetched(source)
+            loaded.append((modality, self.processors[modality]["eval"](source)))
+            if modality == "video" and hear and (track := self._track(source)) is not None:
+                loaded.append(("audio", track))
+        return loaded
+
+    def _track(self, video: Any) -> AudioClips | None:
+        try:
+            clips = self.processors["audio"]["eval"](video) if has_audio_track(video) else None
+        except MediaError:
+            return None
+        return None if clips is None or is_silent(clips) else clips
+
+    def _features(
+        self, prompts: Sequence[Sequence[Piece]], media: Sequence[Sequence[tuple[Modality, Any]]], generate: bool
+    ) -> BatchFeature:
+        """The model's inputs: ids with placeholders, masks, labels, and media by modality."""
+        places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
+        by_modality: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
+        start = 0
+        for modality in MODALITIES:
+            for row, listed in enumerate(media):
+                for index, medium in enumerate(one for kind, one in listed if kind == modality):
+                    places[row][modality, index] = range(start, start := start + self._count(modality, medium))
+                    by_modality[modality].append(medium)
+        longest = 1 << 30 if generate else self.settings.max_text_length
+        batch = lay_out(prompts, places, self.codec, "text" if generate else self.settings.prompt_layout, longest)
+        is_soft = batch.token_ids == SOFT
+        soft_index = torch.full_like(batch.token_ids, -1)
+        soft_index[is_soft] = batch.soft
+        bounds = torch.tensor([sum(self._count(m, one) for one in by_modality[m]) for m in MODALITIES]).cumsum(0)
+        kinds = torch.bucketize(soft_index, bounds, right=True) + len(self.codec)
+        ids = torch.where(is_soft, kinds, batch.token_ids.masked_fill(batch.token_ids == PADDING, self.codec.pad_id))
+        columns = {"input_ids": ids, "attention_mask": batch.attention_mask, "soft_index": soft_index}
+        if generate:
+            columns = _padded_left(columns, self.codec.pad_id)
+            columns.pop("soft_index")
+        else:
+            columns |= {"position_ids": batch.position_ids, "labels": batch.labels}
+        return BatchFeature({**columns, **_media_tensors(by_modality)})
+
+    def _count(self, modality: Modality, medium: Any) -> int:
+        """Soft tokens of a medium."""
+        queries = self.settings.perceiver.queries
+        per_frame = modality == "video" and self.settings.perceiver.video_queries == "per_frame"
+        return queries * len(medium) if per_frame else queries
+
+
+class ChatBridgeCollator:
+    """Makes batches for transformers' ``Trainer`` of samples ``{"messages": [...]}``.
+
+    Args:
+        processor: The processor.
+    """
+
+    def __init__(self, processor: ChatBridgeProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The inputs and labels of a batch; every assistant's message is a target."""
+        return dict(self.processor.training_features([sample["messages"] for sample in samples]))
+
+
+def _tokenizer(folder: Path, codec: Any) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer of a folder, from ``tokenizer.json`` alone where there is one."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    for name, token in (("bos_token", codec.bos_id), ("eos_token", codec.eos_id), ("pad_token", codec.pad_id)):
+        if token is not None:
+            setattr(fast, name, fast.convert_ids_to_tokens(token))
+    return fast
+
+
+def _fetched(source: Any) -> Any:
+    """A medium as the processors take it; the content of an ``http(s)://`` address as bytes."""
+    if not isinstance(source, str) or not source.startswith(("http://", "https://")):
+        return source
+    import httpx
+
+    try:
+        response = httpx.get(source, follow_redirects=True, timeout=60.0)
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        raise MediaError(source, error) from error
+    return response.content
+
+
+def _is_single(media: Any) -> bool:
+    """Whether this is one medium, not a list of some."""
+    return not isinstance(media, (list, tuple)) or (len(media) == 2 and isinstance(media[1], (int, float)))
+
+
+def _rows(given: Mapping[str, Any]) -> int:
+    sizes = [1 if _is_single(media) else len(media) for media in given.values() if media is not None]
+    if not sizes:
+        raise PromptError("there is nothing to prepare: give text, images, videos or audio")
+    return max(sizes)
+
+
+def _row(media: Any, number: int, size: int, modality: str) -> list[Any]:
+    """The media of one row."""
+    if size == 1:
+        inner = media if _is_single(media) or len(media) != 1 else media[0]
+        return [inner] if _is_single(inner) else list(inner)
+    if _is_single(media) or len(media) != size:
+        found = 1 if _is_single(media) else len(media)
+        raise PromptError(f"{size} texts, but {modality}s for {found} rows: give one entry for each text")
+    return [media[number]] if _is_single(media[number]) else list(media[number])
+
+
+def _text(pieces: Sequence[Piece]) -> str:
+    return "".join(f"<{piece.kind}>" if isinstance(piece, Slot) else piece.text for piece in pieces)
+
+
+def _padded_left(columns: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
+    """Rows that are padded on the right, with their padding on the left."""
+    lengths = columns["attention_mask"].sum(1).tolist()
+    values = {"input_ids": pad, "attention_mask": 0, "soft_index": -1}
+    return {
+        name: pad_sequence(
+            [row[:n] for row, n in zip(column, lengths, strict=True)], True, values[name], padding_side="left"
+        )
+        for name, column in columns.items()
+    }
+
+
+def _media_tensors(by_modality: Mapping[Modality, Sequence[Any]]) -> dict[str, Tensor]:
+    tensors = {name: torch.stack(list(by_modality[m])) for m, name in _PIXELS.items() if by_modality[m]}  # type: ignore[index]
+    if sounds := by_modality["audio"]:
+        tensors["input_features"] = torch.cat([sound.fbank for sound in sounds])
+        tensors["feature_frames"] = torch.cat([torch.as_tensor(sound.frames) for sound in sounds])
+        tensors["clips"] = torch.tensor([len(sound.fbank) for sound in sounds])
+    return tensors
