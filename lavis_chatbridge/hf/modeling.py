@@ -27,6 +27,7 @@ from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import StopTexts
 from lavis_chatbridge.models.families import own_precision
 from lavis_chatbridge.models.layout import IGNORED, SOFT, Batch, embed
+from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.text import TextStream
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
@@ -57,7 +58,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ChatBridgeConfig, chatbridge: ChatBridge | None = None) -> None:
         super().__init__(config)
-        self.chatbridge = ChatBridge.from_config(config.settings()) if chatbridge is None else chatbridge
+        self.chatbridge = _built(config.settings()) if chatbridge is None else chatbridge
         codec, template = self.chatbridge.llama_tokenizer, self.chatbridge.template
         self.generation_config = GenerationConfig(
             max_new_tokens=256, eos_token_id=sorted(template.end_ids) or None, pad_token_id=codec.pad_id
@@ -98,7 +99,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if folder is not None and (folder / CONFIG).is_file():
             config.check_frozen(settings)
             settings = settings.model_copy(update={"checkpoint": str(folder)})
-        model = cls(config, ChatBridge.from_config(settings))
+        model = cls(config, _built(settings))
         if unused:
             log.info("from_pretrained ignores %s", ", ".join(sorted(unused)))
         device = device_map.get("", None) if isinstance(device_map, dict) else device_map
@@ -337,6 +338,13 @@ class _StopsStreaming:
         for held in self._held if self._stream.stopped is None else []:
             self._streamer.put(held)
         self._streamer.end()
+
+
+def _built(settings: ModelSettings) -> ChatBridge:
+    model = ChatBridge(settings)
+    if settings.trained is not None:
+        model.load_checkpoint(settings.trained)
+    return model
 
 
 def folder_of(name: str | Path, revision: str | None = None) -> Path | None:
