@@ -39,6 +39,7 @@ COMMANDS = (
     Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
     Command("weights", "lavis_chatbridge.models.weights", "List, download and convert weights."),
     Command("export-llm", "lavis_chatbridge.plugin.export_llm", "Write the language model with LoRA merged."),
+    Command("convert", "lavis_chatbridge.hf.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
     Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),
     Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),
     Command("cache-features", "lavis_chatbridge.plugin.cache_features", "Store the frozen encoders' outputs."),

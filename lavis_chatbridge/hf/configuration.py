@@ -33,7 +33,7 @@ class ChatBridgeConfig(PretrainedConfig):
     Args:
         model: The ``model`` section of a configuration (docs/training.md).
         preprocess: The ``preprocess`` section.
-        frozen: Setting -> ``{"source", "hash"}`` of each frozen part.
+        frozen: Setting -> ``{"source", "hash"}`` of each frozen part; one that was not on this disk has no hash.
         about: Facts for the model card: ``data``, ``recipe``, ``scores``.
         **more: transformers' own settings.
     """
@@ -113,7 +113,9 @@ class ChatBridgeConfig(PretrainedConfig):
                     **copy.model.get(part, {}),
                     key: references if len(references) > 1 else references[0],
                 }
-                copy.frozen[need.setting] = {"source": references, "hash": content_hash(need.find())}
+                place = need.status().place
+                hashed = {} if place is None else {"hash": content_hash(place)}
+                copy.frozen[need.setting] = {"source": references, **hashed}
         copy.model["perceiver"] = {**copy.model.get("perceiver", {}), "weights": None}
         copy.model |= {"checkpoint": None, "finetuned": None, "load_finetuned": False, "pretrained": None}
         return copy

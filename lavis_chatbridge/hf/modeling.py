@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,9 +50,8 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = ChatBridgeConfig
     base_model_prefix = "chatbridge"
     main_input_name = "input_ids"
-    input_modalities = ("text", "image", "video", "audio")
+    input_modalities: Any = ("text", "image", "video", "audio")
     output_modalities = ("text",)
-    _no_split_modules: ClassVar[list[str]] = []
     _supports_sdpa = True
     accepts_loss_kwargs = True
 
@@ -104,7 +103,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             log.info("from_pretrained ignores %s", ", ".join(sorted(unused)))
         device = device_map.get("", None) if isinstance(device_map, dict) else device_map
         if device is not None and "language_model__device_map" not in changes:
-            model.to(device)
+            cast(Any, model).to(device)
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
@@ -155,7 +154,11 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _unnamed_frozen(self) -> dict[str, Tensor]:
         """Tensors that are neither trained nor in a file that the settings name: layer norms, random parts."""
         own = self.chatbridge.settings
-        named = {"visual_encoder": own.vision, "audio_encoder": own.audio, "llama_model": own.language_model}
+        named: dict[str, Any] = {
+            "visual_encoder": own.vision,
+            "audio_encoder": own.audio,
+            "llama_model": own.language_model,
+        }
         inside = tuple(f"{part}." for part, settings in named.items() if settings.weights is not None)
         trained = {name for name, p in self.chatbridge.named_parameters() if p.requires_grad}
         state = checkpoint.bridge_tensors(self.chatbridge.state_dict())

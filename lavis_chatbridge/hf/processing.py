@@ -190,6 +190,14 @@ class ChatBridgeProcessor(ProcessorMixin):
         end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
         return text_of(self.codec, known[:end], template.stops)
 
+    def post_process_image_text_to_text(self, *args: Any, **options: Any) -> list[str]:
+        """Decode replies for pipelines."""
+        return self.batch_decode(*args, **options)
+
+    def post_process_multimodal_output(self, *args: Any, **options: Any) -> list[str]:
+        """Decode replies for pipelines."""
+        return self.batch_decode(*args, **options)
+
     def training_features(self, conversations: Sequence[Messages]) -> BatchFeature:
         """Conversations with their replies as labels, laid out as in training (:func:`models.layout.lay_out`)."""
         read = [self._read(messages, self.hear_videos, open_media=True) for messages in conversations]

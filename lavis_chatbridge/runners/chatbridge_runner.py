@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
+from lavis_chatbridge.files import write_text
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import checkpoints, data, distributed, features, optim, parallel
 from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedScaler, SavedState
 from lavis_chatbridge.runners.contracts import Datasets, Samples, Task, TokenTask, TrainLoader
-from lavis_chatbridge.runners.folder import RESULTS, WEIGHTS, RunFolder
+from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
 from lavis_chatbridge.runners.logs import LOG, Reporter, append_stats
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
 from lavis_chatbridge.runners.signals import STOPPED_BY_SIGTERM, Watch
@@ -192,6 +193,7 @@ class ChatBridgeRunner(RunnerBase):
                 self._check(checkpoint, model)
             if distributed.is_main():
                 self.folder.clear()
+                write_text(self.output_dir / CONFIG, OmegaConf.to_yaml(self.config.get_config(), resolve=True))
         if checkpoint is not None:
             self._apply(checkpoint, model)
 

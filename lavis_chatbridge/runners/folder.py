@@ -16,7 +16,7 @@ from lavis_chatbridge.runners import checkpoints, distributed
 from lavis_chatbridge.runners.logs import LOG
 from lavis_chatbridge.runners.settings import RunSettings
 
-WEIGHTS, CHECKPOINTS, RESULTS = "model.safetensors", "checkpoints", "result"
+WEIGHTS, CHECKPOINTS, RESULTS, CONFIG = "model.safetensors", "checkpoints", "result", "config.yaml"
 LOCK_WAIT = 20.0
 """Seconds to wait for the lock: data workers of a killed run hold it until they notice, after some 5 s."""
 _OF_A_RUN = (CHECKPOINTS, WEIGHTS, LOG, RESULTS, "tensorboard", "wandb")

@@ -1,0 +1,241 @@
+"""The Hugging Face door: the same answers and steps as LAVIS's door, and folders that load again."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, pipeline
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.chat import Session
+from lavis_chatbridge.errors import CheckpointError, ConfigError, PromptError
+from lavis_chatbridge.hf import (
+    ChatBridgeCollator,
+    ChatBridgeConfig,
+    ChatBridgeForConditionalGeneration,
+    ChatBridgeProcessor,
+)
+from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.layout import elements_of
+from lavis_chatbridge.prompting import Message, Slot
+from lavis_chatbridge.toyworld import language, pictures
+from lavis_chatbridge.toyworld.world import scenes
+from tests.chat.building import picture, sound, video
+
+NEWEST = int(transformers.__version__.partition(".")[0]) >= 5
+
+
+@pytest.fixture(scope="module")
+def model() -> ChatBridgeForConditionalGeneration:
+    return ChatBridgeForConditionalGeneration.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def processor() -> ChatBridgeProcessor:
+    return ChatBridgeProcessor.from_pretrained("tiny")
+
+
+def user(text: str, *media: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+
+
+@pytest.fixture(scope="module")
+def talk() -> list[dict[str, Any]]:
+    """An image, a video with its own sound, and a sound, in two turns."""
+    return [
+        user("what is the shape of the picture?", {"type": "image", "image": Image.fromarray(picture())}),
+        {"role": "assistant", "content": "a star"},
+        user("and now?", {"type": "video", "video": video()}, {"type": "audio", "audio": sound()}),
+    ]
+
+
+def answers(model: Any, processor: Any, talk: list, **more: Any) -> list[str]:
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt")
+    return processor.batch_decode(model.generate(**inputs, **more))
+
+
+def test_the_ids_equal_those_of_our_own_prompts(processor: ChatBridgeProcessor, talk: list) -> None:
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt")
+    said = [
+        Message("user", "what is the shape of the picture?", ("image",)),
+        Message("assistant", "a star"),
+        Message("user", "and now?", ("video", "audio", "audio")),
+    ]
+    pieces = processor._template("").prompt(said, generate=True)
+    slots = [piece for piece in pieces if isinstance(piece, Slot)]
+    queries = processor.settings.perceiver.queries
+    elements = elements_of(pieces, {slot: (slot.kind, queries) for slot in slots}, processor.codec)
+    ids = [e if isinstance(e, int) else processor.placeholder_ids[e[0]] for e in elements]
+    assert inputs["input_ids"].tolist() == [ids]
+    assert [len(inputs[name]) for name in ("pixel_values", "pixel_values_videos", "clips")] == [1, 1, 2]
+
+
+def test_a_typed_placeholder_is_text(processor: ChatBridgeProcessor) -> None:
+    ids = processor(text="<image> <video> <audio>")["input_ids"]
+    assert int(ids.max()) < len(processor.codec)
+
+
+def test_greedy_answers_equal_those_of_a_session_and_of_the_lavis_model(model, processor) -> None:
+    session = Session(model.chatbridge, processor.processors)
+    rng, words = np.random.default_rng(5), random.Random(5)
+    asked = []
+    for number, scene in zip(range(100), scenes("image", held_out=False, seed=1), strict=False):
+        pixels = pictures.render(scene, np.random.default_rng([int(rng.integers(1 << 30)), number]))
+        asked += [(pixels, question.text) for question in language.questions(scene, words)[:2]]
+    assert len(asked) == 200
+    for start in range(0, 200, 50):
+        part = asked[start : start + 50]
+        inputs = processor(images=[[pixels] for pixels, _ in part], text=[text for _, text in part])
+        ours = processor.batch_decode(model.generate(**inputs, max_new_tokens=12))
+        batch = {"image": inputs["pixel_values"], "text_input": [text for _, text in part]}
+        assert ours == model.chatbridge.generate(batch, max_length=12)
+        if start == 0:
+            for (pixels, text), answer in zip(part[:20], ours, strict=False):
+                session.clear()
+                assert session.ask(text, images=[pixels], max_new_tokens=12).text == answer
+
+
+def test_a_batch_of_different_media_answers_as_its_rows_do(model, processor, talk) -> None:
+    talks = [talk[:1], talk, [user("what is it?", {"type": "audio", "audio": sound()})], [user("hello")]]
+    assert answers(model, processor, talks) == [answers(model, processor, one)[0] for one in talks]
+
+
+def test_beams_sampling_and_several_results(model, processor, talk) -> None:
+    assert len(answers(model, processor, talk, num_beams=3, num_return_sequences=2)) == 2
+    torch.manual_seed(1)
+    assert len(set(answers(model, processor, talk, do_sample=True, temperature=5.0, num_return_sequences=6))) > 1
+
+
+def test_streaming_gives_the_answer_without_its_end_mark(model, processor, talk) -> None:
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    thread = Thread(target=model.generate, kwargs={**inputs, "streamer": streamer})
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    assert streamed.strip() == answers(model, processor, talk)[0]
+
+
+@pytest.mark.parametrize("task", ["image-text-to-text", *(["any-to-any"] if NEWEST else [])])
+def test_pipelines(model, processor, talk, task: str) -> None:
+    run = pipeline(task, model=model, processor=processor)
+    found = run(text=talk, max_new_tokens=12, return_full_text=False)
+    assert found[0]["generated_text"] == answers(model, processor, talk, max_new_tokens=12)[0]
+
+
+def same(first: Any, second: Any) -> bool:
+    left, right = first.chatbridge.state_dict(), second.chatbridge.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("save_frozen", [False, True])
+def test_a_saved_model_loads_again_and_answers_identically(
+    tmp_path: Path, model, processor, talk, save_frozen: bool
+) -> None:
+    model.save_pretrained(tmp_path / "a", save_frozen=save_frozen, max_shard_size="1MB")
+    processor.save_pretrained(tmp_path / "a")
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 1
+    (tmp_path / "a").rename(tmp_path / "b")  # references are relative
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
+    reader = AutoProcessor.from_pretrained(tmp_path / "b")
+    assert isinstance(AutoConfig.from_pretrained(tmp_path / "b"), ChatBridgeConfig)
+    assert same(model, again)
+    assert answers(again, reader, talk) == answers(model, processor, talk)
+    assert (tmp_path / "b" / "frozen").is_dir() == save_frozen
+    source = json.loads((tmp_path / "b" / "config.json").read_text())["frozen"]["model.language_model.weights"][
+        "source"
+    ]
+    assert source == (["frozen/language_model_weights"] if save_frozen else ["package:assets/tiny/llm"])
+
+
+def test_another_frozen_part_is_refused(tmp_path: Path, model) -> None:
+    model.save_pretrained(tmp_path, save_frozen=True)
+    file = tmp_path / "frozen" / "language_model_weights" / "config.json"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(
+        CheckpointError, match=r"model\.language_model\.weights: .* is not what this bridge was trained"
+    ):
+        ChatBridgeForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_the_card_names_parts_data_recipe_and_scores(tmp_path: Path, model) -> None:
+    about = {"data": ["world_captions"], "recipe": {"init_lr": 0.001}, "scores": {"world": 0.99}}
+    model.config.about = about
+    model.save_pretrained(tmp_path)
+    model.config.about = {}
+    text = (tmp_path / "README.md").read_text()
+    for words in ("package:assets/tiny/llm", "- world_captions", "| init_lr | 0.001 |", "| world | 0.99 |"):
+        assert words in text
+
+
+def test_dtype_and_device_map_apply_to_frozen_parts() -> None:
+    half = ChatBridgeForConditionalGeneration.from_pretrained("tiny", dtype=torch.float32, device_map="cpu")
+    assert half.chatbridge.settings.language_model.dtype == "float32"
+    with pytest.raises(ConfigError, match="dtype"):
+        ChatBridgeForConditionalGeneration.from_pretrained("tiny", dtype=torch.int8)
+
+
+def test_the_three_forms_hold_the_same_tensors(tmp_path: Path, model) -> None:
+    model.save_pretrained(tmp_path / "hf")
+    steps = [
+        ("hf", "run", "--to", "run"),
+        ("run", "a.pth", "--to", "original"),
+        ("a.pth", "hf2", "--model-type", "tiny"),
+    ]
+    for source, out, *more in steps:
+        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / out), *more]) == 0
+    kept = [checkpoint.read(tmp_path / name).tensors for name in ("hf", "run", "a.pth", "hf2")]
+    for tensors in kept[1:]:
+        assert tensors.keys() == kept[0].keys()
+        assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
+    for name in ("run", "hf2"):
+        assert same(model, ChatBridgeForConditionalGeneration.from_pretrained(tmp_path / name))
+    assert cli.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "x")]) == 2, "a file needs its model type"
+    assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "run"), "--to", "run"]) == 2, "nothing is replaced"
+
+
+def test_the_released_layout_comes_back(tmp_path: Path, golden_dir: Path) -> None:
+    tensors = checkpoint.read(golden_dir / "chatbridge_state.safetensors").tensors
+    torch.save({"model": tensors}, tmp_path / "released.pth")
+    assert cli.main(["convert", str(tmp_path / "released.pth"), str(tmp_path / "hf"), "--model-type", "vicuna13b"]) == 0
+    assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "back.pth"), "--to", "original"]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_mistakes_are_named(processor: ChatBridgeProcessor, tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="2 texts, but images for 1 rows"):
+        processor(text=["a", "b"], images=picture())
+    with pytest.raises(PromptError, match="a part of type 'smell'"):
+        processor.apply_chat_template([user("x", {"type": "smell", "path": "y"})], tokenize=True)
+    with pytest.raises(PromptError, match="names no medium"):
+        processor.apply_chat_template([user("x", {"type": "image"})], tokenize=True)
+    with pytest.raises(CheckpointError, match="is no ChatBridge"):
+        ChatBridgeForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_the_collator_gives_the_loss_of_the_lavis_model(model, processor, talk) -> None:
+    replied = [[*talk[:1], {"role": "assistant", "content": "a star"}], talk[:2]]
+    batch = ChatBridgeCollator(processor)([{"messages": messages} for messages in replied])
+    image = processor.processors["image"]["eval"](Image.fromarray(picture()))
+    samples = {
+        "image": [image] * 2,
+        "text_input": ["what is the shape of the picture?"] * 2,
+        "text_output": ["a star"] * 2,
+    }
+    expected = model.chatbridge(samples)
+    found = model(**batch).loss
+    assert torch.allclose(found, expected["loss"], atol=1e-6)
+    assert int((batch["labels"] != -100).sum()) == int(expected["target_tokens"])
+    halved = model(**batch, num_items_in_batch=2 * int(expected["target_tokens"])).loss
+    assert torch.allclose(halved, found / 2)
