@@ -1,7 +1,7 @@
 """ChatBridge (arXiv 2305.16103): frozen encoders, one shared perceiver, a projection, a frozen language model.
 
-Parameter names are those of the original's checkpoints. The model takes batches as LAVIS's tasks hand them over
-(:mod:`lavis_chatbridge.models.samples`) and knows no data sets and no files but its own weights.
+Parameter names are those of the original's checkpoints. The model reads batches of LAVIS's tasks
+(:mod:`lavis_chatbridge.models.samples`) and knows no data sets, no processes and no files but its weights.
 
 Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query tokens, ``D`` width, ``L`` positions.
 """
@@ -20,10 +20,9 @@ from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 
 from lavis_chatbridge import config as settings_reader
-from lavis_chatbridge import hub
-from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import checkpoint, encoding, lora, weights
+from lavis_chatbridge.models import checkpoint, encoding, loading, lora, weights
 from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
@@ -34,7 +33,8 @@ from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.models.templates import load_template
-from lavis_chatbridge.prompting import Modality, Piece, Slot
+from lavis_chatbridge.prompting import Modality, Piece, Slot, slots_of
+from lavis_chatbridge.prompting.pieces import MODALITIES
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ChatBridge(Answering, BaseModel):
     """The model, in LAVIS's contracts: ``forward``, ``generate`` and ``predict_answers``.
 
     Args:
-        settings: What to build it from. Weights that are none are random.
+        settings: The model's settings. Parts whose weights path is null are randomly initialised.
 
     Raises:
         CheckpointError: If a weight file is missing or does not fit.
@@ -57,14 +57,14 @@ class ChatBridge(Answering, BaseModel):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        weights.find_all(settings)  # fetch everything, or name everything that is missing, before anything is built
+        weights.find_all(settings)  # before anything is built: fetches all files, or names all that are missing
         check_available(settings.language_model)
         self.settings = settings
         self.prompt_layout = settings.prompt_layout
         self.max_text_length = settings.max_text_length
         self.video_queries = settings.perceiver.video_queries
         self.lost_answers = 0
-        """Training samples so far whose whole answer was cut off by ``max_text_length``."""
+        """Training samples so far whose targets ``max_text_length`` has cut off."""
         self._fingerprints: dict[str, str] = {}
 
         self.llama_model: Any
@@ -79,14 +79,14 @@ class ChatBridge(Answering, BaseModel):
         own = settings.perceiver
         with nullcontext() if own.weights is None else checkpoint.on_meta():
             self.Qformer = build_perceiver(own, width)
-        self.image_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
-        self.audio_query_tokens = _drawn(own.initializer_range, 1, own.queries, own.width)
+        self.image_query_tokens = _random(own.initializer_range, 1, own.queries, own.width)
+        self.audio_query_tokens = _random(own.initializer_range, 1, own.queries, own.width)
         self.llama_proj = nn.Linear(settings.perceiver.width, self.llama_model.get_input_embeddings().embedding_dim)
         if (times := settings.temporal_positions) is not None:
-            self.visual_temporal_pos_embeds = _drawn(times.initializer_range, 1, times.frames, 1, width)
-            self.audio_temporal_pos_embeds = _drawn(times.initializer_range, 1, times.clips, 1, width)
+            self.visual_temporal_pos_embeds = _random(times.initializer_range, 1, times.frames, 1, width)
+            self.audio_temporal_pos_embeds = _random(times.initializer_range, 1, times.clips, 1, width)
         if own.weights is not None:
-            self._load_blip2(own.weights)
+            loading.load_blip2(self, own.weights)
         self._freeze()
 
     @classmethod
@@ -99,7 +99,7 @@ class ChatBridge(Answering, BaseModel):
         """
         settings = cls.check_config(cfg)
         if settings.model_type == "tiny":
-            _tell_of_the_small_model()
+            _log_small_model()
         model = cls(settings)
         if settings.trained is not None:
             model.load_checkpoint(settings.trained)
@@ -119,7 +119,7 @@ class ChatBridge(Answering, BaseModel):
 
     @classmethod
     def default_config_path(cls, model_type: str | None = None) -> str:
-        """The YAML of a model type, of the default one without it.
+        """The YAML of a model type, by default of ``DEFAULT_MODEL_TYPE``.
 
         Raises:
             ConfigError: If there is no such type.
@@ -136,7 +136,7 @@ class ChatBridge(Answering, BaseModel):
         return self.llama_proj.weight.device
 
     def train(self, mode: bool = True) -> ChatBridge:
-        """Switch the trained parts; what is frozen stays in evaluation mode."""
+        """Switch the trained parts; frozen ones stay in evaluation mode."""
         super().train(mode)
         for name in FROZEN:
             getattr(self, name).eval()
@@ -163,7 +163,8 @@ class ChatBridge(Answering, BaseModel):
     def blocks(self) -> list[nn.Module]:
         """The language model's blocks, which every batch passes once."""
         stacks: list[Any] = [stack for stack in self.llama_model.modules() if isinstance(stack, nn.ModuleList)]
-        return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))
+        largest: Any = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+        return list(largest)
 
     def forward(self, samples: Mapping[str, Any], **ignored: Any) -> dict[str, Tensor]:
         """The loss of a batch.
@@ -172,8 +173,8 @@ class ChatBridge(Answering, BaseModel):
             samples: A batch with targets, see :mod:`lavis_chatbridge.models.samples`.
 
         Returns:
-            ``loss``: mean cross-entropy over the target tokens, in fp32, zero where there is none;
-            ``target_tokens``: their number.
+            ``loss``: mean cross-entropy over the target tokens, in fp32, zero without targets; ``target_tokens``:
+            their number.
 
         Raises:
             PromptError: If prompts and media do not fit together.
@@ -183,7 +184,7 @@ class ChatBridge(Answering, BaseModel):
         soft, places = self.soft_tokens(prompts, media)
         batch = lay_out(prompts, places, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
         if batch.lost and not self.lost_answers:
-            log.warning("max_text_length %d has cut off a whole answer; lost_answers counts on", self.max_text_length)
+            log.warning("max_text_length %d cut off all targets of a sample; see lost_answers", self.max_text_length)
         self.lost_answers += batch.lost
         nll, targets = self.token_losses(batch, soft)
         loss = nll.mean() if len(targets) else nll.sum()
@@ -204,18 +205,18 @@ class ChatBridge(Answering, BaseModel):
             losses = losses_at(self.llama_model, rows, columns, targets, inputs_embeds=embeds, **places)
         return losses.to(self.device), targets
 
-    def encode_media(self, kind: Modality, media: Sequence[Any]) -> list[EncodedMedium]:
+    def encode_media(self, modality: Modality, media: Sequence[Any]) -> list[EncodedMedium]:
         """Media through their frozen encoder and its layer norm, all in one batch.
 
         Args:
-            kind: ``"image"``, ``"video"`` or ``"audio"``.
+            modality: ``"image"``, ``"video"`` or ``"audio"``.
             media: Processed media; encoded ones are returned as they are.
         """
         results = list(media)
         todo = [i for i, medium in enumerate(results) if not isinstance(medium, EncodedMedium)]
         raw = [results[i] for i in todo]
         chunk = self.settings.encoder_batch
-        if raw and kind == "audio":
+        if raw and modality == "audio":
             hide = self.settings.audio.mask_padding
             raw = encoding.encode_clips(self.audio_encoder, self.ln_audio, raw, chunk, hide)
         elif raw:
@@ -224,20 +225,20 @@ class ChatBridge(Answering, BaseModel):
             results[i] = encoded
         return results
 
-    def perceive_media(self, kind: Modality, media: Sequence[EncodedMedium]) -> list[Tensor]:
-        """Encoded media of one kind to soft tokens of the language model.
+    def perceive_media(self, modality: Modality, media: Sequence[EncodedMedium]) -> list[Tensor]:
+        """Turns encoded media of one modality into soft tokens of the language model.
 
         Returns:
             For each medium ``[Q, D]``, or ``[T * Q, D]`` for a video with queries for each frame.
         """
         features, mask, counts = encoding.stack(media, self.device)
-        audio = kind == "audio"
+        audio = modality == "audio"
         if audio:
             features = self.audio_trans(features)
         if self.settings.temporal_positions is not None:
             table = self.audio_temporal_pos_embeds if audio else self.visual_temporal_pos_embeds
             features = features + encoding.positions_in_time(table, counts)
-        if kind == "video" and self.video_queries == "per_frame":
+        if modality == "video" and self.video_queries == "per_frame":
             present = (
                 torch.arange(features.shape[1], device=self.device) < torch.tensor(counts, device=self.device)[:, None]
             )
@@ -252,91 +253,57 @@ class ChatBridge(Answering, BaseModel):
     def soft_tokens(
         self, prompts: Sequence[Sequence[Piece]], media: sample_reader.Media
     ) -> tuple[Tensor | None, list[Places]]:
-        """The soft tokens of all media that the prompts of a batch name.
+        """The soft tokens of all media that a batch's prompts name.
 
         Returns:
-            ``[S, D]`` (none if no medium is named), and where each sample's media lie among them.
+            ``[S, D]`` (None without media), and the range of each sample's media among them.
         """
-        wanted: dict[Modality, list[tuple[int, Slot]]] = {}
+        wanted: dict[Modality, list[tuple[int, Slot]]] = {modality: [] for modality in MODALITIES}
         for i, pieces in enumerate(prompts):
-            for piece in dict.fromkeys(piece for piece in pieces if isinstance(piece, Slot)):
-                if piece.kind in media and 0 <= piece.index < len(media[piece.kind][i]):
-                    wanted.setdefault(piece.kind, []).append((i, piece))
+            for slot in dict.fromkeys(slots_of(pieces)):
+                if slot.kind in media and 0 <= slot.index < len(media[slot.kind][i]):
+                    wanted[slot.kind].append((i, slot))
+        named = {modality: [media[modality][i][slot.index] for i, slot in wanted[modality]] for modality in MODALITIES}
+        frames = self.encode_media("video", [*named["image"], *named["video"]])  # in one batch
+        count = len(named["image"])
+        encoded = {
+            "image": frames[:count],
+            "video": frames[count:],
+            "audio": self.encode_media("audio", named["audio"]),
+        }
         places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
         parts: list[Tensor] = []
         start = 0
-        for kind, named in self._encoded(wanted, media).items():
-            for (i, slot), part in zip(wanted[kind], self.perceive_media(kind, named), strict=True):
-                places[i][slot.kind, slot.index] = range(start, start + len(part))
+        for modality in (modality for modality in MODALITIES if wanted[modality]):
+            perceived = self.perceive_media(modality, encoded[modality])
+            for (i, slot), part in zip(wanted[modality], perceived, strict=True):
+                places[i][modality, slot.index] = range(start, start + len(part))
                 start += len(part)
                 parts.append(part)
         return (torch.cat(parts) if parts else None), list(places)
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The trained tensors by name, on the CPU: what a checkpoint holds."""
+        """The trained tensors by name, on the CPU, as a checkpoint holds them."""
         return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_checkpoint(self, url_or_filename: Weights) -> None:
         """Load a trained ChatBridge: trained tensors only, or a whole state dict, from safetensors or a torch file.
 
         Raises:
-            CheckpointError: If it is missing, unsafe or does not fit; the model is then as before.
+            CheckpointError: If it is missing, unsafe or does not fit; the model then stays unchanged.
         """
-        file = checkpoint.read(hub.find(url_or_filename, "model.checkpoint"))
-        expected = checkpoint.bridge_tensors(self.state_dict())
-        own = {lora.without_base(name): name for name in expected}
-        found = {own.get(name, name): t for name, t in checkpoint.bridge_tensors(file.tensors).items()}
-        fresh = self._check_adapters(file, found)
-        required = [n for n, p in self.named_parameters() if p.requires_grad and not (fresh and lora.is_adapter(n))]
-        frozen = [name for name in found if not lora.is_adapter(name)]
-        held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in frozen))
-        required += [n for n in expected if held and n.startswith(held) and not lora.is_adapter(n)]
-        if "llama_model." in held and (how := self.settings.language_model.quantization) is not None:
-            raise CheckpointError(
-                f"{file.path} holds a whole language model, but this one's is quantised to {how}: set "
-                "model.language_model.quantization to null, or keep the trained tensors alone in the file"
-            )
-        checkpoint.check_fit(expected, found, required, file.path, "this model")
-        checkpoint.check_finite({name: tensor.to(expected[name].dtype) for name, tensor in found.items()}, file.path)
-        self.load_state_dict(found, strict=False)
+        loading.load_trained(self, url_or_filename, FROZEN)
         self._fingerprints.clear()
-        log.info("loaded %d tensors from %s", len(found), file.path)
 
-    def _check_adapters(self, file: checkpoint.WeightFile, found: Mapping[str, Tensor]) -> bool:
-        """Refuse a file's adapters that are not this model's; whether this model's stay fresh."""
-        own = lora.describe(self.llama_model)
-        held = lora.described_by(found)
-        if held is not None and file.cfg is not None:
-            held |= dict(file.cfg["lora"]) if isinstance(file.cfg.get("lora"), Mapping) else {}
-        fault = lora.misfit(held, own, fresh_is_fine=True)
-        if fault is not None:
-            raise CheckpointError(f"{file.path} does not fit this model: {fault}")
-        if held is None and own is not None:
-            log.info("%s has no LoRA adapters: this model's are fresh and change nothing yet", file.path)
-        return held is None
-
-    def frozen_fingerprint(self, kind: Modality) -> str:
-        """A short string that changes when encoded media of this kind would: the key of a feature cache."""
-        modality = "audio" if kind == "audio" else "vision"
-        if modality not in self._fingerprints:
-            encoder, norm = (getattr(self, name) for name in _ENCODERS[modality])
-            hide = self.settings.audio.mask_padding if modality == "audio" else None
+    def frozen_fingerprint(self, modality: Modality) -> str:
+        """A hash that changes with this modality's encoded media: the key of a feature cache."""
+        part = "audio" if modality == "audio" else "vision"
+        if part not in self._fingerprints:
+            encoder, norm = (getattr(self, name) for name in _ENCODERS[part])
+            hide = self.settings.audio.mask_padding if part == "audio" else None
             tensors = {**encoder.state_dict(), **{f"norm.{name}": t for name, t in norm.state_dict().items()}}
-            self._fingerprints[modality] = checkpoint.fingerprint(tensors, modality, hide, encoder.description)
-        return self._fingerprints[modality]
-
-    def _load_blip2(self, names: Weights) -> None:
-        prefixes = checkpoint.BLIP2_BRIDGE
-        file = checkpoint.read(hub.find(names, "model.perceiver.weights", prefixes=prefixes), prefixes)
-        mine = ("image_query_tokens", "Qformer.", "ln_vision.")
-        found = {n: t for n, t in checkpoint.bridge_tensors(file.tensors, file.path).items() if n.startswith(mine)}
-        expected = checkpoint.bridge_tensors(self.state_dict())
-        checkpoint.check_fit(
-            expected, found, [name for name in expected if name.startswith(mine)], file.path, "model.perceiver"
-        )
-        checkpoint.check_finite(found, file.path)
-        read = {name: t.to(torch.float32, copy=True).contiguous() for name, t in found.items()}  # training writes to it
-        self.load_state_dict(read, strict=False, assign=True)
+            self._fingerprints[part] = checkpoint.fingerprint(tensors, part, hide, encoder.description)
+        return self._fingerprints[part]
 
     def _freeze(self) -> None:
         for name in FROZEN:
@@ -347,26 +314,15 @@ class ChatBridge(Answering, BaseModel):
                 trained.requires_grad_(False)
         self.train(self.training)
 
-    def _encoded(
-        self, wanted: Mapping[Modality, list[tuple[int, Slot]]], media: sample_reader.Media
-    ) -> dict[Modality, list[EncodedMedium]]:
-        """The named media encoded, images and videos in the same batch of frames."""
-        named: dict[Modality, list[Any]] = {k: [media[k][i][slot.index] for i, slot in wanted[k]] for k in wanted}
-        images, videos, sounds = (named.get(kind, []) for kind in ("image", "video", "audio"))
-        frames = self.encode_media("video", [*images, *videos])
-        heard = self.encode_media("audio", sounds)
-        found: dict[Modality, list[EncodedMedium]] = {"image": frames[: len(images)], "video": frames[len(images) :]}
-        return {kind: listed for kind, listed in {**found, "audio": heard}.items() if listed}
-
 
 _ENCODERS = {"vision": ("visual_encoder", "ln_vision"), "audio": ("audio_encoder", "ln_audio")}
 
 
 @functools.cache
-def _tell_of_the_small_model() -> None:
-    """Once, as a warning: Python shows no less to a program that has set up no logging."""
+def _log_small_model() -> None:
+    """Log once what the small model knows; as a warning, since Python hides less without logging set up."""
     log.warning("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
 
 
-def _drawn(deviation: float, *shape: int) -> nn.Parameter:
+def _random(deviation: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * deviation)

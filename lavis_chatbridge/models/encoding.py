@@ -1,4 +1,4 @@
-"""Media through the frozen encoders, all frames or clips of a batch at once, and encoded media stacked.
+"""Runs media through the frozen encoders, all frames or clips of a batch at once, and stacks the results.
 
 It knows tensors, no prompts and no files.
 
@@ -9,7 +9,6 @@ Shapes: ``B`` media, ``T`` frames or clips of a medium, ``N`` tokens of each, ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models.encoders import AudioEncoder, VisionEncoder
-from lavis_chatbridge.prompting import Modality
+from lavis_chatbridge.models.families import own_precision
 
 
 @torch.no_grad()
@@ -92,7 +91,7 @@ def _encoded(
     flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in media])
     parts = [None] * len(flat.split(chunk)) if lengths is None else lengths.to(weight.device).split(chunk)
     tokens, masks = [], []
-    with _own_precision(weight):
+    with own_precision(weight):
         for batch, length in zip(flat.split(chunk), parts, strict=True):
             encoded, mask = encoder.encode(batch, length)
             tokens.append(_normalised(norm, encoded))
@@ -100,27 +99,11 @@ def _encoded(
     return torch.cat(tokens), torch.cat(masks)
 
 
-def passes(kind: Modality, media: Sequence[Any], chunk: int) -> int:
-    """How often an encoder runs for some media of which it takes ``chunk`` frames or clips at once.
-
-    Args:
-        kind: ``"audio"``, or ``"image"`` or ``"video"`` for the vision encoder.
-        media: What :func:`encode_frames` or :func:`encode_clips` takes, or encoded media, which need no pass.
-        chunk: The most frames or clips at once.
-    """
-    steps = 0
-    for medium in media:
-        if not isinstance(medium, EncodedMedium):
-            tensor = medium.fbank if isinstance(medium, AudioClips) else medium
-            steps += 1 if kind != "audio" and tensor.dim() == 3 else len(tensor)
-    return -(-steps // chunk)
-
-
 def stack(media: Sequence[EncodedMedium], device: torch.device) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Encoded media of one kind, padded to the longest.
+    """Encoded media of one modality, padded to the longest.
 
     Returns:
-        ``[B, T, N, D]`` tokens in fp32, ``[B, T, N]`` mask (none if nothing is padding), and each medium's ``T``.
+        ``[B, T, N, D]`` tokens in fp32, ``[B, T, N]`` mask (None without padding), and each medium's ``T``.
     """
     counts = [medium.tokens.shape[0] for medium in media]
     steps, tokens = max(counts), max(medium.tokens.shape[1] for medium in media)
@@ -161,10 +144,3 @@ def positions_in_time(table: Tensor, counts: Sequence[int]) -> Tensor:
 def _normalised(norm: nn.Module, tokens: Tensor) -> Tensor:
     with torch.autocast(tokens.device.type, enabled=False):
         return norm(tokens.float())
-
-
-def _own_precision(weight: Tensor) -> AbstractContextManager:
-    """An encoder held in half precision runs in it; one held in fp32 follows the autocast around it."""
-    if weight.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(weight.device.type, enabled=False)

@@ -99,11 +99,11 @@ def cache_argument(model: LanguageModel, cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def own_precision(model: LanguageModel) -> AbstractContextManager:
-    """Switches autocast off around a model in half precision, which runs in it; one in fp32 follows autocast."""
-    if model.dtype == torch.float32:
+def own_precision(part: LanguageModel | Tensor) -> AbstractContextManager:
+    """Switches autocast off around a frozen part in half precision, which runs in it; fp32 follows autocast."""
+    if part.dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(model.device.type, enabled=False)
+    return torch.autocast(part.device.type, enabled=False)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 HINT = "set model.language_model.weights to a Hugging Face folder (config.json, tokenizer, weights)"
 
 BITSANDBYTES = Version("0.47")
-"""The oldest that is used: 0.46, the first for a CPU, quantises 8-bit layers again when they are moved to one."""
+"""The oldest supported version: 0.46 quantises 8-bit layers a second time when they are moved to a CPU."""
 
 
 def check_available(settings: LanguageModelSettings) -> None:
@@ -48,7 +47,7 @@ def check_available(settings: LanguageModelSettings) -> None:
 
 def _check_bitsandbytes(settings: LanguageModelSettings) -> None:
     setting = "model.language_model.quantization"
-    for package in ("bitsandbytes", "accelerate"):  # through which transformers places what bitsandbytes makes
+    for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "quantize", setting)
     found = metadata.version("bitsandbytes")
@@ -61,13 +60,12 @@ def _check_bitsandbytes(settings: LanguageModelSettings) -> None:
 
 
 def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
-    """The frozen language model, with fresh adapters where the settings ask for some, and its tokenizer.
+    """The frozen language model, with new adapters if the settings name any, and its tokenizer.
 
     Raises:
-        CheckpointError: If a folder is missing or incomplete, holds a delta, or model and tokenizer do not belong
-            together.
-        MissingExtraError: If the settings need a package that is not installed.
-        ConfigError: If they need what this environment or the language model does not have.
+        CheckpointError: If a folder is missing or incomplete, holds a delta, or the tokenizer is of another model.
+        MissingExtraError: If a package is not installed.
+        ConfigError: If the family of the language model is not supported, or a setting does not fit it.
     """
     check_available(settings)
     where = "model.language_model"
@@ -90,57 +88,6 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
     return model, codec
 
 
-def logits_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
-    """The language model's logits at chosen positions only, the others are never computed.
-
-    The choice happens in front of the output layer, so whatever a model does to logits afterwards is kept.
-
-    Args:
-        model: A causal language model.
-        rows: ``[K]`` rows of the positions.
-        columns: ``[K]`` columns of the positions.
-        **inputs: What the model is given.
-
-    Returns:
-        ``[K, V]``.
-    """
-
-    def choose(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (arguments[0][rows, columns],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
-    try:
-        return model(**inputs, use_cache=False, return_dict=True).logits
-    finally:
-        handle.remove()
-
-
-def hidden_at(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
-    """What the output layer would be given at chosen positions; it is not run.
-
-    Args:
-        model: A causal language model.
-        rows: ``[K]`` rows of the positions.
-        columns: ``[K]`` columns of the positions.
-        **inputs: What the model is given.
-
-    Returns:
-        ``[K, D]``.
-    """
-    chosen: list[Tensor] = []
-
-    def take(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        chosen.append(arguments[0][rows, columns])
-        return (arguments[0][:0],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(take)
-    try:
-        model(**inputs, use_cache=False, return_dict=True)
-    finally:
-        handle.remove()
-    return chosen[0]
-
-
 def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -159,7 +106,7 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             **_placed(settings),
             **_quantised(settings),
         )
-    except Exception as error:  # safetensors' own error type derives from Exception directly
+    except Exception as error:  # safetensors raises subclasses of Exception itself
         raise CheckpointError(f"no language model can be read from {folder}: {one_line(error)}; {HINT}") from error
     model, loading = loaded
     missing = [name for name in loading["missing_keys"] if "inv_freq" not in name]
@@ -175,7 +122,7 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
 
 
 def _placed(settings: LanguageModelSettings) -> dict[str, Any]:
-    """Where the layers go; quantised ones go to this process's device unless they are spread."""
+    """The device map: the settings' own, or this process's device for quantised layers."""
     if settings.device_map is not None:
         return {"device_map": settings.device_map}
     if settings.quantization is None:
@@ -184,10 +131,10 @@ def _placed(settings: LanguageModelSettings) -> dict[str, Any]:
 
 
 def _keep_in_place(model: Any, settings: LanguageModelSettings) -> None:
-    """Let a model that is spread over devices stay there when the whole of which it is a part is moved.
+    """Keep a model on its devices when the ChatBridge around it is moved.
 
     Raises:
-        ConfigError: If a part did not fit on the devices: it would be fetched anew for every token.
+        ConfigError: If a part did not fit on the devices: it would be read from disk for every token.
     """
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     aside = sorted(places & {"disk", "cpu"}) if len(places) > 1 else []
@@ -200,12 +147,12 @@ def _keep_in_place(model: Any, settings: LanguageModelSettings) -> None:
 
 
 def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
-    """What transformers needs to hold the layers in 8 or 4 bits: nothing else is then held in full on the way."""
+    """The arguments by which transformers quantises layers while it loads them."""
     if settings.quantization is None:
         return {}
     from transformers import BitsAndBytesConfig
 
-    # it warns at every product of every layer that the input is rounded to fp16, which is what LLM.int8 is
+    # it warns at every matmul that the input is rounded to fp16, as LLM.int8 always does
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if settings.quantization == "8bit":
         chosen = BitsAndBytesConfig(load_in_8bit=True)
@@ -220,10 +167,10 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
 
 
 def _keep_differentiable(model: Any) -> None:
-    """Leave 4-bit layers as they are on a CPU with AVX512-BF16.
+    """Stop bitsandbytes from repacking 4-bit layers on a CPU with AVX512-BF16.
 
-    bitsandbytes would repack them for good when they first run without gradients, and the products of that layout have
-    no backward pass: after a validation, training would go on with gradients that lack all of these layers.
+    It would do so when they first run without gradients, and the other layout has no backward pass: after a
+    validation, gradients would silently lack these layers.
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -242,7 +189,7 @@ def _random(settings: LanguageModelSettings) -> Any:
 
 
 def _forget_sampling_defaults(model: Any, codec: Codec) -> None:
-    """Replace the generation settings that came with the folder: the caller's arguments alone decide."""
+    """Replace the folder's generation settings: only the caller's arguments count."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(bos_token_id=codec.bos_id, pad_token_id=codec.pad_id)

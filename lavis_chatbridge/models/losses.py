@@ -1,7 +1,7 @@
-"""Cross-entropy of a frozen output layer at chosen positions, a few positions at a time: no logits are kept.
+"""Cross-entropy at chosen positions of a frozen language model, without keeping their logits.
 
-At a vocabulary of 32,000 the logits of a batch and their gradients are its largest tensors. Each position's gradient
-needs its own logits only, so it is worked out together with the loss, and the logits are thrown away.
+With a vocabulary of 32,000, the logits of a batch and their gradients are its largest tensors. A position's gradient
+depends on its own logits only, so it is computed together with the loss, a few positions at a time.
 
 Shapes: ``K`` positions, ``D`` width, ``V`` vocabulary.
 """
@@ -14,33 +14,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lavis_chatbridge.models.language_model import hidden_at, logits_at
+from lavis_chatbridge.models.families import LanguageModel
 
 CHUNK = 256
-"""Positions whose logits live at once."""
+"""Positions whose logits are in memory at once."""
 
 PLAIN_HEADS = frozenset(("llama", "mistral", "qwen2", "qwen3"))
-"""Model types (of transformers) whose logits are the output layer's results; others scale or cap them afterwards."""
+"""Model types of transformers whose logits are the output layer's results; others may scale or cap them."""
 
 
-def losses_at(model: Any, rows: Tensor, columns: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-    """Negative log-likelihoods of targets at chosen positions.
+def losses_at(model: LanguageModel, rows: Tensor, columns: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    """Negative log-likelihoods of targets at chosen positions; the output layer sees no others.
 
     Args:
-        model: A causal language model.
+        model: The language model.
         rows: ``[K]`` rows of the positions.
         columns: ``[K]`` columns of the positions.
         targets: ``[K]`` ids.
-        **inputs: What the model is given.
+        **inputs: The model's inputs.
 
     Returns:
         ``[K]`` in fp32.
     """
-    head = model.get_output_embeddings()
-    if getattr(model.config, "model_type", None) not in PLAIN_HEADS or not _is_frozen_linear(head):
-        logits = logits_at(model, rows, columns, **inputs)
+    head: Any = model.get_output_embeddings()
+    plain = getattr(model.config, "model_type", None) in PLAIN_HEADS and _is_frozen_linear(head)
+    chosen: list[Tensor] = []
+
+    def choose(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        chosen.append(arguments[0][rows, columns])
+        return (arguments[0][:0],) if plain else (chosen[0],)
+
+    handle = head.register_forward_pre_hook(choose)
+    try:
+        logits = model(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        handle.remove()
+    if not plain:
         return functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-    hidden = hidden_at(model, rows, columns, **inputs).to(head.weight.device)
+    hidden = chosen[0].to(head.weight.device)
     return chunked_cross_entropy(hidden, head.weight, head.bias, targets.to(hidden.device))
 
 
@@ -50,9 +61,9 @@ def chunked_cross_entropy(
     """``cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="none")`` for a frozen layer.
 
     Args:
-        hidden: ``[K, D]``; gradients reach it.
-        weight: ``[V, D]``; has no gradient.
-        bias: ``[V]`` or none; has no gradient.
+        hidden: ``[K, D]``; the only argument with a gradient.
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
         targets: ``[K]``.
         chunk: Positions at once.
 
@@ -67,20 +78,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        wanted = ctx.needs_input_grad[0]
-        slopes = torch.empty_like(hidden) if wanted else None
-        parts = zip(hidden.split(chunk), targets.split(chunk), losses.split(chunk), strict=True)
-        for number, (some, their_targets, their_losses) in enumerate(parts):
-            logits = functional.linear(some, weight, bias)
-            dtype = logits.dtype
-            logits = logits.float()
-            chosen = their_targets.unsqueeze(1)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = functional.linear(hidden[part], weight, bias)
+            dtype, logits = logits.dtype, logits.float()
+            wanted = targets[part].unsqueeze(1)
             total = logits.logsumexp(1, keepdim=True)
-            torch.sub(total, logits.gather(1, chosen), out=their_losses.unsqueeze(1))
+            losses[part] = (total - logits.gather(1, wanted)).squeeze(1)
             if slopes is not None:
                 shares = logits.sub_(total).exp_()
-                shares.scatter_add_(1, chosen, shares.new_full(chosen.shape, -1.0))
-                slopes[number * chunk : (number + 1) * chunk] = shares.to(dtype) @ weight.to(dtype)
+                shares.scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
+                slopes[part] = shares.to(dtype) @ weight.to(dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return losses
@@ -91,8 +100,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (gradients[0].unsqueeze(1) * slopes).to(slopes.dtype), None, None, None, None
 
 
-def _is_frozen_linear(head: Any) -> bool:
-    """Whether the output layer is torch's own, neither trained nor wrapped (LoRA, quantised, moved to a disk)."""
-    return type(head) is nn.Linear and not any(
-        parameter.requires_grad or parameter.is_meta for parameter in head.parameters()
-    )
+def _is_frozen_linear(head: nn.Module) -> bool:
+    """Whether an output layer is torch's own, neither trained nor wrapped by LoRA, quantisation or offloading."""
+    return type(head) is nn.Linear and not any(p.requires_grad or p.is_meta for p in head.parameters())

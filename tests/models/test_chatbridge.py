@@ -265,7 +265,7 @@ def test_a_lost_answer_is_counted_and_costs_nothing(model: Any, caplog: pytest.L
     out["loss"].backward()
     assert (out["loss"].item(), int(out["target_tokens"])) == (0.0, 0)
     assert model.lost_answers == before + 1
-    assert "max_text_length 2 has cut off a whole answer" in caplog.text
+    assert "max_text_length 2 cut off all targets" in caplog.text
     model.zero_grad()
 
 

@@ -77,7 +77,7 @@ def test_the_tiny_model_with_random_weights(golden_dir: Path, caplog: pytest.Log
     from lavis_chatbridge.models import chatbridge
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
-    chatbridge._tell_of_the_small_model.cache_clear()
+    chatbridge._log_small_model.cache_clear()
     sizes = {"model_type": "llama", "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4}
     random = {

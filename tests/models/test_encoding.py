@@ -1,19 +1,16 @@
-"""Media through frozen encoders: precision of what comes out, how often an encoder runs, and stacking with a mask."""
+"""Media through frozen encoders: the precision of their output, and stacking with a mask."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from lavis_chatbridge.media.types import AudioClips, EncodedMedium
-from lavis_chatbridge.models.encoding import passes, stack
+from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.models.encoding import stack
 from tests.models.building import small_model, small_settings
 
-VIDEO = torch.zeros(5, 3, 28, 28)
-SOUND = AudioClips(torch.zeros(3, 48, 32), torch.full((3,), 48))
 ENCODED = EncodedMedium(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
 
 
@@ -27,23 +24,6 @@ def test_encoders_in_half_precision_end_in_a_norm_in_fp32(golden_dir: Path, monk
         assert found.tokens.dtype == torch.float32
         assert not torch.equal(found.tokens, found.tokens.bfloat16().float())  # the norm's own numbers were not rounded
         torch.testing.assert_close(found.tokens, expected.tokens, atol=0.2, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "media", "expected"),
-    [
-        ("image", [torch.zeros(3, 28, 28)] * 3, 2),
-        ("image", [torch.zeros(3, 28, 28)] * 4, 2),
-        ("video", [VIDEO, VIDEO], 5),
-        ("audio", [SOUND, SOUND.fbank], 3),
-        ("audio", [SOUND, ENCODED], 2),
-        ("image", [ENCODED], 0),
-        ("audio", [], 0),
-    ],
-    ids=["images", "full", "frames", "clips", "beside encoded", "encoded", "none"],
-)
-def test_an_encoder_runs_as_often_as_its_batches_fill(kind: Any, media: list[Any], expected: int) -> None:
-    assert passes(kind, media, chunk=2) == expected
 
 
 def test_stacked_media_are_padded_and_masked() -> None:
