@@ -170,7 +170,7 @@ class Trainer:
     def __init__(self, model: ChatBridge, device: torch.device) -> None:
         run = RunSettings(task="chatbridge_alignment", max_iters=100_000, precision="bf16")
         optimizer = optim.build_optimizer(model, run)
-        scaler, schedule = optim.build_scaler(run.precision, device), optim.schedule(optimizer, run, 100_000)
+        scaler, schedule = optim.build_scaler(run.precision, device), optim.schedule(run, 100_000)
         self._step = TrainStep(model, self._loss, optimizer, scaler, schedule, run, device)
 
     @staticmethod

@@ -248,7 +248,7 @@ class Ours:
         device = torch.device("cpu")
         run = RunSettings(task="chatbridge_alignment", max_iters=100_000, clip_grad_norm=None, decay_all=True)
         optimizer = optim.build_optimizer(self.model, run)
-        scaler, schedule = optim.build_scaler("fp32", device), optim.schedule(optimizer, run, 100_000)
+        scaler, schedule = optim.build_scaler("fp32", device), optim.schedule(run, 100_000)
         self._step = TrainStep(self.model, self._loss, optimizer, scaler, schedule, run, device)
         self._taken = 0
 

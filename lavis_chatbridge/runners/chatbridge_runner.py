@@ -30,7 +30,7 @@ from lavis_chatbridge.runners import checkpoints, data, distributed, features, o
 from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedScaler, SavedState
 from lavis_chatbridge.runners.contracts import Datasets, Samples, Task, TokenTask, TrainLoader
 from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
-from lavis_chatbridge.runners.logs import LOG, Reporter, append_stats
+from lavis_chatbridge.runners.logs import LOG, LogFile, Reporter
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
 from lavis_chatbridge.runners.signals import STOPPED_BY_SIGTERM, Watch
 from lavis_chatbridge.runners.state import TrainState
@@ -65,7 +65,6 @@ class ChatBridgeRunner(RunnerBase):
         self._wrapped_model: nn.Module | None
         self._optimizer: torch.optim.Optimizer | None
         self._scaler: torch.amp.GradScaler | None
-        self._lr_sched: optim.WarmupCosine | None
         self.bridge = parallel.choose_trained(model, self.run.train)
         super().__init__(cfg, task, model, datasets, job_id)
         data.set_template(datasets, getattr(model, "template", None))
@@ -109,13 +108,6 @@ class ChatBridgeRunner(RunnerBase):
         if self._scaler is None:
             self._scaler = optim.build_scaler(self.run.precision, self.device)
         return self._scaler
-
-    @property
-    def lr_scheduler(self) -> optim.WarmupCosine:
-        """The learning rate per step."""
-        if self._lr_sched is None:
-            self._lr_sched = optim.schedule(self.optimizer, self.run, self.steps, self.validation_interval)
-        return self._lr_sched
 
     @property
     def train_loader(self) -> TrainLoader:
@@ -168,7 +160,7 @@ class ChatBridgeRunner(RunnerBase):
         data.check_splits(self.datasets, self.run)
         parallel.check_trainable(self._model, self.device)
         started = time.monotonic()
-        with self.folder.claimed(), distributed.contact(), worker_deaths(), Watch(self.run.save_every_minutes) as watch:
+        with self.folder.claimed(), worker_deaths(), Watch(self.run.save_every_minutes) as watch:
             self._start()
             with self._reporter() as reporter:
                 if self._must_validate():
@@ -199,7 +191,8 @@ class ChatBridgeRunner(RunnerBase):
 
     def _train_steps(self, watch: Watch, reporter: Reporter) -> None:
         """The training loop."""
-        step = TrainStep(self.model, self._loss, self.optimizer, self.scaler, self.lr_scheduler, self.run, self.device)
+        schedule = optim.schedule(self.run, self.steps, self.validation_interval)
+        step = TrainStep(self.model, self._loss, self.optimizer, self.scaler, schedule, self.run, self.device)
         batches = self.train_loader.batches(self.state.step, self.steps)
         self.model.train()
         while self.state.step < self.steps:
@@ -349,7 +342,7 @@ class ChatBridgeRunner(RunnerBase):
     def log_stats(self, stats: Any, split_name: str) -> None:
         """Append a split's metrics to ``log.txt``."""
         if distributed.is_main() and isinstance(stats, Mapping):
-            append_stats(self.output_dir / LOG, split_name, stats, self.state.step)
+            LogFile(self.output_dir / LOG).write(split_name, stats, self.state.step)
 
     def _reporter(self) -> Reporter:
         with distributed.together():
@@ -391,7 +384,6 @@ class ChatBridgeRunner(RunnerBase):
             scaler=SavedScaler(scale=scaler["scale"], growth_tracker=scaler["_growth_tracker"]) if scaler else None,
             frozen=self.frozen,
             adapters=lora.describe(self.model),
-            versions=checkpoints.versions(),
             config=self.settings,
         )
         tensors = checkpoints.optimizer_tensors(self.model, self.optimizer)

@@ -4,7 +4,7 @@ A checkpoint is a folder ``step_NNNNNNNN`` of
 
 - ``model.safetensors``: the bridge, under the model's own parameter names;
 - ``optimizer.safetensors``: AdamW's tensors, as ``PARAMETER|STATE``;
-- ``state.json``: progress, position in the data, loss scaler, hashes of the frozen parts, versions, configuration.
+- ``state.json``: progress, position in the data, loss scaler, hashes of the frozen parts, configuration.
 
 No pickle is read or written. Frozen weights are not saved; their hashes make sure that a run resumes on the same ones.
 """
@@ -15,12 +15,10 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,6 @@ _log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE, BEST = "model.safetensors", "optimizer.safetensors", "state.json", "best.safetensors"
 _STEP = re.compile(r"step_(\d{8,})")
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")
-_PACKAGES = ("torch", "transformers", "salesforce-lavis", "safetensors", "numpy", "lavis-chatbridge")
 _PROBES = 1024
 """Values of a frozen tensor that its hash reads, evenly spread: 26 GB would take half a minute to hash entirely."""
 
@@ -105,7 +102,6 @@ class SavedState(Settings):
     """None in other precisions than fp16."""
     frozen: dict[str, str]
     adapters: dict[str, Any] | None
-    versions: dict[str, str]
     config: dict[str, Any]
 
 
@@ -383,17 +379,6 @@ def frozen_hashes(model: nn.Module, bridge: list[str]) -> dict[str, str]:
             some = sorted({number * max(1, size - 1) // 256 for number in range(256)} | {size - 1})
             found["tokenizer"] = hash_of(size, [tokenizer.decode([number]) for number in some])[:32]
             break
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -26,7 +26,6 @@ from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_LOST = re.compile(r"timed? ?out|closed by peer|connection (reset|refused|was closed)|broken pipe", re.IGNORECASE)
 
 
 def init(run: RunSettings) -> torch.device:
@@ -43,7 +42,9 @@ def init(run: RunSettings) -> torch.device:
     device = choose_device(run.device, place)
     if place.world_size > 1 and not dist.is_initialized():
         _join(run, place, device)
-    setup_logging()
+    where = f" rank {rank()}" if in_group() else ""
+    logging.basicConfig(format=f"%(asctime)s [%(levelname)s]{where} %(message)s")
+    logging.getLogger().setLevel(logging.INFO if is_main() else logging.WARNING)
     _log.info("process %d of %d on %s, device %s", rank(), world_size(), socket.gethostname(), device)
     return device
 
@@ -181,44 +182,3 @@ def together() -> Iterator[None]:
     for number, other in enumerate(everywhere):
         if other is not None:
             raise ChatBridgeError(f"process {number}: {other}")
-
-
-@contextmanager
-def contact() -> Iterator[None]:
-    """Turn the backend's error for a lost process, and torch's for full device memory, into one with a remedy.
-
-    Raises:
-        TrainingError: Instead of the backend's error.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"process {rank()} ran out of its device's memory: lower run.batch_size_train (or run.batch_tokens) and "
-            "raise run.accum_grad_iters, or set run.gradient_checkpointing=true, then resume with run.resume=auto; "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
-    except RuntimeError as error:
-        if not (in_group() and (isinstance(error, dist.DistError) or _LOST.search(str(error)))):
-            raise
-        raise TrainingError(
-            f"process {rank()} has lost another one (it died, hangs, or took longer than run.timeout_minutes): look at "
-            f"the first error among the processes' logs, then resume with run.resume=auto; "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-def setup_logging() -> None:
-    """Log to stderr: rank 0 from INFO on, the others from WARNING on, with their rank."""
-    where = f" rank {rank()}" if in_group() else ""
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _Stderr)]:
-        root.removeHandler(handler)
-    handler = _Stderr(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [%(levelname)s]{where} %(message)s"))
-    root.addHandler(handler)
-    root.setLevel(logging.INFO if is_main() else logging.WARNING)
-
-
-class _Stderr(logging.StreamHandler):
-    """The handler that `setup_logging` adds and replaces."""

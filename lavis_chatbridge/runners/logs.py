@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -69,35 +69,29 @@ class Sink(Protocol):
 
 
 class LogFile:
-    """LAVIS's ``log.txt``: one JSON object per line, keys prefixed with the split.
+    """LAVIS's ``log.txt``: one JSON object per line, keys prefixed with the split."""
 
-    Args:
-        path: The file.
-        step: The step that the run resumes at; lines of later steps are dropped.
-        validated: Whether that step's validation is finished; if not, its lines are dropped too.
-    """
-
-    def __init__(self, path: Path, step: int = 0, validated: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.exists():
-            return
-        last = {True: step, False: step if validated else step - 1}
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # drops a line that was cut off
-        kept = [line for line in lines if _step_of(line) <= last[line.startswith('{"train_')]]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def drop_after(self, state: TrainState, validated: bool) -> None:
+        """Drop the lines of later steps than a resumed run's, and of a validation that it repeats."""
+        if self.path.exists():
+            last = {True: state.step, False: state.step if validated else state.step - 1}
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+            kept = [line for line in lines if _step_of(line) <= last[line.startswith('{"train_')]]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
         """Append a line."""
-        append_stats(self.path, split, stats, step)
+        self.append({f"{split}_{key}": value for key, value in {"step": step, **stats}.items()})
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append any object as a line."""
+        append_lines(self.path, [json.dumps(record, default=str)])
 
     def close(self) -> None:
         """Nothing is held open."""
-
-
-def append_stats(path: Path, split: str, stats: Mapping[str, Any], step: int) -> None:
-    """Append the metrics of a split to a log file."""
-    record = {f"{split}_{key}": value for key, value in {"step": step, **stats}.items()}
-    append_lines(path, [json.dumps(record, default=str)])
 
 
 class TensorBoard:
@@ -132,9 +126,8 @@ class WeightsAndBiases:
             folder.mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(project=run.wandb_project, mode=run.wandb_mode, dir=str(folder), config=dict(config))
         except Exception as error:  # wandb raises errors of many classes: server, settings, disk
-            cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ConfigError(
-                f"run.wandb: Weights & Biases cannot start a run ({cause}): log in (wandb login), or set "
+                f"run.wandb: Weights & Biases cannot start a run ({_one_line(error)}): log in (wandb login), or set "
                 "run.wandb_mode=offline or run.wandb=false"
             ) from error
 
@@ -148,13 +141,7 @@ class WeightsAndBiases:
 
 
 class Console:
-    """A bar on a terminal, log lines elsewhere.
-
-    Args:
-        steps: Steps of the whole run.
-        done: Finished steps.
-        stream: Output stream; stderr by default.
-    """
+    """A bar on a terminal, log lines elsewhere."""
 
     def __init__(self, steps: int, done: int, stream: TextIO | None = None) -> None:
         self.steps, self.first, self.started = steps, done, time.perf_counter()
@@ -216,26 +203,27 @@ class Reporter:
     ) -> None:
         self.log_every, self.steps, self.state = run.log_every, steps, state
         self.meter = Meter()
-        self._failed: set[Sink] = set()
-        self.console = Console(steps, state.step) if active else None
         self.sinks: list[Sink] = []
+        self.console: Console | None = None
         if not active:
             return
+        log = LogFile(folder / LOG)
         try:
-            log = LogFile(folder / LOG, state.step, validated)
-            append_lines(log.path, [json.dumps({"config": config, "from_step": state.step}, default=str)])
+            log.drop_after(state, validated)
+            log.append({"config": config, "from_step": state.step})
         except OSError as error:
-            raise TrainingError(f"cannot write {folder / LOG}: {error.strerror or error}") from error
-        self.sinks = [log, *([TensorBoard(folder / "tensorboard", state.step)] if run.tensorboard else [])]
+            raise TrainingError(f"cannot write {log.path}: {error.strerror or error}") from error
+        self.console = Console(steps, state.step)
+        self.sinks = [log, self.console]
+        self.sinks += [TensorBoard(folder / "tensorboard", state.step)] if run.tensorboard else []
         self.sinks += [WeightsAndBiases(run, folder / "wandb", config)] if run.wandb else []
-        self.sinks += [self.console] if self.console else []
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *_fault: object) -> None:
         for sink in self.sinks:
-            self._tolerate(sink, sink.close)
+            sink.close()
 
     def step(self, source: str, result: StepResult, waited: float) -> None:
         """Count a step; every ``log_every`` steps, and at the end, write means and rates."""
@@ -248,24 +236,18 @@ class Reporter:
             self.meter = Meter()
 
     def write(self, split: str, stats: Mapping[str, Any]) -> None:
-        """Write the metrics of a split at the current step."""
-        for sink in self.sinks:
-            self._tolerate(sink, lambda sink=sink: sink.write(split, stats, self.state.step))  # type: ignore[misc]
+        """Write the metrics of a split at the current step. A log that fails is closed; the training continues."""
+        for sink in list(self.sinks):
+            try:
+                sink.write(split, stats, self.state.step)
+            except Exception as error:  # TensorBoard and W&B raise errors of any class
+                _log.warning("%s failed, training continues without it: %s", type(sink).__name__, _one_line(error))
+                self.sinks.remove(sink)
 
     def say(self, line: str) -> None:
         """Print a line."""
         if self.console is not None:
             self.console.say(line)
-
-    def _tolerate(self, sink: Sink, action: Callable[[], None]) -> None:
-        """A log that fails costs its metrics and one warning, not the training."""
-        try:
-            action()
-        except Exception as error:  # TensorBoard and W&B raise errors of any class
-            if sink not in self._failed:
-                cause = " ".join(str(error).split())[:300]
-                _log.warning("%s failed, training continues without it: %s", type(sink).__name__, cause)
-            self._failed.add(sink)
 
 
 def memory_mb() -> float:
@@ -282,6 +264,10 @@ def memory_mb() -> float:
 
 def _numbers(stats: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in stats.items() if isinstance(value, (int, float))}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _step_of(line: str) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
-from lavis.common.registry import registry
 from torch import nn
 
 from lavis_chatbridge.errors import TrainingError
@@ -16,7 +15,9 @@ from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
 
-SCHEDULER_NAME = "linear_warmup_cosine_iter_lr"
+Schedule: TypeAlias = Callable[[int], float]
+"""Step (from 0) -> learning rate."""
+
 _FIRST_FP16_SCALE = 2.0**6
 """GradScaler's usual 2**16 suits a mean loss; here backward starts from the sum over some thousand tokens."""
 
@@ -78,71 +79,20 @@ def original_rate(
     return min_lr + (init_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-@registry.register_lr_scheduler(SCHEDULER_NAME)
-class WarmupCosine:
-    """Linear warm-up and cosine per step over the whole run, with the signature of LAVIS's schedulers.
+def schedule(run: RunSettings, steps: int, epoch: int | None = None) -> Schedule:
+    """The learning rate per step of a run of ``steps`` optimiser steps.
 
     LAVIS's own ``linear_warmup_cosine_lr`` steps the cosine per epoch, and its warm-up ends with the first epoch.
 
     Args:
-        optimizer: The optimiser whose learning rate is set.
-        max_epoch: Number of (inner) epochs.
-        min_lr: Rate at the end.
-        init_lr: Rate after warm-up.
-        warmup_steps: Length of the warm-up in steps.
-        warmup_start_lr: Rate at the first step; negative means ``init_lr`` (LAVIS's convention).
-        iters_per_epoch: Steps of one epoch.
-        original_epoch: Use `original_rate` with epochs of this many steps.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        max_epoch: int,
-        min_lr: float,
-        init_lr: float,
-        warmup_steps: int = 0,
-        warmup_start_lr: float = -1.0,
-        iters_per_epoch: int = 1,
-        original_epoch: int | None = None,
-        **_unused: Any,
-    ) -> None:
-        self.optimizer = optimizer
-        self.iters_per_epoch, self.original_epoch = iters_per_epoch, original_epoch
-        warmup_lr = warmup_start_lr if warmup_start_lr >= 0 else init_lr
-        self._shape = (max_epoch * iters_per_epoch, init_lr, min_lr, warmup_steps, warmup_lr)
-
-    def step(self, cur_epoch: int, cur_step: int) -> float:
-        """Set the rate for step ``cur_step`` of epoch ``cur_epoch`` (both from 0) and return it."""
-        step = cur_epoch * self.iters_per_epoch + cur_step
-        if self.original_epoch:
-            rate = original_rate(step, *self._shape, self.original_epoch)
-        else:
-            rate = learning_rate(step, *self._shape)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-
-def schedule(optimizer: torch.optim.Optimizer, run: RunSettings, steps: int, epoch: int | None = None) -> WarmupCosine:
-    """The schedule of a run of ``steps`` optimiser steps.
-
-    Args:
-        optimizer: The optimiser.
         run: Rates and warm-up.
         steps: Steps of the run.
-        epoch: Steps between two validations, which the original's warm-up depends on.
+        epoch: Steps between two validations, on which the original's warm-up depends.
     """
-    return WarmupCosine(
-        optimizer,
-        max_epoch=1,
-        min_lr=run.min_lr,
-        init_lr=run.init_lr,
-        warmup_steps=run.warmup_steps,
-        warmup_start_lr=run.warmup_lr,
-        iters_per_epoch=steps,
-        original_epoch=(epoch or steps) if run.lr_sched == "original" else None,
-    )
+    shape = (steps, run.init_lr, run.min_lr, run.warmup_steps, run.warmup_lr)
+    if run.lr_sched == "original":
+        return lambda step: original_rate(step, *shape, epoch or steps)
+    return lambda step: learning_rate(step, *shape)
 
 
 def keep_in_fp32(parameters: Iterable[nn.Parameter]) -> int:

@@ -84,7 +84,7 @@ class TrainStep:
         loss: Computes the loss of a micro-batch.
         optimizer: Over the model's trainable parameters.
         scaler: For fp16; disabled otherwise.
-        schedule: Sets the learning rate of a step.
+        schedule: The learning rate of a step.
         run: Precision, clipping, seed.
         device: The model's device.
     """
@@ -95,7 +95,7 @@ class TrainStep:
         loss: Loss,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        schedule: optim.WarmupCosine,
+        schedule: optim.Schedule,
         run: RunSettings,
         device: torch.device,
     ) -> None:
@@ -115,7 +115,9 @@ class TrainStep:
             requests: What this process requests of all.
         """
         seed_all(self.run.seed, step, distributed.rank())
-        rate = self.schedule.step(0, step)
+        rate = self.schedule(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         share = _Share()
         for samples in self._runnable(batch):
             self._backward(samples, share)

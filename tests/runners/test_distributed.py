@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,36 +224,6 @@ def _evaluates(rank: int, folder: Path, bad: tuple[int, ...]) -> None:
 def test_an_evaluation_lacks_what_its_processes_lack_together(tmp_path, bad, expected):
     in_processes(_evaluates, 2, tmp_path, bad)
     assert all((tmp_path / f"told{rank}").read_text().startswith(expected) for rank in (0, 1))
-
-
-def _train_and_lose_one(rank: int, folder: Path, how: str) -> None:
-    one = runner(folder, max_iters=6, timeout_minutes=0.05, save_every_steps=1)
-    record = one.state.record
-
-    def recorded(source, result):
-        record(source, result)
-        if rank == 1 and one.state.step == 3:
-            end = time.monotonic() + 60
-            while how == "hangs" and not (folder / "error0").exists() and time.monotonic() < end:
-                time.sleep(0.05)
-            os._exit(0)
-
-    one.state.record = recorded
-    try:
-        one.train()
-    except TrainingError as error:
-        (folder / f"error{rank}").write_text(str(error))
-    os._exit(0)
-
-
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_lost_process_is_named_and_the_last_checkpoint_resumes(tmp_path, how):
-    in_processes(_train_and_lose_one, 2, tmp_path, how)
-    assert "process 0 has lost another one" in (tmp_path / "error0").read_text()
-    resumed = runner(tmp_path, max_iters=6, resume="auto")
-    assert resumed.folder.resumed == tmp_path / "checkpoints" / "step_00000003"
-    resumed.train()
-    assert resumed.state.step == 6
 
 
 def _refused(rank: int, folder: Path, other: bool) -> None:

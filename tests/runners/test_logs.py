@@ -11,7 +11,8 @@ import types
 import pytest
 
 from lavis_chatbridge.errors import ConfigError, MissingExtraError, TrainingError
-from lavis_chatbridge.runners.logs import Console, LogFile, Meter, TensorBoard, WeightsAndBiases, append_stats
+from lavis_chatbridge.runners.logs import Console, LogFile, Meter, TensorBoard, WeightsAndBiases
+from lavis_chatbridge.runners.state import TrainState
 from lavis_chatbridge.runners.step import StepResult
 from tests.runners.runner_parts import config, runner
 
@@ -36,11 +37,12 @@ def test_a_resumed_log_has_every_step_once_and_no_line_that_was_cut_off(tmp_path
     path = tmp_path / "log.txt"
     path.write_text('{"config": {"max_step": 9}}\n')
     for step in (2, 4, 6):
-        append_stats(path, "train", {"loss": 1.0}, step)
-    append_stats(path, "val", {"loss": 2.0, "best_step": 6}, 6)
+        LogFile(path).write("train", {"loss": 1.0}, step)
+    LogFile(path).write("val", {"loss": 2.0, "best_step": 6}, 6)
     with open(path, "a") as file:
         file.write('{"train_step": 8, "tr')
-    LogFile(path, step=4).write("train", {"loss": 0.5}, 6)
+    LogFile(path).drop_after(TrainState(step=4), validated=True)
+    LogFile(path).write("train", {"loss": 0.5}, 6)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line.get("train_step") for line in lines] == [None, 2, 4, 6]
     assert lines[-1] == {"train_step": 6, "train_loss": 0.5}
@@ -50,14 +52,14 @@ def test_a_log_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
     one, write = runner(tmp_path, max_iters=6, log_every=1), LogFile.write
 
     def full(log, split, stats, step):
-        if step in (2, 3):
+        if step == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(log, split, stats, step)
 
     monkeypatch.setattr(LogFile, "write", full)
     one.train()
     lines = map(json.loads, (tmp_path / "log.txt").read_text().splitlines())
-    assert [line["train_step"] for line in lines if "train_step" in line] == [1, 4, 5, 6]
+    assert [line["train_step"] for line in lines if "train_step" in line] == [1, 2]
     assert caplog.text.count("LogFile failed, training continues without it: [Errno 28]") == 1
 
 

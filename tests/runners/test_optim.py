@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-from lavis.common.registry import registry
-from torch import nn
 
 from lavis_chatbridge.errors import TrainingError
 from lavis_chatbridge.runners import optim
-from tests.runners.runner_parts import ToyModel, config, runner
+from tests.runners.runner_parts import ToyModel, config
 
 
 def test_warm_up_then_cosine_over_the_whole_run():
@@ -25,30 +22,13 @@ def test_warm_up_then_cosine_over_the_whole_run():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_the_schedule_has_lavis_signature_and_counts_over_epochs():
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scheduler_class = registry.get_lr_scheduler_class(optim.SCHEDULER_NAME)
-    scheduler = scheduler_class(
-        optimizer=optimizer,
-        max_epoch=4,
-        min_lr=0.0,
-        init_lr=1.0,
-        decay_rate=None,
-        warmup_start_lr=-1,
-        iters_per_epoch=25,
-    )
-    assert scheduler.step(cur_epoch=2, cur_step=0) == pytest.approx(0.5)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
-
-
 def test_the_originals_schedule_takes_its_epoch_from_the_validations(tmp_path):
     options = {"max_iters": 8, "eval_every": 3, "warmup_steps": 4, "init_lr": 0.08, "min_lr": 0.0, "warmup_lr": 0.0}
-    one = runner(tmp_path, lr_sched="original", **options)
-    rates = [one.lr_scheduler.step(cur_epoch=0, cur_step=step) for step in range(5)]
+    rate = optim.schedule(config(tmp_path, lr_sched="original", **options).run, 8, epoch=3)
+    rates = [rate(step) for step in range(5)]
     assert rates == pytest.approx([0.0, 0.02, 0.04, 0.0, 0.04])  # half-way, the cosine has come down to a half
-    plain = runner(tmp_path, **options)
-    assert [plain.lr_scheduler.step(0, step) for step in (3, 4)] == pytest.approx([0.06, 0.08])
+    rate = optim.schedule(config(tmp_path, **options).run, 8)
+    assert [rate(3), rate(4)] == pytest.approx([0.06, 0.08])
 
 
 def test_only_matrices_decay_unless_all_shall():

@@ -192,21 +192,6 @@ def test_a_model_on_several_devices_is_not_trained(tmp_path):
     runner(tmp_path, model, evaluate=True, test_splits=["val"]).train()
 
 
-def test_a_device_without_memory_left_is_named_with_remedies(tmp_path):
-    one = runner(tmp_path, max_iters=4, save_every_steps=1)
-    loss = one._loss
-
-    def large(model, samples):
-        if one.state.step == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return loss(model, samples)
-
-    one._loss = large
-    with pytest.raises(TrainingError, match=r"lower run.batch_size_train .*resume=auto; CUDA out of memory. Tried"):
-        one.train()
-    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
-
-
 def after_step(one, number, action):
     """Call ``action`` once the runner has counted step ``number``."""
     record = type(one.state).record
