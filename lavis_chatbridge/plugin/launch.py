@@ -109,7 +109,7 @@ class Session:
             task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
             datasets = task.build_datasets(cfg)
             if cfg.folder is not None:
-                data.check_splits(datasets, cfg.run)
+                cfg.run.check_splits(data.splits_of(datasets))
             model = self._model_of(task, cfg, evaluate)
         return registry.get_runner_class(cfg.run.runner)(
             cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets

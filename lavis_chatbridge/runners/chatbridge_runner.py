@@ -117,12 +117,6 @@ class ChatBridgeRunner(RunnerBase):
         return self._train_loader
 
     @property
-    def dataloaders(self) -> dict[str, Any]:
-        """Split -> this process's batches (LAVIS's name)."""
-        splits = data.splits_of(self.datasets) - set(self.run.train_splits)
-        return {split: self._evaluation_loader(split) for split in sorted(splits)} | {"train": self.train_loader}
-
-    @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         if self.run.max_iters is not None:
@@ -157,7 +151,7 @@ class ChatBridgeRunner(RunnerBase):
         if self.evaluate_only:
             self.evaluate()
             return
-        data.check_splits(self.datasets, self.run)
+        self.run.check_splits(data.splits_of(self.datasets))
         parallel.check_trainable(self._model, self.device)
         started = time.monotonic()
         with self.folder.claimed(), worker_deaths(), Watch(self.run.save_every_minutes) as watch:
@@ -197,9 +191,7 @@ class ChatBridgeRunner(RunnerBase):
         self.model.train()
         while self.state.step < self.steps:
             began = time.perf_counter()
-            seed_all(
-                self.run.seed, self.state.step, distributed.rank()
-            )  # for data sets that draw from global generators
+            seed_all(self.run.seed, self.state.step, distributed.rank())  # LAVIS's data sets draw from them
             micro_batches, fault = self._next(batches)
             waited = time.perf_counter() - began
             skipped = sum(len(batch["skipped"]) for batch in micro_batches)

@@ -135,7 +135,8 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     with faults.collected():
         run = _check_run(config.run)
     if not faults and run is not None:
-        faults += _unknown_splits(config.datasets, run) + _not_to_score(config.datasets, run)
+        with faults.collected():
+            _check_splits(config.datasets, run)
     if faults or run is None or env is None:
         raise ConfigError(f"{cfg_path}: " + "; ".join(faults))
     config.run = run.model_dump() | {
@@ -156,13 +157,10 @@ def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None 
     """
     import lavis  # noqa: F401  (registers builders)
 
-    faults = _Faults()
-    with faults.collected():
-        user = merged(read_yaml(cfg_path), read_options(options or []))
-        _set_paths(parse(EnvSettings, user.get("env") or {}, "env"))
-        sections = _section(user, "datasets")
-        return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
-    raise ConfigError(f"{cfg_path}: {faults[0]}")
+    user = merged(read_yaml(cfg_path), read_options(options or []))
+    _set_paths(parse(EnvSettings, user.get("env") or {}, "env"))
+    sections = _section(user, "datasets")
+    return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
 
 
 def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, Any]:
@@ -171,10 +169,7 @@ def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     Raises:
         ConfigError: If the file or the options cannot be read.
     """
-    faults = _Faults()
-    with faults.collected():
-        return _plain(_section(merged(read_yaml(cfg_path), read_options(options or [])), "run"))
-    raise ConfigError(f"{cfg_path}: {faults[0]}")
+    return _plain(_section(merged(read_yaml(cfg_path), read_options(options or [])), "run"))
 
 
 def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
@@ -271,37 +266,26 @@ def _check_run(section: DictConfig) -> RunSettings:
     return run
 
 
-def _splits_of(name: str, section: DictConfig) -> Iterable[str] | None:
-    """The splits of one of our data sets; None for LAVIS's, which cannot say."""
+def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
+    """Compare the splits that a run names with those of our data sets; LAVIS's cannot say which they have.
+
+    Raises:
+        ConfigError: If no data set has a split, or a task of LAVIS would score our data set, without its id key.
+    """
     from lavis.common.registry import registry
 
-    split_names = getattr(registry.get_builder_class(name), "split_names", None)
-    return None if split_names is None else split_names(_plain(section))
-
-
-def _unknown_splits(datasets: DictConfig, run: RunSettings) -> list[str]:
-    """Faults of the splits that the run names and no data set has."""
-    splits = [_splits_of(str(name), section) for name, section in datasets.items()]
-    if None in splits:
-        return []
-    return run.unknown_splits({split for own in splits for split in own or ()})
-
-
-def _not_to_score(datasets: DictConfig, run: RunSettings) -> list[str]:
-    """The fault of a task of LAVIS that would score our data sets, whose samples lack the id key that it needs."""
-    from lavis.common.registry import registry
-
-    id_key = _ID_KEYS.get(run.task)
-    if id_key is None or not registry.get_task_class(run.task).__module__.startswith("lavis."):
-        return []
+    names = [(str(name), getattr(registry.get_builder_class(str(name)), "split_names", None)) for name in datasets]
+    own = {name: set(split_names(_plain(datasets[name]))) for name, split_names in names if split_names is not None}
+    if len(own) == len(names):
+        run.check_splits(set().union(*own.values()))
     scored = {*run.test_splits, *([] if run.evaluate else run.valid_splits)}
-    own = [str(n) for n, section in datasets.items() if scored.intersection(_splits_of(str(n), section) or ())]
-    if not own:
-        return []
-    return [
-        f"run.task {run.task!r} is LAVIS's own and scores by {id_key}, which {', '.join(own)} does not have: set "
-        "run.task=chatbridge_captioning, which scores captions and answers (run.metrics)"
-    ]
+    id_key = _ID_KEYS.get(run.task)
+    unfit = [name for name, splits in own.items() if scored & splits]
+    if id_key is not None and unfit and registry.get_task_class(run.task).__module__.startswith("lavis."):
+        raise ConfigError(
+            f"run.task {run.task!r} is LAVIS's own and scores by {id_key}, which {', '.join(unfit)} does not have: set "
+            "run.task=chatbridge_captioning, which scores captions and answers (run.metrics)"
+        )
 
 
 def _word(value: Any, where: str) -> str:
@@ -311,7 +295,10 @@ def _word(value: Any, where: str) -> str:
 
 
 def _plain(section: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:  # an interpolation of something that is not there
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def _unknown_name(where: str, name: object, known: Iterable[str]) -> str:

@@ -51,16 +51,6 @@ def set_template(datasets: Datasets, template: Wording | None) -> None:
             group.set_template(template)
 
 
-def check_splits(datasets: Datasets, run: RunSettings) -> None:
-    """Look for the splits that a run names, before it needs them.
-
-    Raises:
-        ConfigError: If no data set has one of them.
-    """
-    if faults := run.unknown_splits(splits_of(datasets)):
-        raise ConfigError("; ".join(faults))
-
-
 def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> TrainLoader:
     """The training batches of this process.
 

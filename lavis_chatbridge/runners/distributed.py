@@ -134,12 +134,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
-    if in_group():
-        dist.barrier()
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
     """``values`` summed over all processes, in place."""
     if in_group():

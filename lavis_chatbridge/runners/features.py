@@ -27,27 +27,22 @@ _log = logging.getLogger(__name__)
 
 
 def attach(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> None:
-    """Let the splits of a run read features, after encoding those that the cache lacks.
-
-    Args:
-        model: ChatBridge, on its device.
-        datasets: Data set name -> split -> data set.
-        run: The folder and the splits; without a folder nothing happens.
-        preprocess: The ``preprocess`` section, for the evaluation processors.
-
-    Raises:
-        ConfigError: If the model or a data set cannot do this.
-    """
-    if run.feature_cache is None:
-        return
-    store = fill(model, datasets, run, preprocess)
-    _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
-    for group in _used(datasets, run):
-        group.set_features(store)
+    """With ``run.feature_cache``, let the splits of a run read features, after encoding those that the cache lacks."""
+    if run.feature_cache is not None:
+        store = fill(model, datasets, run, preprocess)
+        _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
+        for group in _used(datasets, run):
+            group.set_features(store)
 
 
 def fill(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
     """Encode the media of a run's splits that the cache lacks; every process encodes its share.
+
+    Args:
+        model: ChatBridge, on its device.
+        datasets: Data set name -> split -> data set.
+        run: The folder and the splits.
+        preprocess: The ``preprocess`` section, for the evaluation processors.
 
     Raises:
         ConfigError: If there is no folder, or the model or a data set cannot do this.

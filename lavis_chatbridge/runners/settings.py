@@ -171,15 +171,21 @@ class RunSettings(EvaluationSettings):
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             yield f"betas are two numbers in [0, 1), found {list(self.betas)}"
 
-    def unknown_splits(self, known: Collection[str]) -> list[str]:
-        """A sentence for each split that this run names and that is not among the ``known`` ones."""
+    def check_splits(self, known: Collection[str]) -> None:
+        """Compare the splits that this run names with the ``known`` ones.
+
+        Raises:
+            ConfigError: If one is not among them.
+        """
         keys = ["test_splits"] if self.evaluate else ["train_splits", "valid_splits", "test_splits"]
-        return [
+        faults = [
             f"run.{key}: no data set has the split {split!r}; there are {', '.join(sorted(known))}"
             for key in keys
             for split in getattr(self, key)
             if split not in known
         ]
+        if faults:
+            raise ConfigError("; ".join(faults))
 
 
 def parse_run(values: Mapping[str, Any]) -> RunSettings:

@@ -349,7 +349,7 @@ def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
     assert ": datasets: expected a mapping, found ['chatbridge_jsonl']" in capsys.readouterr().err
     path.write_text("datasets: {chatbridge_jsonl: {}}\nrun: {output_dir: '${nowhere}'}\n")
     assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
-    assert "run.yaml: Interpolation key 'nowhere' not found" in capsys.readouterr().err
+    assert "error: Interpolation key 'nowhere' not found" in capsys.readouterr().err
 
 
 def test_data_without_media_are_not_passed_over_in_silence(tmp_path, caplog):
