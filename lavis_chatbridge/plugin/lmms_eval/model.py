@@ -16,8 +16,8 @@ from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.plugin.lmms_eval import missing
 from lavis_chatbridge.plugin.lmms_eval.requests import Given, Said, batches, conversation, cut, decoding, question
-from lavis_chatbridge.prompting import Message, Modality
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting import Message
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 try:
     from lmms_eval.api.instance import GenerationResult
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 class Score(GenerationResult):
     """A continuation's mean loss, and whether the model would say just that.
 
-    lmms-eval 0.7 makes text of every answer that is no ``GenerationResult``, and of what this holds it makes nothing.
+    lmms-eval 0.7 makes text of every answer that is no ``GenerationResult``.
     """
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,16 +39,16 @@ class Score(GenerationResult):
 
 
 class ChatBridge(lmms):
-    """Answers lmms-eval's plain tasks: a question, and media of any kinds before it.
+    """Answers lmms-eval's plain tasks: a question, and media of any modality before it.
 
     A request whose medium cannot be read is answered with an empty text, and the log names the file.
 
     Args:
         pretrained: A model type (``tiny``, ``vicuna7b``, ``vicuna13b``) or a YAML with ``model`` and ``preprocess``.
         batch_size: Requests answered at once.
-        device: Torch's name of a device; without, this process's CUDA device where there is one.
-        max_batch_size: lmms-eval hands it to every model; batches do not grow here.
-        hear_videos: The model hears a video's own sound track with it, where a task brings no sound of its own.
+        device: Torch's name of a device; by default this process's CUDA device, or the CPU.
+        max_batch_size: Ignored: lmms-eval passes it to every model.
+        hear_videos: The model hears a video's own sound track, if a task brings no sound of its own.
         **options: Settings that override the model's, under their full names: ``model.checkpoint=file``.
 
     Raises:
@@ -70,55 +70,54 @@ class ChatBridge(lmms):
         super().__init__()
         if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
             raise ConfigError(f"batch_size {batch_size!r}: expected a whole number from 1")
-        self.batch_size = int(batch_size or 1)
-        self.hear_videos = hear_videos
+        self.batch_size, self.hear_videos = int(batch_size or 1), hear_videos
         changes = [f"{key}={value}" for key, value in options.items()]
-        self.model, processors = load_model(str(pretrained), changes, device or _own_device())
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        self.model, processors = load_model(str(pretrained), changes, device or own)
         self.device = self.model.device
-        self._processors = {kind: processors[kind]["eval"] for kind in MODALITIES}
+        self._processors = {modality: processors[modality]["eval"] for modality in MODALITIES}
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """An answer to each request."""
         kwargs = [self._kwargs(request) for request in requests]
         answers = [""] * len(requests)
         keys = [json.dumps(given, sort_keys=True, default=str) for given in kwargs]
-        for places in batches(keys, [len(str(request.args[0])) for request in requests], self.batch_size):
-            read = {place: self._read(requests[place]) for place in places}
-            able = [place for place in places if read[place] is not None]
-            if not able:
-                continue
-            given = kwargs[able[0]]
-            found = self.model.generate(_samples([read[place] for place in able]), **decoding(given))
-            for place, answer in zip(able, found, strict=True):
-                answers[place] = cut(answer, given.get("until"))
+        for numbers in batches(keys, [len(str(request.args[0])) for request in requests], self.batch_size):
+            read = {number: self._read(requests[number]) for number in numbers}
+            able = [number for number in numbers if read[number] is not None]
+            if able:
+                given = kwargs[able[0]]
+                found = self.model.generate(_samples([read[number] for number in able]), sampling=decoding(given))
+                for number, answer in zip(able, found, strict=True):
+                    answers[number] = cut(answer, given.get("until"))
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Score]:
         """The mean loss of each continuation's tokens, and whether the model would say just that.
 
-        lmms-eval takes the smallest number for the choice, since its models give losses. The media and the question of
-        several continuations are read once.
+        lmms-eval takes the smallest number for the choice, since its models return losses. The media and the question
+        of several continuations are read once.
         """
         results = [Score((math.inf, False))] * len(requests)
         together: dict[str, list[int]] = {}
-        for place, request in enumerate(requests):
-            together.setdefault(repr((request.args[0], *request.args[3:])), []).append(place)
-        for places in together.values():
-            read = self._read(requests[places[0]])
+        for number, request in enumerate(requests):
+            together.setdefault(repr((request.args[0], *request.args[3:])), []).append(number)
+        for numbers in together.values():
+            read = self._read(requests[numbers[0]])
             if read is None:
                 continue
-            answers = [self._continuation(requests[place]) for place in places]
+            answers = [self._continuation(requests[number]) for number in numbers]
             scores, lengths = self.model.answer_scores(_samples([read]), answers)
             said = self.model.generate(_samples([read]), max_length=int(lengths.max()))[0]
-            for place, answer, loss in zip(places, answers, (-scores[0] / lengths).tolist(), strict=True):
-                results[place] = Score((loss, said.split() == answer.split()))
+            for number, answer, loss in zip(numbers, answers, (-scores[0] / lengths).tolist(), strict=True):
+                results[number] = Score((loss, said.split() == answer.split()))
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered."""
         raise NotImplementedError("ChatBridge answers lmms-eval's tasks of one round: generate_until and loglikelihood")
 
-    def _turns(self, request: Any) -> list[Said]:
+    def _messages(self, request: Any) -> list[Said]:
         visuals = request.args[2](self._doc(request)) if len(request.args) > 2 else None
         return question(str(request.args[0]), visuals, self.hear_videos)
 
@@ -126,7 +125,7 @@ class ChatBridge(lmms):
         return dict(request.args[1])
 
     def _continuation(self, request: Any) -> str:
-        """What is to be scored; the space before it is a habit of other models' prompts."""
+        """The text to be scored, without the leading space of other models' prompts."""
         target = request.args[1]
         return str(target(self._doc(request)) if callable(target) else target).strip()
 
@@ -135,21 +134,21 @@ class ChatBridge(lmms):
         return self.task_dict[task][split][number]
 
     def _read(self, request: Any) -> tuple[list[Any], dict[Modality, list[Any]]] | None:
-        """A request's prompt and its prepared media, by kind; None if a medium cannot be read."""
+        """A request's prompt and its prepared media, by modality; None if a medium cannot be read."""
         try:
-            turns, media = [], {kind: [] for kind in MODALITIES}  # type: ignore[var-annotated]
-            for said in self._turns(request):
-                prepared = [(given.kind, medium) for given in said.media if (medium := self._open(given)) is not None]
-                turns.append(Message(said.role, said.text, tuple(kind for kind, _ in prepared)))
-                for kind, medium in prepared:
-                    media[kind].append(medium)
+            messages, media = [], {modality: [] for modality in MODALITIES}  # type: ignore[var-annotated]
+            for said in self._messages(request):
+                read = [(given.modality, medium) for given in said.media if (medium := self._open(given)) is not None]
+                messages.append(Message(said.role, said.text, tuple(modality for modality, _ in read)))
+                for modality, medium in read:
+                    media[modality].append(medium)
         except MediaError as error:
             _log.warning("a request of task %s is answered with an empty text: %s", request.task_name, error)
             return None
-        return self.model.template.prompt(turns, generate=True), media
+        return self.model.template.prompt(messages, generate=True), media
 
     def _open(self, given: Given) -> Any:
-        processor = self._processors[given.kind]
+        processor = self._processors[given.modality]
         if given.track and not has_audio_track(given.source, limits=processor.limits):
             return None
         return processor(given.source)
@@ -160,7 +159,7 @@ class ChatBridgeChat(ChatBridge):
 
     is_simple = False
 
-    def _turns(self, request: Any) -> list[Said]:
+    def _messages(self, request: Any) -> list[Said]:
         return conversation(request.args[1](self._doc(request)), self.hear_videos)
 
     def _kwargs(self, request: Any) -> dict[str, Any]:
@@ -169,10 +168,5 @@ class ChatBridgeChat(ChatBridge):
 
 def _samples(read: Sequence[Any]) -> dict[str, Any]:
     """A batch as the model takes it."""
-    by_kind: dict[str, Any] = {kind: [media[kind] for _, media in read] for kind in MODALITIES}
-    return {"pieces": [pieces for pieces, _ in read], **by_kind}
-
-
-def _own_device() -> str:
-    """Each process of ``accelerate launch`` or ``torchrun`` has a device of its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    media: dict[str, Any] = {modality: [own[modality] for _, own in read] for modality in MODALITIES}
+    return {"pieces": [pieces for pieces, _ in read], **media}

@@ -48,7 +48,7 @@ TONE = (0.5 * np.sin(np.arange(800) / 5)).astype(np.float32)
     ],
 )
 def test_the_kind_of_a_medium(given, kind):
-    assert medium_of(given).kind == kind
+    assert medium_of(given).modality == kind
 
 
 def test_sound_of_the_datasets_library_is_sound_whatever_it_is_called():
@@ -57,7 +57,7 @@ def test_sound_of_the_datasets_library_is_sound_whatever_it_is_called():
     )
     for given in ({"array": TONE, "sampling_rate": 8000, "path": "x.wav"}, decoded):
         medium = medium_of(given, "video")
-        assert medium.kind == "audio"
+        assert medium.modality == "audio"
         np.testing.assert_array_equal(open_audio(medium.source, 8000), TONE)
 
 
@@ -103,17 +103,12 @@ def test_messages_become_turns():
 
 def test_decoding_is_greedy_unless_a_temperature_is_given():
     greedy = decoding({"until": ["\n\n"], "temperature": 0, "image_aspect_ratio": "pad", "max_new_tokens": 9})
-    assert (greedy["use_nucleus_sampling"], greedy["num_beams"], greedy["max_length"]) == (False, 1, 9)
-    assert decoding({})["max_length"] == 128
+    assert (greedy.temperature, greedy.num_beams, greedy.max_new_tokens) == (0.0, 1, 9)
+    assert decoding({}).max_new_tokens == 128
     drawn = decoding({"temperature": 0.7, "top_p": 0.8, "num_beams": 3})
-    assert (drawn["use_nucleus_sampling"], drawn["temperature"], drawn["top_p"], drawn["num_beams"]) == (
-        True,
-        0.7,
-        0.8,
-        1,
-    )
-    assert not decoding({"temperature": 0.7, "do_sample": False})["use_nucleus_sampling"]
-    assert decoding({"num_beams": 3})["num_beams"] == 3
+    assert (drawn.temperature, drawn.top_p, drawn.num_beams) == (0.7, 0.8, 1)
+    assert decoding({"temperature": 0.7, "do_sample": False}).temperature == 0.0
+    assert decoding({"num_beams": 3}).num_beams == 3
 
 
 def test_answers_end_at_the_stop_texts():
