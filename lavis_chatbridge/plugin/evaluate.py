@@ -10,20 +10,19 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lavis_chatbridge.config import PROJECTS, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
+from lavis_chatbridge.plugin import report
 from lavis_chatbridge.plugin.launch import Session, is_own_runner, run_command, with_options
+from lavis_chatbridge.plugin.report import Line
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
-
-if TYPE_CHECKING:
-    from lavis_chatbridge.plugin.report import Line
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +64,6 @@ def command(
         raise ConfigError("give one of --cfg-path YAML, --suite NAMES and --rescore FILE")
     conditions = None if ablate is None else parse_conditions(ablate)
     if rescore is not None:
-        from lavis_chatbridge.plugin import report
-
         if conditions is not None:
             raise ConfigError("--ablate needs a model: it goes with --cfg-path or --suite, not with --rescore")
         return report.rescore(rescore, options or [])
@@ -137,51 +134,44 @@ class _Scorer:
 
     session: Session
     options: Sequence[str]
+    conditions: Sequence[Condition] | None
     written: list[str] = field(default_factory=list)
     model: str = ""
 
-    def score(self, path: str, condition: Condition) -> list[Line]:
-        """The lines of one configuration under one condition."""
-        from lavis_chatbridge.plugin import report
-
-        _log.info("%s%s", path, f" ({condition.label})" if condition.label else "")
-        found = self.session.run(path, with_options(self.options, condition.options), evaluate=True) or {}
-        cfg = _configuration()
-        self.model = str(cfg.model_cfg.get("model_type") or "")
-        self.written += report.files_of(found) or [str(_result_dir())]
-        media = condition.label or _label_of(cfg.run)
-        return report.lines_of(found, cfg.run, media)
-
-    def score_all(self, path: str, name: str, conditions: Sequence[Condition] | None) -> list[Line]:
-        """The lines with all media, then those of each condition; a condition that fails is a line too."""
-        from lavis_chatbridge.plugin import report
-
-        whole = lines = self.score(path, Condition())
-        for condition in suitable(conditions, _configuration()) if conditions is not None else ():
+    def score_all(self, path: str | Path, name: str) -> list[Line]:
+        """The lines of a configuration with all media, then those of each condition; one that fails is a line too."""
+        whole = lines = self._score(path, Condition())
+        for condition in [] if self.conditions is None else suitable(self.conditions, _configuration()):
             try:
-                own = self.score(path, condition)
+                own = self._score(path, condition)
             except ChatBridgeError as error:
                 own = [report.failed(name, condition.label, error)]
-            before = {line.suite: line.score for line in whole}
+            before = {line.suite: line.score for line in whole if line.score is not None}
             for line in own:
-                if line.score is not None and before.get(line.suite) is not None:
-                    line.drop = before[line.suite] - line.score  # type: ignore[operator]
+                if line.score is not None and line.suite in before:
+                    line.drop = before[line.suite] - line.score
             lines = lines + own
         return lines
+
+    def _score(self, path: str | Path, condition: Condition) -> list[Line]:
+        _log.info("%s%s", path, f" ({condition.label})" if condition.label else "")
+        found = self.session.run(str(path), with_options(self.options, condition.options), evaluate=True) or {}
+        cfg = _configuration()
+        self.model = str(cfg.model_cfg.get("model_type") or "")
+        self.written += report.files_of(found)
+        own = Condition(cfg.run.media, tuple(cfg.run.media_modalities), cfg.run.withheld_words)
+        return report.lines_of(found, cfg.run, own.label)
 
 
 def _one(path: str, options: Sequence[str], conditions: Sequence[Condition] | None) -> int:
     """Score one configuration and print the table on the main process; 1 if a part could not be scored."""
-    from lavis_chatbridge.plugin import report
-
+    if conditions is not None:
+        _check_ablation(path, options)
     with Session() as session:
-        scorer = _Scorer(session, options)
-        if conditions is not None:
-            _check_ablation(path, options)
-        splits = ", ".join(map(str, _run_section(path, options).get("test_splits") or ())) if conditions else ""
-        lines = scorer.score_all(path, splits, conditions)
-        printed, complete = report.summary(lines, scorer.written)
-        _print(printed)
+        scorer = _Scorer(session, options, conditions)
+        lines = scorer.score_all(path, Path(path).stem)
+        text, complete = report.summary(lines, scorer.written)
+        _on_main(lambda: print(text, flush=True))
     return 0 if complete else 1
 
 
@@ -189,29 +179,27 @@ def _suites(
     names: str, folder: str | None, output: Path, options: Sequence[str], conditions: Sequence[Condition] | None
 ) -> int:
     """Score suites, print and write the table; 1 if a suite failed, 2 if the data of all are missing."""
-    from lavis_chatbridge.plugin import report
-
     lines: list[Line] = []
     with Session() as session:
-        scorer = _Scorer(session, options)
+        scorer = _Scorer(session, options, conditions)
         for name, path in choose(names, find(folder)).items():
             try:
                 _check_suite(path, options, conditions is not None)
-                own = scorer.score_all(str(path), name, conditions)
+                own = scorer.score_all(path, name)
             except _DataMissing as error:
-                own = [report.Line(name, status="missing", remarks=[str(error)])]
+                own = [Line(name, status="missing", remarks=[str(error)])]
             except ChatBridgeError as error:
                 own = [report.failed(name, "", error)]
             alone = len({line.suite for line in own}) == 1
             for line in own:
                 line.suite = name if alone or line.suite == name else f"{name} {line.suite}"
             lines += own
-        _finish(lines, output / (scorer.model or "."), scorer.model)
+        _on_main(lambda: _print_table(lines, output / (scorer.model or "."), scorer.model))
     states = {line.status for line in lines}
     return 1 if "failed" in states else 0 if "scored" in states else 2
 
 
-def find(folder: str | Path | None = None) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+def find(folder: str | Path | None = None) -> dict[str, tuple[Path, Any]]:
     """Name -> path and ``run`` section of the suites: the configuration files of a folder that name metrics.
 
     Raises:
@@ -221,16 +209,19 @@ def find(folder: str | Path | None = None) -> dict[str, tuple[Path, Mapping[str,
     chosen = next((place for place in places if place.is_dir()), None)
     if chosen is None:
         raise ConfigError(f"no folder of suites at {places[0]}: run in the checkout, or name it with --suite-folder")
-    runs = {path: read_yaml(path).get("run") or {} for path in sorted(chosen.glob("*.yaml"))}
-    if odd := [path for path, run in runs.items() if not isinstance(run, Mapping) and not hasattr(run, "get")]:
-        raise ConfigError(f"{odd[0]}: expected sections of which run is a mapping; is this a configuration file?")
-    suites = {path.stem: (path, run) for path, run in runs.items() if run.get("metrics")}
+    suites = {}
+    for path in sorted(chosen.glob("*.yaml")):
+        run = read_yaml(path).get("run") or {}
+        if not hasattr(run, "get"):
+            raise ConfigError(f"{path}: expected sections of which run is a mapping; is this a configuration file?")
+        if run.get("metrics"):
+            suites[path.stem] = (path, run)
     if not suites:
         raise ConfigError(f"{chosen} holds no suite: a suite is a YAML file with run.metrics")
     return suites
 
 
-def choose(names: str, suites: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> dict[str, Path]:
+def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path]:
     """Name -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites.
 
     Raises:
@@ -244,75 +235,15 @@ def choose(names: str, suites: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise ConfigError(f"--suite names no suite; known are {', '.join(known)}")
-    for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown suite {name!r}{hint}; known are {', '.join(known)}")
+    if unknown := [name for name in wanted if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown suite {unknown[0]!r}{hint}; known are {', '.join(known)}")
     return {suite: suites[suite][0] for name in wanted for suite in groups.get(name, [name])}
 
 
-class _DataMissing(ChatBridgeError):
-    """Files of a suite are not there."""
-
-
-def _check_suite(path: Path, options: Sequence[str], ablated: bool) -> None:
-    """Look for a suite's files before the model is built.
-
-    Raises:
-        _DataMissing: If files are not there.
-        ConfigError: If the configuration is at fault.
-    """
-    from lavis_chatbridge.runners.config import dataset_sections  # before builders: it imports LAVIS
-
-    sections = dataset_sections(path, options)
-
-    from lavis_chatbridge.datasets.builders import require_files
-
-    try:
-        require_files(sections)
-    except DataError as error:
-        raise _DataMissing(error) from error
-    if ablated:
-        _check_ablation(path, options)
-    if not is_own_runner(runner := str(_run_section(path, options).get("runner") or "")):
-        raise ConfigError(
-            f"run.runner {runner!r} is LAVIS's own, which runs only once in a process: use chatbridge_runner, or "
-            f"score {path} alone (--cfg-path)"
-        )
-
-
-def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
-    """Refuse ``--ablate`` before anything is scored, where media cannot be exchanged.
-
-    Raises:
-        ConfigError: If media are withheld already, or a data set, the task or the runner is LAVIS's own.
-    """
-    from lavis_chatbridge.runners.config import dataset_sections
-
-    run, datasets = _run_section(path, options), dataset_sections(path, options)
-    if run.get("media", "normal") != "normal":
-        raise ConfigError(
-            f"--ablate scores with all media first, but run.media is {run['media']!r}: leave one of the two out"
-        )
-    import lavis.runners  # noqa: F401  (fills the registry with runners)
-    from lavis.common.registry import registry
-
-    from lavis_chatbridge.runners import ChatBridgeRunner
-    from lavis_chatbridge.tasks.base import ChatBridgeTask
-
-    task, runner = registry.get_task_class(str(run.get("task"))), registry.get_runner_class(str(run.get("runner")))
-    for key, found, own in (("task", task, ChatBridgeTask), ("runner", runner, ChatBridgeRunner)):
-        if found is not None and not issubclass(found, own):
-            raise ConfigError(f"--ablate: run.{key} {run[key]!r} is LAVIS's own, which knows no run.media")
-    for name in datasets:
-        builder = registry.get_builder_class(name)
-        if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is reported with all faults
-            raise ConfigError(f"--ablate: the data set {name!r} is LAVIS's own, whose media cannot be exchanged")
-
-
 def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
-    """The conditions for which the data have media; of none, each modality withheld and shuffled.
+    """The conditions for which the data have media; if there are none, each modality withheld and shuffled.
 
     Args:
         conditions: What ``--ablate`` names.
@@ -338,15 +269,63 @@ def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
     return list(dict.fromkeys(found))
 
 
-def _label_of(run: Any) -> str:
-    """The condition of a configuration that names one itself."""
-    return Condition(run.media, tuple(run.media_modalities), run.withheld_words).label
+class _DataMissing(ChatBridgeError):
+    """Files of a suite are not there."""
 
 
-def _run_section(path: str | Path, options: Iterable[str]) -> Mapping[str, Any]:
-    from lavis_chatbridge.runners.config import run_section
+def _check_suite(path: Path, options: Sequence[str], ablated: bool) -> None:
+    """Look for a suite's files before the model is built.
 
-    return run_section(path, list(options))
+    Raises:
+        _DataMissing: If files are not there.
+        ConfigError: If the configuration is at fault.
+    """
+    from lavis_chatbridge.runners.config import dataset_sections, run_section  # before builders: it imports LAVIS
+
+    sections = dataset_sections(path, options)
+
+    from lavis_chatbridge.datasets.builders import require_files
+
+    try:
+        require_files(sections)
+    except DataError as error:
+        raise _DataMissing(error) from error
+    if ablated:
+        _check_ablation(path, options)
+    if not is_own_runner(runner := str(run_section(path, options).get("runner") or "")):
+        raise ConfigError(
+            f"run.runner {runner!r} is LAVIS's own, which runs only once in a process: use chatbridge_runner, or "
+            f"score {path} alone (--cfg-path)"
+        )
+
+
+def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
+    """Refuse ``--ablate`` before anything is scored, where media cannot be exchanged.
+
+    Raises:
+        ConfigError: If media are withheld already, or a data set, the task or the runner is LAVIS's own.
+    """
+    from lavis_chatbridge.runners.config import dataset_sections, run_section
+
+    run, datasets = run_section(path, options), dataset_sections(path, options)
+    if run.get("media", "normal") != "normal":
+        raise ConfigError(
+            f"--ablate scores with all media first, but run.media is {run['media']!r}: leave one of the two out"
+        )
+    import lavis.runners  # noqa: F401  (fills the registry with runners)
+    from lavis.common.registry import registry
+
+    from lavis_chatbridge.tasks.base import ChatBridgeTask
+
+    task = registry.get_task_class(str(run.get("task")))
+    foreign = {"task": task is not None and not issubclass(task, ChatBridgeTask)}
+    foreign["runner"] = not is_own_runner(str(run.get("runner") or ""))
+    for key in filter(foreign.get, foreign):
+        raise ConfigError(f"--ablate: run.{key} {run[key]!r} is LAVIS's own, which knows no run.media")
+    for name in datasets:
+        builder = registry.get_builder_class(name)
+        if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is reported with all faults
+            raise ConfigError(f"--ablate: the data set {name!r} is LAVIS's own, whose media cannot be exchanged")
 
 
 def _configuration() -> Any:
@@ -355,27 +334,16 @@ def _configuration() -> Any:
     return registry.get("configuration")
 
 
-def _result_dir() -> Path:
-    from lavis_chatbridge.tasks.base import result_dir
-
-    return result_dir()
-
-
-def _print(text: str) -> None:
+def _on_main(action: Callable[[], None]) -> None:
     from lavis_chatbridge.runners import distributed
 
     if distributed.is_main():
-        print(text, flush=True)
+        action()
 
 
-def _finish(lines: Sequence[Line], folder: Path, model: str) -> None:
-    """Print and write the table of suites on the main process."""
-    from lavis_chatbridge.plugin import report
-    from lavis_chatbridge.runners import distributed
+def _print_table(lines: Sequence[Line], folder: Path, model: str) -> None:
     from lavis_chatbridge.tasks.scoring.records import versions
 
-    if not distributed.is_main():
-        return
     print(report.text_table(lines), flush=True)
     try:
         files = report.write(folder, lines, {"model": model, "versions": versions()})

@@ -12,7 +12,8 @@ MODULES = (
     "lavis_chatbridge.processors",
     "lavis_chatbridge.models.chatbridge",
     "lavis_chatbridge.datasets.builders",
-    "lavis_chatbridge.tasks",
+    "lavis_chatbridge.tasks.alignment",
+    "lavis_chatbridge.tasks.choice",  # and generation
     "lavis_chatbridge.runners",
 )
 

@@ -1,7 +1,4 @@
-"""LAVIS tasks: alignment, instruction tuning, captions and answers, multiple choice; and their scores."""
+"""LAVIS tasks: alignment, instruction tuning, captions and answers, multiple choice; and their scores.
 
-from lavis_chatbridge.tasks.alignment import AlignmentTask, InstructionTask
-from lavis_chatbridge.tasks.choice import ChoiceTask
-from lavis_chatbridge.tasks.generation import GenerationTask
-
-__all__ = ["AlignmentTask", "ChoiceTask", "GenerationTask", "InstructionTask"]
+``plugin/register.py`` names the modules that hold them: settings and scores are read without LAVIS.
+"""

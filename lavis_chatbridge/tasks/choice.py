@@ -34,20 +34,22 @@ class ChoiceTask(GenerationTask):
             return [self._ranked(model, _part(samples, [n]), own) for n, own in enumerate(options)]
         replies: list[list[str]] = [[] for _ in options]
         chosen: list[list[int]] = [[] for _ in options]
-        for shift in range(min(max(map(len, options)), self.settings.option_orders or len(max(options, key=len)))):
+        most = max(map(len, options))
+        for shift in range(min(most, self.settings.option_orders or most)):
             asked = [number for number, own in enumerate(options) if shift < len(own)]
             batch = _part(samples, asked)
             batch["pieces"] = [
                 replaced(pieces, listed(options[n]), listed(_rotated(options[n], shift)))
                 for n, pieces in zip(asked, batch["pieces"], strict=True)
             ]
-            for number, reply in zip(asked, model.generate(batch, **self.settings.decoding()), strict=True):
+            said = model.generate(batch, sampling=self.settings.sampling(self.seed))
+            for number, reply in zip(asked, said, strict=True):
                 position = choices.chosen(reply, _rotated(options[number], shift))
                 replies[number].append(reply)
                 chosen[number].append(-1 if position < 0 else (position + shift) % len(options[number]))
         return [
-            {"prediction": _most_frequent(own, picked), "replies": said, "chosen": picked}
-            for own, picked, said in zip(options, chosen, replies, strict=True)
+            {"prediction": _most_frequent(own, picked), "replies": own_replies, "chosen": picked}
+            for own, picked, own_replies in zip(options, chosen, replies, strict=True)
         ]
 
     def _ranked(self, model: Any, sample: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
@@ -9,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lavis.common.dist_utils import get_rank
 from lavis.common.registry import registry
 from torch import nn
@@ -17,11 +20,12 @@ from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of, write_json
 from lavis_chatbridge.prompting.pieces import Piece, Text, context_of
 from lavis_chatbridge.tasks.base import ChatBridgeTask, gathered, result_dir
-from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles, model_hash, writable
+from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles, writable
 from lavis_chatbridge.tasks.scoring import facts, records
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
 _log = logging.getLogger(__name__)
+_VALUES_PER_TENSOR = 64
 
 
 @registry.register_task("chatbridge_captioning")
@@ -96,7 +100,7 @@ class GenerationTask(ChatBridgeTask):
                 length_penalty=self.settings.length_penalty,
             )
         else:
-            said = model.generate(samples, **self.settings.decoding())
+            said = model.generate(samples, sampling=self.settings.sampling(self.seed))
         return [{"prediction": text} for text in said]
 
     def after_evaluation(self, val_result: list[Prediction], split_name: str, epoch: Any, **_unused: Any) -> Any:
@@ -153,7 +157,7 @@ class GenerationTask(ChatBridgeTask):
     def _dependencies(self, model: nn.Module) -> dict[str, Any]:
         """All that the predictions depend on."""
         chosen = self.settings
-        decoding = chosen.decoding()
+        decoding = chosen.sampling(self.seed).model_dump()
         if chosen.inference_method == "rank":
             decoding = {key: getattr(chosen, key) for key in ("inference_method", "length_penalty")}
             decoding |= {"num_ans_candidates": chosen.num_ans_candidates, "answers": hash_of(self._answers)}
@@ -241,3 +245,18 @@ def _answer_list(settings: EvaluationSettings) -> list[str]:
 def prompt_text(pieces: Sequence[Piece]) -> str:
     """What the model was given, as text for a report; slots stand as ``[image 0]``."""
     return "".join(p.text if isinstance(p, Text) else f"[{p.kind} {p.index}]" for p in context_of(pieces))
+
+
+def model_hash(model: nn.Module) -> str:
+    """A short hash that changes when a model's weights or settings do.
+
+    A few evenly spaced values of every tensor are read: a training step changes all of them, and 13e9 values need not
+    be read.
+    """
+    digest = hashlib.sha256(repr(getattr(model, "settings", "")).encode())
+    # not the state dict: asking for it would shard again what FSDP has gathered for the evaluation
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].to("cpu", torch.float64).numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]

@@ -11,21 +11,17 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BeforeValidator, ConfigDict, ValidationError
-from torch import nn
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import append_lines, atomic_text, read_json, read_lines
 
 _log = logging.getLogger(__name__)
-_VALUES_PER_TENSOR = 64
 
 
 def _clean(value: Any) -> Any:
@@ -177,18 +173,3 @@ def writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror or error}") from error
-
-
-def model_hash(model: nn.Module) -> str:
-    """A short hash that changes when a model's weights or settings do.
-
-    A few evenly spaced values of every tensor are read: a training step changes all of them, and 13e9 values need not
-    be read.
-    """
-    digest = sha256(repr(getattr(model, "settings", "")).encode())
-    # not the state dict: asking for it would shard again what FSDP has gathered for the evaluation
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        flat = tensor.detach().flatten()
-        values = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].to("cpu", torch.float64).numpy()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]

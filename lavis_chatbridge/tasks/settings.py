@@ -5,15 +5,16 @@ These keys stand in the ``run`` section of a YAML, beside the runner's own, as L
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
 from lavis_chatbridge.config import Settings
+from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
-from lavis_chatbridge.tasks.scoring import METRICS, NORMALISATION_NAMES
+from lavis_chatbridge.tasks.scoring import Metric, Normalisation
 
 MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
 WithheldWords: TypeAlias = Literal["kept", "removed", "told"]
@@ -22,37 +23,37 @@ WithheldWords: TypeAlias = Literal["kept", "removed", "told"]
 class EvaluationSettings(Settings):
     """Keys of the ``run`` section that concern tasks; names and meanings are LAVIS's where it has them."""
 
-    num_beams: int = 1
+    num_beams: int = Field(default=1, ge=1)
     """Beams of the search; 1 is greedy decoding."""
     use_nucleus_sampling: bool = False
-    """Sample from the most likely tokens instead of searching; scores then depend on the seed."""
-    top_p: float = 0.9
+    """Sample from the most likely tokens instead of searching."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
     """Probability mass of nucleus sampling."""
-    temperature: float = 1.0
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divisor of the logits in nucleus sampling."""
     max_len: int = 30
     """Longest answer, in tokens."""
-    min_len: int = 1
+    min_len: int = Field(default=1, ge=1)
     """Shortest answer, in tokens."""
     length_penalty: float = 1.0
     """Exponent of the length by which beam search divides a score; above 1 prefers longer answers."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = Field(default=1.0, gt=0)
     """Divisor of the logits of tokens that already occur in the answer; 1 changes nothing."""
     inference_method: Literal["generate", "rank"] = "generate"
     """Generate an answer, or choose the most likely one of a list (of multiple choice: of the options)."""
-    num_ans_candidates: int = 128
+    num_ans_candidates: int = Field(default=128, ge=1)
     """With ``rank``: how many answers of the list are scored in full (those with the likeliest first token)."""
     answer_list: str | None = None
     """With ``rank``: a JSON file with the list of answers. (LAVIS's ``vqa`` task takes its data set's list.)"""
-    option_orders: int | None = None
+    option_orders: int | None = Field(default=None, ge=1)
     """Multiple choice: orders in which the options are asked; null asks every rotation, so that no letter pays."""
     prompt: str = ""
     """For LAVIS's own tasks: the template of the question."""
     report_metric: bool = True
     """Score the predictions; false only writes them."""
-    metrics: list[str] = []
+    metrics: list[Metric] = []
     """Official scores, the first of which is the suite's own; empty: exact match and attribute accuracy."""
-    normalisation: str = "plain"
+    normalisation: Normalisation = "plain"
     """How ``exact_match`` normalises answers: ``plain``, ``squad``, ``vqa`` or ``vocabulary``."""
     published: dict[str, float] = {}
     """The paper's figures, metric -> percent, shown beside the scores."""
@@ -72,27 +73,10 @@ class EvaluationSettings(Settings):
 
     def check(self) -> Iterable[str]:
         """Contradictions between the keys."""
-        if self.num_beams < 1:
-            yield f"num_beams must be at least 1, found {self.num_beams}"
-        if not 1 <= self.min_len <= self.max_len:
-            yield f"expected 1 <= min_len <= max_len, found min_len {self.min_len} and max_len {self.max_len}"
-        if not 0 < self.top_p <= 1:
-            yield f"top_p must lie in (0, 1], found {self.top_p}"
-        if not 0 < self.temperature < math.inf:
-            yield f"temperature must be positive and finite, found {self.temperature}"
-        if self.repetition_penalty <= 0:
-            yield f"repetition_penalty must be positive, found {self.repetition_penalty}"
-        if self.num_ans_candidates < 1:
-            yield f"num_ans_candidates must be at least 1, found {self.num_ans_candidates}"
-        if self.option_orders is not None and self.option_orders < 1:
-            yield f"option_orders must be at least 1, found {self.option_orders}"
+        if self.min_len > self.max_len:
+            yield f"min_len {self.min_len} is more than max_len {self.max_len}"
         if self.use_nucleus_sampling and self.num_beams > 1:
             yield f"use_nucleus_sampling samples and num_beams {self.num_beams} searches: choose one"
-        for name in self.metrics:
-            if name not in METRICS:
-                yield f"metrics: unknown {name!r}; known are {', '.join(METRICS)}"
-        if self.normalisation not in NORMALISATION_NAMES:
-            yield f"normalisation: unknown {self.normalisation!r}; known are {', '.join(NORMALISATION_NAMES)}"
 
     @classmethod
     def of(cls, run_cfg: Mapping[str, Any]) -> EvaluationSettings:
@@ -101,18 +85,18 @@ class EvaluationSettings(Settings):
         known = EvaluationSettings.model_fields
         return EvaluationSettings(**{str(key): value for key, value in dict(plain).items() if key in known})
 
-    def decoding(self) -> dict[str, Any]:
-        """Arguments of ``ChatBridge.generate``, under LAVIS's names."""
-        return {
-            "use_nucleus_sampling": self.use_nucleus_sampling,
-            "num_beams": self.num_beams,
-            "max_length": self.max_len,
-            "min_length": self.min_len,
-            "top_p": self.top_p,
-            "temperature": self.temperature,
-            "length_penalty": self.length_penalty,
-            "repetition_penalty": self.repetition_penalty,
-        }
+    def sampling(self, seed: int = 0) -> Sampling:
+        """How answers are decoded."""
+        return Sampling(
+            max_new_tokens=self.max_len,
+            min_new_tokens=self.min_len,
+            temperature=self.temperature if self.use_nucleus_sampling else 0.0,
+            top_p=self.top_p,
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed,
+        )
 
     @property
     def condition(self) -> str:

@@ -26,7 +26,7 @@ from lavis_chatbridge.prompting.pieces import Slot, Text
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
 from lavis_chatbridge.runners.config import Config, EnvSettings
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.tasks import AlignmentTask
+from lavis_chatbridge.tasks.alignment import AlignmentTask
 
 WIDTH, WORDS = 8, 12
 COLOURS = ("red", "green", "blue")

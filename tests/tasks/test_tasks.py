@@ -15,8 +15,8 @@ from lavis_chatbridge.errors import ConfigError, DataError, MediaError
 from lavis_chatbridge.prompting.conversation import Message, chat_prompt
 from lavis_chatbridge.prompting.pieces import Slot, Text
 from lavis_chatbridge.schema import Medium, Sample
-from lavis_chatbridge.tasks import AlignmentTask, GenerationTask
-from lavis_chatbridge.tasks.generation import prompt_text
+from lavis_chatbridge.tasks.alignment import AlignmentTask
+from lavis_chatbridge.tasks.generation import GenerationTask, prompt_text
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
 
@@ -65,8 +65,8 @@ class Source:
 class Seer(torch.nn.Module):
     """Says the colour of the picture it is given; without one it says red."""
 
-    def generate(self, samples, **decoding):
-        self.decoding = decoding
+    def generate(self, samples, sampling):
+        self.sampling = sampling
         return [COLOURS[int(media[0]) % 3] if media else "red" for media in samples["image"]]
 
 
@@ -106,7 +106,7 @@ def test_a_model_that_sees_is_right_and_its_predictions_are_written(results):
     assert (records[1]["prediction"], records[1]["references"]) == ("green", ["a green thing"])
     written = json.loads((results / "test_step5_metrics.json").read_text())
     assert written["agg_metrics"] == 100.0
-    assert written["decoding"]["max_length"] == 7
+    assert written["decoding"]["max_new_tokens"] == 7
 
 
 def test_accepted_answers_give_an_exact_match():

@@ -5,18 +5,17 @@ The names that a configuration may use stand here, so that settings need none of
 
 from __future__ import annotations
 
-CAPTION_METRICS = ("BLEU", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
+from typing import Literal, TypeAlias, get_args
+
+CaptionMetric: TypeAlias = Literal["BLEU", "METEOR", "ROUGE_L", "CIDEr", "SPICE"]
 """By pycocoevalcap, against reference captions."""
 
-ANSWER_METRICS = ("vqa_accuracy", "exact_match", "yes_no")
-"""Against accepted answers: the official VQA evaluator's, equality after a normalisation, and yes against no."""
+Metric: TypeAlias = CaptionMetric | Literal["vqa_accuracy", "exact_match", "yes_no", "choice"]
+"""Also the official VQA evaluator's, equality after a normalisation, yes against no, and options in all orders."""
 
-OPTION_METRICS = ("choice",)
-"""Against a question's options, averaged over their orders."""
+Normalisation: TypeAlias = Literal["plain", "squad", "vqa", "vocabulary"]
 
-METRICS = (*CAPTION_METRICS, *ANSWER_METRICS, *OPTION_METRICS)
-
-NORMALISATION_NAMES = ("plain", "squad", "vqa", "vocabulary")
+CAPTION_METRICS: tuple[str, ...] = get_args(CaptionMetric)
 
 HEADLINES = {"BLEU": "BLEU_4"}
 """Metric -> the one of its figures that stands for it, where it has several."""

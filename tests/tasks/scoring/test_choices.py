@@ -44,7 +44,7 @@ class Model:
     def __init__(self, answer) -> None:
         self.answer, self.prompts = answer, []
 
-    def generate(self, samples, **decoding):
+    def generate(self, samples, sampling):
         texts = ["".join(piece.text for piece in pieces if isinstance(piece, Text)) for pieces in samples["pieces"]]
         self.prompts += texts
         return [self.answer(re.findall(r"^([A-Z])\. (.*)$", text, re.MULTILINE)) for text in texts]
