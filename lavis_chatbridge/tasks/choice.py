@@ -8,6 +8,7 @@ from typing import Any
 
 from lavis.common.registry import registry
 
+from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.choices import listed
 from lavis_chatbridge.prompting.conversation import escape_markers
@@ -60,8 +61,14 @@ class ChoiceTask(GenerationTask):
 
 
 def replaced(pieces: Sequence[Piece], block: str, by: str) -> list[Piece]:
-    """A prompt with another text in place of a block of options, in every piece that has it."""
+    """A prompt with another text in place of a block of options.
+
+    Raises:
+        DataError: If no piece of the prompt has the block.
+    """
     before, after = escape_markers(block), escape_markers(by)
+    if not any(before in piece.text for piece in pieces if isinstance(piece, Text)):
+        raise DataError(f"a prompt of multiple choice does not list its options as {shown(before)}")
     return [Text(p.text.replace(before, after), p.target) if isinstance(p, Text) else p for p in pieces]
 
 

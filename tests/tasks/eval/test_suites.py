@@ -201,7 +201,7 @@ def test_one_override_takes_the_large_models(benchmark_data, model_type):
         assert cfg.run.output_dir == f"output/eval/{model_type}/{name}"
         assert cfg.model_cfg.prompt_layout == "original"
         [section] = cfg.datasets_cfg.values()
-        assert section.video_processor.eval.image_size == 224
+        assert section.video_processor.eval.encoder.image_size == 224
 
 
 def test_the_paper_and_the_files_are_named_in_every_suite():
