@@ -56,6 +56,10 @@ class TrainingError(ChatBridgeError):
     """Training cannot continue: too many unusable samples, non-finite losses, or a lost worker."""
 
 
+class EngineError(ChatBridgeError):
+    """The server that runs the language model refuses a prompt, or cannot be reached."""
+
+
 class MissingExtraError(ChatBridgeError, ImportError):
     """An optional package is not installed.
 

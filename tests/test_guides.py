@@ -131,7 +131,7 @@ def folder(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         Image.fromarray(picture()).save(tmp_path / name)
     (tmp_path / "b.wav").write_bytes(sound())
     (tmp_path / "c.mp4").write_bytes(video("tone"))
-    (tmp_path / "questions.jsonl").write_text('{"id": "1", "question": "what is it?", "images": ["a.jpg"]}\n')
+    (tmp_path / "questions.jsonl").write_text('{"id": "1", "text": "what is it?", "images": ["a.jpg"]}\n')
     sample = {"id": "1", "media": [{"type": "image", "path": "a.jpg"}], "captions": ["a star"]}
     (tmp_path / "my_data").mkdir()
     shutil.copy(tmp_path / "a.jpg", tmp_path / "my_data")

@@ -1,6 +1,6 @@
-"""Conversations with ChatBridge: a session in Python, the commands ``chatbridge chat`` and ``chatbridge ask``.
+"""Conversations with ChatBridge: a session in Python, a terminal, a page and a server on one engine.
 
-What is exported is imported on first use: torch and LAVIS take seconds that ``chatbridge --help`` need not spend.
+Exported names are imported on first use: torch and LAVIS take seconds that ``chatbridge --help`` need not spend.
 """
 
 from __future__ import annotations
@@ -9,41 +9,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis_chatbridge.chat.history import ChatTurn
+    from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
+    from lavis_chatbridge.chat.engine import Answer, Engine, Reply
     from lavis_chatbridge.chat.loading import load_model
-    from lavis_chatbridge.chat.media import MediaNote, MediaReader, Medium, media_of_turn
-    from lavis_chatbridge.chat.session import Answer, Session, Stream
-    from lavis_chatbridge.models.decoding import Decoder, Generation, Sampling
+    from lavis_chatbridge.chat.media import MediaNote, MediaReader, media_of
+    from lavis_chatbridge.chat.session import Session, Stream
+    from lavis_chatbridge.models.sampling import Sampling
+
+_MODULES = {
+    "chat.conversation": ("ChatMessage", "Conversation", "Medium"),
+    "chat.engine": ("Answer", "Engine", "Reply"),
+    "chat.loading": ("load_model",),
+    "chat.media": ("MediaNote", "MediaReader", "media_of"),
+    "chat.session": ("Session", "Stream"),
+    "models.sampling": ("Sampling",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Answer",
-    "ChatTurn",
-    "Decoder",
-    "Generation",
+    "ChatMessage",
+    "Conversation",
+    "Engine",
     "MediaNote",
     "MediaReader",
     "Medium",
+    "Reply",
     "Sampling",
     "Session",
     "Stream",
     "load_model",
-    "media_of_turn",
+    "media_of",
 ]
-
-_HOMES = {
-    "Answer": "chat.session",
-    "ChatTurn": "chat.history",
-    "Decoder": "models.decoding",
-    "Generation": "models.decoding",
-    "MediaNote": "chat.media",
-    "MediaReader": "chat.media",
-    "Medium": "chat.media",
-    "Sampling": "models.sampling",
-    "Session": "chat.session",
-    "Stream": "chat.session",
-    "load_model": "chat.loading",
-    "media_of_turn": "chat.media",
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,135 +1,167 @@
-"""``chatbridge ask``: one question from a script, or a file of them on one or several devices.
-
-A batch writes its answers in the order of the questions; interrupted, the same command goes on where it was. It knows
-sessions and the decoder, no models.
-"""
+"""``chatbridge ask``: one question from a script, or a file of them. It knows conversations and engines, no models."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import os
-import re
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lavis_chatbridge.chat import options
+import typer
+
+from lavis_chatbridge.chat import loading
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
+from lavis_chatbridge.files import append_lines, hash_of, hash_of_file, read_lines
 
-_KINDS = ("image", "video", "audio")
-_SETTING = re.compile(r"[\w.]+=")  # how KEY=VALUE begins
-_KEYS = {"id", "text", "images", "videos", "audios", "media", "turns"}
-_IGNORED = {"source", "task", "style", "answers", "facts", "held_out", "meta", "captions"}
+if TYPE_CHECKING:
+    from lavis_chatbridge.chat.conversation import Conversation
+    from lavis_chatbridge.chat.engine import Answer, Engine
+    from lavis_chatbridge.models.sampling import Sampling
+
+_KEYS = ("id", "text", "images", "videos", "audios", "media", "turns", "messages")
+_IGNORED = ("source", "task", "style", "answers", "facts", "held_out", "meta", "captions")
+_MEDIA = ("images", "videos", "audios")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge ask``."""
-    parser.add_argument("text", nargs="?", help="the question")
-    for kind in _KINDS:
-        parser.add_argument(
-            f"--{kind}", nargs="+", action="append", default=[], metavar="FILE", help=f"{kind}s to ask about"
-        )
-    parser.add_argument("--json", action="store_true", help="print the answer with all that is known about it as JSON")
-    parser.add_argument(
-        "--jsonl",
-        nargs=2,
-        type=Path,
-        metavar=("IN", "OUT"),
-        help="answer every line of IN (docs/chat.md has the form) into OUT",
+def command(
+    words: Annotated[list[str], typer.Argument(metavar="QUESTION [FILE]...", help="'-': from standard input.")] = [],  # noqa: B006
+    image: Annotated[list[str], typer.Option(help="An image; repeatable.")] = [],  # noqa: B006
+    video: Annotated[list[str], typer.Option(help="A video; repeatable.")] = [],  # noqa: B006
+    audio: Annotated[list[str], typer.Option(help="A sound; repeatable.")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its details as JSON.")] = False,
+    jsonl: Annotated[tuple[Path, Path] | None, typer.Option(metavar="IN OUT", help="Answer each line of IN.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --jsonl: answers at once on a device.")] = 8,
+    devices: Annotated[list[str], typer.Option(help="With --jsonl: cuda:0 ..., or 'all'; repeatable.")] = [],  # noqa: B006
+    model: loading.Model = "tiny",
+    options: loading.Options = [],  # noqa: B006
+    device: loading.Device = "auto",
+    template: loading.TemplateName = "human_assistant",
+    engine: loading.EngineUrl = "",
+    system: loading.System = "",
+    no_video_sound: loading.NoVideoSound = False,
+    max_context: loading.MaxContext = None,
+    max_new_tokens: loading.MaxNewTokens = 256,
+    temperature: loading.Temperature = 0.0,
+    top_p: loading.TopP = 0.9,
+    num_beams: loading.NumBeams = 1,
+    seed: loading.Seed = None,
+    stop: loading.Stop = [],  # noqa: B006
+) -> int:
+    """Answer; the exit status is 1 if some lines of a file have no answer."""
+    sampling = loading.sampling_of(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed, stop=stop
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="answers at once on a device (default 8)"
-    )
-    parser.add_argument("--devices", nargs="+", metavar="DEVICE", help="with --jsonl: cuda:0 cuda:1 ..., or 'all'")
-    options.add_model_arguments(parser)
-    options.add_conversation_arguments(parser)
-    options.add_sampling_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """``chatbridge ask``: 0; 1 if some lines of a batch have no answer."""
-    args = sorted_words(args)
-    if (args.text is None) == (args.jsonl is None):
-        raise ConfigError(
-            "ask needs either a question or --jsonl IN OUT; a question is the first word, or stands behind the files"
+    if (not words and not (image or video or audio)) == (jsonl is None):
+        raise ConfigError('ask needs either a question, ask "what is it?" a.png, or --jsonl IN OUT')
+    given = [("image", file) for file in image] + [("video", file) for file in video]
+    given += [("audio", file) for file in audio]
+    engines = _Engines(model, options, template, engine, max_context)
+    if jsonl is not None:
+        if words or given:
+            raise ConfigError("with --jsonl, questions and media are in the lines of the file")
+        return _answer_file(
+            *jsonl, engines, _devices(devices, device), batch_size, sampling, system, not no_video_sound
         )
-    if args.text is not None and not args.text.strip() and not any(getattr(args, kind) for kind in _KINDS):
-        raise ConfigError("the question is empty, and there is no medium to speak about")
-    if args.text is not None and args.devices:
+    if devices:
         raise ConfigError("--devices is for --jsonl: one question is answered on one --device")
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
-    settings = options.session_settings(args)
-    if args.jsonl is None:
-        return _ask_one(args, settings)
-    if any(getattr(args, kind) for kind in _KINDS):
-        raise ConfigError("with --jsonl, media are named in the lines of the file")
-    return _ask_all(args, settings)
-
-
-def sorted_words(args: argparse.Namespace) -> argparse.Namespace:
-    """The parsed arguments with the question in its own place, and each kind's files in one list.
-
-    Where a question stands behind ``--image *.jpg`` or ``--options KEY=VALUE``, argparse takes it for one word more of
-    theirs. It is the last word behind files and looks like none of them, or a word that is no ``KEY=VALUE``.
-
-    Raises:
-        ConfigError: If several words may be the question.
-    """
-    files = {kind: [list(words) for words in getattr(args, kind)] for kind in _KINDS}
-    options, text = list(args.options), args.text
-    if text is None and args.jsonl is None:
-        groups = [words for listed in files.values() for words in listed]
-        found = [(words, len(words) - 1) for words in groups if len(words) > 1 and not _names_file(words[-1])]
-        found += [(options, i) for i, word in enumerate(options) if not _SETTING.match(word)]
-        if len(found) > 1:
-            either = ", ".join(repr(words[i]) for words, i in found)
-            raise ConfigError(f"which of {either} is the question? Write it as the first word, before all options")
-        if found:
-            words, place = found[0]
-            text = words.pop(place)
-    flat = {kind: [word for words in listed for word in words] for kind, listed in files.items()}
-    return argparse.Namespace(**{**vars(args), **flat, "text": text, "options": options})
-
-
-def _names_file(word: str) -> bool:
-    """Whether there is such a file, or it is a name such as files have, and then a wrong one."""
-    return os.path.exists(word) or bool(re.fullmatch(r"\S*(/\S*|\.\w+)", word))
-
-
-def _ask_one(args: argparse.Namespace, settings: dict[str, Any]) -> int:
-    from lavis_chatbridge.chat.session import Session
-
-    session = Session.open(args.model, device=args.device, options=args.options, **settings)
-    answer = session.ask(args.text, args.image, args.video, args.audio)
-    for warning in answer.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(json.dumps(answer.to_record(), ensure_ascii=False) if args.json else answer.text)
+    text, media = _question(words, given)
+    _answer_one(engines, device, text, media, sampling, system, not no_video_sound, as_json)
     return 0
 
 
-def _ask_all(args: argparse.Namespace, settings: dict[str, Any]) -> int:
-    source, target = args.jsonl
-    questions = read_questions(source)
-    devices = _devices(args)
-    work = {"model": args.model, "options": args.options, "settings": settings, "batch_size": args.batch_size}
-    part = target.with_name(f".{target.name}.{_fingerprint(source, args, settings)}.part")
+def _question(words: Sequence[str], given: Sequence[tuple[str, str]]) -> tuple[str, list[tuple[Any, Any]]]:
+    """The question, and its media as pairs of modality and source; "-" is read from standard input.
+
+    Raises:
+        ConfigError: If there is no question, or a file does not exist.
+    """
+    from lavis_chatbridge.chat.sources import check_modality, modality_of
+
+    text, *files = words or [""]
+    if text == "-":
+        text = sys.stdin.read()
+    elif "-" in files or any(file == "-" for _, file in given):
+        piped = sys.stdin.buffer.read()
+    missing = [file for file in (*files, *(file for _, file in given)) if file != "-" and not os.path.isfile(file)]
+    if missing:
+        raise ConfigError(f"there is no file {missing[0]}")
+    for modality, file in given:
+        if file != "-":
+            check_modality(modality, file)  # type: ignore[arg-type]
+    media: list[tuple[Any, Any]] = [(modality, piped if file == "-" else file) for modality, file in given]
+    sources = [piped if file == "-" else file for file in files]
+    media += [(modality_of(source), source) for source in sources]
+    if not text.strip() and not media:
+        raise ConfigError("the question is empty, and there is no medium to speak about")
+    return text.strip(), media
+
+
+class _Engines:
+    """Opens engines for a command's options."""
+
+    def __init__(self, model: str, options: Sequence[str], template: str, url: str, max_context: int | None) -> None:
+        self.identity = [model, list(options), template, max_context]
+        self._model, self._options, self._template, self._url = model, options, template, url
+        self._max_context = max_context
+
+    def open(self, device: str) -> Engine:
+        """An engine with a model of its own."""
+        from lavis_chatbridge.chat.engine import Engine
+        from lavis_chatbridge.chat.media import MediaReader
+
+        model, processors = loading.load_model(self._model, self._options, device, self._url)
+        return Engine(model, MediaReader(model, processors), self._template, max_context=self._max_context, keep=0)
+
+
+def _answer_one(
+    engines: _Engines,
+    device: str,
+    text: str,
+    media: list[tuple[Any, Any]],
+    sampling: Sampling,
+    system: str,
+    hear_videos: bool,
+    as_json: bool,
+) -> None:
+    from lavis_chatbridge.chat.conversation import Conversation
+    from lavis_chatbridge.chat.media import media_of
+
+    asked = Conversation(system=system).asking(text, media_of(media=media, hear_videos=hear_videos))
+    reply = engines.open(device).reply(asked, sampling)
+    for piece in reply:
+        if not as_json:
+            print(piece, end="", flush=True)
+    for warning in reply.answer.warnings:
+        print(f"{'' if as_json else chr(10)}warning: {warning}", file=sys.stderr)
+    print(json.dumps(reply.answer.to_record(), ensure_ascii=False) if as_json else "")
+
+
+def _answer_file(
+    source: Path,
+    target: Path,
+    engines: _Engines,
+    devices: Sequence[str],
+    batch_size: int,
+    sampling: Sampling,
+    system: str,
+    hear_videos: bool,
+) -> int:
+    questions = list(read_questions(source, system, hear_videos))
     try:
+        settings = [*engines.identity, sampling.model_dump(), system, hear_videos]
+        part = target.with_name(f".{target.name}.{hash_of(hash_of_file(source), *settings)[:12]}.part")
         target.parent.mkdir(parents=True, exist_ok=True)
-        faults = 0
-        with open(part, "a+", encoding="utf-8") as out:
-            done = _complete_lines(out)
-            if done:
-                print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
-            faults += sum("error" in json.loads(line) for line in done)
-            for record in _in_order(_answers(questions[len(done) :], len(done), devices, work), len(done)):
-                faults += "error" in record
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                out.flush()
+        done = [json.loads(line) for line in _complete_lines(part)]
+        if done:
+            print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
+        faults = sum("error" in record for record in done)
+        for record in _answers(questions[len(done) :], engines, devices, batch_size, sampling):
+            faults += "error" in record
+            append_lines(part, [json.dumps(record, ensure_ascii=False)])
+        part.touch()
         os.replace(part, target)
     except OSError as error:
         raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -137,205 +169,98 @@ def _ask_all(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     return 1 if faults else 0
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of questions, checked, with the paths of media made absolute.
+def _answers(
+    questions: Sequence[tuple[Any, Conversation]],
+    engines: _Engines,
+    devices: Sequence[str],
+    batch_size: int,
+    sampling: Sampling,
+) -> Iterator[dict[str, Any]]:
+    """Answers in the order of the questions; ``batch_size`` of them are under way on each device."""
+    opened = [engines.open(device) for device in devices] if questions else []
+    running: deque[tuple[Any, Any]] = deque()
+    for number, (name, conversation) in enumerate(questions):
+        running.append((name, opened[number % len(opened)].reply(conversation, sampling)))
+        if len(running) >= batch_size * len(opened):
+            yield _record(*running.popleft())
+    while running:
+        yield _record(*running.popleft())
+
+
+def _record(name: Any, reply: Any) -> dict[str, Any]:
+    try:
+        answer: Answer = reply.answer
+    except ChatBridgeError as error:
+        return {"id": name, "error": " ".join(str(error).split())}
+    record: dict[str, Any] = {"id": name, "answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
+    media = [{"type": note.modality, "name": note.name, "reached": note.reached} for note in answer.media]
+    return record | ({"media": media} if media else {}) | ({"warnings": answer.warnings} if answer.warnings else {})
+
+
+def read_questions(path: Path, system: str = "", hear_videos: bool = True) -> Iterator[tuple[Any, Conversation]]:
+    """The questions of a JSONL file with their ids; docs/chat.md has the form of a line.
 
     Raises:
         DataError: With ``file:line`` and what is wrong.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    folder = os.path.dirname(os.path.abspath(path))
-    return [_question(line, f"{path}:{number}", folder) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def answer_lines(
-    model: Any, processors: Any, questions: Sequence[dict[str, Any]], work: Mapping[str, Any]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Answer questions, several at once.
-
-    Args:
-        model: The ChatBridge.
-        processors: Its processors.
-        questions: As `read_questions` gives them.
-        work: ``settings`` of the sessions, and ``batch_size``.
-
-    Yields:
-        A question's position and its record, in the order in which answers are complete.
-    """
-    from lavis_chatbridge.chat.media import MediaReader
-    from lavis_chatbridge.chat.session import Session
-    from lavis_chatbridge.models.decoding import Decoder
-
-    reader = MediaReader(model, processors)
-    decoder = Decoder(model.llama_model)
-    running: dict[int, tuple[Any, Any]] = {}
-    waiting = iter(enumerate(questions))
-    while True:
-        while len(decoder) < work["batch_size"] and (entry := next(waiting, None)) is not None:
-            number, question = entry
+    for number, line in read_lines(path):
+        if line.strip():
+            where = f"{path}:{number}"
             try:
-                turns = _turns(question, work["settings"]["hear_videos"])
-                session = Session(model, processors, reader=reader, turns=turns, **work["settings"])
-                generation = session.begin()
-            except ChatBridgeError as error:
-                yield number, {"id": question["id"], "error": " ".join(str(error).split())}
-                continue
-            decoder.add(generation)
-            running[number] = session, generation
-        complete = [number for number, (_, generation) in running.items() if generation.done]
-        for number in complete:
-            session, generation = running.pop(number)
-            yield number, _record(questions[number]["id"], session.finish(generation))
-        if not running and not complete:
-            return
-        decoder.step()
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: expected an object")
+            yield record.get("id", str(number)), _conversation(record, where, path.parent, system, hear_videos)
 
 
-def _answers(
-    questions: Sequence[dict[str, Any]], start: int, devices: Sequence[str], work: Mapping[str, Any]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Answers from one device in this process, or from a process for each of several devices."""
-    if not questions:
-        return
-    if len(devices) == 1:
-        from lavis_chatbridge.chat.loading import load_model
-
-        model, processors = load_model(work["model"], work["options"], devices[0])
-        for number, record in answer_lines(model, processors, questions, work):
-            yield start + number, record
-        return
-    import torch.multiprocessing as multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    shares = [range(i, len(questions), len(devices)) for i in range(len(devices))]
-    processes = [
-        context.Process(
-            target=_worker, args=([questions[i] for i in share], device, dict(work), w, results), daemon=True
-        )
-        for w, (share, device) in enumerate(zip(shares, devices, strict=True))
-        if len(share)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        yield from _collected(results, processes, shares, start, len(questions))
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def _collected(
-    results: Any, processes: Sequence[Any], shares: Sequence[range], start: int, count: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    import queue
-
-    while count:
-        try:
-            worker, number, record = results.get(timeout=1.0)
-        except queue.Empty:
-            lost = [process for process in processes if process.exitcode not in (None, 0)]
-            if lost:
-                raise DataError(
-                    f"a process of the batch ended with status {lost[0].exitcode}; the same command goes on"
-                ) from None
-            continue
-        if number is None:
-            raise ConfigError(record)
-        count -= 1
-        yield start + shares[worker][number], record
-
-
-def _worker(questions: Sequence[dict[str, Any]], device: str, work: dict[str, Any], worker: int, results: Any) -> None:
-    """One process of a batch: its share of the questions on its device."""
-    from lavis_chatbridge.chat.loading import load_model
-
-    try:
-        model, processors = load_model(work["model"], work["options"], device)
-        for number, record in answer_lines(model, processors, questions, work):
-            results.put((worker, number, record))
-    except ChatBridgeError as error:
-        results.put((worker, None, str(error)))
-
-
-def _in_order(records: Iterator[tuple[int, dict[str, Any]]], first: int) -> Iterator[dict[str, Any]]:
-    """Records in the order of their numbers, from ``first`` on."""
-    early: dict[int, dict[str, Any]] = {}
-    for number, record in records:
-        early[number] = record
-        while first in early:
-            yield early.pop(first)
-            first += 1
-
-
-def _question(line: str, where: str, folder: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object")
-    unknown = [key for key in record if key not in _KEYS | _IGNORED]
-    if unknown:
-        raise DataError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}")
-    if ("text" in record) == ("turns" in record):
-        raise DataError(f"{where}: expected either 'text', a question, or 'turns', a conversation")
-    if "turns" in record:
-        return _conversation(record, where, folder)
-    media = []
-    for kind in _KINDS:
-        listed = record.get(f"{kind}s", [])
-        if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
-            raise DataError(f"{where}: '{kind}s' is to be a list of paths")
-        media += [(kind, os.path.join(folder, path)) for path in listed]
-    if not isinstance(record["text"], str):
-        raise DataError(f"{where}: 'text' is to be a string")
-    return {"id": record.get("id", where.rpartition(":")[2]), "turns": [("user", record["text"], media)]}
-
-
-def _conversation(record: dict[str, Any], where: str, folder: str) -> dict[str, Any]:
-    """A line in the schema of data sets; an answer at the end of its turns is what the model is to give instead."""
+def _conversation(record: Mapping[str, Any], where: str, folder: Path, system: str, hear: bool) -> Conversation:
+    from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
+    from lavis_chatbridge.chat.media import media_of
+    from lavis_chatbridge.chat.sources import ANY_FILE, Access
     from lavis_chatbridge.schema import parse_record
 
-    given = {"id": where.rpartition(":")[2], **record}
-    given.pop("text", None)
-    sample = parse_record(given, where, folder, allow_outside=True)
-    media = iter(sample.media)
-    turns = [
-        (turn.role, turn.text, [(m.kind, m.path) for m in (next(media) for _ in turn.media)]) for turn in sample.turns
-    ]
-    if turns and turns[-1][0] == "assistant":
-        turns.pop()
-    if not turns:
+    unknown = [key for key in record if key not in (*_KEYS, *_IGNORED)]
+    if unknown:
+        raise DataError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    if sum(key in record for key in ("text", "turns", "messages")) != 1:
+        raise DataError(f"{where}: expected one of 'text' (a question), 'turns' or 'messages' (a conversation)")
+    root = Path(os.path.abspath(folder))
+    if "messages" in record:
+        access = Access(folders=ANY_FILE)
+        try:
+            return Conversation.from_openai(record["messages"], access=access, folder=root, hear_videos=hear)
+        except (DataError, TypeError) as error:
+            raise DataError(f"{where}: {error}") from error
+    if "text" in record:
+        listed = {key: record.get(key, []) for key in _MEDIA}
+        wrong = [
+            key
+            for key, paths in listed.items()
+            if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths)
+        ]
+        if wrong or not isinstance(record["text"], str):
+            raise DataError(f"{where}: {wrong[0]!r} is not a list of paths" if wrong else f"{where}: 'text' is no text")
+        images, videos, audios = ([root / path for path in listed[key]] for key in _MEDIA)
+        media = media_of(images, videos, audios, hear_videos=hear)
+        return Conversation(system=system).asking(record["text"], media)
+    sample = parse_record({"id": where, **record}, where, str(root), allow_outside=True)
+    files = iter(sample.media)
+    result = Conversation(system=system)
+    for turn in sample.turns:
+        pairs: list[Any] = [(medium.kind, medium.path) for medium in (next(files) for _ in turn.media)]
+        result.messages.append(ChatMessage(turn.role, turn.text, tuple(media_of(media=pairs, hear_videos=hear))))
+    if result.messages and result.messages[-1].role == "assistant":
+        result.messages.pop()  # data sets have the expected answer here
+    if not result.messages:
         raise DataError(f"{where}: 'turns' holds no question")
-    return {"id": given["id"], "turns": turns}
+    return result
 
 
-def _turns(question: Mapping[str, Any], hear_videos: bool) -> list[Any]:
-    from lavis_chatbridge.chat.history import ChatTurn
-    from lavis_chatbridge.chat.media import media_of_turn
-
-    return [
-        ChatTurn(role, text, tuple(media_of_turn(media=media, hear_videos=hear_videos)))
-        for role, text, media in question["turns"]
-    ]
-
-
-def _record(name: Any, answer: Any) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": name, "answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
-    media = [{"type": note.kind, "name": note.name, "reached": note.reached} for note in answer.media]
-    return record | ({"media": media} if media else {}) | ({"warnings": answer.warnings} if answer.warnings else {})
-
-
-def _devices(args: argparse.Namespace) -> list[str]:
-    if not args.devices:
-        return [args.device]
-    if args.devices != ["all"]:
-        return list(args.devices)
+def _devices(given: Sequence[str], device: str) -> list[str]:
+    if list(given) != ["all"]:
+        return list(given) or [device]
     import torch
 
     count = torch.cuda.device_count()
@@ -344,19 +269,10 @@ def _devices(args: argparse.Namespace) -> list[str]:
     return [f"cuda:{i}" for i in range(count)]
 
 
-def _fingerprint(source: Path, args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
-    """Short and the same for the same batch: unfinished answers of another one are not taken for this one's."""
-    said = {**settings, "sampling": asdict(settings["sampling"]), "model": args.model, "options": args.options}
-    content = source.read_bytes() + json.dumps(said, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
-def _complete_lines(file: Any) -> list[str]:
-    """The whole lines of an unfinished file, whose half line at the end is cut off."""
-    file.seek(0)
-    text = file.read()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.truncate(len(whole.encode("utf-8")))
-    file.seek(0, os.SEEK_END)
-    return whole.splitlines()
+def _complete_lines(path: Path) -> list[str]:
+    """The complete lines of an unfinished file, whose half line at the end is cut off."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(path, len(whole))
+    return whole.decode("utf-8").split("\n")[:-1]

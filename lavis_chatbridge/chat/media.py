@@ -1,6 +1,6 @@
-"""The media of a conversation: opened, encoded and perceived once, with a note on what reached the model of each.
+"""The media of a conversation: collected from a caller's arguments, opened, encoded and perceived once.
 
-It knows the model and its processors, no conversation format.
+It knows the model and its processors, no messages.
 
 Shapes: ``Q`` soft tokens, ``D`` width of the language model.
 """
@@ -10,34 +10,39 @@ from __future__ import annotations
 import hashlib
 import io
 import numbers
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lavis_chatbridge.chat.conversation import Medium
+from lavis_chatbridge.chat.sources import Access, open_url
 from lavis_chatbridge.errors import MediaError, TooShortError
-from lavis_chatbridge.media import Sound, Source, has_audio_track
+from lavis_chatbridge.media import Sound, Source
 from lavis_chatbridge.media.audio import rated
+from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.media.source import file_of, is_file, media_errors
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.fbank import MEAN, STD
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
+if TYPE_CHECKING:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
+
 Images: TypeAlias = "Sequence[Source] | Source"
-"""Pictures, or videos; a single one stands for a list of one."""
+"""Images or videos; a single one stands for a list of one."""
 Sounds: TypeAlias = "Sequence[Sound] | Sound"
 """Sounds; a single one stands for a list of one."""
-KindsAndSources: TypeAlias = "Sequence[tuple[Modality, Sound]] | tuple[Modality, Sound]"
-"""Media of any kind; a single pair stands for a list of one."""
+Pairs: TypeAlias = "Sequence[tuple[Modality, Sound]] | tuple[Modality, Sound]"
+"""Media of any modality; a single pair stands for a list of one."""
 
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
-"""A filterbank none of whose values is above this is of silence: they stay below the rounding of 16-bit samples."""
+"""The filterbank of a silent sound has no value above this: its samples stay below the rounding of 16 bits."""
 NO_TRACK = "the video has no audio track"
 SILENT = "it is silent"
 SILENT_TRACK = "the video's audio track is silent"
@@ -48,15 +53,15 @@ class MediaNote:
     """What became of one medium.
 
     Attributes:
-        kind: ``"image"``, ``"video"`` or ``"audio"``.
-        name: The file's name, or what else is known of it.
-        turn: The turn that brought it, from 0.
+        modality: ``"image"``, ``"video"`` or ``"audio"``.
+        name: The file's name, or another description.
+        turn: The number of its message, from 0.
         reached: Whether the model got it.
-        tokens: Soft tokens that stand for it.
+        tokens: Its number of soft tokens.
         warnings: What the user should know about it.
     """
 
-    kind: Modality
+    modality: Modality
     name: str
     turn: int
     reached: bool
@@ -69,104 +74,111 @@ class Perceived:
     """A medium as the model sees it.
 
     Attributes:
-        key: The same for the same content, prepared the same way.
-        soft: ``[Q, D]`` soft tokens, none if it could not reach the model.
+        key: Hash of its content and of how it was prepared.
+        soft: ``[Q, D]`` soft tokens; None if it could not reach the model.
         warnings: What the user should know.
     """
 
     key: str
-    soft: Tensor | None
+    soft: Tensor | None = field(repr=False)
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(eq=False)
-class Medium:
-    """A medium that a turn brings.
-
-    Args:
-        kind: ``"image"``, ``"video"`` or ``"audio"``.
-        source: A path, the bytes of a file, an array, a Pillow image, or samples with their rate in Hz.
-        track: It is the sound track of the video before it, and may be missing.
-        name: What to call it; made from the source where empty.
-        perceived: What the model sees, once that is known.
-    """
-
-    kind: Modality
-    source: Sound
-    track: bool = False
-    name: str = ""
-    perceived: Perceived | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            self.name = f"{_name(self.source)}'s sound track" if self.track else _name(self.source)
-
-    @property
-    def reached(self) -> bool:
-        """Whether the model gets it."""
-        return self.perceived is not None and self.perceived.soft is not None
-
-    def note(self, turn: int) -> MediaNote:
-        """What became of it."""
-        seen = self.perceived
-        tokens = 0 if seen is None or seen.soft is None else len(seen.soft)
-        return MediaNote(self.kind, self.name, turn, self.reached, tokens, seen.warnings if seen else ())
+def note_of(medium: Medium, turn: int) -> MediaNote:
+    """What became of a medium of message ``turn``."""
+    seen = medium.perceived
+    tokens = 0 if seen is None or seen.soft is None else len(seen.soft)
+    return MediaNote(medium.modality, medium.name, turn, medium.reached, tokens, seen.warnings if seen else ())
 
 
-def media_of_turn(
+def media_of(
     images: Images = (),
     videos: Images = (),
     audios: Sounds = (),
-    media: KindsAndSources = (),
+    media: Pairs = (),
     hear_videos: bool = True,
+    access: Access | None = None,
 ) -> list[Medium]:
-    """The media of one turn: images, videos, sounds, then ``media`` in their own order.
+    """The media of one message: images, videos, sounds, then ``media`` in their own order.
 
     Args:
-        images: Pictures, or one. An array is one picture.
-        videos: Videos, or one. An array is one video.
-        audios: Sounds, or one; a video among them is its sound track. An array is one sound, of 16 kHz where it is not
-            given as ``(array, rate in Hz)``.
-        media: Kinds and sources, in any order, or one pair of them.
+        images: Images, or one. An array or a tensor is one image.
+        videos: Videos, or one. An array or a tensor, and a list of still Pillow images, is one video.
+        audios: Sounds, or one; a video's file stands for its sound track. An array is one sound at 16 kHz, or
+            ``(array, rate in Hz)``.
+        media: Pairs of modality and source in any order, or one pair.
         hear_videos: Each video is followed by its own sound track.
+        access: Which ``http(s)`` URLs may be fetched; by default none.
 
     Raises:
-        MediaError: If one has a kind that does not exist, or something else stands where media are expected.
+        MediaError: If a modality or a source has no known form.
     """
     given: list[tuple[Modality, Any]] = []
-    for kind, sources in zip(MODALITIES, (images, videos, audios), strict=True):
-        given += [(kind, source) for source in _listed(kind, sources)]
+    for modality, sources in zip(MODALITIES, (images, videos, audios), strict=True):
+        given += [(modality, source) for source in _listed(modality, sources)]
     result: list[Medium] = []
-    for kind, source in [*given, *_pairs(media)]:
-        result.append(Medium(kind, source))
-        if kind == "video" and hear_videos:
-            result.append(Medium("audio", source, track=True))
+    for modality, source in [*given, *_pairs(media)]:
+        plain = _plain(source, access or Access())
+        result.append(Medium(modality, plain))
+        if modality == "video" and hear_videos and not isinstance(plain, list):
+            result.append(Medium("audio", plain, track=True))
     return result
 
 
-def _listed(kind: Modality, sources: Any) -> list[Any]:
-    """Media of one kind, a single one as a list of one."""
+def _listed(modality: Modality, sources: Any) -> list[Any]:
+    """Media of one modality, a single one as a list of one."""
     with_rate = isinstance(sources, tuple) and any(isinstance(part, numbers.Real) for part in sources)
-    if is_file(sources) or isinstance(sources, np.ndarray) or _is_pillow(sources) or with_rate:
+    if with_rate or is_file(sources) or _is_array(sources) or _is_pillow(sources) or hasattr(sources, "read"):
         return [sources]
     if isinstance(sources, Mapping) or not isinstance(sources, Iterable):
         found = type(sources).__name__
         raise MediaError(
-            sources, f"{kind}s are given as a list of paths, bytes, arrays or Pillow images, not a {found}"
+            sources,
+            f"{modality}s are given as paths, bytes, file objects, URLs, arrays, tensors or Pillow images, "
+            f"one or a list of them, not a {found}",
         )
-    return list(sources)
+    listed = list(sources)
+    return [listed] if modality == "video" and listed and all(map(_is_still, listed)) else listed
 
 
 def _pairs(media: Any) -> list[tuple[Modality, Any]]:
-    """Kinds and sources, checked; a single pair as a list of one."""
+    """Modalities and sources, checked; a single pair as a list of one."""
     single = isinstance(media, tuple) and len(media) == 2 and isinstance(media[0], str)
     pairs = [media] if single else media
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
-        raise MediaError(media, "media are given as a list of pairs, each a kind and a source: [('image', 'a.png')]")
-    for kind, source in pairs:
-        if not isinstance(kind, str) or kind not in MODALITIES:
-            raise MediaError(source, f"a medium of kind {kind!r:.80}; the kinds are {', '.join(MODALITIES)}")
-    return [(kind, source) for kind, source in pairs]
+        raise MediaError(media, "media are given as a list of pairs, each (modality, source): [('image', 'a.png')]")
+    for modality, source in pairs:
+        if not isinstance(modality, str) or modality not in MODALITIES:
+            raise MediaError(source, f"unknown modality {modality!r:.80}; known are {', '.join(MODALITIES)}")
+    return [(modality, source) for modality, source in pairs]
+
+
+def _plain(source: Any, access: Access) -> Any:
+    """A source in a form that `media` opens: file objects and URLs as bytes, tensors as arrays."""
+    if isinstance(source, str) and source.partition(":")[0].lower() in ("http", "https", "data"):
+        return open_url(source, source[:60], access)
+    if _is_pillow(source) or isinstance(source, np.ndarray):
+        return source
+    if hasattr(source, "read"):
+        content = source.read()
+        if not isinstance(content, bytes):
+            raise MediaError(source, "the file object gives text: open the file in binary mode ('rb')")
+        return content
+    if isinstance(source, Tensor):
+        return _array(source)
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor):
+        return source[0].detach().cpu().numpy(), source[1]
+    return source
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A tensor as an array, with torch's channels-first images and videos turned to channels-last."""
+    tensor = tensor.detach().cpu()
+    array = (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
+    if array.ndim in (3, 4) and array.shape[-3] in (1, 3) and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, -3, -1)
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    return array
 
 
 class MediaReader:
@@ -180,25 +192,26 @@ class MediaReader:
         capacity: How many media are remembered.
     """
 
-    def __init__(self, model: Any, processors: Mapping[str, Mapping[str, Any]], capacity: int = 64) -> None:
+    def __init__(self, model: ChatBridge, processors: Mapping[str, Mapping[str, Any]], capacity: int = 64) -> None:
         self._model = model
-        self.processors = processors
-        self._processors = {kind: processors[kind]["eval"] for kind in MODALITIES}
+        self.processors = {modality: processors[modality]["eval"] for modality in MODALITIES}
         self._capacity = capacity
         self._known: OrderedDict[str, Perceived] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, media: Sequence[Medium]) -> None:
-        """See to it that every medium is perceived, those of a kind in one batch.
+        """Perceive every medium that is not perceived yet, those of a modality in one batch.
 
         Raises:
-            MediaError: If one cannot be opened; a video's own sound track is then only noted.
+            MediaError: If one cannot be opened; a video's own sound track then only gets a warning.
         """
         todo: dict[Modality, list[tuple[Medium, str, Any, tuple[str, ...]]]] = {}
         for medium in media:
             if medium.perceived is not None:
                 continue
-            # What a Pillow image shows (palette, transparency, EXIF, frames) is known by what comes of it.
+            if isinstance(medium.source, list):
+                medium.source = _stacked(medium.source)
+            # The hash of a Pillow image is that of its prepared pixels: palette, EXIF and frames count.
             early = self._prepare(medium) if _is_pillow(medium.source) and not medium.track else None
             key = self._key(medium, None if early is None else early[0])
             medium.perceived = self._remembered(key)
@@ -210,43 +223,43 @@ class MediaReader:
                 except _NothingToHear as error:
                     medium.perceived = self._remember(Perceived(key, None, (str(error),)))
                 else:
-                    todo.setdefault(medium.kind, []).append((medium, key, prepared, warnings))
-        for kind, entries in todo.items():
-            for (medium, key, _, warnings), soft in zip(entries, self._perceive(kind, entries), strict=True):
-                medium.perceived = self._remember(Perceived(key, soft, warnings))
+                    todo.setdefault(medium.modality, []).append((medium, key, prepared, warnings))
+        for modality, entries in todo.items():
+            soft = self._perceive(modality, [prepared for _, _, prepared, _ in entries])
+            for (medium, key, _, warnings), tokens in zip(entries, soft, strict=True):
+                medium.perceived = self._remember(Perceived(key, tokens, warnings))
 
     @torch.no_grad()
-    def _perceive(self, kind: Modality, entries: Sequence[tuple[Medium, str, Any, tuple[str, ...]]]) -> list[Tensor]:
+    def _perceive(self, modality: Modality, prepared: Sequence[Any]) -> list[Tensor]:
         """Soft tokens in the precision of the language model."""
-        encoded = self._model.encode_media(kind, [prepared for _, _, prepared, _ in entries])
+        encoded = self._model.encode_media(modality, prepared)
         dtype = self._model.llama_model.get_input_embeddings().weight.dtype
-        return [soft.to(dtype) for soft in self._model.perceive_media(kind, encoded)]
+        return [soft.to(dtype) for soft in self._model.perceive_media(modality, encoded)]
 
     def _prepare(self, medium: Medium) -> tuple[Any, tuple[str, ...]]:
-        processor = self._processors[medium.kind]
-        if not medium.track:
-            prepared = processor(medium.source)
-            silent = isinstance(prepared, AudioClips) and _is_silent(prepared)
-            return prepared, (SILENT,) if silent else ()
-        if not processor.opener(has_audio_track, medium.source, limits=processor.limits):
-            raise _NothingToHear(NO_TRACK)
+        processor = self.processors[medium.modality]
         try:
             prepared = processor(medium.source)
         except TooShortError:
             raise
         except MediaError as error:
+            if not medium.track:
+                raise MediaError(medium.name, error.cause.replace(error.source, medium.name)) from error
+            if not processor.opener.has_audio_track(medium.source, limits=processor.limits):
+                raise _NothingToHear(NO_TRACK) from error
             raise _NothingToHear(f"the video's audio track cannot be read: {error.cause}") from error
-        if _is_silent(prepared):
+        silent = isinstance(prepared, AudioClips) and _is_silent(prepared)
+        if silent and medium.track:
             raise _NothingToHear(SILENT_TRACK)
-        return prepared, ()
+        return prepared, (SILENT,) if silent else ()
 
     def _key(self, medium: Medium, prepared: Tensor | None) -> str:
-        version = getattr(self._processors[medium.kind], "version", "")
+        version = getattr(self.processors[medium.modality], "version", "")
         if prepared is not None:
-            content = f"prepared {_digest(prepared.numpy())}"
-        else:  # a Pillow image has no sound track, whatever it shows
-            content = "picture" if _is_pillow(medium.source) else _digest(medium.source)
-        return f"{medium.kind}/{medium.track}/{version}/{content}"
+            content = f"prepared {_hash(prepared.numpy())}"
+        else:  # a Pillow image has no sound track
+            content = "picture" if _is_pillow(medium.source) else _hash(medium.source)
+        return f"{medium.modality}/{medium.track}/{version}/{content}"
 
     def _remembered(self, key: str) -> Perceived | None:
         with self._lock:
@@ -270,8 +283,16 @@ def _is_silent(clips: AudioClips) -> bool:
     return all(bool((bank[: int(n)] <= SILENCE).all()) for bank, n in zip(clips.fbank, clips.frames, strict=True))
 
 
-def _digest(source: Any) -> str:
-    """What tells contents apart: those of files, and of arrays with or without a sampling rate.
+def _stacked(frames: Sequence[Any]) -> np.ndarray:
+    """Still pictures as the frames of one video ``[T, H, W, 3]``, in the size of the first one."""
+    from PIL import Image
+
+    opened = [Image.fromarray(open_image(frame)) for frame in frames]
+    return np.stack([np.asarray(frame.resize(opened[0].size)) for frame in opened])
+
+
+def _hash(source: Any) -> str:
+    """The SHA-256 of a file's bytes, or of an array with its type, shape and sampling rate.
 
     Raises:
         MediaError: If there is no such file.
@@ -289,16 +310,13 @@ def _digest(source: Any) -> str:
     return digest.hexdigest()
 
 
+def _is_array(source: Any) -> bool:
+    return isinstance(source, (np.ndarray, Tensor))
+
+
 def _is_pillow(source: Any) -> bool:
     return hasattr(source, "tobytes") and hasattr(source, "mode")
 
 
-def _name(source: Any) -> str:
-    if isinstance(source, tuple) and len(source) == 2:
-        return f"{_name(source[0])} at {source[1]} Hz"
-    if isinstance(source, (str, os.PathLike)):
-        return os.path.basename(os.fspath(source)) or str(source)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"{len(source)} bytes"
-    shape = getattr(source, "shape", None)
-    return "picture" if shape is None else f"array {'x'.join(map(str, shape))}"
+def _is_still(source: Any) -> bool:
+    return _is_pillow(source) and getattr(source, "n_frames", 1) == 1

@@ -1,193 +1,255 @@
-"""``chatbridge chat``: a conversation in the terminal, files attached by commands. It knows sessions, no models."""
+"""``chatbridge chat``: a conversation in the terminal. It knows sessions, no models."""
 
 from __future__ import annotations
 
-import argparse
 import glob
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import replace
+import urllib.parse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-from lavis_chatbridge.chat import options
-from lavis_chatbridge.config import checked
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError
+import typer
 
-PROMPT, ANSWER = "you> ", "chatbridge> "
-_KINDS = ("image", "video", "audio")
-_LONGEST_NUMBER = 9
-_SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "num_beams": int, "seed": int}
+from lavis_chatbridge.chat import loading
+from lavis_chatbridge.config import parse
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from rich.console import Console
+
+    from lavis_chatbridge.chat.session import Session, Stream
+
+PROMPT = "you> "
+_SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_beams", "seed")
+_COMMANDS = {
+    "image": "FILE...  attach images to the next question (a path inside a question is attached too)",
+    "video": "FILE...  attach videos, which are heard with their sound",
+    "audio": "FILE...  attach sounds",
+    "media": "  list what is attached; '/media none' detaches it",
+    "retry": "  answer the last question again",
+    "edit": "[N] TEXT  replace the text of question N (the last one) and answer it; later questions go",
+    "undo": "  take back the last question and its answer; its media are attached again",
+    "history": "  show the conversation",
+    "set": "NAME VALUE  change a setting; alone: show all",
+    "save": "FILE  save the conversation",
+    "load": "FILE  resume a saved conversation",
+    "new": "  begin a new conversation",
+    "help": "  this list",
+    "quit": "  leave (or Ctrl-D); Ctrl-C stops an answer",
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge chat``."""
-    for kind in _KINDS:
-        parser.add_argument(
-            f"--{kind}", nargs="+", action="extend", default=[], metavar="FILE", help=f"{kind}s for the first message"
-        )
-    parser.add_argument("--load", type=Path, metavar="FILE", help="go on from a saved conversation")
-    options.add_model_arguments(parser)
-    options.add_conversation_arguments(parser)
-    options.add_sampling_arguments(parser)
+def command(
+    files: Annotated[list[str], typer.Argument(metavar="[FILE]...", help="Media for the first question.")] = [],  # noqa: B006
+    image: Annotated[list[str], typer.Option(help="An image for the first question; repeatable.")] = [],  # noqa: B006
+    video: Annotated[list[str], typer.Option(help="A video; repeatable.")] = [],  # noqa: B006
+    audio: Annotated[list[str], typer.Option(help="A sound; repeatable.")] = [],  # noqa: B006
+    load: Annotated[Path | None, typer.Option(help="Resume a saved conversation.")] = None,
+    model: loading.Model = "tiny",
+    options: loading.Options = [],  # noqa: B006
+    device: loading.Device = "auto",
+    template: loading.TemplateName = "human_assistant",
+    engine: loading.EngineUrl = "",
+    system: loading.System = "",
+    no_video_sound: loading.NoVideoSound = False,
+    max_context: loading.MaxContext = None,
+    max_new_tokens: loading.MaxNewTokens = 256,
+    temperature: loading.Temperature = 0.0,
+    top_p: loading.TopP = 0.9,
+    num_beams: loading.NumBeams = 1,
+    seed: loading.Seed = None,
+    stop: loading.Stop = [],  # noqa: B006
+) -> None:
+    """Talk until the user leaves."""
+    sampling = loading.sampling_of(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed, stop=stop
+    )
+    given = [(name, file) for name, listed in (("image", image), ("video", video), ("audio", audio)) for file in listed]
+    given += [("", file) for file in files]
+    for _, file in given:
+        _found(file)
+    from rich.console import Console
 
-
-def run(args: argparse.Namespace) -> int:
-    """``chatbridge chat``: 0 when the user leaves."""
-    settings = options.session_settings(args)
-    given = [(kind, path) for kind in _KINDS for word in getattr(args, kind) for path in _found(f"--{kind}", word)]
     from lavis_chatbridge.chat.session import Session
 
-    session = Session.open(args.model, device=args.device, options=args.options, **settings)
-    if args.load is not None:
-        session.load(args.load)
-    terminal = Terminal(session, sys.stdout)
-    for kind, path in given:
-        terminal.attach(kind, path)
-    _set_up_editing()
-    terminal.say("Ask something; /image, /video and /audio FILE attach media; /help lists all commands; Ctrl-D ends.")
+    built, processors = loading.load_model(model, options, device, engine)
+    session = Session(
+        built,
+        processors,
+        template,
+        system=system,
+        hear_videos=not no_video_sound,
+        max_context=max_context,
+        sampling=sampling,
+    )
+    if load is not None:
+        session.load(load)
+    terminal = Terminal(session, Console(highlight=False))
+    for name, file in given:
+        terminal.attach(file, name)
+    terminal.say("Ask something. A path in a question attaches the file; /help lists commands; Ctrl-D ends.")
     terminal.talk(_lines(sys.stdin))
-    return 0
 
 
 class Terminal:
-    """A conversation: takes lines, writes what comes of them.
+    """A conversation: takes lines, prints what comes of them.
 
     Args:
         session: The session.
-        out: Where it writes.
+        console: Where it prints.
     """
 
-    def __init__(self, session: Any, out: IO[str]) -> None:
-        self.session, self.out = session, out
-        self.attached: list[tuple[Any, str]] = []
-        self._commands: dict[str, tuple[Callable[[str], None], str]] = {
-            "image": (lambda rest: self.attach_all("image", rest), "FILE...  attach pictures to the next message"),
-            "video": (lambda rest: self.attach_all("video", rest), "FILE...  attach videos, heard with their sound"),
-            "audio": (lambda rest: self.attach_all("audio", rest), "FILE...  attach sounds"),
-            "media": (self._media, "  what is attached; '/media none' takes it off"),
-            "retry": (self._retry, "  answer the last question anew"),
-            "edit": (self._edit, "[N] TEXT  ask question N (the last one) in other words; later turns go"),
-            "undo": (self._undo, "  take back the last question and its answer"),
-            "history": (self._history, "  the conversation so far"),
-            "set": (self._set, "NAME VALUE  change " + ", ".join(_SETTINGS) + "; alone: show them"),
-            "save": (self._save, "FILE  save the conversation"),
-            "load": (self._load, "FILE  go on from a saved conversation"),
-            "new": (self._new, "  begin a new conversation"),
-            "help": (self._help, "  this list"),
-        }
+    def __init__(self, session: Session, console: Console) -> None:
+        self.session, self.console = session, console
+        self.attached: list[tuple[Any, Any]] = []
 
     def talk(self, lines: Iterable[str]) -> None:
-        """Work through lines until they end or one says ``/quit``; mistakes are told and cost nothing."""
+        """Answer lines until they end or one is ``/quit``; a mistake prints one line and costs nothing."""
         for line in lines:
             words = line.strip()
             if words in ("/quit", "/exit"):
                 return
             try:
-                if words.startswith("/"):
-                    self._command(words[1:])
+                name = words[1:].partition(" ")[0]
+                if words.startswith("/") and "/" not in name and not os.path.isfile(words.partition(" ")[0]):
+                    self._command(name, words[1:].partition(" ")[2].strip())
                 elif words:
                     self._ask(words)
             except ChatBridgeError as error:
-                self.say(f"error: {' '.join(str(error).split())}")
+                self.say(f"error: {' '.join(str(error).split())}", "red")
+            except KeyboardInterrupt:
+                self.say("(stopped)")
 
-    def say(self, text: str) -> None:
-        """Write a line."""
-        print(_harmless(text), file=self.out, flush=True)
+    def say(self, text: str, style: str = "dim") -> None:
+        """Print a line."""
+        self.console.print(_harmless(text), style=style, markup=False, soft_wrap=True)
 
-    def attach_all(self, kind: Any, rest: str) -> None:
-        """Attach the files that a line names; quotes and wildcards work as in a shell."""
-        try:
-            words = shlex.split(rest)
-        except ValueError as error:
-            raise ConfigError(f"/{kind}: {error}") from error
-        if not words:
-            raise ConfigError(f"/{kind} needs a file")
-        for word in words:
-            for path in _found(f"/{kind}", word):
-                self.attach(kind, path)
+    def attach(self, word: str, modality: str = "") -> None:
+        """Attach the files that a word names, which may hold wildcards.
 
-    def attach(self, kind: Any, path: str) -> None:
-        """Attach a file to the next message."""
-        self.attached.append((kind, path))
-        self.say(f"  + {kind} {path}")
+        Raises:
+            ConfigError: If there is none.
+            MediaError: If a file is of another modality than the command.
+        """
+        from lavis_chatbridge.chat.sources import check_modality, modality_of
 
-    def _command(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
-        if name not in self._commands:
-            near = [known for known in self._commands if name and known.startswith(name)]
-            if len(near) != 1:
-                raise ConfigError(f"unknown command /{name}; /help lists them")
-            name = near[0]
-        self._commands[name][0](rest.strip())
+        for path in _found(word):
+            if modality:
+                check_modality(modality, path)  # type: ignore[arg-type]
+            self.attached.append((modality or modality_of(path), path))
+            self.say(f"  + {self.attached[-1][0]} {path}")
 
-    def _ask(self, text: str) -> None:
-        self._show(self.session.ask(text, media=self.attached, stream=True))
+    def _command(self, name: str, rest: str) -> None:
+        near = [known for known in _COMMANDS if name and known.startswith(name)]
+        if name not in _COMMANDS and len(near) != 1:
+            raise ConfigError(f"unknown command /{name}; /help lists them")
+        name = name if name in _COMMANDS else near[0]
+        if name in ("image", "video", "audio"):
+            try:
+                words = shlex.split(rest)
+            except ValueError as error:
+                raise ConfigError(f"/{name}: {error}") from error
+            if not words:
+                raise ConfigError(f"/{name} needs a file")
+            for word in words:
+                self.attach(word, name)
+        else:
+            getattr(self, f"_{name}")(rest)
+
+    def _ask(self, line: str) -> None:
+        text, files = _split(line)
+        for file in files:
+            self.attach(file)
+        if not text and files:
+            return  # files alone wait for their question
+        self._show(lambda: self.session.ask(text, media=self.attached, stream=True))
         self.attached = []
 
-    def _show(self, stream: Any) -> None:
-        """Write an answer as it comes; Ctrl-C ends it."""
-        print(ANSWER, end="", file=self.out, flush=True)
+    def _show(self, begin: Any) -> None:
+        """Print an answer as it comes; Ctrl-C ends it and keeps its text."""
+        from rich.live import Live
+        from rich.markdown import Markdown
+
+        before = len(self.session.messages)
         try:
-            for text in stream:
-                print(_harmless(text), end="", file=self.out, flush=True)
+            with self.console.status("reading the media..." if self.attached else "reading the question..."):
+                stream: Stream = begin()
+                text = next(stream, "")
         except KeyboardInterrupt:
-            stream.close()
+            self.session.cancel()
+            raise PromptError("stopped before the answer began; the question is not part of the conversation") from None
+        shown = text
+        try:
+            if not self.console.is_terminal:
+                self.console.print(_harmless(text + "".join(stream)), markup=False, soft_wrap=True)
+            else:
+                with Live(Markdown(_harmless(shown)), console=self.console, refresh_per_second=12) as live:
+                    for piece in stream:
+                        shown += piece
+                        live.update(Markdown(_harmless(shown)))
+        except KeyboardInterrupt:
+            stream.cancel()
+        self._report(stream, before)
+
+    def _report(self, stream: Stream, before: int) -> None:
         answer = stream.answer
-        self.say({"cancelled": " (stopped)", "length": " (cut off: /set max_new_tokens)"}.get(answer.finish, ""))
+        ended = {"cancelled": "(stopped)", "length": "(cut off: raise it with /set max_new_tokens)"}
+        if answer.finish in ended:
+            self.say(ended[answer.finish])
         new = [note for note in answer.media if note.turn == answer.turn]
-        if new:
-            reached = ", ".join(f"{note.kind} {note.name}" for note in new if note.reached) or "none of the media"
+        if new and len(self.session.messages) > before:
+            reached = ", ".join(f"{note.modality} {note.name}" for note in new if note.reached) or "none of the media"
             self.say(f"  the model got: {reached}")
         for warning in answer.warnings:
-            self.say(f"  warning: {warning}")
+            self.say(f"  warning: {warning}", "yellow")
 
     def _media(self, rest: str) -> None:
         if rest == "none":
             self.attached = []
-        self.say("\n".join(f"  {kind} {path}" for kind, path in self.attached) or "  nothing is attached")
+        self.say("\n".join(f"  {modality} {path}" for modality, path in self.attached) or "  nothing is attached")
 
     def _retry(self, rest: str) -> None:
-        self._show(self.session.regenerate(stream=True))
+        self._show(lambda: self.session.regenerate(stream=True))
 
     def _edit(self, rest: str) -> None:
         number, _, text = rest.partition(" ")
-        asked = count = (len(self.session.turns) + 1) // 2
-        if number.isdecimal() and len(number) <= _LONGEST_NUMBER:
+        count = (len(self.session.messages) + 1) // 2
+        asked = count
+        if number.isdecimal() and len(number) < 10 and text.strip():
             asked, rest = int(number), text.strip()
         if not rest:
-            which = f" of question {asked}: /edit {asked} TEXT" if number else ": /edit TEXT"
-            raise ConfigError(f"/edit needs the new text{which}")
-        if not count:
-            raise ConfigError("there is no question to edit")
+            raise ConfigError("/edit needs the new text: /edit TEXT, or /edit N TEXT for question N")
         if not 1 <= asked <= count:
-            raise ConfigError(f"there is no question {asked}; they count from 1 to {count}")
+            raise ConfigError(f"there is no question {asked}; there are {count}")
         self.session.edit(2 * (asked - 1), rest)
         self._retry("")
 
     def _undo(self, rest: str) -> None:
         taken = self.session.undo()
-        self.say("  nothing to take back" if taken is None else f"  taken back: {taken.text}")
+        if taken is not None:
+            self.attached = [(m.modality, m.source) for m in taken.media if not m.track] + self.attached
+        again = "" if not self.attached else f" ({len(self.attached)} media are attached again)"
+        self.say("  nothing to take back" if taken is None else f"  taken back: {taken.text}{again}")
 
     def _history(self, rest: str) -> None:
-        for i, turn in enumerate(self.session.turns):
-            media = "".join(f" [{medium.kind} {medium.name}]" for medium in turn.media)
-            self.say(f"  {i // 2 + 1} {'you' if turn.role == 'user' else 'chatbridge'}>{media} {turn.text}")
+        for i, message in enumerate(self.session.messages):
+            media = "".join(f" [{medium.modality} {medium.name}]" for medium in message.media if not medium.track)
+            who = "you" if message.role == "user" else "chatbridge"
+            self.say(f"  {i // 2 + 1} {who}>{media} {message.text}", "")
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
+        sampling = self.session.sampling
         if name:
             if name not in _SETTINGS:
-                raise ConfigError(f"no setting {name!r}; they are {', '.join(_SETTINGS)}")
-            try:
-                given = None if name == "seed" and value.strip() == "none" else _SETTINGS[name](value)
-            except ValueError:
-                raise ConfigError(f"{name}: {value!r} is no number") from None
-            self.session.sampling = checked(replace(self.session.sampling, **{name: given}))
+                raise ConfigError(f"there is no setting {name!r}; they are {', '.join(_SETTINGS)}")
+            changed: Any = None if value.strip() in ("", "none") else value.strip()
+            self.session.sampling = parse(type(sampling), {**sampling.model_dump(), name: changed}, "set")
         self.say("\n".join(f"  {known} {getattr(self.session.sampling, known)}" for known in _SETTINGS))
 
     def _save(self, rest: str) -> None:
@@ -207,73 +269,79 @@ class Terminal:
         self.attached = []
 
     def _help(self, rest: str) -> None:
-        for name, (_, words) in self._commands.items():
-            self.say(f"  /{name} {words}".rstrip())
-        self.say("  /quit  leave (or Ctrl-D); Ctrl-C stops an answer")
+        self.say("\n".join(f"  /{name} {words}".rstrip() for name, words in _COMMANDS.items()))
 
 
-def _found(command: str, word: str) -> list[str]:
-    """The files that a word names, which may hold wildcards.
+def _found(word: str) -> list[str]:
+    """The files that a word names: a path, a ``file:`` URL, or a pattern.
 
     Raises:
         ConfigError: If there is none.
     """
-    path = os.path.expanduser(word)
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+    path = (
+        urllib.parse.unquote(word.removeprefix("file://")) if word.startswith("file://") else os.path.expanduser(word)
+    )
+    found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
     if not found:
-        raise ConfigError(f"{command}: there is no file {word}")
+        raise ConfigError(f"there is no file {word}")
     return found
 
 
-def complete(line: str, commands: Iterable[str]) -> list[str]:
-    """What the last word of a line may become: a command at its start, a file behind it."""
-    if line.startswith("/") and " " not in line:
-        return sorted(f"/{name} " for name in commands if name.startswith(line[1:]))
-    typed = re.sub(r"\\(.)", r"\1", _last_word(line))
-    found = sorted(glob.glob(glob.escape(os.path.expanduser(typed)) + "*"))
-    return [re.sub(r"([\s'\"\\])", r"\\\1", path) + ("/" if os.path.isdir(path) else "") for path in found]
-
-
-def _last_word(line: str) -> str:
-    """What stands behind the last space that no backslash escapes."""
-    return re.split(r"(?<!\\) ", line)[-1]
+def _split(line: str) -> tuple[str, list[str]]:
+    """A question, and the files whose paths were typed or dropped into it (with quotes or backslashes, as a shell)."""
+    files = []
+    for match in re.finditer(r"'[^'\n]+'|\"[^\"\n]+\"|(?:\\.|[^\s'\"\\])+", line):
+        word = match.group()
+        path = word[1:-1] if word[0] in "'\"" else re.sub(r"\\(.)", r"\1", word)
+        looks = "/" in path or re.search(r"\.\w{2,4}$", path)
+        try:
+            if looks and _found(path):
+                files.append((word, path))
+        except (ConfigError, ValueError):
+            continue
+    for word, _ in files:
+        line = line.replace(word, "", 1)
+    return " ".join(line.split()) if files else line, [path for _, path in files]
 
 
 def _harmless(text: str) -> str:
-    """``text`` without what a terminal would take for commands."""
+    """``text`` without characters that a terminal takes for commands."""
     return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
-def _lines(source: IO[str]) -> Iterator[str]:
-    """Lines as they are typed, with a prompt; from a pipe, as they come."""
+def _lines(source: TextIO) -> Iterator[str]:
+    """Lines as they are typed, with a prompt, history and completion; from a pipe, as they come."""
     if not source.isatty():
         yield from source
         return
+    prompt = editor()
     while True:
         try:
-            yield input(PROMPT)
+            yield prompt.prompt(PROMPT)
         except KeyboardInterrupt:
-            print()
+            continue
         except EOFError:
-            print()
             return
 
 
-def _set_up_editing() -> None:
-    """Editing of lines, their history, and completion, where the system has readline."""
-    with suppress(ImportError):
-        import readline
+def editor(**settings: Any) -> PromptSession[str]:
+    """The line editor: its history is ``~/.chatbridge_history``; a pasted text of several lines is one question."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.history import FileHistory
 
-        names = [*_KINDS, "media", "retry", "edit", "undo", "history", "set", "save", "load", "new", "help", "quit"]
+    class Words(Completer):
+        def get_completions(self, document: Document, event: Any) -> Iterator[Completion]:
+            line = document.text_before_cursor
+            if line.startswith("/") and " " not in line:
+                for name in _COMMANDS:
+                    if name.startswith(line[1:]):
+                        yield Completion(f"/{name}", start_position=-len(line))
+                return
+            word = re.split(r"(?<!\\) ", line)[-1]
+            if (word and "/" in word) or line.startswith("/"):
+                yield from PathCompleter(expanduser=True).get_completions(Document(word), event)
 
-        def completer(word: str, state: int) -> str | None:
-            line = readline.get_line_buffer()[: readline.get_endidx()]
-            found = complete(line, names)
-            # For readline a word begins behind an escaped space too: what stands before is there already.
-            there = readline.get_begidx() - (len(line) - len(_last_word(line)))
-            return found[state][there:] if state < len(found) else None
-
-        readline.set_completer_delims(" ")
-        readline.set_completer(completer)
-        binding = "bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete"
-        readline.parse_and_bind(binding)
+    history = FileHistory(os.path.expanduser("~/.chatbridge_history"))
+    return PromptSession(history=history, completer=Words(), complete_while_typing=False, **settings)

@@ -1,457 +1,513 @@
 """``chatbridge web``: a page on which a person talks with ChatBridge about pictures, videos and sounds.
 
-One `Session` per open page. Nothing is loaded from elsewhere: the page's own security policy forbids it. Uploads lie in
-a temporary folder that goes with the server.
+The page is gradio's `ChatInterface`, which holds the conversation; the engine holds nothing of it. The page's security
+policy lets the browser load nothing from elsewhere. Uploads lie in a temporary folder that goes with the server.
 """
 
 from __future__ import annotations
 
-import argparse
-import html
+import json
 import logging
 import os
-import signal
-import sys
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lavis_chatbridge.chat import options
-from lavis_chatbridge.chat.server.command import (
-    add_decoding_arguments,
-    address_of,
-    decoding,
-    listen,
-    narrow,
-)
-from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings, is_loopback
-from lavis_chatbridge.config import checked
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, MissingExtraError
-from lavis_chatbridge.media.source import head_of, is_picture
-from lavis_chatbridge.prompting import Modality
+import typer
 
-log = logging.getLogger(__name__)
+from lavis_chatbridge.chat import loading
+from lavis_chatbridge.chat.server import command as server
+from lavis_chatbridge.chat.sources import MEBIBYTE, is_loopback, is_own_name, modality_of
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from lavis_chatbridge.chat.conversation import Conversation
+    from lavis_chatbridge.chat.engine import Answer, Engine, Reply
+
+log = logging.getLogger("chatbridge.web")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "assets" / "examples"
-"""Media of the embedded world, which the shipped model knows."""
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("what colour is it?", ("picture.jpg",)),
     ("how does it move?", ("video.mp4",)),
     ("how does the sound go on?", ("sound.mp3",)),
     ("tell me the pitch of the audio and the colour of the image", ("picture.jpg", "sound.mp3")),
 )
+"""Questions about media of the embedded world, which the tiny model knows."""
+KNOWS = {"tiny": "It knows the embedded world only: small coloured shapes that lie or move, tones and noises."}
+_INVISIBLE = "\N{ZERO WIDTH SPACE}"
+_SETTINGS = 6  # components of the accordion
+_ERROR, _NOTE = "Not answered", "The model got"
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 )
-"""What the page's browser may load: gradio writes scripts into the page and compiles some, all of them its own."""
+"""What the browser may load: gradio writes its own scripts into the page and compiles some."""
 STYLE = """
-.gradio-container { max-width: 64rem !important; margin-inline: auto !important; }
-footer { display: none !important; }
-/* Gradio's own would send what is shown to a hub; the policy forbids that, so it is not offered. */
-button[aria-label="Share"], button[title="Share"] { display: none !important; }
-#page-title { margin: 0; }
-#conversation { height: clamp(16rem, 55dvh, 60rem) !important; }
-#actions { flex-wrap: nowrap; }
-#actions button { min-width: 0; min-height: 44px; padding-inline: 0.5rem; }
-#status { min-height: 1.5em; }
-@media (max-width: 600px) {
-  .gradio-container .app { padding-inline: 0.75rem !important; }
-  #examples .gallery-item { max-width: calc(100vw - 2rem); }
-  #examples .gallery-item * { min-width: 0; }
-  #examples audio { max-width: 7rem; }
-}
+.gradio-container { width: 100% !important; max-width: 60rem !important; margin-inline: auto !important; }
+footer, button[aria-label="Share"], #conversation button:is([aria-label="Undo"], [aria-label="Clear"]),
+/* while an answer comes */
+:has(#message button[aria-label="Stop"]) > * #conversation button:is([aria-label="Retry"], [aria-label="Edit"])
+{ display: none !important; }
+#conversation { height: clamp(18rem, 62dvh, 60rem) !important; }
+#conversation img, #conversation video { max-height: 10rem; max-width: 14rem; width: auto; }
+#conversation .image-container > button::after { content: attr(aria-label); display: block; font-size: 0.75rem; }
+#conversation .minimal-audio-player, #conversation .waveform-wrapper { height: 3rem; overflow: hidden; }
+#conversation .waveform-wrapper { display: flex; align-items: center; }
+#conversation .waveform-wrapper > div { flex: 1; }
+#actions { flex-wrap: wrap; gap: 0.5rem; }
+#actions button { min-width: 0; min-height: 44px; flex: 1 1 6rem; }
+.gradio-container * { min-width: 0; overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 2px; }
 """
-_SUFFIXES: dict[Modality, frozenset[str]] = {
-    "image": frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}),
-    "audio": frozenset({".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".weba"}),
+SCRIPT = """
+() => {
+  const name = (medium) => decodeURIComponent((medium.currentSrc || medium.src).split(/[/?#]/).pop() || 'medium');
+  const label = () => document.querySelectorAll('#conversation :is(img, video, audio)').forEach((medium) => {
+    if (medium.dataset.named || !(medium.currentSrc || medium.src)) return;
+    medium.dataset.named = name(medium);
+    medium.title = medium.ariaLabel = name(medium);
+    if (medium.tagName === 'IMG') medium.alt = name(medium);
+    const button = medium.closest('button');
+    if (button && !button.innerText.trim()) button.ariaLabel = name(medium);
+  });
+  new MutationObserver(label).observe(document.body, {childList: true, subtree: true, attributes: true});
 }
-
-
-class Talk:
-    """What one open page holds: its session, and what is being said."""
-
-    def __init__(self, session: Any) -> None:
-        self.session = session
-        self.pending: tuple[str, list[tuple[Modality, str]]] | None = None
-
-    def messages(self, partial: str | None = None) -> list[dict[str, Any]]:
-        """The conversation as gradio shows it."""
-        shown: list[dict[str, Any]] = []
-        for turn in self.session.turns:
-            media = [(medium.kind, str(medium.source)) for medium in turn.media if not medium.track]
-            shown += _shown(turn.role, turn.text, media)
-        if self.pending is not None:
-            shown += _shown("user", *self.pending)
-        if partial is not None:
-            while self.pending is None and shown and shown[-1]["role"] == "assistant":
-                shown.pop()  # an answer that is being made anew
-            shown += _shown("assistant", partial or "…", [])
-        return shown
+"""
+_DOWNLOAD = """
+(text) => {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'application/json'}));
+  link.download = 'conversation.json';
+  link.click();
+}
+"""
 
 
 class Page:
-    """What the page's buttons do. Knows sessions; of gradio, only the form of its messages.
+    """What the page's parts do.
 
     Args:
-        model: The ChatBridge.
-        reader: Opens media, for all pages together.
-        template: The conversation's format.
+        engine: Answers.
+        title: The model's name.
     """
 
-    def __init__(self, model: Any, reader: Any, template: str = "human_assistant") -> None:
-        self._model, self._reader, self._template = model, reader, template
+    def __init__(self, engine: Engine, title: str) -> None:
+        self.engine, self.title = engine, title
+        self._running: dict[str, Reply] = {}
 
-    def open(self) -> Talk:
-        """A new conversation."""
-        from lavis_chatbridge.chat.session import Session
+    def respond(
+        self,
+        message: dict[str, Any],
+        history: list[dict[str, Any]],
+        system: str,
+        tokens: float,
+        temperature: float,
+        top_p: float,
+        seed: float | None,
+        hear: bool,
+        request: gr.Request | None = None,
+    ) -> Iterator[Any]:
+        """Messages of the assistant as the answer comes; a fault is a message with a title, as a note is."""
+        from lavis_chatbridge.models.sampling import Sampling
 
-        return Talk(Session(self._model, template=self._template, reader=self._reader))
-
-    def send(self, message: dict[str, Any] | None, talk: Talk | None) -> tuple[Any, list[dict[str, Any]], Talk, str]:
-        """Take what was typed and dropped into the conversation; the box is emptied."""
-        talk = talk or self.open()
-        text = str((message or {}).get("text") or "").strip()
-        files = [str(file) for file in (message or {}).get("files") or []]
-        if not text and not files:
-            return message, talk.messages(), talk, status("Type a question, or add a picture, a video or a sound.")
-        talk.pending = (text, [(kind_of(file), file) for file in files])
-        return {"text": "", "files": []}, talk.messages(""), talk, status("ChatBridge is looking and listening…")
-
-    def answer(self, talk: Talk, *settings: Any) -> Iterator[tuple[Any, list[dict[str, Any]], str]]:
-        """Answer what was sent, as it comes. What cannot be sent goes back into the box."""
-        if talk.pending is None:
-            return
-        text, media = talk.pending
-        *sampling, hear = settings
-        talk.session.hear_videos = bool(hear)
+        key = str(getattr(request, "session_hash", ""))
+        self.stop(request)
+        files = [{"path": str(file)} for file in message.get("files") or []]
+        asked = {"role": "user", "content": [*files, message.get("text") or ""]}
         try:
-            with talk.session.ask(text, media=media, stream=True, **chosen(*sampling)) as stream:
-                partial = ""
-                for piece in stream:
-                    partial += piece
-                    yield None, talk.messages(partial), status("ChatBridge is answering…")
-                answer = stream.answer
+            sampling = Sampling(
+                max_new_tokens=int(tokens),
+                temperature=float(temperature),
+                top_p=float(top_p),
+                seed=None if seed is None or seed < 0 else int(seed),
+            )
+            conversation = conversation_of([*history, asked], system, hear)
+            reply = self._running[key] = self.engine.reply(conversation, sampling)
+            text = ""
+            yield ""
+            for piece in reply:
+                text += piece
+                if self._running.get(key) is reply:
+                    yield text
+            if self._running.get(key) is reply:
+                yield [text, *_notes(reply.answer)]
         except ChatBridgeError as error:
-            talk.pending = None
-            yield {"text": text, "files": [path for _, path in media]}, talk.messages(), status(told(error), bad=True)
-            return
+            yield [{"role": "assistant", "content": _told(error), "metadata": {"title": _ERROR}}]
         finally:
-            talk.pending = None
-        yield None, talk.messages(), status(summary(answer))
+            reply_now = self._running.get(key)
+            if reply_now is not None:
+                reply_now.cancel()
 
-    def retry(self, talk: Talk | None, *settings: Any) -> Iterator[tuple[list[dict[str, Any]], str]]:
-        """Answer the last question anew."""
-        if talk is None or not talk.session.turns:
-            yield [], status("There is no question to answer yet.")
-            return
-        *sampling, hear = settings
-        talk.session.hear_videos = bool(hear)
-        try:
-            with talk.session.regenerate(stream=True, **chosen(*sampling)) as stream:
-                partial = ""
-                for piece in stream:
-                    partial += piece
-                    yield talk.messages(partial), status("ChatBridge is answering anew…")
-                answer = stream.answer
-        except ChatBridgeError as error:
-            yield talk.messages(), status(told(error), bad=True)
-            return
-        again = "" if chosen(*sampling)["temperature"] else " (at temperature 0 the same question has the same answer)"
-        yield talk.messages(), status(summary(answer) + again)
+    def stop(self, request: gr.Request | None = None) -> None:
+        """End the answer of a page at its next token; nothing more of it is shown."""
+        reply = self._running.pop(str(getattr(request, "session_hash", "")), None)
+        if reply is not None:
+            reply.cancel()
 
-    def stop(self, talk: Talk | None) -> None:
-        """End the answer at its next token."""
-        if talk is not None:
-            talk.session.cancel()
+    def undo(self, history: list[dict[str, Any]], *settings: Any) -> dict[str, Any]:
+        """The page without the last question and its answer; the question is back in the box."""
+        asked = next((i for i in reversed(range(len(history))) if history[i]["role"] == "user"), len(history))
+        begin = asked
+        while begin and history[begin - 1]["role"] == "user":
+            begin -= 1
+        taken = [part for message in history[begin : asked + 1] for part in _parts(message)]
+        box = {
+            "text": "\n".join(part for part in taken if isinstance(part, str)),
+            "files": [part["path"] for part in taken if isinstance(part, dict)],
+        }
+        return {"messages": history[:begin], "box": box, "settings": settings}
 
-    def undo(self, talk: Talk | None) -> tuple[Any, list[dict[str, Any]], str]:
-        """Take the last question back into the box."""
-        taken = None if talk is None else talk.session.undo()
-        if talk is None or taken is None:
-            return {"text": "", "files": []}, [], status("There is nothing to take back.")
-        files = [str(medium.source) for medium in taken.media if not medium.track]
-        return {"text": taken.text, "files": files}, talk.messages(), status("The last question is back in the box.")
+    def new(self, history: list[dict[str, Any]], *settings: Any) -> dict[str, Any]:
+        """The page without its conversation."""
+        return {"messages": [], "box": None, "settings": settings}
 
-    def clear(self, talk: Talk | None) -> tuple[list[dict[str, Any]], Talk, str]:
-        """Begin anew."""
-        if talk is not None:
-            talk.session.cancel()
-            talk.session.clear()
-        return [], talk or self.open(), status("A new conversation.")
+    def restore(self, kept: dict[str, Any] | None, left: dict[str, Any] | None) -> list[Any]:
+        """Values of the page's parts when it is loaded: as undo or new left it, or else as it was."""
+        import gradio as gr
 
+        page = left or kept
+        if page is None:
+            return [None, *[gr.skip()] * (3 + _SETTINGS)]
+        return [None, page["messages"], page["messages"], page["box"] or gr.skip(), *page["settings"]]
 
-def kind_of(path: str) -> Modality:
-    """What a file is, by its name, and where that says nothing by its content; what is neither is tried as a video."""
-    suffix = Path(path).suffix.lower()
-    for kind, suffixes in _SUFFIXES.items():
-        if suffix in suffixes:
-            return kind
-    try:
-        return "image" if is_picture(head_of(path)) else "video"
-    except OSError:
-        return "video"
+    def export(self, history: list[dict[str, Any]], system: str) -> str:
+        """The conversation as JSON that `Session.load` and ``/load`` read, media inside."""
+        from lavis_chatbridge.chat.conversation import FORMAT, VERSION
+
+        conversation = conversation_of(history, system, hear=True)
+        for message in conversation.messages:
+            for medium in message.media:
+                medium.source = Path(medium.source).read_bytes()  # type: ignore[arg-type]
+        content = {"format": FORMAT, "version": VERSION, "template": self.engine.template}
+        return json.dumps({**content, "messages": conversation.to_openai()}, ensure_ascii=False, indent=1)
 
 
-def chosen(tokens: float, temperature: float, top_p: float, seed: float | None) -> dict[str, Any]:
-    """The page's settings as fields of `Sampling`; gradio's numbers may be floats."""
-    return {
-        "max_new_tokens": int(tokens),
-        "temperature": float(temperature),
-        "top_p": float(top_p),
-        "seed": None if seed is None or seed < 0 else int(seed),
-    }
+def conversation_of(history: Sequence[dict[str, Any]], system: str, hear: bool) -> Conversation:
+    """gradio's messages as a conversation; what failed, and notes on answers, are left out."""
+    from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
+    from lavis_chatbridge.chat.media import media_of
+
+    result = Conversation(system=system.strip())
+    for message in history:
+        title = (message.get("metadata") or {}).get("title") or ""
+        if title == _ERROR:
+            while result.messages and result.messages[-1].role == "user":
+                result.messages.pop()
+        if title:
+            continue
+        parts = _parts(message)
+        text = "\n".join(part for part in parts if isinstance(part, str))
+        files = [(modality_of(part["path"]), part["path"]) for part in parts if isinstance(part, dict)]
+        if result.messages and result.messages[-1].role == message["role"]:
+            last = result.messages.pop()
+            text = "\n".join(filter(None, (last.text, text)))
+            media = (*last.media, *media_of(media=files, hear_videos=hear))
+        else:
+            media = tuple(media_of(media=files, hear_videos=hear))
+        result.messages.append(ChatMessage(message["role"], text, media))
+    return result
 
 
-def summary(answer: Any) -> str:
-    """One line on what reached the model, and what the user should know."""
+def _parts(message: dict[str, Any]) -> list[str | dict[str, Any]]:
+    """The texts of gradio's message that are not empty, and its files (each with a ``path``)."""
+    content = message["content"]
+    result: list[str | dict[str, Any]] = []
+    for part in content if isinstance(content, list) else [content]:
+        held = part if isinstance(part, str) else part.get("file", part if "path" in part else part.get("text", ""))
+        if held:
+            result.append(held)
+    return result
+
+
+def _notes(answer: Answer) -> list[dict[str, Any]]:
+    """What the user should know about an answer, as one folded message."""
     own = [note for note in answer.media if note.turn == answer.turn]
-    reached = [note.kind if not note.name.endswith("sound track") else "its sound" for note in own if note.reached]
-    parts = [f"The model got: {', '.join(reached)}." if reached else ""]
-    parts += [f"{warning}." for warning in answer.warnings]
-    parts.append({"stop": "Done.", "length": "Cut off at the limit of tokens.", "cancelled": "Stopped."}[answer.finish])
-    return " ".join(filter(None, parts))
-
-
-def told(error: ChatBridgeError) -> str:
-    """A fault in words for the page: a medium by its name, never by its path."""
-    if isinstance(error, MediaError):
-        name = os.path.basename(error.source)
-        return f"{name} cannot be read: {error.cause.replace(error.source, name)}"
-    return str(error)
-
-
-def status(text: str, bad: bool = False) -> str:
-    """The line under the conversation, which screen readers read out when it changes."""
-    mark = "⚠ " if bad else ""
-    return f'<p role="{"alert" if bad else "status"}" aria-live="polite">{mark}{html.escape(text)}</p>'
-
-
-def _shown(role: str, text: str, media: Sequence[tuple[Modality, str]]) -> list[dict[str, Any]]:
-    files = [
-        {"role": role, "content": {"path": path, "alt_text": f"{kind}: {os.path.basename(path)}"}}
-        for kind, path in media
+    reached = [f"{note.modality} {note.name}" for note in own if note.reached]
+    lines = [
+        *answer.warnings,
+        *(["The answer was cut off at the limit of tokens."] if answer.finish == "length" else []),
     ]
-    return [*files, *([{"role": role, "content": text}] if text else [])]
+    if not reached and not lines:
+        return []
+    title = f"{_NOTE}: {', '.join(reached) or 'no medium'}"
+    return [
+        {
+            "role": "assistant",
+            "content": "\n".join(lines) or "Every medium reached the model.",
+            "metadata": {"title": title},
+        }
+    ]
 
 
-def build_blocks(page: Page, title: str = "ChatBridge", examples: bool = True) -> Any:
-    """The page itself.
+def _told(error: ChatBridgeError) -> str:
+    """A fault for the page, which names no folder."""
+    words = [os.path.basename(word) if word.startswith("/") else word for word in str(error).split()]
+    return " ".join(words)
 
-    Args:
-        page: What its buttons do.
-        title: Its heading.
-        examples: Offer the embedded world's examples.
-    """
+
+def build_blocks(page: Page, examples: bool = True, knows: str = "") -> Any:
+    """The page itself."""
     import gradio as gr
 
-    with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 86_400)) as blocks:
-        talk = gr.State(None, time_to_live=6 * 3600, delete_callback=_release)
-        gr.Markdown(f"# {title}\nTalk about pictures, videos and sounds.", elem_id="page-title")
-        chat = gr.Chatbot(
-            label="Conversation",
-            elem_id="conversation",
-            placeholder="Drop a picture, a video or a sound into the box below and ask about it.",
-            buttons=["copy"],
-            feedback_options=None,
-            render_markdown=False,  # what a model writes is text; as Markdown it could name pictures elsewhere
-            latex_delimiters=[],
-            allow_tags=False,
-            layout="bubble",
+    settings: list[Any] = [
+        gr.Textbox("", label="System prompt", lines=2, render=False),
+        gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens", render=False),
+        gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest token", render=False),
+        gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p", render=False),
+        gr.Number(value=-1, precision=0, label="Seed", info="-1: a new answer each time", render=False),
+        gr.Checkbox(value=True, label="Hear the videos' sound tracks", render=False),
+    ]
+    chat = gr.Chatbot(
+        label="Conversation",
+        show_label=False,
+        elem_id="conversation",
+        placeholder="Add a picture, a video or a sound below and ask about it.",
+        buttons=["copy"],
+        feedback_options=None,
+        render_markdown=False,  # text of a model is text; as Markdown it could name pictures elsewhere
+        sanitize_html=True,
+        latex_delimiters=[],
+        allow_tags=False,
+        layout="bubble",
+        render=False,
+    )
+    _show_text_as_text(chat)
+    box = gr.MultimodalTextbox(
+        label="Your message",
+        show_label=False,
+        placeholder="Ask something...",
+        sources=["upload", "microphone"],
+        file_types=["image", "video", "audio"],
+        file_count="multiple",
+        elem_id="message",
+        autofocus=True,
+        stop_btn=True,
+        render=False,
+    )
+    given = [[{"text": text, "files": [str(EXAMPLES / name) for name in names]}] for text, names in QUESTIONS]
+    with gr.Blocks(title=page.title, analytics_enabled=False, delete_cache=(3600, 86_400), fill_height=True) as blocks:
+        gr.Markdown(f"# {page.title}\nTalk about pictures, videos and sounds. {knows}", elem_id="page-title")
+        talk = gr.ChatInterface(
+            page.respond,
+            multimodal=True,
+            chatbot=chat,
+            textbox=box,
+            editable=True,
+            examples=given if examples else None,
+            cache_examples=False,
+            additional_inputs=settings,
+            additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
+            flagging_mode="never",
+            analytics_enabled=False,
+            show_progress="hidden",
+            api_visibility="private",
         )
-        line = gr.HTML(status(""), elem_id="status")
-        box = gr.MultimodalTextbox(
-            label="Your message",
-            show_label=False,
-            placeholder="Ask something…",
-            sources=["upload", "microphone"],
-            file_types=["image", "video", "audio"],
-            file_count="multiple",
-            elem_id="message",
-            autofocus=True,
-            html_attributes=gr.InputHTMLAttributes(enterkeyhint="send"),
-        )
-        with gr.Row(elem_id="actions"):
-            stop = gr.Button("Stop", variant="stop", elem_id="stop")
-            retry = gr.Button("Retry", elem_id="retry")
-            undo = gr.Button("Undo", elem_id="undo")
-            new = gr.Button("New", elem_id="new")
-        with gr.Accordion("Camera", open=False, elem_id="camera"):
-            gr.Markdown("Take a picture; it is added to your message.")
-            camera = gr.Image(label="Camera", sources=["webcam"], type="filepath", height=280)
-        if examples:
-            given = [[{"text": text, "files": [str(EXAMPLES / name) for name in names]}] for text, names in QUESTIONS]
-            gr.Examples(given, inputs=[box], label="Examples", elem_id="examples")
-        settings = _settings(gr)
-        _wire(page, [talk, chat, line, box], [stop, retry, undo, new, camera], settings)
+        _wire(gr, page, blocks, talk, settings)
     return blocks
 
 
-def _settings(gr: Any) -> list[Any]:
-    """How answers are chosen, folded away."""
-    with gr.Accordion("Settings", open=False, elem_id="settings"):
-        return [
-            gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens"),
-            gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest word"),
-            gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p", info="how many likely words are drawn from"),
-            gr.Number(value=-1, precision=0, label="Seed", info="the same seed draws the same answer; -1 draws anew"),
-            gr.Checkbox(value=True, label="Hear the videos' sound tracks"),
-        ]
+def _show_text_as_text(chat: Any) -> None:
+    """Shield texts on their way to the browser: gradio would read a tag in them as HTML."""
+    pack, unpack = chat.postprocess, chat.preprocess
+    chat.postprocess = lambda value: _each_text(pack(value), _shielded)
+    chat.preprocess = lambda payload: unpack(_each_text(payload, _bare))
 
 
-def _wire(page: Page, shown: Sequence[Any], pressed: Sequence[Any], settings: Sequence[Any]) -> None:
-    """Which button does what."""
-    talk, chat, line, box = shown
-    stop, retry, undo, new, camera = pressed
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-    def answer(current: Talk, *chosen: Any) -> Iterator[Any]:
-        import gradio as gr
-
-        for back, messages, said in page.answer(current, *chosen):
-            yield gr.skip() if back is None else back, messages, said
-
-    def add(picture: str | None, message: dict[str, Any] | None) -> dict[str, Any]:
-        message = message or {"text": "", "files": []}
-        return {
-            "text": message.get("text") or "",
-            "files": [*(message.get("files") or []), *([picture] if picture else [])],
-        }
-
-    sent = box.submit(page.send, [box, talk], [box, chat, talk, line], **quiet)
-    sent.then(answer, [talk, *settings], [box, chat, line], **quiet)
-    retry.click(page.retry, [talk, *settings], [chat, line], **quiet)
-    # Not queued: it must be heard while an answer holds the queue.
-    stop.click(page.stop, [talk], None, queue=False, **quiet)
-    undo.click(page.undo, [talk], [box, chat, line], **quiet)
-    for cleared in (new.click, chat.clear):
-        cleared(page.clear, [talk], [chat, talk, line], **quiet)
-    camera.input(add, [camera, box], [box], **quiet)
+def _shielded(text: str) -> str:
+    """``text`` with an invisible character behind what could begin a tag or an entity of HTML."""
+    return re.sub(f"([<&]){_INVISIBLE}*", rf"\1{_INVISIBLE}", text)
 
 
-def _release(talk: Talk | None) -> None:
-    if talk is not None:
-        talk.session.cancel()
-        talk.session.release()
+def _bare(text: str) -> str:
+    """``text`` before `_shielded`."""
+    return re.sub(f"([<&]){_INVISIBLE}+", r"\1", text)
 
 
-def build_app(page: Page, *, max_bytes: int, password: Sequence[tuple[str, str]] = (), **look: Any) -> Any:
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Apply ``change`` to every text of gradio's chatbot data."""
+    for message in value.root if value is not None else ():
+        for part in message.content:
+            if getattr(part, "type", "") == "text":
+                part.text = change(part.text)
+    return value
+
+
+def _wire(gr: Any, page: Page, blocks: Any, talk: Any, settings: list[Any]) -> None:
+    """Undo, new, export, and the memory of the browser.
+
+    Undo and new load the page again from what they leave: an answer under way cannot write into a new page.
+    """
+    kept = gr.BrowserState(None, storage_key="chatbridge")
+    left = gr.BrowserState(None, storage_key="chatbridge-left")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+    exported = gr.Textbox(visible=False)
+    chat = talk.chatbot
+    with gr.Row(elem_id="actions"):
+        for name, action in (("Undo", page.undo), ("New conversation", page.new)):
+            button = gr.Button(name, elem_id=name.partition(" ")[0].lower())
+            pressed = button.click(page.stop, None, None, **quiet)
+            changed = pressed.then(action, [chat, *settings], [left], **quiet)
+            changed.then(None, None, None, js="() => location.reload()", **quiet)
+        export = gr.Button("Export", elem_id="export")
+    export.click(page.export, [chat, settings[0]], [exported], **quiet).then(
+        None, [exported], None, js=_DOWNLOAD, **quiet
+    )
+    talk.textbox.stop(page.stop, None, None, **quiet)
+    gr.on(
+        [chat.change, *(setting.change for setting in settings)],
+        lambda messages, *chosen: {"messages": messages, "box": None, "settings": chosen},
+        [chat, *settings],
+        [kept],
+        trigger_mode="always_last",
+        **quiet,
+    )
+    blocks.load(page.restore, [kept, left], [left, chat, talk.chatbot_state, talk.textbox, *settings], **quiet)
+
+
+def build_app(page: Page, *, max_bytes: int, host: str = "127.0.0.1", password: Sequence[Any] = (), **look: Any) -> Any:
     """The page as a web application.
 
     Args:
-        page: What its buttons do.
-        max_bytes: The most bytes of an uploaded file.
-        password: Names and passwords, one of which a visitor must give; none: nobody is asked.
+        page: What its parts do.
+        max_bytes: Bytes of an uploaded file.
+        host: The address that the server listens on.
+        password: Names and passwords, one of which a visitor must give; none asks for nothing.
         **look: For `build_blocks`.
     """
     import fastapi
     import gradio as gr
 
-    own = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    blocks = build_blocks(page, **look).queue(default_concurrency_limit=4, max_size=64)
+    blocks = build_blocks(page, **look).queue(default_concurrency_limit=16, max_size=64)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    # Gradio's greys are too light to be read by everybody.
-    dark = {"body_text_color_subdued": "*neutral_600", "input_placeholder_color": "*neutral_600"}
-    light = {f"{name}_dark": "*neutral_300" for name in dark}
+    # Gradio's greys have too little contrast.
+    light = {"body_text_color_subdued": "*neutral_600", "input_placeholder_color": "*neutral_600"}
+    dark = {f"{name}_dark": "*neutral_300" for name in light}
     app = gr.mount_gradio_app(
-        own,
+        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
         "/",
-        server_name="127.0.0.1",
+        server_name=host,
         auth=list(password) or None,
         footer_links=[],
         show_error=False,
         max_file_size=max_bytes,
         ssr_mode=False,
-        theme=gr.themes.Default(**fonts).set(**dark, **light),  # type: ignore[arg-type]
+        theme=gr.themes.Default(**fonts).set(**light, **dark),  # type: ignore[arg-type]
         css=STYLE,
+        js=SCRIPT,
         allowed_paths=[str(EXAMPLES)],
     )
-    app.add_middleware(_Headers)
+    app.add_middleware(_Guard, host=host, named=not password)
     return app
 
 
-class _Headers:
-    """Writes the security policy into every answer, and refuses names that are not this machine's."""
+class _Guard:
+    """Adds the security policy to every answer, and refuses foreign names and foreign pages.
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    Args:
+        app: The application.
+        host: The address that the server listens on.
+        named: Answer under the names of that address only, since no password protects from DNS rebinding.
+    """
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_policy(message: Any) -> None:
+    def __init__(self, app: ASGIApp, host: str, named: bool) -> None:
+        self._app, self._host, self._named = app, host, named
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 extra = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
+        headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
+        foreign = origin and urllib.parse.urlsplit(origin).netloc != host
+        if scope["type"] in ("http", "websocket") and (foreign or (self._named and not is_own_name(host, self._host))):
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"This page answers only under its own address."})
+            return
         await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge web``."""
-    options.add_model_arguments(parser)
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, this machine only)")
-    add("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
-    add("--password-file", metavar="FILE", help="NAME:PASSWORD, one a line; needed where others can reach the page")
-    add("--max-medium", type=float, default=64.0, metavar="MIB", help="of an uploaded file (default: %(default)s)")
-    add("--max-seconds", type=float, default=600.0, help="of a sound or video (default: %(default)s)")
-    add("--max-pixels", type=int, default=40_000_000, help="of a picture or frame (default: %(default)s)")
-    add_decoding_arguments(parser)
-    add("--no-examples", action="store_true", help="leave out the examples, which only the tiny model knows")
-
-
-def run(args: argparse.Namespace) -> int:
+def command(
+    model: loading.Model = "tiny",
+    options: loading.Options = [],  # noqa: B006
+    device: loading.Device = "auto",
+    template: loading.TemplateName = "human_assistant",
+    engine: loading.EngineUrl = "",
+    host: Annotated[str, typer.Option(help="The address to listen on; default: this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
+    password_file: Annotated[
+        str, typer.Option(help="NAME:PASSWORD, one a line; needed if others reach the page.")
+    ] = "",
+    max_medium: server.MaxMedium = 64,
+    max_seconds: server.MaxSeconds = 600,
+    max_pixels: server.MaxPixels = 40_000_000,
+    decode_workers: server.DecodeWorkers = server.WORKERS,
+    decode_memory: server.DecodeMemory = 2048,
+    decode_seconds: server.DecodeSeconds = 60,
+    no_examples: Annotated[bool, typer.Option("--no-examples", help="Leave out the tiny model's examples.")] = False,
+) -> None:
     """Show the page until interrupted."""
-    password = passwords(args.password_file)
-    if not password and not is_loopback(args.host):
-        raise ConfigError(f"host {args.host} can be reached by others: give --password-file, or listen on 127.0.0.1")
-    given = {name: getattr(args, name) for name in ("max_seconds", "max_pixels", "decode_workers", "decode_seconds")}
-    costs = checked(ServerSettings(**given, decode_memory=round(args.decode_memory * MEBIBYTE)))
-    # Python's own reaction to SIGTERM would leave the temporary folder behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    with tempfile.TemporaryDirectory(prefix="chatbridge-web-", ignore_cleanup_errors=True) as uploads:
+    password = passwords(password_file)
+    if not password and not is_loopback(host):
+        raise ConfigError(f"others can reach host {host}: give --password-file, or listen on 127.0.0.1")
+    server.log_to_stderr()
+    with tempfile.TemporaryDirectory(prefix="chatbridge-gradio-", ignore_cleanup_errors=True) as uploads:
         quiet_gradio(uploads)
         try:
             import gradio  # noqa: F401
             import uvicorn
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise MissingExtraError(str(error.name), "web", "chatbridge web") from error
-        from lavis_chatbridge.chat.loading import load_model
+        from lavis_chatbridge.chat.engine import Engine
         from lavis_chatbridge.chat.media import MediaReader
 
-        line = listen(args.host, args.port)
-        model, processors = load_model(args.model, args.options, args.device)
-        narrow(processors, costs.max_seconds, costs.max_pixels)
-        page = Page(model, MediaReader(model, processors), args.template)
-        examples = not args.no_examples and args.model == "tiny"
-        app = build_app(page, max_bytes=round(args.max_medium * MEBIBYTE), password=password, examples=examples)
+        line = server.listen(host, port)
+        built, processors = loading.load_model(model, options, device, engine)
+        server.narrow(processors, max_seconds, max_pixels)
+        own = Engine(built, MediaReader(built, processors), template)
+        name = Path(model).stem
+        page = Page(own, f"ChatBridge {name}")
+        app = build_app(
+            page,
+            max_bytes=round(max_medium * MEBIBYTE),
+            host=host,
+            password=password,
+            examples=not no_examples and model == "tiny",
+            knows=KNOWS.get(name, ""),
+        )
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-        with decoding(processors, costs.decode_workers, costs.decode_memory, costs.decode_seconds):
-            line.listen()  # whoever reads the next line may come at once
-            print(f"open {address_of(line)} in a browser", flush=True)
+        with server.decoding(processors, decode_workers, decode_memory, decode_seconds), closing(own):
+            line.listen()
+            print(f"open {server.address_of(line)} in a browser", flush=True)
             uvicorn.Server(config).run(sockets=[line])
-    return 0
 
 
 def quiet_gradio(uploads: str) -> None:
-    """Where gradio keeps uploads, and that it asks nobody outside; it reads this once, when it is imported."""
+    """Where gradio keeps uploads, and that it calls nobody outside; gradio reads this when it is imported."""
     os.environ["GRADIO_TEMP_DIR"] = uploads
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def passwords(file: str | None) -> list[tuple[str, str]]:
+def passwords(file: str) -> list[tuple[str, str]]:
     """Names and passwords of a file.
 
     Raises:
         ConfigError: If it cannot be read, or holds none.
     """
-    if file is None:
+    if not file:
         return []
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()

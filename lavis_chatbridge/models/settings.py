@@ -244,6 +244,10 @@ class LanguageModelSettings(Settings):
     lora: LoraSettings | None = None
     """Adapters that are trained beside the bridge."""
 
+    engine: str | None = None
+    """The address of a vLLM server that runs the blocks, as ``http://HOST:PORT/v1``; only the embedding table is loaded
+    here. For answering only."""
+
     def check(self) -> Iterable[str]:
         """Yield contradictions."""
         if self.weights is None and (self.config is None or self.tokenizer is None):
@@ -252,6 +256,14 @@ class LanguageModelSettings(Settings):
             yield f"quantization is {self.quantization}, but weights is null: random weights are not quantised"
         if self.weights is None and self.device_map is not None:
             yield f"device_map is {self.device_map}, but weights is null: random weights are not placed on devices"
+        if self.engine is None:
+            return
+        if self.weights is None:
+            yield "engine is set, but weights is null: the embedding table comes from the folder that the engine serves"
+        if self.lora is not None:
+            yield "engine is set with lora: merge the adapters into the folder, vLLM takes none beside embeddings"
+        if self.quantization is not None or self.device_map is not None:
+            yield "engine is set with quantization or device_map: these are options of the engine then"
 
 
 class TemporalSettings(Settings):

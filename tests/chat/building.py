@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lavis_chatbridge.chat import Session
+from lavis_chatbridge.chat import Engine, MediaReader, Sampling, Session
 from lavis_chatbridge.processors import load_processors
 from tests.media.making import photo, sound_file, tone, video_file
 from tests.models.building import small_model
@@ -31,12 +31,18 @@ def processors() -> Any:
     )
 
 
-def session(model: Any, **settings: Any) -> Session:
-    """A session of that model with short answers."""
-    from lavis_chatbridge.chat import Sampling
+def engine(model: Any, **settings: Any) -> Engine:
+    """An engine of that model."""
+    template = settings.pop("template", "human_assistant")
+    return Engine(model, settings.pop("reader", None) or MediaReader(model, processors()), template, **settings)
 
+
+def session(model: Any, *, keep: bool = True, **settings: Any) -> Session:
+    """A session of that model with short answers and an engine of its own; ``keep``: with keys and values kept."""
+    names = ("template", "max_context", "reader")
+    own = engine(model, keep=8 if keep else 0, **{name: settings.pop(name) for name in names if name in settings})
     settings.setdefault("sampling", Sampling(max_new_tokens=12))
-    return Session(model, processors(), **settings)
+    return Session(model, engine=own, **settings)
 
 
 def picture() -> np.ndarray:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,12 +25,13 @@ MAX_BODY = 2 << 20
 
 
 class Served(NamedTuple):
-    """A running server: its URL, its process, the folder of files that it offers, and its temporary folder."""
+    """A running server: its URL and process, the folder of files that it offers, its temporary folder, its log."""
 
     url: str
     process: subprocess.Popen
     files: Path
     temporary: Path
+    errors: IO[str]
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def serving(folder: Path, *more: str) -> Iterator[Served]:
                 process.wait(60)
                 errors.seek(0)
                 raise AssertionError(f"the server said {line!r}: {errors.read()[-3000:]}")
-            yield Served(found.group(), process, files, temporary)
+            yield Served(found.group(), process, files, temporary, errors)
         finally:
             process.terminate()
             process.wait(30)

@@ -1,30 +1,30 @@
-"""``chatbridge web``: what its buttons do, what it loads, and the page in a real browser where there is one."""
+"""``chatbridge web``: what its parts do, and the page in a real browser where there is one."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
+import json
 import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from lavis_chatbridge.chat import MediaReader, Session, web
-from lavis_chatbridge.errors import ConfigError, MediaError
-from lavis_chatbridge.media.pool import DecodingPool
+from lavis_chatbridge.chat import Conversation, Session, web
+from lavis_chatbridge.chat.server import command as server
+from lavis_chatbridge.chat.sources import modality_of
+from lavis_chatbridge.errors import ConfigError
 from tests.chat import building
 
-USUAL = (8, 0.0, 0.9, -1, True)
-"""The page's settings: tokens, temperature, top-p, seed, hearing."""
+USUAL = ("", 8, 0.0, 0.9, -1, True)
+"""The page's settings: system prompt, tokens, temperature, top-p, seed, hearing."""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def model(golden_dir: Path) -> Any:
     return building.chat_model(golden_dir / "tokenizer")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(model: Any) -> web.Page:
-    return web.Page(model, MediaReader(model, building.processors()))
+    return web.Page(building.engine(model), "ChatBridge small")
 
 
 @pytest.fixture(scope="module")
@@ -47,83 +47,83 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {path.name: str(path) for path in folder.iterdir()}
 
 
-def said(page: web.Page, text: str, *media: str) -> tuple[web.Talk, list[Any]]:
-    """Send a message on a new page; the states that the page then shows."""
-    box, shown, talk, _ = page.send({"text": text, "files": list(media)}, None)
-    assert box == {"text": "", "files": []}
-    assert [m["content"] for m in shown if isinstance(m["content"], str)] == [text, "…"]
-    return talk, list(page.answer(talk, *USUAL))
+def message(role: str, *parts: Any, title: str | None = None) -> dict[str, Any]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": role, "content": content, "metadata": {"title": title} if title else None}
 
 
-def test_an_answer_streams_into_the_conversation(page: web.Page, model: Any, files: dict[str, str]):
-    talk, states = said(page, "What is it?", files["a.png"], files["c.mp4"])
-    whole = Session(model, building.processors()).ask(
-        "What is it?", media=[("image", files["a.png"]), ("video", files["c.mp4"])], max_new_tokens=8
-    )
-    back, messages, line = states[-1]
-    assert back is None
-    assert messages[-1] == {"role": "assistant", "content": whole.text}
-    assert [m["content"]["path"] for m in messages[:2]] == [files["a.png"], files["c.mp4"]]
-    assert "The model got: image, video, its sound." in line
-    partial = [state[1][-1]["content"] for state in states]
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(partial))
-    # And once more with the same question, which greedy answers repeat.
-    (messages, line) = list(page.retry(talk, *USUAL))[-1]
-    assert messages[-1]["content"] == whole.text
-    assert len(talk.session.turns) == 2
-    assert "temperature 0" in line
+def attached(path: str) -> dict[str, Any]:
+    return {"type": "file", "file": {"path": path}}
 
 
-def test_undo_brings_the_question_back(page: web.Page, files: dict[str, str]):
-    talk, _ = said(page, "What is it?", files["c.mp4"])
-    box, messages, _ = page.undo(talk)
-    assert box == {"text": "What is it?", "files": [files["c.mp4"]]}
-    assert messages == []
-    _, _, line = page.undo(talk)
-    assert "nothing to take back" in line
-    assert "no question" in list(page.retry(talk, *USUAL))[-1][1]
+def test_an_answer_streams_with_a_note_on_its_media(page: web.Page, model: Any, files: dict[str, str]):
+    asked = {"text": "What is it?", "files": [files["a.png"], files["c.mp4"]]}
+    *states, (text, note) = page.respond(asked, [], *USUAL)
+    whole = Session(model, engine=page.engine).ask("What is it?", files["a.png"], files["c.mp4"], max_new_tokens=8)
+    assert text == whole.text == states[-1]
+    assert states[0] == ""
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(states))
+    assert note["metadata"]["title"] == "The model got: image a.png, video c.mp4, audio c.mp4's sound track"
+    # The second question is asked in the same conversation.
+    history = [message("user", attached(files["a.png"]), attached(files["c.mp4"]), "What is it?")]
+    history += [message("assistant", text), message("assistant", note["content"], title=note["metadata"]["title"])]
+    conversation = web.conversation_of([*history, message("user", "And?")], " S ", hear=True)
+    assert [(m.role, m.text, len(m.media)) for m in conversation.messages] == [
+        ("user", "What is it?", 3),
+        ("assistant", text, 0),
+        ("user", "And?", 0),
+    ]
+    assert conversation.system == "S"
 
 
-def test_a_broken_medium_goes_back_into_the_box_without_its_path(page: web.Page, files: dict[str, str]):
-    talk, states = said(page, "What is it?", files["broken.png"])
-    ((back, messages, line),) = states
-    assert back == {"text": "What is it?", "files": [files["broken.png"]]}
-    assert messages == []
-    assert "broken.png cannot be read" in line
-    assert str(Path(files["broken.png"]).parent) not in line
-    assert talk.session.turns == ()
+def test_a_broken_medium_is_told_without_its_path_and_then_left_out(page: web.Page, files: dict[str, str]):
+    asked = {"text": "What is it?", "files": [files["broken.png"]]}
+    *_, (fault,) = page.respond(asked, [], *USUAL)
+    assert fault["metadata"]["title"] == "Not answered"
+    assert "broken.png: it is not a picture" in fault["content"]
+    assert str(Path(files["broken.png"]).parent) not in fault["content"]
+    history = [message("user", "A"), message("assistant", "B"), message("user", attached(files["broken.png"]), "C")]
+    history += [message("assistant", fault["content"], title="Not answered"), message("user", "D")]
+    assert [m.text for m in web.conversation_of(history, "", hear=True).messages] == ["A", "B", "D"]
 
 
-def test_nothing_to_send_is_told(page: web.Page):
-    _, shown, talk, line = page.send({"text": "  ", "files": []}, None)
-    assert shown == []
-    assert "Type a question" in line
-    assert list(page.answer(talk, *USUAL)) == []
+def test_undo_and_new_say_what_the_next_page_shows(page: web.Page, files: dict[str, str]):
+    history = [message("user", "A"), message("assistant", "B"), message("user", attached(files["b.wav"]), "C")]
+    for shown in (history, [*history, message("assistant", "D")]):  # an answer may not have begun
+        left = page.undo(shown, *USUAL)
+        assert left["messages"] == history[:2]
+        assert left["box"] == {"text": "C", "files": [files["b.wav"]]}
+        assert page.restore({"messages": shown, "box": None, "settings": USUAL}, left)[4:] == list(USUAL)
+    assert page.undo([], *USUAL)["messages"] == []
+    assert page.new(history, *USUAL) == {"messages": [], "box": None, "settings": USUAL}
+    assert page.restore({"messages": history, "box": None, "settings": USUAL}, None)[1] == history
 
 
-def test_stop_ends_the_answer_and_new_begins_anew(page: web.Page):
-    _, _, talk, _ = page.send({"text": "Tell me much", "files": []}, None)
-    states = page.answer(talk, 500, 1.9, 1.0, 1, True)
+def test_a_stopped_answer_shows_nothing_more(page: web.Page):
+    asked = {"text": "Tell me much", "files": []}
+    request: Any = SimpleNamespace(session_hash="a page")
+    states = page.respond(asked, [], "", 400, 1.9, 1.0, 1, True, request)
+    assert next(states) == ""
     next(states)
-    page.stop(talk)
-    _, messages, line = list(states)[-1]
-    assert "Stopped." in line
-    assert messages[-1]["role"] == "assistant"
-    messages, same, _ = page.clear(talk)
-    assert messages == []
-    assert same.session.turns == ()
+    page.stop(request)
+    assert list(states) == []
+    assert page.engine.present == 0
 
 
-def test_kinds_of_files(tmp_path: Path):
-    (tmp_path / "nameless").write_bytes(b"\x89PNG....")
-    kinds = [web.kind_of(str(tmp_path / name)) for name in ("a.JPG", "b.wav", "c.webm", "nameless", "missing")]
-    assert kinds == ["image", "audio", "video", "image", "video"]
+def test_an_exported_conversation_can_be_loaded(page: web.Page, files: dict[str, str], tmp_path: Path):
+    history = [message("user", attached(files["a.png"]), "C"), message("assistant", "D")]
+    (tmp_path / "talk.json").write_text(page.export(history, "S"))
+    loaded, settings = Conversation.load(tmp_path / "talk.json")
+    assert (loaded.system, [m.text for m in loaded.messages]) == ("S", ["C", "D"])
+    assert loaded.messages[0].media[0].source == Path(files["a.png"]).read_bytes()
+    assert settings == {"template": "human_assistant"}
 
 
-def test_words_of_the_page_are_escaped_and_name_no_folder():
-    assert "<script>" not in web.status("<script>")
-    fault = MediaError("/secret/place/a.png", "cannot open '/secret/place/a.png'")
-    assert web.told(fault) == "a.png cannot be read: cannot open 'a.png'"
+def test_text_cannot_become_html():
+    text = "a<b and c>d <form> &lt; x"
+    shielded = web._shielded(text)
+    assert not re.search(r"<[a-z/!]|&[a-z#]", shielded)
+    assert web._bare(shielded) == text == web._bare(web._shielded(shielded))
 
 
 def test_passwords(tmp_path: Path):
@@ -133,6 +133,8 @@ def test_passwords(tmp_path: Path):
     for name in ("bad", "missing"):
         with pytest.raises(ConfigError, match=name):
             web.passwords(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="--password-file"):
+        web.command(host="0.0.0.0")
 
 
 def test_the_examples_are_shipped_and_answered():
@@ -140,94 +142,45 @@ def test_the_examples_are_shipped_and_answered():
     answers = []
     for text, names in web.QUESTIONS:
         session.clear()
-        answers.append(session.ask(text, media=[(web.kind_of(name), str(web.EXAMPLES / name)) for name in names]).text)
+        answers.append(session.ask(text, media=[(modality_of(name), str(web.EXAMPLES / name)) for name in names]).text)
     # A red star on the left, a blue circle that rises, a rising sound of middle pitch.
     assert answers == ["red", "up", "rising", "middle and red"]
-    for _, names in web.QUESTIONS:
-        for name in names:
-            assert (web.EXAMPLES / name).stat().st_size < 100_000
-            assert web.kind_of(name) == {"picture.jpg": "image", "video.mp4": "video", "sound.mp3": "audio"}[name]
-
-
-@pytest.fixture
-def started(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Call ``chatbridge web`` with some arguments; a function in place of the server gets the processors."""
-    pytest.importorskip("gradio", reason="the page needs the extra 'web'")
-    uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'web'")
-    processors = building.processors()
-    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *_: (model, processors))
-    monkeypatch.setattr(web.signal, "signal", lambda *_: None)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # is restored
-
-    def start(serving: Any, *words: str) -> None:
-        monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: serving(processors))
-        parser = argparse.ArgumentParser()
-        web.add_arguments(parser)
-        web.run(parser.parse_args(["--port", "0", "--no-examples", *words]))
-
-    return start
-
-
-def test_media_are_opened_by_processes_that_end_with_the_page(started: Any, files: dict[str, str]):
-    found: dict[str, Any] = {}
-
-    def serving(processors: Any) -> None:
-        image = processors["image"]["eval"]
-        found["opener"] = image.opener
-        found["picture"] = image(files["a.png"])
-        with pytest.raises(MediaError):
-            image(files["broken.png"])
-
-    started(serving, "--decode-workers", "1")
-    assert isinstance(found["opener"], DecodingPool)
-    assert torch.equal(found["picture"], building.processors()["image"]["eval"](files["a.png"]))
-    started(lambda processors: found.update(own=processors["image"]["eval"].opener), "--decode-workers", "0")
-    assert not isinstance(found["own"], DecodingPool)
-
-
-def test_costs_that_cannot_be_are_refused_before_the_model_is_loaded(started: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match=r"decode_workers is -1, expected at least 0; .*decode_seconds is 0"):
-        started(lambda _: None, "--decode-workers", "-1", "--decode-seconds", "0")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(ConfigError, match="need Linux: use 0"):
-        started(lambda _: None, "--decode-workers", "1")
 
 
 @pytest.fixture(scope="module")
-def served(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(page: web.Page, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page behind a real port, its model slow enough to be stopped."""
-    web.quiet_gradio(str(tmp_path_factory.mktemp("uploads")))
+    web.quiet_gradio(str(tmp_path_factory.mktemp("gradio")))
     pytest.importorskip("gradio", reason="the page needs the extra 'web'")
     uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'web'")
     forward = model.llama_model.forward
 
     @functools.wraps(forward)
     def slowly(*args: Any, **more: Any) -> Any:
-        time.sleep(0.02)
+        time.sleep(0.05)
         return forward(*args, **more)
 
     model.llama_model.forward = slowly
-    line = web.listen("127.0.0.1", 0)
+    line = server.listen("127.0.0.1", 0)
     line.listen()
-    app = web.build_app(web.Page(model, MediaReader(model, building.processors())), max_bytes=1 << 20)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=lambda: server.run(sockets=[line]), daemon=True)
+    app = web.build_app(page, max_bytes=1 << 20, knows="It knows nothing.")
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=lambda: running.run(sockets=[line]), daemon=True)
     thread.start()
-    yield web.address_of(line)
-    server.should_exit = True
+    yield server.address_of(line)
+    running.should_exit = True
     thread.join(20)
     del model.llama_model.forward
 
 
-def test_the_page_names_nothing_elsewhere(served: str):
-    httpx = pytest.importorskip("httpx", reason="the page needs the extra 'web'")
-    page = httpx.get(served, timeout=60)
-    assert page.status_code == 200
-    assert "connect-src 'self'" in page.headers["content-security-policy"]
-    loaded = re.findall(r"<(?:script|link)[^>]+(?:src|href)=\"(https?:)?//[^\"]+\"", page.text)
-    assert loaded == []
-    assert '"analytics_enabled":true' not in page.text.replace(" ", "")
+def test_the_page_names_nothing_elsewhere_and_answers_its_own_address_only(served: str):
+    httpx = pytest.importorskip("httpx")
+    found = httpx.get(served, timeout=60)
+    assert found.status_code == 200
+    assert "connect-src 'self'" in found.headers["content-security-policy"]
+    assert re.findall(r"<(?:script|link)[^>]+(?:src|href)=\"(https?:)?//[^\"]+\"", found.text) == []
+    assert httpx.get(served, headers={"Host": "evil.example"}, timeout=60).status_code == 403
+    assert httpx.post(f"{served}/gradio_api/queue/join", headers={"Origin": "http://evil.example"}).status_code == 403
 
 
 @pytest.fixture(scope="module")
@@ -242,41 +195,99 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-def test_a_person_asks_retries_and_stops(served: str, browser: Any, files: dict[str, str]):
-    context = browser.new_context(viewport={"width": 390, "height": 844})
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    requested: list[str] = []
-    faults: list[str] = []
-    page.on("request", lambda request: requested.append(request.url))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(served)
-    box = page.locator("#message textarea")
-    box.wait_for()
-    page.locator("#message input[type=file]").first.set_input_files([files["a.png"], files["b.wav"]])
-    page.locator("#message .thumbnail-item, #message .thumbnail-wrapper").first.wait_for()
-    box.fill("What is it?")
-    box.press("Enter")
-    line = page.locator("#status")
-    line.get_by_text("The model got: image, audio.").wait_for()
-    answer = page.locator("#conversation [data-testid=bot]").last
-    first = answer.inner_text()
+class Visitor:
+    """A person at the page."""
+
+    def __init__(self, browser: Any, address: str, width: int) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 844})
+        self.tab = self.context.new_page()
+        self.tab.set_default_timeout(60_000)
+        self.faults: list[str] = []
+        self.requested: list[str] = []
+        self.tab.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.tab.on("request", lambda request: self.requested.append(request.url))
+        self.tab.goto(address)
+        self.ready()
+
+    @property
+    def box(self) -> Any:
+        return self.tab.locator("#message textarea")
+
+    def ready(self) -> None:
+        """Wait until nothing is being answered."""
+        self.tab.locator("#message button[aria-label=Submit]").wait_for()
+        self.tab.wait_for_timeout(700)
+
+    def ask(self, text: str, *files: str) -> None:
+        if files:
+            self.tab.locator("#message input[type=file]").first.set_input_files(list(files))
+            self.tab.locator("#message .thumbnail-item, #message .thumbnail-wrapper").first.wait_for()
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def begun(self) -> None:
+        """Wait until an answer is under way."""
+        self.tab.locator("#message button[aria-label=Stop]").wait_for()
+        self.tab.wait_for_timeout(300)
+
+    def press(self, name: str) -> None:
+        """Press Undo or New, and wait for the page that comes of it."""
+        with self.tab.expect_navigation():
+            self.tab.locator(f"#{name}").click()
+        self.ready()
+
+    def said(self, role: str) -> list[str]:
+        shown = self.tab.locator(f"#conversation .{role}.message").all()
+        return [bubble.inner_text().replace("\u200b", "").partition("\n")[0] for bubble in shown]
+
+
+@pytest.mark.parametrize("width", [1280, 390, 320])
+def test_a_person_at_the_page(served: str, browser: Any, files: dict[str, str], width: int):
+    visitor = Visitor(browser, served, width)
+    assert visitor.tab.locator("#conversation").get_by_text("what colour is it?").is_visible()
+    visitor.ask("What is a<b and <form> it?", files["a.png"], files["b.wav"])
+    visitor.tab.locator("#conversation").get_by_text("The model got: image a.png, audio b.wav").wait_for()
+    visitor.ready()
+    assert visitor.tab.locator("#conversation form").count() == 0
+    [first] = visitor.said("bot")
     assert first.strip()
-    page.locator("#retry").click()
-    line.get_by_text("temperature 0").wait_for()
-    assert answer.inner_text() == first
-    # With the keyboard alone: write, send, and reach Stop while the answer comes.
-    box.focus()
-    page.keyboard.type("Tell me much more")
-    page.keyboard.press("Enter")
-    line.get_by_text("is answering").wait_for()
-    page.locator("#stop").focus()
-    page.keyboard.press("Enter")
-    line.get_by_text(re.compile("Stopped|Done|Cut off")).wait_for()
-    assert "Stopped" in line.inner_text()
-    width = page.evaluate("document.documentElement.scrollWidth")
-    assert width <= 390  # nothing has to be scrolled sideways on a phone
-    assert faults == []
-    outside = [url for url in requested if not url.startswith((served, "data:", "blob:"))]
-    assert outside == []
-    context.close()
+    assert visitor.tab.locator("#conversation [aria-label='a.png']").count() >= 1  # media have names
+    visitor.ask("Tell me more")
+    visitor.begun()
+    assert not visitor.box.is_enabled()  # a question cannot be lost in an answer
+    visitor.tab.reload()  # in the middle of the answer
+    visitor.ready()
+    assert visitor.said("user")[-1] == "Tell me more"
+    assert visitor.said("bot")[0] == first
+    visitor.press("undo")
+    assert visitor.box.input_value() == "Tell me more"
+    visitor.box.press("Enter")
+    visitor.begun()
+    visitor.press("undo")  # in the middle of the answer
+    assert visitor.box.input_value() == "Tell me more"
+    assert len(visitor.said("bot")) == 1
+    visitor.box.press("Enter")
+    visitor.begun()
+    visitor.tab.locator("#message button[aria-label=Stop]").click()
+    visitor.ready()
+    visitor.ask("And now?")
+    visitor.begun()
+    visitor.press("new")  # in the middle of the answer
+    visitor.tab.wait_for_timeout(1500)
+    assert visitor.said("user") == visitor.said("bot") == []
+    assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert visitor.faults == []
+    assert [url for url in visitor.requested if not url.startswith((served, "data:", "blob:"))] == []
+    visitor.context.close()
+
+
+def test_an_export_is_a_file(served: str, browser: Any):
+    visitor = Visitor(browser, served, 1280)
+    visitor.ask("Hello?")
+    visitor.begun()
+    visitor.ready()
+    with visitor.tab.expect_download() as download:
+        visitor.tab.locator("#export").click()
+    content = json.loads(Path(download.value.path()).read_text())
+    assert content["messages"][0] == {"role": "user", "content": "Hello?"}
+    visitor.context.close()

@@ -51,7 +51,7 @@ def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[
         assert answer.finish == "stop"
         assert sum(note.reached for note in answer.media) == len(scene)
         found.append((question.text, question.answer, answer.text))
-    assert session.turns[-1].text == found[-1][2]
+    assert session.messages[-1].text == found[-1][2]
     return found
 
 
@@ -78,7 +78,7 @@ def test_the_answers_are_right(model: Session, kinds: tuple[Modality, ...]):
     drawn = [scenes(kind, False, 4211) for kind in kinds]
     found = []
     for number in range(TALKS):
-        session = Session(model.model, reader=model.reader, sampling=Sampling(max_new_tokens=24))
+        session = Session(model.model, engine=model.engine, sampling=Sampling(max_new_tokens=24))
         found += talk_about(session, tuple(next(one) for one in drawn), number)
     wrong = [entry for entry in found if entry[1] != entry[2]]
     share = 1 - len(wrong) / len(found)
@@ -91,7 +91,7 @@ def test_a_second_medium_in_a_later_turn(model: Session):
     right = 0
     for number in range(TALKS):
         rng, picture, sound = np.random.default_rng([9, number]), next(pictured), next(heard)
-        session = Session(model.model, reader=model.reader, sampling=Sampling(max_new_tokens=24))
+        session = Session(model.model, engine=model.engine, sampling=Sampling(max_new_tokens=24))
         first = session.ask("what is the colour of the picture?", media=files_of((picture,), rng))
         second = session.ask("what is the pitch of the sound?", media=files_of((sound,), rng))
         right += first.text == picture.facts["colour"]

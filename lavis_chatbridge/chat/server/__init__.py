@@ -1,5 +1,5 @@
-"""``chatbridge serve``: ChatBridge over HTTP, in the words of OpenAI's chat completions.
+"""``chatbridge serve``: ChatBridge over HTTP with OpenAI's chat completions and completions.
 
-``requests`` reads what a client asks, ``attachments`` fetches its media, ``engine`` answers many at once, ``app``
-speaks HTTP, ``command`` starts it all. Nothing is imported here: fastapi and uvicorn are the extra ``serve``.
+`requests` reads what a client asks, `app` answers over HTTP, `command` starts both. Nothing is imported here: fastapi
+and uvicorn belong to the extra ``serve``.
 """

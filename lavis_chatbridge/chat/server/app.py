@@ -1,309 +1,358 @@
-"""The HTTP side: ``/v1/chat/completions``, ``/v1/models``, ``/health`` and ``/metrics``.
+"""The HTTP side: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health`` and ``/metrics``.
 
-It knows requests, answers and the engine, nothing of models. Whatever goes wrong with a request becomes an answer in
-OpenAI's form; paths of the server stand in no message.
+It knows requests and the engine, no model. Every fault of a request becomes an answer in OpenAI's form and a line in
+the log; no message names a path of the server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lavis_chatbridge.chat.history import ChatTurn
-from lavis_chatbridge.chat.server import answers, attachments
-from lavis_chatbridge.chat.server.engine import Engine, Event, Job, QueueFullError
-from lavis_chatbridge.chat.server.errors import RequestError, timed_out, too_large
-from lavis_chatbridge.chat.server.folder import RequestFolder
-from lavis_chatbridge.chat.server.metrics import Metrics
-from lavis_chatbridge.chat.server.requests import ChatRequest, read_request
-from lavis_chatbridge.chat.server.settings import ServerSettings
-from lavis_chatbridge.chat.session import Answer
-from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
+from lavis_chatbridge.chat.conversation import Conversation
+from lavis_chatbridge.chat.engine import Answer, Engine, Event, QueueFullError, Reply
+from lavis_chatbridge.chat.server import requests
+from lavis_chatbridge.chat.server.requests import ChatRequest, RequestError, TextRequest
+from lavis_chatbridge.chat.sources import MEBIBYTE, Access, is_loopback, is_own_name
+from lavis_chatbridge.config import Settings
+from lavis_chatbridge.errors import EngineError, PromptError
+from lavis_chatbridge.models.sampling import Sampling
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("chatbridge.serve")
+
+Asked: TypeAlias = "Conversation | str | Sequence[int]"
 
 _LOOK = 0.5
-"""Seconds after which a waiting request looks whether its client is still there."""
+"""Seconds between two checks whether the client of a waiting request is still there."""
 _DRAINED = 4
-"""Of a body that is too large, so many times the limit is read and thrown away: a client that still sends would
-otherwise see a broken line in place of the answer."""
+"""This many times the limit of a body is read before the connection closes: a client that still sends would otherwise
+see a lost connection instead of the refusal."""
 
 
-def build_app(engine: Engine, settings: ServerSettings, scratch: Path) -> FastAPI:
-    """The web application.
+class ServerSettings(Settings):
+    """How a server behaves, and how much one request may cost."""
 
-    Args:
-        engine: What answers.
-        settings: What is allowed.
-        scratch: The folder in which media of requests lie while they are read.
-    """
+    name: str = "chatbridge"
+    """The model's name for clients."""
+    host: str = "127.0.0.1"
+    """The address to listen on."""
+    port: int = 8000
+    """The port; 0 takes a free one."""
+    tokens: tuple[str, ...] = ()
+    """Bearer tokens, one of which a request must have; none asks for no token."""
+    origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the server (CORS)."""
+    access: Access = Access()
+    """Which URLs of media are opened."""
+    max_body: int = 64 * MEBIBYTE
+    """Bytes of a request."""
+    max_media: int = 16
+    """Media of a request."""
+    max_new_tokens: int = 1024
+    """Upper limit of a reply's tokens."""
+    timeout: float = 120.0
+    """Seconds from a request's first byte to the last of its reply."""
+
+    def check(self) -> Iterator[str]:
+        """Yields contradictions and numbers out of range."""
+        least = {"max_body": 1024, "max_media": 0, "max_new_tokens": 1, "port": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                yield f"{name} is {getattr(self, name)}, expected at least {value}"
+        if not self.timeout > 0:
+            yield f"timeout is {self.timeout}, expected above 0"
+        if self.port > 65_535:
+            yield f"port is {self.port}, expected at most 65535"
+        for folder in self.access.folders:
+            if not folder.is_dir():
+                yield f"there is no folder {folder}"
+        if any(not token.isascii() or not token.strip() or token != token.strip() for token in self.tokens):
+            yield "a token is empty, or holds spaces around it or characters beyond ASCII"
+        if not self.tokens and not is_loopback(self.host):
+            yield f"others can reach host {self.host}: give tokens (--token-file), or listen on 127.0.0.1"
+
+
+class Meters:
+    """What the server counts for Prometheus."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("chatbridge_requests", "Requests.", ["path", "status"], registry=self.registry)
+        self.tokens = Counter("chatbridge_tokens", "Tokens.", ["kind"], registry=self.registry)
+        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+        self.seconds = Histogram(
+            "chatbridge_reply_seconds", "Seconds of a reply.", buckets=buckets, registry=self.registry
+        )
+        for name, words, value in (
+            ("present", "Replies that wait or are under way.", lambda: engine.present),
+            ("running", "Replies under way.", lambda: engine.running),
+            ("steps", "Steps of the local decoder.", lambda: engine.steps),
+            ("step_replies", "Replies in all those steps together.", lambda: engine.rows),
+        ):
+            Gauge(f"chatbridge_{name}", words, registry=self.registry).set_function(value)
+
+    def count(self, answer: Answer, seconds: float) -> None:
+        """Count a complete reply."""
+        for kind, number in (
+            ("prompt", answer.prompt_tokens),
+            ("reused", answer.reused_tokens),
+            ("generated", answer.tokens),
+        ):
+            self.tokens.labels(kind).inc(number)
+        self.seconds.observe(seconds)
+
+
+def build_app(engine: Engine, settings: ServerSettings) -> FastAPI:
+    """The web application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's pages load scripts from elsewhere
-    metrics = _metrics(engine)
-    chats = _Chats(engine, settings, scratch, metrics)
-    created = int(time.time())
-    about = {"id": settings.name, "object": "model", "created": created, "owned_by": "lavis-chatbridge"}
+    meters = Meters(engine)
+    about = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "lavis-chatbridge"}
+    about["max_model_len"] = engine.max_context
 
-    app.add_middleware(_Gate, settings=settings, metrics=metrics)
+    if settings.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(_Gate, settings=settings, meters=meters)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return _refusal(error)
+        return _refusal(error, request)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return _refusal(RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        return _refusal(
+            RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"), request
+        )
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok" if engine.healthy else "failed"}, 200 if engine.healthy else 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def numbers() -> Response:
-        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+    async def metrics() -> Response:
+        return Response(generate_latest(meters.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [about]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         _check_model(name, settings)
         return JSONResponse(about)
 
+    async def answered(request: Request, cls: type[Any]) -> Response:
+        exchange = _Exchange(request, engine, settings, meters)
+        try:
+            return await exchange.answer(cls)
+        except ClientDisconnect:
+            return Response(status_code=499)
+
     @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answered(request, ChatRequest)
+
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await chats.answer(request)
+        return await answered(request, TextRequest)
 
     return app
 
 
 class _Gate:
-    """Asks for the token, counts what is answered, answers what nobody foresaw, and closes every request.
+    """Around every request: access, an id, one log line, a count, and the end of replies that nobody reads any more."""
 
-    A request is over when its call of the application is: with an answer, by a fault, by a client that left before or
-    in a stream (whose generator is then neither run to its end nor closed by anyone), or cancelled. So what a request
-    holds is given back here, and nowhere else.
-    """
-
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: ServerSettings, meters: Meters) -> None:
+        self._app, self._settings, self._meters = app, settings, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        request = Request(scope)
+        given = request.headers.get("x-request-id", "")
+        number = given if given.isascii() and given.isprintable() and 0 < len(given) <= 80 else secrets.token_hex(8)
+        request.state.id, request.state.replies, request.state.said = number, [], ""
+        status, began = 0, time.monotonic()
 
         async def watched(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", number.encode())]}
             await send(message)
 
-        request = Request(scope)
-        closing = request.state.closing = ExitStack()
         try:
             _check_access(request, self._settings)
             await self._app(scope, receive, watched)
         except RequestError as error:
-            await _refusal(error)(scope, receive, watched)
+            await _refusal(error, request)(scope, receive, watched)
         except Exception:
-            number = secrets.token_hex(4)
-            log.exception("request %s failed", number)
+            log.exception("%s failed", number)
             if not status:
-                await _refusal(_internal(number))(scope, receive, watched)
+                await _refusal(_internal(number), request)(scope, receive, watched)
         finally:
-            closing.close()
+            for reply in request.state.replies:
+                reply.cancel()
             path = getattr(scope.get("route"), "path", "other")
-            self._metrics.count("chatbridge_requests_total", path=path, status=status)
+            self._meters.requests.labels(path, status).inc()
+            if path not in ("/health", "/metrics"):
+                seconds = time.monotonic() - began
+                log.info("%s %s %s %d %.2f s %s", number, request.method, path, status, seconds, request.state.said)
 
 
-class _Chats:
-    """Chat completions, one call of `answer` each."""
+class _Exchange:
+    """One request and its reply."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, scratch: Path, metrics: Metrics) -> None:
-        self._engine, self._settings, self._scratch, self._metrics = engine, settings, scratch, metrics
-        self._present = 0
+    def __init__(self, request: Request, engine: Engine, settings: ServerSettings, meters: Meters) -> None:
+        self._request, self._engine, self._settings, self._meters = request, engine, settings, meters
+        self._began = time.monotonic()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    async def answer(self, request: Request) -> Response:
-        """Answer one request, whole or as a stream."""
-        # Bodies and fetched media cost memory and disk before the engine's own queue sees anything of them.
-        if self._present >= self._settings.queue + self._settings.batch:
-            raise _queue_full()
-        deadline = time.monotonic() + self._settings.timeout
-        waiting = _Waiting(self, deadline)
-        self._present += 1
-        request.state.closing.callback(waiting.close)
-        try:
-            asked = await self._read(request, deadline)
-            await self._start(asked, waiting)
-            first = await waiting.next(request)
-            waiting.forget_media()
-            if asked.stream:
-                body = self._stream(asked, waiting, first, request)
-                return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-            while not isinstance(first, Answer):
-                first = await waiting.next(request)
-            self._count(first, waiting)
-            return JSONResponse(answers.Completion(asked.model).whole(first))
-        except (_GoneError, ClientDisconnect):
-            return Response(status_code=499)
-
-    async def _read(self, request: Request, deadline: float) -> ChatRequest:
-        settings = self._settings
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise RequestError(415, "the request's Content-Type is not application/json", "unsupported_media_type")
-        try:
-            raw = await asyncio.wait_for(_body(request, settings.max_body), attachments.remaining(deadline))
-            body = await asyncio.to_thread(json.loads, raw)
-        except asyncio.TimeoutError:
-            raise timed_out(settings.timeout) from None
-        except (ValueError, RecursionError) as error:
-            raise RequestError(400, "the request's body is not JSON", "invalid_json") from error
-        asked = read_request(body, settings.max_new_tokens, settings.max_media)
-        _check_model(asked.model, settings)
-        return asked
-
-    async def _start(self, asked: ChatRequest, waiting: _Waiting) -> None:
-        """Write the media into a folder, and hand the conversation to the engine."""
-        waiting.folder = RequestFolder(self._scratch)
-        saving = asyncio.to_thread(attachments.save, asked.media, waiting.folder, self._settings, waiting.deadline)
-        try:
-            paths = await asyncio.wait_for(saving, attachments.remaining(waiting.deadline))
-        except asyncio.TimeoutError:
-            raise timed_out(self._settings.timeout) from None
-        waiting.names = {str(path): medium.where for path, medium in zip(paths, asked.media, strict=True)}
-        media = iter(attachments.media_of(asked.media, paths, asked.hear_videos))
-        turns = [
-            ChatTurn(message.role, message.text, tuple(medium for _ in message.media for medium in next(media)))
-            for message in asked.messages
-        ]
-        waiting.job = Job(turns, asked.sampling, waiting.deliver, asked.system)
-        try:
-            self._engine.submit(waiting.job)
-        except QueueFullError:
-            raise _queue_full() from None
-
-    async def _stream(
-        self, asked: ChatRequest, waiting: _Waiting, heard: str | Answer, request: Request
-    ) -> AsyncIterator[bytes]:
-        """A reply as server-sent events; a fault on the way is one too, since the status has been sent."""
-        completion = answers.Completion(asked.model)
-        try:
-            yield answers.event(completion.opening())
-            while not isinstance(heard, Answer):
-                yield answers.event(completion.chunk({"content": heard}))
-                heard = await waiting.next(request)
-            self._count(heard, waiting)
-            yield answers.event(completion.closing(heard))
-            if asked.usage:
-                yield answers.event(completion.numbers(heard))
-            yield answers.END
-        except RequestError as error:
-            yield answers.event(error.body())
-            yield answers.END
-        except _GoneError:
-            return
-
-    def _count(self, answer: Answer, waiting: _Waiting) -> None:
-        count, seconds = self._metrics.count, time.monotonic() - waiting.started
-        count("chatbridge_tokens_total", answer.prompt_tokens, kind="prompt")
-        count("chatbridge_tokens_total", answer.reused_tokens, kind="reused")
-        count("chatbridge_tokens_total", answer.tokens, kind="generated")
-        self._metrics.time("chatbridge_reply_seconds", seconds)
-        log.info("%d + %d tokens, %d media, %.2f s", answer.prompt_tokens, answer.tokens, len(answer.media), seconds)
-
-    def leave(self) -> None:
-        """A request is over."""
-        self._present -= 1
-
-
-class _GoneError(Exception):
-    """The client has closed its line."""
-
-
-class _Waiting:
-    """One request, from its first byte to the last of its answer: what the engine says, and what is to be cleared."""
-
-    def __init__(self, chats: _Chats, deadline: float) -> None:
-        self._chats = chats
-        self.deadline, self.started = deadline, time.monotonic()
-        self.job: Job | None = None
-        self.folder: RequestFolder | None = None
-        self.names: dict[str, str] = {}
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-
-    def deliver(self, event: Event) -> None:
-        """Called by the engine's threads."""
-        with suppress(RuntimeError):  # the server has ended: its loop is closed
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    async def next(self, request: Request) -> str | Answer:
-        """What the engine says next.
-
-        Args:
-            request: Looked at from time to time, for whether its client is still there.
+    async def answer(self, cls: type[Any]) -> Response:
+        """The whole answer, or the stream of one.
 
         Raises:
             RequestError: If the request is at fault, or takes too long.
-            _GoneError: If the client has gone.
+        """
+        content_type = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise RequestError(415, "the request's Content-Type is not application/json", "unsupported_media_type")
+        body = await self._in_time(_body(self._request, self._settings.max_body))
+        asked = await self._in_time(asyncio.to_thread(requests.read_request, cls, body))
+        _check_model(asked.model or self._settings.name, self._settings)
+        replies = await self._begin(asked)
+        response = requests.Response(self._settings.name, cls is ChatRequest, self._engine.codec)
+        first = await self._next()
+        if asked.stream:
+            usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+            stream = self._stream(response, len(replies), first, usage)
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        answers: dict[int, Answer] = {}
+        while True:
+            index, event = first
+            if isinstance(event, Answer):
+                answers[index] = event
+                self._count(event)
+                if len(answers) == len(replies):
+                    break
+            first = await self._next()
+        return JSONResponse(response.whole([answers[i] for i in range(len(replies))]))
+
+    async def _begin(self, asked: ChatRequest | TextRequest) -> list[Reply]:
+        """Start every reply that the request asks for."""
+        prompts: list[Asked]
+        if isinstance(asked, ChatRequest):
+            read = asyncio.to_thread(asked.conversation, self._settings.access, self._settings.max_media)
+            prompts = [await self._in_time(read)]
+        else:
+            prompts = list(asked.prompts)
+        samplings: list[Sampling] = asked.sampling(self._settings.max_new_tokens, asked.reported)
+        loop = asyncio.get_running_loop()
+        replies: list[Reply] = self._request.state.replies
+        for prompt in prompts:
+            for sampling in samplings:
+
+                def deliver(event: Event, index: int = len(replies)) -> None:
+                    with suppress(RuntimeError):  # the server has ended: its loop is closed
+                        loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+                try:
+                    replies.append(self._engine.reply(prompt, sampling, deliver))
+                except QueueFullError as error:
+                    raise RequestError(429, str(error), "queue_full", headers={"Retry-After": "1"}) from error
+        return replies
+
+    async def _stream(
+        self, response: requests.Response, count: int, first: tuple[int, Event], usage: bool
+    ) -> AsyncIterator[bytes]:
+        """The replies as server-sent events. A fault is an event too, since the status has been sent."""
+        answers: dict[int, Answer] = {}
+        try:
+            for index in range(count):
+                yield response.opening(index)
+            while True:
+                index, event = first
+                if isinstance(event, Answer):
+                    answers[index] = event
+                    self._count(event)
+                    yield response.closing(index, event)
+                    if len(answers) == count:
+                        break
+                else:
+                    yield response.piece(index, str(event))
+                first = await self._next()
+            if usage:
+                yield response.numbers([answers[i] for i in range(count)])
+        except RequestError as error:
+            self._request.state.said = error.message
+            yield requests.event(error.body())
+        except ClientDisconnect:
+            return
+        yield requests.DONE
+
+    async def _next(self) -> tuple[int, Event]:
+        """The next event of any reply.
+
+        Raises:
+            RequestError: If the request is at fault, or takes too long.
+            ClientDisconnect: If the client has gone.
         """
         while True:
-            left = attachments.remaining(self.deadline)
             try:
-                event = await asyncio.wait_for(self._events.get(), min(left, _LOOK))
+                index, event = await asyncio.wait_for(self._events.get(), min(self._left, _LOOK))
             except asyncio.TimeoutError:
-                if attachments.remaining(self.deadline) == 0:
-                    raise timed_out(self.deadline - self.started) from None
-                if await request.is_disconnected():
-                    raise _GoneError from None
+                if self._left == 0:
+                    raise self._late() from None
+                if await self._request.is_disconnected():
+                    raise ClientDisconnect from None
                 continue
             if isinstance(event, Exception):
-                raise self._refusal(event) from event
-            return event
+                raise self._refused(event) from event
+            return index, event
 
-    def forget_media(self) -> None:
-        """Remove the request's files: what has been answered with one word has been read whole."""
-        if self.folder is not None:
-            self.folder.close()
+    async def _in_time(self, task: Any) -> Any:
+        try:
+            return await asyncio.wait_for(task, self._left)
+        except asyncio.TimeoutError:
+            raise self._late() from None
 
-    def close(self) -> None:
-        """Stop what is still under way, and remove the request's files."""
-        if self.job is not None:
-            self.job.cancel()
-        self.forget_media()
-        self._chats.leave()
+    @property
+    def _left(self) -> float:
+        return max(0.0, self._began + self._settings.timeout - time.monotonic())
 
-    def _refusal(self, fault: Exception) -> RequestError:
-        if isinstance(fault, MediaError):
-            where = self.names.get(fault.source)
-            cause = self._without_paths(fault.cause)
-            return RequestError(400, f"{where or 'a medium'} cannot be read: {cause}", "invalid_media", where)
-        if isinstance(fault, PromptError):
-            return RequestError(400, str(fault), "context_length_exceeded", "messages")
-        if isinstance(fault, ConfigError):
-            return RequestError(400, str(fault), "invalid_value")
-        number = secrets.token_hex(4)
-        log.error("request %s failed", number, exc_info=fault)
-        return _internal(number)
+    def _late(self) -> RequestError:
+        return RequestError(504, f"the request took longer than the limit of {self._settings.timeout:g} s", "timeout")
 
-    def _without_paths(self, text: str) -> str:
-        for path in sorted(self.names, key=len, reverse=True):
-            text = text.replace(path, "the file")
-        return text if self.folder is None else text.replace(str(self.folder.path), "")
+    def _refused(self, error: Exception) -> RequestError:
+        if isinstance(error, PromptError):
+            return RequestError(400, str(error), "context_length_exceeded", "messages")
+        if isinstance(error, EngineError):
+            log.error("%s %s", self._request.state.id, error)
+            return RequestError(502, str(error), "engine_failed")
+        known = requests.refusal_of(error)
+        if known is not None:
+            return known
+        log.error("%s failed", self._request.state.id, exc_info=error)
+        return _internal(self._request.state.id)
+
+    def _count(self, answer: Answer) -> None:
+        self._meters.count(answer, time.monotonic() - self._began)
+        self._request.state.said = f"{answer.prompt_tokens} + {answer.tokens} tokens, {len(answer.media)} media"
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -312,38 +361,33 @@ async def _body(request: Request, limit: int) -> bytes:
     Raises:
         RequestError: If it has more bytes than allowed.
     """
+    refused = RequestError(413, f"the request's body is larger than the limit of {limit} bytes", "too_large")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit * _DRAINED:
-        raise too_large("the request's body", limit)
-    parts, count = [], 0
+        raise refused
+    content, count = bytearray(), 0
     async for part in request.stream():
         count += len(part)
         if count > limit * _DRAINED:
             break
-        if count <= limit:
-            parts.append(part)
-        else:
-            parts.clear()
+        content = content + part if count <= limit else bytearray()
     if count > limit:
-        raise too_large("the request's body", limit)
-    return b"".join(parts)
+        raise refused
+    return bytes(content)
 
 
 def _check_access(request: Request, settings: ServerSettings) -> None:
-    """Refuse who brings no token, or (where nobody needs one) comes by a name that is not this machine's."""
-    if settings.host_names:
-        host = request.headers.get("host", "").lower()
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        if name not in settings.host_names:
-            raise RequestError(403, "this server answers only under the name of its own address", "host_not_allowed")
-    if not settings.tokens or request.url.path == "/health":
+    """Refuse a request without a token, or (where none is needed) one that comes by a foreign name or page."""
+    if not settings.tokens and not is_own_name(request.headers.get("host", ""), settings.host):
+        raise RequestError(403, "this server answers only under the name of its own address", "host_not_allowed")
+    if not settings.tokens or request.url.path == "/health" or request.method == "OPTIONS":
         return
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip().encode()
-    # All are compared, in constant time: how long it takes tells nothing of them.
+    # All are compared in constant time, so that the time reveals nothing about them.
     right = [hmac.compare_digest(given, known.encode()) for known in settings.tokens]
     if scheme.lower() != "bearer" or not any(right):
-        what = "no bearer token was given" if not token else "the bearer token is not a valid one"
+        what = "the bearer token is not valid" if token else "a bearer token is needed"
         raise RequestError(401, what, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -354,29 +398,15 @@ def _check_model(name: str, settings: ServerSettings) -> None:
         )
 
 
-def _queue_full() -> RequestError:
-    return RequestError(
-        429, "too many requests wait already; try again later", "queue_full", headers={"Retry-After": "1"}
-    )
-
-
 def _internal(number: str) -> RequestError:
-    return RequestError(500, f"internal error {number}; the server's log says more", "internal")
+    return RequestError(500, f"internal error; the server's log has more under {number}", "internal")
 
 
-def _refusal(error: RequestError) -> Response:
+def _refusal(error: RequestError, request: Request) -> Response:
+    request.state.said = error.message
     return JSONResponse(error.body(), error.status, error.headers)
 
 
-def _metrics(engine: Engine) -> Metrics:
-    metrics = Metrics()
-    metrics.describe(
-        chatbridge_requests_total="Answered requests.",
-        chatbridge_tokens_total="Tokens read (prompt), of them not read again (reused), and written (generated).",
-        chatbridge_reply_seconds="From a request's first byte to the end of its reply.",
-    )
-    metrics.gauge("chatbridge_waiting", "Requests that wait.", lambda: engine.waiting)
-    metrics.gauge("chatbridge_running", "Replies under way.", lambda: engine.running)
-    metrics.gauge("chatbridge_steps", "Steps of the decoder since the start.", lambda: engine.steps)
-    metrics.gauge("chatbridge_step_replies", "Replies in all those steps together.", lambda: engine.rows)
-    return metrics
+def offered(folders: Sequence[str]) -> tuple[Path, ...]:
+    """The folders of ``--files``."""
+    return tuple(Path(folder) for folder in folders)

@@ -2,146 +2,133 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lavis_chatbridge.chat import options
-from lavis_chatbridge.chat.server.settings import MEBIBYTE, ServerSettings
-from lavis_chatbridge.config import checked
+import typer
+
+from lavis_chatbridge.chat import loading
+from lavis_chatbridge.chat.sources import MEBIBYTE
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 
 TOKENS = "CHATBRIDGE_TOKENS"
-"""The environment variable that holds bearer tokens, separated by spaces."""
+"""The environment variable with bearer tokens, separated by spaces."""
 _FRAMES_PER_SECOND = 60
 _KEEP_ALIVE = 75
-"""Seconds after which an idle line is closed. Clients (httpx, and so openai) use one again for 5 seconds: were it
-closed about then, a request that is just being sent would be lost."""
+"""Seconds until an idle connection is closed. Clients (httpx, and so openai) use one again within 5 seconds: a server
+that closed it at about that time would lose a request."""
 _MAX_BYTES = 512 * MEBIBYTE  # of a decoded medium
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge serve``."""
-    usual = ServerSettings()
-    options.add_model_arguments(parser)
-    add = parser.add_argument
-    add("--name", help="what clients call the model (default: chatbridge-MODEL)")
-    add("--host", default=usual.host, help="the address to listen on (default: %(default)s, this machine only)")
-    add("--port", type=int, default=usual.port, help="0 takes a free one (default: %(default)s)")
-    add("--token-file", metavar="FILE", help=f"bearer tokens, one a line (or in the environment: {TOKENS})")
-    add("--files", action="append", default=[], metavar="DIR", help="let file: URLs name files below DIR; repeatable")
-    add("--allow-urls", action="store_true", help="fetch http(s) URLs, from public addresses only")
-    add("--max-body", type=float, default=usual.max_body / MEBIBYTE, metavar="MIB", help="(default: %(default)s)")
-    add("--max-medium", type=float, default=usual.max_medium / MEBIBYTE, metavar="MIB", help="(default: %(default)s)")
-    add("--max-media", type=int, default=usual.max_media, metavar="N", help="of a request (default: %(default)s)")
-    add("--max-seconds", type=float, default=usual.max_seconds, help="of a sound or video (default: %(default)s)")
-    add("--max-pixels", type=int, default=usual.max_pixels, help="of a picture or frame (default: %(default)s)")
-    add("--max-tokens", type=int, default=usual.max_new_tokens, help="of a reply (default: %(default)s)")
-    add("--queue", type=int, default=usual.queue, metavar="N", help="requests that may wait (default: %(default)s)")
-    add("--batch", type=int, default=usual.batch, metavar="N", help="replies made together (default: %(default)s)")
-    add("--preparers", type=int, default=usual.preparers, metavar="N", help="requests whose media are opened at once")
-    add_decoding_arguments(parser)
-    add("--timeout", type=float, default=usual.timeout, metavar="S", help="of a request (default: %(default)s)")
-    add(
-        "--keep",
-        type=int,
-        default=usual.keep,
-        metavar="N",
-        help="conversations whose keys and values stay in memory for their next turn (default: %(default)s)",
-    )
+MaxMedium = Annotated[float, typer.Option("--max-medium", help="MiB of one medium.")]
+MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Seconds of a sound or video.")]
+MaxPixels = Annotated[int, typer.Option("--max-pixels", help="Pixels of a picture or frame.")]
+DecodeWorkers = Annotated[int, typer.Option("--decode-workers", help="Processes that open media; 0: none.")]
+DecodeMemory = Annotated[int, typer.Option("--decode-memory", help="MiB that opening one medium may take.")]
+DecodeSeconds = Annotated[float, typer.Option("--decode-seconds", help="Seconds that opening one medium may take.")]
+WORKERS = 2 if sys.platform == "linux" else 0
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many processes open media, and what one medium may take."""
-    usual = ServerSettings()
-    add = parser.add_argument
-    add("--decode-workers", type=int, default=usual.decode_workers, metavar="N", help="processes that open media")
-    add("--decode-memory", type=float, default=usual.decode_memory / MEBIBYTE, metavar="MIB", help="of one medium")
-    add("--decode-seconds", type=float, default=usual.decode_seconds, metavar="S", help="of one medium")
-
-
-def run(args: argparse.Namespace) -> int:
+def command(
+    model: loading.Model = "tiny",
+    options: loading.Options = [],  # noqa: B006  (typer copies it)
+    device: loading.Device = "auto",
+    template: loading.TemplateName = "human_assistant",
+    engine: loading.EngineUrl = "",
+    name: Annotated[str, typer.Option(help="The model's name for clients (default: chatbridge-MODEL).")] = "",
+    host: Annotated[str, typer.Option(help="The address to listen on; default: this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    token_file: Annotated[str, typer.Option(help=f"Bearer tokens, one a line (or in {TOKENS}).")] = "",
+    files: Annotated[list[str], typer.Option(help="Folder for file: URLs; repeatable.")] = [],  # noqa: B006
+    allowed_hosts: Annotated[list[str], typer.Option(help="Host for http(s): URLs; repeatable.")] = [],  # noqa: B006
+    allowed_origins: Annotated[list[str], typer.Option(help="Origin of web pages (CORS); repeatable.")] = [],  # noqa: B006
+    max_body: Annotated[float, typer.Option(help="MiB of a request.")] = 64,
+    max_medium: MaxMedium = 48,
+    max_media: Annotated[int, typer.Option(help="Media of a request.")] = 16,
+    max_seconds: MaxSeconds = 600,
+    max_pixels: MaxPixels = 40_000_000,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply.")] = 1024,
+    queue: Annotated[int, typer.Option(min=1, help="Replies that may wait.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Replies under way at once.")] = 16,
+    preparers: Annotated[int, typer.Option(min=1, help="Requests whose media are read at once.")] = 2,
+    keep: Annotated[int, typer.Option(min=0, help="Conversations whose keys and values are kept.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 120,
+    decode_workers: DecodeWorkers = WORKERS,
+    decode_memory: DecodeMemory = 2048,
+    decode_seconds: DecodeSeconds = 60,
+) -> None:
     """Serve until interrupted."""
-    settings = settings_of(args)
     try:
         import uvicorn
 
-        from lavis_chatbridge.chat.server.app import build_app
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette"):
+        from lavis_chatbridge.chat.server.app import ServerSettings, build_app, offered
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
             raise
         raise MissingExtraError(str(error.name), "serve", "chatbridge serve") from error
-    from lavis_chatbridge.chat.loading import load_model
-    from lavis_chatbridge.chat.server.engine import Engine
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    # Python's own reaction to SIGTERM would leave the temporary folder behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    line = listen(settings.host, settings.port)
-    model, processors = load_model(args.model, args.options, args.device)
-    narrow(processors, settings.max_seconds, settings.max_pixels)
-    scratch_folder = tempfile.TemporaryDirectory(prefix="chatbridge-", ignore_cleanup_errors=True)
-    opening = decoding(processors, settings.decode_workers, settings.decode_memory, settings.decode_seconds)
-    with opening, scratch_folder as scratch:
-        engine = Engine(
-            model,
-            processors,
-            args.template,
-            batch=settings.batch,
-            waiting=settings.queue,
-            preparers=settings.preparers,
-            keep=settings.keep,
-        )
-        try:
-            config = uvicorn.Config(
-                build_app(engine, settings, Path(scratch)),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=5,
-                timeout_keep_alive=_KEEP_ALIVE,
-            )
-            line.listen()  # whoever reads the next line may come at once
-            print(f"listening on {address_of(line)}/v1 (model {settings.name})", flush=True)
-            uvicorn.Server(config).run(sockets=[line])
-        finally:
-            engine.close()
-    return 0
-
-
-def settings_of(args: argparse.Namespace) -> ServerSettings:
-    """The command's arguments as settings.
-
-    Raises:
-        ConfigError: With all faults.
-    """
-    model = Path(args.model).stem if args.model.endswith((".yaml", ".yml")) else args.model
-    same = {field.name for field in dataclasses.fields(ServerSettings)} - {"tokens", "folders"}
-    values: dict[str, Any] = {name: value for name, value in vars(args).items() if name in same}
-    values |= {
-        "name": args.name or f"chatbridge-{model}",
-        "tokens": _tokens(args.token_file),
-        "folders": tuple(map(Path, args.files)),
-        "max_body": round(args.max_body * MEBIBYTE),
-        "max_medium": round(args.max_medium * MEBIBYTE),
-        "max_new_tokens": args.max_tokens,
-        "decode_memory": round(args.decode_memory * MEBIBYTE),
+    access = {"folders": offered(files), "hosts": tuple(allowed_hosts), "max_bytes": round(max_medium * MEBIBYTE)}
+    values = {
+        "name": name or f"chatbridge-{Path(model).stem if model.endswith(('.yaml', '.yml')) else model}",
+        "host": host,
+        "port": port,
+        "tokens": _tokens(token_file),
+        "origins": tuple(allowed_origins),
+        "access": access,
+        "max_body": round(max_body * MEBIBYTE),
+        "max_media": max_media,
+        "max_new_tokens": max_tokens,
+        "timeout": timeout,
     }
-    return checked(ServerSettings(**values))
+    settings = parse(ServerSettings, values, "serve")
+    from lavis_chatbridge.chat.engine import Engine
+    from lavis_chatbridge.chat.media import MediaReader
+
+    log_to_stderr()
+    line = listen(settings.host, settings.port)
+    built, processors = loading.load_model(model, options, device, engine)
+    narrow(processors, max_seconds, max_pixels)
+    own = Engine(
+        built,
+        MediaReader(built, processors),
+        template,
+        batch=batch,
+        waiting=queue,
+        preparers=preparers,
+        keep=keep,
+    )
+    with decoding(processors, decode_workers, decode_memory, decode_seconds), closing(own):
+        config = uvicorn.Config(
+            build_app(own, settings),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=_KEEP_ALIVE,
+        )
+        line.listen()  # clients may connect as soon as they read the next line
+        print(f"listening on {address_of(line)}/v1 (model {settings.name})", flush=True)
+        uvicorn.Server(config).run(sockets=[line])
+
+
+def log_to_stderr() -> None:
+    """Log lines with time on stderr; SIGTERM ends the process as Ctrl-C does, so that it tidies up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    for name in ("httpx", "uvicorn", "pebble"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def narrow(processors: Any, max_seconds: float, max_pixels: int) -> None:
-    """Let media cost no more than strangers' may."""
+    """Lower the limits of media to those of strangers' media."""
     from lavis_chatbridge.media import DEFAULT_LIMITS
 
     limits = dataclasses.replace(
@@ -151,38 +138,40 @@ def narrow(processors: Any, max_seconds: float, max_pixels: int) -> None:
         max_frames=round(max_seconds * _FRAMES_PER_SECOND),
         max_bytes=_MAX_BYTES,
     )
-    for kind in ("image", "video", "audio"):
-        processors[kind]["eval"].limits = limits
+    for modality in ("image", "video", "audio"):
+        processors[modality]["eval"].limits = limits
 
 
 @contextmanager
 def decoding(processors: Any, workers: int, memory: int, seconds: float) -> Iterator[None]:
-    """Let worker processes open the media, as long as it lasts; without workers this process opens them.
+    """Open media in ``workers`` processes, with ``memory`` MiB and ``seconds`` for each medium; 0: in this process.
 
-    Args:
-        processors: Those of a model, whose evaluation ones open media.
-        workers: How many there are.
-        memory: Bytes that opening one medium may take.
-        seconds: Seconds that opening one may take.
+    Raises:
+        ConfigError: If a number is out of range.
     """
+    if workers < 0 or memory < 16 or seconds <= 0:
+        raise ConfigError(
+            f"--decode-workers {workers}, --decode-memory {memory}, --decode-seconds {seconds:g}: expected at least 0, "
+            "16 MiB, and more than 0 s"
+        )
     if workers == 0:
         yield
         return
     from lavis_chatbridge.media.pool import DecodingPool
 
-    evaluating = [processors[kind]["eval"] for kind in ("image", "video", "audio")]
-    with DecodingPool(workers, memory, seconds) as pool:
+    evaluating = [processors[modality]["eval"] for modality in ("image", "video", "audio")]
+    with DecodingPool(workers, memory * MEBIBYTE, seconds) as pool:
         for processor in evaluating:
             processor.opener = pool
         try:
             yield
         finally:
             for processor in evaluating:
-                del processor.opener  # its class's holds again
+                del processor.opener  # its class's opener is used again
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket: a port that is taken is told before the model is loaded.
+    """A bound socket, so that a taken port is reported before the model is loaded.
 
     Raises:
         ConfigError: If the address cannot be had.
@@ -203,9 +192,9 @@ def address_of(line: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _tokens(file: str | None) -> tuple[str, ...]:
+def _tokens(file: str) -> tuple[str, ...]:
     found = os.environ.get(TOKENS, "").split()
-    if file is not None:
+    if file:
         try:
             lines = Path(file).read_text(encoding="ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:

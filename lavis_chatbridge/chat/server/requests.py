@@ -1,273 +1,379 @@
-"""From the JSON of a chat completion to a checked request; it opens nothing and knows no model.
+"""Requests of OpenAI's API, and its answers. It knows no HTTP server and no model.
 
-Names and meanings are those of OpenAI's API reference (chat completions), with ``video_url`` and ``audio_url`` parts
-beside ``image_url`` and ``input_audio``, and one setting more: ``hear_videos``.
+Fields that mean nothing here are accepted and logged once each; a field that asks for something that this server cannot
+do is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import json
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from lavis_chatbridge.chat.server.errors import RequestError
-from lavis_chatbridge.models.decoding import Sampling
-from lavis_chatbridge.prompting.pieces import Modality
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-_URL_PARTS: dict[str, Modality] = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
-_SILENT_FIELDS = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-)
-"""Known to OpenAI's clients, and without meaning here."""
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-"""Fields that are accepted with the value that changes nothing."""
-_MOST_STOPS, _LONGEST_STOP = 4, 100
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
+from lavis_chatbridge.chat.engine import Answer
+from lavis_chatbridge.chat.sources import Access
+from lavis_chatbridge.errors import ConfigError, DataError, MediaError
+from lavis_chatbridge.models.language_model import Codec
+from lavis_chatbridge.models.sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+_logged: set[str] = set()
+_MOST_REPLIES, _MOST_LOGPROBS = 16, 20
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-@dataclass(frozen=True)
-class Attachment:
-    """A medium of a request: a URL, or (``input_audio``) bare base64 in ``data``."""
-
-    kind: Modality
-    url: str = ""
-    data: str = ""
-    where: str = ""
-
-
-@dataclass
-class Message:
-    """What one side said."""
-
-    role: str
-    text: str
-    media: list[Attachment] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """A checked request.
-
-    Attributes:
-        model: The model's name.
-        system: Words in front of the conversation.
-        messages: They alternate, user first and last.
-        sampling: How the reply is chosen.
-        stream: Whether the reply is sent as it comes.
-        usage: Whether a stream ends with the numbers of tokens.
-        hear_videos: Whether videos are heard too.
-    """
-
-    model: str
-    system: str
-    messages: tuple[Message, ...]
-    sampling: Sampling
-    stream: bool = False
-    usage: bool = False
-    hear_videos: bool = True
-
-    @property
-    def media(self) -> list[Attachment]:
-        """All media, in order."""
-        return [medium for message in self.messages for medium in message.media]
-
-
-def read_request(body: Any, max_new_tokens: int, max_media: int) -> ChatRequest:
-    """Check the JSON of a chat completion.
+class RequestError(Exception):
+    """A request that is refused.
 
     Args:
-        body: The decoded JSON.
-        max_new_tokens: The most tokens of a reply; more are cut down to it.
-        max_media: Media of one request.
+        status: The HTTP status.
+        message: What is wrong and how to mend it; the client reads it.
+        code: A short name for programs.
+        param: The part of the request that is at fault.
+        headers: Further HTTP headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's form."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _no_limit(value: Any) -> Any:
+    return None if value in (-1, 0) and not isinstance(value, bool) else value
+
+
+def _texts(value: Any) -> Any:
+    return [] if value in (None, "") else [value] if isinstance(value, str) else value
+
+
+Tokens = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit)]
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    include_usage: bool | None = False
+
+
+class _Request(BaseModel):
+    """Fields that chat completions and completions share. Names and meanings are OpenAI's and vLLM's."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: _StreamOptions | None = None
+    n: int | None = Field(1, ge=1, le=_MOST_REPLIES)
+    max_tokens: Tokens = None
+    max_completion_tokens: Tokens = None
+    min_tokens: int | None = Field(0, ge=0)
+    temperature: float | None = Field(0.0, ge=0, le=2)
+    top_p: float | None = Field(0.9, ge=0, le=1)
+    top_k: int | None = Field(0, ge=-1)
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    repetition_penalty: float | None = Field(1.0, gt=0)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    seed: int | None = None
+    stop: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=16), BeforeValidator(_texts)] = []
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = False
+
+    # What this server cannot do is accepted with the value that changes nothing.
+    logit_bias: dict[str, float] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: Any = None
+    structured_outputs: Any = None
+    use_beam_search: bool | None = False
+    prompt_logprobs: int | None = None
+    prompt_embeds: Any = None
+    echo: bool | None = False
+    suffix: str | None = None
+    best_of: int | None = None
+    modalities: list[str] | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be done, and log fields that have no meaning here, once each.
+
+        Raises:
+            RequestError: With the field's name.
+        """
+        form = (self.response_format or {}).get("type", "text")
+        refused = {
+            "tools": bool(self.tools),
+            "functions": bool(self.functions),
+            "logit_bias": bool(self.logit_bias),
+            f"response_format {form}": form != "text",
+            "guided_json": bool(self.guided_json),
+            "structured_outputs": bool(self.structured_outputs),
+            "use_beam_search": bool(self.use_beam_search),
+            "prompt_logprobs": bool(self.prompt_logprobs),
+            "prompt_embeds": bool(self.prompt_embeds),
+            "echo": bool(self.echo),
+            "suffix": bool(self.suffix),
+            "best_of": self.best_of is not None and self.best_of != (self.n or 1),
+            "modalities": self.modalities not in (None, [], ["text"]),
+        }
+        for name, asked in refused.items():
+            if asked:
+                field = name.partition(" ")[0]
+                raise RequestError(400, f"{name} is not supported by this server", "unsupported_parameter", field)
+        for name in sorted((self.model_extra or {}).keys() - _logged):
+            _logged.add(name)
+            log.info("the field %s of a request has no meaning here", name[:80])
+
+    def sampling(self, most: int, logprobs: int | None) -> list[Sampling]:
+        """How each of the ``n`` replies is chosen; ``most`` is the upper limit of tokens."""
+        tokens = self.max_completion_tokens or self.max_tokens or min(most, Sampling().max_new_tokens)
+        values: dict[str, Any] = {
+            "max_new_tokens": min(most, tokens),
+            "min_new_tokens": min(self.min_tokens or 0, most, tokens),
+            "top_p": max(self.top_p or 0.0, 1e-6) if self.top_p is not None else None,  # 0 leaves the likeliest
+            "seed": self.seed,
+            "stop": tuple(self.stop),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "logprobs": logprobs,
+            "ignore_eos": self.ignore_eos,
+        }
+        same = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        values |= {name: getattr(self, name) for name in same}
+        given = {name: value for name, value in values.items() if value is not None}
+        seeds = [None] * (self.n or 1) if self.seed is None else [self.seed + i for i in range(self.n or 1)]
+        return [Sampling(**{**given, "seed": seed}) for seed in seeds]
+
+
+class ChatRequest(_Request):
+    """A request of chat completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    hear_videos: bool | None = True
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(0, ge=0, le=_MOST_LOGPROBS)
+
+    def conversation(self, access: Access, most_media: int) -> Conversation:
+        """The conversation, its URLs opened.
+
+        Raises:
+            RequestError: If a message has another form, or a medium cannot be had.
+        """
+        try:
+            read = Conversation.from_openai(
+                self.messages, access=access, hear_videos=self.hear_videos is not False, most_media=most_media
+            )
+        except DataError as error:
+            where = str(error).partition(" ")[0]
+            raise RequestError(
+                400, str(error), "invalid_value", where if where.startswith("messages") else "messages"
+            ) from error
+        except MediaError as error:
+            raise media_refusal(error) from error
+        if not read.messages or read.messages[-1].role == "assistant":
+            read.messages.append(ChatMessage("user", ""))
+        return read
+
+    @property
+    def reported(self) -> int | None:
+        """How many likeliest tokens are reported; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TextRequest(_Request):
+    """A request of completions."""
+
+    prompt: str | list[str] | list[int] | None = None
+    logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts: texts, or one of token ids.
+
+        Raises:
+            RequestError: If there is none, or too many.
+        """
+        if isinstance(self.prompt, list) and all(isinstance(part, str) for part in self.prompt):
+            found: list[Any] = list(self.prompt)
+        else:
+            found = [] if self.prompt is None else [self.prompt]
+        if not 1 <= len(found) <= _MOST_REPLIES or not all(found):
+            raise RequestError(
+                400, f"prompt: expected 1 to {_MOST_REPLIES} texts, not empty", "invalid_value", "prompt"
+            )
+        return found
+
+    @property
+    def reported(self) -> int | None:
+        """See `ChatRequest`."""
+        return self.logprobs
+
+
+def read_request(cls: type[Any], body: bytes) -> Any:
+    """A request of one of the two classes.
 
     Raises:
-        RequestError: If something is wrong with it.
+        RequestError: If the body is no JSON object, or a field has another type or range.
     """
-    if not isinstance(body, dict):
-        raise RequestError(400, "the request's body is a JSON object")
-    _check_fields(body)
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise _wrong("model", "a model's name", model)
-    system, messages = _messages(body.get("messages"))
-    stream = _flag(body, "stream", False)
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise _wrong("stream_options", "an object", options)
-    request = ChatRequest(
-        model,
-        system,
-        tuple(messages),
-        _sampling(body, max_new_tokens),
-        stream,
-        _flag(options or {}, "include_usage", False),
-        _flag(body, "hear_videos", True),
-    )
-    if len(request.media) > max_media:
-        raise RequestError(
-            400,
-            f"the request brings {len(request.media)} media, the limit is {max_media}",
-            "too_many_media",
-            "messages",
-        )
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the request's body is not JSON: {error}", "invalid_json") from error
+    if not isinstance(content, dict):
+        raise RequestError(400, "the request's body is not a JSON object", "invalid_json")
+    try:
+        request = cls.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        names = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)[1:] or "body"
+        found = json.dumps(first.get("input"), default=str)[:80]
+        raise RequestError(400, f"{where}: {first['msg']}, found {found}", "invalid_value", where) from error
+    request.check()
     return request
 
 
-_FIELDS = frozenset(
-    {"model", "messages", "stream", "stream_options", "temperature", "top_p", "stop", "seed", "hear_videos"}
-    | {"max_tokens", "max_completion_tokens"}
-)
+def media_refusal(error: MediaError) -> RequestError:
+    """The refusal of a medium that cannot be had or opened; its name is the position in the request."""
+    where = error.source.removesuffix("'s sound track")
+    if "larger than the limit" in error.cause:
+        return RequestError(413, f"{where}: {error.cause}", "too_large", where)
+    return RequestError(400, f"{where} cannot be read: {error.cause}", "invalid_media", where)
 
 
-def _check_fields(body: Mapping[str, Any]) -> None:
-    for name, value in body.items():
-        if name in _FIELDS or name in _SILENT_FIELDS or value is None:
-            continue
-        if name not in _NEUTRAL:
-            raise RequestError(400, f"unknown field {_short(name)}", "unknown_parameter", str(name)[:80])
-        if value not in _NEUTRAL[name]:
-            raise RequestError(
-                400, f"{name} = {_short(value)} is not supported by this server", "unsupported_parameter", name
+def usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The numbers of tokens of the replies to one request, those of media by modality."""
+    first, completion = answers[0], sum(answer.tokens for answer in answers)
+    media = Counter[str]()
+    for note in first.media:
+        media[f"{note.modality}_tokens"] += note.tokens
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": first.prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": first.reused_tokens, **media},
+    }
+
+
+def report(answer: Answer) -> dict[str, Any]:
+    """What OpenAI's format has no field for: what became of the media, and what the user should know."""
+    media = [
+        {"type": n.modality, "part": n.name, "reached": n.reached, "tokens": n.tokens, "warnings": list(n.warnings)}
+        for n in answer.media
+    ]
+    return {"media": media, "warnings": list(answer.warnings), "dropped_messages": answer.dropped}
+
+
+class Response:
+    """The JSON of a reply, whole or in chunks.
+
+    Args:
+        model: The model's name.
+        chat: Chat completions, else completions.
+        codec: Gives the text of tokens for log-probabilities.
+    """
+
+    def __init__(self, model: str, chat: bool, codec: Codec) -> None:
+        self._chat, self._codec = chat, codec
+        name = "chat.completion" if chat else "text_completion"
+        number = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._head = {"id": number, "object": name, "created": int(time.time()), "model": model}
+        self._chunk = {**self._head, "object": "chat.completion.chunk" if chat else name}
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """All replies, complete."""
+        choices = []
+        for index, answer in enumerate(answers):
+            said = {"role": "assistant", "content": answer.text, "refusal": None}
+            choices.append(
+                {
+                    "index": index,
+                    **({"message": said} if self._chat else {"text": answer.text}),
+                    "logprobs": self._logprobs(answer),
+                    "finish_reason": _reason(answer),
+                }
             )
+        return {**self._head, "choices": choices, "usage": usage(answers), "chatbridge": report(answers[0])}
+
+    def opening(self, index: int) -> bytes:
+        """The first chunk of a reply."""
+        return self._event(index, {"role": "assistant", "content": ""}, None)
+
+    def piece(self, index: int, text: str) -> bytes:
+        """A chunk of text."""
+        return self._event(index, {"content": text}, None)
+
+    def closing(self, index: int, answer: Answer) -> bytes:
+        """The last chunk of a reply, which has its log-probabilities and the report."""
+        more = {"chatbridge": report(answer)}
+        return self._event(index, {}, _reason(answer), self._logprobs(answer), more)
+
+    def numbers(self, answers: Sequence[Answer]) -> bytes:
+        """The chunk with the numbers of tokens."""
+        return event({**self._chunk, "choices": [], "usage": usage(answers)})
+
+    def _event(
+        self, index: int, delta: dict[str, str], finish: str | None, logprobs: Any = None, more: Any = None
+    ) -> bytes:
+        held = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+        choice = {"index": index, **held, "logprobs": logprobs, "finish_reason": finish}
+        return event({**self._chunk, "choices": [choice], **(more or {})})
+
+    def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
+        if not answer.logprobs:
+            return None
+        rows = [
+            [{"token": text, "logprob": value, "bytes": list(text.encode())} for text, value in named]
+            for named in (self._named(token) for token in answer.logprobs)
+        ]
+        if self._chat:
+            return {"content": [{**own, "top_logprobs": top} for own, *top in rows], "refusal": None}
+        return {
+            "tokens": [own["token"] for own, *_ in rows],
+            "token_logprobs": [own["logprob"] for own, *_ in rows],
+            "top_logprobs": [{entry["token"]: entry["logprob"] for entry in top} for _, *top in rows],
+        }
+
+    def _named(self, token: Any) -> list[tuple[str, float]]:
+        number, own, likeliest = token
+        return [(self._codec.decode([i]), float(value)) for i, value in ((number, own), *likeliest)]
 
 
-def _messages(given: Any) -> tuple[str, list[Message]]:
-    """The words in front, and the messages, neighbours of one role made one."""
-    if not isinstance(given, list) or not given:
-        raise _wrong("messages", "a list of messages, not empty", given)
-    system: list[str] = []
-    messages: list[Message] = []
-    for i, entry in enumerate(given):
-        where = f"messages[{i}]"
-        if not isinstance(entry, dict):
-            raise _wrong(where, "an object", entry)
-        message = _message(entry, where)
-        if message.role in ("system", "developer"):
-            if messages:
-                raise RequestError(400, f"{where}: a system message stands in front of all others", param=where)
-            system.append(message.text)
-        elif messages and messages[-1].role == message.role:
-            messages[-1].text = "\n".join(filter(None, (messages[-1].text, message.text)))
-            messages[-1].media += message.media
-        else:
-            messages.append(message)
-    if not messages or messages[0].role != "user":
-        raise RequestError(400, "messages: the conversation begins with a message of the user", param="messages")
-    if messages[-1].role != "user":
-        raise RequestError(400, "messages: the last message is the user's, which is answered", param="messages")
-    return "\n".join(system), messages
+def event(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _message(entry: Mapping[str, Any], where: str) -> Message:
-    role, content = entry.get("role"), entry.get("content")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise RequestError(
-            400, f"{where}.role is {_short(role)}, expected system, user or assistant", "invalid_value", f"{where}.role"
-        )
-    message = Message(role, "")
-    if isinstance(content, str):
-        message.text = content
-    elif isinstance(content, list):
-        texts = []
-        for j, part in enumerate(content):
-            found = _part(part, f"{where}.content[{j}]")
-            if isinstance(found, str):
-                texts.append(found)
-            else:
-                message.media.append(found)
-        message.text = "\n".join(texts)
-    else:
-        raise _wrong(f"{where}.content", "a text or a list of parts", content)
-    if message.media and role != "user":
-        raise RequestError(400, f"{where}: only the user's messages bring media", param=where)
-    if not message.text.strip() and not message.media and role == "user":
-        raise RequestError(400, f"{where} is empty", param=where)
-    return message
+def refusal_of(error: Exception) -> RequestError | None:
+    """The refusal that a fault of the engine means; None if it is none of the request's."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, MediaError):
+        return media_refusal(error)
+    if isinstance(error, ConfigError):
+        return RequestError(400, str(error), "invalid_value")
+    return None
 
 
-def _part(part: Any, where: str) -> str | Attachment:
-    if not isinstance(part, dict):
-        raise _wrong(where, "an object with a type", part)
-    kind = part.get("type")
-    held = part.get(kind) if isinstance(kind, str) else None
-    if kind == "text":
-        if not isinstance(held, str):
-            raise _wrong(f"{where}.text", "a text", held)
-        return held
-    if isinstance(kind, str) and kind in _URL_PARTS:
-        url = held.get("url") if isinstance(held, dict) else held
-        if not isinstance(url, str) or not url:
-            raise _wrong(f"{where}.{kind}.url", "a URL", url)
-        return Attachment(_URL_PARTS[kind], url=url, where=where)
-    if kind == "input_audio":
-        data = held.get("data") if isinstance(held, dict) else None
-        if not isinstance(data, str) or not data:
-            raise _wrong(f"{where}.input_audio.data", "base64", data)
-        return Attachment("audio", data=data, where=where)
-    known = ", ".join(["text", "input_audio", *_URL_PARTS])
-    raise RequestError(
-        400, f"{where}.type is {_short(kind)}, expected one of {known}", "invalid_value", f"{where}.type"
-    )
-
-
-def _sampling(body: Mapping[str, Any], most: int) -> Sampling:
-    asked = body.get("max_completion_tokens")
-    name = "max_tokens" if asked is None else "max_completion_tokens"
-    tokens = _number(body, name, 1, 1 << 31, whole=True)
-    seed = _number(body, "seed", -(1 << 63), (1 << 63) - 1, whole=True)
-    stop = body.get("stop")
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _wrong("stop", f"a text or a list of at most {_MOST_STOPS} texts", stop)
-    if any(len(s) > _LONGEST_STOP for s in stops):
-        raise RequestError(400, f"stop: a text is longer than {_LONGEST_STOP} characters", param="stop")
-    usual = Sampling()
-    temperature = _number(body, "temperature", 0.0, 2.0)
-    # A nucleus of nothing still holds the likeliest token.
-    top_p = max(_number(body, "top_p", 0.0, 1.0) or 0.0, 1e-6) if body.get("top_p") is not None else usual.top_p
-    return Sampling(
-        max_new_tokens=min(most, usual.max_new_tokens if tokens is None else int(tokens)),
-        temperature=usual.temperature if temperature is None else temperature,
-        top_p=top_p,
-        seed=None if seed is None else int(seed),
-        stop=tuple(stops),
-    )
-
-
-def _number(body: Mapping[str, Any], name: str, least: float, most: float, whole: bool = False) -> Any:
-    value = body.get(name)
-    if value is None:
-        return None
-    right = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if not right or isinstance(value, bool) or not least <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        raise _wrong(name, f"{kind} from {least} to {most}", value)
-    return value
-
-
-def _flag(body: Mapping[str, Any], name: str, usual: bool) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise _wrong(name, "true or false", value)
-    return usual if value is None else value
-
-
-def _wrong(where: str, expected: str, found: Any) -> RequestError:
-    return RequestError(400, f"{where} is {_short(found)}, expected {expected}", "invalid_value", where)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return "missing" if value is None else text[:60]
+def _reason(answer: Answer) -> str:
+    return "length" if answer.finish == "length" else "stop"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis_chatbridge.chat import MediaReader, Medium, media_of_turn
+from lavis_chatbridge.chat import MediaReader, Medium, media_of
 from lavis_chatbridge.errors import ChatBridgeError, MediaError, PromptError
 from tests.chat import building
 from tests.chat.building import picture
@@ -126,7 +126,7 @@ def test_a_saved_pillow_image_is_what_the_model_saw(
     loaded.load(tmp_path / "talk.json")
     again = loaded.regenerate(max_new_tokens=2)
     assert again.text == answer.text
-    for before, after in zip(talk.turns[0].media, loaded.turns[0].media, strict=True):
+    for before, after in zip(talk.messages[0].media, loaded.messages[0].media, strict=True):
         assert isinstance(after.source, bytes)
         torch.testing.assert_close(after.perceived.soft, before.perceived.soft)  # type: ignore[union-attr]
 
@@ -139,7 +139,7 @@ def test_a_saved_animation_keeps_its_frames(model: Any, levels: tuple[int, ...],
     loaded = building.session(model)
     loaded.load(tmp_path / "talk.json")
     loaded.regenerate(max_new_tokens=2)
-    before, after = (t.turns[0].media[0].perceived.soft for t in (talk, loaded))  # type: ignore[union-attr]
+    before, after = (t.messages[0].media[0].perceived.soft for t in (talk, loaded))  # type: ignore[union-attr]
     torch.testing.assert_close(after, before)
 
 
@@ -148,52 +148,52 @@ def test_a_single_medium_is_a_list_of_one(tmp_path: Path):
     array, image, samples = picture(), Image.fromarray(picture()), tone(0.1, 8000)
     for source in (str(path), path, b"bytes", bytearray(b"bytes"), memoryview(b"bytes"), array, image):
         for name in ("images", "videos", "audios"):
-            [medium] = media_of_turn(**{name: source}, hear_videos=False)  # type: ignore[arg-type]
+            [medium] = media_of(**{name: source}, hear_videos=False)  # type: ignore[arg-type]
             assert medium.source is source
     pair = (samples, np.int64(8000))
-    assert [m.source for m in media_of_turn(audios=pair)] == [pair]  # type: ignore[arg-type]
-    assert [m.source for m in media_of_turn(audios=("a.wav", "b.wav"))] == ["a.wav", "b.wav"]
-    assert [m.source for m in media_of_turn(images=(array, array))] == [array, array]
-    assert [(m.kind, m.source) for m in media_of_turn(media=("image", array))] == [("image", array)]
-    assert len(media_of_turn(videos=np.zeros((4, 28, 28, 3), np.uint8))) == 2  # and its sound track
+    assert [m.source for m in media_of(audios=pair)] == [pair]  # type: ignore[arg-type]
+    assert [m.source for m in media_of(audios=("a.wav", "b.wav"))] == ["a.wav", "b.wav"]
+    assert [m.source for m in media_of(images=(array, array))] == [array, array]
+    assert [(m.modality, m.source) for m in media_of(media=("image", array))] == [("image", array)]
+    assert len(media_of(videos=np.zeros((4, 28, 28, 3), np.uint8))) == 2  # and its sound track
 
 
 @pytest.mark.parametrize(
     ("media", "message"),
     [
-        ({"images": 3}, "images are given as a list .*, not a int"),
-        ({"audios": None}, "audios are given as a list"),
+        ({"images": 3}, "images are given as paths.*, not a int"),
+        ({"audios": None}, "audios are given as paths"),
         ({"videos": {"a.mp4": 1}}, "not a dict"),
         ({"media": "m/red.png"}, "list of pairs"),
         ({"media": ["image", "a.png"]}, "list of pairs"),
         ({"media": [("image", "a.png", 1)]}, "list of pairs"),
         ({"media": 3}, "list of pairs"),
-        ({"media": [("smell", "a.png")]}, "kind 'smell'; the kinds are image, video, audio"),
-        ({"media": [(picture(), "image")]}, "the kinds are image, video, audio"),
+        ({"media": [("smell", "a.png")]}, "unknown modality 'smell'; known are image, video, audio"),
+        ({"media": [(picture(), "image")]}, "known are image, video, audio"),
     ],
     ids=str,
 )
 def test_what_is_no_list_of_media_is_refused(media: dict[str, Any], message: str):
     with pytest.raises(MediaError, match=message):
-        media_of_turn(**media)
+        media_of(**media)
 
 
 def test_what_is_no_question_is_refused(model: Any, reader: MediaReader):
     talk = building.session(model, reader=reader)
     for words in (3, None, b"hi", ["hi"]):
-        with pytest.raises(PromptError, match="what is said is a text"):
+        with pytest.raises(PromptError, match="a question is a text"):
             talk.ask(words)  # type: ignore[call-overload]
     for words in ("", " \n"):
         with pytest.raises(PromptError, match="the question is empty"):
             talk.ask(words)
-    assert talk.turns == ()
+    assert talk.messages == ()
     assert talk.ask("", images=picture(), max_new_tokens=2).tokens == 2
-    with pytest.raises(PromptError, match="what is said is a text"):
+    with pytest.raises(PromptError, match="a question is a text"):
         talk.edit(0, 3)  # type: ignore[arg-type]
     for wrong in (np.zeros((4, 28, 28, 3)), [picture(), 3], (picture(), 3)):
         with pytest.raises(ChatBridgeError):
             talk.ask("And this?", images=wrong)  # type: ignore[call-overload]
-    assert len(talk.turns) == 2
+    assert len(talk.messages) == 2
 
 
 def test_a_sound_with_its_rate_is_heard_as_its_file(model: Any, reader: MediaReader):
@@ -216,11 +216,36 @@ def test_the_rate_of_a_sound_is_saved(model: Any, tmp_path: Path):
     talk = building.session(model)
     talk.ask("What is heard?", audios=(samples, 8000), max_new_tokens=2)
     talk.save(tmp_path / "talk.json")
-    [record] = json.loads((tmp_path / "talk.json").read_text())["turns"][0]["media"]
+    record = json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"][0]
     assert (record["rate"], record["name"]) == (8000, "array 4000 at 8000 Hz")
     loaded = building.session(model)
     loaded.load(tmp_path / "talk.json")
-    [medium] = loaded.turns[0].media
+    [medium] = loaded.messages[0].media
     np.testing.assert_array_equal(medium.source[0], samples)  # type: ignore[index]
     loaded.regenerate(max_new_tokens=2)
-    torch.testing.assert_close(medium.perceived.soft, talk.turns[0].media[0].perceived.soft)  # type: ignore[union-attr]
+    torch.testing.assert_close(medium.perceived.soft, talk.messages[0].media[0].perceived.soft)  # type: ignore[union-attr]
+
+
+def test_tensors_file_objects_and_lists_of_frames(reader: MediaReader, tmp_path: Path):
+    array = picture()
+    Image.fromarray(array).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(array)
+    with open(tmp_path / "a.png", "rb") as file:
+        images = [array, tensor, tensor.movedim(-1, 0), tensor.movedim(-1, 0) / 255, file]
+        media = media_of(images=images)
+    first, *others = seen(reader, *media)
+    for other in others:
+        torch.testing.assert_close(other, first)
+    samples = torch.from_numpy(tone(0.5, 8000))
+    [sound, pair] = seen(reader, *media_of(audios=[(samples, 8000), (samples.numpy(), 8000)]))
+    assert torch.equal(sound, pair)
+    frames = [Image.fromarray(array), Image.fromarray(array[::-1]).resize((20, 20))]
+    [video] = media_of(videos=frames)
+    [soft] = seen(reader, video)
+    assert video.source.shape == (2, *array.shape)  # type: ignore[union-attr]
+    [clip] = media_of(videos=torch.from_numpy(video.source).movedim(-1, 1), hear_videos=False)  # type: ignore[arg-type]
+    assert torch.equal(seen(reader, clip)[0], soft)
+    with pytest.raises(MediaError, match="binary mode"):
+        media_of(images=io.StringIO("text"))  # type: ignore[arg-type]
+    with pytest.raises(MediaError, match="not on the list of allowed hosts"):
+        media_of(images="https://example.org/a.png")

@@ -1,0 +1,348 @@
+"""The language model on a vLLM server: prompts go there as embeddings, tokens come back as a stream.
+
+Here are its embedding table, its configuration and its tokenizer only. The server is started with
+``vllm serve FOLDER --enable-prompt-embeds`` (docs/server.md). This module knows vLLM's completions, no media and no
+conversation.
+
+Shapes: ``N`` positions of a prompt, ``D`` width of the language model, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
+from lavis_chatbridge.models.sampling import Sampling
+
+if TYPE_CHECKING:
+    import httpx
+
+    from lavis_chatbridge.models.decoding import Generation
+    from lavis_chatbridge.models.language_model import Codec
+
+log = logging.getLogger(__name__)
+
+KEY = "CHATBRIDGE_ENGINE_KEY"
+"""The environment variable with the server's API key, if it asks for one."""
+_TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "transformer.wte.weight")
+_RETRIES = 4
+_FIRST_WAIT = 0.25  # seconds before the second attempt; each further wait is twice as long
+_BUSY = (429, 502, 503, 504)
+_AT_ONCE = 16
+_PROBE = "The colour of the picture"
+
+
+class Token(NamedTuple):
+    """A generated token; ``likeliest`` are the likeliest tokens at its position with their log-probabilities."""
+
+    id: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+class Client:
+    """vLLM's completions API, asked with prompt embeddings. Several threads may use one.
+
+    Args:
+        url: The address, as ``http://HOST:PORT/v1``.
+        width: ``D``, for messages.
+    """
+
+    def __init__(self, url: str, width: int) -> None:
+        import httpx
+
+        self.url, self.width = url.rstrip("/"), width
+        key = os.environ.get(KEY)
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(300.0, connect=5.0),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
+        )
+        self._model: str | None = None
+
+    def connect(self, codec: Codec) -> int | None:
+        """Check that the server takes this language model's embeddings; returns its context in tokens.
+
+        Raises:
+            EngineError: If it does not answer, or serves another language model.
+        """
+        found = self._request("GET", "/models")
+        try:
+            served = found["data"][0]
+            self._model, most = str(served["id"]), served.get("max_model_len")
+        except (KeyError, IndexError, TypeError):
+            raise EngineError(f"{self.url}/models does not list a model: is it a vLLM server?") from None
+        self._check_tokens(codec)
+        list(self.tokens(torch.zeros(1, self.width), Sampling(max_new_tokens=1), (), ()))
+        log.info("the language model %s runs at %s", self._model, self.url)
+        return most
+
+    def tokens(
+        self, embeds: Tensor, sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]
+    ) -> Iterator[Token]:
+        """Tokens of a reply as they come.
+
+        Args:
+            embeds: ``[N, D]`` the whole prompt.
+            sampling: How tokens are chosen; the server does no beam search.
+            stops: Texts that end a reply.
+            end_ids: Tokens that end a reply.
+
+        Raises:
+            ConfigError: If the sampling asks for beams.
+            EngineError: If the server refuses the prompt, or is lost before the reply is complete.
+        """
+        body = {"model": self._model, "prompt_embeds": _packed(embeds), **_fields(sampling, stops, end_ids)}
+        complete = False
+        for line in self._lines(body):
+            if line == "[DONE]":
+                complete = True
+                break
+            chunk = json.loads(line)
+            if "error" in chunk:
+                self._refuse(chunk)
+            for choice in chunk.get("choices", ()):
+                yield from self._tokens_of(choice)
+        if not complete:
+            raise EngineError(f"the engine at {self.url} ended the reply early")
+
+    def _tokens_of(self, choice: dict[str, Any]) -> list[Token]:
+        ids = choice.get("token_ids") or []
+        if not ids and choice.get("text"):
+            raise EngineError(f"the engine at {self.url} returns no token ids: use vLLM 0.11 or newer")
+        logprobs = choice.get("logprobs")
+        if not logprobs:
+            return [Token(token) for token in ids]
+        rows = zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"] or [None] * len(ids), strict=False)
+        return [
+            Token(token, own, tuple((int(name.rpartition(":")[2]), value) for name, value in (top or {}).items()))
+            for token, own, top in rows
+        ]
+
+    def _lines(self, body: dict[str, Any]) -> Iterator[str]:
+        """The data of the server's events; a request that has had no answer yet is repeated."""
+        import httpx
+
+        begun, wait = False, _FIRST_WAIT
+        for attempt in range(1, _RETRIES + 1):
+            try:
+                with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
+                    if response.status_code in _BUSY and attempt < _RETRIES:
+                        raise httpx.ConnectError(f"status {response.status_code}")
+                    if response.status_code != 200:
+                        response.read()
+                        self._refuse(_json(response), response.status_code)
+                    for line in response.iter_lines():
+                        if line.startswith("data: "):
+                            begun = True
+                            yield line.removeprefix("data: ")
+                return
+            except httpx.TransportError as error:
+                if begun:
+                    raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
+                if attempt == _RETRIES:
+                    raise EngineError(f"no engine answers at {self.url}: {error}") from error
+                time.sleep(wait)
+                wait *= 2
+
+    def _request(self, method: str, path: str, **more: Any) -> Any:
+        import httpx
+
+        try:
+            response = self._http.request(method, f"{self.url}{path}", **more)
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise EngineError(
+                f"no engine answers at {self.url} ({error}): start it with 'vllm serve FOLDER --enable-prompt-embeds'"
+            ) from error
+        if response.status_code != 200:
+            self._refuse(_json(response), response.status_code)
+        return _json(response)
+
+    def _check_tokens(self, codec: Codec) -> None:
+        """Compare the server's tokenizer with ours, if it shows it."""
+        import httpx
+
+        root = self.url.removesuffix("/v1")
+        asked = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
+        try:
+            response = self._http.post(f"{root}/tokenize", json=asked)
+            found = response.json()["tokens"] if response.status_code == 200 else None
+        except (httpx.TransportError, ValueError, KeyError, TypeError):
+            return
+        if found is not None and found != codec.encode(_PROBE):
+            raise EngineError(
+                f"the engine at {self.url} serves {self._model}, whose tokenizer gives other ids than "
+                "model.language_model: both must be of the same folder"
+            )
+
+    def _refuse(self, answer: Any, status: int = 400) -> NoReturn:
+        """Raise what a refusal means."""
+        error = answer.get("error", answer) if isinstance(answer, dict) else answer
+        said = str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+        lower = said.lower()
+        if "enable-prompt-embeds" in lower:
+            said = "it takes no embeddings: start it with 'vllm serve FOLDER --enable-prompt-embeds'"
+        elif "hidden_size" in lower or "hidden size" in lower:
+            said = f"it serves a language model of another width ({said}); this one's is {self.width}"
+        elif status in (401, 403):
+            said = f"it asks for an API key: set {KEY}"
+        elif status == 404:
+            said = f"it does not serve {self._model!r}, or is no vLLM server ({said})"
+        elif "lora" in lower:
+            said = f"merge LoRA adapters into the folder before it is served ({said})"
+        raise EngineError(f"the engine at {self.url} refuses: {said}")
+
+
+class RemoteLanguageModel(nn.Module):
+    """A causal language model whose blocks are on a server; in its place in `ChatBridge`.
+
+    Args:
+        table: The embedding table.
+        config: The configuration of transformers.
+        client: Where the blocks are.
+        max_context: The server's context in tokens.
+    """
+
+    def __init__(self, table: nn.Embedding, config: Any, client: Client, max_context: int | None) -> None:
+        super().__init__()
+        self.embed_tokens, self.config, self.client, self.max_context = table, config, client, max_context
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the table."""
+        return self.embed_tokens.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding table."""
+        return self.embed_tokens
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises ConfigError: Logits, losses, ranking and beams need the language model here."""
+        raise ConfigError(
+            f"model.language_model.engine is {self.client.url}, which only continues prompts: losses, ranking and beam "
+            "search need the local language model (set it to null)"
+        )
+
+    def run(self, generation: Generation) -> Iterator[str]:
+        """All of one reply, as its text becomes certain."""
+        embeds = generation.embeds(0, self.embed_tokens)
+        end_ids = sorted(generation.end_ids)
+        tokens = self.client.tokens(embeds, generation.sampling, generation.stream.stops, end_ids)
+        for token in tokens:
+            if generation.cancelled:
+                tokens.close()  # type: ignore[attr-defined]  # the server stops when the connection closes
+                yield generation.end("cancelled")
+                return
+            yield generation.accept(token.id)
+            if generation.done:
+                tokens.close()  # type: ignore[attr-defined]
+                return
+        if not generation.done:
+            yield generation.end("stop")
+
+    def continuations(
+        self, prompts: Sequence[Tensor], sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Token ids of one reply to each prompt ``[N, D]``; several prompts are under way at once."""
+
+        def one(embeds: Tensor) -> list[int]:
+            return [token.id for token in self.client.tokens(embeds, sampling, stops, end_ids)]
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(one, prompts))
+
+
+def load_remote(url: str, folder: Path, codec: Codec, dtype: torch.dtype) -> RemoteLanguageModel:
+    """The remote language model of a Hugging Face folder; only its embedding table is read.
+
+    Raises:
+        CheckpointError: If the folder has no table in safetensors.
+        EngineError: If the server does not answer, or serves another language model.
+    """
+    from transformers import AutoConfig
+
+    table = _embedding_table(folder).to(dtype)
+    client = Client(url, table.shape[1])
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    most = client.connect(codec)
+    return RemoteLanguageModel(nn.Embedding.from_pretrained(table, freeze=True), config, client, most)
+
+
+def _embedding_table(folder: Path) -> Tensor:
+    """``[V, D]``, found by the index of the folder's safetensors."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = [file for name, file in weight_map.items() if name in _TABLES]
+    for file in files:
+        if not (folder / file).is_file():
+            continue
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if name in _TABLES:
+                    return opened.get_tensor(name)
+    raise CheckpointError(
+        f"{folder} has no embedding table ({_TABLES[0]}) in safetensors, which a remote engine needs: convert its "
+        "weights with save_pretrained"
+    )
+
+
+def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) -> dict[str, Any]:
+    """A sampling in vLLM's names; every value is sent, so that the folder's generation_config.json has no effect.
+
+    Raises:
+        ConfigError: If it asks for beams.
+    """
+    if sampling.num_beams > 1:
+        raise ConfigError(f"num_beams is {sampling.num_beams}: beam search needs the local language model")
+    greedy = sampling.temperature == 0
+    return {
+        "stream": True,
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": sampling.min_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": 1.0 if greedy else sampling.top_p,
+        "top_k": -1 if greedy or sampling.top_k == 0 else sampling.top_k,
+        "min_p": 0.0 if greedy else sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "seed": sampling.seed,
+        "ignore_eos": sampling.ignore_eos,
+        "stop": [] if sampling.ignore_eos else list(stops),
+        "stop_token_ids": [] if sampling.ignore_eos else sorted({*end_ids, *sampling.stop_token_ids}),
+        "logprobs": sampling.logprobs,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": sampling.logprobs is not None,
+        "include_stop_str_in_output": True,
+    }
+
+
+def _packed(embeds: Tensor) -> str:
+    """``[N, D]`` as base64 of ``torch.save``."""
+    file = io.BytesIO()
+    torch.save(embeds.detach().cpu().contiguous().clone(), file)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return {"message": f"status {response.status_code}: {response.text[:200]}"}
