@@ -38,7 +38,7 @@ def command(
     model: loading.Model = "tiny",
     options: loading.Options = [],  # noqa: B006
     device: loading.Device = "auto",
-    template: loading.TemplateName = "human_assistant",
+    template: loading.TemplateName = None,
     engine: loading.EngineUrl = "",
     system: loading.System = "",
     no_video_sound: loading.NoVideoSound = False,
@@ -102,7 +102,9 @@ def _question(words: Sequence[str], given: Sequence[tuple[str, str]]) -> tuple[s
 class _Engines:
     """Opens engines for a command's options."""
 
-    def __init__(self, model: str, options: Sequence[str], template: str, url: str, max_context: int | None) -> None:
+    def __init__(
+        self, model: str, options: Sequence[str], template: str | None, url: str, max_context: int | None
+    ) -> None:
         self.identity = [model, list(options), template, max_context]
         self._model, self._options, self._template, self._url = model, options, template, url
         self._max_context = max_context

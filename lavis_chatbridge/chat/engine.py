@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.chat.media import MediaNote, MediaReader, note_of
 from lavis_chatbridge.errors import ChatBridgeError, PromptError
-from lavis_chatbridge.models import answering
-from lavis_chatbridge.models.decoding import Decoder, Element, Finish, Generation, Prefix, Sampling, TextStream
+from lavis_chatbridge.models import families
+from lavis_chatbridge.models.decoding import Decoder, Finish, Generation, TokenLogprob
+from lavis_chatbridge.models.kept import Element, Prefix
+from lavis_chatbridge.models.layout import elements_of
 from lavis_chatbridge.models.remote import RemoteLanguageModel
-from lavis_chatbridge.models.templates import Ids, Template, load_template
-from lavis_chatbridge.prompting import Modality, Text
+from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.templates import Template, load_template
+from lavis_chatbridge.models.text import TextStream
+from lavis_chatbridge.prompting import Modality, Slot, slots_of
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
@@ -75,7 +79,7 @@ class Answer:
     dropped: int
     first_token_seconds: float
     ids: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
-    logprobs: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
+    logprobs: tuple[TokenLogprob, ...] = dataclasses.field(default=(), repr=False)
 
     def __str__(self) -> str:
         return self.text
@@ -198,7 +202,8 @@ class Engine:
     Args:
         model: A ChatBridge; it is switched to evaluation.
         reader: Opens and perceives media.
-        template: ``"human_assistant"`` (the paper's), ``"vicuna_v1"``, or ``"tokenizer"`` (the language model's own).
+        template: ``"human_assistant"`` (the paper's), ``"vicuna_v1"``, or ``"tokenizer"`` (the language model's own);
+            by default the model's.
         max_context: Positions that the model reads at most; by default its own limit. The oldest messages that do not
             fit are left out, in pairs.
         batch: Replies under way at once.
@@ -214,7 +219,7 @@ class Engine:
         self,
         model: ChatBridge,
         reader: MediaReader,
-        template: str = "human_assistant",
+        template: str | None = None,
         *,
         max_context: int | None = None,
         batch: int = 16,
@@ -222,7 +227,7 @@ class Engine:
         preparers: int = 2,
         keep: int = 8,
     ) -> None:
-        self.model, self.reader, self.template = model.eval(), reader, template
+        self.model, self.reader, self.template = model.eval(), reader, template or model.settings.template
         self.codec = model.llama_tokenizer
         self.max_context = max_context or _context_of(model)
         self.load_template("")  # raises now, not at the first message
@@ -354,18 +359,14 @@ class Engine:
         by_modality: dict[Modality, list[Medium]] = {}
         for medium in media:
             by_modality.setdefault(medium.modality, []).append(medium)
-        elements: list[Element] = []
-        for part in template.parts([message.worded for message in window]):
-            if isinstance(part, Text):
-                elements += self.codec.encode(part.text)
-            elif isinstance(part, Ids):
-                elements += part.ids
-            else:
-                seen = by_modality[part.kind][part.index].perceived
-                assert seen is not None
-                assert seen.soft is not None
-                elements += [(seen.key, i) for i in range(len(seen.soft))]
-        return elements
+        pieces = template.prompt([message.worded for message in window], generate=True)
+        found: dict[Slot, tuple[str, int]] = {}
+        for slot in slots_of(pieces):
+            seen = by_modality[slot.kind][slot.index].perceived
+            assert seen is not None
+            assert seen.soft is not None
+            found[slot] = (seen.key, len(seen.soft))
+        return elements_of(pieces, found, self.codec)
 
     def _wake(self) -> None:
         """Start the generating thread unless it runs."""
@@ -425,7 +426,7 @@ class Engine:
     def _send_text(self, reply: Reply, text: str) -> None:
         generation = reply.generation
         assert generation is not None
-        if generation.done and self._keep and generation.prefix.elements:
+        if generation.done and self._keep and generation.prefix is not None and generation.prefix.elements:
             with self._lock:
                 self._prefixes = [*self._prefixes, generation.prefix][-self._keep :]
         reply.send(text)
@@ -436,7 +437,7 @@ class Engine:
             shared = [prefix.common(generation.elements) for prefix in self._prefixes]
             best = max(range(len(shared)), key=shared.__getitem__, default=None)
             if best is not None and shared[best] >= max(1, _LEAST_SHARE * len(self._prefixes[best].elements)):
-                generation.prefix, generation.reused = self._prefixes.pop(best), shared[best]
+                generation.prefix = self._prefixes.pop(best)
 
     def _send(self, reply: Reply) -> None:
         """One reply of a remote engine."""
@@ -468,7 +469,7 @@ def _check_order(messages: Sequence[ChatMessage]) -> None:
 def _context_of(model: ChatBridge) -> int:
     if isinstance(model.llama_model, RemoteLanguageModel) and (most := model.llama_model.max_context):
         return most
-    positions = answering.positions_of(model.llama_model.config)
+    positions = families.positions_of(model.llama_model.config)
     return int(positions) if math.isfinite(positions) else _USUAL_CONTEXT
 
 
@@ -485,7 +486,7 @@ def _answer(generation: Generation, prompt: _Prompt) -> Answer:
         dropped=prompt.dropped,
         first_token_seconds=generation.first_token or 0.0,
         ids=_kept_ids(generation, prompt.stops),
-        logprobs=tuple(getattr(generation, "logprobs", None) or ()),
+        logprobs=tuple(generation.logprobs),
     )
 
 

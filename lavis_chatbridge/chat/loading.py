@@ -24,7 +24,9 @@ EngineUrl = Annotated[
     str,
     typer.Option("--engine", help="A vLLM server that runs the language model: http://HOST:PORT/v1."),
 ]
-TemplateName = Annotated[str, typer.Option("--template", help="human_assistant, vicuna_v1 or tokenizer.")]
+TemplateName = Annotated[
+    str | None, typer.Option("--template", help="human_assistant, vicuna_v1 or tokenizer; by default the model's.")
+]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
 NoVideoSound = Annotated[bool, typer.Option("--no-video-sound", help="Leave out videos' own sound tracks.")]
 MaxContext = Annotated[int | None, typer.Option("--max-context", help="Tokens that the model reads at most.")]

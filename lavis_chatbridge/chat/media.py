@@ -23,7 +23,7 @@ from torch import Tensor
 from lavis_chatbridge.chat.conversation import Medium
 from lavis_chatbridge.chat.sources import Access, open_url
 from lavis_chatbridge.errors import MediaError, TooShortError
-from lavis_chatbridge.media import Sound, Source
+from lavis_chatbridge.media import Sound, Source, has_audio_track
 from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.media.source import file_of, is_file, media_errors
@@ -245,7 +245,7 @@ class MediaReader:
         except MediaError as error:
             if not medium.track:
                 raise MediaError(medium.name, error.cause.replace(error.source, medium.name)) from error
-            if not processor.opener.has_audio_track(medium.source, limits=processor.limits):
+            if not processor.opener(has_audio_track, medium.source, limits=processor.limits):
                 raise _NothingToHear(NO_TRACK) from error
             raise _NothingToHear(f"the video's audio track cannot be read: {error.cause}") from error
         silent = isinstance(prepared, AudioClips) and _is_silent(prepared)

@@ -19,7 +19,8 @@ from lavis_chatbridge.chat.media import Images, MediaReader, Pairs, Sounds, medi
 from lavis_chatbridge.chat.sources import Access
 from lavis_chatbridge.config import parse, unknown_key
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models.decoding import Sampling, text_of
+from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.text import text_of
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
@@ -71,7 +72,7 @@ class Session:
     Args:
         model: A ChatBridge; it is switched to evaluation.
         processors: As `processors.load_processors` gives them; by default those of the model's type.
-        template: ``"human_assistant"`` (the paper's), ``"vicuna_v1"``, or ``"tokenizer"`` (the language model's own).
+        template: See `Engine`.
         system: System prompt; the paper's format has none.
         hear_videos: The model gets a video's own sound track with it.
         max_context: Positions that the model reads at most; by default its own limit.
@@ -88,7 +89,7 @@ class Session:
         self,
         model: ChatBridge,
         processors: Any = None,
-        template: str = "human_assistant",
+        template: str | None = None,
         *,
         system: str = "",
         hear_videos: bool = True,
@@ -111,7 +112,7 @@ class Session:
 
     @classmethod
     def open(
-        cls, model: str | Path = "tiny", template: str = "human_assistant", *, device: str = "auto", **settings: Any
+        cls, model: str | Path = "tiny", template: str | None = None, *, device: str = "auto", **settings: Any
     ) -> Session:
         """A session with a model of its own.
 

@@ -53,7 +53,7 @@ def command(
     model: loading.Model = "tiny",
     options: loading.Options = [],  # noqa: B006
     device: loading.Device = "auto",
-    template: loading.TemplateName = "human_assistant",
+    template: loading.TemplateName = None,
     engine: loading.EngineUrl = "",
     system: loading.System = "",
     no_video_sound: loading.NoVideoSound = False,

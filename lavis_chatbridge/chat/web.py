@@ -443,7 +443,7 @@ def command(
     model: loading.Model = "tiny",
     options: loading.Options = [],  # noqa: B006
     device: loading.Device = "auto",
-    template: loading.TemplateName = "human_assistant",
+    template: loading.TemplateName = None,
     engine: loading.EngineUrl = "",
     host: Annotated[str, typer.Option(help="The address to listen on; default: this machine only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,

@@ -20,6 +20,7 @@ from lavis_chatbridge.models.decoding import Decoder, Generation, beam_search
 from lavis_chatbridge.models.families import LanguageModel, own_precision, room_behind
 from lavis_chatbridge.models.layout import Places, elements_of
 from lavis_chatbridge.models.ranking import candidate_scores
+from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template
@@ -104,6 +105,9 @@ class Answering:
         replies = self.replies(samples, sampling, prompt, stop, bos)
         if sampling.num_beams > 1:
             return self._searched(replies, sampling)
+        if isinstance(self.llama_model, RemoteLanguageModel):
+            self.llama_model.complete(replies)
+            return [reply.stream.text for reply in replies]
         decoder = Decoder(self.llama_model)
         decoder.add_all(replies)
         while len(decoder):

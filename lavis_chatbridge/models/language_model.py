@@ -19,6 +19,7 @@ from packaging.version import Version
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
 from lavis_chatbridge.models import families, lora
+from lavis_chatbridge.models.remote import load_remote
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 from lavis_chatbridge.models.tokenizer import Codec, load_codec, one_line
 
@@ -72,6 +73,8 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
     folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights", "language_model")
     named = settings.tokenizer or settings.weights
     codec = load_codec(hub.find(named or (), f"{where}.tokenizer", "tokenizer"))
+    if settings.engine is not None and folder is not None:
+        return load_remote(settings.engine, folder, codec, torch_dtype(settings.dtype)), codec
     model = _random(settings) if folder is None else _pretrained(folder, settings)
     rows = model.get_input_embeddings().num_embeddings
     if len(codec) > rows:

@@ -15,22 +15,23 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
+from lavis_chatbridge.models.decoding import Generation, TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
 
 if TYPE_CHECKING:
     import httpx
 
-    from lavis_chatbridge.models.decoding import Generation
-    from lavis_chatbridge.models.language_model import Codec
+    from lavis_chatbridge.models.tokenizer import Codec
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,6 @@ _FIRST_WAIT = 0.25  # seconds before the second attempt; each further wait is tw
 _BUSY = (429, 502, 503, 504)
 _AT_ONCE = 16
 _PROBE = "The colour of the picture"
-
-
-class Token(NamedTuple):
-    """A generated token; ``likeliest`` are the likeliest tokens at its position with their log-probabilities."""
-
-    id: int
-    logprob: float | None = None
-    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 class Client:
@@ -92,7 +85,7 @@ class Client:
 
     def tokens(
         self, embeds: Tensor, sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]
-    ) -> Iterator[Token]:
+    ) -> Generator[tuple[int, TokenLogprob | None]]:
         """Tokens of a reply as they come.
 
         Args:
@@ -119,16 +112,16 @@ class Client:
         if not complete:
             raise EngineError(f"the engine at {self.url} ended the reply early")
 
-    def _tokens_of(self, choice: dict[str, Any]) -> list[Token]:
+    def _tokens_of(self, choice: dict[str, Any]) -> list[tuple[int, TokenLogprob | None]]:
         ids = choice.get("token_ids") or []
         if not ids and choice.get("text"):
             raise EngineError(f"the engine at {self.url} returns no token ids: use vLLM 0.11 or newer")
         logprobs = choice.get("logprobs")
         if not logprobs:
-            return [Token(token) for token in ids]
-        rows = zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"] or [None] * len(ids), strict=False)
+            return [(token, None) for token in ids]
+        rows = zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"] or [{}] * len(ids), strict=False)
         return [
-            Token(token, own, tuple((int(name.rpartition(":")[2]), value) for name, value in (top or {}).items()))
+            (token, TokenLogprob(token, own, tuple((int(n.rpartition(":")[2]), v) for n, v in (top or {}).items())))
             for token, own, top in rows
         ]
 
@@ -237,32 +230,27 @@ class RemoteLanguageModel(nn.Module):
         )
 
     def run(self, generation: Generation) -> Iterator[str]:
-        """All of one reply, as its text becomes certain."""
+        """Yields a reply's text as it becomes final."""
+        own = generation.sampling
         embeds = generation.embeds(0, self.embed_tokens)
-        end_ids = sorted(generation.end_ids)
-        tokens = self.client.tokens(embeds, generation.sampling, generation.stream.stops, end_ids)
-        for token in tokens:
-            if generation.cancelled:
-                tokens.close()  # type: ignore[attr-defined]  # the server stops when the connection closes
-                yield generation.end("cancelled")
-                return
-            yield generation.accept(token.id)
-            if generation.done:
-                tokens.close()  # type: ignore[attr-defined]
-                return
-        if not generation.done:
-            yield generation.end("stop")
+        stops = () if own.ignore_eos else generation.stream.stops
+        # Closing the generator closes the connection, at which the server stops.
+        with closing(self.client.tokens(embeds, own, stops, sorted(generation.end_ids))) as tokens:
+            for token, logprob in tokens:
+                if generation.cancelled:
+                    yield generation.end("cancelled")
+                    return
+                if logprob is not None and own.logprobs is not None:
+                    generation.logprobs.append(logprob._replace(top=logprob.top[: own.logprobs]))
+                yield generation.accept(token)
+                if generation.done:
+                    return
+        yield generation.end("stop")
 
-    def continuations(
-        self, prompts: Sequence[Tensor], sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]
-    ) -> list[list[int]]:
-        """Token ids of one reply to each prompt ``[N, D]``; several prompts are under way at once."""
-
-        def one(embeds: Tensor) -> list[int]:
-            return [token.id for token in self.client.tokens(embeds, sampling, stops, end_ids)]
-
+    def complete(self, generations: Sequence[Generation]) -> None:
+        """Complete several replies, which are under way at once."""
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(one, prompts))
+            list(pool.map(lambda generation: list(self.run(generation)), generations))
 
 
 def load_remote(url: str, folder: Path, codec: Codec, dtype: torch.dtype) -> RemoteLanguageModel:
@@ -325,8 +313,8 @@ def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) ->
         "frequency_penalty": sampling.frequency_penalty,
         "seed": sampling.seed,
         "ignore_eos": sampling.ignore_eos,
-        "stop": [] if sampling.ignore_eos else list(stops),
-        "stop_token_ids": [] if sampling.ignore_eos else sorted({*end_ids, *sampling.stop_token_ids}),
+        "stop": list(stops),
+        "stop_token_ids": list(end_ids),
         "logprobs": sampling.logprobs,
         "return_token_ids": True,
         "return_tokens_as_token_ids": sampling.logprobs is not None,

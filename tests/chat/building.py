@@ -33,7 +33,7 @@ def processors() -> Any:
 
 def engine(model: Any, **settings: Any) -> Engine:
     """An engine of that model."""
-    template = settings.pop("template", "human_assistant")
+    template = settings.pop("template", None)
     return Engine(model, settings.pop("reader", None) or MediaReader(model, processors()), template, **settings)
 
 

@@ -41,7 +41,7 @@ def command(
     model: loading.Model = "tiny",
     options: loading.Options = [],  # noqa: B006  (typer copies it)
     device: loading.Device = "auto",
-    template: loading.TemplateName = "human_assistant",
+    template: loading.TemplateName = None,
     engine: loading.EngineUrl = "",
     name: Annotated[str, typer.Option(help="The model's name for clients (default: chatbridge-MODEL).")] = "",
     host: Annotated[str, typer.Option(help="The address to listen on; default: this machine only.")] = "127.0.0.1",

@@ -20,8 +20,8 @@ from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
 from lavis_chatbridge.chat.engine import Answer
 from lavis_chatbridge.chat.sources import Access
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError
-from lavis_chatbridge.models.language_model import Codec
 from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.tokenizer import Codec
 
 log = logging.getLogger(__name__)
 

@@ -111,7 +111,7 @@ def test_the_guides_curl_is_answered(server: Served):
     curl, bash = shutil.which("curl"), shutil.which("bash")
     if curl is None or bash is None:
         pytest.skip("needs curl and bash")
-    (command,) = re.findall(r"^```sh\n(curl .*?)^```", GUIDE, flags=re.DOTALL | re.MULTILINE)
+    (command,) = re.findall(r"^```bash\n(curl .*?)^```", GUIDE, flags=re.DOTALL | re.MULTILINE)
     command = command.replace("http://127.0.0.1:8000/v1", f"{server.url}", 1)
     command = command.replace("curl ", f"curl -sS --noproxy '*' -H 'Authorization: Bearer {TOKEN}' ", 1)
     done = subprocess.run([bash, "-c", command], cwd=server.files, capture_output=True, text=True, timeout=120)
