@@ -41,6 +41,7 @@ COMMANDS = (
     Command("export-llm", "lavis_chatbridge.plugin.export_llm", "Write the language model with LoRA merged."),
     Command("convert", "lavis_chatbridge.hf.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
     Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),
+    Command("convert-data", "lavis_chatbridge.datasets.convert", "Write annotations of any format as our JSONL."),
     Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),
     Command("cache-features", "lavis_chatbridge.plugin.cache_features", "Store the frozen encoders' outputs."),
     Command("doctor", "lavis_chatbridge.plugin.doctor", "Check packages, devices, files and memory before a run."),

@@ -1,36 +1,32 @@
-"""LAVIS builders for every data set: one class per row of ``configs/datasets/*.yaml``, made from the row.
+"""LAVIS builders for every data set: one class per row of ``configs/datasets/*.yaml``.
 
-A row says which reader understands the files, where files and media lie under the data root, and what the data set is
-for. Annotations of other formats are converted to our schema once, into the cache folder. Nothing is downloaded.
+A row names the reader of the files, their places under the data root, and the purpose of the data set. Annotations of
+other formats are converted to our schema once, into the cache folder. Nothing is downloaded, except tables of the
+Hugging Face hub.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge import config as settings
-from lavis_chatbridge.datasets import readers
-from lavis_chatbridge.datasets.cache import cache_folder, locked
+from lavis_chatbridge.datasets.convert import converted
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
-from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.files import SampleFile, cache_folder
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import read_json, write_json
 from lavis_chatbridge.processors.loading import SECTIONS, load_processors
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.prompting.templates import Templates
-from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, write_jsonl
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +38,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
     """Builds the splits of one data set as `SourceGroup`.
 
     Args:
-        cfg: The data set's section, as LAVIS's tasks hand it on; what it leaves out is the row's. None takes the row.
+        cfg: The data set's section; the row has the defaults. None uses the row.
     """
 
     NAME: ClassVar[str] = ""
@@ -51,28 +47,26 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
     def __init__(self, cfg: DictConfig | Mapping[str, Any] | str | None = None) -> None:
         if isinstance(cfg, str):
             cfg = OmegaConf.load(cfg).datasets[self.NAME]
-        self.config = OmegaConf.merge(OmegaConf.create(dict(self.ROW)), cfg or {})
-        self.settings = self._parse(OmegaConf.to_container(self.config, resolve=True), f"datasets.{self.NAME}")
+        self.config = settings.merged(OmegaConf.create(dict(self.ROW)), cfg or {})
+        self.settings = self._parse(self.config, f"datasets.{self.NAME}")
         self.data_type = self.settings.data_type
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any], where: str) -> None:
-        """Check a section before anything is loaded, files included.
+        """Check a section and its files before anything is loaded.
 
-        The embedded world's files are looked for when they are needed: a run may make the world first.
+        The files of the embedded world are checked later: a run may build the world first.
 
         Raises:
             ConfigError: With every fault and every missing file.
         """
         parsed = cls._parse(cfg, where)
-        if not cls.NAME.startswith(WORLD_PREFIX):
-            missing = _missing(parsed)
-            if missing:
-                raise ConfigError(_report(where, missing, parsed))
+        if not cls.NAME.startswith(WORLD_PREFIX) and (missing := _missing(parsed)):
+            raise ConfigError(_report(where, missing, parsed))
 
     @classmethod
     def split_names(cls, cfg: Mapping[str, Any]) -> list[str]:
-        """The splits that a section's data set has; of a mixture, the training split alone.
+        """The splits of a section's data set; of a mixture, the training split.
 
         Raises:
             ConfigError: With every fault of the section.
@@ -81,13 +75,12 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return ["train"] if parsed.parts else parsed.used_splits
 
     def build_datasets(self) -> dict[str, SourceGroup]:
-        """All splits, ready to load from.
+        """All splits.
 
         Raises:
             DataError: If files are missing (all are named) or malformed.
         """
-        missing = _missing(self.settings)
-        if missing:
+        if missing := _missing(self.settings):
             raise DataError(_report(f"datasets.{self.NAME}", missing, self.settings))
         return self.build()
 
@@ -108,7 +101,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return groups
 
     def media_of(self, splits: Iterable[str]) -> dict[str, set[Modality]]:
-        """Split -> the kinds of media that its samples have, of those of the given splits that there are.
+        """Those of the given splits that exist -> the modalities of their media.
 
         Raises:
             DataError: If files are malformed.
@@ -118,19 +111,23 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
 
     @classmethod
     def _parse(cls, cfg: Any, where: str) -> DataSettings:
-        return settings.parse(DataSettings, cfg, where)
+        parsed = settings.parse(DataSettings, cfg, where)
+        if not parsed.parts and not parsed.used_splits:
+            raise ConfigError(
+                f"{where}: splits is missing: name the annotation file of each split, such as {{train: my.jsonl}}"
+            )
+        return parsed
 
     def _files(self, split: str) -> list[SampleFile]:
         """The split's samples; other formats become one file of ours."""
-        own = self.settings
-        files = own.files(split)
+        own, cache = self.settings, cache_folder()
         if own.reader != OWN_READER:
-            path = _converted(self.NAME, split, own)
-            return [SampleFile(path, own.root, allow_outside=True, cache=cache_folder())]
+            path = converted(self.NAME, split, own, cache / "converted")
+            return [SampleFile(path, own.root, allow_outside=True, cache=cache, limit=own.limit)]
         opened = []
-        for name in files.values():
+        for name in (path for paths in own.files(split).values() for path in paths):
             root = os.path.dirname(name) if own.media_root is None else os.path.join(own.root, own.media_root)
-            opened.append(SampleFile(name, root or ".", own.allow_outside, cache_folder()))
+            opened.append(SampleFile(name, root or ".", own.allow_outside, cache, own.limit))
         return opened
 
     def _sources(self, split: str, file: SampleFile) -> list[SourceDataset]:
@@ -143,12 +140,12 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             templates=_templates(own.templates),
             reply_end=own.reply_end,
             root=file.root,
-            allow_outside=own.allow_outside,
+            # a table's bytes are in the cache folder
+            allow_outside=own.allow_outside or own.reader == "huggingface",
         )
-        indices = None if own.limit is None else np.arange(min(own.limit, len(file)))
-        if own.split_modalities:
-            return split_by_modality(self.NAME, file, how, indices)
-        return [SourceDataset(self.NAME, file, how, indices)]
+        return (
+            split_by_modality(self.NAME, file, how) if own.split_modalities else [SourceDataset(self.NAME, file, how)]
+        )
 
     def _processors(self) -> dict[str, dict[str, Any]]:
         given = {name: getattr(self.settings, name) for name in SECTIONS.values()}
@@ -159,6 +156,9 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         sources = []
         for name, part in _parts(own).items():
             ratio = own.ratios.get(name)
+            if _is_absent(part):
+                _log.warning("%s: left out %s, whose files do not exist (optional: true)", self.NAME, name)
+                continue
             found = _builder(name)(part).build(["train"])["train"].sources
             whole = sum(len(source) for source in found)
             for source in found:
@@ -186,18 +186,20 @@ def register_builders() -> None:
 
 
 def require_files(datasets_cfg: Mapping[str, Any]) -> None:
-    """Look for the files of all data sets of a configuration at once.
+    """Check that the files of all data sets of a configuration exist.
 
     Raises:
-        DataError: Naming every file that is missing, of all data sets.
+        DataError: Naming every missing file of all data sets.
     """
     missing: dict[str, list[str]] = {}
     for name, section in datasets_cfg.items():
         builder = registry.get_builder_class(name)
-        if builder is not None and issubclass(builder, ChatBridgeBuilder):
-            absent = _missing(builder(section).settings)
-            if absent:
-                missing[f"datasets.{name}"] = absent
+        if (
+            builder is not None
+            and issubclass(builder, ChatBridgeBuilder)
+            and (absent := _missing(builder(section).settings))
+        ):
+            missing[f"datasets.{name}"] = absent
     if missing:
         raise DataError("; ".join(_report(name, paths) for name, paths in missing.items()))
 
@@ -211,7 +213,7 @@ def _builder(name: str) -> type[ChatBridgeBuilder]:
 
 
 def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
-    """The sections of a mixture's parts: their rows, with what the mixture sets for all."""
+    """The sections of a mixture's parts: their rows, with the settings that the mixture shares."""
     if own.ratios and set(own.ratios) != set(own.parts):
         without = sorted(set(own.parts) - set(own.ratios))
         raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
@@ -226,74 +228,34 @@ def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
     return parts
 
 
+def _is_absent(part: Mapping[str, Any]) -> bool:
+    """Whether this is an optional part of a mixture without annotation files."""
+    own = settings.parse(DataSettings, part, "parts")
+    files = [path for paths in own.files("train").values() for path in paths]
+    return own.optional and not any(os.path.isfile(path) for path in files)
+
+
 def _missing(own: DataSettings) -> list[str]:
     if not own.parts:
         return own.missing()
     absent: list[str] = []
     for name, part in _parts(own).items():
-        parsed = settings.parse(DataSettings, part, name)
-        parsed.splits = {"train": parsed.splits["train"]}
-        absent += parsed.missing()
+        if not _is_absent(part):
+            absent += settings.parse(DataSettings, part, name).missing(["train"])
     return list(dict.fromkeys(absent))
 
 
 def _report(where: str, missing: Sequence[str], own: DataSettings | None = None) -> str:
-    """The sentence for missing files; with the data set's settings, where they were looked for and who said so."""
+    """The error text for missing files; with the data set's settings, the data root and who set it."""
     files, under = ", ".join(missing), ""
     if own is not None:
-        said = f"set by env.data_root or ${DATA_VARIABLE}"
+        setter = f"set by env.data_root or ${DATA_VARIABLE}"
         if own.data_root:
-            said = f"set by {where}.data_root"
+            setter = f"set by {where}.data_root"
         elif not os.environ.get(DATA_VARIABLE):
-            said = f"this folder, since neither {where}.data_root nor env.data_root nor ${DATA_VARIABLE} is set"
-        under = f" (data root {os.path.abspath(own.root)}, {said})"
+            setter = f"this folder, since neither {where}.data_root nor env.data_root nor ${DATA_VARIABLE} is set"
+        under = f" (data root {os.path.abspath(own.root)}, {setter})"
     return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
-
-
-def _converted(name: str, split: str, own: DataSettings) -> Path:
-    """A split in our schema, converted on first use and whenever files, settings or reader have changed."""
-    files = own.files(split)
-    origin = own.origin(name, split)
-    stamps = []
-    for role, path in files.items():
-        status = os.stat(path)
-        stamps.append((role, os.path.abspath(path), status.st_size, status.st_mtime_ns))
-    made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, stamps, os.path.abspath(own.root))
-    made_with = (
-        sorted(own.media.items()),
-        sorted(origin.options.items(), key=str),
-        own.skip_missing,
-        own.allow_outside,
-    )
-    key = hashlib.sha256(repr((made_by, made_with)).encode()).hexdigest()[:16]
-    target = cache_folder() / "converted" / f"{name}-{split}-{key}.jsonl"
-    left_out = target.with_suffix(".left_out.json")
-    with locked(target):
-        if not target.exists():
-            _log.info("%s, split %s: converting %s", name, split, ", ".join(files.values()))
-            samples = readers.READERS[own.reader](origin)
-            absent: Counter[str] = Counter()
-            write_jsonl(target, _present(samples, absent) if own.skip_missing else samples, root=own.root)
-            write_json(left_out, absent.total())
-    if absences := read_json(left_out):
-        _log.warning(
-            "%s, split %s: left out %d samples whose media were not there when the annotations were converted "
-            "(skip_missing); remove %s once there are more",
-            name,
-            split,
-            absences,
-            target,
-        )
-    return target
-
-
-def _present(samples: Iterable[Sample], absent: Counter[str]) -> Iterator[Sample]:
-    """The samples whose media are there; the others are counted."""
-    for sample in samples:
-        if all(os.path.exists(medium.path) for medium in sample.files):
-            yield sample
-        else:
-            absent["samples"] += 1
 
 
 def _templates(chosen: bool | list[str]) -> Templates | None:
@@ -303,21 +265,20 @@ def _templates(chosen: bool | list[str]) -> Templates | None:
 
 
 def _tell_apart(sources: Sequence[SourceDataset]) -> None:
-    """Give sources of one name, which come from several files, their modality's name, or else their file's."""
-    for namer in (_modality, _stem):
+    """Add to equal names of sources, which come from several files, their modality, or else their file's name."""
+
+    def modality(source: SourceDataset) -> str:
+        return source.sample(0).modality
+
+    def stem(source: SourceDataset) -> str:
+        return Path(source.samples.path).stem if isinstance(source.samples, SampleFile) else ""
+
+    for namer in (modality, stem):
         counts = Counter(source.name for source in sources)
         named = {source: f"{source.name}/{namer(source)}" for source in sources if counts[source.name] > 1}
-        if namer is _stem or len(set(named.values())) == len(named):
+        if namer is stem or len(set(named.values())) == len(named):
             for source, name in named.items():
                 source.name = name
-
-
-def _modality(source: SourceDataset) -> str:
-    return source.sample(0).modality
-
-
-def _stem(source: SourceDataset) -> str:
-    return Path(source.samples.path).stem if isinstance(source.samples, SampleFile) else ""
 
 
 def _mode(split: str) -> str:

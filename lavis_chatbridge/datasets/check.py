@@ -1,43 +1,49 @@
-"""``chatbridge check-data FILE``: is a JSONL of our schema usable, and what is in it?
+"""``chatbridge check-data FILE``: whether annotations can be used, and what they contain.
 
-Every line is read, every medium looked for (``--decode``: opened), nothing is kept but counts. Faults do not end the
-check: all are counted by cause, the first of each are shown with their line.
+Every sample is read and every medium looked for (``--decode``: opened). Faults do not end the check: all are counted by
+cause, and the first of each are shown with their position.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN
+from lavis_chatbridge.datasets.readers.common import stem_of
+from lavis_chatbridge.datasets.settings import OWN_READER
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.schema import Medium, Sample, check_inside, parse_line
+from lavis_chatbridge.files import read_lines
+from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.schema import Medium, Sample, check_inside, folder_of, parse_line, read_jsonl
 
 _SHOWN = 5
 _MALFORMED, _DUPLICATE, _MISSING = "malformed line", "duplicate id", "missing medium"
 _UNREADABLE, _OUTSIDE, _OVERLONG, _EMPTY = "unreadable medium", "medium outside the root", "overlong text", "empty text"
-_WARNINGS = (_OVERLONG, _EMPTY)
+_SAME_CONTENT, _SAME_NAME = "medium of the evaluation data, by content", "medium of the evaluation data, by name"
+_WARNINGS = (_OVERLONG, _EMPTY, _SAME_NAME)
 
 
 @dataclass
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         lines: Samples and faulty lines together.
         modalities: Modality -> samples.
-        tasks: Task -> samples; ``captions`` and ``conversation`` where a sample names none.
+        tasks: Task -> samples; ``captions`` and ``conversation`` for samples without a task.
         sources: Source -> samples.
         media: Modality -> distinct files.
         faults: Cause -> how often.
-        examples: Cause -> the first few, with their line.
+        examples: Cause -> the first few, with their position.
     """
 
     lines: int = 0
@@ -50,15 +56,15 @@ class Report:
 
     @property
     def usable(self) -> bool:
-        """Whether training can use the file: overlong and empty texts are warnings, all else is not."""
+        """Whether training can use the data: overlong and empty texts and equal names are only warnings."""
         return self.lines > 0 and not any(count for cause, count in self.faults.items() if cause not in _WARNINGS)
 
     def add_fault(self, cause: str, example: str) -> None:
-        """Count a fault and keep it if it is among the first."""
+        """Count a fault, and keep it as an example if it is one of the first."""
         self.faults[cause] += 1
-        kept = self.examples.setdefault(cause, [])
-        if len(kept) < _SHOWN:
-            kept.append(example)
+        examples = self.examples.setdefault(cause, [])
+        if len(examples) < _SHOWN:
+            examples.append(example)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -68,16 +74,15 @@ class Report:
     def as_text(self, path: str) -> str:
         """For people."""
         lines = [f"{path}: {self.lines} samples"]
-        for title, counts in (("modality", self.modalities), ("task", self.tasks), ("source", self.sources)):
+        groups = {"modality": self.modalities, "task": self.tasks, "source": self.sources, "files": self.media}
+        for title, counts in groups.items():
             lines += [f"  {title:<10}{name:<32}{count:>12}" for name, count in sorted(counts.items())]
-        lines += [f"  {'files':<10}{name:<32}{count:>12}" for name, count in sorted(self.media.items())]
         for cause, count in sorted(self.faults.items()):
             lines.append(f"  {'warning' if cause in _WARNINGS else 'FAULT'}: {cause}: {count}")
             lines += [f"      {example}" for example in self.examples[cause]]
             if count > len(self.examples[cause]):
                 lines.append(f"      ... and {count - len(self.examples[cause])} more")
-        lines.append("usable" if self.usable else "NOT usable")
-        return "\n".join(lines)
+        return "\n".join([*lines, "usable" if self.usable else "NOT usable"])
 
 
 def check_file(
@@ -86,84 +91,85 @@ def check_file(
     decode: bool = False,
     allow_outside: bool = False,
     max_tokens: int = 512,
+    against: Iterable[Sample] = (),
 ) -> Report:
-    """Check a JSONL file.
+    """Check a JSONL file of our schema.
 
     Args:
         path: The file.
-        root: The folder that media paths are relative to; without it the file's own.
-        decode: Open every medium instead of looking whether it is there.
+        root: The folder that media paths are relative to; by default the file's own.
+        decode: Open every medium.
         allow_outside: Accept media outside the root.
-        max_tokens: Longer texts (at about 4 characters a token) are reported; training would cut them.
+        max_tokens: Longer texts (at about 4 characters a token) are reported; training would truncate them.
+        against: Evaluation data; media that they share are reported.
 
     Raises:
         DataError: If the file itself cannot be read.
     """
-    base = str(root) if root is not None else (os.path.dirname(str(path)) or ".")
-    media = _MediaCheck(base, decode, allow_outside)
-    report = Report()
-    seen: set[int] = set()
-    for number, line in _lines(path):
-        report.lines += 1
-        where = f"{path}:{number}"
-        try:
-            sample = parse_line(line, where, base, allow_outside)
-        except DataError as error:
-            report.add_fault(_MALFORMED, str(error))
-            continue
-        key = hash((sample.source, sample.id))
-        if key in seen:
-            report.add_fault(_DUPLICATE, f"{where}: id {sample.id!r} stands in an earlier line")
-        seen.add(key)
-        _count(report, sample)
-        _check_texts(report, sample, where, max_tokens)
-        for medium in sample.files:
-            fault = media(medium)
-            if fault is not None:
-                report.add_fault(fault[0], f"{where}: {fault[1]}")
-    report.media = media.files
-    return report
+    base = folder_of(path, root)
+    check = _Check(base, decode, allow_outside, max_tokens, against)
+    for number, line in read_lines(path):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                check.sample(parse_line(line, where, base, allow_outside), where)
+            except DataError as error:
+                check.malformed(error)
+    return check.report
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``chatbridge check-data``."""
-    parser.add_argument("file", type=Path, help="a JSONL file (docs/data.md has the schema)")
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="what media paths are relative to; default: its folder"
-    )
-    parser.add_argument("--decode", action="store_true", help="open every medium, not only look whether it is there")
-    parser.add_argument("--allow-outside", action="store_true", help="accept media outside the root")
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest text (default 512)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+class _Check:
+    """Collects the faults of samples; each medium is looked at once."""
 
-
-def run(args: argparse.Namespace) -> int:
-    """``chatbridge check-data``: 0 if the file is usable, 1 if not."""
-    report = check_file(args.file, args.root, args.decode, args.allow_outside, args.max_tokens)
-    print(json.dumps(report.as_dict(), indent=1) if args.json else report.as_text(str(args.file)))
-    return 0 if report.usable else 1
-
-
-class _MediaCheck:
-    """Looks at every medium once, and remembers what was found."""
-
-    def __init__(self, root: str, decode: bool, allow_outside: bool) -> None:
-        self.files: Counter[str] = Counter()
-        self._root, self._allow_outside = root, allow_outside
-        self._look: Callable[[Medium], tuple[str, str] | None] = _decoded if decode else _present
-        self._known: dict[tuple, tuple[str, str] | None] = {}
+    def __init__(
+        self, root: str, decode: bool, allow_outside: bool, max_tokens: int, against: Iterable[Sample] = ()
+    ) -> None:
+        self.report = Report()
+        self._root, self._decode, self._allow_outside, self._max_tokens = root, decode, allow_outside, max_tokens
+        self._seen: set[int] = set()
+        self._known: dict[Medium, tuple[str, str] | None] = {}
         self._folders: dict[str, bool] = {}
+        self._evaluation = EvaluationMedia(against)
 
-    def __call__(self, medium: Medium) -> tuple[str, str] | None:
-        """Cause and message of what is wrong with a medium; None if nothing is."""
-        key = (medium.kind, medium.path) if medium.offset is None else (medium.kind, medium.path, medium.offset)
-        if key not in self._known:
-            self.files[medium.kind] += 1
-            self._known[key] = self._outside(medium.path) or self._look(medium)
-        return self._known[key]
+    def malformed(self, error: DataError) -> None:
+        """Count a sample that could not be read."""
+        self.report.lines += 1
+        self.report.add_fault(_MALFORMED, str(error))
+
+    def sample(self, sample: Sample, where: str) -> None:
+        """Count a sample and its faults."""
+        report = self.report
+        report.lines += 1
+        key = hash((sample.source, sample.id))
+        if key in self._seen:
+            report.add_fault(_DUPLICATE, f"{where}: an earlier sample has the id {sample.id!r}")
+        self._seen.add(key)
+        report.modalities[sample.modality] += 1
+        report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
+        if sample.source:
+            report.sources[sample.source] += 1
+        self._texts(sample, where)
+        for medium in sample.files:
+            if medium not in self._known:
+                report.media[medium.kind] += 1
+                self._known[medium] = self._outside(medium.path) or _fault_of(medium, self._decode)
+                for cause, other in self._evaluation.shared(medium):
+                    report.add_fault(cause, f"{where}: {medium.path} is {other}")
+            if (fault := self._known[medium]) is not None:
+                report.add_fault(fault[0], f"{where}: {fault[1]}")
+
+    def _texts(self, sample: Sample, where: str) -> None:
+        texts = [*sample.captions, *[turn.text for turn in sample.turns]]
+        longest = max(sum(len(turn.text) for turn in sample.turns), max(map(len, sample.captions), default=0))
+        if longest > self._max_tokens * CHARACTERS_PER_TOKEN:
+            tokens = longest // CHARACTERS_PER_TOKEN
+            self.report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {tokens} tokens")
+        for text in texts:
+            if not text or text.isspace():
+                self.report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
 
     def _outside(self, path: str) -> tuple[str, str] | None:
-        """Whether links lead out of the root; a folder without a link in its path is looked at once."""
+        """Whether links lead out of the root; folders without links are resolved once."""
         if self._allow_outside:
             return None
         folder = os.path.dirname(path)
@@ -178,47 +184,93 @@ class _MediaCheck:
         return None
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+class EvaluationMedia:
+    """The media of evaluation data, to find those that training data share.
+
+    Args:
+        samples: The evaluation data.
+    """
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        from lavis_chatbridge.datasets.features import Digests, distinct_media
+
+        self._digests = Digests()
+        self._names: dict[tuple[Modality, str], Medium] = {}
+        self._sizes: dict[int, list[Medium]] = {}
+        for medium in distinct_media(samples):
+            if medium.offset is None:
+                self._names.setdefault((medium.kind, stem_of(os.path.basename(medium.path))), medium)
+            self._sizes.setdefault(_size(medium), []).append(medium)
+
+    def shared(self, medium: Medium) -> Iterator[tuple[str, str]]:
+        """Cause and path for an evaluation medium of the same content, or else of the same name without ending."""
+        alike = self._sizes.get(_size(medium), []) if self._sizes else []
+        same = next((m for m in alike if self._digests.of(m) == self._digests.of(medium)), None)
+        if same is not None and _size(medium) > 0:
+            yield _SAME_CONTENT, same.path
+        elif medium.offset is None and (medium.kind, stem_of(os.path.basename(medium.path))) in self._names:
+            yield _SAME_NAME, self._names[medium.kind, stem_of(os.path.basename(medium.path))].path
+
+
+def command(
+    file: Annotated[str, typer.Argument(help="annotations: a file, a folder of media, or a hub id ORG/NAME")],
+    reader: Annotated[str | None, typer.Option(help="the format; by default recognised")] = None,
+    root: Annotated[str | None, typer.Option(help="what media are relative to; default: the file's folder")] = None,
+    media: Annotated[list[str], typer.Option(help="image=PATTERN: where media are, with fields in braces")] = [],  # noqa: B006
+    options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings of the reader")] = [],  # noqa: B006
+    decode: Annotated[bool, typer.Option("--decode", help="open every medium")] = False,
+    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="accept media outside the root")] = False,
+    against: Annotated[list[str], typer.Option(help="evaluation data that must not share media; may repeat")] = [],  # noqa: B006
+    max_tokens: Annotated[int, typer.Option(help="longest text")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> int:
+    """Say whether annotations can be used, and what they contain."""
+    from tempfile import TemporaryDirectory
+
+    from lavis_chatbridge.datasets import convert
+
+    with TemporaryDirectory() as folder:
+        other: list[Sample] = []
+        for number, path in enumerate(against):
+            one = convert.settings_of(path, None, None, [], [], True)
+            other += read_jsonl(convert.our_jsonl(one, Path(folder, str(number))), one.root, allow_outside=True)
+        own = convert.settings_of(file, reader, root, media, options, allow_outside)
+        try:
+            jsonl = convert.our_jsonl(own, Path(folder, "data"))
+        except DataError as error:
+            if own.missing():
+                raise
+            report = Report()
+            report.add_fault(_MALFORMED, str(error))
+        else:
+            outside = allow_outside or own.reader != OWN_READER
+            report = check_file(jsonl, own.root, decode, outside, max_tokens, other)
+    print(json.dumps(report.as_dict(), indent=1) if as_json else report.as_text(file))
+    return 0 if report.usable else 1
+
+
+def _size(medium: Medium) -> int:
+    """Bytes of a medium; -1 if it is absent."""
+    if medium.size is not None:
+        return medium.size
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return os.stat(medium.path).st_size
+    except OSError:
+        return -1
 
 
-def _count(report: Report, sample: Sample) -> None:
-    report.modalities[sample.modality] += 1
-    report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
-    if sample.source:
-        report.sources[sample.source] += 1
-
-
-def _check_texts(report: Report, sample: Sample, where: str, max_tokens: int) -> None:
-    texts = [*sample.captions, *[turn.text for turn in sample.turns]]
-    longest = max(sum([len(turn.text) for turn in sample.turns]), max(map(len, sample.captions), default=0))
-    if longest > max_tokens * CHARACTERS_PER_TOKEN:
-        report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {longest // CHARACTERS_PER_TOKEN} tokens")
-    for text in texts:
-        if not text or text.isspace():
-            report.add_fault(_EMPTY, f"{where}: a caption or turn says nothing")
-
-
-def _present(medium: Medium) -> tuple[str, str] | None:
+def _fault_of(medium: Medium, decode: bool) -> tuple[str, str] | None:
+    """Cause and message of a medium's fault."""
     try:
         size = os.stat(medium.path).st_size
     except OSError as error:
         return _MISSING, f"{medium.path}: {error.strerror}"
     if size == 0 or (medium.offset is not None and size < medium.offset + (medium.size or 0)):
         return _UNREADABLE, f"{medium.path}: {size} bytes are too few"
-    return None
+    return _decoding_fault(medium) if decode else None
 
 
-def _decoded(medium: Medium) -> tuple[str, str] | None:
-    fault = _present(medium)
-    if fault is not None:
-        return fault
+def _decoding_fault(medium: Medium) -> tuple[str, str] | None:
     from lavis_chatbridge import media
     from lavis_chatbridge.datasets.dataset import media_source
 

@@ -1,14 +1,12 @@
-"""Samples -> what the model is given: prompt pieces, processed media, references.
+"""Samples -> the model's input: prompt pieces, processed media, references; and lists of these as batches.
 
-A `SourceDataset` is one source of a mixture, of one modality; a `SourceGroup` is what a builder returns for a split:
-one or several sources. Whatever is drawn at random (caption, template, crop, frames) depends on the seed, the source,
-the sample and the epoch only: never on the number of workers or ranks, or on what was loaded before.
+A `SourceDataset` is one source of a mixture; a `SourceGroup` is a builder's split of one or several sources. Every
+random choice (caption, template, crop, frames) depends on the seed, the source, the sample and the epoch only, never on
+the number of workers or ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +16,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from lavis_chatbridge.datasets.collate import collate
 from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, SampleFile, about_tokens
 from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.conversation import (
     END_OF_TURN,
@@ -37,16 +35,21 @@ from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
 Stage = Literal["auto", "alignment", "instruction"]
 Processors = Mapping[str, Callable[..., Any]]
 """``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
+ITEM_KEYS = (
+    "sample_id", "pieces", *MODALITIES, "text_output", "references", "answers", "facts", "task", "held_out", "meta",
+)  # fmt: skip
+"""The keys of every item beside ``source``; a batch has each as a list with one entry per sample."""
 
 _TEXT_STREAM, _MEDIA_STREAM = 0, 1
-_LOOKED_AT = 64
+_SOME = 64  # samples from which the length of templates is estimated
+_KEYS: dict[Modality, str] = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor"}
 
 
 class MediaCache(Protocol):
-    """What a data set needs of a feature store: the encoder's output for a medium, where it is known."""
+    """Stored outputs of the frozen encoders."""
 
     def find(self, medium: Medium) -> EncodedMedium | None:
-        """The stored features, or None."""
+        """The stored features of a medium, or None."""
 
 
 @dataclass
@@ -54,16 +57,16 @@ class SourceSettings:
     """How the samples of a source become prompts.
 
     Args:
-        stage: ``"alignment"`` (media, then a caption), ``"instruction"`` (conversations), or ``"auto"``: what a sample
-            has, the conversation where it has both.
-        train: Draw captions, templates and augmentations; otherwise the first of each is taken.
-        seed: Of everything that is drawn.
+        stage: ``"alignment"`` (media, then a caption), ``"instruction"`` (conversations), or ``"auto"``: the
+            conversation if a sample has one, else the caption.
+        train: Draw captions, templates and augmentations; otherwise use the first of each.
+        seed: Of every random choice.
         task: The task of samples that name none.
         style: The answer style of samples that name none.
-        templates: The instruction templates, or None to use questions as they are.
-        reply_end: What closes a reply.
-        root: The folder that media must lie in.
-        allow_outside: Do not check that they do.
+        templates: The instruction templates, or None to use questions unchanged.
+        reply_end: The text after a reply.
+        root: The folder that media must be in.
+        allow_outside: Skip that check.
     """
 
     stage: Stage = "instruction"
@@ -78,14 +81,14 @@ class SourceSettings:
 
 
 class SourceDataset(torch.utils.data.Dataset):
-    """One source: samples of one modality, and how they are prepared.
+    """One source: samples, usually of one modality, and their preparation.
 
     Args:
         name: The source's name in mixtures, batches and logs.
-        samples: All samples of the file.
+        samples: The samples of the file.
         settings: How they become prompts.
-        indices: ``[n]`` which of the samples belong to this source; all without it.
-        processors: For this split; may be set later by `set_processors`.
+        indices: ``[n]`` the samples of this source; by default all.
+        processors: For this split; `set_processors` may set them later.
         ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
     """
 
@@ -110,12 +113,12 @@ class SourceDataset(torch.utils.data.Dataset):
 
     @property
     def sources(self) -> list[SourceDataset]:
-        """This one, so that a source can stand where a group can."""
+        """This source, so that it can be used as a group of one."""
         return [self]
 
     @property
     def kinds(self) -> set[Modality]:
-        """The kinds of media that its samples have."""
+        """The modalities of its samples' media."""
         if not isinstance(self.samples, SampleFile):
             return {kind for i in range(len(self)) for kind in self.sample(i).kinds}
         own = self.samples.modality if self.indices is None else self.samples.modality[self.indices]
@@ -124,7 +127,7 @@ class SourceDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """``[n]`` about how many tokens each sample has, without what format and templates add."""
+        """``[n]`` approximate number of tokens of each sample, without format and templates."""
         if isinstance(self.samples, SampleFile):
             lengths = self.samples.lengths
         else:
@@ -132,8 +135,8 @@ class SourceDataset(torch.utils.data.Dataset):
         return lengths if self.indices is None else lengths[self.indices]
 
     def added_tokens(self) -> float:
-        """About how many tokens format and templates add to a sample, on average over some of them."""
-        some = np.linspace(0, len(self) - 1, num=min(len(self), _LOOKED_AT)).astype(int).tolist()
+        """Approximate number of tokens that format and templates add to a sample, estimated from a few samples."""
+        some = np.linspace(0, len(self) - 1, num=min(len(self), _SOME)).astype(int).tolist()
         added = []
         for index in some:
             sample = self.sample(index)
@@ -141,30 +144,6 @@ class SourceDataset(torch.utils.data.Dataset):
             text = sum(len(piece.text) for piece in pieces if isinstance(piece, Text))
             added.append(text / CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) - about_tokens(sample))
         return float(np.mean(added)) if added else 0.0
-
-    def drawn_tokens(self, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """About how many tokens the template has that each sample draws: what lengths in an epoch differ by.
-
-        Samples are not read, so the source's task and style count, not those that a sample names.
-
-        Args:
-            indices: ``[n]`` which samples.
-            epochs: ``[n]`` in which epochs.
-
-        Returns:
-            ``[n]``, zeros where the source draws no template.
-        """
-        own, first = self.settings, self.sample(0)
-        templates = own.templates if first.turns else own.templates or Templates.default()
-        if _is_caption(first, own.stage) or not own.train or templates is None or own.task not in templates:
-            return np.zeros(len(indices), dtype=np.int64)
-        if (asks := templates[own.task].asks) != bool(first.turns):  # the question alone is the request
-            return np.zeros(len(indices), dtype=np.int64)
-        drawn = [
-            len(templates.apply(own.task, "?" if asks else "", own.style, self._rng(int(i), int(epoch), _TEXT_STREAM)))
-            for i, epoch in zip(indices, epochs, strict=True)
-        ]
-        return np.array(drawn, dtype=np.int64) // CHARACTERS_PER_TOKEN
 
     def __len__(self) -> int:
         return len(self.samples) if self.indices is None else len(self.indices)
@@ -177,15 +156,15 @@ class SourceDataset(torch.utils.data.Dataset):
         self.processors = processors
 
     def sample(self, index: int) -> Sample:
-        """The ``index``-th sample itself, with nothing opened."""
+        """The ``index``-th sample; its media stay closed."""
         return self.samples[index if self.indices is None else int(self.indices[index])]
 
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """The ``index``-th sample, ready for the model.
+        """The ``index``-th sample as the model's input, with the keys `ITEM_KEYS` and ``source``.
 
         Raises:
             MediaError: If one of its media cannot be read.
-            DataError: If the sample does not suit the stage, or a medium lies outside the root.
+            DataError: If the sample does not fit the stage, or a medium is outside the root.
         """
         sample = self.sample(index)
         pieces = self.pieces(sample, self._rng(index, epoch, _TEXT_STREAM))
@@ -193,13 +172,12 @@ class SourceDataset(torch.utils.data.Dataset):
         media: dict[str, list] = {kind: [] for kind in MODALITIES}
         for medium in sample.files:
             media[medium.kind].append(self._load(medium, rng))
-        target = target_text(pieces)
         return {
             "sample_id": sample.id,
             "source": self.name,
             "pieces": pieces,
             **media,
-            "text_output": target,
+            "text_output": target_text(pieces),
             "references": references(sample, self.settings.stage),
             "answers": list(sample.answers),
             "facts": dict(sample.facts),
@@ -209,15 +187,13 @@ class SourceDataset(torch.utils.data.Dataset):
         }
 
     def digest(self, index: int) -> str:
-        """A short hash of the ``index``-th sample: its text, and its media by name and size (nothing is opened)."""
+        """A short hash of the ``index``-th sample: its text, and its media by name and size."""
         sample = self.sample(index)
         sizes = [os.path.getsize(m.path) if m.size is None and os.path.exists(m.path) else m.size for m in sample.files]
-        record = to_record(sample, os.path.abspath(self.settings.root))
-        text = json.dumps([record, sizes], ensure_ascii=False, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hash_of(to_record(sample, os.path.abspath(self.settings.root)), sizes)[:16]
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
-        """The prompt of a sample; without ``rng`` the first caption and template are taken.
+        """The prompt of a sample; without ``rng`` with the first caption and template.
 
         Raises:
             DataError: If the sample has no captions (alignment).
@@ -260,22 +236,15 @@ class SourceDataset(torch.utils.data.Dataset):
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
         if not self.settings.allow_outside:
             check_inside(medium.path, self.settings.root)
-        if self.features is not None:
-            found = self.features.find(medium)
-            if found is not None:
-                return found
+        if self.features is not None and (found := self.features.find(medium)) is not None:
+            return found
         processor = self.processors.get(medium.kind)
         if processor is None:
-            raise DataError(
-                f"{self.name}: no {medium.kind} processor is set; the config names it as {_KEYS[medium.kind]}"
-            )
+            raise DataError(f"{self.name}: there is no {medium.kind} processor; set {_KEYS[medium.kind]}")
         return processor(media_source(medium), rng=rng if self.settings.train else None)
 
     def _rng(self, index: int, epoch: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, zlib.crc32(self.name.encode()), index, epoch, stream])
-
-
-_KEYS: dict[Modality, str] = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor"}
 
 
 @dataclass
@@ -285,7 +254,7 @@ class SourceGroup(torch.utils.data.Dataset):
     Args:
         name: The builder's name.
         sources: One per modality or data set.
-        ratio: Share of the steps that the whole group gets, in any unit; None: its share of all samples.
+        ratio: Share of the steps of the group, in any unit; None: its share of all samples.
     """
 
     name: str
@@ -300,9 +269,9 @@ class SourceGroup(torch.utils.data.Dataset):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = int(np.searchsorted(self._ends, index, side="right"))
         if not 0 <= index < len(self):
             raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
         return self.sources[number][index - (int(self._ends[number - 1]) if number else 0)]
 
     def set_processors(self, processors: Processors) -> None:
@@ -311,7 +280,7 @@ class SourceGroup(torch.utils.data.Dataset):
             source.set_processors(processors)
 
     def set_features(self, features: MediaCache | None) -> None:
-        """Take media from this store where it holds them."""
+        """Read media from this store if it has them."""
         for source in self.sources:
             source.features = features
 
@@ -325,38 +294,50 @@ class SourceGroup(torch.utils.data.Dataset):
         return collate(items)
 
 
-def split_by_modality(
-    name: str,
-    samples: SampleFile,
-    settings: SourceSettings,
-    indices: np.ndarray | None = None,
-    ratio: float | None = None,
-) -> list[SourceDataset]:
-    """One source per modality of a file, so that a batch never mixes them.
+def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, Any]:
+    """One batch: each key as a list, because samples may have different numbers of media, frames and clips.
 
-    A file of one modality gives one source called ``name``, otherwise they are ``name/image``, ``name/video+audio`` ...
+    Args:
+        items: Items of one source.
+        source: The source's name, for a batch without items (all media were unreadable).
+
+    Returns:
+        The keys `ITEM_KEYS` as lists in the order of ``items``; ``source`` as one string.
+
+    Raises:
+        DataError: If the items come from different sources.
     """
-    chosen = np.arange(len(samples)) if indices is None else indices
-    present = [number for number in range(len(samples.modalities)) if (samples.modality[chosen] == number).any()]
+    sources = {item["source"] for item in items} or {source}
+    if len(sources) > 1:
+        raise DataError(f"items of one batch come from different sources: {', '.join(sorted(sources))}")
+    return {key: [item[key] for item in items] for key in ITEM_KEYS} | {"source": sources.pop()}
+
+
+def split_by_modality(name: str, samples: SampleFile, settings: SourceSettings) -> list[SourceDataset]:
+    """One source per modality of a file, so that a batch has one modality.
+
+    A file of one modality becomes one source called ``name``; otherwise they are ``name/image``, ``name/video+audio``.
+    """
+    present = sorted(np.unique(samples.modality).tolist(), key=lambda number: samples.modalities[number])
     if len(present) == 1:
-        return [SourceDataset(name, samples, settings, indices, ratio=ratio)]
+        return [SourceDataset(name, samples, settings)]
     return [
         SourceDataset(
-            f"{name}/{samples.modalities[number]}", samples, settings, chosen[samples.modality[chosen] == number]
+            f"{name}/{samples.modalities[number]}", samples, settings, np.flatnonzero(samples.modality == number)
         )
-        for number in sorted(present, key=lambda number: samples.modalities[number])
+        for number in present
     ]
 
 
 def references(sample: Sample, stage: Stage) -> list[str]:
-    """What a model's words are compared with: all captions; for questions the accepted answers, else the last reply."""
+    """The texts that a prediction is compared with: captions, or accepted answers, or the last reply."""
     if _is_caption(sample, stage) or not sample.turns:
         return list(sample.captions)
     return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
 
 
 def media_source(medium: Medium) -> str | bytes:
-    """What a processor is given: the path, or the bytes of a medium inside a shard.
+    """A processor's input: the path, or the bytes of a medium inside a shard.
 
     Raises:
         MediaError: If the shard cannot be read or is too short.
@@ -365,9 +346,9 @@ def media_source(medium: Medium) -> str | bytes:
         return medium.path
     try:
         with open(medium.path, "rb") as shard:
-            if medium.offset + medium.size > os.fstat(shard.fileno()).st_size:
-                end = medium.offset + medium.size
-                raise MediaError(medium.path, f"ends before byte {end}, where a medium should end")
+            end = medium.offset + medium.size
+            if end > os.fstat(shard.fileno()).st_size:
+                raise MediaError(medium.path, f"ends before byte {end}, the end of a medium")
             shard.seek(medium.offset)
             return shard.read(medium.size)
     except OSError as error:

@@ -1,31 +1,38 @@
-"""A JSONL file as a sequence of samples that costs eight bytes a line: offsets in memory, text on disk.
+"""A JSONL file as a sequence of samples: offsets in memory, text on disk.
 
-Opening one checks every line once; what that pass finds (offsets, modality and length of each sample) is kept in the
-cache folder and reused while the file stays the same.
+Opening a file checks every line once. The result (offsets, modality and length of each sample) is kept in the cache
+folder while the file stays the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import zlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from tokenize import TokenError
 from zipfile import BadZipFile
 
 import numpy as np
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import atomic_file
-from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, parse_line
+from lavis_chatbridge.files import atomic_file, hash_of
+from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, parse_line
 
+CACHE_VARIABLE = "CHATBRIDGE_CACHE"
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MEDIUM = 32
 _ARRAYS = ("starts", "lines", "modality", "lengths", "modalities")
 _CACHED_FROM = 1 << 20  # bytes; a smaller file is indexed faster than its index is found
+
+
+def cache_folder() -> Path:
+    """``$CHATBRIDGE_CACHE``, or else ``lavis-chatbridge`` in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lavis-chatbridge"
 
 
 class SampleFile(Sequence[Sample]):
@@ -33,14 +40,15 @@ class SampleFile(Sequence[Sample]):
 
     Args:
         path: The file.
-        root: The folder that media paths are relative to; without it the file's own.
+        root: The folder that media paths are relative to; by default the file's own.
         allow_outside: Accept media outside the root.
-        cache: Folder for the index of a large file; without it the index is made anew each time.
+        cache: Folder for the index of a large file; without it the index is not stored.
+        limit: Use only this number of samples.
 
     Attributes:
         modalities: The modalities that occur, ``"image"``, ``"video+audio"``, ``"text"`` ...
         modality: ``[n]`` uint8, position in ``modalities`` of each sample.
-        lengths: ``[n]`` uint32, about how many tokens each sample has, 32 per medium included.
+        lengths: ``[n]`` uint32, approximate number of tokens of each sample, with 32 per medium.
 
     Raises:
         DataError: With ``file:line`` of the first faulty line.
@@ -52,25 +60,27 @@ class SampleFile(Sequence[Sample]):
         root: str | Path | None = None,
         allow_outside: bool = False,
         cache: str | Path | None = None,
+        limit: int | None = None,
     ) -> None:
         self.path = str(path)
-        self.root = str(root) if root is not None else (os.path.dirname(self.path) or ".")
+        self.root = folder_of(path, root)
         self.allow_outside = allow_outside
         self._map: mmap.mmap | None = None
-        kept = self._cache_file(cache)
-        found = _load_index(kept) if kept else None
+        stored = self._index_file(cache)
+        found = _load_index(stored) if stored else None
         if found is None:
             found = _scan(self.path, self.root, allow_outside)
-            if kept:
-                _save_index(kept, found)
-        self._starts, self._lines = found["starts"], found["lines"]
-        self.modality, self.lengths = found["modality"], found["lengths"]
+            if stored:
+                with atomic_file(stored) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **found)  # type: ignore[arg-type]
+        self._starts, self._lines = found["starts"][:limit], found["lines"][:limit]
+        self.modality, self.lengths = found["modality"][:limit], found["lengths"][:limit]
         self.modalities = [str(name) for name in found["modalities"]]
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overloads: one index is all that is used
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overloads
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if self._map is None:
@@ -85,20 +95,21 @@ class SampleFile(Sequence[Sample]):
         """Without the memory map, which every process opens for itself."""
         return self.__dict__ | {"_map": None}
 
-    def _cache_file(self, cache: str | Path | None) -> Path | None:
+    def _index_file(self, cache: str | Path | None) -> Path | None:
         try:
             status = os.stat(self.path)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
         if cache is None or status.st_size < _CACHED_FROM:
             return None
-        identity = (SCHEMA_VERSION, os.path.abspath(self.path), status.st_size, status.st_mtime_ns, self.allow_outside)
-        name = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
-        return Path(cache) / "indexes" / f"{name}.npz"
+        name = hash_of(
+            SCHEMA_VERSION, os.path.abspath(self.path), status.st_size, status.st_mtime_ns, self.allow_outside
+        )
+        return Path(cache) / "indexes" / f"{name[:24]}.npz"
 
 
 def about_tokens(sample: Sample) -> int:
-    """Roughly how many tokens a sample has: enough to put samples of similar length together."""
+    """Approximate number of tokens of a sample, to batch samples of similar length."""
     text = sum(len(turn.text) for turn in sample.turns) or max(map(len, sample.captions), default=0)
     text += sum(max(map(len, medium.words)) for medium in sample.media if medium.words)
     return text // CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) + 1
@@ -108,11 +119,7 @@ def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
     starts, lines, modality, lengths = array("Q"), array("Q"), array("B"), array("L")
     modalities: dict[str, int] = {}
     position = 0
-    try:
-        opened = open(path, "rb")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    with opened as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 sample = parse_line(line, f"{path}:{number}", root, allow_outside)
@@ -122,7 +129,7 @@ def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
                 lengths.append(about_tokens(sample))
             position += len(line)
     if not starts:
-        raise DataError(f"{path}: holds no sample")
+        raise DataError(f"{path}: contains no sample")
     return {
         "starts": np.array(starts, dtype=np.uint64),
         "lines": np.array(lines, dtype=np.uint32),
@@ -136,10 +143,5 @@ def _load_index(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as stored:
             return {name: stored[name] for name in _ARRAYS}
-    except (OSError, ValueError, EOFError, BadZipFile, MemoryError, KeyError, TokenError, zlib.error):
-        return None  # none yet, or damaged: it is made anew
-
-
-def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError, KeyError, zlib.error):
+        return None  # none yet, or damaged

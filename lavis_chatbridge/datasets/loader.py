@@ -1,16 +1,20 @@
-"""Batches for training and evaluation: data workers, the share of unreadable media, an exact division over ranks.
+"""Batches for training and evaluation: data workers, unreadable samples, an exact division over ranks.
 
-The plan says what belongs to a step, so the loader's whole state is a step number and its counts of unreadable samples;
-torch's DataLoader supplies workers, prefetching and pinned memory.
+The plan determines the samples of a step, so the loader's state is a step number and its counts of unreadable samples;
+torch's DataLoader provides workers, prefetching and pinned memory. A sample whose decoder hangs in a worker is skipped
+like an unreadable one: its worker is replaced.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import signal
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lavis_chatbridge.datasets.collate import collate
-from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup
+from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, collate
 from lavis_chatbridge.datasets.plan import MixturePlan, batch_size_for_tokens, capped_sizes
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, MediaError, TrainingError
 
@@ -28,9 +31,6 @@ _log = logging.getLogger(__name__)
 _TRIES_BEFORE_JUDGING = 20
 _NAMED_PER_SOURCE = 20
 _LENGTHS_LOOKED_AT = 20_000
-_MOST_DRAWN = 1024
-"""Samples of a step on all processes: drawing the templates of more takes longer than the padding that it saves."""
-
 _FATAL = "fatal"  # raised in a worker, an error would reach the user as a traceback
 
 
@@ -40,16 +40,17 @@ class LoaderSettings:
 
     Args:
         batch_size: Samples per micro-batch and rank.
-        batch_tokens: About how many tokens a micro-batch may have instead; the count is then fixed per source.
-        accumulate: Micro-batches per step; a step's micro-batches have one source.
-        ratios: Data set -> share of the steps, in any unit; without them by number of samples.
-        cap: No data set counts as more than this many samples when there are no ratios.
-        group_by_length: Put samples of similar length into a batch.
-        seed: Of the order, and of what each sample draws (caption, template, augmentation).
+        batch_tokens: Instead: about this number of tokens per micro-batch; the number of samples is fixed per source.
+        accumulate: Micro-batches per step, all of one source.
+        ratios: Data set -> share of the steps, in any unit; by default by number of samples.
+        cap: Without ratios, no data set counts as more than this number of samples.
+        group_by_length: Make batches of samples of similar length.
+        seed: Of the order, and of every random choice for a sample (caption, template, augmentation).
         workers: Processes that load data; 0 loads in this one.
-        prefetch: Batches that each worker has ready.
+        prefetch: Batches that each worker prepares ahead.
         pin_memory: Put tensors into page-locked memory, for a faster copy to the GPU.
-        max_bad_share: Stop when more than this share of a source's samples cannot be read.
+        max_bad_share: Stop if more than this share of a source's samples cannot be read.
+        hang_seconds: A sample that takes a worker longer is skipped; without workers there is no limit.
     """
 
     batch_size: int = 1
@@ -63,16 +64,17 @@ class LoaderSettings:
     prefetch: int = 2
     pin_memory: bool = False
     max_bad_share: float = 0.05
+    hang_seconds: float = 300.0
 
 
 def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: str = "") -> str:
-    """What to tell when more than ``share`` of a source's samples cannot be read, from 20 samples on; else nothing.
+    """Error text if more than ``share`` of at least 20 samples of a source is unreadable, else "".
 
     Args:
         source: The name of the source.
-        bad: Samples that could not be read.
-        tried: Samples in all.
-        share: The share of them that may be unreadable.
+        bad: Number of unreadable samples.
+        tried: Number of samples.
+        share: The accepted share.
         last: Why the last one could not be read.
     """
     if tried < _TRIES_BEFORE_JUDGING or bad <= share * tried:
@@ -80,17 +82,16 @@ def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: s
     cause = f"; the last one: {last}" if last else ""
     return (
         f"{source}: {bad} of {tried} samples could not be read, more than the {share:.0%} that max_bad_share "
-        f"allows{cause}. Mend or remove them (chatbridge check-data --decode lists them)"
+        f"accepts{cause}. Mend or remove them (chatbridge check-data --decode lists them)"
     )
 
 
 class BadSamples:
-    """Counts what could not be read, per source, and stops when it is too much.
+    """Counts the unreadable samples of each source.
 
     Args:
-        max_share: The share of a source's samples that may be unreadable.
-        sizes: Source -> how many samples there are in all, where that is known: the share is then of these, whichever
-            are tried first and however many are not tried again.
+        max_share: The accepted share of a source's samples.
+        sizes: Source -> its number of samples, if known: the share is then of these, not of those tried so far.
     """
 
     def __init__(self, max_share: float, sizes: Mapping[str, int] | None = None) -> None:
@@ -100,10 +101,10 @@ class BadSamples:
         self.skipped: Counter[str] = Counter()
 
     def take(self, batch: dict[str, Any]) -> None:
-        """Count a batch, name in the log what it lacks.
+        """Count a batch and log its unreadable samples.
 
         Raises:
-            DataError: If a source's share of unreadable samples exceeds the limit, from 20 samples on.
+            DataError: If more than the accepted share of a source is unreadable, from 20 samples on.
         """
         source, skipped = batch["source"], batch["skipped"]
         self.tried[source] += len(batch["sample_id"]) + len(skipped)
@@ -112,7 +113,7 @@ class BadSamples:
             if self.skipped[source] <= _NAMED_PER_SOURCE:
                 _log.warning("%s: skipped sample %s: %s", source, sample_id, cause)
             if self.skipped[source] == _NAMED_PER_SOURCE:
-                _log.warning("%s: further skipped samples are counted, not named", source)
+                _log.warning("%s: further skipped samples are counted without a message", source)
         bad, tried = self.skipped[source], max(self.tried[source], self.sizes.get(source, 0))
         last = skipped[-1][1] if skipped else ""
         if fault := too_many_unreadable(source, bad, tried, self.max_share, last):
@@ -123,7 +124,7 @@ class BadSamples:
         return {"tried": dict(self.tried), "skipped": dict(self.skipped)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Go on counting from a checkpoint's counts."""
+        """Continue a checkpoint's counts."""
         self.tried, self.skipped = Counter(state["tried"]), Counter(state["skipped"])
 
 
@@ -137,7 +138,7 @@ class MixtureLoader:
         world_size: Number of processes.
 
     Attributes:
-        plan: Which samples belong to which step.
+        plan: The samples of each step.
         bad: Counts of unreadable samples.
     """
 
@@ -156,9 +157,9 @@ class MixtureLoader:
         self.settings = settings
         self.rank = rank
         self.bad = BadSamples(settings.max_bad_share)
-        lengths = {name: source.lengths for name, source in self.sources.items()} if _needs_lengths(settings) else {}
+        needed = settings.group_by_length or settings.batch_tokens is not None
+        lengths = {name: source.lengths for name, source in self.sources.items()} if needed else {}
         sizes = self._batch_sizes(lengths)
-        few = [name for name, size in sizes.items() if size * world_size <= _MOST_DRAWN]
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
             source_ratios(groups, settings.ratios, settings.cap),
@@ -166,30 +167,36 @@ class MixtureLoader:
             world_size,
             settings.seed,
             lengths if settings.group_by_length else None,
-            {name: self.sources[name].drawn_tokens for name in few} if settings.group_by_length else None,
         )
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """The micro-batches of steps ``start`` to ``stop - 1``, ``accumulate`` for each step, in order.
 
-        A batch holds what `collate` gives, and ``step``, ``epoch`` (of its first sample) and ``skipped`` (pairs of
-        sample id and cause). One whose samples were all unreadable is empty: the ranks must stay in step.
+        A batch has the keys of `collate`, and ``step``, ``epoch`` (of its first sample) and ``skipped`` (pairs of
+        sample id and cause). If all its samples are unreadable, it is empty: every rank needs a batch per step.
 
         Raises:
             DataError: If too many samples of a source cannot be read, or one is malformed.
             TrainingError: If a data worker dies.
         """
-        requests = _Requests(self.plan, self.rank, self.settings.accumulate, start, stop)
-        for batch in _load(_Mixture(self.sources), requests, self.settings):
+        for batch in _load(self.sources, self._requests(start, stop), self.settings):
             self.bad.take(batch)
             yield batch
 
+    def _requests(self, start: int, stop: int | None) -> Iterator[Request]:
+        accumulate = self.settings.accumulate
+        for step in itertools.count(start) if stop is None else range(start, stop):
+            source, pairs = self.plan.batch(step, self.rank)
+            size = len(pairs) // accumulate
+            for part in range(accumulate):
+                yield Request(source, pairs[part * size : (part + 1) * size], step)
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the step number."""
+        """The counts of unreadable samples, for a checkpoint."""
         return self.bad.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint's counts."""
+        """Continue a checkpoint's counts."""
         self.bad.load_state_dict(state)
 
     def _batch_sizes(self, lengths: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -204,10 +211,10 @@ class MixtureLoader:
 
 
 class EvaluationLoader:
-    """A rank's share of a split: every sample on exactly one rank, none twice.
+    """A rank's share of a split: every sample on exactly one rank.
 
-    Samples of one modality and of similar length come together, the longest first (so that too little memory shows at
-    once); the last batch of each source may be smaller, and ranks may differ by a batch.
+    Samples of one modality and of similar length are in one batch, the longest first (so that a lack of memory shows
+    immediately); the last batch of each source may be smaller, and ranks may differ by a batch.
 
     Args:
         dataset: The split.
@@ -230,17 +237,17 @@ class EvaluationLoader:
         self.bad = BadSamples(self.settings.max_bad_share)
         self.batch_size = batch_size
         self.shares: list[tuple[str, list[int]]] = []
-        """Source -> which of its samples are this process's."""
+        """Source -> the indices of this rank's samples."""
         before = 0
         for source in dataset.sources:
-            # the division goes on where the previous source's ended, so that small sources do not all meet on rank 0
+            # continue the division of the previous source, so that small sources are not all on rank 0
             first = (rank - before) % world_size
             self.shares.append((source.name, _longest_first(source)[first::world_size]))
             before += len(source)
         self._requests = self._in_batches()
 
     def leave_out(self, known: Set[tuple[str, int]]) -> None:
-        """Do not load these samples (source, index); the division over ranks stays as it is."""
+        """Do not load these samples (source, index); the division over ranks does not change."""
         self._requests = self._in_batches(known)
 
     def _in_batches(self, known: Set[tuple[str, int]] = frozenset()) -> list[Request]:
@@ -258,14 +265,14 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.bad = BadSamples(self.settings.max_bad_share, {source: len(share) for source, share in self.shares})
         sources = {source.name: source for source in self.dataset.sources}
-        for batch in _load(_Mixture(sources), self._requests, self.settings):
+        for batch in _load(sources, self._requests, self.settings):
             self.bad.take(batch)
             yield batch
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is asked for: ``(index, epoch)`` pairs of one source."""
+    """A batch to load: ``(index, epoch)`` pairs of one source."""
 
     source: str
     pairs: Sequence[tuple[int, int]]
@@ -279,8 +286,8 @@ def source_ratios(
 ) -> dict[str, float]:
     """Source name -> share of the steps: the data set's ratio, divided among its sources.
 
-    A data set's ratio is the one given here, else the one of its configuration, else its number of samples (no more
-    than ``cap``); its sources divide it by their own ratios, else by their numbers of samples.
+    A data set's ratio is the one in ``ratios``, else the one of its configuration, else its number of samples (at most
+    ``cap``); its sources divide it by their own ratios, else by their numbers of samples.
 
     Raises:
         ConfigError: If a ratio names no data set, or only some have one.
@@ -304,34 +311,35 @@ def source_ratios(
     return shares
 
 
-class _Requests:
-    """The requests of a span of steps, one per micro-batch."""
-
-    def __init__(self, plan: MixturePlan, rank: int, accumulate: int, start: int, stop: int | None) -> None:
-        self._plan, self._rank, self._accumulate, self._start, self._stop = plan, rank, accumulate, start, stop
-
-    def __iter__(self) -> Iterator[Request]:
-        step = self._start
-        while self._stop is None or step < self._stop:
-            source, pairs = self._plan.batch(step, self._rank)
-            size = len(pairs) // self._accumulate
-            for part in range(self._accumulate):
-                yield Request(source, pairs[part * size : (part + 1) * size], step)
-            step += 1
-
-
 class _Mixture(torch.utils.data.Dataset):
-    """Answers a request with a batch; what cannot be read is left out and named."""
+    """Loads a request as a batch; unreadable samples are left out and named.
 
-    def __init__(self, sources: Mapping[str, SourceDataset]) -> None:
+    Args:
+        sources: Name -> source.
+        workers: Number of data workers, for `busy`.
+
+    Attributes:
+        hung: ``(source, index)`` of samples whose decoder did not return.
+        busy: ``[workers, 4]`` shared with the workers: process id, number of the source, index, and the time in ns at
+            which the sample began; 0 while a worker loads none.
+    """
+
+    def __init__(self, sources: Mapping[str, SourceDataset], workers: int) -> None:
         self._sources = sources
+        self._numbers = {name: number for number, name in enumerate(sources)}
+        self.hung: set[tuple[str, int]] = set()
+        self.busy = torch.zeros(max(1, workers), 4, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
         source = self._sources[request.source]
         items, skipped = [], []
         for index, epoch in request.pairs:
+            if (request.source, index) in self.hung:
+                skipped.append((source.sample(index).id, "its decoder did not return in time"))
+                continue
             try:
-                items.append(source.item(index, epoch))
+                with self._busy(request.source, index):
+                    items.append(source.item(index, epoch))
             except MediaError as error:
                 skipped.append((source.sample(index).id, str(error)))
             except ChatBridgeError as error:
@@ -339,31 +347,87 @@ class _Mixture(torch.utils.data.Dataset):
         batch = collate(items, source.name)
         return batch | {"skipped": skipped, "step": request.step, "epoch": request.pairs[0][1] if request.pairs else 0}
 
+    @contextmanager
+    def _busy(self, source: str, index: int) -> Iterator[None]:
+        worker = torch.utils.data.get_worker_info()
+        row = self.busy[worker.id if worker else 0]
+        row[:] = torch.tensor([os.getpid(), self._numbers[source], index, time.monotonic_ns()])
+        try:
+            yield
+        finally:
+            row[3] = 0
 
-def _load(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettings) -> Iterator[dict[str, Any]]:
+    def stuck(self, seconds: float) -> dict[int, tuple[str, int]]:
+        """Process id -> the sample that a worker has been loading for longer than ``seconds``."""
+        since, names = time.monotonic_ns() - int(seconds * 1e9), list(self._sources)
+        rows = [row for row in self.busy.tolist() if 0 < row[3] < since]
+        return {pid: (names[number], index) for pid, number, index, _ in rows}
+
+
+def _load(
+    sources: Mapping[str, SourceDataset], requests: Iterable[Request], settings: LoaderSettings
+) -> Iterator[dict[str, Any]]:
+    dataset = _Mixture(sources, settings.workers)
+    waiting = iter(requests)
+    with worker_deaths():
+        while True:
+            unanswered: deque[Request] = deque()
+            yield from _until_stuck(dataset, _noting(waiting, unanswered), unanswered, settings)
+            if not (stuck := dataset.stuck(settings.hang_seconds)):
+                return
+            dataset.hung |= set(stuck.values())
+            dataset.busy.zero_()
+            for pid in stuck:  # torch has given the worker up, which ignores SIGTERM
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            waiting = itertools.chain(unanswered, waiting)
+
+
+def _noting(requests: Iterator[Request], unanswered: deque[Request]) -> Iterator[Request]:
+    for request in requests:
+        unanswered.append(request)
+        yield request
+
+
+def _until_stuck(
+    dataset: _Mixture, requests: Iterator[Request], unanswered: deque[Request], settings: LoaderSettings
+) -> Iterator[dict[str, Any]]:
+    """The batches of the requests in order; ends early if a worker is stuck, with the rest in ``unanswered``."""
     loader: DataLoader = DataLoader(
         dataset,
-        batch_size=None,  # a request is a whole batch already
-        sampler=requests,
+        batch_size=None,  # a request is a whole batch
+        sampler=requests,  # type: ignore[arg-type]
         num_workers=settings.workers,
         prefetch_factor=settings.prefetch if settings.workers else None,
         pin_memory=settings.pin_memory and torch.cuda.is_available(),
-        collate_fn=_as_it_is,
-        worker_init_fn=_outlive_signals,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_signals,
+        timeout=min(5.0, settings.hang_seconds) if settings.workers else 0,
     )
-    with worker_deaths():
-        for batch in loader:
-            if _FATAL in batch:
-                raise batch[_FATAL]
-            yield batch
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            if dataset.stuck(settings.hang_seconds):
+                return
+            continue
+        unanswered.popleft()
+        if _FATAL in batch:
+            raise batch[_FATAL]
+        yield batch
 
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Name cause and remedy when a data worker dies; torch raises its own error at whatever the process is doing then.
+    """Explain the death of a data worker, which torch raises in the main process at an arbitrary statement.
 
     Raises:
-        TrainingError: In place of torch's error.
+        TrainingError: Instead of torch's error.
     """
     try:
         yield
@@ -372,26 +436,21 @@ def worker_deaths() -> Iterator[None]:
             raise
         raise TrainingError(
             f"a data worker died: {str(error).splitlines()[0]} Often it was killed for memory: use fewer workers "
-            "(run.num_workers), or give the container more shared memory; a training goes on with run.resume=auto"
+            "(run.num_workers), or give the container more shared memory; run.resume=auto continues a training"
         ) from error
 
 
-def _outlive_signals(_worker: int) -> None:
-    """Clusters and terminals signal all processes at once: the training decides when its workers end, so that it can
-    still save a checkpoint."""
+def _ignore_signals(_worker: int) -> None:
+    """Clusters and terminals signal all processes at once: the training ends its workers after its last checkpoint."""
     for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
         if number is not None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def _longest_first(source: SourceDataset) -> list[int]:
     """All indices of a source by the samples' length; equal ones in their own order."""
-    return np.argsort(-np.asarray(source.lengths), kind="stable").tolist()
-
-
-def _needs_lengths(settings: LoaderSettings) -> bool:
-    return settings.group_by_length or settings.batch_tokens is not None
+    return np.argsort(-np.asarray(source.lengths, dtype=np.int64), kind="stable").tolist()

@@ -1,14 +1,14 @@
-"""Which samples make up which step: a pure function of the seed, so that any rank can ask for any step at once.
+"""The samples of each step, as a pure function of seed and step: any rank can compute any step directly.
 
-Nothing is drawn, stored or counted. The source of a step comes from a schedule whose counts have a closed form, the
-samples from a keyed bijection of ``0..size-1`` (a Feistel network with cycle-walking) in place of a shuffled array: 130
-million samples cost no memory, and going on from step 100,000 costs what step 0 costs. This module knows no sample.
+The source of a step comes from a schedule whose counts have a closed form, the samples from a keyed bijection of
+``0..size-1`` (a Feistel network with cycle-walking) instead of a shuffled array. So 130 million samples need no memory,
+and step 100,000 costs as much as step 0. This module knows no sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -22,10 +22,10 @@ _RATIO_PRECISION = 10**6
 
 
 class KeyedPermutation:
-    """A bijection of ``0..size-1`` that a key selects, computed per element.
+    """A bijection of ``0..size-1`` that a key selects, computed element by element.
 
     Args:
-        size: How many numbers are permuted.
+        size: The number of elements.
         key: Any integers; another key gives an unrelated order.
     """
 
@@ -37,7 +37,7 @@ class KeyedPermutation:
         self._keys = [np.uint64(_hash(*key, round_)) for round_ in range(_ROUNDS)]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """``[n]`` positions in ``0..size-1`` -> ``[n]`` int64 elements, each element once over all positions."""
+        """``[n]`` positions in ``0..size-1`` -> ``[n]`` int64 elements."""
         values = self._scramble(np.asarray(positions).astype(np.uint64))
         outside = values >= self.size
         while outside.any():  # the domain is less than twice the size, so few elements walk far
@@ -60,10 +60,10 @@ class KeyedPermutation:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Which source a step has: shuffled blocks with exact counts.
+    """The source of each step: shuffled blocks with exact counts.
 
-    Over the first ``n`` blocks every source but the most frequent gets the floor of its share, the latter the rest; so
-    the number of earlier steps of a source has a closed form.
+    In the first ``n`` blocks the most frequent source gets the rest, and every other one the floor of its share; so the
+    number of earlier steps of a source has a closed form.
     """
 
     weights: tuple[int, ...]
@@ -73,16 +73,16 @@ class _Schedule:
     @classmethod
     def of(cls, ratios: list[float], seed: int) -> _Schedule:
         total = sum(ratios)
-        least = Fraction(1, _RATIO_PRECISION)  # a rare source is rare, never absent
+        least = Fraction(1, _RATIO_PRECISION)  # so that a rare source is never absent
         shares = [max(least, Fraction(ratio / total).limit_denominator(_RATIO_PRECISION)) for ratio in ratios]
         scale = math.lcm(*(share.denominator for share in shares))
         weights = tuple(int(share * scale) for share in shares)
-        few = len(weights) * (len(weights) + 1)  # enough steps that the most frequent source's rest is never negative
+        few = len(weights) * (len(weights) + 1)  # enough for the most frequent source's rest to be positive
         whole = sum(weights)
         return cls(weights, whole if whole <= max(few, 12) else few, seed)
 
     def counts(self, steps: int) -> list[int]:
-        """How many of the first ``steps`` steps (whole blocks) each source has."""
+        """The number of steps of each source among the first ``steps`` steps (whole blocks)."""
         whole = sum(self.weights)
         counts = [weight * steps // whole for weight in self.weights]
         top = self.weights.index(max(self.weights))
@@ -90,16 +90,16 @@ class _Schedule:
         return counts
 
     def at(self, step: int) -> tuple[int, int]:
-        """The source of a step, and how many earlier steps had the same one."""
+        """The source of a step, and the number of earlier steps with the same one."""
         source, before = self._walk(step)
         return source, before[source]
 
     def before(self, step: int) -> list[int]:
-        """How many of the steps before ``step`` each source has."""
+        """The number of steps of each source before ``step``."""
         return self._walk(step)[1]
 
     def _walk(self, step: int) -> tuple[int, list[int]]:
-        """The source of a step, and how many earlier steps each source has."""
+        """The source of a step, and the number of earlier steps of each source."""
         number, inside = divmod(step, self.block)
         before = self.counts(number * self.block)
         after = self.counts((number + 1) * self.block)
@@ -114,22 +114,21 @@ class _Schedule:
 class MixturePlan:
     """The samples of every step of a run over several sources.
 
-    All ranks have the same source at a step. Rank ``r`` of ``W`` takes slice ``r`` of the global batch, so that
-    ``W`` ranks with batch ``B`` see what one with ``B * W`` sees. Each source has its own shuffled epochs: every
-    sample once per epoch, and the batch at an epoch's end is filled up from the next epoch.
+    All ranks have the same source at a step. Rank ``r`` of ``W`` gets slice ``r`` of the global batch, so that ``W``
+    ranks with batch ``B`` see the samples of one rank with ``B * W``. Each source has its own shuffled epochs: every
+    sample once per epoch, and the last batch of an epoch is completed from the next one.
 
     Args:
         sizes: Number of samples per source.
-        ratios: How often each source has a step, in any unit; without them each source gets its share of all samples.
+        ratios: How often each source has a step, in any unit; by default its share of all samples.
         batch_size: Samples per step and rank, one number or one per source.
         world_size: Number of ranks.
         seed: Another seed gives another order.
-        lengths: Per source, an integer array ``[size]`` of sample lengths; similar ones then share a batch.
-        drawn_lengths: Per source, what an epoch adds to them: from ``[n]`` indices and ``[n]`` epochs, ``[n]`` numbers.
-        group: With ``lengths``: how many consecutive global batches are sorted together.
+        lengths: Per source, an integer array ``[size]`` of sample lengths; a batch then has samples of similar length.
+        group: With ``lengths``: the number of consecutive global batches that are sorted together, a window.
 
     Raises:
-        ConfigError: If sizes, ratios and batch sizes do not fit together.
+        ConfigError: If sizes, ratios and batch sizes contradict each other.
     """
 
     def __init__(
@@ -140,7 +139,6 @@ class MixturePlan:
         world_size: int = 1,
         seed: int = 0,
         lengths: Mapping[str, np.ndarray] | None = None,
-        drawn_lengths: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] | None = None,
         group: int = 32,
     ) -> None:
         _check(sizes, ratios, batch_size, world_size, lengths)
@@ -153,18 +151,17 @@ class MixturePlan:
         self.world_size = world_size
         self.seed = seed
         self.lengths = dict(lengths or {})
-        self.drawn_lengths = dict(drawn_lengths or {})
         self.group = group
         self._schedule = _Schedule.of([self.ratios[name] for name in self.names], _hash(seed, 0))
         self._window: tuple[tuple[str, int], np.ndarray] | None = None
         self.resume(0, dict.fromkeys(self.names, 0))
 
     def resume(self, step: int, positions: Mapping[str, int]) -> None:
-        """Let ``step`` begin at these positions, which a plan of other batch sizes or ranks gave for it.
+        """Begin ``step`` at these positions, which a run with other batch sizes or ranks has reached.
 
         Args:
-            step: The first step that this plan is asked for.
-            positions: Per source, the number of samples of its endless sequence of epochs that count as taken.
+            step: The first step of this plan.
+            positions: What `positions` of the earlier plan returns for this step.
         """
         self.origin = (step, dict(positions))
         self._starts = [positions[name] for name in self.names]
@@ -172,10 +169,10 @@ class MixturePlan:
         self._window = None
 
     def positions(self, step: int) -> dict[str, int]:
-        """Per source, the position at which a plan of other batch sizes or ranks resumes at ``step``.
+        """Per source, the number of samples of its endless sequence of epochs before ``step``.
 
-        It is the number of samples that all ranks have taken before. A source that is sorted by length resumes at the
-        next window: samples of the window that come after ``step`` are left out, because no other batch size fits it.
+        Sources with ``lengths`` count whole windows: a plan of other sizes cannot continue inside one, so it begins
+        with the next window and omits the rest of this one.
         """
         found = {}
         for name, start, then, now in zip(
@@ -192,30 +189,27 @@ class MixturePlan:
         return self.names[self._schedule.at(step)[0]]
 
     def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
-        """What a rank trains on at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
+        """The samples of a rank at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
         name, positions = self.slices(step, np.array([rank]))
-        return name, self.samples(name, positions[0])
+        indices, epochs = self.drawn(name, positions[0])
+        return name, [(int(index), int(epoch)) for index, epoch in zip(indices, epochs, strict=True)]
 
     def slices(self, step: int, ranks: np.ndarray) -> tuple[str, np.ndarray]:
-        """Where some ranks read at a step: the source, and ``[R, B]`` positions in its endless sequence of epochs.
+        """The source of a step, and ``[R, B]`` positions of some ranks in its endless sequence of epochs.
 
         Args:
             step: From 0.
-            ranks: ``[R]`` which ranks.
+            ranks: ``[R]`` the ranks.
         """
         number, turn = self._schedule.at(step)
         name = self.names[number]
         turn -= self._turns[number]
         size = self.batch_sizes[name]
         if name in self.lengths:
-            # neighbours in length go to different ranks, so that no rank waits for the one with the long ones
-            return name, self._grouped(name, turn).reshape(size, self.world_size).T[ranks]
+            # samples of similar length go to different ranks, so that no rank waits for the one with the longest
+            return name, self._sorted(name, turn).reshape(size, self.world_size).T[ranks]
         starts = self._starts[number] + (turn * self.world_size + ranks) * size
         return name, starts[:, None] + np.arange(size)
-
-    def samples(self, name: str, positions: np.ndarray) -> list[tuple[int, int]]:
-        """``(index, epoch)`` at the given positions of a source's endless sequence of epochs."""
-        return [(int(index), int(epoch)) for index, epoch in zip(*self.drawn(name, positions), strict=True)]
 
     def drawn(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``[n]`` positions of a source's endless sequence of epochs -> ``[n]`` indices and ``[n]`` epochs."""
@@ -224,19 +218,20 @@ class MixturePlan:
         found = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            found[chosen] = self._order(name, int(epoch))(positions[chosen] % size)
+            order = KeyedPermutation(size, self.seed, 1, self.names.index(name), int(epoch))
+            found[chosen] = order(positions[chosen] % size)
         return found, epochs
 
     def steps_per_epoch(self) -> int:
-        """Steps after which as many samples have been seen as all sources hold together, at the mixture's ratios."""
-        return max(1, -int(-sum(self.sizes.values()) // self._samples_per_step()))
+        """Steps with as many samples as all sources contain together, at the mixture's ratios."""
+        return max(1, math.ceil(sum(self.sizes.values()) / self._samples_per_step()))
 
     def steps_of(self, epochs: int, step: int | None = None, positions: Mapping[str, int] | None = None) -> int:
         """Total steps for ``epochs`` epochs; of a resumed run, those before it and those for the remaining samples.
 
         Args:
             epochs: Passes over all sources.
-            step: The step that was or would be resumed at; None takes that of `resume`.
+            step: The step at which the run is resumed; by default that of `resume`.
             positions: The positions there.
         """
         first = self.origin[0] if step is None else step
@@ -255,42 +250,35 @@ class MixturePlan:
         """Samples of one step of a source on all ranks together."""
         return self.batch_sizes[name] * self.world_size
 
-    def _order(self, name: str, epoch: int) -> KeyedPermutation:
-        return KeyedPermutation(self.sizes[name], self.seed, 1, self.names.index(name), epoch)
-
-    def _grouped(self, name: str, turn: int) -> np.ndarray:
-        """Positions of a source's ``turn``-th global batch when samples of similar length are put together."""
+    def _sorted(self, name: str, turn: int) -> np.ndarray:
+        """Positions of a source's ``turn``-th global batch of samples of similar length."""
         window, inside = divmod(turn, self.group)
         if self._window is None or self._window[0] != (name, window):
             per_batch = self._global(name)
             start = self._starts[self.names.index(name)] + window * self.group * per_batch
             positions = np.arange(start, start + self.group * per_batch)
-            indices, epochs = self.drawn(name, positions)
-            lengths = np.asarray(self.lengths[name])[indices]
-            if name in self.drawn_lengths:
-                lengths = lengths + self.drawn_lengths[name](indices, epochs)
-            by_length = positions[np.argsort(lengths, kind="stable")]
-            batches = by_length.reshape(self.group, per_batch)
+            lengths = np.asarray(self.lengths[name])[self.drawn(name, positions)[0]]
+            batches = positions[np.argsort(lengths, kind="stable")].reshape(self.group, per_batch)
             order = KeyedPermutation(self.group, self.seed, 2, self.names.index(name), window)
             self._window = ((name, window), batches[order(np.arange(self.group))])
         return self._window[1][inside]
 
 
 def capped_sizes(sizes: Mapping[str, int], cap: int | None) -> dict[str, float]:
-    """Ratios proportional to the sizes, none counting as more than ``cap`` samples (T5, section 3.5.2)."""
+    """Ratios proportional to the sizes, each limited to ``cap`` samples (T5, section 3.5.2)."""
     return {name: float(size if cap is None else min(size, cap)) for name, size in sizes.items()}
 
 
 def batch_size_for_tokens(lengths: np.ndarray, budget: int, quantile: float = 0.95) -> int:
-    """How many samples of a source fill a batch of ``budget`` tokens, padding included.
+    """The number of samples of a source in a batch of ``budget`` tokens, padding included.
 
-    The count is fixed per source, so that steps stay computable without walking through the data: a batch padded to the
-    ``quantile`` of the source's lengths just fits.
+    The number is fixed per source, because steps are computed without reading samples: a batch padded to the
+    ``quantile`` of the source's lengths fits.
 
     Args:
         lengths: ``[n]`` tokens per sample, media slots included; a part of a large source is enough.
         budget: Tokens per batch and rank.
-        quantile: Which length counts as the source's.
+        quantile: The quantile.
     """
     return max(1, int(budget // max(1.0, float(np.quantile(lengths, quantile)))))
 
@@ -310,7 +298,7 @@ def _check(
     for what, given in (("ratios", ratios), ("batch sizes", None if isinstance(batch_size, int) else batch_size)):
         if given is not None and set(given) != set(sizes):
             different = sorted(set(given) ^ set(sizes))
-            raise ConfigError(f"{what} and sources differ: {', '.join(different)} stands in only one of the two")
+            raise ConfigError(f"{what} and sources differ: {', '.join(different)} is in only one of them")
     for name, ratio in (ratios or {}).items():
         if not ratio > 0:
             raise ConfigError(
@@ -334,7 +322,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def _hash(*numbers: int) -> int:
-    """64 bits that depend on all numbers and their order, the same on every machine and in every version."""
+    """64 bits from all numbers and their order, equal on every machine and in every version."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK

@@ -1,86 +1,90 @@
-"""The section of one data set in a configuration, typed; and the paths that it names."""
+"""The section of one data set in a configuration, and the paths that it names."""
 
 from __future__ import annotations
 
 import difflib
 import glob
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.datasets.readers import READERS, Origin
+from lavis_chatbridge.datasets.readers.own import is_hub_id
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.prompting.templates import Templates
+from lavis_chatbridge.schema import Medium
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
 WORLD_PREFIX = "chatbridge_world"
-"""How the names of the embedded world's data sets begin: a run makes the world first where it is not there."""
+"""First part of the names of the embedded world's data sets: a run builds the world if it is absent."""
 OWN_READER = "jsonl"
 
 
-@dataclass
-class DataSettings:
-    """What a data set's section may hold; the shipped rows are in ``configs/datasets/*.yaml``."""
+class DataSettings(Settings):
+    """The keys of a data set's section; the shipped rows are in ``configs/datasets/*.yaml``."""
 
     reader: str = OWN_READER
     """Format of the annotation files: ``jsonl`` is our own schema."""
     stage: Literal["auto", "alignment", "instruction"] = "auto"
     """``auto``: samples with turns are instructions, those with captions alone are for alignment."""
-    splits: dict[str, Any] = field(default_factory=dict)
-    """Split -> its annotation files: a path (or pattern with ``*``), a list, or file's purpose -> path."""
-    media: dict[str, str] = field(default_factory=dict)
-    """Modality -> path under the data root with a row's fields in braces; not for ``jsonl``, which names its media."""
+    splits: dict[str, Any] = {}
+    """Split -> its annotation files: a path, a pattern with ``*``, a list of these, or purpose -> any of these."""
+    media: dict[str, str] = {}
+    """Modality -> path below the data root with a row's fields in braces; not for ``jsonl``, which names its media."""
     data_root: str | None = None
-    """The folder that all paths are relative to; null takes ``$CHATBRIDGE_DATA``, else the working directory."""
+    """The folder that all paths are relative to; null means ``$CHATBRIDGE_DATA``, or else the working directory."""
     media_root: str | None = None
-    """For ``jsonl``: the folder its media paths are relative to; null takes the JSONL's own folder."""
+    """For ``jsonl``: the folder that its media paths are relative to; null means the JSONL's own folder."""
     allow_outside: bool = False
     """Accept media outside their root."""
     skip_missing: bool = False
-    """Leave samples out whose media are not there, when annotations are converted (web data sets lose addresses)."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the reader; ``options.SPLIT`` may hold those of one split."""
+    """Leave out samples whose media do not exist when annotations are converted (web data sets lose addresses)."""
+    options: dict[str, Any] = {}
+    """The reader's settings; ``options.SPLIT`` may contain those of one split."""
     task: str = ""
     """Task of the samples that name none: selects the instruction templates."""
     style: str = ""
     """Answer style of the samples that name none."""
     templates: bool | list[str] = True
-    """Ask through instruction templates; a list adds YAML files of your own; false uses questions as they are."""
+    """Ask through instruction templates; a list adds YAML files of your own; false uses questions unchanged."""
     reply_end: str = "###"
-    """What closes a reply."""
+    """The text after a reply."""
     split_modalities: bool = True
-    """Make one source per modality, so that batches do not mix them."""
+    """Make one source per modality, so that a batch has one modality."""
     limit: int | None = None
-    """Use only the first so many samples of each file."""
+    """Use only the first samples of each file."""
     ratio: float | None = None
     """Share of the steps, in any unit; null: its share of the samples."""
-    parts: list[str] = field(default_factory=list)
-    """For a mixture: the data sets it is made of."""
-    ratios: dict[str, float] = field(default_factory=dict)
+    parts: list[str] = []
+    """For a mixture: the names of its data sets."""
+    ratios: dict[str, float] = {}
     """For a mixture: share of the steps of each part."""
+    optional: bool = False
+    """As a part of a mixture: leave it out, with a warning, if its annotation files do not exist."""
     vis_processor: dict[str, Any] | None = None
-    """Image processors; the model's YAML has them."""
+    """Image processors; by default the model's."""
     video_processor: dict[str, Any] | None = None
-    """Video processors."""
+    """Video processors; by default the model's."""
     audio_processor: dict[str, Any] | None = None
-    """Audio processors."""
+    """Audio processors; by default the model's."""
     text_processor: dict[str, Any] | None = None
-    """Caption processors."""
+    """Caption processors; by default the model's."""
     type: str = "default"
-    """LAVIS's key: which default YAML; there is one."""
+    """LAVIS's key for variants of a default YAML; there is one."""
     data_type: str = "images"
-    """LAVIS's key; means nothing here."""
+    """LAVIS's key; has no effect here."""
 
     def check(self) -> Iterable[str]:
         """Contradictions between the keys."""
         if self.reader != OWN_READER and self.reader not in READERS:
-            yield f"unknown reader {self.reader!r}; known are {OWN_READER}, {', '.join(READERS)}"
-        for kind in self.media:
-            if kind not in MODALITIES:
-                yield f"media: unknown kind {kind!r}; known are {', '.join(MODALITIES)}"
+            near = difflib.get_close_matches(self.reader, [OWN_READER, *READERS], n=1)
+            hint = f"did you mean {near[0]!r}" if near else f"known are {OWN_READER}, {', '.join(READERS)}"
+            yield f"unknown reader {self.reader!r}; {hint}"
+        if unknown := sorted(set(self.media) - set(MODALITIES)):
+            yield f"media: unknown modality {unknown[0]!r}; known are {', '.join(MODALITIES)}"
         if self.reader == OWN_READER and self.media:
             yield "media is for the readers of other formats; a jsonl file names its media itself"
         yield from self._unknown_task()
@@ -89,17 +93,14 @@ class DataSettings:
         for name, ratio in {"ratio": self.ratio or 1.0, **self.ratios}.items():
             if not ratio > 0:
                 yield f"the ratio of {name!r} must be positive, found {ratio}"
-        unknown = sorted(set(self.ratios) - set(self.parts))
-        if unknown:
+        if unknown := sorted(set(self.ratios) - set(self.parts)):
             yield f"ratios name {', '.join(unknown)}, which parts does not"
-        if not self.parts and not any(self.splits.values()):
-            yield "splits is missing: name the annotation file of each split, such as {train: my.jsonl}"
         for split, entry in self.splits.items():
-            if not _well_formed(entry):
-                yield f"splits.{split}: expected a path, a list of paths, or purpose -> path, found {entry!r}"
+            entries = entry.values() if isinstance(entry, Mapping) else [entry]
+            if not all(_is_files(one) for one in entries):
+                yield f"splits.{split}: expected a path, a list of paths, or purpose -> paths, found {entry!r}"
 
     def _unknown_task(self) -> Iterable[str]:
-        """A task names instruction templates, whichever stage uses them."""
         if not self.task or self.templates is False:
             return
         try:
@@ -110,43 +111,68 @@ class DataSettings:
         if self.task not in known:
             near = difflib.get_close_matches(self.task[:80], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            yield f"task: no instruction template is of {self.task[:80]!r}, {hint} (templates: false takes any name)"
+            yield f"task: no instruction template is of {self.task[:80]!r}, {hint} (templates: false accepts any name)"
 
     @property
     def root(self) -> str:
         """The data root."""
         return str(Path(self.data_root or os.environ.get(DATA_VARIABLE) or ".").expanduser())
 
-    def files(self, split: str) -> dict[str, str]:
-        """A split's annotation files: purpose -> path under the data root; patterns become what they match."""
+    @property
+    def used_splits(self) -> list[str]:
+        """The splits that have files; null switches a split off."""
+        return [split for split, entry in self.splits.items() if entry]
+
+    def files(self, split: str) -> dict[str, list[str]]:
+        """A split's annotation files: purpose (``"file"`` if none is named) -> paths below the data root.
+
+        A pattern becomes the files that it matches; a purpose that is null is left out.
+
+        Raises:
+            ConfigError: If a file occurs twice.
+        """
         entry = self.splits[split]
-        if isinstance(entry, Mapping):
-            return {str(role): os.path.join(self.root, path) for role, path in entry.items()}
+        purposes = entry if isinstance(entry, Mapping) else {"file": entry}
+        found = {str(purpose): self._paths(entry) for purpose, entry in purposes.items() if entry}
+        for paths in found.values():
+            if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+                raise ConfigError(f"splits.{split} names {twice[0]} twice: name each file once")
+        return found
+
+    def _paths(self, entry: str | list[str]) -> list[str]:
         paths: list[str] = []
         for path in [entry] if isinstance(entry, str) else entry:
-            full = os.path.join(self.root, os.path.expanduser(path))
-            paths += sorted(glob.glob(full)) or [full] if "*" in path else [full]
-        return {"file": paths[0]} if len(paths) == 1 else {f"file{i}": path for i, path in enumerate(paths)}
+            full = os.path.normpath(os.path.join(self.root, os.path.expanduser(path)))
+            if "*" in path:
+                paths += sorted(glob.glob(full)) or [full]
+            else:
+                paths.append(path if self._on_hub(path, full) else full)
+        return paths
 
-    def origin(self, name: str, split: str) -> Origin:
-        """What the reader of a split is given.
+    def _on_hub(self, path: str, full: str) -> bool:
+        return self.reader == "huggingface" and not os.path.exists(full) and is_hub_id(path)
+
+    def origin(self, name: str, split: str, keep: Callable[[Modality, bytes, str], Medium] | None = None) -> Origin:
+        """The reader's input for one split.
 
         Args:
             name: The data set's name.
             split: The split.
+            keep: Stores media that are bytes inside a table.
         """
         options = {key: value for key, value in self.options.items() if key not in self.splits}
         options |= self.options.get(split) or {}
-        return Origin(name, self.files(split), self.root, self.media, options, self.allow_outside)
+        return Origin(name, self.files(split), self.root, self.media, options, self.allow_outside, keep)
 
-    @property
-    def used_splits(self) -> list[str]:
-        """The splits that have files; a split set to null is switched off."""
-        return [split for split, entry in self.splits.items() if entry]
-
-    def missing(self) -> list[str]:
-        """Every annotation file and media folder that is not there."""
-        absent = [path for split in self.used_splits for path in self.files(split).values() if not os.path.isfile(path)]
+    def missing(self, splits: Iterable[str] | None = None) -> list[str]:
+        """The annotation files of some splits (by default all), and the media folders, that do not exist."""
+        names = self.used_splits if splits is None else splits
+        files = [path for split in names for paths in self.files(split).values() for path in paths]
+        folders_too = self.reader == "huggingface"
+        absent = [
+            path for path in files
+            if not (os.path.isfile(path) or (folders_too and (os.path.isdir(path) or is_hub_id(path))))
+        ]  # fmt: skip
         for pattern in self.media.values():
             folder = os.path.join(self.root, os.path.dirname(pattern.split("{")[0]))
             if not os.path.isdir(folder):
@@ -154,9 +180,7 @@ class DataSettings:
         return list(dict.fromkeys(absent))
 
 
-def _well_formed(entry: Any) -> bool:
-    if isinstance(entry, Mapping):
-        return all(isinstance(path, str) for path in entry.values())
+def _is_files(entry: Any) -> bool:
     if isinstance(entry, (list, tuple)):
         return all(isinstance(path, str) for path in entry)
     return entry is None or isinstance(entry, str)

@@ -24,12 +24,12 @@ from typing import IO, Any, Literal
 import numpy as np
 import yaml
 
-from lavis_chatbridge import __version__, settings
+from lavis_chatbridge import __version__
+from lavis_chatbridge import config as settings
 from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.datasets.settings import DataSettings
-from lavis_chatbridge.datasets.shards import sha256_of
 from lavis_chatbridge.errors import ConfigError, DataError, PromptError
-from lavis_chatbridge.files import write_text
+from lavis_chatbridge.files import hash_of_file, write_text
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, to_record
@@ -197,7 +197,7 @@ def verify(folder: str | Path) -> list[str]:
             file = folder / name
             if not file.is_file():
                 faults.append(f"{name} is absent")
-            elif sha256_of(file) != expected["sha256"]:
+            elif hash_of_file(file) != expected["sha256"]:
                 faults.append(f"{name} has another hash than the manifest states")
     return faults
 
@@ -235,7 +235,7 @@ def _inputs(source: SourceSettings) -> list[Path]:
     """The annotation files of a source."""
     if source.dataset is None:
         return [Path(file) for file in source.samples]
-    return [Path(file) for file in _row(source).files(source.split).values()]
+    return [Path(file) for files in _row(source).files(source.split).values() for file in files]
 
 
 def _missing_media(options: BuildSettings) -> list[tuple[str, str]]:
@@ -287,9 +287,9 @@ def _build_source(source: SourceSettings, options: BuildSettings, templates: Tem
         "by_task": _part(counts, "task "),
         "by_modality": _part(counts, "modality "),
         "dataset": source.dataset,
-        "made_from": {file.name: sha256_of(file) for file in _inputs(source)},
+        "made_from": {file.name: hash_of_file(file) for file in _inputs(source)},
         "files": {
-            f"{source.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
+            f"{source.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": hash_of_file(file)} for file in files
         },
     }
 

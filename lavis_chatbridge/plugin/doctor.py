@@ -224,7 +224,7 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
         yield Finding("ok", f"datasets.{name} is LAVIS's own: its files are not checked")
         return
     own = builder(section).settings
-    files = [path for split in own.used_splits for path in own.files(split).values()]
+    files = [path for split in own.used_splits for paths in own.files(split).values() for path in paths]
     there = [path for path in dict.fromkeys(files) if os.path.isfile(path)]
     if own.parts:
         yield Finding("ok", f"datasets.{name}: the files of {', '.join(own.parts)} are there")

@@ -191,7 +191,10 @@ def returning_status(function: Callable[..., int | None]) -> Callable[..., None]
     return run
 
 
-def spread(words: Sequence[str], lists: Sequence[str] = ("--options", "--ablate")) -> list[str]:
+_LISTS = ("--options", "--ablate", "--splits", "--against")
+
+
+def spread(words: Sequence[str], lists: Sequence[str] = _LISTS) -> list[str]:
     """A command line with LAVIS's ``--options A B`` as ``--options A --options B``, which typer reads.
 
     ``--ablate`` without a word behind it becomes ``--ablate all``.

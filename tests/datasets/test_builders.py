@@ -201,7 +201,7 @@ def test_missing_web_media_can_be_left_out(tmp_path, caplog):
     caplog.clear()
     assert len(builder("align_webvid10m", data_root=str(tmp_path)).build_datasets()["train"]) == 1
     [message] = [message for message in caplog.messages if "left out 1 samples" in message]
-    Path(message.split("remove ")[1].split(" once")[0]).unlink()
+    Path(message.split("delete ")[1].split(" when")[0]).unlink()
     caplog.clear()
     assert len(builder("align_webvid10m", data_root=str(tmp_path)).build_datasets()["train"]) == 2
     assert "left out" not in caplog.text

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
 
-from lavis_chatbridge.datasets.check import add_arguments, check_file, run
+from lavis_chatbridge import cli
+from lavis_chatbridge.datasets.check import check_file
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(argument) for argument in arguments]))
+    return cli.main(["check-data", *map(str, arguments)])
 
 
 def test_a_sound_file(pictures, capsys):
@@ -56,7 +54,7 @@ def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
     assert found["modalities"] == {"image": 13, "text": 1}
     assert found["tasks"] == {"captions": 13, "text_qa": 1}
     assert found["sources"] == {"mine": 1}
-    assert found["examples"]["duplicate id"] == [f"{file}:13: id 's0' stands in an earlier line"]
+    assert found["examples"]["duplicate id"] == [f"{file}:13: an earlier sample has the id 's0'"]
     assert found["examples"]["missing medium"][0].startswith(f"{file}:4: {pictures}/p3.png")
     without = check_file(file)
     assert without.faults["unreadable medium"] == 1  # the empty one; the other is there
@@ -95,3 +93,22 @@ def test_empty_and_missing_files(tmp_path):
     assert not check_file(tmp_path / "a.jsonl").usable
     with pytest.raises(DataError, match="No such file"):
         check_file(tmp_path / "none.jsonl")
+
+
+def test_media_shared_with_evaluation_data_are_found(pictures, capsys):
+    copy = pictures / "copy.png"
+    copy.write_bytes((pictures / "p3.png").read_bytes())
+    named = pictures / "test" / "p5.jpg"
+    named.parent.mkdir()
+    named.write_bytes(b"another picture of the same name")
+    other = [Sample(path.name, (Medium("image", str(path)),), ("c",)) for path in (copy, named)]
+    write_jsonl(pictures / "test.jsonl", other)
+    assert command(pictures / "pictures.jsonl", "--against", pictures / "test.jsonl") == 1
+    out = capsys.readouterr().out
+    assert (
+        f"FAULT: medium of the evaluation data, by content: 1\n      {pictures}/pictures.jsonl:4: {pictures}/p3.png"
+        in out
+    )
+    assert "warning: medium of the evaluation data, by name: 1" in out
+    write_jsonl(pictures / "test.jsonl", other[1:])
+    assert command(pictures / "pictures.jsonl", "--against", pictures / "test.jsonl") == 0

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lavis_chatbridge.datasets import files
-from lavis_chatbridge.datasets.collate import ITEM_KEYS, collate
 from lavis_chatbridge.datasets.dataset import (
+    ITEM_KEYS,
     SourceDataset,
     SourceGroup,
     SourceSettings,
+    collate,
     media_source,
     split_by_modality,
 )
@@ -107,7 +108,7 @@ def test_unsuitable_samples_are_named(pictures):
     odd = SourceDataset("s", [Sample("x", captions=("c",), task="image_qaa")], SourceSettings())
     with pytest.raises(DataError, match="no template of task 'image_qaa'"):
         odd[0]
-    with pytest.raises(DataError, match="no image processor is set; the config names it as vis_processor"):
+    with pytest.raises(DataError, match="there is no image processor; set vis_processor"):
         source(pictures, {})[0]
 
 
@@ -190,7 +191,7 @@ def test_sample_file_indexes_lines_and_survives_pickling(pictures):
     assert [sample.id for sample in file] == [f"s{i}" for i in range(12)]
     assert pickle.loads(pickle.dumps(file))[11].captions[0] == "grey 11"
     assert file.lengths[0] == 32 + len("number 0") // 4 + 1
-    (pictures / "gaps.jsonl").write_text("\n" + "\n\n".join([*text, "{}"]))
+    (pictures / "gaps.jsonl").write_text("\n" + "\n\n".join([*text, '{"id": 1}']))
     with pytest.raises(DataError, match=r"gaps\.jsonl:26: has neither"):
         SampleFile(pictures / "gaps.jsonl")
 
@@ -215,7 +216,7 @@ def test_the_index_of_a_large_file_is_kept_until_it_changes(pictures, monkeypatc
 
 def test_empty_and_missing_files(tmp_path):
     (tmp_path / "e.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no sample"):
+    with pytest.raises(DataError, match="contains no sample"):
         SampleFile(tmp_path / "e.jsonl")
     with pytest.raises(DataError, match="No such file"):
         SampleFile(tmp_path / "none.jsonl")
@@ -229,65 +230,16 @@ def test_collate_keeps_every_key_and_stacks_nothing(pictures, processors):
     assert batch["source"] == "grey"
     assert isinstance(batch["image"], list)
     assert collate([], "grey") == {**{key: [] for key in ITEM_KEYS}, "source": "grey"}
-    with pytest.raises(DataError, match=r"different keys: \['image'\]"):
-        collate([data[0], {key: value for key, value in data[1].items() if key != "image"}])
     with pytest.raises(DataError, match="different sources: grey, other"):
         collate([data[0], {**data[1], "source": "other"}])
 
 
-def text_tokens(pieces):
-    return sum(len(piece.text) for piece in pieces if isinstance(piece, Text)) / 4
-
-
-def test_what_format_and_templates_add_is_counted():
-    samples = [
-        Sample(
-            str(i),
-            (Medium("image", "a.png"),),
-            turns=(Message("user", "x" * (20 + i), ("image",)), Message("assistant", "y")),
-        )
-        for i in range(40)
-    ]
+def test_the_tokens_of_format_and_templates_are_estimated():
+    turns = (Message("user", "what is it?", ("image",)), Message("assistant", "y"))
+    samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(40)]
     asked = SourceDataset("asked", samples, SourceSettings(task="image_qa", templates=Templates.default()))
-    written = [32 + text_tokens(asked.pieces(sample, asked._rng(i, 0, 0))) for i, sample in enumerate(samples)]
+    written = [
+        32 + sum(len(piece.text) for piece in asked.pieces(sample, asked._rng(i, 0, 0)) if isinstance(piece, Text)) / 4
+        for i, sample in enumerate(samples)
+    ]
     assert asked.lengths.mean() + asked.added_tokens() == pytest.approx(np.mean(written))
-    assert 15 < asked.added_tokens() < 40
-    drawn = asked.drawn_tokens(np.arange(40), np.zeros(40, dtype=np.int64))
-    left = np.array(written) - asked.lengths - drawn
-    assert np.ptp(left) <= 2  # halves of tokens are rounded in two places
-    assert np.ptp(drawn) > 5
-    again = asked.drawn_tokens(np.arange(40), np.ones(40, dtype=np.int64))
-    assert not np.array_equal(drawn, again), "another epoch draws other templates"
-
-
-@pytest.mark.parametrize(
-    ("settings", "turns"),
-    [
-        ({"stage": "alignment", "task": "image_caption"}, ()),
-        ({"stage": "auto", "task": "image_caption"}, ()),
-        ({"task": "image_caption", "train": False}, ()),
-        ({"task": ""}, ()),
-        ({"task": "image_detail"}, (Message("user", "What?", ("image",)), Message("assistant", "A dog."))),
-        (
-            {"task": "image_caption", "templates": Templates.default()},
-            (Message("user", "?", ("image",)), Message("assistant", "A")),
-        ),
-    ],
-)
-def test_where_no_template_is_drawn_nothing_is_added(settings, turns):
-    source = SourceDataset("a", [Sample("0", (Medium("image", "a.png"),), ("a",), turns)], SourceSettings(**settings))
-    assert source.drawn_tokens(np.array([0, 0]), np.array([0, 1])).tolist() == [0, 0]
-
-
-def test_a_request_for_a_caption_is_drawn():
-    source = SourceDataset(
-        "a", [Sample("0", (Medium("image", "a.png"),), ("a dog",))], SourceSettings(task="image_caption")
-    )
-    drawn = source.drawn_tokens(np.zeros(30, dtype=np.int64), np.arange(30))
-    for epoch in range(30):
-        request = next(
-            p.text
-            for p in source.pieces(source.sample(0), source._rng(0, epoch, 0))
-            if "Assistant" in getattr(p, "text", "")
-        )
-        assert drawn[epoch] == (len(request) - len(".###Human: ###Assistant:")) // 4

@@ -124,23 +124,32 @@ def test_grouping_by_length_reduces_padding():
     assert padded(grouped) < 0.15 * padded(plain)
 
 
-def test_what_an_epoch_draws_counts_as_length():
-    base = np.full(400, 50)
-
-    def drawn(indices, epochs):
-        return (indices * 7 + epochs * 13) % 40
-
-    plan = MixturePlan(
-        {"a": 400}, batch_size=10, world_size=2, lengths={"a": base}, drawn_lengths={"a": drawn}, group=20
-    )
-    spread = []
-    for step in range(40):  # two epochs
-        pairs = np.array([pair for rank in range(2) for pair in plan.batch(step, rank)[1]])
-        spread.append(np.ptp(drawn(pairs[:, 0], pairs[:, 1])))
-    assert max(spread) <= 2
-    seen = Counter(pair for step in range(40) for rank in range(2) for pair in plan.batch(step, rank)[1])
+@pytest.mark.parametrize(("step", "batch", "ranks"), [(40, 2, 3), (40, 5, 1), (41, 3, 2)])
+def test_a_plan_of_other_sizes_resumes_after_the_same_samples(step, batch, ranks):
+    sizes, whole = {"a": 70, "b": 30}, MixturePlan({"a": 70, "b": 30}, batch_size=6, seed=8)
+    seen = Counter((whole.batch(s)[0], pair) for s in range(step) for pair in whole.batch(s)[1])
+    other = MixturePlan(sizes, batch_size=batch, world_size=ranks, seed=8)
+    other.resume(step, whole.positions(step))
+    for s in range(step, step + 120):
+        seen.update((other.batch(s, r)[0], pair) for r in range(ranks) for pair in other.batch(s, r)[1])
     assert set(seen.values()) == {1}
-    assert len(seen) == 800
+    assert all((name, (i, 2)) in seen for name in ("a", "b") for i in range(sizes[name]))
+    assert other.positions(step) == whole.positions(step)
+    assert other.steps_of(9) == step + -(-(900 - step * 6) // (batch * ranks))
+
+
+def test_sorted_by_length_a_plan_of_other_sizes_resumes_at_the_next_window():
+    lengths = {"a": np.arange(640) * 7 % 19}
+    first = MixturePlan({"a": 640}, batch_size=4, seed=5, lengths=lengths, group=8)
+    assert [first.positions(step)["a"] for step in (0, 1, 8, 9)] == [0, 32, 32, 64]
+    other = MixturePlan({"a": 640}, batch_size=8, seed=5, lengths=lengths, group=8)
+    other.resume(9, first.positions(9))
+    seen = [pair for step in range(9) for pair in first.batch(step)[1]]
+    seen += [pair for step in range(9, 81) for pair in other.batch(step)[1]]
+    assert len(set(seen)) == len(seen)
+    again = MixturePlan({"a": 640}, batch_size=8, seed=5, lengths=lengths, group=8)
+    again.resume(*other.origin)
+    assert again.batch(30) == other.batch(30)
 
 
 def test_a_thousand_ranks_and_130_million_samples_cost_nothing(monkeypatch):

@@ -1,101 +1,108 @@
-"""Readers of caption annotations: COCO and Flickr30k (Karpathy), NoCaps, MSRVTT, VATEX, AudioCaps, Clotho, WavCaps,
-WebVid, VALOR.
-"""
+"""Readers of captions: COCO, Flickr30k, NoCaps, MSRVTT, VATEX, AudioCaps, Clotho, WavCaps, WebVid, VALOR."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, table_rows
+from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, of_split, stem_of
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.schema import Sample
+from lavis_chatbridge.files import read_json
+from lavis_chatbridge.schema import Medium, Sample
+
+_log = logging.getLogger(__name__)
 
 _CLOTHO_CAPTIONS = 5
+_EXCLUDED = "blacklist_exclude_all_ac.json"
 
 
 def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     """COCO captions in Karpathy's split: his ``dataset_coco.json``, or LAVIS's ``coco_karpathy_{train,val,test}.json``.
 
-    Option ``split`` (his file holds all): ``train`` takes ``restval`` too. Media field: ``image``
+    Option ``split`` (his file has all splits): ``train`` includes ``restval``. Media field: ``image``
     (``val2014/COCO_val2014_000000391895.jpg``). His ``dataset_flickr30k.json`` has the same form without folders.
     """
-    path = origin.file("file")
-    if begins_with(path, "["):
-        for number, row in enumerate(json_rows(path)):
-            image = row.text("image")
-            name = os.path.splitext(os.path.basename(image))[0]
-            media = origin.locate(row.where, image=image)
-            # LAVIS's training file has a row per caption, the others a row per picture
-            suffix = f"#{number}" if isinstance(row.values.get("caption"), str) else ""
-            yield Sample(name + suffix, media, row.texts("caption"), meta={"image_id": name})
-        return
     split = origin.options.get("split", "train")
     wanted = ("train", "restval") if split == "train" else (split,)
-    for row in json_rows(path, "images"):
-        if row.text("split") in wanted:
-            folder = f"{row.text('filepath')}/" if "filepath" in row else ""
-            media = origin.locate(row.where, image=folder + row.text("filename"))
+    for path in origin.paths():
+        if begins_with(path, "["):
+            yield from _lavis_captions(origin, path)
+            continue
+        for row in of_split(json_rows(path, "images"), wanted, path):
+            folder = f"{row.name('filepath')}/" if "filepath" in row else ""
+            media = origin.locate(row.where, image=folder + row.name("filename"))
             captions = tuple(sentence.text("raw") for sentence in row.rows("sentences"))
             number = row.whole("cocoid", "imgid")
             yield Sample(str(number), media, captions, meta={"image_id": number})
 
 
-def coco_annotations(origin: Origin) -> Iterator[Sample]:
-    """COCO's own annotation form, which NoCaps has too: ``images``, and ``annotations`` with a caption each.
+def _lavis_captions(origin: Origin, path: str) -> Iterator[Sample]:
+    for number, row in enumerate(json_rows(path)):
+        image = row.name("image")
+        name = stem_of(os.path.basename(image))
+        # LAVIS's training file has a row per caption, the others a row per image
+        suffix = f"#{number}" if isinstance(row.values.get("caption"), str) else ""
+        media = origin.locate(row.where, image=image)
+        yield Sample(name + suffix, media, row.texts("caption"), meta={"image_id": name})
 
-    NoCaps' ``domain`` of a picture is kept. Media field: ``file_name``.
+
+def coco_annotations(origin: Origin) -> Iterator[Sample]:
+    """COCO's own annotation form, also of NoCaps: ``images``, and ``annotations`` with one caption each.
+
+    NoCaps' ``domain`` of an image becomes ``meta.type``. Media field: ``file_name``.
     """
-    path = origin.file("file")
     captions: dict[int, list[str]] = {}
-    for row in json_rows(path, "annotations"):
+    for row in origin.rows("annotations"):
         captions.setdefault(row.whole("image_id"), []).append(row.text("caption"))
-    for row in json_rows(path, "images"):
+    for row in origin.rows("images"):
         number = row.whole("id")
         if number in captions:
-            media = origin.locate(row.where, file_name=row.text("file_name"))
+            media = origin.locate(row.where, file_name=row.name("file_name"))
             meta = {"image_id": number} | ({"type": row.text("domain")} if "domain" in row else {})
             yield Sample(str(number), media, tuple(captions[number]), meta=meta)
 
 
 def vatex(origin: Origin) -> Iterator[Sample]:
     """VATEX's JSON: ``videoID`` and ten English captions (``enCap``). Media field: ``video_id``."""
-    for row in json_rows(origin.file("file")):
-        name = row.text("videoID")
+    for row in origin.rows():
+        name = row.name("videoID")
         yield Sample(name, origin.locate(row.where, video_id=name), row.texts("enCap"))
 
 
 def msrvtt(origin: Origin) -> Iterator[Sample]:
     """MSRVTT's ``videodatainfo``: ``videos`` with a split, ``sentences`` with captions.
 
-    Option ``split`` (``train``, ``validate``, ``test``): the files of 2016 hold several. Media field: ``video_id``
+    Option ``split`` (``train``, ``validate``, ``test``): the files of 2016 contain several. Media field: ``video_id``
     (``video7``).
     """
-    path = origin.file("file")
     split = origin.options.get("split")
-    videos = {row.text("video_id"): row for row in json_rows(path, "videos")}
-    captions: dict[str, list[str]] = {}
-    for row in json_rows(path, "sentences"):
-        if row.text("video_id") not in videos:
-            raise DataError(f"{row.where}: video {shown(row.text('video_id'))} is not among the videos")
-        captions.setdefault(row.text("video_id"), []).append(row.text("caption"))
-    for name, row in videos.items():
-        if split in (None, row.values.get("split")) and name in captions:
-            yield Sample(name, origin.locate(row.where, video_id=name), tuple(captions[name]))
+    for path in origin.paths():
+        names = {row.name("video_id") for row in json_rows(path, "videos")}
+        captions: dict[str, list[str]] = {}
+        for row in json_rows(path, "sentences"):
+            if row.name("video_id") not in names:
+                raise DataError(f"{row.where}: video {shown(row.name('video_id'))} is not among the videos")
+            captions.setdefault(row.name("video_id"), []).append(row.text("caption"))
+        videos = json_rows(path, "videos")
+        for row in videos if split is None else of_split(videos, (split,), path):
+            if (name := row.name("video_id")) in captions:
+                yield Sample(name, origin.locate(row.where, video_id=name), tuple(captions[name]))
 
 
 def audiocaps(origin: Origin) -> Iterator[Sample]:
     """AudioCaps' CSV. Media fields: ``audiocap_id``, ``youtube_id``, ``start_time`` (seconds).
 
-    In the validation and test files a sound has five lines: they become one sample.
+    In the validation and test files a sound has five lines, which become one sample.
     """
-    sounds: dict[str, tuple[str, tuple, list[str]]] = {}
-    for row in table_rows(origin.file("file")):
-        key = f"{row.text('youtube_id')}_{row.text('start_time')}"
+    sounds: dict[str, tuple[str, tuple[Medium, ...], list[str]]] = {}
+    for row in origin.table():
+        key = f"{row.name('youtube_id')}_{row.text('start_time')}"
         if key not in sounds:
-            fields = {"youtube_id": row.text("youtube_id"), "start_time": row.whole("start_time")}
+            fields = {"youtube_id": row.name("youtube_id"), "start_time": row.whole("start_time")}
             media = origin.locate(row.where, audiocap_id=row.whole("audiocap_id"), **fields)
             sounds[key] = (row.text("audiocap_id"), media, [])
         sounds[key][2].append(row.text("caption"))
@@ -104,44 +111,88 @@ def audiocaps(origin: Origin) -> Iterator[Sample]:
 
 
 def clotho(origin: Origin) -> Iterator[Sample]:
-    """Clotho's CSV: a file name and five captions. Media field: ``file_name``."""
-    for row in table_rows(origin.file("file")):
-        name = row.text("file_name")
+    """Clotho's CSV: a file name and five captions. Media field: ``file_name`` (some begin with a blank)."""
+    for row in origin.table():
+        name = row.name("file_name")
         captions = tuple(row.text(f"caption_{number}") for number in range(1, _CLOTHO_CAPTIONS + 1))
         yield Sample(name, origin.locate(row.where, file_name=name), captions)
 
 
 def wavcaps(origin: Origin) -> Iterator[Sample]:
-    """WavCaps' JSON of one of its sources. Media field: ``id`` (without ``.wav``, which only AudioSet's ids carry)."""
-    for role, path in origin.files.items():
-        for row in json_rows(path, "data"):
-            name = row.text("id").removesuffix(".wav")
-            part = {} if role == "file" else {"part": role}
-            captions = row.texts("caption")
-            sample_id = "/".join([*part.values(), name])
-            yield Sample(sample_id, origin.locate(row.where, id=name, **part), captions, meta=_seconds(row))
+    """WavCaps' JSON files, one per source. Media fields: ``id`` (without ``.wav``), ``part`` (the file's purpose).
+
+    Option ``exclude``: the published list of clips that the tests of AudioCaps and Clotho contain
+    (``blacklist_exclude_all_ac.json``; a path below the data root). By default the reader looks for it in
+    ``blacklist/`` beside the sources' folders, and warns if it is not there; null uses all clips.
+    """
+    excluded = _excluded(origin)
+    left_out = 0
+    for part, paths in origin.files.items():
+        for path in paths:
+            for row in json_rows(path, "data"):
+                name = row.name("id").removesuffix(".wav")
+                if name in excluded.get(part, ()):
+                    left_out += 1
+                    continue
+                fields = {} if part == "file" else {"part": part}
+                sample_id = "/".join([*fields.values(), name])
+                media = origin.locate(row.where, id=name, **fields)
+                yield Sample(sample_id, media, row.texts("caption"), meta=_seconds(row))
+    if left_out:
+        _log.info("%s: left out %d clips of AudioCaps' and Clotho's tests", origin.source, left_out)
+
+
+def excluded_list(origin: Origin) -> Path | None:
+    """The file of clips that `wavcaps` leaves out, whether it exists or not; None if all clips are used."""
+    chosen = origin.options.get("exclude", "")
+    if chosen is None:
+        return None
+    return Path(origin.root, chosen) if chosen else Path(origin.every_file[0]).parent.parent / "blacklist" / _EXCLUDED
+
+
+def _excluded(origin: Origin) -> dict[str, set[str]]:
+    """Part of WavCaps -> ids to leave out."""
+    path = excluded_list(origin)
+    if path is None:
+        return {}
+    if not path.is_file() and not origin.options.get("exclude"):
+        _log.warning(
+            "%s: %s does not exist, so training includes clips of AudioCaps' and Clotho's tests, and scores on these "
+            "are not zero-shot; download it from data/json_files/blacklist of WavCaps",
+            origin.source,
+            path,
+        )
+        return {}
+    lists = read_json(path)
+    if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()):
+        raise DataError(f"{path}: expected WavCaps' list of clips to leave out, an object of source -> ids")
+    found: dict[str, set[str]] = {part: set() for part in origin.files}
+    for source, names in lists.items():  # the list says AudioSet where the files are called AudioSet_SL
+        for part in found:
+            if _letters(source) in _letters(part):
+                found[part] |= {str(name).split(".")[0] for name in names}
+    return found
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalpha, name.lower()))
 
 
 def webvid(origin: Origin) -> Iterator[Sample]:
     """WebVid's CSV. Media fields: ``page_dir``, ``videoid``."""
-    for path in origin.files.values():
-        for row in table_rows(path):
-            video = row.text("videoid")
-            page = row.text("page_dir") if "page_dir" in row and row.values["page_dir"] else ""
-            yield Sample(video, origin.locate(row.where, videoid=video, page_dir=page), (row.text("name"),))
+    for row in origin.table():
+        video = row.name("videoid")
+        page = row.name("page_dir") if row.values.get("page_dir") else ""
+        yield Sample(video, origin.locate(row.where, videoid=video, page_dir=page), (row.text("name"),))
 
 
 def valor(origin: Origin) -> Iterator[Sample]:
     """VALOR's JSON: ``video_id`` and ``desc``, one text or several. Media field: ``video_id``."""
-    for row in json_rows(origin.file("file")):
-        name = row.text("video_id")
+    for row in origin.rows():
+        name = row.name("video_id")
         yield Sample(name, origin.locate(row.where, video_id=name), row.texts("desc", "caption"))
 
 
 def _seconds(row: Row) -> dict[str, float]:
     duration = row.values.get("duration")
-    try:
-        seconds = float(duration) if isinstance(duration, (int, float)) else math.nan
-    except OverflowError:
-        seconds = math.nan
-    return {"seconds": seconds} if math.isfinite(seconds) else {}
+    return {"seconds": duration} if isinstance(duration, (int, float)) and math.isfinite(duration) else {}

@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import Origin, Row, json_rows, question_sample
+from lavis_chatbridge.datasets.readers.common import Origin, Row, question_sample, stem_of
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample
 
-_MARKERS = ("<image>", "<video>", "<audio>")
+UNDISCLOSED = "__UNDISCLOSED__"
+_MARKER = re.compile(r"\n?<(?:image|video|audio)>\n?")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def llava(origin: Origin) -> Iterator[Sample]:
-    """LLaVA-Instruct-150K (conversation, detail or complex reasoning). Media field: ``image`` (a file's name).
+    """LLaVA-Instruct-150K (conversation, detail or complex reasoning). Media fields: ``image``, ``stem``.
 
-    The format's own ``<image>`` line at the start or end of the first question says where the picture goes; it is taken
-    off there and nowhere else.
+    The format's ``<image>`` marks the place of the image; it is removed in every turn. Option ``messages``: at most
+    this number of messages of a conversation.
     """
-    for number, row in enumerate(json_rows(origin.file("file"))):
-        image = row.text("image")
-        media = origin.locate(row.where, image=image, stem=os.path.splitext(image)[0])
-        yield Sample(f"{row.text('id')}#{number}", media, turns=_turns(row, media), meta={"image_id": row.text("id")})
+    for number, row in enumerate(origin.rows()):
+        image = row.name("image")
+        media = origin.locate(row.where, image=image, stem=stem_of(image))
+        turns = _turns(row, media, origin.options.get("messages"))
+        yield Sample(f"{row.name('id')}#{number}", media, turns=turns, meta={"image_id": row.name("id")})
 
 
 def avsd(origin: Origin) -> Iterator[Sample]:
     """AVSD's ``dialogs`` (DSTC7, 8 and 10): each becomes one conversation. Media field: ``image_id`` (Charades' name).
 
-    Option ``each_turn``: one sample per question, with the turns before it, as its evaluation wants. In the test files
-    an answer to be given is ``__UNDISCLOSED__``; such a sample ends with the question.
+    Option ``each_turn``: one sample per question, with the turns before it. Option ``undisclosed``: accept files whose
+    answers are ``__UNDISCLOSED__``; such a sample ends with the question and cannot be scored.
+
+    Raises:
+        DataError: If an answer is not disclosed and the option ``undisclosed`` is not set.
     """
-    for row in json_rows(origin.file("file"), "dialogs"):
-        name = row.text("image_id")
+    for row in origin.rows("dialogs"):
+        name = row.name("image_id")
         media = origin.locate(row.where, image_id=name)
         turns: list[Message] = []
         for number, pair in enumerate(row.rows("dialog")):
-            kinds = tuple(medium.kind for medium in media) if number == 0 else ()
-            turns.append(Message("user", pair.text("question"), kinds))
-            answer = pair.text("answer") if "answer" in pair else "__UNDISCLOSED__"
-            if answer != "__UNDISCLOSED__":
+            shows = tuple(medium.kind for medium in media) if number == 0 else ()
+            turns.append(Message("user", pair.text("question"), shows))
+            answer = pair.text("answer") if "answer" in pair else UNDISCLOSED
+            if answer != UNDISCLOSED:
                 turns.append(Message("assistant", answer))
+            elif not origin.options.get("undisclosed"):
+                raise DataError(
+                    f"{pair.where}: the answer is {UNDISCLOSED}: this file has no labels to score against; use "
+                    "lbl_test_set4DSTC7-AVSD.json, or set options: {undisclosed: true} to predict without scores"
+                )
             if origin.options.get("each_turn"):
-                yield Sample(f"{name}_{number}", media, turns=tuple(turns), meta={"video_id": name})
+                yield Sample(f"{name}_{number}", media, turns=tuple(turns), meta={"video_id": name, "turn": number})
             if turns[-1].role == "user":
                 break
         if turns and not origin.options.get("each_turn"):
@@ -52,17 +62,18 @@ def avsd(origin: Origin) -> Iterator[Sample]:
 
 
 def multis(origin: Origin) -> Iterator[Sample]:
-    """The annotation files released with MULTIS: ``video_id`` or ``image_id``, and what is said about it.
+    """The annotation files released with MULTIS: ``video_id`` or ``image_id``, and texts about it.
 
     ``conversations`` become turns; ``question`` and ``answer`` (one, or lists of equal length) become one sample each;
-    ``desc``, ``caption`` or ``text`` become captions. Media field: ``id``.
+    ``desc``, ``caption`` or ``text`` become captions. Media fields: ``id``, ``stem``. Option ``messages``: at most this
+    number of messages of a conversation (the original uses 8 for conversations, 2 for details and reasoning).
     """
-    for number, row in enumerate(json_rows(origin.file("file"))):
-        name = row.text("video_id", "image_id")
-        media = origin.locate(row.where, id=name, stem=os.path.splitext(name)[0])
+    for number, row in enumerate(origin.rows()):
+        name = row.name("video_id", "image_id")
+        media = origin.locate(row.where, id=name, stem=stem_of(name))
         sample_id, meta = f"{name}#{number}", {"media_id": name}
         if "conversations" in row:
-            yield Sample(sample_id, media, turns=_turns(row, media), meta=meta)
+            yield Sample(sample_id, media, turns=_turns(row, media, origin.options.get("messages")), meta=meta)
         elif "question" in row:
             questions, answers = row.texts("question"), row.texts("answer")
             if len(questions) != len(answers):
@@ -75,27 +86,18 @@ def multis(origin: Origin) -> Iterator[Sample]:
             yield Sample(sample_id, media, row.texts("desc", "caption"), meta=meta)
 
 
-def _turns(row: Row, media: tuple[Medium, ...]) -> tuple[Message, ...]:
+def _turns(row: Row, media: tuple[Medium, ...], most: int | None) -> tuple[Message, ...]:
     turns: list[Message] = []
-    for number, item in enumerate(row.rows("conversations")):
+    for number, item in enumerate(row.rows("conversations")[:most]):
         speaker, expected = item.text("from"), "gpt" if number % 2 else "human"
         if speaker != expected:
             raise DataError(
-                f"{item.where}: from is {shown(speaker)}, expected {expected!r}: they take turns, human first"
+                f"{item.where}: from is {shown(speaker)}, expected {expected!r}: they alternate, human first"
             )
-        text = item.text("value")
-        if number == 0:
-            text = _without_marker(text)
-        kinds = tuple(medium.kind for medium in media) if number == 0 else ()
-        turns.append(Message(_ROLES[speaker], text, kinds))
+        shows = tuple(medium.kind for medium in media) if number == 0 else ()
+        turns.append(Message(_ROLES[speaker], _MARKER.sub("", item.name("value")), shows))
     if len(turns) % 2:
-        turns.pop()  # a question that nobody answers teaches nothing
+        turns.pop()  # training needs a reply to every question
     if not turns:
-        raise DataError(f"{row.where}: conversations hold no question with its answer")
+        raise DataError(f"{row.where}: conversations contain no question with its answer")
     return tuple(turns)
-
-
-def _without_marker(text: str) -> str:
-    for marker in _MARKERS:
-        text = text.removeprefix(f"{marker}\n").removesuffix(f"\n{marker}")
-    return text.strip()

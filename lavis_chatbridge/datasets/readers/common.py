@@ -1,63 +1,82 @@
-"""What the readers share: where a data set's files lie, rows with checked fields, JSON arrays read piece by piece."""
+"""What the readers share: the files of a split, rows with checked fields, JSON and tables read row by row."""
 
 from __future__ import annotations
 
 import csv
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, cast
 
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path
 
-_CHUNK = 1 << 20
-_NEAR = 32  # characters: a value that a chunk cuts off fails to decode within these of its end
-_NUMERIC = "0123456789.eE+-"
-_SPACE = re.compile(r"\s*")
+LAYOUT = "docs/data.md shows the expected layout"
+ENDINGS: dict[str, Modality] = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic"), "image"),
+    **dict.fromkeys(("mp4", "m4v", "mov", "avi", "webm", "mkv", "mpg", "mpeg", "flv", "wmv"), "video"),
+    **dict.fromkeys(("wav", "flac", "ogg", "opus", "mp3", "m4a", "aac", "aif", "aiff"), "audio"),
+}
+"""Endings of media files in lower case -> modality."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The annotation files of one split, and where its media lie.
+    """The annotation files of one split, and where its media are.
 
     Args:
         source: The data set's name.
-        files: What a file is for (``"questions"``) -> its path; a data set with one kind of file calls it ``"file"``,
-            several of that kind ``"file0"``, ``"file1"``, ...
+        files: Purpose (``"questions"``) -> paths; the purpose of files without one is ``"file"``.
         root: The data root.
-        media: Modality -> path under the root, with the fields of a row in braces: ``coco/{image_id:012d}.jpg``.
-        options: What else the reader is told.
+        media: Modality -> path below the root, with a row's fields in braces: ``coco/{image_id:012d}.jpg``.
+        options: The reader's settings.
         allow_outside: Accept media outside the root.
+        keep: Stores the bytes of a medium that is no file of its own, for readers of tables.
     """
 
     source: str
-    files: Mapping[str, str]
+    files: Mapping[str, Sequence[str]]
     root: str
     media: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     allow_outside: bool = False
+    keep: Callable[[Modality, bytes, str], Medium] | None = None
 
-    def file(self, role: str) -> str:
-        """The path of a file by its role.
+    @property
+    def every_file(self) -> list[str]:
+        """The paths of all purposes."""
+        return [path for paths in self.files.values() for path in paths]
+
+    def paths(self, purpose: str = "file") -> Sequence[str]:
+        """The paths of one purpose.
 
         Raises:
             ConfigError: If the configuration names none.
         """
-        if role not in self.files:
-            raise ConfigError(f"{self.source}: the split names no {role!r} file, only {', '.join(self.files)}")
-        return self.files[role]
+        if purpose not in self.files:
+            raise ConfigError(f"{self.source}: the split names no {purpose!r} file, only {', '.join(self.files)}")
+        return self.files[purpose]
+
+    def rows(self, key: str | None = None, purpose: str = "file") -> Iterator[Row]:
+        """The objects of the JSON arrays in the files of a purpose; see `json_rows`."""
+        for path in self.paths(purpose):
+            yield from json_rows(path, key)
+
+    def table(self, delimiter: str = ",", columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """The lines of all CSV or TSV files; see `table_rows`."""
+        for path in self.every_file:
+            yield from table_rows(path, delimiter, columns)
 
     def locate(self, where: str, **fields: Any) -> tuple[Medium, ...]:
         """The media of a row, in the order of ``media``.
 
         Raises:
-            ConfigError: If a path asks for a field that the rows of this format do not have.
-            DataError: If a field leads out of the root.
+            ConfigError: If a path uses a field that this format does not have.
+            DataError: If a path leaves the root.
         """
         found = []
         for kind, pattern in self.media.items():
@@ -65,7 +84,7 @@ class Origin:
                 path = pattern.format(**fields)
             except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
                 raise ConfigError(
-                    f"{self.source}: media path {pattern!r} does not suit this format's fields "
+                    f"{self.source}: media path {pattern!r} does not fit this format's fields "
                     f"({', '.join(f'{k}={shown(v)}' for k, v in fields.items())}): {error}"
                 ) from error
             found.append(Medium(cast(Modality, kind), media_path(path, self.root, where, self.allow_outside)))
@@ -76,37 +95,45 @@ Reader = Callable[[Origin], Iterator[Sample]]
 
 
 class Row:
-    """An object or a table's line whose fields are checked when they are read.
+    """An object, or a line of a table, whose fields are checked when they are read.
 
     Args:
         values: The fields.
-        where: Its place, for messages.
+        where: Its position, for messages.
     """
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, Mapping):
-            raise DataError(f"{where}: expected an object, found {shown(values)}")
+            raise DataError(f"{where}: expected an object, found {shown(values)}; {LAYOUT}")
         self.values = values
         self.where = where
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def text(self, *keys: str, blank: bool = False) -> str:
-        """The first of these fields that is there, as text; a number counts, and with ``blank`` an empty text.
+    def name(self, *keys: str, blank: bool = False) -> str:
+        """The first of these fields that is present, unchanged: names of files and ids keep their blanks.
+
+        Args:
+            *keys: The fields; a number counts as text.
+            blank: Accept an empty text.
 
         Raises:
-            DataError: If none is there, or it is neither text nor a number.
+            DataError: If none is present, or it is neither text nor a number.
         """
         value = self._first(keys)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str) or not (blank or value.strip()):
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected text")
-        return self._whole_characters(value.strip(), keys)
+            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected text; {LAYOUT}")
+        return self._unicode(value, keys)
+
+    def text(self, *keys: str, blank: bool = False) -> str:
+        """As `name`, without surrounding white space: for language."""
+        return self.name(*keys, blank=blank).strip()
 
     def whole(self, *keys: str) -> int:
-        """The first of these fields that is there, as a whole number."""
+        """The first of these fields that is present, as a whole number."""
         value = self._first(keys)
         try:
             number = int(value)
@@ -117,25 +144,26 @@ class Row:
         return number
 
     def texts(self, *keys: str) -> tuple[str, ...]:
-        """The first of these fields that is there: a list of texts, or one text."""
+        """The first of these fields that is present: a list of texts, or one text."""
         value = self._first(keys)
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            return tuple(self._whole_characters(item.strip(), keys) for item in value)
+            return tuple(self._unicode(item.strip(), keys) for item in value)
         return (self.text(*keys),)
 
     def rows(self, *keys: str) -> list[Row]:
-        """The first of these fields that is there, as a list of rows."""
+        """The first of these fields that is present, as a list of rows."""
         value = self._first(keys)
         if not isinstance(value, list):
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected a list")
+            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected a list; {LAYOUT}")
         return [Row(item, f"{self.where}.{keys[0]}[{i}]") for i, item in enumerate(value)]
 
-    def _whole_characters(self, text: str, keys: Sequence[str]) -> str:
-        """``text``, if a file can hold it: JSON can spell half a character, such as ``\\ud800``."""
+    def _unicode(self, text: str, keys: Sequence[str]) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(text)}, which is not Unicode") from error
+            raise DataError(
+                f"{self.where}: {' or '.join(keys)} is {shown(text)}, which contains a lone surrogate"
+            ) from error
         return text
 
     def _first(self, keys: Sequence[str]) -> Any:
@@ -150,183 +178,152 @@ def question_sample(
     return Sample(sample_id, media, turns=turns, **more)
 
 
+def stem_of(name: str) -> str:
+    """A file's name without its ending, if the ending is one of a media file: ids may contain dots."""
+    stem, _, ending = name.rpartition(".")
+    return stem if stem and ending.lower() in ENDINGS else name
+
+
+def with_unique_ids(reader: Reader) -> Reader:
+    """A reader whose repeated ids get ``#2``, ``#3``: published files repeat some with other contents."""
+
+    def read(origin: Origin) -> Iterator[Sample]:
+        times: dict[int, int] = {}
+        for sample in reader(origin):
+            key = hash(sample.id)
+            times[key] = times.get(key, 0) + 1
+            yield replace(sample, id=f"{sample.id}#{times[key]}") if times[key] > 1 else sample
+
+    read.__doc__, read.__name__ = reader.__doc__, getattr(reader, "__name__", "reader")
+    return read
+
+
+def of_split(rows: Iterable[Row], wanted: Sequence[str], path: str) -> Iterator[Row]:
+    """The rows whose ``split`` is one of ``wanted``.
+
+    Raises:
+        DataError: If there are none: with the splits that the file has.
+    """
+    found: dict[str, int] = {}
+    for row in rows:
+        split = row.text("split")
+        found[split] = found.get(split, 0) + 1
+        if split in wanted:
+            yield row
+    if not any(split in found for split in wanted):
+        has = ", ".join(f"{split} ({count})" for split, count in found.items()) or "no rows"
+        raise DataError(f"{path} has no split {' or '.join(wanted)}; it has {has}")
+
+
 def json_rows(path: str, key: str | None = None) -> Iterator[Row]:
-    """The objects of a JSON array, read piece by piece.
+    """The objects of a JSON array, read one by one.
 
     Args:
         path: The file.
-        key: The array is this field of the file's object; without it the file is the array itself.
+        key: The field of the file's object that holds the array; without it the file is the array.
 
     Raises:
-        DataError: With the position of what is not as expected.
+        DataError: With the position of the fault.
     """
-    stream = _JsonStream(path)
-    name = key or ""
-    if key is not None:
-        stream.enter(key)
-    for number, value in enumerate(stream.array(name)):
+    name, count = key or "", 0
+    for number, value in enumerate(_parsed(path, f"{key}.item" if key else "item")):
+        count += 1
         yield Row(value, f"{path}: {name}[{number}]")
+    if not count and (kind := _kind(path, name)) != "start_array":
+        found = f"a field {key!r}" if key else "a list"
+        raise DataError(f"{path}: expected {found} that is a list, found {kind or 'none'}; {LAYOUT}")
+
+
+def object_rows(path: str) -> Iterator[Row]:
+    """The objects of a JSONL file or a JSON list."""
+    if begins_with(path, "["):
+        yield from json_rows(path)
+        return
+    for number, line in read_lines(path):
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not JSON: {error}") from error
+            yield Row(values, f"{path}:{number}")
 
 
 def json_entries(path: str) -> Iterator[tuple[str, Row]]:
-    """The names and objects of a JSON file that is one object of objects, read piece by piece.
+    """The names and objects of a JSON file that is one object of objects, read one by one.
 
     Raises:
-        DataError: With the position of what is not as expected.
+        DataError: With the position of the fault.
     """
-    for name, value in _JsonStream(path).entries():
+    if (kind := _kind(path, "")) != "start_map":
+        raise DataError(f"{path}: expected an object of objects, found {kind}; {LAYOUT}")
+    for name, value in _parsed(path, "", pairs=True):
         yield name, Row(value, f"{path}: {name}")
 
 
 def json_value(path: str, key: str) -> Any:
-    """One field of a JSON object, found without keeping what stands before it; None if there is none."""
-    stream = _JsonStream(path)
-    return stream.value() if stream.enter(key, required=False) else None
+    """One field of a JSON object, or None."""
+    return next(_parsed(path, key), None)
 
 
 def table_rows(path: str, delimiter: str = ",", columns: Sequence[str] | None = None) -> Iterator[Row]:
     """The lines of a CSV or TSV file; with ``columns`` the file has no header line.
 
     Raises:
-        DataError: With the line of what is not as expected.
+        DataError: With the line of the fault.
     """
+    text = (f"{line}\n" for _, line in read_lines(path))
+    if delimiter == "\t":
+        lines = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)  # quotes are ordinary characters there
+    else:
+        lines = csv.reader(text, delimiter=delimiter)
+    names = list(columns or next(lines, []))
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if delimiter == "\t":  # quotes are ordinary characters in a TSV
-                lines = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-            else:
-                lines = csv.reader(file, delimiter=delimiter)
-            names = list(columns or next(lines, []))
-            for values in lines:
-                if not values:
-                    continue
-                where = f"{path}:{lines.line_num}"
-                if len(values) != len(names):
-                    raise DataError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})")
-                yield Row(dict(zip(names, values, strict=True)), where)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error.reason}") from error
+        for values in lines:
+            if not values:
+                continue
+            where = f"{path}:{lines.line_num}"
+            if len(values) != len(names):
+                hint = "" if columns else "; a file without a header line needs options: {columns: [...]}"
+                raise DataError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)}){hint}")
+            yield Row(dict(zip(names, values, strict=True)), where)
     except csv.Error as error:
         raise DataError(f"{path}: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def begins_with(path: str, character: str) -> bool:
-    """Whether this is a text file's first character that is no white space."""
+    """Whether this is a text file's first character, apart from white space."""
+    with _opened(path) as file:
+        return file.read(1 << 10).decode("utf-8-sig", "replace").lstrip().startswith(character)
+
+
+def _opened(path: str) -> BinaryIO:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(1 << 10).lstrip().startswith(character)
+        return open(path, "rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-class _JsonStream:
-    """A JSON file as text that is decoded value by value; never more than one value and a chunk in memory."""
+def _parsed(path: str, prefix: str, pairs: bool = False) -> Iterator[Any]:
+    """What ijson finds at a prefix."""
+    import ijson
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    with _opened(path) as file:
         try:
-            self._file = open(path, encoding="utf-8")  # noqa: SIM115  (closed with the generator that reads it)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        self._decoder = json.JSONDecoder()
-        self._text, self._at, self._dropped, self._ended = "", 0, 0, False
+            parse = ijson.kvitems if pairs else ijson.items
+            yield from parse(file, prefix, use_float=True)
+        except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
+            for _ in read_lines(path):  # names line and byte if the file is not UTF-8
+                pass
+            message = " ".join((error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)).split())
+            raise DataError(f"{path}: not JSON: {message.replace('(right here) ------^', '').strip()}") from error
 
-    def enter(self, key: str, required: bool = True) -> bool:
-        """Go to the value of a field of the file's object; says whether there is one."""
-        self._expect("{")
-        while self._peek() != "}":
-            name = self.value()
-            self._expect(":")
-            if name == key:
-                return True
-            self.value()
-            if self._peek() == ",":
-                self._at += 1
-        if required:
-            raise DataError(f"{self._path}: has no field {key!r}")
-        return False
 
-    def entries(self) -> Iterator[tuple[str, Any]]:
-        """The fields of the object that the file is, in order."""
-        with self._file:
-            self._expect("{", "an object")
-            if self._peek() == "}":
-                return
-            while True:
-                name = self.value()
-                self._expect(":")
-                yield str(name), self.value()
-                if self._peek() == "}":
-                    return
-                self._expect(",")
+def _kind(path: str, prefix: str) -> str:
+    """The first event of ijson at a prefix: ``start_array``, ``start_map``, ``number``, ...; empty if it is absent."""
+    import ijson
 
-    def array(self, name: str) -> Iterator[Any]:
-        """The values of the array that begins here."""
-        with self._file:
-            self._expect("[", f"{name or 'the file'} to be a list")
-            if self._peek() == "]":
-                return
-            while True:
-                yield self.value()
-                if self._peek() == "]":
-                    return
-                self._expect(",")
-
-    def value(self) -> Any:
-        """The next value, whole."""
-        self._peek()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos + _NEAR >= len(self._text)
-                place = self._dropped + error.pos
-                if cut and self._more():
-                    continue
-                raise DataError(f"{self._path}: not JSON at character {place}: {error.msg}") from error
-            except RecursionError as error:
-                place = self._dropped + self._at
-                raise DataError(f"{self._path}: too many brackets inside one another at character {place}") from error
-            except ValueError as error:  # an integer of thousands of digits
-                raise DataError(
-                    f"{self._path}: not JSON after character {self._dropped + self._at}: {error}"
-                ) from error
-            rest = self._text[end : end + _NEAR]
-            if isinstance(value, (int, float)) and len(rest) < _NEAR and not rest.strip(_NUMERIC) and self._more():
-                continue  # the number goes on in the next chunk
-            self._at = end
-            return value
-
-    def _peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
-        while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it always matches
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._more():
-                return ""
-
-    def _expect(self, character: str, what: str = "") -> None:
-        found = self._peek()
-        if found != character:
-            place = f"character {self._dropped + self._at}"
-            raise DataError(
-                f"{self._path}: expected {what or repr(character)}, found {found or 'the end'!r} at {place}"
-            )
-        self._at += 1
-
-    def _more(self) -> bool:
-        """Read on; the chunk grows with what is undecoded, so that a long value is not decoded again too often."""
-        if self._ended:
-            return False
-        self._dropped += self._at
-        rest = self._text[self._at :]
+    with _opened(path) as file:
         try:
-            chunk = self._file.read(max(_CHUNK, len(rest)))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self._path}: not UTF-8: {error.reason}") from error
-        self._text, self._at = rest + chunk, 0
-        self._ended = not chunk
-        return bool(chunk)
+            return next((event for at, event, _ in ijson.parse(file) if at == prefix and event != "map_key"), "")
+        except ijson.JSONError:
+            return ""

@@ -7,16 +7,14 @@ orders. Layouts are those of the publishers' files, which docs/evaluation.md nam
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import Origin, Row, json_entries, json_rows, question_sample, table_rows
+from lavis_chatbridge.datasets.readers.common import Origin, Row, json_entries, object_rows, question_sample, table_rows
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.choices import LETTERS, listed, without_letters
 from lavis_chatbridge.schema import Medium, Sample
 
@@ -36,7 +34,7 @@ def avqa(origin: Origin) -> Iterator[Sample]:
 
 def worldsense(origin: Origin) -> Iterator[Sample]:
     """WorldSense's ``worldsense_qa.json``: video -> ``task0``, ``task1``, ... Media field: ``video_id``."""
-    for path in _paths(origin):
+    for path in origin.every_file:
         for video, entry in json_entries(path):
             media = origin.locate(entry.where, video_id=video)
             for key in filter(_TASK.fullmatch, entry.values):
@@ -135,7 +133,7 @@ def mosi(origin: Origin) -> Iterator[Sample]:
     ``transcript`` (the question quotes what is said). Media fields: ``video_id``, ``clip_id``.
     """
     classes = list(origin.options.get("classes") or ("Negative", "Neutral", "Positive"))
-    for path in _paths(origin):
+    for path in origin.every_file:
         for row in table_rows(path):
             annotation = row.text("annotation").capitalize()
             if row.text("mode") != origin.options.get("split", "test") or annotation not in classes:
@@ -152,7 +150,7 @@ def charades_ego(origin: Origin) -> Iterator[Sample]:
 
     Option ``egocentric`` (``Yes``, ``No``): videos of one view only. Media field: ``id``.
     """
-    for path in _paths(origin):
+    for path in origin.every_file:
         for row in table_rows(path):
             view = row.text("egocentric") if "egocentric" in row else ""
             if origin.options.get("egocentric") in (None, view):
@@ -200,22 +198,7 @@ def _spelt(text: str) -> str:
     return _MARK.sub(lambda mark: f"({'image' if mark.group(1) == 'img' else mark.group(1)} {mark.group(2)})", text)
 
 
-def _paths(origin: Origin) -> list[str]:
-    found: list[str] = []
-    for value in origin.files.values():
-        found += [value] if isinstance(value, str) else list(value)
-    return found
-
-
 def _rows(origin: Origin) -> Iterator[Row]:
     """The objects of all files: JSON lists, or JSONL."""
-    for path in _paths(origin):
-        if not path.endswith(".jsonl"):
-            yield from json_rows(path)
-            continue
-        for number, line in read_lines(path):
-            if line.strip():
-                try:
-                    yield Row(json.loads(line), f"{path}:{number}")
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not JSON: {error}") from error
+    for path in origin.every_file:
+        yield from object_rows(path)

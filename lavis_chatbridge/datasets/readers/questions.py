@@ -1,4 +1,4 @@
-"""Readers of question-and-answer annotations: VQAv2, OKVQA, GQA, Visual Genome, MSRVTT-QA, MSVD-QA, MUSIC-AVQA."""
+"""Readers of questions and answers: VQAv2, OKVQA, GQA, Visual Genome, MSRVTT-QA, MSVD-QA, MUSIC-AVQA."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import (
@@ -21,56 +22,68 @@ from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.schema import Sample
 
 _PLACEHOLDER = re.compile(r"<[^<>]*>")
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 def vqav2(origin: Origin) -> Iterator[Sample]:
-    """VQAv2 and OKVQA: ``questions`` and, except for the test split, ``annotations`` with ten answers to each.
+    """VQAv2 and OKVQA: ``questions`` and, except for test splits, ``annotations`` with ten answers to each.
 
-    The answer trained on is ``multiple_choice_answer``; all ten are kept for the score, and the type of answer by which
-    the official evaluator tells questions apart. Media fields: ``image_id``,
-    ``data_subtype`` (``train2014``).
+    Training uses ``multiple_choice_answer``; scores use all ten. ``meta.type`` is the type of answer, as in VQAv2's
+    official evaluator, or OKVQA's name of the type of question; ``meta.question_type`` is the type of question. Media
+    fields: ``image_id``, ``data_subtype`` (``train2014``).
     """
-    questions = origin.file("questions")
-    subtype = json_value(questions, "data_subtype")
-    if not isinstance(subtype, (str, type(None))):
-        raise DataError(f"{questions}: data_subtype is {shown(subtype)}, expected text")
-    answers: dict[int, tuple[str, tuple[str, ...], dict[str, str]]] = {}
-    if "annotations" in origin.files:
-        for row in json_rows(origin.file("annotations"), "annotations"):
-            # of ten people one may have said nothing, which the official evaluator takes for an answer like others
-            every = (
-                tuple(answer.text("answer", blank=True) for answer in row.rows("answers")) if "answers" in row else ()
-            )
-            best = row.text("multiple_choice_answer") if "multiple_choice_answer" in row else _commonest(every, row)
-            kind = {"type": row.text("answer_type")} if "answer_type" in row else {}
-            answers[row.whole("question_id")] = (best, every or (best,), kind)
-    for row in json_rows(questions, "questions"):
-        number, image = row.whole("question_id"), row.whole("image_id")
-        media = origin.locate(row.where, image_id=image, data_subtype=subtype or "")
-        if "annotations" in origin.files and number not in answers:
-            raise DataError(f"{row.where}: question {number} has no annotation in {origin.file('annotations')}")
-        best, every, kind = answers.get(number, ("", (), {}))
-        meta = {"question_id": number, "image_id": image} | kind
-        sample = question_sample(row, str(number), media, row.text("question"), best, answers=every, meta=meta)
-        yield sample if every else Sample(sample.id, media, turns=sample.turns[:1], meta=meta)
+    answers = {}
+    labelled = "annotations" in origin.files
+    for path in origin.paths("annotations") if labelled else ():
+        names = json_value(path, "question_types")
+        for row in json_rows(path, "annotations"):
+            answers[row.whole("question_id")] = _annotation(row, names if isinstance(names, dict) else {})
+    for path in origin.paths("questions"):
+        subtype = json_value(path, "data_subtype")
+        for row in json_rows(path, "questions"):
+            number, image = row.whole("question_id"), row.whole("image_id")
+            media = origin.locate(row.where, image_id=image, data_subtype=subtype or "")
+            if labelled and number not in answers:
+                raise DataError(f"{row.where}: question {number} has no annotation")
+            best, every, types = answers.get(number, ("", (), {}))
+            meta = {"question_id": number, "image_id": image} | types
+            sample = question_sample(row, str(number), media, row.text("question"), best, answers=every, meta=meta)
+            yield sample if every else replace(sample, turns=sample.turns[:1])
+
+
+def _annotation(row: Row, names: dict[str, str]) -> tuple[str, tuple[str, ...], dict[str, str]]:
+    """The answer for training, all answers, and the types of a question."""
+    # one of the ten people may have given an empty answer, which the official evaluator treats as any other
+    every = tuple(answer.text("answer", blank=True) for answer in row.rows("answers")) if "answers" in row else ()
+    if "multiple_choice_answer" in row:
+        best = row.text("multiple_choice_answer")
+    elif every:
+        best = Counter(every).most_common(1)[0][0]
+    else:
+        raise DataError(f"{row.where}: has neither multiple_choice_answer nor answers")
+    types = {"type": row.text("answer_type")} if "answer_type" in row else {}
+    if "question_type" in row:
+        kind = row.text("question_type")
+        types["question_type"] = str(names.get(kind, kind))
+        if names:  # OKVQA, whose answers are all of one type
+            types["type"] = types["question_type"]
+    return best, every or (best,), types
 
 
 def visual_genome(origin: Origin) -> Iterator[Sample]:
-    """Visual Genome's ``question_answers.json``; ``images`` (``image_data.json``) says in which folder a picture lies.
+    """Visual Genome's ``question_answers.json``; ``images`` (``image_data.json``) names the folder of an image.
 
-    Media fields: ``image_id``, ``folder`` (``VG_100K`` or ``VG_100K_2``, from the picture's address).
+    Media fields: ``image_id``, ``folder`` (``VG_100K`` or ``VG_100K_2``, from the image's address).
     """
     folders = {}
-    if "images" in origin.files:
-        for row in json_rows(origin.file("images")):
-            parts = row.text("url").split("/")
-            folders[row.whole("image_id", "id")] = parts[-2] if len(parts) > 1 else ""
-    for row in json_rows(origin.file("questions")):
+    for row in origin.rows(purpose="images") if "images" in origin.files else ():
+        parts = row.text("url").split("/")
+        folders[row.whole("image_id", "id")] = parts[-2] if len(parts) > 1 else ""
+    for row in origin.rows(purpose="questions"):
         for pair in row.rows("qas"):
             image = pair.whole("image_id") if "image_id" in pair else row.whole("id", "image_id")
             media = origin.locate(pair.where, image_id=image, folder=folders.get(image, "VG_100K"))
-            answer = pair.text("answer").rstrip(".")
-            meta = {"image_id": image}
+            answer, meta = pair.text("answer").rstrip("."), {"image_id": image}
             yield question_sample(pair, pair.text("qa_id"), media, pair.text("question"), answer, meta=meta)
 
 
@@ -78,67 +91,57 @@ def msrvtt_qa(origin: Origin) -> Iterator[Sample]:
     """MSRVTT-QA and MSVD-QA: a list of questions. Media field: ``video_id``, a number (``video7.mp4``).
 
     MSVD-QA numbers its videos; with ``mapping`` (its ``youtube_mapping.txt``, lines of ``NAME vid7``) the media field
-    ``name`` is the one under which MSVD publishes them.
+    ``name`` is the published file's name.
     """
-    questions = origin.file("questions" if "questions" in origin.files else "file")
-    names = _youtube_names(origin.file("mapping")) if "mapping" in origin.files else None
-    for row in json_rows(questions):
+    names: dict[int, str] = {}
+    for path in origin.files.get("mapping", ()):
+        for row in table_rows(path, " ", ("name", "number")):
+            number = Row({"number": row.text("number").removeprefix("vid")}, row.where).whole("number")
+            names[number] = row.name("name")
+    for row in origin.rows(purpose="questions" if "questions" in origin.files else "file"):
         video = row.whole("video_id")
-        if names is not None and video not in names:
-            raise DataError(f"{row.where}: video {video} is not in {origin.file('mapping')}")
+        if names and video not in names:
+            raise DataError(f"{row.where}: video {video} is not in {', '.join(origin.paths('mapping'))}")
         media = origin.locate(row.where, video_id=video, **({"name": names[video]} if names else {}))
-        yield question_sample(
-            row, row.text("id"), media, row.text("question"), row.text("answer"), meta={"video_id": video}
-        )
+        meta = {"video_id": video}
+        yield question_sample(row, row.text("id"), media, row.text("question"), row.text("answer"), meta=meta)
 
 
 def gqa(origin: Origin) -> Iterator[Sample]:
-    """GQA: an object of question number -> question, as in ``testdev_balanced_questions.json``. Media field:
-    ``image_id``. The kind of question (``types.structural``) is kept.
+    """GQA: an object of question number -> question, as in ``testdev_balanced_questions.json``.
+
+    ``types.structural`` becomes ``meta.type``. Media field: ``image_id``.
     """
-    path = origin.file("file")
-    for number, row in json_entries(path):
-        image = row.text("imageId")
-        media = origin.locate(row.where, image_id=image)
-        types = row.values.get("types")
-        kind = types.get("structural") if isinstance(types, dict) else None
-        meta = {"image_id": image} | ({"type": kind} if isinstance(kind, str) else {})
-        yield question_sample(row, number, media, row.text("question"), row.text("answer"), meta=meta)
+    for path in origin.paths():
+        for number, row in json_entries(path):
+            image = row.name("imageId")
+            types = row.values.get("types")
+            kind = types.get("structural") if isinstance(types, dict) else None
+            meta = {"image_id": image} | ({"type": kind} if isinstance(kind, str) else {})
+            media = origin.locate(row.where, image_id=image)
+            yield question_sample(row, number, media, row.text("question"), row.text("answer"), meta=meta)
 
 
 def music_avqa(origin: Origin) -> Iterator[Sample]:
-    """MUSIC-AVQA: questions with ``<Object>`` places that ``templ_values`` fills. Media field: ``video_id``."""
-    for row in json_rows(origin.file("file")):
+    """MUSIC-AVQA: questions with ``<Object>`` places that ``templ_values`` fills. Media field: ``video_id``.
+
+    Underscores in answers become blanks (``electric_bass``), and a number is accepted as word and as digits.
+    """
+    for row in origin.rows():
         if row.values.get("question_deleted"):
             continue
-        video = row.text("video_id")
+        video = row.name("video_id")
         media = origin.locate(row.where, video_id=video)
-        kinds = _list_in_text(row, "type") if "type" in row else []
-        yield question_sample(
-            row,
-            row.text("question_id"),
-            media,
-            _fill(row.text("question_content"), _list_in_text(row, "templ_values"), row),
-            row.text("anser", "answer"),  # the published files spell it so
-            meta={"video_id": video, "type": kinds},
-        )
-
-
-def _youtube_names(path: str) -> dict[int, str]:
-    names = {}
-    for row in table_rows(path, " ", ("name", "number")):
-        names[Row({"number": row.text("number").removeprefix("vid")}, row.where).whole("number")] = row.text("name")
-    return names
-
-
-def _commonest(answers: tuple[str, ...], row: Row) -> str:
-    if not answers:
-        raise DataError(f"{row.where}: has neither multiple_choice_answer nor answers")
-    return Counter(answers).most_common(1)[0][0]
+        question = _fill(row.text("question_content"), _list_in_text(row, "templ_values"), row)
+        answer = row.text("anser", "answer").replace("_", " ")  # "anser" is the published spelling
+        also = (str(_NUMBERS.index(answer)),) if answer in _NUMBERS else ()
+        also = (_NUMBERS[int(answer)],) if answer.isdecimal() and int(answer) < len(_NUMBERS) else also
+        meta = {"video_id": video, "type": _list_in_text(row, "type") if "type" in row else []}
+        yield question_sample(row, row.text("question_id"), media, question, answer, answers=(answer, *also), meta=meta)
 
 
 def _list_in_text(row: Row, key: str) -> list[str]:
-    """A list that the file holds as a string of JSON."""
+    """A list that the file stores as a string of JSON."""
     value = row.values.get(key)
     if isinstance(value, str):
         try:

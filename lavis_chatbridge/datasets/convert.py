@@ -1,0 +1,232 @@
+"""``chatbridge convert-data``: annotations of any format as our JSONL, or as shards; and the same for the cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lavis_chatbridge import config
+from lavis_chatbridge.datasets import readers
+from lavis_chatbridge.datasets.settings import OWN_READER, DataSettings
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.files import hash_of, locked, read_json, write_json
+from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, write_jsonl
+
+_log = logging.getLogger(__name__)
+
+_SPLIT = "data"
+
+
+@dataclass
+class Count:
+    """What a conversion has found.
+
+    Attributes:
+        samples: Samples that were read.
+        left_out: Those of them whose media do not exist.
+        first: The first path that does not exist.
+    """
+
+    samples: int = 0
+    left_out: int = 0
+    first: str = ""
+
+
+def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
+    """A split in our schema: converted on first use, and again if files, settings or reader change.
+
+    Args:
+        name: The data set's name.
+        split: The split.
+        own: Its settings.
+        folder: Where the JSONL goes.
+
+    Raises:
+        DataError: If the annotations are malformed, or contain no sample that can be used.
+    """
+    target = folder / f"{name}-{split}-{_key(name, split, own)}.jsonl"
+    left_out = target.with_suffix(".left_out.json")
+    with locked(target):
+        if not target.exists():
+            _log.info("%s, split %s: converting %s", name, split, ", ".join(own.origin(name, split).every_file))
+            write_json(left_out, write_converted(name, split, own, target).left_out)
+    if absences := read_json(left_out):
+        _log.warning(
+            "%s, split %s: left out %d samples whose media did not exist when the annotations were converted "
+            "(skip_missing); delete %s when there are more",
+            name,
+            split,
+            absences,
+            target,
+        )
+    return target
+
+
+def write_converted(name: str, split: str, own: DataSettings, target: Path, root: str | None = None) -> Count:
+    """Write a split as our JSONL, and media that are bytes inside a table as a tar file beside it.
+
+    Args:
+        name: The data set's name.
+        split: The split.
+        own: Its settings.
+        target: The JSONL.
+        root: Media below this folder are written relative to it; by default the data root.
+
+    Raises:
+        DataError: If the annotations are malformed, or contain no sample that can be used: nothing is written.
+    """
+    from lavis_chatbridge.datasets.shards import media_file
+
+    count = Count()
+    with media_file(target.with_suffix(".tar")) as keep:
+        origin = own.origin(name, split, keep)
+
+        def usable() -> Iterator[Sample]:
+            yield from _existing(readers.READERS[own.reader](origin), own.skip_missing, count)
+            files = ", ".join(origin.every_file)
+            if not count.samples:
+                raise DataError(f"{name}, split {split}: {files} contains no sample")
+            if count.left_out == count.samples:
+                raise DataError(
+                    f"{name}, split {split}: none of the {count.samples} samples of {files} has its media; the first "
+                    f"path is {count.first}"
+                )
+
+        write_jsonl(target, usable(), own.root if root is None else root)
+    return count
+
+
+def _existing(samples: Iterator[Sample], skip_missing: bool, count: Count) -> Iterator[Sample]:
+    """The samples; with ``skip_missing`` only those whose media exist."""
+    for sample in samples:
+        count.samples += 1
+        absent = next((m.path for m in sample.files if m.offset is None and not os.path.exists(m.path)), "")
+        if skip_missing and absent:
+            count.left_out, count.first = count.left_out + 1, count.first or absent
+        else:
+            yield sample
+
+
+def _key(name: str, split: str, own: DataSettings) -> str:
+    """Changes with everything that a conversion depends on."""
+    origin = own.origin(name, split)
+    files = [("", path) for path in origin.every_file if os.path.exists(path)]
+    also = readers.READS_TOO[own.reader](origin) if own.reader in readers.READS_TOO else None
+    if also is not None and also.exists():
+        files.append(("also", str(also)))
+    stamps = [(role, os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for role, p in files]
+    made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, stamps, {k: list(v) for k, v in origin.files.items()})
+    made_with = (os.path.abspath(own.root), own.media, origin.options, own.skip_missing, own.allow_outside)
+    return hash_of(made_by, made_with)[:16]
+
+
+def settings_of(
+    source: str, reader: str | None, root: str | None, media: list[str], options: list[str], allow_outside: bool
+) -> DataSettings:
+    """The settings of a source that a command line names.
+
+    Args:
+        source: A file, a folder, or a hub id.
+        reader: Its format; None recognises our JSONL, chat messages and tables.
+        root: What media paths are relative to; None: the source's folder.
+        media: ``MODALITY=PATTERN`` each.
+        options: ``KEY=VALUE`` each, settings of the reader.
+        allow_outside: Accept media outside the root.
+
+    Raises:
+        ConfigError: If they contradict each other.
+    """
+    if wrong := next((word for word in media if "=" not in word), None):
+        raise ConfigError(f"--media {wrong}: expected MODALITY=PATTERN, such as image=pictures/{{file_name}}")
+    values = {
+        "reader": reader or recognised(source),
+        "splits": {_SPLIT: os.path.abspath(source) if os.path.exists(source) else source},
+        "data_root": root if root is not None else (source if os.path.isdir(source) else folder_of(source)),
+        "media": dict(word.split("=", 1) for word in media),
+        "options": config.read_options(options),
+        "allow_outside": allow_outside,
+    }
+    return config.parse(DataSettings, values, "source")
+
+
+def recognised(source: str) -> str:
+    """The reader of a source: by its ending, or the keys of its first row.
+
+    Raises:
+        ConfigError: If it is unknown.
+    """
+    from lavis_chatbridge.datasets.readers.common import object_rows
+    from lavis_chatbridge.datasets.readers.own import is_hub_id
+
+    ending = Path(source).suffix.lower()
+    if os.path.isdir(source) or ending in (".parquet", ".arrow") or (not os.path.exists(source) and is_hub_id(source)):
+        return "huggingface"
+    if ending == ".tar":
+        return "webdataset"
+    if ending not in (".json", ".jsonl"):
+        raise ConfigError(f"{source}: the format is unknown; name it with --reader ({', '.join(readers.READERS)})")
+    try:
+        first = next(object_rows(source), None)
+    except DataError:
+        return OWN_READER
+    chat = ("messages", "conversations", "instruction", "prompt")
+    return "messages" if first is not None and any(key in first for key in chat) else OWN_READER
+
+
+def our_jsonl(own: DataSettings, folder: Path) -> Path:
+    """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if it has another format.
+
+    Raises:
+        DataError: If it does not exist, or is malformed.
+    """
+    if missing := own.missing():
+        raise DataError(f"{', '.join(missing)} does not exist")
+    (source,) = (path for paths in own.files(_SPLIT).values() for path in paths)
+    if own.reader == OWN_READER:
+        return Path(source)
+    target = folder / f"{Path(source).stem}.jsonl"
+    write_converted(_SPLIT, _SPLIT, own, target)
+    return target
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="annotations: a file, a folder, or a hub id ORG/NAME")],
+    target: Annotated[Path, typer.Argument(help="a .jsonl, or with --shards a folder")],
+    reader: Annotated[str | None, typer.Option(help="the format; by default recognised")] = None,
+    root: Annotated[str | None, typer.Option(help="what media are relative to; default: the source's folder")] = None,
+    media: Annotated[list[str], typer.Option(help="image=PATTERN: where media are, with fields in braces")] = [],  # noqa: B006
+    options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings of the reader")] = [],  # noqa: B006
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="leave out samples without their media")] = False,
+    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="accept media outside the root")] = False,
+    shards: Annotated[bool, typer.Option("--shards", help="write shards with the media instead")] = False,
+) -> None:
+    """Write annotations of any format as our JSONL, or as shards."""
+    from tempfile import TemporaryDirectory
+
+    from lavis_chatbridge.datasets.files import SampleFile
+    from lavis_chatbridge.datasets.shards import write
+
+    own = settings_of(source, reader, root, media, options, allow_outside)
+    own = own.model_copy(update={"skip_missing": skip_missing})
+    if shards:
+        with TemporaryDirectory() as temporary:
+            path = our_jsonl(own, Path(temporary))
+            written = write(target, SampleFile(path, own.root, allow_outside or own.reader != OWN_READER), path.stem)
+        if written is None:
+            raise DataError(f"{target}: another process is writing there; repeat this command when it has ended")
+        print(
+            f"{written.jsonl}: {written.samples} samples in {written.shards} shards, left out {len(written.left_out)}"
+        )
+        return
+    if own.reader == OWN_READER:
+        raise ConfigError(f"{source} is a JSONL of our schema already; --shards writes it as shards")
+    if missing := own.missing():
+        raise DataError(f"{', '.join(missing)} does not exist")
+    count = write_converted(_SPLIT, _SPLIT, own, target, root=str(target.parent))
+    print(f"{target}: {count.samples - count.left_out} samples, left out {count.left_out} without their media")

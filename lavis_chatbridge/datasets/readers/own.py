@@ -1,0 +1,199 @@
+"""Readers of your own data: tables of Hugging Face ``datasets``, and chat messages of fine-tuning tools."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from lavis_chatbridge.config import shown, unknown_key
+from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row, object_rows
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.prompting.conversation import Message
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.schema import Medium, Sample, media_path
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
+_COLUMNS = ("id", *MODALITIES, "captions", "question", "answer", "answers", "messages")
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_MARKER = re.compile(r"\s*<(image|video|audio)>\s*")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this names a data set of the Hugging Face hub: ``org/name``, and no file ending that `datasets` reads."""
+    return bool(_HUB_ID.fullmatch(name)) and name.rpartition(".")[2].lower() not in _BUILDERS
+
+
+def huggingface(origin: Origin) -> Iterator[Sample]:
+    """A table that ``datasets`` reads: Parquet, Arrow, CSV or JSON files, an imagefolder or audiofolder, a hub id.
+
+    Media stored as bytes in the table are copied once, so that training reads them at random. Options: ``columns``
+    (our name -> the table's column; ours are ``id``, ``image``, ``video``, ``audio``, ``captions``, ``question``,
+    ``answer``, ``answers``, ``messages``), ``split``, ``name`` (a hub data set's configuration), ``revision``.
+    """
+    columns: Mapping[str, str] = origin.options.get("columns") or {}
+    for key in columns:
+        if key not in _COLUMNS:
+            raise ConfigError(unknown_key(key, _COLUMNS, "options.columns"))
+    for path in origin.every_file:
+        table = _table(path, origin)
+        named = {ours: columns.get(ours, ours) for ours in _COLUMNS}
+        if "captions" not in columns and "captions" not in table.column_names:
+            named["captions"] = next((c for c in ("caption", "text") if c in table.column_names), "captions")
+        if absent := [column for column in columns.values() if column not in table.column_names]:
+            raise ConfigError(f"{path}: has no column {absent[0]!r}; it has {', '.join(table.column_names)}")
+        for number, values in enumerate(table):
+            row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number}")
+            yield _table_sample(row, str(number), origin, os.path.dirname(path))
+
+
+def _table(path: str, origin: Origin) -> Any:
+    """A streamed table whose media stay undecoded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            "reader: huggingface needs the package datasets: pip install 'lavis-chatbridge[data]'"
+        ) from error
+    options = {key: origin.options[key] for key in ("name", "revision") if key in origin.options}
+    builder, split = _BUILDERS.get(path.rpartition(".")[2].lower()), origin.options.get("split", "train")
+    try:
+        if builder and os.path.isfile(path):
+            more = {"delimiter": "\t"} if path.endswith(".tsv") else {}
+            table = datasets.load_dataset(builder, data_files=path, split="train", streaming=True, **more)
+        else:
+            table = datasets.load_dataset(path, split=split, streaming=True, **options)
+        table = table if table.features else table._resolve_features()
+        for column, feature in table.features.items():
+            if type(feature).__name__ in ("Image", "Audio", "Video"):
+                table = table.cast_column(column, type(feature)(decode=False))
+        return table
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: datasets cannot read it: {' '.join(str(error).split())[:300]}") from error
+
+
+def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:
+    media = [
+        _table_medium(kind, item, row, origin, folder) for kind in MODALITIES if kind in row
+        for item in (row.values[kind] if isinstance(row.values[kind], list) else [row.values[kind]])
+    ]  # fmt: skip
+    name = row.name("id") if "id" in row else number
+    if "messages" in row:
+        turns, media = _conversation(row.rows("messages"), media, row.where)
+        return Sample(name, tuple(media), turns=turns)
+    answers = row.texts("answers") if "answers" in row else ()
+    if "question" in row:
+        turns = (Message("user", row.text("question"), tuple(medium.kind for medium in media)),)
+        if "answer" in row or answers:
+            turns += (Message("assistant", row.text("answer") if "answer" in row else answers[0]),)
+        return Sample(name, tuple(media), turns=turns, answers=answers)
+    return Sample(name, tuple(media), row.texts("captions"))
+
+
+def _table_medium(kind: Modality, value: Any, row: Row, origin: Origin, folder: str) -> Medium:
+    """A medium from a cell: bytes, a path, or the object of both that `datasets` stores."""
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, value)
+    if isinstance(content, (bytes, bytearray)):
+        if origin.keep is None:
+            raise DataError(f"{row.where}: {kind} is stored as bytes; chatbridge convert-data writes it to a tar file")
+        ending = Path(path).suffix[1:].lower() if isinstance(path, str) else ""
+        return origin.keep(kind, bytes(content), ending if ending in ENDINGS else kind)
+    if not isinstance(path, str):
+        raise DataError(f"{row.where}: {kind} is {shown(value)}, expected bytes or a path")
+    if os.path.isabs(path) and path.startswith(os.path.abspath(folder or ".")):  # `datasets` makes a folder's absolute
+        return Medium(kind, path)
+    return Medium(kind, media_path(path, folder or origin.root, row.where, origin.allow_outside))
+
+
+def messages(origin: Origin) -> Iterator[Sample]:
+    """Chat data of fine-tuning tools, JSONL or a JSON list: ms-swift, LLaMA-Factory (sharegpt, alpaca), TRL.
+
+    A row has ``messages``, ``conversations`` or ``instruction``/``input``/``output``, and lists ``images``, ``videos``,
+    ``audios`` of paths. ``<image>`` in a text, or an item ``{"type": "image"}`` of a typed content, shows the next one;
+    media without a marker belong to the first question. A system message precedes the first question. Paths are
+    relative to the file; ``media: {image: "pictures/{path}"}`` changes that.
+    """
+    for path in origin.every_file:
+        for number, row in enumerate(object_rows(path)):
+            turns, media = _conversation(_said(row), _listed(row, origin, os.path.dirname(path)), row.where)
+            yield Sample(row.name("id") if "id" in row else str(number), tuple(media), turns=turns)
+
+
+def _said(row: Row) -> list[Row]:
+    """The messages of a row, as ``role`` and ``content``."""
+    if "messages" in row or "conversations" in row:
+        said = row.rows("messages", "conversations")
+    elif "prompt" in row and "completion" in row:
+        said = [*row.rows("prompt"), *row.rows("completion")]
+    else:
+        asked = "\n".join(row.text(key) for key in ("instruction", "input") if row.values.get(key))
+        said = [Row({"role": "user", "content": asked}, row.where)]
+        said.append(Row({"role": "assistant", "content": row.text("output")}, row.where))
+    if isinstance(row.values.get("system"), str) and row.values["system"]:
+        said = [Row({"role": "system", "content": row.values["system"]}, row.where), *said]
+    return said
+
+
+def _listed(row: Row, origin: Origin, folder: str) -> list[Medium]:
+    """The media that a row lists, in the order images, videos, audios."""
+    found = []
+    for kind in MODALITIES:
+        value = row.values.get(f"{kind}s") or row.values.get(kind) or []
+        for item in value if isinstance(value, list) else [value]:
+            found.append(_named(kind, item, row.where, origin, folder))
+    return found
+
+
+def _named(kind: Modality, item: Any, where: str, origin: Origin, folder: str) -> Medium:
+    path = item.get("path") if isinstance(item, Mapping) else item
+    path = path.removeprefix("file://") if isinstance(path, str) else path
+    if kind in origin.media:
+        path, folder = origin.media[kind].format(path=path), origin.root
+    return Medium(kind, media_path(path, folder or ".", where, origin.allow_outside))
+
+
+def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> tuple[tuple[Message, ...], list[Medium]]:
+    """The turns, and the media in the order in which the turns show them."""
+    left = {kind: [medium for medium in media if medium.kind == kind] for kind in get_args(Modality)}
+    system, turns, shown_media = "", [], []
+    for message in said:
+        role = message.name("role", "from")
+        text, kinds = _content(message)
+        if role == "system":
+            system = f"{text}\n"
+            continue
+        if role not in _ROLES:
+            raise DataError(f"{message.where}: role is {shown(role)}, expected system, user or assistant")
+        for kind in kinds:
+            if not left[kind]:
+                raise DataError(f"{message.where}: <{kind}> shows a medium that {kind}s does not list")
+            shown_media.append(left[kind].pop(0))
+        turns.append(Message(_ROLES[role], text, tuple(kinds)))
+    if len(turns) % 2 and len(turns) > 1:
+        turns.pop()  # a question without a reply
+    if not turns or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
+        raise DataError(f"{where}: messages must alternate between user and assistant, user first")
+    rest = [medium for kind in MODALITIES for medium in left[kind]]
+    first = (*(medium.kind for medium in rest), *turns[0].media)
+    turns[0] = Message("user", system + turns[0].text, first)
+    return tuple(turns), [*rest, *shown_media]
+
+
+def _content(message: Row) -> tuple[str, list[Modality]]:
+    """A message's text without markers, and the modalities that it shows, in order."""
+    content = message.values.get("content", message.values.get("value"))
+    if isinstance(content, str):
+        kinds: list[Modality] = list(_MARKER.findall(content))  # type: ignore[arg-type]
+        return _MARKER.sub(" ", content).strip() if kinds else content, kinds
+    texts, kinds = [], []
+    for item in message.rows("content"):
+        if (kind := item.name("type")) == "text":
+            texts.append(item.name("text", blank=True))
+        elif kind in MODALITIES:
+            kinds.append(kind)  # type: ignore[arg-type]
+        else:
+            raise DataError(f"{item.where}: type is {shown(kind)}, expected text, {', '.join(MODALITIES)}")
+    return " ".join(filter(None, texts)), kinds

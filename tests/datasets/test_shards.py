@@ -1,0 +1,217 @@
+"""Shards: every sample once for any number of processes and interruptions, outdated ones written again."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.datasets import shards
+from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.files import hash_of_file
+from lavis_chatbridge.schema import Medium, Sample, to_record, write_jsonl
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A JSONL of twelve samples: one without media, one of two media, two that share one."""
+    (tmp_path / "media").mkdir()
+    for i in range(12):
+        (tmp_path / "media" / f"m{i}.PNG").write_bytes(bytes([i]) * (600 + i))
+    samples = [
+        Sample(f"s{i}", (Medium("image", str(tmp_path / "media" / f"m{i}.PNG")),), (f"caption {i}",)) for i in range(9)
+    ]
+    both = (Medium("image", str(tmp_path / "media" / "m9.PNG")), Medium("audio", str(tmp_path / "media" / "m10.PNG")))
+    samples += [
+        Sample("both", (*both, Medium("video", words=("a clip",))), ("two",), meta={"ü": 1}),
+        Sample("none", (), ("x",)),
+    ]
+    samples.insert(4, Sample("again", samples[3].media, ("the same",)))
+    write_jsonl(tmp_path / "mine.jsonl", samples)
+    return tmp_path / "mine.jsonl"
+
+
+def shard(*words):
+    return cli.main(["shard", *map(str, words)])
+
+
+def contents(path, root=None):
+    """Every sample of a JSONL with its media's bytes instead of their places."""
+    found = []
+    for sample in SampleFile(path, root):
+        record = to_record(sample)
+        for medium, entry in zip(sample.media, record.get("media", []), strict=True):
+            if not medium.words:
+                source = media_source(medium)
+                data = source if isinstance(source, bytes) else Path(source).read_bytes()
+                entry.pop("offset", None)
+                entry["path"], entry["size"] = data, len(data)
+        found.append(record)
+    return found
+
+
+def test_shards_are_plain_webdataset_and_store_each_medium_once(tmp_path, mine, capsys):
+    assert shard(mine, "--output", tmp_path / "out", "--per-shard", 6) == 0
+    assert "mine.jsonl: 12 samples (10 image, 1 image+audio, 1 text) in 2 shards" in capsys.readouterr().out
+    assert contents(tmp_path / "out" / "mine.jsonl") == contents(mine)
+    tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    records = list(wds.WebDataset(tars, shardshuffle=False))
+    assert [record["__key__"] for record in records] == [f"{i:09d}" for i in range(12)]
+    assert records[0]["png"] == bytes(600)
+    assert json.loads(records[4]["json"])["media"] == [{"type": "image", "path": "000000003.png"}]
+    assert {"0.png", "1.png", "json"} < set(records[10])
+    assert json.loads(records[10]["json"])["media"][2] == {"type": "video", "words": ["a clip"]}
+    index = json.loads((tmp_path / "out" / "mine-00001.index.json").read_text())
+    assert (index["samples"], index["left_out"], index["sha256"]) == (6, [], hash_of_file(tars[1]))
+
+
+def test_ranks_make_what_one_process_makes(tmp_path, mine, capsys, monkeypatch):
+    shard(mine, "--output", tmp_path / "one", "--per-shard", 2)
+    assert shard(mine, "--output", tmp_path / "two", "--per-shard", 2, "--rank", 1, "--world", 2) == 0
+    assert "process 1 of 2: 1 of 1 files wait for other processes" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.tar")) == [f"mine-0000{i}.tar" for i in (1, 3, 5)]
+    assert not (tmp_path / "two" / "mine.jsonl").exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert shard(mine, "--output", tmp_path / "two", "--per-shard", 2) == 0
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+def test_an_interrupted_run_continues_and_outdated_shards_are_written_again(tmp_path, mine, monkeypatch):
+    out, fill, made = tmp_path / "out", shards._fill, []
+
+    def stop_at_the_third(path, *rest):
+        made.append(path.name)
+        index = fill(path, *rest)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return index
+
+    monkeypatch.setattr(shards, "_fill", stop_at_the_third)
+    assert shard(mine, "--output", out, "--per-shard", 2) == 130
+    assert not (out / "mine.jsonl").exists()
+    (out / "mine-00001.index.json").write_text("damag")
+    assert shard(mine, "--output", out, "--per-shard", 2) == 0
+    assert made[3:] == [f"mine-0000{i}.tar" for i in (1, 2, 3, 4, 5)]
+    assert contents(out / "mine.jsonl") == contents(mine)
+    assert shard(mine, "--output", out, "--per-shard", 2) == 0
+    assert len(made) == 8
+
+    (tmp_path / "media" / "m5.PNG").write_bytes(b"another picture")
+    damaged = out / "mine-00004.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    jsonl = (out / "mine.jsonl").read_bytes()
+    (out / "mine.jsonl").write_bytes(jsonl[: jsonl.index(b"\n") + 1])
+    assert shard(mine, "--output", out, "--per-shard", 2, "--verify") == 0
+    assert made[8:] == ["mine-00003.tar", "mine-00004.tar"]
+    assert contents(out / "mine.jsonl") == contents(mine)
+
+    (out / "mine-00000.tar").unlink()
+    os.truncate(out / "mine-00001.tar", 1024)
+    assert shard(mine, "--output", out, "--per-shard", 2) == 0
+    assert made[10:] == ["mine-00000.tar", "mine-00001.tar"]
+    assert shard(mine, "--output", out, "--per-shard", 6) == 0
+    assert sorted(path.name for path in out.glob("*.tar")) == ["mine-00000.tar", "mine-00001.tar"]
+    assert contents(out / "mine.jsonl") == contents(mine)
+
+
+def test_a_jsonl_of_other_shards_is_gone_before_one_is_replaced(tmp_path, mine, monkeypatch):
+    """Media of one size have the same offsets in any shard: an older JSONL would name others' without a fault."""
+    out = tmp_path / "out"
+    shard(mine, "--output", out, "--per-shard", 2)
+
+    def stop(*_):
+        assert not (out / "mine.jsonl").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "_fill", stop)
+    assert shard(mine, "--output", out, "--per-shard", 3) == 130
+    assert not (out / "mine.jsonl").exists()
+
+
+def test_unreadable_media_are_left_out_counted_and_limited(tmp_path, mine, capsys):
+    (tmp_path / "media" / "m0.PNG").unlink()
+    (tmp_path / "media" / "m9.PNG").write_bytes(b"")
+    assert shard(mine, "--output", tmp_path / "out") == 0
+    assert "10 samples" in (out := capsys.readouterr().out)
+    assert "left out 2 whose media cannot be read (first s0: cannot read" in out
+    assert SampleFile(tmp_path / "out" / "mine.jsonl")[0].id == "s1"
+    (tmp_path / "ok.bin").write_bytes(b"x")
+    names = ["gone.bin", *["ok.bin"] * 24]
+    many = [Sample(str(i), (Medium("image", str(tmp_path / name)),), ("x",)) for i, name in enumerate(names)]
+    write_jsonl(tmp_path / "many.jsonl", many)
+    assert shard(tmp_path / "many.jsonl", "--output", tmp_path / "a", "--max-bad-share", "0.04") == 0
+    assert shard(tmp_path / "many.jsonl", "--output", tmp_path / "b", "--max-bad-share", "0.039") == 2
+    assert "1 of 25 samples could not be read, more than the 4%" in capsys.readouterr().err
+    (tmp_path / "ok.bin").unlink()
+    assert shard(tmp_path / "many.jsonl", "--output", tmp_path / "c", "--max-bad-share", 1) == 2
+    assert "none of 25 samples has readable media" in capsys.readouterr().err
+
+
+def test_a_medium_that_changes_its_size_or_goes_is_noticed(tmp_path, mine):
+    out, medium = tmp_path / "out", tmp_path / "media" / "m2.PNG"
+    shard(mine, "--output", out)
+    time_before = os.stat(medium).st_mtime_ns
+    medium.write_bytes(b"another size")
+    os.utime(medium, ns=(time_before, time_before))
+    assert shard(mine, "--output", out) == 0
+    assert contents(out / "mine.jsonl") == contents(mine)
+    medium.unlink()
+    assert shard(mine, "--output", out) == 0
+    assert "s2" not in [sample.id for sample in SampleFile(out / "mine.jsonl")]
+
+
+def test_a_medium_twice_in_a_sample_is_stored_once_and_json_is_no_medium(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"sound")
+    (tmp_path / "b.jpg").write_bytes(b"picture")
+    twice = [Medium(kind, str(tmp_path / name)) for kind, name in (("audio", "a.json"), ("image", "b.jpg"))] * 2
+    write_jsonl(tmp_path / "twice.jsonl", [Sample("x", tuple(twice), ("c",)), Sample("y", twice[:1], ("c",))])
+    assert shard(tmp_path / "twice.jsonl", "--output", tmp_path / "out") == 0
+    assert contents(tmp_path / "out" / "twice.jsonl") == contents(tmp_path / "twice.jsonl")
+    [first, second] = wds.WebDataset(str(tmp_path / "out" / "twice-00000.tar"), shardshuffle=False)
+    assert {key: value for key, value in first.items() if key in ("0.audio", "1.jpg", "2.audio", "3.jpg")} == {
+        "0.audio": b"sound",
+        "1.jpg": b"picture",
+    }
+    assert "audio" not in second
+
+
+def test_samples_of_a_program_are_written_too(tmp_path, mine):
+    samples = list(SampleFile(mine))
+    written = shards.write(tmp_path / "out", samples, "any", per_shard=5)
+    assert written is not None
+    assert (written.samples, written.shards, written.left_out) == (12, 3, [])
+    assert contents(written.jsonl) == contents(mine)
+
+
+def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path, mine, capsys):
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        assert shard(mine, "--output", out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert f"{out}: shards cannot be written there: File too large; the same command continues" in error
+    assert list(out.iterdir()) == []
+    assert shard(mine, "--output", out) == 0
+    assert contents(out / "mine.jsonl") == contents(mine)
+
+
+def test_links_out_of_the_root_and_the_samples_own_folder_are_refused(tmp_path, mine, capsys):
+    before = mine.read_bytes()
+    assert shard(mine, "--output", tmp_path) == 2
+    assert f"{mine}: the shards' JSONL would replace it; name another --output" in capsys.readouterr().err
+    assert mine.read_bytes() == before
+    (tmp_path / "media" / "m0.PNG").unlink()
+    (tmp_path / "media" / "m0.PNG").symlink_to("/etc/hostname")
+    assert shard(mine, "--output", tmp_path / "out") == 2
+    assert "leads out of the media root" in capsys.readouterr().err
