@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.datasets.readers import READERS, Origin
 from lavis_chatbridge.datasets.readers.own import is_hub_id
@@ -76,6 +78,12 @@ class DataSettings(Settings):
     """LAVIS's key for variants of a default YAML; there is one."""
     data_type: str = "images"
     """LAVIS's key; has no effect here."""
+
+    @field_validator("splits", "media", "options", "ratios", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any) -> Any:
+        """A section that is null removes the values of the row below it."""
+        return {} if value is None else value
 
     def check(self) -> Iterable[str]:
         """Contradictions between the keys."""

@@ -141,7 +141,6 @@ def test_all_missing_files_are_named_at_once(tmp_path):
     for part in (
         "results_10M_train.csv",
         "v2_mscoco_train2014_annotations.json",
-        "audiovideo_detail_10k.json",
         "videos/",
     ):
         assert part in message

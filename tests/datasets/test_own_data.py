@@ -57,7 +57,7 @@ def test_the_guides_three_commands(folder):
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "output/mine/model.safetensors").stat().st_size > 0
-    predictions = [json.loads(path.read_text()) for path in folder.glob("output/mine/result/test*.json")]
-    written = next(content for content in predictions if isinstance(content, list))
+    [path] = folder.glob("output/mine/result/test*.jsonl")
+    written = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(record["sample_id"] for record in written) == [str(i) for i in range(10)]
     assert {record["source"] for record in written} == {"chatbridge_jsonl/image", "chatbridge_jsonl/audio"}
