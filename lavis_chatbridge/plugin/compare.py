@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -22,27 +22,18 @@ from lavis_chatbridge.files import write_json, write_text
 from lavis_chatbridge.plugin.report import aligned, settings_of
 from lavis_chatbridge.tasks import statistics
 from lavis_chatbridge.tasks.predictions import Prediction, read_predictions
-from lavis_chatbridge.tasks.scoring.records import Measured, measured
+from lavis_chatbridge.tasks.scoring.records import measured
 
+COLUMNS = ("data set", "metric", "samples", "A", "B", "B - A", "95 %", "p")
 _IN_TEXT, _ON_PAGE = 5, 60
 
-Key = tuple[str, str]
-"""Evaluation (folder and split) and source."""
+Records = dict[tuple[str, int | None], Prediction]
+"""The predictions of one data set by sample id and index."""
 
 
 @dataclass
 class Flip:
-    """A sample whose score changed.
-
-    Attributes:
-        sample_id: Its id.
-        prompt: What the models were given.
-        truth: What predictions are compared with.
-        media: Modality and path of its files.
-        a: Prediction of A.
-        b: Prediction of B.
-        change: Score of B minus score of A.
-    """
+    """A sample whose score changed by ``change``, with the predictions of A and of B."""
 
     sample_id: str
     prompt: str
@@ -55,19 +46,11 @@ class Flip:
 
 @dataclass
 class Comparison:
-    """One metric of one data set.
+    """One metric of one data set, in percent.
 
-    Attributes:
-        name: The evaluation and the data set.
-        metric: The metric; all figures are in percent.
-        a: Score of A on the shared samples, the mean over its seeds.
-        b: Score of B.
-        a_deviation: Standard deviation over the seeds of A, None for one seed.
-        b_deviation: Standard deviation over the seeds of B.
-        difference: B minus A with its interval and p-value; None for metrics that are no mean over samples.
-        flips: Samples whose score changed, the largest changes first; of a suite's own metric only.
-        only_a: Number of samples that only A predicted.
-        only_b: Number of samples that only B predicted.
+    ``a`` and ``b`` are means over seeds, with standard deviations if there are several. ``difference`` is None for
+    metrics that are no mean over samples. ``flips`` has the samples whose score changed, the largest changes first, for
+    the suite's own metric. ``only_a`` and ``only_b`` count samples that are not compared.
     """
 
     name: str
@@ -82,17 +65,14 @@ class Comparison:
     only_b: int = 0
 
     def cells(self) -> list[str]:
-        """The comparison as a line of the table."""
+        """The text of each of `COLUMNS`."""
         found = self.difference
         spread = [f" ± {d:.1f}" if d is not None else "" for d in (self.a_deviation, self.b_deviation)]
-        figures = (
-            [f"{found.value:+.1f}", f"{found.low:+.1f} to {found.high:+.1f}", f"{found.p:.4f}"] if found else [""] * 3
-        )
-        samples = str(found.samples) if found else ""
-        return [self.name, self.metric, samples, f"{self.a:.1f}{spread[0]}", f"{self.b:.1f}{spread[1]}", *figures]
-
-
-COLUMNS = ("data set", "metric", "samples", "A", "B", "B - A", "95 %", "p")
+        scores = [f"{self.a:.1f}{spread[0]}", f"{self.b:.1f}{spread[1]}"]
+        if found is None:
+            return [self.name, self.metric, "", *scores, "", "", ""]
+        ends = f"{found.low:+.1f} to {found.high:+.1f}"
+        return [self.name, self.metric, str(found.samples), *scores, f"{found.value:+.1f}", ends, f"{found.p:.4f}"]
 
 
 def command(
@@ -103,12 +83,14 @@ def command(
     ),
 ) -> int:
     """Compare two evaluations of the same samples."""
-    found = compare(_seeds(run_a), _seeds(run_b))
+    found = compare(run_a.split(","), run_b.split(","))
     text = table(found)
     write_text(output / "comparison.txt", text + "\n")
     write_json(output / "comparison.json", {"a": run_a, "b": run_b, "comparisons": [asdict(one) for one in found]})
-    values: dict[str, Any] = {"a": run_a, "b": run_b, "columns": COLUMNS, "comparisons": found, "most": _ON_PAGE}
-    write_text(output / "comparison.html", pages.render("comparison.html", title="Comparison", **values))
+    page = pages.render(
+        "comparison.html", title="Comparison", a=run_a, b=run_b, columns=COLUMNS, comparisons=found, most=_ON_PAGE
+    )
+    write_text(output / "comparison.html", page)
     print(f"{text}\n\nwritten to {output}/comparison.{{txt,json,html}}")
     return 0
 
@@ -123,12 +105,14 @@ def compare(runs_a: Sequence[str], runs_b: Sequence[str]) -> list[Comparison]:
     Raises:
         DataError: If a run has no predictions, or they have no data set or no sample in common.
     """
-    a, b = [_load(Path(run)) for run in runs_a], [_load(Path(run)) for run in runs_b]
-    shared = [key for key in a[0] if all(key in run for run in [*a, *b])]
+    a, b = ([_load(Path(run.strip())) for run in runs] for runs in (runs_a, runs_b))
+    shared = [name for name in a[0] if all(name in run for run in [*a, *b])]
     if not shared:
-        names = [", ".join(" ".join(key).strip() for key in run[0]) for run in (a, b)]
-        raise DataError(f"the runs have no data set in common: A has {names[0]}; B has {names[1]}")
-    return [one for key in shared for one in _compared(key, [run[key] for run in a], [run[key] for run in b])]
+        raise DataError(f"the runs have no data set in common: A has {', '.join(a[0])}; B has {', '.join(b[0])}")
+    found: list[Comparison] = []
+    for name in shared:
+        found += _compared(name, a[0][name][0], [run[name][1] for run in a], [run[name][1] for run in b])
+    return found
 
 
 def table(found: Sequence[Comparison]) -> str:
@@ -145,67 +129,52 @@ def table(found: Sequence[Comparison]) -> str:
     return "\n".join(text)
 
 
-@dataclass
-class _Evaluated:
-    """The predictions of one data set, and where they stand."""
-
-    path: Path
-    records: dict[tuple[str, int | None], Prediction]
-
-
-def _seeds(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _load(run: Path) -> dict[Key, _Evaluated]:
-    """The predictions of a run by evaluation and source."""
+def _load(run: Path) -> dict[str, tuple[Path, Records]]:
+    """Evaluation and source -> a run's predictions, and their file."""
     files = [run] if run.is_file() else sorted(p for p in run.rglob("*.jsonl") if not p.name.startswith("."))
     if not files:
         raise DataError(f"{run} is neither a predictions file nor a folder with some (result/SPLIT_stepN.jsonl)")
-    found: dict[Key, _Evaluated] = {}
+    found: dict[str, tuple[Path, Records]] = {}
     for file in files:
         folder = "" if run.is_file() else str(file.parent.relative_to(run)).removesuffix("result").strip("/.")
-        name = f"{folder} {re.sub(r'_step[^_]*$', '', file.stem)}".strip()
+        split = re.sub(r"_step[^_]*$", "", file.stem)
         for record in read_predictions(file):
-            own = found.setdefault((name, record.source), _Evaluated(file, {}))
-            own.records[record.sample_id, record.index] = record
+            name = " ".join(filter(None, [folder, split, record.source]))
+            found.setdefault(name, (file, {}))[1][record.sample_id, record.index] = record
     return found
 
 
-def _compared(key: Key, a: Sequence[_Evaluated], b: Sequence[_Evaluated]) -> list[Comparison]:
+def _compared(name: str, file: Path, a: Sequence[Records], b: Sequence[Records]) -> list[Comparison]:
     """The comparisons of one data set, its own metric first."""
-    shared = [place for place in a[0].records if all(place in one.records for one in [*a, *b])]
-    name = " ".join(key).strip()
+    shared = [place for place in a[0] if all(place in records for records in [*a, *b])]
     if not shared:
         raise DataError(f"{name}: the runs have no sample in common")
-    how = settings_of(a[0].path)
-    scored_a, scored_b = (
-        [measured([one.records[place] for place in shared], how.metrics, how.normalisation) for one in runs]
+    how = settings_of(file)
+    scored = [
+        [measured([records[place] for place in shared], how.metrics, how.normalisation) for records in runs]
         for runs in (a, b)
-    )
+    ]
+    first, other = scored[0][0], scored[1][0]
     comparisons: list[Comparison] = []
-    for metric in scored_a[0].scores:
-        (mean_a, deviation_a), (mean_b, deviation_b) = (
-            statistics.over_seeds([one.scores[metric] for one in runs if metric in one.scores] or [0.0])
-            for runs in (scored_a, scored_b)
+    for metric in first.scores:
+        means = [statistics.over_seeds([one.scores.get(metric, 0.0) for one in runs]) for runs in scored]
+        one = Comparison(name, metric, means[0][0], means[1][0])
+        one.a_deviation, one.b_deviation = (
+            mean[1] if len(runs) > 1 else None for mean, runs in zip(means, scored, strict=True)
         )
-        one = Comparison(name, metric, mean_a, mean_b)
-        one.a_deviation = deviation_a if len(a) > 1 else None
-        one.b_deviation = deviation_b if len(b) > 1 else None
-        one.only_a, one.only_b = len(a[0].records) - len(shared), len(b[0].records) - len(shared)
-        if all(metric in run.each for run in [*scored_a, *scored_b]):
-            each_a, each_b = (np.mean([run.each[metric] for run in runs], axis=0) for runs in (scored_a, scored_b))
-            first = scored_a[0]
+        one.only_a, one.only_b = len(a[0]) - len(shared), len(b[0]) - len(shared)
+        if all(metric in run.each for runs in scored for run in runs):
+            each_a, each_b = (np.mean([run.each[metric] for run in runs], axis=0) for runs in scored)
             one.difference = statistics.paired(each_a, each_b, first.weights.get(metric), first.clusters)
-            one.flips = _flips(scored_a[0], scored_b[0], each_b - each_a) if not comparisons else []
+            changes = each_b - each_a if not comparisons else np.zeros(0)
+            one.flips = [
+                _flip(first.records[n], other.records[n], float(changes[n]))
+                for n in np.argsort(-np.abs(changes), kind="stable").tolist()
+                if changes[n]
+            ]
         comparisons.append(one)
     return comparisons
 
 
-def _flips(a: Measured, b: Measured, changes: np.ndarray) -> list[Flip]:
-    order = [int(number) for number in np.argsort(-np.abs(changes), kind="stable") if changes[number]]
-    return [
-        Flip(one.sample_id, one.prompt, one.truth, one.media, one.prediction, other.prediction, float(changes[number]))
-        for number in order
-        for one, other in [(a.records[number], b.records[number])]
-    ]
+def _flip(a: Prediction, b: Prediction, change: float) -> Flip:
+    return Flip(a.sample_id, a.prompt, a.truth, a.media, a.prediction, b.prediction, change)

@@ -33,13 +33,9 @@ Texts = dict[int, list[str]]
 
 @dataclass
 class CaptionScores:
-    """Corpus scores, and each caption's own.
+    """Corpus scores and each caption's own (not times 100; ``BLEU_1`` to ``BLEU_4``), and why a metric has none.
 
-    Attributes:
-        overall: Metric to corpus score, as pycocoevalcap gives it (not times 100); ``BLEU_1`` to ``BLEU_4``.
-        each: Metric to scores in the order of the predictions.
-        tokenizer: ``"ptb"`` (official, Java) or ``"python"`` (a rule, without Java).
-        left_out: Metric to the reason why it was not computed.
+    ``tokenizer`` is ``"ptb"`` (official, Java) or ``"python"`` (a rule, without Java).
     """
 
     overall: dict[str, float] = field(default_factory=dict)
@@ -81,8 +77,6 @@ def score_captions(
             f"{len(bare)} of {len(predictions)} predictions have no reference, the first is number {bare[0]}"
         )
     missing = unavailable(metrics)
-    for name, reason in missing.items():
-        _log.warning("%s is not available: %s", name, reason)
     found = CaptionScores(left_out={name: reason for name, reason in missing.items() if name != "ptb"})
     truth: Texts = {number: list(texts) for number, texts in enumerate(references)}
     said: Texts = {number: [text] for number, text in enumerate(predictions)}
@@ -158,19 +152,15 @@ def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
 def _tokenised(truth: Texts, said: Texts, official: bool) -> tuple[Texts, Texts, str]:
     """References and predictions as tokens, and the name of the tokenizer."""
     if official:
-        try:
-            both = _tokenise_ptb(truth), _tokenise_ptb(said)
-        except OSError as error:
-            _log.warning("the official tokenizer failed: %s", error)
-            both = {}, {}
-        if all(_same_shape(before, after) for before, after in zip((truth, said), both, strict=True)):
+        both = _tokenise_ptb(truth), _tokenise_ptb(said)
+        if [_counts(texts) for texts in both] == [_counts(truth), _counts(said)]:
             return *both, "ptb"
         _log.warning("the official tokenizer's Java died; captions are tokenised by a Python rule instead")
     return _tokenise_python(truth), _tokenise_python(said), "python"
 
 
-def _same_shape(before: Texts, after: Texts) -> bool:
-    return {key: len(texts) for key, texts in before.items()} == {key: len(texts) for key, texts in after.items()}
+def _counts(texts: Texts) -> dict[int, int]:
+    return {key: len(own) for key, own in texts.items()}
 
 
 def _tokenise_ptb(captions: Texts) -> Texts:

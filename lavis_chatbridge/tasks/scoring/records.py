@@ -35,7 +35,7 @@ class Measured:
         scores: Metric -> percent.
         each: Metric -> ``[n]`` percent; only metrics that are means over samples.
         weights: Metric -> ``[n]``, for means that are weighted.
-        groups: Metric -> kind of part -> ``[n]`` percent or None, for metrics whose samples have several parts.
+        parts: Kind of part -> part -> percent of each sample that has it, for scores of several parts of a sample.
         tokenizer: That of captions.
         left_out: Metric -> why it was not computed.
     """
