@@ -68,7 +68,7 @@ def test_a_bridge_with_each_architecture(modality: str, name: str, tmp_path: Pat
     assert own != bridge(modality, name, tmp_path / "b", tokenizer, seed=1).frozen_fingerprint(kind)
 
     frozen = {key: value.clone() for key, value in encoder.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
     model.train()
     model(samples)["loss"].backward()
     optimizer.step()
