@@ -11,24 +11,25 @@ from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.weights import model_settings
 
-LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32_000}
-SIZES: dict[str, dict[str, Any]] = {
-    "7b": {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13b": {**LLAMA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "SmolLM2-360M": {**LLAMA, "vocab_size": 49152, "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-                     "num_attention_heads": 15, "num_key_value_heads": 5, "tie_word_embeddings": True},
-    "Qwen3-8B": {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12288,
-                 "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
-    "siglip2-base": {"model_type": "siglip_vision_model", "hidden_size": 768, "num_hidden_layers": 12, "image_size": 224,
-                     "num_attention_heads": 12, "intermediate_size": 3072, "patch_size": 16},
-    "siglip2-so400m": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 27,
-                       "image_size": 384, "num_attention_heads": 16, "intermediate_size": 4304, "patch_size": 14},
-    "whisper-small": {"model_type": "whisper", "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12,
-                      "encoder_ffn_dim": 3072, "decoder_layers": 1, "decoder_attention_heads": 12},
-    "whisper-large-v3": {"model_type": "whisper", "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20,
-                         "encoder_ffn_dim": 5120, "num_mel_bins": 128, "decoder_layers": 1,
-                         "decoder_attention_heads": 20},
-}  # fmt: skip
+
+def sizes(model_type: str, names: str, *numbers: int, **more: Any) -> dict[str, Any]:
+    """A configuration of transformers; ``names`` are those of the numbers."""
+    return {"model_type": model_type, **dict(zip(names.split(), numbers, strict=True)), **more}
+
+
+LLM = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+VIT = "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size"
+WHISPER = "d_model encoder_layers encoder_attention_heads encoder_ffn_dim num_mel_bins decoder_layers"
+SIZES = {
+    "7b": sizes("llama", LLM, 32_000, 4096, 11_008, 32, 32, 32),
+    "13b": sizes("llama", LLM, 32_000, 5120, 13_824, 40, 40, 40),
+    "SmolLM2-360M": sizes("llama", LLM, 49_152, 960, 2560, 32, 15, 5, tie_word_embeddings=True),
+    "Qwen3-8B": sizes("qwen3", LLM, 151_936, 4096, 12_288, 36, 32, 8, head_dim=128),
+    "siglip2-base": sizes("siglip_vision_model", VIT, 768, 12, 12, 3072, 224, 16),
+    "siglip2-so400m": sizes("siglip_vision_model", VIT, 1152, 27, 16, 4304, 384, 14),
+    "whisper-small": sizes("whisper", WHISPER, 768, 12, 12, 3072, 80, 1, decoder_attention_heads=12),
+    "whisper-large-v3": sizes("whisper", WHISPER, 1280, 32, 20, 5120, 128, 1, decoder_attention_heads=20),
+}
 TYPES = {
     "vicuna7b": ("7b", None, None),
     "vicuna13b": ("13b", None, None),
