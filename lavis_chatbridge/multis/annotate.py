@@ -1,41 +1,36 @@
-"""The first stage: every item's frames and sounds shown to the annotators, their findings merged with what people
-wrote.
+"""The first stage: annotators describe every item's frames and sounds, beside what people wrote.
 
-Runs may be spread over processes and machines: each takes the items of its rank. Finished items are never done again,
-also not by a run with another number of processes. This module knows annotators by their protocol only.
+Several processes may share the work: each takes the items of its rank. A finished item is never annotated again, also
+if the number of processes changes. This module knows annotators by their protocol only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lavis_chatbridge import media
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.files import write_text
-from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_lines
-from lavis_chatbridge.multis.annotators.base import Annotator, Findings, View
-from lavis_chatbridge.multis.annotators.models import RATE
-from lavis_chatbridge.multis.journal import Journal, read_journal
+from lavis_chatbridge.files import append_lines, write_text
+from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_lines, whole_records
+from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
 from lavis_chatbridge.schema import check_inside, media_path
 
 FRAMES_PER_VIDEO = 3
 _OF_SAMPLES_ONLY = ("turns", "answers", "style", "task", "held_out", "meta")
-"""Fields of the sample schema that an annotation has no use for: a file of samples serves as items, too."""
-_logger = logging.getLogger(__name__)
+"""Fields of the sample schema that an annotation does not have: a file of samples may serve as items."""
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AnnotateReport:
-    """What a run did: items annotated now, items found finished, items whose media cannot be read."""
+class AnnotateReport(NamedTuple):
+    """Items annotated now, items that were finished already, items with unreadable media."""
 
     annotated: int
     known: int
@@ -48,150 +43,131 @@ def annotate(
     annotators: Sequence[Annotator],
     media_root: str | Path | None = None,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> AnnotateReport:
     """Annotate the items of one rank.
 
     Args:
-        items: JSON lines: ``id``, ``media``, and whatever is known already (``captions``, ``sound_captions``, ``tags``,
-            ``frames``, ``facts`` ...); the captions of an item with sound only are taken as ``sound_captions``.
+        items: JSON lines: ``id``, ``media``, and what is known already (``captions``, ``sound_captions``, ``tags``,
+            ``frames``, ``facts`` ...). Captions of an item that is only a sound count as ``sound_captions``.
         folder: Gets ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
         annotators: Run in order; a later one adds to what an earlier one wrote and replaces captions.
-        media_root: What the media's paths are relative to; by default the folder of ``items``.
-        rank: This process.
-        world: Number of processes.
+        media_root: The folder that media paths are relative to; by default the folder of ``items``.
+        rank: Of this process.
+        world_size: Number of processes.
 
     Raises:
-        DataError: If ``items`` is not of that form, or holds an id twice.
+        DataError: If ``items`` does not have this form, or contains an id twice.
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
-    done = finished(folder)
-    annotated = known = failed = 0
-    name = f"{rank:05d}-of-{world:05d}.jsonl"
-    with Journal(folder / f"annotations-{name}") as journal:
-        failures = []
-        for item in _read_items(items):
-            if zlib.crc32(item.id.encode()) % world != rank:
-                continue
-            if item.id in done:
-                known += 1
-                continue
-            try:
-                journal.append(annotate_item(item, annotators, root).to_json())
-                annotated += 1
-            except MediaError as error:
-                _logger.warning("item %s is left out: %s", item.id, error)
-                failures.append({"id": item.id, "reason": str(error)})
-                failed += 1
-    _write_failures(folder / f"failures-{name}", failures)
-    return AnnotateReport(annotated, known, failed)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {str(r.get("id")) for file in folder.glob("annotations-*.jsonl") for r in whole_records(file)}
+    name = f"{rank:05d}-of-{world_size:05d}.jsonl"
+    failures: list[str] = []
+    annotated = known = 0
+    for item in _read_items(items):
+        if zlib.crc32(item.id.encode("utf-8", "replace")) % world_size != rank:
+            continue
+        if item.id in done:
+            known += 1
+            continue
+        try:
+            append_lines(folder / f"annotations-{name}", [annotate_item(item, annotators, root).line()])
+            annotated += 1
+        except MediaError as error:
+            _log.warning("item %s is left out: %s", item.id, error)
+            failures.append(json.dumps({"id": item.id, "reason": str(error)}) + "\n")
+    write_text(folder / f"failures-{name}", "".join(failures))
+    return AnnotateReport(annotated, known, len(failures))
 
 
 def annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path) -> Annotation:
-    """One item, with what the annotators find.
+    """One item with the annotators' findings.
 
     Raises:
-        MediaError: If a medium cannot be opened, or lies outside the media root.
+        MediaError: If a medium cannot be opened, or is outside the media root.
     """
     for medium in item.media:
         try:
             check_inside(media_path(medium.path, str(root), item.id), str(root))
         except DataError as error:
             raise MediaError(medium.path, error) from error
-    frames = frame_views(item, root) if any(annotator.kind == "frame" for annotator in annotators) else []
-    sounds = sound_views(item, root) if any(annotator.kind == "sound" for annotator in annotators) else []
-    merged = item.frames or tuple(Frame(view.position) for view in frames)
+    needed = {annotator.views for annotator in annotators}
+    frames = _frame_views(item, root) if "frame" in needed else []
+    sounds = _sound_views(item, root) if "sound" in needed else []
+    merged = item.frames or tuple(Frame(position=view.position) for view in frames)
     if frames and len(merged) != len(frames):
-        raise DataError(f"item {item.id!r} brings {len(merged)} frames of its own, expected {len(frames)}")
-    item = dataclasses.replace(item, frames=merged)
+        raise DataError(f"item {item.id!r} has {len(merged)} frames of its own, expected {len(frames)}")
+    item = item.model_copy(update={"frames": merged})
     for annotator in annotators:
-        views = frames if annotator.kind == "frame" else sounds
+        views = frames if annotator.views == "frame" else sounds
         if views:
-            item = _merge(item, annotator.name, annotator.kind, annotator.annotate(views))
+            merge = _with_frames if annotator.views == "frame" else _with_sounds
+            item = merge(item, annotator.name, annotator.annotate(views))
     return item
 
 
-def frame_views(item: Annotation, root: Path) -> list[View]:
+def _frame_views(item: Annotation, root: Path) -> list[View]:
     """The image, or three frames of the video: the middles of its thirds."""
     views: list[View] = []
     for medium in item.media:
         if medium.type == "image":
-            load = functools.partial(media.open_image, root / medium.path)
-            views.append(View(item.id, "frame", medium.path, load, len(views)))
+            views.append(View(item.id, medium.path, functools.partial(media.open_image, root / medium.path)))
         elif medium.type == "video":
-            clip = _Clip(root / medium.path)
+            decoded = functools.cache(functools.partial(media.open_video, root / medium.path, _middles))
             for number in range(FRAMES_PER_VIDEO):
-                position = (2 * number + 1) / (2 * FRAMES_PER_VIDEO)
-                load = functools.partial(clip.frame, number)
-                views.append(View(item.id, "frame", medium.path, load, len(views), round(position, 4)))
+                position = round((2 * number + 1) / (2 * FRAMES_PER_VIDEO), 4)
+                load = functools.partial(_nth, decoded, number)
+                views.append(View(item.id, medium.path, load, number, position))
     return views
 
 
-def sound_views(item: Annotation, root: Path) -> list[View]:
-    """The item's sounds."""
-    paths = [medium.path for medium in item.media if medium.type == "audio"]
-    loads = [functools.partial(media.open_audio, root / path, rate=RATE) for path in paths]
-    return [
-        View(item.id, "sound", path, load, number) for number, (path, load) in enumerate(zip(paths, loads, strict=True))
-    ]
-
-
-def finished(folder: str | Path) -> set[str]:
-    """The ids that any run into this folder has annotated."""
-    return {
-        str(record["id"])
-        for file in sorted(Path(folder).glob("annotations-*.jsonl"))
-        for record in read_journal(file)
-        if "id" in record
-    }
-
-
-class _Clip:
-    """The frames of a video, decoded together when the first is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._frames: np.ndarray | None = None
-
-    def frame(self, number: int) -> np.ndarray:
-        if self._frames is None:
-            self._frames = media.open_video(self._path, _middles)
-        return self._frames[number]
+def _nth(decoded: functools._lru_cache_wrapper[np.ndarray], number: int) -> np.ndarray:
+    return decoded()[number]
 
 
 def _middles(count: int) -> list[int]:
     return [(2 * number + 1) * count // (2 * FRAMES_PER_VIDEO) for number in range(FRAMES_PER_VIDEO)]
 
 
-def _merge(item: Annotation, author: str, kind: str, findings: list[Findings]) -> Annotation:
+def _sound_views(item: Annotation, root: Path) -> list[View]:
+    paths = [medium.path for medium in item.media if medium.type == "audio"]
+    loads = [functools.partial(media.open_audio, root / path, rate=RATE) for path in paths]
+    return [View(item.id, path, load, number) for number, (path, load) in enumerate(zip(paths, loads, strict=True))]
+
+
+def _signed(item: Annotation, part: str, author: str) -> dict[str, str]:
+    earlier = item.written_by.get(part, "")
+    return {part: f"{earlier}, {author}" if earlier and author not in earlier else author}
+
+
+def _with_sounds(item: Annotation, author: str, findings: list[Findings]) -> Annotation:
     written = dict(item.written_by)
+    update: dict[str, tuple] = {}
+    for part in ("tags", "sound_captions"):
+        found = [entry for finding in findings for entry in getattr(finding, part)]
+        if found:
+            written |= _signed(item, part, author)
+            update[part] = (*getattr(item, part), *found)
+    return item.model_copy(update={**update, "written_by": written})
 
-    def sign(part: str) -> None:
-        written[part] = f"{written[part]}, {author}" if part in written and author not in written[part] else author
 
-    if kind == "sound":
-        for found in findings:
-            if found.tags:
-                sign("tags")
-            if found.sound_captions:
-                sign("sound_captions")
-        tags = (*item.tags, *(tag for found in findings for tag in found.tags))
-        captions = (*item.sound_captions, *(text for found in findings for text in found.sound_captions))
-        return dataclasses.replace(item, tags=tags, sound_captions=captions, written_by=written)
-    frames = []
+def _with_frames(item: Annotation, author: str, findings: list[Findings]) -> Annotation:
+    written, frames = dict(item.written_by), []
     for frame, found in zip(item.frames, findings, strict=True):
         for part in ("caption", "regions", "semantics"):
             if getattr(found, part):
-                sign(f"frames.{part}")
+                written |= _signed(item, f"frames.{part}", author)
         frames.append(
-            dataclasses.replace(
-                frame,
-                caption=found.caption or frame.caption,
-                regions=(*frame.regions, *found.regions),
-                semantics=(*frame.semantics, *found.semantics),
+            frame.model_copy(
+                update={
+                    "caption": found.caption or frame.caption,
+                    "regions": (*frame.regions, *found.regions),
+                    "semantics": (*frame.semantics, *found.semantics),
+                }
             )
         )
-    return dataclasses.replace(item, frames=tuple(frames), written_by=written)
+    return item.model_copy(update={"frames": tuple(frames), "written_by": written})
 
 
 def _read_items(path: str | Path) -> Iterator[Annotation]:
@@ -200,22 +176,15 @@ def _read_items(path: str | Path) -> Iterator[Annotation]:
         known = {key: value for key, value in values.items() if key not in _OF_SAMPLES_ONLY}
         item = _with_authors(from_json(known, f"{path}:{number}"))
         if item.id in seen:
-            raise DataError(f"{path}:{number}: the id {item.id!r} stands in the file twice")
+            raise DataError(f"{path}:{number}: the id {item.id!r} is in the file twice")
         seen.add(item.id)
         yield item
 
 
 def _with_authors(item: Annotation) -> Annotation:
-    """Captions of a sound go where sounds are described; what the item brings is signed."""
+    """Captions of a sound become sound captions; people sign what the item has already."""
     if {medium.type for medium in item.media} == {"audio"} and item.captions:
-        item = dataclasses.replace(item, captions=(), sound_captions=(*item.captions, *item.sound_captions))
+        item = item.model_copy(update={"captions": (), "sound_captions": (*item.captions, *item.sound_captions)})
     written = {part: "human" for part in ("captions", "sound_captions", "tags") if getattr(item, part)}
     written |= {"frames": "the item's own"} if item.frames else {}
-    return dataclasses.replace(item, written_by={**written, **item.written_by})
-
-
-def _write_failures(path: Path, failures: list[dict[str, str]]) -> None:
-    if failures:
-        write_text(path, "".join(json.dumps(failure) + "\n" for failure in failures))
-    else:
-        path.unlink(missing_ok=True)
+    return item.model_copy(update={"written_by": {**written, **item.written_by}})

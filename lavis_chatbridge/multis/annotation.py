@@ -1,214 +1,186 @@
-"""What is known about one medium or one group of media, in words: the only thing that the language model gets to see.
+"""What is known about one item in words: the only thing that the language model gets to see.
 
 This module knows how annotations are stored and worded, not who writes them nor what is asked about them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lavis_chatbridge import config as settings
+from pydantic import field_validator
+
+from lavis_chatbridge import config
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.multis.journal import read_journal
+from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import media_path
 
-MediaKind = Literal["image", "video", "audio", "video+audio"]
-MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio", "video+audio")
-Box = tuple[float, ...]
-"""``(left, top, right, bottom)`` as shares of the frame's width and height, each in [0, 1]."""
+Modalities = Literal["image", "video", "audio", "video+audio"]
+MODALITIES: tuple[Modalities, ...] = ("image", "video", "audio", "video+audio")
 
 
-@dataclass(frozen=True)
-class MediumRef:
-    """A medium's kind and its path, relative to the media root."""
+def _labelled(values: Any) -> Any:
+    """Plain strings as objects with a label."""
+    return [{"label": v} if isinstance(v, str) else v for v in values] if isinstance(values, (list, tuple)) else values
+
+
+class MediumRef(Settings):
+    """A medium's modality and its path, relative to the media root."""
 
     type: Modality
     path: str
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(Settings):
     """A part of a frame in words (dense captioning)."""
 
     text: str
-    box: Box | None = None
+    box: tuple[float, float, float, float] | None = None
+    """Left, top, right, bottom as shares of the frame's width and height."""
     score: float | None = None
 
 
-@dataclass(frozen=True)
-class Semantic:
+class Semantic(Settings):
     """A class that a segmentation found, and the share of the frame that it covers."""
 
     label: str
     share: float | None = None
 
 
-@dataclass(frozen=True)
-class Tag:
+class Tag(Settings):
     """A sound event."""
 
     label: str
     score: float | None = None
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What is seen at one moment.
-
-    Args:
-        position: Where in the clip, from 0 (start) to 1 (end); 0 for an image.
-        time: The same in seconds, where it is known.
-        caption: The whole frame in a sentence.
-        regions: Its parts in words.
-        semantics: The classes that a segmentation found.
-    """
+class Frame(Settings):
+    """What is seen at one moment."""
 
     position: float = 0.0
+    """Where in the clip, from 0 (start) to 1 (end)."""
     time: float | None = None
+    """The same in seconds, if it is known."""
     caption: str = ""
     regions: tuple[Region, ...] = ()
     semantics: tuple[Semantic, ...] = ()
 
+    _labels = field_validator("semantics", mode="before")(_labelled)
 
-@dataclass(frozen=True)
-class Annotation:
-    """Everything known about one item.
 
-    Args:
-        id: The item's name, unique in a collection.
-        media: The media that belong together: an image, a video, a sound, or a video with its sound.
-        captions: What people wrote about the picture or the clip.
-        sound_captions: What people wrote about the sound.
-        tags: Sound events.
-        frames: One for an image, three for a video, none for a sound.
-        written_by: Which part was written by whom, e.g. ``{"captions": "human", "regions": "florence2 ..."}``.
-        source: The collection.
-        licence: The licence of the media, for the manifest.
-        facts: Attribute to value, where the truth is known (embedded world).
-    """
+class Annotation(Settings):
+    """Everything known about one item."""
 
     id: str
+    """Unique in a collection."""
     media: tuple[MediumRef, ...]
+    """The media that belong together: an image, a video, a sound, or a video with its sound."""
     captions: tuple[str, ...] = ()
+    """What people wrote about the image or the clip."""
     sound_captions: tuple[str, ...] = ()
+    """What people wrote about the sound."""
     tags: tuple[Tag, ...] = ()
+    """Sound events."""
     frames: tuple[Frame, ...] = ()
-    written_by: dict[str, str] = field(default_factory=dict)
+    """One for an image, three for a video, none for a sound."""
+    written_by: dict[str, str] = {}
+    """Part to author: ``{"captions": "human", "frames.regions": "florence2 ..."}``."""
     source: str = ""
+    """The collection."""
     licence: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
+    """The licence of the media, for the manifest."""
+    facts: dict[str, str] = {}
+    """Attribute to value, if the truth is known (embedded world)."""
+
+    _labels = field_validator("tags", mode="before")(_labelled)
+
+    def check(self) -> Iterator[str]:
+        if not self.id or not self.media:
+            yield "an item needs an id and at least one medium"
 
     @property
-    def modality(self) -> MediaKind:
-        """The set of media kinds, by which prompts are chosen.
+    def modality(self) -> Modalities:
+        """The set of modalities, which selects the prompt.
 
         Raises:
-            DataError: If the item holds another set than the four that the pipeline makes data for.
+            DataError: If the item has another set than the four of the pipeline.
         """
-        kinds = {medium.type for medium in self.media}
-        if kinds == {"video", "audio"}:
+        found = {medium.type for medium in self.media}
+        if found == {"video", "audio"}:
             return "video+audio"
-        if len(kinds) == 1:
-            return next(iter(kinds))
-        found = " and ".join(sorted(kinds)) or "no medium"
-        raise DataError(f"item {self.id!r} holds {found}; expected one of {', '.join(MEDIA_KINDS)}")
+        if len(found) == 1:
+            return next(iter(found))
+        raise DataError(f"item {self.id!r} has {' and '.join(sorted(found))}; expected one of {', '.join(MODALITIES)}")
 
-    def to_json(self) -> dict[str, Any]:
-        """A mapping without empty fields, ready for ``json.dumps``."""
-        return _without_empty(dataclasses.asdict(self))
+    def line(self) -> str:
+        """One line of JSON, without empty fields."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
 
 
 def from_json(values: Mapping[str, Any], where: str = "annotation") -> Annotation:
-    """An annotation from its JSON form; tags and semantics may also be plain strings.
+    """An annotation from its JSON form; tags and semantics may be plain strings.
 
     Raises:
         DataError: With every fault of the record.
     """
-    values = dict(values)
-    values["tags"] = _all_named(values.get("tags"))
-    frames = values.get("frames") or ()
-    if not isinstance(frames, (list, tuple)) or not all(isinstance(frame, Mapping) for frame in frames):
-        raise DataError(f"{where}.frames: expected a list of objects, found {settings.shown(frames)}")
-    values["frames"] = [{**frame, "semantics": _all_named(frame.get("semantics"))} for frame in frames]
     try:
-        annotation = settings.parse(Annotation, values, where)
+        annotation = config.parse(Annotation, values, where)
     except ConfigError as error:
         raise DataError(str(error)) from error
-    if not annotation.id or not annotation.media:
-        raise DataError(f"{where}: an item needs an id and at least one medium")
     for number, medium in enumerate(annotation.media):
         media_path(medium.path, "of the items", f"{where}.media[{number}]")
     return annotation
 
 
-def annotation_files(path: str | Path) -> list[Path]:
-    """The JSONL files of an annotation: ``path`` itself, or all ``annotations*.jsonl`` of a folder.
+def read_annotations(path: str | Path) -> Iterator[Annotation]:
+    """The annotations of a JSONL file, or of all ``annotations*.jsonl`` in a folder, one at a time.
+
+    A folder is the output of `annotate`: it may have half a line at the end of a killed run, which is skipped.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is no such file, or a record is not an annotation.
     """
     path = Path(path)
     files = sorted(path.glob("annotations*.jsonl")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise DataError(f"no annotations at {path}: expected a JSONL file, or a folder with annotations*.jsonl")
-    return files
-
-
-def read_annotations(path: str | Path) -> Iterator[Annotation]:
-    """The annotations of a file or folder, one at a time.
-
-    A folder is what `annotate` writes: lines that a kill left unfinished are passed over there, their items done anew.
-
-    Raises:
-        DataError: If a line is not an annotation, with its file and number.
-    """
-    written = Path(path).is_dir()
-    for file in annotation_files(path):
-        lines = enumerate(read_journal(file), start=1) if written else json_lines(file)
-        for number, values in lines:
+    for file in files:
+        for number, values in enumerate(whole_records(file), start=1) if path.is_dir() else json_lines(file):
             yield from_json(values, f"{file.name}:{number}")
 
 
-class AnnotationIndex:
-    """Annotations by id without holding them in memory: only their places in the files are kept.
+def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers.
 
-    Args:
-        path: A JSONL file or a folder of them.
+    Raises:
+        DataError: If the file cannot be read, or a line is not an object.
     """
+    for number, line in read_lines(file):
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}:{number}: not JSON: {error}") from error
+            if not isinstance(values, dict):
+                raise DataError(f"{file}:{number}: expected an object, found {config.shown(values)}")
+            yield number, values
 
-    def __init__(self, path: str | Path) -> None:
-        self._files = annotation_files(path)
-        self._places: dict[str, tuple[int, int]] = {}
-        for number, file in enumerate(self._files):
-            offset = 0
-            with file.open("rb") as lines:
-                for line in lines:
-                    item = _id_of(line)
-                    if item is not None:
-                        self._places[item] = (number, offset)
-                    offset += len(line)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, item: str) -> bool:
-        return item in self._places
-
-    def get(self, item: str) -> Annotation | None:
-        """The annotation of an item, None if there is none."""
-        return self[item] if item in self._places else None
-
-    def __getitem__(self, item: str) -> Annotation:
-        number, offset = self._places[item]
-        with self._files[number].open("rb") as lines:
-            lines.seek(offset)
-            return from_json(json.loads(lines.readline()), f"{self._files[number].name} at byte {offset}")
+def whole_records(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that runs append to; half a line of a killed run is skipped. No file has no records."""
+    if file.is_file():
+        with file.open("rb") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict):
+                    yield record
 
 
 def describe(annotation: Annotation) -> str:
@@ -226,73 +198,25 @@ def describe(annotation: Annotation) -> str:
     return "\n".join(lines)
 
 
-def spoken_words(annotation: Annotation) -> str:
-    """All words of an annotation, the support against which an answer is checked."""
-    parts = [*annotation.captions, *annotation.sound_captions, *(tag.label for tag in annotation.tags)]
+def all_words(annotation: Annotation) -> str:
+    """All words of an annotation, against which an answer is checked."""
+    parts: list[str] = [*annotation.captions, *annotation.sound_captions, *(tag.label for tag in annotation.tags)]
     for frame in annotation.frames:
         parts += [frame.caption, *(region.text for region in frame.regions), *(s.label for s in frame.semantics)]
     return "\n".join([*parts, *annotation.facts.values()])
 
 
-def _describe_frame(frame: Frame, modality: MediaKind) -> list[str]:
+def _describe_frame(frame: Frame, modality: Modalities) -> Iterable[str]:
     if modality == "image":
         name = "Image"
     elif frame.time is not None:
         name = f"Frame at {frame.time:.1f} s"
     else:
         name = f"Frame at {round(100 * frame.position)} % of the clip"
-    lines = [f"{name}: {frame.caption.strip()}" if frame.caption else f"{name}:"]
+    yield f"{name}: {frame.caption.strip()}" if frame.caption else f"{name}:"
     for region in frame.regions:
         box = "" if region.box is None else " at [" + ", ".join(f"{value:.2f}" for value in region.box) + "]"
-        lines.append(f"  - {region.text.strip()}{box}")
+        yield f"  - {region.text.strip()}{box}"
     if frame.semantics:
-        shares = (
-            semantic.label if semantic.share is None else f"{semantic.label} {round(100 * semantic.share)} %"
-            for semantic in frame.semantics
-        )
-        lines.append("  Areas: " + ", ".join(shares))
-    return lines
-
-
-def _all_named(values: Any) -> Any:
-    if not isinstance(values, (list, tuple)):
-        return values or []
-    return [{"label": value} if isinstance(value, str) else value for value in values]
-
-
-def _without_empty(value: Any) -> Any:
-    if isinstance(value, dict):
-        kept = ((key, _without_empty(inner)) for key, inner in value.items())
-        return {key: inner for key, inner in kept if inner is not None and inner != [] and inner != {} and inner != ""}
-    if isinstance(value, (list, tuple)):
-        return [_without_empty(inner) for inner in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its line number.
-
-    Raises:
-        DataError: If the file cannot be read, or a line is not an object.
-    """
-    number = 0
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                values = json.loads(line) if line.strip() else {}
-                if not isinstance(values, dict):
-                    raise ValueError(f"expected an object, found {line[:60]!r}")
-                if values:
-                    yield number, values
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep, or not an object
-        raise DataError(f"{file}:{number}: {error}") from error
-
-
-def _id_of(line: bytes) -> str | None:
-    """The id of an annotation's line; None for an unfinished one, and for what is no annotation."""
-    try:
-        return str(json.loads(line)["id"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        shares = (s.label if s.share is None else f"{s.label} {round(100 * s.share)} %" for s in frame.semantics)
+        yield "  Areas: " + ", ".join(shares)

@@ -1,307 +1,186 @@
-"""The command ``chatbridge multis STAGE``: options in, one stage run, a short report.
-
-It knows the stages and how to word their results, nothing of how they work.
-"""
+"""``chatbridge multis STAGE``: one command per stage, with a short report. Knows nothing of how the stages work."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+import typer
+from typer import Argument, Option
 
-from lavis_chatbridge import config as settings
+from lavis_chatbridge import config
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.launchers import share_of
 
 STOPPED_EARLY = 3
-_RunStage = Callable[[argparse.Namespace], int]
+app = typer.Typer(no_args_is_help=True)
+Out = Annotated[Path, Option("--out", help="folder of the result")]
+Prompts = Annotated[Path | None, Option("--prompts", help="a folder with kinds.yaml and seeds/ of your own")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the stages and their options."""
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
-    for name, summary, define, run_stage in _STAGES:
-        stage = stages.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        define(stage)
-        stage.set_defaults(run_stage=run_stage)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the stage that was asked for.
-
-    Returns:
-        0; 3 if a generation stopped before its end.
-    """
+@app.callback()
+def _log() -> None:
+    """Make chat data: annotate, generate, check, build."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    return args.run_stage(args)
 
 
-def _define_annotate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("items", help="JSON lines: id, media, and what people wrote about them")
-    parser.add_argument("--out", required=True, help="folder for the annotations; run again to go on")
-    parser.add_argument(
-        "--with",
-        dest="annotators",
-        metavar="NAME=PATH[,OPTION=VALUE...]",
-        action="append",
-        default=[],
-        help="an annotator: blip2, lavis, florence2, segmenter, audio_tagger (a folder of weights), or grit, "
-        "semantic_sam, captions, sound_captions, tags (JSON made elsewhere); may be given several times",
-    )
-    parser.add_argument("--media-root", help="what the media's paths are relative to (default: the folder of ITEMS)")
-    parser.add_argument("--rank", type=int, help="this process (default: RANK or SLURM_PROCID)")
-    parser.add_argument("--world", type=int, help="number of processes (default: WORLD_SIZE or SLURM_NTASKS)")
+@app.command("annotate", help="Describe media in words; the same command continues an interrupted run.")
+def annotate(
+    items: Annotated[Path, Argument(help="JSON lines: id, media, and what people wrote about them")],
+    out: Out,
+    annotators: Annotated[
+        list[str], Option("--with", metavar="NAME=PATH[,OPTION=VALUE...]",
+                          help="an annotator: blip2, lavis, florence2, segmenter, audio_tagger (a folder of weights), or "
+                          "grit, semantic_sam, captions, sound_captions, tags (JSON of another program); repeatable")
+    ] = [],  # noqa: B006
+    media_root: Annotated[Path | None, Option("--media-root", help="media paths are relative to it")] = None,
+    rank: Annotated[int | None, Option("--rank", help="of this process (default: RANK or SLURM_PROCID)")] = None,
+    world: Annotated[int | None, Option("--world", help="processes (default: WORLD_SIZE or SLURM_NTASKS)")] = None,
+) -> None:  # fmt: skip
+    """``chatbridge multis annotate``."""
+    from lavis_chatbridge.multis import annotate as stage
+    from lavis_chatbridge.multis.annotators import build
+
+    share = share_of(rank, world, os.environ)
+    built = [build(text) for text in annotators]
+    report = stage.annotate(items, out, built, media_root, share.rank, share.world_size)
+    print(f"annotated {report.annotated}, finished before {report.known}, unreadable {report.failed}: {out}")
 
 
-def _annotate(args: argparse.Namespace) -> int:
-    from lavis_chatbridge.multis.annotate import annotate
-    from lavis_chatbridge.multis.annotators import registry
-
-    place = share_of(args.rank, args.world, os.environ)
-    annotators = [registry.build(text) for text in args.annotators]
-    report = annotate(args.items, args.out, annotators, args.media_root, place.rank, place.world_size)
-    print(f"annotated {report.annotated}, found finished {report.known}, unreadable {report.failed}: {args.out}")
-    return 0
-
-
-def _define_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("annotations", help="the folder or file that `annotate` made")
-    parser.add_argument("--out", required=True, help="folder for the journal; run again to go on")
-    parser.add_argument("--model", required=True, help="the model's name at the server")
-    parser.add_argument(
-        "--base-url", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OpenAI's)"
-    )
-    parser.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", help="environment variable with the key (default: %(default)s)"
-    )
-    parser.add_argument("--kinds", help="comma-separated: conversation,detail,reasoning (default: all)")
-    parser.add_argument(
-        "--counts",
-        default="",
-        metavar="KIND=N,...",
-        help="at most so many of a kind, e.g. conversation=24000,detail=18000",
-    )
-    parser.add_argument("--prompts", help="a folder with kinds.yaml and seeds/ of one's own")
-    parser.add_argument("--shots", type=int, default=3, help="seed examples per prompt (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws items and examples (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="default: %(default)s")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument(
-        "--concurrency", type=int, default=16, help="requests under way at a time (default: %(default)s)"
-    )
-    parser.add_argument("--attempts", type=int, default=6, help="tries per request (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds per try (default: %(default)s)")
-    parser.add_argument("--requests-per-minute", type=float, help="rate limit")
-    parser.add_argument("--tokens-per-minute", type=float, help="rate limit, prompts and longest answers together")
-    parser.add_argument(
-        "--max-cost", type=float, metavar="USD", help="never spend more, all runs into this folder together"
-    )
-    parser.add_argument(
-        "--prices", help="a price table of one's own (YAML: MODEL: {input: ..., output: ...} per million tokens)"
-    )
-    parser.add_argument(
-        "--price-of", metavar="MODEL", help="use the price of this entry of the table; `local` costs nothing"
-    )
-    parser.add_argument(
-        "--in-doubt", choices=("ask", "recover", "hold"), default="ask",
-        help="requests that a kill cut off: ask again, recover what the server stored (OpenAI), or hold back "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--token-limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")
-    parser.add_argument("--extra-body", default="{}", metavar="JSON", help="further fields of each request")
-    parser.add_argument("--dry-run", action="store_true", help="print what it would cost, and send nothing")
-
-
-def _generate(args: argparse.Namespace) -> int:
+@app.command("generate", help="Ask a language model for chat data; the same command continues an interrupted run.")
+def generate(
+    annotations: Annotated[Path, Argument(help="the folder or file of `annotate`")],
+    out: Out,
+    model: Annotated[str, Option("--model", help="the model's name at the server")],
+    base_url: Annotated[str | None, Option("--base-url", help="an OpenAI-compatible server (default: OpenAI)")] = None,
+    api_key_env: Annotated[str, Option("--api-key-env", help="variable with the key")] = "OPENAI_API_KEY",
+    kinds: Annotated[str, Option("--kinds", help="comma-separated: conversation,detail,reasoning")] = "",
+    counts: Annotated[str, Option("--counts", metavar="KIND=N,...", help="the most requests of a kind")] = "",
+    prompts: Prompts = None,
+    shots: Annotated[int, Option("--shots", help="seed examples per prompt")] = 3,
+    seed: Annotated[int, Option("--seed", help="samples items and examples")] = 0,
+    temperature: Annotated[float, Option("--temperature")] = 0.7,
+    top_p: Annotated[float, Option("--top-p")] = 1.0,
+    concurrency: Annotated[int, Option("--concurrency", help="requests at a time")] = 16,
+    retries: Annotated[int, Option("--retries", help="further attempts per request")] = 5,
+    timeout: Annotated[float, Option("--timeout", help="seconds per attempt")] = 120.0,
+    requests_per_minute: Annotated[float | None, Option("--requests-per-minute")] = None,
+    tokens_per_minute: Annotated[float | None, Option("--tokens-per-minute")] = None,
+    max_cost: Annotated[float | None, Option("--max-cost", metavar="USD", help="stop when this much is spent")] = None,
+    prices: Annotated[
+        Path | None, Option("--prices", help="YAML: MODEL: {input: USD, output: USD} per million")
+    ] = None,
+    price_as: Annotated[str, Option("--price-of", help="use the price of this model; `local` costs nothing")] = "",
+    token_limit_field: Annotated[str, Option("--token-limit-field", help="or max_completion_tokens")] = "max_tokens",
+    extra_body: Annotated[str, Option("--extra-body", metavar="JSON", help="more fields of each request")] = "{}",
+    dry_run: Annotated[bool, Option("--dry-run", help="print what it would cost, and send nothing")] = False,
+) -> int:
+    """``chatbridge multis generate``: 0, or 3 if it stopped before its end."""
+    given = {name: value for name, value in locals().items() if name not in ("annotations", "out", "prompts", "prices")}
     from lavis_chatbridge.multis import generate as stage
-    from lavis_chatbridge.multis.endpoint import EndpointSettings
-    from lavis_chatbridge.multis.ledger import JOURNAL_NAME, Ledger
-    from lavis_chatbridge.multis.limits import price_of
+    from lavis_chatbridge.multis.annotation import read_annotations
     from lavis_chatbridge.multis.prompts import PromptBook
 
-    options = settings.parse(stage.GenerateSettings, _generate_values(args), "generate")
-    endpoint = settings.parse(EndpointSettings, _endpoint_values(args), "endpoint")
-    book = PromptBook(args.prompts)
-    priced = options.max_cost is not None or args.dry_run or args.prices or args.price_of
-    try:
-        price = price_of(args.price_of or endpoint.model, args.prices)
-    except ConfigError:
-        if priced:
-            raise
-        price = price_of("local")  # nobody asked for money to be counted
-    requests = stage.plan(_Annotations(args.annotations), book, options, endpoint)
-    if args.dry_run:
-        print(
-            _estimate_text(stage.estimate(requests, book, price, Ledger.read(Path(args.out) / JOURNAL_NAME)), options)
-        )
+    options = config.parse(stage.GenerateSettings, _generate_values(given), "generate")
+    counted = max_cost is not None or dry_run or prices is not None or bool(price_as)
+    price = stage.price_of(price_as or (model if counted else "local"), prices)
+    book = PromptBook(prompts)
+    requests = stage.plan(lambda: read_annotations(annotations), book, options)
+    if dry_run:
+        print(stage.estimate(requests, out, book, price))
         return 0
-    report = stage.generate(requests, args.out, endpoint, price, options)
+    report = stage.generate(requests, out, price, options)
     print(
-        f"answered {report.answered} ({report.recovered} of them recovered), known {report.known}, held {report.held}, "
-        f"gave up {report.gave_up}; spent ${report.spent:.4f} in all: {args.out}"
+        f"answered {report.answered}, known {report.known}, gave up {report.gave_up}; spent ${report.spent:.4f}: {out}"
     )
-    if report.stopped:
-        print(f"stopped early: {report.stopped}; the same command goes on from here")
+    if report.stopped or report.gave_up:
+        print(f"{report.stopped or 'some requests had no answer'}; the same command continues")
     return STOPPED_EARLY if report.stopped else 0
 
 
-def _generate_values(args: argparse.Namespace) -> dict[str, Any]:
-    names = (
-        "shots", "seed", "concurrency", "attempts", "requests_per_minute", "tokens_per_minute", "max_cost", "in_doubt",
-    )  # fmt: skip
-    values: dict[str, Any] = {name: getattr(args, name) for name in names}
-    if args.kinds:
-        from lavis_chatbridge.multis.prompts import DATA_KINDS
-
-        values["kinds"] = [kind.strip() for kind in args.kinds.split(",")]
-        unknown = [kind for kind in values["kinds"] if kind not in DATA_KINDS]
-        if unknown:
-            raise ConfigError(f"--kinds has no {unknown[0]!r}; known are {', '.join(DATA_KINDS)}")
-    if args.counts:
-        try:
-            pairs = [pair.split("=") for pair in args.counts.split(",")]
-            values["counts"] = {kind.strip(): int(count) for kind, count in pairs}
-        except ValueError as error:
-            raise ConfigError(f"--counts: expected KIND=N,KIND=N, found {args.counts!r}") from error
-    return values
-
-
-def _endpoint_values(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "base_url", "api_key_env", "temperature", "top_p", "timeout", "token_limit_field")
+def _generate_values(given: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in given.items() if name not in ("price_as", "dry_run")}
     try:
-        extra = json.loads(args.extra_body)
+        values["extra_body"] = json.loads(given["extra_body"])
+        values["counts"] = {k.strip(): int(n) for k, n in (pair.split("=") for pair in _split(given["counts"]))}
     except ValueError as error:
-        raise ConfigError(f"--extra-body is not JSON: {error}") from error
-    return {**{name: getattr(args, name) for name in names}, "store": args.in_doubt == "recover", "extra_body": extra}
+        raise ConfigError(f"--extra-body wants JSON, --counts KIND=N,KIND=N: {error}") from error
+    values["kinds"] = _split(given["kinds"])
+    return {name: value for name, value in values.items() if name != "kinds" or value}
 
 
-def _estimate_text(estimate: Any, options: Any) -> str:
-    lines = [
-        f"requests to send:        {estimate.requests} ({estimate.known} have an answer already)",
-        f"prompt tokens, about:    {estimate.prompt_tokens}",
-        f"answer tokens, about:    {estimate.completion_tokens}",
-        f"cost, about:             ${estimate.cost:.2f}",
-        f"cost, never more than:   ${estimate.bound:.2f}",
-        f"spent so far:            ${estimate.spent:.2f}",
-    ]
-    if options.max_cost is not None:
-        lines.append(f"limit (--max-cost):      ${options.max_cost:.2f}")
-        if estimate.spent + estimate.cost > options.max_cost:
-            lines.append("the limit will probably stop the run before its end")
-    return "\n".join(lines)
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-class _Annotations:
-    """Re-iterable annotations, so that a plan may look through them first to draw items."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __iter__(self) -> Any:
-        from lavis_chatbridge.multis.annotation import read_annotations
-
-        return read_annotations(self._path)
-
-
-def _define_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("generated", help="the folder that `generate` made")
-    parser.add_argument("--annotations", required=True, help="the annotations from which it was made")
-    parser.add_argument("--out", required=True, help="folder for accepted.jsonl, rejected.jsonl and statistics.json")
-    parser.add_argument("--prompts", help="the folder with prompts of one's own, if `generate` had one")
-    parser.add_argument("--config", help="YAML: limits, duplicate_from, unsafe, language, things")
-    parser.add_argument(
-        "--unsafe", metavar="MODULE:FUNCTION", help="from a text to a reason or None, e.g. a classifier"
-    )
-
-
-def _check(args: argparse.Namespace) -> int:
-    from lavis_chatbridge.multis.check import Checker, CheckSettings, check
+@app.command("check", help="Accept or reject the answers.")
+def check(
+    generated: Annotated[Path, Argument(help="the folder of `generate`")],
+    annotations: Annotated[Path, Option("--annotations", help="the annotations from which it was made")],
+    out: Out,
+    prompts: Prompts = None,
+    settings: Annotated[
+        Path | None, Option("--config", help="YAML: limits, duplicate_from, unsafe, language, things")
+    ] = None,
+    unsafe: Annotated[
+        str | None, Option("--unsafe", metavar="MODULE:FUNCTION", help="from a text to a reason or None")
+    ] = None,
+) -> None:
+    """``chatbridge multis check``."""
+    from lavis_chatbridge.multis import check as stage
     from lavis_chatbridge.multis.prompts import PromptBook
     from lavis_chatbridge.multis.statistics import table
 
-    values = _yaml(args.config) if args.config else {}
-    if args.unsafe:
-        values["unsafe"] = args.unsafe
-    checker = Checker(settings.parse(CheckSettings, values, "check"), PromptBook(args.prompts))
-    print(table(check(args.generated, args.annotations, args.out, checker).to_json()))
-    return 0
+    values = dict(config.read_yaml(settings)) if settings else {}
+    options = config.parse(stage.CheckSettings, values | ({"unsafe": unsafe} if unsafe else {}), "check")
+    print(table(stage.check(generated, annotations, out, stage.Checker(options, PromptBook(prompts)))))
 
 
-def _define_stats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checked", help="the folder that `check` made")
-    parser.add_argument("--json", action="store_true", help="all counts as JSON")
-
-
-def _stats(args: argparse.Namespace) -> int:
+@app.command("stats", help="Show the statistics of a check.")
+def stats(
+    checked: Annotated[Path, Argument(help="the folder of `check`")],
+    as_json: Annotated[bool, Option("--json", help="all counts as JSON")] = False,
+) -> None:
+    """``chatbridge multis stats``."""
+    from lavis_chatbridge.files import read_json
     from lavis_chatbridge.multis.statistics import table
 
-    file = Path(args.checked) / "statistics.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}; run `chatbridge multis check` first") from error
-    print(json.dumps(values, indent=2) if args.json else table(values))
-    return 0
+    values = read_json(checked / "statistics.json")
+    if values is None:
+        raise DataError(f"{checked} has no statistics.json; run `chatbridge multis check` first")
+    print(json.dumps(values, indent=2) if as_json else table(values))
 
 
-def _define_page(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checked", help="the folder that `check` made")
-    parser.add_argument("--media-root", required=True, help="what the media's paths are relative to")
-    parser.add_argument("--out", required=True, help="the HTML file")
-    parser.add_argument("--annotations", help="show beside each sample what its writer knew")
-    parser.add_argument("--accepted", type=int, default=40, help="how many accepted samples (default: %(default)s)")
-    parser.add_argument("--rejected", type=int, default=20, help="how many of those turned down (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws them (default: %(default)s)")
+@app.command("page", help="Write a page of samples with their media.")
+def page(
+    checked: Annotated[Path, Argument(help="the folder of `check`")],
+    media_root: Annotated[Path, Option("--media-root", help="media paths are relative to it")],
+    out: Annotated[Path, Option("--out", help="the HTML file")],
+    annotations: Annotated[Path | None, Option("--annotations", help="adds the text that the writer had")] = None,
+    accepted: Annotated[int, Option("--accepted", help="number of accepted samples")] = 40,
+    rejected: Annotated[int, Option("--rejected", help="number of rejected samples")] = 20,
+    seed: Annotated[int, Option("--seed", help="samples them")] = 0,
+) -> None:
+    """``chatbridge multis page``."""
+    from lavis_chatbridge.multis.page import write_page
+
+    print(f"{write_page(checked, media_root, out, annotations, accepted, rejected, seed)} samples: {out}")
 
 
-def _page(args: argparse.Namespace) -> int:
-    from lavis_chatbridge.multis.page import PageSettings, write_page
+@app.command("build", help="Write the sharded MULTIS with its manifest.")
+def build(
+    settings: Annotated[Path, Argument(metavar="CONFIG", help="YAML: sources with their files, licences and tasks")],
+    out: Annotated[Path, Option("--out", help="the new folder")],
+) -> None:
+    """``chatbridge multis build``."""
+    from lavis_chatbridge.multis import build as stage
 
-    options = PageSettings(args.accepted, args.rejected, args.seed)
-    count = write_page(args.checked, args.media_root, args.out, options, args.annotations)
-    print(f"{count} samples: {args.out}")
-    return 0
-
-
-def _define_build(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML: sources with their files, licences and tasks")
-    parser.add_argument("--out", required=True, help="the folder to make; must not exist")
-
-
-def _build(args: argparse.Namespace) -> int:
-    from lavis_chatbridge.multis.build import build, load_settings
-
-    manifest = build(load_settings(args.config), args.out)
+    manifest = stage.build(stage.load_settings(settings), out)
     for name, source in manifest["sources"].items():
         skipped = f", {source['skipped']} skipped" if source["skipped"] else ""
         print(f"{name:30}{source['samples']:9} samples{skipped}  ({source['licence']})")
-    print(f"{manifest['samples']} samples: {args.out}/manifest.json")
-    return 0
-
-
-def _yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
-    return values
-
-
-_STAGES: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None], _RunStage], ...] = (
-    ("annotate", "put media into words", _define_annotate, _annotate),
-    ("generate", "ask a language model for chat data", _define_generate, _generate),
-    ("check", "accept or turn down what it wrote", _define_check, _check),
-    ("stats", "show the statistics of a check", _define_stats, _stats),
-    ("page", "make a page of samples with their media", _define_page, _page),
-    ("build", "make the sharded MULTIS with its manifest", _define_build, _build),
-)
+    print(f"{manifest['samples']} samples: {out}/manifest.json")

@@ -1,472 +1,347 @@
-"""Asking a language model for chat data: many requests at a time, none of them lost and none paid for twice.
+"""Asks a language model for chat data: many requests at a time, one line of JSON per answer.
 
-What is written down, and when: a ``sent`` record is on the disk before its request leaves, the ``answer`` before its
-worker takes another request. After a kill the answered requests are known, and so are the few that were under way (at
-most `workers_for` the concurrency). Those may have been answered into the void; `InDoubt` says what happens to them.
-
-This module knows neither how prompts are worded nor how answers are read.
+``answers.jsonl`` is the whole state: a request that has an answer there is never sent again, so the same command
+continues an interrupted run. Requests that a kill cut off are asked again. The openai client retries failures; this
+module knows neither how prompts are worded nor how answers are read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import hashlib
 import heapq
 import json
 import logging
-import random
+import os
+import re
 import signal
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lavis_chatbridge.errors import ChatBridgeError
-from lavis_chatbridge.multis.annotation import Annotation
-from lavis_chatbridge.multis.endpoint import Answer, Endpoint, EndpointError, EndpointSettings, RequestFailed
-from lavis_chatbridge.multis.journal import Journal
-from lavis_chatbridge.multis.ledger import JOURNAL_NAME, Doubt, Ledger
-from lavis_chatbridge.multis.limits import Budget, Price, RateLimit, bound_tokens, estimate_tokens
-from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, Message, PromptBook
+from lavis_chatbridge import config
+from lavis_chatbridge.config import Settings
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraError
+from lavis_chatbridge.files import append_lines, hash_of, locked
+from lavis_chatbridge.multis.annotation import Annotation, describe, whole_records
+from lavis_chatbridge.multis.prompts import DATA_KINDS, Chat, DataKind, PromptBook
 
-InDoubt = Literal["ask", "recover", "hold"]
-"""Requests that may have been answered and paid without our knowing (a kill, a timeout, a cut connection). ``ask``: ask
-again (nothing is lost, a few may be paid twice); ``recover``: fetch what the server stored, ask again only what it did
-not; ``hold``: leave them out (nothing is paid twice)."""
-
-_logger = logging.getLogger(__name__)
-_LONGEST_PAUSE = 600.0
-_RECOVERY_INTERVAL = 1.0
+ANSWERS = "answers.jsonl"
+_TOKEN = re.compile(r"[^\W\d_]{1,7}|\d{1,3}|\n|[^\w\s]")
+_TOKENS_PER_MESSAGE = 8  # role and separators; providers state 3 to 7
+_SHOW_EVERY = 100
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class GenerateSettings:
-    """How a generation runs.
+class GenerateSettings(Settings):
+    """What to ask, where, and how."""
 
-    Args:
-        kinds: Which kinds of data to ask for.
-        counts: How many requests per kind at most; the items are drawn by ``seed``. An absent kind takes all items.
-        shots: Seed examples per prompt.
-        seed: Draws items and examples.
-        concurrency: Requests under way at a time.
-        attempts: How often one request is tried.
-        requests_per_minute: Rate limit.
-        tokens_per_minute: Rate limit, prompts and longest answers together.
-        max_cost: US dollars, over all runs that share the journal.
-        first_pause: Seconds before the second attempt; doubled each time, with jitter, unless the server states a time.
-        stop_after: Requests given up in a row until the run stops: the server is down.
-        in_doubt: What happens to requests that a kill cut off.
-    """
-
-    kinds: list[DataKind] = field(default_factory=lambda: list(DATA_KINDS))
-    counts: dict[str, int] = field(default_factory=dict)
+    model: str
+    """The model's name at the server."""
+    base_url: str | None = None
+    """An OpenAI-compatible server, e.g. ``http://localhost:8000/v1``; null for OpenAI's own."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable with the key."""
+    temperature: float = 0.7
+    top_p: float = 1.0
+    timeout: float = 120.0
+    """Seconds per attempt."""
+    retries: int = 5
+    """Further attempts after a failure; their pauses double, unless the server states a time."""
+    token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The request's field for the longest answer; newer OpenAI models want the second."""
+    extra_body: dict[str, Any] = {}
+    """Further fields of each request."""
+    kinds: tuple[DataKind, ...] = DATA_KINDS
+    counts: dict[str, int] = {}
+    """The most requests per kind, whose items are sampled by ``seed``; other kinds take all items."""
     shots: int = 3
+    """Seed examples per prompt."""
     seed: int = 0
+    """Samples items and examples."""
     concurrency: int = 16
-    attempts: int = 6
+    """Requests at a time."""
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
+    """Of prompts and longest answers together."""
     max_cost: float | None = None
-    first_pause: float = 1.0
+    """US dollars after which no request is sent, over all runs into the folder; those in flight may exceed it."""
     stop_after: int = 20
-    in_doubt: InDoubt = "ask"
+    """Requests without an answer in a row after which the run stops: the server is down."""
 
     def check(self) -> Iterator[str]:
-        """Values out of range."""
-        for name in ("shots", "concurrency", "attempts", "stop_after"):
-            if getattr(self, name) < (0 if name == "shots" else 1):
-                yield f"{name} is {getattr(self, name)}, expected a positive number"
+        for name, least in (("shots", 0), ("retries", 0), ("concurrency", 1), ("stop_after", 1)):
+            if getattr(self, name) < least:
+                yield f"{name} is {getattr(self, name)}, expected at least {least}"
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            yield f"base_url is {self.base_url!r}, expected http://... or https://..."
+        if self.timeout <= 0:
+            yield f"timeout is {self.timeout}, expected more than 0"
         for kind in self.counts:
             if kind not in DATA_KINDS:
                 yield f"counts has no kind {kind!r}; known are {', '.join(DATA_KINDS)}"
 
 
+class Price(Settings):
+    """US dollars per million tokens."""
+
+    input: float
+    output: float
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """US dollars for one request."""
+        return (prompt_tokens * self.input + completion_tokens * self.output) / 1_000_000
+
+
+def price_of(model: str, table: str | Path | None = None) -> Price:
+    """The price of a model: that of the longest name in the table with which ``model`` begins.
+
+    Args:
+        model: Its name.
+        table: A YAML file ``name: {input: ..., output: ...}``; by default the package's own.
+
+    Raises:
+        ConfigError: If the table does not have this form, or has no such model.
+    """
+    file = Path(table) if table else Path(__file__).with_name("prices.yaml")
+    prices = config.read_yaml(file)
+    known = [str(name) for name in prices if model == str(name) or model.startswith(f"{name}-")]
+    if not known:
+        raise ConfigError(
+            f"no price for the model {model!r} in {file} (known: {', '.join(map(str, prices))}); write a table "
+            f"'{model}: {{input: ..., output: ...}}' in US dollars per million tokens and pass it with --prices, or "
+            "name a listed price with --price-of (local costs nothing)"
+        )
+    name = max(known, key=len)
+    return config.parse(Price, dict(prices[name]), name)
+
+
+def estimate_tokens(chat: Iterable[dict[str, str]]) -> int:
+    """About how many tokens a chat has: words (long ones count twice), groups of three digits, signs."""
+    return sum(len(_TOKEN.findall(message["content"])) + _TOKENS_PER_MESSAGE for message in chat)
+
+
 @dataclass(frozen=True)
 class Request:
-    """One chat to send. Its id is a hash of all that shapes the answer: the same question is never asked twice."""
+    """One chat to send. Its id is a hash of everything that affects the answer."""
 
     id: str
     item: str
     kind: DataKind
     modality: str
-    messages: list[Message]
+    chat: Chat
     max_tokens: int
 
-    @property
-    def bound(self) -> int:
-        """Tokens of the prompt, at most."""
-        return bound_tokens(self.messages)
+
+def plan(
+    annotations: Callable[[], Iterable[Annotation]], book: PromptBook, options: GenerateSettings
+) -> Iterator[Request]:
+    """The requests of a generation, one at a time, in the order of the annotations.
+
+    Args:
+        annotations: Reads the items; called twice if ``options.counts`` limits a kind.
+        book: Words the requests.
+        options: Kinds, counts, shots, seed; model and sampling are part of a request's id.
+    """
+    chosen: dict[str, set[str]] = {}
+    ids = [annotation.id for annotation in annotations()] if options.counts else []
+    for kind, count in options.counts.items():
+        ranks = {hash_of(options.seed, kind, item): item for item in ids}
+        chosen[kind] = {ranks[rank] for rank in heapq.nsmallest(count, ranks)}
+    for annotation in annotations():
+        notes, modality = describe(annotation), annotation.modality
+        for kind in options.kinds:
+            if kind not in chosen or annotation.id in chosen[kind]:
+                chat = book.messages(kind, modality, annotation.id, notes, options.shots, options.seed)
+                longest = book.max_tokens(kind)
+                shape = (options.model, options.temperature, options.top_p, longest, annotation.id, kind, chat)
+                yield Request(hash_of(*shape)[:32], annotation.id, kind, modality, chat, longest)
+
+
+def answers(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The answers of a generation's folder or file, one per request, in the order in which they came."""
+    path, seen = Path(path), set()
+    for record in whole_records(path / ANSWERS if path.is_dir() else path):
+        if record["id"] not in seen:
+            seen.add(record["id"])
+            yield record
+
+
+def estimate(requests: Iterable[Request], folder: Path, book: PromptBook, price: Price) -> str:
+    """What the requests without an answer will cost, in words; sends nothing."""
+    known = {record["id"]: float(record.get("cost") or 0.0) for record in answers(folder)}
+    waiting = [request for request in requests if request.id not in known]
+    prompt, completion, lengths = 0, 0.0, {}
+    for request in waiting:
+        where = (request.kind, request.modality)
+        if where not in lengths:
+            examples = book.examples(*where)  # type: ignore[arg-type]
+            lengths[where] = sum(estimate_tokens([{"content": answer}]) for _, answer in examples) / len(examples)
+        prompt += estimate_tokens(request.chat)
+        completion += lengths[where]
+    return "\n".join(
+        [
+            f"requests to send:        {len(waiting)} ({len(known)} have an answer already)",
+            f"prompt tokens, about:    {prompt}",
+            f"answer tokens, about:    {round(completion)}",
+            f"cost, about:             ${price.cost(prompt, round(completion)):.2f}",
+            f"spent so far:            ${sum(known.values()):.2f}",
+        ]
+    )
 
 
 @dataclass
 class Report:
-    """What a run did.
-
-    Attributes:
-        answered: Answers of this run.
-        known: Requests that had an answer already.
-        recovered: Of the answered ones, those fetched from the server after a kill.
-        held: Requests in doubt that were left out.
-        gave_up: Requests without an answer after all attempts; the next run tries them again.
-        spent: US dollars, over all runs of the journal.
-        stopped: Why the run ended early; empty if it did not.
-    """
+    """What a run did; ``spent`` in US dollars over all runs, ``stopped`` the reason if it ended early."""
 
     answered: int = 0
     known: int = 0
-    recovered: int = 0
-    held: int = 0
     gave_up: int = 0
     spent: float = 0.0
     stopped: str = ""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a dry run expects of the requests that have no answer yet.
-
-    Attributes:
-        requests: Their number.
-        known: Requests that have an answer already.
-        prompt_tokens: Estimated.
-        completion_tokens: Estimated from the seed examples' answers.
-        cost: US dollars, expected.
-        bound: US dollars, never exceeded.
-        spent: US dollars, spent before.
-    """
-
-    requests: int
-    known: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-    bound: float
-    spent: float
+class EndpointError(ChatBridgeError):
+    """The server will answer no request: wrong key, unknown model, empty account."""
 
 
-def plan(
-    annotations: Iterable[Annotation], book: PromptBook, options: GenerateSettings, endpoint: EndpointSettings
-) -> Iterator[Request]:
-    """The requests of a generation, one at a time, in the order of the annotations.
-
-    Args:
-        annotations: The items. Read twice where ``options.counts`` limits a kind, so then it must be re-iterable.
-        book: Words the requests.
-        options: Kinds, counts, shots and seed.
-        endpoint: Model and sampling, which are part of a request's identity.
-    """
-    chosen = _chosen(annotations, options)
-    for annotation in annotations:
-        for kind in options.kinds:
-            if kind in chosen and annotation.id not in chosen[kind]:
-                continue
-            messages = book.messages(kind, annotation, options.shots, options.seed)
-            limit = book.max_tokens(kind)
-            shape = [endpoint.model, endpoint.temperature, endpoint.top_p, limit, annotation.id, kind, messages]
-            digest = hashlib.sha256(json.dumps(shape, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[:32]
-            yield Request(digest, annotation.id, kind, annotation.modality, messages, limit)
-
-
-def estimate(requests: Iterable[Request], book: PromptBook, price: Price, ledger: Ledger) -> Estimate:
-    """What the requests without an answer will cost, without sending one."""
-    lengths: dict[tuple[str, str], float] = {}
-    count = known = prompt = completion = 0
-    bound = expected = 0.0
-    for request in requests:
-        if bytes.fromhex(request.id) in ledger.answered:
-            known += 1
-            continue
-        where = (request.kind, request.modality)
-        if where not in lengths:
-            seeds = [answer for _, answer in book.examples(*where)]  # type: ignore[arg-type]
-            lengths[where] = sum(estimate_tokens([{"content": answer}]) for answer in seeds) / len(seeds)
-        count += 1
-        prompt += estimate_tokens(request.messages)
-        expected += lengths[where]
-        bound += price.cost(request.bound, request.max_tokens)
-    completion = round(expected)
-    return Estimate(count, known, prompt, completion, price.cost(prompt, completion), bound, ledger.spent)
-
-
-def generate(
-    requests: Iterable[Request], folder: str | Path, endpoint: EndpointSettings, price: Price, options: GenerateSettings
-) -> Report:
+def generate(requests: Iterable[Request], folder: str | Path, price: Price, options: GenerateSettings) -> Report:
     """Ask for everything that has no answer yet.
 
     Args:
         requests: The whole plan, also what earlier runs answered; read one at a time.
-        folder: Holds ``journal.jsonl``.
-        endpoint: The server.
-        price: Of its model.
-        options: Limits, retries, budget.
+        folder: Gets ``answers.jsonl``.
+        price: Of the model.
+        options: Server, limits, retries, budget.
 
     Raises:
-        EndpointError: If the server refuses every request; all answers up to there are in the journal.
-        DataError: If another process writes the same journal, or the disk stays full.
+        EndpointError: If the server refuses every request; earlier answers are in the file.
+        DataError: If another process writes the same file.
+        MissingExtraError: If openai or aiolimiter is absent.
+        ConfigError: If OpenAI's own server is asked without a key.
     """
-    return asyncio.run(_generate(requests, Path(folder), endpoint, price, options))
-
-
-def workers_for(concurrency: int) -> int:
-    """How many requests are handled at a time: while some wait for the disk, others keep the server busy."""
-    return concurrency + (concurrency + 1) // 2
-
-
-async def _generate(
-    requests: Iterable[Request], folder: Path, endpoint: EndpointSettings, price: Price, options: GenerateSettings
-) -> Report:
-    path = folder / JOURNAL_NAME
-    with Journal(path) as journal:
-        ledger = Ledger.read(path)
-        run = _Run(journal, ledger, Endpoint(endpoint, options.concurrency), price, options)
-        header = {"event": "run", "at": time.time(), "model": endpoint.model, "base_url": endpoint.base_url}
-        await journal.write({**header, "temperature": endpoint.temperature, "top_p": endpoint.top_p})
-        try:
-            return await run.work(iter(requests))
-        finally:
-            await run.endpoint.close()
+    path = Path(folder) / ANSWERS
+    with locked(path, wait_seconds=0):
+        return asyncio.run(_Run(path, price, options).work(iter(requests)))
 
 
 class _Run:
-    """One run: workers that share an iterator of requests, a budget, a rate limit and a journal."""
+    """Workers that share an iterator of requests, a client, rate limits and a file."""
 
-    def __init__(
-        self, journal: Journal, ledger: Ledger, endpoint: Endpoint, price: Price, options: GenerateSettings
-    ) -> None:
-        self.journal, self.ledger, self.endpoint, self.price, self.options = journal, ledger, endpoint, price, options
-        self.budget = Budget(options.max_cost, ledger.spent)
-        self.rate = RateLimit(options.requests_per_minute, options.tokens_per_minute)
-        self.report = Report()
-        self._places = asyncio.Semaphore(options.concurrency)
+    def __init__(self, path: Path, price: Price, options: GenerateSettings) -> None:
+        self.path, self.price, self.options, self.report = path, price, options, Report()
+        known = {record["id"]: float(record.get("cost") or 0.0) for record in answers(path)}
+        self.done, self.report.spent = set(known), sum(known.values())
         self._failed_in_a_row = 0
-        self._fatal: BaseException | None = None
-        self._shown_at = self._began_at = time.monotonic()
+        self._fatal: EndpointError | None = None
 
     async def work(self, requests: Iterator[Request]) -> Report:
         """Run the workers until the requests, the budget or the user's patience end."""
+        try:
+            import openai
+            from aiolimiter import AsyncLimiter
+        except ImportError as error:
+            raise MissingExtraError(error.name or "openai", "multis", "chatbridge multis generate") from error
+        options = self.options
+        key = os.environ.get(options.api_key_env)
+        if key is None and options.base_url is None:
+            raise ConfigError(f"set {options.api_key_env} to your key, or name another server with --base-url")
+        every = 60 / options.requests_per_minute if options.requests_per_minute else 0
+        self._pace = AsyncLimiter(1, every) if every else None
+        self._tokens = AsyncLimiter(options.tokens_per_minute, 60) if options.tokens_per_minute else None
         loop = asyncio.get_running_loop()
-        signals = [signal.SIGINT, signal.SIGTERM]
-        try:
-            for number in signals:
+        with suppress(ValueError, RuntimeError, NotImplementedError):  # possible in the main thread only
+            for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._interrupt, loop, number)
-        except (ValueError, RuntimeError, NotImplementedError):
-            signals = []  # not the main thread: somebody else handles signals
-        try:
-            count = workers_for(self.options.concurrency)
-            workers = [asyncio.create_task(self._worker(requests)) for _ in range(count)]
-            await asyncio.gather(*workers)
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
+        async with openai.AsyncOpenAI(
+            api_key=key or "none", base_url=options.base_url, timeout=options.timeout, max_retries=options.retries
+        ) as client:
+            await asyncio.gather(*(self._worker(client, requests) for _ in range(options.concurrency)))
         if self._fatal is not None:
             raise self._fatal
-        self.report.spent = self.budget.spent
         return self.report
 
     def _interrupt(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
         self._stop("interrupted")
-        _logger.warning("stopping: waiting for the answers that are under way; interrupt again to give them up")
+        _log.warning("stopping: waiting for the answers in flight; interrupt again to lose them")
         loop.remove_signal_handler(number)
 
     def _stop(self, reason: str) -> None:
         self.report.stopped = self.report.stopped or reason
 
-    async def _worker(self, requests: Iterator[Request]) -> None:
-        try:
-            for request in requests:
-                if self.report.stopped:
-                    return
-                key = bytes.fromhex(request.id)
-                if key in self.ledger.answered:
-                    self.report.known += 1
-                    continue
-                self.ledger.answered.add(key)  # the same request twice in one plan is asked once
-                await self._serve(request)
-                self._show_progress()
-        except Exception as error:
-            # The other workers finish and write down what is under way; then the error is raised.
-            self._fatal = self._fatal or error
-            self._stop(str(error))
-
-    async def _serve(self, request: Request) -> None:
-        doubt = self.ledger.doubts.get(request.id)
-        failure: RequestFailed | None = None
-        for attempt in range(self.options.attempts):
-            if failure is not None:
-                await self._wait(failure, attempt - 1)
-            if doubt is not None and await self._settled(request, doubt):
-                return
+    async def _worker(self, client: Any, requests: Iterator[Request]) -> None:
+        for request in requests:
+            limit = self.options.max_cost
+            if limit is not None and self.report.spent >= limit:
+                self._stop(f"${self.report.spent:.4f} are spent, the limit (max_cost) is ${limit:g}")
             if self.report.stopped:
                 return
-            sent_at = time.time()
-            failure = await self._attempt(request, attempt)
-            if failure is None:
-                self._failed_in_a_row = 0
-                return
-            doubt = Doubt(sent_at, self._bound(request)) if failure.paid else None
-            if not failure.retry:
-                break
-        if (
-            failure is not None
-            and not self.report.stopped
-            and not (doubt is not None and await self._settled(request, doubt))
-        ):
-            await self._give_up(request, failure)
+            if request.id in self.done:
+                self.report.known += 1
+                continue
+            self.done.add(request.id)
+            await self._ask(client, request)
 
-    async def _settled(self, request: Request, doubt: Doubt) -> bool:
-        """Whether a request that may have been answered, and paid, without our knowing must not be sent again."""
-        if self.options.in_doubt == "hold":
-            self.report.held += 1
-            return True
-        answer = await self._recover(request, doubt) if self.options.in_doubt == "recover" else None
-        if answer is None:
-            return False
-        cost = self._cost(request, answer)
-        self.budget.spent += cost - doubt.bound
-        self.report.recovered += 1
-        await self._accept(request, answer, cost, 0.0)
-        return True
+    async def _ask(self, client: Any, request: Request) -> None:
+        import openai
 
-    async def _attempt(self, request: Request, attempt: int) -> RequestFailed | None:
-        """Send once; None if that brought an answer, or if the budget does not allow it."""
-        bound = self._bound(request)
-        if not await self.budget.reserve(bound):
-            self._stop(
-                f"the next request may cost ${bound:.4f}, and ${self.budget.spent:.4f} of {self.budget.limit} is spent"
-            )
-            return None
-        cost = bound  # whatever ends this attempt otherwise, it may have been paid
+        if self._tokens is not None:
+            tokens = estimate_tokens(request.chat) + request.max_tokens
+            await self._tokens.acquire(min(tokens, self._tokens.max_rate))
+        if self._pace is not None:
+            await self._pace.acquire()
+        options = self.options
         try:
-            await self.rate.admit(self._tokens(request))
-            sent_at = time.time()
-            await self.journal.write(
-                {"event": "sent", "id": request.id, "attempt": attempt, "bound": round(bound, 9), "at": sent_at}
+            answer = await client.chat.completions.create(
+                model=options.model,
+                messages=request.chat,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                extra_body={options.token_limit_field: request.max_tokens, **options.extra_body},
+                extra_headers={"Idempotency-Key": request.id},
             )
-            try:
-                answer = await self._ask(request)
-            except RequestFailed as failure:
-                cost = bound if failure.paid else 0.0
-                await self._note_failure(request, attempt, failure.reason, failure.paid, failure.body)
-                return failure
-            except EndpointError as error:
-                cost = 0.0
-                await self._note_failure(request, attempt, str(error), paid=False)
-                raise
-            cost = self._cost(request, answer)
-            await self._accept(request, answer, cost, time.time() - sent_at)
-            return None
-        finally:
-            self.budget.settle(bound, cost)
+            self._accept(request, answer)
+        except openai.APIStatusError as error:
+            self._failed(request, f"HTTP {error.status_code}: {error.message[:300]}")
+            if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
+                server = options.base_url or "OpenAI"
+                self._fatal = EndpointError(f"{server} refuses the model {options.model!r}: {error.message[:300]}")
+                self._stop(str(self._fatal))
+        except (openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:  # no chat completion
+            self._failed(request, f"{type(error).__name__}: {error}")
 
-    async def _ask(self, request: Request) -> Answer:
-        """Send a request when there is a place for it; a failure that concerns all is heeded before others follow."""
-        async with self._places:
-            await self.rate.resume()
-            if self.report.stopped:
-                raise RequestFailed("not sent: the run was stopped", retry=False)
-            try:
-                return await self.endpoint.ask(request.id, request.messages, request.max_tokens)
-            except EndpointError as error:
-                self._stop(str(error))
-                raise
-            except RequestFailed as failure:
-                if failure.after is not None and failure.after > _LONGEST_PAUSE:
-                    self._stop(
-                        f"the server asks to wait {failure.after:.0f} s ({failure.reason}); start again after that"
-                    )
-                elif failure.after is not None:
-                    self.rate.pause(failure.after)
-                raise
-
-    async def _note_failure(self, request: Request, attempt: int, reason: str, paid: bool, body: str = "") -> None:
-        record = {"event": "failed", "id": request.id, "attempt": attempt, "reason": reason, "paid": paid}
-        await self.journal.write(record | ({"body": body} if body else {}))
-
-    async def _accept(self, request: Request, answer: Answer, cost: float, seconds: float) -> None:
-        await self.journal.write(
-            {
-                "event": "answer",
-                "id": request.id,
-                "item": request.item,
-                "kind": request.kind,
-                "modality": request.modality,
-                "text": answer.text,
-                "finish": answer.finish,
-                "model": answer.model or self.endpoint.options.model,
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": answer.completion_tokens,
-                "cost": round(cost, 9),
-                "seconds": round(seconds, 3),
-            }
-        )
-        self.report.answered += 1
-
-    def _tokens(self, request: Request) -> int:
-        """For the rate limit; 0 where tokens are not limited."""
-        limited = self.options.tokens_per_minute is not None
-        return estimate_tokens(request.messages) + request.max_tokens if limited else 0
-
-    def _bound(self, request: Request) -> float:
-        return self.price.cost(request.bound, request.max_tokens)
-
-    def _cost(self, request: Request, answer: Answer) -> float:
-        prompt = request.bound if answer.prompt_tokens is None else answer.prompt_tokens
-        completion = request.max_tokens if answer.completion_tokens is None else answer.completion_tokens
-        return self.price.cost(prompt, completion)
-
-    async def _give_up(self, request: Request, failure: RequestFailed) -> None:
-        record = {"event": "gave_up", "id": request.id, "item": request.item, "kind": request.kind}
-        await self.journal.write({**record, "reason": failure.reason})
-        _logger.warning("%s of item %s: gave up: %s", request.kind, request.item, failure.reason)
+    def _failed(self, request: Request, reason: str) -> None:
+        _log.warning("%s of item %s: no answer: %s", request.kind, request.item, reason)
         self.report.gave_up += 1
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self.options.stop_after:
-            self._stop(f"{self._failed_in_a_row} requests in a row had no answer, the last one: {failure.reason}")
+            self._stop(f"{self._failed_in_a_row} requests in a row had no answer, the last one: {reason}")
 
-    async def _wait(self, failure: RequestFailed, attempt: int) -> None:
-        if failure.after is None:
-            longest = min(_LONGEST_PAUSE, self.options.first_pause * 2**attempt)
-            await asyncio.sleep(longest * random.uniform(0.5, 1.0))  # jitter, so that they do not all come back at once
-        else:
-            await self.rate.resume()
-
-    async def _recover(self, request: Request, doubt: Doubt) -> Answer | None:
-        """The stored answer of a request in doubt; waits as long as the server may still be writing it."""
-        while True:
-            waited = time.time() - doubt.sent_at
-            try:
-                answer = await self.endpoint.stored(request.id)
-            except RequestFailed as failure:
-                if not failure.retry:
-                    raise ChatBridgeError(
-                        f"--in-doubt recover: the server lists no stored answers ({failure.reason}); use ask or hold"
-                    ) from failure
-                answer = None
-            if answer is not None or waited > 2 * self.endpoint.options.timeout or self.report.stopped:
-                return answer
-            await asyncio.sleep(min(_RECOVERY_INTERVAL, self.endpoint.options.timeout / 4))
-
-    def _show_progress(self) -> None:
-        now = time.monotonic()
-        if now - self._shown_at >= 30:
-            self._shown_at = now
-            rate = self.report.answered / (now - self._began_at)
-            _logger.info(
-                "%d answered (%.1f/s), %d given up, $%.4f spent",
-                *(self.report.answered, rate, self.report.gave_up, self.budget.spent),
-            )
-
-
-def _chosen(annotations: Iterable[Annotation], options: GenerateSettings) -> Mapping[str, set[str]]:
-    """Per limited kind the ids of its items: those with the smallest hashes."""
-    limits = {kind: count for kind, count in options.counts.items() if kind in options.kinds}
-    if not limits:
-        return {}
-    ids = [annotation.id for annotation in annotations]
-
-    def rank(kind: str, item: str) -> bytes:
-        return hashlib.sha256(f"{options.seed}/{kind}/{item}".encode()).digest()
-
-    return {kind: set(heapq.nsmallest(count, ids, key=functools.partial(rank, kind))) for kind, count in limits.items()}
+    def _accept(self, request: Request, answer: Any) -> None:
+        choice, usage = answer.choices[0], answer.usage
+        text = choice.message.content or ""
+        if not isinstance(text, str):
+            raise TypeError(f"the content is {type(text).__name__}")
+        prompt = usage.prompt_tokens if usage else estimate_tokens(request.chat)
+        completion = usage.completion_tokens if usage else estimate_tokens([{"content": text}])
+        cost = self.price.cost(prompt, completion)
+        record = {
+            "id": request.id,
+            "item": request.item,
+            "kind": request.kind,
+            "modality": request.modality,
+            "text": text,
+            "finish": choice.finish_reason,
+            "model": answer.model or self.options.model,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "cost": round(cost, 9),
+        }
+        append_lines(self.path, [json.dumps(record)])
+        self._failed_in_a_row = 0
+        self.report.answered += 1
+        self.report.spent += cost
+        if self.report.answered % _SHOW_EVERY == 0:
+            report = self.report
+            _log.info("%d answered, %d given up, $%.4f spent", report.answered, report.gave_up, report.spent)

@@ -1,7 +1,7 @@
-"""A small HTTP server on loopback that speaks the OpenAI chat protocol, and misbehaves as told.
+"""A small HTTP server on loopback that speaks the OpenAI chat protocol, and misbehaves as its script says.
 
-It counts what it was asked by ``Idempotency-Key``, keeps what it was asked to store, and computes its answers from the
-notes in the prompt. Also a program (``python openai_server.py --latency 0.2``), for the throughput benchmark.
+It counts requests by ``Idempotency-Key`` and computes its answers from the notes in the prompt.
+``python openai_server.py --latency 0.2`` runs it for the benchmark.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import threading
 import time
 from collections import Counter
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 1000, 100
 
@@ -85,7 +83,6 @@ class OpenAIServer:
         answered: How often a request id was given a whole answer (sent, not necessarily received).
         bodies: The requests.
         keys: What stood under ``Authorization``.
-        peers: The clients' ends of the connections.
         most_at_once: The largest number of requests under way together.
     """
 
@@ -94,11 +91,9 @@ class OpenAIServer:
         self._latency, self._remember = latency, remember
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
-        self.stored: dict[str, dict[str, Any]] = {}
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.keys: set[str] = set()
-        self.peers: set[tuple[str, int]] = set()
         self.most_at_once = 0
         self._at_once = 0
         self._ready = threading.Event()
@@ -142,18 +137,14 @@ class OpenAIServer:
             writer.close()
 
     async def _request(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        first, *lines = head.decode("latin-1").split("\r\n")
+        _, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        method, target, _ = first.split()
         content = await reader.readexactly(int(headers.get("content-length", 0)))
-        if method == "GET":
-            return await self._send(writer, Reply(self._listed(target)))
         body, name = json.loads(content), headers.get("idempotency-key", "")
         number = self.asked.total()
         self.asked[name] += 1
         self.keys.add(headers.get("authorization", ""))
         self.times.append(time.monotonic())
-        self.peers.add(writer.get_extra_info("peername"))
         if self._remember:
             self.bodies.append(body)
         self._at_once += 1
@@ -163,8 +154,6 @@ class OpenAIServer:
             await asyncio.sleep(self._latency + reply.delay)
             if reply.body is None:
                 completion = self._completion(name, body, reply.finish)
-                if body.get("store"):
-                    self.stored[body["metadata"]["chatbridge_request"]] = completion
                 reply.body = json.dumps(completion).encode()
                 self.answered[name] += reply.cut is None
             return await self._send(writer, reply)
@@ -190,13 +179,6 @@ class OpenAIServer:
                 "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS,
             },
         }
-
-    def _listed(self, target: str) -> bytes:
-        wanted = [
-            values[0] for name, values in parse_qs(urlsplit(target).query).items() if re.match(r"metadata\W", name)
-        ]
-        found = [self.stored[name] for name in wanted if name in self.stored]
-        return json.dumps({"object": "list", "data": found, "has_more": False}).encode()
 
     async def _send(self, writer: asyncio.StreamWriter, reply: Reply) -> bool:
         body = reply.body or b""

@@ -14,13 +14,14 @@ from lavis.models.base_model import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lavis_chatbridge.multis.annotation import Region
-from lavis_chatbridge.multis.annotators.base import View, WeightsError
+from lavis_chatbridge.multis.annotators import View
 from lavis_chatbridge.multis.annotators.models import (
     AudioTagger,
     Blip2Captioner,
     Florence2Regions,
     LavisCaptioner,
     Segmenter,
+    WeightsError,
 )
 
 SIDE = 32
@@ -39,7 +40,7 @@ def _seed() -> None:
 def frames(count: int) -> list[View]:
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (count, 40, 60, 3), dtype=np.uint8)
-    return [View("clip", "frame", "clip.mp4", lambda n=n: pictures[n], n) for n in range(count)]
+    return [View("clip", "clip.mp4", lambda n=n: pictures[n], n) for n in range(count)]
 
 
 def tokenizer(*special: str, **named: str) -> transformers.PreTrainedTokenizerFast:
@@ -109,7 +110,7 @@ def test_a_captioner_of_lavis_is_loaded_by_its_name(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(lavis_registry.mapping["model_name_mapping"], "brightness", BrightnessCaptioner)
     captioner = LavisCaptioner("brightness/dim", max_tokens=7, beams=2)
     grey = [
-        View("clip", "frame", "clip.mp4", lambda level=level: np.full((40, 60, 3), level, np.uint8), number)
+        View("clip", "clip.mp4", lambda level=level: np.full((40, 60, 3), level, np.uint8), number)
         for number, level in enumerate((0, 255, 51))
     ]
     assert [one.caption for one in captioner.annotate(grey)] == [
@@ -142,12 +143,12 @@ def test_florence2_gives_regions_with_boxes(tmp_path: Path, monkeypatch: pytest.
     annotator = florence(tmp_path)
     assert len(annotator.annotate(frames(2))) == 2, "random weights run through the whole path"
     written = "</s><s>a red ball<loc_0><loc_250><loc_500><loc_999>the sky<loc_100><loc_0><loc_900><loc_300></s>"
-    tokens = annotator._processor.tokenizer(written, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(annotator._model, "generate", lambda **_: tokens)
+    tokens = annotator.processor.tokenizer(written, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(annotator.model, "generate", lambda **_: tokens)
     ball, sky = annotator.annotate(frames(1))[0].regions
     assert ball.text == "a red ball"
     assert ball.box == pytest.approx((0.0, 0.25, 0.5, 1.0), abs=0.03)  # whole pixels of a small frame
-    assert sky == Region("the sky", sky.box)
+    assert sky == Region(text="the sky", box=sky.box)
 
 
 def test_a_segmentation_gives_shares_of_classes(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_an_audio_classifier_gives_tags(tmp_path: Path) -> None:
         model.classifier.dense.bias.copy_(torch.tensor([0.0, 3.0, -9.0]))
     model.save_pretrained(tmp_path)
     transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=64).save_pretrained(tmp_path)
-    sound = View("s", "sound", "s.wav", lambda: np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32))
+    sound = View("s", "s.wav", lambda: np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32))
     tags = AudioTagger(tmp_path).annotate([sound])[0].tags
     assert [(tag.label, tag.score) for tag in tags] == [("Rain", pytest.approx(0.9526, abs=1e-3)), ("Dog", 0.5)]
 
