@@ -17,6 +17,8 @@ from lavis_chatbridge.launchers import share_of
 
 STOPPED_EARLY = 3
 app = typer.Typer(no_args_is_help=True)
+_ANNOTATORS = """An annotator: blip2, lavis, florence2, segmenter, audio_tagger (a folder of weights), or grit,
+semantic_sam, captions, sound_captions, tags (JSON of another program). Repeatable."""
 Out = Annotated[Path, Option("--out", help="folder of the result")]
 Prompts = Annotated[Path | None, Option("--prompts", help="a folder with kinds.yaml and seeds/ of your own")]
 
@@ -32,15 +34,11 @@ def _log() -> None:
 def annotate(
     items: Annotated[Path, Argument(help="JSON lines: id, media, and what people wrote about them")],
     out: Out,
-    annotators: Annotated[
-        list[str], Option("--with", metavar="NAME=PATH[,OPTION=VALUE...]",
-                          help="an annotator: blip2, lavis, florence2, segmenter, audio_tagger (a folder of weights), or "
-                          "grit, semantic_sam, captions, sound_captions, tags (JSON of another program); repeatable")
-    ] = [],  # noqa: B006
+    annotators: Annotated[list[str], Option("--with", metavar="NAME=PATH[,OPTION=VALUE...]", help=_ANNOTATORS)] = [],  # noqa: B006
     media_root: Annotated[Path | None, Option("--media-root", help="media paths are relative to it")] = None,
     rank: Annotated[int | None, Option("--rank", help="of this process (default: RANK or SLURM_PROCID)")] = None,
     world: Annotated[int | None, Option("--world", help="processes (default: WORLD_SIZE or SLURM_NTASKS)")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """``chatbridge multis annotate``."""
     from lavis_chatbridge.multis import annotate as stage
     from lavis_chatbridge.multis.annotators import build

@@ -106,10 +106,11 @@ def price_of(model: str, table: str | Path | None = None) -> Price:
     """
     file = Path(table) if table else Path(__file__).with_name("prices.yaml")
     prices = config.read_yaml(file)
-    known = [str(name) for name in prices if model == str(name) or model.startswith(f"{name}-")]
+    names = [str(name) for name in prices]
+    known = [name for name in names if model == name or model.startswith(f"{name}-")]
     if not known:
         raise ConfigError(
-            f"no price for the model {model!r} in {file} (known: {', '.join(map(str, prices))}); write a table "
+            f"no price for the model {model!r} in {file} (known: {', '.join(names)}); write a table "
             f"'{model}: {{input: ..., output: ...}}' in US dollars per million tokens and pass it with --prices, or "
             "name a listed price with --price-of (local costs nothing)"
         )

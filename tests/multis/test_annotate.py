@@ -78,7 +78,9 @@ def test_a_folder_of_files_captions_and_tags(tmp_path: Path) -> None:
     folder = tmp_path / "grit"
     (folder / "clip").mkdir(parents=True)
     (folder / "clip" / "2.json").write_text('[{"text": "a late thing", "box": [0, 0, 200, 100]}]')
-    assert Imported(folder, "grit").annotate([view(number=2)])[0].regions == (Region("a late thing", (0, 0, 1, 1)),)
+    assert Imported(folder, "grit").annotate([view(number=2)])[0].regions == (
+        Region(text="a late thing", box=(0, 0, 1, 1)),
+    )
     assert imported(tmp_path, {"clip": "a frame"}, "captions").annotate([view()])[0].caption == "a frame"
     tags = imported(tmp_path, {"clip": ["Dog", ["Bark", 0.5], {"label": "Rain", "score": 0.9}]}, "tags")
     assert (tags.views, tags.annotate([view()])[0].tags) == (
@@ -229,7 +231,7 @@ def test_options_of_an_annotator_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["../a.png", "/etc/passwd", "file:///etc/passwd", "a\0.png", ""])
 def test_media_outside_the_root_are_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "items.jsonl").write_text(json.dumps({"id": "a", "media": [{"type": "image", "path": path}]}))
-    with pytest.raises(DataError, match=r"leaves the media root|is an address|NUL|expected a file's path"):
+    with pytest.raises(DataError, match=r"leaves the media root|is an address|NUL|expected the path of a file"):
         annotate(tmp_path / "items.jsonl", tmp_path / "out", [])
 
 

@@ -11,11 +11,11 @@ import yaml
 
 from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.files import append_lines
 from lavis_chatbridge.multis.annotation import Annotation, from_json
 from lavis_chatbridge.multis.check import Checker, CheckSettings, check
-from lavis_chatbridge.multis.duplicates import NearDuplicates
-from lavis_chatbridge.multis.journal import Journal
 from lavis_chatbridge.multis.prompts import DATA_KINDS, PromptBook, Seed
+from lavis_chatbridge.multis.vocabulary import NearDuplicates
 
 MEDIA = {"image": ["image"], "video": ["video"], "audio": ["audio"], "video+audio": ["video", "audio"]}
 
@@ -183,15 +183,15 @@ def test_every_seed_example_would_be_accepted() -> None:
 
 
 def test_the_account_is_complete_and_repeatable(tmp_path: Path) -> None:
-    (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(item(name=n).to_json()) + "\n" for n in "ab"))
+    append_lines(tmp_path / "annotations.jsonl", [item(name=name).line() for name in "ab"])
     texts = [talk("It is a brown dog.", "It runs."), talk("It is a cat.", "It runs."), "no form"]
-    with Journal(tmp_path / "run" / "journal.jsonl") as journal:
-        for number, (name, text) in enumerate(zip("abc", texts, strict=True)):
-            journal.append({"event": "answer", **answer(text, item=name), "id": f"{number:032x}", "item": name})
-            journal.append({"event": "answer", **answer(text, item=name), "id": f"{number:032x}", "item": name})
+    (tmp_path / "run").mkdir()
+    for number, (name, text) in enumerate(zip("abc", texts, strict=True)):
+        line = json.dumps({**answer(text, item=name), "id": f"{number:032x}"})
+        append_lines(tmp_path / "run" / "answers.jsonl", [line, line])
     for _ in range(2):
-        statistics = check(tmp_path / "run", tmp_path / "annotations.jsonl", tmp_path / "out").to_json()
-        assert (statistics["accepted"], statistics["rejected"]) == (1, 2), "a doubled record counts once"
+        statistics = check(tmp_path / "run", tmp_path / "annotations.jsonl", tmp_path / "out")
+        assert (statistics["accepted"], statistics["rejected"]) == (1, 2), "a doubled answer counts once"
         assert statistics["reasons"] == {"absent": 1, "no_annotation": 1}
         assert statistics["kinds"]["conversation"]["by_modality"] == {"image": {"accepted": 1, "rejected": 2}}
         assert statistics["kinds"]["conversation"]["mean_question_words"] == 5.0

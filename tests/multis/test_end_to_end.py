@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.multis.build import verify
-from lavis_chatbridge.multis.ledger import Ledger
 from lavis_chatbridge.schema import read_jsonl
 from tests.multis.openai_server import OpenAIServer, Reply, failure
 from tests.multis.test_training_step import take_steps
@@ -18,12 +16,11 @@ from tests.multis.test_training_step import take_steps
 FAULTS = {
     0: failure(500),
     1: failure(429, "slow down", retry_after_ms="200"),
-    2: Reply(b'{"choices": [{"mess'),
-    3: Reply(cut=0.5),
-    4: Reply(delay=300),
-    5: Reply(finish="length"),
+    2: Reply(cut=0.5),
+    3: Reply(delay=300),
+    4: Reply(finish="length"),
 }
-"""By the number of the request: an error, a rate limit, malformed JSON, half a body, a time-out, a truncated answer."""
+"""By the number of the request: an error, a rate limit, half a body, a time-out, a truncated answer."""
 
 
 def run(*arguments: object) -> int:
@@ -80,12 +77,9 @@ def _generate(annotated: Path, generated: Path, server: OpenAIServer, capsys: py
     assert run(*asked) == 0
     assert len(server.asked) == 24 == len(server.answered)
     total = server.asked.total()
-    assert total >= 24 + 5, "what failed was asked again"
-    spent = Ledger.read(generated / "journal.jsonl").spent
-    assert spent > 24 * (1000 * 2.5 + 100 * 10) / 1e6, "lost answers may have been paid"
-    assert (
-        f"answered 24 (0 of them recovered), known 0, held 0, gave up 0; spent ${spent:.4f}" in capsys.readouterr().out
-    )
+    assert total == 24 + 4, "what failed was asked again"
+    spent = 24 * (1000 * 2.5 + 100 * 10) / 1e6
+    assert f"answered 24, known 0, gave up 0; spent ${spent:.4f}" in capsys.readouterr().out
     assert run(*asked) == 0, "a second run finds everything answered"
     assert server.asked.total() == total
 
@@ -133,8 +127,7 @@ sources:
     assert manifest["samples"] == accepted + 1
     assert manifest["sources"]["shapes"]["by_task"] == {"image_qa": 1}
     assert manifest["sources"]["chat"]["by_modality"].keys() == {"image", "video", "audio", "video+audio"}
-    assert verify(tmp_path / "multis") == []
-    samples = list(read_jsonl(tmp_path / "multis" / "chat" / "annotations.jsonl", tmp_path / "multis"))
+    samples = list(read_jsonl(tmp_path / "multis" / "chat" / "annotations.jsonl"))
     assert {sample.task for sample in samples} == {"conversation", "detail", "reasoning"}
     both = next(sample for sample in samples if sample.modality == "video+audio")
     assert [turn.media for turn in both.turns[:2]] == [("video", "audio"), ()]

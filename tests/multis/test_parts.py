@@ -1,21 +1,17 @@
-"""The small parts: annotations in words, journal, limits, prompts, vocabulary, near duplicates."""
+"""The small parts: annotations in words, prompts, vocabulary, near duplicates."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.multis.annotation import AnnotationIndex, describe, from_json, read_annotations
-from lavis_chatbridge.multis.duplicates import NearDuplicates
-from lavis_chatbridge.multis.journal import Journal, read_journal
-from lavis_chatbridge.multis.limits import Budget, bound_tokens, estimate_tokens, price_of
-from lavis_chatbridge.multis.prompts import DATA_KINDS, MEDIA_KINDS, PromptBook
-from lavis_chatbridge.multis.things import Things
+from lavis_chatbridge.files import append_lines
+from lavis_chatbridge.multis.annotation import MODALITIES, describe, from_json, read_annotations
+from lavis_chatbridge.multis.prompts import DATA_KINDS, PromptBook
+from lavis_chatbridge.multis.vocabulary import NearDuplicates, Things
 
 CLIP = {
     "id": "v",
@@ -46,14 +42,14 @@ def test_a_description_is_in_time_order_with_people_first() -> None:
     ]
 
 
-def test_annotations_survive_the_file_and_are_found_by_id(tmp_path: Path) -> None:
-    file = tmp_path / "annotations-0.jsonl"
-    records = [{**CLIP, "id": name} for name in ("ä", "b", "c")]
-    file.write_text("\n".join(json.dumps(from_json(record).to_json()) for record in records) + "\n")
-    assert [one.id for one in read_annotations(tmp_path)] == ["ä", "b", "c"]
-    index = AnnotationIndex(tmp_path)
-    assert (len(index), "b" in index, index.get("z")) == (3, True, None)
-    assert index["b"] == from_json({**CLIP, "id": "b"})
+def test_annotations_survive_the_file_without_the_half_line_of_a_killed_run(tmp_path: Path) -> None:
+    records = [from_json({**CLIP, "id": name}) for name in ("ä\u2028", "b", "c")]
+    append_lines(tmp_path / "annotations-0.jsonl", [record.line() for record in records])
+    with (tmp_path / "annotations-0.jsonl").open("a") as file:
+        file.write('{"id": "half')
+    assert list(read_annotations(tmp_path)) == records
+    append_lines(tmp_path / "annotations-0.jsonl", [from_json({**CLIP, "id": "d"}).line()])
+    assert [one.id for one in read_annotations(tmp_path)] == ["ä\u2028", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +58,7 @@ def test_annotations_survive_the_file_and_are_found_by_id(tmp_path: Path) -> Non
         ({"captions": "no list"}, "captions: expected a list"),
         ({"caption": ["x"]}, "did you mean 'captions'"),
         ({"media": []}, "at least one medium"),
-        ({"frames": [3]}, "expected a list of objects"),
+        ({"frames": [3]}, "expected a mapping, found 3"),
         ({"media": [{"type": "smell", "path": "x"}]}, "'smell' is not one of"),
     ],
 )
@@ -80,94 +76,20 @@ def test_an_image_and_a_sound_are_no_modality_of_the_pipeline() -> None:
         _ = from_json({**CLIP, "media": media}).modality
 
 
-def test_a_journal_groups_what_waits_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    syncs = []
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: syncs.append(handle) or fsync(handle))
-
-    async def write_many(journal: Journal) -> None:
-        await asyncio.gather(*(journal.write({"n": n}) for n in range(200)))
-
-    with Journal(tmp_path / "j.jsonl") as journal:
-        asyncio.run(write_many(journal))
-    assert sorted(record["n"] for record in read_journal(tmp_path / "j.jsonl")) == list(range(200))
-    assert len(syncs) < 20
-
-
-def test_a_torn_line_is_passed_over_and_the_next_one_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "j.jsonl"
-    path.write_bytes(b'{"n": 1}\n{"n": 2, "te')
-    assert [record["n"] for record in read_journal(path)] == [1]
-    with Journal(path) as journal:
-        journal.append({"n": 3})
-    assert [record["n"] for record in read_journal(path)] == [1, 3]
-
-
-def test_a_full_disk_delays_a_write_instead_of_losing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, calls = os.write, []
-
-    def scarce(handle: int, data: bytes) -> int:
-        calls.append(len(data))
-        if len(calls) == 1:
-            return write(handle, data[:5])
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        return write(handle, data)
-
-    with Journal(tmp_path / "j.jsonl", patience=0.2) as journal:
-        monkeypatch.setattr(os, "write", scarce)
-        journal.append({"number": 1})
-        assert list(read_journal(journal.path)) == [{"number": 1}]
-        monkeypatch.setattr(os, "write", lambda handle, data: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(DataError, match="No space left"):
-            journal.append({"number": 2})
-
-
-def test_a_budget_waits_for_what_is_under_way() -> None:
-    async def spend() -> list[bool]:
-        budget = Budget(10.0)
-        assert await budget.reserve(6.0)
-        waiting = asyncio.create_task(budget.reserve(6.0))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        budget.settle(6.0, 3.0)
-        second = await waiting
-        budget.settle(6.0, 6.0)
-        return [second, await budget.reserve(1.5), budget.spent == 9.0]
-
-    assert asyncio.run(spend()) == [True, False, True]
-
-
-def test_token_numbers_are_bounds_and_estimates() -> None:
-    messages = [{"role": "user", "content": "The quick brown fox jumps over 12 extraordinarily lazy dogs, twice."}]
-    assert bound_tokens(messages) == 67 + 8
-    assert 14 <= estimate_tokens(messages) - 8 <= 18
-    assert bound_tokens([{"content": "ß"}]) == 2 + 8
-
-
-def test_prices_are_found_by_the_longest_prefix(tmp_path: Path) -> None:
-    assert price_of("gpt-4o-mini-2024-07-18").input == 0.15
-    assert price_of("gpt-4o").cost(1_000_000, 100_000) == 2.5 + 1.0
-    with pytest.raises(ConfigError, match="no price for the model 'gpt-4omega'"):
-        price_of("gpt-4omega")
-    (tmp_path / "p.yaml").write_text("mine: {input: 1, outptu: 2}")
-    with pytest.raises(ConfigError, match="did you mean 'output'"):
-        price_of("mine", tmp_path / "p.yaml")
-
-
 def test_every_kind_and_modality_has_three_examples_and_a_prompt() -> None:
     book = PromptBook()
-    media = {m: [{"type": kind, "path": "x"} for kind in m.split("+")] for m in MEDIA_KINDS}
-    for modality in MEDIA_KINDS:
+    media = {m: [{"type": kind, "path": "x"} for kind in m.split("+")] for m in MODALITIES}
+    for modality in MODALITIES:
         for kind in DATA_KINDS:
             assert len(book.examples(kind, modality)) >= 3
             annotation = from_json({"id": "x", "media": media[modality], "captions": ["A dog {runs}."]})
-            messages = book.messages(kind, annotation)
+            asked = (kind, modality, "x", describe(annotation))
+            messages = book.messages(*asked)
             assert "{" not in messages[0]["content"]
             assert messages[-1]["content"].endswith("- A dog {runs}.")
-            fewer = book.messages(kind, annotation, shots=1, seed=5)
+            fewer = book.messages(*asked, shots=1, seed=5)
             assert len(fewer) == 4
-            assert fewer == book.messages(kind, annotation, shots=1, seed=5)
+            assert fewer == book.messages(*asked, shots=1, seed=5)
     assert book.question("detail", "audio", "x") == book.question("detail", "audio", "x")
 
 

@@ -52,7 +52,6 @@ def take_steps(built: Path, golden_dir: Path, samples: int, batches: int = 12) -
     section = {
         "parts": [],
         "data_root": str(built),
-        "media_root": ".",
         "splits": {"train": "*/annotations.jsonl"},
         "vis_processor": {"train": {"name": "chatbridge_image_train", "image_size": 28}},
         "video_processor": {"train": {"name": "chatbridge_video_train", "image_size": 28, "num_frames": 2}},

@@ -170,7 +170,7 @@ def _frame_size(record: Any, view: View) -> tuple[float, float]:
     return float(width), float(height)
 
 
-def _box(entry: Mapping[str, Any], size: tuple[float, float]) -> tuple[float, ...] | None:
+def _box(entry: Mapping[str, Any], size: tuple[float, float]) -> Any:
     """``box`` is (left, top, right, bottom), as GRIT writes it; ``bbox`` is COCO's (left, top, width, height)."""
     name = "box" if entry.get("box") is not None else "bbox"
     if entry.get(name) is None:

@@ -41,9 +41,10 @@ def _loaded(build: Any, folder: Path, **options: Any) -> Any:
 
 
 def _pipeline(task: str, folder: Path, device: str, dtype: str) -> Any:
-    from transformers import pipeline
+    import transformers
 
-    return _loaded(lambda path: pipeline(task, model=str(path), device=device, dtype=dtype), folder)
+    build: Any = transformers.pipeline
+    return _loaded(lambda path: build(task, model=str(path), device=device, dtype=dtype), folder)
 
 
 class _Generator:
@@ -97,7 +98,7 @@ class Blip2Captioner(_Generator):
 
     def annotate(self, views: Sequence[View]) -> list[Findings]:
         """A caption per frame."""
-        prompts = {"text": [self._prompt] * len(views)} if self._prompt else {}
+        prompts: dict[str, Any] = {"text": [self._prompt] * len(views)} if self._prompt else {}
         texts = self.texts(images=[view.content for view in views], **prompts)
         return [Findings(caption=text.removeprefix(self._prompt).strip()) for text in texts]
 
