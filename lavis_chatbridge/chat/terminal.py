@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
-    from lavis_chatbridge.chat.engine import Reply
-    from lavis_chatbridge.chat.session import Session
+    from lavis_chatbridge.chat.session import Session, Stream
 
 PROMPT = "you> "
 _SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_beams", "seed")
@@ -168,7 +167,7 @@ class Terminal:
             self.attach(file)
         if not text and files:
             return  # files alone wait for their question
-        self._show(lambda: self.session.stream(text, media=self.attached))
+        self._show(lambda: self.session.ask(text, media=self.attached, stream=True))
         self.attached = []
 
     def _show(self, begin: Any) -> None:
@@ -179,7 +178,7 @@ class Terminal:
         before = len(self.session.messages)
         try:
             with self.console.status("reading the media..." if self.attached else "reading the question..."):
-                stream: Reply = begin()
+                stream: Stream = begin()
                 text = next(stream, "")
         except KeyboardInterrupt:
             self.session.cancel()
@@ -197,7 +196,7 @@ class Terminal:
             stream.cancel()
         self._report(stream, before)
 
-    def _report(self, stream: Reply, before: int) -> None:
+    def _report(self, stream: Stream, before: int) -> None:
         answer = stream.answer
         ended = {"cancelled": "(stopped)", "length": "(cut off: raise it with /set max_new_tokens)"}
         if answer.finish in ended:
@@ -215,7 +214,7 @@ class Terminal:
         self.say("\n".join(f"  {modality} {path}" for modality, path in self.attached) or "  nothing is attached")
 
     def _retry(self, rest: str) -> None:
-        self._show(lambda: self.session.restream())
+        self._show(lambda: self.session.regenerate(stream=True))
 
     def _edit(self, rest: str) -> None:
         number, _, text = rest.partition(" ")
