@@ -8,6 +8,7 @@ None. This file does not know how any of them works.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,6 +18,7 @@ import typer
 
 from lavis_chatbridge import __version__
 from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError
+from lavis_chatbridge.launchers import calm_threads
 from lavis_chatbridge.plugin.launch import exit_status, returning_status, spread
 
 
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 after a user's mistake, or the subcommand's own.
     """
+    if argv is None:  # a process of its own
+        calm_threads(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: _run(words))
 

@@ -1,9 +1,11 @@
-"""The rank of this process, from the environment variables of torchrun and srun."""
+"""The rank of this process, from the environment variables of torchrun and srun, and its share of the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lavis_chatbridge.errors import ConfigError
 
@@ -62,3 +64,24 @@ def share_of(rank: int | None, world: int | None, environment: Mapping[str, str]
     if not 0 <= place.rank < place.world_size:
         raise ConfigError(f"rank {place.rank} is not one of {place.world_size} processes (counted from 0)")
     return place
+
+
+def calm_threads(environment: MutableMapping[str, str]) -> None:
+    """Make compute threads sleep while they wait, and start no more of them than there are cores for this process.
+
+    Spinning threads slow down every other process of a busy machine. OpenMP reads these variables once, so this must
+    run before torch is imported. Values that the user has set stay.
+    """
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("OMP_NUM_THREADS", str(cores()))
+
+
+def cores() -> int:
+    """The number of cores that this process may use, by its CPU affinity and its control group's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = count if quota == "max" else min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no control groups of version 2
+    return count

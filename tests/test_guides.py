@@ -39,7 +39,7 @@ STEP = "--options run.max_iters=1 run.warmup_steps=0 run.batch_size_train=2 run.
 SCORE = "--options run.max_len=2 run.min_len=1 run.num_beams=1 run.num_workers=0 run.device=cpu"
 SUITE = f"{SCORE} model.checkpoint=null env.data_root=benchmarks"
 SMALL = {
-    "chatbridge train": STEP,
+    "chatbridge train": f"{STEP} run.overwrite=true",
     "chatbridge cache-features": STEP,
     "chatbridge evaluate --suite": SUITE,
     "chatbridge evaluate --cfg-path": SCORE,

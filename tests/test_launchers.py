@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lavis_chatbridge import launchers
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.launchers import Place, announced, share_of
 
@@ -54,3 +55,18 @@ def test_a_share_is_set_by_the_user_else_announced_else_everything() -> None:
 def test_shares_that_there_are_not(rank: int, world: int, environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         share_of(rank, world, environment)
+
+
+def test_threads_wait_asleep_and_fit_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    environment: dict[str, str] = {}
+    launchers.calm_threads(environment)
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert int(environment["OMP_NUM_THREADS"]) <= 3
+    monkeypatch.setattr(launchers.Path, "read_text", lambda path: "150000 100000\n")
+    assert launchers.cores() == 2
+    monkeypatch.setattr(launchers.Path, "read_text", lambda path: "max 100000\n")
+    assert launchers.cores() == 3
+    own = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
+    launchers.calm_threads(own)
+    assert own == {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}

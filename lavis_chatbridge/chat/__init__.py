@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lavis_chatbridge.chat.engine import Answer, Engine, Reply
     from lavis_chatbridge.chat.loading import load_model
     from lavis_chatbridge.chat.media import MediaNote, MediaReader, media_of
-    from lavis_chatbridge.chat.session import Session, Stream
+    from lavis_chatbridge.chat.session import Session
     from lavis_chatbridge.models.sampling import Sampling
 
 _MODULES = {
@@ -21,7 +21,7 @@ _MODULES = {
     "chat.engine": ("Answer", "Engine", "Reply"),
     "chat.loading": ("load_model",),
     "chat.media": ("MediaNote", "MediaReader", "media_of"),
-    "chat.session": ("Session", "Stream"),
+    "chat.session": ("Session",),
     "models.sampling": ("Sampling",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -37,7 +37,6 @@ __all__ = [
     "Reply",
     "Sampling",
     "Session",
-    "Stream",
     "load_model",
     "media_of",
 ]

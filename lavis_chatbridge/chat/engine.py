@@ -162,11 +162,6 @@ class Reply(Iterator[str]):
         return self._result.done()
 
     @property
-    def failed(self) -> bool:
-        """Whether it is done without an answer."""
-        return self._result.done() and self._result.exception() is not None
-
-    @property
     def cancelled(self) -> bool:
         """Whether a caller has ended it."""
         return self._cancelled.is_set()
@@ -176,6 +171,12 @@ class Reply(Iterator[str]):
         self._cancelled.set()
         if self.generation is not None:
             self.generation.cancel()
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.cancel()
 
     def send(self, text: str) -> None:
         """Deliver text (by the engine), and the answer if the generation is complete."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
 from lavis_chatbridge.chat.engine import Answer, Engine, Reply
@@ -26,41 +26,6 @@ if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
 _THUMBNAIL = (160, 160)  # pixels of an image in a notebook
-
-
-class Stream(Iterator[str]):
-    """An answer as it comes: pieces of its text. A stream that nobody holds any more is cancelled."""
-
-    def __init__(self, reply: Reply) -> None:
-        self._reply = reply
-
-    def __next__(self) -> str:
-        return next(self._reply)
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer, once it is complete.
-
-        Raises:
-            ChatBridgeError: If it could not be generated.
-        """
-        return self._reply.answer
-
-    def cancel(self) -> None:
-        """End the answer at its next token; may be called from any thread. Its text so far stays."""
-        self._reply.cancel()
-
-    close = cancel
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *fault: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_reply"):
-            self._reply.cancel()
 
 
 class Session:
@@ -156,32 +121,6 @@ class Session:
         """The system prompt."""
         return self._conversation.system
 
-    @overload
-    def ask(
-        self,
-        text: str,
-        images: Images = ...,
-        videos: Images = ...,
-        audios: Sounds = ...,
-        *,
-        media: Pairs = ...,
-        stream: Literal[False] = ...,
-        **sampling: Any,
-    ) -> Answer: ...
-
-    @overload
-    def ask(
-        self,
-        text: str,
-        images: Images = ...,
-        videos: Images = ...,
-        audios: Sounds = ...,
-        *,
-        media: Pairs = ...,
-        stream: Literal[True],
-        **sampling: Any,
-    ) -> Stream: ...
-
     def ask(
         self,
         text: str,
@@ -190,9 +129,8 @@ class Session:
         audios: Sounds = (),
         *,
         media: Pairs = (),
-        stream: bool = False,
         **sampling: Any,
-    ) -> Answer | Stream:
+    ) -> Answer:
         """Ask something.
 
         Args:
@@ -202,7 +140,6 @@ class Session:
                 ``hear_videos`` is off.
             audios: Sounds, or one. An array is a sound at 16 kHz, ``(array, rate in Hz)`` one at another rate.
             media: Pairs of modality and source, in an order of your own.
-            stream: Return the answer as it comes.
             **sampling: Fields of `Sampling` for this answer (``max_new_tokens``, ``temperature``, ``seed``...).
 
         Raises:
@@ -211,7 +148,20 @@ class Session:
                 question still has no answer.
             ConfigError: If a setting does not fit. After any error the conversation is as before.
         """
-        chosen = self._sampling(sampling, also=("images", "videos", "audios", "media", "stream"))
+        return _whole(self.stream(text, images, videos, audios, media=media, **sampling))
+
+    def stream(
+        self,
+        text: str,
+        images: Images = (),
+        videos: Images = (),
+        audios: Sounds = (),
+        *,
+        media: Pairs = (),
+        **sampling: Any,
+    ) -> Reply:
+        """Ask something and get the answer as it comes: iterate over it for pieces of its text; see `ask`."""
+        chosen = self._sampling(sampling)
         _check_text(text)
         brought = media_of(images, videos, audios, media, self.hear_videos, self.access)
         with self._settled():
@@ -219,30 +169,27 @@ class Session:
                 raise PromptError("the last question has no answer yet: call regenerate() or undo()")
             if not text.strip() and not brought:
                 raise PromptError("the question is empty, and there is no medium to speak about")
-            return self._answered(self._conversation.asking(text, brought), chosen, stream)
+            return self._begin(self._conversation.asking(text, brought), chosen)
 
-    @overload
-    def regenerate(self, *, stream: Literal[False] = ..., **sampling: Any) -> Answer: ...
-
-    @overload
-    def regenerate(self, *, stream: Literal[True], **sampling: Any) -> Stream: ...
-
-    def regenerate(self, *, stream: bool = False, **sampling: Any) -> Answer | Stream:
+    def regenerate(self, **sampling: Any) -> Answer:
         """Answer the last question again, or for the first time after `edit`.
 
         Args:
-            stream: Return the answer as it comes.
             **sampling: Fields of `Sampling`; a greedy answer only differs with other ones.
 
         Raises:
             PromptError: If nothing was asked yet.
         """
+        return _whole(self.restream(**sampling))
+
+    def restream(self, **sampling: Any) -> Reply:
+        """`regenerate`, as it comes."""
         chosen = self._sampling(sampling)
         with self._settled():
             messages = self._conversation.messages
             if messages and messages[-1].role == "assistant":
                 messages = messages[:-1]
-            return self._answered(replace(self._conversation, messages=messages), chosen, stream)
+            return self._begin(replace(self._conversation, messages=messages), chosen)
 
     def cancel(self) -> None:
         """End the answer that is being generated at its next token; may be called from any thread."""
@@ -310,17 +257,11 @@ class Session:
         with self._settled():
             self._conversation = loaded
 
-    def _answered(self, asked: Conversation, sampling: Sampling, stream: bool) -> Answer | Stream:
+    def _begin(self, asked: Conversation, sampling: Sampling) -> Reply:
         reply = self.engine.reply(asked, sampling)
         self._asked, self._reply = asked, reply
         reply.prepared.result()  # raises what is wrong with the question
-        if stream:
-            return Stream(reply)
-        try:
-            return reply.answer
-        except KeyboardInterrupt:
-            reply.cancel()
-            raise
+        return reply
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -344,16 +285,25 @@ class Session:
         asked.messages = [*asked.messages, ChatMessage("assistant", answer.text, (), answer.ids)]
         self._conversation = asked
 
-    def _sampling(self, given: dict[str, Any], also: Sequence[str] = ()) -> Sampling:
+    def _sampling(self, given: dict[str, Any]) -> Sampling:
         unknown = [name for name in given if name not in Sampling.model_fields]
         if unknown:
-            raise ConfigError(unknown_key(unknown[0], [*Sampling.model_fields, *also], "ask"))
+            known = [*Sampling.model_fields, "images", "videos", "audios", "media"]
+            raise ConfigError(unknown_key(unknown[0], known, "ask"))
         if isinstance(given.get("stop"), str):
             raise ConfigError("stop is a list of texts")
         return parse(Sampling, {**self.sampling.model_dump(), **given}, "sampling")
 
     def _media(self) -> list[Any]:
         return [medium for message in self.messages for medium in message.media if not medium.track]
+
+
+def _whole(reply: Reply) -> Answer:
+    try:
+        return reply.answer
+    except KeyboardInterrupt:
+        reply.cancel()
+        raise
 
 
 def _check_text(text: Any) -> None:

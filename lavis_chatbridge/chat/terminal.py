@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
-    from lavis_chatbridge.chat.session import Session, Stream
+    from lavis_chatbridge.chat.engine import Reply
+    from lavis_chatbridge.chat.session import Session
 
 PROMPT = "you> "
 _SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_beams", "seed")
@@ -167,7 +168,7 @@ class Terminal:
             self.attach(file)
         if not text and files:
             return  # files alone wait for their question
-        self._show(lambda: self.session.ask(text, media=self.attached, stream=True))
+        self._show(lambda: self.session.stream(text, media=self.attached))
         self.attached = []
 
     def _show(self, begin: Any) -> None:
@@ -178,7 +179,7 @@ class Terminal:
         before = len(self.session.messages)
         try:
             with self.console.status("reading the media..." if self.attached else "reading the question..."):
-                stream: Stream = begin()
+                stream: Reply = begin()
                 text = next(stream, "")
         except KeyboardInterrupt:
             self.session.cancel()
@@ -196,7 +197,7 @@ class Terminal:
             stream.cancel()
         self._report(stream, before)
 
-    def _report(self, stream: Stream, before: int) -> None:
+    def _report(self, stream: Reply, before: int) -> None:
         answer = stream.answer
         ended = {"cancelled": "(stopped)", "length": "(cut off: raise it with /set max_new_tokens)"}
         if answer.finish in ended:
@@ -214,7 +215,7 @@ class Terminal:
         self.say("\n".join(f"  {modality} {path}" for modality, path in self.attached) or "  nothing is attached")
 
     def _retry(self, rest: str) -> None:
-        self._show(lambda: self.session.regenerate(stream=True))
+        self._show(lambda: self.session.restream())
 
     def _edit(self, rest: str) -> None:
         number, _, text = rest.partition(" ")

@@ -302,7 +302,7 @@ def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, A
         source: The source's name, for a batch without items (all media were unreadable).
 
     Returns:
-        The keys `ITEM_KEYS` as lists in the order of ``items``; ``source`` as one string.
+        The items' keys as lists in their order, `ITEM_KEYS` without items; ``source`` as one string.
 
     Raises:
         DataError: If the items come from different sources.
@@ -310,7 +310,8 @@ def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, A
     sources = {item["source"] for item in items} or {source}
     if len(sources) > 1:
         raise DataError(f"items of one batch come from different sources: {', '.join(sorted(sources))}")
-    return {key: [item[key] for item in items] for key in ITEM_KEYS} | {"source": sources.pop()}
+    keys = [key for key in items[0] if key != "source"] if items else ITEM_KEYS  # evaluation adds ``index``
+    return {key: [item[key] for item in items] for key in keys} | {"source": sources.pop()}
 
 
 def split_by_modality(name: str, samples: SampleFile, settings: SourceSettings) -> list[SourceDataset]:

@@ -103,11 +103,11 @@ class Answering:
             }
             sampling = parse(Sampling, values, "generate")
         replies = self.replies(samples, sampling, prompt, stop, bos)
-        if sampling.num_beams > 1:
-            return self._searched(replies, sampling)
         if isinstance(self.llama_model, RemoteLanguageModel):
             self.llama_model.complete(replies)
             return [reply.stream.text for reply in replies]
+        if sampling.num_beams > 1:
+            return self._searched(replies, sampling)
         decoder = Decoder(self.llama_model)
         decoder.add_all(replies)
         while len(decoder):

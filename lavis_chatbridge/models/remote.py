@@ -212,11 +212,17 @@ class RemoteLanguageModel(nn.Module):
     def __init__(self, table: nn.Embedding, config: Any, client: Client, max_context: int | None) -> None:
         super().__init__()
         self.embed_tokens, self.config, self.client, self.max_context = table, config, client, max_context
+        self.embedding_scale = 1.0
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the table."""
         return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.embed_tokens.weight.device
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding table."""

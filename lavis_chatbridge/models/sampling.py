@@ -85,7 +85,9 @@ class Sampling(Settings):
     def _contradictions(self) -> Iterable[str]:
         if self.num_beams > 1 and self.temperature > 0:
             yield f"num_beams is {self.num_beams}, a search, but temperature {self.temperature} asks for sampling"
-        if self.num_return_sequences > self.num_beams and self.temperature == 0 and self.num_return_sequences > 1:
+        if self.num_beams > 1 and (self.presence_penalty or self.frequency_penalty):
+            yield "presence_penalty and frequency_penalty are not for beam search: set num_beams to 1"
+        if self.num_return_sequences > self.num_beams and self.temperature == 0:
             yield (
                 f"num_return_sequences is {self.num_return_sequences}, but {self.num_beams} beam(s) find no more than "
                 "that: raise num_beams, or set a temperature"

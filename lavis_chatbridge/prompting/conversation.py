@@ -43,7 +43,9 @@ class Message:
 class Wording(Protocol):
     """What words conversations: :class:`models.templates.Template`."""
 
-    def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
+    def prompt(
+        self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None
+    ) -> list[Piece]:
         """A conversation as pieces; see :func:`chat_prompt`."""
 
 

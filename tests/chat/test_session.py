@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_chatbridge.chat import ChatMessage, Conversation, Sampling, Session, Stream, media_of
+from lavis_chatbridge.chat import ChatMessage, Conversation, Sampling, Session, media_of
 from lavis_chatbridge.chat import media as chat_media
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, PromptError
 from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
@@ -156,8 +156,7 @@ def test_seeds(model: Any):
 def test_a_stream_gives_the_answer_piece_by_piece(model: Any):
     whole = session(model).ask("What is it?")
     talk = session(model)
-    stream = talk.ask("What is it?", stream=True)
-    assert isinstance(stream, Stream)
+    stream = talk.stream("What is it?")
     pieces = list(stream)
     assert "".join(pieces) == stream.answer.text == whole.text
     assert len(pieces) > 3
@@ -169,13 +168,13 @@ ENDLESS: dict[str, Any] = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1
 
 def test_a_stream_can_be_stopped_and_what_came_stays(model: Any):
     talk = session(model)
-    stream = talk.ask("What is it?", stream=True, **ENDLESS)
+    stream = talk.stream("What is it?", **ENDLESS)
     began = next(stream)
     talk.cancel()
     assert stream.answer.finish == "cancelled"
     assert stream.answer.text.startswith(began)
     assert talk.messages[-1].text == stream.answer.text
-    with talk.ask("Go on.", stream=True, **ENDLESS) as half:
+    with talk.stream("Go on.", **ENDLESS) as half:
         next(half)
     assert half.answer.finish == "cancelled"
     assert talk.undo() is not None
@@ -186,7 +185,7 @@ def test_a_stream_can_be_stopped_and_what_came_stays(model: Any):
 
 def test_a_forgotten_stream_does_not_block_the_session(model: Any):
     talk = session(model)
-    next(talk.ask("What is it?", stream=True, **ENDLESS))
+    next(talk.stream("What is it?", **ENDLESS))
     assert talk.ask("And?").turn == 2
     assert talk.messages[1].text != ""
 
@@ -210,7 +209,7 @@ def test_calls_of_one_session_wait_for_one_another(model: Any, monkeypatch: pyte
     slow = functools.wraps(forward)(lambda *args, **more: time.sleep(0.1) or forward(*args, **more))
     monkeypatch.setattr(model.llama_model, "forward", slow)
     talk = session(model)
-    stream = talk.ask("First?", stream=True)
+    stream = talk.stream("First?")
     next(stream)
     asked = threading.Thread(target=lambda: talk.ask("Second?", max_new_tokens=1))
     asked.start()

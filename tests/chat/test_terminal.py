@@ -104,7 +104,7 @@ def test_settings_and_help(opened: Session):
 def interrupted(opened: Session, monkeypatch: pytest.MonkeyPatch, place: str) -> tuple[terminal.Terminal, str]:
     """Ctrl-C while the media are read, or in the middle of an answer."""
     talk, out = chat(opened, tokens=200)
-    ask = talk.session.ask
+    ask = talk.session.stream
 
     def asked(*args: Any, **settings: Any) -> Any:
         if place == "media":
@@ -126,7 +126,7 @@ def interrupted(opened: Session, monkeypatch: pytest.MonkeyPatch, place: str) ->
 
         return Pressed()
 
-    monkeypatch.setattr(talk.session, "ask", asked)
+    monkeypatch.setattr(talk.session, "stream", asked)
     talk.talk(["tell me everything", "/history"])
     return talk, out.getvalue()
 

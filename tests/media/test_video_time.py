@@ -59,6 +59,7 @@ class Clip:
         sound = tone(seconds, 48_000) if seconds > 0.1 else None
         data = video_file(
             len(times),
+            size=(96, 64),  # x265 aborts below 64 pixels
             form=self.form,
             codec=self.codec,
             times=times,

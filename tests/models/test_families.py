@@ -12,34 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models.decoding import Decoder, Generation, beam_search
-from lavis_chatbridge.models.families import check_family, embedding_scale, positions_of, switch_of
+from lavis_chatbridge.models.decoding import Decoder, beam_search
+from lavis_chatbridge.models.families import check_family, positions_of, switch_of
 from lavis_chatbridge.models.kept import Element, Prefix
 from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.ranking import candidate_scores
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.text import TextStream
+from tests.models.replies import Letters, answers, prompt, reply, tiny
 
 GUIDE = Path(__file__).parents[2] / "docs" / "weights.md"
 BEGIN, END = "<!-- families: begin (tests/models/test_families.py) -->", "<!-- families: end -->"
 COLUMNS = ("loss", "gradient", "batch = single", "beams", "ranking", "chat", "chat, kept keys")
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 SUPPORTED: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -65,49 +51,6 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
 }
 REFUSED = ("mamba", "rwkv", "falcon_h1")
-
-
-def tiny(model_type: str, **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **more})
-    model: Any = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.embedding_scale = embedding_scale(model)
-    return model
-
-
-class Letters:
-    """A tokenizer whose text is the ids, a word each."""
-
-    bos_id, eos_id, pad_id = 1, 2, 0
-    byte_ids: frozenset[int] = frozenset()
-
-    def decode(self, ids: Any) -> str:
-        return "".join(f"<{i}>" for i in ids)
-
-
-def prompt(*lengths: int, seed: int = 0) -> tuple[list[Element], dict[str, torch.Tensor]]:
-    """Text, a medium of three soft tokens, text."""
-    chance = torch.Generator().manual_seed(seed)
-    ids = [torch.randint(3, 97, (length,), generator=chance).tolist() for length in lengths]
-    elements: list[Element] = [*ids[0], *((f"m{seed}", i) for i in range(3)), *ids[1]]
-    return elements, {f"m{seed}": torch.randn(3, 32, generator=chance) * 0.2}
-
-
-def reply(elements: list[Element], media: Any, prefix: Prefix | None = None, tokens: int = 6, **how: Any) -> Generation:
-    sampling = Sampling(max_new_tokens=tokens, **how)
-    codec: Any = Letters()
-    return Generation(elements, media, prefix, TextStream(codec), frozenset((2,)), sampling)
-
-
-def answers(model: Any, replies: list[Generation]) -> list[list[int]]:
-    decoder = Decoder(model)
-    decoder.add_all(replies)
-    while len(decoder):
-        decoder.step()
-    return [one.ids for one in replies]
 
 
 PROMPTS = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]

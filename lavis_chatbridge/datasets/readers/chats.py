@@ -58,7 +58,7 @@ def avsd(origin: Origin) -> Iterator[Sample]:
             if turns[-1].role == "user":
                 break
         if turns and not origin.options.get("each_turn"):
-            yield Sample(name, media, turns=tuple(turns), meta={"video_id": name})
+            yield Sample(name, media, turns=tuple(turns), meta={"video_id": name, "turn": (len(turns) - 1) // 2})
 
 
 def multis(origin: Origin) -> Iterator[Sample]:

@@ -157,9 +157,9 @@ def scores_or_fault(records: Sequence[Prediction], *args: Any, **kwargs: Any) ->
 def types_of(record: Prediction) -> dict[str, str]:
     """Kind of type -> type, by which a data set tells its questions apart.
 
-    ``meta.type``, ``meta.question_type`` if it is another one, and all of ``meta.types``.
+    ``meta.type``, ``meta.turn``, ``meta.question_type`` if it differs from the type, and all of ``meta.types``.
     """
-    found: dict[str, Any] = {"type": record.meta.get("type")}
+    found: dict[str, Any] = {"type": record.meta.get("type"), "turn": record.meta.get("turn")}
     if record.meta.get("question_type") != found["type"]:
         found["question type"] = record.meta.get("question_type")
     several = record.meta.get("types")

@@ -1,0 +1,95 @@
+"""The demo: build the embedded world, train both stages on it, score them, and write a report.
+
+    torchrun --nproc-per-node 2 projects/toyworld/demo.py output/demo
+
+``make demo`` runs it on up to two cores. Every part is a run of a shipped configuration, as ``chatbridge train`` and
+``chatbridge evaluate`` do it; all parts share one import of the libraries.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavis_chatbridge.launchers import announced
+from lavis_chatbridge.plugin.evaluate import parse_conditions
+from lavis_chatbridge.plugin.launch import Session, exit_status, with_options
+from lavis_chatbridge.toyworld.report import STARTED, summary, write_report
+
+WORLD = Path("output/world")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of the demo.
+
+    Attributes:
+        title: What it does.
+        seconds: About how long it takes on two free cores.
+        configuration: A file of projects/chatbridge.
+        folder: Where its results go, under the demo's folder.
+        model: The part whose model it takes.
+        batch: Samples of a training step over all processes, as in the configuration; 0 scores instead.
+        conditions: Scores again without some media, or with other samples' media.
+    """
+
+    title: str
+    seconds: int
+    configuration: str
+    folder: str
+    model: str = ""
+    batch: int = 0
+    conditions: tuple[str, ...] = ()
+
+
+WITHHELD = ("withheld:image,video", "withheld:audio", "withheld")
+PARTS = (
+    Part("render the world, and learn to describe it (stage 1)", 100, "align", "stage1", batch=32),
+    Part("score descriptions", 25, "eval/world_captions", "stage1_scores", "stage1", conditions=("shuffled",)),
+    Part("learn to answer about one medium (stage 2)", 130, "instruct", "stage2", "stage1", batch=24),
+    Part("score answers about one medium", 15, "eval/world_answers", "stage2_scores", "stage2"),
+    Part("score answers about two media at once", 25, "eval/world_joint", "joint", "stage2", conditions=WITHHELD),
+)
+
+
+def main(folder: Path) -> int:
+    """Run all parts in one session and return the exit status."""
+    place = announced(os.environ)
+    first = place.rank == 0
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / STARTED).touch()
+    began = time.monotonic()
+    with Session() as session:
+        for number, part in enumerate(PARTS, 1):
+            if first:
+                left = sum(part.seconds for part in PARTS[number - 1 :])
+                done = time.monotonic() - began
+                print(f"\n[{number}/{len(PARTS)}] {part.title}: about {part.seconds} s", end="")
+                print(f" ({done:.0f} s done, about {left:.0f} s left)", flush=True)
+            _run(session, part, folder, place.world_size)
+    if first:
+        report = write_report(folder, WORLD)
+        print(f"\n{summary(report)}\n\n{report['seconds']:.0f} seconds in all\nreport: {folder / 'report.html'}")
+    return 0
+
+
+def _run(session: Session, part: Part, folder: Path, processes: int) -> None:
+    options = [f"run.output_dir={folder / part.folder}"]
+    if part.model:
+        options.append(f"model.checkpoint={folder / part.model}/model.safetensors")
+    if part.batch:
+        options.append(f"run.batch_size_train={part.batch // processes}")
+    path = f"projects/chatbridge/{part.configuration}.yaml"
+    session.run(path, options, evaluate=not part.batch)
+    for condition in parse_conditions(part.conditions):
+        session.run(path, with_options(options, {"run.test_splits": "[test]"} | condition.options), evaluate=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: main(Path(sys.argv[1]))))

@@ -1,0 +1,150 @@
+"""A stand-in for vLLM on loopback: completions of prompt embeddings by a local model, refusing what vLLM refuses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from lavis_chatbridge.models.decoding import Decoder, Generation
+from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.text import TextStream
+
+REFUSED = {"echo": "`echo` is not supported", "prompt_logprobs": "`prompt_logprobs` is not supported"}
+
+
+class StandIn:
+    """What the server does; tests change it.
+
+    Attributes:
+        takes_embeds: Whether it was started with ``--enable-prompt-embeds``.
+        busy: This many requests get status 503 first.
+        dies_after: It closes the connection after this many tokens.
+        key: The API key that it asks for.
+        tokens: The ids of any text, if not the tokenizer's.
+        requests: The bodies of the completions so far.
+    """
+
+    def __init__(self, model: Any, codec: Any) -> None:
+        self.model, self.codec = model, codec
+        self.takes_embeds, self.busy, self.dies_after, self.key = True, 0, 10**9, ""
+        self.tokens: list[int] | None = None
+        self.requests: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+
+    def fault(self, body: dict[str, Any]) -> tuple[int, str] | None:
+        """The status and message with which vLLM refuses a request."""
+        if not self.takes_embeds:
+            return 400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
+        for field, message in REFUSED.items():
+            if body.get(field):
+                return 400, message
+        if body.get("use_beam_search"):
+            return 501, "beam search is not supported"
+        embeds = self.embeds(body)
+        width = self.model.get_input_embeddings().embedding_dim
+        if embeds.dim() != 2 or not embeds.is_floating_point():
+            return 400, "`prompt_embeds` must be a 2D tensor of a floating-point type."
+        if embeds.shape[1] != width:
+            return 400, f"`prompt_embeds` hidden_size {embeds.shape[1]} does not match the model's hidden_size {width}."
+        return None
+
+    def embeds(self, body: dict[str, Any]) -> torch.Tensor:
+        """The prompt."""
+        return torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+
+    def chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The choices of a streamed reply, one token each."""
+        embeds = self.embeds(body)
+        same = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        values = {name: body[name] for name in (*same, "seed", "logprobs")}
+        own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **values)
+        generation = Generation(
+            [("prompt", i) for i in range(len(embeds))],
+            {"prompt": embeds},
+            None,
+            TextStream(self.codec, body["stop"]),
+            frozenset(body["stop_token_ids"]),
+            own,
+        )
+        with self.lock:  # the decoder is for one thread at a time
+            decoder = Decoder(self.model)
+            decoder.add(generation)
+            while not generation.done:
+                decoder.step()
+        for number, token in enumerate(generation.ids):
+            logprobs = None
+            if own.logprobs is not None:
+                found = generation.logprobs[number]
+                top = {f"token_id:{i}": value for i, value in found.top}
+                logprobs = {"tokens": [f"token_id:{token}"], "token_logprobs": [found.logprob], "top_logprobs": [top]}
+            yield {"index": 0, "text": "?", "token_ids": [token], "logprobs": logprobs}
+
+
+@contextmanager
+def serving(standin: StandIn) -> Iterator[str]:
+    """Serve it; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            if self.path == "/v1/models":
+                self.answer(200, {"data": [{"id": "tiny", "max_model_len": 512}]})
+            else:
+                self.answer(404, {"error": {"message": "Not Found"}})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                ids = standin.codec.encode(body["prompt"]) if standin.tokens is None else standin.tokens
+                self.answer(200, {"tokens": ids})
+                return
+            standin.requests.append(body)
+            if standin.key and self.headers.get("Authorization") != f"Bearer {standin.key}":
+                self.answer(401, {"error": "Unauthorized"})
+            elif standin.busy:
+                standin.busy -= 1
+                self.answer(503, {"error": {"message": "busy"}})
+            elif (fault := standin.fault(body)) is not None:
+                self.answer(fault[0], {"error": {"message": fault[1]}})
+            else:
+                self.stream(body)
+
+        def stream(self, body: dict[str, Any]) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            for number, choice in enumerate(standin.chunks(body)):
+                if number == standin.dies_after:
+                    return
+                self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+                self.wfile.flush()
+                time.sleep(0.001)
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def answer(self, status: int, content: Any) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            """Log nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()

@@ -1,0 +1,221 @@
+"""The token loop: how tokens are chosen, what ends a reply, and replies that join, leave and are cancelled."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from lavis_chatbridge.config import parse
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.models.decoding import Decoder, beam_search
+from lavis_chatbridge.models.kept import Prefix
+from lavis_chatbridge.models.sampling import Sampling
+from tests.models.replies import Letters, answers, prompt, reply, tiny
+
+VOCABULARY = 97
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama")
+
+
+def chosen(logits: list[float], ids: list[int] | None = None, **how: Any) -> torch.Tensor:
+    """How often each token is chosen in 4,000 draws, as a share."""
+    one = reply([1], {}, seed=0, **{"temperature": 1.0, "top_p": 1.0, **how})
+    one.ids = list(ids or [])
+    counts = torch.zeros(len(logits))
+    for _ in range(4000):
+        counts[one.choose(torch.tensor(logits))] += 1
+    return counts / counts.sum()
+
+
+LOGITS = [2.0, 1.0, 0.5, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, LOGITS),
+        ({"temperature": 0.5}, [2 * value for value in LOGITS]),
+        ({"top_k": 2}, [2.0, 1.0, -math.inf, -math.inf]),
+        ({"top_k": -1}, LOGITS),
+        ({"top_p": 0.7}, [2.0, 1.0, -math.inf, -math.inf]),
+        ({"top_p": 1e-6}, [2.0, -math.inf, -math.inf, -math.inf]),
+        ({"min_p": 0.3}, [2.0, 1.0, -math.inf, -math.inf]),
+        ({"ids": [0, 0, 3], "repetition_penalty": 2.0}, [1.0, 1.0, 0.5, -2.0]),
+        ({"ids": [0, 0, 3], "presence_penalty": 0.5}, [1.5, 1.0, 0.5, -1.5]),
+        ({"ids": [0, 0, 3], "frequency_penalty": 0.5}, [1.0, 1.0, 0.5, -1.5]),
+        ({"stop_token_ids": (0,), "min_new_tokens": 2}, [-math.inf, 1.0, -math.inf, -1.0]),  # 2 is the end token,
+    ],
+)
+def test_tokens_are_chosen_with_the_probabilities_that_the_settings_give(how: dict[str, Any], expected: Any) -> None:
+    ids = how.pop("ids", None) if "ids" in how else None
+    torch.testing.assert_close(chosen(LOGITS, ids, **how), torch.tensor(expected).softmax(-1), atol=0.025, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_reply(model: Any) -> None:
+    elements, media = prompt(3, 4)
+    first, again, other = (
+        answers(model, [reply(elements, media, temperature=2.0, seed=seed, tokens=12)])[0] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    beside = [reply(elements, media, temperature=2.0, seed=1, tokens=12), reply(*prompt(6, 1, seed=5), tokens=9)]
+    assert answers(model, beside)[0] == first
+
+
+def test_log_probabilities_are_those_of_the_model(model: Any) -> None:
+    elements, media = prompt(3, 4)
+    one = reply(elements, media, logprobs=3, tokens=4, repetition_penalty=1.5)
+    ids = answers(model, [one])[0]
+    assert [found.id for found in one.logprobs] == ids
+    whole = reply([*elements, *ids], media).embeds(0, model.get_input_embeddings())[None]
+    values = model(inputs_embeds=whole).logits[0, len(elements) - 1 : -1].log_softmax(-1)
+    for found, row in zip(one.logprobs, values, strict=True):
+        assert found.logprob == pytest.approx(float(row[found.id]), abs=1e-4)
+        assert [token for token, _ in found.top] == row.topk(3).indices.tolist()
+
+
+def varied(model: Any) -> tuple[Any, Any, Any]:
+    """A prompt whose greedy reply has eight different tokens, and that reply."""
+    for seed in range(200):
+        elements, media = prompt(3, 4, seed=seed)
+        plain = reply(elements, media, tokens=8)
+        if len(set(answers(model, [plain])[0])) == 8 and 2 not in plain.ids:
+            return elements, media, plain
+    raise AssertionError("no such prompt")
+
+
+def test_what_ends_a_reply(model: Any) -> None:
+    elements, media, plain = varied(model)
+    ids = plain.ids
+    assert (plain.finish, len(ids)) == ("length", 8)
+    third, cut = ids[2], 3
+    by_id = reply(elements, media, tokens=8, stop_token_ids=(third,))
+    assert answers(model, [by_id])[0] == ids[:cut]
+    assert (by_id.finish, by_id.stream.text) == ("stop", "".join(f"<{i}>" for i in ids[: cut - 1]))
+    by_text = reply(elements, media, tokens=8, stop=(f"<{third}>",))
+    answers(model, [by_text])
+    assert (by_text.finish, by_text.stream.text) == ("stop", by_id.stream.text)
+    late = reply(elements, media, tokens=8, stop=(f"<{third}>",), min_new_tokens=5)
+    assert answers(model, [late])[0] == ids
+    assert late.stream.text == plain.stream.text
+
+
+def test_ends_of_the_language_model_can_be_ignored(model: Any) -> None:
+    elements, media, plain = varied(model)
+    end = plain.ids[1]
+    one = reply(elements, media, tokens=8)
+    one.end_ids = frozenset((end,))
+    assert len(answers(model, [one])[0]) == 2
+    sampling = Sampling(max_new_tokens=8, ignore_eos=True)
+    ignoring = type(one)(elements, media, None, type(one.stream)(one.stream.codec), frozenset((end,)), sampling)
+    assert len(answers(model, [ignoring])[0]) == 8
+
+
+def test_several_replies_to_one_prompt_read_it_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    elements, media = prompt(3, 4)
+    read: list[tuple[int, ...]] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, named: read.append(tuple(named["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    replies = [reply(elements, media, temperature=1.5, seed=seed) for seed in range(3)]
+    found = answers(model, [*replies, reply(*prompt(1, 1, seed=3))])
+    handle.remove()
+    assert read[0] == (2, 10)
+    assert len({tuple(ids) for ids in found[:3]}) > 1
+    assert found[:3] == [answers(model, [reply(elements, media, temperature=1.5, seed=s)])[0] for s in range(3)]
+
+
+def test_replies_join_leave_and_are_cancelled_from_another_thread(model: Any) -> None:
+    parts = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]
+    alone = [answers(model, [reply(*part, tokens=20)])[0] for part in parts]
+    decoder, (first, second, third) = Decoder(model), [reply(*part, tokens=20) for part in parts]
+    decoder.add(first)
+    decoder.step()
+    decoder.add(second)
+    decoder.step()
+    thread = threading.Thread(target=first.cancel)
+    thread.start()
+    thread.join()
+    texts = dict(decoder.step())
+    assert first in texts
+    assert (first.finish, first.ids) == ("cancelled", alone[0][:3])
+    decoder.add(third)
+    assert len(decoder) == 2
+    while len(decoder):
+        decoder.step()
+    assert [second.ids, third.ids] == alone[1:]
+    never = reply(*parts[0])
+    never.cancel()
+    assert (decoder.add(never), never.finish, never.ids) == ("", "cancelled", [])
+
+
+def test_a_kept_prefix_is_read_once(model: Any) -> None:
+    elements, media = prompt(5, 7)
+    prefix = Prefix()
+    first = reply(elements, media, prefix)
+    ids = answers(model, [first])[0]
+    again = reply([*elements, *ids, 40], media, prefix)
+    answers(model, [again])
+    assert (first.reused, again.reused) == (0, len(elements) + len(ids) - 1)
+    other = reply([*elements[:4], 50, 51], media, prefix)
+    assert answers(model, [other]) == answers(model, [reply([*elements[:4], 50, 51], media)])
+    assert other.reused == 4
+    changed = reply(elements, {"m0": media["m0"] + 1}, Prefix())
+    assert answers(model, [changed])[0] != ids
+
+
+def test_the_text_of_a_stream_is_that_of_the_whole_reply(model: Any) -> None:
+    one = reply(*prompt(3, 4), tokens=6)
+    assert "".join(Decoder(model).run(one)) == one.stream.text == Letters().decode(one.ids)
+    assert one.first_token is not None
+
+
+@torch.no_grad()
+def test_beams_end_at_stop_texts_and_keep_to_the_fewest_tokens(model: Any) -> None:
+    codec: Any = Letters()
+    one = reply(*prompt(3, 4), num_beams=3, tokens=6)
+    text = Decoder(model).add(one)
+    assert text == one.stream.text
+    assert one.done
+    embeds = one.embeds(0, model.get_input_embeddings())[None]
+    mask = torch.ones(embeds.shape[:2]).long()
+    stop = f"<{one.ids[1]}>"
+    for least in (0, 4):
+        sampling = Sampling(max_new_tokens=6, min_new_tokens=least, num_beams=3, num_return_sequences=2)
+        rows = beam_search(model, codec, embeds, mask, sampling, [(stop,)], frozenset())
+        assert rows.shape[0] == 2
+        for ids in rows.tolist():
+            behind = codec.decode(ids[max(least - 1, 0) :]).partition(stop)[2]
+            assert set(behind) <= set("<0>")  # padding
+            assert least <= len(ids) <= 6
+    penalised = Sampling(max_new_tokens=6, num_beams=3, repetition_penalty=50.0)
+    ids = beam_search(model, codec, embeds, mask, penalised, [()], frozenset())[0].tolist()
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
+        ({"temperature": math.inf}, "temperature is inf, expected 0 to 100"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"num_beams": 2000}, "num_beams is 2000, expected 1 to 1000"),
+        ({"num_beams": 2, "temperature": 1}, "a search, but temperature 1.0 asks for sampling"),
+        ({"num_return_sequences": 3}, "raise num_beams, or set a temperature"),
+        ({"num_beams": 2, "length_penalty": 1000}, "length_penalty 1000.0 is too large"),
+        ({"num_beams": 2, "presence_penalty": 1}, "presence_penalty and frequency_penalty are not for beam search"),
+        ({"max_new_tokens": True}, "expected a number, found True"),
+        ({"temprature": 1.0}, "did you mean 'temperature'"),
+    ],
+)
+def test_settings_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(Sampling, values, "sampling")

@@ -1,0 +1,174 @@
+"""A language model on a server, against a stand-in for vLLM: equal replies, retries, faults in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lavis_chatbridge.chat import Engine, MediaReader, Session, load_model
+from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
+from lavis_chatbridge.models import remote
+from lavis_chatbridge.models.chatbridge import ChatBridge
+from lavis_chatbridge.models.remote import RemoteLanguageModel
+from tests.chat.building import TINY_TOKENIZER, picture, sound
+from tests.models.standin import StandIn, serving
+
+OPTIONS = ("model.checkpoint=null",)
+ASKED = {"images": [picture()], "audios": [sound()]}
+
+
+@pytest.fixture(scope="module")
+def local() -> Session:
+    return Session.open("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shared(local: Session) -> Iterator[tuple[StandIn, str]]:
+    standin = StandIn(local.model.llama_model, local.model.llama_tokenizer)
+    with serving(standin) as url:
+        yield standin, url
+
+
+@pytest.fixture
+def standin(shared: tuple[StandIn, str], monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The stand-in as it was; the client waits for nothing."""
+    shared[0].__init__(shared[0].model, shared[0].codec)  # type: ignore[misc]
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+    return shared[0]
+
+
+@pytest.fixture(scope="module")
+def model(shared: tuple[StandIn, str]) -> tuple[ChatBridge, Any]:
+    return load_model("tiny", device="cpu", engine=shared[1])
+
+
+@pytest.fixture
+def session(model: tuple[ChatBridge, Any], standin: StandIn) -> Session:
+    return Session(*model)
+
+
+def test_only_the_embedding_table_is_loaded(model: tuple[ChatBridge, Any], local: Session):
+    own = model[0].llama_model
+    assert isinstance(own, RemoteLanguageModel)
+    assert sum(p.numel() for p in own.parameters()) == local.model.llama_model.get_input_embeddings().weight.numel()
+    assert Session(*model).engine.max_context == 512
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stop": ["a"], "max_new_tokens": 30},
+        {"ignore_eos": True, "max_new_tokens": 12},
+        {"min_new_tokens": 6},
+        {"repetition_penalty": 1.5, "presence_penalty": 0.2},
+        {"temperature": 1.0, "seed": 3},
+        {"logprobs": 2},
+    ],
+    ids=str,
+)
+def test_replies_equal_those_of_the_local_model(session: Session, local: Session, settings: dict[str, Any]):
+    for talk in (session, local):
+        talk.clear()
+    for question, media in (("what is here?", ASKED), ("and what is its colour?", {})):
+        expected, answer = (talk.ask(question, **media, **settings) for talk in (local, session))
+        assert (answer.text, answer.ids, answer.finish) == (expected.text, expected.ids, expected.finish)
+        assert answer.prompt_tokens == expected.prompt_tokens
+        assert [[i for i, _ in row.top] for row in answer.logprobs] == [
+            [i for i, _ in r.top] for r in expected.logprobs
+        ]
+        assert [row.logprob for row in answer.logprobs] == pytest.approx(
+            [r.logprob for r in expected.logprobs], abs=1e-4
+        )
+    streamed = session.restream(**settings)
+    assert "".join(streamed) == streamed.answer.text
+
+
+def test_generate_of_the_model_uses_the_engine(session: Session, local: Session):
+    samples = {"text_input": ["what is red?", "what is blue?"]}
+    assert session.model.generate(samples, max_length=6) == local.model.generate(samples, max_length=6)
+    with pytest.raises(ConfigError, match="needs the local language model"):
+        session.model.generate(samples, num_beams=3)
+    with pytest.raises(ConfigError, match="need the local language model"):
+        session.model.predict_answers(samples, inference_method="rank", answer_list=["a", "b"])
+
+
+def test_many_at_once_and_a_busy_engine(session: Session, standin: StandIn, local: Session):
+    from lavis_chatbridge.chat import Conversation
+
+    standin.busy = 3
+    asked = [Conversation().asking(f"what is number {i}?") for i in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda one: session.engine.reply(one).answer.text, asked))
+    assert found == [local.engine.reply(one).answer.text for one in asked]
+    assert len(standin.requests) == 16 + 3
+
+
+def test_a_cancelled_reply_ends(session: Session):
+    with session.stream("hello", ignore_eos=True, max_new_tokens=400) as stream:
+        next(stream)
+    assert stream.answer.finish == "cancelled"
+    assert stream.answer.tokens < 400
+
+
+def test_an_engine_that_is_lost_in_the_middle_and_comes_back(session: Session, standin: StandIn):
+    standin.dies_after = 2
+    with pytest.raises(EngineError, match=r"was lost in the middle of a reply|ended the reply early"):
+        session.ask("hello", ignore_eos=True, max_new_tokens=20)
+    assert session.messages == ()
+    standin.dies_after = 10**9
+    assert session.ask("hello", max_new_tokens=4).tokens >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("takes_embeds", False, "start it with 'vllm serve FOLDER --enable-prompt-embeds'"),
+        ("tokens", [1, 2, 3], "whose tokenizer gives other ids"),
+        ("key", "secret", "asks for an API key: set CHATBRIDGE_ENGINE_KEY"),
+        ("busy", 9, "refuses: busy"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused_when_the_model_is_loaded(
+    shared: tuple[StandIn, str], standin: StandIn, name: str, value: Any, message: str
+):
+    setattr(standin, name, value)
+    with pytest.raises(EngineError, match=message):
+        load_model("tiny", OPTIONS, "cpu", shared[1])
+
+
+def test_another_width_is_refused(shared: tuple[StandIn, str], standin: StandIn, local: Session):
+    client = remote.Client(shared[1], 64)
+    with pytest.raises(EngineError, match=r"another width .*hidden_size 64 .* this one's is 64"):
+        client.connect(local.model.llama_tokenizer)
+
+
+def test_a_key_is_sent(shared: tuple[StandIn, str], standin: StandIn, monkeypatch: pytest.MonkeyPatch):
+    standin.key = "secret"
+    monkeypatch.setenv(remote.KEY, "secret")
+    model, processors = load_model("tiny", OPTIONS, "cpu", shared[1])
+    assert Engine(model, MediaReader(model, processors)).reply("hello").answer.tokens >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.language_model.lora.rank=2"], "merge the adapters"),
+        (["model.language_model.quantization=8bit"], "options of the engine"),
+        (["model.language_model.weights=null"], "weights is null"),
+    ],
+)
+def test_settings_that_contradict_an_engine(shared: tuple[StandIn, str], options: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_model("tiny", [*OPTIONS, *options], "cpu", shared[1])
+
+
+def test_a_folder_without_a_table_in_safetensors(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no embedding table"):
+        remote._embedding_table(tmp_path)
+    table = remote._embedding_table(TINY_TOKENIZER)
+    assert table.dim() == 2

@@ -1,0 +1,147 @@
+"""vLLM itself (``make test-vllm``; skipped elsewhere): equal replies, many clients, a killed engine.
+
+``CHATBRIDGE_VLLM`` names its command. It runs the tiny model's language model on a CPU, in its own environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from lavis_chatbridge.chat import Conversation, Engine, MediaReader, Session, load_model, media_of
+from lavis_chatbridge.errors import EngineError
+from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.toyworld.world import scenes
+from tests.chat.building import TINY_TOKENIZER
+from tests.chat.test_world_chat import FIVE, files_of
+
+COMMAND = os.environ.get("CHATBRIDGE_VLLM", "")
+pytestmark = pytest.mark.skipif(not COMMAND, reason="make test-vllm has an environment with vLLM")
+ANSWERS = 200
+START_SECONDS = 600.0
+SERVE = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 16 --max-num-batched-tokens 512"
+OPTIONS = f"{SERVE} --enforce-eager --enable-prompt-embeds --generation-config vllm"
+
+
+class Vllm:
+    """A server process, started and killed by the tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = open(folder / "vllm.log", "w")  # noqa: SIM115  (open as long as the process)
+        with socket.socket() as line:
+            line.bind(("127.0.0.1", 0))
+            self.port = line.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        words = [
+            COMMAND,
+            "serve",
+            str(TINY_TOKENIZER),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *OPTIONS.split(),
+        ]
+        cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = {**own, **cpu, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            words, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            assert self.process.poll() is None, f"vLLM has ended, see {self._log.name}"
+            try:
+                if httpx.get(f"{self.url}/models", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(1)
+        raise AssertionError(f"vLLM does not answer, see {self._log.name}")
+
+    def kill(self) -> None:
+        """Kill the server and its workers."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    server = Vllm(tmp_path_factory.mktemp("vllm"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def local() -> Engine:
+    return Session.open("tiny", device="cpu").engine
+
+
+@pytest.fixture(scope="module")
+def remote(vllm: Vllm) -> Engine:
+    model, processors = load_model("tiny", device="cpu", engine=vllm.url)
+    return Engine(model, MediaReader(model, processors), waiting=ANSWERS)
+
+
+def questions(count: int) -> list[Conversation]:
+    """Conversations about new images, videos and sounds of the embedded world."""
+    result = []
+    drawn = {modality: scenes(modality, False, 77) for modality in MODALITIES}
+    for number in range(count):
+        rng = np.random.default_rng([11, number])
+        found = [next(drawn[modality]) for modality in list(FIVE.values())[number % len(FIVE)]]
+        media = media_of(media=files_of(tuple(found), rng))
+        result.append(Conversation().asking(f"what is the colour or the sound of number {number}?", media))
+    return result
+
+
+def test_answers_equal_the_local_ones_token_for_token(local: Engine, remote: Engine):
+    for number, asked in enumerate(questions(ANSWERS)):
+        sampling = Sampling(max_new_tokens=4 + number % 29)
+        expected, found = (engine.reply(asked, sampling).answer for engine in (local, remote))
+        assert (found.text, found.ids, found.finish) == (expected.text, expected.ids, expected.finish), number
+
+
+def test_sixteen_clients_at_once(local: Engine, remote: Engine):
+    asked = questions(64)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda one: remote.reply(one).answer.ids, asked))
+    assert found == [local.reply(one).answer.ids for one in asked]
+
+
+def test_logprobs_and_penalties(local: Engine, remote: Engine):
+    [asked] = questions(1)
+    for settings in ({"logprobs": 3}, {"repetition_penalty": 1.3}, {"frequency_penalty": 0.7, "presence_penalty": 0.5}):
+        sampling = Sampling(max_new_tokens=16, ignore_eos=True, **settings)
+        expected, found = (engine.reply(asked, sampling).answer for engine in (local, remote))
+        assert found.ids == expected.ids
+        assert [row.logprob for row in found.logprobs] == pytest.approx(
+            [r.logprob for r in expected.logprobs], abs=1e-3
+        )
+
+
+def test_a_killed_engine_costs_its_replies_and_the_next_request_works(remote: Engine, vllm: Vllm):
+    asked = questions(1)[0]
+    reply = remote.reply(asked, Sampling(max_new_tokens=400, ignore_eos=True))
+    next(reply)
+    vllm.kill()
+    with pytest.raises(EngineError, match=r"lost in the middle of a reply|ended the reply early"):
+        _ = reply.answer
+    with pytest.raises(EngineError, match="no engine answers"):
+        _ = remote.reply(asked).answer
+    vllm.start()
+    assert remote.reply(asked).answer.tokens >= 1
