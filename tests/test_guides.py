@@ -135,8 +135,9 @@ def folder(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     sample = {"id": "1", "media": [{"type": "image", "path": "a.jpg"}], "captions": ["a star"]}
     (tmp_path / "my_data").mkdir()
     shutil.copy(tmp_path / "a.jpg", tmp_path / "my_data")
+    lines = "".join(json.dumps(sample | {"id": number}) + "\n" for number in ("1", "2"))  # CIDEr needs two
     for name in ("mine.jsonl", "train.jsonl", "my_data/train.jsonl", "my_data/test.jsonl"):
-        (tmp_path / name).write_text(json.dumps(sample) + "\n")
+        (tmp_path / name).write_text(lines)
     shutil.copy(ROOT / "projects/chatbridge/align.yaml", tmp_path / "my.yaml")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHATBRIDGE_CACHE", str(tmp_path / "cache"))

@@ -141,7 +141,7 @@ class _Scorer:
     def score_all(self, path: str | Path, name: str) -> list[Line]:
         """The lines of a configuration with all media, then those of each condition; one that fails is a line too."""
         whole = lines = self._score(path, Condition())
-        for condition in [] if self.conditions is None else suitable(self.conditions, _configuration()):
+        for condition in [] if self.conditions is None else suitable(self.conditions, _registry().get("configuration")):
             try:
                 own = self._score(path, condition)
             except ChatBridgeError as error:
@@ -156,9 +156,9 @@ class _Scorer:
     def _score(self, path: str | Path, condition: Condition) -> list[Line]:
         _log.info("%s%s", path, f" ({condition.label})" if condition.label else "")
         found = self.session.run(str(path), with_options(self.options, condition.options), evaluate=True) or {}
-        cfg = _configuration()
+        cfg = _registry().get("configuration")
         self.model = str(cfg.model_cfg.get("model_type") or "")
-        self.written += report.files_of(found)
+        self.written += report.files_of(found) or [str(_registry().get_path("result_dir"))]
         own = Condition(cfg.run.media, tuple(cfg.run.media_modalities), cfg.run.withheld_words)
         return report.lines_of(found, cfg.run, own.label)
 
@@ -249,8 +249,7 @@ def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
         conditions: What ``--ablate`` names.
         cfg: The configuration that has been scored with all media.
     """
-    from lavis.common.registry import registry
-
+    registry = _registry()
     present: dict[str, set[Modality]] = {split: set() for split in cfg.run.test_splits}
     for name, section in cfg.datasets_cfg.items():
         for split, modalities in registry.get_builder_class(name)(section).media_of(cfg.run.test_splits).items():
@@ -328,10 +327,10 @@ def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
             raise ConfigError(f"--ablate: the data set {name!r} is LAVIS's own, whose media cannot be exchanged")
 
 
-def _configuration() -> Any:
+def _registry() -> Any:
     from lavis.common.registry import registry
 
-    return registry.get("configuration")
+    return registry
 
 
 def _on_main(action: Callable[[], None]) -> None:
