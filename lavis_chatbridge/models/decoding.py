@@ -9,6 +9,7 @@ Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 import time
@@ -211,6 +212,8 @@ class Decoder:
         self._table = language_model.get_input_embeddings()
         self._switch = switch_of(language_model.config)
         self._scale = getattr(language_model, "embedding_scale", 1.0)
+        forward: Any = language_model.forward  # type: ignore[attr-defined]
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
         self._lanes: list[_Lane] = []
 
     def __len__(self) -> int:
@@ -313,7 +316,7 @@ class Decoder:
                 position_ids=positions.to(embeds.device),
                 use_cache=True,
                 return_dict=True,
-                logits_to_keep=1,
+                **self._last_only,
                 **cache_argument(self._model, cache),
             )
         return result.logits[:, -1], keys_and_values(result)

@@ -1,8 +1,7 @@
 """Conversations in the paper's format: ``###Human: ...###Assistant: ...###``, media in any turn.
 
-Facts of the format (roles, the sentence that introduces media, the end mark of a reply) are those of the original
-ChatBridge's templates (its ``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data
-set.
+Roles, the sentence that introduces media, and the end mark of a reply are those of the original ChatBridge (its
+``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data set.
 """
 
 from __future__ import annotations
@@ -43,27 +42,25 @@ class Message:
 class Wording(Protocol):
     """What words conversations: :class:`models.templates.Template`."""
 
-    def prompt(
-        self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None
-    ) -> list[Piece]:
+    def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         """A conversation as pieces; see :func:`chat_prompt`."""
 
 
 def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:
-    """Stage 1: the media's slots, then the caption with its end mark as the target (paper, section 3.2)."""
+    """Stage 1: the media's slots, then the caption and its end mark as the target (paper, section 3.2)."""
     return [*_numbered(media, {}), Text(caption + end, target=True)]
 
 
 def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str = END_OF_TURN) -> list[Piece]:
-    """A conversation as pieces, each reply with its end mark a target.
+    """A conversation as pieces; each reply with its end mark is a target.
 
     Args:
-        turns: Alternating ``user`` and ``assistant`` turns, the first one a user's.
-        generate: End with the assistant's role, for the model to go on; the last turn must then be a user's.
+        turns: Alternating messages of ``user`` and ``assistant``, a user's first.
+        generate: End with the assistant's role, for a reply to follow; the last message must then be a user's.
         reply_end: What closes a reply: ``"###"``; the original puts a newline before it except in conversations.
 
     Raises:
-        PromptError: If the turns do not alternate, or ``generate`` does not fit the last one.
+        PromptError: If the messages do not alternate, or ``generate`` does not fit the last one.
     """
     check_order(turns, generate)
     pieces: list[Piece] = []
@@ -85,8 +82,8 @@ def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: s
     """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop.
 
     Args:
-        media: The kinds of the media.
-        counts: How many of each kind stand before them; these are counted in.
+        media: The modalities of the media.
+        counts: The number of media of each modality before these; it is updated.
         opening: Words in front.
     """
     pieces: list[Piece] = []
@@ -111,8 +108,8 @@ def escape_markers(text: str) -> str:
 def clean_caption(text: str) -> str:
     """A stage-1 caption cleaned as the original's reader does.
 
-    Lower case; leading punctuation dropped; hyphens and slashes to spaces; ``<person>`` to ``person``; runs of white
-    space to one space; a trailing newline and surrounding spaces dropped. (Original: ``pre_caption``.)
+    Lower case, no leading punctuation, spaces for hyphens and slashes, ``person`` for ``<person>``, one space for white
+    space of any length, no space around the whole. (Original: ``pre_caption``.)
     """
     words = text.lower().lstrip(_LEADING_PUNCTUATION).translate(_WORD_JOINERS)
     words = words.replace("<person>", "person").rstrip("\n")

@@ -1,7 +1,7 @@
-"""A prompt is a sequence of pieces: text, and slots for media. A slot is an object, never a marker inside a string.
+"""A prompt is a sequence of pieces: text, and slots for media.
 
-That is why a ``<image>`` or ``<query>`` which a user types, or which stands in somebody's data, is plain text: nothing
-parses text to find slots.
+A slot is an object, never a marker inside a string: ``<image>`` or ``<query>`` in a user's text or in data is plain
+text, because nothing parses text to find slots.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a medium: the ``index``-th of its ``kind`` among the sample's media, from 0."""
+    """A medium of the prompt: the ``index``-th of modality ``kind`` among the sample's media, from 0."""
 
     kind: Modality
     index: int = 0
@@ -46,7 +46,7 @@ def slots_of(pieces: Sequence[Piece]) -> list[Slot]:
 
 
 def context_of(pieces: Sequence[Piece]) -> list[Piece]:
-    """The prompt up to its last target: what the model is given when it has to produce that target itself."""
+    """The prompt up to its last target, for the model to produce that target."""
     for position in range(len(pieces) - 1, -1, -1):
         piece = pieces[position]
         if isinstance(piece, Text) and piece.target:
@@ -55,7 +55,7 @@ def context_of(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]:
-    """The prompt with words in the place of some slots; the other slots are numbered anew."""
+    """The prompt with some slots replaced by words; the other slots are renumbered."""
     counts: dict[Modality, int] = {}
     spelt: list[Piece] = []
     for piece in pieces:
@@ -70,5 +70,5 @@ def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]
 
 
 def target_text(pieces: Sequence[Piece]) -> str:
-    """The text of all targets, one after the other."""
+    """The joined text of all targets."""
     return "".join(piece.text for piece in pieces if isinstance(piece, Text) and piece.target)

@@ -1,41 +1,36 @@
 """Instruction templates: several wordings of the same request per task, read from YAML that users can extend.
 
-A YAML holds ``styles`` (style -> words) and ``tasks`` (task -> its usual style and its templates); see
-``prompting/templates/*.yaml``. Text that comes from data is put in last, so braces in it stay what they are. This
-module knows no data set and no tokenizer.
+A YAML file has ``styles`` (style -> words) and ``tasks`` (task -> its default style and its templates); see
+``prompting/templates/*.yaml``. Text of data is inserted last, so its braces stay unchanged. This module knows no data
+set and no tokenizer.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from lavis_chatbridge import config as settings
+from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, PromptError
 
 FOLDER = Path(__file__).with_name("templates")
 QUESTION, STYLE = "{question}", "{style}"
 
 
-@dataclass(frozen=True)
-class TaskTemplates:
-    """The wordings of one task.
-
-    Args:
-        templates: Each may hold ``{question}`` and ``{style}``; either all of them hold a question or none.
-        style: The style of samples that name none.
-    """
+class TaskTemplates(Settings):
+    """The wordings of one task."""
 
     templates: list[str]
+    """Each may contain ``{question}`` and ``{style}``; either all of them contain a question or none."""
     style: str = ""
+    """The style of samples that name none."""
 
     def check(self) -> Iterable[str]:
-        """What is wrong within one task."""
+        """Contradictions between the wordings."""
         if not self.templates:
             yield "templates is empty"
         if len({QUESTION in template for template in self.templates}) > 1:
@@ -51,10 +46,9 @@ class TaskTemplates:
         return QUESTION in self.templates[0]
 
 
-@dataclass(frozen=True)
-class _TemplateFile:
-    styles: dict[str, list[str]] = field(default_factory=dict)
-    tasks: dict[str, TaskTemplates] = field(default_factory=dict)
+class _TemplateFile(Settings):
+    styles: dict[str, list[str]] = {}
+    tasks: dict[str, TaskTemplates] = {}
 
 
 class Templates:
@@ -62,7 +56,7 @@ class Templates:
 
     Args:
         tasks: Task -> its templates.
-        styles: Style -> words for it, each of which reads well after "in".
+        styles: Style -> words for it, such as "a word or two".
 
     Raises:
         ConfigError: If a task's style has no words.
@@ -77,7 +71,7 @@ class Templates:
 
     @classmethod
     def load(cls, *paths: str | Path) -> Templates:
-        """The package's templates with those of further YAML files; the later file wins for a task or style.
+        """The package's templates with those of further YAML files; a later file replaces tasks and styles.
 
         Raises:
             ConfigError: If a file cannot be read or does not have the form.
@@ -112,20 +106,19 @@ class Templates:
 
         Args:
             task: A task of these templates.
-            question: The sample's question; ignored where the task's templates hold none, unless there is one: a
-                question is never thrown away, it then replaces the template.
-            style: The sample's style; the task's own where empty.
-            rng: Chooses template and style words; without it the first of each is taken.
+            question: The sample's question; if the task's templates have no place for one, it is the whole request.
+            style: The sample's style; by default the task's.
+            rng: Chooses template and style words; None takes the first of each.
 
         Raises:
-            PromptError: If the task needs a question and there is none, or the style has no words.
+            PromptError: If the sample lacks a question that the task needs, or the style has no words.
         """
         entry = self._tasks[task]
-        template = _draw(entry.templates, rng)
+        template = _choice(entry.templates, rng)
         words = self._styles.get(style or entry.style) or []
         if (style or entry.style) and not words:
             raise PromptError(self._unknown_style(style))
-        phrase = _draw(words, rng) if words else ""
+        phrase = _choice(words, rng) if words else ""
         if question and not entry.asks:
             return question
         if not question and entry.asks:
@@ -136,7 +129,7 @@ class Templates:
         return f"no words for style {style!r}; known are {', '.join(sorted(self._styles))}"
 
 
-def _draw(items: Sequence[str], rng: np.random.Generator | None) -> str:
+def _choice(items: Sequence[str], rng: np.random.Generator | None) -> str:
     return items[0] if rng is None else items[int(rng.integers(len(items)))]
 
 
@@ -145,4 +138,4 @@ def _read(path: Path) -> _TemplateFile:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"templates {path}: {' '.join(str(error).split())}") from error
-    return settings.parse(_TemplateFile, content, f"templates {path.name}")
+    return parse(_TemplateFile, content, f"templates {path.name}")

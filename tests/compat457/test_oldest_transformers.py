@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TYPES = ["tiny", "vicuna7b", "vicuna13b"]
+TYPES = {"tiny", "vicuna7b", "vicuna13b"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_lavis_imports_and_knows_the_plugins_names():
     from lavis.common.registry import registry
     from lavis.models import model_zoo
 
-    assert dict(model_zoo)["chatbridge"] == TYPES
+    assert set(dict(model_zoo)["chatbridge"]) >= TYPES
     assert "blip2_opt" in dict(model_zoo)
     assert registry.get_runner_class("chatbridge_runner") is not None
     assert registry.get_task_class("chatbridge_alignment") is not None

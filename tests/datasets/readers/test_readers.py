@@ -683,7 +683,7 @@ def test_the_originals_conversations():
             origin = Origin("set", {"file": [str(path)]}, "/d", dict.fromkeys(named[media], "{id}"), most)
             [sample] = READERS["multis"](origin)
         wording = (case["prompt_list"] or ["?"])[0].replace("<QUESTION>", "{question}")
-        templates = Templates({"t": TaskTemplates([wording])} if case["prompt_list"] else {}, {})
+        templates = Templates({"t": TaskTemplates(templates=[wording])} if case["prompt_list"] else {}, {})
         settings = SourceSettings(task="t", templates=templates, reply_end="###" if task == "conv" else "\n###")
         pieces = SourceDataset("set", [sample], settings).pieces(sample, None)
         assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == case["conversation"]
