@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import ipaddress
 import time
 import urllib.parse
 from pathlib import Path
 
+from lavis_chatbridge import media
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.media.source import head_of, is_picture
 from lavis_chatbridge.prompting.pieces import Modality
 
 MEBIBYTE = 1 << 20
@@ -137,19 +136,15 @@ def _within(content: bytes | bytearray, where: str, limit: int) -> bytes:
 
 
 def modality_of(source: str | Path | bytes) -> Modality:
-    """The modality of a file, by its name or else by its content; what is unknown is tried as a video."""
+    """The modality of a file, by its name or else by its content: a webm or mp4 without a picture is a sound."""
     suffix = "" if isinstance(source, bytes) else Path(source).suffix.lower()
     for modality, suffixes in _SUFFIXES.items():
-        if suffix in suffixes:
+        if suffix in suffixes and modality != "video":
             return modality
     try:
-        head = head_of(io.BytesIO(source) if isinstance(source, bytes) else str(source))
-    except OSError:
-        return "video"
-    if is_picture(head):
-        return "image"
-    sound = head[:4] in (b"fLaC", b"OggS", b"FORM") or head[:3] == b"ID3" or head[8:12] == b"WAVE"
-    return "audio" if sound or head[:2] in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf1") else "video"
+        return media.modality_of(source)
+    except MediaError:
+        return "video"  # opening it raises a clear error
 
 
 def check_modality(modality: Modality, path: str | Path) -> None:

@@ -16,6 +16,7 @@ from lavis_chatbridge.chat.sources import Access, check_modality, is_own_name, m
 from lavis_chatbridge.errors import MediaError
 from tests.chat.building import sound, video
 from tests.chat.serving import png
+from tests.media.making import sound_alone
 
 
 @pytest.mark.parametrize(
@@ -115,10 +116,11 @@ def test_urls_of_an_allowed_host_are_fetched(web: str):
 
 def test_modalities(tmp_path: Path):
     contents = {"nameless": png(), "sound": sound(), "clip": video(), "a.JPG": b"", "b.opus": b"", "c.webm": b""}
+    contents["voice.webm"] = sound_alone()
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     found = [modality_of(tmp_path / name) for name in (*contents, "missing")]
-    assert found == ["image", "audio", "video", "image", "audio", "video", "video"]
+    assert found == ["image", "audio", "video", "image", "audio", "video", "audio", "video"]
     assert modality_of(png()) == "image"
     with pytest.raises(MediaError, match=r"modality audio, but was given as image"):
         check_modality("image", "b.wav")

@@ -139,6 +139,14 @@ def add_sound(container: Any, track: Any, sound: np.ndarray, start_seconds: floa
     container.mux(track.encode(None))
 
 
+def sound_alone(form: str = "webm") -> bytes:
+    """The bytes of a video file without a video track, as browsers record voices."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        add_sound(container, container.add_stream("libopus", rate=48_000), tone(0.5, 48_000))
+    return file.getvalue()
+
+
 def cut(data: bytes, seconds: float, form: str = "mp4") -> bytes:
     """A copy of an mp4 or mov whose edit list hides the first ``seconds``, as ``ffmpeg -ss -c copy`` makes it."""
     file = io.BytesIO()

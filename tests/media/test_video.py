@@ -15,7 +15,7 @@ from PIL import Image
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import DEFAULT_LIMITS, Limits, has_audio_track, modality_of, open_audio, open_video
 from lavis_chatbridge.media import video as video_module
-from tests.media.making import add_sound, encoded, level, sound_file, tone, video_file
+from tests.media.making import encoded, level, sound_alone, sound_file, tone, video_file
 
 
 def these(*indices: int) -> Callable[[int], Sequence[int]]:
@@ -206,10 +206,7 @@ def test_animated_pictures_of_too_many_frames_are_refused() -> None:
 
 
 def test_modality_by_content() -> None:
-    file = io.BytesIO()
-    with av.open(file, "w", format="webm") as container:
-        add_sound(container, container.add_stream("libopus", rate=48_000), tone(0.5, 48_000))
-    voice = file.getvalue()
+    voice = sound_alone()
     image = encoded(Image.new("L", (4, 4)), "PNG")
     sources = (image, video_file(2), video_file(2, sound=tone(0.2, 48_000)), sound_file(tone(0.1, 8000), 8000), voice)
     assert [modality_of(source) for source in sources] == ["image", "video", "video", "audio", "audio"]

@@ -82,13 +82,14 @@ def clips(draw: st.DrawFn) -> Clip:
     gap = st.integers(2, 60)
     gaps = [4] * count if constant else draw(st.lists(gap, min_size=count, max_size=count))
     edits = form in ("mp4", "mov")
+    reorders = codec == "libx264" or (codec == "libx265" and count > 3)  # x265 fails for shorter clips with B-frames
     cuts = edits and codec != "libsvtav1"  # PyAV copies no stream whose decoder is libdav1d
     return Clip(
         form,
         codec,
         tuple(gaps),
         gop=draw(st.sampled_from([1, 5, 12, 250])),
-        b_frames=draw(st.integers(0, 3)) if codec in ("libx264", "libx265") else 0,
+        b_frames=draw(st.integers(0, 3)) if reorders else 0,
         orientation=draw(st.integers(0, 7)) if edits else 0,
         cut=draw(st.integers(0, sum(gaps) // 2)) if cuts else 0,
         sound_start=draw(st.sampled_from([0, 0, 30, 100])) if form != "avi" else 0,
