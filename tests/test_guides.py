@@ -23,6 +23,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -138,6 +140,10 @@ def folder(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     lines = "".join(json.dumps(sample | {"id": number}) + "\n" for number in ("1", "2"))  # CIDEr needs two
     for name in ("mine.jsonl", "train.jsonl", "my_data/train.jsonl", "my_data/test.jsonl"):
         (tmp_path / name).write_text(lines)
+    table = {"photo": [{"bytes": (tmp_path / "a.jpg").read_bytes(), "path": "a.jpg"}] * 4, "text": ["a star"] * 4}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "my_data" / "photos.parquet")
+    chat = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "a star"}]
+    (tmp_path / "my_data/chat.jsonl").write_text(json.dumps({"conversations": chat, "images": ["a.jpg"]}) + "\n")
     shutil.copy(ROOT / "projects/chatbridge/align.yaml", tmp_path / "my.yaml")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHATBRIDGE_CACHE", str(tmp_path / "cache"))

@@ -247,3 +247,10 @@ def test_a_whole_character_may_be_spelt_in_two_halves(tmp_path):
 def test_too_many_brackets_are_no_json(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 100_000)
     assert "recursion limit exceeded" in fault(tmp_path / "a.jsonl")
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    text = "a line\u2028that goes on\x85and on"
+    write_jsonl(tmp_path / "a.jsonl", [Sample("i\u2028d", captions=(text,))])
+    [sample] = read_jsonl(tmp_path / "a.jsonl")
+    assert (sample.id, sample.captions) == ("i\u2028d", (text,))

@@ -20,7 +20,7 @@ from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, write_jso
 
 _log = logging.getLogger(__name__)
 
-_SPLIT = "data"
+_SPLIT = "train"
 
 
 @dataclass

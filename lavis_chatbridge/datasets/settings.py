@@ -170,6 +170,8 @@ class DataSettings(Settings):
         """
         options = {key: value for key, value in self.options.items() if key not in self.splits}
         options |= self.options.get(split) or {}
+        if self.reader == "huggingface":
+            options.setdefault("split", split)
         return Origin(name, self.files(split), self.root, self.media, options, self.allow_outside, keep)
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:

@@ -260,3 +260,49 @@ def test_splits_are_known_without_reading_their_files():
     own = registry.get_builder_class("chatbridge_jsonl").split_names
     assert own({"splits": {"train": "a.jsonl", "val": None, "test": ["b.jsonl"]}}) == ["train", "test"]
     assert registry.get_builder_class("multis").split_names({"parts": ["multis_vqav2"]}) == ["train"]
+
+
+def test_nothing_is_cached_if_no_media_exist(tmp_path):
+    (tmp_path / "valor" / "videos").mkdir(parents=True)
+    rows = [{"video_id": "abC_20.000_30.000", "desc": "A door shuts."}]
+    (tmp_path / "valor" / "desc_test.json").write_text(json.dumps(rows))
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"none of the 1 samples of .*desc_test\.json has its media; the first path is"
+        ):
+            builder("eval_valor", data_root=str(tmp_path)).build_datasets()
+    (tmp_path / "valor" / "videos" / "abC_20.000_30.000.mp4").write_bytes(b"x")
+    assert len(builder("eval_valor", data_root=str(tmp_path)).build_datasets()["test"]) == 1
+
+
+def test_lists_and_patterns_of_any_format_are_read(tmp_path):
+    (tmp_path / "audiocaps" / "audio").mkdir(parents=True)
+    for name, line in (("first", "1,-abcdefghij,30,a sound"), ("second", "2,_abcdefghij,0,another sound")):
+        (tmp_path / f"{name}.csv").write_text(f"audiocap_id,youtube_id,start_time,caption\n{line}\n")
+    for files in (["first.csv", "second.csv"], "*.csv", ["f*.csv", "second.csv"]):
+        section = {"data_root": str(tmp_path), "splits": {"train": files}}
+        assert len(builder("multis_audiocaps", **section).build_datasets()["train"]) == 2
+    with pytest.raises(ConfigError, match=r"splits\.train names .*first\.csv twice: name each file once"):
+        builder("multis_audiocaps", data_root=str(tmp_path), splits={"train": ["*.csv", "first.csv"]}).build_datasets()
+
+
+def test_questions_without_annotations(tmp_path):
+    (tmp_path / "coco" / "images").mkdir(parents=True)
+    questions = {"questions": [{"image_id": 1, "question": "What?", "question_id": 2}]}
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    splits = {"test": {"questions": "q.json", "annotations": None}}
+    group = builder("eval_vqav2", data_root=str(tmp_path), splits=splits).build_datasets()["test"]
+    assert group.sources[0].sample(0).turns == (Message("user", "What?", ("image",)),)
+
+
+def test_chats_of_multis_that_do_not_exist_are_left_out_of_the_mixture(tmp_path, caplog):
+    (tmp_path / "audiocaps" / "audio").mkdir(parents=True)
+    (tmp_path / "multis").mkdir()
+    talk = [{"from": "human", "value": "What sounds?"}, {"from": "gpt", "value": "A door."}]
+    (tmp_path / "multis/audio_conversation.json").write_text(json.dumps([{"video_id": "a", "conversations": talk}]))
+    parts = ["multis_audiocaps_conversation", "multis_audiocaps_detail"]
+    group = builder("multis", parts=parts, data_root=str(tmp_path)).build_datasets()["train"]
+    assert [source.name for source in group.sources] == ["multis_audiocaps_conversation"]
+    assert "left out multis_audiocaps_detail, whose files do not exist" in caplog.text
+    with pytest.raises(DataError, match=r"audio_detail\*\.json"):
+        builder("multis_audiocaps_detail", data_root=str(tmp_path)).build_datasets()

@@ -15,6 +15,7 @@ from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path
 
+_ROWS = 32  # of a table that are in memory
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
 _COLUMNS = ("id", *MODALITIES, "captions", "question", "answer", "answers", "messages")
@@ -45,13 +46,14 @@ def huggingface(origin: Origin) -> Iterator[Sample]:
             named["captions"] = next((c for c in ("caption", "text") if c in table.column_names), "captions")
         if absent := [column for column in columns.values() if column not in table.column_names]:
             raise ConfigError(f"{path}: has no column {absent[0]!r}; it has {', '.join(table.column_names)}")
-        for number, values in enumerate(table):
+        rows = (values for batch in table.iter(batch_size=_ROWS) for values in batch.to_pylist())
+        for number, values in enumerate(rows):
             row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number}")
             yield _table_sample(row, str(number), origin, os.path.dirname(path))
 
 
 def _table(path: str, origin: Origin) -> Any:
-    """A streamed table whose media stay undecoded."""
+    """A streamed table in Arrow's format."""
     try:
         import datasets
     except ImportError as error:
@@ -66,11 +68,8 @@ def _table(path: str, origin: Origin) -> Any:
             table = datasets.load_dataset(builder, data_files=path, split="train", streaming=True, **more)
         else:
             table = datasets.load_dataset(path, split=split, streaming=True, **options)
-        table = table if table.features else table._resolve_features()
-        for column, feature in table.features.items():
-            if type(feature).__name__ in ("Image", "Audio", "Video"):
-                table = table.cast_column(column, type(feature)(decode=False))
-        return table
+        # Arrow's rows are as stored: `datasets` neither decodes media nor needs packages for it
+        return (table if table.features else table._resolve_features()).with_format("arrow")
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: datasets cannot read it: {' '.join(str(error).split())[:300]}") from error
 

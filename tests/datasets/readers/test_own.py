@@ -1,0 +1,198 @@
+"""Readers of your own data: tables of Hugging Face ``datasets``, and chat messages of fine-tuning tools."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+from PIL import Image
+
+from lavis_chatbridge import cli
+from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.readers import READERS, Origin
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.prompting import Message
+from lavis_chatbridge.schema import Medium
+
+
+def picture(grey):
+    out = BytesIO()
+    Image.new("RGB", (8, 8), (grey,) * 3).save(out, "PNG")
+    return out.getvalue()
+
+
+def tone():
+    out = BytesIO()
+    soundfile.write(out, np.zeros(1600, np.float32), 16_000, format="WAV")
+    return out.getvalue()
+
+
+def convert(*words):
+    return cli.main(["convert-data", *map(str, words)])
+
+
+def opened(medium):
+    source = media_source(medium)
+    return np.asarray(Image.open(BytesIO(source) if isinstance(source, bytes) else source))[0, 0, 0]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Three pictures with captions, as bytes in a Parquet file."""
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)]
+    columns = {"photo": images, "text": [f"grey {i}" for i in range(3)], "number": [7, 8, 9]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "photos.parquet")
+    return tmp_path / "photos.parquet"
+
+
+def test_a_table_of_bytes_becomes_a_jsonl_and_a_tar(tmp_path, table, capsys):
+    columns = ["--options", "columns.image=photo", "columns.id=number"]
+    assert convert(table, tmp_path / "out" / "own.jsonl", *columns) == 0
+    assert "3 samples" in capsys.readouterr().out
+    samples = list(SampleFile(tmp_path / "out" / "own.jsonl"))
+    assert [(s.id, s.captions) for s in samples] == [("7", ("grey 0",)), ("8", ("grey 1",)), ("9", ("grey 2",))]
+    assert [opened(s.media[0]) for s in samples] == [0, 1, 2]
+    assert {s.media[0].path for s in samples} == {str(tmp_path / "out" / "own.tar")}
+    assert convert(table, tmp_path / "shards", "--shards", *columns) == 0
+    assert [opened(s.media[0]) for s in SampleFile(tmp_path / "shards" / "photos.jsonl")] == [0, 1, 2]
+
+
+def test_columns_are_checked(tmp_path, table, capsys):
+    assert convert(table, tmp_path / "x.jsonl", "--options", "columns.imge=photo") == 2
+    assert "unknown key options.columns.imge, did you mean 'image'?" in capsys.readouterr().err
+    assert convert(table, tmp_path / "x.jsonl", "--options", "columns.image=foto") == 2
+    assert "has no column 'foto'; it has photo, text, number" in capsys.readouterr().err
+    assert convert(tmp_path / "none.parquet", tmp_path / "x.jsonl") == 2
+    assert "none.parquet does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "audiofolder"])
+def test_folders_of_media_are_read(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    ending, content = ("png", picture(5)) if name == "imagefolder" else ("wav", tone())
+    (folder / f"a.{ending}").write_bytes(content)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": f"a.{ending}", "text": "grey or silent"}) + "\n")
+    [sample] = READERS["huggingface"](Origin("own", {"file": [str(folder)]}, str(folder)))
+    kind = "image" if name == "imagefolder" else "audio"
+    assert (sample.modality, sample.captions) == (kind, ("grey or silent",))
+    assert sample.media[0] == Medium(kind, str(folder / f"a.{ending}"))
+
+
+def test_questions_and_messages_of_a_table(tmp_path):
+    talk = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "Grey."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": talk, "image": "a.png"}) + "\n")
+    (tmp_path / "ask.jsonl").write_text(
+        json.dumps({"question": "What?", "answers": ["a", "b"], "image": "a.png"}) + "\n"
+    )
+
+    def read(name):
+        [sample] = READERS["huggingface"](Origin("own", {"file": [str(tmp_path / name)]}, str(tmp_path)))
+        assert sample.media == (Medium("image", str(tmp_path / "a.png")),)
+        return sample
+
+    assert read("chat.jsonl").turns == (Message("user", "What is it?", ("image",)), Message("assistant", "Grey."))
+    assert read("ask.jsonl").turns == (Message("user", "What?", ("image",)), Message("assistant", "a"))
+    assert read("ask.jsonl").answers == ("a", "b")
+
+
+SHAREGPT = {
+    "conversations": [
+        {"from": "human", "value": "<image>What is it?"},
+        {"from": "gpt", "value": "A bus."},
+        {"from": "human", "value": "And here?\n<image>"},
+        {"from": "gpt", "value": "A dog."},
+    ],
+    "images": ["a.png", "b.png"],
+}
+MESSAGES = {
+    "messages": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "<video>What sounds?"},
+        {"role": "assistant", "content": "A bell."},
+    ],
+    "videos": ["c.mp4"],
+    "audios": [{"path": "d.wav"}],
+}
+TYPED = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]},
+    ],
+    "images": ["a.png"],
+}
+ALPACA = {"instruction": "Name the colour.", "input": "<image>", "output": "Red.", "images": ["a.png"]}
+COMPLETION = {
+    "prompt": [{"role": "user", "content": "Name <it> <image>"}],
+    "completion": [{"role": "assistant", "content": "Red."}],
+    "images": ["a.png"],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "paths"),
+    [
+        (
+            SHAREGPT,
+            [("What is it?", ("image",)), ("A bus.", ()), ("And here?", ("image",)), ("A dog.", ())],
+            ["a.png", "b.png"],
+        ),
+        (MESSAGES, [("Be short.\nWhat sounds?", ("audio", "video")), ("A bell.", ())], ["d.wav", "c.mp4"]),
+        (TYPED, [("What is it?", ("image",)), ("A bus.", ())], ["a.png"]),
+        (ALPACA, [("Name the colour.", ("image",)), ("Red.", ())], ["a.png"]),
+        (COMPLETION, [("Name <it>", ("image",)), ("Red.", ())], ["a.png"]),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_messages_of_fine_tuning_tools(tmp_path, row, turns, paths, form):
+    path = tmp_path / f"chat.{form}"
+    path.write_text(json.dumps(row) + "\n" if form == "jsonl" else json.dumps([row]))
+    [sample] = READERS["messages"](Origin("own", {"file": [str(path)]}, str(tmp_path)))
+    assert [(turn.text, turn.media) for turn in sample.turns] == turns
+    assert [turn.role for turn in sample.turns] == ["user", "assistant"] * (len(turns) // 2)
+    assert [medium.path for medium in sample.media] == [str(tmp_path / name) for name in paths]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**SHAREGPT, "images": ["a.png"]}, "<image> shows a medium that images does not list"),
+        ({**ALPACA, "images": ["../a.png"]}, "leaves the media root"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role is 'tool', expected system, user or assistant"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "must alternate between user and assistant"),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "type is 'file', expected text, image"),
+        ({"text": "x"}, "output is None, expected text"),
+    ],
+)
+def test_faults_of_messages_are_named(tmp_path, row, message):
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message):
+        list(READERS["messages"](Origin("own", {"file": [str(tmp_path / "chat.jsonl")]}, str(tmp_path))))
+
+
+def test_both_are_accepted_by_check_data(tmp_path, table, capsys):
+    assert cli.main(["check-data", str(table), "--decode", "--options", "columns.image=photo"]) == 0
+    assert "image                                      3" in capsys.readouterr().out
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(picture(1))
+    (tmp_path / "chat.jsonl").write_text(json.dumps(SHAREGPT) + "\n")
+    assert cli.main(["check-data", str(tmp_path / "chat.jsonl"), "--decode"]) == 0
+    (tmp_path / "b.png").unlink()
+    assert cli.main(["check-data", str(tmp_path / "chat.jsonl")]) == 1
+    assert "FAULT: missing medium: 1" in capsys.readouterr().out
+    (tmp_path / "chat.jsonl").write_text(json.dumps(SHAREGPT | {"images": []}) + "\n")
+    assert cli.main(["check-data", str(tmp_path / "chat.jsonl")]) == 1
+    assert "FAULT: malformed line: 1" in capsys.readouterr().out
+
+
+def test_without_the_package_datasets_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'lavis-chatbridge\[data\]'"):
+        list(READERS["huggingface"](Origin("own", {"file": ["org/name"]}, str(tmp_path))))
