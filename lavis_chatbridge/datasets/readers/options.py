@@ -184,7 +184,7 @@ def _position(answer: str, options: Sequence[str], texts: Sequence[str]) -> int:
         return list(options).index(answer)
     if answer in texts:
         return list(texts).index(answer)
-    letter = re.match(r"[(\[]?([A-Z])(?:[)\].:\s]|$)", answer)
+    letter = re.match(r"[(\[]?([A-Z])(?:[)\].:]|$)", answer)
     return LETTERS.index(letter.group(1)) if letter else -1
 
 
