@@ -290,7 +290,7 @@ class Decoder:
         past = prefix.take(start) if prefix is not None and len(rows) == 1 else None
         logits, cache = self._run(past, pads, start, embeds)
         if len(distinct) < len(rows):
-            cache.batch_select_indices(torch.tensor(index, device=logits.device))
+            cache.batch_select_indices(torch.tensor(index))
         lane = _Lane(rows, [pads[i] for i in index], cache, rows[0].length > self._switch)
         texts = self._chosen(rows, logits[index])
         self._keep(lane, [row for row in rows if not row.done])
@@ -355,7 +355,7 @@ class Decoder:
             lane.cache = select(lane.cache, index, cut)
             lane.pads = [lane.pads[i] - cut for i in index]
         elif index:
-            lane.cache.batch_select_indices(torch.tensor(index, device=self._table.weight.device))
+            lane.cache.batch_select_indices(torch.tensor(index))
             lane.pads = [lane.pads[i] for i in index]
         lane.rows = list(staying)
 

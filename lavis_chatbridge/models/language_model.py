@@ -84,7 +84,8 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
         )
     _forget_sampling_defaults(model, codec)
     model.requires_grad_(False).eval()
-    families.check_family(model)
+    if model.config.model_type not in families.TESTED:
+        families.check_family(model)
     model.embedding_scale = families.embedding_scale(model)
     if settings.lora is not None:
         lora.inject(model, settings.lora)

@@ -15,12 +15,14 @@ import torch
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.decoding import Decoder, beam_search
-from lavis_chatbridge.models.families import check_family, positions_of, switch_of
+from lavis_chatbridge.models.families import TESTED, check_family, positions_of, switch_of
 from lavis_chatbridge.models.kept import Element, Prefix
+from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.ranking import candidate_scores
 from lavis_chatbridge.models.sampling import Sampling
-from tests.models.replies import Letters, answers, prompt, reply, tiny
+from lavis_chatbridge.models.settings import LanguageModelSettings
+from tests.models.replies import SIZES, Letters, answers, prompt, reply, tiny
 
 GUIDE = Path(__file__).parents[2] / "docs" / "weights.md"
 BEGIN, END = "<!-- families: begin (tests/models/test_families.py) -->", "<!-- families: end -->"
@@ -153,6 +155,14 @@ def test_the_table_in_the_guide_is_what_was_measured(measured: dict[str, dict[st
         GUIDE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
     else:
         assert stood.strip() == table, "run UPDATE_DOCS=1 pytest tests/models/test_families.py"
+
+
+def test_only_families_without_such_a_test_are_checked_when_they_are_loaded(golden_dir: Path) -> None:
+    assert set(SUPPORTED) == TESTED
+    sizes = {key: value for key, value in SIZES.items() if not key.endswith("_id")}
+    config = {**sizes, "model_type": "mamba", "vocab_size": 640}
+    with pytest.raises(ConfigError, match="family 'mamba' are not supported"):
+        load_language_model(LanguageModelSettings(tokenizer=str(golden_dir / "tokenizer"), config=config))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -97,16 +96,6 @@ def tensors_of(layer: Any) -> Iterator[Tensor]:
         yield layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
 
 
-def full(layer: Any) -> Tensor:
-    """A layer's weights as the codes have them."""
-    codes, scale, *_ = tensors_of(layer)
-    if codes.dtype == torch.int8:
-        return codes.float() * scale[:, None] / 127
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(codes, layer.weight.quant_state).float()
-
-
 SAMPLES = {
     "pieces": [alignment_prompt(["image"], "a red dog runs"), alignment_prompt(["audio"], "rain on a roof")],
     "image": [[torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0))], []],
@@ -132,47 +121,15 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 @BOTH
-def test_layers_weigh_what_the_arithmetic_says(folder: Path, tokenizer: Path, how: Any) -> None:
-    model = load(folder, tokenizer, how, "bfloat16")
-    layers = quantised(model)
-    assert len(layers) == 7 * SIZES["num_hidden_layers"]
-    for layer in layers.values():
-        inputs, outputs = layer.in_features, layer.out_features
-        packed = (torch.int8, inputs * outputs) if how == "8bit" else (torch.uint8, inputs * outputs // 2)
-        assert (layer.weight.dtype, layer.weight.numel()) == packed
-    inside = [t for layer in layers.values() for t in tensors_of(layer)]
-    others = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in layers]
-    assert {p.dtype for p in others} == {torch.bfloat16}
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in (*inside, *others)}
-    assert sum(held.values()) < 2 * sum(p.numel() for p in load(folder, tokenizer, None).parameters())
-
-
-@BOTH
-def test_codes_stand_for_the_weights_of_their_layer(folder: Path, tokenizer: Path, how: Any) -> None:
-    plain, model = load(folder, tokenizer, None), load(folder, tokenizer, how)
-    for name, layer in quantised(model).items():
-        original = plain.get_submodule(name).weight
-        if how == "8bit":  # half a step of 127 to the row's largest, which is read in fp16
-            bound = original.abs().amax(1, keepdim=True) / 127 * 0.55 + 1e-6
-        else:  # half of NF4's widest gap, of the largest of 64; scales are rounded to 8 bits too
-            bound = original.reshape(-1, 64).abs().amax(1, keepdim=True) * 0.17
-        apart = (full(layer) - original).reshape(len(bound), -1).abs()
-        assert (apart <= bound).all(), name
-        assert apart.max() > 0
-
-
-@BOTH
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_logits_are_near_those_of_all_bits(folder: Path, tokenizer: Path, how: Any, dtype: Any) -> None:
     plain, model = load(folder, tokenizer, None), load(folder, tokenizer, how, dtype)
     expected, found = logits(plain), logits(model)
     assert 0 < error(found, expected) < NEAR[how]
     assert torch.equal(logits(model), found)
-    with torch.no_grad():
-        for name, layer in quantised(model).items():
-            plain.get_submodule(name).weight.copy_(full(layer))
-    if dtype == "float32":  # 8 bits round the inputs as well
-        assert error(found, logits(plain)) < {"8bit": 0.02, "4bit": 1e-5}[how]
+    assert len(quantised(model)) == 7 * SIZES["num_hidden_layers"]
+    others = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantised(model)]
+    assert {p.dtype for p in others} == {model.dtype}
 
 
 @BOTH
@@ -293,13 +250,6 @@ def test_a_quantised_model_is_not_sharded(
     monkeypatch.setattr(parallel.dist, "init_device_mesh", lambda *_arguments: None)
     with pytest.raises(ConfigError, match="fsdp cannot shard a quantised language model"):
         parallel._shard(bridge(folder, tokenizer, how).blocks(), torch.device("cpu"))
-
-
-def test_no_word_for_each_product(folder: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = load(folder, tokenizer, "8bit")
-    with caplog.at_level(logging.WARNING):
-        logits(model)
-    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
 
 def test_what_lacks_or_is_too_old_is_told_before_anything_is_loaded(
