@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 2000
+RESAMPLES, FEWEST = 2000, 500
+"""Of the bootstrap; sets of more than 10,000 clusters get fewer, since their intervals need no more."""
 LEVEL = 0.95
 _AT_ONCE = 5_000_000  # entries of a block of resampling counts
 
@@ -77,7 +78,7 @@ def paired(
     for size in _blocks(len(totals)):
         signs = rng.integers(0, 2, (size, len(totals)), dtype=np.int8) * 2 - 1
         as_large += int((np.abs(signs @ sums) >= abs(sums.sum()) * (1 - 1e-12)).sum())
-    p = (as_large + 1) / (RESAMPLES + 1)
+    p = (as_large + 1) / (sum(_blocks(len(totals))) + 1)
     return Difference(float(observed), float(low), float(high), p, differences.shape[-1])
 
 
@@ -104,13 +105,14 @@ def _clustered(
 
 def _blocks(clusters: int) -> Iterator[int]:
     """Sizes of blocks of resamples that fit into memory."""
-    size = max(1, min(RESAMPLES, _AT_ONCE // max(1, clusters)))
-    for start in range(0, RESAMPLES, size):
-        yield min(size, RESAMPLES - start)
+    total = min(RESAMPLES, max(FEWEST, 4 * _AT_ONCE // max(1, clusters)))
+    size = max(1, min(total, _AT_ONCE // max(1, clusters)))
+    for start in range(0, total, size):
+        yield min(size, total - start)
 
 
 def _resampled(clusters: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks ``[r, k]`` of how often each cluster was sampled, ``RESAMPLES`` rows in all."""
+    """Blocks ``[r, k]`` of how often each cluster was sampled, one row for each resample."""
     rng = np.random.default_rng(seed)
     for size in _blocks(clusters):
         picked = rng.integers(0, clusters, (size, clusters)) + clusters * np.arange(size)[:, None]
