@@ -306,17 +306,13 @@ def _fetch(name: Name, content: Content, prefixes: Sequence[str]) -> Path:
     place = Path()
     for file, _ in files:
         place = _asking(name, partial(_download, name, file))
-    return place if name.file else _folder_of(place, files[-1][0])
+    return place if name.file else place.parents[files[-1][0].count("/")]
 
 
 def _download(name: Name, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(name.repo, file, revision=name.revision))
-
-
-def _folder_of(place: Path, file: str) -> Path:
-    return place.parents[file.count("/")]
 
 
 def _remote_files(name: Name, content: Content, prefixes: Sequence[str]) -> list[tuple[str, int]]:
@@ -349,14 +345,15 @@ def _asking(name: Name, ask: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: One line with the file, its address and a remedy.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     what = f"{name.text} ({_address(name)})"
     put = f"or put its files into ${FOLDER}/{name.repo.rpartition('/')[2]}"
     try:
         return ask()
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        offline = "HF_HUB_OFFLINE is set" if _offline() else f"the server cannot be reached: {_one_line(error)}"
+        unreachable = f"the server cannot be reached: {_one_line(error)}"
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable
         raise CheckpointError(
             f"{what} is not on this disk and {offline}; run `chatbridge weights download` with a network, {put}"
         ) from error
@@ -387,12 +384,6 @@ def _transport_errors() -> list[type[Exception]]:
     return [httpx.HTTPError, own.HTTPError]
 
 
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def _check_disk(folder: Path, size: int, what: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -409,11 +400,17 @@ def _url_path(url: str) -> Path:
     return cache.expanduser() / "hub" / "checkpoints" / Path(urlparse(url).path).name
 
 
+def _refuse_offline(url: str) -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointError(f"{url} is not on this disk and HF_HUB_OFFLINE is set: put the file into ${FOLDER}")
+
+
 def _url_size(name: Name) -> int | None:
     import httpx
 
-    if _offline():
-        raise CheckpointError(f"{name.url} is not on this disk and HF_HUB_OFFLINE is set")
+    _refuse_offline(name.url)
     try:
         answer = httpx.head(name.url, follow_redirects=True, timeout=30).raise_for_status()
     except httpx.HTTPError as error:
@@ -432,8 +429,7 @@ def _fetch_url(url: str) -> Path:
     """Download a file; a broken connection is resumed where it ended."""
     import httpx
 
-    if _offline():
-        raise CheckpointError(f"{url} is not on this disk and HF_HUB_OFFLINE is set: put the file into ${FOLDER}")
+    _refuse_offline(url)
     target = _url_path(url)
     partial = target.with_name(f"{target.name}.incomplete")
     target.parent.mkdir(parents=True, exist_ok=True)
