@@ -191,7 +191,7 @@ def _row(pieces: Sequence[Piece], media: Places, codec: Codec, sample: int) -> _
         if isinstance(piece, Slot):
             place = media.get((piece.kind, piece.index))
             if place is None:
-                have = ", ".join(f"{kind} {i}" for kind, i in media) or "none"
+                have = ", ".join(f"{modality} {i}" for modality, i in media) or "none"
                 raise PromptError(
                     f"the prompt of sample {sample} names {piece.kind} {piece.index}, which it lacks (it has: {have})"
                 )

@@ -32,8 +32,12 @@ def media_of(samples: Mapping[str, Any]) -> Media:
     Raises:
         PromptError: If modalities have different numbers of samples, or a value is no processed medium.
     """
-    media: Media = {kind: _by_sample(kind, samples[kind]) for kind in MODALITIES if samples.get(kind) is not None}
-    sizes = {kind: len(of_kind) for kind, of_kind in media.items()}
+    media: Media = {
+        modality: _by_sample(modality, samples[modality])
+        for modality in MODALITIES
+        if samples.get(modality) is not None
+    }
+    sizes = {modality: len(listed) for modality, listed in media.items()}
     if len(set(sizes.values())) > 1:
         raise PromptError(f"the media of a batch are for different numbers of samples: {sizes}")
     return media
@@ -54,14 +58,14 @@ def training_prompts(samples: Mapping[str, Any], media: Media, template: Templat
     answers = _answers(samples)
     if texts is None:
         raise PromptError("a training batch needs 'pieces' or 'text_input'")
-    kinds = _kinds(media, len(texts))
+    brought = _modalities(media, len(texts))
     if answers is None:
-        return _checked([alignment_prompt(k, text) for k, text in zip(kinds, texts, strict=True)], media)
+        return _checked([alignment_prompt(k, text) for k, text in zip(brought, texts, strict=True)], media)
     if len(answers) != len(texts):
         raise PromptError(f"{len(texts)} questions in 'text_input', but {len(answers)} answers")
     conversations = [
         template.prompt([Message("user", text, k), Message("assistant", answer)])
-        for k, text, answer in zip(kinds, texts, answers, strict=True)
+        for k, text, answer in zip(brought, texts, answers, strict=True)
     ]
     return _checked(conversations, media)
 
@@ -83,9 +87,9 @@ def contexts(samples: Mapping[str, Any], media: Media, template: Template, quest
     if texts is None:
         if not size:
             raise PromptError("there is nothing to answer: the batch holds neither text nor media")
-        return [list(alignment_prompt(k, "")[:-1]) for k in _kinds(media, size)]
-    kinds = _kinds(media, len(texts))
-    turns = [[Message("user", text, k)] for k, text in zip(kinds, texts, strict=True)]
+        return [list(alignment_prompt(k, "")[:-1]) for k in _modalities(media, size)]
+    brought = _modalities(media, len(texts))
+    turns = [[Message("user", text, k)] for k, text in zip(brought, texts, strict=True)]
     return _checked([template.prompt(t, generate=True) for t in turns], media)
 
 
@@ -94,35 +98,40 @@ def is_alignment(context: Sequence[Piece]) -> bool:
     return all(isinstance(piece, Slot) for piece in context)
 
 
-def _by_sample(kind: Modality, given: Any) -> list[list[Medium]]:
+def _by_sample(modality: Modality, given: Any) -> list[list[Medium]]:
     if isinstance(given, Tensor):
-        if given.dim() < len(_BATCH[kind].split(",")):
+        if given.dim() < len(_BATCH[modality].split(",")):
             raise PromptError(
-                f"'{kind}' is a tensor of shape {list(given.shape)}, expected a batch {_BATCH[kind]}: "
-                f"{kind}.unsqueeze(0) makes a batch of a single one"
+                f"'{modality}' is a tensor of shape {list(given.shape)}, expected a batch {_BATCH[modality]}: "
+                f"{modality}.unsqueeze(0) makes a batch of a single one"
             )
         return [[medium] for medium in given]
     if isinstance(given, (AudioClips, EncodedMedium)) or not isinstance(given, (list, tuple)):
-        raise PromptError(f"'{kind}' of a batch is a {type(given).__name__}, expected a tensor or a list by sample")
+        raise PromptError(f"'{modality}' of a batch is a {type(given).__name__}, expected a tensor or a list by sample")
     media: list[list[Medium]] = []
     for i, of_sample in enumerate(given):
         listed = [of_sample] if isinstance(of_sample, (Tensor, AudioClips, EncodedMedium)) else list(of_sample or ())
         wrong = [medium for medium in listed if not isinstance(medium, (Tensor, AudioClips, EncodedMedium))]
         if wrong:
-            raise PromptError(f"'{kind}' of sample {i} holds a {type(wrong[0]).__name__}, expected a processed medium")
+            raise PromptError(
+                f"'{modality}' of sample {i} holds a {type(wrong[0]).__name__}, expected a processed medium"
+            )
         media.append(listed)
     return media
 
 
 def _size(media: Media) -> int | None:
-    return next((len(of_kind) for of_kind in media.values()), None)
+    return next((len(listed) for listed in media.values()), None)
 
 
-def _kinds(media: Media, size: int) -> list[tuple[Modality, ...]]:
+def _modalities(media: Media, size: int) -> list[tuple[Modality, ...]]:
     """Each sample's media in the order image, video, audio."""
     if _size(media) not in (None, size):
         raise PromptError(f"the batch has {size} texts, but media for {_size(media)} samples")
-    return [tuple(kind for kind in MODALITIES for _ in (media[kind][i] if kind in media else ())) for i in range(size)]
+    return [
+        tuple(modality for modality in MODALITIES for _ in (media[modality][i] if modality in media else ()))
+        for i in range(size)
+    ]
 
 
 def _texts(given: Any, size: int | None) -> list[str] | None:

@@ -136,7 +136,7 @@ def check_order(turns: Sequence[Message], generate: bool) -> None:
 
 def _numbered(media: Sequence[Modality], counts: dict[Modality, int]) -> list[Slot]:
     slots = []
-    for kind in media:
-        slots.append(Slot(kind, counts.get(kind, 0)))
-        counts[kind] = counts.get(kind, 0) + 1
+    for modality in media:
+        slots.append(Slot(modality, counts.get(modality, 0)))
+        counts[modality] = counts.get(modality, 0) + 1
     return slots
