@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, collate
-from lavis_chatbridge.datasets.plan import MixturePlan, batch_size_for_tokens, capped_sizes
+from lavis_chatbridge.datasets.plan import MixturePlan, batch_size_for_tokens
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, MediaError, TrainingError
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,6 @@ class LoaderSettings:
         batch_tokens: Instead: about this number of tokens per micro-batch; the number of samples is fixed per source.
         accumulate: Micro-batches per step, all of one source.
         ratios: Data set -> share of the steps, in any unit; by default by number of samples.
-        cap: Without ratios, no data set counts as more than this number of samples.
         group_by_length: Make batches of samples of similar length.
         seed: Of the order, and of every random choice for a sample (caption, template, augmentation).
         workers: Processes that load data; 0 loads in this one.
@@ -57,7 +56,6 @@ class LoaderSettings:
     batch_tokens: int | None = None
     accumulate: int = 1
     ratios: Mapping[str, float] | None = None
-    cap: int | None = None
     group_by_length: bool = False
     seed: int = 0
     workers: int = 0
@@ -162,7 +160,7 @@ class MixtureLoader:
         sizes = self._batch_sizes(lengths)
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
-            source_ratios(groups, settings.ratios, settings.cap),
+            source_ratios(groups, settings.ratios),
             sizes,
             world_size,
             settings.seed,
@@ -282,12 +280,11 @@ class Request:
 def source_ratios(
     groups: Mapping[str, SourceGroup | SourceDataset],
     ratios: Mapping[str, float] | None = None,
-    cap: int | None = None,
 ) -> dict[str, float]:
     """Source name -> share of the steps: the data set's ratio, divided among its sources.
 
-    A data set's ratio is the one in ``ratios``, else the one of its configuration, else its number of samples (at most
-    ``cap``); its sources divide it by their own ratios, else by their numbers of samples.
+    A data set's ratio is the one in ``ratios``, else the one of its configuration, else its number of samples; its
+    sources divide it by their own ratios, else by their numbers of samples.
 
     Raises:
         ConfigError: If a ratio names no data set, or only some have one.
@@ -299,13 +296,13 @@ def source_ratios(
     without = sorted(name for name, ratio in own.items() if ratio is None)
     if without and len(without) < len(own):
         raise ConfigError(f"{', '.join(without)} has no ratio, but other data sets of the mixture have one")
-    sizes = capped_sizes({name: sum(len(source) for source in group.sources) for name, group in groups.items()}, cap)
+    sizes = {name: sum(len(source) for source in group.sources) for name, group in groups.items()}
     shares: dict[str, float] = {}
     for name, group in groups.items():
         whole = sizes[name] if without else float(own[name] or 0.0)
         inner = [source.ratio if len(group.sources) > 1 else 1.0 for source in group.sources]
         if any(ratio is None for ratio in inner):
-            inner = [capped_sizes({"": len(source)}, cap)[""] for source in group.sources]
+            inner = [float(len(source)) for source in group.sources]
         total = sum(float(ratio or 0.0) for ratio in inner)
         shares |= {s.name: whole * float(r or 0.0) / total for s, r in zip(group.sources, inner, strict=True)}
     return shares

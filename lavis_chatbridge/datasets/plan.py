@@ -190,26 +190,17 @@ class MixturePlan:
 
     def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
         """The samples of a rank at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
-        name, positions = self.slices(step, np.array([rank]))
-        indices, epochs = self.drawn(name, positions[0])
-        return name, [(int(index), int(epoch)) for index, epoch in zip(indices, epochs, strict=True)]
-
-    def slices(self, step: int, ranks: np.ndarray) -> tuple[str, np.ndarray]:
-        """The source of a step, and ``[R, B]`` positions of some ranks in its endless sequence of epochs.
-
-        Args:
-            step: From 0.
-            ranks: ``[R]`` the ranks.
-        """
         number, turn = self._schedule.at(step)
         name = self.names[number]
         turn -= self._turns[number]
         size = self.batch_sizes[name]
         if name in self.lengths:
             # samples of similar length go to different ranks, so that no rank waits for the one with the longest
-            return name, self._sorted(name, turn).reshape(size, self.world_size).T[ranks]
-        starts = self._starts[number] + (turn * self.world_size + ranks) * size
-        return name, starts[:, None] + np.arange(size)
+            positions = self._sorted(name, turn).reshape(size, self.world_size)[:, rank]
+        else:
+            positions = self._starts[number] + (turn * self.world_size + rank) * size + np.arange(size)
+        indices, epochs = self.drawn(name, positions)
+        return name, [(int(index), int(epoch)) for index, epoch in zip(indices, epochs, strict=True)]
 
     def drawn(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``[n]`` positions of a source's endless sequence of epochs -> ``[n]`` indices and ``[n]`` epochs."""
@@ -262,11 +253,6 @@ class MixturePlan:
             order = KeyedPermutation(self.group, self.seed, 2, self.names.index(name), window)
             self._window = ((name, window), batches[order(np.arange(self.group))])
         return self._window[1][inside]
-
-
-def capped_sizes(sizes: Mapping[str, int], cap: int | None) -> dict[str, float]:
-    """Ratios proportional to the sizes, each limited to ``cap`` samples (T5, section 3.5.2)."""
-    return {name: float(size if cap is None else min(size, cap)) for name, size in sizes.items()}
 
 
 def batch_size_for_tokens(lengths: np.ndarray, budget: int, quantile: float = 0.95) -> int:

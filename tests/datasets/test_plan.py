@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lavis_chatbridge.datasets import plan as plans
-from lavis_chatbridge.datasets.plan import KeyedPermutation, MixturePlan, batch_size_for_tokens, capped_sizes
+from lavis_chatbridge.datasets.plan import KeyedPermutation, MixturePlan, batch_size_for_tokens
 from lavis_chatbridge.errors import ConfigError
 
 
@@ -171,8 +171,7 @@ def test_a_thousand_ranks_and_130_million_samples_cost_nothing(monkeypatch):
     assert plan.steps_per_epoch() == -(-sum(sizes.values()) // (32 * 1024))
 
 
-def test_caps_and_token_budgets():
-    assert capped_sizes({"a": 5, "b": 500}, 50) == {"a": 5.0, "b": 50.0}
+def test_token_budgets():
     assert batch_size_for_tokens(np.full(10, 100), 4000) == 40
     assert batch_size_for_tokens(np.full(10, 9000), 4000) == 1
 

@@ -94,6 +94,15 @@ def test_mistakes_are_named(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_inside_sbatch_without_srun_no_quarter_is_written(tmp_path, mine, monkeypatch, capsys):  # noqa: F811
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert shard(mine, "--output", tmp_path / "out") == 2
+    assert "Write srun before the command" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_annotation_file_of_a_data_set_has_shards_of_its_own(tmp_path, mine):  # noqa: F811
     places = [tmp_path / name for name in ("x/train.jsonl", "y/train.jsonl", "train-1.jsonl", "other.jsonl")]
     for place in places:
