@@ -311,7 +311,11 @@ class Engine:
                     if m.perceived and m.perceived.soft is not None
                 },
                 Prefix(),
-                TextStream(self.codec, (*prompt.stops, *sampling.stop)),
+                TextStream(
+                    self.codec,
+                    (*(() if sampling.ignore_eos else prompt.stops), *sampling.stop),
+                    sampling.min_new_tokens,
+                ),
                 prompt.end_ids,
                 sampling,
             )

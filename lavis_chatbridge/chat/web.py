@@ -79,7 +79,19 @@ SCRIPT = """
     const button = medium.closest('button');
     if (button && !button.innerText.trim()) button.ariaLabel = name(medium);
   });
-  new MutationObserver(label).observe(document.body, {childList: true, subtree: true, attributes: true});
+  // What gradio leaves for screen readers to stumble over.
+  const mend = () => {
+    document.querySelectorAll('.examples[role=list]').forEach((one) => one.removeAttribute('role'));
+    document.querySelectorAll('.example-icon[aria-label]:not([role])').forEach((one) => { one.role = 'img'; });
+    document.querySelectorAll('#conversation button[aria-label=""]').forEach((one) => { one.ariaLabel = 'Download'; });
+    document.querySelectorAll('#conversation [role=button]:has(button)').forEach((one) => {
+      one.removeAttribute('role');
+      one.removeAttribute('tabindex');
+      const button = one.querySelector('button');
+      if (!button.ariaLabel && !button.innerText.trim()) button.ariaLabel = 'Show or hide';
+    });
+  };
+  new MutationObserver(() => { label(); mend(); }).observe(document.body, {childList: true, subtree: true, attributes: true});
 }
 """
 _DOWNLOAD = """

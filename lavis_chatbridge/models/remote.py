@@ -239,9 +239,8 @@ class RemoteLanguageModel(nn.Module):
         """Yields a reply's text as it becomes final."""
         own = generation.sampling
         embeds = generation.embeds(0, self.embed_tokens)
-        stops = () if own.ignore_eos else generation.stream.stops
         # Closing the generator closes the connection, at which the server stops.
-        with closing(self.client.tokens(embeds, own, stops, sorted(generation.end_ids))) as tokens:
+        with closing(self.client.tokens(embeds, own, generation.stream.stops, sorted(generation.end_ids))) as tokens:
             for token, logprob in tokens:
                 if generation.cancelled:
                     yield generation.end("cancelled")
