@@ -300,10 +300,15 @@ def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) ->
     """A sampling in vLLM's names; every value is sent, so that the folder's generation_config.json has no effect.
 
     Raises:
-        ConfigError: If it asks for beams.
+        ConfigError: If it asks for beams or a repetition penalty.
     """
     if sampling.num_beams > 1:
         raise ConfigError(f"num_beams is {sampling.num_beams}: beam search needs the local language model")
+    if sampling.repetition_penalty != 1:  # vLLM counts the prompt's ids too, which embeddings do not have
+        raise ConfigError(
+            f"repetition_penalty is {sampling.repetition_penalty:g}: it needs the local language model; "
+            "presence_penalty and frequency_penalty work with an engine"
+        )
     greedy = sampling.temperature == 0
     return {
         "stream": True,
@@ -313,7 +318,7 @@ def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) ->
         "top_p": 1.0 if greedy else sampling.top_p,
         "top_k": -1 if greedy or sampling.top_k == 0 else sampling.top_k,
         "min_p": 0.0 if greedy else sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
+        "repetition_penalty": 1.0,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "seed": sampling.seed,

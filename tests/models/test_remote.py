@@ -65,7 +65,7 @@ def test_only_the_embedding_table_is_loaded(model: tuple[ChatBridge, Any], local
         {"stop": ["a"], "max_new_tokens": 30},
         {"ignore_eos": True, "max_new_tokens": 12},
         {"min_new_tokens": 6},
-        {"repetition_penalty": 1.5, "presence_penalty": 0.2},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.2},
         {"temperature": 1.0, "seed": 3},
         {"logprobs": 2},
     ],
@@ -93,6 +93,8 @@ def test_generate_of_the_model_uses_the_engine(session: Session, local: Session)
     assert session.model.generate(samples, max_length=6) == local.model.generate(samples, max_length=6)
     with pytest.raises(ConfigError, match="needs the local language model"):
         session.model.generate(samples, num_beams=3)
+    with pytest.raises(ConfigError, match="needs the local language model"):
+        session.ask("hello", repetition_penalty=1.3)
     with pytest.raises(ConfigError, match="need the local language model"):
         session.model.predict_answers(samples, inference_method="rank", answer_list=["a", "b"])
 
