@@ -91,7 +91,8 @@ SCRIPT = """
       if (!button.ariaLabel && !button.innerText.trim()) button.ariaLabel = 'Show or hide';
     });
   };
-  new MutationObserver(() => { label(); mend(); }).observe(document.body, {childList: true, subtree: true, attributes: true});
+  const all = {childList: true, subtree: true, attributes: true};
+  new MutationObserver(() => { label(); mend(); }).observe(document.body, all);
 }
 """
 _DOWNLOAD = """

@@ -71,7 +71,7 @@ class StandIn:
             [("prompt", i) for i in range(len(embeds))],
             {"prompt": embeds},
             None,
-            TextStream(self.codec, body["stop"]),
+            TextStream(self.codec, body["stop"], body["min_tokens"]),
             frozenset(body["stop_token_ids"]),
             own,
         )
