@@ -1,6 +1,6 @@
-"""Opens image, video and audio files: a path or bytes become an array, or raise `MediaError`. Knows no normalisation.
+"""Opens image, video and audio files: returns an array or raises `MediaError`. Knows no normalisation.
 
-Names are imported on first use: PyAV, soundfile and Pillow cost time that not every command needs.
+Names are imported on first use: PyAV, soundfile and Pillow are slow to import, and not every command needs them.
 """
 
 from __future__ import annotations

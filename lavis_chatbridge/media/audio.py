@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 Channel: TypeAlias = Literal["mean", "first"]
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
-_LOUDEST = 16.0  # float samples above 1 are clipped; above this they are on another scale, that of int16 for instance
-_BLOCK = 1 << 20  # samples read at once, so that stereo is never in memory as a whole
-_UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's value for a flac that was written into a pipe
+_LOUDEST = 16.0  # float samples above 1 are clipped; a higher peak than this means another scale, such as int16's
+_BLOCK = 1 << 20  # samples per read, so that a long stereo file is never in memory at once
+_UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's length of a flac that was written to a pipe
 _MOST_CHANNELS = 32  # of an array
 _PLANES = 8  # that a frame of FFmpeg has room for
 _LARGEST_KERNEL = 4_000_000
@@ -54,18 +54,18 @@ def open_audio(
 
     Args:
         source: A path, the bytes of a file, or samples (floats in [-1, 1], or integers, scaled by their type):
-            ``[S]``, ``[C,S]`` or ``[S,C]``, of which the shorter side is the channels (at most 32). Samples alone have
-            the rate ``rate``; ``(samples, rate in Hz)`` states another.
+            ``[S]``, ``[C,S]`` or ``[S,C]``; the shorter side is the channels (at most 32). Samples alone have the rate
+            ``rate``; ``(samples, rate in Hz)`` gives their own.
         rate: Samples per second of the result.
         channel: "mean" of all channels, or the "first" one.
         limits: Bounds on its length and on the time of decoding.
-        opener: Decodes a file: here, or in a limited process.
+        opener: Calls the decoder: `directly` in this process, or a `DecodingPool` in a limited one.
 
     Returns:
-        float32 ``[S]``. Samples lie in [-1, 1], apart from the ringing of the resampling filter.
+        float32 ``[S]``. Samples lie in [-1, 1]; the resampling filter may overshoot slightly.
 
     Raises:
-        MediaError: If it cannot be opened, holds no sound, or is too long. A truncated file is read to its end.
+        MediaError: If it cannot be opened, has no sound, or is too long. A truncated file is no error.
     """
     sound, stated = rated(source)
     if isinstance(sound, np.ndarray):
@@ -77,7 +77,7 @@ def open_audio(
 
 
 def rated(source: Any) -> tuple[Any, int | None]:
-    """Split ``(samples, rate in Hz)``; anything else has the rate None.
+    """Split ``(samples, rate in Hz)``; the rate of any other source is None.
 
     Raises:
         MediaError: If a pair is not an array and a rate.
@@ -195,7 +195,7 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
     if array.shape[0] == array.shape[1] or min(array.shape) > _MOST_CHANNELS:
         raise MediaError(
             array,
-            f"which side of {list(array.shape)} is the channels? expected [S], or [C,S] or [S,C] with at most "
+            f"the channel axis of {list(array.shape)} is unclear: expected [S], or [C,S] or [S,C] with at most "
             f"{_MOST_CHANNELS} channels and more samples than channels",
         )
     return array if array.shape[0] < array.shape[1] else array.T
@@ -218,15 +218,15 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
         return (samples.astype(np.float32) - 128.0) / 128.0
     if samples.dtype.kind == "i":
         return (samples / float(-np.iinfo(samples.dtype).min)).astype(np.float32)
-    raise MediaError(samples, f"samples of type {samples.dtype} have no agreed scale; give floats or signed integers")
+    raise MediaError(samples, f"samples of type {samples.dtype} have no standard scale; use floats or signed integers")
 
 
 def _sndfile_samples(
     file: str | io.BytesIO, source: object, channel: Channel, limits: Limits
 ) -> tuple[int, np.ndarray] | None:
-    """Rate and samples, or None for what FFmpeg may read: Ogg with a video, rare codecs, a wav that says it is empty.
+    """Rate and samples; None if FFmpeg should try: Ogg with a video, rare codecs, a wav whose header has length 0.
 
-    A recorder that was killed has left such a wav: it writes the length last.
+    A recorder that is killed leaves such a wav, because it writes the length last.
     """
     import soundfile
 
@@ -252,7 +252,7 @@ def _sndfile_samples(
 def _ffmpeg_samples(file: str | io.BytesIO, source: object, channel: Channel, limits: Limits) -> tuple[int, np.ndarray]:
     """Rate and samples. Damaged packets are left out; a file with more than a tenth of them is refused.
 
-    In a video, sound that starts after the first frame begins with silence, so that both have the same clock.
+    If a video's sound starts after its first frame, silence fills the gap, so that both have the same time axis.
     """
     import av.error
 

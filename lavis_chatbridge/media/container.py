@@ -1,4 +1,4 @@
-"""Opens containers (mp4, mkv, webm, avi, ogg, mp3 ...) with PyAV, which then reads no other file and no address."""
+"""Opens containers (mp4, mkv, webm, avi, ogg, mp3 ...) with PyAV. No other file and no URL is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
 
-# FFmpeg counts playlists (HLS, DASH, concat) as containers too; they name other files and addresses.
+# FFmpeg counts playlists (HLS, DASH, concat) as containers too; they name other files and URLs.
 _FORMATS = "mov,matroska,avi,ogg,mp3,wav,w64,flac,aiff,au,aac,ac3,amr,mpegts,mpeg,mpegvideo,m4v,flv,asf,caf,h264,hevc"
 
 
@@ -22,7 +22,7 @@ def open_container(file: str | io.BytesIO, limits: Limits) -> InputContainer:
     import av
 
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(limits.max_pixels)}
-    # Tags that are not UTF-8 must not cost the file. PyAV 19 reads them by itself and has lost this argument.
+    # A file with tags that are not UTF-8 must still open. PyAV 19 does this by default and has no such argument.
     lenient: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
     return av.open(file, "r", options=options, **lenient)
 
@@ -45,7 +45,7 @@ def modality_of(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> Literal["
     """The modality of a file by its content: a webm or mp4 without a video track is audio.
 
     Raises:
-        MediaError: If the file cannot be opened, or holds none of them.
+        MediaError: If the file cannot be opened, or is none of the three.
     """
     file = file_of(source)
     if is_picture(head_of(file)):
@@ -59,7 +59,7 @@ def modality_of(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> Literal["
 
 
 def find_stream(container: InputContainer, modality: str) -> Any:
-    """The first video or audio stream that can be decoded, or None. The cover of a sound file is no video."""
+    """The first video or audio stream that can be decoded, or None. A sound file's cover image is not a video."""
     import av.stream
 
     for stream in container.streams:
@@ -70,7 +70,7 @@ def find_stream(container: InputContainer, modality: str) -> Any:
 
 
 def first_stream(container: InputContainer, modality: str, source: object) -> Any:
-    """The first video or audio stream, set up to be decoded alone and in one thread.
+    """The first video or audio stream, set to single-threaded decoding; the other streams are discarded.
 
     Raises:
         MediaError: If the file has none.

@@ -1,4 +1,4 @@
-"""Which frames of a video, or clips of a sound, are taken: index arithmetic, without media."""
+"""Selects frames of a video or clips of a sound. Index arithmetic only: knows no media."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def one_of_each(items: Sequence[T], chunks: int, rng: np.random.Generator | None
 
 
 def frame_indices(count: int, frames: int, rng: np.random.Generator | None = None) -> list[int]:
-    """``frames`` indices into a video of ``count`` frames, spread over it in order.
+    """``frames`` indices into a video of ``count`` frames, evenly spaced and in order.
 
-    A shorter video is lengthened by repeating its last frame (original: ``data.py`` of the training reader). With
-    ``rng`` each index is random within its stretch, as in training; without it the middle one, as in evaluation.
+    A shorter video repeats its last frame (original: ``data.py`` of the training reader). Each index is a random one of
+    its stretch with ``rng`` (training), and the middle one without (evaluation).
     """
     lengthened = list(range(count)) + [count - 1] * (frames - count)
     return one_of_each(lengthened, frames, rng)

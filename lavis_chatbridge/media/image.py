@@ -16,9 +16,9 @@ from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, Source, file_o
 
 WHITE = (255, 255, 255)
 
-# Pillow has other decoders, which start programs (EPS) or are hardly ever exercised.
+# Pillow's other decoders start programs (EPS) or are rarely tested.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Broken EXIF blocks are common in good photos; a line on stderr for each helps nobody.
+# Broken EXIF blocks are common in good photos; a line on stderr for each is noise.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
@@ -34,9 +34,9 @@ def open_image(
 
     Args:
         source: A path, the bytes of a file, a Pillow image, or an array: ``[H,W]``, ``[H,W,1]``, ``[H,W,3]`` or
-            ``[H,W,4]`` of uint8, uint16 (scaled), bool, or floats in [0, 1]. Of an animation, the first frame.
-        at_least: Shortest useful side, in pixels. A JPEG that is at least twice as large is then decoded at 1/2, 1/4 or
-            1/8 of its size, with both sides still ``at_least`` long: several times faster for large photos.
+            ``[H,W,4]`` of uint8, uint16 (scaled), bool, or floats in [0, 1]. An animation gives its first frame.
+        at_least: Shortest useful side, in pixels. A JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8 of its
+            size, with both sides at least ``at_least`` long: several times faster for large photos.
         background: Replaces transparent parts.
         limits: Bounds on its size.
 
@@ -110,7 +110,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def whole_files_only() -> Iterator[None]:
-    """Let Pillow refuse truncated files: LAVIS tells it to fill up what is missing with gray."""
+    """Make Pillow raise on truncated files: LAVIS sets it to fill the missing part with gray."""
     allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -130,8 +130,8 @@ def check_size(source: object, size: tuple[int, ...], limits: Limits) -> None:
 def _wide_gray(image: Image.Image) -> np.ndarray:
     """Gray of 16 or 32 bits or floats, as uint16 or floats in [0, 1].
 
-    Pillow gives 32-bit modes to 16-bit files too, so integers are read on the 16-bit scale; floats beyond 1 are read on
-    the scale of bytes.
+    Pillow opens 16-bit files in 32-bit modes too, so integers are scaled as 16-bit ones; floats above 1 are scaled as
+    bytes.
     """
     values = np.array(image)
     if values.dtype.kind == "f":
@@ -157,7 +157,7 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
     """Brightness of any common type as uint8.
 
     Raises:
-        MediaError: If the type has no agreed scale, or floats lie outside [0, 1].
+        MediaError: If the type has no standard scale, or floats lie outside [0, 1].
     """
     dtype: Any = values.dtype
     if dtype == np.uint8:
@@ -170,4 +170,4 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
         if not np.isfinite(values).all() or values.min(initial=0.0) < -1e-3 or values.max(initial=0.0) > 1.0 + 1e-3:
             raise MediaError(values, "floating-point pixels must lie in [0, 1]")
         return np.rint(values.clip(0.0, 1.0) * 255.0).astype(np.uint8)
-    raise MediaError(values, f"type {dtype} has no agreed scale; give uint8, uint16, bool or floats in [0, 1]")
+    raise MediaError(values, f"type {dtype} has no standard scale; use uint8, uint16, bool or floats in [0, 1]")

@@ -1,6 +1,6 @@
 """Opens media in limited processes, for a server whose users send the files.
 
-A decoder that crashes, hangs or takes too much memory then costs one request. Memory is limited on Linux only.
+A decoder that crashes, hangs or uses too much memory fails only its own request. Memory is limited on Linux only.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _MEDIA_OF_A_PROCESS = 500  # memory that decoders leak returns with the process
 
 
 class DecodingPool:
-    """Processes in which the functions of this folder run; several threads may call one pool.
+    """Processes that run this package's functions. Thread-safe.
 
     Args:
-        workers: Media that are opened at the same time; further ones wait.
-        memory: Bytes that decoding one medium may take.
-        seconds: How long decoding one medium may take; then its process is killed.
+        workers: Number of processes; further media wait.
+        memory: Most bytes for decoding one medium.
+        seconds: Time limit of decoding one medium; then its process is killed.
 
     Raises:
         MissingExtraError: If pebble is not installed.
@@ -55,7 +55,7 @@ class DecodingPool:
         self.close()
 
     def close(self) -> None:
-        """End the processes; what they are opening fails."""
+        """End the processes; media being opened fail."""
         with self._lock:
             self._closed = True
             self._pool.stop()
@@ -66,10 +66,10 @@ class DecodingPool:
     ) -> Any:
         """``function(source, *args, limits=limits, **options)`` in one of the processes.
 
-        Arguments and results are pickled. Arrays and Pillow images are decoded already and stay in this process.
+        Arguments and results are pickled. Arrays and Pillow images need no decoding and stay in this process.
 
         Raises:
-            MediaError: As the function; also if its process dies, hangs, or needs more memory than it may take.
+            MediaError: If the function raises it, or its process dies, hangs or exceeds its memory limit.
         """
         if not is_file(source):
             return function(source, *args, limits=limits, **options)
@@ -87,10 +87,10 @@ class DecodingPool:
         except MediaError as error:
             if "MemoryError" not in error.cause:
                 raise
-            raise MediaError(source, f"decoding takes more than {self._memory >> 20} MiB of memory") from error
+            raise MediaError(source, f"decoding needs more than {self._memory >> 20} MiB of memory") from error
 
     def _run(self, function: Callable[..., Any], args: list[Any], options: dict[str, Any], seconds: float) -> Any:
-        """The function's result; a pool that broke, because an idle process died, is replaced once."""
+        """The function's result. A pool that is broken because an idle process died is replaced once."""
         used = self._pool
         try:
             return used.schedule(function, args, options, timeout=seconds).result()

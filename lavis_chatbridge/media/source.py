@@ -1,4 +1,4 @@
-"""Where a medium comes from, what opening it may cost, and how every failure becomes a `MediaError`."""
+"""Sources of media, limits on opening them, and the conversion of every failure into a `MediaError`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 _PICTURE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-"""Brands of pictures in MPEG-4's container: AVIF and HEIC."""
+"""Brands of images in MPEG-4's container: AVIF and HEIC."""
 
 _SECONDS_TO_NOTICE = 1.0  # loops that check the deadline raise a clearer error within this time
 
@@ -41,7 +41,7 @@ class Limits:
     """Bounds on opening one medium; one that exceeds them raises `MediaError`."""
 
     max_pixels: int = 89_478_485
-    """Width times height of an image or a video frame; Pillow warns from this size on."""
+    """Width times height of an image or a video frame; Pillow warns above it."""
     max_seconds: float = 3600.0
     """Length of a sound."""
     max_frames: int = 500_000
@@ -56,7 +56,7 @@ DEFAULT_LIMITS = Limits()
 
 
 class ChoiceError(ValueError):
-    """The caller's choice of frames is at fault, not the file."""
+    """The caller's choice of frames is invalid; the file is not at fault."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def media_errors(source: object) -> Iterator[None]:
 
 
 class _Decoder(threading.Thread):
-    """A thread that runs one call after the other; a new thread for each call would cost 0.3 ms."""
+    """A thread that runs calls one after the other; a new thread per call would cost 0.3 ms."""
 
     def __init__(self) -> None:
         super().__init__(name="decoder", daemon=True)
@@ -100,10 +100,10 @@ def _idle_decoder() -> _Decoder:
 
 
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of ``(source, ..., limits=...)``: it raises `MediaError` only, and soon.
+    """Decorate a function of ``(source, ..., limits=...)``: it raises nothing but `MediaError`, within a time limit.
 
-    Files are opened in another thread. Python cannot end a call into a C library that hangs, so after
-    ``limits.timeout`` that thread is left behind with the lowest priority, and the caller gets `MediaError`.
+    Files are opened in another thread. Python cannot end a hanging call into a C library, so after ``limits.timeout``
+    the thread is abandoned with the lowest priority, and the caller gets `MediaError`.
     """
 
     @functools.wraps(function)
@@ -139,12 +139,12 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def directly(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-    """``function(*args, **kwargs)``; a `pool.DecodingPool` calls it in a limited process instead."""
+    """Call ``function`` in this process, where a `pool.DecodingPool` would call it in a limited one."""
     return function(*args, **kwargs)
 
 
 class Deadline:
-    """The time at which decoding ``source`` has taken ``seconds``."""
+    """The end of the time limit for decoding ``source``: ``seconds`` from now."""
 
     def __init__(self, source: object, seconds: float) -> None:
         self._source, self._seconds = source, seconds
@@ -157,7 +157,7 @@ class Deadline:
 
 
 def is_file(source: object) -> bool:
-    """Whether a source is a path or the bytes of a file, and so has yet to be decoded."""
+    """Whether a source is a path or the bytes of a file, which must be decoded."""
     return isinstance(source, (str, bytes, bytearray, memoryview)) or hasattr(source, "__fspath__")
 
 
@@ -168,7 +168,7 @@ def file_of(source: Any) -> str | io.BytesIO:
     may never end.
 
     Raises:
-        MediaError: If the file does not exist, is not a regular file or is empty, or the source is of no known type.
+        MediaError: If the file does not exist, is not a regular file or is empty, or the source has an unknown type.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
@@ -190,7 +190,7 @@ def file_of(source: Any) -> str | io.BytesIO:
 
 
 def head_of(file: str | io.BytesIO, size: int = 16) -> bytes:
-    """The first bytes of a file, which is left at its start."""
+    """The first bytes of a file, which is rewound."""
     if isinstance(file, str):
         with open(file, "rb") as opened:
             return opened.read(size)
@@ -210,7 +210,7 @@ def is_heif(head: bytes) -> bool:
 
 
 class _Bytes(io.BytesIO):
-    """Bytes as a file. A seek before the start, as broken files cause, goes to the start: libsndfile needs that."""
+    """Bytes as a file. A seek before the start, as in broken files, goes to the start: libsndfile needs that."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """As ``io.BytesIO.seek``."""
@@ -221,11 +221,11 @@ class _Bytes(io.BytesIO):
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong, in one line without addresses of objects in memory."""
+    """The error in one line, without memory addresses."""
     name = type(error).__name__
     if name == "UnidentifiedImageError":
         return "it is not an image of a known format"
     if name == "InvalidDataError":  # PyAV's
-        return "it is damaged, or no audio or video file of a known format"
+        return "it is damaged, or not an audio or video file of a known format"
     text = " ".join(str(error).split())
     return f"{name}: {text[:300]}" if text else name

@@ -1,4 +1,4 @@
-"""What a processed or encoded medium is: the forms in which media travel from processors to the model."""
+"""The types of processed and encoded media, which processors pass to the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class AudioClips(NamedTuple):
 
     Attributes:
         fbank: ``[N, F, M]`` normalised log-mel filterbank: clips, frames of 10 ms, mel bins.
-        frames: ``[N]`` how many of the ``F`` frames of each clip are sound; the rest is padding.
+        frames: ``[N]`` number of the ``F`` frames of each clip that are sound; the rest is padding.
     """
 
     fbank: Tensor
@@ -20,11 +20,11 @@ class AudioClips(NamedTuple):
 
 
 class EncodedMedium(NamedTuple):
-    """One medium after its frozen encoder and layer norm: what a feature cache holds.
+    """One medium after its frozen encoder and layer norm, as feature caches store it.
 
     Attributes:
         tokens: ``[T, N, D]``: frames or clips, tokens of each, encoder width.
-        mask: ``[T, N]`` bool, true where a token stands for content (false for padded audio).
+        mask: ``[T, N]`` bool, true where a token represents content (false for padded audio).
     """
 
     tokens: Tensor

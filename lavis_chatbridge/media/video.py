@@ -1,8 +1,8 @@
-"""Opens videos: a path, bytes or an array become the chosen frames. Decodes nothing that these do not need.
+"""Opens videos: a path, bytes or an array become the chosen frames. Only what these need is decoded.
 
-The file is first read without decoding: that gives the true number of frames (headers may lie), the time of each frame,
-which are shown, and which are key frames. A chosen frame then costs the decoding of its predecessors from the last key
-frame, without those that no other frame refers to.
+The file is first read without decoding, for the true number of frames (headers may be wrong), and whether and when each
+frame is shown, and which are key frames. To decode a chosen frame, decoding starts at the last key frame before it and
+skips frames that no other frame refers to.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _MOST_PICTURES = 50_000  # frames of an animated image
 _KEEP_BYTES = 1 << 28  # packets up to this size in total stay in memory between the two passes
-_JUMP_SECONDS = 10  # a longer gap in a format for broadcasting is another recording, not a long frame
+_JUMP_SECONDS = 10  # in a broadcast format, a longer gap separates recordings; it is not a long frame
 _LIMITED, _FULL = 1, 2  # FFmpeg's AVColorRange
 _BT709, _UNKNOWN_MATRIX, _BT601 = 1, 2, 5  # FFmpeg's AVColorSpace and SWS_CS
 
@@ -49,12 +49,12 @@ def open_video(
     background: tuple[int, int, int] = WHITE,
     limits: Limits = DEFAULT_LIMITS,
 ) -> np.ndarray:
-    """Open chosen frames of a video as a player shows them: upright, in RGB, without what an edit list cuts off.
+    """Open chosen frames of a video as a player shows them: upright, in RGB, without frames that an edit list hides.
 
     Args:
         source: A path, the bytes of a file (an image, animated or not, is a video too), a Pillow image, or an array
             ``[T,H,W,3]`` or ``[T,H,W]`` as `open_image` takes for one image.
-        choose: Maps the number of shown frames to the wanted indices, in any order, repeats allowed. Indices count
+        choose: Maps the number of shown frames to the wanted indices, in any order, with repeats allowed. Indices count
             equal parts of the video's time: where the frame rate varies, index ``i`` of ``n`` is the frame that is
             shown in the middle of the ``i``-th of ``n`` parts.
         background: Replaces the transparent parts of an animated image.
@@ -74,7 +74,7 @@ def open_video(
         try:
             return _picture_frames(source, source, choose, background, limits)
         finally:
-            source.seek(shown)  # it belongs to the caller
+            source.seek(shown)  # the caller closes it
     file = file_of(source)
     head = head_of(file)
     if is_picture(head):
@@ -138,16 +138,16 @@ def _check_bytes(source: object, size: tuple[int, int], frames: int, limits: Lim
 
 @dataclass(frozen=True)
 class _Index:
-    """The packets of a video stream in the order of the file: what is known without decoding.
+    """The packets of a video stream in the order of the file: all information that needs no decoding.
 
     Attributes:
         times: When each frame is displayed, in units of the stream's time base.
         keys: Which are key frames.
         count: Number of shown frames; an edit list hides others.
-        order: Positions of the shown frames by time of display; None if the times cannot be trusted.
+        order: Positions of the shown frames by time of display; None if the times are unreliable.
         end: When the last frame ends.
         packets: The packets themselves, unless they are too large.
-        timed: Whether equal parts of the time can be told from the times; else frames are counted.
+        timed: Whether indices are by time; otherwise frames are counted.
     """
 
     times: list[int | None]
@@ -164,7 +164,7 @@ class _Index:
         return self.times[self.order[rank]] or 0
 
     def ranks(self, indices: list[int]) -> list[int]:
-        """The frames that are shown in the middle of the parts ``indices`` of the video's time."""
+        """The frames shown in the middle of each of the parts ``indices`` of the video's time."""
         if self.order is None or not self.timed or self.count == 1:
             return indices
         shown = np.array([self.time(rank) for rank in range(self.count)])
@@ -224,7 +224,7 @@ def _read_index(container: Any, stream: Any, source: object, limits: Limits, dea
             raise MediaError(source, f"it has more than {limits.max_frames} frames")
     if not shown:
         raise MediaError(source, "its video track shows no frames")
-    # AVI stores a frame rate and no times of display, which FFmpeg guesses in the order of decoding.
+    # AVI stores a frame rate but no display times; FFmpeg guesses them in decoding order.
     avi = container.format.name == "avi"
     reordered = avi and stream.codec_context.has_b_frames
     if reordered or None in times or len({times[position] for position in shown}) < len(shown):
@@ -248,7 +248,7 @@ def _decode(
         wanted = {index.time(rank): rank for rank in ranks}
         picker.by_time(packets, _spans(index, ranks), wanted)
         missing = [rank for rank in ranks if rank not in picker.pictures]
-        if missing and index.packets is not None:  # with gradual refresh, frames are intact some time after a key frame
+        if missing and index.packets is not None:  # with gradual refresh, frames become intact after a key frame
             picker.by_time(index.packets, _spans(index, missing, groups=2), wanted)
     missing = [rank for rank in ranks if rank not in picker.pictures]
     if not picker.pictures or (index.order is not None and len(missing) > len(ranks) // 2):
@@ -262,8 +262,8 @@ def _decode(
 def _spans(index: _Index, ranks: list[int], groups: int = 1) -> list[tuple[int, int, set[int]]]:
     """The stretches of the file to decode: first and last position, and the positions of chosen frames among them.
 
-    A frame may be shown before the key frame that it follows in the file (open groups of pictures). It then refers to
-    the group before, so decoding starts there. With ``groups`` it starts that many key frames back.
+    A frame may be shown before the key frame that it follows in the file (open GOP). It then refers to the previous
+    GOP, so decoding starts there. With ``groups`` it starts that many key frames back.
     """
     assert index.order is not None
     spans: list[tuple[int, int, set[int]]] = []
@@ -292,7 +292,7 @@ class _Picker:
         self._size: tuple[int, int] | None = None
 
     def by_counting(self, packets: Iterable[Packet], ranks: list[int]) -> None:
-        """Decode from the start and count, where times are unknown. Some packets hold no frame of their own."""
+        """Decode from the start and count frames, for videos without times. Some packets contain no frame."""
         wanted, count, last = set(ranks), 0, None
         for packet in _then_none(packets):
             for frame in self._frames(packet):
@@ -308,7 +308,7 @@ class _Picker:
         self, packets: Iterable[Packet], spans: list[tuple[int, int, set[int]]], wanted: dict[int, int]
     ) -> None:
         """Decode the ``spans`` only; ``wanted`` maps the time of each chosen frame to its rank."""
-        self._codec.open(strict=False)  # libdav1d (AV1) keeps the setting of ``skip_frame`` that it is opened with
+        self._codec.open(strict=False)  # libdav1d (AV1) keeps the ``skip_frame`` setting that it was opened with
         remaining = iter(spans)
         span = next(remaining, None)
         for position, packet in enumerate(packets):
@@ -356,7 +356,7 @@ def _then_none(packets: Iterable[Packet]) -> Iterator[Packet | None]:
 
 
 def _colours(frame: VideoFrame) -> dict[str, Any]:
-    """The frame's own colour matrix and range for the conversion to RGB; PyAV before 17 does not apply them itself."""
+    """The frame's own colour matrix and range for the conversion to RGB; PyAV before 17 ignores them."""
     if not frame.format.name.startswith(("yuv", "nv", "p0")):
         return {}
     full = int(frame.color_range) == _FULL or frame.format.name.startswith("yuvj")

@@ -142,7 +142,7 @@ def test_arrays_with_channels_first_or_last() -> None:
         np.testing.assert_array_equal(open_audio(channels, channel="first"), left)
     np.testing.assert_array_equal(open_audio(left[:, None]), left)
     for unclear in (np.zeros((2, 2), np.float32), np.zeros((400, 33), np.float32), np.zeros((33, 400), np.float32)):
-        with pytest.raises(MediaError, match="which side of"):
+        with pytest.raises(MediaError, match="the channel axis of"):
             open_audio(unclear)
 
 

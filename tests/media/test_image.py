@@ -169,7 +169,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     for source in (b"", b"hello", good[:-40], 7, None, "a\0b", np.zeros((2, 2, 2, 2)), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(MediaError):
             open_image(source)  # type: ignore[arg-type]
-    with pytest.raises(MediaError, match="no agreed scale"):
+    with pytest.raises(MediaError, match="no standard scale"):
         open_image(np.zeros((4, 4), np.int64))
 
 

@@ -212,5 +212,5 @@ def test_modality_by_content() -> None:
     assert [modality_of(source) for source in sources] == ["image", "video", "video", "audio", "audio"]
     with pytest.raises(MediaError, match="no video track; it holds only sound"):
         open_video(voice, these(0))
-    with pytest.raises(MediaError, match="damaged, or no audio or video file of a known format"):
+    with pytest.raises(MediaError, match="damaged, or not an audio or video file of a known format"):
         modality_of(b"junk" * 50)
