@@ -29,13 +29,13 @@ class AudioSettings(Settings):
     """Length of a clip in frames of 10 ms."""
     max_clips: int = 3
     channel: Literal["mean", "first"] = "mean"
-    """Mean of the channels, or the first one as the original takes it."""
+    """Mean of the channels, or the first channel, as in the original."""
     layout: Literal["clips", "original"] = "clips"
-    """``clips`` gives as many clips as the sound fills; ``original`` always ``max_clips``, silence among them."""
+    """``clips``: as many clips as the sound fills. ``original``: always ``max_clips``, padded with silence."""
     extractor: dict[str, Any] | None = None
-    """A feature extractor of transformers (its ``preprocessor_config.json``) instead of BEATs' filterbank."""
+    """A transformers feature extractor (content of ``preprocessor_config.json``) that replaces BEATs' filterbank."""
     clip_seconds: float = 10.0
-    """Length of a clip for ``extractor``."""
+    """Length of a clip in seconds, with ``extractor``."""
 
     def check(self) -> Iterator[str]:
         for name in ("mel_bins", "clip_frames"):
@@ -52,7 +52,7 @@ class AudioSettings(Settings):
 
 @registry.register_processor("chatbridge_audio_eval")
 class AudioEvalProcessor(ChatBridgeProcessor):
-    """The same sound always gives the same clips."""
+    """Deterministic clips of a sound."""
 
     name = "chatbridge_audio_eval"
     encoder = "audio"

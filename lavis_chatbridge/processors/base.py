@@ -1,4 +1,4 @@
-"""What all processors share: settings from LAVIS's config, limits, a version for cache keys, a random generator."""
+"""The base class of processors: settings from LAVIS's config, limits, a version for cache keys, a random generator."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ChatBridgeProcessor(BaseProcessor):
     Attributes:
         name: Its name in LAVIS's registry.
         settings_class: The class of its settings.
-        revision: Raised whenever its output for the same settings changes.
+        revision: A number to raise whenever the output for the same settings changes.
         random: Whether its output is random, as in training.
         encoder: The encoder that takes its output, ``"vision"`` or ``"audio"``.
-        limits: What opening a medium may cost; a server sets lower ones.
+        limits: Bounds on opening a medium; a server sets lower ones.
         opener: Calls the ``media`` package's functions: here, or a `media.pool.DecodingPool` in limited processes.
     """
 
@@ -43,9 +43,9 @@ class ChatBridgeProcessor(BaseProcessor):
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig | None = None) -> ChatBridgeProcessor:
-        """The processor for a section of a YAML, of which LAVIS reads the ``name`` key.
+        """The processor of a YAML section, without its key ``name``, which LAVIS reads.
 
-        ``encoder: ${model.vision}`` stands for the settings that this encoder needs; others beside it come first.
+        ``encoder: ${model.vision}`` inserts the settings that this encoder needs; other keys override them.
 
         Raises:
             ConfigError: If a key is unknown or a value does not fit.
@@ -66,7 +66,7 @@ class ChatBridgeProcessor(BaseProcessor):
         """Prepare one medium.
 
         Args:
-            source: What the ``media`` package's functions take.
+            source: A path, bytes, or an array; see the ``media`` package.
             rng: Random generator of training processors, by default a new one. Evaluation processors ignore it.
 
         Raises:

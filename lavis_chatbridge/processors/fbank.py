@@ -1,7 +1,7 @@
 """Mono samples become BEATs' input: sound is cut into clips of equal length, each a normalised log-mel filterbank.
 
-A frame of the filterbank depends on its own 25 ms of sound only, so the frames of a part equal that part of the frames
-of the whole, and only the chosen clips are computed. Legend: `S` samples, `N` clips, `F` frames of a clip, `M` mel
+A frame of the filterbank depends only on its own 25 ms of sound, so each clip is computed alone, and clips that are not
+chosen are not computed. Legend: `S` samples, `N` clips, `F` frames of a clip, `M` mel
 bins.
 """
 
@@ -19,20 +19,20 @@ from lavis_chatbridge.media.types import AudioClips
 
 RATE = 16_000
 FRAME_SAMPLES, SHIFT_SAMPLES = 400, 160
-"""25 ms and 10 ms."""
+"""25 ms and 10 ms at 16 kHz."""
 
 MEAN, STD = 15.41663, 6.55582
-"""BEATs' statistics; the deviation counts twice (BEATs.py, preprocess)."""
+"""BEATs' statistics; features are divided by 2 x STD (BEATs.py, preprocess)."""
 
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
-"""The filterbank of a silent sound has no value above this: its samples stay below the rounding of 16 bits."""
+"""The highest filterbank value of a silent sound, whose samples are below 16-bit rounding."""
 
 _PREEMPHASIS = 0.97
 _FFT_SAMPLES = 512
 _FLOOR = torch.finfo(torch.float32).eps
 
 SHORTEST_TAIL = 16
-"""The rest of a sound with fewer frames makes no clip of its own: this is one patch of BEATs."""
+"""A remainder with fewer frames is dropped: BEATs' patches have this side."""
 
 
 def is_silent(clips: AudioClips) -> bool:
@@ -43,14 +43,14 @@ def is_silent(clips: AudioClips) -> bool:
 def cut_clips(
     samples: Tensor, mel_bins: int, clip_frames: int, max_clips: int, rng: np.random.Generator | None = None
 ) -> AudioClips:
-    """Cut a sound into as many clips as it fills, at most ``max_clips``; zeros fill up the last one.
+    """Cut a sound into as many clips as it fills, at most ``max_clips``; the last one is zero-padded.
 
     Args:
         samples: ``[S]`` at 16 kHz; at least one frame.
         mel_bins: `M`.
         clip_frames: `F`.
-        max_clips: A longer sound is divided into this many stretches, of which one clip each is taken.
-        rng: With it a random clip of each stretch is taken; without it the middle one.
+        max_clips: A longer sound is divided into this many equal stretches, and one clip of each is used.
+        rng: Chooses a random clip of each stretch; None chooses the middle one.
     """
     total = frame_count(len(samples))
     clips = -(-total // clip_frames)
@@ -64,11 +64,11 @@ def cut_clips(
 def cut_slices_as_original(
     samples: Tensor, mel_bins: int, clip_frames: int, slices: int, rng: np.random.Generator | None = None
 ) -> AudioClips:
-    """Always ``slices`` clips, silence among them, as the original's reader cuts them for its checkpoints.
+    """Always ``slices`` clips, padded with silence as in the original, for its checkpoints.
 
-    Zeros lengthen the sound to at least ``slices`` clips, and by a whole clip if it fills its last one; one clip of
-    each of ``slices`` stretches is taken. All frames count as sound (original: custom_datasets/valor_data/data.py).
-    Arguments as those of `cut_clips`.
+    The sound is zero-padded to at least ``slices`` clips, and by one more clip if its last one is full; one clip of
+    each of ``slices`` stretches is used. All frames count as sound (original: custom_datasets/valor_data/data.py). The
+    other arguments are those of `cut_clips`.
     """
     total = frame_count(len(samples))
     stacked = (total + max(slices * clip_frames - total, clip_frames - total % clip_frames)) // clip_frames
@@ -77,7 +77,7 @@ def cut_slices_as_original(
 
 
 def _clips(samples: Tensor, chosen: list[int], mel_bins: int, clip_frames: int) -> Tensor:
-    """``[len(chosen), F, M]``: the clips with these numbers, zeros after the end of the sound."""
+    """``[len(chosen), F, M]``: the clips with these indices, zero-padded after the end of the sound."""
     clips = samples.new_zeros(len(chosen), clip_frames, mel_bins)
     for row, clip in enumerate(chosen):
         start = clip * clip_frames * SHIFT_SAMPLES
@@ -89,14 +89,14 @@ def _clips(samples: Tensor, chosen: list[int], mel_bins: int, clip_frames: int) 
 
 
 def frame_count(samples: int) -> int:
-    """The number of whole frames in this many samples."""
+    """The number of complete frames in ``samples`` samples."""
     return max(0, 1 + (samples - FRAME_SAMPLES) // SHIFT_SAMPLES)
 
 
 def fbank(samples: Tensor, mel_bins: int) -> Tensor:
-    """Normalised log-mel filterbank: ``torchaudio.compliance.kaldi.fbank``, with its constant parts kept.
+    """Normalised log-mel filterbank: ``torchaudio.compliance.kaldi.fbank``, with window and mel banks cached.
 
-    The operations have torchaudio's order: for nearly silent sound, another order of rounding shows in the logarithm.
+    The operations are in torchaudio's order: for nearly silent sound, the logarithm amplifies rounding differences.
 
     Args:
         samples: ``[S]`` at 16 kHz, in [-1, 1]; at least one frame.

@@ -26,7 +26,7 @@ _SECONDS = 10.0
 """Length of a clip for encoders without a window of their own (wav2vec2, HuBERT)."""
 
 _SHORTEST = 0.1
-"""The rest of a sound that is shorter (in seconds) makes no clip of its own."""
+"""A shorter remainder of a sound (in seconds) is dropped."""
 
 
 def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
@@ -37,11 +37,11 @@ def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
         modality: ``"vision"`` or ``"audio"``.
 
     Returns:
-        ``image_size``, ``mean`` and ``std``, or ``extractor`` and ``clip_seconds``; nothing for BEATs and for encoders
-        that are registered by users.
+        ``image_size``, ``mean`` and ``std``, or ``extractor`` and ``clip_seconds``; empty for BEATs and for
+        encoders that users register.
 
     Raises:
-        CheckpointError: If the encoder's configuration cannot be had.
+        CheckpointError: If the encoder's configuration cannot be read or downloaded.
     """
     name, weights = encoder.get("encoder", "eva" if modality == "vision" else "beats"), encoder.get("weights")
     if name == "eva":
@@ -73,8 +73,8 @@ def clips_of(
         samples: ``[S]`` at the extractor's rate.
         extractor: A ``preprocessor_config.json`` of transformers.
         clip_seconds: Length of a clip.
-        max_clips: A longer sound is divided into this many stretches, of which one clip each is taken.
-        rng: With it a random clip of each stretch is taken; without it the middle one.
+        max_clips: A longer sound is divided into this many equal stretches, and one clip of each is used.
+        rng: Chooses a random clip of each stretch; None chooses the middle one.
     """
     rate = int(extractor["sampling_rate"])
     length = int(clip_seconds * rate)
@@ -90,7 +90,7 @@ def clips_of(
 
 
 def _valid(features: Tensor, clips: list[np.ndarray], hop: int) -> Tensor:
-    """``[N]`` steps of each clip that are sound; all, for encoders that were trained on padded windows."""
+    """``[N]`` number of steps of each clip that are sound; all steps if the encoder was trained on padded windows."""
     lengths = torch.tensor([len(clip) for clip in clips])
     if features.dim() == 2:  # [N, S] waveforms
         return lengths
@@ -117,7 +117,7 @@ def _of_timm(encoder: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clip_seconds(extractor: Mapping[str, Any]) -> float:
-    """The window that an encoder was trained on."""
+    """Length in seconds of the window that an encoder was trained on."""
     for key in ("chunk_length", "max_length_s"):  # Whisper, CLAP
         if extractor.get(key):
             return float(extractor[key])

@@ -31,8 +31,8 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
 
     Args:
         preprocess_cfg: ``vis_processor``, ``video_processor``, ``audio_processor``, ``text_processor``, each with
-            ``train`` and ``eval``, each with ``name`` and that processor's settings. ChatBridge's own processors with
-            their defaults replace what is missing.
+            ``train`` and ``eval``, each with ``name`` and that processor's settings. Missing ones are
+            ChatBridge's own processors with default settings.
 
     Returns:
         ``{"image": {"train": ..., "eval": ...}, "video": ..., "audio": ..., "text": ...}``.

@@ -26,7 +26,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _OVERSAMPLING = 2
-"""A large JPEG is decoded at a fraction of its size that has at least this many pixels per side for each of ours."""
+"""A large JPEG is decoded at a fraction of its size, with sides of at least this factor times ``image_size``."""
 
 
 class PictureSettings(Settings):
@@ -38,15 +38,15 @@ class PictureSettings(Settings):
     """Squash the whole image into the square, or crop its central square first."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True
-    """Whether every pixel of the source counts when it is made smaller."""
+    """Whether downscaling averages over all source pixels."""
     arithmetic: Literal["bytes", "pillow", "float"] = "bytes"
-    """``bytes`` resizes bytes with torch, equal to Pillow to one level in 256, and may decode large JPEGs at a fraction
-    of their size; ``pillow`` is Pillow itself, as in the original's demo; ``float`` resizes floating-point pixels, as
-    the original's training reader does."""
+    """``bytes`` resizes bytes with torch, differs from Pillow by at most 1/256, and may decode large JPEGs at a part of
+    their size; ``pillow`` is Pillow itself, as in the original's demo; ``float`` resizes floating-point pixels, as in
+    the original's training reader."""
     mean: tuple[float, float, float] = CLIP_MEAN
-    """Subtracted from the channels, which lie in [0, 1]."""
+    """Mean of each channel, whose values are in [0, 1]; it is subtracted."""
     std: tuple[float, float, float] = CLIP_STD
-    """Divides them then."""
+    """Standard deviation of each channel; the difference is divided by it."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Replaces transparent parts."""
 
@@ -62,12 +62,12 @@ class PictureSettings(Settings):
 
 
 class TrainPictureSettings(PictureSettings):
-    """How images are prepared and varied in training. Mildly, because places and sizes matter to captions."""
+    """How images are prepared and augmented in training: mildly, because captions mention positions and sizes."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Least and largest share of the image's area that is kept."""
     flip: bool = False
-    """Whether every other image is mirrored; "left" and "right" in its caption are then wrong."""
+    """Whether half of the images, at random, are mirrored; "left" and "right" in their captions become wrong."""
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -80,8 +80,8 @@ class VideoSettings(PictureSettings):
 
     num_frames: int = 4
     sampling: Literal["chunks", "uniform"] = "chunks"
-    """``chunks`` takes one frame of each of ``num_frames`` equal stretches, the last one again of a shorter video;
-    ``uniform`` takes the first of each, and fewer of a shorter video, as the original's demo does."""
+    """``chunks``: one frame of each of ``num_frames`` equal stretches; a shorter video repeats its last frame.
+    ``uniform``: the first frame of each stretch; a shorter video gives fewer frames, as in the original's demo."""
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -90,12 +90,12 @@ class VideoSettings(PictureSettings):
 
 
 class TrainVideoSettings(TrainPictureSettings, VideoSettings):
-    """How videos are prepared and varied in training: all frames of one video alike."""
+    """How videos are prepared and augmented in training: all frames of one video alike."""
 
 
 @registry.register_processor("chatbridge_image_eval")
 class ImageEvalProcessor(ChatBridgeProcessor):
-    """An image -> float32 ``[3,S,S]``, the same tensor every time."""
+    """An image -> float32 ``[3,S,S]``, deterministic."""
 
     name = "chatbridge_image_eval"
     settings_class = PictureSettings
@@ -109,7 +109,7 @@ class ImageEvalProcessor(ChatBridgeProcessor):
 
 @registry.register_processor("chatbridge_image_train")
 class ImageTrainProcessor(ImageEvalProcessor):
-    """A random part of the image."""
+    """A random crop of the image."""
 
     name = "chatbridge_image_train"
     random = True
@@ -118,7 +118,7 @@ class ImageTrainProcessor(ImageEvalProcessor):
 
 @registry.register_processor("chatbridge_video_eval")
 class VideoEvalProcessor(ChatBridgeProcessor):
-    """A video -> float32 ``[T,3,S,S]``, the same tensor every time."""
+    """A video -> float32 ``[T,3,S,S]``, deterministic."""
 
     name = "chatbridge_video_eval"
     revision = 3
@@ -137,7 +137,7 @@ class VideoEvalProcessor(ChatBridgeProcessor):
 
 @registry.register_processor("chatbridge_video_train")
 class VideoTrainProcessor(VideoEvalProcessor):
-    """Random frames, and a random part of them."""
+    """Random frames, all with the same random crop."""
 
     name = "chatbridge_video_train"
     random = True
@@ -149,7 +149,7 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
 
     Args:
         frames: uint8 ``[T,H,W,3]``. All are cropped and mirrored alike.
-        settings: With `TrainPictureSettings` and ``rng``, the images are varied.
+        settings: `TrainPictureSettings` with ``rng`` augments the images.
         rng: Random generator.
 
     Returns:
@@ -185,7 +185,7 @@ def _central_square(frames: np.ndarray) -> np.ndarray:
 
 
 def _random_crop(frames: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """A rectangle of the image's own shape, of a random share of its area, at a random place."""
+    """A rectangle with the image's aspect ratio, a random share of its area, and a random position."""
     share = math.sqrt(rng.uniform(*scale))
     height, width = (max(1, round(side * share)) for side in frames.shape[1:3])
     top = int(rng.integers(frames.shape[1] - height + 1))

@@ -17,9 +17,9 @@ class TextSettings(Settings):
     """How text is prepared."""
 
     clean: Literal["original", "spaces", "no"] = "original"
-    """``original``: lower case without hyphens, as the original cleans captions; ``spaces``: only tidy white space."""
+    """``original``: lower case without hyphens, as in the original; ``spaces``: only white space is normalised."""
     max_words: int | None = None
-    """Further words are cut off."""
+    """Longer text is cut after this number of words."""
     prompt: str = ""
     """Put before the text."""
 
