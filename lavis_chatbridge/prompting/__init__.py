@@ -1,4 +1,4 @@
-"""Conversations, roles, media slots and instruction templates: what the language model is asked."""
+"""Conversations, roles, media slots and instruction templates: everything that makes a prompt."""
 
 from lavis_chatbridge.prompting.conversation import (
     Message,

@@ -1,4 +1,4 @@
-"""The options of a multiple-choice question as text: a line for each, under letters, and the request for a letter."""
+"""The options of a multiple-choice question as text: a line with a letter for each, and the request for a letter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LETTERED = re.compile(r"^\s*[(\[]?[A-Z][)\].:]\s*")
 
 
 def listed(options: Sequence[str]) -> str:
-    """The options under letters, and the request to answer with one.
+    """One line with a letter per option, and the request to answer with a letter.
 
     Args:
         options: Their texts, without letters.
@@ -21,7 +21,7 @@ def listed(options: Sequence[str]) -> str:
 
 
 def without_letters(options: Sequence[str]) -> list[str]:
-    """Options as publishers write them (``"A. a drum"``), without their letters where all have one."""
+    """Options as publishers write them (``"A. a drum"``), without their letters if all have one."""
     if all(_LETTERED.match(option) for option in options):
         return [_LETTERED.sub("", option).strip() for option in options]
     return [option.strip() for option in options]

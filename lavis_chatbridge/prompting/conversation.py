@@ -1,6 +1,6 @@
 """Conversations in the paper's format: ``###Human: ...###Assistant: ...###``, media in any turn.
 
-Roles, the sentence that introduces media, and the end mark of a reply are those of the original ChatBridge (its
+The roles, the words before media, and the end marker of a reply are those of the original ChatBridge (its
 ``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data set.
 """
 
@@ -29,8 +29,8 @@ class Message:
     Args:
         role: ``"user"`` or ``"assistant"``.
         text: Its text.
-        media: The modalities of the media that a user's message brings, in order.
-        ids: The token ids that an assistant's text was generated as, its end mark included; None if they are unknown.
+        media: The modalities of the media in a user's message, in order.
+        ids: The token ids of a generated assistant's text, with its end marker; None if unknown.
     """
 
     role: str
@@ -40,24 +40,24 @@ class Message:
 
 
 class Wording(Protocol):
-    """What words conversations: :class:`models.templates.Template`."""
+    """Interface of :class:`models.templates.Template`, which turns conversations into prompts."""
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         """A conversation as pieces; see :func:`chat_prompt`."""
 
 
 def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:
-    """Stage 1: the media's slots, then the caption and its end mark as the target (paper, section 3.2)."""
+    """Stage 1: the media's slots, then the caption and its end marker as the target (paper, section 3.2)."""
     return [*_numbered(media, {}), Text(caption + end, target=True)]
 
 
 def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str = END_OF_TURN) -> list[Piece]:
-    """A conversation as pieces; each reply with its end mark is a target.
+    """A conversation as pieces. The replies, each with its end marker, are the targets.
 
     Args:
-        turns: Alternating messages of ``user`` and ``assistant``, a user's first.
+        turns: Alternating messages of ``user`` and ``assistant``, starting with a user's.
         generate: End with the assistant's role, for a reply to follow; the last message must then be a user's.
-        reply_end: What closes a reply: ``"###"``; the original puts a newline before it except in conversations.
+        reply_end: The end marker of a reply: ``"###"``; the original puts a newline before it except in conversations.
 
     Raises:
         PromptError: If the messages do not alternate, or ``generate`` does not fit the last one.
@@ -69,7 +69,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
     for turn in turns:
         if turn.role == "assistant":
             pieces.append(Text(escape_markers(turn.text) + reply_end, target=True))
-            opening = ""  # the reply's end mark opens the next turn
+            opening = ""  # the reply's end marker also begins the next turn
             continue
         if turn.media:
             pieces.extend(introduce(turn.media, counts, opening + HUMAN))
@@ -84,7 +84,7 @@ def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: s
     Args:
         media: The modalities of the media.
         counts: The number of media of each modality before these; it is updated.
-        opening: Words in front.
+        opening: Words before it.
     """
     pieces: list[Piece] = []
     previous: Modality | None = None
@@ -101,15 +101,15 @@ def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: s
 
 
 def escape_markers(text: str) -> str:
-    """``text`` with every run of three or more ``#`` (of any width) spaced out: it can neither end nor open a turn."""
+    """``text`` with spaces in every run of three or more ``#`` (of any width), so that none acts as a turn marker."""
     return re.sub("[#\N{FULLWIDTH NUMBER SIGN}\N{SMALL NUMBER SIGN}]{3,}", lambda run: " ".join(run.group()), text)
 
 
 def clean_caption(text: str) -> str:
     """A stage-1 caption cleaned as the original's reader does.
 
-    Lower case, no leading punctuation, spaces for hyphens and slashes, ``person`` for ``<person>``, one space for white
-    space of any length, no space around the whole. (Original: ``pre_caption``.)
+    Lower case, no leading punctuation, spaces for hyphens and slashes, ``person`` for ``<person>``, white space
+    collapsed and stripped. (Original: ``pre_caption``.)
     """
     words = text.lower().lstrip(_LEADING_PUNCTUATION).translate(_WORD_JOINERS)
     words = words.replace("<person>", "person").rstrip("\n")
@@ -117,7 +117,7 @@ def clean_caption(text: str) -> str:
 
 
 def check_order(turns: Sequence[Message], generate: bool) -> None:
-    """Refuse messages that do not alternate, or that do not end as ``generate`` needs.
+    """Check that messages alternate, and that the last one fits ``generate``.
 
     Raises:
         PromptError: With the first fault.
@@ -126,10 +126,10 @@ def check_order(turns: Sequence[Message], generate: bool) -> None:
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:
             raise PromptError(
-                f"turn {position} is of role {turn.role!r}, expected {expected!r}: turns alternate, user first"
+                f"turn {position} has role {turn.role!r}, expected {expected!r}: turns alternate, user first"
             )
         if turn.media and turn.role != "user":
-            raise PromptError(f"turn {position}: an assistant's turn brings no media")
+            raise PromptError(f"turn {position}: an assistant's turn cannot have media")
     if not turns or (generate and turns[-1].role != "user"):
         raise PromptError("the conversation must end with a user's turn for the model to answer")
 

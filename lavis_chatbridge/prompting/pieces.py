@@ -21,7 +21,7 @@ class Text:
     Args:
         text: The words.
         target: Whether the model is trained to produce them.
-        ids: Their token ids, where a template has encoded them already.
+        ids: Their token ids if a template has encoded them already, else None.
     """
 
     text: str
@@ -46,7 +46,7 @@ def slots_of(pieces: Sequence[Piece]) -> list[Slot]:
 
 
 def context_of(pieces: Sequence[Piece]) -> list[Piece]:
-    """The prompt up to its last target, for the model to produce that target."""
+    """The prompt before its last target, for generating that target."""
     for position in range(len(pieces) - 1, -1, -1):
         piece = pieces[position]
         if isinstance(piece, Text) and piece.target:

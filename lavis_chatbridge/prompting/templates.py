@@ -1,7 +1,7 @@
 """Instruction templates: several wordings of the same request per task, read from YAML that users can extend.
 
 A YAML file has ``styles`` (style -> words) and ``tasks`` (task -> its default style and its templates); see
-``prompting/templates/*.yaml``. Text of data is inserted last, so its braces stay unchanged. This module knows no data
+``prompting/templates/*.yaml``. Questions are inserted last, so braces in them stay unchanged. This module knows no data
 set and no tokenizer.
 """
 
@@ -25,20 +25,20 @@ class TaskTemplates(Settings):
     """The wordings of one task."""
 
     templates: list[str]
-    """Each may contain ``{question}`` and ``{style}``; either all of them contain a question or none."""
+    """Each may contain ``{question}`` and ``{style}``; either all or none contain ``{question}``."""
     style: str = ""
-    """The style of samples that name none."""
+    """The default style of samples."""
 
     def check(self) -> Iterable[str]:
         """Contradictions between the wordings."""
         if not self.templates:
             yield "templates is empty"
         if len({QUESTION in template for template in self.templates}) > 1:
-            yield "some templates hold {question} and some do not"
+            yield "some templates contain {question} and some do not"
         if any(template.count(QUESTION) > 1 for template in self.templates):
-            yield "a template holds {question} twice"
+            yield "a template contains {question} twice"
         if not self.style and any(STYLE in template for template in self.templates):
-            yield "templates hold {style}, so the task needs a style"
+            yield "templates contain {style}, so the task needs a style"
 
     @property
     def asks(self) -> bool:
@@ -74,7 +74,7 @@ class Templates:
         """The package's templates with those of further YAML files; a later file replaces tasks and styles.
 
         Raises:
-            ConfigError: If a file cannot be read or does not have the form.
+            ConfigError: If a file cannot be read or is malformed.
         """
         tasks: dict[str, TaskTemplates] = {}
         styles: dict[str, list[str]] = {}
@@ -92,7 +92,6 @@ class Templates:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks' names, sorted."""
         return sorted(self._tasks)
 
     def __contains__(self, task: object) -> bool:
@@ -106,7 +105,7 @@ class Templates:
 
         Args:
             task: A task of these templates.
-            question: The sample's question; if the task's templates have no place for one, it is the whole request.
+            question: The sample's question; it is the whole request if the task's templates have no ``{question}``.
             style: The sample's style; by default the task's.
             rng: Chooses template and style words; None takes the first of each.
 

@@ -92,8 +92,8 @@ def test_users_extend_and_replace(tmp_path):
     [
         ("taks: {}", r"unknown key templates mine.yaml.taks, did you mean 'tasks'\?"),
         ("tasks: {a: {templates: []}}", "templates is empty"),
-        ("tasks: {a: {templates: ['{question}', 'x']}}", r"some templates hold \{question\} and some do not"),
-        ("tasks: {a: {templates: ['{question} {question}']}}", r"a template holds \{question\} twice"),
+        ("tasks: {a: {templates: ['{question}', 'x']}}", r"some templates contain \{question\} and some do not"),
+        ("tasks: {a: {templates: ['{question} {question}']}}", r"a template contains \{question\} twice"),
         ("tasks: {a: {templates: ['in {style}']}}", "the task needs a style"),
         ("tasks: {a: {style: odd, templates: ['in {style}']}}", "templates.a: no words for style 'odd'"),
         ("tasks: [", "while parsing"),
