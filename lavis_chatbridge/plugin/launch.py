@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
+from lavis_chatbridge.launchers import cores
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -73,10 +74,13 @@ class Session:
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
         """Train or evaluate one configuration, as `launch` does."""
         cfg = load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
+        import torch
+
         from lavis_chatbridge.plugin import world
         from lavis_chatbridge.runners import distributed
         from lavis_chatbridge.runners.folder import RunFolder, new_job_id
 
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch does not know the quota of a container
         own = is_own_runner(cfg.run.runner)
         device = distributed.init(cfg.run)
         if device.type == "cpu" and not own:
