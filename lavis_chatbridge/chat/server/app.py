@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
@@ -405,8 +404,3 @@ def _internal(number: str) -> RequestError:
 def _refusal(error: RequestError, request: Request) -> Response:
     request.state.said = error.message
     return JSONResponse(error.body(), error.status, error.headers)
-
-
-def offered(folders: Sequence[str]) -> tuple[Path, ...]:
-    """The folders of ``--files``."""
-    return tuple(Path(folder) for folder in folders)

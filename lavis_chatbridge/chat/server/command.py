@@ -69,12 +69,16 @@ def command(
     try:
         import uvicorn
 
-        from lavis_chatbridge.chat.server.app import ServerSettings, build_app, offered
+        from lavis_chatbridge.chat.server.app import ServerSettings, build_app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
             raise
         raise MissingExtraError(str(error.name), "serve", "chatbridge serve") from error
-    access = {"folders": offered(files), "hosts": tuple(allowed_hosts), "max_bytes": round(max_medium * MEBIBYTE)}
+    access = {
+        "folders": tuple(map(Path, files)),
+        "hosts": tuple(allowed_hosts),
+        "max_bytes": round(max_medium * MEBIBYTE),
+    }
     values = {
         "name": name or f"chatbridge-{Path(model).stem if model.endswith(('.yaml', '.yml')) else model}",
         "host": host,
