@@ -24,7 +24,7 @@ LED = {"starlette": "fastapi", "lavis": "salesforce-lavis", "lmms_eval": "lmms-e
 """Imported without being listed: it comes with a listed one, or the user installs it beside this package."""
 
 WITHOUT_EXTRAS = """
-import argparse, importlib, json, pkgutil, sys
+import importlib, json, pkgutil, sys
 from pathlib import Path
 
 sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None there: not found, by import and by find_spec
@@ -43,14 +43,8 @@ from lavis_chatbridge.chat import web
 from lavis_chatbridge.chat.server import command
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings
-from lavis_chatbridge.multis import endpoint
 from lavis_chatbridge.runners import logs
 from lavis_chatbridge.runners.settings import RunSettings
-
-def arguments(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args(words)
 
 def said(act):
     try:
@@ -62,7 +56,6 @@ folder = Path(sys.argv[2])
 entries = {
     "tensorboard": lambda: logs.TensorBoard(folder, 0),
     "wandb": lambda: logs.WeightsAndBiases(RunSettings(task="t", max_iters=1), folder, {}),
-    "multis": lambda: endpoint.Endpoint(endpoint.EndpointSettings(model="any")),
     "serve": command.command,
     "web": web.command,
     "lora": lora.check_available,
