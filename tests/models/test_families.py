@@ -52,7 +52,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {"n_layer": 2, "n_head": 4},
 }
-REFUSED = ("mamba", "rwkv", "falcon_h1")
+REFUSED = ("mamba", "rwkv")
 
 
 PROMPTS = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]
@@ -240,7 +240,7 @@ def test_positions(values: dict[str, Any], positions: float, switch: float | Non
 @pytest.fixture(scope="module")
 def longrope() -> Any:
     """A Phi-3 whose rotary factors change behind 16 positions."""
-    rope = {"type": "longrope", "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
     return tiny(
         "phi3", sliding_window=None, original_max_position_embeddings=16, rope_scaling=rope, max_position_embeddings=64
     )
