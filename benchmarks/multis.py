@@ -1,75 +1,88 @@
-"""Requests per second of ``chatbridge multis generate`` against a server on loopback that answers after 200 ms.
+"""Throughput of ``chatbridge multis generate`` against a local server with a fixed latency.
 
-The baseline is the ideal: ``requests / concurrency * latency``. Run from the repository's root, on a quiet machine::
+    python benchmarks/multis.py [--requests 2000] [--latency 0.2] [--in-flight 64]
 
-    OMP_NUM_THREADS=1 python benchmarks/multis.py [--requests 2000] [--concurrency 64] [--write benchmarks/multis.md]
+The baseline, measured in the same run, is the openai client alone: the same requests from as many bare loops, without
+answers file, budget and rate limit. Ideal time = requests x latency / in flight. Server and client share this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import logging
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import openai
-from common import circumstances, status, tell
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from lavis_chatbridge.multis.annotation import Annotation, MediumRef
-from lavis_chatbridge.multis.generate import GenerateSettings, Price, generate, plan
-from lavis_chatbridge.multis.prompts import PromptBook
-
-SERVER = Path(__file__).resolve().parents[1] / "tests" / "multis" / "openai_server.py"
+from lavis_chatbridge.multis import generate as stage  # noqa: E402
+from lavis_chatbridge.multis.annotation import Annotation, MediumRef  # noqa: E402
+from lavis_chatbridge.multis.prompts import PromptBook  # noqa: E402
 
 
-def notes(count: int) -> list[Annotation]:
+def annotations(count: int) -> Iterator[Annotation]:
     """Items with one sentence each."""
-    return [
-        Annotation(
-            id=f"item{n}", media=(MediumRef(type="audio", path="a.wav"),), sound_captions=(f"A bell rings {n} times.",)
-        )
-        for n in range(count)
-    ]
+    bell = MediumRef(type="audio", path="bell.wav")
+    for number in range(count):
+        yield Annotation(id=f"item{number}", media=(bell,), sound_captions=(f"A bell rings {number} times.",))
 
 
-def measure(requests: int, concurrency: int, latency: float, folder: Path) -> str:
-    """A table with one row."""
-    program = [sys.executable, str(SERVER), "--latency", str(latency)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
-        options = GenerateSettings(model="m", base_url=url, kinds=("detail",), concurrency=concurrency)
-        items = notes(requests)
-        every = plan(lambda: items, PromptBook(), options)
-        begin, used = time.monotonic(), time.process_time()
-        report = generate(every, folder, Price(input=0, output=0), options)
-        seconds, used = time.monotonic() - begin, time.process_time() - used
-        server.kill()
-    assert report.answered == requests, report
-    ideal = requests / concurrency * latency
-    return (
-        "| requests | in flight | ideal s | s | ratio | CPU ms per request | peak MB |\n"
-        "|---:|---:|---:|---:|---:|---:|---:|\n"
-        f"| {requests} | {concurrency} | {ideal:.1f} | {seconds:.1f} | {seconds / ideal:.2f} | "
-        f"{1000 * used / requests:.2f} | {status('VmHWM') >> 20} |\n"
-    )
+async def bare(plan: list[stage.Request], url: str, in_flight: int) -> None:
+    """Send all requests with the openai client and do nothing with the answers."""
+    from openai import AsyncOpenAI
+
+    requests = iter(plan)
+    async with AsyncOpenAI(api_key="none", base_url=url) as client:
+
+        async def worker() -> None:
+            for request in requests:
+                await client.chat.completions.create(
+                    model="m", messages=request.messages, max_tokens=request.max_tokens
+                )
+
+        await asyncio.gather(*(worker() for _ in range(in_flight)))
+
+
+def timed(action: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def main() -> None:
-    """Measure, print, and write if asked to."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--latency", type=float, default=0.2, help="seconds")
-    parser.add_argument("--write", type=Path, help="file for the table")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        table = measure(given.requests, given.concurrency, given.latency, Path(folder))
-    arguments = (f"--requests {given.requests}", f"--concurrency {given.concurrency}")
-    how = circumstances("multis.py", *arguments, modules=(openai,))
-    tell(f"# Speed of MULTIS's requests\n\n{how}\n{table}", given.write)
+    parser.add_argument("--in-flight", type=int, default=64)
+    args = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    command = [sys.executable, "-m", "tests.multis.openai_server", "--latency", str(args.latency)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        options = stage.GenerateSettings(model="m", base_url=url, kinds=["detail"], concurrency=args.in_flight)
+        plan = list(stage.plan(lambda: annotations(args.requests), PromptBook(), options))
+        with tempfile.TemporaryDirectory() as folder:
+            price = stage.price_of("local")
+            rows = {
+                "openai client alone": timed(lambda: asyncio.run(bare(plan, url, args.in_flight))),
+                "multis generate": timed(lambda: stage.generate(plan, folder, price, options)),
+            }
+            assert sum(1 for _ in stage.read_answers(folder)) == args.requests
+        server.terminate()
+    ideal = args.requests * args.latency / args.in_flight
+    base = rows["openai client alone"][0]
+    print("| | seconds | x ideal | x baseline | CPU ms a request |\n|---|---:|---:|---:|---:|")
+    for name, (wall, cpu) in rows.items():
+        print(f"| {name} | {wall:.1f} | {wall / ideal:.2f} | {wall / base:.2f} | {1000 * cpu / args.requests:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The first stage: annotators describe every item's frames and sounds, beside what people wrote.
+"""First stage: show each item's frames and sounds to the annotators, and merge their findings with what people wrote.
 
-Several processes may share the work: each takes the items of its rank. A finished item is never annotated again, also
-if the number of processes changes. This module knows annotators by their protocol only.
+Several processes share the items by rank. Finished items are never annotated twice, also not with another number of
+processes. This module knows annotators by their protocol only.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import json
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from lavis_chatbridge import media
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import append_lines, write_text
-from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_lines, whole_records
+from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_objects
 from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
 from lavis_chatbridge.schema import check_inside, media_path
 
 FRAMES_PER_VIDEO = 3
-_OF_SAMPLES_ONLY = ("turns", "answers", "style", "task", "held_out", "meta")
-"""Fields of the sample schema that an annotation does not have: a file of samples may serve as items."""
+_SAMPLE_FIELDS = ("turns", "answers", "style", "task", "held_out", "meta")
+"""Fields of the sample schema without use here, so that a file of samples can be annotated."""
 _log = logging.getLogger(__name__)
 
 
-class AnnotateReport(NamedTuple):
-    """Items annotated now, items that were finished already, items with unreadable media."""
+@dataclass(frozen=True)
+class AnnotateReport:
+    """Counts of items: annotated by this run, finished before, with unreadable media."""
 
     annotated: int
     known: int
@@ -43,68 +44,76 @@ def annotate(
     annotators: Sequence[Annotator],
     media_root: str | Path | None = None,
     rank: int = 0,
-    world_size: int = 1,
+    world: int = 1,
 ) -> AnnotateReport:
     """Annotate the items of one rank.
 
     Args:
-        items: JSON lines: ``id``, ``media``, and what is known already (``captions``, ``sound_captions``, ``tags``,
-            ``frames``, ``facts`` ...). Captions of an item that is only a sound count as ``sound_captions``.
+        items: JSONL with ``id``, ``media`` and what is known already (``captions``, ``sound_captions``, ``tags``,
+            ``frames``, ``facts``). The captions of an item with sound only are taken as ``sound_captions``.
         folder: Gets ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
-        annotators: Run in order; a later one adds to what an earlier one wrote and replaces captions.
-        media_root: The folder that media paths are relative to; by default the folder of ``items``.
-        rank: Of this process.
-        world_size: Number of processes.
+        annotators: Run in order; a later one adds to an earlier one's findings and replaces its captions.
+        media_root: Folder that media paths are relative to; by default that of ``items``.
+        rank: This process.
+        world: Number of processes.
 
     Raises:
-        DataError: If ``items`` does not have this form, or contains an id twice.
+        DataError: If ``items`` is malformed or holds an id twice.
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
     folder.mkdir(parents=True, exist_ok=True)
-    done = {str(r.get("id")) for file in folder.glob("annotations-*.jsonl") for r in whole_records(file)}
-    name = f"{rank:05d}-of-{world_size:05d}.jsonl"
-    failures: list[str] = []
+    done = finished(folder)
+    name = f"{rank:05d}-of-{world:05d}.jsonl"
     annotated = known = 0
+    failures = []
     for item in _read_items(items):
-        if zlib.crc32(item.id.encode("utf-8", "replace")) % world_size != rank:
+        if zlib.crc32(item.id.encode()) % world != rank:
             continue
         if item.id in done:
             known += 1
             continue
         try:
-            append_lines(folder / f"annotations-{name}", [annotate_item(item, annotators, root).line()])
-            annotated += 1
+            record = annotate_item(item, annotators, root).to_json()
         except MediaError as error:
             _log.warning("item %s is left out: %s", item.id, error)
             failures.append(json.dumps({"id": item.id, "reason": str(error)}) + "\n")
-    write_text(folder / f"failures-{name}", "".join(failures))
+            continue
+        append_lines(folder / f"annotations-{name}", [json.dumps(record, ensure_ascii=False)])
+        annotated += 1
+    (folder / f"failures-{name}").unlink(missing_ok=True)
+    if failures:
+        write_text(folder / f"failures-{name}", "".join(failures))
     return AnnotateReport(annotated, known, len(failures))
 
 
 def annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path) -> Annotation:
-    """One item with the annotators' findings.
+    """Add the annotators' findings to one item.
 
     Raises:
-        MediaError: If a medium cannot be opened, or is outside the media root.
+        MediaError: If a medium cannot be opened or lies outside the media root.
     """
     for medium in item.media:
         try:
             check_inside(media_path(medium.path, str(root), item.id), str(root))
         except DataError as error:
             raise MediaError(medium.path, error) from error
-    needed = {annotator.views for annotator in annotators}
-    frames = _frame_views(item, root) if "frame" in needed else []
-    sounds = _sound_views(item, root) if "sound" in needed else []
-    merged = item.frames or tuple(Frame(position=view.position) for view in frames)
-    if frames and len(merged) != len(frames):
-        raise DataError(f"item {item.id!r} has {len(merged)} frames of its own, expected {len(frames)}")
-    item = item.model_copy(update={"frames": merged})
+    frames = _frame_views(item, root) if any(annotator.kind == "frame" for annotator in annotators) else []
+    sounds = _sound_views(item, root) if any(annotator.kind == "sound" for annotator in annotators) else []
+    own = item.frames or tuple(Frame(position=view.position) for view in frames)
+    if frames and len(own) != len(frames):
+        raise DataError(f"item {item.id!r} brings {len(own)} frames of its own, expected {len(frames)}")
+    item = item.model_copy(update={"frames": own})
     for annotator in annotators:
-        views = frames if annotator.views == "frame" else sounds
-        if views:
-            merge = _with_frames if annotator.views == "frame" else _with_sounds
+        if views := frames if annotator.kind == "frame" else sounds:
+            merge = _with_frames if annotator.kind == "frame" else _with_sounds
             item = merge(item, annotator.name, annotator.annotate(views))
     return item
+
+
+def finished(folder: Path) -> set[str]:
+    """Ids of the items that any run has annotated into this folder."""
+    files = sorted(folder.glob("annotations-*.jsonl"))
+    return {str(values["id"]) for file in files for _, values in json_objects(file)}
 
 
 def _frame_views(item: Annotation, root: Path) -> list[View]:
@@ -112,79 +121,72 @@ def _frame_views(item: Annotation, root: Path) -> list[View]:
     views: list[View] = []
     for medium in item.media:
         if medium.type == "image":
-            views.append(View(item.id, medium.path, functools.partial(media.open_image, root / medium.path)))
+            views.append(View(item.id, "frame", medium.path, functools.partial(media.open_image, root / medium.path)))
         elif medium.type == "video":
-            decoded = functools.cache(functools.partial(media.open_video, root / medium.path, _middles))
+            clip = functools.lru_cache(maxsize=1)(functools.partial(media.open_video, root / medium.path, _middles))
             for number in range(FRAMES_PER_VIDEO):
                 position = round((2 * number + 1) / (2 * FRAMES_PER_VIDEO), 4)
-                load = functools.partial(_nth, decoded, number)
-                views.append(View(item.id, medium.path, load, number, position))
+                load = functools.partial(_frame, clip, number)
+                views.append(View(item.id, "frame", medium.path, load, len(views), position))
     return views
 
 
-def _nth(decoded: functools._lru_cache_wrapper[np.ndarray], number: int) -> np.ndarray:
-    return decoded()[number]
+def _frame(clip: functools._lru_cache_wrapper, number: int) -> np.ndarray:
+    return clip()[number]
+
+
+def _sound_views(item: Annotation, root: Path) -> list[View]:
+    paths = [medium.path for medium in item.media if medium.type == "audio"]
+    return [
+        View(item.id, "sound", path, functools.partial(media.open_audio, root / path, rate=RATE), number)
+        for number, path in enumerate(paths)
+    ]
 
 
 def _middles(count: int) -> list[int]:
     return [(2 * number + 1) * count // (2 * FRAMES_PER_VIDEO) for number in range(FRAMES_PER_VIDEO)]
 
 
-def _sound_views(item: Annotation, root: Path) -> list[View]:
-    paths = [medium.path for medium in item.media if medium.type == "audio"]
-    loads = [functools.partial(media.open_audio, root / path, rate=RATE) for path in paths]
-    return [View(item.id, path, load, number) for number, (path, load) in enumerate(zip(paths, loads, strict=True))]
+def _with_sounds(item: Annotation, author: str, findings: Sequence[Findings]) -> Annotation:
+    tags = tuple(tag for found in findings for tag in found.tags)
+    captions = tuple(text for found in findings for text in found.sound_captions)
+    parts = [part for part, new in (("tags", tags), ("sound_captions", captions)) if new]
+    added = {"tags": item.tags + tags, "sound_captions": item.sound_captions + captions}
+    return item.model_copy(update={**added, "written_by": _signed(item, author, parts)})
 
 
-def _signed(item: Annotation, part: str, author: str) -> dict[str, str]:
-    earlier = item.written_by.get(part, "")
-    return {part: f"{earlier}, {author}" if earlier and author not in earlier else author}
-
-
-def _with_sounds(item: Annotation, author: str, findings: list[Findings]) -> Annotation:
-    written = dict(item.written_by)
-    update: dict[str, tuple] = {}
-    for part in ("tags", "sound_captions"):
-        found = [entry for finding in findings for entry in getattr(finding, part)]
-        if found:
-            written |= _signed(item, part, author)
-            update[part] = (*getattr(item, part), *found)
-    return item.model_copy(update={**update, "written_by": written})
-
-
-def _with_frames(item: Annotation, author: str, findings: list[Findings]) -> Annotation:
-    written, frames = dict(item.written_by), []
-    for frame, found in zip(item.frames, findings, strict=True):
-        for part in ("caption", "regions", "semantics"):
-            if getattr(found, part):
-                written |= _signed(item, f"frames.{part}", author)
-        frames.append(
-            frame.model_copy(
-                update={
-                    "caption": found.caption or frame.caption,
-                    "regions": (*frame.regions, *found.regions),
-                    "semantics": (*frame.semantics, *found.semantics),
-                }
-            )
+def _with_frames(item: Annotation, author: str, findings: Sequence[Findings]) -> Annotation:
+    frames = [
+        frame.model_copy(
+            update={
+                "caption": found.caption or frame.caption,
+                "regions": frame.regions + found.regions,
+                "semantics": frame.semantics + found.semantics,
+            }
         )
-    return item.model_copy(update={"frames": tuple(frames), "written_by": written})
+        for frame, found in zip(item.frames, findings, strict=True)
+    ]
+    written = [p for p in ("caption", "regions", "semantics") if any(getattr(found, p) for found in findings)]
+    signed = _signed(item, author, [f"frames.{part}" for part in written])
+    return item.model_copy(update={"frames": tuple(frames), "written_by": signed})
+
+
+def _signed(item: Annotation, author: str, parts: Sequence[str]) -> dict[str, str]:
+    """The authors of an item's parts, with ``author`` added to some."""
+    before = item.written_by
+    return {**before, **{p: f"{before[p]}, {author}" if before.get(p, author) != author else author for p in parts}}
 
 
 def _read_items(path: str | Path) -> Iterator[Annotation]:
     seen: set[str] = set()
-    for number, values in json_lines(Path(path)):
-        known = {key: value for key, value in values.items() if key not in _OF_SAMPLES_ONLY}
-        item = _with_authors(from_json(known, f"{path}:{number}"))
+    for number, values in json_objects(Path(path)):
+        known = {key: value for key, value in values.items() if key not in _SAMPLE_FIELDS}
+        item = from_json(known, f"{path}:{number}")
         if item.id in seen:
-            raise DataError(f"{path}:{number}: the id {item.id!r} is in the file twice")
+            raise DataError(f"{path}:{number}: the id {item.id!r} occurs twice")
         seen.add(item.id)
-        yield item
-
-
-def _with_authors(item: Annotation) -> Annotation:
-    """Captions of a sound become sound captions; people sign what the item has already."""
-    if {medium.type for medium in item.media} == {"audio"} and item.captions:
-        item = item.model_copy(update={"captions": (), "sound_captions": (*item.captions, *item.sound_captions)})
-    written = {part: "human" for part in ("captions", "sound_captions", "tags") if getattr(item, part)}
-    written |= {"frames": "the item's own"} if item.frames else {}
-    return item.model_copy(update={"written_by": {**written, **item.written_by}})
+        if {medium.type for medium in item.media} == {"audio"}:
+            item = item.model_copy(update={"captions": (), "sound_captions": item.captions + item.sound_captions})
+        written = {part: "human" for part in ("captions", "sound_captions", "tags") if getattr(item, part)}
+        written |= {"frames": "the item's own"} if item.frames else {}
+        yield item.model_copy(update={"written_by": {**written, **item.written_by}})

@@ -1,24 +1,26 @@
-"""The last stage: task data and chat data become one sharded MULTIS with a manifest of its origins.
+"""Last stage: task data and chat data become one MULTIS in shards, with a manifest of where everything came from.
 
-The result has one folder per source: ``annotations.jsonl`` in the sample schema, whose media are in
-``annotations-NNNNN.tar`` (webdataset shards) or stay where they are. The same inputs give the same samples.
+The result has a folder for each source: ``annotations.jsonl`` in the sample schema, and shards with its media. Building
+is deterministic: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 
-from lavis_chatbridge import __version__, config
-from lavis_chatbridge.config import Settings
+from lavis_chatbridge import __version__
+from lavis_chatbridge.config import Settings, parse, unknown_key
 from lavis_chatbridge.datasets import shards
 from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.datasets.settings import DataSettings
@@ -36,28 +38,29 @@ class SourceSettings(Settings):
     """One source of MULTIS."""
 
     name: str
-    """A folder of the result."""
+    """Its name, a folder of the result."""
     licence: str
-    """As the manifest states it."""
+    """Its licence, for the manifest."""
     samples: list[str] = []
     """JSONL files in the sample schema: task data, or ``accepted.jsonl``."""
     dataset: str | None = None
-    """Instead of ``samples``: a public set in its own files, by the name of its row in ``configs/datasets``."""
+    """Instead of ``samples``: a public data set by its row in ``configs/datasets`` (``multis_vqav2``)."""
     split: str = "train"
-    """Of ``dataset``."""
+    """The split of ``dataset``."""
     data_root: str | None = None
-    """The folder of the files of ``dataset``; null as everywhere (``CHATBRIDGE_DATA``)."""
+    """Folder of the files of ``dataset``; null is ``CHATBRIDGE_DATA``."""
     media_root: str | None = None
-    """The folder that media paths are relative to; null for the folder of each file."""
+    """Folder of the media paths; null is the folder of each file."""
     task: str = ""
-    """Selects the instruction templates of samples that name no task."""
+    """Task of samples that name none; selects the instruction templates."""
     style: str = ""
-    """The answer style of samples that name none."""
+    """Answer style of samples that name none."""
     homepage: str = ""
     limit: int | None = None
-    """The most samples."""
+    """Most samples."""
 
     def check(self) -> Iterator[str]:
+        """Yield a contradiction between the two ways to name the data."""
         if bool(self.samples) == bool(self.dataset):
             yield f"source {self.name!r} needs either samples or dataset"
         if not self.name or self.name.startswith(".") or any(sign in self.name for sign in "/\\\0"):
@@ -65,48 +68,56 @@ class SourceSettings(Settings):
 
 
 class BuildSettings(Settings):
-    """What is built."""
+    """What to build."""
 
     sources: list[SourceSettings]
     media: Literal["pack", "reference"] = "pack"
-    """``pack`` copies the media into tar shards, ``reference`` leaves them where they are."""
+    """``pack`` copies media into shards; ``reference`` leaves them where they are."""
     wording: Literal["at_reading", "fixed"] = "at_reading"
-    """``at_reading``: the reader samples a template in each epoch; ``fixed``: it is sampled now."""
+    """``at_reading`` samples an instruction template at each epoch; ``fixed`` samples it now."""
     templates: list[str] = []
     """Further template files."""
     per_shard: int = shards.PER_SHARD
-    """Samples per shard."""
+    """Samples in a shard."""
     seed: int = 0
-    """Samples the wordings."""
+    """Samples the templates."""
     skip_missing: bool = False
-    """Leave out and count samples with missing media, instead of refusing to build."""
+    """Leave out and count samples whose media are absent, instead of refusing to build."""
 
     def check(self) -> Iterator[str]:
-        for name, count in Counter(source.name for source in self.sources).items():
-            if count > 1:
-                yield f"{count} sources are named {name!r}"
+        """Yield names that occur twice, and an empty list of sources."""
+        counts = Counter(source.name for source in self.sources)
+        yield from (f"{count} sources are named {name!r}" for name, count in counts.items() if count > 1)
         if not self.sources:
             yield "sources is empty"
 
 
 def load_settings(path: str | Path) -> BuildSettings:
-    """Build settings from YAML; relative paths in it are relative to the file.
+    """Read build settings from YAML; relative paths in it are relative to the file.
 
     Raises:
         ConfigError: With every fault.
     """
-    from omegaconf import OmegaConf
+    path = Path(path)
+    try:
+        options = parse(BuildSettings, yaml.safe_load(path.read_text(encoding="utf-8")), "build")
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
 
-    base = Path(path).parent
-    values: Any = OmegaConf.to_container(config.read_yaml(path), resolve=True)
-    options = config.parse(BuildSettings, values, "build")
-    sources = []
-    for source in options.sources:
-        roots = {name: getattr(source, name) for name in ("media_root", "data_root")}
-        update: dict[str, Any] = {name: str(base / root) for name, root in roots.items() if root is not None}
-        sources.append(source.model_copy(update=update | {"samples": [str(base / file) for file in source.samples]}))
-    templates = [str(base / file) for file in options.templates]
-    return options.model_copy(update={"sources": sources, "templates": templates})
+    def beside(name: str | None) -> str | None:
+        return None if name is None else str(path.parent / name)
+
+    sources = [
+        source.model_copy(
+            update={
+                "samples": [beside(file) for file in source.samples],
+                "media_root": beside(source.media_root),
+                "data_root": beside(source.data_root),
+            }
+        )
+        for source in options.sources
+    ]
+    return options.model_copy(update={"sources": sources, "templates": [beside(file) for file in options.templates]})
 
 
 def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
@@ -114,13 +125,13 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
 
     Args:
         options: The sources.
-        folder: Must not exist; it appears complete or not at all.
+        folder: Must not exist; it appears when everything is written.
 
     Returns:
         The manifest, which is also in ``manifest.json``.
 
     Raises:
-        DataError: If the folder exists, a file is not in the schema, or media are missing (checked first).
+        DataError: If the folder exists, a file is malformed, or media are missing (all are named).
         PromptError: If a task's templates need a question that a sample lacks.
     """
     folder = Path(folder)
@@ -129,50 +140,78 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
     absent = [str(file) for source in options.sources for file in _inputs(source) if not file.is_file()]
     if absent:
         raise DataError(f"{len(absent)} annotation files are missing: {', '.join(absent)}")
-    if not options.skip_missing:
-        _check_media(options)
+    missing = [] if options.skip_missing else _missing_media(options)
+    if missing:
+        named = "; ".join(missing[:_NAMED_FAULTS])
+        more = f" and {len(missing) - _NAMED_FAULTS} more" if len(missing) > _NAMED_FAULTS else ""
+        raise DataError(
+            f"{len(missing)} media are missing: {named}{more}; correct the paths, or set skip_missing: true"
+        )
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        sources = {source.name: _build_source(source, options, unfinished / source.name) for source in options.sources}
-        manifest = {
-            "format": 2,
-            "made_by": f"lavis-chatbridge {__version__}",
-            **options.model_dump(include={"seed", "media", "wording"}),
-            "samples": sum(entry["samples"] for entry in sources.values()),
-            "sources": sources,
-        }
-        write_json(unfinished / "manifest.json", manifest)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    templates = Templates.load(*options.templates)
+    sources = {source.name: _build_source(source, options, templates, unfinished) for source in options.sources}
+    manifest = {
+        "format": 2,
+        "made_by": f"lavis-chatbridge {__version__}",
+        "seed": options.seed,
+        "media": options.media,
+        "wording": options.wording,
+        "samples": sum(entry["samples"] for entry in sources.values()),
+        "sources": sources,
+    }
+    write_json(unfinished / "manifest.json", manifest)
+    os.replace(unfinished, folder)
     return manifest
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Compare a built MULTIS with its manifest; returns absent and changed files.
+
+    Raises:
+        DataError: If there is no manifest.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {folder / 'manifest.json'}: {error}") from error
+    faults = []
+    for source in manifest["sources"].values():
+        for name, expected in source["files"].items():
+            if not (folder / name).is_file():
+                faults.append(f"{name} is absent")
+            elif hash_of_file(folder / name) != expected["sha256"]:
+                faults.append(f"{name} has another hash than the manifest states")
+    return faults
 
 
 def _samples(source: SourceSettings) -> Iterator[Sample]:
     if source.dataset is not None:
         row = _row(source)
-        every = iter(READERS[row.reader](row.origin(source.dataset, source.split)))
+        every = READERS[row.reader](row.origin(source.dataset, source.split))
     else:
         every = itertools.chain.from_iterable(read_jsonl(file, source.media_root) for file in source.samples)
     return itertools.islice(every, source.limit)
 
 
 def _row(source: SourceSettings) -> DataSettings:
-    """The row of a public set.
+    """The row of a public data set.
 
     Raises:
-        ConfigError: If there is no such row, or it is a mixture.
+        ConfigError: If there is no such row, or it has no such split.
     """
     rows: dict[str, Any] = {}
     for file in sorted(_ROWS.glob("*.yaml")):
-        rows |= dict(config.read_yaml(file).datasets)
-    if source.dataset not in rows:
-        raise ConfigError(config.unknown_key(str(source.dataset), rows, "datasets"))
-    row = config.parse(DataSettings, {**rows[source.dataset], "data_root": source.data_root}, str(source.dataset))
+        rows |= yaml.safe_load(file.read_text(encoding="utf-8"))["datasets"]
+    name = str(source.dataset)
+    if name not in rows:
+        raise ConfigError(unknown_key(name, rows, "datasets"))
+    row = parse(DataSettings, {**rows[name], "data_root": source.data_root}, name)
     if row.reader not in READERS or source.split not in row.used_splits:
         known = ", ".join(row.used_splits) or "none"
-        raise ConfigError(f"source {source.name!r}: {source.dataset} has no split {source.split!r}; it has {known}")
+        raise ConfigError(f"source {source.name!r}: {name} has no split {source.split!r} to read; it has {known}")
     return row
 
 
@@ -183,50 +222,41 @@ def _inputs(source: SourceSettings) -> list[Path]:
     return [Path(file) for files in _row(source).files(source.split).values() for file in files]
 
 
-def _check_media(options: BuildSettings) -> None:
-    every = ((source.name, medium.path) for source in options.sources for s in _samples(source) for medium in s.files)
-    missing = [f"{name}: {path}" for name, path in dict.fromkeys(every) if not os.path.isfile(path)]
-    if missing:
-        more = f" and {len(missing) - _NAMED_FAULTS} more" if len(missing) > _NAMED_FAULTS else ""
-        raise DataError(
-            f"{len(missing)} media are missing: {'; '.join(missing[:_NAMED_FAULTS])}{more}; correct the paths, or set "
-            "skip_missing: true"
-        )
+def _missing_media(options: BuildSettings) -> list[str]:
+    paths = ((source.name, medium.path) for source in options.sources for s in _samples(source) for medium in s.files)
+    return [f"{name}: {path}" for name, path in dict.fromkeys(paths) if not os.path.isfile(path)]
 
 
-def _build_source(source: SourceSettings, options: BuildSettings, folder: Path) -> dict[str, Any]:
-    templates = Templates.load(*options.templates)
+def _build_source(source: SourceSettings, options: BuildSettings, templates: Templates, root: Path) -> dict[str, Any]:
     if source.dataset is not None:
         row = _row(source)
         source = source.model_copy(update={"task": source.task or row.task, "style": source.style or row.style})
         if row.templates is False:
-            templates = Templates({}, {})  # its questions are complete instructions already
+            templates = Templates({}, {})  # its questions are complete instructions
     rng = np.random.default_rng([options.seed, *source.name.encode()])
-    every = list(_samples(source))
-    samples = [
-        _worded(s, source, options, templates, rng) for s in every if all(os.path.isfile(m.path) for m in s.files)
-    ]
-    for name, count in Counter(sample.id for sample in samples).items():
-        if count > 1:
-            raise DataError(f"{source.name}: the id {name!r} occurs {count} times")
+    found = list(_samples(source))
+    present = [sample for sample in found if all(os.path.isfile(medium.path) for medium in sample.files)]
+    repeated = [name for name, count in Counter(sample.id for sample in present).items() if count > 1]
+    if repeated:
+        raise DataError(f"{source.name}: the id {repeated[0]!r} occurs twice")
+    samples = [_worded(sample, source, options, templates, rng) for sample in present]
+    folder = root / source.name
     if options.media == "pack":
-        share = 1.0 if options.skip_missing else 0.0
-        shards.write(folder, samples, "annotations", options.per_shard, max_bad_share=share)
+        shards.write(folder, samples, "annotations", options.per_shard)
     else:
         write_jsonl(folder / "annotations.jsonl", samples)
-    tasks = Counter(sample.task or str(sample.meta.get("task", "none")) for sample in samples)
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     return {
         "licence": source.licence,
         "homepage": source.homepage,
         "samples": len(samples),
-        "skipped": len(every) - len(samples),
-        "by_task": dict(sorted(tasks.items())),
+        "skipped": len(found) - len(present),
+        "by_task": dict(sorted(Counter(str(s.task or s.meta.get("task", "")) or "none" for s in samples).items())),
         "by_modality": dict(sorted(Counter(sample.modality for sample in samples).items())),
         "dataset": source.dataset,
         "made_from": {file.name: hash_of_file(file) for file in _inputs(source)},
         "files": {
-            f"{source.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": hash_of_file(file)}
-            for file in sorted(folder.iterdir())
+            f"{source.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": hash_of_file(file)} for file in files
         },
     }
 
@@ -234,24 +264,23 @@ def _build_source(source: SourceSettings, options: BuildSettings, folder: Path) 
 def _worded(
     sample: Sample, source: SourceSettings, options: BuildSettings, templates: Templates, rng: np.random.Generator
 ) -> Sample:
-    """The sample with its source, task and style; with ``fixed`` wording also with its request in words."""
+    """The sample with its source, task and style; with ``fixed`` wording also with its instruction."""
     task, style = sample.task or source.task, sample.style or source.style
-    sample = replace(sample, source=source.name, task=task, style=style)
+    sample = dataclasses.replace(sample, source=source.name, task=task, style=style)
+    where = f"{source.name}: sample {sample.id!r}"
     if task not in templates:
-        if not sample.turns:
-            known = ", ".join(templates.tasks)
-            raise DataError(
-                f"{source.name}: sample {sample.id!r} has no turns, and no template of task {task!r}; {known}"
-            )
-        return sample
+        if sample.turns:
+            return sample
+        known = ", ".join(templates.tasks)
+        raise DataError(f"{where} has no turns, and no template is of task {task!r}; known: {known}")
     question = sample.turns[0].text if sample.turns else ""
     try:
         request = templates.apply(task, question, style, rng)
     except PromptError as error:
-        raise PromptError(f"{source.name}: sample {sample.id!r}: {error}") from error
+        raise PromptError(f"{where}: {error}") from error
     if options.wording == "at_reading":
         return sample
     first = Message("user", request, sample.kinds)
     turns = (first, *sample.turns[1:]) if sample.turns else (first, Message("assistant", sample.captions[0]))
-    # A sample without a task is read without templates; `meta` keeps the task.
-    return replace(sample, turns=turns, task="", style="", meta={**sample.meta, "task": task})
+    # A sample without a task gets no template when it is read; meta keeps the task's name.
+    return dataclasses.replace(sample, turns=turns, task="", style="", meta={**sample.meta, "task": task})

@@ -1,6 +1,6 @@
-"""Which answers become samples: rules with reasons, statistics, and a record of every rejection.
+"""Third stage: rules decide which answers become samples, and every rejected answer is kept with its reasons.
 
-All answers are checked again each time: that is quick, costs nothing, and gives the same result for the same files.
+All answers are checked at each call: the check is quick, costs nothing, and gives the same result for the same files.
 """
 
 from __future__ import annotations
@@ -9,27 +9,31 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lavis_chatbridge import config
+import yaml
+
 from lavis_chatbridge.config import Settings
-from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.errors import ConfigError, DataError, MissingExtraError
 from lavis_chatbridge.files import atomic_text, write_json
-from lavis_chatbridge.multis.annotation import MODALITIES, Annotation, all_words, read_annotations
-from lavis_chatbridge.multis.generate import answers
+from lavis_chatbridge.multis.annotation import MEDIA_KINDS, Annotation, all_words, read_annotations
+from lavis_chatbridge.multis.generate import read_answers
 from lavis_chatbridge.multis.parse import read_description, read_pairs
 from lavis_chatbridge.multis.prompts import DATA_KINDS, Pair, PromptBook
-from lavis_chatbridge.multis.statistics import WORD, Statistics
-from lavis_chatbridge.multis.vocabulary import NearDuplicates, Things
+from lavis_chatbridge.multis.things import Things
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, to_record
 
+PAPER_COUNTS = {"conversation": 24_000, "detail": 18_000, "reasoning": 9_000}
+"""Samples of the paper's video, audio and video+audio chat data (arXiv 2305.16103, section 4.2), rounded as there."""
+_WORDS = re.compile(r"\b[\w'\u2019-]+\b")
 _CLAUSE_END = re.compile(r"[.;:!?,]")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_DENIAL = re.compile(r"\s*(?:no\b|there\s+(?:is|are)\s+no)", re.IGNORECASE)
+_PHRASE_LISTS = ("text_source", "refusal", "markup", "unsafe", "negation", "hedge")
 
 
 class Range(Settings):
@@ -38,46 +42,18 @@ class Range(Settings):
     least: int
     most: int
 
-    def fault(self, value: int, what: str) -> str | None:
-        """The sentence for a value outside; None inside."""
-        return None if self.least <= value <= self.most else f"{what}: {value}, expected {self.least} to {self.most}"
-
 
 class KindLimits(Settings):
-    """How long samples of one kind are."""
+    """Lengths of one kind of sample: questions in a sample, words of each question and answer."""
 
     pairs: Range
-    """Questions per sample."""
     question_words: Range
     answer_words: Range
 
 
-def _limits(*bounds: tuple[int, int]) -> KindLimits:
-    pairs, question, answer = (Range(least=least, most=most) for least, most in bounds)
-    return KindLimits(pairs=pairs, question_words=question, answer_words=answer)
-
-
-class Phrases(Settings):
-    """The layout of ``rules/language.yaml``: regular expressions of whole words."""
-
-    text_source: list[str]
-    refusal: list[str]
-    markup: list[str]
-    unsafe: list[str]
-    negation: list[str]
-    hedge: list[str]
-    foreign_media: dict[str, list[str]]
-
-    @classmethod
-    def load(cls, path: str | None) -> dict[str, re.Pattern[str]]:
-        """The patterns by rule; those of ``foreign_media`` by modality."""
-        file = Path(path) if path else Path(__file__).parent / "rules" / "language.yaml"
-        phrases = config.parse(cls, dict(config.read_yaml(file)), file.name)
-        lists = {name: getattr(phrases, name) for name in cls.model_fields if name != "foreign_media"}
-        try:
-            return {name: _one_of(patterns) for name, patterns in (lists | phrases.foreign_media).items()}
-        except re.error as error:
-            raise ConfigError(f"{file}: {error.pattern!r} is no regular expression: {error}") from error
+def _limits(pairs: tuple[int, int], question: tuple[int, int], answer: tuple[int, int]) -> KindLimits:
+    ranges = (Range(least=least, most=most) for least, most in (pairs, question, answer))
+    return KindLimits(**dict(zip(("pairs", "question_words", "answer_words"), ranges, strict=True)))
 
 
 class CheckSettings(Settings):
@@ -89,50 +65,80 @@ class CheckSettings(Settings):
         "reasoning": _limits((1, 3), (4, 80), (20, 300)),
     }
     duplicate_from: float = 0.8
-    """Estimated Jaccard similarity of word triples from which a sample is a near duplicate."""
+    """Estimated Jaccard similarity of word triples at which a sample counts as a near duplicate."""
     unsafe: str | None = None
-    """``module:function``, a function from a text to a reason or None; replaces the built-in patterns."""
+    """``MODULE:FUNCTION`` from a text to a reason or None; null uses the patterns of ``language``."""
     language: str | None = None
-    """A file in the form of ``rules/language.yaml``."""
+    """A file like ``rules/language.yaml``."""
     things: str | None = None
-    """A file in the form of ``rules/things.yaml``."""
+    """A file like ``rules/things.yaml``."""
 
     def check(self) -> Iterator[str]:
+        """Yield values out of range."""
         if not 0 < self.duplicate_from <= 1:
             yield f"duplicate_from is {self.duplicate_from}, expected more than 0 and at most 1"
-        for kind in DATA_KINDS:
-            if kind not in self.limits:
-                yield f"limits.{kind} is missing"
+        yield from (f"limits.{kind} is missing" for kind in DATA_KINDS if kind not in self.limits)
 
 
-class Reason(NamedTuple):
-    """Why a sample is rejected: the rule, and what it found."""
-
-    rule: str
-    detail: str
+Reason = tuple[str, str]
+"""A rule and what it found."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A readable answer, as the rules see it; ``supported`` are the things that the annotation supports."""
+    """A parsed answer, as the rules see it."""
 
     kind: str
     pairs: list[Pair]
     annotation: Annotation
     supported: set[str]
+    """Names of the vocabulary that the annotation supports."""
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
-        """Questions and answers in order."""
-        return [text for pair in self.pairs for text in pair]
+        """All questions and answers."""
+        return [text for pair in self.pairs for text in (pair.question, pair.answer)]
+
+
+class NearDuplicates:
+    """Finds texts that share most of their word triples with an earlier text (MinHash, by datasketch)."""
+
+    def __init__(self, threshold: float) -> None:
+        try:
+            from datasketch import MinHash, MinHashLSH
+        except ImportError as error:
+            raise MissingExtraError("datasketch", "multis", "chatbridge multis check") from error
+        self._threshold, self._hash = threshold, MinHash
+        self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=128)  # candidates only
+        self._known: dict[str, Any] = {}
+
+    def find(self, text: str) -> tuple[str, float] | None:
+        """The most similar earlier text and its estimated similarity, or None below the threshold."""
+        signature = self._signature(text)
+        near = [(signature.jaccard(self._known[key]), key) for key in self._index.query(signature)]
+        best = max(near, default=(0.0, ""))
+        return (best[1], best[0]) if best[0] >= self._threshold else None
+
+    def add(self, key: str, text: str) -> None:
+        """Remember a text under a name."""
+        self._known[key] = self._signature(text)
+        self._index.insert(key, self._known[key], check_duplication=False)
+
+    def _signature(self, text: str) -> Any:
+        words = _words(text)
+        width = min(3, max(1, len(words)))
+        shingles = {" ".join(words[i : i + width]) for i in range(len(words) - width + 1)} or {""}
+        signature = self._hash(num_perm=128, seed=1)
+        signature.update_batch([shingle.encode() for shingle in shingles])
+        return signature
 
 
 class Checker:
-    """All rules, in order.
+    """All rules.
 
     Args:
         options: What is accepted.
-        book: Has the questions of descriptions; its examples must not be copied.
+        book: Supplies the questions of descriptions, and the examples that an answer must not copy.
 
     Raises:
         ConfigError: If a rule file or the unsafe hook cannot be loaded.
@@ -140,190 +146,260 @@ class Checker:
 
     def __init__(self, options: CheckSettings | None = None, book: PromptBook | None = None) -> None:
         self._options, self._book = options or CheckSettings(), book or PromptBook()
-        self._phrases, self._things = Phrases.load(self._options.language), Things(self._options.things)
+        self._phrases, self._foreign = _read_phrases(self._options.language)
+        self._things = Things(self._options.things)
         self._unsafe = _load_hook(self._options.unsafe) if self._options.unsafe else self._unsafe_phrase
         self._known = NearDuplicates(self._options.duplicate_from)
         for kind in DATA_KINDS:
-            for modality in MODALITIES:
+            for modality in MEDIA_KINDS:
                 for number, (_, answer) in enumerate(self._book.examples(kind, modality)):
-                    self._known.add(f"seed example {number + 1} of {kind}/{modality}", _words_only(answer))
-        self._rules: list[Callable[[Candidate], Iterator[Reason]]] = [
-            self._lengths, self._wording, self._repeats, self._absent,
+                    self._known.add(f"seed example {number + 1} of {kind}/{modality}", answer)
+        self.rules: list[Callable[[Candidate], Iterable[Reason]]] = [
+            self._lengths, self._wording, self._repeats, self._absent, self._safety,
         ]  # fmt: skip
 
     def check(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[Sample | None, list[Reason]]:
-        """The sample of an answer, or every reason against it."""
-        pairs, reasons = self._read(record, annotation)
+        """Check one answer: returns the sample, or None and every reason against it."""
+        kind = str(record["kind"])
+        pairs, reasons = self._parse(record, annotation)
         if pairs:
-            supported = self._things.support(all_words(annotation))
-            candidate = Candidate(str(record["kind"]), pairs, annotation, supported)
-            reasons += [reason for rule in self._rules for reason in rule(candidate)]
+            candidate = Candidate(kind, pairs, annotation, self._things.support(all_words(annotation)))
+            reasons += [reason for rule in self.rules for reason in rule(candidate)]
         if reasons:
             return None, reasons
-        name = f"{annotation.id}:{record['kind']}"
-        text = _words_only("\n".join(f"{pair.question}\n{pair.answer}" for pair in pairs))
-        for words in {text, _words_only(pairs[0].answer) if record["kind"] == "detail" else text}:
+        text = "\n".join(f"{pair.question}\n{pair.answer}" for pair in pairs)
+        for words in {text, pairs[0].answer} if kind == "detail" else {text}:
             if near := self._known.find(words):
-                return None, [Reason("near_duplicate", f"{round(100 * near[1])} % like {near[0]}")]
-        self._known.add(name, text)
-        return _sample(name, record, pairs, annotation), []
+                return None, [("near_duplicate", f"{round(100 * near[1])} % like {near[0]}")]
+        self._known.add(f"{annotation.id}:{kind}", text)
+        return _sample(record, pairs, annotation), []
 
-    def _read(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[list[Pair], list[Reason]]:
-        """An answer's questions and answers, and why it cannot be read."""
-        reasons, kind = [], str(record["kind"])
-        if record.get("finish") in ("length", "max_tokens"):
-            reasons.append(Reason("truncated", "the answer was cut off at its longest length"))
-        elif record.get("finish") == "content_filter":
-            reasons.append(Reason("refusal", "the server's content filter intervened"))
+    def _parse(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[list[Pair], list[Reason]]:
+        reasons: list[Reason] = []
+        finish, text = str(record.get("finish") or ""), str(record["text"])
+        if finish in ("length", "max_tokens"):
+            reasons.append(("truncated", "the answer reached its greatest length"))
+        elif finish == "content_filter":
+            reasons.append(("refusal", "the server's content filter stopped the answer"))
         try:
-            if kind == "detail":
+            if record["kind"] == "detail":
                 question = self._book.question("detail", annotation.modality, annotation.id)
-                return [Pair(question, read_description(str(record["text"])))], reasons
-            return read_pairs(str(record["text"])), reasons
+                return [Pair(question=question, answer=read_description(text))], reasons
+            return read_pairs(text), reasons
         except DataError as error:
-            return [], [*reasons, Reason("form", str(error))]
+            return [], [*reasons, ("form", str(error))]
 
     def _lengths(self, candidate: Candidate) -> Iterator[Reason]:
         limits = self._options.limits[candidate.kind]
-        faults = [limits.pairs.fault(len(candidate.pairs), "questions")]
-        for question, answer in candidate.pairs:
-            faults.append(limits.question_words.fault(_count_words(question), "words of a question"))
-            faults.append(limits.answer_words.fault(_count_words(answer), "words of an answer"))
-        yield from (Reason("length", fault) for fault in faults if fault)
+        counts = [(len(candidate.pairs), limits.pairs, "questions")]
+        for pair in candidate.pairs:
+            counts.append((len(_words(pair.question)), limits.question_words, "words of a question"))
+            counts.append((len(_words(pair.answer)), limits.answer_words, "words of an answer"))
+        for count, allowed, what in counts:
+            if not allowed.least <= count <= allowed.most:
+                yield "length", f"{what}: {count}, expected {allowed.least} to {allowed.most}"
 
     def _wording(self, candidate: Candidate) -> Iterator[Reason]:
-        """Phrases that betray a writer who read a text, refuse, break a prompt, name an absent sense, or are unsafe."""
         modality = candidate.annotation.modality
-        for rule in ("text_source", "refusal", "markup", modality):
-            for text in candidate.texts:
-                if rule in self._phrases and (found := self._phrases[rule].search(text)):
-                    foreign = rule == modality
-                    detail = f"{found.group()} ({modality})" if foreign else found.group()
-                    yield Reason("foreign_media" if foreign else rule, detail)
-        yield from (Reason("unsafe", reason) for text in candidate.texts if (reason := self._unsafe(text)))
+        for text in candidate.texts:
+            for rule in ("text_source", "refusal", "markup"):
+                if found := self._phrases[rule].search(text):
+                    yield rule, found.group()
+            if modality in self._foreign and (found := self._foreign[modality].search(text)):
+                yield "foreign_media", f"{found.group()} ({modality})"
 
     def _repeats(self, candidate: Candidate) -> Iterator[Reason]:
-        questions = Counter(_words_only(pair.question) for pair in candidate.pairs)
-        yield from (Reason("repetition", f"asked {n} times: {q}") for q, n in questions.items() if n > 1)
-        words = [word for pair in candidate.pairs for word in _words_only(pair.answer).split()]
+        questions = Counter(" ".join(_words(pair.question)) for pair in candidate.pairs)
+        yield from (("repetition", f"asked {n} times: {q}") for q, n in questions.items() if n > 1)
+        words = [word for pair in candidate.pairs for word in _words(pair.answer)]
         runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
         for run, count in runs.most_common(1):
             if count >= 3 and 4 * count > 0.2 * len(words):
-                yield Reason("repetition", f"{count} times: {' '.join(run)}")
-        for pair in candidate.pairs:
-            names = Counter(name for name, _ in self._things.mentions(pair.answer))
-            for name, count in names.most_common(1):
-                if count >= 5 and count > 0.15 * _count_words(pair.answer):  # small models repeat one word
-                    yield Reason("repetition", f"{count} times in {_count_words(pair.answer)} words: {name}")
+                yield "repetition", f"{count} times: {' '.join(run)}"
+        for pair in candidate.pairs:  # small models repeat one word
+            length = len(_words(pair.answer))
+            for name, count in Counter(name for name, _ in self._things.mentions(pair.answer)).most_common(1):
+                if count >= 5 and count > 0.15 * length:
+                    yield "repetition", f"{count} times in {length} words: {name}"
 
     def _absent(self, candidate: Candidate) -> Iterator[Reason]:
-        """Things, sounds and colours that the answer claims and the annotation does not support."""
+        """Things, sounds and colours that an answer claims and the annotation does not support."""
         absent: dict[str, None] = {}
-        hedged = candidate.kind == "reasoning"
-        for question, answer in candidate.pairs:
-            for text in (answer,) if _DENIAL.match(answer) else (question, answer):
+        for pair in candidate.pairs:
+            denies = re.match(r"\s*(?:no\b|there\s+(?:is|are)\s+no)", pair.answer, re.IGNORECASE)
+            for text in (pair.answer,) if denies else (pair.question, pair.answer):
                 for name, at in self._things.mentions(text):
-                    if name not in candidate.supported and not self._excused(text, at, hedged):
+                    if name not in candidate.supported and not self._excused(text, at, candidate.kind == "reasoning"):
                         absent[name] = None
         if absent:
-            yield Reason("absent", ", ".join(absent))
+            yield "absent", ", ".join(absent)
 
     def _excused(self, text: str, at: int, hedged: bool) -> bool:
-        """Whether the mention at ``at`` is denied in its clause or, with ``hedged``, guessed in its sentence."""
+        """Whether the mention at ``at`` is negated in its clause or, if ``hedged``, only supposed in its sentence."""
         before = text[:at]
         clause = before[max((found.end() for found in _CLAUSE_END.finditer(before)), default=0) :]
         if self._phrases["negation"].search(clause):
             return True
         begin = max((found.end() for found in _SENTENCE_END.finditer(before)), default=0)
         end = _SENTENCE_END.search(text, at)
-        return hedged and bool(self._phrases["hedge"].search(text[begin : end.start() if end else len(text)]))
+        sentence = text[begin : end.start() if end else len(text)]
+        return hedged and bool(self._phrases["hedge"].search(sentence))
+
+    def _safety(self, candidate: Candidate) -> Iterator[Reason]:
+        yield from (("unsafe", reason) for text in candidate.texts if (reason := self._unsafe(text)))
 
     def _unsafe_phrase(self, text: str) -> str | None:
         found = self._phrases["unsafe"].search(text)
         return found.group() if found else None
 
 
-def check(
-    generated: str | Path, annotations: str | Path, folder: str | Path, checker: Checker | None = None
-) -> dict[str, Any]:
+class Statistics:
+    """Counts accepted and rejected answers by kind and modality."""
+
+    def __init__(self) -> None:
+        self._cells: dict[str, Counter[tuple[str, str]]] = {"accepted": Counter(), "rejected": Counter()}
+        self._reasons: Counter[str] = Counter()
+        self._sources: Counter[str] = Counter()
+        self._words: dict[str, dict[str, list[int]]] = {k: {"user": [], "assistant": []} for k in DATA_KINDS}
+        self._vocabulary: set[str] = set()
+
+    def add(self, record: Mapping[str, Any], sample: Sample | None, reasons: Iterable[Reason]) -> None:
+        """Count one answer; ``sample`` is None if it was rejected."""
+        cell = (str(record["kind"]), str(record.get("modality", "")))
+        self._cells["rejected" if sample is None else "accepted"][cell] += 1
+        self._reasons.update({rule for rule, _ in reasons})
+        if sample is not None:
+            self._sources[sample.source] += 1
+            for message in sample.turns:
+                words = _words(message.text)
+                self._vocabulary.update(words)
+                self._words[cell[0]][message.role].append(len(words))
+
+    def to_json(self) -> dict[str, Any]:
+        """All counts as JSON values."""
+        kinds = {}
+        for kind in DATA_KINDS:
+            by_modality = {
+                modality: {state: cells[kind, modality] for state, cells in self._cells.items()}
+                for modality in MEDIA_KINDS
+            }
+            words = self._words[kind]
+            kinds[kind] = {
+                **{state: sum(cell[state] for cell in by_modality.values()) for state in self._cells},
+                "paper": PAPER_COUNTS[kind],
+                "questions": len(words["user"]),
+                "mean_question_words": round(sum(words["user"]) / max(1, len(words["user"])), 2),
+                "mean_answer_words": round(sum(words["assistant"]) / max(1, len(words["assistant"])), 2),
+                "by_modality": {name: cell for name, cell in by_modality.items() if any(cell.values())},
+            }
+        return {
+            **{state: cells.total() for state, cells in self._cells.items()},
+            "kinds": kinds,
+            "reasons": dict(self._reasons.most_common()),
+            "vocabulary": len(self._vocabulary),
+            "sources": dict(self._sources.most_common()),
+        }
+
+
+def table(statistics: Mapping[str, Any]) -> str:
+    """Statistics as text for a terminal."""
+    lines = [f"{'kind':14}{'accepted':>10}{'rejected':>10}{'paper':>9}{'words asked':>13}{'answered':>10}"]
+    for kind, row in statistics["kinds"].items():
+        lines.append(
+            f"{kind:14}{row['accepted']:10}{row['rejected']:10}{row['paper']:9}"
+            f"{row['mean_question_words']:13.1f}{row['mean_answer_words']:10.1f}"
+        )
+    lines.append(f"{'all':14}{statistics['accepted']:10}{statistics['rejected']:10}{sum(PAPER_COUNTS.values()):9}")
+    if statistics["reasons"]:
+        lines.append("rejected for: " + ", ".join(f"{rule} {n}" for rule, n in statistics["reasons"].items()))
+    return "\n".join([*lines, f"distinct words: {statistics['vocabulary']}"])
+
+
+def check(generated: str | Path, annotations: str | Path, folder: str | Path, checker: Checker | None = None) -> dict:
     """Check all answers of a generation.
 
     Args:
-        generated: The generation's folder or file.
-        annotations: The annotations from which it was made.
-        folder: Gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons, raw text), ``statistics.json``.
+        generated: The generation's folder.
+        annotations: The annotations that it was made from.
+        folder: Gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json``.
         checker: The rules.
 
     Returns:
-        The statistics, ready for JSON.
+        The statistics.
 
     Raises:
         DataError: If there are no annotations.
     """
-    checker, folder = checker or Checker(), Path(folder)
+    checker, folder, statistics = checker or Checker(), Path(folder), Statistics()
     known = {annotation.id: annotation for annotation in read_annotations(annotations)}
-    statistics = Statistics()
     with (
         atomic_text(folder / "accepted.jsonl", errors="replace") as accepted,
         atomic_text(folder / "rejected.jsonl", errors="replace") as rejected,
     ):
-        for record in answers(generated):
-            annotation, sample = known.get(record["item"]), None
-            reasons = [Reason("no_annotation", f"item {record['item']!r} is not among the annotations")]
-            if annotation is not None:
+        for record in read_answers(generated):
+            annotation = known.get(record["item"])
+            if annotation is None:
+                sample, reasons = None, [("no_annotation", f"item {record['item']!r} has no annotation")]
+            else:
                 sample, reasons = checker.check(record, annotation)
-            statistics.add(record, sample, [reason.rule for reason in reasons])
-            line = _rejection(record, reasons, annotation) if sample is None else to_record(sample)
+            statistics.add(record, sample, reasons)
+            line = to_record(sample) if sample is not None else _rejection(record, reasons, annotation)
             (rejected if sample is None else accepted).write(json.dumps(line, ensure_ascii=False) + "\n")
     write_json(folder / "statistics.json", statistics.to_json())
     return statistics.to_json()
 
 
-def _sample(name: str, record: Mapping[str, Any], pairs: list[Pair], annotation: Annotation) -> Sample:
+def _sample(record: Mapping[str, Any], pairs: list[Pair], annotation: Annotation) -> Sample:
     media = tuple(Medium(medium.type, medium.path) for medium in annotation.media)
-    turns: list[Message] = []
-    for position, pair in enumerate(pairs):
-        shown = tuple(medium.type for medium in annotation.media) if position == 0 else ()
-        turns += [Message("user", pair.question, shown), Message("assistant", pair.answer)]
+    messages: list[Message] = []
+    for pair in pairs:
+        brought = () if messages else tuple(medium.type for medium in annotation.media)
+        messages += [Message("user", pair.question, brought), Message("assistant", pair.answer)]
     meta = {"request": record["id"], "model": record.get("model", ""), "item": annotation.id}
-    licence = {"licence": annotation.licence} if annotation.licence else {}
-    task = str(record["kind"])
     return Sample(
-        name,
-        media,
-        turns=tuple(turns),
+        id=f"{annotation.id}:{record['kind']}",
+        media=media,
+        turns=tuple(messages),
         source=annotation.source,
-        task=task,
+        task=str(record["kind"]),
         facts=annotation.facts,
-        meta=meta | licence,
+        meta={**meta, **({"licence": annotation.licence} if annotation.licence else {})},
     )
 
 
 def _rejection(record: Mapping[str, Any], reasons: list[Reason], annotation: Annotation | None) -> dict[str, Any]:
     return {
         "id": f"{record['item']}:{record['kind']}",
+        **{key: record.get(key, "") for key in ("item", "kind", "modality", "text")},
         "request": record["id"],
-        "item": record["item"],
-        "kind": record["kind"],
-        "modality": record.get("modality", ""),
-        "reasons": [reason._asdict() for reason in reasons],
-        "text": record["text"],
+        "reasons": [{"rule": rule, "detail": detail} for rule, detail in reasons],
         "media": [medium.model_dump() for medium in annotation.media] if annotation else [],
     }
 
 
-def _one_of(patterns: list[str]) -> re.Pattern[str]:
-    """Any of the patterns as whole words: an end that is a letter or digit is not inside a longer word."""
+def _read_phrases(path: str | None) -> tuple[dict[str, re.Pattern[str]], dict[str, re.Pattern[str]]]:
+    """The phrase lists of ``rules/language.yaml`` compiled: by name, and ``foreign_media`` by modality.
+
+    Raises:
+        ConfigError: If a list is missing or a pattern is not a regular expression.
+    """
+    file = Path(path) if path else Path(__file__).parent / "rules" / "language.yaml"
+    try:
+        lists = yaml.safe_load(file.read_text(encoding="utf-8"))
+        phrases = {name: _any_of(lists[name]) for name in _PHRASE_LISTS}
+        return phrases, {name: _any_of(patterns) for name, patterns in lists["foreign_media"].items()}
+    except (OSError, yaml.YAMLError, re.error, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(f"cannot read the phrases of {file}: {type(error).__name__}: {error}") from error
+
+
+def _any_of(patterns: list[str]) -> re.Pattern[str]:
+    """Any of the patterns, as whole words where they begin or end with a letter or digit."""
     whole = (rf"(?:(?<!\w)|(?=\W))(?:{pattern})(?:(?!\w)|(?<=\W))" for pattern in patterns)
     return re.compile("|".join(whole), re.IGNORECASE)
 
 
-def _words_only(text: str) -> str:
-    return " ".join(WORD.findall(text.lower()))
-
-
-def _count_words(text: str) -> int:
-    return len(WORD.findall(text))
+def _words(text: str) -> list[str]:
+    return _WORDS.findall(text.lower())
 
 
 def _load_hook(name: str) -> Callable[[str], str | None]:

@@ -1,4 +1,4 @@
-"""One HTML file of samples with their media, which opens without a network: look at data before using it."""
+"""One HTML page of checked samples with their media, to look at before training on them."""
 
 from __future__ import annotations
 
@@ -13,108 +13,90 @@ from typing import Any
 
 import numpy as np
 
-from lavis_chatbridge import media, pages
+from lavis_chatbridge import media
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import write_text
-from lavis_chatbridge.multis.annotation import describe, read_annotations
-from lavis_chatbridge.multis.statistics import table
+from lavis_chatbridge.multis.annotation import describe, json_objects, read_annotations
+from lavis_chatbridge.multis.check import table
+from lavis_chatbridge.pages import render
 from lavis_chatbridge.schema import check_inside, media_path
 
 _PICTURE_WIDTH = 320
 _FRAMES = 3
 _RATE = 16_000
 _SECONDS = 10
-_LARGEST_CLIP = 2_000_000
 
 
 def write_page(
     checked: str | Path,
     media_root: str | Path,
     out: str | Path,
-    annotations: str | Path | None = None,
     accepted: int = 40,
     rejected: int = 20,
     seed: int = 0,
+    annotations: str | Path | None = None,
 ) -> int:
     """Write the page.
 
     Args:
-        checked: The folder with ``accepted.jsonl``, ``rejected.jsonl`` and ``statistics.json``.
-        media_root: The folder that media paths are relative to.
+        checked: The folder that ``multis check`` made.
+        media_root: Folder that media paths are relative to.
         out: The HTML file.
-        annotations: Adds to each sample the text that its writer had.
-        accepted: Number of accepted samples.
-        rejected: Number of rejected ones.
-        seed: Samples both.
+        accepted: Number of accepted samples, sampled by ``seed``.
+        rejected: Number of rejected samples.
+        seed: See ``accepted``.
+        annotations: Shows beside each sample the text that its writer had.
 
     Returns:
-        The number of samples on the page.
+        Number of samples on the page.
 
     Raises:
-        DataError: If the folder is not the output of ``multis check``.
+        DataError: If ``checked`` was not made by ``multis check``.
     """
-    checked, notes = Path(checked), {}
-    if annotations is not None:
-        notes = {annotation.id: describe(annotation) for annotation in read_annotations(annotations)}
+    checked, rng = Path(checked), random.Random(seed)
+    notes = {a.id: describe(a) for a in read_annotations(annotations)} if annotations else {}
     try:
         numbers = table(json.loads((checked / "statistics.json").read_text(encoding="utf-8")))
-        shown = [
-            (status, record)
-            for status, count in (("accepted", accepted), ("rejected", rejected))
-            for record in _sampled(checked / f"{status}.jsonl", count, seed)
-        ]
-    except OSError as error:
-        raise DataError(f"{checked} is not the output of `chatbridge multis check`: {error}") from error
-    cards = [_card(status, record, Path(media_root), notes) for status, record in shown]
-    write_text(Path(out), pages.render("multis.html", numbers=numbers, cards=cards), errors="replace")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{checked} was not made by `chatbridge multis check`: {error}") from error
+    cards = []
+    for state, count in (("accepted", accepted), ("rejected", rejected)):
+        records = [record for _, record in json_objects(checked / f"{state}.jsonl")]
+        chosen = sorted(rng.sample(range(len(records)), min(count, len(records))))
+        cards += [_card(state, records[index], Path(media_root), notes) for index in chosen]
+    write_text(Path(out), render("multis.html", table=numbers, cards=cards), errors="replace")
     return len(cards)
 
 
-def _sampled(file: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """``count`` lines sampled evenly from a file of any length (reservoir sampling), in the file's order."""
-    rng = random.Random(seed)
-    kept: list[tuple[int, bytes]] = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines):
-            if len(kept) < count:
-                kept.append((number, line))
-            elif (place := rng.randrange(number + 1)) < count:
-                kept[place] = (number, line)
-    return [json.loads(line) for _, line in sorted(kept)]
-
-
-def _card(status: str, record: Mapping[str, Any], root: Path, notes: Mapping[str, str]) -> dict[str, Any]:
-    turns = [(turn["role"], turn["text"]) for turn in record.get("turns", ())]
-    item = record.get("item") or record.get("meta", {}).get("item")
+def _card(state: str, record: Mapping[str, Any], root: Path, notes: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "status": status,
+        "state": state,
         "id": record["id"],
-        "media": [part for entry in record.get("media", ()) for part in _media(entry, root)],
+        "media": list(_media(record.get("media", ()), root)),
         "reasons": "; ".join(f"{reason['rule']}: {reason['detail']}" for reason in record.get("reasons", ())),
-        "turns": turns or [("assistant", record.get("text", ""))],
-        "notes": notes.get(item, ""),
+        "turns": record.get("turns") or [{"role": "assistant", "text": record.get("text", "")}],
+        "notes": notes.get(record.get("item") or record.get("meta", {}).get("item", "")),
     }
 
 
-def _media(entry: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, str]]:
-    """The elements that show a medium: ``img``, ``video``, ``audio`` or ``error``; label; data."""
-    try:
-        path = Path(media_path(entry["path"], str(root), "the sample"))
-        check_inside(str(path), str(root))
-        if entry["type"] == "image":
-            yield "img", "image of the sample", _picture(media.open_image(path))
-        elif entry["type"] == "audio":
-            yield "audio", "sound of the sample", _sound(media.open_audio(path, rate=_RATE))
-        else:
-            frames = media.open_video(
-                path, lambda count: [(2 * i + 1) * count // (2 * _FRAMES) for i in range(_FRAMES)]
-            )
-            for number, frame in enumerate(frames, start=1):
-                yield "img", f"frame {number} of {_FRAMES}", _picture(frame)
-            if path.suffix.lower() in (".mp4", ".webm") and path.stat().st_size <= _LARGEST_CLIP:
-                yield "video", "clip of the sample", _data_uri(f"video/{path.suffix.lower()[1:]}", path.read_bytes())
-    except (MediaError, DataError) as error:
-        yield "error", str(error), ""
+def _media(entries: Any, root: Path) -> Iterator[dict[str, str]]:
+    """The media of a sample as ``{"tag", "source"}``, or as ``{"tag": "fault", "source": reason}``."""
+    for entry in entries:
+        try:
+            path = Path(media_path(entry["path"], str(root), "the sample"))
+            check_inside(str(path), str(root))
+            if entry["type"] == "audio":
+                yield {"tag": "audio", "source": _sound(media.open_audio(path, rate=_RATE))}
+            elif entry["type"] == "image":
+                yield {"tag": "img", "source": _picture(media.open_image(path))}
+            else:
+                yield from ({"tag": "img", "source": _picture(f)} for f in media.open_video(path, _middles))
+        except (MediaError, DataError) as error:
+            yield {"tag": "fault", "source": str(error)}
+
+
+def _middles(count: int) -> list[int]:
+    return [(2 * i + 1) * count // (2 * _FRAMES) for i in range(_FRAMES)]
 
 
 def _picture(pixels: np.ndarray) -> str:
@@ -123,7 +105,7 @@ def _picture(pixels: np.ndarray) -> str:
     picture, out = Image.fromarray(pixels), io.BytesIO()
     picture.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
     picture.save(out, "JPEG", quality=80)
-    return _data_uri("image/jpeg", out.getvalue())
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def _sound(samples: np.ndarray) -> str:
@@ -133,8 +115,4 @@ def _sound(samples: np.ndarray) -> str:
         file.setsampwidth(2)
         file.setframerate(_RATE)
         file.writeframes((np.clip(samples[: _SECONDS * _RATE], -1, 1) * 32767).astype("<i2").tobytes())
-    return _data_uri("audio/wav", out.getvalue())
-
-
-def _data_uri(mime: str, data: bytes) -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+    return f"data:audio/wav;base64,{base64.b64encode(out.getvalue()).decode()}"

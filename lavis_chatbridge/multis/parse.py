@@ -1,7 +1,7 @@
-"""Reading what a language model wrote as questions and answers.
+"""Parse a language model's answer into questions and answers.
 
-Models follow the asked form (``Question: ...`` / ``Answer: ...``) loosely: numbered, bold, with other labels, or as
-JSON. What cannot be read with certainty is refused with a reason, never mended by guessing.
+Models follow the requested form (``Question: ...`` / ``Answer: ...``) loosely: numbered, bold, with other labels, or as
+JSON. An ambiguous answer is refused with a reason; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TITLE = re.compile(r"\A(?:\*\*)?(?:detailed )?description(?:\*\*)?[ \t]*[:\uFF1
 
 
 def read_pairs(text: str) -> list[Pair]:
-    """The questions and answers of a written conversation.
+    """Parse a conversation.
 
     Raises:
         DataError: If there are none, or they do not alternate.
@@ -50,11 +50,11 @@ def read_pairs(text: str) -> list[Pair]:
             raise DataError(f"part {position + 1} is empty")
     if len(parts) % 2:
         raise DataError("the last question has no answer")
-    return [Pair(ask, reply) for (_, ask), (_, reply) in zip(parts[::2], parts[1::2], strict=True)]
+    return [Pair(question=q, answer=a) for (_, q), (_, a) in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def read_description(text: str) -> str:
-    """A description that was asked for without a question.
+    """Parse a description that was requested without a question.
 
     Raises:
         DataError: If it is empty, or is a list of questions and answers.
@@ -75,7 +75,7 @@ def _unfenced(text: str) -> str:
 
 
 def _from_json(text: str) -> list[Pair] | None:
-    """The pairs of a JSON answer; None where it is not JSON."""
+    """The pairs of a JSON answer, or None if it is not JSON."""
     if text[:1] not in ("{", "["):
         return None
     try:
@@ -91,7 +91,7 @@ def _from_json(text: str) -> list[Pair] | None:
         answer = entry.get("answer") if isinstance(entry, dict) else None
         if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):
             raise DataError("JSON without the keys 'question' and 'answer'")
-        pairs.append(Pair(question.strip(), answer.strip()))
+        pairs.append(Pair(question=question.strip(), answer=answer.strip()))
     if not pairs:
         raise DataError("JSON without questions")
     return pairs

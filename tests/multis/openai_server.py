@@ -1,7 +1,7 @@
-"""A small HTTP server on loopback that speaks the OpenAI chat protocol, and misbehaves as its script says.
+"""A small HTTP server on loopback that speaks OpenAI's chat protocol and fails as a test's script says.
 
-It counts requests by ``Idempotency-Key`` and computes its answers from the notes in the prompt.
-``python openai_server.py --latency 0.2`` runs it for the benchmark.
+It counts requests by ``Idempotency-Key`` and computes its answers from the notes in the prompt. As a program
+(``python -m tests.multis.openai_server --latency 0.2``) it serves the throughput benchmark.
 """
 
 from __future__ import annotations
@@ -153,8 +153,7 @@ class OpenAIServer:
             reply = self._script(number, body)
             await asyncio.sleep(self._latency + reply.delay)
             if reply.body is None:
-                completion = self._completion(name, body, reply.finish)
-                reply.body = json.dumps(completion).encode()
+                reply.body = json.dumps(self._completion(name, body, reply.finish)).encode()
                 self.answered[name] += reply.cut is None
             return await self._send(writer, reply)
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +13,14 @@ import pytest
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.annotate import annotate
 from lavis_chatbridge.multis.annotation import Region, Semantic, Tag, read_annotations
-from lavis_chatbridge.multis.annotators import Findings, View, build
-from lavis_chatbridge.multis.annotators.imported import Imported
+from lavis_chatbridge.multis.annotators import Findings, Imported, View, build_annotator
 
 WIDTH, HEIGHT = 200, 100
 MASK = {"size": [HEIGHT, WIDTH], "counts": "x"}
 
 
-def view(item: str = "clip", number: int = 0, path: str = "videos/clip.mp4") -> View:
-    return View(item, path, lambda: np.zeros((HEIGHT, WIDTH, 3), np.uint8), number)
+def view(item: str = "clip", number: int = 0, kind: Any = "frame", path: str = "videos/clip.mp4") -> View:
+    return View(item, kind, path, lambda: np.zeros((HEIGHT, WIDTH, 3), np.uint8), number)
 
 
 def imported(tmp_path: Path, content: Any, form: Any, **options: Any) -> Imported:
@@ -74,19 +73,13 @@ def test_masks_become_shares_of_the_frame(tmp_path: Path, content: Any) -> None:
     assert found[0].semantics == (Semantic(label="grass", share=0.5), Semantic(label="sky", share=0.25))
 
 
-def test_a_folder_of_files_captions_and_tags(tmp_path: Path) -> None:
-    folder = tmp_path / "grit"
-    (folder / "clip").mkdir(parents=True)
-    (folder / "clip" / "2.json").write_text('[{"text": "a late thing", "box": [0, 0, 200, 100]}]')
-    assert Imported(folder, "grit").annotate([view(number=2)])[0].regions == (
-        Region(text="a late thing", box=(0, 0, 1, 1)),
-    )
+def test_captions_and_tags_are_imported(tmp_path: Path) -> None:
     assert imported(tmp_path, {"clip": "a frame"}, "captions").annotate([view()])[0].caption == "a frame"
     tags = imported(tmp_path, {"clip": ["Dog", ["Bark", 0.5], {"label": "Rain", "score": 0.9}]}, "tags")
-    assert (tags.views, tags.annotate([view()])[0].tags) == (
-        "sound",
-        (Tag(label="Rain", score=0.9), Tag(label="Bark", score=0.5), Tag(label="Dog")),
-    )
+    found = tags.annotate([view(kind="sound")])[0].tags
+    assert [(tag.label, tag.score) for tag in found] == [("Rain", 0.9), ("Bark", 0.5), ("Dog", None)]
+    assert tags.kind == "sound"
+    assert Tag(label="Dog") in found
 
 
 @pytest.mark.parametrize(
@@ -100,8 +93,8 @@ def test_a_folder_of_files_captions_and_tags(tmp_path: Path) -> None:
 )
 def test_captions_of_sounds_are_imported(tmp_path: Path, content: Any) -> None:
     importer = imported(tmp_path, content, "sound_captions")
-    views = [view("bell", path="sounds/bell.wav"), view("other", path="other.wav")]
-    assert importer.views == "sound"
+    views = [view("bell", kind="sound", path="sounds/bell.wav"), view("other", kind="sound", path="other.wav")]
+    assert importer.kind == "sound"
     assert [one.sound_captions for one in importer.annotate(views)] == [("a bell rings", "two strokes"), ()]
 
 
@@ -109,8 +102,8 @@ def test_imported_captions_go_to_the_frames_and_to_the_sounds(world: Path, tmp_p
     (tmp_path / "seen.json").write_text(json.dumps({"both0/1": "a square"}))
     (tmp_path / "heard.json").write_text(json.dumps({"both0": ["a flute", "a long tone"]}))
     annotators = [
-        build(f"captions={tmp_path}/seen.json"),
-        build(f"sound_captions={tmp_path}/heard.json"),
+        build_annotator(f"captions={tmp_path}/seen.json"),
+        build_annotator(f"sound_captions={tmp_path}/heard.json"),
     ]
     annotate(world / "items.jsonl", tmp_path / "out", annotators)
     done = {one.id: one for one in read_annotations(tmp_path / "out")}
@@ -122,25 +115,24 @@ def test_imported_captions_go_to_the_frames_and_to_the_sounds(world: Path, tmp_p
     assert other.written_by["sound_captions"] == "human"
 
 
-def test_captions_of_another_form_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a caption is a text, or an object with .* found 7"):
-        imported(tmp_path, {"clip": [7]}, "captions").annotate([view()])
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [([{"box": [1, 2, 3, 4]}], "names no image"), ({"clip": [{"text": "x", "box": [1, 2]}]}, "four numbers")],
+    ("form", "content", "message"),
+    [
+        ("grit", [{"box": [1, 2, 3, 4]}], "names no view"),
+        ("grit", {"clip": [{"text": "x", "box": [1, 2]}]}, "entry of 'clip' is not of the form 'grit'"),
+        ("captions", {"clip": [7]}, "entry of 'clip' is not of the form 'captions'"),
+    ],
 )
-def test_files_of_another_form_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+def test_files_of_another_form_are_refused(tmp_path: Path, form: Any, content: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        imported(tmp_path, content, "grit").annotate([view()])
+        imported(tmp_path, content, form).annotate([view()])
 
 
 class Counting:
     """An annotator of a user's own."""
 
     name = "counting 1"
-    views: Literal["frame", "sound"] = "frame"
+    kind = "frame"
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -152,10 +144,10 @@ class Counting:
         return [Findings(caption=f"frame {view.number} of {len(views)}") for view in views]
 
 
-def test_shards_cover_every_item_once_and_resume(world: Path, tmp_path: Path) -> None:
+def test_ranks_cover_every_item_once_and_resume(world: Path, tmp_path: Path) -> None:
     items, out = world / "items.jsonl", tmp_path / "out"
     parts = [Counting() for _ in range(3)]
-    reports = [annotate(items, out, [part], rank=rank, world_size=3) for rank, part in enumerate(parts)]
+    reports = [annotate(items, out, [part], rank=rank, world=3) for rank, part in enumerate(parts)]
     assert sum(report.annotated for report in reports) == 8
     done = {one.id: one for one in read_annotations(out)}
     assert len(done) == 8
@@ -170,16 +162,8 @@ def test_shards_cover_every_item_once_and_resume(world: Path, tmp_path: Path) ->
     assert annotate(items, out, [again]).known == 8, "another number of processes finds the same items finished"
     assert again.seen == []
 
-    files = sorted(out.glob("annotations-*.jsonl"))
-    lines = files[-1].read_bytes().splitlines(keepends=True)
-    files[-1].write_bytes(b"".join(lines[:-1]) + lines[-1][:40])  # as a kill leaves it
-    report = annotate(items, out, [again])
-    assert (report.annotated, report.known) == (1, 7)
-    assert sorted(one.id for one in read_annotations(out)) == sorted(done)
-    assert {one.id: one for one in read_annotations(out)}.keys() == done.keys()
 
-
-def test_captions_of_a_sound_are_told_as_such(world: Path, tmp_path: Path) -> None:
+def test_captions_of_a_sound_become_sound_captions(world: Path, tmp_path: Path) -> None:
     annotate(world / "items.jsonl", tmp_path, [])
     sound = next(one for one in read_annotations(tmp_path) if one.modality == "audio")
     assert sound.captions == ()
@@ -200,10 +184,10 @@ def test_unreadable_media_are_named_and_left_out(tmp_path: Path) -> None:
     assert "none.jpg" in failures[1]["reason"]
 
 
-def test_an_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_id_is_refused(tmp_path: Path) -> None:
     line = json.dumps({"id": "a", "media": [{"type": "image", "path": "a.png"}]})
     (tmp_path / "items.jsonl").write_text(f"{line}\n{line}\n")
-    with pytest.raises(DataError, match=r"items.jsonl:2: the id 'a' is in the file twice"):
+    with pytest.raises(DataError, match=r"items.jsonl:2: the id 'a' occurs twice"):
         annotate(tmp_path / "items.jsonl", tmp_path / "out", [])
 
 
@@ -213,19 +197,19 @@ def test_an_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
         ("florence=x", "did you mean 'florence2'"),
         ("grit", "needs a path"),
         ("grit=x.json,larges=3", "did you mean 'largest'"),
-        ("blip2=/nowhere", "no weights of BLIP-2 at /nowhere"),
+        ("captioner=/nowhere", "/nowhere cannot be loaded for image-text-to-text"),
         ("grit=/nowhere.json", "cannot read /nowhere.json"),
     ],
 )
 def test_a_wrong_annotator_is_named_with_its_remedy(text: str, message: str) -> None:
     with pytest.raises(Exception, match=message) as error:
-        build(text)
+        build_annotator(text)
     assert type(error.value).__module__.startswith("lavis_chatbridge")
 
 
 def test_options_of_an_annotator_are_read(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text(json.dumps({"clip": [{"text": str(n), "box": [0, 0, 1, 1]} for n in range(5)]}))
-    assert len(build(f"grit={tmp_path}/g.json,largest=2").annotate([view()])[0].regions) == 2
+    assert len(build_annotator(f"grit={tmp_path}/g.json,largest=2").annotate([view()])[0].regions) == 2
 
 
 @pytest.mark.parametrize("path", ["../a.png", "/etc/passwd", "file:///etc/passwd", "a\0.png", ""])
@@ -243,17 +227,3 @@ def test_links_that_lead_out_of_the_root_leave_an_item_out(tmp_path: Path) -> No
     (root / "items.jsonl").write_text(json.dumps({"id": "a", "media": [{"type": "image", "path": "a.png"}]}))
     assert annotate(root / "items.jsonl", tmp_path / "out", []).failed == 1
     assert "leads out of the media root" in next((tmp_path / "out").glob("failures-*")).read_text()
-
-
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "OUTSIDE", "a\0b", "\ud800", "x" * 9000])
-def test_an_items_name_leads_to_no_import_of_another_folder(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "imports"
-    folder.mkdir()
-    (folder / "a.json").write_text("[]")
-    (tmp_path / "outside.json").write_text('[{"caption": "secret"}]')
-    (folder / "link.json").symlink_to(tmp_path / "outside.json")
-    name = name.replace("OUTSIDE", str(tmp_path / "outside"))
-    imported = Imported(folder, "captions")
-    for asked in (name, "link"):
-        view = View(asked, asked, lambda: np.zeros((4, 4, 3), np.uint8))
-        assert imported.annotate([view]) == [Findings()]

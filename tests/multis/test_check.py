@@ -11,11 +11,10 @@ import yaml
 
 from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.files import append_lines
 from lavis_chatbridge.multis.annotation import Annotation, from_json
-from lavis_chatbridge.multis.check import Checker, CheckSettings, check
+from lavis_chatbridge.multis.check import Checker, CheckSettings, NearDuplicates, check
+from lavis_chatbridge.multis.generate import ANSWERS
 from lavis_chatbridge.multis.prompts import DATA_KINDS, PromptBook, Seed
-from lavis_chatbridge.multis.vocabulary import NearDuplicates
 
 MEDIA = {"image": ["image"], "video": ["video"], "audio": ["audio"], "video+audio": ["video", "audio"]}
 
@@ -44,7 +43,7 @@ def rules(
 ) -> set:
     sample, reasons = checker.check(answer(text, kind, **values), annotation or item())
     assert (sample is None) == bool(reasons)
-    return {reason.rule for reason in reasons}
+    return {rule for rule, _ in reasons}
 
 
 def test_a_good_conversation_becomes_a_sample() -> None:
@@ -168,7 +167,7 @@ def test_every_seed_example_would_be_accepted() -> None:
     """The examples obey the rules that they teach; at least three per kind and modality."""
     book = PromptBook()
     checker = Checker(book=book)
-    checker._known = NearDuplicates()  # or each would be a copy of itself
+    checker._known = NearDuplicates(1.0)  # or each would be a copy of itself
     count = 0
     for file in sorted((book.folder / "seeds").glob("*.yaml")):
         modality = {"video_audio": "video+audio"}.get(file.stem, file.stem)
@@ -183,15 +182,17 @@ def test_every_seed_example_would_be_accepted() -> None:
 
 
 def test_the_account_is_complete_and_repeatable(tmp_path: Path) -> None:
-    append_lines(tmp_path / "annotations.jsonl", [item(name=name).line() for name in "ab"])
+    (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(item(name=n).to_json()) + "\n" for n in "ab"))
     texts = [talk("It is a brown dog.", "It runs."), talk("It is a cat.", "It runs."), "no form"]
+    records = [
+        answer(text, item=name) | {"id": f"{number}"}
+        for number, (name, text) in enumerate(zip("abc", texts, strict=True))
+    ]
     (tmp_path / "run").mkdir()
-    for number, (name, text) in enumerate(zip("abc", texts, strict=True)):
-        line = json.dumps({**answer(text, item=name), "id": f"{number:032x}"})
-        append_lines(tmp_path / "run" / "answers.jsonl", [line, line])
+    (tmp_path / "run" / ANSWERS).write_text("".join(json.dumps(record) + "\n" for record in records * 2))
     for _ in range(2):
         statistics = check(tmp_path / "run", tmp_path / "annotations.jsonl", tmp_path / "out")
-        assert (statistics["accepted"], statistics["rejected"]) == (1, 2), "a doubled answer counts once"
+        assert (statistics["accepted"], statistics["rejected"]) == (1, 2), "a doubled record counts once"
         assert statistics["reasons"] == {"absent": 1, "no_annotation": 1}
         assert statistics["kinds"]["conversation"]["by_modality"] == {"image": {"accepted": 1, "rejected": 2}}
         assert statistics["kinds"]["conversation"]["mean_question_words"] == 5.0
@@ -199,3 +200,17 @@ def test_the_account_is_complete_and_repeatable(tmp_path: Path) -> None:
         assert rejected[0]["reasons"] == [{"rule": "absent", "detail": "cat"}]
         assert rejected[0]["text"] == texts[1]
         assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_near_duplicates_differ_from_merely_similar_texts() -> None:
+    words = [f"word{n}" for n in range(100)]
+    index = NearDuplicates(threshold=0.8)
+    index.add("base", " ".join(words))
+    near = [*words[:50], "changed", *words[51:]]  # 95 of 101 shingles: Jaccard 0.94
+    far = [f"other{n}" if n % 8 == 0 else word for n, word in enumerate(words)]  # Jaccard about 0.47
+    found = index.find(" ".join(near))
+    assert found is not None
+    assert found[0] == "base"
+    assert abs(found[1] - 95 / 101) < 0.1
+    assert index.find(" ".join(far)) is None
+    assert index.find("something else altogether") is None

@@ -1,7 +1,4 @@
-"""docs/multis.md, "Your own, from a folder of clips", followed to the letter: its files, its commands, in its order.
-
-The guide asks OpenAI; the official client's own variable leads the same lines to a server on loopback.
-"""
+"""Runs the files and commands of docs/multis.md in order; OPENAI_BASE_URL points the client at a server on loopback."""
 
 from __future__ import annotations
 
@@ -80,14 +77,14 @@ def test_from_a_folder_of_clips_to_a_model(
     dry = next(number for number, line in enumerate(lines) if line.endswith("--dry-run"))
     assert asked[dry : dry + 2] == [0, 6], "a dry run sends nothing; then each clip is asked about in three kinds"
     assert asked[-1] == 6
-    assert "requests to send:        6" in said
+    assert "requests to send:      6" in said
     prompts = [body["messages"][-1]["content"] for body in server.bodies]
     assert sum("a pot with a wooden spoon" in prompt for prompt in prompts) == 3, "the frames' captions were read"
     assert sum("Brakes squeal, then doors hiss." in prompt for prompt in prompts) == 3
 
     accepted = (folder / "checked" / "accepted.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(accepted) == 6, (folder / "checked" / "rejected.jsonl").read_text(encoding="utf-8")
-    assert (folder / "page.html").read_text(encoding="utf-8").count("<article") == 6
+    assert (folder / "page.html").read_text(encoding="utf-8").count("<figure") == 6
     manifest = json.loads((folder / "multis" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["sources"]["my_chat"]["by_modality"] == {"video": 3, "video+audio": 3}
     assert (folder.parent / "output/my_chat/model.safetensors").stat().st_size > 0
@@ -98,6 +95,6 @@ def test_from_a_folder_of_clips_to_a_model(
     for line in [*REFERENCE, "chatbridge multis stats checked"]:
         follow(line, monkeypatch)
     assert server.asked.total() == 6, "the same questions are not asked again"
-    assert "requests to send:        0 (6 have an answer already)" in capsys.readouterr().out
-    assert Path("page.html").read_text(encoding="utf-8").count("<article") == 6
+    assert "requests to send:      0 (6 have an answer)" in capsys.readouterr().out
+    assert Path("page.html").read_text(encoding="utf-8").count("<figure") == 6
     assert Path("multis/manifest.json").is_file()

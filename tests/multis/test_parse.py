@@ -8,7 +8,7 @@ from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.parse import read_description, read_pairs
 from lavis_chatbridge.multis.prompts import Pair
 
-PAIRS = [Pair("What is it?", "A dog."), Pair("Where?", "On grass,\nnear a tree.")]
+PAIRS = [Pair(question="What is it?", answer="A dog."), Pair(question="Where?", answer="On grass,\nnear a tree.")]
 
 
 @pytest.mark.parametrize(

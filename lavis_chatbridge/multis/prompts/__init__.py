@@ -1,7 +1,7 @@
 """The prompts that ask a language model for chat data: instructions, and worked examples written for this package.
 
-`kinds.yaml` contains the instructions, `seeds/` the examples; a folder of your own in the same layout replaces both.
-This module knows how a request is worded, not how it is sent.
+``kinds.yaml`` holds the instructions, ``seeds/`` the examples. A folder with the same layout replaces both. This module
+words requests; it does not send them.
 """
 
 from __future__ import annotations
@@ -9,33 +9,21 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
-from lavis_chatbridge import config
-from lavis_chatbridge.config import Settings
+from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.multis.annotation import MODALITIES, Modalities, describe, from_json
+from lavis_chatbridge.multis.annotation import MEDIA_KINDS, Annotation, MediaKind, describe, from_json
 
 DataKind = Literal["conversation", "detail", "reasoning"]
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
 MIN_SEEDS = 3
-Chat = list[dict[str, str]]
-_MODALITY_OF_FILE: dict[str, Modalities] = {
-    "image": "image", "video": "video", "audio": "audio", "video_audio": "video+audio",
-}  # fmt: skip
 
 
-class Pair(NamedTuple):
+class Pair(Settings):
     """A question and its answer."""
-
-    question: str
-    answer: str
-
-
-class SeedPair(Settings):
-    """A question and its answer in a seed file."""
 
     question: str
     answer: str
@@ -45,24 +33,24 @@ class Seed(Settings):
     """A worked example: notes about an item, and what may be written from them, per kind."""
 
     annotation: dict[str, Any]
-    conversation: list[SeedPair] = []
+    conversation: list[Pair] | None = None
     detail: str | None = None
-    reasoning: SeedPair | None = None
+    reasoning: Pair | None = None
 
     def answer(self, kind: DataKind) -> str | None:
-        """The example's answer in the requested form; None if it has none for ``kind``."""
+        """The answer in the form that the instruction asks for, or None if the example has none of ``kind``."""
         if kind == "detail":
             return self.detail
-        pairs = self.conversation if kind == "conversation" else [self.reasoning] if self.reasoning else []
+        pairs = (self.conversation or []) if kind == "conversation" else [self.reasoning] if self.reasoning else []
         return "\n".join(f"Question: {pair.question}\nAnswer: {pair.answer}" for pair in pairs) or None
 
 
 class KindSettings(Settings):
-    """What is requested in one kind of chat data."""
+    """The instruction of one kind of chat data."""
 
     instruction: str
     max_tokens: int
-    questions: dict[str, list[str]] = {}
+    questions: dict[str, list[str]] | None = None
 
 
 class Kinds(Settings):
@@ -73,7 +61,8 @@ class Kinds(Settings):
     kinds: dict[str, KindSettings]
 
     def check(self) -> list[str]:
-        faults = [f"modalities.{name} is missing" for name in MODALITIES if name not in self.modalities]
+        """Return what is missing."""
+        faults = [f"modalities.{name} is missing" for name in MEDIA_KINDS if name not in self.modalities]
         return faults + [f"kinds.{name} is missing" for name in DATA_KINDS if name not in self.kinds]
 
 
@@ -81,7 +70,7 @@ class PromptBook:
     """The instructions and examples of one folder.
 
     Args:
-        folder: Has ``kinds.yaml`` and ``seeds/*.yaml``; by default the package's own.
+        folder: Holds ``kinds.yaml`` and ``seeds/*.yaml``; by default the package's own.
 
     Raises:
         ConfigError: With every fault of the files, or if a kind and modality has fewer than three examples.
@@ -89,72 +78,72 @@ class PromptBook:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder else Path(__file__).parent
-        self._kinds = config.parse(Kinds, _load(self.folder / "kinds.yaml"), "kinds")
-        self._examples: dict[tuple[DataKind, Modalities], list[tuple[str, str]]] = {
-            (kind, modality): [] for kind in DATA_KINDS for modality in MODALITIES
+        self._kinds = parse(Kinds, _load(self.folder / "kinds.yaml"), "kinds")
+        self._seeds: dict[tuple[str, str], list[tuple[str, str]]] = {
+            (k, m): [] for k in DATA_KINDS for m in MEDIA_KINDS
         }
         for file in sorted((self.folder / "seeds").glob("*.yaml")):
             self._add_seeds(file)
-        few = [f"{k} of {m} has {len(seeds)}" for (k, m), seeds in self._examples.items() if len(seeds) < MIN_SEEDS]
-        if few:
-            raise ConfigError(f"{self.folder}: at least {MIN_SEEDS} seed examples are needed; {'; '.join(few)}")
+        short = [f"{k} of {m} has {len(seeds)}" for (k, m), seeds in self._seeds.items() if len(seeds) < MIN_SEEDS]
+        if short:
+            raise ConfigError(f"{self.folder}: expected at least {MIN_SEEDS} seed examples; {'; '.join(short)}")
 
     def max_tokens(self, kind: DataKind) -> int:
-        """The longest answer of this kind."""
+        """The longest answer of this kind in tokens."""
         return self._kinds.kinds[kind].max_tokens
 
-    def examples(self, kind: DataKind, modality: Modalities) -> list[tuple[str, str]]:
-        """All examples: textual description and answer."""
-        return self._examples[kind, modality]
+    def examples(self, kind: str, modality: str) -> list[tuple[str, str]]:
+        """All examples as pairs of description and answer."""
+        return self._seeds[kind, modality]
 
     def messages(
-        self, kind: DataKind, modality: Modalities, item: str, notes: str, shots: int = MIN_SEEDS, seed: int = 0
-    ) -> Chat:
-        """The chat that asks for data of ``kind`` about one item.
+        self, kind: DataKind, annotation: Annotation, shots: int = MIN_SEEDS, seed: int = 0
+    ) -> list[dict[str, str]]:
+        """The chat messages that ask for data of ``kind`` about one item.
 
         Args:
-            kind: The requested kind.
-            modality: Of the item.
-            item: The item's id, which selects the examples together with ``seed``.
-            notes: The item's textual description.
-            shots: Number of examples before it.
-            seed: See ``item``.
+            kind: What to ask for.
+            annotation: The item.
+            shots: Examples in front of it, sampled by the item's id and ``seed``.
+            seed: See ``shots``.
         """
+        modality = annotation.modality
         examples = self.examples(kind, modality)
         if shots < len(examples):
-            examples = random.Random(f"{seed}/{kind}/{item}").sample(examples, shots)
-        instruction = f"{self._kinds.common}\n{self._kinds.kinds[kind].instruction}"
-        chat = [{"role": "system", "content": instruction.format(**self._kinds.modalities[modality]).strip()}]
+            examples = random.Random(f"{seed}/{kind}/{annotation.id}").sample(examples, shots)
+        words = {"senses": self._kinds.modalities[modality].get("sense", ""), **self._kinds.modalities[modality]}
+        system = (self._kinds.common + "\n" + self._kinds.kinds[kind].instruction).format(**words).strip()
+        messages = [{"role": "system", "content": system}]
         for description, answer in examples:
-            chat += [{"role": "user", "content": description}, {"role": "assistant", "content": answer}]
-        return [*chat, {"role": "user", "content": notes}]
+            messages += [{"role": "user", "content": description}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": describe(annotation)}]
 
-    def question(self, kind: DataKind, modality: Modalities, item: str) -> str:
-        """The question for an answer that comes without one (detailed descriptions), fixed per item."""
-        questions = self._kinds.kinds[kind].questions.get(modality)
+    def question(self, kind: DataKind, modality: MediaKind, item: str) -> str:
+        """The question in front of an answer that comes without one (detailed descriptions), fixed for each item."""
+        questions = (self._kinds.kinds[kind].questions or {}).get(modality)
         if not questions:
             raise ConfigError(f"{self.folder / 'kinds.yaml'}: kinds.{kind}.questions.{modality} is missing")
         return random.Random(f"{kind}/{item}").choice(questions)
 
     def _add_seeds(self, file: Path) -> None:
-        entries, modality = _load(file), _MODALITY_OF_FILE.get(file.stem)
-        if modality is None:
-            raise ConfigError(f"{file}: expected one of the names {', '.join(sorted(_MODALITY_OF_FILE))}")
-        if not isinstance(entries, list):
-            raise ConfigError(f"{file}: expected a list of examples, found {type(entries).__name__}")
+        modality = file.stem.replace("_", "+")
+        entries = _load(file)
+        if modality not in MEDIA_KINDS or not isinstance(entries, list):
+            names = ", ".join(kind.replace("+", "_") for kind in MEDIA_KINDS)
+            raise ConfigError(f"{file}: expected a list of examples in a file named one of {names}")
         for number, entry in enumerate(entries):
             where = f"{file.name}[{number}]"
-            seed = config.parse(Seed, entry, where)
-            notes = _notes(seed.annotation, modality, where)
+            seed = parse(Seed, entry, where)
+            annotation = _seed_annotation(seed.annotation, modality, where)
             for kind in DATA_KINDS:
                 if answer := seed.answer(kind):
-                    self._examples[kind, modality].append((notes, answer.strip()))
+                    self._seeds[kind, modality].append((describe(annotation), answer.strip()))
 
 
-def _notes(values: Mapping[str, Any], modality: Modalities, where: str) -> str:
-    media = [{"type": name, "path": "seed"} for name in modality.split("+")]
+def _seed_annotation(values: Mapping[str, Any], modality: str, where: str) -> Annotation:
+    media = [{"type": kind, "path": "seed"} for kind in modality.split("+")]
     try:
-        return describe(from_json({"id": where, "media": media, **values}, where))
+        return from_json({"id": where, "media": media, **values}, where)
     except DataError as error:
         raise ConfigError(str(error)) from error
 
