@@ -1,4 +1,4 @@
-"""ChatBridge as users of transformers know a model: config, model, processor, collator.
+"""transformers' interface to ChatBridge: config, model, processor, collator.
 
 Importing this package registers them with transformers' Auto classes::
 

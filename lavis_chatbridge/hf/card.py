@@ -22,7 +22,7 @@ _LICENCES = {
 
 
 def write(folder: Path, config: ChatBridgeConfig) -> None:
-    """Write ``README.md``: what the model is, its parts and their licences, data, recipe and scores."""
+    """Write ``README.md``: the model, its parts and their licences, data, recipe and scores."""
     about = config.about
     parts = {setting: " or ".join(entry["source"]) for setting, entry in config.frozen.items()}
     lines = [

@@ -1,7 +1,7 @@
 """The configuration of a ChatBridge in a Hugging Face folder: its ``model`` and ``preprocess`` sections.
 
-A folder holds the bridge. Its frozen parts (encoders, language model) are references: a hub id, or a path relative to
-the folder, with a hash of the file that training used.
+A folder contains the bridge. The frozen parts (encoders, language model) are references: a hub id, or a path relative
+to the folder, with a hash of the file used in training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ChatBridgeConfig(PretrainedConfig):
     Args:
         model: The ``model`` section of a configuration (docs/training.md).
         preprocess: The ``preprocess`` section.
-        frozen: Setting -> ``{"source", "hash"}`` of each frozen part; one that was not on this disk has no hash.
+        frozen: Setting -> ``{"source", "hash"}`` of each frozen part; without a hash if the file is not on this disk.
         about: Facts for the model card: ``data``, ``recipe``, ``scores``.
         **more: transformers' own settings.
     """
@@ -69,7 +69,7 @@ class ChatBridgeConfig(PretrainedConfig):
         """The configuration of a folder that training wrote; its weights are the folder's ``model.safetensors``.
 
         Raises:
-            ConfigError: If the folder holds no readable ``config.yaml``.
+            ConfigError: If the folder has no readable ``config.yaml``.
         """
         config = cls._of_sections(read_yaml(folder / RUN_CONFIG))
         config.model |= {"checkpoint": str(folder.resolve() / "model.safetensors"), "load_finetuned": False}
@@ -87,7 +87,7 @@ class ChatBridgeConfig(PretrainedConfig):
         """The ``model`` section as settings.
 
         Args:
-            folder: The folder that relative references start from.
+            folder: The folder that relative references are relative to.
             **changes: Dotted keys (with ``__`` for the dot) and their values.
 
         Raises:
@@ -121,10 +121,10 @@ class ChatBridgeConfig(PretrainedConfig):
         return copy
 
     def check_frozen(self, settings: ModelSettings) -> None:
-        """Compare the frozen parts with those that the bridge was trained with.
+        """Compare the frozen parts with those used in training.
 
         Raises:
-            CheckpointError: If a part is another one.
+            CheckpointError: If a part differs.
         """
         for need in weights.needs(settings):
             expected = self.frozen.get(need.setting, {}).get("hash")
@@ -153,7 +153,7 @@ def _absolute(name: str, folder: Path) -> str:
 
 
 def _relative(name: str, folder: Path) -> str:
-    """A local path relative to ``folder``; hub ids, addresses and parts of the package as they are."""
+    """A local path relative to ``folder``; hub ids, URLs and parts of the package are unchanged."""
     path = hub.parsed(name, "model").path
     if path is None or name.startswith(hub.PACKAGE):
         return name

@@ -1,4 +1,4 @@
-"""``chatbridge convert``: the three forms of a ChatBridge into each other, tensor by tensor.
+"""``chatbridge convert``: converts a ChatBridge between its three formats; the tensors stay equal.
 
 A run's folder has ``model.safetensors`` and ``config.yaml``; a Hugging Face folder ``config.json`` and safetensors; the
 original's checkpoint is a torch file with the tensors under ``model``. All use the same names.
@@ -18,7 +18,7 @@ def command(
     to: Annotated[str, typer.Option(help="huggingface, run or original.")] = "huggingface",
     model_type: Annotated[str | None, typer.Option(help="Model type of a checkpoint file, such as vicuna13b.")] = None,
 ) -> None:
-    """Convert a trained ChatBridge between its three forms."""
+    """Convert a trained ChatBridge between its three formats."""
     if to not in ("huggingface", "run", "original"):
         raise typer.BadParameter(f"{to!r} is none of huggingface, run, original", param_hint="--to")
     count = convert(source, out, to, model_type)  # type: ignore[arg-type]
@@ -28,19 +28,19 @@ def command(
 def convert(
     source: Path, out: Path, to: Literal["huggingface", "run", "original"], model_type: str | None = None
 ) -> int:
-    """Write the tensors of ``source`` in another form.
+    """Write the tensors of ``source`` in another format.
 
     Args:
         source: A run's folder, a Hugging Face folder, or a file.
-        out: What to write; it must not exist.
-        to: The form.
-        model_type: The model type of a file, which holds no configuration.
+        out: The output path; it must not exist.
+        to: The format.
+        model_type: The model type of a file, which contains no configuration.
 
     Returns:
         The number of tensors.
 
     Raises:
-        CheckpointError: If ``out`` exists, the source is no ChatBridge, or a file comes without its model type.
+        CheckpointError: If ``out`` exists, the source is not a ChatBridge, or the model type of a file is not given.
     """
     import torch
     from huggingface_hub import save_torch_state_dict
@@ -53,17 +53,17 @@ def convert(
     from lavis_chatbridge.models import checkpoint
 
     if out.exists():
-        raise CheckpointError(f"{out} exists; name another path")
+        raise CheckpointError(f"{out} exists; choose another path")
     tensors = checkpoint.read(source).tensors
     if "llama_proj.weight" not in tensors:
-        raise CheckpointError(f"{source} is no ChatBridge; it holds {checkpoint.some(tensors)}")
+        raise CheckpointError(f"{source} is not a ChatBridge; it contains {checkpoint.some(tensors)}")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if to == "original":
         with atomic_file(out) as temporary:
             torch.save({"model": tensors}, temporary)
         return len(tensors)
     if not source.is_dir() and model_type is None:
-        raise CheckpointError(f"{source} holds no configuration: name its --model-type, such as vicuna13b")
+        raise CheckpointError(f"{source} contains no configuration: pass its --model-type, such as vicuna13b")
     config = config_of(source, source) if source.is_dir() else ChatBridgeConfig.of_type(str(model_type))
     out.mkdir(parents=True)
     saved = config.with_references(out, config.settings(source if source.is_dir() else None))

@@ -84,12 +84,12 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             dtype: Precision of the frozen parts; the bridge stays in fp32.
             device_map: A device for everything, or accelerate's placement of the language model (``"auto"``).
             quantization_config: transformers' ``BitsAndBytesConfig`` for the language model.
-            config: In place of the folder's configuration.
+            config: Replaces the folder's configuration.
             **unused: Arguments of transformers' own loader that do not apply.
 
         Raises:
-            CheckpointError: If weights are missing, damaged, of other shapes, or other frozen parts than in training.
-            ConfigError: If the configuration has faults.
+            CheckpointError: If weights are missing, damaged or of other shapes, or a frozen part differs from training.
+            ConfigError: If the configuration is invalid.
         """
         folder = folder_of(name, revision)
         config = config or config_of(name, folder)
@@ -120,10 +120,10 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             save_directory: The folder.
-            save_frozen: Copy the files of the frozen parts into the folder, which then needs nothing else.
-            max_shard_size: Size of a safetensors shard.
+            save_frozen: Also copy the files of the frozen parts, which makes the folder self-contained.
+            max_shard_size: Largest size of a safetensors shard.
             push_to_hub: Upload the folder afterwards.
-            repo_id: Where to; by default the folder's name.
+            repo_id: Repository of the upload; by default the folder's name.
             **unused: Arguments of transformers' own writer that do not apply.
         """
         from huggingface_hub import HfApi, save_torch_state_dict
@@ -152,7 +152,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **more)
 
     def _unnamed_frozen(self) -> dict[str, Tensor]:
-        """Tensors that are neither trained nor in a file that the settings name: layer norms, random parts."""
+        """Tensors that are neither trained nor in a weight file: layer norms, randomly initialised parts."""
         own = self.chatbridge.settings
         named: dict[str, Any] = {
             "visual_encoder": own.vision,
@@ -173,7 +173,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.chatbridge.llama_model.get_output_embeddings()
 
     def tie_weights(self, *args: Any, **more: Any) -> None:
-        """Do nothing: the language model ties its own."""
+        """Do nothing: the language model ties its own weights."""
 
     def forward(
         self,
@@ -190,25 +190,25 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
-        """The loss, or without ``labels`` the logits.
+        """The loss; without ``labels``, the logits.
 
         Args:
-            input_ids: ``[B, L]``; positions of soft tokens hold the processor's placeholder ids.
-            attention_mask: ``[B, L]``, one where a position counts.
+            input_ids: ``[B, L]``; positions of soft tokens have the processor's placeholder ids.
+            attention_mask: ``[B, L]``, one where attention may look.
             pixel_values: ``[I, 3, H, W]``, in the order of their placeholders.
             pixel_values_videos: ``[V, T, 3, H, W]``.
             input_features: ``[C, F, M]`` log-mel filterbanks of all sounds.
             feature_frames: ``[C]`` frames of each clip that are sound.
             clips: ``[A]`` clips of each sound.
-            soft_index: ``[B, L]`` number of the soft token at each position, among those of all images, videos and
-                sounds; by default they follow the placeholders.
+            soft_index: ``[B, L]`` index of each position's soft token among those of all images, then videos, then
+                sounds; by default in the order of the placeholders.
             position_ids: ``[B, L]``.
-            labels: ``[B, L]``, -100 where a position is no target.
+            labels: ``[B, L]``, -100 where the loss ignores a position.
             num_items_in_batch: Target tokens of all micro-batches of a step; the loss is then their share of the mean.
-            **unused: What transformers' Trainer adds.
+            **unused: Further arguments of transformers' Trainer.
 
         Raises:
-            PromptError: If placeholders and media do not fit together.
+            PromptError: If the placeholders do not match the media.
         """
         media = (pixel_values, pixel_values_videos, input_features, feature_frames, clips)
         soft = self._soft_tokens(*media)
@@ -227,7 +227,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, L]``, padded on the left.
             attention_mask: ``[B, L]``.
-            **more: Media as in :meth:`forward`; everything else is for transformers' ``generate`` (``num_beams``,
+            **more: Media as in :meth:`forward`; all others are arguments of transformers' ``generate`` (``num_beams``,
                 ``do_sample``, ``num_return_sequences``, ``streamer``, ...).
 
         Returns:
@@ -293,7 +293,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         soft_index: Tensor | None,
         soft: Tensor | None,
     ) -> Batch:
-        """The rows as :mod:`models.layout` knows them, on the CPU."""
+        """The rows as a `Batch` of :mod:`models.layout`, on the CPU."""
         ids = input_ids.cpu()
         first = len(self.chatbridge.llama_tokenizer)
         is_soft = (ids >= first) & (ids < first + len(MODALITIES))
@@ -317,14 +317,14 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 class _StopsStreaming:
-    """Passes tokens on to a streamer, except those of a stop text."""
+    """Passes tokens to a streamer, without those of a stop text."""
 
     def __init__(self, streamer: Any, codec: Any, stops: Sequence[str]) -> None:
         self._streamer, self._stream, self._codec = streamer, TextStream(codec, stops), codec
         self._held: list[Tensor] = []
 
     def put(self, value: Tensor) -> None:
-        """Take new ids; hold those back that may begin a stop text."""
+        """Add new ids; ids that may begin a stop text are buffered."""
         if value.dim() > 1 or value.numel() != 1:  # the prompt
             self._streamer.put(value)
             return
@@ -337,7 +337,7 @@ class _StopsStreaming:
             self._held = []
 
     def end(self) -> None:
-        """End the text; held ids that were no stop text come first."""
+        """Flush buffered ids that are not part of a stop text, and end the stream."""
         for held in self._held if self._stream.stopped is None else []:
             self._streamer.put(held)
         self._streamer.end()
@@ -351,7 +351,7 @@ def _built(settings: ModelSettings) -> ChatBridge:
 
 
 def folder_of(name: str | Path, revision: str | None = None) -> Path | None:
-    """The local folder of a name, fetched from the hub if needed; None for a model type of the package.
+    """The local folder of a name, downloaded from the hub if needed; None for a model type of the package.
 
     Raises:
         CheckpointError: If there is no such folder or repository.
@@ -377,7 +377,7 @@ def config_of(name: str | Path, folder: Path | None) -> ChatBridgeConfig:
     if (folder / RUN_CONFIG).is_file():
         return ChatBridgeConfig.of_run(folder)
     raise CheckpointError(
-        f"{folder} is no ChatBridge: expected {CONFIG} (Hugging Face) or {RUN_CONFIG} (a training run)"
+        f"{folder} is not a ChatBridge: expected {CONFIG} (Hugging Face) or {RUN_CONFIG} (a training run)"
     )
 
 
@@ -397,7 +397,7 @@ def _changes(dtype: Any, device_map: Any, quantization: Any) -> dict[str, Any]:
 
 
 def _with_copies(settings: Any, folder: Path) -> Any:
-    """Settings whose frozen parts are copies inside ``folder``."""
+    """Copy the frozen parts into ``folder`` and return settings that use the copies."""
     for need in weights.needs(settings):
         _, part, key = (need.setting + "..").split(".")[:3]
         if (part, key) not in FROZEN:

@@ -1,8 +1,8 @@
 """``ChatBridgeProcessor``: texts, images, videos and sounds to the model's inputs; ``ChatBridgeCollator`` for training.
 
-Prompts are those of ``models.templates``, so their ids equal those of evaluation, chat and server. A medium's position
-holds one placeholder id for each of its soft tokens. Placeholder ids lie behind the tokenizer's last id: no text can
-become one.
+Prompts are worded by ``models.templates``, so their ids equal those of evaluation, chat and server. A medium has one
+placeholder id for each of its soft tokens. Placeholder ids are greater than the tokenizer's last id, so no text can
+produce one.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class ChatBridgeProcessor(ProcessorMixin):
     Build one with :meth:`from_pretrained`.
 
     Args:
-        tokenizer: transformers' tokenizer, which streams and pipelines ask for.
+        tokenizer: transformers' tokenizer, which streamers and pipelines need.
         config: The model's configuration.
-        folder: The folder that the configuration's relative paths start from.
-        hear_videos: A video brings its own sound.
+        folder: The folder that the configuration's relative paths are relative to.
+        hear_videos: Also use the audio track of each video.
     """
 
     attributes: ClassVar[list[str]] = ["tokenizer"]
@@ -76,12 +76,12 @@ class ChatBridgeProcessor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, name: str | Path, *, revision: str | None = None, hear_videos: bool = True, **unused: Any
     ) -> ChatBridgeProcessor:
-        """Load the processor that belongs to a model; ``name`` as for the model's ``from_pretrained``."""
+        """Load the processor of a model; ``name`` as for the model's ``from_pretrained``."""
         folder = folder_of(name, revision)
         return cls(None, config_of(name, folder), folder, hear_videos)
 
     def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
-        """Write the configuration, unless the model has written it, and the tokenizer's files."""
+        """Write the tokenizer's files, and the configuration unless the model has written it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").is_file():
@@ -95,7 +95,7 @@ class ChatBridgeProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the model's inputs."""
+        """The keys of a call's result."""
         audio = ["input_features", "feature_frames", "clips"]
         return ["input_ids", "attention_mask", *_PIXELS.values(), *audio]
 
@@ -108,18 +108,18 @@ class ChatBridgeProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **unused: Any,
     ) -> BatchFeature:
-        """Prepare questions, one for each row, each with its media; without ``text`` the model writes a caption.
+        """Prepare one question with its media per row; without ``text`` the model writes a caption.
 
         Args:
-            images: An image (path, URL, bytes, PIL image, array), or for several texts one or a list for each.
+            images: An image (path, URL, bytes, PIL image, array); for several texts, one image or list per text.
             text: Questions.
-            videos: Videos, likewise. A video brings its own sound unless ``audio`` is given.
+            videos: Videos, likewise. Their audio tracks are used too unless ``audio`` is given.
             audio: Sounds, likewise.
             return_tensors: Only ``"pt"``.
             **unused: Padding and truncation arguments of other processors: rows are padded on the left.
 
         Raises:
-            PromptError: If texts and media are of different numbers.
+            PromptError: If the numbers of texts and media differ.
             MediaError: If a medium cannot be opened.
         """
         texts = None if text is None else [text] if isinstance(text, str) else list(text)
@@ -147,23 +147,23 @@ class ChatBridgeProcessor(ProcessorMixin):
         hear_videos: bool | None = None,
         **unused: Any,
     ) -> Any:
-        """Word a conversation, or several, as the model's template does.
+        """Format one or several conversations with the model's template.
 
         Args:
             conversation: Messages ``{"role", "content"}``. A content is a text or a list of parts ``{"type": "text",
                 "text"}`` and ``{"type": "image" | "video" | "audio", "url" | "path" | "image" | ...}``.
             chat_template: Must be None: ``model.template`` decides.
             tokenize: Return ids instead of text.
-            return_dict: With ``tokenize``: return all inputs of the model instead of the ids alone.
-            hear_videos: A video brings its own sound; by default as the processor was built.
-            **unused: Arguments that other processors take.
+            return_dict: With ``tokenize``: return all inputs of the model, not only the ids.
+            hear_videos: Also use the audio track of each video; by default the processor's own setting.
+            **unused: Arguments of other processors.
 
         Raises:
-            PromptError: If messages do not alternate, or a part is not understood.
+            PromptError: If messages do not alternate, or a part has an unknown type.
             MediaError: If a medium cannot be opened.
         """
         if chat_template is not None:
-            raise ConfigError("ChatBridge words conversations by model.template: leave chat_template out")
+            raise ConfigError("ChatBridge formats conversations with model.template: omit chat_template")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: Any = conversation if batched else [conversation]
         hear = self.hear_videos if hear_videos is None else hear_videos
@@ -177,11 +177,11 @@ class ChatBridgeProcessor(ProcessorMixin):
         return features["input_ids"]
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **unused: Any) -> list[str]:
-        """The replies in new ids, each up to its end."""
+        """The replies in generated ids, each up to its end marker."""
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **unused: Any) -> str:
-        """The text of ids, without placeholders; with ``skip_special_tokens`` up to the end of the reply."""
+        """The text of ids, without placeholders; with ``skip_special_tokens`` up to the end marker of the reply."""
         listed = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         known = [token for token in listed if token < len(self.codec)]
         if not skip_special_tokens:
@@ -199,7 +199,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         return self.batch_decode(*args, **options)
 
     def training_features(self, conversations: Sequence[Messages]) -> BatchFeature:
-        """Conversations with their replies as labels, laid out as in training (:func:`models.layout.lay_out`)."""
+        """Conversations with their replies as labels, in the layout of training (:func:`models.layout.lay_out`)."""
         read = [self._read(messages, self.hear_videos, open_media=True) for messages in conversations]
         return self._features([pieces for pieces, _ in read], [media for _, media in read], generate=False)
 
@@ -226,7 +226,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         return self._template(system).prompt(said, generate=generate), media
 
     def _load(self, parts: Sequence[Mapping[str, Any]], hear: bool) -> list[tuple[Modality, Any]]:
-        """Open media; a video is followed by its own sound, if it has one that is not silent."""
+        """Open media; each video is followed by its audio track unless that is silent or absent."""
         loaded: list[tuple[Modality, Any]] = []
         for part in parts:
             modality = part.get("type")
@@ -234,7 +234,7 @@ class ChatBridgeProcessor(ProcessorMixin):
                 raise PromptError(f"a part of type {modality!r}; expected text, {', '.join(MODALITIES)}")
             source = next((part[key] for key in _SOURCES if part.get(key) is not None), None)
             if source is None:
-                raise PromptError(f"a part of type {modality!r} names no medium: give one of {', '.join(_SOURCES)}")
+                raise PromptError(f"a part of type {modality!r} has no medium: pass one of {', '.join(_SOURCES)}")
             source = _fetched(source)
             loaded.append((modality, self.processors[modality]["eval"](source)))
             if modality == "video" and hear and (track := self._track(source)) is not None:
@@ -299,7 +299,7 @@ class ChatBridgeCollator:
 
 
 def _tokenizer(folder: Path, codec: Any) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of a folder, from ``tokenizer.json`` alone where there is one."""
+    """transformers' tokenizer of a folder, from ``tokenizer.json`` alone if that file exists."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -311,7 +311,7 @@ def _tokenizer(folder: Path, codec: Any) -> PreTrainedTokenizerBase:
 
 
 def _fetched(source: Any) -> Any:
-    """A medium as the processors take it; the content of an ``http(s)://`` address as bytes."""
+    """A medium as a processor's input; an ``http(s)://`` URL is downloaded as bytes."""
     if not isinstance(source, str) or not source.startswith(("http://", "https://")):
         return source
     import httpx
@@ -325,14 +325,14 @@ def _fetched(source: Any) -> Any:
 
 
 def _is_single(media: Any) -> bool:
-    """Whether this is one medium, not a list of some."""
+    """Whether this is one medium rather than a list."""
     return not isinstance(media, (list, tuple)) or (len(media) == 2 and isinstance(media[1], (int, float)))
 
 
 def _rows(given: Mapping[str, Any]) -> int:
     sizes = [1 if _is_single(media) else len(media) for media in given.values() if media is not None]
     if not sizes:
-        raise PromptError("there is nothing to prepare: give text, images, videos or audio")
+        raise PromptError("no input: pass text, images, videos or audio")
     return max(sizes)
 
 
@@ -343,7 +343,7 @@ def _row(media: Any, number: int, size: int, modality: str) -> list[Any]:
         return [inner] if _is_single(inner) else list(inner)
     if _is_single(media) or len(media) != size:
         found = 1 if _is_single(media) else len(media)
-        raise PromptError(f"{size} texts, but {modality}s for {found} rows: give one entry for each text")
+        raise PromptError(f"{size} texts, but {modality}s for {found} rows: pass one entry per text")
     return [media[number]] if _is_single(media[number]) else list(media[number])
 
 
@@ -352,7 +352,7 @@ def _text(pieces: Sequence[Piece]) -> str:
 
 
 def _padded_left(columns: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
-    """Rows that are padded on the right, with their padding on the left."""
+    """Move the padding of rows from the right to the left."""
     lengths = columns["attention_mask"].sum(1).tolist()
     values = {"input_ids": pad, "attention_mask": 0, "soft_index": -1}
     return {

@@ -218,9 +218,9 @@ def test_mistakes_are_named(processor: ChatBridgeProcessor, tmp_path: Path) -> N
         processor(text=["a", "b"], images=picture())
     with pytest.raises(PromptError, match="a part of type 'smell'"):
         processor.apply_chat_template([user("x", {"type": "smell", "path": "y"})], tokenize=True)
-    with pytest.raises(PromptError, match="names no medium"):
+    with pytest.raises(PromptError, match="has no medium"):
         processor.apply_chat_template([user("x", {"type": "image"})], tokenize=True)
-    with pytest.raises(CheckpointError, match="is no ChatBridge"):
+    with pytest.raises(CheckpointError, match="is not a ChatBridge"):
         ChatBridgeForConditionalGeneration.from_pretrained(tmp_path)
 
 
