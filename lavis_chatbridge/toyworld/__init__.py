@@ -1,1 +1,1 @@
-"""The embedded world: a small closed world with exact truth, so that scores of a tiny model mean something."""
+"""The embedded world: a small closed world with exact ground truth, which makes scores of a tiny model meaningful."""

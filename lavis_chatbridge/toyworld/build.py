@@ -4,9 +4,9 @@ The same seed gives the same bytes. The folder holds ``images/``, ``videos/`` an
 per split:
 
 - ``train``
-- ``test``: new renderings of combinations that training shows
-- ``heldout``: combinations that training never shows
-- ``joint``: a picture or clip together with a sound, for tests only
+- ``test``: new renderings of combinations in the training split
+- ``heldout``: combinations that are not in the training split
+- ``joint``: a picture or clip with a sound, for tests only
 
 ``annotations/`` holds ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl``
 (conversations for training, questions for tests), ``joint_test.jsonl`` (questions about two media) and
@@ -40,7 +40,7 @@ from lavis_chatbridge.toyworld.world import ATTRIBUTES, TRIPLES, Scene, all_scen
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Raised whenever the same seed would give other files. A world of another version is replaced."""
+"""Increase it whenever the same seed would give different files. A world of another version is replaced."""
 
 INFO = "world.json"
 SPLITS = ("train", "test", "heldout")
@@ -63,7 +63,7 @@ _SEEN = {modality: [scene for scene in all_scenes(modality) if not scene.held_ou
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of media: of each modality in training, and the same for all modalities in the other splits."""
+    """Numbers of media: per modality in training, and one number for all modalities in each other split."""
 
     images: int = 1500
     videos: int = 900
@@ -75,7 +75,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Item:
-    """A file to render, at ``path`` under the world's folder; ``track`` is the sound of a clip of the joint test."""
+    """A file to render to ``path`` under the world's folder; ``track`` is the sound of a clip in the joint test."""
 
     path: str
     split: str
@@ -94,15 +94,15 @@ class Pair:
 
 
 def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, processes: int = 2) -> Path:
-    """Build the embedded world in ``folder``, unless a world of the same settings is there.
+    """Build the embedded world in ``folder``, unless it contains a world with the same settings.
 
-    The folder is written aside and renamed, so nobody sees an incomplete world. A world of other settings is replaced.
+    The folder is written atomically. A world with other settings is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        DataError: If the folder holds something else, or rendering fails.
+        DataError: If the folder contains other files, or rendering fails.
     """
     folder, sizes = Path(folder).absolute(), sizes or Sizes()
     wanted = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
@@ -129,7 +129,7 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
 
 
 def is_world(folder: str | Path) -> bool:
-    """Whether a folder holds a complete world of this version, of any size and seed."""
+    """Whether a folder contains a complete world of this version, of any size and seed."""
     found = _settings_in(Path(folder))
     return found is not None and found.get("version") == VERSION
 
@@ -163,7 +163,7 @@ def render(item: Item, seed: int) -> bytes:
     clip = clips.render(item.scene, rng)
     track = item.track
     if track is None and item.split != "joint" and rng.random() < _TRACK_SHARE:
-        pool = all_scenes("audio")  # an unrelated sound, from which nothing can be learnt about the clip
+        pool = all_scenes("audio")  # an unrelated sound, which gives no information about the clip
         track = pool[int(rng.integers(len(pool)))]
     seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
     return clips.encode(clip, rng, sounds.render(track, rng, seconds, rate=16_000) if track else None)
@@ -179,7 +179,7 @@ def _path(modality: Modality, split: str, number: int, seed: int) -> str:
 
 
 def _joint_scenes(seed: int) -> Iterator[tuple[Scene, Scene]]:
-    """In turn a picture and a clip, each with a sound; training shows all of them, but one at a time."""
+    """Alternately a picture and a clip, each with a sound; training shows each of them alone."""
     chosen = {
         modality: scenes(modality, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for modality in MODALITIES
     }
@@ -189,7 +189,7 @@ def _joint_scenes(seed: int) -> Iterator[tuple[Scene, Scene]]:
 
 
 def _joint_pair(number: int, pair: tuple[Scene, Scene], seed: int) -> tuple[Pair, list[Item]]:
-    """The pair and its files. Every second clip carries the sound as its own track."""
+    """The pair and its files. Every second clip has the sound as its audio track."""
     seen, heard = pair
     path = _path(seen.modality, "joint", number, seed)
     if seen.modality == "video" and number % 4 == 1:
@@ -205,7 +205,7 @@ def _joint_pair(number: int, pair: tuple[Scene, Scene], seed: int) -> tuple[Pair
 
 
 def _render_all(draft: Path, sizes: Sizes, seed: int, processes: int) -> None:
-    """Render in new interpreters: a fork is unsafe beside threads, a spawned process would run the user's script."""
+    """Render in new interpreters: fork is unsafe with threads, and spawn would run the user's script."""
     if processes == 1:
         _render_share(draft, sizes, seed, 0, 1)
         return
@@ -282,8 +282,8 @@ def _captioned(draft: Path, item: Item, rng: random.Random) -> Sample:
 def _conversations(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
     """A conversation about the medium alone, and one about it and a second medium that is described in words.
 
-    No sample shows two media: a description stands for the second one. What the model learns about two described or
-    half-described things carries over to two media.
+    No sample has two media: a description replaces the second one. The model generalises from described media to two
+    media.
     """
     alone = Sample(**_base(draft, item), turns=tuple(language.chat(item.scene, rng)), source="toyworld_instruct")
     other = rng.choice([scene for modality in _PARTNERS[item.scene.modality] for scene in _SEEN[modality]])
@@ -362,7 +362,7 @@ def _check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; the embedded world needs a folder")
     if folder.is_dir() and any(folder.iterdir()) and _settings_in(folder) is None:
-        raise DataError(f"{folder} holds files that are no embedded world; name another folder, or empty this one")
+        raise DataError(f"{folder} contains files of no embedded world; choose another folder, or empty this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -1,7 +1,7 @@
 """Clips of the embedded world: an object that moves, grows or shrinks before a still background.
 
-The truth comes in as a `Scene`; start, travel, frame count, frame rate, codec and quality are drawn from a generator. A
-clip may carry a sound track. Knows nothing of captions or of what is trained on the clips.
+The input is a `Scene`; start, travel, frame count, frame rate, codec and quality are sampled with a generator. A clip
+may have an audio track. Knows neither captions nor training.
 
 Lengths are fractions of the picture's side.
 """
@@ -35,7 +35,7 @@ _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames uint8 ``[T, S, S, 3]``, their rate in frames per second, and where the object stands in each."""
+    """Frames uint8 ``[T, S, S, 3]``, their rate in frames per second, and the object's placement in each."""
 
     frames: Pixels
     rate: int
@@ -43,7 +43,7 @@ class Clip:
 
 
 def render(scene: Scene, rng: np.random.Generator, frames: int | None = None) -> Clip:
-    """A clip of ``scene`` of 8 to 24 frames, unless their number is given."""
+    """A clip of ``scene`` with ``frames`` frames, by default 8 to 24."""
     facts = scene.facts
     side = int(rng.choice(SIDES))
     count = int(rng.integers(FRAMES[0], FRAMES[1] + 1)) if frames is None else frames
@@ -54,20 +54,20 @@ def render(scene: Scene, rng: np.random.Generator, frames: int | None = None) ->
     for placement in placements:
         canvas = backdrop.copy()
         pictures.paint(canvas, facts["shape"], rgb, placement)
-        turned = np.roll(noise, tuple(rng.integers(0, side, 2)), (0, 1))  # fresh grain would cost more than the drawing
+        turned = np.roll(noise, tuple(rng.integers(0, side, 2)), (0, 1))  # new grain would cost more than the drawing
         drawn.append(pictures.finish(canvas, turned))
     return Clip(np.stack(drawn), int(rng.choice(RATES)), tuple(placements))
 
 
 def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> bytes:
-    """An mp4 file's bytes, H.264 or (one in five) MPEG-4 part 2, with ``track`` as AAC where given."""
+    """An mp4 file's bytes, H.264 or (one in five) MPEG-4 part 2, with ``track``, if given, as AAC."""
     file = io.BytesIO()
     codec, options = _codec(rng)
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         picture = container.add_stream(codec, rate=clip.rate, options=options)
         picture.height, picture.width = clip.frames.shape[1:3]
         picture.pix_fmt = "yuv420p"
-        picture.codec_context.thread_count = 1  # more threads: other bytes, and no faster at this size
+        picture.codec_context.thread_count = 1  # more threads would change the bytes, and are not faster at this size
         if codec == "mpeg4":
             picture.bit_rate = int(rng.integers(300_000, 900_000))
         sound = None if track is None else _track(container, track)
@@ -81,7 +81,7 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
 
 
 def decode(file: bytes) -> Pixels:
-    """All frames of an encoded clip: uint8 ``[T, S, S, 3]``, with the codec's losses."""
+    """All frames of an encoded clip: uint8 ``[T, S, S, 3]``, as the lossy codec gives them."""
     with av.open(io.BytesIO(file)) as container:
         container.streams.video[0].thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

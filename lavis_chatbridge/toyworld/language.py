@@ -1,12 +1,12 @@
 """The language of the embedded world: captions, questions with their answers, and conversations.
 
-A caption names every value by its own word, so `facts_in` reads it back exactly. There are five kinds of questions:
-*name* (values of attributes), *compose* (the things in short), *match* (which of the given words fit), *compare* (yes
-or no) and *conditional* (a fact decides which attribute to name; the answer first says whether it holds: ``no,
+Each value has its own word in captions, so `facts_in` recovers all facts exactly. There are five kinds of questions:
+*name* (values of attributes), *compose* (short descriptions), *match* (which of the given words fit), *compare* (yes or
+no) and *conditional* (a condition selects the attribute to name; the answer begins with the condition's truth: ``no,
 circle``). A question about two media always needs facts of both.
 
-All texts come from the `random.Random` that the caller passes: the same generator state gives the same text. This
-module knows scenes and words; it knows no tokenizer, no model and no file.
+The caller's `random.Random` determines every text. This module knows scenes and words; it knows no tokenizer, no model
+and no file.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ CAPTIONS: dict[Modality, tuple[str, ...]] = {
         "a {pattern} sound of a {timbre}, {pitch} in pitch",
     ),
 }
-"""Templates of captions; ``{where}`` stands for the place and ``{act}`` for the motion."""
+"""Templates of captions; ``{where}`` is the position and ``{act}`` the motion."""
 
 SHORT: dict[Modality, str] = {
     "image": "a {colour} {shape}",
     "video": "a {colour} {shape}",
     "audio": "a {pitch} {timbre}",
 }
-"""The only wording of a short description, so that a question for it has one right answer."""
+"""The only wording of a short description, so that *compose* questions have one right answer."""
 
 NOUNS: dict[Modality, tuple[str, ...]] = {
     "image": ("picture", "image"),
@@ -108,7 +108,7 @@ _BOTH_GO = {"up": ("up", "rising"), "down": ("down", "falling")}
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A sentence that states all facts of a scene, without an end mark."""
+    """A sentence with all facts of a scene, without a full stop."""
     return fill(rng.choice(CAPTIONS[scene.modality]), scene)
 
 
@@ -127,7 +127,7 @@ def terse(scene: Scene, rng: random.Random) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Words that can replace a medium in a prompt: a caption, or the values alone."""
+    """Words that replace a medium in a prompt: a caption, or the values alone."""
     return caption(scene, rng) if rng.random() < 0.5 else terse(scene, rng)
 
 
@@ -140,7 +140,7 @@ def fill(template: str, scene: Scene) -> str:
 
 
 def facts_in(text: str, modality: Modality) -> dict[str, str]:
-    """Attribute -> value, for the attributes of which ``text`` names exactly one value."""
+    """Attribute -> value, for attributes with exactly one value in ``text``."""
     words = set(re.findall(r"[a-z]+", text.lower()))
     named = {name: [value for value in values if value in words] for name, values in ATTRIBUTES[modality].items()}
     return {name: values[0] for name, values in named.items() if len(values) == 1}
@@ -151,7 +151,7 @@ def facts_in(text: str, modality: Modality) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Fact:
-    """The ``attribute`` of the ``medium``-th medium of a question has this ``value``."""
+    """A value of an attribute of a question's ``medium``-th medium."""
 
     medium: int
     attribute: str
@@ -160,7 +160,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its only right answer, its kind, and the facts that decide the answer."""
+    """A question, its only right answer, its kind, and the facts that determine the answer."""
 
     text: str
     answer: str
@@ -184,7 +184,7 @@ def attribute_question(scene: Scene, attribute: str, rng: random.Random) -> Ques
 
 
 def joint(scene_a: Scene, scene_b: Scene, rng: random.Random, kind: QuestionKind) -> Question:
-    """A question that needs both of two media, which the prompt shows in this order."""
+    """A question that needs both media; the prompt shows them in this order."""
     return Asker((scene_a, scene_b), rng).ask(kind)
 
 
@@ -240,7 +240,7 @@ class Asker:
         return self.rng.choice(others)
 
     def attribute(self, fact: Fact) -> str:
-        """How a question refers to a fact: ``the colour``, ``the colour of the picture``."""
+        """The words for a fact in a question: ``the colour``, ``the colour of the picture``."""
         return f"the {fact.attribute}" if self.bare else f"the {fact.attribute} of {self._thing(fact.medium)}"
 
     def _name(self) -> Question:
@@ -261,7 +261,7 @@ class Asker:
         return Question(text, " and ".join(short(self.scenes[medium]) for medium in order), "compose", tuple(facts))
 
     def _match(self) -> Question:
-        for _ in range(50):  # media that are alike in almost everything may leave no clear choice
+        for _ in range(50):  # very similar media may leave no unambiguous choice
             first, second = self._pair()
             another = [self.rng.choice([v for v in self._all(f) if v != f.value]) for f in (first, second)]
             words = [first.value, second.value, *another]
@@ -273,7 +273,7 @@ class Asker:
         return Question(text, f"{first.value} and {second.value}", "match", (first, second))
 
     def _clear(self, words: Sequence[str], facts: Sequence[Fact]) -> bool:
-        """Whether each medium fits its own offered words only."""
+        """Whether each offered word fits only its own medium."""
         own = [{fact.value for fact in facts if fact.medium == medium} for medium in range(len(self.scenes))]
         fitted = [set(words) & set(scene.facts.values()) for scene in self.scenes]
         return len(set(words)) == 4 and fitted == own
@@ -290,7 +290,7 @@ class Asker:
         return Question(text, "yes" if holds else "no", "compare", (first, second))
 
     def _both_go(self) -> Question | None:
-        """``do the clip and the sound both go up?``, asked now and then if it is true of one of them at least."""
+        """``do the clip and the sound both go up?``; None at random, and if it is true of neither."""
         facts = {
             name: Fact(medium, name, scene.facts[name])
             for medium, scene in enumerate(self.scenes)
@@ -346,13 +346,13 @@ class Asker:
 
 
 def describe_turns(scene: Scene, rng: random.Random) -> list[Message]:
-    """A request for a description, which brings the medium, and a caption as the reply."""
+    """A request for a description, with the medium, and a caption as the reply."""
     request = rng.choice(_DESCRIBE).format(it=f"the {rng.choice(NOUNS[scene.modality])}")
     return [Message("user", request, (scene.modality,)), Message("assistant", caption(scene, rng))]
 
 
 def conversation(scenes: Sequence[Scene], asked: Sequence[Question]) -> list[Message]:
-    """Questions and answers as turns; the first turn brings the media in the order of ``scenes``."""
+    """Questions and answers as turns; the first turn has the media in the order of ``scenes``."""
     turns = []
     for position, question in enumerate(asked):
         media = () if position else tuple(scene.modality for scene in scenes)

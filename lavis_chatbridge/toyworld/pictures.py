@@ -1,9 +1,9 @@
 """Pictures of the embedded world: one coloured object on a varied, noisy, dull background.
 
-The truth comes in as a `Scene`; what the scene leaves open (exact place, size, hue, tilt, background, quality) is drawn
-from a generator. Knows nothing of captions, of folders, or of what is trained on the pictures.
+The input is a `Scene`; everything else (exact position, size, hue, tilt, background, quality) is sampled with a
+generator. Knows neither captions nor folders nor training.
 
-Lengths are fractions of the picture's side, places are ``(x, y)`` from the upper left corner.
+Lengths are fractions of the picture's side, positions are ``(x, y)`` from the upper left corner.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RADII: dict[str, tuple[float, float]] = {"small": (0.150, 0.175), "large": (0.23
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an object stands: its centre, its radius, its tilt in radians."""
+    """An object's centre, radius, and tilt in radians."""
 
     x: float
     y: float
@@ -65,7 +65,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Pixels:
 
 
 def render_placed(scene: Scene, rng: np.random.Generator) -> tuple[Pixels, Placement]:
-    """As `render`, with the exact placement beside the picture."""
+    """As `render`, and the exact placement."""
     facts = scene.facts
     side = int(rng.choice(SIDES))
     radius = rng.uniform(*RADII[facts["size"]])
@@ -88,7 +88,7 @@ def encode(pixels: Pixels, suffix: str, rng: np.random.Generator) -> bytes:
 
 
 def colour(name: str, rng: np.random.Generator) -> Floats:
-    """A colour that everyone would call ``name``: float32 ``[3]``, RGB from 0 to 1."""
+    """A typical colour of the name ``name``: float32 ``[3]``, RGB from 0 to 1."""
     hue, jitter, low, high = HUES[name]
     degrees = hue + rng.uniform(-jitter, jitter)
     rgb = colorsys.hsv_to_rgb(degrees / 360 % 1.0, rng.uniform(low, high), rng.uniform(0.86, 1.0))

@@ -1,8 +1,8 @@
-"""The demo's results as ``report.json`` and ``report.html``, from the files that its runs wrote.
+"""The demo's results as ``report.json`` and ``report.html``, from the files of its runs.
 
 The demo's folder holds the runs ``stage1``, ``stage1_scores``, ``stage2``, ``stage2_scores`` and ``joint``. Stage 1 is
 also scored with shuffled media, the joint test with withheld media. This module knows a run's files (``log.txt``,
-``result/``); it does not know how a run works.
+``result/``); it knows neither training nor evaluation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ JOINT = {
     "no_audio": "_withheld_audio",
     "neither": "_withheld_image_video_audio",
 }
-"""Media given to the model -> the part of a result's file name that says so."""
+"""Condition of the media -> its part of a result's file name."""
 
 COMPOSING = ("name", "compose", "match")
 """The kinds of joint questions whose mean is ``joint.both``; the other kinds are listed separately."""
@@ -114,7 +114,7 @@ def _stage2(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _joint(folder: Path) -> dict[str, Any]:
-    """Exact match over the composing kinds per condition, and per kind with both media and with descriptions."""
+    """Exact match over `COMPOSING` kinds per condition, and per kind with both media and with descriptions."""
     joint: dict[str, Any] = {}
     for name, media in JOINT.items():
         by_kind = _exact_by_kind(folder / "joint", "test", media)
@@ -141,7 +141,7 @@ def _is_right(record: Mapping[str, Any]) -> bool:
 
 
 def _by_modality(run: Path, split: str, media: str = "") -> dict[Modality, dict[str, Any]]:
-    """Each score of a split as a share, and ``text_prior``, by modality, with which the samples' ids begin."""
+    """Each score of a split as a share, and ``text_prior``, by modality, which is the prefix of sample ids."""
     by_source = json.loads(_result(run, f"{split}{media}", "_metrics.json").read_text())["by_source"]
     modalities = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split, media)}
     shares = {

@@ -1,8 +1,8 @@
 """Sounds of the embedded world: one voice of a timbre, a pitch and a temporal pattern, over a faint noise floor.
 
-The truth comes in as a `Scene`; exact pitch, tempo, loudness, noise, length, sample rate and channels are drawn from a
-generator. A rising or falling sound is a row of sweeps, so that every stretch of a few seconds shows its direction.
-Knows nothing of captions or of what is trained on the sounds.
+The input is a `Scene`; exact pitch, tempo, loudness, noise, length, sample rate and channels are sampled with a
+generator. A rising or falling sound is a sequence of sweeps, so that any few seconds contain its direction. Knows
+neither captions nor training.
 
 Shape legend: ``S`` samples, ``C`` channels. Pitches in Hz, lengths in seconds.
 """
@@ -30,7 +30,7 @@ RATES = (16_000, 22_050, 32_000, 44_100, 48_000)
 _RATE_SHARES = (0.86, 0.06, 0.02, 0.04, 0.02)
 _LENGTHS = ((2.0, 5.5), (5.5, 10.5), (10.5, 25.0))
 _LENGTH_SHARES = (0.62, 0.26, 0.12)
-_HIGHEST = 7_400.0  # Hz: partials above would be lost, or fold back, at 16 kHz
+_HIGHEST = 7_400.0  # Hz: higher partials would be lost, or alias, at 16 kHz
 SUFFIXES = ("wav", "flac", "mp3")
 
 
@@ -43,13 +43,13 @@ class Sound:
 
     @property
     def seconds(self) -> float:
-        """How long it lasts."""
+        """Its duration."""
         return len(self.samples) / self.rate
 
 
 @dataclass(frozen=True)
 class _Course:
-    """How the voice runs, ``[S]`` each: its pitch in Hz, its level from 0 to 1, the seconds since its last onset."""
+    """The voice over time, ``[S]`` each: pitch in Hz, level from 0 to 1, seconds since the last onset."""
 
     pitch: Floats
     level: Floats
@@ -57,7 +57,7 @@ class _Course:
 
 
 def render(scene: Scene, rng: np.random.Generator, seconds: float | None = None, rate: int | None = None) -> Sound:
-    """A recording of ``scene``; its length (2 to 25 s) and rate are drawn unless given."""
+    """A recording of ``scene``; its length (2 to 25 s) and rate are sampled unless given."""
     facts = scene.facts
     rate = int(rng.choice(RATES, p=_RATE_SHARES)) if rate is None else rate
     if seconds is None:
@@ -171,7 +171,7 @@ def _flute(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
 
 
 def _organ(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
-    """Pipes in octaves and a twelfth, all about as strong."""
+    """Pipes in octaves and a twelfth, all about equally loud."""
     pipes = {
         1: 1.0,
         2: rng.uniform(0.7, 1.0),

@@ -1,6 +1,7 @@
-"""What exists in the embedded world: attributes, their values, and the combinations that training never shows.
+"""The attributes of the embedded world, their values, and the combinations that are held out of training.
 
-A `Scene` is the truth about one medium. The renderers draw it and `language` describes it; this module does neither.
+A `Scene` is the ground truth of one medium. The renderers draw it and `language` describes it; this module does
+neither.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ HELD_OUT_SHARE = 0.12
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about one medium: its modality, and a value for each attribute of that modality."""
+    """The ground truth of one medium: its modality, and a value for each attribute of that modality."""
 
     modality: Modality
     values: tuple[tuple[str, str], ...]
@@ -70,7 +71,7 @@ def all_scenes(modality: Modality) -> list[Scene]:
 
 
 def scenes(modality: Modality, held_out: bool, seed: int) -> Iterator[Scene]:
-    """Endless scenes of one split; each round holds every combination once, in a new random order."""
+    """Endless scenes of one split; each round has every combination once, in a new random order."""
     pool = [scene for scene in all_scenes(modality) if scene.held_out == held_out]
     order = random.Random(f"{modality}/{held_out}/{seed}")
     while True:

@@ -148,7 +148,7 @@ def test_a_half_built_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_other_people_s_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match="holds files that are no embedded world"):
+    with pytest.raises(DataError, match="contains files of no embedded world"):
         build_world(tmp_path, SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
