@@ -1,7 +1,7 @@
-"""The one form of a sample, and the JSONL that stores it.
+"""The schema of samples, and the JSONL files that store them.
 
-A line of JSONL is one object. Media are named in its ``media`` and nowhere else, so ``<image>`` inside a caption or
-question is plain text. This module opens no medium.
+A line of JSONL is one object. Only its ``media`` lists media: ``<image>`` inside a caption or question is plain text.
+This module opens no medium.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Medium:
     """One medium of a sample.
 
     Args:
-        kind: ``"image"``, ``"video"`` or ``"audio"``. A video file named as ``"audio"`` means its audio track.
-        path: The file; empty if ``words`` replace it.
+        kind: The modality: ``"image"``, ``"video"`` or ``"audio"``; a video file with ``"audio"`` is its audio track.
+        path: The file; empty if there are ``words``.
         offset: First byte of the medium inside ``path``, if ``path`` is an uncompressed tar file.
         size: Its number of bytes there.
-        words: Descriptions that replace a medium; training draws one of them. With words, a sample can mention two
-            media although it shows one.
+        words: Descriptions that replace the medium; training samples one of them. So a sample can describe a second
+            medium in words.
     """
 
     kind: Modality
@@ -56,16 +56,16 @@ class Sample:
 
     Args:
         id: Unique within its source.
-        media: In the order in which the turns show them.
+        media: In the order of the turns.
         captions: One or several descriptions of the media.
-        turns: A conversation; the user begins.
+        turns: A conversation; the first turn is the user's.
         answers: Accepted answers to the last question, if a data set has several (VQAv2 has ten).
         source: The data set it comes from.
-        style: The wanted answer style, a key of the templates' styles (``"short"``, ``"sentence"``).
+        style: The requested answer style, a key of the templates' styles (``"short"``, ``"sentence"``).
         task: The task, which selects the instruction templates.
-        facts: Attribute to value: what is true about the media, for scores that ignore the wording.
+        facts: Attribute -> value: ground truth about the media, for scores that ignore the wording.
         held_out: Whether its combination of facts is excluded from training.
-        meta: Anything else that a data set stores.
+        meta: Other data of the data set.
     """
 
     id: str
@@ -150,7 +150,7 @@ def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: 
 
 
 def write_jsonl(path: str | Path, samples: Iterable[Sample], root: str | Path | None = None) -> int:
-    """Write samples; the file appears complete or not at all.
+    """Write samples atomically.
 
     Args:
         path: The file; its folder is created.
@@ -176,7 +176,7 @@ def folder_of(path: str | Path, root: str | Path | None = None) -> str:
 
 
 def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = False) -> Sample:
-    """One line of JSONL as a sample; ``where`` begins the message of a `DataError`."""
+    """Parse one line of JSONL; ``where`` is the position in the message of a `DataError`."""
     try:
         record = _RECORD.validate_json(line)
     except ValidationError as error:
@@ -185,7 +185,7 @@ def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = F
 
 
 def parse_record(record: Any, where: str, root: str, allow_outside: bool = False) -> Sample:
-    """A decoded JSON object as a sample; see `parse_line`."""
+    """Convert a decoded JSON object to a sample; see `parse_line`."""
     try:
         valid = _RECORD.validate_python(record)
     except ValidationError as error:
@@ -203,14 +203,14 @@ def media_path(path: str | None, root: str, where: str, allow_outside: bool = Fa
         allow_outside: Accept absolute paths and paths that leave the root.
 
     Raises:
-        DataError: If it is an address or no path, or leaves the root. `check_inside` follows links.
+        DataError: If it is a URL or not a path, or leaves the root. `check_inside` follows links.
     """
     if not isinstance(path, str) or not path:
         raise DataError(f"{where}: path is {shown(path)}, expected the path of a file")
     if "\0" in path:
         raise DataError(f"{where}: the path contains a NUL character")
     if _ADDRESS.match(path):
-        raise DataError(f"{where}: {shown(path)} is an address, expected the path of a local file")
+        raise DataError(f"{where}: {shown(path)} is a URL, expected the path of a local file")
     if not allow_outside and (os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")):
         raise DataError(
             f"{where}: {shown(path)} leaves the media root {root}; use a path below it, or set allow_outside: true"
@@ -219,7 +219,7 @@ def media_path(path: str | None, root: str, where: str, allow_outside: bool = Fa
 
 
 def check_inside(path: str, root: str) -> None:
-    """Refuse a path whose symbolic links lead out of ``root``.
+    """Check that a path's symbolic links stay inside ``root``.
 
     A folder directly below the root may itself be a link, for a data set on another disk; its files must stay in it.
 
@@ -239,7 +239,7 @@ def check_inside(path: str, root: str) -> None:
 
 
 def to_record(sample: Sample, root: str = "") -> dict[str, Any]:
-    """A sample as the object that JSONL stores, without empty fields; media below ``root`` relative to it."""
+    """A sample as a JSONL record, without empty fields; paths of media below ``root`` are relative to it."""
     record: dict[str, Any] = {"id": sample.id, "source": sample.source}
     record["media"] = [_medium_record(medium, root) for medium in sample.media]
     record["captions"] = list(sample.captions)
@@ -306,7 +306,7 @@ def _medium(item: _MediumRecord, where: str, root: str, allow_outside: bool) -> 
 def _turns(
     items: Sequence[_TurnRecord], media: Sequence[Medium], where: str
 ) -> tuple[tuple[Message, ...], Sequence[int]]:
-    """The turns, and the positions of the media in the order in which the turns show them."""
+    """The turns, and the indices of the media in the order of the turns."""
     every = range(len(media))
     if not items:
         return (), every
@@ -329,13 +329,13 @@ def _turns(
         order += shows
         turns.append(Message(role, item["text"], tuple(media[i].kind for i in shows)))
     if sorted(order) != list(every):
-        fault = "two turns show the same medium" if len(order) > len(set(order)) else "a medium belongs to no turn"
-        raise DataError(f"{where}: {fault}: there are {len(media)} media, the turns name {shown(order)}")
+        fault = "two turns have the same medium" if len(order) > len(set(order)) else "a medium belongs to no turn"
+        raise DataError(f"{where}: {fault}: there are {len(media)} media, the turns have {shown(order)}")
     return tuple(turns), order
 
 
 def _fault(error: ValidationError) -> str:
-    """One sentence for the first fault."""
+    """The error text of the first fault."""
     first = error.errors(include_url=False)[0]
     place = first["loc"]
     if first["type"] == "json_invalid":

@@ -155,7 +155,7 @@ USER, REPLY = {"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}
             "an assistant's turn has no media",
         ),
         ({"id": "a", "media": [IMAGE, IMAGE], "turns": [{**USER, "media": [0]}]}, "a medium belongs to no turn"),
-        ({"id": "a", "media": [IMAGE], "turns": [{**USER, "media": [0, 0]}]}, "two turns show the same medium"),
+        ({"id": "a", "media": [IMAGE], "turns": [{**USER, "media": [0, 0]}]}, "two turns have the same medium"),
     ],
 )
 def test_a_fault_names_line_and_cause(tmp_path, record, message):
@@ -225,7 +225,7 @@ def _nested(depth):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"media": [{"type": "image", "path": "file:///etc/passwd"}]}, "is an address"),
+        ({"media": [{"type": "image", "path": "file:///etc/passwd"}]}, "is a URL"),
         ({"media": [{"type": "image", "path": "a\0.png"}]}, "NUL"),
         ({"media": [{"type": "image", "path": "..\\\\x"}]}, "leaves the media root"),
         ({"captions": ["\ud800"]}, "not JSON: unexpected end of hex escape"),
