@@ -1,1 +1,1 @@
-"""Data sets: readers of annotation files, LAVIS builders, mixtures, shards, and stored features; no model is known."""
+"""Data sets: readers of annotation files, LAVIS builders, mixtures, shards and cached features. Knows no model."""

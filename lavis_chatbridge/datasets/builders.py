@@ -1,8 +1,8 @@
 """LAVIS builders for every data set: one class per row of ``configs/datasets/*.yaml``.
 
-A row names the reader of the files, their places under the data root, and the purpose of the data set. Annotations of
-other formats are converted to our schema once, into the cache folder. Nothing is downloaded, except tables of the
-Hugging Face hub.
+A row has the reader of the files, their paths under the data root, and the purpose of the data set. Annotations in
+other formats are converted to our schema once, into the cache folder. Only tables of the Hugging Face hub are
+downloaded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
 
     @classmethod
     def split_names(cls, cfg: Mapping[str, Any]) -> list[str]:
-        """The splits of a section's data set; of a mixture, the training split.
+        """The splits of a section's data set; a mixture has only a training split.
 
         Raises:
             ConfigError: With every fault of the section.
@@ -101,7 +101,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return groups
 
     def media_of(self, splits: Iterable[str]) -> dict[str, set[Modality]]:
-        """Those of the given splits that exist -> the modalities of their media.
+        """Split -> the modalities of its media, for those of the given splits that exist.
 
         Raises:
             DataError: If files are malformed.
@@ -119,7 +119,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return parsed
 
     def _files(self, split: str) -> list[SampleFile]:
-        """The split's samples; other formats become one file of ours."""
+        """The split's samples; other formats are converted to one JSONL of our schema."""
         own, cache = self.settings, cache_folder()
         if own.reader != OWN_READER:
             path = converted(self.NAME, split, own, cache / "converted")
@@ -168,7 +168,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
 
 
 def register_builders() -> None:
-    """Register a builder for every row of ``configs/datasets/*.yaml`` that LAVIS does not know yet."""
+    """Register a builder for every row of ``configs/datasets/*.yaml`` without a registered one."""
     for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
         rows: Any = OmegaConf.to_container(OmegaConf.load(path))
         for name, row in rows["datasets"].items():
@@ -213,7 +213,7 @@ def _builder(name: str) -> type[ChatBridgeBuilder]:
 
 
 def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
-    """The sections of a mixture's parts: their rows, with the settings that the mixture shares."""
+    """The sections of a mixture's parts: their rows, with the mixture's shared settings."""
     if own.ratios and set(own.ratios) != set(own.parts):
         without = sorted(set(own.parts) - set(own.ratios))
         raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
@@ -223,13 +223,13 @@ def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
     parts = {}
     for name in own.parts:
         row = _builder(name).ROW
-        keep = {"templates"} if row.get("templates") is False else set()  # its questions are whole instructions
+        keep = {"templates"} if row.get("templates") is False else set()  # its questions are complete instructions
         parts[name] = {**row, **{key: value for key, value in shared.items() if key not in keep}}
     return parts
 
 
 def _is_absent(part: Mapping[str, Any]) -> bool:
-    """Whether this is an optional part of a mixture without annotation files."""
+    """Whether a part of a mixture is optional and has no annotation files."""
     own = settings.parse(DataSettings, part, "parts")
     files = [path for paths in own.files("train").values() for path in paths]
     return own.optional and not any(os.path.isfile(path) for path in files)
@@ -246,7 +246,7 @@ def _missing(own: DataSettings) -> list[str]:
 
 
 def _report(where: str, missing: Sequence[str], own: DataSettings | None = None) -> str:
-    """The error text for missing files; with the data set's settings, the data root and who set it."""
+    """The error text for missing files; given the data set's settings, with the data root and its origin."""
     files, under = ", ".join(missing), ""
     if own is not None:
         setter = f"set by env.data_root or ${DATA_VARIABLE}"
@@ -265,7 +265,7 @@ def _templates(chosen: bool | list[str]) -> Templates | None:
 
 
 def _tell_apart(sources: Sequence[SourceDataset]) -> None:
-    """Add to equal names of sources, which come from several files, their modality, or else their file's name."""
+    """Make the names of sources from several files unique: append the modality, or else the file's name."""
 
     def modality(source: SourceDataset) -> str:
         return source.sample(0).modality

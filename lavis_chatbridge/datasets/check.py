@@ -1,7 +1,7 @@
-"""``chatbridge check-data FILE``: whether annotations can be used, and what they contain.
+"""``chatbridge check-data FILE``: checks annotations and counts their samples.
 
-Every sample is read and every medium looked for (``--decode``: opened). Faults do not end the check: all are counted by
-cause, and the first of each are shown with their position.
+Every sample is read and every medium is looked up (``--decode``: opened). The check continues after faults: it counts
+them by cause and shows the first of each with their positions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Report:
         tasks: Task -> samples; ``captions`` and ``conversation`` for samples without a task.
         sources: Source -> samples.
         media: Modality -> distinct files.
-        faults: Cause -> how often.
+        faults: Cause -> number of faults.
         examples: Cause -> the first few, with their position.
     """
 
@@ -56,7 +56,7 @@ class Report:
 
     @property
     def usable(self) -> bool:
-        """Whether training can use the data: overlong and empty texts and equal names are only warnings."""
+        """Whether training can use the data. Overlong texts, empty texts and equal names are only warnings."""
         return self.lines > 0 and not any(count for cause, count in self.faults.items() if cause not in _WARNINGS)
 
     def add_fault(self, cause: str, example: str) -> None:
@@ -100,8 +100,8 @@ def check_file(
         root: The folder that media paths are relative to; by default the file's own.
         decode: Open every medium.
         allow_outside: Accept media outside the root.
-        max_tokens: Longer texts (at about 4 characters a token) are reported; training would truncate them.
-        against: Evaluation data; media that they share are reported.
+        max_tokens: Longer texts (at 4 characters per token) are reported; training would truncate them.
+        against: Evaluation data; shared media are reported.
 
     Raises:
         DataError: If the file itself cannot be read.
@@ -119,7 +119,7 @@ def check_file(
 
 
 class _Check:
-    """Collects the faults of samples; each medium is looked at once."""
+    """Collects the faults of samples; each medium is checked once."""
 
     def __init__(
         self, root: str, decode: bool, allow_outside: bool, max_tokens: int, against: Iterable[Sample] = ()
@@ -169,7 +169,7 @@ class _Check:
                 self.report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
 
     def _outside(self, path: str) -> tuple[str, str] | None:
-        """Whether links lead out of the root; folders without links are resolved once."""
+        """The fault if links lead out of the root, else None; folders without links are resolved once."""
         if self._allow_outside:
             return None
         folder = os.path.dirname(path)
@@ -185,7 +185,7 @@ class _Check:
 
 
 class EvaluationMedia:
-    """The media of evaluation data, to find those that training data share.
+    """The media of evaluation data, to find the same ones in training data.
 
     Args:
         samples: The evaluation data.
@@ -203,7 +203,7 @@ class EvaluationMedia:
             self._sizes.setdefault(_size(medium), []).append(medium)
 
     def shared(self, medium: Medium) -> Iterator[tuple[str, str]]:
-        """Cause and path for an evaluation medium of the same content, or else of the same name without ending."""
+        """Cause and path of an evaluation medium with the same content, or else the same name without ending."""
         alike = self._sizes.get(_size(medium), []) if self._sizes else []
         same = next((m for m in alike if self._digests.of(m) == self._digests.of(medium)), None)
         if same is not None and _size(medium) > 0:
@@ -214,17 +214,17 @@ class EvaluationMedia:
 
 def command(
     file: Annotated[str, typer.Argument(help="annotations: a file, a folder of media, or a hub id ORG/NAME")],
-    reader: Annotated[str | None, typer.Option(help="the format; by default recognised")] = None,
-    root: Annotated[str | None, typer.Option(help="what media are relative to; default: the file's folder")] = None,
+    reader: Annotated[str | None, typer.Option(help="the format; by default detected")] = None,
+    root: Annotated[str | None, typer.Option(help="the folder of relative media paths; default: the file's")] = None,
     media: Annotated[list[str], typer.Option(help="image=PATTERN: where media are, with fields in braces")] = [],  # noqa: B006
     options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings of the reader")] = [],  # noqa: B006
     decode: Annotated[bool, typer.Option("--decode", help="open every medium")] = False,
     allow_outside: Annotated[bool, typer.Option("--allow-outside", help="accept media outside the root")] = False,
-    against: Annotated[list[str], typer.Option(help="evaluation data that must not share media; may repeat")] = [],  # noqa: B006
+    against: Annotated[list[str], typer.Option(help="evaluation data that must not share media; repeatable")] = [],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(help="longest text")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> int:
-    """Say whether annotations can be used, and what they contain."""
+    """Check annotations, and count their samples."""
     from tempfile import TemporaryDirectory
 
     from lavis_chatbridge.datasets import convert

@@ -1,4 +1,4 @@
-"""``chatbridge convert-data``: annotations of any format as our JSONL, or as shards; and the same for the cache."""
+"""``chatbridge convert-data``: converts annotations of any format to our JSONL or to shards; builders use it too."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _SPLIT = "train"
 
 @dataclass
 class Count:
-    """What a conversion has found.
+    """Counts of a conversion.
 
     Attributes:
         samples: Samples that were read.
-        left_out: Those of them whose media do not exist.
+        left_out: Number of samples whose media do not exist.
         first: The first path that does not exist.
     """
 
@@ -45,7 +45,7 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
         name: The data set's name.
         split: The split.
         own: Its settings.
-        folder: Where the JSONL goes.
+        folder: The folder of the JSONL.
 
     Raises:
         DataError: If the annotations are malformed, or contain no sample that can be used.
@@ -69,7 +69,7 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
 
 
 def write_converted(name: str, split: str, own: DataSettings, target: Path, root: str | None = None) -> Count:
-    """Write a split as our JSONL, and media that are bytes inside a table as a tar file beside it.
+    """Write a split as our JSONL. Media that are bytes in a table go into a tar file beside it.
 
     Args:
         name: The data set's name.
@@ -114,7 +114,7 @@ def _existing(samples: Iterator[Sample], skip_missing: bool, count: Count) -> It
 
 
 def _key(name: str, split: str, own: DataSettings) -> str:
-    """Changes with everything that a conversion depends on."""
+    """A hash of everything that affects a conversion."""
     origin = own.origin(name, split)
     files = [("", path) for path in origin.every_file if os.path.exists(path)]
     also = readers.READS_TOO[own.reader](origin) if own.reader in readers.READS_TOO else None
@@ -129,12 +129,12 @@ def _key(name: str, split: str, own: DataSettings) -> str:
 def settings_of(
     source: str, reader: str | None, root: str | None, media: list[str], options: list[str], allow_outside: bool
 ) -> DataSettings:
-    """The settings of a source that a command line names.
+    """The settings of a command line's source.
 
     Args:
         source: A file, a folder, or a hub id.
-        reader: Its format; None recognises our JSONL, chat messages and tables.
-        root: What media paths are relative to; None: the source's folder.
+        reader: Its format; None detects our JSONL, chat messages and tables.
+        root: The folder that media paths are relative to; None: the source's folder.
         media: ``MODALITY=PATTERN`` each.
         options: ``KEY=VALUE`` each, settings of the reader.
         allow_outside: Accept media outside the root.
@@ -156,7 +156,7 @@ def settings_of(
 
 
 def recognised(source: str) -> str:
-    """The reader of a source: by its ending, or the keys of its first row.
+    """The reader of a source, from its file ending or the keys of its first row.
 
     Raises:
         ConfigError: If it is unknown.
@@ -170,7 +170,7 @@ def recognised(source: str) -> str:
     if ending == ".tar":
         return "webdataset"
     if ending not in (".json", ".jsonl"):
-        raise ConfigError(f"{source}: the format is unknown; name it with --reader ({', '.join(readers.READERS)})")
+        raise ConfigError(f"{source}: the format is unknown; set it with --reader ({', '.join(readers.READERS)})")
     try:
         first = next(object_rows(source), None)
     except DataError:
@@ -180,7 +180,7 @@ def recognised(source: str) -> str:
 
 
 def our_jsonl(own: DataSettings, folder: Path) -> Path:
-    """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if it has another format.
+    """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if needed.
 
     Raises:
         DataError: If it does not exist, or is malformed.
@@ -198,8 +198,8 @@ def our_jsonl(own: DataSettings, folder: Path) -> Path:
 def command(
     source: Annotated[str, typer.Argument(help="annotations: a file, a folder, or a hub id ORG/NAME")],
     target: Annotated[Path, typer.Argument(help="a .jsonl, or with --shards a folder")],
-    reader: Annotated[str | None, typer.Option(help="the format; by default recognised")] = None,
-    root: Annotated[str | None, typer.Option(help="what media are relative to; default: the source's folder")] = None,
+    reader: Annotated[str | None, typer.Option(help="the format; by default detected")] = None,
+    root: Annotated[str | None, typer.Option(help="the folder of relative media paths; default: the source's")] = None,
     media: Annotated[list[str], typer.Option(help="image=PATTERN: where media are, with fields in braces")] = [],  # noqa: B006
     options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings of the reader")] = [],  # noqa: B006
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="leave out samples without their media")] = False,
@@ -219,7 +219,7 @@ def command(
             path = our_jsonl(own, Path(temporary))
             written = write(target, SampleFile(path, own.root, allow_outside or own.reader != OWN_READER), path.stem)
         if written is None:
-            raise DataError(f"{target}: another process is writing there; repeat this command when it has ended")
+            raise DataError(f"{target}: another process writes to it; repeat this command when that process has ended")
         print(
             f"{written.jsonl}: {written.samples} samples in {written.shards} shards, left out {len(written.left_out)}"
         )

@@ -1,8 +1,8 @@
-"""Samples -> the model's input: prompt pieces, processed media, references; and lists of these as batches.
+"""Turns samples into the model's input: prompt pieces, processed media and references, and batches of these.
 
 A `SourceDataset` is one source of a mixture; a `SourceGroup` is a builder's split of one or several sources. Every
-random choice (caption, template, crop, frames) depends on the seed, the source, the sample and the epoch only, never on
-the number of workers or ranks.
+random choice (caption, template, crop, frames) depends only on the seed, the source, the sample and the epoch, and not
+on the number of workers or ranks.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Processors = Mapping[str, Callable[..., Any]]
 ITEM_KEYS = (
     "sample_id", "pieces", *MODALITIES, "text_output", "references", "answers", "facts", "task", "held_out", "meta",
 )  # fmt: skip
-"""The keys of every item beside ``source``; a batch has each as a list with one entry per sample."""
+"""The keys of every item, except ``source``; in a batch each is a list with one entry per sample."""
 
 _TEXT_STREAM, _MEDIA_STREAM = 0, 1
-_SOME = 64  # samples from which the length of templates is estimated
+_SOME = 64  # number of samples for estimating the length of templates
 _KEYS: dict[Modality, str] = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor"}
 
 
@@ -59,10 +59,10 @@ class SourceSettings:
     Args:
         stage: ``"alignment"`` (media, then a caption), ``"instruction"`` (conversations), or ``"auto"``: the
             conversation if a sample has one, else the caption.
-        train: Draw captions, templates and augmentations; otherwise use the first of each.
-        seed: Of every random choice.
-        task: The task of samples that name none.
-        style: The answer style of samples that name none.
+        train: Sample captions, templates and augmentations at random; otherwise use the first of each.
+        seed: Seed of all random choices.
+        task: The task of samples without one.
+        style: The answer style of samples without one.
         templates: The instruction templates, or None to use questions unchanged.
         reply_end: The text after a reply.
         root: The folder that media must be in.
@@ -87,8 +87,8 @@ class SourceDataset(torch.utils.data.Dataset):
         name: The source's name in mixtures, batches and logs.
         samples: The samples of the file.
         settings: How they become prompts.
-        indices: ``[n]`` the samples of this source; by default all.
-        processors: For this split; `set_processors` may set them later.
+        indices: ``[n]`` indices of this source's samples; by default all.
+        processors: The split's processors; `set_processors` may set them later.
         ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
     """
 
@@ -109,7 +109,7 @@ class SourceDataset(torch.utils.data.Dataset):
         self.ratio = ratio
         self.features: MediaCache | None = None
         self.template: Wording | None = None
-        """The model's template; None words conversations as the paper does."""
+        """The model's template; None means the paper's format of conversations."""
 
     @property
     def sources(self) -> list[SourceDataset]:
@@ -156,7 +156,7 @@ class SourceDataset(torch.utils.data.Dataset):
         self.processors = processors
 
     def sample(self, index: int) -> Sample:
-        """The ``index``-th sample; its media stay closed."""
+        """The ``index``-th sample, without opening its media."""
         return self.samples[index if self.indices is None else int(self.indices[index])]
 
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class SourceDataset(torch.utils.data.Dataset):
         return hash_of(to_record(sample, os.path.abspath(self.settings.root)), sizes)[:16]
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
-        """The prompt of a sample; without ``rng`` with the first caption and template.
+        """The prompt of a sample; without ``rng``, from the first caption and template.
 
         Raises:
             DataError: If the sample has no captions (alignment).
@@ -201,7 +201,7 @@ class SourceDataset(torch.utils.data.Dataset):
         chosen = rng if self.settings.train else None
         if _is_caption(sample, self.settings.stage):
             if not sample.captions:
-                raise DataError(f"{self.name}: sample {sample.id!r} has no captions, which alignment needs")
+                raise DataError(f"{self.name}: sample {sample.id!r} has no captions; alignment needs one")
             pieces = alignment_prompt(sample.kinds, self._clean(_choose(sample.captions, chosen)))
         else:
             turns = self._turns(sample, chosen)
@@ -223,8 +223,8 @@ class SourceDataset(torch.utils.data.Dataset):
         templates = settings.templates or Templates.default()
         if task not in templates:
             raise DataError(
-                f"{self.name}: sample {sample.id!r} has captions and no turns, and no template of task {task!r} asks "
-                f"for one; known tasks are {', '.join(templates.tasks)}"
+                f"{self.name}: sample {sample.id!r} has captions but no turns, and task {task!r} has no template for "
+                f"a request; known tasks are {', '.join(templates.tasks)}"
             )
         request = templates.apply(task, "", style, rng)
         return (Message("user", request, sample.kinds), Message("assistant", _choose(sample.captions, rng)))
@@ -249,7 +249,7 @@ class SourceDataset(torch.utils.data.Dataset):
 
 @dataclass
 class SourceGroup(torch.utils.data.Dataset):
-    """The sources of one split, as one data set that LAVIS's code can index.
+    """The sources of one split, as one indexable data set for LAVIS's code.
 
     Args:
         name: The builder's name.
@@ -280,12 +280,12 @@ class SourceGroup(torch.utils.data.Dataset):
             source.set_processors(processors)
 
     def set_features(self, features: MediaCache | None) -> None:
-        """Read media from this store if it has them."""
+        """Use this store's features instead of opening media that it contains."""
         for source in self.sources:
             source.features = features
 
     def set_template(self, template: Wording | None) -> None:
-        """Word the conversations of every source with the model's template."""
+        """Format the conversations of every source with the model's template."""
         for source in self.sources:
             source.template = template
 
@@ -295,14 +295,14 @@ class SourceGroup(torch.utils.data.Dataset):
 
 
 def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, Any]:
-    """One batch: each key as a list, because samples may have different numbers of media, frames and clips.
+    """Make a batch. Each key has a list, because samples differ in their numbers of media, frames and clips.
 
     Args:
         items: Items of one source.
-        source: The source's name, for a batch without items (all media were unreadable).
+        source: The source's name, for an empty batch (all media were unreadable).
 
     Returns:
-        The items' keys as lists in their order, `ITEM_KEYS` without items; ``source`` as one string.
+        Key -> the items' values as a list; without items, `ITEM_KEYS` with empty lists; ``source`` is one string.
 
     Raises:
         DataError: If the items come from different sources.
@@ -331,7 +331,7 @@ def split_by_modality(name: str, samples: SampleFile, settings: SourceSettings) 
 
 
 def references(sample: Sample, stage: Stage) -> list[str]:
-    """The texts that a prediction is compared with: captions, or accepted answers, or the last reply."""
+    """A sample's reference texts: captions, or accepted answers, or the last reply."""
     if _is_caption(sample, stage) or not sample.turns:
         return list(sample.captions)
     return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]

@@ -1,8 +1,8 @@
-"""Outputs of the frozen encoders on disk: training reads them instead of running the encoders.
+"""Caches the frozen encoders' outputs on disk: training reads them instead of running the encoders.
 
-A medium's key depends on the content of its file, the frozen encoder and the processor, so that features of an older
-image, weight or setting are never used. Features are safetensors inside the shards of `datasets.shards`: ``tokens``
-float16 ``[T, N, D]`` and ``mask`` bool ``[T, N]``. This module knows no encoder.
+A medium's key depends on its file's content, the frozen encoder and the processor, so outdated features are never used.
+Features are safetensors inside the shards of `datasets.shards`: ``tokens`` float16 ``[T, N, D]`` and ``mask`` bool
+``[T, N]``. This module knows no encoder.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Encoder(Protocol):
     """A model whose encoders' outputs can be stored."""
 
     def encode_media(self, kind: Modality, media: list[Any]) -> list[EncodedMedium]:
-        """Processed media of one modality through the frozen encoder."""
+        """Encode processed media of one modality with the frozen encoder."""
 
     def perceive_media(self, kind: Modality, media: Sequence[EncodedMedium]) -> list[torch.Tensor]:
         """The soft tokens ``[Q, D]`` of encoded media."""
 
     def frozen_fingerprint(self, kind: Modality) -> str:
-        """Changes with the frozen weights."""
+        """A hash of the frozen weights."""
 
 
 class Digests:
-    """SHA-256 of media, computed again only if size or times of the file change.
+    """SHA-256 of media, recomputed only if the file's size or times change.
 
     Args:
         known: Name of a medium -> size, modification and change time in ns of its file, and the digest.
@@ -70,7 +70,7 @@ class Digests:
         name = self.name(medium)
         try:
             status = os.stat(medium.path)
-            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # tar and rsync set mtime, never ctime
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # tar and rsync restore only mtime
             if name not in self.known or self.known[name][:3] != stamp:
                 self.known[name] = [*stamp, _sha256(medium)]
         except OSError as error:
@@ -89,7 +89,7 @@ class FeatureStore:
 
     Args:
         folder: The folder of the shards; created when features are added.
-        salts: Modality -> encoder and processor, which the key depends on; see `salts_of`.
+        salts: Modality -> hash of encoder and processor, which is part of the key; see `salts_of`.
 
     Raises:
         DataError: If the folder is a file.
@@ -105,7 +105,7 @@ class FeatureStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what other processes have added; shards that are absent or truncated are ignored."""
+        """Add the shards of other processes; absent or truncated shards are ignored."""
         for shard in sorted(self.folder.glob("*.tar")):
             if (index := read_index(shard)) is not None:
                 self.digests.known |= index["files"]
@@ -150,7 +150,7 @@ class FeatureStore:
         return self.get(key) if key in self._places else None
 
     def add(self, features: Iterable[tuple[Medium, EncodedMedium]]) -> int:
-        """Write features to new shards; returns their number. Shards that are complete before an error stay.
+        """Write features to new shards, and return their number. After an error, complete shards remain.
 
         Raises:
             DataError: If the folder cannot be written.
@@ -185,7 +185,7 @@ class FeatureStore:
 def salts_of(
     model: Encoder, processors: Mapping[str, Any], kinds: Iterable[Modality] = MODALITIES
 ) -> dict[Modality, str]:
-    """Per modality, the frozen weights and the processor, which a key depends on beside the content."""
+    """Modality -> hash of the frozen weights and the processor; a medium's key depends on it and on the content."""
     return {
         kind: f"{model.frozen_fingerprint(kind)}:{processors[kind].version}" for kind in kinds if kind in processors
     }
@@ -201,7 +201,7 @@ def build_features(
     rank: int = 0,
     world_size: int = 1,
 ) -> FeatureStore:
-    """Encode every distinct medium of the samples that the store lacks.
+    """Encode every distinct medium of the samples that is not in the store.
 
     Args:
         model: The model, on its device.
@@ -210,7 +210,7 @@ def build_features(
         folder: The store.
         batch: Media per forward pass.
         workers: Processes that open media.
-        rank: Each of several processes encodes its share; when all are done, call `FeatureStore.refresh`.
+        rank: This process, which encodes its share; when all are done, call `FeatureStore.refresh`.
         world_size: Number of processes.
 
     Returns:
@@ -248,7 +248,7 @@ def write_soft_tokens(model: Encoder, store: FeatureStore, samples: Iterable[Sam
         The number of media; unreadable ones are left out.
 
     Raises:
-        ConfigError: If the ending is another one.
+        ConfigError: If the file has another ending.
     """
     target = Path(target)
     if target.suffix not in SOFT_FORMATS:
@@ -277,7 +277,7 @@ def distinct_media(samples: Iterable[Sample]) -> list[Medium]:
 
 
 def _is_unchanged(store: FeatureStore, medium: Medium, key: str) -> bool:
-    """Whether a medium still has the content that was encoded."""
+    """Whether the encoded medium has not changed since."""
     try:
         same = store.key(medium) == key
     except MediaError as error:
@@ -289,7 +289,7 @@ def _is_unchanged(store: FeatureStore, medium: Medium, key: str) -> bool:
 
 
 class _Opened(Dataset):
-    """Processed media; an unreadable one is its error."""
+    """Processed media; the error in place of an unreadable one."""
 
     def __init__(self, media: Sequence[Medium], processor: Any) -> None:
         self._media, self._processor = media, processor

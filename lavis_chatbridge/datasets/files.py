@@ -1,7 +1,7 @@
 """A JSONL file as a sequence of samples: offsets in memory, text on disk.
 
-Opening a file checks every line once. The result (offsets, modality and length of each sample) is kept in the cache
-folder while the file stays the same.
+Opening a file checks every line once. The index (offset, modality and length of each sample) is stored in the cache
+folder until the file changes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ CACHE_VARIABLE = "CHATBRIDGE_CACHE"
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MEDIUM = 32
 _ARRAYS = ("starts", "lines", "modality", "lengths", "modalities")
-_CACHED_FROM = 1 << 20  # bytes; a smaller file is indexed faster than its index is found
+_CACHED_FROM = 1 << 20  # bytes; smaller files are indexed in less time than an index is loaded
 
 
 def cache_folder() -> Path:
-    """``$CHATBRIDGE_CACHE``, or else ``lavis-chatbridge`` in the user's cache folder."""
+    """``$CHATBRIDGE_CACHE``, or by default ``lavis-chatbridge`` in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser()
@@ -48,7 +48,7 @@ class SampleFile(Sequence[Sample]):
     Attributes:
         modalities: The modalities that occur, ``"image"``, ``"video+audio"``, ``"text"`` ...
         modality: ``[n]`` uint8, position in ``modalities`` of each sample.
-        lengths: ``[n]`` uint32, approximate number of tokens of each sample, with 32 per medium.
+        lengths: ``[n]`` uint32, approximate number of tokens of each sample, counting 32 per medium.
 
     Raises:
         DataError: With ``file:line`` of the first faulty line.
@@ -109,7 +109,7 @@ class SampleFile(Sequence[Sample]):
 
 
 def about_tokens(sample: Sample) -> int:
-    """Approximate number of tokens of a sample, to batch samples of similar length."""
+    """Approximate number of tokens of a sample, for batches of similar length."""
     text = sum(len(turn.text) for turn in sample.turns) or max(map(len, sample.captions), default=0)
     text += sum(max(map(len, medium.words)) for medium in sample.media if medium.words)
     return text // CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) + 1

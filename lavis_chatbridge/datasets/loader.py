@@ -1,8 +1,8 @@
-"""Batches for training and evaluation: data workers, unreadable samples, an exact division over ranks.
+"""Batches for training and evaluation: data workers, unreadable samples, exact sharding over ranks.
 
-The plan determines the samples of a step, so the loader's state is a step number and its counts of unreadable samples;
-torch's DataLoader provides workers, prefetching and pinned memory. A sample whose decoder hangs in a worker is skipped
-like an unreadable one: its worker is replaced.
+The plan determines the samples of a step, so the loader's state is a step number and its counts of unreadable samples.
+torch's DataLoader provides workers, prefetching and pinned memory. If a sample's decoder hangs, its worker is replaced
+and the sample is skipped like an unreadable one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _TRIES_BEFORE_JUDGING = 20
 _NAMED_PER_SOURCE = 20
 _LENGTHS_LOOKED_AT = 20_000
-_FATAL = "fatal"  # raised in a worker, an error would reach the user as a traceback
+_FATAL = "fatal"  # an error raised in a worker would reach the user as a traceback
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class LoaderSettings:
 
     Args:
         batch_size: Samples per micro-batch and rank.
-        batch_tokens: Instead: about this number of tokens per micro-batch; the number of samples is fixed per source.
+        batch_tokens: Replaces ``batch_size``: approximate tokens per micro-batch; each source's batch size is fixed.
         accumulate: Micro-batches per step, all of one source.
         ratios: Data set -> share of the steps, in any unit; by default by number of samples.
         group_by_length: Make batches of samples of similar length.
-        seed: Of the order, and of every random choice for a sample (caption, template, augmentation).
-        workers: Processes that load data; 0 loads in this one.
+        seed: Seed of the order, and of each sample's random choices (caption, template, augmentation).
+        workers: Number of processes that load data; 0 loads in this process.
         prefetch: Batches that each worker prepares ahead.
         pin_memory: Put tensors into page-locked memory, for a faster copy to the GPU.
         max_bad_share: Stop if more than this share of a source's samples cannot be read.
-        hang_seconds: A sample that takes a worker longer is skipped; without workers there is no limit.
+        hang_seconds: Time limit of a worker for one sample, which is then skipped; without workers there is none.
     """
 
     batch_size: int = 1
@@ -73,14 +73,14 @@ def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: s
         bad: Number of unreadable samples.
         tried: Number of samples.
         share: The accepted share.
-        last: Why the last one could not be read.
+        last: The last one's error.
     """
     if tried < _TRIES_BEFORE_JUDGING or bad <= share * tried:
         return ""
     cause = f"; the last one: {last}" if last else ""
     return (
         f"{source}: {bad} of {tried} samples could not be read, more than the {share:.0%} that max_bad_share "
-        f"accepts{cause}. Mend or remove them (chatbridge check-data --decode lists them)"
+        f"accepts{cause}. Repair or remove them (chatbridge check-data --decode lists them)"
     )
 
 
@@ -89,7 +89,7 @@ class BadSamples:
 
     Args:
         max_share: The accepted share of a source's samples.
-        sizes: Source -> its number of samples, if known: the share is then of these, not of those tried so far.
+        sizes: Source -> its number of samples, if known; the share is then relative to it, not to the samples tried.
     """
 
     def __init__(self, max_share: float, sizes: Mapping[str, int] | None = None) -> None:
@@ -102,7 +102,7 @@ class BadSamples:
         """Count a batch and log its unreadable samples.
 
         Raises:
-            DataError: If more than the accepted share of a source is unreadable, from 20 samples on.
+            DataError: If more than the accepted share of a source (of at least 20 samples) is unreadable.
         """
         source, skipped = batch["source"], batch["skipped"]
         self.tried[source] += len(batch["sample_id"]) + len(skipped)
@@ -122,7 +122,7 @@ class BadSamples:
         return {"tried": dict(self.tried), "skipped": dict(self.skipped)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Continue a checkpoint's counts."""
+        """Restore a checkpoint's counts."""
         self.tried, self.skipped = Counter(state["tried"]), Counter(state["skipped"])
 
 
@@ -136,7 +136,7 @@ class MixtureLoader:
         world_size: Number of processes.
 
     Attributes:
-        plan: The samples of each step.
+        plan: Determines the samples of each step.
         bad: Counts of unreadable samples.
     """
 
@@ -194,7 +194,7 @@ class MixtureLoader:
         return self.bad.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a checkpoint's counts."""
+        """Restore a checkpoint's counts."""
         self.bad.load_state_dict(state)
 
     def _batch_sizes(self, lengths: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -209,17 +209,17 @@ class MixtureLoader:
 
 
 class EvaluationLoader:
-    """A rank's share of a split: every sample on exactly one rank.
+    """A rank's shard of a split: every sample is on exactly one rank.
 
-    Samples of one modality and of similar length are in one batch, the longest first (so that a lack of memory shows
-    immediately); the last batch of each source may be smaller, and ranks may differ by a batch.
+    A batch has samples of one modality and of similar length, the longest first (so that an out-of-memory error occurs
+    immediately). The last batch of each source may be smaller, and ranks may differ by a batch.
 
     Args:
         dataset: The split.
         batch_size: Samples per batch.
         rank: This process.
         world_size: Number of processes.
-        settings: Workers, pinned memory and the share of unreadable media; its batch sizes are for training.
+        settings: Workers, pinned memory and the share of unreadable media; its batch sizes are not used.
     """
 
     def __init__(
@@ -238,14 +238,14 @@ class EvaluationLoader:
         """Source -> the indices of this rank's samples."""
         before = 0
         for source in dataset.sources:
-            # continue the division of the previous source, so that small sources are not all on rank 0
+            # continue after the previous source's last rank, so that small sources are not all on rank 0
             first = (rank - before) % world_size
             self.shares.append((source.name, _longest_first(source)[first::world_size]))
             before += len(source)
         self._requests = self._in_batches()
 
     def leave_out(self, known: Set[tuple[str, int]]) -> None:
-        """Do not load these samples (source, index); the division over ranks does not change."""
+        """Do not load these samples (source, index); the sharding over ranks does not change."""
         self._requests = self._in_batches(known)
 
     def _in_batches(self, known: Set[tuple[str, int]] = frozenset()) -> list[Request]:
@@ -309,7 +309,7 @@ def source_ratios(
 
 
 class _Mixture(torch.utils.data.Dataset):
-    """Loads a request as a batch; unreadable samples are left out and named.
+    """Loads a request as a batch; unreadable samples are listed under ``skipped``.
 
     Args:
         sources: Name -> source.
@@ -317,8 +317,8 @@ class _Mixture(torch.utils.data.Dataset):
 
     Attributes:
         hung: ``(source, index)`` of samples whose decoder did not return.
-        busy: ``[workers, 4]`` shared with the workers: process id, number of the source, index, and the time in ns at
-            which the sample began; 0 while a worker loads none.
+        busy: ``[workers, 4]`` shared with the workers: process id, number of the source, index, and start time in ns
+            (0 while a worker loads no sample).
     """
 
     def __init__(self, sources: Mapping[str, SourceDataset], workers: int) -> None:
@@ -374,7 +374,7 @@ def _load(
                 return
             dataset.hung |= set(stuck.values())
             dataset.busy.zero_()
-            for pid in stuck:  # torch has given the worker up, which ignores SIGTERM
+            for pid in stuck:  # torch has abandoned the worker, which ignores SIGTERM
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             waiting = itertools.chain(unanswered, waiting)
@@ -389,7 +389,7 @@ def _noting(requests: Iterator[Request], unanswered: deque[Request]) -> Iterator
 def _until_stuck(
     dataset: _Mixture, requests: Iterator[Request], unanswered: deque[Request], settings: LoaderSettings
 ) -> Iterator[dict[str, Any]]:
-    """The batches of the requests in order; ends early if a worker is stuck, with the rest in ``unanswered``."""
+    """The batches of the requests in order; ends early if a worker is stuck, and leaves the rest in ``unanswered``."""
     loader: DataLoader = DataLoader(
         dataset,
         batch_size=None,  # a request is a whole batch
@@ -421,7 +421,7 @@ def _until_stuck(
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Explain the death of a data worker, which torch raises in the main process at an arbitrary statement.
+    """Replace torch's error for a dead data worker, which it raises in the main process at an arbitrary statement.
 
     Raises:
         TrainingError: Instead of torch's error.
@@ -433,12 +433,12 @@ def worker_deaths() -> Iterator[None]:
             raise
         raise TrainingError(
             f"a data worker died: {str(error).splitlines()[0]} Often it was killed for memory: use fewer workers "
-            "(run.num_workers), or give the container more shared memory; run.resume=auto continues a training"
+            "(run.num_workers), or give the container more shared memory; run.resume=auto resumes training"
         ) from error
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Clusters and terminals signal all processes at once: the training ends its workers after its last checkpoint."""
+    """Clusters and terminals signal all processes; the main process ends the workers after its last checkpoint."""
     for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
         if number is not None:
             signal.signal(number, signal.SIG_IGN)
@@ -449,5 +449,5 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _longest_first(source: SourceDataset) -> list[int]:
-    """All indices of a source by the samples' length; equal ones in their own order."""
+    """All indices of a source, longest samples first; a stable sort."""
     return np.argsort(-np.asarray(source.lengths, dtype=np.int64), kind="stable").tolist()

@@ -1,8 +1,8 @@
 """The samples of each step, as a pure function of seed and step: any rank can compute any step directly.
 
-The source of a step comes from a schedule whose counts have a closed form, the samples from a keyed bijection of
-``0..size-1`` (a Feistel network with cycle-walking) instead of a shuffled array. So 130 million samples need no memory,
-and step 100,000 costs as much as step 0. This module knows no sample.
+A schedule whose counts have a closed form gives the source of a step. A keyed bijection of ``0..size-1`` (a Feistel
+network with cycle-walking) gives its samples, without a shuffled array. So 130 million samples need no memory, and step
+100,000 costs as much as step 0. This module works on indices and knows no sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RATIO_PRECISION = 10**6
 
 
 class KeyedPermutation:
-    """A bijection of ``0..size-1`` that a key selects, computed element by element.
+    """A bijection of ``0..size-1``, selected by a key and computed per element.
 
     Args:
         size: The number of elements.
@@ -40,13 +40,13 @@ class KeyedPermutation:
         """``[n]`` positions in ``0..size-1`` -> ``[n]`` int64 elements."""
         values = self._scramble(np.asarray(positions).astype(np.uint64))
         outside = values >= self.size
-        while outside.any():  # the domain is less than twice the size, so few elements walk far
+        while outside.any():  # the domain is smaller than twice the size, so walks are short
             values[outside] = self._scramble(values[outside])
             outside = values >= self.size
         return values.astype(np.int64)
 
     def _scramble(self, values: np.ndarray) -> np.ndarray:
-        """One pass of the network over ``low + high`` bits; the halves swap widths in every round."""
+        """One pass of the network over ``low + high`` bits; the halves swap their widths in every round."""
         one = np.uint64(1)
         widths = (self._low, self._high)
         for round_, key in enumerate(self._keys):
@@ -62,8 +62,8 @@ class KeyedPermutation:
 class _Schedule:
     """The source of each step: shuffled blocks with exact counts.
 
-    In the first ``n`` blocks the most frequent source gets the rest, and every other one the floor of its share; so the
-    number of earlier steps of a source has a closed form.
+    In the first ``n`` blocks, each source has the floor of its share, and the most frequent one has the remainder, so
+    the number of earlier steps of a source has a closed form.
     """
 
     weights: tuple[int, ...]
@@ -77,7 +77,7 @@ class _Schedule:
         shares = [max(least, Fraction(ratio / total).limit_denominator(_RATIO_PRECISION)) for ratio in ratios]
         scale = math.lcm(*(share.denominator for share in shares))
         weights = tuple(int(share * scale) for share in shares)
-        few = len(weights) * (len(weights) + 1)  # enough for the most frequent source's rest to be positive
+        few = len(weights) * (len(weights) + 1)  # large enough that the most frequent source's remainder is positive
         whole = sum(weights)
         return cls(weights, whole if whole <= max(few, 12) else few, seed)
 
@@ -120,7 +120,7 @@ class MixturePlan:
 
     Args:
         sizes: Number of samples per source.
-        ratios: How often each source has a step, in any unit; by default its share of all samples.
+        ratios: Frequency of each source's steps, in any unit; by default its share of all samples.
         batch_size: Samples per step and rank, one number or one per source.
         world_size: Number of ranks.
         seed: Another seed gives another order.
@@ -157,11 +157,11 @@ class MixturePlan:
         self.resume(0, dict.fromkeys(self.names, 0))
 
     def resume(self, step: int, positions: Mapping[str, int]) -> None:
-        """Begin ``step`` at these positions, which a run with other batch sizes or ranks has reached.
+        """Begin ``step`` at these positions, which an earlier run with other batch sizes or ranks reached.
 
         Args:
             step: The first step of this plan.
-            positions: What `positions` of the earlier plan returns for this step.
+            positions: The result of `positions` of the earlier plan for this step.
         """
         self.origin = (step, dict(positions))
         self._starts = [positions[name] for name in self.names]
@@ -171,8 +171,8 @@ class MixturePlan:
     def positions(self, step: int) -> dict[str, int]:
         """Per source, the number of samples of its endless sequence of epochs before ``step``.
 
-        Sources with ``lengths`` count whole windows: a plan of other sizes cannot continue inside one, so it begins
-        with the next window and omits the rest of this one.
+        Sources with ``lengths`` count complete windows: a plan with other sizes cannot continue inside one, so it
+        begins with the next window and omits the rest of this one.
         """
         found = {}
         for name, start, then, now in zip(
@@ -195,7 +195,7 @@ class MixturePlan:
         turn -= self._turns[number]
         size = self.batch_sizes[name]
         if name in self.lengths:
-            # samples of similar length go to different ranks, so that no rank waits for the one with the longest
+            # samples of similar length go to different ranks, so that all ranks take about the same time
             positions = self._sorted(name, turn).reshape(size, self.world_size)[:, rank]
         else:
             positions = self._starts[number] + (turn * self.world_size + rank) * size + np.arange(size)
@@ -218,7 +218,7 @@ class MixturePlan:
         return max(1, math.ceil(sum(self.sizes.values()) / self._samples_per_step()))
 
     def steps_of(self, epochs: int, step: int | None = None, positions: Mapping[str, int] | None = None) -> int:
-        """Total steps for ``epochs`` epochs; of a resumed run, those before it and those for the remaining samples.
+        """Total steps for ``epochs`` epochs; for a resumed run, earlier steps plus those for the remaining samples.
 
         Args:
             epochs: Passes over all sources.
@@ -232,7 +232,7 @@ class MixturePlan:
         return first + max(0, math.ceil(left / self._samples_per_step()))
 
     def _samples_per_step(self) -> float:
-        """Samples of a step on all ranks together, on average over the mixture."""
+        """Mean number of samples per step on all ranks together."""
         shares = np.array([self.ratios[name] for name in self.names])
         per_rank = float(shares @ np.array([self.batch_sizes[name] for name in self.names]) / shares.sum())
         return per_rank * self.world_size
@@ -258,8 +258,8 @@ class MixturePlan:
 def batch_size_for_tokens(lengths: np.ndarray, budget: int, quantile: float = 0.95) -> int:
     """The number of samples of a source in a batch of ``budget`` tokens, padding included.
 
-    The number is fixed per source, because steps are computed without reading samples: a batch padded to the
-    ``quantile`` of the source's lengths fits.
+    The number is fixed per source, because the plan does not read samples. A batch padded to the ``quantile`` of the
+    source's lengths fits the budget.
 
     Args:
         lengths: ``[n]`` tokens per sample, media slots included; a part of a large source is enough.
@@ -288,7 +288,7 @@ def _check(
     for name, ratio in (ratios or {}).items():
         if not ratio > 0:
             raise ConfigError(
-                f"the ratio of {name!r} is {ratio}, expected a positive number; leave the source out instead"
+                f"the ratio of {name!r} is {ratio}, expected a positive number; to exclude the source, remove it"
             )
     for number in [batch_size] if isinstance(batch_size, int) else batch_size.values():
         if number < 1:
@@ -301,14 +301,14 @@ def _check(
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser on uint64 (Steele et al. 2014); overflow is meant."""
+    """SplitMix64's finaliser on uint64 (Steele et al. 2014); overflow is intended."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _hash(*numbers: int) -> int:
-    """64 bits from all numbers and their order, equal on every machine and in every version."""
+    """A 64-bit hash of the numbers in order, equal on every machine and in every version."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK

@@ -21,7 +21,7 @@ from lavis_chatbridge.schema import Medium
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
 WORLD_PREFIX = "chatbridge_world"
-"""First part of the names of the embedded world's data sets: a run builds the world if it is absent."""
+"""Prefix of the names of the embedded world's data sets; a run builds the world if it is absent."""
 OWN_READER = "jsonl"
 
 
@@ -43,15 +43,15 @@ class DataSettings(Settings):
     allow_outside: bool = False
     """Accept media outside their root."""
     skip_missing: bool = False
-    """Leave out samples whose media do not exist when annotations are converted (web data sets lose addresses)."""
+    """Leave out samples whose media do not exist when annotations are converted (URLs of web data sets expire)."""
     options: dict[str, Any] = {}
-    """The reader's settings; ``options.SPLIT`` may contain those of one split."""
+    """The reader's settings; ``options.SPLIT`` may have those of one split."""
     task: str = ""
-    """Task of the samples that name none: selects the instruction templates."""
+    """Task of samples without one; it selects the instruction templates."""
     style: str = ""
-    """Answer style of the samples that name none."""
+    """Answer style of samples without one."""
     templates: bool | list[str] = True
-    """Ask through instruction templates; a list adds YAML files of your own; false uses questions unchanged."""
+    """Word questions with instruction templates; a list adds your own YAML files; false uses questions unchanged."""
     reply_end: str = "###"
     """The text after a reply."""
     split_modalities: bool = True
@@ -82,11 +82,11 @@ class DataSettings(Settings):
     @field_validator("splits", "media", "options", "ratios", mode="before")
     @classmethod
     def _null_is_empty(cls, value: Any) -> Any:
-        """A section that is null removes the values of the row below it."""
+        """A null section removes the row's values under this key."""
         return {} if value is None else value
 
     def check(self) -> Iterable[str]:
-        """Contradictions between the keys."""
+        """Yields contradictions between keys."""
         if self.reader != OWN_READER and self.reader not in READERS:
             near = difflib.get_close_matches(self.reader, [OWN_READER, *READERS], n=1)
             hint = f"did you mean {near[0]!r}" if near else f"known are {OWN_READER}, {', '.join(READERS)}"
@@ -119,7 +119,7 @@ class DataSettings(Settings):
         if self.task not in known:
             near = difflib.get_close_matches(self.task[:80], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            yield f"task: no instruction template is of {self.task[:80]!r}, {hint} (templates: false accepts any name)"
+            yield f"task: no instruction template is for {self.task[:80]!r}, {hint} (templates: false accepts any name)"
 
     @property
     def root(self) -> str:
@@ -166,7 +166,7 @@ class DataSettings(Settings):
         Args:
             name: The data set's name.
             split: The split.
-            keep: Stores media that are bytes inside a table.
+            keep: Stores media that are bytes in a table.
         """
         options = {key: value for key, value in self.options.items() if key not in self.splits}
         options |= self.options.get(split) or {}
@@ -175,7 +175,7 @@ class DataSettings(Settings):
         return Origin(name, self.files(split), self.root, self.media, options, self.allow_outside, keep)
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
-        """The annotation files of some splits (by default all), and the media folders, that do not exist."""
+        """The annotation files of some splits (by default all) and the media folders that do not exist."""
         names = self.used_splits if splits is None else splits
         files = [path for split in names for paths in self.files(split).values() for path in paths]
         folders_too = self.reader == "huggingface"

@@ -1,9 +1,9 @@
-"""The one shard format: uncompressed tar files in webdataset's form, each with an index of what it contains.
+"""The shard format: uncompressed tar files in webdataset's layout, each with an index of its content.
 
 `write` stores samples with their media, and a JSONL with the offset and size of each medium, which training reads like
-any other JSONL. The feature store and tables of bytes use the same tar files. A shard appears complete or not at all,
-and counts only with its index; the JSONL is written last and removed before a shard is written again. This module
-decodes no medium.
+any other JSONL. The feature store and tables of bytes use the same tar files. Shards are written atomically and are
+valid only with their index; the JSONL is written last, and removed before a shard is rewritten. This module decodes no
+medium.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _Content: TypeAlias = "tuple[str, int | None, int | None]"  # path, offset, size
 
 @contextmanager
 def tar_file(target: Path) -> Iterator[Add]:
-    """Write a tar file, which appears at ``target`` when the block ends without an error."""
+    """Write a tar file atomically: ``target`` exists only after the block ends without an error."""
     with atomic_file(target) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
 
         def add(name: str, content: bytes) -> tuple[int, int]:
@@ -56,9 +56,9 @@ def tar_file(target: Path) -> Iterator[Add]:
 
 @contextmanager
 def media_file(target: Path) -> Iterator[Callable[[Modality, bytes, str], Medium]]:
-    """Store media that are bytes inside a table: a function from modality, content and ending to the medium.
+    """Store media that are bytes in a table: a function from modality, content and file ending to the medium.
 
-    The tar file ``target`` appears when the block ends without an error, and only if a medium was stored.
+    The tar file ``target`` is written atomically, and only if a medium was stored.
     """
     with tar_file(target) as add:
         count = 0
@@ -123,20 +123,20 @@ def write(
 ) -> Written | None:
     """Write samples with their media: ``STEM-00000.tar`` ..., and ``STEM.jsonl``.
 
-    Shards that exist for the same samples and media are kept, so the same call continues an interrupted one.
+    Existing shards of the same samples and media are kept, so the same call continues an interrupted one.
 
     Args:
-        folder: Where they go.
+        folder: The output folder.
         samples: The samples; media of a `SampleFile` must be in its root.
-        stem: First part of the names.
-        per_shard: Samples of a shard.
+        stem: Prefix of the file names.
+        per_shard: Number of samples per shard.
         rank: This process writes every ``world_size``-th shard, beginning with ``rank``.
         world_size: Number of processes.
         max_bad_share: Stop if more than this share of the samples has unreadable media.
-        verify: Compare the hashes of existing shards, and write those again that differ.
+        verify: Compare the hashes of existing shards, and rewrite those that differ.
 
     Returns:
-        The complete set; None while shards of other processes are absent.
+        The complete set; None until the other processes have written their shards.
 
     Raises:
         DataError: If too many media cannot be read, no sample is readable, a medium is outside its root, the folder
@@ -184,13 +184,13 @@ class _Target:
 
 
 def _stamp(samples: Sequence[Sample], per_shard: int) -> str:
-    """Changes with the samples and with the number per shard."""
+    """A hash of the samples and the number per shard."""
     content = hash_of_file(samples.path) if isinstance(samples, SampleFile) else [to_record(s) for s in samples]
     return hash_of(_FORMAT, content, len(samples), per_shard)
 
 
 def _shard(target: _Target, number: int, verify: bool) -> dict[str, Any]:
-    """The index of a shard, which is written unless it exists for the same samples and media."""
+    """Write a shard unless it exists for the same samples and media; returns its index."""
     first = number * target.per_shard
     part = [(i, target.samples[i]) for i in range(first, min(first + target.per_shard, len(target.samples)))]
     key = hash_of(target.stamp, number, [_state(medium.path) for _, sample in part for medium in sample.files])
@@ -258,13 +258,13 @@ def _contents(sample: Sample, samples: Sequence[Sample], stored: dict[_Content, 
 
 
 def _placed(sample: Sample, places: dict[_Content, Medium]) -> dict[str, Any]:
-    """A sample as JSONL's object, with other places of its files."""
+    """A sample as a JSONL record, with its media's locations in the shards."""
     media = [m if m.words else replace(places[m.path, m.offset, m.size], kind=m.kind) for m in sample.media]
     return to_record(replace(sample, media=tuple(media)))
 
 
 def _finish(target: _Target) -> Written | None:
-    """Write the JSONL if every shard is complete, and remove shards of an earlier, longer set."""
+    """Write the JSONL if every shard is complete, and remove leftover shards of an earlier, longer set."""
     counts: Counter[str] = Counter()
     left_out: list[tuple[str, str]] = []
     size = samples = 0

@@ -103,10 +103,10 @@ def test_the_models_template_words_conversations(pictures, processors):
 
 def test_unsuitable_samples_are_named(pictures):
     alignment = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(stage="alignment"))
-    with pytest.raises(DataError, match="sample 'x' has no captions, which alignment needs"):
+    with pytest.raises(DataError, match="sample 'x' has no captions; alignment needs one"):
         alignment[0]
     odd = SourceDataset("s", [Sample("x", captions=("c",), task="image_qaa")], SourceSettings())
-    with pytest.raises(DataError, match="no template of task 'image_qaa'"):
+    with pytest.raises(DataError, match="task 'image_qaa' has no template"):
         odd[0]
     with pytest.raises(DataError, match="there is no image processor; set vis_processor"):
         source(pictures, {})[0]

@@ -92,7 +92,7 @@ def test_a_batch_without_readable_samples_is_empty(pictures, processors):
 def test_a_malformed_sample_ends_with_its_own_message(workers):
     data = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(stage="alignment"))
     loader = MixtureLoader({"s": data}, LoaderSettings(workers=workers))
-    with pytest.raises(DataError, match=r"^s: sample 'x' has no captions, which alignment needs$"):
+    with pytest.raises(DataError, match=r"^s: sample 'x' has no captions; alignment needs one$"):
         next(loader.batches())
 
 

@@ -215,7 +215,7 @@ def test_options_of_an_annotator_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["../a.png", "/etc/passwd", "file:///etc/passwd", "a\0.png", ""])
 def test_media_outside_the_root_are_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "items.jsonl").write_text(json.dumps({"id": "a", "media": [{"type": "image", "path": path}]}))
-    with pytest.raises(DataError, match=r"leaves the media root|is an address|NUL|expected the path of a file"):
+    with pytest.raises(DataError, match=r"leaves the media root|is a URL|NUL|expected the path of a file"):
         annotate(tmp_path / "items.jsonl", tmp_path / "out", [])
 
 

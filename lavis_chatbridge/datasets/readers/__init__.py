@@ -13,7 +13,7 @@ from lavis_chatbridge.datasets.readers import captions, chats, options, own, que
 from lavis_chatbridge.datasets.readers.common import Origin, Reader, with_unique_ids
 
 VERSION = 5
-"""Raised when a reader's samples change, so that annotations are converted again."""
+"""Increase it when a reader's samples change, so that annotations are converted again."""
 
 READERS: dict[str, Reader] = {
     "audiocaps": with_unique_ids(captions.audiocaps),
@@ -52,6 +52,6 @@ READERS: dict[str, Reader] = {
 """Name in a configuration -> reader. ``jsonl`` (our own schema) needs none."""
 
 READS_TOO: dict[str, Callable[[Origin], Path | None]] = {"wavcaps": captions.excluded_list}
-"""Reader -> a file that it reads although no split names it."""
+"""Reader -> an additional file that it reads, which no split names."""
 
 __all__ = ["READERS", "READS_TOO", "VERSION", "Origin", "Reader"]

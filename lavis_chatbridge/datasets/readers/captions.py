@@ -123,7 +123,7 @@ def wavcaps(origin: Origin) -> Iterator[Sample]:
 
     Option ``exclude``: the published list of clips that the tests of AudioCaps and Clotho contain
     (``blacklist_exclude_all_ac.json``; a path below the data root). By default the reader looks for it in
-    ``blacklist/`` beside the sources' folders, and warns if it is not there; null uses all clips.
+    ``blacklist/`` beside the sources' folders, and warns if it does not exist; null uses all clips.
     """
     excluded = _excluded(origin)
     left_out = 0
@@ -167,7 +167,7 @@ def _excluded(origin: Origin) -> dict[str, set[str]]:
     if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()):
         raise DataError(f"{path}: expected WavCaps' list of clips to leave out, an object of source -> ids")
     found: dict[str, set[str]] = {part: set() for part in origin.files}
-    for source, names in lists.items():  # the list says AudioSet where the files are called AudioSet_SL
+    for source, names in lists.items():  # the list has AudioSet for files named AudioSet_SL
         for part in found:
             if _letters(source) in _letters(part):
                 found[part] |= {str(name).split(".")[0] for name in names}

@@ -19,8 +19,8 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 def llava(origin: Origin) -> Iterator[Sample]:
     """LLaVA-Instruct-150K (conversation, detail or complex reasoning). Media fields: ``image``, ``stem``.
 
-    The format's ``<image>`` marks the place of the image; it is removed in every turn. Option ``messages``: at most
-    this number of messages of a conversation.
+    The format's ``<image>`` marks the position of the image; it is removed in every turn. Option ``messages``: the most
+    messages of a conversation.
     """
     for number, row in enumerate(origin.rows()):
         image = row.name("image")

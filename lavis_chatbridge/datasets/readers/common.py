@@ -1,4 +1,4 @@
-"""What the readers share: the files of a split, rows with checked fields, JSON and tables read row by row."""
+"""Shared parts of readers: the files of a split, rows with checked fields, JSON and tables read row by row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Origin:
         media: Modality -> path below the root, with a row's fields in braces: ``coco/{image_id:012d}.jpg``.
         options: The reader's settings.
         allow_outside: Accept media outside the root.
-        keep: Stores the bytes of a medium that is no file of its own, for readers of tables.
+        keep: Stores a medium that is bytes in a table, for readers of tables.
     """
 
     source: str
@@ -95,7 +95,7 @@ Reader = Callable[[Origin], Iterator[Sample]]
 
 
 class Row:
-    """An object, or a line of a table, whose fields are checked when they are read.
+    """An object, or a line of a table. Reading a field checks it.
 
     Args:
         values: The fields.
@@ -112,7 +112,7 @@ class Row:
         return self.values.get(key) is not None
 
     def name(self, *keys: str, blank: bool = False) -> str:
-        """The first of these fields that is present, unchanged: names of files and ids keep their blanks.
+        """The first of these fields that is present, unchanged: file names and ids keep their white space.
 
         Args:
             *keys: The fields; a number counts as text.
@@ -185,7 +185,7 @@ def stem_of(name: str) -> str:
 
 
 def with_unique_ids(reader: Reader) -> Reader:
-    """A reader whose repeated ids get ``#2``, ``#3``: published files repeat some with other contents."""
+    """Make a reader append ``#2``, ``#3`` to repeated ids: published files repeat some ids with different contents."""
 
     def read(origin: Origin) -> Iterator[Sample]:
         times: dict[int, int] = {}
@@ -202,7 +202,7 @@ def of_split(rows: Iterable[Row], wanted: Sequence[str], path: str) -> Iterator[
     """The rows whose ``split`` is one of ``wanted``.
 
     Raises:
-        DataError: If there are none: with the splits that the file has.
+        DataError: If there are none; the message has the file's splits.
     """
     found: dict[str, int] = {}
     for row in rows:
@@ -220,7 +220,7 @@ def json_rows(path: str, key: str | None = None) -> Iterator[Row]:
 
     Args:
         path: The file.
-        key: The field of the file's object that holds the array; without it the file is the array.
+        key: The field of the file's object with the array; by default the file is the array.
 
     Raises:
         DataError: With the position of the fault.
@@ -304,7 +304,7 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _parsed(path: str, prefix: str, pairs: bool = False) -> Iterator[Any]:
-    """What ijson finds at a prefix."""
+    """The values that ijson parses at a prefix."""
     import ijson
 
     with _opened(path) as file:

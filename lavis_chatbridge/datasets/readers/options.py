@@ -1,8 +1,8 @@
 """Readers of benchmarks with options or with yes and no: AVQA, WorldSense, OmniBench, Daily-Omni, AV-Odyssey, MMAU,
 Video-MME, AVHBench, CMU-MOSI and CMU-MOSEI; and Charades-Ego's descriptions.
 
-A question's options stand below it, under letters; ``meta.options`` and ``meta.correct`` let a task ask them in other
-orders. Layouts are those of the publishers' files, which docs/evaluation.md names.
+A question is followed by its options with letters; from ``meta.options`` and ``meta.correct`` a task can reorder them.
+The layouts are those of the published files (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def daily_omni(origin: Origin) -> Iterator[Sample]:
 def av_odyssey(origin: Origin) -> Iterator[Sample]:
     """AV-Odyssey's table, as JSON or JSONL: several media per question, named ``[img1]`` or ``[audio2]`` in its text.
 
-    All media stand before the question, pictures and videos first. Media field: ``path``, of each in ``image_path``,
+    All media precede the question, images and videos first. Media field: ``path``, of each in ``image_path``,
     ``video_path`` and ``audio_path``.
     """
     for row in _rows(origin):
@@ -106,7 +106,7 @@ def video_mme(origin: Origin) -> Iterator[Sample]:
 
 
 def avhbench(origin: Origin) -> Iterator[Sample]:
-    """AVHBench's JSON lists, one file or one per video: questions of yes or no, by kind of hallucination.
+    """AVHBench's JSON lists, one file or one per video: yes-or-no questions, by type of hallucination.
 
     Option ``captions``: read the captions (task ``AV Captioning``) instead. Media field: ``video_id``.
     """
@@ -189,12 +189,12 @@ def _position(answer: str, options: Sequence[str], texts: Sequence[str]) -> int:
 
 
 def _types(row: Row, *keys: str) -> dict[str, str]:
-    """The fields by which a benchmark tells its questions apart; ``["a", "b"]`` becomes ``a / b``."""
+    """The fields with the types of a benchmark's questions; ``["a", "b"]`` becomes ``a / b``."""
     return {key.replace("_", " "): " / ".join(row.texts(key)) for key in keys if row.values.get(key)}
 
 
 def _spelt(text: str) -> str:
-    """A text whose marks of media are words: ``[img2]`` is ``(image 2)``."""
+    """Replace a text's media markers by words: ``[img2]`` becomes ``(image 2)``."""
     return _MARK.sub(lambda mark: f"({'image' if mark.group(1) == 'img' else mark.group(1)} {mark.group(2)})", text)
 
 

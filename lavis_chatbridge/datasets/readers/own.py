@@ -24,7 +24,7 @@ _MARKER = re.compile(r"\s*<(image|video|audio)>\s*")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this names a data set of the Hugging Face hub: ``org/name``, and no file ending that `datasets` reads."""
+    """Whether this is a data set id of the Hugging Face hub: ``org/name`` without the ending of a file."""
     return bool(_HUB_ID.fullmatch(name)) and name.rpartition(".")[2].lower() not in _BUILDERS
 
 
@@ -68,7 +68,7 @@ def _table(path: str, origin: Origin) -> Any:
             table = datasets.load_dataset(builder, data_files=path, split="train", streaming=True, **more)
         else:
             table = datasets.load_dataset(path, split=split, streaming=True, **options)
-        # Arrow's rows are as stored: `datasets` neither decodes media nor needs packages for it
+        # in Arrow's format, `datasets` does not decode media and needs no packages for it
         return (table if table.features else table._resolve_features()).with_format("arrow")
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: datasets cannot read it: {' '.join(str(error).split())[:300]}") from error
@@ -111,8 +111,8 @@ def messages(origin: Origin) -> Iterator[Sample]:
     """Chat data of fine-tuning tools, JSONL or a JSON list: ms-swift, LLaMA-Factory (sharegpt, alpaca), TRL.
 
     A row has ``messages``, ``conversations`` or ``instruction``/``input``/``output``, and lists ``images``, ``videos``,
-    ``audios`` of paths. ``<image>`` in a text, or an item ``{"type": "image"}`` of a typed content, shows the next one;
-    media without a marker belong to the first question. A system message precedes the first question. Paths are
+    ``audios`` of paths. ``<image>`` in a text, or an item ``{"type": "image"}`` of a typed content, stands for the next
+    one; media without a marker belong to the first question. A system message precedes the first question. Paths are
     relative to the file; ``media: {image: "pictures/{path}"}`` changes that.
     """
     for path in origin.every_file:
@@ -155,7 +155,7 @@ def _named(kind: Modality, item: Any, where: str, origin: Origin, folder: str) -
 
 
 def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> tuple[tuple[Message, ...], list[Medium]]:
-    """The turns, and the media in the order in which the turns show them."""
+    """The turns, and the media in the order of the turns."""
     left = {kind: [medium for medium in media if medium.kind == kind] for kind in get_args(Modality)}
     system, turns, shown_media = "", [], []
     for message in said:
@@ -168,7 +168,7 @@ def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> t
             raise DataError(f"{message.where}: role is {shown(role)}, expected system, user or assistant")
         for kind in kinds:
             if not left[kind]:
-                raise DataError(f"{message.where}: <{kind}> shows a medium that {kind}s does not list")
+                raise DataError(f"{message.where}: <{kind}> has no medium in the list {kind}s")
             shown_media.append(left[kind].pop(0))
         turns.append(Message(_ROLES[role], text, tuple(kinds)))
     if len(turns) % 2 and len(turns) > 1:
@@ -182,7 +182,7 @@ def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> t
 
 
 def _content(message: Row) -> tuple[str, list[Modality]]:
-    """A message's text without markers, and the modalities that it shows, in order."""
+    """A message's text without markers, and the modalities of its markers, in order."""
     content = message.values.get("content", message.values.get("value"))
     if isinstance(content, str):
         kinds: list[Modality] = list(_MARKER.findall(content))  # type: ignore[arg-type]

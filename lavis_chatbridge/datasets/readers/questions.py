@@ -29,7 +29,7 @@ def vqav2(origin: Origin) -> Iterator[Sample]:
     """VQAv2 and OKVQA: ``questions`` and, except for test splits, ``annotations`` with ten answers to each.
 
     Training uses ``multiple_choice_answer``; scores use all ten. ``meta.type`` is the type of answer, as in VQAv2's
-    official evaluator, or OKVQA's name of the type of question; ``meta.question_type`` is the type of question. Media
+    official evaluator, or OKVQA's name of the question type; ``meta.question_type`` is the type of question. Media
     fields: ``image_id``, ``data_subtype`` (``train2014``).
     """
     answers = {}
@@ -53,7 +53,7 @@ def vqav2(origin: Origin) -> Iterator[Sample]:
 
 def _annotation(row: Row, names: dict[str, str]) -> tuple[str, tuple[str, ...], dict[str, str]]:
     """The answer for training, all answers, and the types of a question."""
-    # one of the ten people may have given an empty answer, which the official evaluator treats as any other
+    # one of the ten answers may be empty; the official evaluator treats it like any other
     every = tuple(answer.text("answer", blank=True) for answer in row.rows("answers")) if "answers" in row else ()
     if "multiple_choice_answer" in row:
         best = row.text("multiple_choice_answer")
@@ -123,7 +123,7 @@ def gqa(origin: Origin) -> Iterator[Sample]:
 
 
 def music_avqa(origin: Origin) -> Iterator[Sample]:
-    """MUSIC-AVQA: questions with ``<Object>`` places that ``templ_values`` fills. Media field: ``video_id``.
+    """MUSIC-AVQA: questions with ``<Object>`` placeholders, filled from ``templ_values``. Media field: ``video_id``.
 
     Underscores in answers become blanks (``electric_bass``), and a number is accepted as word and as digits.
     """
@@ -156,6 +156,6 @@ def _list_in_text(row: Row, key: str) -> list[str]:
 def _fill(question: str, values: list[str], row: Row) -> str:
     places = _PLACEHOLDER.findall(question)
     if len(places) != len(values):
-        raise DataError(f"{row.where}: {len(places)} places in {shown(question)}, but {len(values)} values")
+        raise DataError(f"{row.where}: {len(places)} placeholders in {shown(question)}, but {len(values)} values")
     rest = iter(values)
     return _PLACEHOLDER.sub(lambda _: next(rest), question)

@@ -19,11 +19,11 @@ from lavis_chatbridge.schema import Medium, Sample
 _log = logging.getLogger(__name__)
 
 _PER_SHARD = 10_000  # img2dataset's default number of rows per shard, which its file names follow
-_PADDING = 1 << 20  # bytes after the end mark that are checked
+_PADDING = 1 << 20  # number of bytes after the end marker that are checked
 
 
 def pairs_tsv(origin: Origin) -> Iterator[Sample]:
-    """A TSV of captions and addresses. Option ``columns``: their order if the file has no header line.
+    """A TSV of captions and URLs. Option ``columns``: their order if the file has no header line.
 
     CC3M is published as caption, url; CC12M as url, caption. Media fields: ``row`` (from 0), ``shard`` and ``inner``
     (img2dataset's numbering), ``url_md5``.
@@ -64,7 +64,7 @@ def _pair(origin: Origin, row: Row, number: int, address: str) -> Sample:
 
 
 def _sbu_rows(path: str) -> Iterator[Row]:
-    """SBU's file: a list of addresses and a list of captions."""
+    """SBU's file: a list of URLs and a list of captions."""
     urls, captions = json_value(path, "image_urls"), json_value(path, "captions")
     if not isinstance(urls, list) or not isinstance(captions, list) or len(urls) != len(captions):
         raise DataError(f"{path}: expected the lists image_urls and captions, of equal length")
@@ -141,7 +141,7 @@ def _groups(shard: tarfile.TarFile, path: str) -> Iterator[_Group]:
 
 
 def _check_end(shard: tarfile.TarFile, path: str) -> None:
-    """Refuse bytes after the last member: Python ends silently at a damaged header, or at a second tar."""
+    """Check that nothing follows the last member: tarfile stops silently at a damaged header or a second tar."""
     assert shard.fileobj is not None
     shard.fileobj.seek(shard.offset)
     rest = shard.fileobj.read(_PADDING)
@@ -151,7 +151,7 @@ def _check_end(shard: tarfile.TarFile, path: str) -> None:
             "this shard again, or leave it out"
         )
     if not rest:
-        _log.warning("%s: a tar without an end mark; it may be truncated", path)
+        _log.warning("%s: a tar without an end marker; it may be truncated", path)
 
 
 def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -163,7 +163,7 @@ def test_messages_of_fine_tuning_tools(tmp_path, row, turns, paths, form):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**SHAREGPT, "images": ["a.png"]}, "<image> shows a medium that images does not list"),
+        ({**SHAREGPT, "images": ["a.png"]}, "<image> has no medium in the list images"),
         ({**ALPACA, "images": ["../a.png"]}, "leaves the media root"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role is 'tool', expected system, user or assistant"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must alternate between user and assistant"),

@@ -353,7 +353,7 @@ def test_a_shard_that_is_not_read_to_its_end_is_refused(tmp_path, caplog):
         list(READERS["webdataset"](origin["cut"]))
     assert caplog.text == ""
     assert len(list(READERS["webdataset"](origin["open"]))) == 2
-    assert "open.tar: a tar without an end mark" in caplog.text
+    assert "open.tar: a tar without an end marker" in caplog.text
 
 
 def test_keys_without_medium_or_text_are_counted_and_members_that_come_twice_refused(tmp_path, caplog):
@@ -423,7 +423,7 @@ def test_music_avqa(read):
     [sample] = read("music_avqa", {"video": "{video_id}.mp4"}, file=[row, row | {"question_deleted": 1}])
     assert asked(sample) == ["Is the violin in the left sounding?", "yes"]
     assert sample.meta["type"] == ["Audio-Visual", "Existential"]
-    with pytest.raises(DataError, match=r"2 places in .*, but 1 values"):
+    with pytest.raises(DataError, match=r"2 placeholders in .*, but 1 values"):
         read("music_avqa", file=[row | {"templ_values": '["violin"]'}])
 
 
@@ -550,13 +550,13 @@ def test_every_reader_refuses_media_outside_the_root(tmp_path, reader):
         (tmp_path / role).write_text(content if isinstance(content, str) else json.dumps(content))
         files[role] = [str(tmp_path / role)]
     for path in (*OUTSIDE, *NO_PATHS):
-        with pytest.raises(DataError, match=r"leaves the media root|is an address|NUL|expected the path of a file"):
+        with pytest.raises(DataError, match=r"leaves the media root|is a URL|NUL|expected the path of a file"):
             list(READERS[reader](Origin("set", files, "/d", {"image": path})))
     for path in OUTSIDE:
         samples = list(READERS[reader](Origin("set", files, "/d", {"image": path}, allow_outside=True)))
         assert samples[0].media[0].path == os.path.join("/d", path)
     for path in NO_PATHS:
-        with pytest.raises(DataError, match=r"is an address|NUL|expected the path of a file"):
+        with pytest.raises(DataError, match=r"is a URL|NUL|expected the path of a file"):
             list(READERS[reader](Origin("set", files, "/d", {"image": path}, allow_outside=True)))
 
 
