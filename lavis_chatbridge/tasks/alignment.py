@@ -1,4 +1,4 @@
-"""Training by next-token loss: stage 1 on captions, stage 2 on conversations; validation gives the loss as well."""
+"""Training with the next-token loss: stage 1 on captions, stage 2 on conversations. Validation computes it too."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class AlignmentTask(ChatBridgeTask):
         return [{"source": samples["source"], "samples": number, "tokens": count, "loss": total}]
 
     def after_evaluation(self, val_result: list[dict[str, Any]], split_name: str, epoch: Any, **_unused: Any) -> Any:
-        """The mean loss over target tokens, of all sources and of each; ``agg_metrics`` is its negative.
+        """The mean loss per target token, over all sources and of each; ``agg_metrics`` is its negative.
 
         Returns:
-            The metrics on the main process, None on the others. ``not_predicted`` samples could not be read. Without
-            target tokens there is no loss.
+            The metrics on the main process, None on the others. ``not_predicted`` is the number of unreadable samples.
+            Without target tokens there is no loss.
         """
         merged = gathered(val_result)
         if merged is None:
@@ -49,7 +49,7 @@ class AlignmentTask(ChatBridgeTask):
 
 @registry.register_task("chatbridge_instruction")
 class InstructionTask(AlignmentTask):
-    """Stage 2: the assistant's turns with their end marks are the targets.
+    """Stage 2: the assistant's turns with their end markers are the targets.
 
-    The data side marks the targets in the prompt's pieces, so the loss is that of stage 1.
+    The data set marks the targets in the prompt's pieces, so the loss is the same as in stage 1.
     """

@@ -1,6 +1,6 @@
-"""What this package's tasks share, on LAVIS's `BaseTask`: weighted losses, evaluation, merging over processes.
+"""The base class of tasks, on LAVIS's `BaseTask`: weighted losses, evaluation, gathering over processes.
 
-A task knows batches and the model's contract; it knows no data set by name and no training loop.
+A task knows batches and the model's interface; it knows no data set by name and no training loop.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class ChatBridgeTask(BaseTask):
     """Base of this package's tasks.
 
     Args:
-        settings: How answers are decoded and what becomes of media.
-        seed: Of what evaluation samples at random.
+        settings: How answers are decoded and which media are replaced.
+        seed: Seed of all random choices in evaluation.
     """
 
     def __init__(self, settings: EvaluationSettings | None = None, seed: int = 0) -> None:
@@ -40,7 +40,7 @@ class ChatBridgeTask(BaseTask):
 
     @classmethod
     def setup_task(cls, cfg: Any, **_unused: Any) -> ChatBridgeTask:
-        """The task as the ``run`` section describes it."""
+        """Build the task from the ``run`` section."""
         return cls(EvaluationSettings.of(cfg.run_cfg), int(cfg.run_cfg.get("seed", 0)))
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
@@ -58,35 +58,35 @@ class ChatBridgeTask(BaseTask):
         return self.weighted_loss(model, samples)[0]
 
     def evaluation_split(self, datasets: Mapping[str, Any]) -> EvaluationSplit:
-        """The data sets of a split as one, with their media as ``run.media`` says."""
+        """The data sets of a split as one, with media kept or replaced according to ``run.media``."""
         sources = [source for dataset in datasets.values() for source in dataset.sources]
         chosen = self.settings
         return EvaluationSplit(sources, chosen.media, chosen.media_modalities, self.seed, chosen.withheld_words)
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
-        """Remember the split; LAVIS's base calls a method that only its own models have."""
+        """Store the split. LAVIS's own version calls a method that only its models have."""
         self._split = dataset
 
     def evaluation(self, model: nn.Module, data_loader: Iterable, cuda_enabled: bool = True) -> list[Any]:
         """The results of `valid_step` for every batch of this process, in order."""
         results: list[Any] = []
         for samples in data_loader:
-            if samples.get("sample_id", True):  # an empty list: nothing of this batch could be read
+            if samples.get("sample_id", True):  # empty if no sample of the batch was readable
                 results.extend(self.valid_step(model=model, samples=prepare_sample(samples, cuda_enabled=cuda_enabled)))
         return results
 
     def unread(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Source of the split -> how many of its samples are missing, for sources that lack some.
+        """Source -> number of samples without a result, for sources with such samples.
 
         Args:
-            counts: Source -> how many of its samples there are results of.
+            counts: Source -> number of samples with a result.
         """
         missing = {source.name: len(source) - counts.get(source.name, 0) for source in self.sources}
         return {name: count for name, count in missing.items() if count}
 
     @property
     def sources(self) -> Sequence[Any]:
-        """The sources of the split; none of LAVIS's own data sets."""
+        """The sources of the split; empty for LAVIS's own data sets."""
         return getattr(self._split, "sources", [])
 
 
@@ -100,5 +100,5 @@ def gathered(results: list[T]) -> list[T] | None:
 
 
 def result_dir() -> Path:
-    """Where LAVIS's registry says that results go."""
+    """The folder of results in LAVIS's registry."""
     return Path(registry.get_path("result_dir") or "output/result")

@@ -1,4 +1,4 @@
-"""Multiple choice as a task: the options are asked in several orders, or ranked by how likely the model finds them."""
+"""Multiple choice: the model answers with the options in several orders, or the options are ranked by likelihood."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lavis_chatbridge.tasks.scoring import choices
 
 @registry.register_task("chatbridge_choice")
 class ChoiceTask(GenerationTask):
-    """Questions whose samples have ``meta.options`` and ``meta.correct``, and whose text ends with `listed` options.
+    """Multiple choice for samples with ``meta.options``, ``meta.correct`` and `listed` options at the question's end.
 
-    With ``inference_method: generate`` the options are asked in all their rotations, or in the first
-    ``run.option_orders`` of them. With ``rank`` the question is asked without its options, and the option whose words
-    have the highest mean log-probability is chosen: the order does not matter.
+    ``inference_method: generate`` asks with all rotations of the options, or the first ``run.option_orders`` of them.
+    ``rank`` asks without the options and chooses the one with the highest mean log-probability per token, so the order
+    does not matter.
     """
 
     ranks_a_list = False
 
     def predict(self, model: Any, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """For each sample the chosen option, and the replies to each order."""
+        """Fields of a `Prediction` for each sample: the chosen option, and the reply to each order."""
         options = [_options(meta, name) for meta, name in zip(samples["meta"], samples["sample_id"], strict=True)]
         if self.settings.inference_method == "rank":
             return [self._ranked(model, _part(samples, [n]), own) for n, own in enumerate(options)]
@@ -61,10 +61,10 @@ class ChoiceTask(GenerationTask):
 
 
 def replaced(pieces: Sequence[Piece], block: str, by: str) -> list[Piece]:
-    """A prompt with another text in place of a block of options.
+    """Replace a block of options in a prompt.
 
     Raises:
-        DataError: If no piece of the prompt has the block.
+        DataError: If no piece of the prompt contains the block.
     """
     before, after = escape_markers(block), escape_markers(by)
     if not any(before in piece.text for piece in pieces if isinstance(piece, Text)):
@@ -84,7 +84,7 @@ def _rotated(options: Sequence[str], shift: int) -> list[str]:
 
 
 def _part(samples: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
-    """Some samples of a batch: what the model reads of them."""
+    """The model's inputs for some samples of a batch."""
     columns = ("sample_id", "pieces", "image", "video", "audio")
     return {key: [samples[key][n] for n in numbers] for key in columns if key in samples}
 

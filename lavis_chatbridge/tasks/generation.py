@@ -1,4 +1,4 @@
-"""Evaluation by generation: captions and answers, one prediction per sample on disk, scored against the truth."""
+"""Evaluation by generation: captions and answers. Predictions are stored on disk and scored."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _VALUES_PER_TENSOR = 64
 class GenerationTask(ChatBridgeTask):
     """Generates a caption or an answer for every sample and scores it.
 
-    ``agg_metrics`` is the mean over sources of the first of ``run.metrics``; without metrics, samples with accepted
-    answers get an exact match and others with facts an attribute accuracy. Predictions are on disk as soon as they are
-    made, and an interrupted run resumes from there.
+    ``agg_metrics`` is the mean over sources of the first of ``run.metrics``. Without metrics, samples with accepted
+    answers are scored by exact match, and others with facts by attribute accuracy. Predictions are written to disk
+    immediately, so that an interrupted evaluation can resume.
     """
 
     ranks_a_list = True
@@ -48,10 +48,10 @@ class GenerationTask(ChatBridgeTask):
         self._answers = _answer_list(self.settings) if ranks else []
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
-        """Log which scores cannot be computed here, and refuse a split without anything to compare with.
+        """Log metrics that cannot be computed on this machine, and check that the split has references.
 
         Raises:
-            DataError: If official metrics are wanted and no sample has references, answers or options.
+            DataError: If official metrics are requested and no sample has references, answers or options.
         """
         super().before_evaluation(model, dataset)
         self._files = None
@@ -61,7 +61,7 @@ class GenerationTask(ChatBridgeTask):
             _require_truth(self.sources)
 
     def evaluation(self, model: nn.Module, data_loader: Any, cuda_enabled: bool = True) -> list[Prediction]:
-        """A prediction per sample of this process: from disk where an earlier run made it, else from the model."""
+        """One prediction per sample of this process: from disk if an earlier run made it, else from the model."""
         self._depends_on = self._dependencies(model)
         self._files = PredictionFiles(result_dir(), hash_of(self._depends_on), get_rank())
         known = self._files.read() if hasattr(data_loader, "leave_out") else {}
@@ -74,7 +74,7 @@ class GenerationTask(ChatBridgeTask):
         return [*own.values(), *super().evaluation(model, data_loader, cuda_enabled)]
 
     def valid_step(self, model: nn.Module, samples: Mapping[str, Any]) -> list[Prediction]:
-        """A prediction per sample, with the prompt that led to it."""
+        """One prediction per sample, with its prompt."""
         replies = self.predict(model, samples)
         kept = ("index", "sample_id", "references", "answers", "facts", "task", "held_out", "meta")
         columns = {key: samples[key] for key in kept if key in samples}
@@ -107,8 +107,8 @@ class GenerationTask(ChatBridgeTask):
         """Write the predictions and the scores of a split.
 
         Returns:
-            The metrics on the main process, None on the others. ``samples`` have a prediction, ``not_predicted`` have
-            none; both for each source too. ``written`` are the files.
+            The metrics on the main process, None on the others. ``samples`` and ``not_predicted`` count samples with
+            and without a prediction, also per source. ``written`` lists the files.
 
         Raises:
             ConfigError: If the files cannot be written.
@@ -129,7 +129,7 @@ class GenerationTask(ChatBridgeTask):
         return scores | {"written": [str(path), str(target)]}
 
     def score(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        """Scores per source, and ``agg_metrics``: the mean over sources of each one's first metric."""
+        """Scores per source, and ``agg_metrics``, the mean over sources of the first metric."""
         groups: dict[str, list[Prediction]] = {}
         for record in predictions:
             groups.setdefault(record.source, []).append(record)
@@ -145,7 +145,7 @@ class GenerationTask(ChatBridgeTask):
         return {**({"agg_metrics": sum(heads) / len(heads)} if heads else {}), "by_source": by_source}
 
     def _counted(self, predictions: Sequence[Prediction], scores: dict[str, Any]) -> dict[str, Any]:
-        """Scores with the numbers of samples with and without a prediction, of each source too."""
+        """Add the numbers of samples with and without a prediction, in total and per source, to scores."""
         counts = Counter(record.source for record in predictions)
         unread = self.unread(counts)
         by_source = dict(scores.get("by_source") or {})
@@ -155,7 +155,7 @@ class GenerationTask(ChatBridgeTask):
         return {**scores, "by_source": by_source, "samples": len(predictions), "not_predicted": sum(unread.values())}
 
     def _dependencies(self, model: nn.Module) -> dict[str, Any]:
-        """All that the predictions depend on."""
+        """Everything that affects the predictions."""
         chosen = self.settings
         decoding = chosen.sampling(self.seed).model_dump()
         if chosen.inference_method == "rank":
@@ -174,12 +174,12 @@ class GenerationTask(ChatBridgeTask):
         }
 
     def _circumstances(self) -> dict[str, Any]:
-        """What a reader of the scores needs: the dependencies of the predictions, and how these were scored."""
+        """The context of the scores: everything that affects the predictions, and the settings of scoring."""
         keys = ("metrics", "normalisation", "published", "published_stage1", "published_in", "groups")
         return {**self._depends_on, **{key: getattr(self.settings, key) for key in keys}}
 
     def _facts(self, split: str, name: str) -> list[Mapping[str, str]]:
-        """The facts of all samples of a source in another split; nothing is opened."""
+        """The facts of all samples of a source in another split, without opening media."""
         groups = [getattr(splits.get(split), "sources", []) for splits in self.datasets.values()]
         found = [source for group in groups for source in group if source.name == name and len(source)]
         return [s.sample(i).facts for s in found if s.sample(0).facts for i in range(len(s))]
@@ -201,7 +201,7 @@ def _require_truth(sources: Sequence[Any]) -> None:
     if samples and not any(map(_has_truth, samples)):
         raise DataError(
             f"{', '.join(source.name for source in sources)}: no sample has an answer or a reference to compare with. "
-            "Nothing was predicted: name a file with labels, or predict without scores (run.report_metric=false)"
+            "Nothing was predicted: use a file with labels, or predict without scores (run.report_metric=false)"
         )
 
 
@@ -213,7 +213,7 @@ def _has_truth(sample: Any) -> bool:
 
 
 def _media(source: Any, index: int | None) -> list[tuple[str, str]]:
-    """Modality and path of a sample's own files, where the source knows them."""
+    """Modality and path of a sample's own files; empty if the source does not have them."""
     if source is None or index is None:
         return []
     return [(medium.kind, str(medium.path)) for medium in getattr(source.sample(index), "files", ())]
@@ -238,23 +238,23 @@ def _answer_list(settings: EvaluationSettings) -> list[str]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.answer_list: {settings.answer_list} cannot be read: {error}") from error
     if not isinstance(listed, list) or not listed or not all(isinstance(text, str) for text in listed):
-        raise ConfigError(f"run.answer_list: {settings.answer_list} holds no list of answers")
-    return list(dict.fromkeys(listed))  # a repeated one would take the place of another candidate
+        raise ConfigError(f"run.answer_list: {settings.answer_list} is not a list of answers")
+    return list(dict.fromkeys(listed))  # a duplicate would displace another candidate
 
 
 def prompt_text(pieces: Sequence[Piece]) -> str:
-    """What the model was given, as text for a report; slots stand as ``[image 0]``."""
+    """The prompt as text for a report; a slot is ``[image 0]``."""
     return "".join(p.text if isinstance(p, Text) else f"[{p.kind} {p.index}]" for p in context_of(pieces))
 
 
 def model_hash(model: nn.Module) -> str:
     """A short hash that changes when a model's weights or settings do.
 
-    A few evenly spaced values of every tensor are read: a training step changes all of them, and 13e9 values need not
-    be read.
+    It reads a few evenly spaced values of every tensor: a training step changes all of them, and reading 13e9 would be
+    slow.
     """
     digest = hashlib.sha256(repr(getattr(model, "settings", "")).encode())
-    # not the state dict: asking for it would shard again what FSDP has gathered for the evaluation
+    # not state_dict(), which would reshard what FSDP has gathered for the evaluation
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         flat = tensor.detach().flatten()
         values = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].to("cpu", torch.float64).numpy()

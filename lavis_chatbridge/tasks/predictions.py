@@ -1,8 +1,8 @@
 """Predictions on disk: one JSONL file per split, from which an interrupted evaluation resumes.
 
-While an evaluation runs, each process appends to a file of its own, whose name has a hash of all that the predictions
-depend on. At the end they become one file; its scores file names the hash, so that the same evaluation, started again,
-reads its predictions instead of making them.
+During an evaluation, each process appends to its own file, whose name contains a hash of everything that affects the
+predictions. At the end they are merged into one file. Its scores file has the hash, so that repeating the evaluation
+reads the predictions instead of generating them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def _clean(value: Any) -> Any:
-    """Text without halves of characters, which no file and no scorer can hold."""
+    """Text without lone surrogates, which can be neither written nor scored."""
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
@@ -47,7 +47,7 @@ class Prediction(Settings):
     index: int | None = None
     """The sample's position in its source."""
     prompt: Words = ""
-    """What the model was given; media stand as ``[image 0]``."""
+    """The prompt; a medium is ``[image 0]``."""
     references: list[Words] = []
     answers: list[Words] = []
     facts: dict[str, str] = {}
@@ -59,16 +59,16 @@ class Prediction(Settings):
     replies: list[Words] = []
     """Multiple choice: the reply to each order of the options."""
     chosen: list[int] = []
-    """Multiple choice: the option chosen under each order, by its published position; -1: none."""
+    """Multiple choice: published position of the option chosen in each order; -1: none."""
 
     @property
     def truth(self) -> list[str]:
-        """What the prediction is compared with: the accepted answers, else the references."""
+        """The reference texts: the accepted answers, else the references."""
         return self.answers or self.references
 
     @property
     def place(self) -> tuple[str, int | None]:
-        """Source and index, by which predictions are ordered and found."""
+        """Source and index, the sort and lookup key of predictions."""
         return self.source, self.index
 
     def line(self) -> str:
@@ -80,8 +80,8 @@ def read_predictions(path: Path) -> list[Prediction]:
     """The records of a predictions file.
 
     Raises:
-        DataError: If it cannot be read, is no JSONL, or holds no prediction.
-        ConfigError: If a line is no prediction, with all its faults.
+        DataError: If it cannot be read, is not JSONL, or has no prediction.
+        ConfigError: If a line is not a prediction, with all its faults.
     """
     records = []
     for number, line in read_lines(path):
@@ -95,7 +95,7 @@ def read_predictions(path: Path) -> list[Prediction]:
             raise DataError(f"{path}:{number}: expected an object, a line of an evaluation's result/SPLIT_stepN.jsonl")
         records.append(parse(Prediction, content, f"{path}:{number}"))
     if not records:
-        raise DataError(f"{path} holds no prediction")
+        raise DataError(f"{path} has no prediction")
     return records
 
 
@@ -104,7 +104,7 @@ class PredictionFiles:
 
     Args:
         folder: The folder of results.
-        depends_on: Hash of all that the predictions depend on.
+        depends_on: Hash of everything that affects the predictions.
         rank: This process.
     """
 
@@ -113,9 +113,9 @@ class PredictionFiles:
         self._own = folder / f".{depends_on[:16]}.rank{rank}.jsonl"
 
     def read(self) -> dict[tuple[str, int | None], Prediction]:
-        """What earlier evaluations with the same hash have predicted, by source and index.
+        """Predictions of earlier evaluations with the same hash, by source and index.
 
-        A line that an interruption cut off is skipped.
+        A partial line, which an interruption leaves, is skipped.
         """
         found: dict[tuple[str, int | None], Prediction] = {}
         for path in chain(self._finished(), self._parts()):
@@ -129,7 +129,7 @@ class PredictionFiles:
         return found
 
     def append(self, records: Iterable[Prediction]) -> None:
-        """Write records down; they are in this process's file when this returns.
+        """Append records to this process's file; they are on disk when this returns.
 
         Raises:
             ConfigError: If they cannot be written.
@@ -139,7 +139,7 @@ class PredictionFiles:
             append_lines(self._own, [record.line() for record in records])
 
     def finish(self, name: str, records: Iterable[Prediction]) -> Path:
-        """Write all records to ``NAME.jsonl``, atomically, and remove the processes' own files.
+        """Write all records to ``NAME.jsonl``, atomically, and remove the files of the processes.
 
         Raises:
             ConfigError: If it cannot be written.
@@ -164,7 +164,7 @@ class PredictionFiles:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Name the folder of results if it cannot be written to.
+    """Turn errors of writing to the folder of results into a ConfigError.
 
     Raises:
         ConfigError: Instead of the operating system's error.

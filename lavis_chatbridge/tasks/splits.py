@@ -1,6 +1,6 @@
-"""A split as evaluation sees it: every item with its index, and, if asked for, with another sample's media or none.
+"""Splits for evaluation: items with their index and, if requested, with another sample's media or none.
 
-This module opens nothing itself; it rearranges what a data set's sources return.
+This module opens no media; it rearranges the items of a data set's sources.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _TRIES = 16
 
 
 class Source(Protocol):
-    """What this module needs of a data set's source."""
+    """The interface of a data set's source."""
 
     name: str
     kinds: Collection[Modality]
 
     def __len__(self) -> int:
-        """How many samples it has."""
+        """Number of samples."""
 
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """The ``index``-th sample, ready for the model."""
 
     def sample(self, index: int) -> Any:
-        """The ``index``-th sample itself, nothing opened; its ``files`` have ``kind``, ``path`` and ``offset``."""
+        """The ``index``-th sample, without opening media; its ``files`` have ``kind``, ``path`` and ``offset``."""
 
     def pieces(self, sample: Any, rng: Any) -> list[Piece]:
         """The prompt of a sample."""
 
 
 class EvaluationSource:
-    """A source whose items have their position as ``index``, and may have lost their own media.
+    """A source whose items have their position as ``index``, and possibly other media.
 
     Args:
-        source: The source as it is.
+        source: The original source.
         mode: ``normal``; ``shuffled``: every sample has another sample's media, the same ones in every run;
             ``withheld``: none, and the prompt has no slot for them.
         modalities: The modalities that are concerned.
@@ -74,7 +74,7 @@ class EvaluationSource:
         return getattr(self.source, name)
 
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """The sample with its media replaced. Its own are read in any case, so that the same samples are scored.
+        """The sample with its media replaced. Its own are always read, so that the same samples are scored.
 
         Raises:
             MediaError: If a medium cannot be read, or no other sample has as many media of these modalities.
@@ -87,7 +87,7 @@ class EvaluationSource:
         return item
 
     def _withheld(self, index: int, item: dict[str, Any]) -> list[Piece]:
-        """The prompt of a sample that has lost its media."""
+        """The prompt of a sample without its media."""
         if self.words == "kept":
             return [p for p in item["pieces"] if not (isinstance(p, Slot) and p.kind in self.modalities)]
         sample = self.source.sample(index)
@@ -105,7 +105,7 @@ class EvaluationSource:
         if not self._files(index):
             return {}
         for partner in itertools.islice(self._partners(index), _TRIES):
-            with contextlib.suppress(MediaError):  # another one's are as good
+            with contextlib.suppress(MediaError):  # try the next sample
                 found = self.source.item(partner, epoch)
                 return {modality: found[modality] for modality in self.modalities}
         raise MediaError(
@@ -114,7 +114,7 @@ class EvaluationSource:
         )
 
     def _partners(self, index: int) -> Iterator[int]:
-        """Samples with as many media of each modality: first those that share none with this one, then the others."""
+        """Samples with as many media per modality: first those that share no medium with this one, then the others."""
         own = self._files(index)
         others = np.random.default_rng([self.seed, index]).permutation(len(self.source) - 1)
         for fits in (set.isdisjoint, set.__ne__):
@@ -125,15 +125,15 @@ class EvaluationSource:
                     yield partner
 
     def _files(self, index: int) -> list[tuple]:
-        """The media of a sample that are concerned, modality first; nothing is opened."""
+        """Modality, path and offset of each affected medium of a sample, without opening it."""
         files = self.source.sample(index).files
         return [(medium.kind, medium.path, medium.offset) for medium in files if medium.kind in self.modalities]
 
 
 class EvaluationSplit:
-    """The sources of one or several data sets of a split, as evaluation sees them.
+    """The sources of one or several data sets of a split, for evaluation.
 
-    Sources without media of the modalities that are withheld or exchanged are left out: nothing would change for them.
+    Sources without media of the withheld or exchanged modalities are excluded, because nothing would change for them.
 
     Args:
         sources: All sources of the split.
@@ -157,7 +157,7 @@ class EvaluationSplit:
         concerned = [source for source in sources if mode == "normal" or set(source.kinds).intersection(modalities)]
         if sources and not concerned:
             names = ", ".join(source.name for source in sources)
-            raise DataError(f"run.media is {mode}, but {names} hold no {' and no '.join(modalities)}")
+            raise DataError(f"run.media is {mode}, but {names} have no {' and no '.join(modalities)}")
         self.sources = [EvaluationSource(source, mode, modalities, seed, words) for source in concerned]
 
     def __len__(self) -> int:
@@ -165,7 +165,7 @@ class EvaluationSplit:
 
 
 def told(pieces: Sequence[Piece], lost: Sequence[Modality]) -> list[Piece]:
-    """A prompt that says which media are missing, at the beginning of the first request after the media.
+    """State in a prompt which media are missing, at the beginning of the first request after the media.
 
     Args:
         pieces: The prompt without these media.

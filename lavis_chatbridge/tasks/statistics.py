@@ -1,7 +1,7 @@
-"""How certain a score is: bootstrap intervals of means, and paired comparisons of two sets of values.
+"""The uncertainty of scores: bootstrap intervals of means, and paired comparisons of two sets of values.
 
 Samples that share a medium are resampled together (cluster bootstrap). The intervals are percentile intervals, as
-``scipy.stats.bootstrap(method="percentile")`` gives them; the p-value is that of a permutation test which exchanges the
+``scipy.stats.bootstrap(method="percentile")`` gives them; the p-value is that of a permutation test that swaps the
 two values of a cluster, as ``scipy.stats.permutation_test(permutation_type="samples")`` does.
 """
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES, FEWEST = 2000, 500
-"""Of the bootstrap; sets of more than 10,000 clusters get fewer, since their intervals need no more."""
+"""Number of bootstrap resamples; sets of more than 10,000 clusters need and get fewer."""
 LEVEL = 0.95
 _AT_ONCE = 5_000_000  # entries of a block of resampling counts
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much larger the mean of B is than that of A, on the same samples.
+    """The mean of B minus the mean of A, on the same samples.
 
     Attributes:
         value: The difference of the two means.
@@ -46,10 +46,10 @@ def interval(
     """The 95 % bootstrap interval of a weighted mean.
 
     Args:
-        values: ``[..., n]``; each leading index is a set of values of its own, resampled alike.
-        weights: ``[n]`` weights of the mean; ones without.
-        clusters: ``[n]`` what the samples share (the medium); each sample is its own cluster without.
-        seed: Of the resampling.
+        values: ``[..., n]``; each leading index is a separate set of values, all resampled alike.
+        weights: ``[n]`` weights of the mean; by default ones.
+        clusters: ``[n]`` the cluster (medium) of each sample; by default each sample is its own cluster.
+        seed: Seed of the resampling.
 
     Returns:
         Lower and upper ends, each ``[...]``.
@@ -112,7 +112,7 @@ def _blocks(clusters: int) -> Iterator[int]:
 
 
 def _resampled(clusters: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks ``[r, k]`` of how often each cluster was sampled, one row for each resample."""
+    """Blocks ``[r, k]`` with the number of times each cluster was sampled, one row per resample."""
     rng = np.random.default_rng(seed)
     for size in _blocks(clusters):
         picked = rng.integers(0, clusters, (size, clusters)) + clusters * np.arange(size)[:, None]

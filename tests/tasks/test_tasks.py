@@ -168,7 +168,7 @@ def test_sources_without_such_media_are_left_out(mode):
     words.kinds = ()
     assert [s.name for s in EvaluationSplit([Source("a", 4), words], mode, ["image"]).sources] == ["a"]
     assert [s.name for s in EvaluationSplit([Source("a", 4), words]).sources] == ["a", "w"]
-    with pytest.raises(DataError, match=f"run.media is {mode}, but a, w hold no video and no audio"):
+    with pytest.raises(DataError, match=f"run.media is {mode}, but a, w have no video and no audio"):
         EvaluationSplit([Source("a", 4), words], mode, ["video", "audio"])
 
 

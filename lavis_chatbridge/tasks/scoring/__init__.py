@@ -1,6 +1,6 @@
 """Scores of predictions against references, answers, options and facts.
 
-The names that a configuration may use stand here, so that settings need none of the scorers.
+It has the names of metrics for configurations, so that settings do not import the scorers.
 """
 
 from __future__ import annotations
@@ -18,4 +18,4 @@ Normalisation: TypeAlias = Literal["plain", "squad", "vqa", "vocabulary"]
 CAPTION_METRICS: tuple[str, ...] = get_args(CaptionMetric)
 
 HEADLINES = {"BLEU": "BLEU_4"}
-"""Metric -> the one of its figures that stands for it, where it has several."""
+"""Metric with several figures -> its main figure."""

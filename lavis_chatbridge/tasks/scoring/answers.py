@@ -1,4 +1,4 @@
-"""Answer scores: the official VQA accuracy, exact match after the benchmark's own normalisation, yes against no."""
+"""Answer scores: the official VQA accuracy, exact match after the benchmark's own normalisation, yes or no."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def exact_match(
 
 
 def yes_no(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[dict[str, float], list[float]]:
-    """Answers of yes or no; yes is the positive class.
+    """Score yes-or-no answers; yes is the positive class.
 
     Returns:
         ``yes_no`` (accuracy), ``precision``, ``recall``, ``F1`` and ``yes_share`` in percent, and 100 or 0 for each
-        prediction. A prediction that begins with neither word is wrong and counts as no positive.
+        prediction. A prediction that begins with neither word is wrong and does not count as positive.
     """
     _check(predictions, answers)
     said = [_first_word(text) for text in predictions]
@@ -98,7 +98,7 @@ def squad(text: str) -> str:
 
 
 def vocabulary(text: str) -> str:
-    """The entry of a closed vocabulary that a text names: ``electric_bass`` is "Electric bass.", "2" is "two"."""
+    """The entry of a closed vocabulary for a text: ``electric_bass`` is "Electric bass.", "2" is "two"."""
     return " ".join(_NUMERALS.get(word, word) for word in squad(text.replace("_", " ").replace("-", " ")).split())
 
 
@@ -113,7 +113,7 @@ NORMALISATIONS: dict[str, Callable[[str], str]] = {"plain": plain, "squad": squa
 
 
 class _Questions:
-    """What the official evaluator reads of a VQA object: ``qa`` and ``getQuesIds``."""
+    """The parts of a VQA object that the official evaluator uses: ``qa`` and ``getQuesIds``."""
 
     def __init__(self, qa: Mapping[int, Any]) -> None:
         self.qa = qa

@@ -1,8 +1,8 @@
 """Caption scores by pycocoevalcap, the official COCO caption evaluation: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
-METEOR, SPICE and the official tokenizer are Java programs. If one cannot run, or dies, its metric is left out with the
-reason and the other scores are computed. The result names the tokenizer: figures from different tokenizers are not
-comparable.
+METEOR, SPICE and the official tokenizer are Java programs. If one cannot run or crashes, the result has the
+reason instead of its metric, and all other scores. The result has the tokenizer's name, because scores from different
+tokenizers are not comparable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lavis_chatbridge.tasks.scoring import CAPTION_METRICS
 _log = logging.getLogger(__name__)
 
 METEOR_SECONDS = 600.0
-"""METEOR's Java is stopped after this time and a second for every ten captions: a degenerate caption can take hours."""
+"""Time limit of METEOR's Java, plus one second per ten captions: a degenerate caption can take hours."""
 
 _SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _PUNCTUATION = re.compile(r"[.,!?;:\"`()\[\]{}]|''|--+|(?<!\w)'|'(?!\w)|(?<!\w)-|-(?!\w)")
@@ -33,7 +33,7 @@ Texts = dict[int, list[str]]
 
 @dataclass
 class CaptionScores:
-    """Corpus scores and each caption's own (not times 100; ``BLEU_1`` to ``BLEU_4``), and why a metric has none.
+    """Scores of the corpus and of each caption, as fractions (``BLEU_1`` to ``BLEU_4``); reasons for missing metrics.
 
     ``tokenizer`` is ``"ptb"`` (official, Java) or ``"python"`` (a rule, without Java).
     """
@@ -45,7 +45,7 @@ class CaptionScores:
 
 
 def unavailable(metrics: Sequence[str] = CAPTION_METRICS) -> dict[str, str]:
-    """The metrics (and ``"ptb"``, the official tokenizer) that cannot be computed here, each with the reason."""
+    """The metrics (and ``"ptb"``, the official tokenizer) that cannot be computed on this machine -> the reason."""
     reasons = {}
     java = None if shutil.which("java") else "Java is not installed (Debian: apt-get install default-jre-headless)"
     if java:
@@ -68,7 +68,7 @@ def score_captions(
         metrics: Names of `CAPTION_METRICS`.
 
     Raises:
-        DataError: If a prediction has no reference, no reference has a word, or a metric is unknown.
+        DataError: If a prediction has no reference, all references are empty, or a metric is unknown.
     """
     if unknown := [metric for metric in metrics if metric not in CAPTION_METRICS]:
         raise DataError(f"unknown caption metrics {unknown}; known are {', '.join(CAPTION_METRICS)}")
@@ -82,7 +82,7 @@ def score_captions(
     said: Texts = {number: [text] for number, text in enumerate(predictions)}
     truth, said, found.tokenizer = _tokenised(truth, said, official="ptb" not in missing)
     if not any(text for texts in truth.values() for text in texts):
-        raise DataError(f"no reference of {len(predictions)} predictions holds a word")
+        raise DataError(f"the references of all {len(predictions)} predictions are empty")
     if len(predictions) == 1 and "CIDEr" in metrics:
         found.left_out["CIDEr"] = "it needs two samples or more: words are weighted by how many samples have them"
     for metric in metrics:
@@ -95,7 +95,7 @@ def _score(metric: str, truth: Texts, said: Texts, found: CaptionScores) -> None
     """Add one metric, or the reason why its scorer failed."""
     try:
         corpus, single = _compute(metric, truth, said)
-    except Exception as error:  # a scorer of another project, which may fail in any way, costs its own metric only
+    except Exception as error:  # an external scorer may raise anything; only its own metric is lost
         found.left_out[metric] = f"its scorer failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         _log.warning("%s is left out: %s", metric, found.left_out[metric])
         return
@@ -128,9 +128,9 @@ def _compute(metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:
 
 
 def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
-    """METEOR by a Java process of its own, which is killed if it takes too long.
+    """METEOR in a separate Java process, which is killed after a time limit.
 
-    When the process dies, pycocoevalcap raises with its lock held, and its destructor would wait for that lock forever.
+    When the process dies, pycocoevalcap raises with its lock held, and its destructor would wait forever for that lock.
     """
     from pycocoevalcap.meteor.meteor import Meteor
 
@@ -172,7 +172,7 @@ def _tokenise_ptb(captions: Texts) -> Texts:
 
 
 def _tokenise_python(captions: Texts) -> Texts:
-    """Lower case, punctuation dropped, as near to the official tokenizer as a rule gets."""
+    """Lower case without punctuation: a rule that approximates the official tokenizer."""
     return {
         key: [" ".join(_PUNCTUATION.sub(" ", text.lower()).split()) for text in texts]
         for key, texts in captions.items()
@@ -180,7 +180,7 @@ def _tokenise_python(captions: Texts) -> Texts:
 
 
 def _spice_fault() -> str | None:
-    """Why SPICE cannot run: its parser's jars are not part of the package, which downloads them at first use."""
+    """Why SPICE cannot run, or None. Its parser's jars are not in the package, which downloads them at first use."""
     folder = Path(str(importlib.resources.files("pycocoevalcap"))) / "spice" / "lib"
     missing = [name for name in _SPICE_JARS if not (folder / name).is_file()]
     if missing:

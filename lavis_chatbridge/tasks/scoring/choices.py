@@ -1,7 +1,7 @@
-"""Multiple choice: options under letters, the option that a reply names, and a score that no letter can win.
+"""Multiple choice: parses the option from a reply, and scores it without a bonus for a favourite letter.
 
-Every question is asked with its options in several orders (all rotations, by default), and its score is the share of
-orders in which the right option was chosen. A model that always says A is right in one of N rotations: chance.
+Every question is asked with its options in several orders (by default all rotations); its score is the share of orders
+in which the right option was chosen. A model that always says A is right in one of N rotations, which is chance.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from lavis_chatbridge.tasks.scoring.answers import squad
 
 
 def chosen(reply: str, options: Sequence[str]) -> int:
-    """Position of the option that a reply names: by its letter, by its text, or as the only one in a sentence.
+    """Position of the option in a reply: by its letter, by its text, or as the only option in a sentence.
 
     Args:
         reply: ``"B"``, ``"(b) a drum"``, ``"The answer is B."``, ``"a drum"``.
         options: In the order in which they were asked.
 
     Returns:
-        The position, -1 if the reply names none or several.
+        The position; -1 if the reply has none or several.
     """
     said = reply.strip()
     letters = LETTERS[: len(options)]
@@ -45,5 +45,5 @@ def right(record: Prediction) -> float:
 
 
 def chance(record: Prediction) -> float:
-    """Percent that guessing scores."""
+    """Score of guessing, in percent."""
     return 100.0 / max(1, len(record.meta.get("options") or ()))

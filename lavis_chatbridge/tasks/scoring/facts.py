@@ -1,4 +1,4 @@
-"""Scores of captions against facts: which attributes a caption names rightly, and what guessing would score."""
+"""Scores of captions against facts: the attributes that a caption names correctly, and the score of guessing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 Facts = Mapping[str, str]
 Values = Mapping[str, Sequence[str]]
-"""Attribute -> the words that it can be."""
+"""Attribute -> its possible words."""
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -27,12 +27,12 @@ def names_exactly(text: str, value: str, values: Iterable[str]) -> bool:
     """Whether ``text`` names ``value`` and no other of ``values``; whole words, in any case."""
     words = f" {' '.join(_WORD.findall(text.lower()))} "
     named = {candidate for candidate in {value, *values} if f" {' '.join(_WORD.findall(candidate.lower()))} " in words}
-    # "light blue" also holds the word "blue": a value inside a longer named one does not count by itself
+    # "light blue" also holds the word "blue": a value inside a longer mentioned one does not count
     return {name for name in named if not any(name != other and name in other for other in named)} == {value}
 
 
 def attributes_right(caption: str, facts: Facts, values: Values) -> dict[str, bool]:
-    """Attribute -> whether a caption names its right value and no other.
+    """Attribute -> whether a caption names the right value and no other.
 
     Args:
         caption: The prediction.
@@ -52,7 +52,7 @@ def values_of(facts: Iterable[Facts]) -> dict[str, list[str]]:
 
 
 def text_prior(train: Iterable[Facts], test: Iterable[Facts]) -> float:
-    """The attribute accuracy to expect of captions sampled from training without the medium.
+    """The expected attribute accuracy of random training captions, without looking at the medium.
 
     The mean over attributes of the sum over values of p_train(value) p_test(value).
     """

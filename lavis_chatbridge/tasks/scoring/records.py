@@ -1,7 +1,7 @@
-"""Scores of predictions by named metrics: what a task has written, scored now or again later without a model.
+"""Scores predictions by named metrics, directly after an evaluation or later without a model.
 
-All scores are in percent, as papers give them. Each has a 95 % bootstrap interval, with samples of the same media
-resampled together, unless it is no mean over samples (BLEU, METEOR, precision, recall, F1).
+All scores are in percent, as in papers. Metrics that are means over samples (not BLEU, METEOR, precision, recall, F1)
+have a 95 % bootstrap interval, in which samples of the same media are resampled together.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _MEANS = ("ROUGE_L", "CIDEr", "SPICE")
 
 @dataclass
 class Measured:
-    """Scores of some predictions, and each prediction's own.
+    """Scores of some predictions, in total and of each.
 
     Attributes:
-        records: The predictions that have something to be compared with.
+        records: The predictions that have references, answers, options or facts.
         scores: Metric -> percent.
         each: Metric -> ``[n]`` percent; only metrics that are means over samples.
         weights: Metric -> ``[n]``, for means that are weighted.
-        parts: Kind of part -> part -> percent of each sample that has it, for scores of several parts of a sample.
-        tokenizer: That of captions.
-        left_out: Metric -> why it was not computed.
+        parts: Type of part -> part -> percent of each sample with it, for scores of several parts of a sample.
+        tokenizer: The tokenizer of captions.
+        left_out: Metric -> the reason why it was not computed.
     """
 
     records: list[Prediction]
@@ -55,12 +55,12 @@ class Measured:
 
     @property
     def clusters(self) -> list[Any]:
-        """What samples share: their media, else nothing."""
+        """The cluster of each sample, for resampling: its media, else only itself."""
         return [tuple(record.media) or number for number, record in enumerate(self.records)]
 
 
 def announce(metrics: Sequence[str]) -> dict[str, str]:
-    """Log before a run which of its metrics cannot be computed here.
+    """Log, before an evaluation, the metrics that cannot be computed on this machine.
 
     Returns:
         Metric (or ``"ptb"``, the official tokenizer) -> the reason.
@@ -83,19 +83,19 @@ def measured(
 
     Args:
         records: One per sample.
-        metrics: Names of `scoring.METRICS`; none: exact match of questions, attribute accuracy of captions with facts.
+        metrics: Names of `scoring.METRICS`; if empty: exact match of questions, attribute accuracy of captions.
         normalisation: For ``exact_match``.
-        values: All values of each attribute, for the attribute accuracy; those of the records without.
+        values: All values of each attribute, for the attribute accuracy; by default those in the records.
 
     Raises:
-        DataError: If two records are of one sample, or none can be scored.
+        DataError: If a sample occurs twice, or no record can be scored.
     """
     _check_unique(records)
     if not metrics:
         return _unnamed(records, values)
     usable = [record for record in records if record.truth]
     if not usable:
-        raise DataError(f"none of {len(records)} predictions has references or answers to be compared with")
+        raise DataError(f"none of {len(records)} predictions has references or answers to compare with")
     found = Measured(usable)
     said, truth = [record.prediction for record in usable], [record.truth for record in usable]
     if named := [metric for metric in metrics if metric in CAPTION_METRICS]:
@@ -120,13 +120,13 @@ def score_records(
     normalisation: str = "plain",
     values: facts.Values | None = None,
 ) -> dict[str, Any]:
-    """`measured` as it stands in a file of scores.
+    """The result of `measured` as stored in a scores file.
 
     Returns:
         ``samples``, ``scores`` (metric -> percent), ``intervals`` (metric -> lower and upper end), ``metric`` and
         ``headline`` (the first metric's name and score, None if it could not be computed), ``by_type`` (kind of type ->
         type -> ``samples`` and scores), ``chance`` (of multiple choice), ``tokenizer``, ``left_out`` (metric -> why),
-        ``unscored`` (predictions with nothing to be compared with).
+        ``unscored`` (number of predictions without references, answers, options or facts).
     """
     found = measured(records, metrics, normalisation, values)
     first = metrics[0] if metrics else next(iter(found.scores), "")
@@ -146,7 +146,7 @@ def score_records(
 
 
 def scores_or_fault(records: Sequence[Prediction], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The result of `score_records`, or ``fault``: why there is none, so that other data sets keep their scores."""
+    """The result of `score_records`, or ``fault`` with its error, so that other data sets keep their scores."""
     try:
         return score_records(records, *args, **kwargs)
     except DataError as error:
@@ -155,7 +155,7 @@ def scores_or_fault(records: Sequence[Prediction], *args: Any, **kwargs: Any) ->
 
 
 def types_of(record: Prediction) -> dict[str, str]:
-    """Kind of type -> type, by which a data set tells its questions apart.
+    """Kind of type -> type of a question in its data set.
 
     ``meta.type``, ``meta.turn``, ``meta.question_type`` if it differs from the type, and all of ``meta.types``.
     """
@@ -169,7 +169,7 @@ def types_of(record: Prediction) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that a score depends on."""
+    """The versions of all packages that affect a score."""
     found = {}
     for name in _PACKAGES:
         try:

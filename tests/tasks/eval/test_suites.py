@@ -172,7 +172,7 @@ def test_suites_are_chosen_by_name():
         ("run: [1", "is no valid YAML"),
         ("- run", "expected a mapping of sections"),
         ("run: 3", "expected sections of which run is a mapping"),
-        ("run: {metrics: []}", "holds no suite"),
+        ("run: {metrics: []}", "has no suite"),
     ],
 )
 def test_a_file_that_is_no_suite_is_named(tmp_path, text, why):

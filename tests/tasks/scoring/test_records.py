@@ -77,8 +77,8 @@ def test_what_cannot_be_scored_is_refused(no_java):
     both = [record(0, "a", "a", index=n) for n in (0, 1)]  # a data set that uses an id twice
     assert score_records(both, ["exact_match"])["scores"] == {"exact_match": 100.0}
     found = scores_or_fault([record(0, "a")], ["exact_match"])
-    assert found == {"samples": 1, "fault": "none of 1 predictions has references or answers to be compared with"}
-    with pytest.raises(DataError, match="no reference of 2 predictions holds a word"):
+    assert found == {"samples": 1, "fault": "none of 1 predictions has references or answers to compare with"}
+    with pytest.raises(DataError, match="the references of all 2 predictions are empty"):
         score_records([record(n, "a cat", "", ".") for n in range(2)], ["CIDEr"])
 
 
