@@ -1,8 +1,7 @@
-"""``chatbridge compare A B``: whether one evaluation is better than another, on the samples that both predicted.
+"""``chatbridge compare A B``: compares two evaluations on the samples that both predicted.
 
-A run is a predictions file or a folder with any number of them; several seeds of one model are given with commas
-between them. For each data set the table has both scores, their paired difference with a 95 % interval and a p-value,
-and the samples that changed most.
+A run is a predictions file or a folder of them; seeds of one model are separated by commas. For each data set the table
+has both scores, their paired difference with a 95 % interval and a p-value, and the samples that changed most.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ class Comparison:
     """One metric of one data set, in percent.
 
     ``a`` and ``b`` are means over seeds, with standard deviations if there are several. ``difference`` is None for
-    metrics that are no mean over samples. ``flips`` has the samples whose score changed, the largest changes first, for
-    the suite's own metric. ``only_a`` and ``only_b`` count samples that are not compared.
+    metrics that are not means over samples. ``flips`` has the samples whose score by the suite's main metric changed,
+    the largest changes first. ``only_a`` and ``only_b`` count samples that are not compared.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Comparison:
 
 
 def command(
-    run_a: Annotated[str, typer.Argument(metavar="A", help="Predictions file or folder; seeds with commas between.")],
+    run_a: Annotated[str, typer.Argument(metavar="A", help="Predictions file or folder; separate seeds by commas.")],
     run_b: Annotated[str, typer.Argument(metavar="B", help="The same of the other model.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of comparison.{txt,json,html}.")] = Path(
         "output/comparison"
@@ -116,7 +115,7 @@ def compare(runs_a: Sequence[str], runs_b: Sequence[str]) -> list[Comparison]:
 
 
 def table(found: Sequence[Comparison]) -> str:
-    """The comparisons for a terminal, and below each data set the samples that changed most."""
+    """The comparisons as text, with the samples that changed most below each data set."""
     text = [aligned([COLUMNS, *(one.cells() for one in found)])]
     for one in found:
         if one.only_a or one.only_b:
@@ -130,10 +129,10 @@ def table(found: Sequence[Comparison]) -> str:
 
 
 def _load(run: Path) -> dict[str, tuple[Path, Records]]:
-    """Evaluation and source -> a run's predictions, and their file."""
+    """Evaluation and source -> the file and predictions of a run."""
     files = [run] if run.is_file() else sorted(p for p in run.rglob("*.jsonl") if not p.name.startswith("."))
     if not files:
-        raise DataError(f"{run} is neither a predictions file nor a folder with some (result/SPLIT_stepN.jsonl)")
+        raise DataError(f"{run} is neither a predictions file nor a folder of them (result/SPLIT_stepN.jsonl)")
     found: dict[str, tuple[Path, Records]] = {}
     for file in files:
         folder = "" if run.is_file() else str(file.parent.relative_to(run)).removesuffix("result").strip("/.")
@@ -145,7 +144,7 @@ def _load(run: Path) -> dict[str, tuple[Path, Records]]:
 
 
 def _compared(name: str, file: Path, a: Sequence[Records], b: Sequence[Records]) -> list[Comparison]:
-    """The comparisons of one data set, its own metric first."""
+    """The comparisons of one data set, its main metric first."""
     shared = [place for place in a[0] if all(place in records for records in [*a, *b])]
     if not shared:
         raise DataError(f"{name}: the runs have no sample in common")

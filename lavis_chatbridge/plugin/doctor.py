@@ -1,6 +1,6 @@
-"""``chatbridge doctor``: what would stop a run, found before it starts, and an estimate of its memory.
+"""``chatbridge doctor``: finds faults that would stop a run, and estimates its memory.
 
-Each check yields findings. Only faults decide the exit status. No weights are loaded.
+Each check yields findings. Only faults affect the exit status. No weights are loaded.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SHOWN = ("torch", "torchvision", "torchaudio", "transformers", "salesforce-lavis
 IMPORTED = {
     "torchvision": "LAVIS imports it: install the release that belongs to your torch",
     "torchaudio": "LAVIS imports it: install the release of your torch (2.11 is the last; it needs torch<2.15)",
-    "decord": "LAVIS imports it: pip install decord, or eva-decord where decord has no wheel (macOS, ARM)",
-    "av": "it opens videos and sounds: pip install av",
-    "soundfile": "it opens sounds: pip install soundfile",
+    "decord": "LAVIS imports it: pip install decord, or eva-decord on platforms without a wheel of it (macOS, ARM)",
+    "av": "needed for videos and sounds: pip install av",
+    "soundfile": "needed for sounds: pip install soundfile",
     "transformers": "pip install 'transformers>=4.57'",
 }
-"""Package -> what to do if it cannot be imported."""
+"""Package -> remedy if it cannot be imported."""
 
 Level = Literal["ok", "warning", "FAULT"]
 
@@ -46,15 +46,15 @@ class Finding(NamedTuple):
 
 def command(
     cfg_path: Annotated[
-        str | None, typer.Option("--cfg-path", metavar="YAML", help="a configuration whose files and memory to check")
+        str | None, typer.Option("--cfg-path", metavar="YAML", help="a configuration: also check its files and memory")
     ] = None,
     options: Annotated[
         list[str] | None, typer.Option("--options", metavar="KEY=VALUE", help="settings that override the file's")
     ] = None,
 ) -> int:
-    """Print all findings and return 0 if nothing stops a run, else 1."""
+    """Print all findings; return 1 if there are faults, else 0."""
     if options and cfg_path is None:
-        raise ConfigError("--options change a configuration file: name it with --cfg-path")
+        raise ConfigError("--options override a configuration file: set it with --cfg-path")
     sections = {"packages": packages(), "devices": devices(), "scores": scores()}
     if cfg_path is not None:
         sections[cfg_path] = configuration(cfg_path, options or [])
@@ -69,7 +69,7 @@ def command(
 
 
 def packages() -> Iterator[Finding]:
-    """Versions, requirements that are not met, known conflicts, and packages that cannot be imported."""
+    """Versions, unmet requirements, known conflicts, and packages that cannot be imported."""
     yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     found = {name: _version(name) for name in SHOWN}
     yield Finding("ok", ", ".join(f"{name} {own}" for name, own in found.items() if own))
@@ -91,16 +91,16 @@ def conflict(torch: str | None, torchaudio: str | None) -> str | None:
     if torch is None or torchaudio is None or _numbers(torch) < (2, 15) or _numbers(torchaudio) > (2, 11):
         return None
     remedy = "pip install 'torch<2.15' with the torchvision of that torch"
-    return f"torchaudio {torchaudio} does not import beside torch {torch} (another CUDA): {remedy}"
+    return f"torchaudio {torchaudio} cannot be imported with torch {torch} (different CUDA): {remedy}"
 
 
 def devices() -> Iterator[Finding]:
-    """The devices that torch can use."""
+    """Devices that torch can use."""
     import torch
 
     if not torch.cuda.is_available():
         if torch.version.cuda and Path("/dev/nvidiactl").exists():
-            yield Finding("warning", f"torch (CUDA {torch.version.cuda}) cannot use this machine's GPU: see its driver")
+            yield Finding("warning", f"torch (CUDA {torch.version.cuda}) cannot use the GPU: check its driver")
         yield Finding("ok", f"no GPU; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
         return
     for i in range(torch.cuda.device_count()):
@@ -113,7 +113,7 @@ def devices() -> Iterator[Finding]:
 
 
 def scores() -> Iterator[Finding]:
-    """The caption scores that cannot be computed here."""
+    """Caption metrics that cannot be computed on this machine."""
     try:
         from lavis_chatbridge.tasks.scoring.captions import unavailable
 
@@ -150,7 +150,7 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
 
 
 def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """The model's files, if the fault of the configuration lies elsewhere."""
+    """The model's weight files, if only other parts of the configuration are faulty."""
     from lavis_chatbridge.config import read_options
     from lavis_chatbridge.models.weights import model_settings
 
@@ -227,7 +227,7 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
     files = [path for split in own.used_splits for paths in own.files(split).values() for path in paths]
     there = [path for path in dict.fromkeys(files) if os.path.isfile(path)]
     if own.parts:
-        yield Finding("ok", f"datasets.{name}: the files of {', '.join(own.parts)} are there")
+        yield Finding("ok", f"datasets.{name}: the files of {', '.join(own.parts)} exist")
     elif name.startswith(WORLD_PREFIX) and not there:
         yield Finding("ok", f"datasets.{name}: the embedded world will be built in {own.root}")
     for path in there:
@@ -235,10 +235,10 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
 
 
 def _folder(cfg: Config) -> Iterator[Finding]:
-    """Whether the output folder belongs to an earlier training."""
+    """A fault if the output folder belongs to an earlier run."""
     from lavis_chatbridge.runners.folder import RunFolder
 
-    if cfg.run.evaluate or cfg.run.job_id is None:  # then the run gets a folder of its own
+    if cfg.run.evaluate or cfg.run.job_id is None:  # then every run has its own folder
         return
     try:
         RunFolder(cfg.run).check()
@@ -247,13 +247,13 @@ def _folder(cfg: Config) -> Iterator[Finding]:
 
 
 def _unmet() -> Iterator[Finding]:
-    """This package's requirements that the installed versions do not meet."""
+    """Requirements of this package that the installed versions do not meet."""
     from packaging.requirements import Requirement
 
     try:
         listed = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
-        yield Finding("FAULT", f"{DISTRIBUTION} is not installed, so LAVIS does not know it: pip install its wheel")
+        yield Finding("FAULT", f"{DISTRIBUTION} is not installed, so LAVIS cannot find it: pip install its wheel")
         return
     for requirement in map(Requirement, listed):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

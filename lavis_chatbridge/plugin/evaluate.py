@@ -1,8 +1,8 @@
-"""``python -m lavis.evaluate`` and ``chatbridge evaluate``: score a model as configuration files say.
+"""``python -m lavis.evaluate`` and ``chatbridge evaluate``: evaluate a model on configuration files.
 
-For every configuration (one file, or a set of benchmarks) and every condition (all media, then those of ``--ablate``)
-the model is scored; the end is one table. A benchmark whose data are missing is a line of that table, and so is one
-that fails. ``--rescore`` scores a file of predictions again, without a model.
+The model is scored on every configuration (one file, or a set of benchmarks) in every condition (all media, then those
+of ``--ablate``), with one table at the end. Benchmarks that fail or whose data are missing have a line in it, too.
+``--rescore`` scores a file of predictions again, without a model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FOLDER = Path("projects/chatbridge/eval")
 ALL = "all"
 MODES = ("withheld", "shuffled")
 WORDS = ("removed", "told")
-"""What ``withheld`` does with the words that introduce a medium, instead of keeping them."""
+"""Alternatives to keeping the words before a medium that ``withheld`` removes."""
 
 
 def command(
-    cfg_path: Annotated[str | None, typer.Option("--cfg-path", help="Score as this configuration file says.")] = None,
+    cfg_path: Annotated[str | None, typer.Option("--cfg-path", help="Score on this configuration file.")] = None,
     suite: Annotated[
         str | None, typer.Option(help="Benchmarks: paper, av, audio, image, video, zero-shot, all, or their names.")
     ] = None,
@@ -45,8 +45,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help="Score again without media or with other samples': withheld, shuffled, for some modalities only "
-            "(withheld:image,video), with words that say what is missing (withheld:told). Without CONDITION, each "
+            help="Score again without media (withheld) or with other samples' (shuffled), for some modalities only "
+            "(withheld:image,video), with words that state what is missing (withheld:told). Without CONDITION, each "
             "modality of the data is withheld, and shuffled.",
         ),
     ] = None,
@@ -58,14 +58,14 @@ def command(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Settings that override the file's; repeatable.")
     ] = None,
 ) -> int:
-    """Score a model as a configuration file says."""
+    """Score a model on a configuration file or benchmarks."""
     chosen = [value is not None for value in (cfg_path, suite, rescore)]
     if sum(chosen) != 1:
         raise ConfigError("give one of --cfg-path YAML, --suite NAMES and --rescore FILE")
     conditions = None if ablate is None else parse_conditions(ablate)
     if rescore is not None:
         if conditions is not None:
-            raise ConfigError("--ablate needs a model: it goes with --cfg-path or --suite, not with --rescore")
+            raise ConfigError("--ablate needs a model: use it with --cfg-path or --suite, not with --rescore")
         return report.rescore(rescore, options or [])
     if suite is not None:
         return _suites(suite, suite_folder, Path(output), options or [], conditions)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Condition:
-    """What becomes of which media, and which splits have such media (empty: not yet looked up)."""
+    """An ablation: mode, modalities and words; and the splits that have such media (empty: not yet looked up)."""
 
     mode: str = "normal"
     modalities: tuple[Modality, ...] = ()
@@ -88,14 +88,14 @@ class Condition:
 
     @property
     def label(self) -> str:
-        """As the table names it: ``""``, ``"image and audio withheld"``, ``"audio withheld, told"``."""
+        """The name in the table: ``""``, ``"image and audio withheld"``, ``"audio withheld, told"``."""
         if self.mode == "normal":
             return ""
         return f"{' and '.join(self.modalities)} {self.mode}{'' if self.words == 'kept' else f', {self.words}'}"
 
     @property
     def options(self) -> dict[str, str]:
-        """The overrides of a configuration for this condition."""
+        """The options that set this condition."""
         if self.mode == "normal":
             return {}
         found = {"run.media": self.mode, "run.media_modalities": f"[{','.join(self.modalities)}]"}
@@ -104,7 +104,7 @@ class Condition:
 
 
 def parse_conditions(words: Sequence[str]) -> list[Condition]:
-    """The conditions that ``--ablate`` names: ``MODE`` or ``MODE:WORD,WORD`` with modalities, ``removed``, ``told``.
+    """Parse ``--ablate``: ``MODE`` or ``MODE:WORD,WORD``, with words of modalities, ``removed``, ``told``.
 
     Raises:
         ConfigError: If a word is none of these.
@@ -130,7 +130,7 @@ def _condition(word: str) -> Condition:
 
 @dataclass
 class _Scorer:
-    """Scores configurations in one session; equal models are built once."""
+    """Scores configurations in one session; equal models are built only once."""
 
     session: Session
     options: Sequence[str]
@@ -139,7 +139,7 @@ class _Scorer:
     model: str = ""
 
     def score_all(self, path: str | Path, name: str) -> list[Line]:
-        """The lines of a configuration with all media, then those of each condition; one that fails is a line too."""
+        """The lines of a configuration with all media, then for each condition; a failure is a line, too."""
         whole = lines = self._score(path, Condition())
         for condition in [] if self.conditions is None else suitable(self.conditions, _registry().get("configuration")):
             try:
@@ -178,7 +178,7 @@ def _one(path: str, options: Sequence[str], conditions: Sequence[Condition] | No
 def _suites(
     names: str, folder: str | None, output: Path, options: Sequence[str], conditions: Sequence[Condition] | None
 ) -> int:
-    """Score suites, print and write the table; 1 if a suite failed, 2 if the data of all are missing."""
+    """Score suites, print and write the table; 1 if a suite failed, 2 if the data of all suites are missing."""
     lines: list[Line] = []
     with Session() as session:
         scorer = _Scorer(session, options, conditions)
@@ -203,29 +203,29 @@ def find(folder: str | Path | None = None) -> dict[str, tuple[Path, Any]]:
     """Name -> path and ``run`` section of the suites: the configuration files of a folder that name metrics.
 
     Raises:
-        ConfigError: If there is none, or a file is no configuration.
+        ConfigError: If there is no suite, or a file is not a configuration.
     """
     places = [Path(folder)] if folder else [FOLDER, PROJECTS / "eval"]
     chosen = next((place for place in places if place.is_dir()), None)
     if chosen is None:
-        raise ConfigError(f"no folder of suites at {places[0]}: run in the checkout, or name it with --suite-folder")
+        raise ConfigError(f"no folder of suites at {places[0]}: run the command in the checkout, or set --suite-folder")
     suites = {}
     for path in sorted(chosen.glob("*.yaml")):
         run = read_yaml(path).get("run") or {}
         if not hasattr(run, "get"):
-            raise ConfigError(f"{path}: expected sections of which run is a mapping; is this a configuration file?")
+            raise ConfigError(f"{path}: expected a configuration file, with a mapping under run")
         if run.get("metrics"):
             suites[path.stem] = (path, run)
     if not suites:
-        raise ConfigError(f"{chosen} holds no suite: a suite is a YAML file with run.metrics")
+        raise ConfigError(f"{chosen} has no suite: a suite is a YAML file with run.metrics")
     return suites
 
 
 def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path]:
-    """Name -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites.
+    """Name -> path of the suites in ``--suite``: ``all``, groups (``run.groups``) and suites.
 
     Raises:
-        ConfigError: If a name is unknown, or there is none.
+        ConfigError: If a name is unknown or missing.
     """
     groups: dict[str, list[str]] = {ALL: list(suites)}
     for suite, (_, run) in suites.items():
@@ -234,7 +234,7 @@ def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path
     known = [*groups, *suites]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        raise ConfigError(f"--suite names no suite; known are {', '.join(known)}")
+        raise ConfigError(f"--suite is empty; known are {', '.join(known)}")
     if unknown := [name for name in wanted if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -243,11 +243,11 @@ def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path
 
 
 def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
-    """The conditions for which the data have media; if there are none, each modality withheld and shuffled.
+    """The conditions that apply to the data's media; by default, each modality withheld and shuffled.
 
     Args:
-        conditions: What ``--ablate`` names.
-        cfg: The configuration that has been scored with all media.
+        conditions: The conditions of ``--ablate``; may be empty.
+        cfg: The configuration, after scoring with all media.
     """
     registry = _registry()
     present: dict[str, set[Modality]] = {split: set() for split in cfg.run.test_splits}
@@ -256,12 +256,12 @@ def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
             present[split] |= modalities
     every = [modality for modality in MODALITIES if any(modality in own for own in present.values())]
     if not every:
-        _log.warning("--ablate: there are no media in splits %s", ", ".join(present))
+        _log.warning("--ablate: splits %s have no media", ", ".join(present))
     found = []
     for each in conditions or [Condition(mode, (modality,)) for modality in every for mode in MODES]:
         modalities = tuple(modality for modality in each.modalities if modality in every)
         if not modalities:
-            _log.warning("%s: there are no such media in splits %s", each.label, ", ".join(present))
+            _log.warning("%s: no such media in splits %s", each.label, ", ".join(present))
             continue
         splits = tuple(split for split, own in present.items() if own.intersection(modalities))
         found.append(Condition(each.mode, modalities, each.words, splits))
@@ -269,15 +269,15 @@ def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
 
 
 class _DataMissing(ChatBridgeError):
-    """Files of a suite are not there."""
+    """A suite's data files are missing."""
 
 
 def _check_suite(path: Path, options: Sequence[str], ablated: bool) -> None:
-    """Look for a suite's files before the model is built.
+    """Check a suite's configuration and files before the model is built.
 
     Raises:
-        _DataMissing: If files are not there.
-        ConfigError: If the configuration is at fault.
+        _DataMissing: If files are missing.
+        ConfigError: If the configuration is faulty.
     """
     from lavis_chatbridge.runners.config import dataset_sections, run_section  # before builders: it imports LAVIS
 
@@ -293,13 +293,13 @@ def _check_suite(path: Path, options: Sequence[str], ablated: bool) -> None:
         _check_ablation(path, options)
     if not is_own_runner(runner := str(run_section(path, options).get("runner") or "")):
         raise ConfigError(
-            f"run.runner {runner!r} is LAVIS's own, which runs only once in a process: use chatbridge_runner, or "
+            f"run.runner {runner!r} is LAVIS's own, which can run only once per process: use chatbridge_runner, or "
             f"score {path} alone (--cfg-path)"
         )
 
 
 def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
-    """Refuse ``--ablate`` before anything is scored, where media cannot be exchanged.
+    """Check, before scoring, that ``--ablate`` can replace media.
 
     Raises:
         ConfigError: If media are withheld already, or a data set, the task or the runner is LAVIS's own.
@@ -309,7 +309,7 @@ def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
     run, datasets = run_section(path, options), dataset_sections(path, options)
     if run.get("media", "normal") != "normal":
         raise ConfigError(
-            f"--ablate scores with all media first, but run.media is {run['media']!r}: leave one of the two out"
+            f"--ablate scores with all media first, but run.media is {run['media']!r}: remove one of the two"
         )
     import lavis.runners  # noqa: F401  (fills the registry with runners)
     from lavis.common.registry import registry
@@ -320,11 +320,11 @@ def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
     foreign = {"task": task is not None and not issubclass(task, ChatBridgeTask)}
     foreign["runner"] = not is_own_runner(str(run.get("runner") or ""))
     for key in filter(foreign.get, foreign):
-        raise ConfigError(f"--ablate: run.{key} {run[key]!r} is LAVIS's own, which knows no run.media")
+        raise ConfigError(f"--ablate: run.{key} {run[key]!r} is LAVIS's own, which does not support run.media")
     for name in datasets:
         builder = registry.get_builder_class(name)
         if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is reported with all faults
-            raise ConfigError(f"--ablate: the data set {name!r} is LAVIS's own, whose media cannot be exchanged")
+            raise ConfigError(f"--ablate: the data set {name!r} is LAVIS's own, whose media cannot be replaced")
 
 
 def _registry() -> Any:

@@ -1,6 +1,6 @@
-"""One run from a configuration file to an exit status; what ``lavis.train`` and ``lavis.evaluate`` share.
+"""One run from a configuration file to an exit status: the common part of ``lavis.train`` and ``lavis.evaluate``.
 
-It puts LAVIS's four parts together in LAVIS's order (task, data sets, model, runner); how they work is theirs.
+It builds LAVIS's four parts in LAVIS's order: task, data sets, model, runner.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
-    """Build everything that a configuration names, and train or evaluate.
+    """Build all parts of a configuration, and train or evaluate.
 
     Args:
         cfg_path: The configuration file.
@@ -49,14 +49,14 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str
         Split -> its metrics after an evaluation, else None.
 
     Raises:
-        ChatBridgeError: For any mistake that the user can mend.
+        ChatBridgeError: For a user's mistake.
     """
     with Session() as session:
         return session.run(cfg_path, options, evaluate)
 
 
 class Session:
-    """Runs one configuration after the other in one process group; evaluations of equal models share one model."""
+    """Runs configurations one after the other in one process group; evaluations with equal models share one."""
 
     def __init__(self) -> None:
         self._model: Any = None
@@ -95,7 +95,7 @@ class Session:
             if own:
                 cfg.folder = RunFolder(cfg.run, job_id)
                 if not evaluate:
-                    stack.enter_context(cfg.folder.claimed())  # refused before anything is loaded
+                    stack.enter_context(cfg.folder.claimed())  # raises before anything is loaded
             world.prepare(cfg.datasets_cfg)
             runner = self._runner(cfg, job_id, evaluate)
             if not evaluate:
@@ -120,7 +120,7 @@ class Session:
         )
 
     def _model_of(self, task: Any, cfg: Config, evaluate: bool) -> Any:
-        """The model of a configuration: the previous run's if that was configured alike and nothing has changed it."""
+        """The model of a configuration: the previous run's if its settings are equal and nothing has changed it."""
         if not evaluate or cfg.run.parallel != "ddp" or cfg.run.compile or cfg.run.resume is not None:
             self._model = self._built_from = None
             return task.build_model(cfg)
@@ -132,7 +132,7 @@ class Session:
 
 
 def _set_lavis_keys(run_cfg: DictConfig, gpu: int | None) -> None:
-    """The keys of the ``run`` section that LAVIS's own runners read about processes."""
+    """Set the keys of the ``run`` section about processes, for LAVIS's own runners."""
     from lavis_chatbridge.runners import distributed
 
     run_cfg.distributed, run_cfg.world_size = distributed.in_group(), distributed.world_size()
@@ -140,7 +140,7 @@ def _set_lavis_keys(run_cfg: DictConfig, gpu: int | None) -> None:
 
 
 def is_own_runner(name: str) -> bool:
-    """Whether a registered runner is this package's, or made from it, and not LAVIS's own."""
+    """Whether a registered runner is this package's or a subclass of it, not LAVIS's own."""
     import lavis.runners  # noqa: F401  (fills the registry with runners)
     from lavis.common.registry import registry
 
@@ -150,7 +150,7 @@ def is_own_runner(name: str) -> bool:
 
 
 def load(cfg_path: str, options: Sequence[str]) -> Config:
-    """The configuration of a run, checked.
+    """Load and check the configuration of a run.
 
     Raises:
         ConfigError: With all its faults, or if there is no such file.
@@ -164,14 +164,14 @@ def load(cfg_path: str, options: Sequence[str]) -> Config:
 
 
 def with_options(options: Sequence[str], more: Mapping[str, str]) -> list[str]:
-    """Options with further ones behind them, in the form that they have (``K=V``, or LAVIS's ``K V``)."""
+    """Append options, in the form of the existing ones (``K=V``, or LAVIS's ``K V``)."""
     pairs = options and "=" not in options[0]
     added = [word for key, value in more.items() for word in ([key, value] if pairs else [f"{key}={value}"])]
     return [*options, *added]
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """The status that ``action`` returns or exits with; 2 after one line ``error: ...`` for a user's mistake."""
+    """The status that ``action`` returns or exits with; for a user's mistake, print ``error: ...`` and return 2."""
     try:
         return action() or 0
     except SystemExit as ended:
@@ -185,7 +185,7 @@ def exit_status(action: Callable[[], int | None]) -> int:
 
 
 def returning_status(function: Callable[..., int | None]) -> Callable[..., None]:
-    """``function`` for typer, which ignores what a command returns: a status other than 0 or None ends the process."""
+    """Wrap ``function`` for typer, which ignores return values: a status other than 0 or None exits the process."""
 
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> None:
@@ -199,9 +199,9 @@ _LISTS = ("--options", "--ablate", "--splits", "--against")
 
 
 def spread(words: Sequence[str], lists: Sequence[str] = _LISTS) -> list[str]:
-    """A command line with LAVIS's ``--options A B`` as ``--options A --options B``, which typer reads.
+    """Rewrite LAVIS's ``--options A B`` as ``--options A --options B``, which typer reads.
 
-    ``--ablate`` without a word behind it becomes ``--ablate all``.
+    ``--ablate`` without a value becomes ``--ablate all``.
     """
     result: list[str] = []
     current = ""
@@ -218,7 +218,7 @@ def spread(words: Sequence[str], lists: Sequence[str] = _LISTS) -> list[str]:
 
 
 def run_command(program: str, command: Callable[..., int | None], argv: Sequence[str] | None) -> int:
-    """A module's own command line, as ``python -m`` calls it; returns the exit status.
+    """Run a module's command line for ``python -m``; returns the exit status.
 
     Args:
         program: Its name in messages.
@@ -234,7 +234,7 @@ def run_command(program: str, command: Callable[..., int | None], argv: Sequence
 
 
 def _seed(seed: int) -> None:
-    """Seed all generators alike on every process, so that all build the same weights."""
+    """Seed all generators equally on every process, so that all initialise the same weights."""
     import numpy
     import torch
 

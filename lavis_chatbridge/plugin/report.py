@@ -1,6 +1,6 @@
-"""The scores of evaluations as lines of one table: text, JSON and HTML; and predictions scored again.
+"""Tables of evaluation scores as text, JSON and HTML; and rescoring of predictions.
 
-It knows the metrics that this package's tasks return, and that LAVIS's own return others or none.
+It knows the metrics of this package's tasks; LAVIS's own tasks return other metrics or none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 COLUMNS = ("suite", "media", "samples", "metric", "score", "95 %", "chance", "paper", "stage 1", "drop", "other scores")
 _MOST_TYPES = 12
-"""Kinds of types with more types than this are in the JSON and the page only."""
+"""Score breakdowns with more types than this are only in the JSON and the page."""
 
 
 @dataclass
@@ -31,21 +31,21 @@ class Line:
 
     Attributes:
         suite: The benchmark.
-        media: ``""`` as they are, else the condition (``"image withheld"``).
-        status: ``"scored"``, ``"missing"`` (its data are not there) or ``"failed"`` (nothing could be scored).
+        media: The condition (``"image withheld"``); ``""`` if all media are kept.
+        status: ``"scored"``, ``"missing"`` (no data) or ``"failed"`` (nothing could be scored).
         samples: Number of scored samples.
-        metric: The suite's own metric.
-        score: Its value; None without one.
+        metric: The suite's main metric.
+        score: Its value, or None.
         interval: Its 95 % bootstrap interval.
-        chance: What guessing scores.
+        chance: Score of guessing.
         paper: The paper's figure for that metric.
         stage1: The paper's figure after stage 1 only.
-        drop: Difference to the score with all media.
+        drop: Difference from the score with all media.
         scores: All metrics.
         intervals: Their 95 % bootstrap intervals.
         by_type: Kind of type -> type -> number of samples and scores.
-        unit: Of the scores: ``"percent"``, or ``""`` for a loss and what LAVIS's tasks return.
-        remarks: What must be known to read the score.
+        unit: Unit of the scores: ``"percent"``, or ``""`` for a loss and scores of LAVIS's tasks.
+        remarks: Caveats of the score.
     """
 
     suite: str
@@ -81,12 +81,12 @@ class Line:
 
 
 def failed(name: str, media: str, error: Exception) -> Line:
-    """The line of what could not be scored.
+    """The line of a failed evaluation.
 
     Args:
         name: The benchmark.
         media: The condition.
-        error: Why not.
+        error: The error.
     """
     _log.error("%s%s failed: %s", name, f" ({media})" if media else "", error)
     return Line(name, media, "failed", remarks=[" ".join(str(error).split())])
@@ -97,8 +97,8 @@ def lines_of(found: Mapping[str, Any], run: EvaluationSettings, media: str = "")
 
     Args:
         found: Split -> its metrics.
-        run: How it was scored.
-        media: The condition, as the table names it.
+        run: Settings of the evaluation.
+        media: The condition's name in the table.
     """
     lines = [line for split, scores in found.items() for line in _of_split(split, scores or {}, run)]
     for line in lines:
@@ -107,17 +107,17 @@ def lines_of(found: Mapping[str, Any], run: EvaluationSettings, media: str = "")
 
 
 def files_of(found: Mapping[str, Any]) -> list[str]:
-    """The files that an evaluation has written: split -> its metrics, as it returns them."""
+    """The files that an evaluation wrote, from its result ``found`` (split -> metrics)."""
     return [path for split in found.values() for path in (split or {}).get("written", ())]
 
 
 def summary(lines: Sequence[Line], written: Sequence[str], first: str = "split and data set") -> tuple[str, bool]:
-    """The end of an evaluation: the scores of every split, and the files that hold them.
+    """The final text of an evaluation: the scores of every split, and their files.
 
     Args:
         lines: The table.
         written: The files, or their folder.
-        first: Head of the first column.
+        first: Header of the first column.
 
     Returns:
         The text, and whether every source of every split was scored.
@@ -133,7 +133,7 @@ def summary(lines: Sequence[Line], written: Sequence[str], first: str = "split a
 
 
 def text_table(lines: Sequence[Line], first: str = COLUMNS[0]) -> str:
-    """The table for a terminal; scores by type and remarks stand below it."""
+    """The table as text, followed by scores by type and remarks."""
     rows = [line.cells() for line in lines]
     used = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
     text = [aligned([[first, *(COLUMNS[i] for i in used[1:])], *([row[i] for i in used] for row in rows)])]
@@ -153,9 +153,9 @@ def write(folder: Path, lines: Sequence[Line], about: Mapping[str, Any]) -> list
     """Write ``scores.txt``, ``scores.json`` and ``scores.html``.
 
     Args:
-        folder: Where to.
+        folder: The output folder.
         lines: The table.
-        about: The model and the versions.
+        about: Facts about the model and versions.
     """
     page = pages.render("scores.html", title="Scores", columns=COLUMNS, lines=lines, about=about, number=_number)
     files = {
@@ -172,15 +172,15 @@ def rescore(file: str, options: Sequence[str]) -> int:
     """``--rescore``: score a predictions file again, write ``..._rescored.json`` beside it and print the table.
 
     Args:
-        file: What an evaluation wrote, ``result/SPLIT_stepN.jsonl``.
+        file: An evaluation's ``result/SPLIT_stepN.jsonl``.
         options: ``run.metrics=[...]`` and ``run.normalisation=...`` to replace those of that evaluation.
 
     Returns:
         0; 1 if a source could not be scored.
 
     Raises:
-        DataError: If the file holds no predictions, nothing could be scored, or the scores cannot be written.
-        ConfigError: If an option is none of this command.
+        DataError: If the file has no predictions, nothing could be scored, or the scores cannot be written.
+        ConfigError: If an option is not supported.
     """
     from lavis_chatbridge.tasks.predictions import read_predictions
     from lavis_chatbridge.tasks.scoring.records import announce, scores_or_fault, versions
@@ -209,10 +209,10 @@ def rescore(file: str, options: Sequence[str]) -> int:
 
 
 def settings_of(predictions: Path, options: Sequence[str] = ()) -> EvaluationSettings:
-    """How a predictions file was scored, by the file of scores beside it, with options over that.
+    """The evaluation settings of a predictions file, from the scores file beside it, overridden by options.
 
     Raises:
-        ConfigError: If an option is none of an evaluation's.
+        ConfigError: If an option is not an evaluation setting.
     """
     beside = predictions.with_name(f"{predictions.stem}_metrics.json")
     known = read_json(beside)
@@ -224,7 +224,7 @@ def settings_of(predictions: Path, options: Sequence[str] = ()) -> EvaluationSet
     keys += ["published", "published_stage1", "published_in"]
     given = read_options(options)
     if others := [str(key) for key in given if key != "run"]:
-        raise ConfigError(f"--rescore takes options of run alone, such as run.metrics; found {', '.join(others)}")
+        raise ConfigError(f"--rescore accepts only options of run, such as run.metrics; found {', '.join(others)}")
     return parse(EvaluationSettings, merged({k: known[k] for k in keys if k in known}, given.get("run") or {}), "run")
 
 
@@ -234,7 +234,7 @@ def _of_split(split: str, scores: Mapping[str, Any], run: EvaluationSettings) ->
             yield _of_source(f"{split} {source}", own, run)
     elif "samples" in scores:
         yield _of_loss(split, scores)
-    else:  # a task of LAVIS's: some numbers, or none if it only writes answers
+    else:  # a task of LAVIS: some numbers, or none if it only writes answers
         numbers = {key: float(value) for key, value in scores.items() if isinstance(value, (int, float))}
         metric, score = next(iter(numbers.items()), ("", None))
         remarks = [] if numbers else ["its task returns no scores"]
@@ -242,7 +242,7 @@ def _of_split(split: str, scores: Mapping[str, Any], run: EvaluationSettings) ->
 
 
 def _of_source(name: str, found: Mapping[str, Any], run: EvaluationSettings) -> Line:
-    """A line of what `GenerationTask` returns."""
+    """The line of a result of `GenerationTask`."""
     if not found["samples"] or "fault" in found:
         return _nothing(name, found)
     metric = found.get("metric", "")
@@ -260,18 +260,18 @@ def _of_source(name: str, found: Mapping[str, Any], run: EvaluationSettings) -> 
     if found.get("tokenizer") == "python":
         line.remarks.append("no official tokenizer of captions (Java) here: not comparable with published scores")
     if found.get("unscored") and line.scores:
-        line.remarks.append(f"{found['unscored']} predictions have nothing to be compared with")
+        line.remarks.append(f"{found['unscored']} predictions have no reference to compare with")
     if not line.scores and not run.report_metric:
         line.samples, line.remarks = found["samples"], ["not scored (run.report_metric is false)"]
     elif not line.scores:
         line.status, line.samples = "failed", found["samples"]
-        why = "no accepted answers and no facts to compare with: name run.metrics, such as run.metrics=[CIDEr]"
+        why = "no accepted answers and no facts to compare with: set run.metrics, such as run.metrics=[CIDEr]"
         line.remarks = line.remarks or [why]
     return _with_unread(line, found, run.media)
 
 
 def _of_loss(split: str, found: Mapping[str, Any]) -> Line:
-    """A line of what the training tasks return."""
+    """The line of a result of the training tasks."""
     if not found["samples"]:
         return _nothing(split, found)
     losses = {key: value for key, value in found.items() if key.startswith("loss")}
@@ -290,7 +290,7 @@ def _nothing(name: str, found: Mapping[str, Any]) -> Line:
 
 def _with_unread(line: Line, found: Mapping[str, Any], media: str = "normal") -> Line:
     if count := found.get("not_predicted"):
-        why = "unreadable media" + (", or none like them to exchange" if media == "shuffled" else "")
+        why = "unreadable media" + (", or no similar sample to exchange media with" if media == "shuffled" else "")
         line.remarks.append(f"{count} {'sample has' if count == 1 else 'samples have'} no prediction ({why})")
     return line
 
@@ -300,7 +300,7 @@ def _number(value: float | None, unit: str = "percent") -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of them the head, with columns of equal width."""
+    """Rows of cells with aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])

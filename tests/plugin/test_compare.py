@@ -73,5 +73,5 @@ def test_runs_without_anything_in_common_are_named(tmp_path: Path) -> None:
     a, b = evaluation(tmp_path / "a", set()), evaluation(tmp_path / "b", set(), source="other")
     with pytest.raises(DataError, match="no data set in common: A has gqa test toy; B has gqa test other"):
         compare([str(a)], [str(b)])
-    with pytest.raises(DataError, match="is neither a predictions file nor a folder with some"):
+    with pytest.raises(DataError, match="is neither a predictions file nor a folder of them"):
         compare([str(a)], [str(tmp_path / "nowhere")])

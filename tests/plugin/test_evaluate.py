@@ -154,7 +154,7 @@ def test_the_table_says_what_became_of_the_media(config, capsys):
     rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
     assert rows[2][:2] == ["chatbridge_jsonl", "image withheld"]
     assert evaluated(config, "run.media=withheld", "run.media_modalities=[audio]") == 2
-    assert "run.media is withheld, but chatbridge_jsonl hold no audio" in capsys.readouterr().err
+    assert "run.media is withheld, but chatbridge_jsonl have no audio" in capsys.readouterr().err
 
 
 RUN = EvaluationSettings()
@@ -221,14 +221,14 @@ def test_laviss_runner_is_refused_where_it_cannot_run(config, tmp_path, capsys):
     assert cli.main([*words, "--options", "run.runner=runner_base"]) == 1
     table = json.loads((tmp_path / "table/scores.json").read_text())["suites"]
     assert [(line["suite"], line["status"]) for line in table] == [("one", "failed"), ("two", "failed")]
-    why = f"which runs only once in a process: use chatbridge_runner, or score {suites / 'one.yaml'} alone (--cfg-path)"
+    why = f"which can run only once per process: use chatbridge_runner, or score {suites / 'one.yaml'} alone (--cfg-path)"
     assert table[0]["remarks"] == [f"run.runner 'runner_base' is LAVIS's own, {why}"]
 
 
 @pytest.mark.parametrize("words", [["--suite", ""], ["--suite", " , "], ["--suite", "", "--ablate"]])
 def test_no_suite_is_no_suite(words, capsys):
     assert cli.main(["evaluate", *words]) == 2
-    assert "error: --suite names no suite; known are all, paper, " in capsys.readouterr().err
+    assert "error: --suite is empty; known are all, paper, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [train, evaluate])
@@ -314,7 +314,7 @@ def test_media_that_the_data_lack_are_left_out_and_logged(tmp_path, caplog):
     words = ["withheld", "shuffled:audio", "shuffled:image,video", "withheld:image"]
     found = evaluate.suitable(evaluate.parse_conditions(words), cfg)
     assert [condition.label for condition in found] == ["image withheld", "image shuffled"]
-    assert "there are no such media in splits test" in caplog.text
+    assert "no such media in splits test" in caplog.text
 
 
 def test_media_of_data_sets_of_lavis_cannot_be_exchanged(tmp_path, capsys):
@@ -336,7 +336,7 @@ def test_what_knows_no_media_to_take_away_is_refused(tmp_path, key, name, capsys
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG % "chatbridge_jsonl")
     assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", f"run.{key}={name}"]) == 2
-    assert f"--ablate: run.{key} '{name}' is LAVIS's own, which knows no run.media" in capsys.readouterr().err
+    assert f"--ablate: run.{key} '{name}' is LAVIS's own, which does not support run.media" in capsys.readouterr().err
 
 
 def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
@@ -354,7 +354,7 @@ def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
 
 def test_data_without_media_are_not_passed_over_in_silence(tmp_path, caplog):
     assert evaluate.suitable([], configuration(tmp_path, test=[], words=[])) == []
-    assert "--ablate: there are no media in splits test, words" in caplog.text
+    assert "--ablate: splits test, words have no media" in caplog.text
 
 
 def test_predictions_alone_cannot_be_ablated(capsys):
@@ -385,7 +385,7 @@ def rescored(path, *words):
     [
         (lines(record(0), record(1))[:-9], "test_step0.jsonl:2: not JSON"),
         ("[" * 100_000, "test_step0.jsonl:1: not JSON"),
-        ("", "holds no prediction"),
+        ("", "has no prediction"),
         ("[1]", "test_step0.jsonl:1: expected an object"),
         ('{"image_id": 1, "caption": "a"}', "test_step0.jsonl:1.sample_id is missing"),
         (lines(record(0), record(0)), "sample 's0' was predicted twice"),
