@@ -182,7 +182,7 @@ def test_what_every_task_gives_is_a_line(found, run, row):
     ("found", "why"),
     [
         ({"by_source": {}, "samples": 0, "not_predicted": 0}, "test: it has no samples"),
-        ({"by_source": {"a": {"samples": 3}}}, "test a: no accepted answers and no facts to compare with: name"),
+        ({"by_source": {"a": {"samples": 3}}}, "test a: no accepted answers and no facts to compare with: set"),
         ({"by_source": {"a": {"samples": 3, "scores": {}, "left_out": {"SPICE": "no Java"}}}}, "test a: SPICE"),
         ({"by_source": {"a": {"samples": 3, "fault": "no truth"}}}, "test a: no truth"),
         ({"samples": 3, "not_predicted": 0}, "test: its samples have no target token"),
@@ -221,7 +221,9 @@ def test_laviss_runner_is_refused_where_it_cannot_run(config, tmp_path, capsys):
     assert cli.main([*words, "--options", "run.runner=runner_base"]) == 1
     table = json.loads((tmp_path / "table/scores.json").read_text())["suites"]
     assert [(line["suite"], line["status"]) for line in table] == [("one", "failed"), ("two", "failed")]
-    why = f"which can run only once per process: use chatbridge_runner, or score {suites / 'one.yaml'} alone (--cfg-path)"
+    why = (
+        f"which can run only once per process: use chatbridge_runner, or score {suites / 'one.yaml'} alone (--cfg-path)"
+    )
     assert table[0]["remarks"] == [f"run.runner 'runner_base' is LAVIS's own, {why}"]
 
 

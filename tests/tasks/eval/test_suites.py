@@ -171,7 +171,7 @@ def test_suites_are_chosen_by_name():
     [
         ("run: [1", "is no valid YAML"),
         ("- run", "expected a mapping of sections"),
-        ("run: 3", "expected sections of which run is a mapping"),
+        ("run: 3", "expected a configuration file, with a mapping under run"),
         ("run: {metrics: []}", "has no suite"),
     ],
 )
