@@ -55,7 +55,7 @@ SMALL = {
 ELSEWHERE = (
     *("make ", "pip ", ".venv/bin/", "source ", "export ", "apt-get ", "git ", "docker "),  # installation
     *("chatbridge serve", "chatbridge web", "curl ", "vllm "),  # run until they are stopped: tests/chat
-    *("chatbridge multis generate", "chatbridge multis annotate"),  # need a server: tests/multis
+    "chatbridge multis",  # needs a server: tests/multis/test_guide.py
     *("srun ", "sbatch ", "lmms-eval ", "python -m pytest", "python benchmarks/"),
 )
 
@@ -126,9 +126,10 @@ def folder(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "projects").symlink_to(ROOT / "projects")
     shutil.copytree(world, tmp_path / "output" / "world")
     layouts.build(tmp_path / "benchmarks")
-    for name in ("a.jpg", "a.png", "picture.png", "picture.jpg"):
+    for name in ("a.jpg", "a.png", "picture.png", "picture.jpg", "photo.jpg"):
         Image.fromarray(picture()).save(tmp_path / name)
-    (tmp_path / "b.wav").write_bytes(sound())
+    for name in ("b.wav", "sound.wav"):
+        (tmp_path / name).write_bytes(sound())
     (tmp_path / "c.mp4").write_bytes(video("tone"))
     (tmp_path / "answers.json").write_text('["red", "green"]')
     (tmp_path / "questions.jsonl").write_text('{"id": "1", "text": "what is it?", "images": ["a.jpg"]}\n')

@@ -164,7 +164,7 @@ PROBES = {
         ["train", "--cfg-path", "absent.yaml"], install="wheel", script="chatbridge", environment=NO_AUTOLOAD
     ),
 }
-TYPES = ["tiny", "vicuna7b", "vicuna13b"]
+TYPES = ["qwen3_8b", "small", "tiny", "vicuna13b", "vicuna7b"]
 
 
 @pytest.fixture(scope="module")
