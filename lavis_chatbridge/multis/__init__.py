@@ -1,5 +1,5 @@
-"""Making chat data: annotate media -> ask a language model -> check what it wrote -> build MULTIS.
+"""Makes chat data: annotate media -> query a language model -> check its answers -> build MULTIS.
 
-Each stage reads and writes JSON lines, may be killed at any moment, and goes on where it stopped. Nothing here knows of
-training. The paper's pipeline: arXiv 2305.16103, section 4.2.
+Each stage reads and writes JSON lines, and a killed stage resumes when it is run again. Nothing here knows training.
+The paper's pipeline: arXiv 2305.16103, section 4.2.
 """

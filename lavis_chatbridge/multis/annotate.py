@@ -1,7 +1,7 @@
-"""First stage: show each item's frames and sounds to the annotators, and merge their findings with what people wrote.
+"""First stage: run the annotators on each item's frames and sounds, and merge their findings with human captions.
 
-Several processes share the items by rank. Finished items are never annotated twice, also not with another number of
-processes. This module knows annotators by their protocol only.
+Several processes share the items by rank. Finished items are never annotated again, even with another number of
+processes. This module knows only the annotators' protocol.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lavis_chatbridge.schema import check_inside, media_path
 
 FRAMES_PER_VIDEO = 3
 _SAMPLE_FIELDS = ("turns", "answers", "style", "task", "held_out", "meta")
-"""Fields of the sample schema without use here, so that a file of samples can be annotated."""
+"""Fields of the sample schema that are ignored, so that a file of samples can be annotated."""
 _log = logging.getLogger(__name__)
 
 
@@ -49,8 +49,8 @@ def annotate(
     """Annotate the items of one rank.
 
     Args:
-        items: JSONL with ``id``, ``media`` and what is known already (``captions``, ``sound_captions``, ``tags``,
-            ``frames``, ``facts``). The captions of an item with sound only are taken as ``sound_captions``.
+        items: JSONL with ``id``, ``media`` and existing annotations (``captions``, ``sound_captions``, ``tags``,
+            ``frames``, ``facts``). The captions of an item with only a sound count as ``sound_captions``.
         folder: Gets ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
         annotators: Run in order; a later one adds to an earlier one's findings and replaces its captions.
         media_root: Folder that media paths are relative to; by default that of ``items``.
@@ -58,7 +58,7 @@ def annotate(
         world: Number of processes.
 
     Raises:
-        DataError: If ``items`` is malformed or holds an id twice.
+        DataError: If ``items`` is malformed or contains an id twice.
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path)
     sounds = _sound_views(item, root) if any(annotator.kind == "sound" for annotator in annotators) else []
     own = item.frames or tuple(Frame(position=view.position) for view in frames)
     if frames and len(own) != len(frames):
-        raise DataError(f"item {item.id!r} brings {len(own)} frames of its own, expected {len(frames)}")
+        raise DataError(f"item {item.id!r} already has {len(own)} frames, expected {len(frames)}")
     item = item.model_copy(update={"frames": own})
     for annotator in annotators:
         if views := frames if annotator.kind == "frame" else sounds:

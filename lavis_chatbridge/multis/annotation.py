@@ -1,6 +1,6 @@
-"""An annotation: everything known in words about one medium or group of media. The writing model sees only this.
+"""An annotation: a description of one medium or group of media. It is the language model's only information.
 
-This module stores and words annotations. It does not know who writes them or what is asked about them.
+This module stores and words annotations. It knows neither annotators nor requests.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _named(values: Any) -> Any:
 
 
 class Frame(Settings):
-    """One moment of a clip, or an image."""
+    """The annotation of one frame of a clip, or of an image."""
 
     position: float = 0.0
     """From 0 (start of the clip) to 1 (end); 0 for an image."""
@@ -71,16 +71,16 @@ class Frame(Settings):
 
 
 class Annotation(Settings):
-    """Everything known about one item."""
+    """All annotations of one item."""
 
     id: str
     """Unique in a collection."""
     media: tuple[MediumRef, ...]
     """An image, a video, a sound, or a video and its sound."""
     captions: tuple[str, ...] = ()
-    """What people wrote about the picture or clip."""
+    """Human captions of the image or clip."""
     sound_captions: tuple[str, ...] = ()
-    """What people wrote about the sound."""
+    """Human captions of the sound."""
     tags: Annotated[tuple[Tag, ...], BeforeValidator(_named)] = ()
     frames: tuple[Frame, ...] = ()
     """One for an image, three for a video, none for a sound."""
@@ -89,7 +89,7 @@ class Annotation(Settings):
     source: str = ""
     licence: str = ""
     facts: dict[str, str] = {}
-    """Attribute -> value, where the truth is known (embedded world)."""
+    """Attribute -> value: ground truth, if known (embedded world)."""
 
     def check(self) -> Iterator[str]:
         """Yield faults that the field types do not show."""
@@ -98,7 +98,7 @@ class Annotation(Settings):
 
     @property
     def modality(self) -> MediaKind:
-        """The kind of media, by which prompts are chosen.
+        """The set of modalities, which selects the prompts.
 
         Raises:
             DataError: If the item combines other media than a video and its sound.
@@ -108,7 +108,7 @@ class Annotation(Settings):
             return "video+audio"
         if len(kinds) == 1:
             return next(iter(kinds))
-        raise DataError(f"item {self.id!r} holds {' and '.join(sorted(kinds))}; expected one of {MEDIA_KINDS}")
+        raise DataError(f"item {self.id!r} has {' and '.join(sorted(kinds))}; expected one of {MEDIA_KINDS}")
 
     def to_json(self) -> dict[str, Any]:
         """The annotation as JSON values, without fields at their defaults."""
@@ -164,7 +164,7 @@ def read_annotations(path: str | Path) -> Iterator[Annotation]:
 
 
 def describe(annotation: Annotation) -> str:
-    """Describe an item in text: people's captions, then its frames in time order, then its sound."""
+    """Describe an item in text: human captions, then its frames in time order, then its sound."""
     lines: list[str] = []
     if annotation.captions:
         what = "image" if annotation.modality == "image" else "clip"
@@ -179,7 +179,7 @@ def describe(annotation: Annotation) -> str:
 
 
 def all_words(annotation: Annotation) -> str:
-    """Every text of an annotation: what an answer may rely on."""
+    """All words of an annotation, which support an answer."""
     parts = [*annotation.captions, *annotation.sound_captions, *(tag.label for tag in annotation.tags)]
     for frame in annotation.frames:
         parts += [frame.caption, *(region.text for region in frame.regions), *(s.label for s in frame.semantics)]

@@ -1,7 +1,7 @@
-"""Annotators: models of transformers, and files that other tools wrote. Each takes views and returns findings.
+"""Annotators: models of transformers, and files of other tools. Each maps views to findings.
 
 ``chatbridge multis annotate --with NAME=PATH[,option=value...]`` builds one by its name in :data:`ANNOTATORS`. A
-model's path is a folder or a hub id, as transformers' pipelines take it.
+model's path is a folder or a hub id, as in transformers' pipelines.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class View:
     item: str
     kind: ViewKind
     path: str
-    """The medium's path as the item names it."""
+    """The medium's path in the item."""
     load: Callable[[], np.ndarray]
     number: int = 0
     """Index among the item's views of this kind."""
     position: float = 0.0
-    """Where in the clip, from 0 to 1."""
+    """Position in the clip, from 0 to 1."""
 
     @cached_property
     def content(self) -> np.ndarray:
@@ -58,7 +58,7 @@ class View:
 
 @dataclass(frozen=True)
 class Findings:
-    """What an annotator found in one view; parts that it does not write stay empty."""
+    """An annotator's output for one view; fields that it does not write are empty."""
 
     caption: str = ""
     regions: tuple[Region, ...] = ()
@@ -68,7 +68,7 @@ class Findings:
 
 
 class Annotator(Protocol):
-    """``name`` is recorded as the author; ``kind`` says which views it takes."""
+    """``name`` is recorded as the author; ``kind`` is the type of views that it accepts."""
 
     name: str
     kind: ViewKind
@@ -204,7 +204,7 @@ class AudioTagger:
 
 
 class Imported:
-    """Findings that another tool wrote into a JSON or JSONL file.
+    """Findings of another tool, in a JSON or JSONL file.
 
     The file is an object ``view -> entries``, or a list of records that name their view under ``image``, ``file_name``,
     ``image_id`` or ``id``, with their entries inside or one record for each entry (COCO results). A view is named
@@ -212,8 +212,8 @@ class Imported:
 
     Args:
         path: The file.
-        form: What it holds.
-        largest: Entries kept for each view: those of the best score or largest share; of captions the first.
+        form: The type of its entries.
+        largest: Number of entries kept per view (best score or largest share; first captions).
         least_score: Regions and tags with a lower score are dropped.
 
     Raises:
@@ -233,7 +233,7 @@ class Imported:
         self._entries = _by_view(self._path)
 
     def annotate(self, views: Sequence[View]) -> list[Findings]:
-        """Look up each view; a view that the file does not name has no findings."""
+        """Look up each view; a view that is not in the file has no findings."""
         return [self._findings(view) for view in views]
 
     def _findings(self, view: View) -> Findings:
@@ -324,7 +324,7 @@ def _by_view(file: Path) -> dict[str, Any]:
         ) else None  # fmt: skip
         key = key.get("file_name", key.get("image_id")) if isinstance(key, dict) else key  # SA-1B nests the image
         if key is None:
-            raise DataError(f"{file}: a record names no view (one of {', '.join(_RECORD_KEYS)}): {record!r:.80}")
+            raise DataError(f"{file}: a record has no view name (one of {', '.join(_RECORD_KEYS)}): {record!r:.80}")
         if any(isinstance(record.get(name), list) for name in _LIST_KEYS):
             found[str(key)] = record
         else:
@@ -341,7 +341,7 @@ def _listed(record: Any) -> list[Any]:
 
 
 def _frame_size(entries: Sequence[Any], view: View) -> tuple[float, float]:
-    """Width and height in pixels that boxes refer to: of the first entry that states them, else of the frame."""
+    """Width and height in pixels that boxes refer to: from the first entry that has them, else of the frame."""
     for entry in entries:
         if isinstance(entry, dict) and entry.get("width") and entry.get("height"):
             return float(entry["width"]), float(entry["height"])

@@ -1,4 +1,4 @@
-"""Last stage: task data and chat data become one MULTIS in shards, with a manifest of where everything came from.
+"""Last stage: task data and chat data become one MULTIS in shards, with a manifest of all sources.
 
 The result has a folder for each source: ``annotations.jsonl`` in the sample schema, and shards with its media. Building
 is deterministic: the same inputs give the same bytes.
@@ -38,7 +38,7 @@ class SourceSettings(Settings):
     """One source of MULTIS."""
 
     name: str
-    """Its name, a folder of the result."""
+    """Name of the source, and of its folder in the result."""
     licence: str
     """Its licence, for the manifest."""
     samples: list[str] = []
@@ -52,9 +52,9 @@ class SourceSettings(Settings):
     media_root: str | None = None
     """Folder of the media paths; null is the folder of each file."""
     task: str = ""
-    """Task of samples that name none; selects the instruction templates."""
+    """Task of samples without one; it selects the instruction templates."""
     style: str = ""
-    """Answer style of samples that name none."""
+    """Answer style of samples without one."""
     homepage: str = ""
     limit: int | None = None
     """Most samples."""
@@ -72,7 +72,7 @@ class BuildSettings(Settings):
 
     sources: list[SourceSettings]
     media: Literal["pack", "reference"] = "pack"
-    """``pack`` copies media into shards; ``reference`` leaves them where they are."""
+    """``pack`` copies media into shards; ``reference`` leaves them in place."""
     wording: Literal["at_reading", "fixed"] = "at_reading"
     """``at_reading`` samples an instruction template at each epoch; ``fixed`` samples it now."""
     templates: list[str] = []
@@ -82,7 +82,7 @@ class BuildSettings(Settings):
     seed: int = 0
     """Samples the templates."""
     skip_missing: bool = False
-    """Leave out and count samples whose media are absent, instead of refusing to build."""
+    """Skip and count samples whose media are missing, instead of raising an error."""
 
     def check(self) -> Iterator[str]:
         """Yield names that occur twice, and an empty list of sources."""
@@ -125,7 +125,7 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
 
     Args:
         options: The sources.
-        folder: Must not exist; it appears when everything is written.
+        folder: The output folder, written atomically; it must not exist.
 
     Returns:
         The manifest, which is also in ``manifest.json``.
@@ -136,7 +136,7 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if folder.exists():
-        raise DataError(f"{folder} exists; remove it, or build into another folder")
+        raise DataError(f"{folder} exists; remove it, or choose another folder")
     absent = [str(file) for source in options.sources for file in _inputs(source) if not file.is_file()]
     if absent:
         raise DataError(f"{len(absent)} annotation files are missing: {', '.join(absent)}")
@@ -232,7 +232,7 @@ def _build_source(source: SourceSettings, options: BuildSettings, templates: Tem
         row = _row(source)
         source = source.model_copy(update={"task": source.task or row.task, "style": source.style or row.style})
         if row.templates is False:
-            templates = Templates({}, {})  # its questions are complete instructions
+            templates = Templates({}, {})  # its questions are already complete instructions
     rng = np.random.default_rng([options.seed, *source.name.encode()])
     found = list(_samples(source))
     present = [sample for sample in found if all(os.path.isfile(medium.path) for medium in sample.files)]

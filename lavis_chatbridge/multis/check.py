@@ -1,6 +1,6 @@
-"""Third stage: rules decide which answers become samples, and every rejected answer is kept with its reasons.
+"""Third stage: accept or reject answers by rules; rejected answers are stored with their reasons.
 
-All answers are checked at each call: the check is quick, costs nothing, and gives the same result for the same files.
+Every call checks all answers again: checking is fast, and the same files give the same result.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _PHRASE_LISTS = ("text_source", "refusal", "markup", "unsafe", "negation", "hedg
 
 
 class Range(Settings):
-    """A smallest and a largest number, both allowed."""
+    """An inclusive range of numbers."""
 
     least: int
     most: int
 
 
 class KindLimits(Settings):
-    """Lengths of one kind of sample: questions in a sample, words of each question and answer."""
+    """Allowed lengths of one kind of sample: questions per sample, words per question and per answer."""
 
     pairs: Range
     question_words: Range
@@ -86,7 +86,7 @@ Reason = tuple[str, str]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parsed answer, as the rules see it."""
+    """A parsed answer, the input of the rules."""
 
     kind: str
     pairs: list[Pair]
@@ -120,7 +120,7 @@ class NearDuplicates:
         return (best[1], best[0]) if best[0] >= self._threshold else None
 
     def add(self, key: str, text: str) -> None:
-        """Remember a text under a name."""
+        """Add a text under the name ``key``."""
         self._known[key] = self._signature(text)
         self._index.insert(key, self._known[key], check_duplication=False)
 
@@ -137,7 +137,7 @@ class Checker:
     """All rules.
 
     Args:
-        options: What is accepted.
+        options: The limits.
         book: Supplies the questions of descriptions, and the examples that an answer must not copy.
 
     Raises:
@@ -320,7 +320,7 @@ def check(generated: str | Path, annotations: str | Path, folder: str | Path, ch
 
     Args:
         generated: The generation's folder.
-        annotations: The annotations that it was made from.
+        annotations: The annotations that the generation used.
         folder: Gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json``.
         checker: The rules.
 

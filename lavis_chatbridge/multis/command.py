@@ -19,7 +19,7 @@ STOPPED_EARLY = 3
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[str, typer.Option("--out", help="The folder to write.")]
-Prompts = Annotated[str | None, typer.Option(help="A folder with kinds.yaml and seeds/ in place of the package's.")]
+Prompts = Annotated[str | None, typer.Option(help="A folder with kinds.yaml and seeds/ that replaces the package's.")]
 
 
 @app.callback()
@@ -31,7 +31,7 @@ def _logging() -> None:
 
 @app.command()
 def annotate(
-    items: Annotated[str, typer.Argument(help="JSONL: id, media, and what people wrote about them.")],
+    items: Annotated[str, typer.Argument(help="JSONL: id, media and human captions.")],
     out: Out,
     with_: Annotated[
         list[str],
@@ -39,7 +39,7 @@ def annotate(
             "--with",
             metavar="NAME=PATH[,OPTION=VALUE...]",
             help="An annotator: captioner, florence2, segmenter, audio_tagger (a model), or grit, semantic_sam, "
-            "captions, sound_captions, tags (a JSON file). May be repeated.",
+            "captions, sound_captions, tags (a JSON file). Repeatable.",
         ),
     ] = [],  # noqa: B006
     media_root: Annotated[str | None, typer.Option(help="Folder of the media paths; default: that of ITEMS.")] = None,
@@ -61,16 +61,16 @@ def generate(
     out: Out,
     model: Annotated[str, typer.Option(help="The model's name at the server.")],
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; default: OpenAI's.")] = None,
-    api_key_env: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY",
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = "OPENAI_API_KEY",
     kinds: Annotated[str, typer.Option(metavar="A,B", help="conversation, detail, reasoning; default: all.")] = "",
-    counts: Annotated[str, typer.Option(metavar="KIND=N,...", help="Most requests of a kind.")] = "",
+    counts: Annotated[str, typer.Option(metavar="KIND=N,...", help="Most requests per kind.")] = "",
     prompts: Prompts = None,
-    shots: Annotated[int, typer.Option(help="Seed examples in a prompt.")] = 3,
-    seed: Annotated[int, typer.Option(help="Samples items and examples.")] = 0,
+    shots: Annotated[int, typer.Option(help="Seed examples per prompt.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed for sampling items and examples.")] = 0,
     temperature: float = 0.7,
     top_p: float = 1.0,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
-    retries: Annotated[int, typer.Option(help="Attempts after the first.")] = 5,
+    retries: Annotated[int, typer.Option(help="Retries per request.")] = 5,
     timeout: Annotated[float, typer.Option(help="Seconds for one attempt.")] = 120.0,
     requests_per_minute: float | None = None,
     tokens_per_minute: float | None = None,
@@ -78,7 +78,7 @@ def generate(
     prices: Annotated[str | None, typer.Option(help="YAML: MODEL: {input, output}, USD per million tokens.")] = None,
     price_of: Annotated[str | None, typer.Option(help="Entry of the price table to use; `local` is free.")] = None,
     token_limit_field: str = "max_tokens",
-    extra_body: Annotated[str, typer.Option(metavar="JSON", help="Further fields of each request.")] = "{}",
+    extra_body: Annotated[str, typer.Option(metavar="JSON", help="Additional fields of each request.")] = "{}",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and send nothing.")] = False,
 ) -> int:
     """Ask a language model for chat data. Run again to resume."""
@@ -110,8 +110,8 @@ def generate(
 
 @app.command()
 def check(
-    generated: Annotated[str, typer.Argument(help="The folder that `generate` made.")],
-    annotations: Annotated[str, typer.Option(help="The annotations that it was made from.")],
+    generated: Annotated[str, typer.Argument(help="The folder of `generate`.")],
+    annotations: Annotated[str, typer.Option(help="The annotations that `generate` used.")],
     out: Out,
     prompts: Prompts = None,
     config: Annotated[str | None, typer.Option(help="YAML: limits, duplicate_from, unsafe, language, things.")] = None,
@@ -148,7 +148,7 @@ def page(
     checked: Annotated[str, typer.Argument(help="The folder that `check` made.")],
     media_root: Annotated[str, typer.Option(help="Folder that media paths are relative to.")],
     out: Annotated[str, typer.Option(help="The HTML file.")],
-    annotations: Annotated[str | None, typer.Option(help="Shows what each writer knew.")] = None,
+    annotations: Annotated[str | None, typer.Option(help="Also show each sample's description.")] = None,
     accepted: int = 40,
     rejected: int = 20,
     seed: int = 0,

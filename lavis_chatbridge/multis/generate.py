@@ -33,14 +33,14 @@ _log = logging.getLogger(__name__)
 
 
 class GenerateSettings(Settings):
-    """Where to ask, for what, and how fast."""
+    """Server, requests and limits of a generation."""
 
     model: str
     """The model's name at the server."""
     base_url: str | None = None
     """The server, such as ``http://localhost:8000/v1``; null is OpenAI's own."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key."""
+    """Environment variable with the API key."""
     temperature: float = 0.7
     top_p: float = 1.0
     timeout: float = 120.0
@@ -48,25 +48,25 @@ class GenerateSettings(Settings):
     retries: int = 5
     """Attempts after the first one."""
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """The server's name for the longest answer; newer OpenAI models take the second."""
+    """The request's field for the answer's token limit; newer OpenAI models need the second."""
     extra_body: dict[str, Any] = {}
-    """Further fields of each request."""
+    """Additional fields of each request."""
     kinds: list[DataKind] = list(DATA_KINDS)
     counts: dict[DataKind, int] = {}
-    """Most requests of a kind, sampled by ``seed``; an absent kind takes all items."""
+    """Most requests per kind, sampled with ``seed``; an absent kind uses all items."""
     shots: int = 3
-    """Seed examples in a prompt."""
+    """Seed examples per prompt."""
     seed: int = 0
-    """Samples items and examples."""
+    """Seed for sampling items and examples."""
     concurrency: int = 16
     """Requests in flight."""
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    """Prompt (estimated) and longest answer together."""
+    """Counts the prompt (estimated) and the answer's token limit."""
     max_cost: float | None = None
     """US dollars, over all runs into the folder. A request that might exceed it is not sent."""
     stop_after: int = 20
-    """Failed requests in a row after which the run stops."""
+    """Number of consecutive failed requests after which the run stops."""
 
     def check(self) -> Iterator[str]:
         """Yield values out of range."""
@@ -91,14 +91,14 @@ class Price(Settings):
 
 
 def price_of(model: str, table: str | Path | None = None) -> Price:
-    """Look up the price of a model; the longest name of the table that the model's name begins with counts.
+    """Look up the price of a model: that of the longest name in the table that is a prefix of the model's name.
 
     Args:
         model: Its name.
         table: A YAML file ``name: {input: ..., output: ...}``; by default the package's own.
 
     Raises:
-        ConfigError: If the table has another form or no such model.
+        ConfigError: If the table is malformed or has no such model.
     """
     file = Path(table) if table else Path(__file__).with_name("prices.yaml")
     try:
@@ -119,7 +119,7 @@ def price_of(model: str, table: str | Path | None = None) -> Price:
 
 @dataclass(frozen=True)
 class Request:
-    """One chat to send. Its id is a hash of everything that shapes the answer."""
+    """One chat to send. Its id is a hash of everything that affects the answer."""
 
     id: str
     item: str
@@ -159,7 +159,7 @@ def plan(
     Args:
         annotations: Opens the annotations; called twice if ``options.counts`` limits a kind.
         book: Words the requests.
-        options: Kinds, counts, shots, seed; model and sampling are part of a request's identity.
+        options: Kinds, counts, shots, seed; model and sampling affect the requests' ids.
     """
     chosen = {kind: _sampled(annotations(), kind, count, options.seed) for kind, count in options.counts.items()}
     for annotation in annotations():
@@ -179,7 +179,7 @@ def _sampled(annotations: Iterable[Annotation], kind: str, count: int, seed: int
 
 
 def read_answers(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the answers in a generation's folder, each request once; a line that a kill cut short is skipped."""
+    """Yield the answers in a generation's folder, each request once; a partial line of a killed run is skipped."""
     file = Path(folder) / ANSWERS
     seen: set[str] = set()
     for _, line in read_lines(file) if file.is_file() else ():
@@ -194,7 +194,7 @@ def read_answers(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the requests without an answer would cost."""
+    """The estimated cost of the requests without an answer."""
 
     requests: int
     known: int
@@ -203,13 +203,13 @@ class Estimate:
     cost: float
     """US dollars, expected."""
     bound: float
-    """US dollars if every prompt and answer had its greatest length."""
+    """US dollars if every prompt and answer had its maximum length."""
     spent: float
     """US dollars, so far."""
 
 
 def estimate(requests: Iterable[Request], book: PromptBook, price: Price, folder: str | Path) -> Estimate:
-    """Estimate the cost of a generation without sending a request; answers are taken as long as the seed examples."""
+    """Estimate the cost of a generation without sending a request, with answers as long as the seed examples."""
     before = {record["id"]: record["cost"] for record in read_answers(folder)}
     known = prompt = 0
     count, completion, bound = 0, 0.0, 0.0
@@ -230,13 +230,13 @@ def generate(requests: Iterable[Request], folder: str | Path, price: Price, opti
     """Send every request that has no answer yet.
 
     Args:
-        requests: The whole plan.
+        requests: The complete plan.
         folder: Gets ``answers.jsonl``.
         price: Of the model.
         options: Server, limits, budget.
 
     Raises:
-        ChatBridgeError: If the server refuses the key or the model. The answers so far are in the folder.
+        ChatBridgeError: If the server rejects the key or the model; earlier answers are in the folder.
         DataError: If another process writes to the folder.
     """
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""One HTML page of checked samples with their media, to look at before training on them."""
+"""Writes an HTML page of checked samples with their media, for inspection before training."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def write_page(
     """Write the page.
 
     Args:
-        checked: The folder that ``multis check`` made.
+        checked: The folder of ``multis check``.
         media_root: Folder that media paths are relative to.
         out: The HTML file.
         accepted: Number of accepted samples, sampled by ``seed``.
         rejected: Number of rejected samples.
         seed: See ``accepted``.
-        annotations: Shows beside each sample the text that its writer had.
+        annotations: If given, each sample's description is also shown.
 
     Returns:
         Number of samples on the page.
 
     Raises:
-        DataError: If ``checked`` was not made by ``multis check``.
+        DataError: If ``checked`` is not an output of ``multis check``.
     """
     checked, rng = Path(checked), random.Random(seed)
     notes = {a.id: describe(a) for a in read_annotations(annotations)} if annotations else {}

@@ -1,7 +1,7 @@
 """Parse a language model's answer into questions and answers.
 
 Models follow the requested form (``Question: ...`` / ``Answer: ...``) loosely: numbered, bold, with other labels, or as
-JSON. An ambiguous answer is refused with a reason; nothing is guessed.
+JSON. An ambiguous answer is rejected with a reason; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_description(text: str) -> str:
         raise DataError("the answer is empty")
     labels = {mark["label"].lower() for mark in _LABEL.finditer(text)}
     if labels & set(_ASK):
-        raise DataError("questions and answers where a description was asked for")
+        raise DataError("questions and answers, expected a description")
     return text
 
 

@@ -55,7 +55,7 @@ class Things:
         self._longest = max(map(len, self._nodes), default=1)
 
     def mentions(self, text: str) -> list[tuple[str, int]]:
-        """Find every mention in a text as (name, offset). A longer name hides the names inside it."""
+        """Find every mention in a text as (name, offset). A name inside a longer name is not a mention."""
         words = list(_words(text))
         keys = [_singular(word) for word, _ in words]
         found = []
@@ -68,7 +68,7 @@ class Things:
         return found
 
     def support(self, text: str) -> set[str]:
-        """The names that an annotation's words support: those in it, their synonyms, and everything above them."""
+        """The names that an annotation's words support: those in it, their synonyms, and their ancestors."""
         supported: set[str] = set()
         words = [_singular(word) for word, _ in _words(text)]
         runs = {

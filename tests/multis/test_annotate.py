@@ -118,7 +118,7 @@ def test_imported_captions_go_to_the_frames_and_to_the_sounds(world: Path, tmp_p
 @pytest.mark.parametrize(
     ("form", "content", "message"),
     [
-        ("grit", [{"box": [1, 2, 3, 4]}], "names no view"),
+        ("grit", [{"box": [1, 2, 3, 4]}], "has no view name"),
         ("grit", {"clip": [{"text": "x", "box": [1, 2]}]}, "entry of 'clip' is not of the form 'grit'"),
         ("captions", {"clip": [7]}, "entry of 'clip' is not of the form 'captions'"),
     ],

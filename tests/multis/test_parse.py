@@ -71,7 +71,7 @@ def test_a_description_is_read_without_its_title(text: str) -> None:
     [
         (" \n", "the answer is empty"),
         ("Description:\n", "the answer is empty"),
-        ("Question: What is it?\nAnswer: A dog.", "questions and answers where a description was asked for"),
+        ("Question: What is it?\nAnswer: A dog.", "questions and answers, expected a description"),
     ],
 )
 def test_what_is_no_description_is_refused(text: str, message: str) -> None:

@@ -1,6 +1,6 @@
-"""The prompts that ask a language model for chat data: instructions, and worked examples written for this package.
+"""Prompts for generating chat data: instructions, and worked examples written for this package.
 
-``kinds.yaml`` holds the instructions, ``seeds/`` the examples. A folder with the same layout replaces both. This module
+``kinds.yaml`` has the instructions, ``seeds/`` the examples. A folder with the same layout replaces both. This module
 words requests; it does not send them.
 """
 
@@ -30,7 +30,7 @@ class Pair(Settings):
 
 
 class Seed(Settings):
-    """A worked example: notes about an item, and what may be written from them, per kind."""
+    """A worked example: notes about an item, and an answer per kind."""
 
     annotation: dict[str, Any]
     conversation: list[Pair] | None = None
@@ -38,7 +38,7 @@ class Seed(Settings):
     reasoning: Pair | None = None
 
     def answer(self, kind: DataKind) -> str | None:
-        """The answer in the form that the instruction asks for, or None if the example has none of ``kind``."""
+        """The example's answer of ``kind`` in the requested form, or None."""
         if kind == "detail":
             return self.detail
         pairs = (self.conversation or []) if kind == "conversation" else [self.reasoning] if self.reasoning else []
@@ -89,7 +89,7 @@ class PromptBook:
             raise ConfigError(f"{self.folder}: expected at least {MIN_SEEDS} seed examples; {'; '.join(short)}")
 
     def max_tokens(self, kind: DataKind) -> int:
-        """The longest answer of this kind in tokens."""
+        """Token limit of answers of this kind."""
         return self._kinds.kinds[kind].max_tokens
 
     def examples(self, kind: str, modality: str) -> list[tuple[str, str]]:
@@ -102,9 +102,9 @@ class PromptBook:
         """The chat messages that ask for data of ``kind`` about one item.
 
         Args:
-            kind: What to ask for.
+            kind: The requested kind.
             annotation: The item.
-            shots: Examples in front of it, sampled by the item's id and ``seed``.
+            shots: Number of examples before it, sampled by the item's id and ``seed``.
             seed: See ``shots``.
         """
         modality = annotation.modality
@@ -119,7 +119,7 @@ class PromptBook:
         return [*messages, {"role": "user", "content": describe(annotation)}]
 
     def question(self, kind: DataKind, modality: MediaKind, item: str) -> str:
-        """The question in front of an answer that comes without one (detailed descriptions), fixed for each item."""
+        """The question for an answer without one (detailed descriptions); always the same for an item."""
         questions = (self._kinds.kinds[kind].questions or {}).get(modality)
         if not questions:
             raise ConfigError(f"{self.folder / 'kinds.yaml'}: kinds.{kind}.questions.{modality} is missing")
