@@ -58,11 +58,11 @@ demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(CORES) projects/toyworld/demo.py $(DEMO)
 
 # what is named otherwise in the oldest transformers than in the newest: a language model's keys and values
-CACHE_TESTS = tests/models/test_families.py tests/models/test_templates.py tests/models/test_tokenizer.py tests/models/test_text.py
+OLDEST_TESTS = tests/models/test_families.py tests/models/test_templates.py tests/models/test_tokenizer.py tests/models/test_text.py tests/hf/test_hf.py
 
 test: install $(COMPAT_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(COMPAT) EXPECTED_TRANSFORMERS=4.57.6 $(BIN)/python -m pytest tests/compat457 $(CACHE_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(COMPAT) EXPECTED_TRANSFORMERS=4.57.6 $(BIN)/python -m pytest tests/compat457 $(OLDEST_TESTS)
 
 # lmms-eval's many dependencies stay out of .venv: its own environment looks into .venv for what is there already (torch above
 # all, and this package), and holds the rest. lmms-eval 0.7.3 imports a module that filelock 4 no longer has.
