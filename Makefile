@@ -57,7 +57,7 @@ $(COMPAT_INSTALLED): Makefile | $(INSTALLED)
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(CORES) projects/toyworld/demo.py $(DEMO)
 
-# what is named otherwise in the oldest transformers than in the newest: a language model's keys and values
+# What also runs on the oldest transformers: everything that differs between its versions.
 OLDEST_TESTS = tests/models/test_families.py tests/models/test_templates.py tests/models/test_tokenizer.py tests/models/test_text.py tests/hf/test_hf.py
 
 test: install $(COMPAT_INSTALLED)
