@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lavis_chatbridge.chat.session import Session
     from lavis_chatbridge.models.sampling import Sampling
 
-_MODULES = {
+_HOMES = {
     "chat.conversation": ("ChatMessage", "Conversation", "Medium"),
     "chat.engine": ("Answer", "Engine", "Reply"),
     "chat.loading": ("load_model",),
@@ -24,7 +24,6 @@ _MODULES = {
     "chat.session": ("Session",),
     "models.sampling": ("Sampling",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Answer",
@@ -43,6 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lavis_chatbridge.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"lavis_chatbridge.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,9 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -18,12 +18,13 @@ from lavis_chatbridge.files import append_lines, hash_of, hash_of_file, read_lin
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.conversation import Conversation
-    from lavis_chatbridge.chat.engine import Answer, Engine
+    from lavis_chatbridge.chat.engine import Engine, Reply
     from lavis_chatbridge.models.sampling import Sampling
 
+Question: TypeAlias = "tuple[Any, Conversation]"
+"""The id of a line, and what it asks."""
 _KEYS = ("id", "text", "images", "videos", "audios", "media", "turns", "messages")
 _IGNORED = ("source", "task", "style", "answers", "facts", "held_out", "meta", "captions")
-_MEDIA = ("images", "videos", "audios")
 
 
 def command(
@@ -56,19 +57,38 @@ def command(
     )
     if (not words and not (image or video or audio)) == (jsonl is None):
         raise ConfigError('ask needs either a question, ask "what is it?" a.png, or --jsonl IN OUT')
-    given = [("image", file) for file in image] + [("video", file) for file in video]
-    given += [("audio", file) for file in audio]
-    engines = _Engines(model, options, template, engine, max_context)
+    given = [(name, file) for name, listed in (("image", image), ("video", video), ("audio", audio)) for file in listed]
+    hear_videos = not no_video_sound
+
+    def opened(place: str) -> Engine:
+        return loading.open_engine(model, options, place, template, engine, max_context=max_context, keep=0)
+
     if jsonl is not None:
         if words or given:
             raise ConfigError("with --jsonl, questions and media are in the lines of the file")
+        places = _devices(devices, device)
+        settings = [model, options, template, max_context, sampling.model_dump(), system, hear_videos]
+        questions = list(read_questions(jsonl[0], system, hear_videos))
         return _answer_file(
-            *jsonl, engines, _devices(devices, device), batch_size, sampling, system, not no_video_sound
+            *jsonl,
+            questions,
+            settings,
+            lambda rest: _answers(rest, [opened(place) for place in places], batch_size, sampling),
         )
     if devices:
         raise ConfigError("--devices is for --jsonl: one question is answered on one --device")
     text, media = _question(words, given)
-    _answer_one(engines, device, text, media, sampling, system, not no_video_sound, as_json)
+    from lavis_chatbridge.chat.conversation import Conversation
+    from lavis_chatbridge.chat.media import media_of
+
+    asked = Conversation(system=system).asking(text, media_of(media=media, hear_videos=hear_videos))
+    reply = opened(device).reply(asked, sampling)
+    for piece in reply:
+        if not as_json:
+            print(piece, end="", flush=True)
+    for warning in reply.answer.warnings:
+        print(f"{'' if as_json else chr(10)}warning: {warning}", file=sys.stderr)
+    print(json.dumps(reply.answer.to_record(), ensure_ascii=False) if as_json else "")
     return 0
 
 
@@ -99,68 +119,22 @@ def _question(words: Sequence[str], given: Sequence[tuple[str, str]]) -> tuple[s
     return text.strip(), media
 
 
-class _Engines:
-    """Opens engines for a command's options."""
-
-    def __init__(
-        self, model: str, options: Sequence[str], template: str | None, url: str, max_context: int | None
-    ) -> None:
-        self.identity = [model, list(options), template, max_context]
-        self._model, self._options, self._template, self._url = model, options, template, url
-        self._max_context = max_context
-
-    def open(self, device: str) -> Engine:
-        """An engine with a model of its own."""
-        from lavis_chatbridge.chat.engine import Engine
-        from lavis_chatbridge.chat.media import MediaReader
-
-        model, processors = loading.load_model(self._model, self._options, device, self._url)
-        return Engine(model, MediaReader(model, processors), self._template, max_context=self._max_context, keep=0)
-
-
-def _answer_one(
-    engines: _Engines,
-    device: str,
-    text: str,
-    media: list[tuple[Any, Any]],
-    sampling: Sampling,
-    system: str,
-    hear_videos: bool,
-    as_json: bool,
-) -> None:
-    from lavis_chatbridge.chat.conversation import Conversation
-    from lavis_chatbridge.chat.media import media_of
-
-    asked = Conversation(system=system).asking(text, media_of(media=media, hear_videos=hear_videos))
-    reply = engines.open(device).reply(asked, sampling)
-    for piece in reply:
-        if not as_json:
-            print(piece, end="", flush=True)
-    for warning in reply.answer.warnings:
-        print(f"{'' if as_json else chr(10)}warning: {warning}", file=sys.stderr)
-    print(json.dumps(reply.answer.to_record(), ensure_ascii=False) if as_json else "")
-
-
 def _answer_file(
     source: Path,
     target: Path,
-    engines: _Engines,
-    devices: Sequence[str],
-    batch_size: int,
-    sampling: Sampling,
-    system: str,
-    hear_videos: bool,
+    questions: Sequence[Question],
+    settings: Sequence[Any],
+    answers: Callable[[Sequence[Question]], Iterator[dict[str, Any]]],
 ) -> int:
-    questions = list(read_questions(source, system, hear_videos))
+    """Write ``target``, whose complete answers an interrupted run with these ``settings`` may have left."""
     try:
-        settings = [*engines.identity, sampling.model_dump(), system, hear_videos]
         part = target.with_name(f".{target.name}.{hash_of(hash_of_file(source), *settings)[:12]}.part")
         target.parent.mkdir(parents=True, exist_ok=True)
         done = [json.loads(line) for line in _complete_lines(part)]
         if done:
             print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
         faults = sum("error" in record for record in done)
-        for record in _answers(questions[len(done) :], engines, devices, batch_size, sampling):
+        for record in answers(questions[len(done) :]):
             faults += "error" in record
             append_lines(part, [json.dumps(record, ensure_ascii=False)])
         part.touch()
@@ -172,26 +146,21 @@ def _answer_file(
 
 
 def _answers(
-    questions: Sequence[tuple[Any, Conversation]],
-    engines: _Engines,
-    devices: Sequence[str],
-    batch_size: int,
-    sampling: Sampling,
+    questions: Sequence[Question], engines: Sequence[Engine], batch_size: int, sampling: Sampling
 ) -> Iterator[dict[str, Any]]:
     """Answers in the order of the questions; ``batch_size`` of them are under way on each device."""
-    opened = [engines.open(device) for device in devices] if questions else []
-    running: deque[tuple[Any, Any]] = deque()
+    running: deque[tuple[Any, Reply]] = deque()
     for number, (name, conversation) in enumerate(questions):
-        running.append((name, opened[number % len(opened)].reply(conversation, sampling)))
-        if len(running) >= batch_size * len(opened):
+        running.append((name, engines[number % len(engines)].reply(conversation, sampling)))
+        if len(running) >= batch_size * len(engines):
             yield _record(*running.popleft())
     while running:
         yield _record(*running.popleft())
 
 
-def _record(name: Any, reply: Any) -> dict[str, Any]:
+def _record(name: Any, reply: Reply) -> dict[str, Any]:
     try:
-        answer: Answer = reply.answer
+        answer = reply.answer
     except ChatBridgeError as error:
         return {"id": name, "error": " ".join(str(error).split())}
     record: dict[str, Any] = {"id": name, "answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
@@ -199,7 +168,7 @@ def _record(name: Any, reply: Any) -> dict[str, Any]:
     return record | ({"media": media} if media else {}) | ({"warnings": answer.warnings} if answer.warnings else {})
 
 
-def read_questions(path: Path, system: str = "", hear_videos: bool = True) -> Iterator[tuple[Any, Conversation]]:
+def read_questions(path: Path, system: str = "", hear_videos: bool = True) -> Iterator[Question]:
     """The questions of a JSONL file with their ids; docs/chat.md has the form of a line.
 
     Raises:
@@ -236,17 +205,15 @@ def _conversation(record: Mapping[str, Any], where: str, folder: Path, system: s
         except (DataError, TypeError) as error:
             raise DataError(f"{where}: {error}") from error
     if "text" in record:
-        listed = {key: record.get(key, []) for key in _MEDIA}
-        wrong = [
-            key
-            for key, paths in listed.items()
-            if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths)
-        ]
-        if wrong or not isinstance(record["text"], str):
-            raise DataError(f"{where}: {wrong[0]!r} is not a list of paths" if wrong else f"{where}: 'text' is no text")
-        images, videos, audios = ([root / path for path in listed[key]] for key in _MEDIA)
-        media = media_of(images, videos, audios, hear_videos=hear)
-        return Conversation(system=system).asking(record["text"], media)
+        if not isinstance(record["text"], str):
+            raise DataError(f"{where}: 'text' is no text")
+        listed: dict[str, Any] = {}
+        for key in ("images", "videos", "audios"):
+            paths = record.get(key, [])
+            if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+                raise DataError(f"{where}: {key!r} is not a list of paths")
+            listed[key] = [root / path for path in paths]
+        return Conversation(system=system).asking(record["text"], media_of(**listed, hear_videos=hear))
     sample = parse_record({"id": where, **record}, where, str(root), allow_outside=True)
     files = iter(sample.media)
     result = Conversation(system=system)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from lavis_chatbridge.chat.sources import ANY_FILE, Access, open_url
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import PRIVATE, write_text
 from lavis_chatbridge.media.audio import rated
-from lavis_chatbridge.media.image import upright
+from lavis_chatbridge.media.image import open_image, upright
 from lavis_chatbridge.media.source import Sound, media_errors
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import Modality
@@ -41,6 +42,8 @@ _TYPES: dict[str, Modality] = {
     "input_audio": "audio",
 }
 _TEXT_TYPES = ("text", "input_text", "output_text")
+_FRAMES = "data:video/jpeg;base64,"
+"""vLLM's URL of a video: frames behind it, separated by commas."""
 _NUMPY = "data:application/x-npy;base64,"
 
 
@@ -50,14 +53,15 @@ class Medium:
 
     Args:
         modality: ``"image"``, ``"video"`` or ``"audio"``.
-        source: A path, the bytes of a file, an array, a Pillow image, or samples with their rate in Hz.
+        source: A path, the bytes of a file, an array, samples with their rate in Hz, a Pillow image (which becomes the
+            bytes of a file), or a list of images (which becomes an array, ``[T, H, W, 3]``).
         name: Shown to users; made from the source if empty.
         track: It is the sound track of the video before it, and may be missing.
         perceived: Its soft tokens, once the model has seen it.
     """
 
     modality: Modality
-    source: Sound
+    source: Sound | list[Any]
     name: str = ""
     track: bool = False
     perceived: Perceived | None = field(default=None, repr=False)
@@ -65,6 +69,11 @@ class Medium:
     def __post_init__(self) -> None:
         if not self.name:
             self.name = f"{_name(self.source)}'s sound track" if self.track else _name(self.source)
+        if isinstance(self.source, Image.Image):
+            self.source = _picture_file(self.source, animated=self.modality == "video")
+        elif isinstance(self.source, list):
+            frames = [Image.fromarray(open_image(frame)) for frame in self.source]
+            self.source = np.stack([np.asarray(frame.resize(frames[0].size)) for frame in frames])
 
     @property
     def reached(self) -> bool:
@@ -113,9 +122,8 @@ class Conversation:
             MediaError: If a Pillow image can no longer be read.
         """
         folder = os.path.abspath(Path(path).parent)
-        content = {"format": FORMAT, "version": VERSION, **settings, "messages": self.to_openai(folder)}
         try:
-            write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n", mode=PRIVATE)
+            write_text(Path(path), self.to_json(folder, **settings), mode=PRIVATE)
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -141,6 +149,11 @@ class Conversation:
         known = ("format", "version", "messages")
         return read, {key: str(value) for key, value in content.items() if key not in known}
 
+    def to_json(self, folder: str = "", **settings: str) -> str:
+        """What `save` writes."""
+        content = {"format": FORMAT, "version": VERSION, **settings, "messages": self.to_openai(folder)}
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
     def to_openai(self, folder: str = "") -> list[dict[str, Any]]:
         """The messages in OpenAI's form; files below ``folder`` get paths relative to it."""
         front = [{"role": "system", "content": self.system}] if self.system else []
@@ -158,8 +171,7 @@ class Conversation:
     ) -> Conversation:
         """Read messages in OpenAI's form, whose roles then alternate.
 
-        System messages at the start become the system prompt, later ones a part of the next user's message. Neighbours
-        of one role are joined, and an empty user's message is added where the assistant begins.
+        System messages at the start become the system prompt, later ones a part of the next user's message; see `add`.
 
         Args:
             messages: See docs/chat.md for the parts that a message may have.
@@ -172,13 +184,14 @@ class Conversation:
             DataError: If a message has another form. Its first word is the position, as ``messages[0].content[1]``.
             MediaError: If a URL cannot be opened. Its ``source`` is the position.
         """
-        brought = sum(_brings(part) for entry in messages for part in _parts(entry))
+        read = [_read(entry, f"messages[{number}]") for number, entry in enumerate(messages)]
+        brought = sum(len(part.urls) for _, parts in read for part in parts)
         if most_media is not None and brought > most_media:
             raise DataError(f"messages bring {brought} media, the limit is {most_media}")
         result, late = cls(), list[str]()
-        for number, entry in enumerate(messages):
-            where = f"messages[{number}]"
-            message = _read(entry, where, access or Access(), folder, hear_videos)
+        for message, parts in read:
+            media = [medium for part in parts for medium in part.open(access or Access(), folder, hear_videos)]
+            message = replace(message, media=tuple(media))
             if message.role in ("system", "developer"):
                 late.append(message.text)
                 if not result.messages:
@@ -187,33 +200,54 @@ class Conversation:
             if message.role == "user" and late:
                 message = replace(message, text="\n".join(filter(None, (*late, message.text))))
                 late = []
-            result._append(message)
+            result.add(message)
         if late:
-            result._append(ChatMessage("user", "\n".join(late)))
+            result.add(ChatMessage("user", "\n".join(late)))
         return result
 
-    def _append(self, message: ChatMessage) -> None:
+    def add(self, message: ChatMessage) -> None:
+        """Add a message; roles alternate: neighbours of one role are joined, and the user begins."""
         last = self.messages[-1] if self.messages else ChatMessage("assistant", "")
-        if self.messages and last.role == message.role:
-            text = "\n".join(filter(None, (last.text, message.text)))
-            self.messages[-1] = ChatMessage(message.role, text, (*last.media, *message.media))
-        elif last.role == message.role:
+        if last.role != message.role:
+            self.messages.append(message)
+        elif not self.messages:
             self.messages += [ChatMessage("user", ""), message]
         else:
-            self.messages.append(message)
+            text = "\n".join(filter(None, (last.text, message.text)))
+            self.messages[-1] = ChatMessage(message.role, text, (*last.media, *message.media))
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """A medium of a message in OpenAI's form; several URLs are the frames of a video."""
 
+    where: str
     modality: Modality
     urls: tuple[str, ...]
-    rate: float | None = None
-    name: str = ""
-    heard: bool | None = None
+    rate: Any
+    name: str
+    heard: bool | None
+
+    def open(self, access: Access, folder: Path, hear_videos: bool) -> list[Medium]:
+        """The medium, and a video's sound track."""
+        opened = [self._opened(url, access, folder) for url in self.urls]
+        source: Any = opened[0] if len(opened) == 1 else opened
+        if isinstance(source, np.ndarray) and isinstance(self.rate, (int, float)):
+            source = (source, float(self.rate))
+        name = self.name or self.where
+        media = [Medium(self.modality, source, name)]
+        if self.modality == "video" and (hear_videos if self.heard is None else self.heard) and len(opened) == 1:
+            media.append(Medium("audio", source, f"{name}'s sound track", track=True))
+        return media
+
+    def _opened(self, url: str, access: Access, folder: Path) -> Path | bytes | np.ndarray:
+        content = open_url(url, self.where, access, folder)
+        if not url.startswith(_NUMPY) or not isinstance(content, bytes):
+            return content
+        with media_errors(self.where):
+            return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def read_part(part: Any, where: str) -> str | Part:
+def _read_part(part: Any, where: str) -> str | _Part:
     """One part of a message's content: a text, or a medium.
 
     Raises:
@@ -234,38 +268,18 @@ def read_part(part: Any, where: str) -> str | Part:
     held = part.get(kind, part.get("image_url" if kind == "input_image" else "input_audio"))
     if isinstance(held, Mapping):
         held = held.get("url", held.get("data"))
-    urls = _frames_of(held) if _TYPES[kind] == "video" else (held,)
+    urls = tuple(held) if isinstance(held, list) and _TYPES[kind] == "video" else (held,)
+    if isinstance(held, str) and held.startswith(_FRAMES) and _TYPES[kind] == "video":
+        urls = tuple(f"data:image/jpeg;base64,{frame}" for frame in held.removeprefix(_FRAMES).split(","))
     if kind == "input_audio" and isinstance(held, str) and held[:5].lower() != "data:":
         urls = (f"data:;base64,{held}",)
     if not urls or not all(isinstance(url, str) and url for url in urls):
         raise DataError(f"{where}.{kind} is {held!r:.60}, expected a URL")
-    rate = part.get("rate")
-    rate = float(rate) if isinstance(rate, (int, float)) else None
-    return Part(_TYPES[kind], urls, rate, str(part.get("name", "")), part.get("heard"))  # type: ignore[arg-type]
+    return _Part(where, _TYPES[kind], urls, part.get("rate"), str(part.get("name", "")), part.get("heard"))
 
 
-def _frames_of(held: Any) -> tuple[Any, ...]:
-    """The URLs of a video: one file, or several frames as a list or as vLLM's ``data:video/jpeg;base64,A,B``."""
-    if isinstance(held, str) and held.startswith("data:video/jpeg;base64,"):
-        return tuple(f"data:image/jpeg;base64,{frame}" for frame in held.split(",")[1:])
-    return tuple(held) if isinstance(held, list) else (held,)
-
-
-def _parts(entry: Any) -> list[Any]:
-    content = entry.get("content") if isinstance(entry, Mapping) else None
-    return content if isinstance(content, list) else []
-
-
-def _brings(part: Any) -> int:
-    """The number of files that a part names; one that is not readable is refused later."""
-    try:
-        read = read_part(part, "")
-    except DataError:
-        return 0
-    return 0 if isinstance(read, str) else len(read.urls)
-
-
-def _read(entry: Any, where: str, access: Access, folder: Path, hear_videos: bool) -> ChatMessage:
+def _read(entry: Any, where: str) -> tuple[ChatMessage, list[_Part]]:
+    """A message without its media, and these."""
     if not isinstance(entry, Mapping) or entry.get("role") not in ROLES:
         role = entry.get("role") if isinstance(entry, Mapping) else entry
         raise DataError(f"{where}.role is {role!r:.60}, expected {', '.join(ROLES)}")
@@ -274,42 +288,14 @@ def _read(entry: Any, where: str, access: Access, folder: Path, hear_videos: boo
         content = ""
     if not isinstance(content, (str, list)):
         raise DataError(f"{where}.content is {content!r:.60}, expected a text or a list of parts")
-    texts: list[str] = []
-    media: list[Medium] = []
-    for number, part in enumerate([content] if isinstance(content, str) else content):
-        place = f"{where}.content[{number}]"
-        read = read_part(part, place)
-        if isinstance(read, str):
-            texts.append(read)
-        elif role != "user":
-            raise DataError(f"{place} is a medium, which only a user's message may have")
-        else:
-            media += _open(read, place, access, folder, hear_videos)
+    places = enumerate([content] if isinstance(content, str) else content)
+    read = [_read_part(part, f"{where}.content[{number}]") for number, part in places]
+    media = [part for part in read if isinstance(part, _Part)]
+    if media and role != "user":
+        raise DataError(f"{media[0].where} is a medium, which only a user's message may have")
     ids = entry.get("tokens")
     known = tuple(ids) if isinstance(ids, list) and all(type(token) is int for token in ids) else None
-    return ChatMessage(role, "\n".join(filter(None, texts)), tuple(media), known)
-
-
-def _open(part: Part, where: str, access: Access, folder: Path, hear_videos: bool) -> list[Medium]:
-    opened = [_opened(url, where, access, folder) for url in part.urls]
-    source: Any = opened[0] if len(opened) == 1 and part.modality != "image" else opened
-    if isinstance(source, list) and len(source) == 1:
-        source = source[0]
-    if isinstance(source, np.ndarray) and part.rate is not None:
-        source = (source, part.rate)
-    name = part.name or where
-    media = [Medium(part.modality, source, name)]
-    if part.modality == "video" and (hear_videos if part.heard is None else part.heard) and len(opened) == 1:
-        media.append(Medium("audio", source, f"{name}'s sound track", track=True))
-    return media
-
-
-def _opened(url: str, where: str, access: Access, folder: Path) -> Path | bytes | np.ndarray:
-    content = open_url(url, where, access, folder)
-    if not url.startswith(_NUMPY) or not isinstance(content, bytes):
-        return content
-    with media_errors(where):
-        return np.load(io.BytesIO(content), allow_pickle=False)
+    return ChatMessage(role, "\n".join(part for part in read if isinstance(part, str) and part), (), known), media
 
 
 def _record(message: ChatMessage, folder: str) -> dict[str, Any]:
@@ -337,40 +323,33 @@ def _url(medium: Medium, folder: str) -> tuple[str, float | None]:
         return f"file:{urllib.parse.quote(path)}", None
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"data:;base64,{_packed(bytes(source))}", None
-    if isinstance(source, np.ndarray):
-        file = io.BytesIO()
-        np.save(file, source, allow_pickle=False)
-        return _NUMPY + _packed(file.getvalue()), None if rate is None else float(rate)
-    return f"data:;base64,{_packed(_picture_file(source, animated=medium.modality == 'video'))}", None
+    file = io.BytesIO()
+    np.save(file, source, allow_pickle=False)
+    return _NUMPY + _packed(file.getvalue()), None if rate is None else float(rate)
 
 
-def _picture_file(image: Any, animated: bool) -> bytes:
+def _picture_file(image: Image.Image, animated: bool) -> bytes:
     """A Pillow image of any mode as a file that opens to the same pixels.
 
     Several frames make a TIFF: Pillow joins equal frames of an animated PNG.
     """
     file = io.BytesIO()
     with media_errors(image):
-        shown = image.tell()
+        shown, frames = image.tell(), []
         try:
-            frames = _frames(image) if animated else [upright(image)]
+            for number in range(getattr(image, "n_frames", 1) if animated else 1):
+                if animated:
+                    image.seek(number)
+                frames.append(upright(image).copy())
         finally:
             image.seek(shown)
         if len(frames) == 1:
-            frames[0].save(file, "PNG")
+            frames[0].save(file, "PNG", compress_level=1)
         else:
+            mode = "RGBA" if any(frame.mode == "RGBA" for frame in frames) else "RGB"
+            frames = [frame.convert(mode) for frame in frames]
             frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate")
     return file.getvalue()
-
-
-def _frames(image: Any) -> list[Any]:
-    """All frames of a Pillow image, in one mode."""
-    frames = []
-    for number in range(getattr(image, "n_frames", 1)):
-        image.seek(number)
-        frames.append(upright(image.copy()))
-    transparent = any(frame.mode == "RGBA" for frame in frames)
-    return [frame.convert("RGBA") for frame in frames] if transparent else frames
 
 
 def _packed(content: bytes) -> str:

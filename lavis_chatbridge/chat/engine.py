@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
 from lavis_chatbridge.chat.media import MediaNote, MediaReader, note_of
 from lavis_chatbridge.errors import ChatBridgeError, PromptError
 from lavis_chatbridge.models import families
@@ -30,9 +30,11 @@ from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.templates import Template, load_template
 from lavis_chatbridge.models.text import TextStream
-from lavis_chatbridge.prompting import Modality, Slot, slots_of
+from lavis_chatbridge.prompting import Modality, slots_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
 log = logging.getLogger(__name__)
@@ -78,8 +80,8 @@ class Answer:
     turn: int
     dropped: int
     first_token_seconds: float
-    ids: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
-    logprobs: tuple[TokenLogprob, ...] = dataclasses.field(default=(), repr=False)
+    ids: tuple[int, ...] | None = field(default=None, repr=False)
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return self.text
@@ -96,10 +98,8 @@ class Answer:
 
     def to_record(self) -> dict[str, Any]:
         """The answer as plain data for JSON."""
-        left = ("ids", "logprobs")
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in left} | {
-            "warnings": list(self.warnings)
-        }
+        record = {**dataclasses.asdict(self), "warnings": list(self.warnings)}
+        return {key: value for key, value in record.items() if key not in ("ids", "logprobs")}
 
 
 @dataclass
@@ -107,7 +107,7 @@ class _Prompt:
     """A conversation in positions: the messages that fit, and what each position holds."""
 
     elements: list[Element]
-    media: list[Medium]
+    soft: dict[str, Tensor]
     notes: tuple[MediaNote, ...]
     turn: int
     dropped: int
@@ -291,11 +291,6 @@ class Engine:
         self._preparers.shutdown(wait=False, cancel_futures=True)
         self._senders.shutdown(wait=False, cancel_futures=True)
 
-    def release(self) -> None:
-        """Free the keys and values of earlier conversations."""
-        with self._lock:
-            self._prefixes = []
-
     def _prepare(self, reply: Reply) -> None:
         try:
             if reply.cancelled:
@@ -303,26 +298,14 @@ class Engine:
             prompt = reply.prompt = self._worded(reply.asked, reply.sampling.max_new_tokens)
             room = self.max_context - len(prompt.elements)
             sampling = reply.sampling.model_copy(update={"max_new_tokens": min(reply.sampling.max_new_tokens, room)})
-            reply.generation = Generation(
-                prompt.elements,
-                {
-                    m.perceived.key: m.perceived.soft
-                    for m in prompt.media
-                    if m.perceived and m.perceived.soft is not None
-                },
-                Prefix(),
-                TextStream(
-                    self.codec,
-                    (*(() if sampling.ignore_eos else prompt.stops), *sampling.stop),
-                    sampling.min_new_tokens,
-                ),
-                prompt.end_ids,
-                sampling,
-            )
-            reply.generation.started = reply.started
+            stops = (*(() if sampling.ignore_eos else prompt.stops), *sampling.stop)
+            stream = TextStream(self.codec, stops, sampling.min_new_tokens)
+            generation = Generation(prompt.elements, prompt.soft, Prefix(), stream, prompt.end_ids, sampling)
+            generation.started = reply.started
+            reply.generation = generation
             reply.prepared.set_result(None)
             if reply.cancelled:  # between the two lines above
-                reply.generation.cancel()
+                generation.cancel()
             if isinstance(self.model.llama_model, RemoteLanguageModel):
                 self._senders.submit(self._send, reply)
             else:
@@ -335,23 +318,21 @@ class Engine:
         """The positions of as many of the last messages as fit beside ``room`` new tokens."""
         template = self.load_template(asked.system if isinstance(asked, Conversation) else "")
         if not isinstance(asked, Conversation):
-            ids = self.codec.encode(asked) if isinstance(asked, str) else list(asked)
-            front = [] if self.codec.bos_id is None or not isinstance(asked, str) else [self.codec.bos_id]
-            self._check_length([*front, *ids])
-            return _Prompt([*front, *ids], [], (), 0, 0, (), template.end_ids)
+            front = [self.codec.bos_id] if isinstance(asked, str) and self.codec.bos_id is not None else []
+            ids: list[Element] = [*front, *(self.codec.encode(asked) if isinstance(asked, str) else asked)]
+            self._check_length(ids)
+            return _Prompt(ids, {}, (), 0, 0, (), template.end_ids)
         messages = asked.messages
         _check_order(messages)
         self.reader.read([medium for message in messages for medium in message.media])
         for start in range(0, len(messages), 2):
-            window = messages[start:]
-            media = [medium for message in window for medium in message.media if medium.reached]
-            elements = self._elements(template, window, media)
+            elements, soft = self._elements(template, messages[start:])
             last = start == len(messages) - 1
             if len(elements) + (1 if last else room) <= self.max_context:
-                notes = tuple(note_of(m, i) for i in range(start, len(messages)) for m in messages[i].media)
-                return _Prompt(elements, media, notes, len(messages) - 1, start, template.stops, template.end_ids)
+                break
         self._check_length(elements)
-        raise AssertionError("the last message alone fits or is refused")
+        notes = tuple(note_of(m, i) for i in range(start, len(messages)) for m in messages[i].media)
+        return _Prompt(elements, soft, notes, len(messages) - 1, start, template.stops, template.end_ids)
 
     def _check_length(self, elements: Sequence[Element]) -> None:
         if len(elements) >= self.max_context:
@@ -360,18 +341,16 @@ class Engine:
                 "answer: shorten the text or give fewer media"
             )
 
-    def _elements(self, template: Template, window: Sequence[ChatMessage], media: Sequence[Medium]) -> list[Element]:
-        by_modality: dict[Modality, list[Medium]] = {}
-        for medium in media:
-            by_modality.setdefault(medium.modality, []).append(medium)
+    def _elements(self, template: Template, window: Sequence[ChatMessage]) -> tuple[list[Element], dict[str, Tensor]]:
+        """The positions of messages, and the soft tokens in them by their key."""
         pieces = template.prompt([message.worded for message in window], generate=True)
-        found: dict[Slot, tuple[str, int]] = {}
-        for slot in slots_of(pieces):
-            seen = by_modality[slot.kind][slot.index].perceived
-            assert seen is not None
-            assert seen.soft is not None
-            found[slot] = (seen.key, len(seen.soft))
-        return elements_of(pieces, found, self.codec)
+        seen: dict[Modality, list[tuple[str, Tensor]]] = {}
+        for medium in (medium for message in window for medium in message.media):
+            if medium.perceived is not None and medium.perceived.soft is not None:
+                seen.setdefault(medium.modality, []).append((medium.perceived.key, medium.perceived.soft))
+        found = {slot: seen[slot.kind][slot.index] for slot in slots_of(pieces)}
+        lengths = {slot: (key, len(soft)) for slot, (key, soft) in found.items()}
+        return elements_of(pieces, lengths, self.codec), dict(found.values())
 
     def _wake(self) -> None:
         """Start the generating thread unless it runs."""
@@ -394,15 +373,13 @@ class Engine:
             self.steps, self.rows = self.steps + 1, self.rows + len(self._active)
             try:
                 texts = {id(generation): text for generation, text in decoder.step()}
+                for reply in self._active:
+                    self._send_text(reply, texts.get(id(reply.generation), ""))
             except Exception as error:
                 log.exception("generation failed; %d replies are lost", len(self._active))
                 decoder = Decoder(self.model.llama_model)
                 for reply in self._active:
                     reply.fail(error)
-                self._active = []
-                continue
-            for reply in self._active:
-                self._send_text(reply, texts.get(id(reply.generation), ""))
             self._active = [reply for reply in self._active if not reply.done]
 
     def _arrivals(self) -> list[Reply]:
@@ -449,12 +426,11 @@ class Engine:
         generation = reply.generation
         assert generation is not None
         try:
-            text = generation.end("cancelled") if generation.cancelled else ""
-            if not generation.done:
-                for text in self.model.llama_model.run(generation):
-                    if not generation.done:
-                        reply.send(text)
-            reply.send(text)
+            if generation.cancelled:
+                reply.send(generation.end("cancelled"))
+                return
+            for text in self.model.llama_model.run(generation):
+                reply.send(text)
         except Exception as error:
             reply.fail(error)
 

@@ -14,6 +14,7 @@ from lavis_chatbridge.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from lavis_chatbridge.chat.engine import Engine
     from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.models.sampling import Sampling
 
@@ -87,6 +88,22 @@ def load_model(
     preprocess: Any = OmegaConf.to_container(config.get("preprocess") or OmegaConf.create({}), resolve=True)
     processors = load_processors(preprocess)
     return ChatBridge.from_config(config.model).to(place).eval(), processors
+
+
+def open_engine(
+    model: str,
+    options: Sequence[str] = (),
+    device: str = "auto",
+    template: str | None = None,
+    engine: str = "",
+    **settings: Any,
+) -> Engine:
+    """An engine with a model of its own, by a command's options; ``settings`` are those of `Engine`."""
+    from lavis_chatbridge.chat.engine import Engine
+    from lavis_chatbridge.chat.media import MediaReader
+
+    built, processors = load_model(model, options, device, engine)
+    return Engine(built, MediaReader(built, processors), template, **settings)
 
 
 def default_processors(model: ChatBridge) -> dict[str, dict[str, Any]]:

@@ -11,13 +11,13 @@ import hashlib
 import io
 import numbers
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from lavis_chatbridge.chat.conversation import Medium
@@ -25,7 +25,6 @@ from lavis_chatbridge.chat.sources import Access, open_url
 from lavis_chatbridge.errors import MediaError, TooShortError
 from lavis_chatbridge.media import Sound, Source, has_audio_track
 from lavis_chatbridge.media.audio import rated
-from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.media.source import file_of, is_file, media_errors
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.fbank import MEAN, STD
@@ -43,6 +42,7 @@ Pairs: TypeAlias = "Sequence[tuple[Modality, Sound]] | tuple[Modality, Sound]"
 
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
 """The filterbank of a silent sound has no value above this: its samples stay below the rounding of 16 bits."""
+_REMEMBERED = 64  # media
 NO_TRACK = "the video has no audio track"
 SILENT = "it is silent"
 SILENT_TRACK = "the video's audio track is silent"
@@ -128,7 +128,8 @@ def media_of(
 def _listed(modality: Modality, sources: Any) -> list[Any]:
     """Media of one modality, a single one as a list of one."""
     with_rate = isinstance(sources, tuple) and any(isinstance(part, numbers.Real) for part in sources)
-    if with_rate or is_file(sources) or _is_array(sources) or _is_pillow(sources) or hasattr(sources, "read"):
+    single = isinstance(sources, (np.ndarray, Tensor, Image)) or is_file(sources) or hasattr(sources, "read")
+    if single or with_rate:
         return [sources]
     if isinstance(sources, Mapping) or not isinstance(sources, Iterable):
         found = type(sources).__name__
@@ -138,7 +139,8 @@ def _listed(modality: Modality, sources: Any) -> list[Any]:
             f"one or a list of them, not a {found}",
         )
     listed = list(sources)
-    return [listed] if modality == "video" and listed and all(map(_is_still, listed)) else listed
+    still = [isinstance(one, Image) and getattr(one, "n_frames", 1) == 1 for one in listed]
+    return [listed] if modality == "video" and listed and all(still) else listed
 
 
 def _pairs(media: Any) -> list[tuple[Modality, Any]]:
@@ -157,8 +159,6 @@ def _plain(source: Any, access: Access) -> Any:
     """A source in a form that `media` opens: file objects and URLs as bytes, tensors as arrays."""
     if isinstance(source, str) and source.partition(":")[0].lower() in ("http", "https", "data"):
         return open_url(source, source[:60], access)
-    if _is_pillow(source) or isinstance(source, np.ndarray):
-        return source
     if hasattr(source, "read"):
         content = source.read()
         if not isinstance(content, bytes):
@@ -182,21 +182,17 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 class MediaReader:
-    """Opens and perceives media, and remembers the last ones by their content.
-
-    Several conversations, and several threads, may share one.
+    """Opens and perceives media, and remembers the last ones by their content. Several threads may share one.
 
     Args:
         model: The ChatBridge.
         processors: As `processors.load_processors` gives them.
-        capacity: How many media are remembered.
     """
 
-    def __init__(self, model: ChatBridge, processors: Mapping[str, Mapping[str, Any]], capacity: int = 64) -> None:
+    def __init__(self, model: ChatBridge, processors: Mapping[str, Mapping[str, Any]]) -> None:
         self._model = model
         self.processors = {modality: processors[modality]["eval"] for modality in MODALITIES}
-        self._capacity = capacity
-        self._known: OrderedDict[str, Perceived] = OrderedDict()
+        self._known: dict[str, Perceived] = {}
         self._lock = threading.Lock()
 
     def read(self, media: Sequence[Medium]) -> None:
@@ -209,19 +205,13 @@ class MediaReader:
         for medium in media:
             if medium.perceived is not None:
                 continue
-            if isinstance(medium.source, list):
-                medium.source = _stacked(medium.source)
-            # The hash of a Pillow image is that of its prepared pixels: palette, EXIF and frames count.
-            early = self._prepare(medium) if _is_pillow(medium.source) and not medium.track else None
-            key = self._key(medium, None if early is None else early[0])
-            medium.perceived = self._remembered(key)
+            version = getattr(self.processors[medium.modality], "version", "")
+            key = f"{medium.modality}/{medium.track}/{version}/{_hash(medium.source)}"
+            medium.perceived = self._known.get(key)
             if medium.perceived is None:
-                try:
-                    prepared, warnings = early or self._prepare(medium)
-                except TooShortError as error:
-                    medium.perceived = self._remember(Perceived(key, None, (error.cause,)))
-                except _NothingToHear as error:
-                    medium.perceived = self._remember(Perceived(key, None, (str(error),)))
+                prepared, warnings = self._prepare(medium)
+                if prepared is None:
+                    medium.perceived = self._remember(Perceived(key, None, warnings))
                 else:
                     todo.setdefault(medium.modality, []).append((medium, key, prepared, warnings))
         for modality, entries in todo.items():
@@ -237,58 +227,31 @@ class MediaReader:
         return [soft.to(dtype) for soft in self._model.perceive_media(modality, encoded)]
 
     def _prepare(self, medium: Medium) -> tuple[Any, tuple[str, ...]]:
+        """What the encoder takes (None if there is nothing that it could take), and warnings."""
         processor = self.processors[medium.modality]
         try:
             prepared = processor(medium.source)
-        except TooShortError:
-            raise
+        except TooShortError as error:
+            return None, (error.cause,)
         except MediaError as error:
             if not medium.track:
                 raise MediaError(medium.name, error.cause.replace(error.source, medium.name)) from error
-            if not processor.opener(has_audio_track, medium.source, limits=processor.limits):
-                raise _NothingToHear(NO_TRACK) from error
-            raise _NothingToHear(f"the video's audio track cannot be read: {error.cause}") from error
-        silent = isinstance(prepared, AudioClips) and _is_silent(prepared)
-        if silent and medium.track:
-            raise _NothingToHear(SILENT_TRACK)
-        return prepared, (SILENT,) if silent else ()
-
-    def _key(self, medium: Medium, prepared: Tensor | None) -> str:
-        version = getattr(self.processors[medium.modality], "version", "")
-        if prepared is not None:
-            content = f"prepared {_hash(prepared.numpy())}"
-        else:  # a Pillow image has no sound track
-            content = "picture" if _is_pillow(medium.source) else _hash(medium.source)
-        return f"{medium.modality}/{medium.track}/{version}/{content}"
-
-    def _remembered(self, key: str) -> Perceived | None:
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
+            heard = processor.opener(has_audio_track, medium.source, limits=processor.limits)
+            return None, (f"the video's audio track cannot be read: {error.cause}" if heard else NO_TRACK,)
+        if not isinstance(prepared, AudioClips) or not _is_silent(prepared):
+            return prepared, ()
+        return (None, (SILENT_TRACK,)) if medium.track else (prepared, (SILENT,))
 
     def _remember(self, perceived: Perceived) -> Perceived:
         with self._lock:
             self._known[perceived.key] = perceived
-            while len(self._known) > self._capacity:
-                self._known.popitem(last=False)
+            while len(self._known) > _REMEMBERED:
+                del self._known[next(iter(self._known))]
         return perceived
-
-
-class _NothingToHear(Exception):
-    """A video's own sound track has nothing for the model."""
 
 
 def _is_silent(clips: AudioClips) -> bool:
     return all(bool((bank[: int(n)] <= SILENCE).all()) for bank, n in zip(clips.fbank, clips.frames, strict=True))
-
-
-def _stacked(frames: Sequence[Any]) -> np.ndarray:
-    """Still pictures as the frames of one video ``[T, H, W, 3]``, in the size of the first one."""
-    from PIL import Image
-
-    opened = [Image.fromarray(open_image(frame)) for frame in frames]
-    return np.stack([np.asarray(frame.resize(opened[0].size)) for frame in opened])
 
 
 def _hash(source: Any) -> str:
@@ -308,15 +271,3 @@ def _hash(source: Any) -> str:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _is_array(source: Any) -> bool:
-    return isinstance(source, (np.ndarray, Tensor))
-
-
-def _is_pillow(source: Any) -> bool:
-    return hasattr(source, "tobytes") and hasattr(source, "mode")
-
-
-def _is_still(source: Any) -> bool:
-    return _is_pillow(source) and getattr(source, "n_frames", 1) == 1

@@ -7,23 +7,27 @@ import html
 import io
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
+from PIL import Image
+
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.chat.engine import Answer, Engine, Reply
 from lavis_chatbridge.chat.loading import default_processors, load_model
 from lavis_chatbridge.chat.media import Images, MediaReader, Pairs, Sounds, media_of
 from lavis_chatbridge.chat.sources import Access
 from lavis_chatbridge.config import parse, unknown_key
-from lavis_chatbridge.errors import ConfigError, PromptError
+from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
+from lavis_chatbridge.media import open_image
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.text import text_of
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
+    from lavis_chatbridge.models.tokenizer import Codec
 
 _THUMBNAIL = (160, 160)  # pixels of an image in a notebook
 
@@ -95,16 +99,16 @@ class Session:
         return cls(built, processors, template, **settings)
 
     def __repr__(self) -> str:
-        messages, medium = self.messages, "media" if len(self._media()) != 1 else "medium"
+        messages = self.messages
         asked = f", last: {messages[-1].text[:40]!r}" if messages else ""
-        name = self.model.settings.model_type
-        return f"<Session with {name}: {len(messages)} messages, {len(self._media())} {medium}{asked}>"
+        media = sum(not medium.track for message in messages for medium in message.media)
+        return f"<Session with {self.model.settings.model_type}: {len(messages)} messages, {media} media{asked}>"
 
     def _repr_html_(self) -> str:
         """The conversation in a notebook, with its pictures."""
         rows = []
         for message in self.messages:
-            media = "".join(_shown(medium.modality, medium.source, medium.name) for medium in message.media)
+            media = "".join(map(_shown, message.media))
             rows.append(f"<p><b>{message.role}</b>: {html.escape(message.text)}<br>{media}</p>")
         return "".join(rows) or "<p>(empty conversation)</p>"
 
@@ -230,10 +234,6 @@ class Session:
         with self._settled():
             self._conversation.messages = []
 
-    def release(self) -> None:
-        """Free the memory of keys and values; the next question reads the conversation again."""
-        self.engine.release()
-
     def save(self, path: str | Path) -> None:
         """Write the conversation to a JSON file.
 
@@ -294,9 +294,6 @@ class Session:
             raise ConfigError("stop is a list of texts")
         return parse(Sampling, {**self.sampling.model_dump(), **given}, "sampling")
 
-    def _media(self) -> list[Any]:
-        return [medium for message in self.messages for medium in message.media if not medium.track]
-
 
 def _whole(reply: Reply) -> Answer:
     try:
@@ -311,30 +308,22 @@ def _check_text(text: Any) -> None:
         raise PromptError(f"a question is a text, found {text!r:.80}; media are given as images=, videos=, audios=")
 
 
-def _known_ids(message: ChatMessage, codec: Any, stops: Sequence[str]) -> ChatMessage:
+def _known_ids(message: ChatMessage, codec: Codec, stops: Sequence[str]) -> ChatMessage:
     """A message without its token ids if another tokenizer made them."""
-    if message.ids is None:
-        return message
-    valid = all(0 <= token < len(codec) for token in message.ids)
-    same = valid and text_of(codec, message.ids, stops) == message.text
+    valid = message.ids is not None and all(0 <= token < len(codec) for token in message.ids)
+    same = valid and text_of(codec, message.ids or (), stops) == message.text
     return message if same else replace(message, ids=None)
 
 
-def _shown(modality: str, source: Any, name: str) -> str:
+def _shown(medium: Medium) -> str:
     """A medium in a notebook: a small picture, or its name."""
-    from PIL import Image
-
-    from lavis_chatbridge.errors import MediaError
-    from lavis_chatbridge.media import open_image
-
-    if modality == "image":
-        try:
-            picture = Image.fromarray(open_image(source))
+    name = html.escape(medium.name)
+    if medium.modality == "image":
+        with suppress(MediaError):
+            picture = Image.fromarray(open_image(medium.source))  # type: ignore[arg-type]
             picture.thumbnail(_THUMBNAIL)
             file = io.BytesIO()
             picture.save(file, "PNG")
-        except MediaError:
-            return f"[{html.escape(name)}] "
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        return f'<img src="{url}" alt="{html.escape(name)}"> '
-    return f"[{modality}: {html.escape(name)}] "
+            content = base64.b64encode(file.getvalue()).decode()
+            return f'<img src="data:image/png;base64,{content}" alt="{name}"> '
+    return f"[{medium.modality}: {name}] "

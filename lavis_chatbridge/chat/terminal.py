@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PROMPT = "you> "
 _SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_beams", "seed")
+_ATTACHING = ("image", "video", "audio")
 _COMMANDS = {
     "image": "FILE...  attach images to the next question (a path inside a question is attached too)",
     "video": "FILE...  attach videos, which are heard with their sound",
@@ -70,24 +71,16 @@ def command(
     sampling = loading.sampling_of(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed, stop=stop
     )
-    given = [(name, file) for name, listed in (("image", image), ("video", video), ("audio", audio)) for file in listed]
-    given += [("", file) for file in files]
+    listed = (("image", image), ("video", video), ("audio", audio), ("", files))
+    given = [(modality, file) for modality, of_it in listed for file in of_it]
     for _, file in given:
         _found(file)
     from rich.console import Console
 
     from lavis_chatbridge.chat.session import Session
 
-    built, processors = loading.load_model(model, options, device, engine)
-    session = Session(
-        built,
-        processors,
-        template,
-        system=system,
-        hear_videos=not no_video_sound,
-        max_context=max_context,
-        sampling=sampling,
-    )
+    own = loading.open_engine(model, options, device, template, engine, max_context=max_context)
+    session = Session(own.model, system=system, hear_videos=not no_video_sound, sampling=sampling, engine=own)
     if load is not None:
         session.load(load)
     terminal = Terminal(session, Console(highlight=False))
@@ -116,9 +109,9 @@ class Terminal:
             if words in ("/quit", "/exit"):
                 return
             try:
-                name = words[1:].partition(" ")[0]
-                if words.startswith("/") and "/" not in name and not os.path.isfile(words.partition(" ")[0]):
-                    self._command(name, words[1:].partition(" ")[2].strip())
+                head, _, rest = words.partition(" ")
+                if head.startswith("/") and "/" not in head[1:] and not os.path.isfile(head):
+                    self._command(head[1:], rest.strip())
                 elif words:
                     self._ask(words)
             except ChatBridgeError as error:
@@ -150,26 +143,25 @@ class Terminal:
         if name not in _COMMANDS and len(near) != 1:
             raise ConfigError(f"unknown command /{name}; /help lists them")
         name = name if name in _COMMANDS else near[0]
-        if name in ("image", "video", "audio"):
-            try:
-                words = shlex.split(rest)
-            except ValueError as error:
-                raise ConfigError(f"/{name}: {error}") from error
-            if not words:
-                raise ConfigError(f"/{name} needs a file")
-            for word in words:
-                self.attach(word, name)
-        else:
+        if name in (*_ATTACHING, "save", "load") and not rest:
+            raise ConfigError(f"/{name} needs a file")
+        if name not in _ATTACHING:
             getattr(self, f"_{name}")(rest)
+            return
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise ConfigError(f"/{name}: {error}") from error
+        for word in words:
+            self.attach(word, name)
 
     def _ask(self, line: str) -> None:
         text, files = _split(line)
         for file in files:
             self.attach(file)
-        if not text and files:
-            return  # files alone wait for their question
-        self._show(lambda: self.session.stream(text, media=self.attached))
-        self.attached = []
+        if text or not files:  # files alone wait for their question
+            self._show(lambda: self.session.stream(text, media=self.attached))
+            self.attached = []
 
     def _show(self, begin: Any) -> None:
         """Print an answer as it comes; Ctrl-C ends it and keeps its text."""
@@ -184,15 +176,14 @@ class Terminal:
         except KeyboardInterrupt:
             self.session.cancel()
             raise PromptError("stopped before the answer began; the question is not part of the conversation") from None
-        shown = text
         try:
             if not self.console.is_terminal:
                 self.console.print(_harmless(text + "".join(stream)), markup=False, soft_wrap=True)
             else:
-                with Live(Markdown(_harmless(shown)), console=self.console, refresh_per_second=12) as live:
+                with Live(Markdown(_harmless(text)), console=self.console, refresh_per_second=12) as live:
                     for piece in stream:
-                        shown += piece
-                        live.update(Markdown(_harmless(shown)))
+                        text += piece
+                        live.update(Markdown(_harmless(text)))
         except KeyboardInterrupt:
             stream.cancel()
         self._report(stream, before)
@@ -219,10 +210,9 @@ class Terminal:
 
     def _edit(self, rest: str) -> None:
         number, _, text = rest.partition(" ")
-        count = (len(self.session.messages) + 1) // 2
-        asked = count
-        if number.isdecimal() and len(number) < 10 and text.strip():
-            asked, rest = int(number), text.strip()
+        asked = count = (len(self.session.messages) + 1) // 2
+        if number.isdecimal() and text.strip():
+            asked, rest = int(number[:9]), text.strip()
         if not rest:
             raise ConfigError("/edit needs the new text: /edit TEXT, or /edit N TEXT for question N")
         if not 1 <= asked <= count:
@@ -254,14 +244,10 @@ class Terminal:
         self.say("\n".join(f"  {known} {getattr(self.session.sampling, known)}" for known in _SETTINGS))
 
     def _save(self, rest: str) -> None:
-        if not rest:
-            raise ConfigError("/save needs a file")
         self.session.save(os.path.expanduser(rest))
         self.say(f"  saved to {rest}")
 
     def _load(self, rest: str) -> None:
-        if not rest:
-            raise ConfigError("/load needs a file")
         self.session.load(os.path.expanduser(rest))
         self._history("")
 
@@ -279,9 +265,8 @@ def _found(word: str) -> list[str]:
     Raises:
         ConfigError: If there is none.
     """
-    path = (
-        urllib.parse.unquote(word.removeprefix("file://")) if word.startswith("file://") else os.path.expanduser(word)
-    )
+    plain = urllib.parse.unquote(word.removeprefix("file://")) if word.startswith("file://") else word
+    path = os.path.expanduser(plain)
     found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
     if not found:
         raise ConfigError(f"there is no file {word}")

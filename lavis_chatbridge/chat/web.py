@@ -6,7 +6,6 @@ policy lets the browser load nothing from elsewhere. Uploads lie in a temporary 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -194,14 +193,11 @@ class Page:
 
     def export(self, history: list[dict[str, Any]], system: str) -> str:
         """The conversation as JSON that `Session.load` and ``/load`` read, media inside."""
-        from lavis_chatbridge.chat.conversation import FORMAT, VERSION
-
         conversation = conversation_of(history, system, hear=True)
         for message in conversation.messages:
             for medium in message.media:
                 medium.source = Path(medium.source).read_bytes()  # type: ignore[arg-type]
-        content = {"format": FORMAT, "version": VERSION, "template": self.engine.template}
-        return json.dumps({**content, "messages": conversation.to_openai()}, ensure_ascii=False, indent=1)
+        return conversation.to_json(template=self.engine.template)
 
 
 def conversation_of(history: Sequence[dict[str, Any]], system: str, hear: bool) -> Conversation:
@@ -220,13 +216,7 @@ def conversation_of(history: Sequence[dict[str, Any]], system: str, hear: bool) 
         parts = _parts(message)
         text = "\n".join(part for part in parts if isinstance(part, str))
         files = [(modality_of(part["path"]), part["path"]) for part in parts if isinstance(part, dict)]
-        if result.messages and result.messages[-1].role == message["role"]:
-            last = result.messages.pop()
-            text = "\n".join(filter(None, (last.text, text)))
-            media = (*last.media, *media_of(media=files, hear_videos=hear))
-        else:
-            media = tuple(media_of(media=files, hear_videos=hear))
-        result.messages.append(ChatMessage(message["role"], text, media))
+        result.add(ChatMessage(message["role"], text, tuple(media_of(media=files, hear_videos=hear))))
     return result
 
 
@@ -245,26 +235,19 @@ def _notes(answer: Answer) -> list[dict[str, Any]]:
     """What the user should know about an answer, as one folded message."""
     own = [note for note in answer.media if note.turn == answer.turn]
     reached = [f"{note.modality} {note.name}" for note in own if note.reached]
-    lines = [
-        *answer.warnings,
-        *(["The answer was cut off at the limit of tokens."] if answer.finish == "length" else []),
-    ]
+    lines = [*answer.warnings]
+    if answer.finish == "length":
+        lines.append("The answer was cut off at the limit of tokens.")
     if not reached and not lines:
         return []
-    title = f"{_NOTE}: {', '.join(reached) or 'no medium'}"
-    return [
-        {
-            "role": "assistant",
-            "content": "\n".join(lines) or "Every medium reached the model.",
-            "metadata": {"title": title},
-        }
-    ]
+    metadata = {"title": f"{_NOTE}: {', '.join(reached) or 'no medium'}"}
+    content = "\n".join(lines) or "Every medium reached the model."
+    return [{"role": "assistant", "content": content, "metadata": metadata}]
 
 
 def _told(error: ChatBridgeError) -> str:
     """A fault for the page, which names no folder."""
-    words = [os.path.basename(word) if word.startswith("/") else word for word in str(error).split()]
-    return " ".join(words)
+    return " ".join(os.path.basename(word) if word.startswith("/") else word for word in str(error).split())
 
 
 def build_blocks(page: Page, examples: bool = True, knows: str = "") -> Any:
@@ -463,12 +446,7 @@ def command(
     password_file: Annotated[
         str, typer.Option(help="NAME:PASSWORD, one a line; needed if others reach the page.")
     ] = "",
-    max_medium: server.MaxMedium = 64,
-    max_seconds: server.MaxSeconds = 600,
-    max_pixels: server.MaxPixels = 40_000_000,
-    decode_workers: server.DecodeWorkers = server.WORKERS,
-    decode_memory: server.DecodeMemory = 2048,
-    decode_seconds: server.DecodeSeconds = 60,
+    max_medium: Annotated[float, typer.Option(help="MiB of one medium.")] = 64,
     no_examples: Annotated[bool, typer.Option("--no-examples", help="Leave out the tiny model's examples.")] = False,
 ) -> None:
     """Show the page until interrupted."""
@@ -483,13 +461,8 @@ def command(
             import uvicorn
         except ModuleNotFoundError as error:
             raise MissingExtraError(str(error.name), "web", "chatbridge web") from error
-        from lavis_chatbridge.chat.engine import Engine
-        from lavis_chatbridge.chat.media import MediaReader
-
         line = server.listen(host, port)
-        built, processors = loading.load_model(model, options, device, engine)
-        server.narrow(processors, max_seconds, max_pixels)
-        own = Engine(built, MediaReader(built, processors), template)
+        own = loading.open_engine(model, options, device, template, engine)
         name = Path(model).stem
         page = Page(own, f"ChatBridge {name}")
         app = build_app(
@@ -501,7 +474,7 @@ def command(
             knows=KNOWS.get(name, ""),
         )
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-        with server.decoding(processors, decode_workers, decode_memory, decode_seconds), closing(own):
+        with server.decoding(own), closing(own):
             line.listen()
             print(f"open {server.address_of(line)} in a browser", flush=True)
             uvicorn.Server(config).run(sockets=[line])
@@ -515,18 +488,12 @@ def quiet_gradio(uploads: str) -> None:
 
 
 def passwords(file: str) -> list[tuple[str, str]]:
-    """Names and passwords of a file.
+    """Names and passwords of a file; none without a file.
 
     Raises:
-        ConfigError: If it cannot be read, or holds none.
+        ConfigError: If it cannot be read, or a line has another form.
     """
-    if not file:
-        return []
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the passwords in {file}: {error}") from error
-    found = [line.partition(":") for line in lines if line.strip() and not line.startswith("#")]
-    if not found or not all(name and password for name, _, password in found):
+    found = [line.partition(":") for line in (server.lines_of(file) if file else ())]
+    if not all(name and password for name, _, password in found):
         raise ConfigError(f"{file}: expected NAME:PASSWORD in every line")
     return [(name, password) for name, _, password in found]

@@ -17,10 +17,11 @@ import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import httpx
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +30,6 @@ from lavis_chatbridge.models.decoding import Generation, TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
 
 if TYPE_CHECKING:
-    import httpx
-
     from lavis_chatbridge.models.tokenizer import Codec
 
 log = logging.getLogger(__name__)
@@ -54,8 +53,6 @@ class Client:
     """
 
     def __init__(self, url: str, width: int) -> None:
-        import httpx
-
         self.url, self.width = url.rstrip("/"), width
         key = os.environ.get(KEY)
         self._http = httpx.Client(
@@ -72,11 +69,17 @@ class Client:
         Raises:
             EngineError: If it does not answer, or serves another language model.
         """
-        found = self._request("GET", "/models")
         try:
-            served = found["data"][0]
+            response = self._http.get(f"{self.url}/models")
+            if response.status_code != 200:
+                self._refuse(response)
+            served = response.json()["data"][0]
             self._model, most = str(served["id"]), served.get("max_model_len")
-        except (KeyError, IndexError, TypeError):
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise EngineError(
+                f"no engine answers at {self.url} ({error}): start it with 'vllm serve FOLDER --enable-prompt-embeds'"
+            ) from error
+        except (ValueError, KeyError, IndexError, TypeError):
             raise EngineError(f"{self.url}/models does not list a model: is it a vLLM server?") from None
         self._check_tokens(codec)
         list(self.tokens(torch.zeros(1, self.width), Sampling(max_new_tokens=1), (), ()))
@@ -106,7 +109,7 @@ class Client:
                 break
             chunk = json.loads(line)
             if "error" in chunk:
-                self._refuse(chunk)
+                raise EngineError(f"the engine at {self.url} refuses: {chunk['error']}")
             for choice in chunk.get("choices", ()):
                 yield from self._tokens_of(choice)
         if not complete:
@@ -127,9 +130,7 @@ class Client:
 
     def _lines(self, body: dict[str, Any]) -> Iterator[str]:
         """The data of the server's events; a request that has had no answer yet is repeated."""
-        import httpx
-
-        begun, wait = False, _FIRST_WAIT
+        begun = False
         for attempt in range(1, _RETRIES + 1):
             try:
                 with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
@@ -137,7 +138,7 @@ class Client:
                         raise httpx.ConnectError(f"status {response.status_code}")
                     if response.status_code != 200:
                         response.read()
-                        self._refuse(_json(response), response.status_code)
+                        self._refuse(response)
                     for line in response.iter_lines():
                         if line.startswith("data: "):
                             begun = True
@@ -148,43 +149,26 @@ class Client:
                     raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
                 if attempt == _RETRIES:
                     raise EngineError(f"no engine answers at {self.url}: {error}") from error
-                time.sleep(wait)
-                wait *= 2
-
-    def _request(self, method: str, path: str, **more: Any) -> Any:
-        import httpx
-
-        try:
-            response = self._http.request(method, f"{self.url}{path}", **more)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise EngineError(
-                f"no engine answers at {self.url} ({error}): start it with 'vllm serve FOLDER --enable-prompt-embeds'"
-            ) from error
-        if response.status_code != 200:
-            self._refuse(_json(response), response.status_code)
-        return _json(response)
+                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
 
     def _check_tokens(self, codec: Codec) -> None:
         """Compare the server's tokenizer with ours, if it shows it."""
-        import httpx
-
-        root = self.url.removesuffix("/v1")
         asked = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
         try:
-            response = self._http.post(f"{root}/tokenize", json=asked)
-            found = response.json()["tokens"] if response.status_code == 200 else None
+            found = self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json=asked).json()["tokens"]
         except (httpx.TransportError, ValueError, KeyError, TypeError):
             return
-        if found is not None and found != codec.encode(_PROBE):
+        if found != codec.encode(_PROBE):
             raise EngineError(
                 f"the engine at {self.url} serves {self._model}, whose tokenizer gives other ids than "
                 "model.language_model: both must be of the same folder"
             )
 
-    def _refuse(self, answer: Any, status: int = 400) -> NoReturn:
+    def _refuse(self, response: httpx.Response) -> NoReturn:
         """Raise what a refusal means."""
-        error = answer.get("error", answer) if isinstance(answer, dict) else answer
-        said = str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+        status, said = response.status_code, response.text[:500]
+        with suppress(ValueError, KeyError, TypeError):
+            said = str(response.json()["error"]["message"])[:500]
         lower = said.lower()
         if "enable-prompt-embeds" in lower:
             said = "it takes no embeddings: start it with 'vllm serve FOLDER --enable-prompt-embeds'"
@@ -279,17 +263,14 @@ def _embedding_table(folder: Path) -> Tensor:
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    files = {"model.safetensors"}
     if index.is_file():
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [file for name, file in weight_map.items() if name in _TABLES]
-    for file in files:
-        if not (folder / file).is_file():
-            continue
-        with safe_open(folder / file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if name in _TABLES:
-                    return opened.get_tensor(name)
+        files = {file for name, file in weight_map.items() if name in _TABLES}
+    for file in filter(Path.is_file, (folder / file for file in files)):
+        with safe_open(file, framework="pt") as opened:
+            for name in set(_TABLES).intersection(opened.keys()):
+                return opened.get_tensor(name)
     raise CheckpointError(
         f"{folder} has no embedding table ({_TABLES[0]}) in safetensors, which a remote engine needs: convert its "
         "weights with save_pretrained"
@@ -337,10 +318,3 @@ def _packed(embeds: Tensor) -> str:
     file = io.BytesIO()
     torch.save(embeds.detach().cpu().contiguous().clone(), file)
     return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _json(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError:
-        return {"message": f"status {response.status_code}: {response.text[:200]}"}

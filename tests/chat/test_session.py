@@ -73,13 +73,9 @@ def test_one_turn_is_what_the_model_generates(model: Any):
     processor = building.processors()["image"]["eval"]
     answer = talk.ask("What is it?", images=[picture()])
     pieces = chat_prompt([Message("user", "What is it?", ("image",))], generate=True)
-    (expected,) = model.generate({"image": [[processor(picture())]], "pieces": [pieces]}, max_length=12, bos=True)
-    assert answer.text == expected
-    searched = talk.regenerate(num_beams=3)
-    (expected,) = model.generate(
-        {"image": [[processor(picture())]], "pieces": [pieces]}, max_length=12, bos=True, num_beams=3
-    )
-    assert searched.text == expected
+    samples = {"image": [[processor(picture())]], "pieces": [pieces]}
+    assert [answer.text] == model.generate(samples, max_length=12, bos=True)
+    assert [talk.regenerate(num_beams=3).text] == model.generate(samples, max_length=12, bos=True, num_beams=3)
 
 
 def test_answers_together_equal_answers_alone(model: Any):
@@ -153,23 +149,13 @@ def test_seeds(model: Any):
     assert len(talk.messages) == 2
 
 
-def test_a_stream_gives_the_answer_piece_by_piece(model: Any):
-    whole = session(model).ask("What is it?")
-    talk = session(model)
-    stream = talk.stream("What is it?")
-    pieces = list(stream)
-    assert "".join(pieces) == stream.answer.text == whole.text
-    assert len(pieces) > 3
-    assert len(talk.messages) == 2
-
-
 ENDLESS: dict[str, Any] = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0, "seed": 2}
 
 
 def test_a_stream_can_be_stopped_and_what_came_stays(model: Any):
     talk = session(model)
     stream = talk.stream("What is it?", **ENDLESS)
-    began = next(stream)
+    began = next(stream) + next(stream)
     talk.cancel()
     assert stream.answer.finish == "cancelled"
     assert stream.answer.text.startswith(began)
@@ -188,20 +174,6 @@ def test_a_forgotten_stream_does_not_block_the_session(model: Any):
     next(talk.stream("What is it?", **ENDLESS))
     assert talk.ask("And?").turn == 2
     assert talk.messages[1].text != ""
-
-
-def test_sessions_of_several_threads_share_a_model(model: Any):
-    expected = [session(model).ask(f"Question {i}?").text for i in range(4)]
-    talks = [session(model) for _ in range(4)]
-    found: dict[int, str] = {}
-    threads = [
-        threading.Thread(target=lambda i=i: found.update({i: talks[i].ask(f"Question {i}?").text})) for i in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i] for i in range(4)] == expected
 
 
 def test_calls_of_one_session_wait_for_one_another(model: Any, monkeypatch: pytest.MonkeyPatch):
@@ -350,16 +322,6 @@ def test_a_videos_sound_can_be_switched_off(model: Any):
     assert heard.prompt_tokens > unheard.prompt_tokens + 3
 
 
-def test_a_medium_that_cannot_be_opened_leaves_the_session_as_it_was(model: Any, tmp_path: Path):
-    talk = session(model)
-    talk.ask("Hi.")
-    for broken in (tmp_path / "absent.png", b"no picture", np.zeros((3, 4, 5, 6, 7))):
-        with pytest.raises(MediaError):
-            talk.ask("And this?", images=[broken])
-    assert len(talk.messages) == 2
-    talk.ask("Still there?")
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -387,9 +349,12 @@ def test_stop_texts_of_the_caller(model: Any):
     assert talk.ask("And?").text == session(model, messages=talk.messages[:2]).ask("And?").text
 
 
-def test_a_failure_leaves_the_session_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_leaves_the_session_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     talk = session(model)
     before = talk.ask("Hi.")
+    for broken in (tmp_path / "absent.png", b"no picture", np.zeros((3, 4, 5, 6, 7))):
+        with pytest.raises(MediaError):
+            talk.ask("And this?", images=[broken])
 
     def out_of_memory(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
@@ -412,7 +377,7 @@ def test_the_settings_of_a_session_are_its_calls_defaults(model: Any):
 
 def test_how_it_shows_itself(model: Any):
     talk = session(model)
-    assert repr(talk) == "<Session with None: 0 messages, 0 media>" or "0 messages, 0 media" in repr(talk)
+    assert "0 messages, 0 media" in repr(talk)
     assert "empty" in talk._repr_html_()
     answer = talk.ask("What is <b>it</b>?", images=picture(), videos=video())
     assert str(answer) == answer.text

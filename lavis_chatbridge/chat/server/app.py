@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
+from itertools import product
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
@@ -29,8 +30,6 @@ from lavis_chatbridge.chat.server import requests
 from lavis_chatbridge.chat.server.requests import ChatRequest, RequestError, TextRequest
 from lavis_chatbridge.chat.sources import MEBIBYTE, Access, is_loopback, is_own_name
 from lavis_chatbridge.config import Settings
-from lavis_chatbridge.errors import EngineError, PromptError
-from lavis_chatbridge.models.sampling import Sampling
 
 log = logging.getLogger("chatbridge.serve")
 
@@ -107,11 +106,8 @@ class Meters:
 
     def count(self, answer: Answer, seconds: float) -> None:
         """Count a complete reply."""
-        for kind, number in (
-            ("prompt", answer.prompt_tokens),
-            ("reused", answer.reused_tokens),
-            ("generated", answer.tokens),
-        ):
+        numbers = {"prompt": answer.prompt_tokens, "reused": answer.reused_tokens, "generated": answer.tokens}
+        for kind, number in numbers.items():
             self.tokens.labels(kind).inc(number)
         self.seconds.observe(seconds)
 
@@ -133,9 +129,8 @@ def build_app(engine: Engine, settings: ServerSettings) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return _refusal(
-            RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"), request
-        )
+        said = f"{request.method} {request.url.path}: {error.detail}"
+        return _refusal(RequestError(error.status_code, said), request)
 
     @app.get("/health")
     async def health() -> Response:
@@ -155,9 +150,8 @@ def build_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         return JSONResponse(about)
 
     async def answered(request: Request, cls: type[Any]) -> Response:
-        exchange = _Exchange(request, engine, settings, meters)
         try:
-            return await exchange.answer(cls)
+            return await _Exchange(request, engine, settings, meters).answer(cls)
         except ClientDisconnect:
             return Response(status_code=499)
 
@@ -215,12 +209,13 @@ class _Gate:
 
 
 class _Exchange:
-    """One request and its reply."""
+    """One request and its replies."""
 
     def __init__(self, request: Request, engine: Engine, settings: ServerSettings, meters: Meters) -> None:
         self._request, self._engine, self._settings, self._meters = request, engine, settings, meters
         self._began = time.monotonic()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._answers: dict[int, Answer] = {}
 
     async def answer(self, cls: type[Any]) -> Response:
         """The whole answer, or the stream of one.
@@ -234,25 +229,19 @@ class _Exchange:
         body = await self._in_time(_body(self._request, self._settings.max_body))
         asked = await self._in_time(asyncio.to_thread(requests.read_request, cls, body))
         _check_model(asked.model or self._settings.name, self._settings)
-        replies = await self._begin(asked)
+        await self._begin(asked)
         response = requests.Response(self._settings.name, cls is ChatRequest, self._engine.codec)
-        first = await self._next()
+        events = self._events()
+        first = await anext(events)
         if asked.stream:
             usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-            stream = self._stream(response, len(replies), first, usage)
+            stream = self._stream(response, first, events, usage)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        answers: dict[int, Answer] = {}
-        while True:
-            index, event = first
-            if isinstance(event, Answer):
-                answers[index] = event
-                self._count(event)
-                if len(answers) == len(replies):
-                    break
-            first = await self._next()
-        return JSONResponse(response.whole([answers[i] for i in range(len(replies))]))
+        async for _ in events:
+            pass
+        return JSONResponse(response.whole(self._ordered()))
 
-    async def _begin(self, asked: ChatRequest | TextRequest) -> list[Reply]:
+    async def _begin(self, asked: ChatRequest | TextRequest) -> None:
         """Start every reply that the request asks for."""
         prompts: list[Asked]
         if isinstance(asked, ChatRequest):
@@ -260,49 +249,55 @@ class _Exchange:
             prompts = [await self._in_time(read)]
         else:
             prompts = list(asked.prompts)
-        samplings: list[Sampling] = asked.sampling(self._settings.max_new_tokens, asked.reported)
         loop = asyncio.get_running_loop()
         replies: list[Reply] = self._request.state.replies
-        for prompt in prompts:
-            for sampling in samplings:
+        for prompt, sampling in product(prompts, asked.sampling(self._settings.max_new_tokens, asked.reported)):
 
-                def deliver(event: Event, index: int = len(replies)) -> None:
-                    with suppress(RuntimeError):  # the server has ended: its loop is closed
-                        loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            def deliver(event: Event, index: int = len(replies)) -> None:
+                with suppress(RuntimeError):  # the server has ended: its loop is closed
+                    loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
-                try:
-                    replies.append(self._engine.reply(prompt, sampling, deliver))
-                except QueueFullError as error:
-                    raise RequestError(429, str(error), "queue_full", headers={"Retry-After": "1"}) from error
-        return replies
+            try:
+                replies.append(self._engine.reply(prompt, sampling, deliver))
+            except QueueFullError as error:
+                raise RequestError(429, str(error), "queue_full", headers={"Retry-After": "1"}) from error
+
+    async def _events(self) -> AsyncIterator[tuple[int, Event]]:
+        """What the replies deliver, with their numbers, until all are complete."""
+        while len(self._answers) < len(self._request.state.replies):
+            index, event = await self._next()
+            if isinstance(event, Answer):
+                self._answers[index] = event
+                self._meters.count(event, time.monotonic() - self._began)
+                said = f"{event.prompt_tokens} + {event.tokens} tokens, {len(event.media)} media"
+                self._request.state.said = said
+            yield index, event
 
     async def _stream(
-        self, response: requests.Response, count: int, first: tuple[int, Event], usage: bool
+        self,
+        response: requests.Response,
+        first: tuple[int, Event],
+        events: AsyncIterator[tuple[int, Event]],
+        usage: bool,
     ) -> AsyncIterator[bytes]:
         """The replies as server-sent events. A fault is an event too, since the status has been sent."""
-        answers: dict[int, Answer] = {}
         try:
-            for index in range(count):
+            for index in range(len(self._request.state.replies)):
                 yield response.opening(index)
-            while True:
-                index, event = first
-                if isinstance(event, Answer):
-                    answers[index] = event
-                    self._count(event)
-                    yield response.closing(index, event)
-                    if len(answers) == count:
-                        break
-                else:
-                    yield response.piece(index, str(event))
-                first = await self._next()
+            yield response.chunk(*first)
+            async for index, event in events:
+                yield response.chunk(index, event)
             if usage:
-                yield response.numbers([answers[i] for i in range(count)])
+                yield response.numbers(self._ordered())
         except RequestError as error:
             self._request.state.said = error.message
             yield requests.event(error.body())
         except ClientDisconnect:
             return
         yield requests.DONE
+
+    def _ordered(self) -> list[Answer]:
+        return [self._answers[i] for i in range(len(self._answers))]
 
     async def _next(self) -> tuple[int, Event]:
         """The next event of any reply.
@@ -313,7 +308,7 @@ class _Exchange:
         """
         while True:
             try:
-                index, event = await asyncio.wait_for(self._events.get(), min(self._left, _LOOK))
+                index, event = await asyncio.wait_for(self._queue.get(), min(self._left, _LOOK))
             except asyncio.TimeoutError:
                 if self._left == 0:
                     raise self._late() from None
@@ -338,20 +333,10 @@ class _Exchange:
         return RequestError(504, f"the request took longer than the limit of {self._settings.timeout:g} s", "timeout")
 
     def _refused(self, error: Exception) -> RequestError:
-        if isinstance(error, PromptError):
-            return RequestError(400, str(error), "context_length_exceeded", "messages")
-        if isinstance(error, EngineError):
-            log.error("%s %s", self._request.state.id, error)
-            return RequestError(502, str(error), "engine_failed")
         known = requests.refusal_of(error)
-        if known is not None:
-            return known
-        log.error("%s failed", self._request.state.id, exc_info=error)
-        return _internal(self._request.state.id)
-
-    def _count(self, answer: Answer) -> None:
-        self._meters.count(answer, time.monotonic() - self._began)
-        self._request.state.said = f"{answer.prompt_tokens} + {answer.tokens} tokens, {len(answer.media)} media"
+        if known is None:
+            log.error("%s failed", self._request.state.id, exc_info=error)
+        return known or _internal(self._request.state.id)
 
 
 async def _body(request: Request, limit: int) -> bytes:

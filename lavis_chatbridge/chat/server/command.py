@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from lavis_chatbridge.chat.sources import MEBIBYTE
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 
+if TYPE_CHECKING:
+    from lavis_chatbridge.chat.engine import Engine
+
 TOKENS = "CHATBRIDGE_TOKENS"
 """The environment variable with bearer tokens, separated by spaces."""
 _FRAMES_PER_SECOND = 60
@@ -27,14 +30,7 @@ _KEEP_ALIVE = 75
 """Seconds until an idle connection is closed. Clients (httpx, and so openai) use one again within 5 seconds: a server
 that closed it at about that time would lose a request."""
 _MAX_BYTES = 512 * MEBIBYTE  # of a decoded medium
-
-MaxMedium = Annotated[float, typer.Option("--max-medium", help="MiB of one medium.")]
-MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Seconds of a sound or video.")]
-MaxPixels = Annotated[int, typer.Option("--max-pixels", help="Pixels of a picture or frame.")]
-DecodeWorkers = Annotated[int, typer.Option("--decode-workers", help="Processes that open media; 0: none.")]
-DecodeMemory = Annotated[int, typer.Option("--decode-memory", help="MiB that opening one medium may take.")]
-DecodeSeconds = Annotated[float, typer.Option("--decode-seconds", help="Seconds that opening one medium may take.")]
-WORKERS = 2 if sys.platform == "linux" else 0
+_WORKERS, _MEMORY, _SECONDS = 2 if sys.platform == "linux" else 0, 2048, 60.0
 
 
 def command(
@@ -51,19 +47,18 @@ def command(
     allowed_hosts: Annotated[list[str], typer.Option(help="Host for http(s): URLs; repeatable.")] = [],  # noqa: B006
     allowed_origins: Annotated[list[str], typer.Option(help="Origin of web pages (CORS); repeatable.")] = [],  # noqa: B006
     max_body: Annotated[float, typer.Option(help="MiB of a request.")] = 64,
-    max_medium: MaxMedium = 48,
+    max_medium: Annotated[float, typer.Option(help="MiB of one medium.")] = 48,
     max_media: Annotated[int, typer.Option(help="Media of a request.")] = 16,
-    max_seconds: MaxSeconds = 600,
-    max_pixels: MaxPixels = 40_000_000,
+    max_seconds: Annotated[float, typer.Option(help="Seconds of a sound or video.")] = 600,
+    max_pixels: Annotated[int, typer.Option(help="Pixels of a picture or frame.")] = 40_000_000,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply.")] = 1024,
     queue: Annotated[int, typer.Option(min=1, help="Replies that may wait.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Replies under way at once.")] = 16,
-    preparers: Annotated[int, typer.Option(min=1, help="Requests whose media are read at once.")] = 2,
     keep: Annotated[int, typer.Option(min=0, help="Conversations whose keys and values are kept.")] = 8,
     timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 120,
-    decode_workers: DecodeWorkers = WORKERS,
-    decode_memory: DecodeMemory = 2048,
-    decode_seconds: DecodeSeconds = 60,
+    decode_workers: Annotated[int, typer.Option(help="Processes that open media; 0: none.")] = _WORKERS,
+    decode_memory: Annotated[int, typer.Option(help="MiB that opening one medium may take.")] = _MEMORY,
+    decode_seconds: Annotated[float, typer.Option(help="Seconds that opening one medium may take.")] = _SECONDS,
 ) -> None:
     """Serve until interrupted."""
     try:
@@ -74,41 +69,23 @@ def command(
         if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
             raise
         raise MissingExtraError(str(error.name), "serve", "chatbridge serve") from error
-    access = {
-        "folders": tuple(map(Path, files)),
-        "hosts": tuple(allowed_hosts),
-        "max_bytes": round(max_medium * MEBIBYTE),
-    }
     values = {
         "name": name or f"chatbridge-{Path(model).stem if model.endswith(('.yaml', '.yml')) else model}",
         "host": host,
         "port": port,
         "tokens": _tokens(token_file),
         "origins": tuple(allowed_origins),
-        "access": access,
+        "access": {"folders": tuple(files), "hosts": tuple(allowed_hosts), "max_bytes": round(max_medium * MEBIBYTE)},
         "max_body": round(max_body * MEBIBYTE),
         "max_media": max_media,
         "max_new_tokens": max_tokens,
         "timeout": timeout,
     }
     settings = parse(ServerSettings, values, "serve")
-    from lavis_chatbridge.chat.engine import Engine
-    from lavis_chatbridge.chat.media import MediaReader
-
     log_to_stderr()
     line = listen(settings.host, settings.port)
-    built, processors = loading.load_model(model, options, device, engine)
-    narrow(processors, max_seconds, max_pixels)
-    own = Engine(
-        built,
-        MediaReader(built, processors),
-        template,
-        batch=batch,
-        waiting=queue,
-        preparers=preparers,
-        keep=keep,
-    )
-    with decoding(processors, decode_workers, decode_memory, decode_seconds), closing(own):
+    own = loading.open_engine(model, options, device, template, engine, batch=batch, waiting=queue, keep=keep)
+    with decoding(own, max_seconds, max_pixels, decode_workers, decode_memory, decode_seconds), closing(own):
         config = uvicorn.Config(
             build_app(own, settings),
             log_config=None,
@@ -131,24 +108,24 @@ def log_to_stderr() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def narrow(processors: Any, max_seconds: float, max_pixels: int) -> None:
-    """Lower the limits of media to those of strangers' media."""
-    from lavis_chatbridge.media import DEFAULT_LIMITS
-
-    limits = dataclasses.replace(
-        DEFAULT_LIMITS,
-        max_pixels=min(max_pixels, DEFAULT_LIMITS.max_pixels),
-        max_seconds=max_seconds,
-        max_frames=round(max_seconds * _FRAMES_PER_SECOND),
-        max_bytes=_MAX_BYTES,
-    )
-    for modality in ("image", "video", "audio"):
-        processors[modality]["eval"].limits = limits
-
-
 @contextmanager
-def decoding(processors: Any, workers: int, memory: int, seconds: float) -> Iterator[None]:
-    """Open media in ``workers`` processes, with ``memory`` MiB and ``seconds`` for each medium; 0: in this process.
+def decoding(
+    engine: Engine,
+    max_seconds: float = 600,
+    max_pixels: int = 40_000_000,
+    workers: int = _WORKERS,
+    memory: int = _MEMORY,
+    seconds: float = _SECONDS,
+) -> Iterator[None]:
+    """Open media within the limits for those of strangers, in processes of their own.
+
+    Args:
+        engine: Its media.
+        max_seconds: Length of a sound or a video.
+        max_pixels: Pixels of a picture or frame.
+        workers: Processes; 0: media are opened in this one.
+        memory: MiB that a process may take for a medium.
+        seconds: Time that a process may take for a medium.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -158,19 +135,28 @@ def decoding(processors: Any, workers: int, memory: int, seconds: float) -> Iter
             f"--decode-workers {workers}, --decode-memory {memory}, --decode-seconds {seconds:g}: expected at least 0, "
             "16 MiB, and more than 0 s"
         )
+    from lavis_chatbridge.media import DEFAULT_LIMITS
+    from lavis_chatbridge.media.pool import DecodingPool
+
+    processors = list(engine.reader.processors.values())
+    for processor in processors:
+        processor.limits = dataclasses.replace(
+            DEFAULT_LIMITS,
+            max_pixels=min(max_pixels, DEFAULT_LIMITS.max_pixels),
+            max_seconds=max_seconds,
+            max_frames=round(max_seconds * _FRAMES_PER_SECOND),
+            max_bytes=_MAX_BYTES,
+        )
     if workers == 0:
         yield
         return
-    from lavis_chatbridge.media.pool import DecodingPool
-
-    evaluating = [processors[modality]["eval"] for modality in ("image", "video", "audio")]
     with DecodingPool(workers, memory * MEBIBYTE, seconds) as pool:
-        for processor in evaluating:
+        for processor in processors:
             processor.opener = pool
         try:
             yield
         finally:
-            for processor in evaluating:
+            for processor in processors:
                 del processor.opener  # its class's opener is used again
 
 
@@ -197,13 +183,21 @@ def address_of(line: socket.socket) -> str:
 
 
 def _tokens(file: str) -> tuple[str, ...]:
-    found = os.environ.get(TOKENS, "").split()
-    if file:
-        try:
-            lines = Path(file).read_text(encoding="ascii").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the tokens in {file}: {error}") from error
-        found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise ConfigError(f"{file} holds no token")
+    found = [*os.environ.get(TOKENS, "").split(), *(lines_of(file) if file else ())]
     return tuple(dict.fromkeys(found))
+
+
+def lines_of(file: str) -> list[str]:
+    """The lines of a file of secrets, without empty ones and comments.
+
+    Raises:
+        ConfigError: If it cannot be read, or has none.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not found:
+        raise ConfigError(f"{file} is empty")
+    return found

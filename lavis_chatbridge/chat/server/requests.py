@@ -17,9 +17,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
-from lavis_chatbridge.chat.engine import Answer
+from lavis_chatbridge.chat.engine import Answer, Event
 from lavis_chatbridge.chat.sources import Access
-from lavis_chatbridge.errors import ConfigError, DataError, MediaError
+from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Codec
 
@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 _logged: set[str] = set()
 _MOST_REPLIES, _MOST_LOGPROBS = 16, 20
+_UNSUPPORTED = (
+    *("tools", "functions", "logit_bias", "guided_json", "structured_outputs", "use_beam_search", "prompt_logprobs"),
+    *("prompt_embeds", "echo", "suffix"),
+)
+"""Fields that are accepted with values that ask for nothing only."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -100,48 +105,23 @@ class _Request(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
 
-    # What this server cannot do is accepted with the value that changes nothing.
-    logit_bias: dict[str, float] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-    guided_json: Any = None
-    structured_outputs: Any = None
-    use_beam_search: bool | None = False
-    prompt_logprobs: int | None = None
-    prompt_embeds: Any = None
-    echo: bool | None = False
-    suffix: str | None = None
-    best_of: int | None = None
-    modalities: list[str] | None = None
-
     def check(self) -> None:
         """Refuse what cannot be done, and log fields that have no meaning here, once each.
 
         Raises:
             RequestError: With the field's name.
         """
-        form = (self.response_format or {}).get("type", "text")
-        refused = {
-            "tools": bool(self.tools),
-            "functions": bool(self.functions),
-            "logit_bias": bool(self.logit_bias),
-            f"response_format {form}": form != "text",
-            "guided_json": bool(self.guided_json),
-            "structured_outputs": bool(self.structured_outputs),
-            "use_beam_search": bool(self.use_beam_search),
-            "prompt_logprobs": bool(self.prompt_logprobs),
-            "prompt_embeds": bool(self.prompt_embeds),
-            "echo": bool(self.echo),
-            "suffix": bool(self.suffix),
-            "best_of": self.best_of is not None and self.best_of != (self.n or 1),
-            "modalities": self.modalities not in (None, [], ["text"]),
-        }
-        for name, asked in refused.items():
-            if asked:
-                field = name.partition(" ")[0]
-                raise RequestError(400, f"{name} is not supported by this server", "unsupported_parameter", field)
-        for name in sorted((self.model_extra or {}).keys() - _logged):
+        extra = self.model_extra or {}
+        form = extra.get("response_format") or {"type": "text"}
+        kind = form.get("type", "text") if isinstance(form, dict) else form
+        asked = [name for name in _UNSUPPORTED if extra.get(name)]
+        asked += [f"response_format {kind!s:.40}"] if kind != "text" else []
+        asked += ["best_of"] if extra.get("best_of") not in (None, self.n or 1) else []
+        asked += ["modalities"] if extra.get("modalities") not in (None, [], ["text"]) else []
+        if asked:
+            field = asked[0].partition(" ")[0]
+            raise RequestError(400, f"{asked[0]} is not supported by this server", "unsupported_parameter", field)
+        for name in sorted(extra.keys() - _logged - {*_UNSUPPORTED, "response_format", "best_of", "modalities"}):
             _logged.add(name)
             log.info("the field %s of a request has no meaning here", name[:80])
 
@@ -189,14 +169,14 @@ class ChatRequest(_Request):
                 400, str(error), "invalid_value", where if where.startswith("messages") else "messages"
             ) from error
         except MediaError as error:
-            raise media_refusal(error) from error
+            raise refusal_of(error) from error  # type: ignore[misc]
         if not read.messages or read.messages[-1].role == "assistant":
             read.messages.append(ChatMessage("user", ""))
         return read
 
     @property
     def reported(self) -> int | None:
-        """How many likeliest tokens are reported; None for no log-probabilities."""
+        """How many likeliest tokens are reported with each token; None: none is, nor the token's log-probability."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -253,12 +233,18 @@ def read_request(cls: type[Any], body: bytes) -> Any:
     return request
 
 
-def media_refusal(error: MediaError) -> RequestError:
-    """The refusal of a medium that cannot be had or opened; its name is the position in the request."""
-    where = error.source.removesuffix("'s sound track")
-    if "larger than the limit" in error.cause:
-        return RequestError(413, f"{where}: {error.cause}", "too_large", where)
-    return RequestError(400, f"{where} cannot be read: {error.cause}", "invalid_media", where)
+def refusal_of(error: Exception) -> RequestError | None:
+    """The refusal that an exception means; None if the server is at fault."""
+    if isinstance(error, MediaError):  # its source is the position in the request
+        where = error.source.removesuffix("'s sound track")
+        if "larger than the limit" in error.cause:
+            return RequestError(413, f"{where}: {error.cause}", "too_large", where)
+        return RequestError(400, f"{where} cannot be read: {error.cause}", "invalid_media", where)
+    if isinstance(error, PromptError):
+        return RequestError(400, str(error), "context_length_exceeded", "messages")
+    if isinstance(error, EngineError):
+        return RequestError(502, str(error), "engine_failed")
+    return RequestError(400, str(error), "invalid_value") if isinstance(error, ConfigError) else None
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -317,27 +303,24 @@ class Response:
 
     def opening(self, index: int) -> bytes:
         """The first chunk of a reply."""
-        return self._event(index, {"role": "assistant", "content": ""}, None)
+        return self._chunked(index, {"role": "assistant", "content": ""}, None)
 
-    def piece(self, index: int, text: str) -> bytes:
-        """A chunk of text."""
-        return self._event(index, {"content": text}, None)
-
-    def closing(self, index: int, answer: Answer) -> bytes:
-        """The last chunk of a reply, which has its log-probabilities and the report."""
-        more = {"chatbridge": report(answer)}
-        return self._event(index, {}, _reason(answer), self._logprobs(answer), more)
+    def chunk(self, index: int, said: Event) -> bytes:
+        """A chunk of text; or, of the answer, the last chunk, which has log-probabilities and the report."""
+        if not isinstance(said, Answer):
+            return self._chunked(index, {"content": str(said)}, None)
+        return self._chunked(index, {}, _reason(said), self._logprobs(said), chatbridge=report(said))
 
     def numbers(self, answers: Sequence[Answer]) -> bytes:
         """The chunk with the numbers of tokens."""
         return event({**self._chunk, "choices": [], "usage": usage(answers)})
 
-    def _event(
-        self, index: int, delta: dict[str, str], finish: str | None, logprobs: Any = None, more: Any = None
+    def _chunked(
+        self, index: int, delta: dict[str, str], finish: str | None, logprobs: Any = None, **more: Any
     ) -> bytes:
         held = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
         choice = {"index": index, **held, "logprobs": logprobs, "finish_reason": finish}
-        return event({**self._chunk, "choices": [choice], **(more or {})})
+        return event({**self._chunk, "choices": [choice], **more})
 
     def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
         if not answer.logprobs:
@@ -362,17 +345,6 @@ class Response:
 def event(content: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def refusal_of(error: Exception) -> RequestError | None:
-    """The refusal that a fault of the engine means; None if it is none of the request's."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, MediaError):
-        return media_refusal(error)
-    if isinstance(error, ConfigError):
-        return RequestError(400, str(error), "invalid_value")
-    return None
 
 
 def _reason(answer: Answer) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server needs the extra 'serve'")
 
-from lavis_chatbridge.chat.server import command, requests
+from lavis_chatbridge.chat.server import command
 from lavis_chatbridge.chat.server.app import ServerSettings
 from lavis_chatbridge.chat.server.requests import ChatRequest, RequestError, TextRequest, read_request
 from lavis_chatbridge.chat.sources import Access
@@ -135,7 +135,6 @@ def test_errors_have_openais_types():
     assert found[400] == "invalid_request_error"
     assert (found[401], found[404], found[429]) == ("authentication_error", "not_found_error", "rate_limit_error")
     assert found[500] == found[502] == "server_error"
-    assert requests.DONE == b"data: [DONE]\n\n"
 
 
 def test_settings_name_all_faults_together(tmp_path: Path):
@@ -160,5 +159,5 @@ def test_the_command_reads_tokens_and_takes_ports(tmp_path: Path, monkeypatch: p
         line.listen()
         with pytest.raises(ConfigError, match="cannot listen"):
             command.listen("127.0.0.1", line.getsockname()[1])
-    with pytest.raises(ConfigError, match="--decode-workers -1"), command.decoding({}, -1, 64, 1):
+    with pytest.raises(ConfigError, match="--decode-workers -1"), command.decoding(None, workers=-1):  # type: ignore[arg-type]
         pass
