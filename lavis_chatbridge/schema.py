@@ -94,7 +94,7 @@ class Sample:
     def modality(self) -> str:
         """The modalities of its files: ``"image"``, ``"video+audio"``; ``"text"`` without files."""
         kinds = {medium.kind for medium in self.files}
-        return "+".join(kind for kind in MODALITIES if kind in kinds) or "text"
+        return "+".join(modality for modality in MODALITIES if modality in kinds) or "text"
 
 
 class _MediumRecord(TypedDict, total=False):

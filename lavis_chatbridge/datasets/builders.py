@@ -95,7 +95,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             sources = [source for file in self._files(split) for source in self._sources(split, file)]
             _tell_apart(sources)
             groups[split] = SourceGroup(self.NAME, sources, self.settings.ratio)
-            groups[split].set_processors({kind: both[_mode(split)] for kind, both in processors.items()})
+            groups[split].set_processors({modality: both[_mode(split)] for modality, both in processors.items()})
             sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
             _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(groups[split]), sizes)
         return groups

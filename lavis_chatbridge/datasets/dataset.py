@@ -120,10 +120,10 @@ class SourceDataset(torch.utils.data.Dataset):
     def kinds(self) -> set[Modality]:
         """The modalities of its samples' media."""
         if not isinstance(self.samples, SampleFile):
-            return {kind for i in range(len(self)) for kind in self.sample(i).kinds}
+            return {modality for i in range(len(self)) for modality in self.sample(i).kinds}
         own = self.samples.modality if self.indices is None else self.samples.modality[self.indices]
-        named = {kind for number in np.unique(own) for kind in self.samples.modalities[number].split("+")}
-        return {kind for kind in MODALITIES if kind in named}
+        named = {modality for number in np.unique(own) for modality in self.samples.modalities[number].split("+")}
+        return {modality for modality in MODALITIES if modality in named}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -169,7 +169,7 @@ class SourceDataset(torch.utils.data.Dataset):
         sample = self.sample(index)
         pieces = self.pieces(sample, self._rng(index, epoch, _TEXT_STREAM))
         rng = self._rng(index, epoch, _MEDIA_STREAM)
-        media: dict[str, list] = {kind: [] for kind in MODALITIES}
+        media: dict[str, list] = {modality: [] for modality in MODALITIES}
         for medium in sample.files:
             media[medium.kind].append(self._load(medium, rng))
         return {

@@ -187,7 +187,9 @@ def salts_of(
 ) -> dict[Modality, str]:
     """Modality -> hash of the frozen weights and the processor; a medium's key depends on it and on the content."""
     return {
-        kind: f"{model.frozen_fingerprint(kind)}:{processors[kind].version}" for kind in kinds if kind in processors
+        modality: f"{model.frozen_fingerprint(modality)}:{processors[modality].version}"
+        for modality in kinds
+        if modality in processors
     }
 
 
@@ -217,7 +219,7 @@ def build_features(
         The store. Unreadable media are logged and left out; training counts them when it reads them.
     """
     store = FeatureStore(folder, salts_of(model, processors))
-    missing: dict[Modality, dict[str, Medium]] = {kind: {} for kind in MODALITIES}
+    missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
     for medium in distinct_media(samples):
         try:
             key = store.key(medium)
@@ -226,12 +228,12 @@ def build_features(
             continue
         if key not in store and int(key, 16) % world_size == rank:
             missing[medium.kind][key] = medium
-    for kind, media in missing.items():
+    for modality, media in missing.items():
         if media:
-            encoded = _encode(model, kind, list(media.values()), processors[kind], batch, workers)
+            encoded = _encode(model, modality, list(media.values()), processors[modality], batch, workers)
             keys = {medium: key for key, medium in media.items()}
             count = store.add(pair for pair in encoded if _is_unchanged(store, pair[0], keys[pair[0]]))
-            _log.info("stored features of %d %s files in %s", count, kind, folder)
+            _log.info("stored features of %d %s files in %s", count, modality, folder)
     return store
 
 
@@ -306,7 +308,7 @@ class _Opened(Dataset):
 
 
 def _encode(
-    model: Encoder, kind: Modality, media: Sequence[Medium], processor: Any, batch: int, workers: int
+    model: Encoder, modality: Modality, media: Sequence[Medium], processor: Any, batch: int, workers: int
 ) -> Iterator[tuple[Medium, EncodedMedium]]:
     loader: DataLoader = DataLoader(_Opened(media, processor), batch, num_workers=workers, collate_fn=_unchanged)
     with worker_deaths():
@@ -315,7 +317,7 @@ def _encode(
                 _log.warning("no features: %s", content)
             readable = [(medium, content) for medium, content in opened if not isinstance(content, MediaError)]
             if readable:
-                encoded = model.encode_media(kind, [content for _, content in readable])
+                encoded = model.encode_media(modality, [content for _, content in readable])
                 yield from zip([medium for medium, _ in readable], encoded, strict=True)
 
 

@@ -63,10 +63,10 @@ def media_file(target: Path) -> Iterator[Callable[[Modality, bytes, str], Medium
     with tar_file(target) as add:
         count = 0
 
-        def keep(kind: Modality, content: bytes, ending: str) -> Medium:
+        def keep(modality: Modality, content: bytes, ending: str) -> Medium:
             nonlocal count
             count += 1
-            return Medium(kind, str(target), *add(f"{count - 1:09d}.{ending}", content))
+            return Medium(modality, str(target), *add(f"{count - 1:09d}.{ending}", content))
 
         yield keep
     if not count:

@@ -73,4 +73,4 @@ def _report(store: FeatureStore, samples: Iterable[Sample]) -> str:
 
 
 def _counts(media: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {kind} files" for kind, count in sorted(media.items())) or "no files"
+    return ", ".join(f"{count} {modality} files" for modality, count in sorted(media.items())) or "no files"

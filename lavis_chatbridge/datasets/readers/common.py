@@ -79,7 +79,7 @@ class Origin:
             DataError: If a path leaves the root.
         """
         found = []
-        for kind, pattern in self.media.items():
+        for modality, pattern in self.media.items():
             try:
                 path = pattern.format(**fields)
             except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -87,7 +87,7 @@ class Origin:
                     f"{self.source}: media path {pattern!r} does not fit this format's fields "
                     f"({', '.join(f'{k}={shown(v)}' for k, v in fields.items())}): {error}"
                 ) from error
-            found.append(Medium(cast(Modality, kind), media_path(path, self.root, where, self.allow_outside)))
+            found.append(Medium(cast(Modality, modality), media_path(path, self.root, where, self.allow_outside)))
         return tuple(found)
 
 

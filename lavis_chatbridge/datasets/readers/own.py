@@ -76,8 +76,8 @@ def _table(path: str, origin: Origin) -> Any:
 
 def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:
     media = [
-        _table_medium(kind, item, row, origin, folder) for kind in MODALITIES if kind in row
-        for item in (row.values[kind] if isinstance(row.values[kind], list) else [row.values[kind]])
+        _table_medium(modality, item, row, origin, folder) for modality in MODALITIES if modality in row
+        for item in (row.values[modality] if isinstance(row.values[modality], list) else [row.values[modality]])
     ]  # fmt: skip
     name = row.name("id") if "id" in row else number
     if "messages" in row:
@@ -92,19 +92,21 @@ def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:
     return Sample(name, tuple(media), row.texts("captions"))
 
 
-def _table_medium(kind: Modality, value: Any, row: Row, origin: Origin, folder: str) -> Medium:
+def _table_medium(modality: Modality, value: Any, row: Row, origin: Origin, folder: str) -> Medium:
     """A medium from a cell: bytes, a path, or the object of both that `datasets` stores."""
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, value)
     if isinstance(content, (bytes, bytearray)):
         if origin.keep is None:
-            raise DataError(f"{row.where}: {kind} is stored as bytes; chatbridge convert-data writes it to a tar file")
+            raise DataError(
+                f"{row.where}: {modality} is stored as bytes; chatbridge convert-data writes it to a tar file"
+            )
         ending = Path(path).suffix[1:].lower() if isinstance(path, str) else ""
-        return origin.keep(kind, bytes(content), ending if ending in ENDINGS else kind)
+        return origin.keep(modality, bytes(content), ending if ending in ENDINGS else modality)
     if not isinstance(path, str):
-        raise DataError(f"{row.where}: {kind} is {shown(value)}, expected bytes or a path")
+        raise DataError(f"{row.where}: {modality} is {shown(value)}, expected bytes or a path")
     if os.path.isabs(path) and path.startswith(os.path.abspath(folder or ".")):  # `datasets` makes a folder's absolute
-        return Medium(kind, path)
-    return Medium(kind, media_path(path, folder or origin.root, row.where, origin.allow_outside))
+        return Medium(modality, path)
+    return Medium(modality, media_path(path, folder or origin.root, row.where, origin.allow_outside))
 
 
 def messages(origin: Origin) -> Iterator[Sample]:
@@ -139,24 +141,24 @@ def _said(row: Row) -> list[Row]:
 def _listed(row: Row, origin: Origin, folder: str) -> list[Medium]:
     """The media that a row lists, in the order images, videos, audios."""
     found = []
-    for kind in MODALITIES:
-        value = row.values.get(f"{kind}s") or row.values.get(kind) or []
+    for modality in MODALITIES:
+        value = row.values.get(f"{modality}s") or row.values.get(modality) or []
         for item in value if isinstance(value, list) else [value]:
-            found.append(_named(kind, item, row.where, origin, folder))
+            found.append(_named(modality, item, row.where, origin, folder))
     return found
 
 
-def _named(kind: Modality, item: Any, where: str, origin: Origin, folder: str) -> Medium:
+def _named(modality: Modality, item: Any, where: str, origin: Origin, folder: str) -> Medium:
     path = item.get("path") if isinstance(item, Mapping) else item
     path = path.removeprefix("file://") if isinstance(path, str) else path
-    if kind in origin.media:
-        path, folder = origin.media[kind].format(path=path), origin.root
-    return Medium(kind, media_path(path, folder or ".", where, origin.allow_outside))
+    if modality in origin.media:
+        path, folder = origin.media[modality].format(path=path), origin.root
+    return Medium(modality, media_path(path, folder or ".", where, origin.allow_outside))
 
 
 def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> tuple[tuple[Message, ...], list[Medium]]:
     """The turns, and the media in the order of the turns."""
-    left = {kind: [medium for medium in media if medium.kind == kind] for kind in get_args(Modality)}
+    left = {modality: [medium for medium in media if medium.kind == modality] for modality in get_args(Modality)}
     system, turns, shown_media = "", [], []
     for message in said:
         role = message.name("role", "from")
@@ -166,16 +168,16 @@ def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> t
             continue
         if role not in _ROLES:
             raise DataError(f"{message.where}: role is {shown(role)}, expected system, user or assistant")
-        for kind in kinds:
-            if not left[kind]:
-                raise DataError(f"{message.where}: <{kind}> has no medium in the list {kind}s")
-            shown_media.append(left[kind].pop(0))
+        for modality in kinds:
+            if not left[modality]:
+                raise DataError(f"{message.where}: <{modality}> has no medium in the list {modality}s")
+            shown_media.append(left[modality].pop(0))
         turns.append(Message(_ROLES[role], text, tuple(kinds)))
     if len(turns) % 2 and len(turns) > 1:
         turns.pop()  # a question without a reply
     if not turns or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         raise DataError(f"{where}: messages must alternate between user and assistant, user first")
-    rest = [medium for kind in MODALITIES for medium in left[kind]]
+    rest = [medium for modality in MODALITIES for medium in left[modality]]
     first = (*(medium.kind for medium in rest), *turns[0].media)
     turns[0] = Message("user", system + turns[0].text, first)
     return tuple(turns), [*rest, *shown_media]
@@ -189,10 +191,10 @@ def _content(message: Row) -> tuple[str, list[Modality]]:
         return _MARKER.sub(" ", content).strip() if kinds else content, kinds
     texts, kinds = [], []
     for item in message.rows("content"):
-        if (kind := item.name("type")) == "text":
+        if (part_type := item.name("type")) == "text":
             texts.append(item.name("text", blank=True))
-        elif kind in MODALITIES:
-            kinds.append(kind)  # type: ignore[arg-type]
+        elif part_type in MODALITIES:
+            kinds.append(part_type)  # type: ignore[arg-type]
         else:
-            raise DataError(f"{item.where}: type is {shown(kind)}, expected text, {', '.join(MODALITIES)}")
+            raise DataError(f"{item.where}: type is {shown(part_type)}, expected text, {', '.join(MODALITIES)}")
     return " ".join(filter(None, texts)), kinds
