@@ -70,7 +70,7 @@ def open_audio(
     sound, stated = rated(source)
     if isinstance(sound, np.ndarray):
         with media_errors(sound):
-            own_rate, samples = stated or rate, _array_samples(sound, channel)
+            own_rate, samples = stated or rate, _to_mono(_scaled(_channels_first(sound)), channel)
     else:
         own_rate, samples = opener(decode_audio, sound, channel, limits=limits)
     return finish_audio(sound, own_rate, samples, rate, limits)
@@ -87,11 +87,9 @@ def rated(source: Any) -> tuple[Any, int | None]:
     samples, rate = source if len(source) == 2 else (None, None)
     if not isinstance(samples, np.ndarray):
         raise MediaError(source, "expected a sound as a pair of an array and its sampling rate in Hz")
-    with media_errors(samples):  # some integers are too large for a float
-        number = float(rate) if isinstance(rate, numbers.Real) else 0.0
-    if not number.is_integer() or number < 1:
-        raise MediaError(samples, f"its sampling rate is {rate!r:.80}, expected a whole number of Hz")
-    return samples, int(number)
+    if not isinstance(rate, numbers.Real) or not float(rate).is_integer() or rate < 1:
+        raise MediaError(samples, f"its sampling rate is {rate!r}, expected a whole number of Hz")
+    return samples, int(rate)
 
 
 @guarded
@@ -127,8 +125,7 @@ def finish_audio(source: object, own_rate: int, samples: np.ndarray, rate: int, 
             raise MediaError(source, "it holds no sound")
         if not _LOWEST_RATE <= own_rate <= _HIGHEST_RATE:
             raise MediaError(source, f"a sampling rate of {own_rate} Hz is out of range")
-        if samples.size > limits.max_seconds * own_rate:
-            raise MediaError(source, _too_long(limits))
+        _check_length(source, samples.size, own_rate, limits)
         peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is
         if not math.isfinite(peak):
             raise MediaError(source, "its samples are not all finite numbers")
@@ -171,26 +168,18 @@ def _resample_by_ffmpeg(samples: np.ndarray, source_rate: int, rate: int) -> np.
     return np.concatenate(blocks)
 
 
-def _too_long(limits: Limits) -> str:
-    return f"it is longer than the limit of {limits.max_seconds:g} s"
-
-
 def _check_length(source: object, length: int, rate: int, limits: Limits) -> None:
     if length > limits.max_seconds * max(rate, 1):
-        raise MediaError(source, _too_long(limits))
+        raise MediaError(source, f"it is longer than the limit of {limits.max_seconds:g} s")
     if 4 * length > limits.max_bytes:
         raise MediaError(source, f"{length} samples at {rate} Hz exceed {limits.max_bytes} bytes")
 
 
-def _array_samples(array: np.ndarray, channel: Channel) -> np.ndarray:
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """``[C,S]``, also from ``[S]``, and from ``[S,C]`` as soundfile gives it."""
     if array.ndim not in (1, 2):
         raise MediaError(array, "a sound has the shape [S], [C,S] or [S,C]")
-    return _to_mono(_scaled(np.atleast_2d(array) if array.ndim == 1 else _channels_first(array)), channel)
-
-
-def _channels_first(array: np.ndarray) -> np.ndarray:
-    """``[C,S]``, also from ``[S,C]`` as soundfile gives it."""
-    if array.size == 0 or 1 in array.shape:
+    if array.ndim == 1 or array.size == 0 or 1 in array.shape:
         return array.reshape(1, -1)
     if array.shape[0] == array.shape[1] or min(array.shape) > _MOST_CHANNELS:
         raise MediaError(
@@ -244,7 +233,7 @@ def _sndfile_samples(
                 length += len(block)
                 _check_length(source, length, sound.samplerate, limits)
                 blocks.append(_to_mono(block.T, channel))
-            return (sound.samplerate, _joined(blocks)) if blocks else None
+            return (sound.samplerate, np.concatenate(blocks)) if blocks else None
     except soundfile.LibsndfileError:
         return None
 
@@ -284,7 +273,7 @@ def _ffmpeg_samples(file: str | io.BytesIO, source: object, channel: Channel, li
             _check_length(source, length, rate, limits)
         if length == 0 or faults > max(1, count // 10):
             raise MediaError(source, fault)
-        return rate, _joined(blocks)
+        return rate, np.concatenate(blocks)
 
 
 def _seconds_before(frame: Any, stream: Any, picture: Any) -> float:
@@ -305,7 +294,3 @@ def _frame_samples(frame: Any) -> np.ndarray:
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
     return _scaled(samples)
-
-
-def _joined(blocks: list[np.ndarray]) -> np.ndarray:
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

@@ -51,10 +51,9 @@ def modality_of(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> Literal["
     if is_picture(head_of(file)):
         return "image"
     with open_container(file, limits) as container:
-        if find_stream(container, "video") is not None:
-            return "video"
-        if find_stream(container, "audio") is not None:
-            return "audio"
+        for modality in ("video", "audio"):
+            if find_stream(container, modality) is not None:
+                return modality
     raise MediaError(source, "it has neither a video nor an audio track")
 
 

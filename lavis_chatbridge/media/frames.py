@@ -11,19 +11,14 @@ import numpy as np
 T = TypeVar("T")
 
 
-def nearly_equal_chunks(items: Sequence[T], chunks: int) -> list[Sequence[T]]:
-    """``items`` cut into ``chunks`` runs whose lengths differ by at most one, the longer ones first."""
+def one_of_each(items: Sequence[T], chunks: int, rng: np.random.Generator | None = None) -> list[T]:
+    """One item of each of ``chunks`` runs: a random one with ``rng``, else the middle one.
+
+    ``items`` must be at least ``chunks`` long; the runs' lengths differ by at most one, the longer ones come first.
+    """
     length, surplus = divmod(len(items), chunks)
     ends = [length * chunk + min(chunk, surplus) for chunk in range(chunks + 1)]
-    return [items[start:end] for start, end in pairwise(ends)]
-
-
-def one_of_each(items: Sequence[T], chunks: int, rng: np.random.Generator | None = None) -> list[T]:
-    """One item of each of ``chunks`` nearly equal runs: a random one with ``rng``, else the middle one.
-
-    ``items`` must be at least ``chunks`` long.
-    """
-    runs = nearly_equal_chunks(items, chunks)
+    runs = [items[start:end] for start, end in pairwise(ends)]
     if rng is None:
         return [run[(len(run) + 1) // 2 - 1] for run in runs]
     return [run[int(rng.integers(len(run)))] for run in runs]

@@ -74,31 +74,6 @@ def media_errors(source: object) -> Iterator[None]:
         raise MediaError(source, _cause(error)) from error
 
 
-class _Decoder(threading.Thread):
-    """A thread that runs calls one after the other; a new thread per call would cost 0.3 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(name="decoder", daemon=True)
-        self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.start()
-
-    def run(self) -> None:
-        """Run calls until the process ends."""
-        while True:
-            self.calls.get()()
-
-
-_idle: list[_Decoder] = []
-
-
-def _idle_decoder() -> _Decoder:
-    with suppress(IndexError):
-        while not (decoder := _idle.pop()).is_alive():  # after a fork, threads of the parent are dead
-            pass
-        return decoder
-    return _Decoder()
-
-
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function of ``(source, ..., limits=...)``: it raises nothing but `MediaError`, within a time limit.
 
@@ -122,15 +97,14 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             except BaseException as error:
                 outcome.put(([], error))
 
-        decoder = _idle_decoder()
-        decoder.calls.put(run)
+        decoder = threading.Thread(target=run, name="decoder", daemon=True)
+        decoder.start()
         try:
             result, error = outcome.get(timeout=limits.timeout + _SECONDS_TO_NOTICE)
         except queue.Empty:
             with suppress(OSError, AttributeError):  # only Linux has priorities of threads
                 os.setpriority(os.PRIO_PROCESS, decoder.native_id or 0, 19)
             raise MediaError(source, f"its decoder hangs: no result after {limits.timeout:g} s") from None
-        _idle.append(decoder)
         if error is not None:
             raise error
         return result[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -294,7 +295,7 @@ class _Picker:
     def by_counting(self, packets: Iterable[Packet], ranks: list[int]) -> None:
         """Decode from the start and count frames, for videos without times. Some packets contain no frame."""
         wanted, count, last = set(ranks), 0, None
-        for packet in _then_none(packets):
+        for packet in chain(packets, [None]):  # None flushes the decoder
             for frame in self._frames(packet):
                 if count in wanted:
                     self._keep(count, frame)
@@ -347,12 +348,6 @@ class _Picker:
         width, height = self._size
         pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **_colours(frame))
         self.pictures[rank] = np.ascontiguousarray(_upright(pixels, frame))
-
-
-def _then_none(packets: Iterable[Packet]) -> Iterator[Packet | None]:
-    """The packets, then None to flush the decoder."""
-    yield from packets
-    yield None
 
 
 def _colours(frame: VideoFrame) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 - ``lavis.models``: LAVIS's code is made to work with today's libraries around it (``compat``).
 - ``lavis.common.dist_utils``, which imports timm: without its warnings.
-- ``lavis.tasks``, the last import of ``lavis``: the plugin's classes are registered after it (``register``).
+- ``lavis.tasks``, the last import of ``lavis``: the plugin's classes are registered after it.
 - modules of this package: registration waits until none of them is half imported, so that a program may import any of
   them first.
 - ``lavis.train`` and ``lavis.evaluate``: served from this folder, unless LAVIS ships them.
@@ -12,9 +12,11 @@ It imports the standard library only, and knows no class of the package.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,15 @@ SERVED = ("lavis.train", "lavis.evaluate")
 """Modules that LAVIS's wheel lacks and that this folder provides under the same last name."""
 
 _in_progress: list[str] = []
+_to_register = [
+    "lavis_chatbridge.processors",
+    "lavis_chatbridge.models.chatbridge",
+    "lavis_chatbridge.datasets.builders",
+    "lavis_chatbridge.tasks.alignment",
+    "lavis_chatbridge.tasks.choice",  # and generation
+    "lavis_chatbridge.runners",
+]
+"""Modules whose import registers their classes; one that fails costs its own classes and a warning."""
 
 
 def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
@@ -35,11 +46,11 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
     """
     around: Callable[[str], AbstractContextManager[None]]
     if name == "lavis.models":
-        around = _around_models
+        around = _compat().loading_models
     elif name.startswith("lavis.") and name in _compat().BASE_CLASSES:
         around = _compat().loading_base_class
     elif name == "lavis.common.dist_utils":
-        around = _quietly
+        around = _compat().quietly
     elif name == "lavis.tasks" or name.startswith("lavis_chatbridge."):
         around = _before_registering
     elif name not in SERVED:
@@ -55,9 +66,7 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
 def catch_up() -> None:
     """Do at once what the door would have done, had it been there when LAVIS was imported."""
     if hasattr(sys.modules.get("lavis.models"), "model_zoo"):
-        from lavis_chatbridge.plugin import compat
-
-        compat.apply()
+        _compat().apply()
     _register_when_ready()
 
 
@@ -65,22 +74,6 @@ def _compat() -> ModuleType:
     from lavis_chatbridge.plugin import compat
 
     return compat
-
-
-@contextmanager
-def _around_models(name: str) -> Iterator[None]:
-    from lavis_chatbridge.plugin import compat
-
-    with compat.loading_models():
-        yield
-
-
-@contextmanager
-def _quietly(name: str) -> Iterator[None]:
-    from lavis_chatbridge.plugin import compat
-
-    with compat.quietly():
-        yield
 
 
 @contextmanager
@@ -98,9 +91,14 @@ def _register_when_ready() -> None:
     # The last name that lavis.tasks defines: its module counts as initialising until after this has been called.
     if _in_progress or "setup_task" not in vars(sys.modules.get("lavis.tasks", sys)):
         return
-    from lavis_chatbridge.plugin import register
-
-    register.register_all()
+    while _to_register:
+        name = _to_register.pop(0)
+        try:
+            import_module(name)
+        except Exception as fault:
+            logging.getLogger("lavis_chatbridge").warning(
+                "LAVIS does not know the classes of %s: %s: %s", name, type(fault).__name__, fault
+            )
 
 
 def _ask_the_others(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:

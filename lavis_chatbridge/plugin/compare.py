@@ -95,11 +95,7 @@ def command(
 
 
 def compare(runs_a: Sequence[str], runs_b: Sequence[str]) -> list[Comparison]:
-    """Compare the seeds of two models.
-
-    Args:
-        runs_a: Predictions files or folders of A, one for each seed.
-        runs_b: Those of B.
+    """Compare two models by their predictions files or folders, one for each seed.
 
     Raises:
         DataError: If a run has no predictions, or they have no data set or no sample in common.
@@ -143,15 +139,15 @@ def _load(run: Path) -> dict[str, tuple[Path, Records]]:
     return found
 
 
-def _compared(name: str, file: Path, a: Sequence[Records], b: Sequence[Records]) -> list[Comparison]:
+def _compared(name: str, file: Path, runs_a: Sequence[Records], runs_b: Sequence[Records]) -> list[Comparison]:
     """The comparisons of one data set, its main metric first."""
-    shared = [place for place in a[0] if all(place in records for records in [*a, *b])]
+    shared = [place for place in runs_a[0] if all(place in records for records in [*runs_a, *runs_b])]
     if not shared:
         raise DataError(f"{name}: the runs have no sample in common")
     how = settings_of(file)
     scored = [
         [measured([records[place] for place in shared], how.metrics, how.normalisation) for records in runs]
-        for runs in (a, b)
+        for runs in (runs_a, runs_b)
     ]
     first, other = scored[0][0], scored[1][0]
     comparisons: list[Comparison] = []
@@ -161,19 +157,16 @@ def _compared(name: str, file: Path, a: Sequence[Records], b: Sequence[Records])
         one.a_deviation, one.b_deviation = (
             mean[1] if len(runs) > 1 else None for mean, runs in zip(means, scored, strict=True)
         )
-        one.only_a, one.only_b = len(a[0]) - len(shared), len(b[0]) - len(shared)
+        one.only_a, one.only_b = len(runs_a[0]) - len(shared), len(runs_b[0]) - len(shared)
         if all(metric in run.each for runs in scored for run in runs):
             each_a, each_b = (np.mean([run.each[metric] for run in runs], axis=0) for runs in scored)
             one.difference = statistics.paired(each_a, each_b, first.weights.get(metric), first.clusters)
             changes = each_b - each_a if not comparisons else np.zeros(0)
             one.flips = [
-                _flip(first.records[n], other.records[n], float(changes[n]))
+                Flip(a.sample_id, a.prompt, a.truth, a.media, a.prediction, b.prediction, float(changes[n]))
                 for n in np.argsort(-np.abs(changes), kind="stable").tolist()
+                for a, b in [(first.records[n], other.records[n])]
                 if changes[n]
             ]
         comparisons.append(one)
     return comparisons
-
-
-def _flip(a: Prediction, b: Prediction, change: float) -> Flip:
-    return Flip(a.sample_id, a.prompt, a.truth, a.media, a.prediction, b.prediction, change)

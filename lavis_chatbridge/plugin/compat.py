@@ -39,16 +39,16 @@ def apply() -> None:
 
 
 @contextmanager
-def loading_models() -> Iterator[None]:
+def loading_models(name: str) -> Iterator[None]:
     """The surroundings in which ``lavis.models`` is executed."""
     patch_transformers()
     with quietly(), _stand_ins(OPTIONAL_PACKAGES):
         yield
-    patch_lavis(sys.modules["lavis.models"])
+    patch_lavis(sys.modules[name])
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def quietly(name: str = "") -> Iterator[None]:
     """Without timm's word to LAVIS's authors about its old module names: nobody who runs LAVIS can act on it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Importing from timm", category=FutureWarning)
@@ -92,9 +92,6 @@ def patch_lavis(models: ModuleType) -> None:
     - ``load_model`` and ``load_model_and_preprocess`` may be called without a model type. The defaults change in place,
       so that references imported earlier change too;
     - ``model_zoo`` shows the registry as it is, not as it was when ``lavis.models`` was imported.
-
-    Args:
-        models: The module ``lavis.models``.
     """
     for function in (models.load_model, models.load_model_and_preprocess):
         defaults = function.__defaults__ or ()
@@ -147,14 +144,7 @@ def _no_model_parallelism(*arguments: Any, **named: Any) -> Any:
 
 
 def _find_pruneable_heads_and_indices(heads: Any, n_heads: int, head_size: int, already_pruned_heads: set[int]) -> Any:
-    """Heads still to prune, and the indices of the weight rows that stay when they are gone.
-
-    Args:
-        heads: Numbers of the heads to prune, counted as in the unpruned layer.
-        n_heads: How many heads the layer has now.
-        head_size: Rows per head.
-        already_pruned_heads: Heads pruned before, counted as in the unpruned layer.
-    """
+    """Heads still to prune, counted as in the unpruned layer, and the indices of the weight rows that stay."""
     import torch
 
     remaining = set(heads) - already_pruned_heads

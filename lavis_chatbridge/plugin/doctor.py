@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -88,7 +89,11 @@ def packages() -> Iterator[Finding]:
 
 def conflict(torch: str | None, torchaudio: str | None) -> str | None:
     """The known conflict between torch and torchaudio, or None."""
-    if torch is None or torchaudio is None or _numbers(torch) < (2, 15) or _numbers(torchaudio) > (2, 11):
+    from packaging.version import Version
+
+    if torch is None or torchaudio is None:
+        return None
+    if Version(torch) < Version("2.15") or Version(torchaudio) >= Version("2.12"):
         return None
     remedy = "pip install 'torch<2.15' with the torchvision of that torch"
     return f"torchaudio {torchaudio} cannot be imported with torch {torch} (different CUDA): {remedy}"
@@ -131,11 +136,16 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
     """A configuration's faults, weight files, data and memory."""
     try:
         from lavis_chatbridge.runners.config import load_config
+        from lavis_chatbridge.runners.folder import RunFolder
 
         cfg = load_config(cfg_path, options)
     except ChatBridgeError as error:
         yield Finding("FAULT", str(error))
-        yield from _weights_at_least(cfg_path, options)
+        with suppress(ChatBridgeError):  # the model's files, if the fault lies elsewhere
+            from lavis_chatbridge.config import read_options
+            from lavis_chatbridge.models.weights import model_settings
+
+            yield from _weights(model_settings(None, cfg_path, read_options(options).get("model")))
         return
     except ImportError as error:
         yield Finding("FAULT", f"LAVIS cannot be imported ({error}): {INSTALL_LAVIS}")
@@ -146,19 +156,11 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
         yield from _model(cfg)
     for name, section in cfg.datasets_cfg.items():
         yield from _data(str(name), section)
-    yield from _folder(cfg)
-
-
-def _weights_at_least(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """The model's weight files, if only other parts of the configuration are faulty."""
-    from lavis_chatbridge.config import read_options
-    from lavis_chatbridge.models.weights import model_settings
-
-    try:
-        settings = model_settings(None, cfg_path, read_options(options).get("model"))
-    except ChatBridgeError:
-        return
-    yield from _weights(settings)
+    if not cfg.run.evaluate and cfg.run.job_id is not None:  # else the run gets a folder of its own
+        try:
+            RunFolder(cfg.run).check()
+        except ConfigError as error:
+            yield Finding("FAULT", str(error))
 
 
 def _weights(settings: ModelSettings) -> Iterator[Finding]:
@@ -234,18 +236,6 @@ def _data(name: str, section: Any) -> Iterator[Finding]:
         yield Finding("ok", f"{'datasets.' + name:<32}{in_words(os.path.getsize(path)):>10}  {path}")
 
 
-def _folder(cfg: Config) -> Iterator[Finding]:
-    """A fault if the output folder belongs to an earlier run."""
-    from lavis_chatbridge.runners.folder import RunFolder
-
-    if cfg.run.evaluate or cfg.run.job_id is None:  # then every run has its own folder
-        return
-    try:
-        RunFolder(cfg.run).check()
-    except ConfigError as error:
-        yield Finding("FAULT", str(error))
-
-
 def _unmet() -> Iterator[Finding]:
     """Requirements of this package that the installed versions do not meet."""
     from packaging.requirements import Requirement
@@ -270,10 +260,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 
 
 def _gib(size: float) -> str:

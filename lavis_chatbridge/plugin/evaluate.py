@@ -117,13 +117,10 @@ def _condition(word: str) -> Condition:
     named = rest.split(",") if colon else []
     manner = [name for name in named if name in WORDS]
     asked = [name for name in named if name not in WORDS]
-    unknown = [name for name in asked if name not in MODALITIES]
-    if mode not in MODES or unknown or len(manner) > (mode == "withheld"):
-        what = f"unknown word {unknown[0]!r}" if unknown else f"{mode!r} is neither withheld nor shuffled"
-        what = what if unknown or mode not in MODES else f"{manner[-1]!r} does not fit"
+    if mode not in MODES or not set(asked) <= set(MODALITIES) or len(manner) > (mode == "withheld"):
         raise ConfigError(
-            f"--ablate {word}: {what}; write withheld or shuffled, and after a colon any of {', '.join(MODALITIES)}; "
-            f"withheld takes removed or told, too"
+            f"--ablate {word}: write withheld or shuffled, and after a colon any of {', '.join(MODALITIES)}; withheld "
+            f"takes removed or told, too"
         )
     return Condition(mode, tuple(m for m in MODALITIES if m in (asked or MODALITIES)), (manner or ["kept"])[0])
 
@@ -158,7 +155,8 @@ class _Scorer:
         found = self.session.run(str(path), with_options(self.options, condition.options), evaluate=True) or {}
         cfg = _registry().get("configuration")
         self.model = str(cfg.model_cfg.get("model_type") or "")
-        self.written += report.files_of(found) or [str(_registry().get_path("result_dir"))]
+        files = [path for split in found.values() for path in (split or {}).get("written", ())]
+        self.written += files or [str(_registry().get_path("result_dir"))]
         own = Condition(cfg.run.media, tuple(cfg.run.media_modalities), cfg.run.withheld_words)
         return report.lines_of(found, cfg.run, own.label)
 
@@ -184,10 +182,10 @@ def _suites(
         scorer = _Scorer(session, options, conditions)
         for name, path in choose(names, find(folder)).items():
             try:
-                _check_suite(path, options, conditions is not None)
-                own = scorer.score_all(path, name)
-            except _DataMissing as error:
-                own = [Line(name, status="missing", remarks=[str(error)])]
+                missing = _missing_data(path, options)
+                if conditions is not None and not missing:
+                    _check_ablation(path, options)
+                own = [Line(name, status="missing", remarks=[missing])] if missing else scorer.score_all(path, name)
             except ChatBridgeError as error:
                 own = [report.failed(name, "", error)]
             alone = len({line.suite for line in own}) == 1
@@ -222,11 +220,7 @@ def find(folder: str | Path | None = None) -> dict[str, tuple[Path, Any]]:
 
 
 def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path]:
-    """Name -> path of the suites in ``--suite``: ``all``, groups (``run.groups``) and suites.
-
-    Raises:
-        ConfigError: If a name is unknown or missing.
-    """
+    """Name -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites."""
     groups: dict[str, list[str]] = {ALL: list(suites)}
     for suite, (_, run) in suites.items():
         for group in run.get("groups") or ():
@@ -243,12 +237,7 @@ def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path
 
 
 def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
-    """The conditions that apply to the data's media; by default, each modality withheld and shuffled.
-
-    Args:
-        conditions: The conditions of ``--ablate``; may be empty.
-        cfg: The configuration, after scoring with all media.
-    """
+    """The conditions that apply to the media of the data; by default, each modality withheld and shuffled."""
     registry = _registry()
     present: dict[str, set[Modality]] = {split: set() for split in cfg.run.test_splits}
     for name, section in cfg.datasets_cfg.items():
@@ -268,18 +257,9 @@ def suitable(conditions: Sequence[Condition], cfg: Any) -> list[Condition]:
     return list(dict.fromkeys(found))
 
 
-class _DataMissing(ChatBridgeError):
-    """A suite's data files are missing."""
-
-
-def _check_suite(path: Path, options: Sequence[str], ablated: bool) -> None:
-    """Check a suite's configuration and files before the model is built.
-
-    Raises:
-        _DataMissing: If files are missing.
-        ConfigError: If the configuration is faulty.
-    """
-    from lavis_chatbridge.runners.config import dataset_sections, run_section  # before builders: it imports LAVIS
+def _missing_data(path: Path, options: Sequence[str]) -> str:
+    """The fault if data files of a suite are missing, else an empty text."""
+    from lavis_chatbridge.runners.config import dataset_sections  # before builders: it imports LAVIS
 
     sections = dataset_sections(path, options)
 
@@ -288,14 +268,8 @@ def _check_suite(path: Path, options: Sequence[str], ablated: bool) -> None:
     try:
         require_files(sections)
     except DataError as error:
-        raise _DataMissing(error) from error
-    if ablated:
-        _check_ablation(path, options)
-    if not is_own_runner(runner := str(run_section(path, options).get("runner") or "")):
-        raise ConfigError(
-            f"run.runner {runner!r} is LAVIS's own, which can run only once per process: use chatbridge_runner, or "
-            f"score {path} alone (--cfg-path)"
-        )
+        return str(error)
+    return ""
 
 
 def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
@@ -311,16 +285,12 @@ def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
         raise ConfigError(
             f"--ablate scores with all media first, but run.media is {run['media']!r}: remove one of the two"
         )
-    import lavis.runners  # noqa: F401  (fills the registry with runners)
-    from lavis.common.registry import registry
-
     from lavis_chatbridge.tasks.base import ChatBridgeTask
 
-    task = registry.get_task_class(str(run.get("task")))
-    foreign = {"task": task is not None and not issubclass(task, ChatBridgeTask)}
-    foreign["runner"] = not is_own_runner(str(run.get("runner") or ""))
-    for key in filter(foreign.get, foreign):
-        raise ConfigError(f"--ablate: run.{key} {run[key]!r} is LAVIS's own, which does not support run.media")
+    registry = _registry()
+    task, runner = registry.get_task_class(str(run.get("task"))), str(run.get("runner") or "")
+    if (task is not None and not issubclass(task, ChatBridgeTask)) or not is_own_runner(runner):
+        raise ConfigError(f"--ablate: LAVIS's own tasks and runners (run.task {run.get('task')!r}) do not support run.media")
     for name in datasets:
         builder = registry.get_builder_class(name)
         if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is reported with all faults
@@ -344,10 +314,7 @@ def _print_table(lines: Sequence[Line], folder: Path, model: str) -> None:
     from lavis_chatbridge.tasks.scoring.records import versions
 
     print(report.text_table(lines), flush=True)
-    try:
-        files = report.write(folder, lines, {"model": model, "versions": versions()})
-    except OSError as error:
-        raise ConfigError(f"--output: cannot write to {folder}: {error.strerror or error}") from error
+    files = report.write(folder, lines, {"model": model, "versions": versions()})
     print(f"\nwritten to {', '.join(map(str, files))}")
 
 

@@ -12,17 +12,7 @@ import typer
 
 from lavis_chatbridge.errors import ConfigError
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "vocab.json",
-    "vocab.txt",
-)
+_TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "chat_template.jinja", "merges.txt", "vocab.*")
 
 
 def command(
@@ -70,7 +60,7 @@ def export(model: Any, out: Path) -> None:
         target = Path(folder) / out.name
         llm.generation_config.eos_token_id = sorted(model.template.end_ids) or None
         llm.save_pretrained(target)
-        for name in _TOKENIZER_FILES:
-            if (model.llama_tokenizer.folder / name).is_file():
-                shutil.copy(model.llama_tokenizer.folder / name, target)
+        for pattern in _TOKENIZER_FILES:
+            for file in model.llama_tokenizer.folder.glob(pattern):
+                shutil.copy(file, target)
         os.replace(target, out)

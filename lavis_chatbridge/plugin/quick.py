@@ -92,21 +92,10 @@ class _Finder:
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         if name == "torch._dynamo":
             _let_compile()
-        if name in PACKAGES:
-            around = _postponed
-        elif name == "lavis.common.registry":
-            around = _with_filled_tables
-        elif name == "torch._compile":
-            around = _without_compiler
-        elif name == "torch":
-            around = _with_plain_checks
-        elif name == "transformers.distributed.utils":
-            around = _without_sharding
-        elif name in LATER or name.startswith("transformers."):
+        around = _AROUND.get(name)
+        if around is None and (name in LATER or name.startswith("transformers.")):
             around = _without
-        else:
-            return None
-        if name in self._asking:
+        if around is None or name in self._asking:
             return None
         self._asking.add(name)  # a finder behind this one may ask all finders
         try:
@@ -197,7 +186,7 @@ def _nothing_compiled() -> Iterator[None]:
     vars(torch.compiler).update(dict.fromkeys(MARKS, mark))
     outermost = "_dynamo" not in vars(torch)
     if outermost:
-        torch._dynamo = _Marks(mark)
+        torch._dynamo = _Marks(**dict.fromkeys(MARKS, mark))
     try:
         yield
     finally:
@@ -208,9 +197,6 @@ def _nothing_compiled() -> Iterator[None]:
 
 class _Marks(SimpleNamespace):
     """Stands for ``torch._dynamo`` until somebody imports it."""
-
-    def __init__(self, mark: Callable[..., Any]) -> None:
-        super().__init__(**dict.fromkeys(MARKS, mark))
 
 
 def _let_compile() -> None:
@@ -258,3 +244,12 @@ def _with_filled_tables(module: ModuleType, execute: Callable[[ModuleType], None
     execute(module)
     mapping = module.registry.mapping
     mapping.update({key: _Table(table) for key, table in mapping.items() if key.endswith("name_mapping")})
+
+
+_AROUND: dict[str, Callable[[ModuleType, Callable[[ModuleType], None]], None]] = {
+    **dict.fromkeys(PACKAGES, _postponed),
+    "lavis.common.registry": _with_filled_tables,
+    "torch._compile": _without_compiler,
+    "torch": _with_plain_checks,
+    "transformers.distributed.utils": _without_sharding,
+}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,12 @@ _MOST_TYPES = 12
 class Line:
     """One line of the table.
 
+    ``score`` is that of the suite's own ``metric``; ``interval``, ``chance``, the ``paper``'s figure, the paper's after
+    ``stage1`` only, and the ``drop`` from the score with all media belong to it.
+
     Attributes:
-        suite: The benchmark.
-        media: The condition (``"image withheld"``); ``""`` if all media are kept.
-        status: ``"scored"``, ``"missing"`` (no data) or ``"failed"`` (nothing could be scored).
-        samples: Number of scored samples.
-        metric: The suite's main metric.
-        score: Its value, or None.
-        interval: Its 95 % bootstrap interval.
-        chance: Score of guessing.
-        paper: The paper's figure for that metric.
-        stage1: The paper's figure after stage 1 only.
-        drop: Difference from the score with all media.
-        scores: All metrics.
-        intervals: Their 95 % bootstrap intervals.
+        media: ``""`` as they are, else the condition (``"image withheld"``).
+        status: ``"scored"``, ``"missing"`` (its data are not there) or ``"failed"`` (nothing could be scored).
         by_type: Kind of type -> type -> number of samples and scores.
         unit: Unit of the scores: ``"percent"``, or ``""`` for a loss and scores of LAVIS's tasks.
         remarks: Caveats of the score.
@@ -81,13 +73,7 @@ class Line:
 
 
 def failed(name: str, media: str, error: Exception) -> Line:
-    """The line of a failed evaluation.
-
-    Args:
-        name: The benchmark.
-        media: The condition.
-        error: The error.
-    """
+    """The line of a benchmark that could not be scored."""
     _log.error("%s%s failed: %s", name, f" ({media})" if media else "", error)
     return Line(name, media, "failed", remarks=[" ".join(str(error).split())])
 
@@ -100,15 +86,7 @@ def lines_of(found: Mapping[str, Any], run: EvaluationSettings, media: str = "")
         run: Settings of the evaluation.
         media: The condition's name in the table.
     """
-    lines = [line for split, scores in found.items() for line in _of_split(split, scores or {}, run)]
-    for line in lines:
-        line.media = media
-    return lines
-
-
-def files_of(found: Mapping[str, Any]) -> list[str]:
-    """The files that an evaluation wrote, from its result ``found`` (split -> metrics)."""
-    return [path for split in found.values() for path in (split or {}).get("written", ())]
+    return [replace(line, media=media) for split, own in found.items() for line in _of_split(split, own or {}, run)]
 
 
 def summary(lines: Sequence[Line], written: Sequence[str], first: str = "split and data set") -> tuple[str, bool]:
@@ -120,7 +98,7 @@ def summary(lines: Sequence[Line], written: Sequence[str], first: str = "split a
         first: Header of the first column.
 
     Returns:
-        The text, and whether every source of every split was scored.
+        The text, and whether all of it was scored.
 
     Raises:
         DataError: If nothing could be scored.
@@ -150,13 +128,7 @@ def text_table(lines: Sequence[Line], first: str = COLUMNS[0]) -> str:
 
 
 def write(folder: Path, lines: Sequence[Line], about: Mapping[str, Any]) -> list[Path]:
-    """Write ``scores.txt``, ``scores.json`` and ``scores.html``.
-
-    Args:
-        folder: The output folder.
-        lines: The table.
-        about: Facts about the model and versions.
-    """
+    """Write ``scores.txt``, ``scores.json`` and ``scores.html``; ``about`` has the model and the versions."""
     page = pages.render("scores.html", title="Scores", columns=COLUMNS, lines=lines, about=about, number=_number)
     files = {
         "scores.txt": text_table(lines) + "\n",
@@ -179,8 +151,8 @@ def rescore(file: str, options: Sequence[str]) -> int:
         0; 1 if a source could not be scored.
 
     Raises:
-        DataError: If the file has no predictions, nothing could be scored, or the scores cannot be written.
-        ConfigError: If an option is not supported.
+        DataError: If the file holds no predictions, or nothing could be scored.
+        ConfigError: If an option is none of this command.
     """
     from lavis_chatbridge.tasks.predictions import read_predictions
     from lavis_chatbridge.tasks.scoring.records import announce, scores_or_fault, versions
@@ -195,15 +167,10 @@ def rescore(file: str, options: Sequence[str]) -> int:
     }
     target = path.with_name(f"{path.stem}_rescored.json")
     media = "" if chosen.media == "normal" else f"{' and '.join(chosen.media_modalities)} {chosen.media}"
-    lines = lines_of({"": {"by_source": by_source}}, chosen, media)
-    for line in lines:
-        line.suite = line.suite.strip()
+    lines = [replace(one, suite=one.suite.strip()) for one in lines_of({"": {"by_source": by_source}}, chosen, media)]
     printed, complete = summary(lines, [str(target)], "data set")
     how = {"metrics": chosen.metrics, "normalisation": chosen.normalisation}
-    try:
-        write_json(target, {"by_source": by_source, **how, "versions": versions()})
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
+    write_json(target, {"by_source": by_source, **how, "versions": versions()})
     print(printed)
     return 0 if complete else 1
 
@@ -214,12 +181,7 @@ def settings_of(predictions: Path, options: Sequence[str] = ()) -> EvaluationSet
     Raises:
         ConfigError: If an option is not an evaluation setting.
     """
-    beside = predictions.with_name(f"{predictions.stem}_metrics.json")
-    known = read_json(beside)
-    if not isinstance(known, dict):
-        if beside.exists():
-            _log.warning("%s is damaged: the metrics of that evaluation are not known", beside)
-        known = {}
+    known = read_json(predictions.with_name(f"{predictions.stem}_metrics.json")) or {}
     keys = ["metrics", "normalisation", "media", "media_modalities", "withheld_words"]
     keys += ["published", "published_stage1", "published_in"]
     given = read_options(options)

@@ -27,10 +27,7 @@ MEAN, STD = 15.41663, 6.55582
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
 """The highest filterbank value of a silent sound, whose samples are below 16-bit rounding."""
 
-_PREEMPHASIS = 0.97
 _FFT_SAMPLES = 512
-_FLOOR = torch.finfo(torch.float32).eps
-
 SHORTEST_TAIL = 16
 """A remainder with fewer frames is dropped: BEATs' patches have this side."""
 
@@ -108,11 +105,11 @@ def fbank(samples: Tensor, mel_bins: int) -> Tensor:
     frames = samples.unfold(0, FRAME_SAMPLES, SHIFT_SAMPLES) * 32768.0
     frames -= frames.mean(1, keepdim=True)
     before = torch.cat([frames[:, :1], frames[:, :-1]], 1)
-    frames -= before.mul_(_PREEMPHASIS)
+    frames -= before.mul_(0.97)
     window, banks = _window_and_banks(mel_bins)
     spectrum = torch.fft.rfft(frames.mul_(window), n=_FFT_SAMPLES).abs().square_()
     energies = spectrum @ banks.T
-    return energies.clamp_(min=_FLOOR).log_().sub_(MEAN).div_(2.0 * STD)
+    return energies.clamp_(min=torch.finfo(torch.float32).eps).log_().sub_(MEAN).div_(2.0 * STD)
 
 
 @functools.cache

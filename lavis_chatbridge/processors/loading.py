@@ -15,12 +15,7 @@ from lavis_chatbridge.processors.base import ChatBridgeProcessor
 Processors: TypeAlias = "dict[str, dict[str, ChatBridgeProcessor]]"
 """Modality (or "text") -> split -> processor."""
 
-SECTIONS = {
-    "image": "vis_processor",
-    "video": "video_processor",
-    "audio": "audio_processor",
-    "text": "text_processor",
-}
+SECTIONS = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor", "text": "text_processor"}
 """Modality (or "text") -> its key in the YAML; those of images and text are LAVIS's."""
 
 SPLITS = ("train", "eval")

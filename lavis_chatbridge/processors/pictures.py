@@ -149,7 +149,7 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
 
     Args:
         frames: uint8 ``[T,H,W,3]``. All are cropped and mirrored alike.
-        settings: `TrainPictureSettings` with ``rng`` augments the images.
+        settings: `TrainPictureSettings` augments the images, if ``rng`` is given.
         rng: Random generator.
 
     Returns:
@@ -157,7 +157,10 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
     """
     mirrored = False
     if settings.resize == "crop":
-        frames = _central_square(frames)
+        height, width = frames.shape[1:3]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        frames = frames[:, top : top + side, left : left + side]
     if rng is not None and isinstance(settings, TrainPictureSettings):
         frames = _random_crop(frames, settings.crop_scale, rng)
         mirrored = settings.flip and bool(rng.integers(2))
@@ -175,13 +178,6 @@ def least_side(settings: PictureSettings) -> int | None:
         return None
     kept = settings.crop_scale[0] if isinstance(settings, TrainPictureSettings) else 1.0
     return math.ceil(_OVERSAMPLING * settings.image_size / math.sqrt(kept))
-
-
-def _central_square(frames: np.ndarray) -> np.ndarray:
-    height, width = frames.shape[1:3]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return frames[:, top : top + side, left : left + side]
 
 
 def _random_crop(frames: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
 """LAVIS tasks: alignment, instruction tuning, captions and answers, multiple choice; and their scores.
 
-``plugin/register.py`` imports the modules; settings and scores can be used without LAVIS.
+``plugin/autoload.py`` imports the modules; settings and scores can be used without LAVIS.
 """

@@ -58,7 +58,13 @@ class GenerationTask(ChatBridgeTask):
         if self.settings.report_metric and self.settings.metrics:
             if get_rank() == 0:
                 records.announce(self.settings.metrics)
-            _require_truth(self.sources)
+            samples = [source.sample(index) for source in self.sources for index in range(len(source))]
+            if samples and not any(map(_has_truth, samples)):
+                raise DataError(
+                    f"{', '.join(source.name for source in self.sources)}: no sample has an answer or a reference to "
+                    "compare with. Nothing was predicted: use a file with labels, or predict without scores "
+                    "(run.report_metric=false)"
+                )
 
     def evaluation(self, model: nn.Module, data_loader: Any, cuda_enabled: bool = True) -> list[Prediction]:
         """One prediction per sample of this process: from disk if an earlier run made it, else from the model."""
@@ -135,7 +141,7 @@ class GenerationTask(ChatBridgeTask):
             groups.setdefault(record.source, []).append(record)
         by_source = {}
         for name, group in groups.items():
-            learnt, seen = self._facts("train", name), facts.facts_of(group)
+            learnt, seen = self._facts("train", name), [record.facts for record in group if record.facts]
             by_source[name] = records.scores_or_fault(
                 group, self.settings.metrics, self.settings.normalisation, values=facts.values_of([*learnt, *seen])
             )
@@ -168,7 +174,10 @@ class GenerationTask(ChatBridgeTask):
             **media,
             "seed": self.seed if chosen.media == "shuffled" else None,
             "data": {source.name: {"samples": len(source), "sha256": data_hash(source)} for source in self.sources},
-            "processing": {source.name: _processing(source) for source in self.sources},
+            "processing": {
+                source.name: {modality: str(getattr(one, "version", "")) for modality, one in sorted(own.items())}
+                for source, own in ((source, getattr(source, "processors", {})) for source in self.sources)
+            },
             "model": model_hash(model),
             "versions": records.versions(),
         }
@@ -187,29 +196,17 @@ class GenerationTask(ChatBridgeTask):
 
 def data_hash(source: Any) -> str:
     """A hash of all samples of a source: their text, their media by name and size, and their prompts."""
-    return hash_of([_sample_hash(source, index) for index in range(len(source))])
-
-
-def _sample_hash(source: Any, index: int) -> list[str]:
-    sample = source.sample(index)
-    prompt = prompt_text(source.pieces(sample, None)) if hasattr(source, "pieces") else ""
-    return [source.digest(index) if hasattr(source, "digest") else str(sample.id), prompt]
-
-
-def _require_truth(sources: Sequence[Any]) -> None:
-    samples = [source.sample(index) for source in sources for index in range(len(source))]
-    if samples and not any(map(_has_truth, samples)):
-        raise DataError(
-            f"{', '.join(source.name for source in sources)}: no sample has an answer or a reference to compare with. "
-            "Nothing was predicted: use a file with labels, or predict without scores (run.report_metric=false)"
-        )
+    digests = []
+    for index in range(len(source)):
+        sample = source.sample(index)
+        prompt = prompt_text(source.pieces(sample, None)) if hasattr(source, "pieces") else ""
+        digests.append([source.digest(index) if hasattr(source, "digest") else str(sample.id), prompt])
+    return hash_of(digests)
 
 
 def _has_truth(sample: Any) -> bool:
     turns = getattr(sample, "turns", None)
-    if turns is None:
-        return True
-    return bool(sample.answers or sample.captions or (turns and turns[-1].role == "assistant"))
+    return turns is None or bool(sample.answers or sample.captions or (turns and turns[-1].role == "assistant"))
 
 
 def _media(source: Any, index: int | None) -> list[tuple[str, str]]:
@@ -217,12 +214,6 @@ def _media(source: Any, index: int | None) -> list[tuple[str, str]]:
     if source is None or index is None:
         return []
     return [(medium.kind, str(medium.path)) for medium in getattr(source.sample(index), "files", ())]
-
-
-def _processing(source: Any) -> dict[str, str]:
-    """Modality -> the version of the processor that prepares it."""
-    processors = getattr(source, "processors", {})
-    return {modality: str(getattr(one, "version", "")) for modality, one in sorted(processors.items())}
 
 
 def _answer_list(settings: EvaluationSettings) -> list[str]:

@@ -89,7 +89,7 @@ def read_predictions(path: Path) -> list[Prediction]:
             continue
         try:
             content = json.loads(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(content, Mapping):
             raise DataError(f"{path}:{number}: expected an object, a line of an evaluation's result/SPLIT_stepN.jsonl")
@@ -100,13 +100,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 class PredictionFiles:
-    """The predictions of one split in a folder of results.
-
-    Args:
-        folder: The folder of results.
-        depends_on: Hash of everything that affects the predictions.
-        rank: This process.
-    """
+    """The predictions of one split in a folder of results; ``depends_on`` is the hash of all that they depend on."""
 
     def __init__(self, folder: Path, depends_on: str, rank: int = 0) -> None:
         self.folder, self.depends_on = folder, depends_on
@@ -129,21 +123,13 @@ class PredictionFiles:
         return found
 
     def append(self, records: Iterable[Prediction]) -> None:
-        """Append records to this process's file; they are on disk when this returns.
-
-        Raises:
-            ConfigError: If they cannot be written.
-        """
+        """Add records to this process's file."""
         with writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             append_lines(self._own, [record.line() for record in records])
 
     def finish(self, name: str, records: Iterable[Prediction]) -> Path:
-        """Write all records to ``NAME.jsonl``, atomically, and remove the files of the processes.
-
-        Raises:
-            ConfigError: If it cannot be written.
-        """
+        """Write all records to ``NAME.jsonl``, atomically, and remove the processes' own files."""
         path = self.folder / f"{name}.jsonl"
         with writable(self.folder), atomic_text(path) as file:
             file.writelines(f"{record.line()}\n" for record in records)

@@ -133,14 +133,8 @@ class EvaluationSource:
 class EvaluationSplit:
     """The sources of one or several data sets of a split, for evaluation.
 
-    Sources without media of the withheld or exchanged modalities are excluded, because nothing would change for them.
-
-    Args:
-        sources: All sources of the split.
-        mode: What becomes of their media.
-        modalities: The modalities that are concerned.
-        seed: Of the shuffling.
-        words: What becomes of the words that introduce a withheld medium.
+    Sources without media of the modalities that are withheld or exchanged are left out: nothing would change for them.
+    The arguments are those of `EvaluationSource`.
 
     Raises:
         DataError: If no source has such media.
@@ -165,12 +159,7 @@ class EvaluationSplit:
 
 
 def told(pieces: Sequence[Piece], lost: Sequence[Modality]) -> list[Piece]:
-    """State in a prompt which media are missing, at the beginning of the first request after the media.
-
-    Args:
-        pieces: The prompt without these media.
-        lost: Their modalities.
-    """
+    """A prompt that says which media are ``lost``, at the beginning of the first request after the others."""
     names = [f"the {modality}" for modality in dict.fromkeys(lost)]
     note = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing. "
     note = note[0].upper() + note[1:]

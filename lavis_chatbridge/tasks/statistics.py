@@ -1,21 +1,18 @@
-"""The uncertainty of scores: bootstrap intervals of means, and paired comparisons of two sets of values.
+"""The uncertainty of scores: bootstrap intervals of means, and paired comparisons, by scipy.
 
-Samples that share a medium are resampled together (cluster bootstrap). The intervals are percentile intervals, as
-``scipy.stats.bootstrap(method="percentile")`` gives them; the p-value is that of a permutation test that swaps the
-two values of a cluster, as ``scipy.stats.permutation_test(permutation_type="samples")`` does.
+Samples that share a medium are resampled together (cluster bootstrap). The p-value is that of a permutation test that
+swaps the two values of a cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES, FEWEST = 2000, 500
-"""Number of bootstrap resamples; sets of more than 10,000 clusters need and get fewer."""
-LEVEL = 0.95
-_AT_ONCE = 5_000_000  # entries of a block of resampling counts
+_RESAMPLES, _FEWEST = 2000, 500  # more than 10,000 clusters get fewer, since their intervals need no more
+_AT_ONCE = 5_000_000  # entries of a block of resamples
 
 
 @dataclass(frozen=True)
@@ -42,23 +39,30 @@ def interval(
     weights: Sequence[float] | np.ndarray | None = None,
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % bootstrap interval of a weighted mean.
+) -> tuple[float, float]:
+    """The ends of the 95 % bootstrap interval of a weighted mean.
 
     Args:
-        values: ``[..., n]``; each leading index is a separate set of values, all resampled alike.
-        weights: ``[n]`` weights of the mean; by default ones.
-        clusters: ``[n]`` the cluster (medium) of each sample; by default each sample is its own cluster.
+        values: ``[n]``.
+        weights: ``[n]`` weights of the mean; equal by default.
+        clusters: ``[n]``, what samples share (the medium); each sample is its own cluster by default.
         seed: Seed of the resampling.
-
-    Returns:
-        Lower and upper ends, each ``[...]``.
     """
+    from scipy import stats
+
     sums, totals = _clustered(np.asarray(values, dtype=float), weights, clusters)
-    means = np.concatenate([(sums @ counts.T) / (totals @ counts.T) for counts in _resampled(len(totals), seed)], -1)
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(means, [tail, 100 - tail], axis=-1)
-    return low, high
+    if len(totals) < 2:
+        return (float(sums[0] / totals[0]),) * 2
+    found = stats.bootstrap(
+        (sums, totals),
+        lambda some, of, axis: some.sum(axis) / of.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        **_sizes(len(totals)),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def paired(
@@ -66,20 +70,22 @@ def paired(
     b: Sequence[float] | np.ndarray,
     weights: Sequence[float] | np.ndarray | None = None,
     clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
 ) -> Difference:
     """The difference of the means of ``b`` and ``a``, which are ``[n]`` values of the same samples."""
+    from scipy import stats
+
     differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     sums, totals = _clustered(differences, weights, clusters)
-    low, high = interval(differences, weights, clusters, seed)
-    observed = sums.sum() / totals.sum()
-    rng = np.random.default_rng([seed, 1])
-    as_large = 0
-    for size in _blocks(len(totals)):
-        signs = rng.integers(0, 2, (size, len(totals)), dtype=np.int8) * 2 - 1
-        as_large += int((np.abs(signs @ sums) >= abs(sums.sum()) * (1 - 1e-12)).sum())
-    p = (as_large + 1) / (sum(_blocks(len(totals))) + 1)
-    return Difference(float(observed), float(low), float(high), p, differences.shape[-1])
+    low, high = interval(differences, weights, clusters)
+    p = stats.permutation_test(  # of one sample: it changes signs
+        (sums,),
+        lambda some, axis: some.sum(axis),
+        permutation_type="samples",
+        vectorized=True,
+        rng=np.random.default_rng(1),
+        **_sizes(len(totals)),
+    ).pvalue
+    return Difference(float(sums.sum() / totals.sum()), low, high, float(p), len(differences))
 
 
 def over_seeds(scores: Sequence[float]) -> tuple[float, float]:
@@ -90,30 +96,15 @@ def over_seeds(scores: Sequence[float]) -> tuple[float, float]:
 def _clustered(
     values: np.ndarray, weights: Sequence[float] | np.ndarray | None, clusters: Sequence[Hashable] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted sums ``[..., k]`` and total weights ``[k]`` of the clusters."""
-    count = values.shape[-1]
-    each = np.ones(count) if weights is None else np.asarray(weights, dtype=float)
+    """Weighted sums and total weights of the clusters."""
+    each = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     if clusters is None:
         return values * each, each
-    names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
-    order = np.array([names[name] for name in clusters])
-    totals = np.bincount(order, each, len(names))
-    flat = (values * each).reshape(-1, count)
-    sums = np.stack([np.bincount(order, row, len(names)) for row in flat])
-    return sums.reshape(*values.shape[:-1], len(names)), totals
+    numbers: dict[Hashable, int] = {}
+    order = [numbers.setdefault(name, len(numbers)) for name in clusters]
+    return np.bincount(order, values * each), np.bincount(order, each)
 
 
-def _blocks(clusters: int) -> Iterator[int]:
-    """Sizes of blocks of resamples that fit into memory."""
-    total = min(RESAMPLES, max(FEWEST, 4 * _AT_ONCE // max(1, clusters)))
-    size = max(1, min(total, _AT_ONCE // max(1, clusters)))
-    for start in range(0, total, size):
-        yield min(size, total - start)
-
-
-def _resampled(clusters: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks ``[r, k]`` with the number of times each cluster was sampled, one row per resample."""
-    rng = np.random.default_rng(seed)
-    for size in _blocks(clusters):
-        picked = rng.integers(0, clusters, (size, clusters)) + clusters * np.arange(size)[:, None]
-        yield np.bincount(picked.ravel(), minlength=size * clusters).reshape(size, clusters).astype(float)
+def _sizes(clusters: int) -> dict[str, int]:
+    resamples = min(_RESAMPLES, max(_FEWEST, 4 * _AT_ONCE // clusters))
+    return {"n_resamples": resamples, "batch": max(1, _AT_ONCE // clusters)}

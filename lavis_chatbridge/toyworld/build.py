@@ -106,7 +106,7 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
     """
     folder, sizes = Path(folder).absolute(), sizes or Sizes()
     wanted = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
-    if _holds(folder, wanted):
+    if wanted.items() <= _settings_in(folder).items():
         log.info("the embedded world in %s is complete", folder)
         return folder
     _check_replaceable(folder)
@@ -130,8 +130,7 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
 
 def is_world(folder: str | Path) -> bool:
     """Whether a folder contains a complete world of this version, of any size and seed."""
-    found = _settings_in(Path(folder))
-    return found is not None and found.get("version") == VERSION
+    return _settings_in(Path(folder)).get("version") == VERSION
 
 
 def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
@@ -247,7 +246,10 @@ def _annotate(draft: Path, items: Iterable[Item], pairs: Iterable[Pair], seed: i
             continue
         rng = random.Random(f"{seed}/{item.path}")
         name = f"{item.scene.modality}_{item.split}"
-        files[name].append(_captioned(draft, item, rng))
+        captions: dict[str, None] = {}
+        while len(captions) < CAPTIONS_PER_MEDIUM:
+            captions.setdefault(language.caption(item.scene, rng))
+        files[name].append(Sample(**_base(draft, item), captions=tuple(captions), source="toyworld"))
         instructions = _conversations if item.split == "train" else _questions
         files[f"instruct_{name}"] += instructions(draft, item, rng)
     for pair in pairs:
@@ -272,13 +274,6 @@ def _base(draft: Path, item: Item, suffix: str = "") -> dict[str, Any]:
     }
 
 
-def _captioned(draft: Path, item: Item, rng: random.Random) -> Sample:
-    captions: dict[str, None] = {}
-    while len(captions) < CAPTIONS_PER_MEDIUM:
-        captions.setdefault(language.caption(item.scene, rng))
-    return Sample(**_base(draft, item), captions=tuple(captions), source="toyworld")
-
-
 def _conversations(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
     """A conversation about the medium alone, and one about it and a second medium that is described in words.
 
@@ -301,19 +296,16 @@ def _conversations(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
 
 def _questions(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
     """One sample for each attribute's question."""
-    samples = []
-    for question in language.questions(item.scene, rng):
-        attribute = question.facts[0].attribute
-        samples.append(
-            Sample(
-                **_base(draft, item, f"_{attribute}"),
-                turns=tuple(language.conversation([item.scene], [question])),
-                answers=(question.answer,),
-                source="toyworld_instruct",
-                meta={"asked": question.kind, "attribute": attribute},
-            )
+    return [
+        Sample(
+            **_base(draft, item, f"_{question.facts[0].attribute}"),
+            turns=tuple(language.conversation([item.scene], [question])),
+            answers=(question.answer,),
+            source="toyworld_instruct",
+            meta={"asked": question.kind, "attribute": question.facts[0].attribute},
         )
-    return samples
+        for question in language.questions(item.scene, rng)
+    ]
 
 
 def _joint_questions(pair: Pair, media: tuple[Medium, ...], rng: random.Random) -> list[Sample]:
@@ -347,21 +339,16 @@ def _held_out() -> dict[str, list[tuple[str, ...]]]:
 # --- The folder ---
 
 
-def _settings_in(folder: Path) -> dict[str, Any] | None:
-    """The settings of the world in ``folder``, or None if there is no complete world."""
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of the world in ``folder``; empty if there is no complete world."""
     info = read_json(folder / INFO)
-    return info if isinstance(info, dict) else None
-
-
-def _holds(folder: Path, wanted: dict[str, Any]) -> bool:
-    found = _settings_in(folder)
-    return found is not None and all(found.get(key) == value for key, value in wanted.items())
+    return info if isinstance(info, dict) else {}
 
 
 def _check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; the embedded world needs a folder")
-    if folder.is_dir() and any(folder.iterdir()) and _settings_in(folder) is None:
+    if folder.is_dir() and any(folder.iterdir()) and not _settings_in(folder):
         raise DataError(f"{folder} contains files of no embedded world; choose another folder, or empty this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
 
@@ -369,11 +356,11 @@ def _check_replaceable(folder: Path) -> None:
 def _put_in_place(draft: Path, folder: Path, wanted: dict[str, Any]) -> None:
     """Rename the draft to the folder. Another process may have completed the same world first."""
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if _settings_in(folder) is not None and not _holds(folder, wanted):
+    if (found := _settings_in(folder)) and not wanted.items() <= found.items():
         folder.rename(old)
     try:
         draft.rename(folder)
     except OSError as error:
-        if not _holds(folder, wanted):
+        if not wanted.items() <= _settings_in(folder).items():
             raise DataError(f"{draft} cannot be renamed to {folder}: {error.strerror or error}") from error
     shutil.rmtree(old, ignore_errors=True)

@@ -70,7 +70,10 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
         picture.codec_context.thread_count = 1  # more threads would change the bytes, and are not faster at this size
         if codec == "mpeg4":
             picture.bit_rate = int(rng.integers(300_000, 900_000))
-        sound = None if track is None else _track(container, track)
+        sound = None
+        if track is not None:
+            quiet = {"aac_coder": "fast", "flags": "+bitexact"}
+            sound = container.add_stream("aac", rate=track.rate, layout=_layout(track), bit_rate=64_000, options=quiet)
         for frame in clip.frames:
             container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(picture.encode())
@@ -109,11 +112,6 @@ def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
     if rng.random() < 0.2:
         return "mpeg4", {"flags": "+bitexact"}
     return "libx264", {"crf": quality, "preset": "ultrafast", "flags": "+bitexact"}
-
-
-def _track(container: av.container.OutputContainer, track: Sound) -> av.AudioStream:
-    options = {"aac_coder": "fast", "flags": "+bitexact"}
-    return container.add_stream("aac", rate=track.rate, layout=_layout(track), bit_rate=64_000, options=options)
 
 
 def _layout(track: Sound) -> str:

@@ -193,11 +193,6 @@ def alone(scene: Scene, rng: random.Random, kind: QuestionKind) -> Question:
     return Asker((scene,), rng).ask(kind)
 
 
-def one_of(scenes: Sequence[Scene], rng: random.Random) -> Question:
-    """A question for one value of one of several media: ``what is the colour of the picture?``."""
-    return Asker(scenes, rng).one()
-
-
 class Asker:
     """Asks questions about one or two scenes."""
 

@@ -41,14 +41,11 @@ _CURVE_WIDTH, _CURVE_HEIGHT = 552, 132
 
 
 def write_report(folder: Path, world: Path) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.html`` into the demo's folder.
+    """Write ``report.json`` and ``report.html`` into the demo's folder, and return the content of the former.
 
     Args:
         folder: The demo's folder with the runs.
         world: The folder of the embedded world that they used.
-
-    Returns:
-        The content of ``report.json``.
 
     Raises:
         DataError: If a run's results are missing.
@@ -225,11 +222,10 @@ def _joint_examples(folder: Path, world: Path) -> list[dict[str, Any]]:
     chosen: dict[str, dict[str, Any]] = {}
     for record in _records(folder / "joint", "test"):
         chosen.setdefault(record["meta"]["asked"], record)
-    return [_example(r, media[r["sample_id"]], _question(r["prompt"])) for r in chosen.values()]
-
-
-def _question(prompt: str) -> str:
-    return prompt.rsplit("Human:", 1)[-1].replace("###Assistant:", "").strip()
+    return [
+        _example(r, media[r["sample_id"]], r["prompt"].rsplit("Human:", 1)[-1].replace("###Assistant:", "").strip())
+        for r in chosen.values()
+    ]
 
 
 def _example(record: Mapping[str, Any], media: Iterable[tuple[Modality, Path]], asked: str) -> dict[str, Any]:

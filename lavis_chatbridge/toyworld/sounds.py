@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import soundfile
@@ -63,7 +64,8 @@ def render(scene: Scene, rng: np.random.Generator, seconds: float | None = None,
     if seconds is None:
         seconds = float(rng.uniform(*_LENGTHS[int(rng.choice(len(_LENGTHS), p=_LENGTH_SHARES))]))
     low, high = PITCHES[facts["pitch"]]
-    course = _PATTERNS[facts["pattern"]](rng, rng.uniform(low, high), _clock(seconds, rate), seconds)
+    clock = np.arange(round(seconds * rate), dtype=np.float32) / np.float32(rate)
+    course = _PATTERNS[facts["pattern"]](rng, rng.uniform(low, high), clock, seconds)
     voice = _TIMBRES[facts["timbre"]](rng, course, rate) * course.level
     return Sound(_record(rng, voice), rate)
 
@@ -74,10 +76,6 @@ def encode(sound: Sound, suffix: str) -> bytes:
     subtype = "MPEG_LAYER_III" if suffix == "mp3" else "PCM_16"
     soundfile.write(file, sound.samples, sound.rate, format=suffix.upper(), subtype=subtype)
     return file.getvalue()
-
-
-def _clock(seconds: float, rate: int) -> Floats:
-    return np.arange(round(seconds * rate), dtype=np.float32) / np.float32(rate)
 
 
 def _record(rng: np.random.Generator, voice: Floats) -> Floats:
@@ -117,14 +115,6 @@ def _sweeping(rng: np.random.Generator, pitch: float, clock: Floats, seconds: fl
     return _Course(course.astype(np.float32), _gate(since, period, 0.94, 0.03), since)
 
 
-def _rising(rng: np.random.Generator, pitch: float, clock: Floats, seconds: float) -> _Course:
-    return _sweeping(rng, pitch, clock, seconds, SPAN)
-
-
-def _falling(rng: np.random.Generator, pitch: float, clock: Floats, seconds: float) -> _Course:
-    return _sweeping(rng, pitch, clock, seconds, -SPAN)
-
-
 def _gate(since: Floats, period: float, open_share: float, edge: float) -> Floats:
     """Open for a share of each period, with ramps of ``edge`` seconds so that it does not click."""
     return np.clip(np.minimum(since, np.float32(period * open_share) - since) / np.float32(edge), 0.0, 1.0)
@@ -133,8 +123,8 @@ def _gate(since: Floats, period: float, open_share: float, edge: float) -> Float
 _PATTERNS: dict[str, Callable[[np.random.Generator, float, Floats, float], _Course]] = {
     "steady": _steady,
     "pulsing": _pulsing,
-    "rising": _rising,
-    "falling": _falling,
+    "rising": partial(_sweeping, octaves=SPAN),
+    "falling": partial(_sweeping, octaves=-SPAN),
 }
 
 

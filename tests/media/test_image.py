@@ -111,18 +111,6 @@ def test_floats() -> None:
         open_image(values * 300)
 
 
-def test_cmyk() -> None:
-    got = open_image(encoded(Image.fromarray(PHOTO).convert("CMYK"), "JPEG", quality=98, subsampling=0))
-    assert np.abs(got.astype(int) - PHOTO).mean() < 4
-
-
-@pytest.mark.parametrize("form", ["GIF", "WEBP"])
-def test_first_frame_of_an_animation(form: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
-    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], lossless=True)
-    assert np.abs(open_image(data)[8, 8].astype(int) - [255, 0, 0]).max() <= 4
-
-
 def test_large_jpegs_are_decoded_at_a_fraction() -> None:
     data = encoded(Image.fromarray(photo(960, 1280)), "JPEG")
     assert open_image(data).shape == (960, 1280, 3)

@@ -165,15 +165,6 @@ def test_sound_and_picture_agree_in_length(form: str, codec: str) -> None:
             assert open_video(shorter, lambda count: range(count)).shape[0] == pytest.approx(37.5, abs=1.0)
 
 
-@pytest.mark.parametrize("turns", range(4))
-def test_turns_are_those_of_pyav(turns: int) -> None:
-    data = video_file(2, orientation=ORIENTATIONS[turns], drawn=numbered)
-    with av.open(io.BytesIO(data)) as container:
-        frame = next(container.decode(video=0))
-        expected = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    assert np.array_equal(open_video(data, lambda count: [0])[0], expected)
-
-
 @pytest.mark.parametrize(
     ("matrix", "full", "expected"),
     [(1, False, (254, 0, 0)), (1, True, (254, 0, 0)), (5, False, (254, 0, 0)), (9, False, (254, 0, 0))],
@@ -181,10 +172,7 @@ def test_turns_are_those_of_pyav(turns: int) -> None:
 def test_colours_follow_the_matrix_and_range_of_the_file(matrix: int, full: bool, expected: tuple) -> None:
     red = np.full((48, 64, 3), (254, 0, 0), np.uint8)
     frame = av.VideoFrame.from_ndarray(red, format="rgb24").reformat(
-        format="yuv420p",
-        dst_colorspace=matrix,
-        src_color_range=2,
-        dst_color_range=2 if full else 1,
+        format="yuv420p", dst_colorspace=matrix, src_color_range=2, dst_color_range=2 if full else 1
     )
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:

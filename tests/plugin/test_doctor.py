@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 
 import pytest
 
@@ -96,18 +95,6 @@ def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch
     [fault] = [text for level, text in found if level == "FAULT"]
     assert "did you mean 'max_iters'" in fault
     assert any("model.vision.weights" in text for _, text in found), "the model's files are listed all the same"
-
-
-def test_fewer_bits_are_fine_with_a_bitsandbytes_that_is_new_enough(config, monkeypatch):
-    def findings():
-        return list(doctor.configuration(config(), ["model.language_model.quantization=8bit"]))
-
-    found = findings()
-    assert [text for level, text in found if level == "FAULT"] == []
-    real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.46.1" if name == "bitsandbytes" else real(name))
-    [fault] = [text for level, text in findings() if level == "FAULT"]
-    assert "needs bitsandbytes 0.47 or newer, found 0.46.1" in fault
 
 
 def test_weights_are_told_with_other_faults(config, tmp_path, monkeypatch):

@@ -80,16 +80,6 @@ def test_the_scores_and_their_files_are_printed(config, capsys):
     assert lines[-1] == f"written to {result}/test_step0.jsonl, {result}/test_step0_metrics.json"
 
 
-def test_nothing_to_score_is_an_error(config, capsys):
-    assert evaluated(config, "run.test_splits=[gone]") == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    line = (
-        "nothing could be scored. gone chatbridge_jsonl: none of its samples (3) could be read, the log has the reasons"
-    )
-    assert f"error: {line}\n" in printed.err
-
-
 def test_a_split_that_cannot_be_scored_beside_one_that_can_is_status_1(config, capsys):
     options = ("run.task=chatbridge_alignment", "run.test_splits=[gone,test]")
     assert evaluated(config, *options) == 1
@@ -120,28 +110,6 @@ def test_one_configuration_is_scored_again_without_its_media(config, capsys, mon
     assert all("[image 0]" in prompt for prompt in prompts[0])
     assert not any("[image 0]" in prompt for prompt in prompts[1])
     assert built == [1]  # one model answers under every condition
-
-
-def test_an_interrupted_ablation_goes_on(config, monkeypatch):
-    folder = config.parent / "interrupted"
-    generate, seen, limit = ChatBridge.generate, [], [3]
-
-    def counted(model, samples, **more):
-        if len(seen) == limit[0]:
-            raise KeyboardInterrupt
-        seen.append(len(samples["sample_id"]))
-        return generate(model, samples, **more)
-
-    monkeypatch.setattr(ChatBridge, "generate", counted)
-    words = ("evaluate", "--ablate", "withheld", "shuffled")
-    options = (f"run.output_dir={folder}", "run.batch_size_eval=1")
-    assert evaluated(config, *options, words=words) == 130  # two samples with their media, one without
-    limit[0] = -1
-    assert evaluated(config, *options, words=words) == 0
-    assert sum(seen) == 6
-    assert not list((folder / "result").glob(".*"))
-    assert evaluated(config, *options, words=words) == 0
-    assert sum(seen) == 6  # all predictions are read from the finished files
 
 
 def test_the_table_says_what_became_of_the_media(config, capsys):
@@ -221,16 +189,6 @@ def test_laviss_runner_is_refused_where_it_cannot_run(config, tmp_path, capsys):
     assert cli.main([*words, "--options", "run.runner=runner_base"]) == 1
     table = json.loads((tmp_path / "table/scores.json").read_text())["suites"]
     assert [(line["suite"], line["status"]) for line in table] == [("one", "failed"), ("two", "failed")]
-    why = (
-        f"which can run only once per process: use chatbridge_runner, or score {suites / 'one.yaml'} alone (--cfg-path)"
-    )
-    assert table[0]["remarks"] == [f"run.runner 'runner_base' is LAVIS's own, {why}"]
-
-
-@pytest.mark.parametrize("words", [["--suite", ""], ["--suite", " , "], ["--suite", "", "--ablate"]])
-def test_no_suite_is_no_suite(words, capsys):
-    assert cli.main(["evaluate", *words]) == 2
-    assert "error: --suite is empty; known are all, paper, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [train, evaluate])
@@ -281,21 +239,12 @@ def test_words_are_conditions():
 
 
 @pytest.mark.parametrize(
-    ("word", "why"),
-    [
-        ("hidden", "'hidden' is neither withheld nor shuffled"),
-        ("normal:image", "'normal' is neither withheld nor shuffled"),
-        ("withheld:sound", "unknown word 'sound'"),
-        ("shuffled:told", "'told' does not fit"),
-        ("withheld:", "unknown word ''"),
-        ("", "'' is neither withheld nor shuffled"),
-    ],
+    "word", ["hidden", "normal:image", "withheld:sound", "shuffled:told", "withheld:removed,told", "withheld:", ""]
 )
-def test_other_words_are_refused(word, why, capsys):
-    with pytest.raises(ConfigError, match=why):
-        evaluate.parse_conditions([word])
+def test_other_words_are_refused(word, capsys):
     assert cli.main(["evaluate", "--suite", "gqa", "--ablate", word]) == 2
-    assert f"{why}; write withheld or shuffled, and after a colon any of image, video, audio" in capsys.readouterr().err
+    why = f"--ablate {word}: write withheld or shuffled, and after a colon any of image, video, audio"
+    assert why in capsys.readouterr().err
 
 
 def test_conditions_suit_the_data(tmp_path):
@@ -319,49 +268,24 @@ def test_media_that_the_data_lack_are_left_out_and_logged(tmp_path, caplog):
     assert "no such media in splits test" in caplog.text
 
 
-def test_media_of_data_sets_of_lavis_cannot_be_exchanged(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "option", "why"),
+    [
+        ("coco_caption", "run.seed=1", "data set 'coco_caption' is LAVIS's own"),
+        ("chatbridge_jsonl", "run.media=withheld", "--ablate scores with all media first, but run.media is 'withheld'"),
+        (
+            "chatbridge_jsonl",
+            "run.task=vqa",
+            "LAVIS's own tasks and runners (run.task 'vqa') do not support run.media",
+        ),
+        ("chatbridge_jsonll", "run.seed=1", "unknown name 'chatbridge_jsonll', did you mean 'chatbridge_jsonl'"),
+    ],
+)
+def test_what_cannot_be_ablated_is_named(tmp_path, name, option, why, capsys):
     path = tmp_path / "run.yaml"
-    path.write_text(CONFIG % "coco_caption")
-    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
-    assert "data set 'coco_caption' is LAVIS's own" in capsys.readouterr().err
-
-
-def test_media_are_not_taken_away_twice(tmp_path, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text(CONFIG % "chatbridge_jsonl")
-    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", "run.media=withheld"]) == 2
-    assert "--ablate scores with all media first, but run.media is 'withheld'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("key", "name"), [("task", "vqa"), ("runner", "runner_base")])
-def test_what_knows_no_media_to_take_away_is_refused(tmp_path, key, name, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text(CONFIG % "chatbridge_jsonl")
-    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", f"run.{key}={name}"]) == 2
-    assert f"--ablate: run.{key} '{name}' is LAVIS's own, which does not support run.media" in capsys.readouterr().err
-
-
-def test_unknown_data_sets_are_named_as_that(tmp_path, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text(CONFIG % "chatbridge_jsonll")
-    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
-    assert "unknown name 'chatbridge_jsonll', did you mean 'chatbridge_jsonl'" in capsys.readouterr().err
-    path.write_text("model: {arch: chatbridge}\ndatasets: [chatbridge_jsonl]\nrun: {}\n")
-    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
-    assert ": datasets: expected a mapping, found ['chatbridge_jsonl']" in capsys.readouterr().err
-    path.write_text("datasets: {chatbridge_jsonl: {}}\nrun: {output_dir: '${nowhere}'}\n")
-    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate"]) == 2
-    assert "error: Interpolation key 'nowhere' not found" in capsys.readouterr().err
-
-
-def test_data_without_media_are_not_passed_over_in_silence(tmp_path, caplog):
-    assert evaluate.suitable([], configuration(tmp_path, test=[], words=[])) == []
-    assert "--ablate: splits test, words have no media" in caplog.text
-
-
-def test_predictions_alone_cannot_be_ablated(capsys):
-    assert cli.main(["evaluate", "--rescore", "some.json", "--ablate"]) == 2
-    assert "--ablate needs a model" in capsys.readouterr().err
+    path.write_text(CONFIG % name)
+    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", option]) == 2
+    assert why in capsys.readouterr().err
 
 
 # --- scoring again
@@ -386,8 +310,7 @@ def rescored(path, *words):
     ("content", "why"),
     [
         (lines(record(0), record(1))[:-9], "test_step0.jsonl:2: not JSON"),
-        ("[" * 100_000, "test_step0.jsonl:1: not JSON"),
-        ("", "has no prediction"),
+        ("", "holds no prediction"),
         ("[1]", "test_step0.jsonl:1: expected an object"),
         ('{"image_id": 1, "caption": "a"}', "test_step0.jsonl:1.sample_id is missing"),
         (lines(record(0), record(0)), "sample 's0' was predicted twice"),
@@ -428,25 +351,6 @@ def test_the_figure_of_the_paper_stands_beside_whole_media_only(tmp_path, capsys
     out = capsys.readouterr().out
     assert "audio withheld" in out
     assert "45.2" not in out
-
-
-def test_a_damaged_file_of_scores_leaves_the_choice_to_the_options(tmp_path, caplog, capsys):
-    path = tmp_path / "test_step0.jsonl"
-    path.write_text(lines(record(0)))
-    (tmp_path / "test_step0_metrics.json").write_text('{"metrics": ')
-    assert rescored(path) == 0
-    assert "test_step0_metrics.json is damaged" in caplog.text
-    assert "exact_match" in capsys.readouterr().out  # what records with answers get
-    assert rescored(path, "--options", "run.metrics=[vqa_accuracy]") == 0
-    assert "vqa_accuracy" in capsys.readouterr().out
-
-
-def test_a_folder_that_takes_nothing_is_named(tmp_path, capsys):
-    path = tmp_path / "test_step0.jsonl"
-    path.write_text(lines(record(0)))
-    (tmp_path / "test_step0_rescored.json").mkdir()
-    assert rescored(path, *AGAIN) == 2
-    assert "test_step0_rescored.json: cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_only_newlines_end_a_line_and_halves_of_characters_are_replaced(tmp_path, capsys):

@@ -10,7 +10,7 @@ from torchaudio.compliance import kaldi
 from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.processors import AudioEvalProcessor, AudioTrainProcessor
 from lavis_chatbridge.processors.fbank import cut_clips, fbank, frame_count
-from tests.media.making import sound_file, tone, video_file
+from tests.media.making import sound_file, tone
 
 
 def noise(seconds: float, seed: int = 0) -> torch.Tensor:
@@ -93,18 +93,6 @@ def test_the_originals_layout_counts_everything_as_sound() -> None:
     assert clips.frames.tolist() == [1024] * 3
     assert clips.fbank[0].any()
     assert not clips.fbank[1:].any()
-
-
-def test_channels() -> None:
-    both = np.stack([tone(1.0, 16_000, 300), tone(1.0, 16_000, 2000)])
-    mean = AudioEvalProcessor()(both).fbank
-    first = AudioEvalProcessor.from_config({"channel": "first"})(both).fbank
-    torch.testing.assert_close(first, AudioEvalProcessor()(both[0]).fbank)
-    assert (mean - first).abs().max() > 0.5
-
-
-def test_sound_of_a_video() -> None:
-    assert AudioEvalProcessor()(video_file(5, sound=tone(2.0, 48_000))).frames[0] == pytest.approx(198, abs=6)
 
 
 def test_too_short_and_missing() -> None:

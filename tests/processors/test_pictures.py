@@ -8,13 +8,8 @@ import torch
 from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.media.frames import frame_indices, nearly_equal_chunks
-from lavis_chatbridge.processors import (
-    ImageEvalProcessor,
-    ImageTrainProcessor,
-    VideoEvalProcessor,
-    VideoTrainProcessor,
-)
+from lavis_chatbridge.media.frames import frame_indices
+from lavis_chatbridge.processors import ImageEvalProcessor, ImageTrainProcessor, VideoEvalProcessor, VideoTrainProcessor
 from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, PictureSettings, TrainPictureSettings, prepare
 from tests.media.making import encoded, level, photo, video_file
 
@@ -41,16 +36,6 @@ def test_bytes_arithmetic_equals_pillow_to_one_level() -> None:
         got = prepare(NOISE[None], settings)
         expected = prepare(NOISE[None], settings.model_copy(update={"arithmetic": "pillow"}))
         assert (got - expected).abs().max() < 1.01 / (255 * min(CLIP_STD))
-
-
-def test_frames_of_a_batch_are_prepared_as_single_ones() -> None:
-    frames = np.stack([NOISE, NOISE[::-1], NOISE[:, ::-1]])
-    for arithmetic in ("bytes", "float", "pillow"):
-        settings = PictureSettings(image_size=28, arithmetic=arithmetic)  # type: ignore[arg-type]
-        got = prepare(frames, settings)
-        assert got.is_contiguous()
-        for frame, single in zip(frames, got, strict=True):
-            torch.testing.assert_close(prepare(frame[None], settings)[0], single, atol=1e-6, rtol=0)
 
 
 def test_crop_takes_the_central_square() -> None:
@@ -107,7 +92,6 @@ def test_video() -> None:
 
 
 def test_training_draws_frames_of_each_quarter() -> None:
-    assert [list(chunk) for chunk in nearly_equal_chunks(range(7), 3)] == [[0, 1, 2], [3, 4], [5, 6]]
     drawn = np.array([frame_indices(40, 4, seeded(seed)) for seed in range(300)])
     for quarter in range(4):
         assert set(drawn[:, quarter]) == set(range(10 * quarter, 10 * quarter + 10))

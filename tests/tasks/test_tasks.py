@@ -138,20 +138,6 @@ def test_shuffled_media_are_never_the_samples_own():
     assert [int(same.item(index)["image"][0]) < 3 for index in range(6)] == [False] * 3 + [True] * 3
 
 
-def test_media_that_all_samples_share_are_no_obstacle_to_exchanging_the_others():
-    both = Source("a", 4)
-    both.sample = lambda index: SimpleNamespace(
-        files=[
-            SimpleNamespace(kind="video", path="same.mp4", offset=None),
-            SimpleNamespace(kind="image", path="0.png" if index < 3 else "3.png", offset=None),
-        ]
-    )
-    shuffled = EvaluationSource(both, "shuffled", ["image", "video"])
-    assert [int(shuffled.item(index)["image"][0]) for index in range(3)] == [3, 3, 3]
-    with pytest.raises(MediaError):
-        EvaluationSource(both, "shuffled", ["video"]).item(0)  # all have the same
-
-
 def test_a_picture_is_exchanged_for_one_that_can_be_read_however_few_there_are():
     among_texts = EvaluationSource(Source("a", 60, paths=["0.png", "1.png"] + [""] * 58), "shuffled", ["image"])
     assert [int(among_texts.item(index)["image"][0]) for index in (0, 1, 2)] == [1, 0, 2]  # the third has none to lose
@@ -183,15 +169,6 @@ def test_a_source_without_references_does_not_take_the_scores_of_the_others(resu
     alone = evaluate(GenerationTask(EvaluationSettings(metrics=["exact_match"])), [bare])
     assert "agg_metrics" not in alone
     assert len(lines(results / "test_step5.jsonl")) == 3
-
-
-def test_samples_of_one_id_are_all_scored():
-    one = Source("a", 4, answers=True)
-    item = one.item
-    one.item = lambda index, epoch=0: item(index, epoch) | {"sample_id": "same"}
-    scores = evaluate(GenerationTask(EvaluationSettings(metrics=["exact_match", "vqa_accuracy"])), [one])
-    assert (scores["samples"], scores["not_predicted"]) == (4, 0)
-    assert scores["by_source"]["a"]["scores"]["exact_match"] == 100.0
 
 
 def test_results_that_cannot_be_written_are_named(results):

@@ -99,27 +99,6 @@ def test_every_word_of_the_world_is_one_token(recipes: SimpleNamespace) -> None:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_a_limited_teacher_asks_about_the_first_values_only(recipes: SimpleNamespace) -> None:
-    reading, rng = recipes.reading, random.Random(0)
-    words = set()
-    for _ in range(100):
-        scenes = [reading.random_scene("image", rng, 2), reading.random_scene("audio", rng, 2)]
-        words |= set(re.findall(r"\w+", reading.Teacher(scenes, rng, 2).ask("compare").text))
-    attributes = reading.ATTRIBUTES
-    everything = {value for m in ("image", "audio") for values in attributes[m].values() for value in values}
-    allowed = {value for m in ("image", "audio") for values in attributes[m].values() for value in values[:2]}
-    assert words & everything == allowed
-
-
-def test_mirrored_stills_have_mirrored_places(recipes: SimpleNamespace) -> None:
-    pools = recipes.pools
-    batch = next(pools.still_batches(pools.render_stills(20, 56, seed=0), 256, seed=0))
-    place = batch.labels[:, pools.STILL_ATTRIBUTES.index("place")]
-    x = batch.targets[:, 0]
-    assert (x[place == 0] < -0.3).all()  # left
-    assert (x[place == 1] > 0.3).all()  # right
-
-
 @pytest.mark.parametrize(
     ("script", "words", "written"),
     [
@@ -139,22 +118,3 @@ def test_a_script_runs(
     monkeypatch.setattr(sys.modules["pretrain_encoders"], "FRESH", 12)
     module.main([*words.split(), "--out", str(tmp_path)])
     assert (tmp_path / written).is_file()
-
-
-def test_training_an_encoder_lowers_the_loss(recipes: SimpleNamespace) -> None:
-    pools, training = recipes.pools, recipes.pretrain_encoders
-    torch.manual_seed(0)
-    encoder = EvaVit(training.VISION)
-    training.spread_weights(encoder)
-    heads = training.Heads(training.VISION.width, [6, 8, 2, 5], targets=3)
-    batches = pools.still_batches(pools.render_stills(24, training.VISION.image_size, seed=1), 24, seed=1)
-
-    def encode(batch) -> tuple[Tensor, Tensor]:
-        tokens = encoder(batch.inputs[0])
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool)
-
-    batch = next(batches)
-    first = training.loss_of(heads(*encode(batch)), batch).item()
-    recipe = training.Recipe(renderings=24, steps=40, warmup=5)
-    training.fit(nn.ModuleList([encoder, heads]), encode, heads, batches, recipe, score=lambda: "")
-    assert training.loss_of(heads(*encode(batch)), batch).item() < 0.5 * first

@@ -50,10 +50,6 @@ class ChatBridge(lmms):
         max_batch_size: Ignored: lmms-eval passes it to every model.
         hear_videos: The model hears a video's own sound track, if a task brings no sound of its own.
         **options: Settings that override the model's, under their full names: ``model.checkpoint=file``.
-
-    Raises:
-        ConfigError: If a setting is unknown or does not fit.
-        CheckpointError: If a weight file is missing or does not fit.
     """
 
     is_simple = True
@@ -114,7 +110,6 @@ class ChatBridge(lmms):
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered."""
         raise NotImplementedError("ChatBridge answers lmms-eval's tasks of one round: generate_until and loglikelihood")
 
     def _messages(self, request: Any) -> list[Said]:

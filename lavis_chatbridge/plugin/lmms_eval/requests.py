@@ -48,10 +48,10 @@ class Said:
 
 
 def question(text: str, visuals: Any, hear_videos: bool = False) -> list[Said]:
-    """A question of lmms-eval's plain tasks: media first, as ChatBridge was trained.
+    """A question of lmms-eval's plain tasks: media first, as ChatBridge was trained, without markers ``<image>``.
 
     Args:
-        text: The question; lmms-eval's marker ``<image>`` is no part of it.
+        text: The question.
         visuals: What the task's ``doc_to_visual`` returned: media, lists of them, or None.
         hear_videos: Each video is followed by its own sound.
     """

@@ -6,8 +6,8 @@ import contextlib
 import io
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
@@ -38,7 +38,8 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
         for number, texts in enumerate(answers)
     }
     said = {number: {"answer": text} for number, text in enumerate(predictions)}
-    evaluator = _evaluator_class()(_Questions(truth), _Questions(said), 2)
+    questions = (SimpleNamespace(qa=qa, getQuesIds=lambda: list(truth)) for qa in (truth, said))
+    evaluator = _evaluator(*questions, 2)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.evaluate()
     return float(evaluator.accuracy["overall"]), [float(evaluator.evalQA[number]) for number in said]
@@ -50,12 +51,10 @@ def exact_match(
     """100 for each prediction that equals one of its answers after normalisation of both, 0 for the others.
 
     Raises:
-        DataError: If a prediction has no answer, or the normalisation is unknown.
+        DataError: If a prediction has no answer.
     """
     _check(predictions, answers)
-    normalise = NORMALISATIONS.get(normalisation)
-    if normalise is None:
-        raise DataError(f"unknown normalisation {normalisation!r}; known are {', '.join(NORMALISATIONS)}")
+    normalise = NORMALISATIONS[normalisation]
     return [
         100.0 * (normalise(said) in {normalise(answer) for answer in accepted})
         for said, accepted in zip(predictions, answers, strict=True)
@@ -104,22 +103,12 @@ def vocabulary(text: str) -> str:
 
 def vqa(text: str) -> str:
     """The official VQA evaluator's normalisation of one answer."""
-    evaluator = _normaliser()
+    evaluator = _evaluator()
     return evaluator.processDigitArticle(evaluator.processPunctuation(" ".join(text.split())))
 
 
 NORMALISATIONS: dict[str, Callable[[str], str]] = {"plain": plain, "squad": squad, "vqa": vqa, "vocabulary": vocabulary}
 """Name to normalisation of an answer before it is compared."""
-
-
-class _Questions:
-    """The parts of a VQA object that the official evaluator uses: ``qa`` and ``getQuesIds``."""
-
-    def __init__(self, qa: Mapping[int, Any]) -> None:
-        self.qa = qa
-
-    def getQuesIds(self) -> list[int]:
-        return list(self.qa)
 
 
 def _check(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
@@ -135,12 +124,7 @@ def _first_word(text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _evaluator_class() -> Any:
+def _evaluator(*arguments: Any) -> Any:
     from lavis.common.vqa_tools.vqa_eval import VQAEval
 
-    return VQAEval
-
-
-@lru_cache(maxsize=1)
-def _normaliser() -> Any:
-    return _evaluator_class()()
+    return VQAEval(*arguments)

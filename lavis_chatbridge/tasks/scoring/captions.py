@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from lavis_chatbridge.errors import DataError
@@ -26,6 +26,12 @@ METEOR_SECONDS = 600.0
 """Time limit of METEOR's Java, plus one second per ten captions: a degenerate caption can take hours."""
 
 _SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+_SCORERS = {
+    "BLEU": "pycocoevalcap.bleu.bleu:Bleu",
+    "ROUGE_L": "pycocoevalcap.rouge.rouge:Rouge",
+    "CIDEr": "pycocoevalcap.cider.cider:Cider",
+    "SPICE": "pycocoevalcap.spice.spice:Spice",
+}
 _PUNCTUATION = re.compile(r"[.,!?;:\"`()\[\]{}]|''|--+|(?<!\w)'|'(?!\w)|(?<!\w)-|-(?!\w)")
 
 Texts = dict[int, list[str]]
@@ -68,10 +74,8 @@ def score_captions(
         metrics: Names of `CAPTION_METRICS`.
 
     Raises:
-        DataError: If a prediction has no reference, all references are empty, or a metric is unknown.
+        DataError: If a prediction has no reference, or no reference has a word.
     """
-    if unknown := [metric for metric in metrics if metric not in CAPTION_METRICS]:
-        raise DataError(f"unknown caption metrics {unknown}; known are {', '.join(CAPTION_METRICS)}")
     if bare := [number for number, texts in enumerate(references) if not texts]:
         raise DataError(
             f"{len(bare)} of {len(predictions)} predictions have no reference, the first is number {bare[0]}"
@@ -94,7 +98,11 @@ def score_captions(
 def _score(metric: str, truth: Texts, said: Texts, found: CaptionScores) -> None:
     """Add one metric, or the reason why its scorer failed."""
     try:
-        corpus, single = _compute(metric, truth, said)
+        if metric == "METEOR":
+            corpus, single = _meteor(truth, said)
+        else:
+            more = {"verbose": 0} if metric == "BLEU" else {}
+            corpus, single = resolve_name(_SCORERS[metric])().compute_score(truth, said, **more)
     except Exception as error:  # an external scorer may raise anything; only its own metric is lost
         found.left_out[metric] = f"its scorer failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         _log.warning("%s is left out: %s", metric, found.left_out[metric])
@@ -105,26 +113,6 @@ def _score(metric: str, truth: Texts, said: Texts, found: CaptionScores) -> None
         return
     each = [item["All"]["f"] for item in single] if metric == "SPICE" else single
     found.overall[metric], found.each[metric] = float(corpus), [float(value) for value in each]
-
-
-def _compute(metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:
-    if metric == "METEOR":
-        return _meteor(truth, said)
-    if metric == "BLEU":
-        from pycocoevalcap.bleu.bleu import Bleu
-
-        return Bleu(4).compute_score(truth, said, verbose=0)
-    if metric == "ROUGE_L":
-        from pycocoevalcap.rouge.rouge import Rouge
-
-        return Rouge().compute_score(truth, said)
-    if metric == "CIDEr":
-        from pycocoevalcap.cider.cider import Cider
-
-        return Cider().compute_score(truth, said)
-    from pycocoevalcap.spice.spice import Spice
-
-    return Spice().compute_score(truth, said)
 
 
 def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
@@ -153,14 +141,13 @@ def _tokenised(truth: Texts, said: Texts, official: bool) -> tuple[Texts, Texts,
     """References and predictions as tokens, and the name of the tokenizer."""
     if official:
         both = _tokenise_ptb(truth), _tokenise_ptb(said)
-        if [_counts(texts) for texts in both] == [_counts(truth), _counts(said)]:
+        if all(
+            {n: len(own) for n, own in done.items()} == {n: len(own) for n, own in asked.items()}
+            for done, asked in zip(both, (truth, said), strict=True)
+        ):
             return *both, "ptb"
         _log.warning("the official tokenizer's Java died; captions are tokenised by a Python rule instead")
     return _tokenise_python(truth), _tokenise_python(said), "python"
-
-
-def _counts(texts: Texts) -> dict[int, int]:
-    return {key: len(own) for key, own in texts.items()}
 
 
 def _tokenise_ptb(captions: Texts) -> Texts:
@@ -180,9 +167,7 @@ def _tokenise_python(captions: Texts) -> Texts:
 
 
 def _spice_fault() -> str | None:
-    """Why SPICE cannot run, or None. Its parser's jars are not in the package, which downloads them at first use."""
-    folder = Path(str(importlib.resources.files("pycocoevalcap"))) / "spice" / "lib"
+    """Why SPICE cannot run: its parser's jars are not part of the package, which downloads them at first use."""
+    folder = importlib.resources.files("pycocoevalcap") / "spice" / "lib"
     missing = [name for name in _SPICE_JARS if not (folder / name).is_file()]
-    if missing:
-        return f"SPICE's {' and '.join(missing)} are not in {folder.name}/ of pycocoevalcap's spice folder"
-    return None
+    return f"SPICE's {' and '.join(missing)} are not in lib/ of pycocoevalcap's spice folder" if missing else None

@@ -5,22 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 Facts = Mapping[str, str]
 Values = Mapping[str, Sequence[str]]
 """Attribute -> its possible words."""
 
 _WORD = re.compile(r"[^\W_]+")
-
-
-class _HasFacts(Protocol):
-    facts: dict[str, str]
-
-
-def facts_of(records: Iterable[_HasFacts]) -> list[Facts]:
-    """The facts of the records that have some."""
-    return [record.facts for record in records if record.facts]
 
 
 def names_exactly(text: str, value: str, values: Iterable[str]) -> bool:
@@ -32,13 +22,7 @@ def names_exactly(text: str, value: str, values: Iterable[str]) -> bool:
 
 
 def attributes_right(caption: str, facts: Facts, values: Values) -> dict[str, bool]:
-    """Attribute -> whether a caption names the right value and no other.
-
-    Args:
-        caption: The prediction.
-        facts: The truth.
-        values: All values of each attribute.
-    """
+    """Attribute -> whether a caption names its right value and no other one of ``values``."""
     return {name: names_exactly(caption, value, values.get(name, ())) for name, value in facts.items()}
 
 

@@ -7,6 +7,7 @@ have a 95 % bootstrap interval, in which samples of the same media are resampled
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -59,18 +60,12 @@ class Measured:
         return [tuple(record.media) or number for number, record in enumerate(self.records)]
 
 
-def announce(metrics: Sequence[str]) -> dict[str, str]:
-    """Log, before an evaluation, the metrics that cannot be computed on this machine.
-
-    Returns:
-        Metric (or ``"ptb"``, the official tokenizer) -> the reason.
-    """
+def announce(metrics: Sequence[str]) -> None:
+    """Log before a run which of its metrics cannot be computed here."""
     wanted = [metric for metric in metrics if metric in CAPTION_METRICS]
-    missing = captions.unavailable(wanted) if wanted else {}
-    for name, reason in missing.items():
+    for name, reason in (captions.unavailable(wanted) if wanted else {}).items():
         what = "the official tokenizer of captions" if name == "ptb" else name
         _log.warning("%s is not available here: %s. The other scores will be computed", what, reason)
-    return missing
 
 
 def measured(
@@ -90,7 +85,9 @@ def measured(
     Raises:
         DataError: If a sample occurs twice, or no record can be scored.
     """
-    _check_unique(records)
+    for (name, _), count in Counter((record.sample_id, record.index) for record in records).items():
+        if count > 1:
+            raise DataError(f"sample {name!r} was predicted twice")
     if not metrics:
         return _unnamed(records, values)
     usable = [record for record in records if record.truth]
@@ -99,7 +96,10 @@ def measured(
     found = Measured(usable)
     said, truth = [record.prediction for record in usable], [record.truth for record in usable]
     if named := [metric for metric in metrics if metric in CAPTION_METRICS]:
-        _add_captions(found, captions.score_captions(said, truth, named))
+        scored = captions.score_captions(said, truth, named)
+        found.scores |= {name: 100.0 * value for name, value in scored.overall.items()}
+        found.each |= {name: 100.0 * np.asarray(scored.each[name]) for name in _MEANS if name in scored.each}
+        found.tokenizer, found.left_out = scored.tokenizer, scored.left_out
     if "vqa_accuracy" in metrics:
         score, each = answers.vqa_accuracy(said, truth)
         found.add("vqa_accuracy", each, score)
@@ -134,7 +134,7 @@ def score_records(
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
     result |= {"scores": found.scores, "metric": metric, "headline": found.scores.get(metric)}
     result["intervals"] = {
-        name: [float(end) for end in statistics.interval(each, found.weights.get(name), found.clusters)]
+        name: list(statistics.interval(each, found.weights.get(name), found.clusters))
         for name, each in found.each.items()
     }
     more: dict[str, Any] = {"by_type": _by_type(found), "tokenizer": found.tokenizer, "left_out": found.left_out}
@@ -204,14 +204,6 @@ def _unnamed(records: Sequence[Prediction], values: facts.Values | None) -> Meas
     return found
 
 
-def _add_captions(found: Measured, scored: captions.CaptionScores) -> None:
-    for name, value in scored.overall.items():
-        found.scores[name] = 100.0 * value
-        if name in _MEANS:
-            found.each[name] = 100.0 * np.asarray(scored.each[name])
-    found.tokenizer, found.left_out = scored.tokenizer, scored.left_out
-
-
 def _by_type(found: Measured) -> dict[str, dict[str, dict[str, float]]]:
     """Kind of type -> type -> number of samples and the mean of each metric that is a mean over samples."""
     members: dict[str, dict[str, list[int]]] = {}
@@ -231,12 +223,3 @@ def _by_type(found: Measured) -> dict[str, dict[str, dict[str, float]]]:
             for name, values in parts.items()
         }
     return result
-
-
-def _check_unique(records: Sequence[Prediction]) -> None:
-    seen: set[tuple[str, int | None]] = set()
-    for record in records:
-        key = (record.sample_id, record.index)
-        if key in seen:
-            raise DataError(f"sample {record.sample_id!r} was predicted twice")
-        seen.add(key)

@@ -106,38 +106,6 @@ def test_an_interrupted_run_goes_on(evaluate, tmp_path, monkeypatch):
     assert sum(counts) == 11
 
 
-def test_a_run_that_is_interrupted_in_its_second_split_goes_on(evaluate, data, tmp_path, monkeypatch):
-    from lavis_chatbridge.models.chatbridge import ChatBridge
-
-    lines = (data / "test.jsonl").read_text().splitlines(keepends=True)
-    (data / "later.jsonl").write_text("".join(lines[::-1]))  # the same samples at other places
-    (data / "odd.jsonl").write_text(lines[0].replace("What is it?", "What\u2028is\x85it?"))
-    splits = "datasets.chatbridge_jsonl.splits={odd: odd.jsonl, later: later.jsonl, test: test.jsonl}"
-    options = (splits, "run.test_splits=[odd,later,test]", "run.batch_size_eval=1")
-    generate, seen, limit = ChatBridge.generate, [], [14]
-
-    def counted(model, samples, **more):
-        if len(seen) == limit[0]:
-            raise KeyboardInterrupt
-        seen.append(samples["sample_id"])
-        return generate(model, samples, **more)
-
-    monkeypatch.setattr(ChatBridge, "generate", counted)
-    whole = evaluate("whole", "run.batch_size_eval=1")  # 11 samples
-    with pytest.raises(KeyboardInterrupt):
-        evaluate("cut", *options)
-    assert len(seen) == 14  # 1 of the first split, 2 of the second
-    limit[0] = -1
-    assert evaluate("cut", *options) == whole
-    assert len(seen) == 14 + 9 + 11  # 9 of the second split, and the third
-    later = (tmp_path / "cut/result/later_step0.jsonl").read_text().split("\n")
-    indices = [(r["source"], r["index"]) for r in map(json.loads, filter(None, later))]
-    assert indices == [("chatbridge_jsonl/audio", n) for n in range(4)] + [
-        ("chatbridge_jsonl/image", n) for n in range(7)
-    ]
-    assert not list((tmp_path / "cut/result").glob(".*"))
-
-
 def test_other_decoding_is_predicted_again(evaluate, monkeypatch):
     from lavis_chatbridge.models.chatbridge import ChatBridge
 

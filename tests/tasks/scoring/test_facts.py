@@ -60,7 +60,3 @@ def test_the_text_prior_is_what_blind_captions_score() -> None:
     assert facts.text_prior(train, test) == pytest.approx(share, abs=0.02)
     assert facts.text_prior([{"a": "1"}], [{"a": "1"}]) == 1.0
     assert facts.text_prior([{"a": "1"}], [{"b": "1"}]) == 0.0
-
-
-def test_values_in_order_of_appearance() -> None:
-    assert facts.values_of([{"a": "1"}, {"a": "2", "b": "x"}, {"a": "1"}]) == {"a": ["1", "2"], "b": ["x"]}

