@@ -89,7 +89,7 @@ def rated(source: Any) -> tuple[Any, int | None]:
         raise MediaError(source, "expected a sound as a pair of an array and its sampling rate in Hz")
     if not isinstance(rate, numbers.Real) or not float(rate).is_integer() or rate < 1:
         raise MediaError(samples, f"its sampling rate is {rate!r}, expected a whole number of Hz")
-    return samples, int(rate)
+    return samples, int(float(rate))
 
 
 @guarded

@@ -290,7 +290,7 @@ def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
     registry = _registry()
     task, runner = registry.get_task_class(str(run.get("task"))), str(run.get("runner") or "")
     if (task is not None and not issubclass(task, ChatBridgeTask)) or not is_own_runner(runner):
-        raise ConfigError(f"--ablate: LAVIS's own tasks and runners (run.task {run.get('task')!r}) do not support run.media")
+        raise ConfigError(f"LAVIS's own tasks and runners (run.task {run.get('task')!r}) do not support --ablate")
     for name in datasets:
         builder = registry.get_builder_class(name)
         if builder is not None and not hasattr(builder, "media_of"):  # an unknown name is reported with all faults

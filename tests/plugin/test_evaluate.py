@@ -276,7 +276,7 @@ def test_media_that_the_data_lack_are_left_out_and_logged(tmp_path, caplog):
         (
             "chatbridge_jsonl",
             "run.task=vqa",
-            "LAVIS's own tasks and runners (run.task 'vqa') do not support run.media",
+            "LAVIS's own tasks and runners (run.task 'vqa') do not support --ablate",
         ),
         ("chatbridge_jsonll", "run.seed=1", "unknown name 'chatbridge_jsonll', did you mean 'chatbridge_jsonl'"),
     ],
