@@ -310,7 +310,7 @@ def rescored(path, *words):
     ("content", "why"),
     [
         (lines(record(0), record(1))[:-9], "test_step0.jsonl:2: not JSON"),
-        ("", "holds no prediction"),
+        ("", "has no prediction"),
         ("[1]", "test_step0.jsonl:1: expected an object"),
         ('{"image_id": 1, "caption": "a"}', "test_step0.jsonl:1.sample_id is missing"),
         (lines(record(0), record(0)), "sample 's0' was predicted twice"),
