@@ -22,8 +22,7 @@ Model = Annotated[str, typer.Option("--model", help="tiny, vicuna7b, vicuna13b, 
 Options = Annotated[list[str], typer.Option("--options", help="Override the model's YAML: KEY=VALUE.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 EngineUrl = Annotated[
-    str,
-    typer.Option("--engine", help="A vLLM server that runs the language model: http://HOST:PORT/v1."),
+    str, typer.Option("--engine", help="A vLLM server that runs the language model: http://HOST:PORT/v1.")
 ]
 TemplateName = Annotated[
     str | None, typer.Option("--template", help="human_assistant, vicuna_v1 or tokenizer; by default the model's.")
@@ -83,8 +82,7 @@ def load_model(
     from lavis_chatbridge.processors import load_processors
 
     own = [*options, *([f"model.language_model.engine={engine}"] if engine else [])]
-    config = _config(str(model), own, ChatBridge)
-    place = _device(device)
+    config, place = _config(str(model), own, ChatBridge), _device(device)
     preprocess: Any = OmegaConf.to_container(config.get("preprocess") or OmegaConf.create({}), resolve=True)
     processors = load_processors(preprocess)
     return ChatBridge.from_config(config.model).to(place).eval(), processors

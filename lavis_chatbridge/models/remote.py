@@ -291,22 +291,18 @@ def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) ->
             "presence_penalty and frequency_penalty work with an engine"
         )
     greedy = sampling.temperature == 0
+    same = ("temperature", "presence_penalty", "frequency_penalty", "seed", "ignore_eos", "logprobs")
     return {
+        **{name: getattr(sampling, name) for name in same},
         "stream": True,
         "max_tokens": sampling.max_new_tokens,
         "min_tokens": sampling.min_new_tokens,
-        "temperature": sampling.temperature,
         "top_p": 1.0 if greedy else sampling.top_p,
         "top_k": -1 if greedy or sampling.top_k == 0 else sampling.top_k,
         "min_p": 0.0 if greedy else sampling.min_p,
         "repetition_penalty": 1.0,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "seed": sampling.seed,
-        "ignore_eos": sampling.ignore_eos,
         "stop": list(stops),
         "stop_token_ids": list(end_ids),
-        "logprobs": sampling.logprobs,
         "return_token_ids": True,
         "return_tokens_as_token_ids": sampling.logprobs is not None,
         "include_stop_str_in_output": True,

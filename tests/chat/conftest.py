@@ -34,10 +34,7 @@ SMALL: dict[str, Any] = {
         },
         "checkpoint": None,
     },
-    "preprocess": {
-        "vis_processor": {"eval": {"image_size": 28}},
-        "video_processor": {"eval": {"image_size": 28}},
-    },
+    "preprocess": {"vis_processor": {"eval": {"image_size": 28}}, "video_processor": {"eval": {"image_size": 28}}},
 }
 
 

@@ -31,24 +31,16 @@ def test_save_and_load(model: Any, tmp_path: Path):
     talk.save(tmp_path / "talk.json")
     record = json.loads((tmp_path / "talk.json").read_text())
     assert record["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert [part["type"] for part in record["messages"][1]["content"]] == [
-        "image_url",
-        "video_url",
-        "audio_url",
-        "text",
-    ]
+    types = [part["type"] for part in record["messages"][1]["content"]]
+    assert types == ["image_url", "video_url", "audio_url", "text"]
     assert record["messages"][1]["content"][2]["audio_url"] == {"url": "file:red%20sound.wav"}
     assert str(tmp_path) not in (tmp_path / "talk.json").read_text()
     loaded = building.session(model)
     loaded.load(tmp_path / "talk.json")
     assert loaded.system == "Be brief."
     assert [(t.role, t.text, t.ids) for t in loaded.messages] == [(t.role, t.text, t.ids) for t in talk.messages]
-    assert [(m.modality, m.track) for m in loaded.messages[0].media] == [
-        ("image", False),
-        ("video", False),
-        ("audio", True),
-        ("audio", False),
-    ]
+    found = [(m.modality, m.track) for m in loaded.messages[0].media]
+    assert found == [("image", False), ("video", False), ("audio", True), ("audio", False)]
     assert loaded.ask("Why?").text == talk.ask("Why?").text
     assert list(tmp_path.glob(".talk*")) == []
 

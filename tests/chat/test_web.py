@@ -68,11 +68,8 @@ def test_an_answer_streams_with_a_note_on_its_media(page: web.Page, model: Any, 
     history = [message("user", attached(files["a.png"]), attached(files["c.mp4"]), "What is it?")]
     history += [message("assistant", text), message("assistant", note["content"], title=note["metadata"]["title"])]
     conversation = web.conversation_of([*history, message("user", "And?")], " S ", hear=True)
-    assert [(m.role, m.text, len(m.media)) for m in conversation.messages] == [
-        ("user", "What is it?", 3),
-        ("assistant", text, 0),
-        ("user", "And?", 0),
-    ]
+    found = [(m.role, m.text, len(m.media)) for m in conversation.messages]
+    assert found == [("user", "What is it?", 3), ("assistant", text, 0), ("user", "And?", 0)]
     assert conversation.system == "S"
 
 
@@ -80,7 +77,7 @@ def test_a_broken_medium_is_told_without_its_path_and_then_left_out(page: web.Pa
     asked = {"text": "What is it?", "files": [files["broken.png"]]}
     *_, (fault,) = page.respond(asked, [], *USUAL)
     assert fault["metadata"]["title"] == "Not answered"
-    assert "broken.png: it is not a picture" in fault["content"]
+    assert "broken.png: it is not an image" in fault["content"]
     assert str(Path(files["broken.png"]).parent) not in fault["content"]
     history = [message("user", "A"), message("assistant", "B"), message("user", attached(files["broken.png"]), "C")]
     history += [message("assistant", fault["content"], title="Not answered"), message("user", "D")]
