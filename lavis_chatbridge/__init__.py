@@ -7,7 +7,7 @@ imports only what is loaded already, and never raises; what can wait for ``impor
 
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class _Door:
