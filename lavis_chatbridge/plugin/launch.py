@@ -5,7 +5,6 @@ It builds LAVIS's four parts in LAVIS's order: task, data sets, model, runner.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import random
 import sys
@@ -17,40 +16,14 @@ from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.launchers import cores
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from lavis_chatbridge.runners.config import Config
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """LAVIS's argument ``--options``."""
-    parser.add_argument(
-        "--options",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that override the file's, for example run.seed=1 model.model_type=vicuna7b; may be repeated",
-    )
-
-
 def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
-    """Build all parts of a configuration, and train or evaluate.
-
-    Args:
-        cfg_path: The configuration file.
-        options: Overrides, ``KEY=VALUE`` each.
-        evaluate: Score ``run.test_splits`` instead of training.
-
-    Returns:
-        Split -> its metrics after an evaluation, else None.
-
-    Raises:
-        ChatBridgeError: For a user's mistake.
-    """
+    """Train as a configuration file and options say, or score ``run.test_splits``: split -> its metrics."""
     with Session() as session:
         return session.run(cfg_path, options, evaluate)
 
@@ -74,6 +47,7 @@ class Session:
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
         """Train or evaluate one configuration, as `launch` does."""
         cfg = load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
+        import numpy
         import torch
 
         from lavis_chatbridge.plugin import world
@@ -87,9 +61,12 @@ class Session:
             raise ConfigError(
                 f"run.runner {cfg.run.runner!r} is LAVIS's own, which needs a CUDA device: use chatbridge_runner"
             )
-        _seed(cfg.run.seed)
+        random.seed(cfg.run.seed)  # equally on every process, so that all initialise the same weights
+        numpy.random.seed(cfg.run.seed)
+        torch.manual_seed(cfg.run.seed)
         cfg.pretty_print()
-        _set_lavis_keys(cfg.run_cfg, device.index)
+        cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.in_group(), distributed.world_size()
+        cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
         job_id = distributed.from_main(new_job_id())
         with ExitStack() as stack:
             if own:
@@ -131,14 +108,6 @@ class Session:
         return self._model
 
 
-def _set_lavis_keys(run_cfg: DictConfig, gpu: int | None) -> None:
-    """Set the keys of the ``run`` section about processes, for LAVIS's own runners."""
-    from lavis_chatbridge.runners import distributed
-
-    run_cfg.distributed, run_cfg.world_size = distributed.in_group(), distributed.world_size()
-    run_cfg.rank, run_cfg.gpu = distributed.rank(), gpu or 0
-
-
 def is_own_runner(name: str) -> bool:
     """Whether a registered runner is this package's or a subclass of it, not LAVIS's own."""
     import lavis.runners  # noqa: F401  (fills the registry with runners)
@@ -150,11 +119,7 @@ def is_own_runner(name: str) -> bool:
 
 
 def load(cfg_path: str, options: Sequence[str]) -> Config:
-    """Load and check the configuration of a run.
-
-    Raises:
-        ConfigError: With all its faults, or if there is no such file.
-    """
+    """Load and check the configuration of a run."""
     from lavis_chatbridge.config import find_yaml
 
     find_yaml(cfg_path)  # before LAVIS is imported, which takes seconds
@@ -218,26 +183,10 @@ def spread(words: Sequence[str], lists: Sequence[str] = _LISTS) -> list[str]:
 
 
 def run_command(program: str, command: Callable[..., int | None], argv: Sequence[str] | None) -> int:
-    """Run a module's command line for ``python -m``; returns the exit status.
-
-    Args:
-        program: Its name in messages.
-        command: A function with annotated arguments.
-        argv: Arguments, by default the process's own.
-    """
+    """Run a function with annotated arguments as the command line of ``python -m``; returns the exit status."""
     import typer
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(returning_status(command))
     words = spread(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: app(words, prog_name=program))
-
-
-def _seed(seed: int) -> None:
-    """Seed all generators equally on every process, so that all initialise the same weights."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)

@@ -9,9 +9,10 @@ import datetime
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lavis.common.registry import registry
@@ -22,21 +23,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lavis_chatbridge.datasets.loader import worker_deaths
+from lavis_chatbridge.datasets.loader import MixtureLoader, too_many_unreadable, worker_deaths
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import checkpoints, data, distributed, features, optim, parallel
-from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedScaler, SavedState
-from lavis_chatbridge.runners.contracts import Datasets, Samples, Task, TokenTask, TrainLoader
+from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedState, one_line
+from lavis_chatbridge.runners.data import Datasets, LavisTrainLoader
 from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
 from lavis_chatbridge.runners.logs import LOG, LogFile, Reporter
 from lavis_chatbridge.runners.settings import RunSettings, parse_run
 from lavis_chatbridge.runners.signals import STOPPED_BY_SIGTERM, Watch
-from lavis_chatbridge.runners.state import TrainState
-from lavis_chatbridge.runners.step import StepResult, TrainStep, autocast, seed_all
+from lavis_chatbridge.runners.step import Samples, StepResult, TrainState, TrainStep, autocast, seed_all
 
 _log = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """LAVIS's contract of a task, as far as the runner calls it."""
+
+    def train_step(self, model: nn.Module, samples: Samples) -> Tensor: ...
+    def before_evaluation(self, model: nn.Module, dataset: Any) -> None: ...
+    def evaluation(self, model: nn.Module, data_loader: Iterable[Samples], cuda_enabled: bool = True) -> list[Any]: ...
+    def after_evaluation(self, val_result: list[Any], split_name: str, epoch: Any) -> Mapping[str, Any] | None: ...
+
+
+@runtime_checkable
+class TokenTask(Task, Protocol):
+    """A task of this package: it returns a loss with its number of target tokens, and merges a split's data sets."""
+
+    def weighted_loss(self, model: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]: ...
+    def evaluation_split(self, datasets: Mapping[str, Any]) -> Any: ...
 
 
 @registry.register_runner("chatbridge_runner")
@@ -47,7 +64,7 @@ class ChatBridgeRunner(RunnerBase):
         cfg: `runners.config.Config`, or LAVIS's own.
         task: Computes losses and predictions; LAVIS's own tasks can evaluate.
         model: The model.
-        datasets: Data set name -> split -> data set.
+        datasets: The data sets, as the task builds them.
         job_id: Name of the run's folder under ``run.output_dir``; ``run.job_id`` takes precedence.
 
     Raises:
@@ -60,11 +77,6 @@ class ChatBridgeRunner(RunnerBase):
         self.run: RunSettings = getattr(cfg, "run", None) or parse_run(plain["run"])
         self._place = distributed.init(self.run)
         self.state = TrainState()
-        self.frozen: dict[str, str] = {}
-        self._train_loader: TrainLoader | None = None
-        self._wrapped_model: nn.Module | None
-        self._optimizer: torch.optim.Optimizer | None
-        self._scaler: torch.amp.GradScaler | None
         self.bridge = parallel.choose_trained(model, self.run.train)
         super().__init__(cfg, task, model, datasets, job_id)
         data.set_template(datasets, getattr(model, "template", None))
@@ -76,45 +88,35 @@ class ChatBridgeRunner(RunnerBase):
         """The device of this process."""
         return self._place
 
-    @property
+    @cached_property
     def model(self) -> nn.Module:
-        """The model on its device, without a wrapper around it.
+        """The model on its device, without a wrapper around it."""
+        if any(other != self.frozen for other in distributed.gather_everywhere(self.frozen)):
+            raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
+        parallel.prepare(self._model, self.run, self.device)
+        with parallel.gathered(self._model):
+            features.attach(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
+        return self._model
 
-        Raises:
-            TrainingError: If processes have loaded different frozen weights.
-        """
-        if self._wrapped_model is None:
-            self.frozen = checkpoints.frozen_hashes(self._model, self.bridge)
-            if any(other != self.frozen for other in distributed.gather_everywhere(self.frozen)):
-                raise TrainingError(
-                    "the processes have loaded different frozen weights: give all of them the same files"
-                )
-            parallel.prepare(self._model, self.run, self.device)
-            self._wrapped_model = self._model
-            with parallel.gathered(self._model):
-                features.attach(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
-        return self._wrapped_model
+    @cached_property
+    def frozen(self) -> dict[str, str]:
+        """Hashes of the frozen weights, computed before they are sharded."""
+        return checkpoints.frozen_hashes(self._model, self.bridge)
 
-    @property
+    @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the trainable parameters."""
-        if self._optimizer is None:
-            self._optimizer = optim.build_optimizer(self.model, self.run)
-        return self._optimizer
+        return optim.build_optimizer(self.model, self.run)
 
-    @property
+    @cached_property
     def scaler(self) -> torch.amp.GradScaler:
         """The fp16 loss scaler; disabled in other precisions."""
-        if self._scaler is None:
-            self._scaler = optim.build_scaler(self.run.precision, self.device)
-        return self._scaler
+        return optim.build_scaler(self.run.precision, self.device)
 
-    @property
-    def train_loader(self) -> TrainLoader:
+    @cached_property
+    def train_loader(self) -> MixtureLoader | LavisTrainLoader:
         """The training batches of this process."""
-        if self._train_loader is None:
-            self._train_loader = data.train_loader(self.datasets, self.run, self.device)
-        return self._train_loader
+        return data.train_loader(self.datasets, self.run, self.device)
 
     @property
     def steps(self) -> int:
@@ -143,10 +145,7 @@ class ChatBridgeRunner(RunnerBase):
         """Train to the last step, then score ``test_splits``; with ``run.evaluate`` only score.
 
         Raises:
-            TrainingError: If training cannot continue; the newest checkpoint is intact.
-            CheckpointError: If the checkpoint to resume from does not fit.
-            ConfigError: If the model cannot be trained, a split is unknown, or the folder belongs to another run.
-            DataError: If too many samples are unreadable.
+            ChatBridgeError: If training cannot start or continue; the newest checkpoint is intact.
         """
         if self.evaluate_only:
             self.evaluate()
@@ -156,7 +155,10 @@ class ChatBridgeRunner(RunnerBase):
         started = time.monotonic()
         with self.folder.claimed(), worker_deaths(), Watch(self.run.save_every_minutes) as watch:
             self._start()
-            with self._reporter() as reporter:
+            with distributed.together():
+                validated = not self._must_validate()
+                reporter = Reporter(self.run, self.output_dir, self.steps, self.state, validated, self.settings)
+            with reporter:
                 if self._must_validate():
                     self._validate(reporter)
                 watch.in_loop = True
@@ -164,12 +166,12 @@ class ChatBridgeRunner(RunnerBase):
                 watch.in_loop = False
             self.state.check_end()
             self._write_final_weights()
-            self.evaluate(skip_reload=True)
+            self.evaluate()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
     def _start(self) -> None:
         """Load the checkpoint to resume from, if any, and delete the files of an earlier run that is overwritten."""
-        model = self.model
+        model = self.model  # exchanges hashes between processes, outside `together`
         with distributed.together():
             sizes = self.train_loader.plan.sizes
             _log.info("training on %d samples of %s", sum(sizes.values()), ", ".join(sizes))
@@ -192,14 +194,18 @@ class ChatBridgeRunner(RunnerBase):
         while self.state.step < self.steps:
             began = time.perf_counter()
             seed_all(self.run.seed, self.state.step, distributed.rank())  # LAVIS's data sets draw from them
-            micro_batches, fault = self._next(batches)
+            micro_batches: list[dict[str, Any]] = []
+            fault: ChatBridgeError | None = None
+            try:
+                micro_batches = list(itertools.islice(batches, self.run.accum_grad_iters))
+            except ChatBridgeError as error:
+                fault = error
             waited = time.perf_counter() - began
             skipped = sum(len(batch["skipped"]) for batch in micro_batches)
             readable = [batch for batch in micro_batches if batch.get("sample_id", True)]
-            requests = watch.requests()
-            requests.stop = requests.stop or fault is not None  # the other processes learn of a fault at the step's end
-            result = step(self.state.step, readable, skipped, requests)
-            if result.requests.stop:
+            stop = watch.stop or fault is not None  # the other processes learn of a fault at the step's end
+            result = step(self.state.step, readable, skipped, watch.save(), stop)
+            if result.stop:
                 with distributed.together():
                     if fault is not None:
                         raise fault
@@ -209,16 +215,11 @@ class ChatBridgeRunner(RunnerBase):
             reporter.step(source, result, waited)
             self._after_step(result, watch, reporter)
 
-    def _next(self, batches: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], ChatBridgeError | None]:
-        """The micro-batches of this process's next step, or the error that reading them raised."""
-        try:
-            return list(itertools.islice(batches, self.run.accum_grad_iters)), None
-        except ChatBridgeError as error:
-            return [], error
-
     def _check_readable(self, source: str, micro_batches: Iterable[Samples]) -> None:
         """Stop, before a checkpoint is saved, if too many samples of a source are unreadable."""
-        if fault := self.state.unreadable(source, self.run):
+        count = self.state.sources[source]
+        tried = count.samples + count.skipped
+        if fault := too_many_unreadable(source, count.skipped, tried, self.run.max_bad_share):
             own = [cause for batch in micro_batches for _, cause in batch["skipped"]]
             causes = itertools.chain(*distributed.gather_everywhere(own))
             raise DataError("; ".join([fault, *(f"one of them: {cause}" for cause in itertools.islice(causes, 1))]))
@@ -227,15 +228,15 @@ class ChatBridgeRunner(RunnerBase):
         """Save, stop and validate if due; saved first, a step survives a validation that fails."""
         if result.suspects:
             names = ", ".join(result.suspects)
-            reporter.say(f"step {self.state.step} was not finite and is skipped; its samples: {names}")
-        last, requests = self.state.step == self.steps, result.requests
+            _log.info("step %d was not finite and is skipped; its samples: %s", self.state.step, names)
+        last = self.state.step == self.steps
         due = last or self._must_validate() or self._is_multiple_of(self.run.save_every_steps)
-        if due or requests.save or requests.stop:
+        if due or result.save or result.stop:
             self._save_checkpoint(self.state.step)
             watch.saved()
         self.state.check(self.run)
-        if requests.stop and not last:
-            reporter.say(f"stopped by SIGTERM after step {self.state.step}; resume with run.resume=auto")
+        if result.stop and not last:
+            _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", self.state.step)
             raise SystemExit(STOPPED_BY_SIGTERM)
         if self._must_validate():
             self._validate(reporter)
@@ -274,37 +275,22 @@ class ChatBridgeRunner(RunnerBase):
         self.model.train()
 
     def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, Any]:
-        """Score ``test_splits``.
+        """Score ``test_splits``: split -> its metrics.
 
-        Args:
-            cur_epoch: ``"best"`` loads the best weights of this training, if validation chose some.
-            skip_reload: Keep the model's weights.
-
-        Returns:
-            Split -> its metrics.
+        LAVIS's arguments choose the best weights, which the model has at the end of a training anyway.
         """
         if self.evaluate_only and self.folder.resumed is not None:
             self._load_weights(self.folder.resumed / checkpoints.MODEL)
-        elif not self.evaluate_only and not skip_reload and cur_epoch == "best":
-            self._reload_best_model(self.model)
         logs: dict[str, Any] = {}
         for split in self.run.test_splits:
-            logs[split] = self.eval_epoch(split, self.state.step, skip_reload=True)
-            self.log_stats(logs[split], split)
+            logs[split] = self.eval_epoch(split, self.state.step)
+            if distributed.is_main() and isinstance(logs[split], Mapping):
+                LogFile(self.output_dir / LOG).write(split, logs[split], self.state.step)
         return logs
 
     @torch.no_grad()
-    def eval_epoch(self, split_name: str, cur_epoch: str | int, skip_reload: bool = False) -> Mapping[str, Any] | None:
-        """Score one split.
-
-        Returns:
-            The metrics, on every process.
-
-        Raises:
-            ChatBridgeError: On every process, if one of them fails.
-        """
-        if not skip_reload and cur_epoch == "best":
-            self._reload_best_model(self.model)
+    def eval_epoch(self, split_name: str, cur_epoch: str | int) -> Mapping[str, Any] | None:
+        """Score one split; the metrics, or a `ChatBridgeError`, are the same on every process."""
         with distributed.together():
             loader = self._evaluation_loader(split_name)
         model = self.model.eval()
@@ -331,23 +317,6 @@ class ChatBridgeRunner(RunnerBase):
             )
         return data.evaluation_loader(dataset, self.run, self.device)
 
-    def log_stats(self, stats: Any, split_name: str) -> None:
-        """Append a split's metrics to ``log.txt``."""
-        if distributed.is_main() and isinstance(stats, Mapping):
-            LogFile(self.output_dir / LOG).write(split_name, stats, self.state.step)
-
-    def _reporter(self) -> Reporter:
-        with distributed.together():
-            return Reporter(
-                self.run,
-                self.output_dir,
-                self.steps,
-                self.state,
-                not self._must_validate(),
-                self.settings,
-                distributed.is_main(),
-            )
-
     # ---- checkpoints
 
     def _weights(self) -> dict[str, Tensor]:
@@ -355,25 +324,22 @@ class ChatBridgeRunner(RunnerBase):
         return {name: self.model.get_parameter(name).detach().cpu().clone() for name in self.bridge}
 
     def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        """Write the checkpoint of the current step, or only the best weights; all processes wait until it is on disk.
-
-        Raises:
-            TrainingError: On every process, if it cannot be written.
-        """
+        """Write the checkpoint of the current step, or only the best weights; all processes wait for it."""
         with distributed.together():
             if not distributed.is_main():
                 return
             if is_best:
-                self.folder.checkpoints.save_best(self._weights(), cur_epoch, lora.describe(self.model))
+                best = self.folder.checkpoints.path / checkpoints.BEST
+                checkpoints.write_weights(best, self._weights(), cur_epoch, lora.describe(self.model))
             else:
                 self.folder.checkpoints.save(self._checkpoint())
 
     def _checkpoint(self) -> Checkpoint:
-        scaler = self.scaler.state_dict()
+        """The run as it is now."""
         state = SavedState(
             progress=self.state,
             plan=SavedPlan.of(self.train_loader.plan, self.state.step),
-            scaler=SavedScaler(scale=scaler["scale"], growth_tracker=scaler["_growth_tracker"]) if scaler else None,
+            scaler=self.scaler.state_dict(),
             frozen=self.frozen,
             adapters=lora.describe(self.model),
             config=self.settings,
@@ -387,7 +353,7 @@ class ChatBridgeRunner(RunnerBase):
         checkpoints.check_weights(checkpoint.weights, model, self.bridge, where, state.adapters)
         checkpoints.check_optimizer(checkpoint.optimizer, model, where)
         position = state.plan.position_for(plan)
-        steps = self.run.max_iters or plan.steps_of(self.run.max_epoch or 0, position.step, position.positions)
+        steps = self.run.max_iters or plan.steps_of(self.run.max_epoch or 0, *position)
         checkpoints.check_state(state, plan, steps, self.frozen, where)
 
     def _apply(self, checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -398,13 +364,12 @@ class ChatBridgeRunner(RunnerBase):
             _log.warning(
                 "batch sizes or processes differ from those of %s: resuming at the next samples", checkpoint.path
             )
-        plan.resume(position.step, position.positions)
+        plan.resume(*position)
         self.state = state.progress
         checkpoints.load_weights(model, checkpoint.weights)
         checkpoints.load_optimizer(model, self.optimizer, checkpoint.optimizer)
-        if state.scaler is not None and self.scaler.is_enabled():
-            saved = {"scale": state.scaler.scale, "_growth_tracker": state.scaler.growth_tracker}
-            self.scaler.load_state_dict(self.scaler.state_dict() | saved)
+        if state.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.scaler)
         left = self.steps - self.state.step
         _log.info("resumed from %s after step %d; %d steps are left", checkpoint.path, self.state.step, left)
 
@@ -414,7 +379,7 @@ class ChatBridgeRunner(RunnerBase):
             try:
                 weights = load_file(path)
             except (OSError, SafetensorError) as error:
-                raise TrainingError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+                raise TrainingError(f"cannot read {path}: {one_line(error)}") from error
             checkpoints.check_weights(weights, self.model, self.bridge, path)
         _log.info("loading the weights of %s", path)
         checkpoints.load_weights(self.model, weights)
@@ -424,29 +389,19 @@ class ChatBridgeRunner(RunnerBase):
         step = self.state.best_step
         if step is None:
             return None
-        folders = [self.folder.checkpoints]
-        if self.folder.resumed is not None:
-            folders.append(checkpoints.CheckpointFolder(self.folder.resumed.parent))
-        found = next((path for folder in folders if (path := folder.best(step)) is not None), None)
+        folders = [self.folder.checkpoints.path, *([self.folder.resumed.parent] if self.folder.resumed else [])]
+        found = next((path for folder in folders if (path := checkpoints.best(folder, step)) is not None), None)
         if found is None:
             _log.warning("the best weights, of step %d, have been deleted: using the last ones", step)
         return found
 
-    def _reload_best_model(self, model: nn.Module) -> nn.Module:
-        """Load the best weights of this run into the model, if validation chose some."""
-        if (best := self._best_weights()) is not None:
-            self._load_weights(best)
-        return model
-
     def _write_final_weights(self) -> None:
         """Write ``model.safetensors`` in the run's folder: the best weights if validation chose some, else the last."""
-        self._reload_best_model(self.model)
-        target = self.output_dir / WEIGHTS
+        best, step, target = self._best_weights(), self.state.step, self.output_dir / WEIGHTS
+        if best is not None:
+            self._load_weights(best)
+            step = self.state.best_step or step
         with distributed.together():
             if distributed.is_main():
-                try:
-                    step = self.state.best_step if self._best_weights() else self.state.step
-                    checkpoints.write_weights(target, self._weights(), step or 0, lora.describe(self.model))
-                except (OSError, SafetensorError) as error:
-                    raise TrainingError(f"cannot write {target}: {' '.join(str(error).split())}") from error
+                checkpoints.write_weights(target, self._weights(), step, lora.describe(self.model))
         _log.info("the trained weights are in %s", target)

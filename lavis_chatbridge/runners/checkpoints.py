@@ -17,10 +17,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pydantic import NonNegativeInt
@@ -34,7 +35,7 @@ from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.files import atomic_file, hash_of, share, sync, write_json
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import optim
-from lavis_chatbridge.runners.state import TrainState
+from lavis_chatbridge.runners.step import TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -45,11 +46,8 @@ _PROBES = 1024
 """Values of a frozen tensor that its hash reads, evenly spread: 26 GB would take half a minute to hash entirely."""
 
 
-class Position(Settings):
-    """Where a plan stands in each source."""
-
-    step: NonNegativeInt
-    positions: dict[str, NonNegativeInt]
+Position: TypeAlias = tuple[NonNegativeInt, dict[str, NonNegativeInt]]
+"""A step, and the number of samples that each source has given before it."""
 
 
 class SavedPlan(Settings):
@@ -68,7 +66,7 @@ class SavedPlan(Settings):
 
     @classmethod
     def of(cls, plan: MixturePlan, step: int) -> SavedPlan:
-        """A plan before ``step``."""
+        """What a plan is before ``step``."""
         return cls(
             sizes=plan.sizes,
             ratios=plan.ratios,
@@ -76,8 +74,8 @@ class SavedPlan(Settings):
             batch_sizes=plan.batch_sizes,
             world_size=plan.world_size,
             grouped=bool(plan.lengths),
-            origin=Position(step=plan.origin[0], positions=plan.origin[1]),
-            resume=Position(step=step, positions=plan.positions(step)),
+            origin=plan.origin,
+            resume=(step, plan.positions(step)),
         )
 
     def position_for(self, plan: MixturePlan) -> Position:
@@ -86,20 +84,13 @@ class SavedPlan(Settings):
         return self.origin if same == (plan.batch_sizes, plan.world_size, bool(plan.lengths)) else self.resume
 
 
-class SavedScaler(Settings):
-    """The fp16 loss scaler."""
-
-    scale: float
-    growth_tracker: NonNegativeInt
-
-
 class SavedState(Settings):
     """The content of ``state.json``."""
 
     progress: TrainState
     plan: SavedPlan
-    scaler: SavedScaler | None
-    """None in other precisions than fp16."""
+    scaler: dict[str, int | float]
+    """The fp16 loss scaler's; empty in other precisions."""
     frozen: dict[str, str]
     adapters: dict[str, Any] | None
     config: dict[str, Any]
@@ -107,14 +98,7 @@ class SavedState(Settings):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment.
-
-    Attributes:
-        path: Its folder.
-        weights: The bridge, by parameter name.
-        optimizer: AdamW's tensors by ``PARAMETER|STATE``.
-        state: Everything else.
-    """
+    """A run at one moment: its folder, the bridge by parameter name, AdamW's tensors by ``PARAMETER|STATE``."""
 
     path: Path
     weights: dict[str, Tensor]
@@ -133,8 +117,7 @@ def read(folder: Path) -> Checkpoint:
         state = parse(SavedState, values, STATE)
         return Checkpoint(folder, load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        cause = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the checkpoint {folder} cannot be read: {cause}") from error
+        raise CheckpointError(f"the checkpoint {folder} cannot be read: {one_line(error)}") from error
 
 
 def check_weights(
@@ -144,14 +127,9 @@ def check_weights(
     where: Path,
     adapters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Compare weights with the parameters ``names`` of a model.
+    """Compare weights with the parameters ``names`` of a model, and their LoRA adapters with the model's.
 
-    Args:
-        weights: Weights by name.
-        model: The model.
-        names: The parameters that they must be.
-        where: Their file, for messages.
-        adapters: Their LoRA adapters; None deduces them from the weights, except the alpha.
+    Without ``adapters`` those are deduced from the weights, except the alpha.
 
     Raises:
         CheckpointError: If names, shapes, dtypes or adapters differ, or a value is not finite.
@@ -189,10 +167,9 @@ def check_state(state: SavedState, plan: MixturePlan, steps: int, frozen: Mappin
     if faults := differences(state.frozen, frozen):
         raise CheckpointError(f"{where} was trained with other frozen parts: {'; '.join(faults)}")
     saved, own = state.plan, SavedPlan.of(plan, 0)
-    data = [{key: getattr(one, key) for key in ("sizes", "ratios", "seed")} for one in (saved, own)]
-    if faults := differences(*data):
+    if faults := differences(*(one.model_dump(include={"sizes", "ratios", "seed"}) for one in (saved, own))):
         raise CheckpointError(f"{where} was trained on other data: {'; '.join(faults)}")
-    if any(set(position.positions) != set(plan.sizes) for position in (saved.origin, saved.resume)):
+    if any(set(positions) != set(plan.sizes) for _, positions in (saved.origin, saved.resume)):
         raise CheckpointError(f"{where} has no position for some of {', '.join(plan.sizes)}")
     if state.progress.step > steps:
         raise CheckpointError(
@@ -234,12 +211,19 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters
     """Write weights as one file; the LoRA alpha is in no tensor, so the metadata keep it.
 
     Raises:
-        OSError: If the file cannot be written.
-        SafetensorError: For the same reasons.
+        TrainingError: If the file cannot be written.
     """
     about = {"step": str(step)} | ({"cfg": json.dumps({"lora": dict(adapters)})} if adapters else {})
-    with atomic_file(path) as partial:
+    with _written(path), atomic_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, metadata=about)
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise TrainingError(f"cannot write {target}: {one_line(error)}; older checkpoints are intact") from error
 
 
 class CheckpointFolder:
@@ -272,75 +256,47 @@ class CheckpointFolder:
         """Write the checkpoint of its step, then remove those that need not be kept.
 
         Raises:
-            TrainingError: If it cannot be written; older checkpoints are as they were.
+            TrainingError: If it cannot be written.
         """
         step = checkpoint.state.progress.step
         target = self.path / f"step_{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         try:
+            with _written(target):
+                partial.mkdir(parents=True)
+                write_weights(partial / MODEL, checkpoint.weights, step, checkpoint.state.adapters)
+                save_file(checkpoint.optimizer, partial / OPTIMIZER)
+                share(partial / OPTIMIZER)
+                sync(partial / OPTIMIZER)
+                write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(partial, target)
+                sync(self.path)
+        except TrainingError:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_weights(partial / MODEL, checkpoint.weights, step, checkpoint.state.adapters)
-            save_file(checkpoint.optimizer, partial / OPTIMIZER)
-            share(partial / OPTIMIZER)
-            sync(partial / OPTIMIZER)
-            write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
-            sync(self.path)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise self._unwritten(target, error) from error
+            raise
         steps = self.steps()
         for old in sorted(steps)[: -self.keep_last]:
             if self.keep_every is None or old % self.keep_every:
                 shutil.rmtree(steps[old], ignore_errors=True)
 
-    def save_best(self, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
-        """Write the best weights so far.
-
-        Raises:
-            TrainingError: If they cannot be written.
-        """
-        try:
-            write_weights(self.path / BEST, weights, step, adapters)
-        except (OSError, SafetensorError) as error:
-            raise self._unwritten(self.path / BEST, error) from error
-
     def add_validation(self, progress: TrainState) -> None:
-        """Put a finished validation's result into the checkpoint of its step; without it, resuming repeats it.
-
-        Raises:
-            TrainingError: If it cannot be written.
-        """
+        """Put a finished validation's result into the checkpoint of its step; without it, resuming repeats it."""
         path = self.path / f"step_{progress.step:08d}" / STATE
-        if not path.is_file():  # the checkpoint of a resumed run's first step may be in another folder
-            return
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**state, "progress": asdict(progress)})
-        except (OSError, ValueError) as error:
-            raise self._unwritten(path, error) from error
+        if path.is_file():  # the checkpoint of a resumed run's first step may be in another folder
+            with _written(path):
+                write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "progress": asdict(progress)})
 
-    def best(self, step: int) -> Path | None:
-        """The file with the weights of the best step, as such or in that step's checkpoint; None if it is gone."""
-        if (path := self.path / BEST).is_file():
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("step") == str(step):
-                    return path
-        path = self.path / f"step_{step:08d}" / MODEL
-        return path if path.is_file() else None
 
-    def remove_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps."""
-        for later, path in self.steps().items():
-            if later > step:
-                shutil.rmtree(path)
-
-    def _unwritten(self, target: Path, error: Exception) -> TrainingError:
-        newest = max(self.steps().items(), default=None)
-        kept = f"the newest checkpoint is {newest[1]}" if newest else "there is no earlier checkpoint"
-        return TrainingError(f"cannot write {target}: {' '.join(str(error).split())}; {kept}")
+def best(folder: Path, step: int) -> Path | None:
+    """The file with the weights of the best step, as such or in that step's checkpoint; None if it is gone."""
+    if (path := folder / BEST).is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("step") == str(step):
+                return path
+    path = folder / f"step_{step:08d}" / MODEL
+    return path if path.is_file() else None
 
 
 def step_of(path: Path) -> int | None:
@@ -358,13 +314,9 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 
 
 def frozen_hashes(model: nn.Module, bridge: list[str]) -> dict[str, str]:
-    """A hash of the frozen weights of each top-level part, and of the tokenizer's vocabulary.
+    """A hash of each top-level part's weights except the ``bridge``, and of the tokenizer's vocabulary.
 
     Values are rounded to bfloat16 first, so that the same weights in another precision have the same hash.
-
-    Args:
-        model: The model.
-        bridge: Names of the parameters that checkpoints keep.
     """
     kept, hashes = set(bridge), dict[str, Any]()
     for name, parameter in model.named_parameters():
@@ -389,6 +341,11 @@ def _probe(parameter: Tensor) -> bytes:
     if flat.is_floating_point():
         flat = flat.to(torch.bfloat16).view(torch.int16)
     return flat.cpu().numpy().tobytes()
+
+
+def one_line(error: Exception) -> str:
+    """An error's text in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
 
 
 def _is_finite(tensor: Tensor) -> bool:

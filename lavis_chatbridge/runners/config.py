@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,8 @@ class Config:
     """A checked configuration with the attributes of LAVIS's own ``Config``.
 
     Attributes:
-        config: All sections, merged.
+        config: All sections, merged; also one by one as ``run_cfg`` (with all defaults), ``model_cfg``,
+            ``datasets_cfg`` and ``preprocess_cfg``.
         run: The ``run`` section, typed.
         env: The ``env`` section, typed.
         folder: The run's folder if it was chosen before the runner is made.
@@ -56,29 +57,9 @@ class Config:
     folder: RunFolder | None = None
 
     def __init__(self, config: DictConfig, run: RunSettings, env: EnvSettings) -> None:
-        self.config = config
-        self.run = run
-        self.env = env
-
-    @property
-    def run_cfg(self) -> DictConfig:
-        """The ``run`` section with all defaults, as LAVIS's tasks read it."""
-        return self.config.run
-
-    @property
-    def model_cfg(self) -> DictConfig:
-        """The ``model`` section."""
-        return self.config.model
-
-    @property
-    def datasets_cfg(self) -> DictConfig:
-        """The ``datasets`` section: name -> its configuration."""
-        return self.config.datasets
-
-    @property
-    def preprocess_cfg(self) -> DictConfig:
-        """The ``preprocess`` section of the model type's YAML, with the user's changes."""
-        return self.config.preprocess
+        self.config, self.run, self.env = config, run, env
+        self.run_cfg, self.model_cfg, self.datasets_cfg = config.run, config.model, config.datasets
+        self.preprocess_cfg = config.get("preprocess")
 
     def get_config(self) -> DictConfig:
         """All sections (LAVIS's name)."""
@@ -150,11 +131,7 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
 
 
 def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """The ``datasets`` section without defaults, unchecked; ``env.data_root`` is set.
-
-    Raises:
-        ConfigError: If the file or the options cannot be read.
-    """
+    """The ``datasets`` section without defaults, unchecked; ``env.data_root`` is set."""
     import lavis  # noqa: F401  (registers builders)
 
     user = merged(read_yaml(cfg_path), read_options(options or []))
@@ -164,22 +141,16 @@ def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None 
 
 
 def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, Any]:
-    """The ``run`` section without defaults, unchecked.
-
-    Raises:
-        ConfigError: If the file or the options cannot be read.
-    """
+    """The ``run`` section without defaults, unchecked."""
     return _plain(_section(merged(read_yaml(cfg_path), read_options(options or [])), "run"))
 
 
 def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
     """A part of a configuration that must be a mapping; empty if it is absent."""
-    part = config.get(name)
-    if part is None:
-        return OmegaConf.create({})
-    if isinstance(part, DictConfig):
-        return part
-    raise ConfigError(f"{where}{name}: expected a mapping, found {shown(part)}")
+    part = OmegaConf.create({}) if config.get(name) is None else config[name]
+    if not isinstance(part, DictConfig):
+        raise ConfigError(f"{where}{name}: expected a mapping, found {shown(part)}")
+    return part
 
 
 def _misplaced(key: str, value: Any) -> str:
@@ -201,8 +172,7 @@ def _merge_model(config: DictConfig) -> None:
         raise ConfigError(_unknown_name("model.arch", arch, registry.list_models()))
     types = list(model_class.PRETRAINED_MODEL_CONFIG_DICT)
     model_type = config.model.get("model_type") or getattr(model_class, "DEFAULT_MODEL_TYPE", types[0])
-    if _word(model_type, "model.model_type") not in types:
-        raise ConfigError(_unknown_name("model.model_type", model_type, types))
+    _word(model_type, "model.model_type", types)
     defaults = read_yaml(model_class.default_config_path(model_type))
     config.model = merged(_section(defaults, "model"), config.model, {"model_type": model_type})
     config.preprocess = merged(_section(defaults, "preprocess"), config.preprocess)
@@ -229,17 +199,15 @@ def _merge_datasets(config: DictConfig) -> None:
 def _dataset(name: str, config: DictConfig) -> DictConfig:
     from lavis.common.registry import registry
 
-    user = _section(config.datasets, name, "datasets.")
+    where, user = f"datasets.{name}", _section(config.datasets, name, "datasets.")
     builder = registry.get_builder_class(name)
     if builder is None:
         raise ConfigError(_unknown_name("datasets", name, registry.list_datasets()))
-    variant = _word(user.get("type", "default"), f"datasets.{name}.type")
-    if variant not in builder.DATASET_CONFIG_DICT:
-        raise ConfigError(_unknown_name(f"datasets.{name}.type", variant, list(builder.DATASET_CONFIG_DICT)))
+    variant = _word(user.get("type", "default"), f"{where}.type", builder.DATASET_CONFIG_DICT)
     defaults = read_yaml(builder.default_config_path(type=variant)).datasets
     # LAVIS's video captions name their section otherwise (`msvd_cap`) than their builder; its builders take the first.
     section = merged(dict(config.preprocess.items()), defaults.get(name) or next(iter(defaults.values())), user)
-    _check_by(builder, section, f"datasets.{name}")
+    _check_by(builder, section, where)
     return section
 
 
@@ -253,11 +221,9 @@ def _check_run(section: DictConfig) -> RunSettings:
     from lavis.common.registry import registry
 
     run = parse_run(_plain(section))
-    faults = []
-    if run.task not in registry.list_tasks():
-        faults.append(_unknown_name("run.task", run.task, registry.list_tasks()))
-    if run.runner not in registry.list_runners():
-        faults.append(_unknown_name("run.runner", run.runner, registry.list_runners()))
+    known = {"task": registry.list_tasks(), "runner": registry.list_runners()}
+    chosen = {key: getattr(run, key) for key in known}
+    faults = [_unknown_name(f"run.{key}", name, known[key]) for key, name in chosen.items() if name not in known[key]]
     for extra in ("tensorboard", "wandb"):
         if getattr(run, extra) and not run.evaluate and find_spec(extra) is None:
             faults.append(str(MissingExtraError(extra, extra, f"run.{extra}")))
@@ -267,11 +233,7 @@ def _check_run(section: DictConfig) -> RunSettings:
 
 
 def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
-    """Compare the splits that a run names with those of our data sets; LAVIS's cannot say which they have.
-
-    Raises:
-        ConfigError: If no data set has a split, or a task of LAVIS would score our data set, without its id key.
-    """
+    """Refuse splits that no data set has (LAVIS's cannot say which they have), and our data sets in LAVIS's tasks."""
     from lavis.common.registry import registry
 
     names = [(str(name), getattr(registry.get_builder_class(str(name)), "split_names", None)) for name in datasets]
@@ -288,10 +250,12 @@ def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
         )
 
 
-def _word(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise ConfigError(f"{where}: expected a name, found {shown(value)}")
+def _word(value: Any, where: str, known: Collection[str] | None = None) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: expected a name, found {shown(value)}")
+    if known is not None and value not in known:
+        raise ConfigError(_unknown_name(where, value, known))
+    return value
 
 
 def _plain(section: DictConfig) -> dict[str, Any]:
@@ -308,10 +272,7 @@ def _unknown_name(where: str, name: object, known: Iterable[str]) -> str:
 
 
 def _set_paths(env: EnvSettings) -> None:
-    """Set the folders of data and caches in LAVIS's registry.
-
-    LAVIS refuses to register a path twice and ships its authors' cache folder, so its mapping is written directly.
-    """
+    """Set the folders of data and caches; directly in LAVIS's mapping, which refuses to register a path twice."""
     from lavis.common.registry import registry
 
     paths = registry.mapping["paths"]

@@ -6,26 +6,26 @@ returns.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Wording
 from lavis_chatbridge.runners import distributed
-from lavis_chatbridge.runners.contracts import Datasets, Samples, TrainLoader
 from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.runners.step import Samples
+
+Datasets: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Data set name -> split name -> data set, as tasks build them."""
 
 
-def loader_settings(run: RunSettings, device: torch.device) -> LoaderSettings:
-    """The loader's part of the ``run`` section."""
+def _settings(run: RunSettings, device: torch.device, max_bad_share: float = 1.0) -> LoaderSettings:
     return LoaderSettings(
         batch_size=run.batch_size_train,
         batch_tokens=run.batch_tokens,
@@ -35,7 +35,7 @@ def loader_settings(run: RunSettings, device: torch.device) -> LoaderSettings:
         seed=run.seed,
         workers=run.num_workers,
         pin_memory=device.type == "cuda",
-        max_bad_share=run.max_bad_share,
+        max_bad_share=min(1.0, max_bad_share),
     )
 
 
@@ -51,7 +51,7 @@ def set_template(datasets: Datasets, template: Wording | None) -> None:
             group.set_template(template)
 
 
-def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> TrainLoader:
+def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> MixtureLoader | LavisTrainLoader:
     """The training batches of this process.
 
     Raises:
@@ -66,10 +66,9 @@ def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> 
     if not chosen:
         found = ", ".join(sorted(splits_of(datasets)))
         raise ConfigError(f"run.train_splits {run.train_splits} are in no data set; there are the splits {found}")
-    settings = loader_settings(run, device)
+    settings = _settings(run, device)  # any share may be unreadable: the runner judges that of all processes
     own = [hasattr(dataset, "sources") for dataset in chosen.values()]
     if all(own):
-        settings = replace(settings, max_bad_share=1.0)  # TrainState judges the share of all processes
         return MixtureLoader(chosen, settings, distributed.rank(), distributed.world_size())
     if any(own):
         raise ConfigError(f"cannot mix LAVIS's data sets with this package's in one training: {', '.join(chosen)}")
@@ -78,11 +77,10 @@ def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> 
 
 def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Iterable[Samples]:
     """This process's batches of a split: each sample is on exactly one process."""
-    settings = loader_settings(run, device)
     rank, world_size = distributed.rank(), distributed.world_size()
     if hasattr(dataset, "sources"):
         # One process may lack as many samples as the whole split may: `check_readable` sums over processes.
-        settings = replace(settings, max_bad_share=min(1.0, run.max_bad_share * world_size))
+        settings = _settings(run, device, run.max_bad_share * world_size)
         return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, settings)
     return DataLoader(
         dataset,
@@ -90,7 +88,7 @@ def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> I
         sampler=range(rank, len(dataset), world_size),
         num_workers=run.num_workers,
         collate_fn=getattr(dataset, "collater", None),
-        pin_memory=settings.pin_memory,
+        pin_memory=device.type == "cuda",
     )
 
 
@@ -102,52 +100,33 @@ def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
     """
     if not isinstance(loader, EvaluationLoader):
         return
-    bad = Counter[str]()
-    for skipped in distributed.gather_everywhere(dict(loader.bad.skipped)):
-        bad.update(skipped)
+    bad = sum(map(Counter, distributed.gather_everywhere(dict(loader.bad.skipped))), Counter[str]())
     sizes = {source.name: len(source) for source in loader.dataset.sources}
     faults = [too_many_unreadable(name, bad[name], size, run.max_bad_share) for name, size in sizes.items()]
     if any(faults):
         raise DataError("; ".join(filter(None, faults)))
 
 
-class LavisTrainLoader:
+class LavisTrainLoader(torch.utils.data.Dataset):
     """Training batches of LAVIS's map-style data sets, in the order of the same plan as this package's own."""
 
     def __init__(self, datasets: Mapping[str, Any], settings: LoaderSettings) -> None:
-        self.datasets, self.settings = datasets, settings
-        size = settings.batch_size * settings.accumulate
+        self.datasets, self.size, self.workers = datasets, settings.batch_size, settings.workers
         sizes = {name: len(dataset) for name, dataset in datasets.items()}
+        size = settings.batch_size * settings.accumulate
         self.plan = MixturePlan(sizes, settings.ratios, size, distributed.world_size(), settings.seed)
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of steps ``start`` to ``stop - 1``, in order."""
-        yield from DataLoader(
-            _LavisBatches(self.datasets),
-            batch_size=None,
-            sampler=self._requests(start, stop),
-            num_workers=self.settings.workers,
-            collate_fn=_unchanged,  # type: ignore[arg-type]  # with batch_size None it is given one batch
+        sampler = (
+            (source, pairs[first : first + self.size])
+            for source, pairs in (self.plan.batch(step, distributed.rank()) for step in range(start, stop))
+            for first in range(0, len(pairs), self.size)
         )
+        yield from DataLoader(self, batch_size=None, sampler=sampler, num_workers=self.workers)  # type: ignore[arg-type]
 
-    def _requests(self, start: int, stop: int | None) -> Iterator[tuple[str, list[int]]]:
-        size = self.settings.batch_size
-        for step in itertools.count(start) if stop is None else range(start, stop):
-            source, pairs = self.plan.batch(step, distributed.rank())
-            indices = [index for index, _ in pairs]
-            yield from ((source, indices[first : first + size]) for first in range(0, len(indices), size))
-
-
-class _LavisBatches(torch.utils.data.Dataset):
-    def __init__(self, datasets: Mapping[str, Any]) -> None:
-        self.datasets = datasets
-
-    def __getitem__(self, request: tuple[str, Sequence[int]]) -> dict[str, Any]:
-        source, indices = request
-        dataset = self.datasets[source]
-        collate: Callable = getattr(dataset, "collater", None) or torch.utils.data.default_collate
-        return {"source": source, "skipped": [], **collate([dataset[index] for index in indices])}
-
-
-def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
+    def __getitem__(self, request: tuple[str, list[tuple[int, int]]]) -> dict[str, Any]:
+        """A micro-batch: of a source, the samples of some pairs ``(index, epoch)``."""
+        source, pairs = request
+        collate = getattr(self.datasets[source], "collater", None) or default_collate
+        return {"source": source, "skipped": [], **collate([self.datasets[source][index] for index, _ in pairs])}

@@ -29,10 +29,7 @@ T = TypeVar("T")
 
 
 def init(run: RunSettings) -> torch.device:
-    """Join the processes that a launcher started, if there are several; an existing group is kept.
-
-    Returns:
-        The device of this process.
+    """Join the processes that a launcher started, if there are several, and return the device of this one.
 
     Raises:
         ConfigError: If the run asks for a device or an address that is not there.
@@ -110,7 +107,7 @@ def set_address(environment: MutableMapping[str, str]) -> None:
 
 def close() -> None:
     """Leave the group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -120,13 +117,13 @@ def in_group() -> bool:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -143,19 +140,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def from_main(value: T) -> T:
     """The ``value`` of rank 0, on every process."""
-    if not in_group():
-        return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    if in_group():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gather_everywhere(value: T) -> list[T]:
     """The ``value`` of every process by rank, on every process."""
-    if not in_group():
-        return [value]
-    box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    box: list[Any] = [value] * world_size()
+    if in_group():
+        dist.all_gather_object(box, value)
     return box
 
 
@@ -165,14 +160,11 @@ def together() -> Iterator[None]:
 
     The block must not exchange anything between processes after a line that can raise.
     """
-    fault: ChatBridgeError | None = None
     try:
         yield
     except ChatBridgeError as error:
-        fault = error
-    everywhere = gather_everywhere(None if fault is None else str(fault))
-    if fault is not None:
-        raise fault
-    for number, other in enumerate(everywhere):
-        if other is not None:
+        gather_everywhere(str(error))
+        raise
+    for number, other in enumerate(gather_everywhere("")):
+        if other:
             raise ChatBridgeError(f"process {number}: {other}")

@@ -19,7 +19,7 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.processors.loading import load_processors
 from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.runners import distributed
-from lavis_chatbridge.runners.contracts import Datasets
+from lavis_chatbridge.runners.data import Datasets
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.schema import Sample
 
@@ -40,7 +40,7 @@ def fill(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any
 
     Args:
         model: ChatBridge, on its device.
-        datasets: Data set name -> split -> data set.
+        datasets: The data sets, as the task builds them.
         run: The folder and the splits.
         preprocess: The ``preprocess`` section, for the evaluation processors.
 

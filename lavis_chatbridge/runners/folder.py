@@ -28,11 +28,7 @@ def new_job_id() -> str:
 
 
 class RunFolder:
-    """The output folder of a run, the same on all processes.
-
-    Args:
-        run: Names the folder and the checkpoint to resume from.
-        job_id: The folder's name if ``run.job_id`` is None.
+    """The output folder of a run, the same on all processes; ``job_id`` is its name if ``run.job_id`` is None.
 
     Attributes:
         path: The folder.
@@ -52,11 +48,7 @@ class RunFolder:
             self.resumed = Path(run.resume).expanduser().resolve()
 
     def make(self) -> None:
-        """Create the folder.
-
-        Raises:
-            ConfigError: On every process, if it cannot be created or written to.
-        """
+        """Create the folder; a `ConfigError` on every process if it cannot be created or written to."""
         with distributed.together():
             if distributed.is_main():
                 try:
@@ -100,7 +92,9 @@ class RunFolder:
         if not self.overwrite or not distributed.is_main():
             return
         if (step := self._own_step()) is not None:
-            self.checkpoints.remove_after(step)
+            for later, path in self.checkpoints.steps().items():
+                if later > step:
+                    shutil.rmtree(path)
             return
         for path in (self.path / name for name in _OF_A_RUN):
             if path.is_dir():
@@ -122,10 +116,9 @@ class RunFolder:
             ConfigError: If there are such files, or there is no checkpoint to resume from.
         """
         if self.resumed is not None and not (self.resumed / checkpoints.STATE).is_file():
-            inside = [
-                checkpoints.CheckpointFolder(folder).newest() for folder in (self.resumed, self.resumed / CHECKPOINTS)
-            ]
-            newest = next((f"; the newest one in it is {path}" for path in inside if path), "")
+            folders = (self.resumed, self.resumed / CHECKPOINTS)
+            inside = [path for folder in folders if (path := checkpoints.CheckpointFolder(folder).newest())]
+            newest = f"; the newest one in it is {inside[0]}" if inside else ""
             raise ConfigError(f"run.resume: {self.resumed} is not a checkpoint{newest}")
         own, found = self._own_step(), max(self.checkpoints.steps(), default=None)
         if self.overwrite or (own is not None and own == found):

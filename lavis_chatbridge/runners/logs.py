@@ -7,18 +7,20 @@ import json
 import logging
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import torch
 
 from lavis_chatbridge.errors import ConfigError, MissingExtraError, TrainingError
 from lavis_chatbridge.files import append_lines, write_text
+from lavis_chatbridge.runners import distributed
+from lavis_chatbridge.runners.checkpoints import one_line
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.state import TrainState
-from lavis_chatbridge.runners.step import StepResult
+from lavis_chatbridge.runners.step import StepResult, TrainState
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
@@ -58,17 +60,18 @@ class Meter:
         return stats
 
 
-class Sink(Protocol):
+class Sink(ABC):
     """A destination of metrics."""
 
+    @abstractmethod
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """Write the metrics of a split (``train``, ``val``) at a step."""
+        """Write the metrics of a split (``train``, ``val``) at a step; all but the log file write only numbers."""
 
-    def close(self) -> None:
-        """Flush and close."""
+    def close(self) -> None:  # noqa: B027
+        """Flush what is held open."""
 
 
-class LogFile:
+class LogFile(Sink):
     """LAVIS's ``log.txt``: one JSON object per line, keys prefixed with the split."""
 
     def __init__(self, path: Path) -> None:
@@ -83,18 +86,14 @@ class LogFile:
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """Append a line."""
         self.append({f"{split}_{key}": value for key, value in {"step": step, **stats}.items()})
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append any object as a line."""
         append_lines(self.path, [json.dumps(record, default=str)])
 
-    def close(self) -> None:
-        """Nothing is held open."""
 
-
-class TensorBoard:
+class TensorBoard(Sink):
     """TensorBoard events in a folder; a resumed run hides the events of steps that it repeats."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -105,16 +104,14 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """Write the numbers among ``stats``."""
         for key, value in _numbers(stats).items():
             self.writer.add_scalar(f"{split}/{key}", value, step)
 
     def close(self) -> None:
-        """Flush the events."""
         self.writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Sink):
     """A Weights & Biases run, on disk only unless ``wandb_mode`` is ``online``."""
 
     def __init__(self, run: RunSettings, folder: Path, config: Mapping[str, Any]) -> None:
@@ -127,59 +124,32 @@ class WeightsAndBiases:
             self.run = wandb.init(project=run.wandb_project, mode=run.wandb_mode, dir=str(folder), config=dict(config))
         except Exception as error:  # wandb raises errors of many classes: server, settings, disk
             raise ConfigError(
-                f"run.wandb: Weights & Biases cannot start a run ({_one_line(error)}): log in (wandb login), or set "
+                f"run.wandb: Weights & Biases cannot start a run ({one_line(error)}): log in (wandb login), or set "
                 "run.wandb_mode=offline or run.wandb=false"
             ) from error
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """Write the numbers among ``stats``."""
         self.run.log({f"{split}/{key}": value for key, value in _numbers(stats).items()}, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
         self.run.finish()
 
 
-class Console:
-    """A bar on a terminal, log lines elsewhere."""
+class Console(Sink):
+    """A line per split, with the time that the remaining steps will take."""
 
-    def __init__(self, steps: int, done: int, stream: TextIO | None = None) -> None:
+    def __init__(self, steps: int, done: int) -> None:
         self.steps, self.first, self.started = steps, done, time.perf_counter()
-        self.bar = None
-        if (stream or sys.stderr).isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, file=stream or sys.stderr)
-
-    def advance(self, source: str, result: StepResult) -> None:
-        """Move the bar by a step."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {result.loss:.4f} lr {result.rate:.2e} {source}", refresh=False)
-            self.bar.update()
 
     def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """Print a line of metrics; the bar shows those of training itself."""
-        if self.bar is None or split != "train":
-            shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in _numbers(stats).items())
-            pace = (time.perf_counter() - self.started) / max(1, step - self.first)
-            eta = datetime.timedelta(seconds=int(pace * (self.steps - step)))
-            self.say(f"{split} step {step}/{self.steps} {' '.join(shown)} eta {eta}")
-
-    def say(self, line: str) -> None:
-        """Print a line that does not break the bar."""
-        if self.bar is None:
-            _log.info("%s", line)
-        else:
-            self.bar.write(line)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self.bar is not None:
-            self.bar.close()
+        shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in _numbers(stats).items())
+        pace = (time.perf_counter() - self.started) / max(1, step - self.first)
+        eta = datetime.timedelta(seconds=int(pace * (self.steps - step)))
+        _log.info("%s step %d/%d %s eta %s", split, step, self.steps, " ".join(shown), eta)
 
 
 class Reporter:
-    """Sends metrics to console, log file, TensorBoard and W&B. Does nothing on ranks other than 0.
+    """Sends metrics to console, log file, TensorBoard and W&B; on ranks other than 0 to none of them.
 
     Args:
         run: Which of them to use.
@@ -188,24 +158,15 @@ class Reporter:
         state: The progress that the run starts or resumes with.
         validated: Whether the validation due at that step is finished.
         config: The configuration, which is written first.
-        active: Whether this is rank 0.
     """
 
     def __init__(
-        self,
-        run: RunSettings,
-        folder: Path,
-        steps: int,
-        state: TrainState,
-        validated: bool,
-        config: Mapping[str, Any],
-        active: bool,
+        self, run: RunSettings, folder: Path, steps: int, state: TrainState, validated: bool, config: Mapping[str, Any]
     ) -> None:
         self.log_every, self.steps, self.state = run.log_every, steps, state
         self.meter = Meter()
         self.sinks: list[Sink] = []
-        self.console: Console | None = None
-        if not active:
+        if not distributed.is_main():
             return
         log = LogFile(folder / LOG)
         try:
@@ -213,8 +174,7 @@ class Reporter:
             log.append({"config": config, "from_step": state.step})
         except OSError as error:
             raise TrainingError(f"cannot write {log.path}: {error.strerror or error}") from error
-        self.console = Console(steps, state.step)
-        self.sinks = [log, self.console]
+        self.sinks = [log, Console(steps, state.step)]
         self.sinks += [TensorBoard(folder / "tensorboard", state.step)] if run.tensorboard else []
         self.sinks += [WeightsAndBiases(run, folder / "wandb", config)] if run.wandb else []
 
@@ -228,8 +188,6 @@ class Reporter:
     def step(self, source: str, result: StepResult, waited: float) -> None:
         """Count a step; every ``log_every`` steps, and at the end, write means and rates."""
         self.meter.record(source, result, waited)
-        if self.console is not None:
-            self.console.advance(source, result)
         if self.state.step % self.log_every == 0 or self.state.step == self.steps:
             stats = {"lr": result.rate, "grad_norm": result.grad_norm, **self.meter.summary()}
             self.write("train", stats | {"nonfinite_steps": self.state.nonfinite_steps})
@@ -241,13 +199,8 @@ class Reporter:
             try:
                 sink.write(split, stats, self.state.step)
             except Exception as error:  # TensorBoard and W&B raise errors of any class
-                _log.warning("%s failed, training continues without it: %s", type(sink).__name__, _one_line(error))
+                _log.warning("%s failed, training continues without it: %s", type(sink).__name__, one_line(error))
                 self.sinks.remove(sink)
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        if self.console is not None:
-            self.console.say(line)
 
 
 def memory_mb() -> float:
@@ -266,15 +219,10 @@ def _numbers(stats: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in stats.items() if isinstance(value, (int, float))}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _step_of(line: str) -> int:
     """The step of a line of the log; 0 for the configuration and for foreign lines."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        key, step = next(iter(json.loads(line).items()))
+    except (ValueError, AttributeError, StopIteration):
         return 0
-    key, step = next(iter(record.items()), ("", 0)) if isinstance(record, dict) else ("", 0)
     return step if key.endswith("_step") and isinstance(step, int) else 0

@@ -29,12 +29,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
     """AdamW's groups: matrices decay, biases and norms do not; with ``decay_all`` one group of all."""
-    trained = list(trainable(model).values())
-    if decay_all:
-        return [{"params": trained, "weight_decay": weight_decay}] if trained else []
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for parameter in trainable(model).values():
+        groups[parameter.ndim < 2 and not decay_all]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
@@ -80,14 +80,9 @@ def original_rate(
 
 
 def schedule(run: RunSettings, steps: int, epoch: int | None = None) -> Schedule:
-    """The learning rate per step of a run of ``steps`` optimiser steps.
+    """The learning rate per step of a run of ``steps`` steps, for ``original`` with epochs of ``epoch`` steps.
 
     LAVIS's own ``linear_warmup_cosine_lr`` steps the cosine per epoch, and its warm-up ends with the first epoch.
-
-    Args:
-        run: Rates and warm-up.
-        steps: Steps of the run.
-        epoch: Steps between two validations, on which the original's warm-up depends.
     """
     shape = (steps, run.init_lr, run.min_lr, run.warmup_steps, run.warmup_lr)
     if run.lr_sched == "original":

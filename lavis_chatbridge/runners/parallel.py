@@ -7,9 +7,9 @@ Trained parameters are small and on every process. Frozen ones are on every proc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,23 @@ from torch.utils.checkpoint import checkpoint
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import distributed, optim
-from lavis_chatbridge.runners.contracts import PartlyTrained, Shardable
 from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class PartlyTrained(Protocol):
+    """A model whose bridge has named parts, of which ``run.train`` chooses some."""
+
+    def parts(self) -> Mapping[str, list[nn.Parameter]]: ...
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A model with the blocks of its language model, each of which runs once per forward, on every batch."""
+
+    def blocks(self) -> list[nn.Module]: ...
 
 
 def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:

@@ -172,11 +172,7 @@ class RunSettings(EvaluationSettings):
             yield f"betas are two numbers in [0, 1), found {list(self.betas)}"
 
     def check_splits(self, known: Collection[str]) -> None:
-        """Compare the splits that this run names with the ``known`` ones.
-
-        Raises:
-            ConfigError: If one is not among them.
-        """
+        """Raise a `ConfigError` if a split that this run names is not among the ``known`` ones."""
         keys = ["test_splits"] if self.evaluate else ["train_splits", "valid_splits", "test_splits"]
         faults = [
             f"run.{key}: no data set has the split {split!r}; there are {', '.join(sorted(known))}"
@@ -189,11 +185,7 @@ class RunSettings(EvaluationSettings):
 
 
 def parse_run(values: Mapping[str, Any]) -> RunSettings:
-    """Read a ``run`` section.
-
-    Raises:
-        ConfigError: With every fault of the section at once.
-    """
+    """Read a ``run`` section, or raise a `ConfigError` with every fault of it."""
     ours, faults = _translated(values)
     try:
         parsed = config.parse(RunSettings, ours, "run")

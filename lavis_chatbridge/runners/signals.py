@@ -12,8 +12,6 @@ import time
 from types import FrameType
 from typing import Any
 
-from lavis_chatbridge.runners.step import Requests
-
 _log = logging.getLogger(__name__)
 
 STOPPED_BY_SIGTERM = 128 + 15
@@ -27,13 +25,13 @@ class Watch:
 
     Attributes:
         in_loop: Whether steps are taken, so that SIGTERM waits for the end of one; else it ends the process at once.
+        stop: Whether SIGTERM was received.
     """
 
     def __init__(self, minutes: float | None) -> None:
-        self.in_loop = False
+        self.in_loop = self.stop = self._noted = False
         self._seconds = None if minutes is None else 60.0 * minutes
         self._last = time.monotonic()
-        self._noted = Requests()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -49,18 +47,17 @@ class Watch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def requests(self) -> Requests:
-        """What signals and the clock request now."""
-        due = self._seconds is not None and time.monotonic() - self._last >= self._seconds
-        return Requests(save=self._noted.save or due, stop=self._noted.stop)
+    def save(self) -> bool:
+        """Whether a signal or the clock requests a checkpoint now."""
+        return self._noted or (self._seconds is not None and time.monotonic() - self._last >= self._seconds)
 
     def saved(self) -> None:
         """A checkpoint has been written."""
         self._last = time.monotonic()
-        self._noted.save = False
+        self._noted = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGTERM and not self.in_loop:
             raise SystemExit(STOPPED_BY_SIGTERM)
-        self._noted.save = True
-        self._noted.stop = self._noted.stop or number == signal.SIGTERM
+        self._noted = True
+        self.stop = self.stop or number == signal.SIGTERM

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches in, changed weights out, the same for one process as for several.
+"""One optimiser step, the same for one process as for several, and the progress of a run.
 
 The loss of a step is the mean over all target tokens of all micro-batches of all processes. Each process therefore runs
 backward on the *sum* over its tokens; gradients are summed over processes and divided by the total number of tokens.
@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
+from lavis_chatbridge.errors import DataError, TrainingError
 from lavis_chatbridge.models.settings import slow_on_cpu
 from lavis_chatbridge.runners import distributed, optim
-from lavis_chatbridge.runners.contracts import Loss, Samples
 from lavis_chatbridge.runners.settings import RunSettings
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-@dataclass
-class Requests:
-    """What a signal or the clock requests of all processes at the end of a step."""
-
-    save: bool = False
-    stop: bool = False
+Samples: TypeAlias = Mapping[str, Any]
+"""One batch as a loader collates it."""
+Loss: TypeAlias = Callable[[nn.Module, Samples], tuple[Tensor, Tensor]]
+"""(model, batch) -> (mean loss, number of target tokens), both 0-dimensional."""
 
 
 @dataclass
@@ -46,9 +44,10 @@ class StepResult:
         samples: Samples that were trained on.
         skipped: Samples that could not be read.
         rate: Learning rate.
+        save: Whether a process requests a checkpoint.
+        stop: Whether a process requests the end of the training.
         grad_norm: Norm before clipping.
         suspects: Ids of the samples of non-finite micro-batches.
-        requests: What any process requests.
     """
 
     outcome: Literal["ok", "empty", "nonfinite", "overflow"]
@@ -57,37 +56,85 @@ class StepResult:
     samples: int
     skipped: int
     rate: float
+    save: bool = False
+    stop: bool = False
     grad_norm: float = 0.0
     suspects: list[str] = field(default_factory=list)
-    requests: Requests = field(default_factory=Requests)
 
 
 @dataclass
-class _Share:
-    """One process's share of a step; the tensors stay on the device until the step ends."""
+class SourceCount:
+    """Counts of one source, over all processes."""
 
-    losses: list[Tensor] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    ids: list[Sequence[str]] = field(default_factory=list)
+    samples: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
 
-    def suspects(self) -> list[str]:
-        """Ids of the micro-batches with a non-finite loss; all ids if every loss is finite."""
-        bad = [ids for ids, loss in zip(self.ids, self.losses, strict=True) if not torch.isfinite(loss)]
-        return [name for ids in bad or self.ids for name in ids]
+
+@dataclass
+class TrainState:
+    """The progress of a run.
+
+    Attributes:
+        step: Finished steps.
+        sources: Counts by source.
+        nonfinite_steps: Steps that were skipped for a non-finite loss or gradient.
+        best_metric: Highest ``agg_metrics`` of the first validation split; None before the first validation.
+        best_step: The step of ``best_metric``.
+        validated: The last step whose validation is finished.
+    """
+
+    step: NonNegativeInt = 0
+    sources: dict[str, SourceCount] = field(default_factory=dict)
+    nonfinite_steps: NonNegativeInt = 0
+    best_metric: float | None = None
+    best_step: NonNegativeInt | None = None
+    validated: NonNegativeInt = 0
+
+    def record(self, source: str, result: StepResult) -> None:
+        """Count a finished step."""
+        count = self.sources.setdefault(source, SourceCount())
+        count.samples += result.samples
+        count.skipped += result.skipped
+        count.tokens += result.tokens
+        self.step += 1
+        self.nonfinite_steps += result.outcome == "nonfinite"
+
+    def check(self, run: RunSettings) -> None:
+        """Raise a `TrainingError` at ``max_nonfinite_steps`` non-finite steps."""
+        if self.nonfinite_steps >= max(1, run.max_nonfinite_steps):
+            raise TrainingError(
+                f"{self.nonfinite_steps} steps had a non-finite loss or gradient (run.max_nonfinite_steps "
+                f"{run.max_nonfinite_steps}): lower run.init_lr, use precision bf16 or fp32, or look at the samples "
+                "that the log names"
+            )
+
+    def check_end(self) -> None:
+        """Refuse to end a training that has learnt nothing: `DataError` for its samples, else `TrainingError`."""
+        if not self.step:
+            return
+        samples = sum(count.samples for count in self.sources.values())
+        skipped = sum(count.skipped for count in self.sources.values())
+        if not samples:
+            raise DataError(
+                f"nothing was trained on: none of {skipped} samples could be read. Mend them (chatbridge check-data "
+                "--decode lists them), then train again with run.overwrite=true"
+            )
+        if not any(count.tokens for count in self.sources.values()):
+            raise DataError(f"nothing was trained on: none of {samples} samples had a target token")
+        if self.nonfinite_steps >= self.step:
+            raise TrainingError(f"nothing was trained: none of {self.step} steps had a finite loss and gradient")
+
+    def improves(self, metric: float) -> bool:
+        """Whether ``metric`` is the best so far; if so it is recorded for the current step."""
+        if self.best_metric is not None and not metric > self.best_metric:
+            return False
+        self.best_metric, self.best_step = metric, self.step
+        return True
 
 
 class TrainStep:
-    """Turns micro-batches into one optimiser step.
-
-    Args:
-        model: The model.
-        loss: Computes the loss of a micro-batch.
-        optimizer: Over the model's trainable parameters.
-        scaler: For fp16; disabled otherwise.
-        schedule: The learning rate of a step.
-        run: Precision, clipping, seed.
-        device: The model's device.
-    """
+    """Turns micro-batches into one optimiser step over the model's trainable parameters, which are on ``device``."""
 
     def __init__(
         self,
@@ -104,7 +151,7 @@ class TrainStep:
         self.parameters = list(optim.trainable(model).values())
 
     def __call__(
-        self, step: int, batch: Sequence[Samples], skipped: int = 0, requests: Requests | None = None
+        self, step: int, batch: Sequence[Samples], skipped: int = 0, save: bool = False, stop: bool = False
     ) -> StepResult:
         """Take step ``step`` (from 0) on this process's micro-batches.
 
@@ -112,58 +159,39 @@ class TrainStep:
             step: The step.
             batch: Micro-batches, none of them empty.
             skipped: Number of this step's samples that could not be read.
-            requests: What this process requests of all.
+            save: Whether this process requests a checkpoint.
+            stop: Whether this process requests the end of the training.
         """
         seed_all(self.run.seed, step, distributed.rank())
         rate = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        share = _Share()
-        for samples in self._runnable(batch):
-            self._backward(samples, share)
-        result = self._exchange(share, skipped, requests or Requests(), rate)
+        if self.run.parallel == "fsdp" and distributed.in_group():  # each forward gathers weights from all ranks
+            batch = batch[: min(distributed.gather_everywhere(len(batch)))]
+        ids = [sample_ids(samples) for samples in batch]
+        own = torch.zeros(len(batch), 2, dtype=torch.float64, device=self.device)  # it is read when the step ends
+        for number, samples in enumerate(batch):
+            own[number] = self._backward(samples)
+        counts = own.new_tensor([sum(map(len, ids)), skipped, save, stop])
+        result = _summed(torch.cat([own.sum(0), counts]), rate)
         if result.outcome == "ok":
             sum_gradients(self.parameters)
             self._update(result)
         if result.outcome == "nonfinite":
-            result.suspects = [name for names in distributed.gather_everywhere(share.suspects()) for name in names]
+            bad = [names for names, (loss, _) in zip(ids, own.tolist(), strict=True) if not math.isfinite(loss)]
+            suspects = [name for names in bad or ids for name in names]  # all of them if only a gradient is not finite
+            result.suspects = [name for names in distributed.gather_everywhere(suspects) for name in names]
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _runnable(self, batch: Sequence[Samples]) -> Sequence[Samples]:
-        """The micro-batches to run: under FSDP the same number on every rank, since each forward gathers weights."""
-        if self.run.parallel != "fsdp" or not distributed.in_group():
-            return batch
-        return batch[: min(distributed.gather_everywhere(len(batch)))]
-
-    def _backward(self, samples: Samples, share: _Share) -> None:
+    def _backward(self, samples: Samples) -> Tensor:
+        """Add a micro-batch's gradients; returns the sum of its loss over its tokens, and their number."""
         with autocast(self.run.precision, self.device):
             loss, tokens = self.loss(self.model, samples)
         loss_sum = loss.float() * tokens
         if loss_sum.requires_grad:  # a batch may pass none of the parts that `run.train` chooses
             self.scaler.scale(loss_sum).backward()
-        share.losses.append(loss_sum.detach().double())
-        share.tokens.append(tokens.detach().double())
-        share.ids.append(sample_ids(samples))
-
-    def _exchange(self, share: _Share, skipped: int, requests: Requests, rate: float) -> StepResult:
-        """Sum losses, counts and requests over processes, and decide the outcome alike on all of them."""
-        zero = torch.zeros((), device=self.device, dtype=torch.float64)
-        counts = [sum(map(len, share.ids)), skipped, requests.save, requests.stop]
-        own = [sum(share.losses, zero), sum(share.tokens, zero), *(zero + count for count in counts)]
-        loss, tokens, samples, unread, save, stop = distributed.sum_over_ranks(torch.stack(own)).tolist()
-        outcome: Literal["ok", "empty", "nonfinite"] = "ok" if tokens else "empty"
-        if not math.isfinite(loss):
-            outcome = "nonfinite"
-        return StepResult(
-            outcome,
-            loss / max(tokens, 1.0),
-            int(tokens),
-            int(samples),
-            int(unread),
-            rate,
-            requests=Requests(save > 0, stop > 0),
-        )
+        return torch.stack([loss_sum.detach().double(), tokens.detach().to(loss_sum.device, torch.float64)])
 
     def _update(self, result: StepResult) -> None:
         """Divide the gradients by the number of tokens, clip them, and step; skip the step if they are not finite."""
@@ -184,6 +212,16 @@ class TrainStep:
             recoverable = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
             result.outcome = "overflow" if recoverable else "nonfinite"
         self.scaler.update()
+
+
+def _summed(own: Tensor, rate: float) -> StepResult:
+    """Sum loss, counts and requests over processes, and decide the outcome alike on all of them."""
+    loss, tokens, samples, skipped, save, stop = distributed.sum_over_ranks(own).tolist()
+    outcome: Literal["ok", "empty", "nonfinite"] = "ok" if tokens else "empty"
+    if not math.isfinite(loss):
+        outcome = "nonfinite"
+    mean = loss / max(tokens, 1.0)
+    return StepResult(outcome, mean, int(tokens), int(samples), int(skipped), rate, save > 0, stop > 0)
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -51,7 +51,7 @@ def lines(folder: Path, split: str, *keys: str) -> list[list[Any]]:
         ({"precision": "fp16", "eval_every": 3, "valid_splits": ["val"]}, 44),
         ({"train": ["bridge"], "group_by_length": True}, None),
     ],
-    ids=["mid-epoch", "mid-accumulation", "workers", "fp16-validation", "some parts, sorted"],
+    ids=["mid-epoch", "mid-accumulation", "fewer workers", "fp16-validation", "some parts, sorted"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, items, monkeypatch):
     options = {"max_iters": 14, "save_every_steps": 2, **options}
@@ -68,6 +68,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options, items, mon
     with pytest.raises(Stop):
         part.train()
     assert 2 <= part.state.step < 14
+    if "num_workers" in options:
+        options["num_workers"] = 1
     resumed = runner(cut, ToyModel(0.3), resume="auto", **options)
     resumed.train()
     assert same(weights(whole), weights(resumed))
@@ -161,7 +163,7 @@ def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     one.state.step = 3
     try:
-        with pytest.raises(TrainingError, match=r"cannot write .*File too large.*the newest checkpoint is .*00002"):
+        with pytest.raises(TrainingError, match=r"cannot write .*File too large.*older checkpoints are intact"):
             one._save_checkpoint(3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -296,7 +298,7 @@ DAMAGES = {
     "no scaler": (STATE, state(lambda s: s.pop("scaler")), "scaler is missing"),
     "a word for a step": (STATE, state(lambda s: s["progress"].update(step="x")), "state.json.progress.step"),
     "a negative step": (STATE, state(lambda s: s["progress"].update(step=-1)), "state.json.progress.step"),
-    "no position": (STATE, state(lambda s: s["plan"]["origin"]["positions"].pop("sounds")), "no position for"),
+    "no position": (STATE, state(lambda s: s["plan"]["origin"][1].pop("sounds")), "no position for"),
     "other data": (STATE, state(lambda s: s["plan"]["sizes"].update(sounds=99)), "on other data: sizes is .*99"),
     "other frozen parts": (
         STATE,

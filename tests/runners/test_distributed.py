@@ -130,19 +130,38 @@ def test_two_processes_resume_exactly(tmp_path):
         assert same(first, second)
 
 
-def _train_with_bad_media(rank: int, folder: Path, more: dict[str, Any]) -> None:
-    data = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 40, bad=tuple(range(0, 40, 2)))])}}
+def _tell(rank: int, folder: Path, work: Any, arguments: tuple) -> None:
+    """Write what ``work`` returns, or the error that it raises."""
+    try:
+        told = work(rank, folder, *arguments)
+    except ChatBridgeError as error:
+        told = error
+    (folder / f"told{rank}").write_text(str(told))
+    distributed.close()
+
+
+def told(folder: Path, work: Any, *arguments: Any) -> list[str]:
+    """What two processes tell."""
+    folder.mkdir(exist_ok=True)
+    in_processes(_tell, 2, folder, work, arguments)
+    return [(folder / f"told{rank}").read_text() for rank in (0, 1)]
+
+
+def pictures(size: int, bad: tuple[int, ...] = (), split: str = "train", source: type = ToySource) -> Any:
+    return {"pictures": {split: ToyGroup([source("pictures", "image", size, bad=bad)])}}
+
+
+def _half_unreadable(rank: int, folder: Path, more: dict[str, Any]) -> Any:
+    data = pictures(40, bad=tuple(range(0, 40, 2)))
     one = runner(folder, data=data, batch_size_train=1, max_bad_share=1.0, **more)
     one.train()
     torch.save(weights(one), folder / f"weights{rank}.pt")
-    (folder / f"told{rank}").write_text(str(one.state))
-    distributed.close()
+    return one.state
 
 
 @pytest.mark.parametrize("parallel_by", ["ddp", "fsdp"])
 def test_processes_stay_together_when_one_has_nothing_to_read(tmp_path, parallel_by):
-    in_processes(_train_with_bad_media, 2, tmp_path, {"parallel": parallel_by})
-    first, second = (((tmp_path / f"told{rank}").read_text()) for rank in (0, 1))
+    first, second = told(tmp_path, _half_unreadable, {"parallel": parallel_by})
     assert first == second
     assert 0 < int(re.search(r"skipped=(\d+)", first)[1]) < 16
     assert same(*both(tmp_path))
@@ -157,34 +176,22 @@ class Malformed(ToySource):
         return super().item(index, epoch)
 
 
-def _malformed_data(rank: int, folder: Path, more: dict[str, Any]) -> None:
-    source = (Malformed if rank == 1 else ToySource)("pictures", "image", 40)
-    one = runner(folder, data={"pictures": {"train": ToyGroup([source])}}, max_iters=12, save_every_steps=1, **more)
-    with pytest.raises(ChatBridgeError) as caught:
-        one.train()
-    (folder / f"told{rank}").write_text(str(caught.value))
-    distributed.close()
+def _malformed(rank: int, folder: Path, more: dict[str, Any]) -> None:
+    data = pictures(40, source=Malformed if rank == 1 else ToySource)
+    runner(folder, data=data, max_iters=12, save_every_steps=1, **more).train()
 
 
 @pytest.mark.parametrize("more", [{}, {"parallel": "fsdp"}], ids=["ddp", "fsdp"])
 def test_data_that_fail_on_one_process_end_the_training_of_all(tmp_path, more):
-    in_processes(_malformed_data, 2, tmp_path, more)
-    first, second = ((tmp_path / f"told{rank}").read_text() for rank in (0, 1))
+    first, second = told(tmp_path, _malformed, more)
     assert second.endswith("has no text")
     assert first == f"process 1: {second}"
 
 
-def _partly_unreadable(rank: int, folder: Path, bad: tuple[int, ...]) -> None:
-    pictures = {"pictures": {"train": ToyGroup([ToySource("pictures", "image", 400, bad=bad)])}}
-    one = runner(folder, data=pictures, max_iters=10, save_every_steps=1, keep_last=20)
-    told: object
-    try:
-        one.train()
-        told = one.state.sources["pictures"]
-    except DataError as error:
-        told = error
-    (folder / f"told{rank}").write_text(str(told))
-    distributed.close()
+def _partly_unreadable(_rank: int, folder: Path, bad: tuple[int, ...]) -> Any:
+    one = runner(folder, data=pictures(400, bad), max_iters=10, save_every_steps=1, keep_last=20)
+    one.train()
+    return one.state.sources["pictures"]
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -192,8 +199,7 @@ def test_the_share_of_unreadable_samples_is_that_of_all_processes(tmp_path, coun
     """All of them are in the fifth batch of process 1, whose own share is then 10 or 15 %."""
     fifth = MixturePlan({"pictures": 400}, batch_size=4, world_size=2, seed=42).batch(4, 1)[1]
     bad = tuple(index for index, _ in fifth[:count])
-    in_processes(_partly_unreadable, 2, tmp_path, bad)
-    first, second = ((tmp_path / f"told{rank}").read_text() for rank in (0, 1))
+    first, second = told(tmp_path, _partly_unreadable, bad)
     assert first == second
     newest = max(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     if count == 2:
@@ -205,15 +211,9 @@ def test_the_share_of_unreadable_samples_is_that_of_all_processes(tmp_path, coun
         assert newest == "step_00000004"  # its counts are below the limit: a mended source can be resumed
 
 
-def _evaluates(rank: int, folder: Path, bad: tuple[int, ...]) -> None:
-    splits = {"pictures": {"test": ToyGroup([ToySource("pictures", "image", 60, bad=bad)])}}
-    one = runner(folder, data=splits, evaluate=True, test_splits=["test"])
-    try:
-        told = str(one.evaluate()["test"]["samples"])
-    except ChatBridgeError as error:
-        told = str(error)
-    (folder / f"told{rank}").write_text(told)
-    distributed.close()
+def _evaluated(_rank: int, folder: Path, bad: tuple[int, ...]) -> Any:
+    one = runner(folder, data=pictures(60, bad, "test"), evaluate=True, test_splits=["test"])
+    return one.evaluate()["test"]["samples"]
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,7 @@ def _evaluates(rank: int, folder: Path, bad: tuple[int, ...]) -> None:
     ids=["as many as allowed", "one more"],
 )
 def test_an_evaluation_lacks_what_its_processes_lack_together(tmp_path, bad, expected):
-    in_processes(_evaluates, 2, tmp_path, bad)
-    assert all((tmp_path / f"told{rank}").read_text().startswith(expected) for rank in (0, 1))
+    assert all(text.startswith(expected) for text in told(tmp_path, _evaluated, bad))
 
 
 def _refused(rank: int, folder: Path, other: bool) -> None:
@@ -231,21 +230,15 @@ def _refused(rank: int, folder: Path, other: bool) -> None:
     if other and rank == 1:
         with torch.no_grad():
             model.frozen[0][0].weight[0, 0] += 0.5
-    with pytest.raises(ChatBridgeError) as caught:
-        runner(folder, model, max_iters=2).train()
-    (folder / f"told{rank}").write_text(str(caught.value))
-    distributed.close()
+    runner(folder, model, max_iters=2).train()
 
 
 def test_all_processes_refuse_alike(tmp_path):
     runner(tmp_path / "used", max_iters=2).train()
-    in_processes(_refused, 2, tmp_path / "used", False)
-    first, second = ((tmp_path / "used" / f"told{rank}").read_text() for rank in (0, 1))
+    first, second = told(tmp_path / "used", _refused, False)
     assert "has checkpoints up to step 2" in first
     assert second == f"process 0: {first}"
-    (tmp_path / "new").mkdir()
-    in_processes(_refused, 2, tmp_path / "new", True)
-    assert "have loaded different frozen weights" in (tmp_path / "new" / "told1").read_text()
+    assert "have loaded different frozen weights" in told(tmp_path / "new", _refused, True)[1]
 
 
 def test_fsdp_needs_processes_a_new_torch_and_a_model_with_blocks(tmp_path, caplog, monkeypatch):

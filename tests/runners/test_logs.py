@@ -1,9 +1,8 @@
-"""Metrics: means and rates, the log file, TensorBoard, Weights & Biases, a bar or lines."""
+"""Metrics: means and rates, the log file, TensorBoard, Weights & Biases, lines on the console."""
 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import sys
 import types
@@ -12,8 +11,7 @@ import pytest
 
 from lavis_chatbridge.errors import ConfigError, MissingExtraError, TrainingError
 from lavis_chatbridge.runners.logs import Console, LogFile, Meter, TensorBoard, WeightsAndBiases
-from lavis_chatbridge.runners.state import TrainState
-from lavis_chatbridge.runners.step import StepResult
+from lavis_chatbridge.runners.step import StepResult, TrainState
 from tests.runners.runner_parts import config, runner
 
 
@@ -110,23 +108,7 @@ def test_weights_and_biases_stays_offline_by_default(tmp_path, monkeypatch):
         WeightsAndBiases(settings, tmp_path, {})
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_bar_on_a_terminal_and_lines_elsewhere(caplog):
+def test_a_line_on_the_console(caplog):
     caplog.set_level("INFO")
-    screen = Terminal()
-    bar = Console(4, 1, screen)
-    bar.advance("pictures", result(1.25, 10))
-    bar.write("train", {"loss": 1.25}, 2)
-    bar.say("a word")
-    bar.close()
-    assert "loss 1.2500 lr 1.00e-01 pictures" in screen.getvalue()
-    assert "2/4" in screen.getvalue()
-    assert not caplog.messages
-    lines = Console(4, 1, io.StringIO())
-    lines.advance("pictures", result(1.25, 10))
-    lines.write("train", {"loss": 1.25, "by_source": {}}, 2)
+    Console(4, 1).write("train", {"loss": 1.25, "by_source": {}}, 2)
     assert caplog.messages[0].startswith("train step 2/4 loss 1.25 eta 0:00:0")

@@ -72,12 +72,13 @@ def test_what_a_step_draws_is_a_function_of_seed_and_step(tmp_path):
     assert not set(found[0]) & set(found[2])
 
 
-def test_compiled_frozen_blocks_change_no_weight(tmp_path, monkeypatch):
+@pytest.mark.parametrize("option", ["compile", "gradient_checkpointing"])
+def test_compiled_and_recomputed_blocks_change_no_weight(tmp_path, monkeypatch, option):
     compile_module = nn.Module.compile  # with a backend that needs no compiler
     monkeypatch.setattr(nn.Module, "compile", lambda module, *_, **__: compile_module(module, backend="eager"))
-    plain, other = runner(tmp_path / "a", max_iters=3), runner(tmp_path / "b", max_iters=3, compile=True)
+    plain, other = runner(tmp_path / "a", max_iters=3), runner(tmp_path / "b", max_iters=3, **{option: True})
     plain.train()
     other.train()
-    assert all(block._compiled_call_impl is not None for block in other.model.frozen)
+    assert all((block._compiled_call_impl is not None) == (option == "compile") for block in other.model.frozen)
     for name, tensor in other._weights().items():
         torch.testing.assert_close(tensor, plain._weights()[name], rtol=0, atol=1e-6)
