@@ -87,12 +87,6 @@ def test_palettes_and_gray_with_transparency() -> None:
     assert open_image(encoded(gray, "PNG"))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_gray_and_one_bit() -> None:
-    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.array_equal(open_image(encoded(Image.fromarray(gray), "PNG")), np.dstack([gray] * 3))
-    assert set(open_image(encoded(Image.fromarray(gray > 100), "PNG")).ravel().tolist()) == {0, 255}
-
-
 def test_sixteen_bits_are_scaled() -> None:
     wide = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     expected = np.rint(wide / 257.0)

@@ -1,4 +1,4 @@
-"""The world's language: captions read back to their facts, every answer is right by an independent reading."""
+"""The world's language: captions read back to their facts, and the wording of a seed stays the same."""
 
 from __future__ import annotations
 
@@ -40,20 +40,6 @@ def test_every_caption_of_every_scene_reads_back(kind: Modality) -> None:
 def test_a_caption_that_names_two_values_of_an_attribute_states_neither() -> None:
     assert facts_in("a red circle and a blue circle", "image") == {"shape": "circle"}
     assert facts_in("Red? REDDISH.", "image") == {"colour": "red"}
-
-
-def _scenes(kinds: tuple[Modality, ...], rng: random.Random) -> list[Scene]:
-    return [rng.choice(SCENES[kind]) for kind in kinds]
-
-
-def test_yes_and_no_and_both_branches_are_about_as_frequent() -> None:
-    rng = random.Random(0)
-    scenes = [_scenes(("image", "audio"), rng) for _ in range(400)]
-    yes = sum(joint(pair[0], pair[1], rng, "compare").answer == "yes" for pair in scenes)
-    assert 160 <= yes <= 240
-    conditions = [joint(pair[0], pair[1], rng, "conditional") for pair in scenes]
-    held = sum(question.answer.startswith("yes, ") for question in conditions)
-    assert 160 <= held <= 240
 
 
 RED_CIRCLE = Scene("image", (("shape", "circle"), ("colour", "red"), ("size", "small"), ("place", "left")))

@@ -61,16 +61,6 @@ def test_an_object_stands_at_its_place(place: str) -> None:
         assert nearest == place
 
 
-@pytest.mark.parametrize("shape", ATTRIBUTES["image"]["shape"])
-def test_large_objects_cover_far_more_than_small_ones(shape: str) -> None:
-    rng = np.random.default_rng(3)
-    shares = {
-        size: [object_mask(pictures.render(scene("image", shape=shape, size=size), rng)).mean() for _ in range(6)]
-        for size in ("small", "large")
-    }
-    assert min(shares["large"]) > 1.5 * max(shares["small"])
-
-
 @pytest.mark.parametrize("motion", ATTRIBUTES["video"]["motion"])
 def test_a_clip_moves_as_its_scene_says(motion: str) -> None:
     rng = np.random.default_rng(5)
