@@ -200,6 +200,10 @@ def _sentence(fault: Any, place: str, owner: type[BaseModel] | None) -> str:
         return f"{place}: {found} is not one of {choices}" + (f", did you mean {near[0]!r}?" if near else "")
     if fault["type"] == "value_error":
         return f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+    limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    bare = found.strip("'")
+    if limit := next((f"{words} {context[key]}" for key, words in limits.items() if key in context), ""):
+        return f"{place} is {bare}, expected {limit}"
     kinds = {"int": "int", "float": "float", "bool": "bool", "string": "str", "list": "a list", "tuple": "a list"}
     kinds |= {"dict": "a mapping", "model": "a mapping", "model_attributes": "a mapping"}
     expected = kinds.get(fault["type"].rsplit("_", 1)[0]) or kinds.get(fault["type"].split("_", 1)[0])

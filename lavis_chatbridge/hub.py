@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlparse
 
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.files import locked
+from lavis_chatbridge.files import atomic_file, locked
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ _TOKENIZER = (
     "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
 )  # fmt: skip
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
-_RETRIES = 5
-_CHUNK = 1 << 20
 
 
 class Name(NamedTuple):
@@ -98,7 +96,7 @@ def find(
 def status(
     names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = (), hint: str = ""
 ) -> Found:
-    """Where weights are, without fetching them; a server is asked for their size if it can be reached."""
+    """Where weights are, without fetching them; a server is asked for their size."""
     try:
         alternatives = [parsed(text, what) for text in as_list(names)]
     except CheckpointError as error:
@@ -151,7 +149,7 @@ def parsed(text: str, what: str) -> Name:
         return Name(text, url=text)
     found = _HUB_ID.fullmatch(text)
     file_like = found is not None and not found["file"] and text.endswith(_SUFFIXES)
-    if found is None or file_like or _exists(_expanded(text)):
+    if found is None or file_like or os.path.exists(_expanded(text)):
         return Name(text, path=_expanded(text))
     return Name(text, repo=found["repo"], file=found["file"] or "", revision=found["before"] or found["after"])
 
@@ -202,10 +200,9 @@ def _chosen(
     names = set(there)
     chosen = [name for name in _CONFIGS if name in names]
     if content in ("language_model", "tokenizer"):
-        tokenizer = [name for name in _TOKENIZER if name in names]
         if content == "tokenizer" and not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & names:
             raise CheckpointError(f"{where} holds no tokenizer (tokenizer.json or tokenizer.model)")
-        chosen += tokenizer
+        chosen += [name for name in _TOKENIZER if name in names]
     if content == "processor" and not chosen:
         raise CheckpointError(f"{where} has no config.json")
     if content in ("tokenizer", "processor"):
@@ -232,13 +229,6 @@ def _expanded(text: str) -> Path:
     return Path(os.path.expandvars(text)).expanduser()
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
 def _local_only(name: Name) -> Path:
     """Refuse a local path, which is not there."""
     unset = [variable for variable in re.findall(r"\$\{?(\w+)", name.text) if variable not in os.environ]
@@ -249,7 +239,7 @@ def _local_only(name: Name) -> Path:
 def _present(name: Name, content: Content, prefixes: Sequence[str]) -> Path | None:
     """The local file or folder of a name, None if it is not on this disk."""
     if name.path is not None:
-        return name.path if _exists(name.path) else None
+        return name.path if os.path.exists(name.path) else None
     if (own := _under_folder(name)) is not None:
         return own
     if name.url:
@@ -268,7 +258,7 @@ def _under_folder(name: Name) -> Path | None:
         candidates = [name.repo + inner, name.repo.rpartition("/")[2] + inner]
         candidates += [Path(name.file).name] if name.file else []
     places = (Path(folder).expanduser() / candidate for candidate in candidates)
-    return next((place for place in places if _exists(place)), None)
+    return next((place for place in places if os.path.exists(place)), None)
 
 
 def _cached(name: Name, content: Content, prefixes: Sequence[str]) -> Path | None:
@@ -294,7 +284,7 @@ def _fetched_once(name: Name, content: Content, prefixes: Sequence[str]) -> Path
     with locked(Path(constants.HF_HUB_CACHE) / ".chatbridge" / slug):
         if (place := _present(name, content, prefixes)) is not None:
             return place
-        return _fetch_url(name.url) if name.url else _fetch(name, content, prefixes)
+        return _fetch_url(name) if name.url else _fetch(name, content, prefixes)
 
 
 def _fetch(name: Name, content: Content, prefixes: Sequence[str]) -> Path:
@@ -305,14 +295,14 @@ def _fetch(name: Name, content: Content, prefixes: Sequence[str]) -> Path:
     log.info("downloading %s: %s in %d files", name.text, in_words(sum(size for _, size in files)), len(files))
     place = Path()
     for file, _ in files:
-        place = _asking(name, partial(_download, name, file))
+        place = _download(name, file)
     return place if name.file else place.parents[files[-1][0].count("/")]
 
 
 def _download(name: Name, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(name.repo, file, revision=name.revision))
+    return Path(_asking(name, partial(hf_hub_download, name.repo, file, revision=name.revision)))
 
 
 def _remote_files(name: Name, content: Content, prefixes: Sequence[str]) -> list[tuple[str, int]]:
@@ -325,18 +315,14 @@ def _remote_files(name: Name, content: Content, prefixes: Sequence[str]) -> list
         if name.file not in sizes:
             raise CheckpointError(f"{name.text}: {_address(name)} has no file {name.file}")
         return [(name.file, sizes[name.file])]
-
-    def index_at(index: str) -> Path:
-        return _asking(name, partial(_download, name, index))
-
-    chosen = _chosen(sizes, content, index_at, prefixes, f"{name.text} ({_address(name)})")
+    chosen = _chosen(sizes, content, partial(_download, name), prefixes, f"{name.text} ({_address(name)})")
     return [(file, sizes.get(file, 0)) for file in chosen]
 
 
 def _address(name: Name) -> str:
     from huggingface_hub import constants
 
-    return name.url or f"{constants.ENDPOINT}/{name.repo}"
+    return f"{constants.ENDPOINT}/{name.repo}"
 
 
 def _asking(name: Name, ask: Callable[[], Any]) -> Any:
@@ -345,10 +331,12 @@ def _asking(name: Name, ask: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: One line with the file, its address and a remedy.
     """
-    from huggingface_hub import constants, errors
+    import httpx
+    from huggingface_hub import constants, errors, file_download
 
-    what = f"{name.text} ({_address(name)})"
-    put = f"or put its files into ${FOLDER}/{name.repo.rpartition('/')[2]}"
+    client = getattr(file_download, "httpx2", httpx)  # huggingface_hub's own
+    what = name.url or f"{name.text} ({_address(name)})"
+    put = f"or put {'it' if name.url else 'its files'} into ${FOLDER}/{name.repo.rpartition('/')[2]}"
     try:
         return ask()
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
@@ -369,19 +357,8 @@ def _asking(name: Name, ask: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{what} has no revision {name.revision!r} (404)") from error
     except errors.HFValidationError as error:
         raise CheckpointError(f"{name.text} is neither a path that exists nor a hub id: {_one_line(error)}") from error
-    except Exception as error:
-        if not isinstance(error, (errors.HfHubHTTPError, OSError, *_transport_errors())):
-            raise
+    except (errors.HfHubHTTPError, OSError, httpx.HTTPError, client.HTTPError) as error:
         raise CheckpointError(f"{what} cannot be fetched ({_one_line(error)}); try again, {put}") from error
-
-
-def _transport_errors() -> list[type[Exception]]:
-    """What a broken connection raises: huggingface_hub's own HTTP client, and ours."""
-    import httpx
-    from huggingface_hub import file_download
-
-    own = getattr(file_download, "httpx2", httpx)
-    return [httpx.HTTPError, own.HTTPError]
 
 
 def _check_disk(folder: Path, size: int, what: str) -> None:
@@ -400,73 +377,29 @@ def _url_path(url: str) -> Path:
     return cache.expanduser() / "hub" / "checkpoints" / Path(urlparse(url).path).name
 
 
-def _refuse_offline(url: str) -> None:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise CheckpointError(f"{url} is not on this disk and HF_HUB_OFFLINE is set: put the file into ${FOLDER}")
-
-
 def _url_size(name: Name) -> int | None:
     import httpx
+    from huggingface_hub import constants, errors
 
-    _refuse_offline(name.url)
-    try:
+    def ask() -> int | None:
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled
         answer = httpx.head(name.url, follow_redirects=True, timeout=30).raise_for_status()
-    except httpx.HTTPError as error:
-        raise CheckpointError(_url_fault(name.url, error)) from error
-    length = answer.headers.get("content-length")
-    return int(length) if length else None
+        return int(answer.headers["content-length"]) if "content-length" in answer.headers else None
+
+    return _asking(name, ask)
 
 
-def _url_fault(url: str, error: Exception) -> str:
-    status_code = getattr(getattr(error, "response", None), "status_code", None)
-    why = f"the server answers {status_code}" if status_code else _one_line(error)
-    return f"{url} cannot be fetched ({why}): put the file into ${FOLDER}, or name another source"
+def _fetch_url(name: Name) -> Path:
+    """Download a file; huggingface_hub resumes it after a broken connection."""
+    from huggingface_hub.file_download import http_get
 
-
-def _fetch_url(url: str) -> Path:
-    """Download a file; a broken connection is resumed where it ended."""
-    import httpx
-
-    _refuse_offline(url)
-    target = _url_path(url)
-    partial = target.with_name(f"{target.name}.incomplete")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(_RETRIES):
-        try:
-            _continue(url, partial)
-            break
-        except httpx.TransportError as error:
-            if attempt == _RETRIES - 1:
-                raise CheckpointError(_url_fault(url, error)) from error
-            log.warning("connection to %s broke (%s), resuming", url, _one_line(error))
-        except (httpx.HTTPError, OSError) as error:
-            raise CheckpointError(_url_fault(url, error)) from error
-    os.replace(partial, target)
+    target, size = _url_path(name.url), _url_size(name)
+    _check_disk(target.parent, size or 0, name.url)
+    with atomic_file(target) as temporary, open(temporary, "wb") as file:
+        whole = {"Accept-Encoding": "identity"}
+        _asking(name, lambda: http_get(name.url, file, headers=whole, expected_size=size))
     return target
-
-
-def _continue(url: str, partial: Path) -> None:
-    """Append to a partial file what it lacks; a server without ranges sends the file from its beginning."""
-    import httpx
-    from tqdm import tqdm
-
-    done = partial.stat().st_size if partial.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-    with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as answer:
-        if done and answer.status_code == 416:  # the partial file is complete already
-            return
-        answer.raise_for_status()
-        resumed = answer.status_code == 206
-        done = done if resumed else 0
-        rest = int(answer.headers.get("content-length") or 0)
-        _check_disk(partial.parent, rest, url)
-        bar = tqdm(total=done + rest or None, initial=done, unit="B", unit_scale=True, desc=partial.stem)
-        with bar, open(partial, "ab" if resumed else "wb") as file:
-            for chunk in answer.iter_raw(_CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
 
 
 def in_words(size: float) -> str:

@@ -20,9 +20,10 @@ from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 
 from lavis_chatbridge import config as settings_reader
-from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge import hub
+from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import checkpoint, encoding, loading, lora, weights
+from lavis_chatbridge.models import checkpoint, encoding, lora, weights
 from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
@@ -38,6 +39,7 @@ from lavis_chatbridge.prompting.pieces import MODALITIES
 
 log = logging.getLogger(__name__)
 
+_BLIP2 = ("image_query_tokens", "Qformer.", "ln_vision.")
 FROZEN = ("visual_encoder", "ln_vision", "audio_encoder", "ln_audio", "llama_model")
 
 
@@ -86,7 +88,7 @@ class ChatBridge(Answering, BaseModel):
             self.visual_temporal_pos_embeds = _random(times.initializer_range, 1, times.frames, 1, width)
             self.audio_temporal_pos_embeds = _random(times.initializer_range, 1, times.clips, 1, width)
         if own.weights is not None:
-            loading.load_blip2(self, own.weights)
+            self._load_blip2(own.weights)
         self._freeze()
 
     @classmethod
@@ -292,8 +294,49 @@ class ChatBridge(Answering, BaseModel):
         Raises:
             CheckpointError: If it is missing, unsafe or does not fit; the model then stays unchanged.
         """
-        loading.load_trained(self, url_or_filename, FROZEN)
+        file = checkpoint.read(hub.find(url_or_filename, "model.checkpoint"))
+        expected = checkpoint.bridge_tensors(self.state_dict())
+        own = {lora.without_base(name): name for name in expected}
+        found = {own.get(name, name): t for name, t in checkpoint.bridge_tensors(file.tensors).items()}
+        new = self._check_adapters(file, found)
+        required = [n for n, p in self.named_parameters() if p.requires_grad and not (new and lora.is_adapter(n))]
+        plain = [name for name in found if not lora.is_adapter(name)]
+        held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in plain))
+        required += [n for n in expected if held and n.startswith(held) and not lora.is_adapter(n)]
+        if "llama_model." in held and (how := self.settings.language_model.quantization) is not None:
+            raise CheckpointError(
+                f"{file.path} holds a whole language model, but this one's is quantised to {how}: set "
+                "model.language_model.quantization to null, or keep the trained tensors alone in the file"
+            )
+        checkpoint.check_fit(expected, found, required, file.path, "this model")
+        checkpoint.check_finite({name: t.to(expected[name].dtype) for name, t in found.items()}, file.path)
+        self.load_state_dict(found, strict=False)
         self._fingerprints.clear()
+        log.info("loaded %d tensors from %s", len(found), file.path)
+
+    def _check_adapters(self, file: checkpoint.WeightFile, found: Mapping[str, Tensor]) -> bool:
+        """Refuse a file's adapters that do not fit; returns whether the model keeps its new ones."""
+        own, held = lora.describe(self.llama_model), lora.described_by(found)
+        if held is not None and file.cfg is not None and isinstance(file.cfg.get("lora"), Mapping):
+            held |= dict(file.cfg["lora"])
+        if fault := lora.misfit(held, own, fresh_is_fine=True):
+            raise CheckpointError(f"{file.path} does not fit this model: {fault}")
+        if held is None and own is not None:
+            log.info("%s has no LoRA adapters: this model's are new and change nothing yet", file.path)
+        return held is None
+
+    def _load_blip2(self, names: Weights) -> None:
+        """Load query tokens, perceiver and ``ln_vision`` of BLIP-2."""
+        prefixes = checkpoint.BLIP2_BRIDGE
+        file = checkpoint.read(hub.find(names, "model.perceiver.weights", prefixes=prefixes), prefixes)
+        tensors = checkpoint.bridge_tensors(file.tensors, file.path)
+        found = {name: tensor for name, tensor in tensors.items() if name.startswith(_BLIP2)}
+        expected = checkpoint.bridge_tensors(self.state_dict())
+        required = [name for name in expected if name.startswith(_BLIP2)]
+        checkpoint.check_fit(expected, found, required, file.path, "model.perceiver")
+        checkpoint.check_finite(found, file.path)
+        own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in found.items()}  # training writes to it
+        self.load_state_dict(own, strict=False, assign=True)
 
     def frozen_fingerprint(self, modality: Modality) -> str:
         """A hash that changes with this modality's encoded media: the key of a feature cache."""

@@ -66,9 +66,9 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
     Raises:
         CheckpointError: If it cannot be read, or holds other objects than tensors and plain values, or no tensors.
     """
-    files = [path] if path.is_file() else [f for f in hub.needed_files(path, "weights", prefixes) if not _is_json(f)]
+    files = [path] if path.is_file() else hub.needed_files(path, "weights", prefixes)
     content: dict[str, Any] = {}
-    for file in files:
+    for file in (file for file in files if file.suffix != ".json"):
         content |= _read_safetensors(file) if file.suffix == ".safetensors" else load_torch(file)
     cfg = dict(content["cfg"]) if isinstance(content.get("cfg"), Mapping) else None
     if isinstance(content.get("model"), Mapping):
@@ -80,13 +80,7 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> None:
-    """Write tensors as safetensors, atomically.
-
-    Args:
-        path: The file.
-        tensors: The tensors; some may share memory.
-        cfg: A configuration to keep beside them, of plain values.
-    """
+    """Write tensors, of which some may share memory, and a configuration of plain values as safetensors, atomically."""
     from safetensors.torch import save_file
 
     apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -110,14 +104,8 @@ def load_exactly(
 ) -> None:
     """Replace all parameters and buffers of a module, which may be on the meta device.
 
-    A tensor that has the precision already is not copied: it stays mapped to its file.
-
-    Args:
-        module: The module.
-        tensors: All its tensors by name.
-        source: The file, for messages.
-        what: The module's name, for messages.
-        dtype: The precision of the module's floating-point tensors afterwards.
+    Its floating-point tensors then have the precision ``dtype``; those that a file holds in it stay mapped to the file.
+    Messages name the file (``source``) and the module (``what``).
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected, of another shape, or not finite in that precision; the
@@ -133,17 +121,10 @@ def load_exactly(
 def check_fit(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], required: Iterable[str], source: object, what: str
 ) -> None:
-    """Refuse tensors that do not fit, with all faults in one line.
-
-    Args:
-        expected: The module's tensors.
-        found: The tensors to load.
-        required: The names that must be among them.
-        source: The file, for messages.
-        what: The module's name, for messages.
+    """Refuse tensors of a file (``source``) that do not fit a module (``what``), or of which a required one is missing.
 
     Raises:
-        CheckpointError: With names, and shapes found and expected.
+        CheckpointError: With all names, and shapes found and expected, in one line.
     """
     missing = [name for name in required if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -231,10 +212,6 @@ def some(names: Iterable[object]) -> str:
     listed = [" ".join(ascii(str(name)[:200])[1:-1].split()) for name in names]
     more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
     return ", ".join(listed[:_NAMED]) + more
-
-
-def _is_json(path: Path) -> bool:
-    return path.suffix == ".json"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -42,11 +42,8 @@ def check_available(settings: LanguageModelSettings) -> None:
         lora.check_available()
     if settings.device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise MissingExtraError("accelerate", "device-map", "model.language_model.device_map")
-    if settings.quantization is not None:
-        _check_bitsandbytes(settings)
-
-
-def _check_bitsandbytes(settings: LanguageModelSettings) -> None:
+    if settings.quantization is None:
+        return
     setting = "model.language_model.quantization"
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
@@ -68,6 +65,8 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
         MissingExtraError: If a package is not installed.
         ConfigError: If the family of the language model is not supported, or a setting does not fit it.
     """
+    from transformers import GenerationConfig
+
     check_available(settings)
     where = "model.language_model"
     folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights", "language_model")
@@ -82,7 +81,8 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
             f"the tokenizer of {named} has {len(codec)} tokens, but the language model of "
             f"{settings.weights or 'the configuration'} embeds {rows}: they do not belong together"
         )
-    _forget_sampling_defaults(model, codec)
+    # the folder's own generation settings do not count, only the caller's arguments
+    model.generation_config = GenerationConfig(bos_token_id=codec.bos_id, pad_token_id=codec.pad_id)
     model.requires_grad_(False).eval()
     if model.config.model_type not in families.TESTED:
         families.check_family(model)
@@ -190,10 +190,3 @@ def _random(settings: LanguageModelSettings) -> Any:
         return AutoModelForCausalLM.from_config(built).to(torch_dtype(settings.dtype))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"model.language_model.config: {one_line(error)}") from error
-
-
-def _forget_sampling_defaults(model: Any, codec: Codec) -> None:
-    """Replace the folder's generation settings: only the caller's arguments count."""
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig(bos_token_id=codec.bos_id, pad_token_id=codec.pad_id)

@@ -136,16 +136,13 @@ def elements_of(
 
 
 def embed(batch: Batch, soft: Tensor | None, table: nn.Module, scale: float = 1.0) -> Tensor:
-    """The rows as embeddings.
+    """The rows as ``[B, L, D]`` embeddings of a language model's table; gradients reach the soft tokens.
 
     Args:
         batch: The rows.
         soft: ``[S, D]`` soft tokens of the whole batch, None if no row has one.
         table: The language model's embedding layer.
         scale: See :func:`families.embedding_scale`.
-
-    Returns:
-        ``[B, L, D]`` in the embeddings' precision; gradients reach the soft tokens.
     """
     ids = batch.token_ids.to(next(table.parameters()).device)
     embeds = table(ids.clamp(min=0)) * (ids != PADDING).unsqueeze(-1)

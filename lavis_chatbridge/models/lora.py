@@ -40,13 +40,11 @@ def inject(model: nn.Module, settings: LoraSettings) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(settings.target_modules)
-    listed = ", ".join(
-        sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-    )
-    if wrong := {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Embedding)} & {*targets}:
+    last = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    listed = ", ".join(sorted({name for name, module in last if isinstance(module, nn.Linear)}))
+    if wrong := next((name for name, module in last if isinstance(module, nn.Embedding) and name in targets), None):
         raise ConfigError(
-            f"model.language_model.lora.target_modules names {sorted(wrong)[0]}, an embedding; linear "
-            f"layers are {listed}"
+            f"model.language_model.lora.target_modules names {wrong}, an embedding; linear layers are {listed}"
         )
     config = LoraConfig(
         r=settings.rank,
@@ -164,8 +162,5 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _words(description: Mapping[str, Any]) -> str:
-    """A description in words; a file's values may be of any type."""
-    alpha, targets = description.get("alpha"), description["target_modules"]
-    scale = "" if alpha is None else f", alpha {alpha:g}" if isinstance(alpha, (int, float)) else f", alpha {alpha!r}"
-    listed = ", ".join(map(str, targets)) if isinstance(targets, (list, tuple)) else repr(targets)
-    return f"rank {description['rank']}{scale} on {listed}"
+    alpha = f", alpha {description['alpha']:g}" if description.get("alpha") is not None else ""
+    return f"rank {description['rank']}{alpha} on {', '.join(description['target_modules'])}"

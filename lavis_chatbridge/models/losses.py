@@ -60,15 +60,7 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="none")`` for a frozen layer.
 
-    Args:
-        hidden: ``[K, D]``; the only argument with a gradient.
-        weight: ``[V, D]``.
-        bias: ``[V]`` or None.
-        targets: ``[K]``.
-        chunk: Positions at once.
-
-    Returns:
-        ``[K]`` in fp32.
+    Only ``hidden`` (``[K, D]``) gets a gradient; ``chunk`` positions are computed at once.
     """
     result: Any = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk)
     return result

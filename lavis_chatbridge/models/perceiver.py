@@ -18,11 +18,8 @@ from lavis_chatbridge.models.settings import PerceiverSettings
 def build_perceiver(config: PerceiverSettings, encoder_width: int) -> nn.Module:
     """LAVIS's Q-Former with random weights, as BLIP-2 reduces it: queries only.
 
-    Word and position embeddings, the language-model head and the text's feed-forward parts are gone.
-
-    Args:
-        config: Its sizes.
-        encoder_width: Width of the tokens that the cross-attention reads.
+    Word and position embeddings, the language-model head and the text's feed-forward parts are gone. The
+    cross-attention reads tokens of ``encoder_width``.
     """
     from lavis.models.blip2_models.Qformer import BertLMHeadModel
     from transformers import BertConfig
@@ -54,17 +51,7 @@ def build_perceiver(config: PerceiverSettings, encoder_width: int) -> nn.Module:
 
 
 def perceive(perceiver: Any, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
-    """Let queries read encoder tokens.
-
-    Args:
-        perceiver: What :func:`build_perceiver` returned.
-        queries: ``[1, Q, W]`` query tokens.
-        features: ``[B, N, D]`` encoder tokens.
-        mask: ``[B, N]``, true where a token counts; none if all do.
-
-    Returns:
-        ``[B, Q, W]``.
-    """
+    """Let ``[1, Q, W]`` queries read ``[B, N, D]`` features where the ``[B, N]`` mask is true; gives ``[B, Q, W]``."""
     return perceiver.bert(
         query_embeds=queries.expand(len(features), -1, -1),
         encoder_hidden_states=features,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Annotated, TypeAlias
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from lavis_chatbridge.config import Settings
 
@@ -13,33 +16,36 @@ MOST = 1000
 _LARGEST_POWER = 30
 """Beam scores divide by a length to the length penalty; ten to this power is far from the end of fp32."""
 
+Several: TypeAlias = Annotated[int, Field(ge=1, le=MOST)]
+Penalty: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
+
 
 class Sampling(Settings):
     """How the tokens of a reply are chosen."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: PositiveInt = 256
     """Upper limit of a reply's tokens."""
-    min_new_tokens: int = 0
+    min_new_tokens: NonNegativeInt = 0
     """A reply does not end before this many tokens."""
-    temperature: float = 0.0
+    temperature: float = Field(default=0.0, ge=0, le=100)
     """0 takes the likeliest token at each position; above 0, tokens are sampled."""
-    top_p: float = 0.9
+    top_p: float = Field(default=0.9, gt=0, le=1)
     """Sample from the likeliest tokens that together have this probability."""
-    top_k: int = 0
+    top_k: int = Field(default=0, ge=-1)
     """Sample from this many likeliest tokens; 0 or -1 takes all."""
-    min_p: float = 0.0
+    min_p: float = Field(default=0.0, ge=0, le=1)
     """Sample from tokens that have at least this share of the likeliest token's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Above 1: a token of the reply becomes less likely to be repeated (logits are divided by it)."""
-    presence_penalty: float = 0.0
+    presence_penalty: Penalty = 0.0
     """Subtracted from the logits of tokens that the reply already holds."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: Penalty = 0.0
     """Subtracted from a token's logit once for each time the reply already holds it."""
-    num_beams: int = 1
+    num_beams: Several = 1
     """Above 1: beam search for the likeliest whole reply, which is neither sampled nor streamed."""
-    length_penalty: float = 1.0
+    length_penalty: float = Field(default=1.0, allow_inf_nan=False)
     """Exponent of the length that a beam's score is divided by."""
-    num_return_sequences: int = 1
+    num_return_sequences: Several = 1
     """Replies to one prompt."""
     seed: int | None = None
     """The same seed samples the same reply; null samples a new one each time."""
@@ -49,40 +55,10 @@ class Sampling(Settings):
     """Token ids that end a reply, beside those of the template."""
     ignore_eos: bool = False
     """Do not end at the language model's end token, nor at the template's end mark."""
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST)] | None = None
     """Report each token's log-probability, and those of this many likeliest tokens; null reports none."""
 
     def check(self) -> Iterable[str]:
-        """Numbers out of range, and settings that contradict each other."""
-        limits = (
-            ("max_new_tokens", 1, math.inf),
-            ("min_new_tokens", 0, math.inf),
-            ("temperature", 0, 100),
-            ("top_k", -1, math.inf),
-            ("min_p", 0, 1),
-            ("presence_penalty", -100, 100),
-            ("frequency_penalty", -100, 100),
-            ("num_beams", 1, MOST),
-            ("length_penalty", -math.inf, math.inf),
-            ("num_return_sequences", 1, MOST),
-        )
-        for name, least, most in limits:
-            value = getattr(self, name)
-            if not least <= value <= most or (isinstance(value, float) and not math.isfinite(value)):
-                yield (
-                    f"{name} is {value}, expected {least} or more"
-                    if most == math.inf
-                    else (f"{name} is {value}, expected {least} to {most}")
-                )
-        if not 0 < self.top_p <= 1:
-            yield f"top_p is {self.top_p}, expected above 0, at most 1"
-        if not 0 < self.repetition_penalty < math.inf:
-            yield f"repetition_penalty is {self.repetition_penalty}, expected a positive number"
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST:
-            yield f"logprobs is {self.logprobs}, expected 0 to {MOST}"
-        yield from self._contradictions()
-
-    def _contradictions(self) -> Iterable[str]:
         if self.num_beams > 1 and self.temperature > 0:
             yield f"num_beams is {self.num_beams}, a search, but temperature {self.temperature} asks for sampling"
         if self.num_beams > 1 and (self.presence_penalty or self.frequency_penalty):

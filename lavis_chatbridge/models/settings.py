@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError
@@ -23,7 +23,15 @@ DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential
 Weights: TypeAlias = str | tuple[str, ...]
 """A path, a hub id, an address, or a list of alternatives: see :mod:`lavis_chatbridge.hub`."""
 
-_LARGEST, _MOST_LAYERS = 65_536, 256
+Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Size: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
+"""Of a network that a file describes: an impossible one is refused before it is built."""
+
+_FIXED = {
+    "layer_norm_first": False, "activation_fn": "gelu", "conv_bias": False, "deep_norm": True,
+    "relative_position_embedding": True, "gru_rel_pos": True,
+}  # fmt: skip
+"""The variant of BEATs that is built; all published checkpoints are of it."""
 
 
 class EncoderSettings(Settings):
@@ -47,13 +55,10 @@ class EncoderSettings(Settings):
     class_token: bool = True
     """timm and transformers: keep tokens before the patches (class and register tokens)."""
 
-    pool: int = 1
+    pool: PositiveInt = 1
     """timm and transformers: this many neighbouring tokens (in a grid: of each axis) become their mean."""
 
     def check(self) -> Iterable[str]:
-        """Yield contradictions."""
-        if self.pool < 1:
-            yield f"pool {self.pool} is not positive"
         if self.encoder in ("eva", "beats") and (self.pool > 1 or self.layer != -1 or not self.class_token):
             yield f"layer, class_token and pool are for timm and transformers, not for encoder {self.encoder}"
 
@@ -68,12 +73,12 @@ class VisionSettings(EncoderSettings):
     image_size: int = 224
     """Height and width of an image in pixels."""
 
-    patch_size: int = 14
+    patch_size: PositiveInt = 14
     """Height and width of a patch in pixels."""
 
     width: int = 1408
     depth: int = 39
-    heads: int = 16
+    heads: PositiveInt = 16
     mlp_ratio: float = 4.3637
 
     @property
@@ -82,30 +87,25 @@ class VisionSettings(EncoderSettings):
         return (self.image_size // self.patch_size) ** 2 + 1
 
     def check(self) -> Iterable[str]:
-        """Yield contradictions."""
         yield from super().check()
-        if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
             yield f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             yield f"width {self.width} is not a multiple of heads {self.heads}"
 
 
 class BeatsConfig(Settings):
     """Sizes of a BEATs encoder; field names are those of ``cfg`` in published checkpoints, defaults BEATs_iter3+."""
 
-    input_patch_size: int = 16
-    embed_dim: int = 512
-    encoder_layers: int = 12
-    encoder_embed_dim: int = 768
-    encoder_ffn_embed_dim: int = 3072
-    encoder_attention_heads: int = 12
-    conv_bias: bool = False
-    conv_pos: int = 128
-    conv_pos_groups: int = 16
-    deep_norm: bool = True
-    relative_position_embedding: bool = True
-    gru_rel_pos: bool = True
-    num_buckets: int = 320
+    input_patch_size: Size = 16
+    embed_dim: Size = 512
+    encoder_layers: int = Field(default=12, ge=1, le=256)
+    encoder_embed_dim: Size = 768
+    encoder_ffn_embed_dim: Size = 3072
+    encoder_attention_heads: Size = 12
+    conv_pos: Size = 128
+    conv_pos_groups: Size = 16
+    num_buckets: int = Field(default=320, ge=4, le=65_536)
     max_distance: int = 800
 
     @classmethod
@@ -115,41 +115,30 @@ class BeatsConfig(Settings):
         Raises:
             ConfigError: If the checkpoint uses a variant of the architecture that is not built here.
         """
-        for key, built in (("layer_norm_first", False), ("activation_fn", "gelu")):
+        for key, built in _FIXED.items():
             if cfg.get(key, built) != built:
                 raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
         return parse(cls, {key: value for key, value in cfg.items() if key in cls.model_fields}, "BEATs")
 
     def check(self) -> Iterable[str]:
-        """Yield contradictions."""
-        names = ("input_patch_size", "embed_dim", "encoder_embed_dim", "encoder_ffn_embed_dim", "conv_pos")
-        sizes = {name: getattr(self, name) for name in (*names, "num_buckets")}
-        wrong = [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST]
-        if wrong or not 1 <= self.encoder_layers <= _MOST_LAYERS:
-            yield f"sizes from 1 to {_LARGEST} and up to {_MOST_LAYERS} layers are built, found " + ", ".join(
-                [*wrong, f"encoder_layers {self.encoder_layers}"]
-            )
-        width, heads, groups = self.encoder_embed_dim, self.encoder_attention_heads, self.conv_pos_groups
-        if heads < 1 or width % heads:
-            yield f"encoder_embed_dim {width} is not a multiple of encoder_attention_heads {heads}"
-        if groups < 1 or width % groups:
-            yield f"encoder_embed_dim {width} is not a multiple of conv_pos_groups {groups}"
-        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 4:
-            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets} (4 up)"
+        for name in ("encoder_attention_heads", "conv_pos_groups"):
+            if self.encoder_embed_dim % getattr(self, name):
+                yield f"encoder_embed_dim {self.encoder_embed_dim} is not a multiple of {name} {getattr(self, name)}"
+        if self.max_distance <= self.num_buckets // 4:
+            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets}"
 
 
 class AudioSettings(EncoderSettings):
     """The audio encoder."""
 
     encoder: str = "beats"
-    config: BeatsConfig | dict[str, Any] | None = Field(None, union_mode="left_to_right")
+    config: BeatsConfig | dict[str, Any] | None = Field(default=None, union_mode="left_to_right")
     """BEATs: its sizes, if the file does not hold them; transformers: ``model_type`` and sizes, for random weights."""
 
     mask_padding: bool = True
     """Hide the padding of clips that are not full. The original feeds zeros and hides nothing."""
 
     def check(self) -> Iterable[str]:
-        """Yield contradictions."""
         yield from super().check()
         if self.encoder == "beats" and isinstance(self.config, dict):
             try:
@@ -168,7 +157,7 @@ class PerceiverSettings(Settings):
     """Width of the query vectors."""
 
     layers: int = 12
-    heads: int = 12
+    heads: PositiveInt = 12
     feed_forward: int = 3072
     cross_attention_every: int = 2
     """Layers 0, this number, twice this number, ... have a cross-attention."""
@@ -176,7 +165,7 @@ class PerceiverSettings(Settings):
     queries: int = 32
     """Query tokens for each medium."""
 
-    dropout: float = 0.1
+    dropout: Share = 0.1
     norm_eps: float = 1e-12
     initializer_range: float = 0.02
     """Standard deviation of randomly initialised weights and query tokens."""
@@ -188,35 +177,21 @@ class PerceiverSettings(Settings):
     """``joint`` reads all frames of a video at once; ``per_frame`` each frame alone (the original's stage 3)."""
 
     def check(self) -> Iterable[str]:
-        """Yield contradictions."""
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             yield f"width {self.width} is not a multiple of heads {self.heads}"
-        if not 0 <= self.dropout < 1:
-            yield f"dropout {self.dropout} is not in [0, 1)"
 
 
 class LoraSettings(Settings):
     """Adapters on the language model, trained beside the bridge (extra ``lora``)."""
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
     """An update is scaled by alpha over rank."""
 
-    dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: Share = 0.05
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
     """Last parts of the names of the layers that get an adapter; LLaMA's are ``q_proj``, ``k_proj``, ``v_proj``,
     ``o_proj``, ``gate_proj``, ``up_proj``, ``down_proj``."""
-
-    def check(self) -> Iterable[str]:
-        """Yield contradictions."""
-        if self.rank < 1:
-            yield f"rank {self.rank} is not positive"
-        if not self.alpha > 0:
-            yield f"alpha {self.alpha:g} is not positive"
-        if not 0 <= self.dropout < 1:
-            yield f"dropout {self.dropout:g} is not in [0, 1)"
-        if not self.target_modules:
-            yield "target_modules is empty"
 
 
 class LanguageModelSettings(Settings):
@@ -249,40 +224,29 @@ class LanguageModelSettings(Settings):
     here. For answering only."""
 
     def check(self) -> Iterable[str]:
-        """Yield contradictions."""
         if self.weights is None and (self.config is None or self.tokenizer is None):
             yield "weights is null, so both config (model_type and sizes) and tokenizer (a folder) must be given"
-        if self.weights is None and self.quantization is not None:
-            yield f"quantization is {self.quantization}, but weights is null: random weights are not quantised"
-        if self.weights is None and self.device_map is not None:
-            yield f"device_map is {self.device_map}, but weights is null: random weights are not placed on devices"
-        if self.engine is None:
-            return
-        if self.weights is None:
-            yield "engine is set, but weights is null: the embedding table comes from the folder that the engine serves"
-        if self.lora is not None:
+        for name in ("quantization", "device_map", "engine"):
+            if self.weights is None and getattr(self, name) is not None:
+                yield f"{name} is {getattr(self, name)}, but weights is null: it is for the weights of a folder"
+        if self.engine is not None and self.lora is not None:
             yield "engine is set with lora: merge the adapters into the folder, vLLM takes none beside embeddings"
-        if self.quantization is not None or self.device_map is not None:
+        if self.engine is not None and (self.quantization is not None or self.device_map is not None):
             yield "engine is set with quantization or device_map: these are options of the engine then"
 
 
 class TemporalSettings(Settings):
     """Lengths of the tables of learnt positions in time; longer inputs get interpolated positions."""
 
-    frames: int = 4
+    frames: PositiveInt = 4
     """Frames of a video."""
 
-    clips: int = 2
+    clips: PositiveInt = 2
     """Clips of a sound."""
 
     initializer_range: float = 0.02
     """Standard deviation of new positions. The tokens that they are added to have 1: a small value hardly changes a
     pretrained perceiver, with a large one a new perceiver can distinguish frames from the start."""
-
-    def check(self) -> Iterable[str]:
-        """Yield contradictions."""
-        if min(self.frames, self.clips) < 1:
-            yield "frames and clips must be at least 1"
 
 
 class ModelSettings(Settings):
@@ -308,13 +272,13 @@ class ModelSettings(Settings):
     prompt_layout: Layout = "text"
     """``text`` puts BOS before the text; ``original`` repeats the original's batches exactly."""
 
-    max_text_length: int = 150
+    max_text_length: PositiveInt = 150
     """Text tokens of a training sample; in the original's stage 2, positions of any sort."""
 
     reply_end: str = "###"
     """The text that ends a reply."""
 
-    encoder_batch: int = 64
+    encoder_batch: PositiveInt = 64
     """At most this many frames or clips pass an encoder at once."""
 
     checkpoint: Weights | None = None
@@ -330,11 +294,6 @@ class ModelSettings(Settings):
     pretrained: Weights | None = None
 
     def check(self) -> Iterable[str]:
-        """Yield contradictions."""
-        if self.max_text_length < 1:
-            yield f"max_text_length {self.max_text_length} is not positive"
-        if self.encoder_batch < 1:
-            yield f"encoder_batch {self.encoder_batch} is not positive"
         if self.prompt_layout == "original" and self.template != "human_assistant":
             yield f"prompt_layout original needs template human_assistant, found {self.template}"
         if self.load_finetuned and self.finetuned is None:

@@ -11,7 +11,6 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.tokenizer import Codec
@@ -27,7 +26,7 @@ VICUNA_SYSTEM = (
 """The system prompt that the Vicuna models were trained with."""
 
 
-class Template(Protocol):
+class Template:
     """How a language model reads conversations."""
 
     name: str
@@ -48,9 +47,11 @@ class Template(Protocol):
             PromptError: If the messages do not alternate, or ``generate`` does not fit the last one.
             ConfigError: If the tokenizer's template refuses the conversation.
         """
+        raise NotImplementedError
 
     def reply(self, text: str) -> Text:
         """A reply with its end mark, as :meth:`prompt` words it."""
+        raise NotImplementedError
 
 
 def load_template(name: str, codec: Codec, system: str = "", reply_end: str = END_OF_TURN) -> Template:
@@ -65,16 +66,14 @@ def load_template(name: str, codec: Codec, system: str = "", reply_end: str = EN
     Raises:
         ConfigError: If there is no such template, or the tokenizer lacks what it needs.
     """
+    if name not in TEMPLATES:
+        raise ConfigError(f"model.template is {name!r}; known are {', '.join(TEMPLATES)}")
     if name == "human_assistant":
         return HumanAssistant(codec, system, reply_end)
-    if name == "vicuna_v1":
-        return VicunaV1(codec, system)
-    if name == "tokenizer":
-        return TokenizerTemplate(codec, system)
-    raise ConfigError(f"model.template is {name!r}; known are {', '.join(TEMPLATES)}")
+    return VicunaV1(codec, system) if name == "vicuna_v1" else TokenizerTemplate(codec, system)
 
 
-class HumanAssistant:
+class HumanAssistant(Template):
     """``###Human: ...###Assistant: ...###``, the paper's template."""
 
     name = "human_assistant"
@@ -86,7 +85,6 @@ class HumanAssistant:
         self._front = [Text(escape_markers(system))] if system else []
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
-        """See :class:`Template`."""
         end = self._reply_end if reply_end is None else reply_end
         replies = iter([message for message in messages if message.role == "assistant"])
         pieces: list[Piece] = list(self._front)
@@ -96,7 +94,6 @@ class HumanAssistant:
         return pieces
 
     def reply(self, text: str) -> Text:
-        """See :class:`Template`."""
         return Text(escape_markers(text) + self._reply_end, target=True)
 
     def _generated(self, message: Message, piece: Piece, end: str) -> list[Piece]:
@@ -108,7 +105,7 @@ class HumanAssistant:
         return [Text(message.text, True, ids), *([] if closed else [Text(end, target=True)])]
 
 
-class VicunaV1:
+class VicunaV1(Template):
     """``USER: ... ASSISTANT: ...</s>``, where ``</s>`` is the tokenizer's end token.
 
     Raises:
@@ -127,7 +124,6 @@ class VicunaV1:
         self._front = f"{break_up(system, self._markers) or VICUNA_SYSTEM} "
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
-        """See :class:`Template`."""
         check_order(messages, generate)
         pieces: list[Piece] = [Text(self._front)]
         counts: dict[Modality, int] = {}
@@ -140,7 +136,6 @@ class VicunaV1:
         return pieces
 
     def reply(self, text: str) -> Text:
-        """See :class:`Template`."""
         broken = break_up(text, self._markers)
         return self._closed(broken, tuple(self._codec.encode(broken)))
 
@@ -148,7 +143,7 @@ class VicunaV1:
         return Text(text, True, (*_without_end(ids, self.end_ids), self._eos))
 
 
-class TokenizerTemplate:
+class TokenizerTemplate(Template):
     """The chat template of the tokenizer's own files, with thinking switched off.
 
     Text between two media is encoded in one go, so a conversation without media has the ids that the tokenizer's own
@@ -181,7 +176,6 @@ class TokenizerTemplate:
         self._known.clear()
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
-        """See :class:`Template`."""
         check_order(messages, generate)
         opening, *behind = self._fixed(len(messages), generate)
         run = _Run(self._codec, opening)
@@ -204,7 +198,6 @@ class TokenizerTemplate:
         return run.finish()
 
     def reply(self, text: str) -> Text:
-        """See :class:`Template`."""
         said = self.prompt([Message("user", "x"), Message("assistant", text)])
         targets = [piece for piece in said if isinstance(piece, Text) and piece.target]
         return Text("".join(t.text for t in targets), True, tuple(i for t in targets for i in t.ids or ()))

@@ -13,50 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-class Codec(Protocol):
-    """Text to token ids and back."""
-
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int
-    byte_ids: frozenset[int]
-    """Tokens that each stand for one byte of a character."""
-    special: frozenset[str]
-    """Special tokens; :meth:`encode` reads them as plain text."""
-    added: frozenset[str]
-    """Further added tokens; :meth:`encode` reads them as tokens."""
-    chat_template: str
-    """The tokenizer's own chat template, empty without one."""
-    folder: Path
-    """Where its files are."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, encoded on its own; a special token that somebody typed is plain text."""
-
-    def encode_marked(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens count as such: for a chat template's words, never for a user's."""
-
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The text of ids; special tokens and unknown ids yield nothing."""
-
-    def render(self, messages: Sequence[Mapping[str, str]], generate: bool) -> str:
-        """A conversation in the tokenizer's own chat template.
-
-        Raises:
-            ConfigError: If there is no template, or it refuses these messages.
-        """
-
-    def __len__(self) -> int:
-        """The largest id plus one."""
 
 
 @dataclass
@@ -107,24 +70,63 @@ class _Folder:
         return found
 
 
-class _Base:
-    """What both tokenizers share: special ids, and rendering of the chat template."""
+_SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""Templates that print the date get a fixed one: a prompt has the same ids in training as in every later chat."""
+
+
+class Codec:
+    """Text to token ids and back."""
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+    byte_ids: frozenset[int]
+    """Tokens that each stand for one byte of a character."""
+    special: frozenset[str]
+    """Special tokens; :meth:`encode` reads them as plain text."""
+    added: frozenset[str]
+    """Further added tokens; :meth:`encode` reads them as tokens."""
+    chat_template: str
+    """The tokenizer's own chat template, empty without one."""
+    folder: Path
+    """Where its files are."""
 
     def __init__(self, folder: _Folder) -> None:
         self._folder = folder
         self.folder, self.chat_template = folder.path, folder.template or ""
         self.bos_id, self.eos_id, pad = (self._id_of(name) for name in ("bos_token", "eos_token", "pad_token"))
-        self.pad_id: int = next(i for i in (pad, self.eos_id, 0) if i is not None)
+        self.pad_id = next(i for i in (pad, self.eos_id, 0) if i is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, encoded on its own; a special token that somebody typed is plain text."""
+        raise NotImplementedError
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens count as such: for a chat template's words, never for a user's."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of ids; special tokens and unknown ids yield nothing."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """The largest id plus one."""
+        raise NotImplementedError
+
+    def _known(self, token: str) -> int | None:
+        """The id of a token."""
+        raise NotImplementedError
 
     def _id_of(self, name: str) -> int | None:
         text = self._folder.token(name)
         return self._folder.model_id(name) if text is None else self._known(text)
 
-    def _known(self, token: str) -> int | None:
-        raise NotImplementedError
-
     def render(self, messages: Sequence[Mapping[str, str]], generate: bool) -> str:
-        """See :class:`Codec`."""
+        """A conversation in the tokenizer's own chat template.
+
+        Raises:
+            ConfigError: If there is no template, or it refuses these messages.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not self.chat_template:
@@ -145,11 +147,7 @@ class _Base:
         return (rendered[0] if isinstance(rendered, tuple) else rendered)[0]
 
 
-_SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-"""Templates that print the date get a fixed one: a prompt has the same ids in training as in every later chat."""
-
-
-class TokenizersCodec(_Base):
+class TokenizersCodec(Codec):
     """A ``tokenizer.json``, read by the tokenizers library."""
 
     def __init__(self, folder: _Folder, tokenizer: Any) -> None:
@@ -172,15 +170,12 @@ class TokenizersCodec(_Base):
         super().__init__(folder)
 
     def encode(self, text: str) -> list[int]:
-        """See :class:`Codec`."""
         return self._plain.encode(_whole_characters(text), add_special_tokens=False).ids
 
     def encode_marked(self, text: str) -> list[int]:
-        """See :class:`Codec`."""
         return self._marked.encode(_whole_characters(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """See :class:`Codec`."""
         return self._marked.decode(_listed(ids), skip_special_tokens=True)
 
     def __len__(self) -> int:
@@ -190,7 +185,7 @@ class TokenizersCodec(_Base):
         return self._marked.token_to_id(token)
 
 
-class SentencePieceCodec(_Base):
+class SentencePieceCodec(Codec):
     """A ``tokenizer.model`` alone, read by sentencepiece: LLaMA's and Vicuna's original folders."""
 
     def __init__(self, folder: _Folder) -> None:
@@ -208,15 +203,12 @@ class SentencePieceCodec(_Base):
         super().__init__(folder)
 
     def encode(self, text: str) -> list[int]:
-        """See :class:`Codec`."""
         return self._split(_whole_characters(text), self.added)
 
     def encode_marked(self, text: str) -> list[int]:
-        """See :class:`Codec`."""
         return self._split(_whole_characters(text), self.added | self.special)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """See :class:`Codec`."""
         size = self._pieces.get_piece_size()
         texts, run = [], []
         for i in _listed(ids):

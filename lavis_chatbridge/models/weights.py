@@ -32,14 +32,7 @@ _HINTS = {"model.audio.weights": "BEATs is published by https://github.com/micro
 
 
 class Need(NamedTuple):
-    """Weights that a model's settings name.
-
-    Attributes:
-        setting: The setting.
-        names: Its value.
-        content: The files that are needed of a folder.
-        prefixes: Beginnings of the tensors' names that are needed.
-    """
+    """Weights that a setting names; see :func:`hub.find` for ``content`` and ``prefixes``."""
 
     setting: str
     names: Weights
@@ -154,8 +147,7 @@ def convert(source: Path, target: Path, force: bool = False) -> tuple[int, Count
         checkpoint.save(target, kept, adapters)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-    sources = {"image_query_tokens": "query_tokens"}
-    written = {*kept, *(sources[name] for name in kept if name in sources)}
+    written = {*kept, "query_tokens"}
     return len(kept), Counter(name.partition(".")[0] for name in file.tensors if name not in written)
 
 

@@ -81,10 +81,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
 def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: str = "") -> list[Piece]:
     """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop.
 
-    Args:
-        media: The modalities of the media.
-        counts: The number of media of each modality before these; it is updated.
-        opening: Words before it.
+    ``counts`` holds the number of media of each modality before these; it is updated.
     """
     pieces: list[Piece] = []
     previous: Modality | None = None

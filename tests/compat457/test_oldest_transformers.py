@@ -126,9 +126,7 @@ def _perceiver(qformer: dict[str, Any]) -> dict[str, Any]:
 def _model_section(golden_dir: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     vit, beats = sizes["vit"], sizes["beats"]
     known = "input_patch_size embed_dim encoder_layers encoder_embed_dim encoder_ffn_embed_dim encoder_attention_heads"
-    known += (
-        " conv_bias conv_pos conv_pos_groups deep_norm relative_position_embedding gru_rel_pos num_buckets max_distance"
-    )
+    known += " conv_pos conv_pos_groups num_buckets max_distance"
     return {
         "arch": "chatbridge",
         "vision": {

@@ -116,23 +116,6 @@ def test_what_stands_behind_the_last_target_is_not_computed(
     assert widths == [model.settings.perceiver.queries + text] * 2  # BOS, soft tokens, all but the text's last token
 
 
-def test_soft_tokens_do_not_depend_on_the_batch(model: Any) -> None:
-    media = {"audio": [[m] for m in (sound(48, 20), sound(90), sound(160, 160, 8))]}
-    together, places = model.soft_tokens([[Slot("audio")]] * 3, media)
-    for i, place in enumerate(places):
-        alone, _ = model.soft_tokens([[Slot("audio")]], {"audio": media["audio"][i : i + 1]})
-        torch.testing.assert_close(together[place["audio", 0]], alone, atol=1e-5, rtol=0)
-
-
-def test_padding_has_no_influence_whatever_it_holds(model: Any) -> None:
-    clips = sound(40, size=160)
-    other = AudioClips(clips.fbank.clone(), clips.frames)
-    other.fbank[:, 40:] = 7.0
-    pieces = [alignment_prompt(["audio"], "rain")]
-    expected = losses(model, {"pieces": pieces, "audio": [[clips]]})
-    assert losses(model, {"pieces": pieces, "audio": [[other]]}) == pytest.approx(expected, abs=1e-6)
-
-
 def test_a_setting_shows_padding_as_the_original_does(golden_dir: Path) -> None:
     audio = small_settings(golden_dir).audio.model_copy(update={"mask_padding": False})
     model = small_model(golden_dir / "tokenizer", audio=audio)
@@ -199,12 +182,6 @@ def test_positions_in_time_for_any_length(model: Any) -> None:
     assert positions_in_time(table, [5, 5]).flatten().tolist() == [0.0, 0.5, 1.0, 2.5, 4.0]
     assert positions_in_time(table, [1, 3])[..., 0, 0].tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 4.0]]
     assert positions_in_time(table[:, :1], [4]).flatten().tolist() == [0.0] * 4
-
-
-def test_both_query_sets_are_drawn(model: Any) -> None:
-    for queries in (model.image_query_tokens, model.audio_query_tokens):
-        assert 0.2 < queries.std() < 0.8
-    assert not torch.equal(model.image_query_tokens, model.audio_query_tokens)
 
 
 def test_what_is_frozen_stays_frozen(golden_dir: Path) -> None:

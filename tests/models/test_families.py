@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.models.answering import candidate_scores, padded
 from lavis_chatbridge.models.decoding import Decoder, beam_search
 from lavis_chatbridge.models.families import TESTED, check_family, positions_of, switch_of
 from lavis_chatbridge.models.kept import Element, Prefix
 from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.losses import losses_at
-from lavis_chatbridge.models.ranking import candidate_scores
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import LanguageModelSettings
 from tests.models.replies import SIZES, Letters, answers, prompt, reply, tiny
@@ -56,6 +56,7 @@ REFUSED = ("mamba", "rwkv")
 
 
 PROMPTS = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]
+REPLIES = [reply(*one) for one in PROMPTS]
 
 
 def stages(model: Any) -> dict[str, bool]:
@@ -81,27 +82,19 @@ def stages(model: Any) -> dict[str, bool]:
         }
 
 
-def padded(model: Any, parts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = [reply(*one).embeds(0, model.get_input_embeddings(), model.embedding_scale) for one in parts]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, True, padding_side="left"), pad(
-        [torch.ones(len(r)).long() for r in rows], True, padding_side="left"
-    )
-
-
 def beams_agree(model: Any) -> bool:
     codec: Any = Letters()
     sampling = Sampling(max_new_tokens=4, num_beams=3)
-    together = beam_search(model, codec, *padded(model, PROMPTS), sampling, [()] * 3, frozenset((2,)))
-    found = [beam_search(model, codec, *padded(model, [p]), sampling, [()], frozenset((2,)))[0] for p in PROMPTS]
+    together = beam_search(model, codec, *padded(model, REPLIES), sampling, [()] * 3, frozenset((2,)))
+    found = [beam_search(model, codec, *padded(model, [p]), sampling, [()], frozenset((2,)))[0] for p in REPLIES]
     return all(one.tolist() == row.tolist()[: len(one)] for one, row in zip(found, together, strict=True))
 
 
 def ranking_agrees(model: Any) -> bool:
-    embeds, mask = padded(model, PROMPTS)
+    embeds, mask = padded(model, REPLIES)
     candidates = [[5, 6, 7], [9], [11, 12]]
     scores = candidate_scores(model, embeds, mask, candidates, 3, 4)
-    for row, one in zip(scores, PROMPTS, strict=True):
+    for row, one in zip(scores, REPLIES, strict=True):
         own, _ = padded(model, [one])
         for score, ids in zip(row, candidates, strict=True):
             whole = torch.cat([own, model.get_input_embeddings()(torch.tensor([ids]))], 1)

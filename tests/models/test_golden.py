@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.models.answering import padded
 from lavis_chatbridge.models.decoding import Decoder
 from lavis_chatbridge.models.layout import PADDING, SOFT, Batch, embed, lay_out
@@ -459,15 +458,3 @@ def test_the_originals_learning_rates(rules: dict[str, Any]) -> None:  # noqa: F
     epoch = config["iters_per_epoch"]
     rest = (config["init_lr"], config["min_lr"], config["warmup_steps"], config["warmup_start_lr"])
     assert [original_rate(step, len(lrs), *rest, epoch) for step in range(len(lrs))] == pytest.approx(lrs, rel=1e-9)
-
-
-@torch.no_grad()
-def test_cached_features_give_the_same_loss(model: Any, tensors: Callable, facts: Callable) -> None:
-    """An encoded medium in a medium's place is the medium."""
-    case = facts("stage1")["video"]
-    model.max_text_length = case["max_txt_len"]
-    samples = stage1_samples(tensors, case)
-    kind = kinds_of(case)[0]
-    encoded = model.encode_media(kind, list(samples[kind]))
-    assert all(isinstance(medium, EncodedMedium) for medium in encoded)
-    near(model({**samples, kind: encoded})["loss"], tensors("stage1")["video.loss"], LAYERED)

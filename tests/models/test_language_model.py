@@ -1,16 +1,24 @@
-"""Loading of language models: precision, freezing, and what is refused."""
+"""Loading of language models: precision, freezing, device maps, and what is refused."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.config import parse
+from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
+from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.language_model import load_language_model
-from lavis_chatbridge.models.settings import LanguageModelSettings
+from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
+
+TINY = "package:assets/tiny/llm"
 
 SIZES = {
     "model_type": "llama",
@@ -69,3 +77,56 @@ def test_an_incomplete_folder_is_refused(folder: Path) -> None:
     assert "1 tensors are missing, model.layers.1.mlp.up_proj.weight" in faults(
         LanguageModelSettings(weights=str(folder))
     )
+
+
+def test_a_spread_model_computes_the_same_and_stays_where_it_is() -> None:
+    whole, codec = load_language_model(LanguageModelSettings(weights=TINY))
+    spread, _ = load_language_model(LanguageModelSettings(weights=TINY, device_map="auto"))
+    ids = torch.tensor([codec.encode("what is the colour of the picture?")])
+    with torch.no_grad():
+        logits = [model(ids.to(model.device)).logits.cpu() for model in (whole, spread)]
+    torch.testing.assert_close(logits[1], logits[0])
+    nn.ModuleList([whole, spread]).to(torch.float64)
+    assert {tensor.dtype for tensor in whole.parameters()} == {torch.float64}
+    assert {tensor.dtype for tensor in spread.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("places", "named"), [({"a": 0, "b": "cpu"}, "cpu"), ({"a": "cpu", "b": "disk"}, "cpu and disk")]
+)
+def test_parts_that_do_not_fit_are_refused(places: dict[str, Any], named: str) -> None:
+    model = SimpleNamespace(hf_device_map=places)
+    with pytest.raises(ConfigError, match=f"device_map is auto, but .* parts would stay on {named}. Use more devices"):
+        language_model._keep_in_place(model, LanguageModelSettings(weights=TINY, device_map="auto"))
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"config": {}, "tokenizer": "t", "device_map": "auto"}, "device_map is auto, but weights is null"),
+        ({"config": {}, "tokenizer": "t", "quantization": "8bit"}, "quantization is 8bit, but weights is null"),
+        ({"weights": "w", "device_map": "automatic"}, "did you mean 'auto'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        parse(LanguageModelSettings, values, "language_model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "package", "extra"),
+    [
+        ({"lora": LoraSettings()}, "peft", "lora"),
+        ({"device_map": "balanced"}, "accelerate", "device-map"),
+        ({"quantization": "4bit"}, "accelerate", "quantize"),
+        ({"quantization": "4bit"}, "bitsandbytes", "quantize"),
+    ],
+)
+def test_a_missing_extra_is_named_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], package: str, extra: str
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else real(name, *more))
+    monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
+    with pytest.raises(MissingExtraError, match=rf"language_model.{next(iter(changes))} needs .*extra '{extra}'"):
+        load_language_model(LanguageModelSettings(weights=TINY, **changes))

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavis_chatbridge.models.losses import PLAIN_HEADS, chunked_cross_entropy, losses_at
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
-
-
-def tiny(model_type: str, **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, **more)
-    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+from lavis_chatbridge.models.losses import chunked_cross_entropy, losses_at
+from tests.models.replies import tiny
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -66,22 +47,6 @@ def test_no_tensor_of_all_logits_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         chunked_cross_entropy(hidden, head.weight, None, torch.randint(997, (64,)), 16)
     assert kept == [64 * 32]
-
-
-@pytest.mark.parametrize("model_type", [*sorted(PLAIN_HEADS), "gemma2"])
-def test_losses_are_those_of_the_models_own_logits(model_type: str) -> None:
-    """Whether a model's logits come from its output layer alone, or are changed afterwards (gemma2 caps them)."""
-    model = tiny(model_type, **({"final_logit_softcapping": 0.05} if model_type == "gemma2" else {}))
-    embeds = torch.randn(2, 9, 32, requires_grad=True)
-    rows, columns = torch.tensor([0, 0, 1]), torch.tensor([3, 8, 5])
-    targets = torch.tensor([5, 90, 33])
-    logits = model(inputs_embeds=embeds, use_cache=False).logits[rows, columns]
-    expected = functional.cross_entropy(logits, targets, reduction="none")
-    (slope,) = torch.autograd.grad(expected.sum(), embeds)
-    found = losses_at(model, rows, columns, targets, inputs_embeds=embeds)
-    (ours,) = torch.autograd.grad(found.sum(), embeds)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours, slope, atol=1e-5, rtol=0)
 
 
 def test_an_output_layer_that_is_trained_gets_its_gradient() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
+from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
@@ -124,24 +122,14 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_logits_are_near_those_of_all_bits(folder: Path, tokenizer: Path, how: Any, dtype: Any) -> None:
     plain, model = load(folder, tokenizer, None), load(folder, tokenizer, how, dtype)
+    nn.ModuleList([model]).to("cpu")  # as a runner and a chat do; bitsandbytes 0.46 quantised 8-bit layers again
     expected, found = logits(plain), logits(model)
     assert 0 < error(found, expected) < NEAR[how]
+    nn.ModuleList([model]).to("cpu")
     assert torch.equal(logits(model), found)
     assert len(quantised(model)) == 7 * SIZES["num_hidden_layers"]
     others = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantised(model)]
     assert {p.dtype for p in others} == {model.dtype}
-
-
-@BOTH
-def test_moving_a_model_to_where_it_is_changes_nothing(folder: Path, tokenizer: Path, how: Any) -> None:
-    """As a runner and a chat do before its first use; bitsandbytes 0.46 quantised 8-bit layers again."""
-    model = load(folder, tokenizer, how)
-    whole = nn.ModuleList([model])
-    whole.to("cpu")
-    found = logits(model)
-    assert error(found, logits(load(folder, tokenizer, None))) < NEAR[how]
-    whole.to("cpu")
-    assert torch.equal(logits(model), found)
 
 
 @BOTH
@@ -252,22 +240,13 @@ def test_a_quantised_model_is_not_sharded(
         parallel._shard(bridge(folder, tokenizer, how).blocks(), torch.device("cpu"))
 
 
-def test_what_lacks_or_is_too_old_is_told_before_anything_is_loaded(
+def test_an_old_bitsandbytes_is_refused_before_anything_is_loaded(
     folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
-    real = importlib.util.find_spec
-    for package in ("bitsandbytes", "accelerate"):
-        with monkeypatch.context() as patch:
-            patch.setattr(importlib.util, "find_spec", lambda name, gone=package: None if name == gone else real(name))
-            patch.setitem(sys.modules, package, None)
-            with pytest.raises(MissingExtraError, match=rf"quantization needs .*{package}.*extra"):
-                load(folder, tokenizer, "4bit")
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.46.1" if name == "bitsandbytes" else version(name))
-    with pytest.raises(
-        ConfigError, match=r"is 8bit, which needs bitsandbytes 0\.47 or newer, found 0\.46\.1 .*upgrade"
-    ):
+    with pytest.raises(ConfigError, match=r"is 8bit, which needs bitsandbytes 0\.47 or newer, found 0\.46\.1"):
         load(folder, tokenizer, "8bit")
 
 

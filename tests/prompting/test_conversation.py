@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from lavis_chatbridge.errors import PromptError
@@ -14,7 +11,6 @@ from lavis_chatbridge.prompting import (
     Text,
     alignment_prompt,
     chat_prompt,
-    clean_caption,
     context_of,
     escape_markers,
     slots_of,
@@ -46,12 +42,6 @@ def test_two_turns_with_media_in_both() -> None:
         Slot("image", 1),
         Text(".###Human: And this?###Assistant:"),
     ]
-
-
-def test_a_sound_is_the_background_of_a_video_only() -> None:
-    for kinds, words in ((("image", "audio"), " and audio: "), (("video", "audio"), " and its background audio: ")):
-        pieces = chat_prompt([Message("user", "What?", kinds)])  # type: ignore[arg-type]
-        assert pieces[1:4] == [Slot(kinds[0], 0), Text(words), Slot("audio", 0)]  # type: ignore[arg-type]
 
 
 def test_media_are_numbered_over_turns() -> None:
@@ -93,11 +83,6 @@ def test_context_ends_before_the_last_target() -> None:
 def test_wrong_order_is_refused(turns: list[Message], generate: bool) -> None:
     with pytest.raises(PromptError):
         chat_prompt(turns, generate=generate)
-
-
-def test_captions_are_cleaned_like_the_original(golden_dir: Path) -> None:
-    for case in json.loads((golden_dir / "data_rules.json").read_text())["stage1_caption_cleaning"]:
-        assert clean_caption(case["text"]) == case["cleaned"]
 
 
 def test_words_take_the_place_of_slots_and_the_others_move_up() -> None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.prompting.templates import QUESTION, STYLE, Templates
+from lavis_chatbridge.prompting.templates import STYLE, Templates
 
 SNAPSHOT = Path(__file__).with_name("templates_snapshot.json")
 MODALITIES = ("image", "video", "audio", "video_audio")
@@ -47,12 +46,6 @@ def test_exact_prompts(templates):
     if os.environ.get("UPDATE_SNAPSHOTS"):
         SNAPSHOT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     assert found == json.loads(SNAPSHOT.read_text())
-
-
-def test_all_wordings_are_drawn_about_equally_often(templates):
-    rng = np.random.default_rng(0)
-    counts = Counter(templates.apply("image_qa", "Q?", "short", rng)[:12] for _ in range(600))
-    assert len(counts) >= 9
 
 
 def test_text_of_the_data_is_never_read_as_a_template(templates):
@@ -103,10 +96,3 @@ def test_faults_of_a_file_are_named(tmp_path, content, message):
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
         Templates.load(tmp_path / "mine.yaml")
-
-
-def test_only_known_places_stand_in_the_shipped_wordings(templates):
-    for task in templates.tasks:
-        for text in templates[task].templates:
-            assert "{" not in text.replace(QUESTION, "").replace(STYLE, "")
-            assert "#" not in text

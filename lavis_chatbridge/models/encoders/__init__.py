@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.settings import AudioSettings, VisionSettings
@@ -84,6 +86,18 @@ def build_vision(settings: VisionSettings) -> VisionEncoder:
 def build_audio(settings: AudioSettings) -> AudioEncoder:
     """The audio encoder of the settings, with its weights; raises as :func:`build_vision`."""
     return cast(AudioEncoder, _entry(AUDIO, settings.encoder, "model.audio.encoder")(settings))
+
+
+def tokens_of(grid: Tensor, pool: int, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``[B, D, H, W]`` features averaged over ``pool`` by ``pool`` neighbours, row by row behind prefix tokens."""
+    grid = functional.avg_pool2d(grid, pool, ceil_mode=True) if pool > 1 else grid
+    tokens = grid.flatten(2).transpose(1, 2)
+    return whole(tokens if prefix is None else torch.cat([prefix, tokens], dim=1))
+
+
+def whole(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B, N, D]`` tokens, and a mask in which all count."""
+    return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def _entry(table: Mapping[str, Build], name: str, setting: str) -> Build:

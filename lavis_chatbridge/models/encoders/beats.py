@@ -21,6 +21,7 @@ from lavis_chatbridge import hub
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.encoders import whole
 from lavis_chatbridge.models.settings import AudioSettings, BeatsConfig, torch_dtype
 
 
@@ -75,7 +76,7 @@ class Beats(nn.Module):
         self.patch = patch = config.input_patch_size
         self.time_axis = 1
         self.description = repr(config)
-        self.patch_embedding = nn.Conv2d(1, config.embed_dim, patch, stride=patch, bias=config.conv_bias)
+        self.patch_embedding = nn.Conv2d(1, config.embed_dim, patch, stride=patch, bias=False)
         self.layer_norm = nn.LayerNorm(config.embed_dim)
         self.post_extract_proj = (
             nn.Linear(config.embed_dim, config.encoder_embed_dim)
@@ -88,13 +89,12 @@ class Beats(nn.Module):
         """Encode clips.
 
         Args:
-            fbank: ``[B, F, M]`` normalised filterbank; ``M`` a multiple of the patch size.
-            frames: ``[B]`` how many frames of each clip are sound; the rest is padding, which then has no influence. A
-                patch begun counts (what is missing of it is zeros). Without it every whole patch counts, as in the
-                original.
+            fbank: ``[B, F, M]`` normalised filterbank.
+            frames: ``[B]`` frames of each clip that are sound; the padding behind them has no influence, and a patch
+                begun counts. None: every whole patch counts, as in the original.
 
         Returns:
-            ``[B, n, D]`` tokens and ``[B, n]`` bool, true where a token stands for sound. Tokens of padding are zeros.
+            ``[B, n, D]`` tokens, zeros for padding, and ``[B, n]`` bool, false for padding.
 
         Raises:
             ConfigError: If ``M`` is not a multiple of the patch size, or a clip is shorter than one patch.
@@ -107,7 +107,7 @@ class Beats(nn.Module):
             )
         if frames is None:
             tokens = self.encoder(self.post_extract_proj(self.patches(fbank)), None)
-            return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            return whole(tokens)
         fbank = functional.pad(fbank, (0, 0, 0, -fbank.shape[1] % patch))
         fbank = fbank * (torch.arange(fbank.shape[1], device=fbank.device) < frames[:, None]).unsqueeze(-1)
         steps, bands = fbank.shape[1] // patch, fbank.shape[2] // patch
@@ -121,7 +121,7 @@ class Beats(nn.Module):
         return self.layer_norm(self.patch_embedding(fbank.unsqueeze(1)).flatten(2).transpose(1, 2))
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As :class:`lavis_chatbridge.models.encoders.Encoder` has it."""
+        """See :class:`lavis_chatbridge.models.encoders.Encoder`."""
         return self(batch, lengths)
 
 
@@ -134,10 +134,8 @@ class _Encoder(nn.Module):
         self.config = config
         self.pos_conv = nn.Sequential(_PositionConv(width, config.conv_pos, config.conv_pos_groups))
         self.layer_norm = nn.LayerNorm(width)
-        table = None
-        if config.relative_position_embedding:
-            table = nn.Embedding(config.num_buckets, config.encoder_attention_heads)
-            nn.init.xavier_normal_(table.weight)
+        table = nn.Embedding(config.num_buckets, config.encoder_attention_heads)
+        nn.init.xavier_normal_(table.weight)
         self.layers = nn.ModuleList(_Layer(config, table) for _ in range(config.encoder_layers))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -153,14 +151,12 @@ class _Encoder(nn.Module):
             x = layer(x, bias, blocked)
         return x
 
-    def position_bias(self, length: int) -> Tensor | None:
+    def position_bias(self, length: int) -> Tensor:
         """``[H, n, n]`` bias from query (rows) to key before gating.
 
         It depends on the distance only, so ``2n - 1`` values of the table are looked up and laid out as windows.
         """
         table = cast(_Layer, self.layers[0]).self_attn.relative_attention_bias
-        if table is None:
-            return None
         distances = torch.arange(1 - length, length, device=table.weight.device)
         buckets = relative_buckets(distances, self.config.num_buckets, self.config.max_distance)
         # window s holds the distances s + 1 - n ... s of query n - 1 - s
@@ -192,21 +188,20 @@ class _PositionConv(nn.Module):
 class _Layer(nn.Module):
     """Self-attention and feed-forward, each with a (scaled) residual and a layer norm after it."""
 
-    def __init__(self, config: BeatsConfig, table: nn.Embedding | None) -> None:
+    def __init__(self, config: BeatsConfig, table: nn.Embedding) -> None:
         super().__init__()
         width = config.encoder_embed_dim
         layers = config.encoder_layers
-        self.residual_scale = (2 * layers) ** 0.25 if config.deep_norm else 1.0
+        self.residual_scale = (2 * layers) ** 0.25
         self.self_attn = _Attention(config, table)
         self.self_attn_layer_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, config.encoder_ffn_embed_dim)
         self.fc2 = nn.Linear(config.encoder_ffn_embed_dim, width)
         self.final_layer_norm = nn.LayerNorm(width)
-        gain = (8 * layers) ** -0.25 if config.deep_norm else 1.0
         for linear in (self.fc1, self.fc2, self.self_attn.v_proj, self.self_attn.out_proj):
-            nn.init.xavier_normal_(linear.weight, gain=gain)
+            nn.init.xavier_normal_(linear.weight, gain=(8 * layers) ** -0.25)
 
-    def forward(self, x: Tensor, bias: Tensor | None, blocked: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, blocked: Tensor | None) -> Tensor:
         x = self.self_attn_layer_norm(x * self.residual_scale + self.self_attn(x, bias, blocked))
         return self.final_layer_norm(x * self.residual_scale + self.fc2(functional.gelu(self.fc1(x))))
 
@@ -214,7 +209,7 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     """Self-attention whose relative-position bias is gated by the query (WavLM, arXiv 2110.13900, equation 3)."""
 
-    def __init__(self, config: BeatsConfig, table: nn.Embedding | None) -> None:
+    def __init__(self, config: BeatsConfig, table: nn.Embedding) -> None:
         super().__init__()
         width = config.encoder_embed_dim
         self.heads = config.encoder_attention_heads
@@ -223,25 +218,19 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
         self.relative_attention_bias = table
-        self.gated = config.gru_rel_pos and table is not None
-        if self.gated:
-            self.grep_linear = nn.Linear(width // self.heads, 8)
-            self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
+        self.grep_linear = nn.Linear(width // self.heads, 8)
+        self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
 
-    def forward(self, x: Tensor, bias: Tensor | None, blocked: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, blocked: Tensor | None) -> Tensor:
         """``[B, n, D]`` tokens, ``[H, n, n]`` bias, ``[B, 1, 1, n]`` zero or minus infinity -> ``[B, n, D]``."""
         q, k, v = (
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        scores = bias if bias is None else bias.unsqueeze(0)
-        if scores is not None and self.gated:
-            scores = self._gate(q) * scores
+        scores = self._gate(q) * bias.unsqueeze(0)
         if blocked is not None:
-            scores = blocked if scores is None else scores + blocked
-        if scores is not None:
-            scores = scores.to(q.dtype)
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=scores)
+            scores = scores + blocked
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=scores.to(q.dtype))
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _gate(self, q: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.encoders import whole
 from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
 
 
@@ -46,8 +47,7 @@ class EvaVit(VisionTransformer):
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``[B, 3, H, W]`` to ``[B, N, D]``, the tokens of the last block, and their mask."""
-        tokens = self(batch)
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return whole(self(batch))
 
 
 def build(settings: VisionSettings) -> EvaVit:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models.encoders import tokens_of
 from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
 
 
@@ -39,21 +38,18 @@ class TimmVision(nn.Module):
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``[B, 3, H, W]`` to ``[B, N, D]``: prefix tokens if they are kept, then the grid row by row."""
-        prefix: list[Tensor] = []
+        prefix = None
         if self.layer == -1:
             features = self.model.forward_features(batch)
         else:
             features = self.model.forward_intermediates(batch, indices=[self.layer], intermediates_only=True)[-1]
         if features.dim() == 3:  # [B, N, D] of a transformer
             count = getattr(self.model, "num_prefix_tokens", 0)
-            prefix = [features[:, :count]] if self.class_token else []
+            prefix = features[:, :count] if self.class_token else None
             grid = features[:, count:].unflatten(1, self.model.patch_embed.grid_size).permute(0, 3, 1, 2)
         else:
             grid = features.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else features
-        if self.pool > 1:
-            grid = functional.avg_pool2d(grid, self.pool, ceil_mode=True)
-        tokens = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens_of(grid, self.pool, prefix)
 
 
 def build_vision(settings: VisionSettings) -> TimmVision:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.models.encoders import tokens_of
 from lavis_chatbridge.models.settings import AudioSettings, EncoderSettings, VisionSettings, torch_dtype
 
 log = logging.getLogger(__name__)
@@ -50,18 +51,11 @@ class TransformersVision(nn.Module):
         """``[B, 3, H, W]`` to ``[B, N, D]``: prefix tokens if they are kept, then patches row by row."""
         patch = self.model.config.patch_size
         height, width = batch.shape[2] // patch, batch.shape[3] // patch
-        if self.model.config.model_type.startswith("siglip2"):
-            inputs = _as_patches(batch, patch)
-        else:
-            inputs = {"pixel_values": batch}
-        tokens = _run(self.model, inputs, self.layer)
+        naflex = self.model.config.model_type.startswith("siglip2")
+        tokens = _run(self.model, _as_patches(batch, patch) if naflex else {"pixel_values": batch}, self.layer)
         count = tokens.shape[1] - height * width
         grid = tokens[:, count:].transpose(1, 2).unflatten(2, (height, width))
-        if self.pool > 1:
-            grid = functional.avg_pool2d(grid, self.pool, ceil_mode=True)
-        prefix = [tokens[:, :count]] if self.class_token else []
-        tokens = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens_of(grid, self.pool, tokens[:, :count] if self.class_token else None)
 
 
 class TransformersAudio(nn.Module):
@@ -99,7 +93,9 @@ class TransformersAudio(nn.Module):
         mask = self._mask(tokens, batch, lengths)
         if self.pool > 1:
             weights = mask.unsqueeze(1).to(tokens.dtype)
-            pooled = [_mean_of(part, self.pool) for part in (tokens.transpose(1, 2) * weights, weights)]
+            lines = (tokens.transpose(1, 2) * weights, weights)
+            rest = -tokens.shape[1] % self.pool
+            pooled = [functional.avg_pool1d(functional.pad(line, (0, rest)), self.pool) for line in lines]
             tokens = (pooled[0] / pooled[1].clamp_min(torch.finfo(tokens.dtype).eps)).transpose(1, 2)
             mask = pooled[1].squeeze(1) > 0
         return tokens * mask.unsqueeze(-1), mask
@@ -119,11 +115,7 @@ class TransformersAudio(nn.Module):
         config = self.model.config
         rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         grid = tokens[:, 2:].transpose(1, 2).unflatten(2, (rows, -1))
-        if self.pool > 1:
-            grid = functional.avg_pool2d(grid, self.pool, ceil_mode=True)
-        prefix = [tokens[:, :2]] if self.class_token else []
-        tokens = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens_of(grid, self.pool, tokens[:, :2] if self.class_token else None)
 
 
 def build_vision(settings: VisionSettings) -> TransformersVision:
@@ -196,11 +188,6 @@ def _as_patches(batch: Tensor, patch: int) -> dict[str, Tensor]:
     shapes = torch.tensor([[height, width]] * len(batch), device=batch.device)
     mask = torch.ones(pixels.shape[:2], dtype=torch.long, device=batch.device)
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-
-
-def _mean_of(line: Tensor, count: int) -> Tensor:
-    """``[B, D, N]`` to ``[B, D, ceil(N / count)]``."""
-    return functional.avg_pool1d(functional.pad(line, (0, -line.shape[2] % count)), count)
 
 
 def _description(model: Any, settings: EncoderSettings) -> str:

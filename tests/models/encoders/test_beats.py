@@ -54,22 +54,11 @@ def test_one_bias_table_under_every_layers_name(beats: Beats) -> None:
     assert sum(name.endswith("relative_attention_bias.weight") for name, _ in beats.named_parameters()) == 1
 
 
-def test_gradients_reach_every_parameter(beats: Beats) -> None:
-    beats(torch.randn(2, 48, 32), torch.tensor([48, 20]))[0].square().sum().backward()
-    assert [name for name, p in beats.named_parameters() if p.grad is None] == []
-
-
-def test_bfloat16_stays_near(beats: Beats) -> None:
-    fbank = torch.randn(1, 64, 32)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        close = beats(fbank)[0]
-    assert (close.float() - beats(fbank)[0]).abs().mean() < 0.02
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"layer_norm_first": True}, "layer_norm_first=True is not supported"),
+        ({"gru_rel_pos": False}, "gru_rel_pos=False is not supported, only gru_rel_pos=True"),
         ({"encoder_attention_heads": 5}, "not a multiple of encoder_attention_heads 5"),
         ({"conv_pos_groups": 5}, "conv_pos_groups 5"),
     ],
