@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,30 +143,20 @@ def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: 
     Raises:
         DataError: With ``file:line`` and the fault.
     """
-    base = folder_of(path, root)
     for number, line in read_lines(path):
         if line.strip():
-            yield parse_line(line, f"{path}:{number}", base, allow_outside)
+            yield parse_line(line, f"{path}:{number}", folder_of(path, root), allow_outside)
 
 
 def write_jsonl(path: str | Path, samples: Iterable[Sample], root: str | Path | None = None) -> int:
-    """Write samples atomically.
+    """Write samples atomically, and return their number.
 
-    Args:
-        path: The file; its folder is created.
-        samples: The samples.
-        root: Media paths below this folder are written relative to it; by default the file's own folder.
-
-    Returns:
-        The number of samples.
+    Media paths below ``root`` (by default the file's own folder) are written relative to it.
     """
-    target = Path(path)
-    base = os.path.abspath(root if root is not None else target.parent)
-    count = 0
-    with atomic_text(target) as out:
-        for sample in samples:
+    base, count = os.path.abspath(folder_of(path, root)), 0
+    with atomic_text(Path(path)) as out:
+        for count, sample in enumerate(samples, start=1):  # noqa: B007
             out.write(json.dumps(to_record(sample, base), ensure_ascii=False) + "\n")
-            count += 1
     return count
 
 
@@ -177,33 +167,20 @@ def folder_of(path: str | Path, root: str | Path | None = None) -> str:
 
 def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = False) -> Sample:
     """Parse one line of JSONL; ``where`` is the position in the message of a `DataError`."""
-    try:
-        record = _RECORD.validate_json(line)
-    except ValidationError as error:
-        raise DataError(f"{where}: {_fault(error)}") from error
-    return _sample(record, where, root, allow_outside)
+    return _sample(lambda: _RECORD.validate_json(line), where, root, allow_outside)
 
 
 def parse_record(record: Any, where: str, root: str, allow_outside: bool = False) -> Sample:
     """Convert a decoded JSON object to a sample; see `parse_line`."""
-    try:
-        valid = _RECORD.validate_python(record)
-    except ValidationError as error:
-        raise DataError(f"{where}: {_fault(error)}") from error
-    return _sample(valid, where, root, allow_outside)
+    return _sample(lambda: _RECORD.validate_python(record), where, root, allow_outside)
 
 
 def media_path(path: str | None, root: str, where: str, allow_outside: bool = False) -> str:
     """The path of a medium under the root; every annotation format uses this function.
 
-    Args:
-        path: A path relative to the root.
-        root: The media root.
-        where: Its position, for messages.
-        allow_outside: Accept absolute paths and paths that leave the root.
-
     Raises:
-        DataError: If it is a URL or not a path, or leaves the root. `check_inside` follows links.
+        DataError: If it is a URL or not a path, or leaves the root and ``allow_outside`` is false; the message begins
+            with ``where``. `check_inside` follows links.
     """
     if not isinstance(path, str) or not path:
         raise DataError(f"{where}: path is {shown(path)}, expected the path of a file")
@@ -222,35 +199,27 @@ def check_inside(path: str, root: str) -> None:
     """Check that a path's symbolic links stay inside ``root``.
 
     A folder directly below the root may itself be a link, for a data set on another disk; its files must stay in it.
-
-    Raises:
-        DataError: If they lead out.
     """
     try:
-        real, base = os.path.realpath(path), os.path.realpath(root)
+        real = os.path.realpath(path)
     except ValueError as error:  # NUL, or a lone surrogate
         raise DataError(f"{path!r} is not a path: {error}") from error
-    if os.path.commonpath([real, base]) == base:
-        return
     folder = os.path.relpath(os.path.abspath(path), os.path.abspath(root)).split(os.sep)[0]
     linked = os.path.join(root, folder)
-    if not os.path.isdir(linked) or os.path.commonpath([real, os.path.realpath(linked)]) != os.path.realpath(linked):
+    bases = [root, linked] if folder != os.pardir and os.path.isdir(linked) else [root]
+    if not any(os.path.commonpath([real, base]) == base for base in map(os.path.realpath, bases)):
         raise DataError(f"{path} leads out of the media root {root} to {real}; set allow_outside: true to accept it")
 
 
 def to_record(sample: Sample, root: str = "") -> dict[str, Any]:
     """A sample as a JSONL record, without empty fields; paths of media below ``root`` are relative to it."""
-    record: dict[str, Any] = {"id": sample.id, "source": sample.source}
-    record["media"] = [_medium_record(medium, root) for medium in sample.media]
-    record["captions"] = list(sample.captions)
-    record["turns"], used = [], 0
+    turns, used = [], 0
     for turn in sample.turns:
-        entry: dict[str, Any] = {"role": turn.role, "text": turn.text}
-        if turn.media:
-            entry["media"] = list(range(used, used + len(turn.media)))
-            used += len(turn.media)
-        record["turns"].append(entry)
-    record |= {"answers": list(sample.answers), "style": sample.style, "task": sample.task}
+        shows = list(range(used, used := used + len(turn.media)))
+        turns.append({"role": turn.role, "text": turn.text} | ({"media": shows} if shows else {}))
+    record: dict[str, Any] = {"id": sample.id, "source": sample.source}
+    record |= {"media": [_medium_record(medium, root) for medium in sample.media], "captions": list(sample.captions)}
+    record |= {"turns": turns, "answers": list(sample.answers), "style": sample.style, "task": sample.task}
     record |= {"facts": dict(sample.facts), "held_out": sample.held_out, "meta": dict(sample.meta)}
     return {key: value for key, value in record.items() if value or key == "id"}
 
@@ -266,7 +235,11 @@ def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
     return {"type": medium.kind, "path": path, **place}
 
 
-def _sample(record: _Record, where: str, root: str, allow_outside: bool) -> Sample:
+def _sample(read: Callable[[], _Record], where: str, root: str, allow_outside: bool) -> Sample:
+    try:
+        record = read()
+    except ValidationError as error:
+        raise DataError(f"{where}: {_fault(error)}") from error
     if record.get("id", "") == "":
         raise DataError(f"{where}: 'id' is missing, expected a string or a whole number")
     items = record.get("media") or ()

@@ -26,7 +26,6 @@ from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.loading import SECTIONS, load_processors
 from lavis_chatbridge.prompting.pieces import Modality
-from lavis_chatbridge.prompting.templates import Templates
 
 _log = logging.getLogger(__name__)
 
@@ -53,12 +52,9 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any], where: str) -> None:
-        """Check a section and its files before anything is loaded.
+        """Raise a `ConfigError` with every fault and missing file of a section, before anything is loaded.
 
         The files of the embedded world are checked later: a run may build the world first.
-
-        Raises:
-            ConfigError: With every fault and every missing file.
         """
         parsed = cls._parse(cfg, where)
         if not cls.NAME.startswith(WORLD_PREFIX) and (missing := _missing(parsed)):
@@ -66,20 +62,12 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
 
     @classmethod
     def split_names(cls, cfg: Mapping[str, Any]) -> list[str]:
-        """The splits of a section's data set; a mixture has only a training split.
-
-        Raises:
-            ConfigError: With every fault of the section.
-        """
+        """The splits of a section's data set; a mixture has only a training split."""
         parsed = cls._parse(cfg, f"datasets.{cls.NAME}")
         return ["train"] if parsed.parts else parsed.used_splits
 
     def build_datasets(self) -> dict[str, SourceGroup]:
-        """All splits.
-
-        Raises:
-            DataError: If files are missing (all are named) or malformed.
-        """
+        """All splits; a `DataError` names all missing files."""
         if missing := _missing(self.settings):
             raise DataError(_report(f"datasets.{self.NAME}", missing, self.settings))
         return self.build()
@@ -89,23 +77,21 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         if self.settings.parts:
             return self._build_mixture()
         chosen = self.settings.used_splits if splits is None else [s for s in splits if s in self.settings.used_splits]
-        processors = self._processors()
+        given = {name: getattr(self.settings, name) for name in SECTIONS.values()}
+        processors = load_processors({name: value for name, value in given.items() if value is not None})
         groups = {}
         for split in chosen:
             sources = [source for file in self._files(split) for source in self._sources(split, file)]
             _tell_apart(sources)
             groups[split] = SourceGroup(self.NAME, sources, self.settings.ratio)
-            groups[split].set_processors({modality: both[_mode(split)] for modality, both in processors.items()})
+            mode = "train" if split == "train" else "eval"
+            groups[split].set_processors({modality: both[mode] for modality, both in processors.items()})
             sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
             _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(groups[split]), sizes)
         return groups
 
     def media_of(self, splits: Iterable[str]) -> dict[str, set[Modality]]:
-        """Split -> the modalities of its media, for those of the given splits that exist.
-
-        Raises:
-            DataError: If files are malformed.
-        """
+        """Split -> the modalities of its media, for those of the given splits that exist."""
         groups = self.build(splits)
         return {split: set().union(*(source.kinds for source in group.sources)) for split, group in groups.items()}
 
@@ -134,32 +120,28 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         own = self.settings
         how = SourceSettings(
             stage=own.stage,
-            train=_mode(split) == "train",
+            train=split == "train",
             task=own.task,
             style=own.style,
-            templates=_templates(own.templates),
+            templates=own.instruction_templates(),
             reply_end=own.reply_end,
             root=file.root,
             # a table's bytes are in the cache folder
             allow_outside=own.allow_outside or own.reader == "huggingface",
         )
-        return (
-            split_by_modality(self.NAME, file, how) if own.split_modalities else [SourceDataset(self.NAME, file, how)]
-        )
-
-    def _processors(self) -> dict[str, dict[str, Any]]:
-        given = {name: getattr(self.settings, name) for name in SECTIONS.values()}
-        return load_processors({name: value for name, value in given.items() if value is not None})
+        if own.split_modalities:
+            return split_by_modality(self.NAME, file, how)
+        return [SourceDataset(self.NAME, file, how)]
 
     def _build_mixture(self) -> dict[str, SourceGroup]:
         own = self.settings
         sources = []
         for name, part in _parts(own).items():
             ratio = own.ratios.get(name)
-            if _is_absent(part):
+            if _is_absent(part.settings):
                 _log.warning("%s: left out %s, whose files do not exist (optional: true)", self.NAME, name)
                 continue
-            found = _builder(name)(part).build(["train"])["train"].sources
+            found = part.build(["train"])["train"].sources
             whole = sum(len(source) for source in found)
             for source in found:
                 source.ratio = None if ratio is None else ratio * len(source) / whole
@@ -174,46 +156,33 @@ def register_builders() -> None:
         for name, row in rows["datasets"].items():
             if name in registry.mapping["builder_name_mapping"]:
                 continue
-            fields = {
-                "NAME": name,
-                "ROW": row or {},
-                "DATASET_CONFIG_DICT": {"default": str(path)},
-                "__doc__": f"The row {name} of {path.name}.",
-                "__module__": __name__,
-            }
+            fields = {"NAME": name, "ROW": row or {}, "DATASET_CONFIG_DICT": {"default": str(path)}}
             class_name = "".join(word.capitalize() for word in name.split("_")) + "Builder"
-            registry.register_builder(name)(type(class_name, (ChatBridgeBuilder,), fields))
+            own = type(class_name, (ChatBridgeBuilder,), {**fields, "__module__": __name__})
+            registry.register_builder(name)(own)
 
 
 def require_files(datasets_cfg: Mapping[str, Any]) -> None:
-    """Check that the files of all data sets of a configuration exist.
-
-    Raises:
-        DataError: Naming every missing file of all data sets.
-    """
-    missing: dict[str, list[str]] = {}
+    """Raise a `DataError` that names every missing file of all data sets of a configuration."""
+    missing: list[str] = []
     for name, section in datasets_cfg.items():
         builder = registry.get_builder_class(name)
-        if (
-            builder is not None
-            and issubclass(builder, ChatBridgeBuilder)
-            and (absent := _missing(builder(section).settings))
-        ):
-            missing[f"datasets.{name}"] = absent
+        if issubclass(builder or object, ChatBridgeBuilder) and (absent := _missing(builder(section).settings)):
+            missing.append(_report(f"datasets.{name}", absent))
     if missing:
-        raise DataError("; ".join(_report(name, paths) for name, paths in missing.items()))
+        raise DataError("; ".join(missing))
 
 
 def _builder(name: str) -> type[ChatBridgeBuilder]:
     builder = registry.get_builder_class(name)
-    if builder is None or not issubclass(builder, ChatBridgeBuilder):
+    if not issubclass(builder or object, ChatBridgeBuilder):
         known = [n for n in registry.list_datasets() if issubclass(registry.get_builder_class(n), ChatBridgeBuilder)]
         raise ConfigError(f"parts: {settings.unknown_key(name, known, 'datasets')}")
     return builder
 
 
-def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
-    """The sections of a mixture's parts: their rows, with the mixture's shared settings."""
+def _parts(own: DataSettings) -> dict[str, ChatBridgeBuilder]:
+    """A mixture's parts: their rows, with the mixture's shared settings."""
     if own.ratios and set(own.ratios) != set(own.parts):
         without = sorted(set(own.parts) - set(own.ratios))
         raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
@@ -222,27 +191,22 @@ def _parts(own: DataSettings) -> dict[str, dict[str, Any]]:
     shared = {name: value for name, value in shared.items() if value != getattr(default, name)}
     parts = {}
     for name in own.parts:
-        row = _builder(name).ROW
-        keep = {"templates"} if row.get("templates") is False else set()  # its questions are complete instructions
-        parts[name] = {**row, **{key: value for key, value in shared.items() if key not in keep}}
+        builder = _builder(name)
+        whole = {"templates": False} if builder.ROW.get("templates") is False else {}  # complete instructions
+        parts[name] = builder({**shared, **whole})
     return parts
 
 
-def _is_absent(part: Mapping[str, Any]) -> bool:
+def _is_absent(own: DataSettings) -> bool:
     """Whether a part of a mixture is optional and has no annotation files."""
-    own = settings.parse(DataSettings, part, "parts")
-    files = [path for paths in own.files("train").values() for path in paths]
-    return own.optional and not any(os.path.isfile(path) for path in files)
+    return own.optional and not any(os.path.isfile(path) for paths in own.files("train").values() for path in paths)
 
 
 def _missing(own: DataSettings) -> list[str]:
     if not own.parts:
         return own.missing()
-    absent: list[str] = []
-    for name, part in _parts(own).items():
-        if not _is_absent(part):
-            absent += settings.parse(DataSettings, part, name).missing(["train"])
-    return list(dict.fromkeys(absent))
+    parts = [part.settings for part in _parts(own).values()]
+    return list(dict.fromkeys(path for part in parts if not _is_absent(part) for path in part.missing(["train"])))
 
 
 def _report(where: str, missing: Sequence[str], own: DataSettings | None = None) -> str:
@@ -258,31 +222,16 @@ def _report(where: str, missing: Sequence[str], own: DataSettings | None = None)
     return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
 
 
-def _templates(chosen: bool | list[str]) -> Templates | None:
-    if isinstance(chosen, list):
-        return Templates.load(*chosen)
-    return Templates.default() if chosen else None
-
-
 def _tell_apart(sources: Sequence[SourceDataset]) -> None:
     """Make the names of sources from several files unique: append the modality, or else the file's name."""
 
-    def modality(source: SourceDataset) -> str:
-        return source.sample(0).modality
-
-    def stem(source: SourceDataset) -> str:
-        return Path(source.samples.path).stem if isinstance(source.samples, SampleFile) else ""
-
-    for namer in (modality, stem):
-        counts = Counter(source.name for source in sources)
-        named = {source: f"{source.name}/{namer(source)}" for source in sources if counts[source.name] > 1}
-        if namer is stem or len(set(named.values())) == len(named):
-            for source, name in named.items():
-                source.name = name
-
-
-def _mode(split: str) -> str:
-    return "train" if split == "train" else "eval"
+    counts = Counter(source.name for source in sources)
+    equal = [source for source in sources if counts[source.name] > 1]
+    names = [f"{source.name}/{source.sample(0).modality}" for source in equal]
+    if len(set(names)) < len(names):
+        names = [f"{source.name}/{Path(source.samples.path).stem}" for source in equal]  # type: ignore[attr-defined]
+    for source, name in zip(equal, names, strict=True):
+        source.name = name
 
 
 register_builders()

@@ -10,10 +10,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -30,6 +30,7 @@ _MALFORMED, _DUPLICATE, _MISSING = "malformed line", "duplicate id", "missing me
 _UNREADABLE, _OUTSIDE, _OVERLONG, _EMPTY = "unreadable medium", "medium outside the root", "overlong text", "empty text"
 _SAME_CONTENT, _SAME_NAME = "medium of the evaluation data, by content", "medium of the evaluation data, by name"
 _WARNINGS = (_OVERLONG, _EMPTY, _SAME_NAME)
+_Fault: TypeAlias = "tuple[str, str] | None"  # cause and message
 
 
 @dataclass
@@ -62,9 +63,8 @@ class Report:
     def add_fault(self, cause: str, example: str) -> None:
         """Count a fault, and keep it as an example if it is one of the first."""
         self.faults[cause] += 1
-        examples = self.examples.setdefault(cause, [])
-        if len(examples) < _SHOWN:
-            examples.append(example)
+        if self.faults[cause] <= _SHOWN:
+            self.examples.setdefault(cause, []).append(example)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -114,7 +114,8 @@ def check_file(
             try:
                 check.sample(parse_line(line, where, base, allow_outside), where)
             except DataError as error:
-                check.malformed(error)
+                check.report.lines += 1
+                check.report.add_fault(_MALFORMED, str(error))
     return check.report
 
 
@@ -127,14 +128,9 @@ class _Check:
         self.report = Report()
         self._root, self._decode, self._allow_outside, self._max_tokens = root, decode, allow_outside, max_tokens
         self._seen: set[int] = set()
-        self._known: dict[Medium, tuple[str, str] | None] = {}
+        self._known: dict[Medium, _Fault] = {}
         self._folders: dict[str, bool] = {}
         self._evaluation = EvaluationMedia(against)
-
-    def malformed(self, error: DataError) -> None:
-        """Count a sample that could not be read."""
-        self.report.lines += 1
-        self.report.add_fault(_MALFORMED, str(error))
 
     def sample(self, sample: Sample, where: str) -> None:
         """Count a sample and its faults."""
@@ -153,22 +149,22 @@ class _Check:
             if medium not in self._known:
                 report.media[medium.kind] += 1
                 self._known[medium] = self._outside(medium.path) or _fault_of(medium, self._decode)
-                for cause, other in self._evaluation.shared(medium):
-                    report.add_fault(cause, f"{where}: {medium.path} is {other}")
+                if shared := self._evaluation.shared(medium):
+                    report.add_fault(shared[0], f"{where}: {medium.path} is {shared[1]}")
             if (fault := self._known[medium]) is not None:
                 report.add_fault(fault[0], f"{where}: {fault[1]}")
 
     def _texts(self, sample: Sample, where: str) -> None:
-        texts = [*sample.captions, *[turn.text for turn in sample.turns]]
-        longest = max(sum(len(turn.text) for turn in sample.turns), max(map(len, sample.captions), default=0))
+        said = [turn.text for turn in sample.turns]
+        longest = max(len("".join(said)), *map(len, sample.captions), 0)
         if longest > self._max_tokens * CHARACTERS_PER_TOKEN:
             tokens = longest // CHARACTERS_PER_TOKEN
             self.report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {tokens} tokens")
-        for text in texts:
+        for text in (*sample.captions, *said):
             if not text or text.isspace():
                 self.report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
 
-    def _outside(self, path: str) -> tuple[str, str] | None:
+    def _outside(self, path: str) -> _Fault:
         """The fault if links lead out of the root, else None; folders without links are resolved once."""
         if self._allow_outside:
             return None
@@ -185,31 +181,28 @@ class _Check:
 
 
 class EvaluationMedia:
-    """The media of evaluation data, to find the same ones in training data.
-
-    Args:
-        samples: The evaluation data.
-    """
+    """The media of evaluation data, to find the same ones in training data."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         from lavis_chatbridge.datasets.features import Digests, distinct_media
 
         self._digests = Digests()
-        self._names: dict[tuple[Modality, str], Medium] = {}
+        self._names: dict[tuple[Modality, str], str] = {}
         self._sizes: dict[int, list[Medium]] = {}
         for medium in distinct_media(samples):
             if medium.offset is None:
-                self._names.setdefault((medium.kind, stem_of(os.path.basename(medium.path))), medium)
-            self._sizes.setdefault(_size(medium), []).append(medium)
+                self._names.setdefault(_name(medium), medium.path)
+            if (size := _size(medium)) > 0:
+                self._sizes.setdefault(size, []).append(medium)
 
-    def shared(self, medium: Medium) -> Iterator[tuple[str, str]]:
+    def shared(self, medium: Medium) -> _Fault:
         """Cause and path of an evaluation medium with the same content, or else the same name without ending."""
-        alike = self._sizes.get(_size(medium), []) if self._sizes else []
-        same = next((m for m in alike if self._digests.of(m) == self._digests.of(medium)), None)
-        if same is not None and _size(medium) > 0:
-            yield _SAME_CONTENT, same.path
-        elif medium.offset is None and (medium.kind, stem_of(os.path.basename(medium.path))) in self._names:
-            yield _SAME_NAME, self._names[medium.kind, stem_of(os.path.basename(medium.path))].path
+        for other in self._sizes.get(_size(medium), ()) if self._sizes else ():
+            if self._digests.of(other) == self._digests.of(medium):
+                return _SAME_CONTENT, other.path
+        if medium.offset is None and _name(medium) in self._names:
+            return _SAME_NAME, self._names[_name(medium)]
+        return None
 
 
 def command(
@@ -249,6 +242,10 @@ def command(
     return 0 if report.usable else 1
 
 
+def _name(medium: Medium) -> tuple[Modality, str]:
+    return medium.kind, stem_of(os.path.basename(medium.path))
+
+
 def _size(medium: Medium) -> int:
     """Bytes of a medium; -1 if it is absent."""
     if medium.size is not None:
@@ -259,18 +256,15 @@ def _size(medium: Medium) -> int:
         return -1
 
 
-def _fault_of(medium: Medium, decode: bool) -> tuple[str, str] | None:
-    """Cause and message of a medium's fault."""
+def _fault_of(medium: Medium, decode: bool) -> _Fault:
     try:
         size = os.stat(medium.path).st_size
     except OSError as error:
         return _MISSING, f"{medium.path}: {error.strerror}"
     if size == 0 or (medium.offset is not None and size < medium.offset + (medium.size or 0)):
         return _UNREADABLE, f"{medium.path}: {size} bytes are too few"
-    return _decoding_fault(medium) if decode else None
-
-
-def _decoding_fault(medium: Medium) -> tuple[str, str] | None:
+    if not decode:
+        return None
     from lavis_chatbridge import media
     from lavis_chatbridge.datasets.dataset import media_source
 

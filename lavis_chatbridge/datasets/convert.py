@@ -25,13 +25,7 @@ _SPLIT = "train"
 
 @dataclass
 class Count:
-    """Counts of a conversion.
-
-    Attributes:
-        samples: Samples that were read.
-        left_out: Number of samples whose media do not exist.
-        first: The first path that does not exist.
-    """
+    """What a conversion has read and left out, and the first path that does not exist."""
 
     samples: int = 0
     left_out: int = 0
@@ -39,17 +33,7 @@ class Count:
 
 
 def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
-    """A split in our schema: converted on first use, and again if files, settings or reader change.
-
-    Args:
-        name: The data set's name.
-        split: The split.
-        own: Its settings.
-        folder: The folder of the JSONL.
-
-    Raises:
-        DataError: If the annotations are malformed, or contain no sample that can be used.
-    """
+    """The JSONL of a split in ``folder``: converted on first use, and again if files, settings or reader change."""
     target = folder / f"{name}-{split}-{_key(name, split, own)}.jsonl"
     left_out = target.with_suffix(".left_out.json")
     with locked(target):
@@ -57,26 +41,18 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
             _log.info("%s, split %s: converting %s", name, split, ", ".join(own.origin(name, split).every_file))
             write_json(left_out, write_converted(name, split, own, target).left_out)
     if absences := read_json(left_out):
-        _log.warning(
+        message = (
             "%s, split %s: left out %d samples whose media did not exist when the annotations were converted "
-            "(skip_missing); delete %s when there are more",
-            name,
-            split,
-            absences,
-            target,
+            "(skip_missing); delete %s when there are more"
         )
+        _log.warning(message, name, split, absences, target)
     return target
 
 
 def write_converted(name: str, split: str, own: DataSettings, target: Path, root: str | None = None) -> Count:
     """Write a split as our JSONL. Media that are bytes in a table go into a tar file beside it.
 
-    Args:
-        name: The data set's name.
-        split: The split.
-        own: Its settings.
-        target: The JSONL.
-        root: Media below this folder are written relative to it; by default the data root.
+    Media below ``root`` (by default the data root) are written relative to it.
 
     Raises:
         DataError: If the annotations are malformed, or contain no sample that can be used: nothing is written.
@@ -116,11 +92,9 @@ def _existing(samples: Iterator[Sample], skip_missing: bool, count: Count) -> It
 def _key(name: str, split: str, own: DataSettings) -> str:
     """A hash of everything that affects a conversion."""
     origin = own.origin(name, split)
-    files = [("", path) for path in origin.every_file if os.path.exists(path)]
     also = readers.READS_TOO[own.reader](origin) if own.reader in readers.READS_TOO else None
-    if also is not None and also.exists():
-        files.append(("also", str(also)))
-    stamps = [(role, os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for role, p in files]
+    files = [path for path in (*origin.every_file, also) if path is not None and os.path.exists(path)]
+    stamps = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, stamps, {k: list(v) for k, v in origin.files.items()})
     made_with = (os.path.abspath(own.root), own.media, origin.options, own.skip_missing, own.allow_outside)
     return hash_of(made_by, made_with)[:16]
@@ -129,19 +103,7 @@ def _key(name: str, split: str, own: DataSettings) -> str:
 def settings_of(
     source: str, reader: str | None, root: str | None, media: list[str], options: list[str], allow_outside: bool
 ) -> DataSettings:
-    """The settings of a command line's source.
-
-    Args:
-        source: A file, a folder, or a hub id.
-        reader: Its format; None detects our JSONL, chat messages and tables.
-        root: The folder that media paths are relative to; None: the source's folder.
-        media: ``MODALITY=PATTERN`` each.
-        options: ``KEY=VALUE`` each, settings of the reader.
-        allow_outside: Accept media outside the root.
-
-    Raises:
-        ConfigError: If they contradict each other.
-    """
+    """The settings of a file, folder or hub id that a command line names; its arguments are those of `command`."""
     if wrong := next((word for word in media if "=" not in word), None):
         raise ConfigError(f"--media {wrong}: expected MODALITY=PATTERN, such as image=pictures/{{file_name}}")
     values = {
@@ -156,11 +118,7 @@ def settings_of(
 
 
 def recognised(source: str) -> str:
-    """The reader of a source, from its file ending or the keys of its first row.
-
-    Raises:
-        ConfigError: If it is unknown.
-    """
+    """The reader of a source, from its file ending or the keys of its first row."""
     from lavis_chatbridge.datasets.readers.common import object_rows
     from lavis_chatbridge.datasets.readers.own import is_hub_id
 
@@ -180,11 +138,7 @@ def recognised(source: str) -> str:
 
 
 def our_jsonl(own: DataSettings, folder: Path) -> Path:
-    """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if needed.
-
-    Raises:
-        DataError: If it does not exist, or is malformed.
-    """
+    """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if needed."""
     if missing := own.missing():
         raise DataError(f"{', '.join(missing)} does not exist")
     (source,) = (path for paths in own.files(_SPLIT).values() for path in paths)
@@ -220,9 +174,7 @@ def command(
             written = write(target, SampleFile(path, own.root, allow_outside or own.reader != OWN_READER), path.stem)
         if written is None:
             raise DataError(f"{target}: another process writes to it; repeat this command when that process has ended")
-        print(
-            f"{written.jsonl}: {written.samples} samples in {written.shards} shards, left out {len(written.left_out)}"
-        )
+        print(written.line())
         return
     if own.reader == OWN_READER:
         raise ConfigError(f"{source} is a JSONL of our schema already; --shards writes it as shards")

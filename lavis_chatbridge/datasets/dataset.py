@@ -20,14 +20,8 @@ from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MED
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.prompting.conversation import (
-    END_OF_TURN,
-    Message,
-    Wording,
-    alignment_prompt,
-    chat_prompt,
-    clean_caption,
-)
+from lavis_chatbridge.prompting import conversation
+from lavis_chatbridge.prompting.conversation import END_OF_TURN, Message, Wording
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
@@ -88,7 +82,7 @@ class SourceDataset(torch.utils.data.Dataset):
         samples: The samples of the file.
         settings: How they become prompts.
         indices: ``[n]`` indices of this source's samples; by default all.
-        processors: The split's processors; `set_processors` may set them later.
+        processors: The split's processors.
         ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
     """
 
@@ -101,10 +95,7 @@ class SourceDataset(torch.utils.data.Dataset):
         processors: Processors | None = None,
         ratio: float | None = None,
     ) -> None:
-        self.name = name
-        self.samples = samples
-        self.settings = settings
-        self.indices = indices
+        self.name, self.samples, self.settings, self.indices = name, samples, settings, indices
         self.processors: Processors = processors or {}
         self.ratio = ratio
         self.features: MediaCache | None = None
@@ -122,7 +113,7 @@ class SourceDataset(torch.utils.data.Dataset):
         if not isinstance(self.samples, SampleFile):
             return {modality for i in range(len(self)) for modality in self.sample(i).kinds}
         own = self.samples.modality if self.indices is None else self.samples.modality[self.indices]
-        named = {modality for number in np.unique(own) for modality in self.samples.modalities[number].split("+")}
+        named = "+".join(self.samples.modalities[number] for number in np.unique(own))
         return {modality for modality in MODALITIES if modality in named}
 
     @property
@@ -151,10 +142,6 @@ class SourceDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.item(index)
 
-    def set_processors(self, processors: Processors) -> None:
-        """Use these processors for media and captions."""
-        self.processors = processors
-
     def sample(self, index: int) -> Sample:
         """The ``index``-th sample, without opening its media."""
         return self.samples[index if self.indices is None else int(self.indices[index])]
@@ -172,19 +159,11 @@ class SourceDataset(torch.utils.data.Dataset):
         media: dict[str, list] = {modality: [] for modality in MODALITIES}
         for medium in sample.files:
             media[medium.kind].append(self._load(medium, rng))
-        return {
-            "sample_id": sample.id,
-            "source": self.name,
-            "pieces": pieces,
-            **media,
-            "text_output": target_text(pieces),
-            "references": references(sample, self.settings.stage),
-            "answers": list(sample.answers),
-            "facts": dict(sample.facts),
-            "task": sample.task or self.settings.task,
-            "held_out": sample.held_out,
-            "meta": dict(sample.meta),
-        }
+        task = sample.task or self.settings.task
+        texts = {"text_output": target_text(pieces), "references": references(sample, self.settings.stage)}
+        own = {"answers": list(sample.answers), "facts": dict(sample.facts), "meta": dict(sample.meta)}
+        named = {"sample_id": sample.id, "source": self.name, "task": task, "held_out": sample.held_out}
+        return {**named, "pieces": pieces, **media, **texts, **own}
 
     def digest(self, index: int) -> str:
         """A short hash of the ``index``-th sample: its text, and its media by name and size."""
@@ -193,19 +172,16 @@ class SourceDataset(torch.utils.data.Dataset):
         return hash_of(to_record(sample, os.path.abspath(self.settings.root)), sizes)[:16]
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
-        """The prompt of a sample; without ``rng``, from the first caption and template.
-
-        Raises:
-            DataError: If the sample has no captions (alignment).
-        """
+        """The prompt of a sample; without ``rng``, from the first caption and template."""
         chosen = rng if self.settings.train else None
         if _is_caption(sample, self.settings.stage):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions; alignment needs one")
-            pieces = alignment_prompt(sample.kinds, self._clean(_choose(sample.captions, chosen)))
+            clean = self.processors.get("text", conversation.clean_caption)
+            pieces = conversation.alignment_prompt(sample.kinds, clean(_choose(sample.captions, chosen)))
         else:
             turns = self._turns(sample, chosen)
-            word = chat_prompt if self.template is None else self.template.prompt
+            word = conversation.chat_prompt if self.template is None else self.template.prompt
             pieces = word(turns, turns[-1].role == "user", self.settings.reply_end)
         slots = zip(slots_of(pieces), sample.media, strict=True)
         return spell_out(pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words})
@@ -228,10 +204,6 @@ class SourceDataset(torch.utils.data.Dataset):
             )
         request = templates.apply(task, "", style, rng)
         return (Message("user", request, sample.kinds), Message("assistant", _choose(sample.captions, rng)))
-
-    def _clean(self, caption: str) -> str:
-        processor = self.processors.get("text")
-        return clean_caption(caption) if processor is None else processor(caption)
 
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
         if not self.settings.allow_outside:
@@ -277,7 +249,7 @@ class SourceGroup(torch.utils.data.Dataset):
     def set_processors(self, processors: Processors) -> None:
         """Use these processors in every source."""
         for source in self.sources:
-            source.set_processors(processors)
+            source.processors = processors
 
     def set_features(self, features: MediaCache | None) -> None:
         """Use this store's features instead of opening media that it contains."""
@@ -295,17 +267,9 @@ class SourceGroup(torch.utils.data.Dataset):
 
 
 def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, Any]:
-    """Make a batch. Each key has a list, because samples differ in their numbers of media, frames and clips.
+    """Make a batch of one source. Each key has a list, because samples differ in their numbers of media and frames.
 
-    Args:
-        items: Items of one source.
-        source: The source's name, for an empty batch (all media were unreadable).
-
-    Returns:
-        Key -> the items' values as a list; without items, `ITEM_KEYS` with empty lists; ``source`` is one string.
-
-    Raises:
-        DataError: If the items come from different sources.
+    ``source`` is one string; the argument names the source of an empty batch (all media were unreadable).
     """
     sources = {item["source"] for item in items} or {source}
     if len(sources) > 1:
@@ -319,15 +283,11 @@ def split_by_modality(name: str, samples: SampleFile, settings: SourceSettings) 
 
     A file of one modality becomes one source called ``name``; otherwise they are ``name/image``, ``name/video+audio``.
     """
-    present = sorted(np.unique(samples.modality).tolist(), key=lambda number: samples.modalities[number])
+    present = {samples.modalities[number]: number for number in np.unique(samples.modality).tolist()}
     if len(present) == 1:
         return [SourceDataset(name, samples, settings)]
-    return [
-        SourceDataset(
-            f"{name}/{samples.modalities[number]}", samples, settings, np.flatnonzero(samples.modality == number)
-        )
-        for number in present
-    ]
+    indices = {modality: np.flatnonzero(samples.modality == number) for modality, number in sorted(present.items())}
+    return [SourceDataset(f"{name}/{modality}", samples, settings, own) for modality, own in indices.items()]
 
 
 def references(sample: Sample, stage: Stage) -> list[str]:
@@ -338,11 +298,7 @@ def references(sample: Sample, stage: Stage) -> list[str]:
 
 
 def media_source(medium: Medium) -> str | bytes:
-    """A processor's input: the path, or the bytes of a medium inside a shard.
-
-    Raises:
-        MediaError: If the shard cannot be read or is too short.
-    """
+    """A processor's input: the path, or the bytes of a medium inside a shard."""
     if medium.offset is None or medium.size is None:
         return medium.path
     try:

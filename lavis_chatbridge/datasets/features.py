@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lavis_chatbridge.datasets.dataset import media_source
 from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.datasets.shards import read_index, tar_file, write_index
-from lavis_chatbridge.errors import ConfigError, DataError, MediaError
+from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import atomic_file, hash_of
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
@@ -52,21 +52,14 @@ class Encoder(Protocol):
 
 
 class Digests:
-    """SHA-256 of media, recomputed only if the file's size or times change.
+    """SHA-256 of media, recomputed only if the file's size or times change."""
 
-    Args:
-        known: Name of a medium -> size, modification and change time in ns of its file, and the digest.
-    """
-
-    def __init__(self, known: Mapping[str, list[Any]] | None = None) -> None:
-        self.known = dict(known or {})
+    def __init__(self) -> None:
+        self.known: dict[str, list[Any]] = {}
+        """Name of a medium -> size, modification and change time in ns of its file, and the digest."""
 
     def of(self, medium: Medium) -> str:
-        """The digest of a medium's bytes.
-
-        Raises:
-            MediaError: If the file cannot be read.
-        """
+        """The digest of a medium's bytes; a `MediaError` if the file cannot be read."""
         name = self.name(medium)
         try:
             status = os.stat(medium.path)
@@ -118,19 +111,11 @@ class FeatureStore:
         return key in self._places
 
     def key(self, medium: Medium) -> str:
-        """The key of a medium: 40 hexadecimal digits.
-
-        Raises:
-            MediaError: If the file cannot be read.
-        """
+        """The key of a medium: 40 hexadecimal digits; a `MediaError` if the file cannot be read."""
         return hash_of(medium.kind, self.salts.get(medium.kind, ""), self.digests.of(medium))[:40]
 
     def get(self, key: str) -> EncodedMedium:
-        """The stored features, tokens in float16.
-
-        Raises:
-            DataError: If the shard is damaged.
-        """
+        """The stored features, tokens in float16; a `DataError` if the shard is damaged."""
         shard, offset, size = self._places[key]
         try:
             with open(shard, "rb") as file:
@@ -141,20 +126,12 @@ class FeatureStore:
             raise DataError(f"{shard}: features cannot be read ({error}); delete this file") from error
 
     def find(self, medium: Medium) -> EncodedMedium | None:
-        """The stored features of a medium, or None.
-
-        Raises:
-            MediaError: If the file cannot be read.
-        """
+        """The stored features of a medium, or None; a `MediaError` if the file cannot be read."""
         key = self.key(medium)
         return self.get(key) if key in self._places else None
 
     def add(self, features: Iterable[tuple[Medium, EncodedMedium]]) -> int:
-        """Write features to new shards, and return their number. After an error, complete shards remain.
-
-        Raises:
-            DataError: If the folder cannot be written.
-        """
+        """Write features to new shards, and return their number. After an error, complete shards remain."""
         rest, count = iter(features), 0
         try:
             while (first := next(rest, None)) is not None:
@@ -182,15 +159,10 @@ class FeatureStore:
         return len(places)
 
 
-def salts_of(
-    model: Encoder, processors: Mapping[str, Any], kinds: Iterable[Modality] = MODALITIES
-) -> dict[Modality, str]:
+def salts_of(model: Encoder, processors: Mapping[str, Any]) -> dict[Modality, str]:
     """Modality -> hash of the frozen weights and the processor; a medium's key depends on it and on the content."""
-    return {
-        modality: f"{model.frozen_fingerprint(modality)}:{processors[modality].version}"
-        for modality in kinds
-        if modality in processors
-    }
+    own = [modality for modality in MODALITIES if modality in processors]
+    return {modality: f"{model.frozen_fingerprint(modality)}:{processors[modality].version}" for modality in own}
 
 
 def build_features(
@@ -221,49 +193,38 @@ def build_features(
     store = FeatureStore(folder, salts_of(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
     for medium in distinct_media(samples):
-        try:
-            key = store.key(medium)
-        except MediaError as error:
-            _log.warning("no features: %s", error)
-            continue
-        if key not in store and int(key, 16) % world_size == rank:
+        key = _key(store, medium)
+        if key and key not in store and int(key, 16) % world_size == rank:
             missing[medium.kind][key] = medium
     for modality, media in missing.items():
         if media:
             encoded = _encode(model, modality, list(media.values()), processors[modality], batch, workers)
-            keys = {medium: key for key, medium in media.items()}
-            count = store.add(pair for pair in encoded if _is_unchanged(store, pair[0], keys[pair[0]]))
+            # a file that has changed meanwhile has another key
+            count = store.add(pair for pair in encoded if media.get(_key(store, pair[0])) == pair[0])
             _log.info("stored features of %d %s files in %s", count, modality, folder)
     return store
 
 
 def write_soft_tokens(model: Encoder, store: FeatureStore, samples: Iterable[Sample], target: str | Path) -> int:
-    """Write the soft tokens of all media of the samples: path -> float32 ``[Q, D]``.
+    """Write the soft tokens of all media of the samples that have features: path -> float32 ``[Q, D]``.
 
     Args:
         model: The model, on its device.
         store: Their features.
         samples: The samples.
-        target: A file ``.npz`` or ``.safetensors``.
+        target: A file with one of the endings `SOFT_FORMATS`.
 
     Returns:
         The number of media; unreadable ones are left out.
-
-    Raises:
-        ConfigError: If the file has another ending.
     """
     target = Path(target)
-    if target.suffix not in SOFT_FORMATS:
-        raise ConfigError(f"--soft {target}: expected a file {' or '.join(SOFT_FORMATS)}")
     found: dict[str, torch.Tensor] = {}
     for medium in distinct_media(samples):
-        try:
-            encoded = store.find(medium)
-        except MediaError:
-            continue
-        if encoded is not None:
-            name = f"{medium.kind}:{medium.path}" + ("" if medium.offset is None else f"@{medium.offset}+{medium.size}")
-            found[name] = model.perceive_media(medium.kind, [encoded])[0].detach().float().cpu().contiguous()
+        if (key := _key(store, medium)) in store:
+            encoded = store.get(key)
+            part = "" if medium.offset is None else f"@{medium.offset}+{medium.size}"
+            tokens = model.perceive_media(medium.kind, [encoded])[0]
+            found[f"{medium.kind}:{medium.path}{part}"] = tokens.detach().float().cpu().contiguous()
     with atomic_file(target) as temporary:
         if target.suffix == ".npz":
             with open(temporary, "wb") as file:
@@ -278,16 +239,13 @@ def distinct_media(samples: Iterable[Sample]) -> list[Medium]:
     return list(dict.fromkeys(medium for sample in samples for medium in sample.files))
 
 
-def _is_unchanged(store: FeatureStore, medium: Medium, key: str) -> bool:
-    """Whether the encoded medium has not changed since."""
+def _key(store: FeatureStore, medium: Medium) -> str:
+    """The key of a medium; "" if its file cannot be read."""
     try:
-        same = store.key(medium) == key
+        return store.key(medium)
     except MediaError as error:
         _log.warning("no features: %s", error)
-        return False
-    if not same:
-        _log.warning("no features: %s changed while it was encoded", medium.path)
-    return same
+        return ""
 
 
 class _Opened(Dataset):
@@ -310,19 +268,17 @@ class _Opened(Dataset):
 def _encode(
     model: Encoder, modality: Modality, media: Sequence[Medium], processor: Any, batch: int, workers: int
 ) -> Iterator[tuple[Medium, EncodedMedium]]:
-    loader: DataLoader = DataLoader(_Opened(media, processor), batch, num_workers=workers, collate_fn=_unchanged)
+    loader: DataLoader = DataLoader(_Opened(media, processor), batch, num_workers=workers, collate_fn=list)
     with worker_deaths():
         for opened in loader:
-            for content in (content for _, content in opened if isinstance(content, MediaError)):
-                _log.warning("no features: %s", content)
-            readable = [(medium, content) for medium, content in opened if not isinstance(content, MediaError)]
+            readable = {}
+            for medium, content in opened:
+                if isinstance(content, MediaError):
+                    _log.warning("no features: %s", content)
+                else:
+                    readable[medium] = content
             if readable:
-                encoded = model.encode_media(modality, [content for _, content in readable])
-                yield from zip([medium for medium, _ in readable], encoded, strict=True)
-
-
-def _unchanged(items: Any) -> Any:
-    return items
+                yield from zip(readable, model.encode_media(modality, list(readable.values())), strict=True)
 
 
 def _sha256(medium: Medium) -> str:

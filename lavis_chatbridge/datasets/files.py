@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 class SampleFile(Sequence[Sample]):
-    """The samples of one JSONL file, parsed on access.
+    """The samples of one JSONL file, parsed on access; opening it raises a `DataError` for the first faulty line.
 
     Args:
         path: The file.
@@ -49,9 +49,6 @@ class SampleFile(Sequence[Sample]):
         modalities: The modalities that occur, ``"image"``, ``"video+audio"``, ``"text"`` ...
         modality: ``[n]`` uint8, position in ``modalities`` of each sample.
         lengths: ``[n]`` uint32, approximate number of tokens of each sample, counting 32 per medium.
-
-    Raises:
-        DataError: With ``file:line`` of the first faulty line.
     """
 
     def __init__(
@@ -102,10 +99,8 @@ class SampleFile(Sequence[Sample]):
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
         if cache is None or status.st_size < _CACHED_FROM:
             return None
-        name = hash_of(
-            SCHEMA_VERSION, os.path.abspath(self.path), status.st_size, status.st_mtime_ns, self.allow_outside
-        )
-        return Path(cache) / "indexes" / f"{name[:24]}.npz"
+        stamp = (os.path.abspath(self.path), status.st_size, status.st_mtime_ns)
+        return Path(cache) / "indexes" / f"{hash_of(SCHEMA_VERSION, *stamp, self.allow_outside)[:24]}.npz"
 
 
 def about_tokens(sample: Sample) -> int:
@@ -116,27 +111,22 @@ def about_tokens(sample: Sample) -> int:
 
 
 def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
-    starts, lines, modality, lengths = array("Q"), array("Q"), array("B"), array("L")
+    found = {"starts": array("Q"), "lines": array("I"), "modality": array("B"), "lengths": array("I")}
     modalities: dict[str, int] = {}
     position = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 sample = parse_line(line, f"{path}:{number}", root, allow_outside)
-                starts.append(position)
-                lines.append(number)
-                modality.append(modalities.setdefault(sample.modality, len(modalities)))
-                lengths.append(about_tokens(sample))
+                modality = modalities.setdefault(sample.modality, len(modalities))
+                for column, value in zip(
+                    found.values(), (position, number, modality, about_tokens(sample)), strict=True
+                ):
+                    column.append(value)
             position += len(line)
-    if not starts:
+    if not modalities:
         raise DataError(f"{path}: contains no sample")
-    return {
-        "starts": np.array(starts, dtype=np.uint64),
-        "lines": np.array(lines, dtype=np.uint32),
-        "modality": np.array(modality, dtype=np.uint8),
-        "lengths": np.array(lengths, dtype=np.uint32),
-        "modalities": np.array(list(modalities)),
-    }
+    return {name: np.array(column) for name, column in found.items()} | {"modalities": np.array(list(modalities))}
 
 
 def _load_index(path: Path) -> dict[str, np.ndarray] | None:

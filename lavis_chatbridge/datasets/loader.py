@@ -1,8 +1,8 @@
 """Batches for training and evaluation: data workers, unreadable samples, exact sharding over ranks.
 
-The plan determines the samples of a step, so the loader's state is a step number and its counts of unreadable samples.
-torch's DataLoader provides workers, prefetching and pinned memory. If a sample's decoder hangs, its worker is replaced
-and the sample is skipped like an unreadable one.
+The plan determines the samples of a step, so the loader's state is a step number. torch's DataLoader provides workers,
+prefetching and pinned memory. If a sample's decoder hangs, its worker is replaced and the sample is skipped like an
+unreadable one.
 """
 
 from __future__ import annotations
@@ -66,15 +66,7 @@ class LoaderSettings:
 
 
 def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: str = "") -> str:
-    """Error text if more than ``share`` of at least 20 samples of a source is unreadable, else "".
-
-    Args:
-        source: The name of the source.
-        bad: Number of unreadable samples.
-        tried: Number of samples.
-        share: The accepted share.
-        last: The last one's error.
-    """
+    """Error text if more than ``share`` of at least 20 samples is unreadable, else ""; ``last`` is a cause."""
     if tried < _TRIES_BEFORE_JUDGING or bad <= share * tried:
         return ""
     cause = f"; the last one: {last}" if last else ""
@@ -85,7 +77,7 @@ def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: s
 
 
 class BadSamples:
-    """Counts the unreadable samples of each source.
+    """Counts the unreadable samples of each source; more than ``max_share`` of them is an error.
 
     Args:
         max_share: The accepted share of a source's samples.
@@ -99,11 +91,7 @@ class BadSamples:
         self.skipped: Counter[str] = Counter()
 
     def take(self, batch: dict[str, Any]) -> None:
-        """Count a batch and log its unreadable samples.
-
-        Raises:
-            DataError: If more than the accepted share of a source (of at least 20 samples) is unreadable.
-        """
+        """Count a batch and log its unreadable samples; a `DataError` if they are too many."""
         source, skipped = batch["source"], batch["skipped"]
         self.tried[source] += len(batch["sample_id"]) + len(skipped)
         for sample_id, cause in skipped:
@@ -116,14 +104,6 @@ class BadSamples:
         last = skipped[-1][1] if skipped else ""
         if fault := too_many_unreadable(source, bad, tried, self.max_share, last):
             raise DataError(fault)
-
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        """The counts, for a checkpoint."""
-        return {"tried": dict(self.tried), "skipped": dict(self.skipped)}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Restore a checkpoint's counts."""
-        self.tried, self.skipped = Counter(state["tried"]), Counter(state["skipped"])
 
 
 class MixtureLoader:
@@ -155,16 +135,18 @@ class MixtureLoader:
         self.settings = settings
         self.rank = rank
         self.bad = BadSamples(settings.max_bad_share)
-        needed = settings.group_by_length or settings.batch_tokens is not None
-        lengths = {name: source.lengths for name, source in self.sources.items()} if needed else {}
-        sizes = self._batch_sizes(lengths)
+        sizes = dict.fromkeys(self.sources, settings.batch_size)
+        if settings.batch_tokens is not None:
+            for name, source in self.sources.items():
+                lengths = source.lengths[:_LENGTHS_LOOKED_AT] + source.added_tokens()
+                sizes[name] = batch_size_for_tokens(lengths, settings.batch_tokens)
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
             source_ratios(groups, settings.ratios),
-            sizes,
+            {name: size * settings.accumulate for name, size in sizes.items()},
             world_size,
             settings.seed,
-            lengths if settings.group_by_length else None,
+            {n: source.lengths for n, source in self.sources.items()} if settings.group_by_length else None,
         )
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
@@ -177,9 +159,7 @@ class MixtureLoader:
             DataError: If too many samples of a source cannot be read, or one is malformed.
             TrainingError: If a data worker dies.
         """
-        for batch in _load(self.sources, self._requests(start, stop), self.settings):
-            self.bad.take(batch)
-            yield batch
+        yield from _load(self.sources, self._requests(start, stop), self.settings, self.bad)
 
     def _requests(self, start: int, stop: int | None) -> Iterator[Request]:
         accumulate = self.settings.accumulate
@@ -188,24 +168,6 @@ class MixtureLoader:
             size = len(pairs) // accumulate
             for part in range(accumulate):
                 yield Request(source, pairs[part * size : (part + 1) * size], step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts of unreadable samples, for a checkpoint."""
-        return self.bad.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a checkpoint's counts."""
-        self.bad.load_state_dict(state)
-
-    def _batch_sizes(self, lengths: Mapping[str, np.ndarray]) -> dict[str, int]:
-        settings = self.settings
-        if settings.batch_tokens is None:
-            return dict.fromkeys(self.sources, settings.batch_size * settings.accumulate)
-        sizes = {}
-        for name, source in self.sources.items():
-            written = lengths[name][:_LENGTHS_LOOKED_AT] + source.added_tokens()
-            sizes[name] = batch_size_for_tokens(written, settings.batch_tokens) * settings.accumulate
-        return sizes
 
 
 class EvaluationLoader:
@@ -240,22 +202,18 @@ class EvaluationLoader:
         for source in dataset.sources:
             # continue after the previous source's last rank, so that small sources are not all on rank 0
             first = (rank - before) % world_size
-            self.shares.append((source.name, _longest_first(source)[first::world_size]))
+            longest_first = np.argsort(-np.asarray(source.lengths, dtype=np.int64), kind="stable").tolist()
+            self.shares.append((source.name, longest_first[first::world_size]))
             before += len(source)
-        self._requests = self._in_batches()
+        self.leave_out(frozenset())
 
     def leave_out(self, known: Set[tuple[str, int]]) -> None:
         """Do not load these samples (source, index); the sharding over ranks does not change."""
-        self._requests = self._in_batches(known)
-
-    def _in_batches(self, known: Set[tuple[str, int]] = frozenset()) -> list[Request]:
-        requests: list[Request] = []
+        self._requests: list[Request] = []
         for source, share in self.shares:
-            left = [index for index in share if (source, index) not in known]
+            left = [(index, 0) for index in share if (source, index) not in known]
             for start in range(0, len(left), self.batch_size):
-                pairs = [(index, 0) for index in left[start : start + self.batch_size]]
-                requests.append(Request(source, pairs, step=len(requests)))
-        return requests
+                self._requests.append(Request(source, left[start : start + self.batch_size], len(self._requests)))
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -263,9 +221,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.bad = BadSamples(self.settings.max_bad_share, {source: len(share) for source, share in self.shares})
         sources = {source.name: source for source in self.dataset.sources}
-        for batch in _load(sources, self._requests, self.settings):
-            self.bad.take(batch)
-            yield batch
+        return _load(sources, self._requests, self.settings, self.bad)
 
 
 @dataclass(frozen=True)
@@ -296,24 +252,18 @@ def source_ratios(
     without = sorted(name for name, ratio in own.items() if ratio is None)
     if without and len(without) < len(own):
         raise ConfigError(f"{', '.join(without)} has no ratio, but other data sets of the mixture have one")
-    sizes = {name: sum(len(source) for source in group.sources) for name, group in groups.items()}
     shares: dict[str, float] = {}
     for name, group in groups.items():
-        whole = sizes[name] if without else float(own[name] or 0.0)
-        inner = [source.ratio if len(group.sources) > 1 else 1.0 for source in group.sources]
-        if any(ratio is None for ratio in inner):
-            inner = [float(len(source)) for source in group.sources]
-        total = sum(float(ratio or 0.0) for ratio in inner)
-        shares |= {s.name: whole * float(r or 0.0) / total for s, r in zip(group.sources, inner, strict=True)}
+        sizes = [len(source) for source in group.sources]
+        whole = sum(sizes) if own[name] is None else own[name]
+        given = [source.ratio for source in group.sources if source.ratio is not None]
+        inner = given if len(given) == len(sizes) else sizes
+        shares |= {s.name: float(whole or 0) * part / sum(inner) for s, part in zip(group.sources, inner, strict=True)}
     return shares
 
 
 class _Mixture(torch.utils.data.Dataset):
     """Loads a request as a batch; unreadable samples are listed under ``skipped``.
-
-    Args:
-        sources: Name -> source.
-        workers: Number of data workers, for `busy`.
 
     Attributes:
         hung: ``(source, index)`` of samples whose decoder did not return.
@@ -362,14 +312,17 @@ class _Mixture(torch.utils.data.Dataset):
 
 
 def _load(
-    sources: Mapping[str, SourceDataset], requests: Iterable[Request], settings: LoaderSettings
+    sources: Mapping[str, SourceDataset], requests: Iterable[Request], settings: LoaderSettings, bad: BadSamples
 ) -> Iterator[dict[str, Any]]:
+    """The batches of the requests, counted; if a worker is stuck, with new workers for the rest."""
     dataset = _Mixture(sources, settings.workers)
     waiting = iter(requests)
     with worker_deaths():
         while True:
             unanswered: deque[Request] = deque()
-            yield from _until_stuck(dataset, _noting(waiting, unanswered), unanswered, settings)
+            for batch in _until_stuck(dataset, _noting(waiting, unanswered), unanswered, settings):
+                bad.take(batch)
+                yield batch
             if not (stuck := dataset.stuck(settings.hang_seconds)):
                 return
             dataset.hung |= set(stuck.values())
@@ -415,17 +368,13 @@ def _until_stuck(
             continue
         unanswered.popleft()
         if _FATAL in batch:
-            raise batch[_FATAL]
+            raise batch.pop(_FATAL)  # without a reference cycle, which would keep the workers alive
         yield batch
 
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Replace torch's error for a dead data worker, which it raises in the main process at an arbitrary statement.
-
-    Raises:
-        TrainingError: Instead of torch's error.
-    """
+    """Raise a `TrainingError` for the death of a data worker, which torch raises at an arbitrary statement."""
     try:
         yield
     except RuntimeError as error:
@@ -446,8 +395,3 @@ def _ignore_signals(_worker: int) -> None:
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _longest_first(source: SourceDataset) -> list[int]:
-    """All indices of a source, longest samples first; a stable sort."""
-    return np.argsort(-np.asarray(source.lengths, dtype=np.int64), kind="stable").tolist()

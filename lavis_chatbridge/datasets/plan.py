@@ -89,16 +89,7 @@ class _Schedule:
         counts[top] += steps - sum(counts)
         return counts
 
-    def at(self, step: int) -> tuple[int, int]:
-        """The source of a step, and the number of earlier steps with the same one."""
-        source, before = self._walk(step)
-        return source, before[source]
-
-    def before(self, step: int) -> list[int]:
-        """The number of steps of each source before ``step``."""
-        return self._walk(step)[1]
-
-    def _walk(self, step: int) -> tuple[int, list[int]]:
+    def at(self, step: int) -> tuple[int, list[int]]:
         """The source of a step, and the number of earlier steps of each source."""
         number, inside = divmod(step, self.block)
         before = self.counts(number * self.block)
@@ -141,13 +132,12 @@ class MixturePlan:
         lengths: Mapping[str, np.ndarray] | None = None,
         group: int = 32,
     ) -> None:
-        _check(sizes, ratios, batch_size, world_size, lengths)
+        of_batches = dict.fromkeys(sizes, batch_size) if isinstance(batch_size, int) else dict(batch_size)
+        _check(sizes, ratios, min([*of_batches.values(), world_size]))
         self.names = list(sizes)
         self.sizes = dict(sizes)
         self.ratios = {name: float(ratios[name] if ratios else sizes[name]) for name in self.names}
-        self.batch_sizes = {
-            name: batch_size if isinstance(batch_size, int) else batch_size[name] for name in self.names
-        }
+        self.batch_sizes = of_batches
         self.world_size = world_size
         self.seed = seed
         self.lengths = dict(lengths or {})
@@ -165,7 +155,7 @@ class MixturePlan:
         """
         self.origin = (step, dict(positions))
         self._starts = [positions[name] for name in self.names]
-        self._turns = self._schedule.before(step)
+        self._turns = self._schedule.at(step)[1]
         self._window = None
 
     def positions(self, step: int) -> dict[str, int]:
@@ -175,13 +165,12 @@ class MixturePlan:
         begins with the next window and omits the rest of this one.
         """
         found = {}
-        for name, start, then, now in zip(
-            self.names, self._starts, self._turns, self._schedule.before(step), strict=True
-        ):
+        turns = self._schedule.at(step)[1]
+        for name, start, then, now in zip(self.names, self._starts, self._turns, turns, strict=True):
             steps = now - then
             if name in self.lengths:
                 steps = -(-steps // self.group) * self.group
-            found[name] = start + steps * self._global(name)
+            found[name] = start + steps * self.batch_sizes[name] * self.world_size
         return found
 
     def source(self, step: int) -> str:
@@ -190,9 +179,8 @@ class MixturePlan:
 
     def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
         """The samples of a rank at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
-        number, turn = self._schedule.at(step)
-        name = self.names[number]
-        turn -= self._turns[number]
+        number, before = self._schedule.at(step)
+        name, turn = self.names[number], before[number] - self._turns[number]
         size = self.batch_sizes[name]
         if name in self.lengths:
             # samples of similar length go to different ranks, so that all ranks take about the same time
@@ -237,15 +225,11 @@ class MixturePlan:
         per_rank = float(shares @ np.array([self.batch_sizes[name] for name in self.names]) / shares.sum())
         return per_rank * self.world_size
 
-    def _global(self, name: str) -> int:
-        """Samples of one step of a source on all ranks together."""
-        return self.batch_sizes[name] * self.world_size
-
     def _sorted(self, name: str, turn: int) -> np.ndarray:
         """Positions of a source's ``turn``-th global batch of samples of similar length."""
         window, inside = divmod(turn, self.group)
         if self._window is None or self._window[0] != (name, window):
-            per_batch = self._global(name)
+            per_batch = self.batch_sizes[name] * self.world_size
             start = self._starts[self.names.index(name)] + window * self.group * per_batch
             positions = np.arange(start, start + self.group * per_batch)
             lengths = np.asarray(self.lengths[name])[self.drawn(name, positions)[0]]
@@ -258,46 +242,19 @@ class MixturePlan:
 def batch_size_for_tokens(lengths: np.ndarray, budget: int, quantile: float = 0.95) -> int:
     """The number of samples of a source in a batch of ``budget`` tokens, padding included.
 
-    The number is fixed per source, because the plan does not read samples. A batch padded to the ``quantile`` of the
-    source's lengths fits the budget.
-
-    Args:
-        lengths: ``[n]`` tokens per sample, media slots included; a part of a large source is enough.
-        budget: Tokens per batch and rank.
-        quantile: The quantile.
+    It is fixed per source, because the plan does not read samples. A batch padded to the ``quantile`` of ``lengths``
+    (``[n]`` tokens per sample, media slots included) fits the budget.
     """
     return max(1, int(budget // max(1.0, float(np.quantile(lengths, quantile)))))
 
 
-def _check(
-    sizes: Mapping[str, int],
-    ratios: Mapping[str, float] | None,
-    batch_size: int | Mapping[str, int],
-    world_size: int,
-    lengths: Mapping[str, np.ndarray] | None,
-) -> None:
-    if not sizes:
-        raise ConfigError("a mixture needs at least one source")
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"source {name!r} has no samples")
-    for what, given in (("ratios", ratios), ("batch sizes", None if isinstance(batch_size, int) else batch_size)):
-        if given is not None and set(given) != set(sizes):
-            different = sorted(set(given) ^ set(sizes))
-            raise ConfigError(f"{what} and sources differ: {', '.join(different)} is in only one of them")
-    for name, ratio in (ratios or {}).items():
-        if not ratio > 0:
-            raise ConfigError(
-                f"the ratio of {name!r} is {ratio}, expected a positive number; to exclude the source, remove it"
-            )
-    for number in [batch_size] if isinstance(batch_size, int) else batch_size.values():
-        if number < 1:
-            raise ConfigError(f"a batch size is {number}, expected at least 1")
-    if world_size < 1:
-        raise ConfigError(f"world_size is {world_size}, expected at least 1")
-    for name, array in (lengths or {}).items():
-        if len(array) != sizes.get(name):
-            raise ConfigError(f"{len(array)} lengths for the {sizes.get(name)} samples of {name!r}")
+def _check(sizes: Mapping[str, int], ratios: Mapping[str, float] | None, least: int) -> None:
+    if not sizes or min(sizes.values()) < 1:
+        raise ConfigError(f"a mixture needs sources that have samples, found {dict(sizes)}")
+    if ratios is not None and (set(ratios) != set(sizes) or min(ratios.values()) <= 0):
+        raise ConfigError(f"a mixture needs a positive ratio for each of {', '.join(sizes)}, found {dict(ratios)}")
+    if least < 1:
+        raise ConfigError(f"a mixture needs batch sizes and ranks of at least 1, found {least}")
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -109,17 +109,21 @@ class DataSettings(Settings):
                 yield f"splits.{split}: expected a path, a list of paths, or purpose -> paths, found {entry!r}"
 
     def _unknown_task(self) -> Iterable[str]:
-        if not self.task or self.templates is False:
-            return
         try:
-            known = (Templates.load(*self.templates) if isinstance(self.templates, list) else Templates.default()).tasks
+            templates = self.instruction_templates() if self.task else None
         except ConfigError as error:
             yield str(error)
             return
-        if self.task not in known:
-            near = difflib.get_close_matches(self.task[:80], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        if templates is not None and self.task not in templates:
+            near = difflib.get_close_matches(self.task[:80], templates.tasks, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(templates.tasks)}"
             yield f"task: no instruction template is for {self.task[:80]!r}, {hint} (templates: false accepts any name)"
+
+    def instruction_templates(self) -> Templates | None:
+        """The instruction templates; None to use questions unchanged."""
+        if isinstance(self.templates, list):
+            return Templates.load(*self.templates)
+        return Templates.default() if self.templates else None
 
     @property
     def root(self) -> str:
@@ -135,9 +139,6 @@ class DataSettings(Settings):
         """A split's annotation files: purpose (``"file"`` if none is named) -> paths below the data root.
 
         A pattern becomes the files that it matches; a purpose that is null is left out.
-
-        Raises:
-            ConfigError: If a file occurs twice.
         """
         entry = self.splits[split]
         purposes = entry if isinstance(entry, Mapping) else {"file": entry}
@@ -154,20 +155,12 @@ class DataSettings(Settings):
             if "*" in path:
                 paths += sorted(glob.glob(full)) or [full]
             else:
-                paths.append(path if self._on_hub(path, full) else full)
+                on_hub = self.reader == "huggingface" and not os.path.exists(full) and is_hub_id(path)
+                paths.append(path if on_hub else full)
         return paths
 
-    def _on_hub(self, path: str, full: str) -> bool:
-        return self.reader == "huggingface" and not os.path.exists(full) and is_hub_id(path)
-
     def origin(self, name: str, split: str, keep: Callable[[Modality, bytes, str], Medium] | None = None) -> Origin:
-        """The reader's input for one split.
-
-        Args:
-            name: The data set's name.
-            split: The split.
-            keep: Stores media that are bytes in a table.
-        """
+        """The reader's input for one split; ``keep`` stores media that are bytes in a table."""
         options = {key: value for key, value in self.options.items() if key not in self.splits}
         options |= self.options.get(split) or {}
         if self.reader == "huggingface":
@@ -178,16 +171,11 @@ class DataSettings(Settings):
         """The annotation files of some splits (by default all) and the media folders that do not exist."""
         names = self.used_splits if splits is None else splits
         files = [path for split in names for paths in self.files(split).values() for path in paths]
-        folders_too = self.reader == "huggingface"
-        absent = [
-            path for path in files
-            if not (os.path.isfile(path) or (folders_too and (os.path.isdir(path) or is_hub_id(path))))
-        ]  # fmt: skip
-        for pattern in self.media.values():
-            folder = os.path.join(self.root, os.path.dirname(pattern.split("{")[0]))
-            if not os.path.isdir(folder):
-                absent.append(folder + os.sep)
-        return list(dict.fromkeys(absent))
+        absent = [path for path in files if not os.path.isfile(path)]
+        if self.reader == "huggingface":
+            absent = [path for path in absent if not (os.path.isdir(path) or is_hub_id(path))]
+        folders = [os.path.join(self.root, os.path.dirname(path.split("{")[0])) for path in self.media.values()]
+        return list(dict.fromkeys([*absent, *(folder + os.sep for folder in folders if not os.path.isdir(folder))]))
 
 
 def _is_files(entry: Any) -> bool:

@@ -110,6 +110,14 @@ class Written:
     bytes: int
     left_out: list[tuple[str, str]]
 
+    def line(self) -> str:
+        """For people."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.modalities.items())
+        missing = f"; left out {len(self.left_out)} whose media cannot be read" if self.left_out else ""
+        first = f" (first {self.left_out[0][0]}: {self.left_out[0][1]})" if self.left_out else ""
+        shards = f"{self.shards} shards, {self.bytes / (1 << 20):.1f} MiB"
+        return f"{self.jsonl}: {self.samples} samples ({kinds}) in {shards}{missing}{first}"
+
 
 def write(
     folder: str | Path,
@@ -137,12 +145,10 @@ def write(
 
     Returns:
         The complete set; None until the other processes have written their shards.
-
-    Raises:
-        DataError: If too many media cannot be read, no sample is readable, a medium is outside its root, the folder
-            cannot be written, or the JSONL would replace the samples' own file.
     """
-    target = _Target(Path(folder), stem, samples, per_shard, _stamp(samples, per_shard))
+    content = hash_of_file(samples.path) if isinstance(samples, SampleFile) else [to_record(s) for s in samples]
+    stamp = hash_of(_FORMAT, content, len(samples), per_shard)
+    target = _Target(Path(folder), stem, samples, per_shard, stamp)
     if isinstance(samples, SampleFile) and os.path.realpath(target.jsonl) == os.path.realpath(samples.path):
         raise DataError(f"{samples.path}: the shards' JSONL would replace it; name another --output")
     bad = tried = 0
@@ -151,10 +157,9 @@ def write(
             target.jsonl.unlink(missing_ok=True)
         for number in range(rank, target.count, world_size):
             index = _shard(target, number, verify)
-            tried += index["samples"] + len(index["left_out"])
-            bad += len(index["left_out"])
-            last = index["left_out"][-1][1] if index["left_out"] else ""
-            if fault := too_many_unreadable(stem, bad, tried, max_bad_share, last):
+            left_out = index["left_out"]
+            tried, bad = tried + index["samples"] + len(left_out), bad + len(left_out)
+            if fault := too_many_unreadable(stem, bad, tried, max_bad_share, left_out[-1][1] if left_out else ""):
                 raise DataError(fault)
         return _finish(target)
     except OSError as error:
@@ -183,17 +188,12 @@ class _Target:
         return self.folder / f"{self.stem}-{number:05d}.tar"
 
 
-def _stamp(samples: Sequence[Sample], per_shard: int) -> str:
-    """A hash of the samples and the number per shard."""
-    content = hash_of_file(samples.path) if isinstance(samples, SampleFile) else [to_record(s) for s in samples]
-    return hash_of(_FORMAT, content, len(samples), per_shard)
-
-
 def _shard(target: _Target, number: int, verify: bool) -> dict[str, Any]:
     """Write a shard unless it exists for the same samples and media; returns its index."""
     first = number * target.per_shard
     part = [(i, target.samples[i]) for i in range(first, min(first + target.per_shard, len(target.samples)))]
-    key = hash_of(target.stamp, number, [_state(medium.path) for _, sample in part for medium in sample.files])
+    status = [os.stat(m.path) for _, sample in part for m in sample.files if os.path.exists(m.path)]
+    key = hash_of(target.stamp, number, [(one.st_size, one.st_mtime_ns) for one in status])
     shard = target.shard(number)
     index = read_index(shard)
     if index is not None and index["key"] == key and (not verify or hash_of_file(shard) == index["sha256"]):
@@ -204,15 +204,6 @@ def _shard(target: _Target, number: int, verify: bool) -> dict[str, Any]:
     write_index(shard, index | {"sha256": hash_of_file(shard)})
     _log.info("wrote %s: %d samples, left out %d", shard, index["samples"], len(index["left_out"]))
     return index
-
-
-def _state(path: str) -> tuple[int, int] | None:
-    """Size and time of a file; None if it is absent."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _fill(shard: Path, samples: Sequence[Sample], part: Iterable[tuple[int, Sample]]) -> dict[str, Any]:

@@ -21,20 +21,13 @@ from lavis_chatbridge.launchers import share_of
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.dataset import SourceGroup
     from lavis_chatbridge.datasets.files import SampleFile
-    from lavis_chatbridge.datasets.shards import Written
 
 _DATASETS = "datasets.yaml"
 _SHARED = ("templates", "reply_end", "data_root")  # settings that a mixture shares with its parts
 _KEPT = (*_SHARED, "stage", "task", "style", "split_modalities")
 _HEAD = "# Made by `chatbridge shard`: a configuration with this section datasets reads the shards.\n"
-_FROM_SHARDS = {
-    "reader": "jsonl",
-    "media": None,
-    "media_root": None,
-    "allow_outside": False,
-    "skip_missing": False,
-    "limit": None,
-}
+_NONE = dict.fromkeys(("media", "media_root", "limit"))
+_FROM_SHARDS = {"reader": "jsonl", **_NONE, "allow_outside": False, "skip_missing": False}
 
 
 def command(
@@ -68,7 +61,7 @@ def command(
         written = write(folder, samples, stem, per_shard, place.rank, place.world_size, max_bad_share, verify)
         waiting += written is None
         if written is not None:
-            print(_report(written))
+            print(written.line())
     if waiting:
         print(f"process {place.rank} of {place.world_size}: {waiting} of {len(targets)} files wait for other processes")
     elif sections:
@@ -153,12 +146,3 @@ def _add_ratios(sections: dict[str, dict[str, Any]], training: Mapping[str, Sour
     for source, share in source_ratios(training).items():
         own = sections[source.split("/")[0]]
         own["ratio"] = own.get("ratio", 0.0) + share
-
-
-def _report(written: Written) -> str:
-    """One line on a complete set."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in written.modalities.items())
-    first = f" (first {written.left_out[0][0]}: {written.left_out[0][1]})" if written.left_out else ""
-    missing = f"; left out {len(written.left_out)} whose media cannot be read{first}" if written.left_out else ""
-    shards = f"{written.shards} shards, {written.bytes / (1 << 20):.1f} MiB"
-    return f"{written.jsonl}: {written.samples} samples ({kinds}) in {shards}{missing}"

@@ -60,18 +60,15 @@ def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
     assert without.faults["unreadable medium"] == 1  # the empty one; the other is there
 
 
-def test_warnings_do_not_make_a_file_unusable(tmp_path, capsys):
-    write_jsonl(tmp_path / "a.jsonl", [Sample("a", captions=("c" * 300,))])
-    assert command(tmp_path / "a.jsonl", "--max-tokens", 50) == 0
-    assert "warning: overlong text: 1" in capsys.readouterr().out
-
-
-def test_only_the_first_examples_are_shown(tmp_path, capsys):
+def test_only_the_first_examples_are_shown_and_warnings_do_not_make_a_file_unusable(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("{\n" * 9)
     assert command(tmp_path / "a.jsonl") == 1
     out = capsys.readouterr().out
     assert out.count("not JSON") == 5
     assert "... and 4 more" in out
+    write_jsonl(tmp_path / "a.jsonl", [Sample("a", captions=("c" * 300,))])
+    assert command(tmp_path / "a.jsonl", "--max-tokens", 50) == 0
+    assert "warning: overlong text: 1" in capsys.readouterr().out
 
 
 def test_media_relative_to_another_folder(pictures, tmp_path):

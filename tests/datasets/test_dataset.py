@@ -68,12 +68,8 @@ def test_captions_become_instructions(pictures, processors):
 
 
 def test_questions_take_the_tasks_template_and_keep_the_other_turns():
-    turns = (
-        Message("user", "what {style}?"),
-        Message("assistant", "a"),
-        Message("user", "and?"),
-        Message("assistant", "b"),
-    )
+    said = (("user", "what {style}?"), ("assistant", "a"), ("user", "and?"), ("assistant", "b"))
+    turns = tuple(Message(*turn) for turn in said)
     sample = Sample("x", turns=turns, task="image_qa", answers=("b", "bee"))
     plain = SourceDataset("s", [sample], SourceSettings(train=False))
     assert plain[0]["pieces"][0].text == "###Human: what {style}?###Assistant:"
@@ -156,13 +152,8 @@ def test_modalities_become_sources(tmp_path):
     def sample(name, *kinds):
         return Sample(name, tuple(Medium(kind, str(tmp_path / "f")) for kind in kinds), ("c",))
 
-    samples = [
-        sample("0", "image"),
-        sample("1", "audio"),
-        sample("2"),
-        sample("3", "audio", "video"),
-        sample("4", "image"),
-    ]
+    media = (["image"], ["audio"], [], ["audio", "video"], ["image"])
+    samples = [sample(str(i), *kinds) for i, kinds in enumerate(media)]
     write_jsonl(tmp_path / "a.jsonl", samples)
     sources = split_by_modality("own", SampleFile(tmp_path / "a.jsonl"), SourceSettings())
     assert {s.name: [s.sample(i).id for i in range(len(s))] for s in sources} == {
@@ -173,13 +164,6 @@ def test_modalities_become_sources(tmp_path):
     }
     group = SourceGroup("own", sources)
     assert len(group) == 5
-    assert [group.sources[int(np.searchsorted(group._ends, i, side="right"))].name for i in range(5)] == [
-        "own/audio",
-        "own/image",
-        "own/image",
-        "own/text",
-        "own/video+audio",
-    ]
     with pytest.raises(IndexError):
         group[5]
 
@@ -226,8 +210,7 @@ def test_collate_keeps_every_key_and_stacks_nothing(pictures, processors):
     data = source(pictures, processors)
     batch = collate([data[0], data[1]])
     assert set(batch) == {*ITEM_KEYS, "source"}
-    assert batch["sample_id"] == ["s0", "s1"]
-    assert batch["source"] == "grey"
+    assert (batch["sample_id"], batch["source"]) == (["s0", "s1"], "grey")
     assert isinstance(batch["image"], list)
     assert collate([], "grey") == {**{key: [] for key in ITEM_KEYS}, "source": "grey"}
     with pytest.raises(DataError, match="different sources: grey, other"):

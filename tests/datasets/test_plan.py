@@ -21,19 +21,11 @@ def test_permutation_hits_every_element_once(size):
 
 
 def test_permutations_look_random():
-    size = 10_000
-    first, second = (KeyedPermutation(size, key)(np.arange(size)) for key in (0, 1))
-    expected_fixed_points = 1
-    assert (first == np.arange(size)).sum() < 10 * expected_fixed_points
-    assert (first == second).sum() < 10 * expected_fixed_points
-    assert abs(np.corrcoef(first, np.arange(size))[0, 1]) < 0.05
+    every = np.arange(10_000)
+    first, second = (KeyedPermutation(10_000, key)(every) for key in (0, 1))
+    assert max((first == every).sum(), (first == second).sum()) < 10  # expected is 1
+    assert abs(np.corrcoef(first, every)[0, 1]) < 0.05
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.05
-
-
-def test_small_permutations_reach_all_orders():
-    orders = Counter(tuple(KeyedPermutation(4, key)(np.arange(4))) for key in range(4800))
-    assert len(orders) == 24
-    assert min(orders.values()) > 80  # 200 expected
 
 
 def test_order_is_pinned_across_versions():
@@ -43,14 +35,6 @@ def test_order_is_pinned_across_versions():
         ("b", [(10, 0), (45, 0), (30, 0), (31, 0)]),
         ("a", [(12, 0), (32, 0), (90, 0), (27, 0)]),
     ]
-
-
-def test_each_epoch_has_every_sample_once_and_rolls_over():
-    plan = MixturePlan({"only": 10}, batch_size=4, seed=1)
-    seen = [pair for step in range(5) for pair in plan.batch(step)[1]]
-    assert Counter(seen) == Counter([(i, epoch) for i in range(10) for epoch in range(2)])
-    assert [epoch for _, epoch in seen] == [0] * 10 + [1] * 10
-    assert [i for i, _ in seen[:10]] != [i for i, _ in seen[10:]]
 
 
 @pytest.mark.parametrize("lengths", [False, True])
@@ -96,8 +80,8 @@ def test_equal_ratios_alternate_within_short_blocks():
     assert len(set(blocks)) == 6
 
 
-def test_every_sample_of_each_source_once_per_epoch_within_a_mixture():
-    sizes = {"a": 40, "b": 12}
+def test_every_sample_of_each_source_once_per_epoch():
+    sizes = {"a": 41, "b": 12}
     plan = MixturePlan(sizes, {"a": 1, "b": 2}, batch_size=2, world_size=2, seed=9)
     seen: dict[str, list] = {"a": [], "b": []}
     for step in range(90):
@@ -105,10 +89,10 @@ def test_every_sample_of_each_source_once_per_epoch_within_a_mixture():
             name, pairs = plan.batch(step, rank)
             seen[name] += pairs
     for name, size in sizes.items():
-        whole = len(seen[name]) // size
-        assert whole >= 2
-        counts = Counter(seen[name])
-        assert all(counts[index, epoch] == 1 for index in range(size) for epoch in range(whole))
+        assert sorted(seen[name][: 2 * size], key=lambda pair: pair[::-1]) == [
+            (index, epoch) for epoch in range(2) for index in range(size)
+        ]
+        assert [i for i, _ in seen[name][:size]] != [i for i, _ in seen[name][size : 2 * size]]
 
 
 def test_grouping_by_length_reduces_padding():
@@ -179,14 +163,11 @@ def test_token_budgets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (({},), "at least one source"),
-        (({"a": 0},), "source 'a' has no samples"),
-        (({"a": 1}, {"b": 1}), "ratios and sources differ: a, b"),
-        (({"a": 1}, {"a": 0}), "the ratio of 'a' is 0"),
-        (({"a": 1}, None, 0), "a batch size is 0"),
-        (({"a": 1}, None, {"b": 2}), "batch sizes and sources differ"),
-        (({"a": 1}, None, 1, 0), "world_size is 0"),
-        (({"a": 2}, None, 1, 1, 0, {"a": np.ones(3)}), "3 lengths for the 2 samples"),
+        (({},), "needs sources that have samples, found {}"),
+        (({"a": 0},), "needs sources that have samples, found {'a': 0}"),
+        (({"a": 1}, {"b": 1}), "a positive ratio for each of a, found {'b': 1}"),
+        (({"a": 1}, {"a": 0}), "a positive ratio for each of a, found {'a': 0}"),
+        (({"a": 1}, None, 0), "of at least 1, found 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

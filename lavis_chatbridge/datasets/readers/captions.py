@@ -156,21 +156,19 @@ def _excluded(origin: Origin) -> dict[str, set[str]]:
     if path is None:
         return {}
     if not path.is_file() and not origin.options.get("exclude"):
-        _log.warning(
+        message = (
             "%s: %s does not exist, so training includes clips of AudioCaps' and Clotho's tests, and scores on these "
-            "are not zero-shot; download it from data/json_files/blacklist of WavCaps",
-            origin.source,
-            path,
+            "are not zero-shot; download it from data/json_files/blacklist of WavCaps"
         )
+        _log.warning(message, origin.source, path)
         return {}
     lists = read_json(path)
     if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()):
         raise DataError(f"{path}: expected WavCaps' list of clips to leave out, an object of source -> ids")
-    found: dict[str, set[str]] = {part: set() for part in origin.files}
-    for source, names in lists.items():  # the list has AudioSet for files named AudioSet_SL
-        for part in found:
-            if _letters(source) in _letters(part):
-                found[part] |= {str(name).split(".")[0] for name in names}
+    found: dict[str, set[str]] = {}
+    for part in origin.files:  # the list has AudioSet for files named AudioSet_SL
+        own = [names for source, names in lists.items() if _letters(source) in _letters(part)]
+        found[part] = {str(name).split(".")[0] for names in own for name in names}
     return found
 
 

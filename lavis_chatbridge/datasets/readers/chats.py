@@ -34,9 +34,6 @@ def avsd(origin: Origin) -> Iterator[Sample]:
 
     Option ``each_turn``: one sample per question, with the turns before it. Option ``undisclosed``: accept files whose
     answers are ``__UNDISCLOSED__``; such a sample ends with the question and cannot be scored.
-
-    Raises:
-        DataError: If an answer is not disclosed and the option ``undisclosed`` is not set.
     """
     for row in origin.rows("dialogs"):
         name = row.name("image_id")

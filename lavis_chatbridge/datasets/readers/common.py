@@ -52,11 +52,7 @@ class Origin:
         return [path for paths in self.files.values() for path in paths]
 
     def paths(self, purpose: str = "file") -> Sequence[str]:
-        """The paths of one purpose.
-
-        Raises:
-            ConfigError: If the configuration names none.
-        """
+        """The paths of one purpose; a `ConfigError` if the configuration names none."""
         if purpose not in self.files:
             raise ConfigError(f"{self.source}: the split names no {purpose!r} file, only {', '.join(self.files)}")
         return self.files[purpose]
@@ -71,13 +67,13 @@ class Origin:
         for path in self.every_file:
             yield from table_rows(path, delimiter, columns)
 
-    def locate(self, where: str, **fields: Any) -> tuple[Medium, ...]:
-        """The media of a row, in the order of ``media``.
+    def objects(self) -> Iterator[Row]:
+        """The objects of all files: JSON lists, or JSONL."""
+        for path in self.every_file:
+            yield from object_rows(path)
 
-        Raises:
-            ConfigError: If a path uses a field that this format does not have.
-            DataError: If a path leaves the root.
-        """
+    def locate(self, where: str, **fields: Any) -> tuple[Medium, ...]:
+        """The media of a row, in the order of ``media``, by the row's ``fields``."""
         found = []
         for modality, pattern in self.media.items():
             try:
@@ -97,6 +93,8 @@ Reader = Callable[[Origin], Iterator[Sample]]
 class Row:
     """An object, or a line of a table. Reading a field checks it.
 
+    Each method accepts several keys and reads the first that is present; a wrong value raises `DataError`.
+
     Args:
         values: The fields.
         where: Its position, for messages.
@@ -112,59 +110,50 @@ class Row:
         return self.values.get(key) is not None
 
     def name(self, *keys: str, blank: bool = False) -> str:
-        """The first of these fields that is present, unchanged: file names and ids keep their white space.
-
-        Args:
-            *keys: The fields; a number counts as text.
-            blank: Accept an empty text.
-
-        Raises:
-            DataError: If none is present, or it is neither text nor a number.
-        """
+        """Text or a number, unchanged: file names and ids keep their white space. ``blank`` accepts an empty text."""
         value = self._first(keys)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str) or not (blank or value.strip()):
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected text; {LAYOUT}")
-        return self._unicode(value, keys)
+            raise self._fault(keys, "text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise self._fault(keys, "text without a lone surrogate") from error
+        return value
 
     def text(self, *keys: str, blank: bool = False) -> str:
         """As `name`, without surrounding white space: for language."""
         return self.name(*keys, blank=blank).strip()
 
     def whole(self, *keys: str) -> int:
-        """The first of these fields that is present, as a whole number."""
+        """A whole number."""
         value = self._first(keys)
         try:
             number = int(value)
         except (TypeError, ValueError, OverflowError):
             number = None
         if number is None or isinstance(value, bool) or (isinstance(value, float) and number != value):
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected a whole number")
+            raise self._fault(keys, "a whole number")
         return number
 
     def texts(self, *keys: str) -> tuple[str, ...]:
-        """The first of these fields that is present: a list of texts, or one text."""
+        """A list of texts, or one text."""
         value = self._first(keys)
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            return tuple(self._unicode(item.strip(), keys) for item in value)
+            return tuple(Row({keys[0]: item}, self.where).text(keys[0], blank=True) for item in value)
         return (self.text(*keys),)
 
     def rows(self, *keys: str) -> list[Row]:
-        """The first of these fields that is present, as a list of rows."""
+        """A list of objects."""
         value = self._first(keys)
         if not isinstance(value, list):
-            raise DataError(f"{self.where}: {' or '.join(keys)} is {shown(value)}, expected a list; {LAYOUT}")
+            raise self._fault(keys, "a list")
         return [Row(item, f"{self.where}.{keys[0]}[{i}]") for i, item in enumerate(value)]
 
-    def _unicode(self, text: str, keys: Sequence[str]) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{self.where}: {' or '.join(keys)} is {shown(text)}, which contains a lone surrogate"
-            ) from error
-        return text
+    def _fault(self, keys: Sequence[str], expected: str) -> DataError:
+        found = shown(self._first(keys))
+        return DataError(f"{self.where}: {' or '.join(keys)} is {found}, expected {expected}; {LAYOUT}")
 
     def _first(self, keys: Sequence[str]) -> Any:
         return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
@@ -199,11 +188,7 @@ def with_unique_ids(reader: Reader) -> Reader:
 
 
 def of_split(rows: Iterable[Row], wanted: Sequence[str], path: str) -> Iterator[Row]:
-    """The rows whose ``split`` is one of ``wanted``.
-
-    Raises:
-        DataError: If there are none; the message has the file's splits.
-    """
+    """The rows whose ``split`` is one of ``wanted``; without any, a `DataError` names the splits of the file."""
     found: dict[str, int] = {}
     for row in rows:
         split = row.text("split")
@@ -216,20 +201,11 @@ def of_split(rows: Iterable[Row], wanted: Sequence[str], path: str) -> Iterator[
 
 
 def json_rows(path: str, key: str | None = None) -> Iterator[Row]:
-    """The objects of a JSON array, read one by one.
-
-    Args:
-        path: The file.
-        key: The field of the file's object with the array; by default the file is the array.
-
-    Raises:
-        DataError: With the position of the fault.
-    """
-    name, count = key or "", 0
+    """The objects of a JSON array, read one by one: the file, or the field ``key`` of its object."""
+    name, number = key or "", -1
     for number, value in enumerate(_parsed(path, f"{key}.item" if key else "item")):
-        count += 1
         yield Row(value, f"{path}: {name}[{number}]")
-    if not count and (kind := _kind(path, name)) != "start_array":
+    if number < 0 and (kind := _kind(path, name)) != "start_array":
         found = f"a field {key!r}" if key else "a list"
         raise DataError(f"{path}: expected {found} that is a list, found {kind or 'none'}; {LAYOUT}")
 
@@ -249,11 +225,7 @@ def object_rows(path: str) -> Iterator[Row]:
 
 
 def json_entries(path: str) -> Iterator[tuple[str, Row]]:
-    """The names and objects of a JSON file that is one object of objects, read one by one.
-
-    Raises:
-        DataError: With the position of the fault.
-    """
+    """The names and objects of a JSON file that is one object of objects, read one by one."""
     if (kind := _kind(path, "")) != "start_map":
         raise DataError(f"{path}: expected an object of objects, found {kind}; {LAYOUT}")
     for name, value in _parsed(path, "", pairs=True):
@@ -266,16 +238,10 @@ def json_value(path: str, key: str) -> Any:
 
 
 def table_rows(path: str, delimiter: str = ",", columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The lines of a CSV or TSV file; with ``columns`` the file has no header line.
-
-    Raises:
-        DataError: With the line of the fault.
-    """
+    """The lines of a CSV or TSV file; with ``columns`` the file has no header line."""
     text = (f"{line}\n" for _, line in read_lines(path))
-    if delimiter == "\t":
-        lines = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)  # quotes are ordinary characters there
-    else:
-        lines = csv.reader(text, delimiter=delimiter)
+    dialect: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {}  # quotes are ordinary there
+    lines = csv.reader(text, delimiter=delimiter, **dialect)
     names = list(columns or next(lines, []))
     try:
         for values in lines:
@@ -319,7 +285,7 @@ def _parsed(path: str, prefix: str, pairs: bool = False) -> Iterator[Any]:
 
 
 def _kind(path: str, prefix: str) -> str:
-    """The first event of ijson at a prefix: ``start_array``, ``start_map``, ``number``, ...; empty if it is absent."""
+    """The first event of ijson at a prefix, such as ``start_array``; empty if it is absent."""
     import ijson
 
     with _opened(path) as file:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import Origin, Row, json_entries, object_rows, question_sample, table_rows
+from lavis_chatbridge.datasets.readers.common import Origin, Row, json_entries, question_sample
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.choices import LETTERS, listed, without_letters
 from lavis_chatbridge.schema import Medium, Sample
@@ -25,7 +25,7 @@ _SENTIMENT = "What is the sentiment of the speaker?"
 
 def avqa(origin: Origin) -> Iterator[Sample]:
     """AVQA's ``{train,val}_qa.json``: ``answer`` is a position in ``multi_choice``. Media field: ``video_name``."""
-    for row in _rows(origin):
+    for row in origin.objects():
         types = _types(row, "question_relation", "question_type")
         media = origin.locate(row.where, video_name=row.text("video_name"))
         options, correct = row.texts("multi_choice"), row.whole("answer")
@@ -46,7 +46,7 @@ def worldsense(origin: Origin) -> Iterator[Sample]:
 
 def omnibench(origin: Origin) -> Iterator[Sample]:
     """OmniBench's JSONL: ``answer`` is one of ``options``. Media fields: ``image_path``, ``audio_path``."""
-    for row in _rows(origin):
+    for row in origin.objects():
         media = origin.locate(row.where, image_path=row.text("image_path"), audio_path=row.text("audio_path"))
         types = _types(row, "task type", "audio type")
         options, answer = row.texts("options"), row.text("answer")
@@ -55,7 +55,7 @@ def omnibench(origin: Origin) -> Iterator[Sample]:
 
 def daily_omni(origin: Origin) -> Iterator[Sample]:
     """Daily-Omni's ``qa.json``. Media field: ``video_id``."""
-    for number, row in enumerate(_rows(origin)):
+    for number, row in enumerate(origin.objects()):
         video = row.text("video_id")
         types = _types(row, "Type", "video_category", "video_duration")
         media = origin.locate(row.where, video_id=video)
@@ -69,7 +69,7 @@ def av_odyssey(origin: Origin) -> Iterator[Sample]:
     All media precede the question, images and videos first. Media field: ``path``, of each in ``image_path``,
     ``video_path`` and ``audio_path``.
     """
-    for row in _rows(origin):
+    for row in origin.objects():
         media: list[Medium] = []
         for modality, pattern in origin.media.items():
             own = replace(origin, media={modality: pattern})
@@ -83,7 +83,7 @@ def av_odyssey(origin: Origin) -> Iterator[Sample]:
 
 def mmau(origin: Origin) -> Iterator[Sample]:
     """MMAU's ``mmau-test-mini.json``: ``answer`` is one of ``choices``. Media field: ``audio_id``, without ``./``."""
-    for row in _rows(origin):
+    for row in origin.objects():
         media = origin.locate(row.where, audio_id=row.text("audio_id").removeprefix("./"))
         types = _types(row, "task", "category", "difficulty")
         options, answer = row.texts("choices"), row.text("answer")
@@ -95,7 +95,7 @@ def video_mme(origin: Origin) -> Iterator[Sample]:
 
     Media fields: ``video_id`` (``001``) and ``youtube_id``, by which the publisher names the files.
     """
-    for video in _rows(origin):
+    for video in origin.objects():
         url = video.text("url") if "url" in video else ""
         youtube = video.text("videoID") if "videoID" in video else url.rpartition("=")[2]
         media = origin.locate(video.where, video_id=video.text("video_id"), youtube_id=youtube)
@@ -110,7 +110,7 @@ def avhbench(origin: Origin) -> Iterator[Sample]:
 
     Option ``captions``: read the captions (task ``AV Captioning``) instead. Media field: ``video_id``.
     """
-    for number, row in enumerate(_rows(origin)):
+    for number, row in enumerate(origin.objects()):
         captioning = row.text("task") == "AV Captioning"
         if captioning != bool(origin.options.get("captions")):
             continue
@@ -133,16 +133,15 @@ def mosi(origin: Origin) -> Iterator[Sample]:
     ``transcript`` (the question quotes what is said). Media fields: ``video_id``, ``clip_id``.
     """
     classes = list(origin.options.get("classes") or ("Negative", "Neutral", "Positive"))
-    for path in origin.every_file:
-        for row in table_rows(path):
-            annotation = row.text("annotation").capitalize()
-            if row.text("mode") != origin.options.get("split", "test") or annotation not in classes:
-                continue
-            video, clip = row.text("video_id"), row.text("clip_id")
-            said = f'The speaker says: "{row.text("text")}". ' if origin.options.get("transcript") else ""
-            media = origin.locate(row.where, video_id=video, clip_id=clip)
-            question, name = said + _SENTIMENT, f"{video}_{clip}"
-            yield _choice(row, name, media, question, classes, classes.index(annotation), {"sentiment": annotation})
+    for row in origin.table():
+        annotation = row.text("annotation").capitalize()
+        if row.text("mode") != origin.options.get("split", "test") or annotation not in classes:
+            continue
+        video, clip = row.text("video_id"), row.text("clip_id")
+        said = f'The speaker says: "{row.text("text")}". ' if origin.options.get("transcript") else ""
+        media = origin.locate(row.where, video_id=video, clip_id=clip)
+        question, name = said + _SENTIMENT, f"{video}_{clip}"
+        yield _choice(row, name, media, question, classes, classes.index(annotation), {"sentiment": annotation})
 
 
 def charades_ego(origin: Origin) -> Iterator[Sample]:
@@ -150,14 +149,13 @@ def charades_ego(origin: Origin) -> Iterator[Sample]:
 
     Option ``egocentric`` (``Yes``, ``No``): videos of one view only. Media field: ``id``.
     """
-    for path in origin.every_file:
-        for row in table_rows(path):
-            view = row.text("egocentric") if "egocentric" in row else ""
-            if origin.options.get("egocentric") in (None, view):
-                described = row.text("descriptions", "script", blank=True).split(";")
-                captions = tuple(text.strip() for text in described if text.strip()) or (row.text("script"),)
-                name, types = row.text("id"), {"view": "first person" if view == "Yes" else "third person"}
-                yield Sample(name, origin.locate(row.where, id=name), captions, meta={"types": types})
+    for row in origin.table():
+        view = row.text("egocentric") if "egocentric" in row else ""
+        if origin.options.get("egocentric") in (None, view):
+            described = row.text("descriptions", "script", blank=True).split(";")
+            captions = tuple(text.strip() for text in described if text.strip()) or (row.text("script"),)
+            name, types = row.text("id"), {"view": "first person" if view == "Yes" else "third person"}
+            yield Sample(name, origin.locate(row.where, id=name), captions, meta={"types": types})
 
 
 def _choice(
@@ -180,10 +178,9 @@ def _choice(
 
 
 def _position(answer: str, options: Sequence[str], texts: Sequence[str]) -> int:
-    if answer in options:
-        return list(options).index(answer)
-    if answer in texts:
-        return list(texts).index(answer)
+    for known in (list(options), list(texts)):
+        if answer in known:
+            return known.index(answer)
     letter = re.match(r"[(\[]?([A-Z])(?:[)\].:]|$)", answer)
     return LETTERS.index(letter.group(1)) if letter else -1
 
@@ -196,9 +193,3 @@ def _types(row: Row, *keys: str) -> dict[str, str]:
 def _spelt(text: str) -> str:
     """Replace a text's media markers by words: ``[img2]`` becomes ``(image 2)``."""
     return _MARK.sub(lambda mark: f"({'image' if mark.group(1) == 'img' else mark.group(1)} {mark.group(2)})", text)
-
-
-def _rows(origin: Origin) -> Iterator[Row]:
-    """The objects of all files: JSON lists, or JSONL."""
-    for path in origin.every_file:
-        yield from object_rows(path)

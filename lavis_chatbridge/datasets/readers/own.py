@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lavis_chatbridge.config import shown, unknown_key
 from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row, object_rows
@@ -57,9 +58,7 @@ def _table(path: str, origin: Origin) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(
-            "reader: huggingface needs the package datasets: pip install 'lavis-chatbridge[data]'"
-        ) from error
+        raise ConfigError("reader: huggingface needs: pip install 'lavis-chatbridge[data]'") from error
     options = {key: origin.options[key] for key in ("name", "revision") if key in origin.options}
     builder, split = _BUILDERS.get(path.rpartition(".")[2].lower()), origin.options.get("split", "train")
     try:
@@ -131,8 +130,8 @@ def _said(row: Row) -> list[Row]:
         said = [*row.rows("prompt"), *row.rows("completion")]
     else:
         asked = "\n".join(row.text(key) for key in ("instruction", "input") if row.values.get(key))
-        said = [Row({"role": "user", "content": asked}, row.where)]
-        said.append(Row({"role": "assistant", "content": row.text("output")}, row.where))
+        pair = {"user": asked, "assistant": row.text("output")}
+        said = [Row({"role": role, "content": text}, row.where) for role, text in pair.items()]
     if isinstance(row.values.get("system"), str) and row.values["system"]:
         said = [Row({"role": "system", "content": row.values["system"]}, row.where), *said]
     return said
@@ -140,25 +139,22 @@ def _said(row: Row) -> list[Row]:
 
 def _listed(row: Row, origin: Origin, folder: str) -> list[Medium]:
     """The media that a row lists, in the order images, videos, audios."""
-    found = []
+    found: list[Medium] = []
     for modality in MODALITIES:
         value = row.values.get(f"{modality}s") or row.values.get(modality) or []
         for item in value if isinstance(value, list) else [value]:
-            found.append(_named(modality, item, row.where, origin, folder))
+            path = item.get("path") if isinstance(item, Mapping) else item
+            path = path.removeprefix("file://") if isinstance(path, str) else path
+            if modality in origin.media:
+                found += replace(origin, media={modality: origin.media[modality]}).locate(row.where, path=path)
+            else:
+                found.append(Medium(modality, media_path(path, folder or ".", row.where, origin.allow_outside)))
     return found
 
 
-def _named(modality: Modality, item: Any, where: str, origin: Origin, folder: str) -> Medium:
-    path = item.get("path") if isinstance(item, Mapping) else item
-    path = path.removeprefix("file://") if isinstance(path, str) else path
-    if modality in origin.media:
-        path, folder = origin.media[modality].format(path=path), origin.root
-    return Medium(modality, media_path(path, folder or ".", where, origin.allow_outside))
-
-
 def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> tuple[tuple[Message, ...], list[Medium]]:
-    """The turns, and the media in the order of the turns."""
-    left = {modality: [medium for medium in media if medium.kind == modality] for modality in get_args(Modality)}
+    """The turns, and the media in the order in which the turns show them."""
+    left = {modality: [medium for medium in media if medium.kind == modality] for modality in MODALITIES}
     system, turns, shown_media = "", [], []
     for message in said:
         role = message.name("role", "from")

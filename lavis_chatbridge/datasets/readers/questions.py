@@ -9,15 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import (
-    Origin,
-    Row,
-    json_entries,
-    json_rows,
-    json_value,
-    question_sample,
-    table_rows,
-)
+from lavis_chatbridge.datasets.readers import common
+from lavis_chatbridge.datasets.readers.common import Origin, Row, question_sample
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.schema import Sample
 
@@ -35,12 +28,12 @@ def vqav2(origin: Origin) -> Iterator[Sample]:
     answers = {}
     labelled = "annotations" in origin.files
     for path in origin.paths("annotations") if labelled else ():
-        names = json_value(path, "question_types")
-        for row in json_rows(path, "annotations"):
+        names = common.json_value(path, "question_types")
+        for row in common.json_rows(path, "annotations"):
             answers[row.whole("question_id")] = _annotation(row, names if isinstance(names, dict) else {})
     for path in origin.paths("questions"):
-        subtype = json_value(path, "data_subtype")
-        for row in json_rows(path, "questions"):
+        subtype = common.json_value(path, "data_subtype")
+        for row in common.json_rows(path, "questions"):
             number, image = row.whole("question_id"), row.whole("image_id")
             media = origin.locate(row.where, image_id=image, data_subtype=subtype or "")
             if labelled and number not in answers:
@@ -95,7 +88,7 @@ def msrvtt_qa(origin: Origin) -> Iterator[Sample]:
     """
     names: dict[int, str] = {}
     for path in origin.files.get("mapping", ()):
-        for row in table_rows(path, " ", ("name", "number")):
+        for row in common.table_rows(path, " ", ("name", "number")):
             number = Row({"number": row.text("number").removeprefix("vid")}, row.where).whole("number")
             names[number] = row.name("name")
     for row in origin.rows(purpose="questions" if "questions" in origin.files else "file"):
@@ -113,7 +106,7 @@ def gqa(origin: Origin) -> Iterator[Sample]:
     ``types.structural`` becomes ``meta.type``. Media field: ``image_id``.
     """
     for path in origin.paths():
-        for number, row in json_entries(path):
+        for number, row in common.json_entries(path):
             image = row.name("imageId")
             types = row.values.get("types")
             kind = types.get("structural") if isinstance(types, dict) else None
@@ -143,14 +136,11 @@ def music_avqa(origin: Origin) -> Iterator[Sample]:
 def _list_in_text(row: Row, key: str) -> list[str]:
     """A list that the file stores as a string of JSON."""
     value = row.values.get(key)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{row.where}: {key} is {shown(value)}, expected a list as JSON") from error
-    if not isinstance(value, list):
-        raise DataError(f"{row.where}: {key} is {shown(value)}, expected a list")
-    return [Row({key: item}, row.where).text(key) for item in value]
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{row.where}: {key} is {shown(value)}, expected a list as JSON") from error
+    return list(Row({key: value}, row.where).texts(key)) if value != [] else []
 
 
 def _fill(question: str, values: list[str], row: Row) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lavis_chatbridge.config import shown
@@ -52,14 +52,8 @@ def pairs_json(origin: Origin) -> Iterator[Sample]:
 def _pair(origin: Origin, row: Row, number: int, address: str) -> Sample:
     shard, inner = divmod(number, _PER_SHARD)
     image = row.values.get("image")
-    media = origin.locate(
-        row.where,
-        image=image if isinstance(image, str) else "",
-        row=number,
-        shard=shard,
-        inner=inner,
-        url_md5=hashlib.md5(address.encode()).hexdigest(),
-    )
+    fields = {"row": number, "shard": shard, "inner": inner, "url_md5": hashlib.md5(address.encode()).hexdigest()}
+    media = origin.locate(row.where, image=image if isinstance(image, str) else "", **fields)
     return Sample(str(number), media, (row.text("caption", "TEXT"),))
 
 
@@ -82,62 +76,53 @@ def webdataset(origin: Origin) -> Iterator[Sample]:
     for path in origin.every_file:
         try:
             with tarfile.open(path, "r:") as shard:
-                for group in _groups(shard, path):
+                files = (m for m in shard if m.isfile() and not m.issparse() and not _base(m).startswith("._"))
+                for key, members in itertools.groupby(files, _key):
                     keys += 1
-                    if group.media and group.text:
-                        yield Sample(group.key, tuple(group.media), (group.text,))
+                    name = f"{os.path.basename(path)}/{key}"
+                    media, text = _read(shard, members, path)
+                    if media and text:
+                        yield Sample(name, media, (text,))
                     else:
-                        left_out, first = left_out + 1, first or group.key
+                        left_out, first = left_out + 1, first or name
                 _check_end(shard, path)
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: not an uncompressed tar file: {error}") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if left_out:
-        _log.warning(
-            "%s: left out %d of %d keys without a medium or without a text; the first is %s",
-            origin.source,
-            left_out,
-            keys,
-            first,
-        )
+        message = "%s: left out %d of %d keys without a medium or without a text; the first is %s"
+        _log.warning(message, origin.source, left_out, keys, first)
 
 
-@dataclass
-class _Group:
-    """The members of one key, which are adjacent in a webdataset shard."""
-
-    key: str
-    media: list[Medium] = field(default_factory=list)
-    text: str | None = None
-    suffixes: set[str] = field(default_factory=set)
+def _base(member: tarfile.TarInfo) -> str:
+    return os.path.basename(member.name)
 
 
-def _groups(shard: tarfile.TarFile, path: str) -> Iterator[_Group]:
-    group, current = None, ""
-    for member in shard:
-        folder, base = os.path.split(member.name)
-        if not member.isfile() or member.issparse() or base.startswith("._"):
-            continue
-        stem, _, suffix = base.partition(".")
-        key, suffix = os.path.join(folder, stem), suffix.lower()
-        if group is None or key != current:
-            if group is not None:
-                yield group
-            group, current = _Group(f"{os.path.basename(path)}/{key}"), key
-        if suffix in group.suffixes and (suffix in ENDINGS or suffix in ("txt", "json")):
+def _key(member: tarfile.TarInfo) -> str:
+    return os.path.join(os.path.dirname(member.name), _base(member).partition(".")[0])
+
+
+def _read(
+    shard: tarfile.TarFile, members: Iterable[tarfile.TarInfo], path: str
+) -> tuple[tuple[Medium, ...], str | None]:
+    """The media and the text of one key, whose members are adjacent."""
+    media, text = [], None
+    endings: set[str] = set()
+    for member in members:
+        ending = _base(member).partition(".")[2].lower()
+        if ending in endings and (ending in ENDINGS or ending in ("txt", "json")):
             raise DataError(
-                f"{path}: a second .{suffix} of one key, {shown(member.name)}; a key has one of each ending"
+                f"{path}: a second .{ending} of one key, {shown(member.name)}; a key has one of each ending"
             )
-        group.suffixes.add(suffix)
-        if suffix in ENDINGS:
-            group.media.append(Medium(ENDINGS[suffix], path, member.offset_data, member.size))
-        elif suffix == "txt":
-            group.text = _content(shard, member).decode("utf-8", errors="replace").strip()
-        elif suffix == "json" and group.text is None:
-            group.text = _caption_in(_content(shard, member), f"{path}: {member.name}")
-    if group is not None:
-        yield group
+        endings.add(ending)
+        if ending in ENDINGS:
+            media.append(Medium(ENDINGS[ending], path, member.offset_data, member.size))
+        elif ending == "txt":
+            text = _content(shard, member).decode("utf-8", errors="replace").strip()
+        elif ending == "json" and text is None:
+            text = _caption_in(_content(shard, member), f"{path}: {member.name}")
+    return tuple(media), text
 
 
 def _check_end(shard: tarfile.TarFile, path: str) -> None:
