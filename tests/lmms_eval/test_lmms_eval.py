@@ -97,12 +97,12 @@ def _files(root: Path, name: str, number: int, drawn: list[Any]) -> list[str]:
     rng = np.random.default_rng([number, len(name)])
     files = []
     for scene in drawn:
-        path = root / f"{name}{number}.{ {'image': 'png', 'video': 'mp4', 'audio': 'wav'}[scene.kind] }".replace(
+        path = root / f"{name}{number}.{ {'image': 'png', 'video': 'mp4', 'audio': 'wav'}[scene.modality] }".replace(
             " ", ""
         )
-        if scene.kind == "image":
+        if scene.modality == "image":
             path.write_bytes(pictures.encode(pictures.render(scene, rng), "png", rng))
-        elif scene.kind == "audio":
+        elif scene.modality == "audio":
             path.write_bytes(sounds.encode(sounds.render(scene, rng), "wav"))
         else:
             clip = clips.render(scene, rng)
