@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.models.sampling import Sampling
 
-Model = Annotated[str, typer.Option("--model", help="tiny, vicuna7b, vicuna13b, or a YAML.")]
+Model = Annotated[str, typer.Option("--model", help="tiny, small, qwen3_8b, vicuna7b, vicuna13b, or a YAML.")]
 Options = Annotated[list[str], typer.Option("--options", help="Override the model's YAML: KEY=VALUE.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 EngineUrl = Annotated[
@@ -69,6 +69,14 @@ def load_model(
         CheckpointError: If a weight file is missing or does not fit.
         EngineError: If the server does not answer or serves another model.
     """
+    if Path(model).is_dir():
+        if (Path(model) / "config.yaml").is_file():
+            words = f"--model {model}/config.yaml --options model.checkpoint={model}/model.safetensors"
+            raise ConfigError(f"--model {model} is a folder: name its files, {words}")
+        if (Path(model) / "config.json").is_file():
+            raise ConfigError(
+                f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run"
+            )
     if not str(model).endswith((".yaml", ".yml")) and Path(model).suffix:
         raise ConfigError(f"--model {model}: expected a model type or a YAML")
     try:

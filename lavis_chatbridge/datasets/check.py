@@ -82,6 +82,8 @@ class Report:
             lines += [f"      {example}" for example in self.examples[cause]]
             if count > len(self.examples[cause]):
                 lines.append(f"      ... and {count - len(self.examples[cause])} more")
+        if not self.lines:
+            lines.append("  FAULT: there is no sample in it")
         return "\n".join([*lines, "usable" if self.usable else "NOT usable"])
 
 

@@ -20,6 +20,7 @@ from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, write_jso
 
 _log = logging.getLogger(__name__)
 
+_FILES = (".json", ".jsonl", ".tar", ".parquet", ".arrow", ".csv", ".tsv")
 _SPLIT = "train"
 
 
@@ -123,6 +124,8 @@ def recognised(source: str) -> str:
     from lavis_chatbridge.datasets.readers.own import is_hub_id
 
     ending = Path(source).suffix.lower()
+    if ending in _FILES and not os.path.exists(source) and not set("*?[") & set(source):
+        raise DataError(f"{source} does not exist")
     if os.path.isdir(source) or ending in (".parquet", ".arrow") or (not os.path.exists(source) and is_hub_id(source)):
         return "huggingface"
     if ending == ".tar":

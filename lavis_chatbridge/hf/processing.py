@@ -119,9 +119,11 @@ class ChatBridgeProcessor(ProcessorMixin):
             **unused: Padding and truncation arguments of other processors: rows are padded on the left.
 
         Raises:
-            PromptError: If the numbers of texts and media differ.
+            PromptError: If the numbers of texts and media differ, or a medium is given under another name.
             MediaError: If a medium cannot be opened.
         """
+        if wrong := next((name for name in ("image", "video", "audios") if name in unused), None):
+            raise PromptError(f"the processor takes images=, videos= and audio=, not {wrong}=")
         texts = None if text is None else [text] if isinstance(text, str) else list(text)
         given = {"image": images, "video": videos, "audio": audio}
         size = len(texts) if texts is not None else _rows(given)

@@ -36,7 +36,8 @@ WORDS = ("removed", "told")
 def command(
     cfg_path: Annotated[str | None, typer.Option("--cfg-path", help="Score on this configuration file.")] = None,
     suite: Annotated[
-        str | None, typer.Option(help="Benchmarks: paper, av, audio, image, video, zero-shot, all, or their names.")
+        str | None,
+        typer.Option(help="Benchmarks: paper, modern, zero-shot, image, video, audio, av, all, or their names."),
     ] = None,
     rescore: Annotated[
         str | None, typer.Option(metavar="FILE", help="Score this file of predictions again, without a model.")

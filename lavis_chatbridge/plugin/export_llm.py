@@ -17,7 +17,7 @@ _TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "chat_template.jinja", "merge
 
 def command(
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    model: Annotated[str, typer.Option(help="tiny, vicuna7b, vicuna13b, ... or a YAML.")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny, small, qwen3_8b, vicuna7b, vicuna13b, or a YAML.")] = "tiny",
     options: Annotated[
         list[str] | None, typer.Option("--options", help="Override the YAML: model.checkpoint=FILE.")
     ] = None,

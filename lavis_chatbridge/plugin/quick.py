@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,8 @@ BASES = {
 def start() -> None:
     """Use the quick start in this process, unless torch is imported already."""
     if "torch" not in sys.modules:
+        # lavis.models.med, which the quick start does not import, silences transformers' warnings.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         sys.meta_path.insert(0, _Finder())
 
 

@@ -84,6 +84,12 @@ def test_mistakes_of_the_command_line(words: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_is_no_model_and_the_message_names_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.yaml").touch()
+    assert cli.main(["ask", "hi", "--model", str(tmp_path)]) == 2
+    assert f"--options model.checkpoint={tmp_path}/model.safetensors" in capsys.readouterr().err
+
+
 def test_files_are_checked_before_the_model_is_loaded(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

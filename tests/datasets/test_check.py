@@ -8,6 +8,7 @@ import pytest
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets.check import check_file
+from lavis_chatbridge.datasets.convert import recognised
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
@@ -90,6 +91,8 @@ def test_empty_and_missing_files(tmp_path):
     assert not check_file(tmp_path / "a.jsonl").usable
     with pytest.raises(DataError, match="No such file"):
         check_file(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="does not exist"):
+        recognised(str(tmp_path / "none.jsonl"))
 
 
 def test_media_shared_with_evaluation_data_are_found(pictures, capsys):

@@ -216,6 +216,8 @@ def test_the_released_layout_comes_back(tmp_path: Path, golden_dir: Path) -> Non
 def test_mistakes_are_named(processor: ChatBridgeProcessor, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="2 texts, but images for 1 rows"):
         processor(text=["a", "b"], images=picture())
+    with pytest.raises(PromptError, match="images=, videos= and audio=, not image="):
+        processor(text="a", image=picture())
     with pytest.raises(PromptError, match="a part of type 'smell'"):
         processor.apply_chat_template([user("x", {"type": "smell", "path": "y"})], tokenize=True)
     with pytest.raises(PromptError, match="has no medium"):
