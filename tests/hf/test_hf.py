@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -30,6 +33,7 @@ from lavis_chatbridge.prompting import Message, Slot
 from lavis_chatbridge.toyworld import language, pictures
 from lavis_chatbridge.toyworld.world import scenes
 from tests.chat.building import picture, sound, video
+from tests.hub_server import serving
 
 NEWEST = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -98,10 +102,9 @@ def test_greedy_answers_equal_those_of_a_session_and_of_the_lavis_model(model, p
         ours = processor.batch_decode(model.generate(**inputs, max_new_tokens=12))
         batch = {"image": inputs["pixel_values"], "text_input": [text for _, text in part]}
         assert ours == model.chatbridge.generate(batch, max_length=12)
-        if start == 0:
-            for (pixels, text), answer in zip(part[:20], ours, strict=False):
-                session.clear()
-                assert session.ask(text, images=[pixels], max_new_tokens=12).text == answer
+        for (pixels, text), answer in zip(part, ours, strict=True):
+            session.clear()
+            assert session.ask(text, images=[pixels], max_new_tokens=12).text == answer
 
 
 def test_a_batch_of_different_media_answers_as_its_rows_do(model, processor, talk) -> None:
@@ -182,6 +185,37 @@ def test_dtype_and_device_map_apply_to_frozen_parts() -> None:
     assert half.chatbridge.settings.language_model.dtype == "float32"
     with pytest.raises(ConfigError, match="dtype"):
         ChatBridgeForConditionalGeneration.from_pretrained("tiny", dtype=torch.int8)
+
+
+def test_the_language_model_is_quantised_as_asked(processor, talk) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    small = ChatBridgeForConditionalGeneration.from_pretrained("tiny", quantization_config=config)
+    assert small.chatbridge.settings.language_model.quantization == "8bit"
+    assert any("int8" in str(p.dtype) for p in small.chatbridge.llama_model.parameters())
+    assert answers(small, processor, talk, max_new_tokens=3)[0]
+
+
+def test_a_hub_id_is_fetched_and_loads(tmp_path: Path, model) -> None:
+    model.save_pretrained(tmp_path / "hub" / "org" / "bridge", save_frozen=True)
+    program = (
+        "from lavis_chatbridge.hf import ChatBridgeForConditionalGeneration, ChatBridgeProcessor\n"
+        "model = ChatBridgeForConditionalGeneration.from_pretrained('org/bridge')\n"
+        "processor = ChatBridgeProcessor.from_pretrained('org/bridge')\n"
+        "print(float(model.chatbridge.llama_proj.weight.double().sum()), len(processor.codec))"
+    )
+    with serving(tmp_path / "hub") as server:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = done.stdout.split()
+    assert float(found[0]) == float(model.chatbridge.llama_proj.weight.double().sum())
+    assert int(found[1]) == len(model.chatbridge.llama_tokenizer)
 
 
 def test_the_three_forms_hold_the_same_tensors(tmp_path: Path, model) -> None:
