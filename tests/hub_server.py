@@ -79,6 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path, self.headers.get("Range", "")))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(found[1], found[2] or "main")
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/.+", path):
+            self._send(
+                200, json.dumps([{"type": "file", "oid": "0", **file} for file in self._files(found[1])]).encode(), {}
+            )
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if self._refused(found[1], found[2]):
                 return
@@ -97,10 +101,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, repo: str, revision: str) -> None:
         if self._refused(repo, revision):
             return
+        siblings = [{"rfilename": file["path"], "size": file["size"]} for file in self._files(repo)]
+        self._send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), {})
+
+    def _files(self, repo: str) -> list[dict[str, Any]]:
         folder = self.server.root / repo
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        siblings = [{"rfilename": p.relative_to(folder).as_posix(), "size": p.stat().st_size} for p in files]
-        self._send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), {})
+        return [{"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size} for path in files]
 
     def _refused(self, repo: str, revision: str) -> bool:
         if repo in self.server.gated and self.headers.get("Authorization") != "Bearer secret":

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.models.sampling import Sampling
 
-Model = Annotated[str, typer.Option("--model", help="tiny, small, qwen3_8b, vicuna7b, vicuna13b, or a YAML.")]
+Model = Annotated[
+    str, typer.Option("--model", help="tiny, small, qwen3_8b, vicuna7b, vicuna13b, a run's folder, or a YAML.")
+]
 Options = Annotated[list[str], typer.Option("--options", help="Override the model's YAML: KEY=VALUE.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 EngineUrl = Annotated[
@@ -55,8 +57,8 @@ def load_model(
     """Build a ChatBridge for answering, and its processors.
 
     Args:
-        model: A model type (``tiny``, ``vicuna7b``, ``vicuna13b``), or a YAML with ``model`` and ``preprocess``; keys
-            that it leaves out come from its ``model.model_type``.
+        model: A model type (``tiny``, ``vicuna7b``, ``vicuna13b``), a run's folder, or a YAML with ``model``
+            and ``preprocess``; keys that it leaves out come from its ``model.model_type``.
         options: Settings that override the YAML's, ``model.checkpoint=file`` for example.
         device: ``"auto"`` takes CUDA if there is a device; else torch's name of one.
         engine: The address of a vLLM server that runs the language model; empty for a local one.
@@ -71,8 +73,9 @@ def load_model(
     """
     if Path(model).is_dir():
         if (Path(model) / "config.yaml").is_file():
-            words = f"--model {model}/config.yaml --options model.checkpoint={model}/model.safetensors"
-            raise ConfigError(f"--model {model} is a folder: name its files, {words}")
+            return load_model(
+                Path(model) / "config.yaml", [f"model.checkpoint={model}/model.safetensors", *options], device, engine
+            )
         if (Path(model) / "config.json").is_file():
             raise ConfigError(
                 f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run"

@@ -149,7 +149,7 @@ def content_hash(place: Path) -> str:
 
 def _absolute(name: str, folder: Path) -> str:
     inside = folder / name
-    return str(inside.resolve()) if inside.exists() else name
+    return os.path.abspath(inside) if inside.exists() else name  # links stay: the hub's cache links to nameless files
 
 
 def _relative(name: str, folder: Path) -> str:

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.chat import Session, ask
+from lavis_chatbridge.chat import Session, ask, load_model
 from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.models import checkpoint
 
 
 def said(files: Path, *words: str) -> int:
@@ -84,10 +86,14 @@ def test_mistakes_of_the_command_line(words: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_is_no_model_and_the_message_names_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "config.yaml").touch()
-    assert cli.main(["ask", "hi", "--model", str(tmp_path)]) == 2
-    assert f"--options model.checkpoint={tmp_path}/model.safetensors" in capsys.readouterr().err
+def test_a_runs_folder_is_a_model_with_its_own_weights(tmp_path: Path):
+    trained, _ = load_model("tiny", device="cpu")
+    with torch.no_grad():
+        trained.llama_proj.bias += 1.0
+    checkpoint.save(tmp_path / "model.safetensors", trained.trainable_state_dict())
+    (tmp_path / "config.yaml").write_text("model: {model_type: tiny}\nrun: {seed: 1}\n")
+    found, _ = load_model(tmp_path, device="cpu")
+    assert torch.equal(found.llama_proj.bias, trained.llama_proj.bias)
 
 
 def test_files_are_checked_before_the_model_is_loaded(
