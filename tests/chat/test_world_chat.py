@@ -41,9 +41,9 @@ def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[
         asked = language.questions(scene[0], words)[:3]
     else:
         asked = [
-            language.one_of(scene, words),
+            language.Asker(scene, words).one(),
             language.joint(scene[0], scene[1], words, "name"),
-            language.one_of(scene, words),
+            language.Asker(scene, words).one(),
         ]
     found = []
     for i, question in enumerate(asked):

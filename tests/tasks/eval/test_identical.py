@@ -159,7 +159,7 @@ def test_answers_are_chosen_from_a_list(evaluate, tmp_path):
     two = evaluate("two", *options, "run.num_ans_candidates=2")
     (tmp_path / "answers.json").write_text(json.dumps(["yes", "red", "a large blue circle"]))
     assert evaluate("distinct", *options, "run.num_ans_candidates=2") == two
-    with pytest.raises(ConfigError, match="num_ans_candidates: Input should be greater than or equal to 1, found 0"):
+    with pytest.raises(ConfigError, match=r"run.num_ans_candidates is 0, expected at least 1"):
         evaluate("none", *options, "run.num_ans_candidates=0")
     with pytest.raises(ConfigError, match=r"run.answer_list names no JSON file"):
         evaluate("none", "run.inference_method=rank")
