@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin.launch import Session
 from lavis_chatbridge.prompting import Message
-from lavis_chatbridge.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.prompting.choices import listed
+from lavis_chatbridge.schema import Medium, Sample, read_jsonl, write_jsonl
 from tests.runners.runner_parts import in_processes
 from tests.tasks.eval import ranks
 
@@ -126,6 +128,28 @@ def test_two_processes_write_the_file_of_one(evaluate, data, tmp_path):
     assert (tmp_path / "two/result/test_step0.jsonl").read_text() == one
     assert "test chatbridge_jsonl/image  7        exact_match" in (tmp_path / "printed0.txt").read_text()
     assert (tmp_path / "printed1.txt").read_text() == ""
+
+
+@pytest.mark.parametrize("method", ["generate", "rank"])
+def test_multiple_choice_does_not_depend_on_batches_and_processes(evaluate, data, tmp_path, method):
+    samples = []
+    for n, sample in enumerate(read_jsonl(data / "test.jsonl", data)):
+        options = ["red", "blue", "a large circle", "nothing"][: 2 + n % 3]
+        question = replace(sample.turns[0], text=f"{QUESTIONS[n % 3]}\n{listed(options)}")
+        meta = {"options": options, "correct": 0}
+        samples.append(replace(sample, turns=(question, *sample.turns[1:]), meta=meta))
+    write_jsonl(data / "choice.jsonl", samples)
+    options = [
+        "run.task=chatbridge_choice", "run.metrics=[choice]", f"run.inference_method={method}",
+        "datasets.chatbridge_jsonl.splits.test=choice.jsonl",
+    ]  # fmt: skip
+    one = evaluate("one", "run.batch_size_eval=1", *options)
+    assert one == evaluate("sixteen", "run.batch_size_eval=16", *options)
+    options.append(f"run.output_dir={tmp_path / 'two'}")
+    in_processes(ranks.evaluate, 2, str(data / "run.yaml"), options, str(tmp_path))
+    assert (tmp_path / "two/result/test_step0.jsonl").read_text() == one
+    records = [json.loads(line) for line in one.splitlines()]
+    assert len({(record["prediction"], *record.get("replies", ())) for record in records}) > 1
 
 
 def test_what_one_process_cannot_do_ends_the_suite_on_both_and_the_next_one_runs(data, tmp_path):
