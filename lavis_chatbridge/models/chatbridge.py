@@ -59,7 +59,7 @@ class ChatBridge(Answering, BaseModel):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        weights.find_all(settings)  # before anything is built: fetches all files, or names all that are missing
+        weights.find_all(settings)  # download all files, or name all missing ones, before building the model
         check_available(settings.language_model)
         self.settings = settings
         self.prompt_layout = settings.prompt_layout

@@ -128,7 +128,7 @@ def _without(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
     try:
         with _nothing_compiled():
             execute(module)
-    except Exception:
+    except Exception:  # the module needs the real packages while it is imported: import it again with them
         vars(module).clear()
         vars(module).update(before)
         execute(module)

@@ -100,7 +100,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 class PredictionFiles:
-    """The predictions of one split in a folder of results; ``depends_on`` is the hash of all that they depend on."""
+    """The predictions of one split. ``depends_on`` is a hash of the data, prompts, decoding, weights and versions."""
 
     def __init__(self, folder: Path, depends_on: str, rank: int = 0) -> None:
         self.folder, self.depends_on = folder, depends_on

@@ -1,4 +1,4 @@
-"""Media as Python has them: Pillow images of every mode, single ones, sounds with a rate; and what of them is saved."""
+"""Questions with in-memory media (Pillow images, arrays with a sample rate), and how a conversation saves them."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lavis_chatbridge.tasks import statistics
 
@@ -43,3 +44,31 @@ def test_weights_make_a_mean_of_all_parts() -> None:
 def test_seeds_have_a_mean_and_a_deviation() -> None:
     assert statistics.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert statistics.over_seeds([5.0]) == (5.0, 0.0)
+
+
+def test_intervals_cover_the_truth_in_95_percent_of_simulated_suites() -> None:
+    rng, truth = np.random.default_rng(0), 0.4
+    covered = 0
+    for _ in range(2000):  # 60 media with two questions each, which are right together more often than alone
+        shared = rng.random((60, 1)) < 0.5
+        right = np.where(shared, rng.random((60, 1)) < truth, rng.random((60, 2)) < truth).ravel()
+        low, high = statistics.interval(right, clusters=[n // 2 for n in range(120)], seed=int(rng.integers(2**31)))
+        covered += low <= truth <= high
+    assert 0.93 <= covered / 2000 <= 0.97
+
+
+def test_a_comparison_agrees_with_scipys_paired_bootstrap_of_both_runs() -> None:
+    rng = np.random.default_rng(3)
+    a = rng.random(80) < 0.5
+    b = a | (rng.random(80) < 0.2)
+    found = statistics.paired(a, b)
+    expected = stats.bootstrap(
+        (a.astype(float), b.astype(float)),
+        lambda x, y, axis: y.mean(axis) - x.mean(axis),
+        paired=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(4),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.015)
+    assert found.value == pytest.approx(b.mean() - a.mean())
