@@ -35,7 +35,7 @@ class Medium:
     """One medium of a sample.
 
     Args:
-        kind: The modality: ``"image"``, ``"video"`` or ``"audio"``; a video file with ``"audio"`` is its audio track.
+        modality: ``"image"``, ``"video"`` or ``"audio"``; a video file with ``"audio"`` is its audio track.
         path: The file; empty if there are ``words``.
         offset: First byte of the medium inside ``path``, if ``path`` is an uncompressed tar file.
         size: Its number of bytes there.
@@ -43,7 +43,7 @@ class Medium:
             medium in words.
     """
 
-    kind: Modality
+    modality: Modality
     path: str = ""
     offset: int | None = None
     size: int | None = None
@@ -81,9 +81,9 @@ class Sample:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def kinds(self) -> tuple[Modality, ...]:
+    def modalities(self) -> tuple[Modality, ...]:
         """The modalities of all media, in order, including media that words replace."""
-        return tuple(medium.kind for medium in self.media)
+        return tuple(medium.modality for medium in self.media)
 
     @property
     def files(self) -> tuple[Medium, ...]:
@@ -93,8 +93,8 @@ class Sample:
     @property
     def modality(self) -> str:
         """The modalities of its files: ``"image"``, ``"video+audio"``; ``"text"`` without files."""
-        kinds = {medium.kind for medium in self.files}
-        return "+".join(modality for modality in MODALITIES if modality in kinds) or "text"
+        modalities = {medium.modality for medium in self.files}
+        return "+".join(modality for modality in MODALITIES if modality in modalities) or "text"
 
 
 class _MediumRecord(TypedDict, total=False):
@@ -226,13 +226,13 @@ def to_record(sample: Sample, root: str = "") -> dict[str, Any]:
 
 def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
     if medium.words:
-        return {"type": medium.kind, "words": list(medium.words)}
+        return {"type": medium.modality, "words": list(medium.words)}
     path = medium.path
     if root:
         relative = os.path.relpath(os.path.abspath(path), root)
         path = os.path.abspath(path) if relative.startswith("..") else relative
     place = {} if medium.offset is None else {"offset": medium.offset, "size": medium.size}
-    return {"type": medium.kind, "path": path, **place}
+    return {"type": medium.modality, "path": path, **place}
 
 
 def _sample(read: Callable[[], _Record], where: str, root: str, allow_outside: bool) -> Sample:
@@ -300,7 +300,7 @@ def _turns(
         if wrong := [i for i in shows if i not in every]:
             raise DataError(f"{spot}: media names {wrong[0]}, but the sample has {len(media)} media (counted from 0)")
         order += shows
-        turns.append(Message(role, item["text"], tuple(media[i].kind for i in shows)))
+        turns.append(Message(role, item["text"], tuple(media[i].modality for i in shows)))
     if sorted(order) != list(every):
         fault = "two turns have the same medium" if len(order) > len(set(order)) else "a medium belongs to no turn"
         raise DataError(f"{where}: {fault}: there are {len(media)} media, the turns have {shown(order)}")

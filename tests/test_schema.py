@@ -188,9 +188,9 @@ def test_words_stand_for_a_medium(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [sample])
     (read,) = read_jsonl(tmp_path / "x.jsonl")
     assert read.media[1] == media[1]
-    assert read.kinds == ("image", "audio")
+    assert read.modalities == ("image", "audio")
     assert read.modality == "image"
-    assert [medium.kind for medium in read.files] == ["image"]
+    assert [medium.modality for medium in read.files] == ["image"]
 
 
 def test_a_whole_character_may_be_spelt_in_two_halves(tmp_path):

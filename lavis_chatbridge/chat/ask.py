@@ -218,7 +218,7 @@ def _conversation(record: Mapping[str, Any], where: str, folder: Path, system: s
     files = iter(sample.media)
     result = Conversation(system=system)
     for turn in sample.turns:
-        pairs: list[Any] = [(medium.kind, medium.path) for medium in (next(files) for _ in turn.media)]
+        pairs: list[Any] = [(medium.modality, medium.path) for medium in (next(files) for _ in turn.media)]
         result.messages.append(ChatMessage(turn.role, turn.text, tuple(media_of(media=pairs, hear_videos=hear))))
     if result.messages and result.messages[-1].role == "assistant":
         result.messages.pop()  # data sets have the expected answer here

@@ -348,7 +348,7 @@ class Engine:
         for medium in (medium for message in window for medium in message.media):
             if medium.perceived is not None and medium.perceived.soft is not None:
                 seen.setdefault(medium.modality, []).append((medium.perceived.key, medium.perceived.soft))
-        found = {slot: seen[slot.kind][slot.index] for slot in slots_of(pieces)}
+        found = {slot: seen[slot.modality][slot.index] for slot in slots_of(pieces)}
         lengths = {slot: (key, len(soft)) for slot, (key, soft) in found.items()}
         return elements_of(pieces, lengths, self.codec), dict(found.values())
 

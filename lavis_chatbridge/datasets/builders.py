@@ -93,7 +93,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
     def media_of(self, splits: Iterable[str]) -> dict[str, set[Modality]]:
         """Split -> the modalities of its media, for those of the given splits that exist."""
         groups = self.build(splits)
-        return {split: set().union(*(source.kinds for source in group.sources)) for split, group in groups.items()}
+        return {split: set().union(*(source.modalities for source in group.sources)) for split, group in groups.items()}
 
     @classmethod
     def _parse(cls, cfg: Any, where: str) -> DataSettings:

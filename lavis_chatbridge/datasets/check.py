@@ -149,7 +149,7 @@ class _Check:
         self._texts(sample, where)
         for medium in sample.files:
             if medium not in self._known:
-                report.media[medium.kind] += 1
+                report.media[medium.modality] += 1
                 self._known[medium] = self._outside(medium.path) or _fault_of(medium, self._decode)
                 if shared := self._evaluation.shared(medium):
                     report.add_fault(shared[0], f"{where}: {medium.path} is {shared[1]}")
@@ -245,7 +245,7 @@ def command(
 
 
 def _name(medium: Medium) -> tuple[Modality, str]:
-    return medium.kind, stem_of(os.path.basename(medium.path))
+    return medium.modality, stem_of(os.path.basename(medium.path))
 
 
 def _size(medium: Medium) -> int:
@@ -272,9 +272,9 @@ def _fault_of(medium: Medium, decode: bool) -> _Fault:
 
     try:
         source = media_source(medium)
-        if medium.kind == "image":
+        if medium.modality == "image":
             media.open_image(source)
-        elif medium.kind == "video":
+        elif medium.modality == "video":
             media.open_video(source, lambda count: sorted({0, count // 2, count - 1}))
         else:
             media.open_audio(source)

@@ -108,10 +108,10 @@ class SourceDataset(torch.utils.data.Dataset):
         return [self]
 
     @property
-    def kinds(self) -> set[Modality]:
+    def modalities(self) -> set[Modality]:
         """The modalities of its samples' media."""
         if not isinstance(self.samples, SampleFile):
-            return {modality for i in range(len(self)) for modality in self.sample(i).kinds}
+            return {modality for i in range(len(self)) for modality in self.sample(i).modalities}
         own = self.samples.modality if self.indices is None else self.samples.modality[self.indices]
         named = "+".join(self.samples.modalities[number] for number in np.unique(own))
         return {modality for modality in MODALITIES if modality in named}
@@ -158,7 +158,7 @@ class SourceDataset(torch.utils.data.Dataset):
         rng = self._rng(index, epoch, _MEDIA_STREAM)
         media: dict[str, list] = {modality: [] for modality in MODALITIES}
         for medium in sample.files:
-            media[medium.kind].append(self._load(medium, rng))
+            media[medium.modality].append(self._load(medium, rng))
         task = sample.task or self.settings.task
         texts = {"text_output": target_text(pieces), "references": references(sample, self.settings.stage)}
         own = {"answers": list(sample.answers), "facts": dict(sample.facts), "meta": dict(sample.meta)}
@@ -178,7 +178,7 @@ class SourceDataset(torch.utils.data.Dataset):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions; alignment needs one")
             clean = self.processors.get("text", conversation.clean_caption)
-            pieces = conversation.alignment_prompt(sample.kinds, clean(_choose(sample.captions, chosen)))
+            pieces = conversation.alignment_prompt(sample.modalities, clean(_choose(sample.captions, chosen)))
         else:
             turns = self._turns(sample, chosen)
             word = conversation.chat_prompt if self.template is None else self.template.prompt
@@ -203,16 +203,16 @@ class SourceDataset(torch.utils.data.Dataset):
                 f"a request; known tasks are {', '.join(templates.tasks)}"
             )
         request = templates.apply(task, "", style, rng)
-        return (Message("user", request, sample.kinds), Message("assistant", _choose(sample.captions, rng)))
+        return (Message("user", request, sample.modalities), Message("assistant", _choose(sample.captions, rng)))
 
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
         if not self.settings.allow_outside:
             check_inside(medium.path, self.settings.root)
         if self.features is not None and (found := self.features.find(medium)) is not None:
             return found
-        processor = self.processors.get(medium.kind)
+        processor = self.processors.get(medium.modality)
         if processor is None:
-            raise DataError(f"{self.name}: there is no {medium.kind} processor; set {_KEYS[medium.kind]}")
+            raise DataError(f"{self.name}: there is no {medium.modality} processor; set {_KEYS[medium.modality]}")
         return processor(media_source(medium), rng=rng if self.settings.train else None)
 
     def _rng(self, index: int, epoch: int, stream: int) -> np.random.Generator:

@@ -41,13 +41,13 @@ _BLOCK = 1 << 20
 class Encoder(Protocol):
     """A model whose encoders' outputs can be stored."""
 
-    def encode_media(self, kind: Modality, media: list[Any]) -> list[EncodedMedium]:
+    def encode_media(self, modality: Modality, media: list[Any]) -> list[EncodedMedium]:
         """Encode processed media of one modality with the frozen encoder."""
 
-    def perceive_media(self, kind: Modality, media: Sequence[EncodedMedium]) -> list[torch.Tensor]:
+    def perceive_media(self, modality: Modality, media: Sequence[EncodedMedium]) -> list[torch.Tensor]:
         """The soft tokens ``[Q, D]`` of encoded media."""
 
-    def frozen_fingerprint(self, kind: Modality) -> str:
+    def frozen_fingerprint(self, modality: Modality) -> str:
         """A hash of the frozen weights."""
 
 
@@ -112,7 +112,7 @@ class FeatureStore:
 
     def key(self, medium: Medium) -> str:
         """The key of a medium: 40 hexadecimal digits; a `MediaError` if the file cannot be read."""
-        return hash_of(medium.kind, self.salts.get(medium.kind, ""), self.digests.of(medium))[:40]
+        return hash_of(medium.modality, self.salts.get(medium.modality, ""), self.digests.of(medium))[:40]
 
     def get(self, key: str) -> EncodedMedium:
         """The stored features, tokens in float16; a `DataError` if the shard is damaged."""
@@ -195,7 +195,7 @@ def build_features(
     for medium in distinct_media(samples):
         key = _key(store, medium)
         if key and key not in store and int(key, 16) % world_size == rank:
-            missing[medium.kind][key] = medium
+            missing[medium.modality][key] = medium
     for modality, media in missing.items():
         if media:
             encoded = _encode(model, modality, list(media.values()), processors[modality], batch, workers)
@@ -223,8 +223,8 @@ def write_soft_tokens(model: Encoder, store: FeatureStore, samples: Iterable[Sam
         if (key := _key(store, medium)) in store:
             encoded = store.get(key)
             part = "" if medium.offset is None else f"@{medium.offset}+{medium.size}"
-            tokens = model.perceive_media(medium.kind, [encoded])[0]
-            found[f"{medium.kind}:{medium.path}{part}"] = tokens.detach().float().cpu().contiguous()
+            tokens = model.perceive_media(medium.modality, [encoded])[0]
+            found[f"{medium.modality}:{medium.path}{part}"] = tokens.detach().float().cpu().contiguous()
     with atomic_file(target) as temporary:
         if target.suffix == ".npz":
             with open(temporary, "wb") as file:

@@ -112,11 +112,11 @@ class Written:
 
     def line(self) -> str:
         """For people."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.modalities.items())
+        counts = ", ".join(f"{count} {modality}" for modality, count in self.modalities.items())
         missing = f"; left out {len(self.left_out)} whose media cannot be read" if self.left_out else ""
         first = f" (first {self.left_out[0][0]}: {self.left_out[0][1]})" if self.left_out else ""
         shards = f"{self.shards} shards, {self.bytes / (1 << 20):.1f} MiB"
-        return f"{self.jsonl}: {self.samples} samples ({kinds}) in {shards}{missing}{first}"
+        return f"{self.jsonl}: {self.samples} samples ({counts}) in {shards}{missing}{first}"
 
 
 def write(
@@ -244,13 +244,13 @@ def _contents(sample: Sample, samples: Sequence[Sample], stored: dict[_Content, 
             with media_errors(data):
                 data = Path(str(file_of(data))).read_bytes()
         ending = Path(medium.path).suffix[1:].lower() if medium.offset is None else ""
-        found[content] = (ending if ending.isalnum() and ending != "json" else medium.kind, data)
+        found[content] = (ending if ending.isalnum() and ending != "json" else medium.modality, data)
     return found
 
 
 def _placed(sample: Sample, places: dict[_Content, Medium]) -> dict[str, Any]:
     """A sample as a JSONL record, with its media's locations in the shards."""
-    media = [m if m.words else replace(places[m.path, m.offset, m.size], kind=m.kind) for m in sample.media]
+    media = [m if m.words else replace(places[m.path, m.offset, m.size], modality=m.modality) for m in sample.media]
     return to_record(replace(sample, media=tuple(media)))
 
 

@@ -132,11 +132,11 @@ class ChatBridgeProcessor(ProcessorMixin):
         for number, row in enumerate(rows):
             parts = [{"type": m, m: source} for m in row for source in row[m]]
             loaded = self._load(parts, hear=self.hear_videos and audio is None)
-            kinds = tuple(modality for modality, _ in loaded)
+            modalities = tuple(modality for modality, _ in loaded)
             if texts is None:
-                prompts.append(list(alignment_prompt(kinds, "")[:-1]))
+                prompts.append(list(alignment_prompt(modalities, "")[:-1]))
             else:
-                prompts.append(self._template("").prompt([Message("user", texts[number], kinds)], generate=True))
+                prompts.append(self._template("").prompt([Message("user", texts[number], modalities)], generate=True))
             media.append(loaded)
         return self._features(prompts, media, generate=True)
 
@@ -259,7 +259,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         start = 0
         for modality in MODALITIES:
             for row, listed in enumerate(media):
-                for index, medium in enumerate(one for kind, one in listed if kind == modality):
+                for index, medium in enumerate(one for own, one in listed if own == modality):
                     places[row][modality, index] = range(start, start := start + self._count(modality, medium))
                     by_modality[modality].append(medium)
         longest = 1 << 30 if generate else self.settings.max_text_length
@@ -350,7 +350,7 @@ def _row(media: Any, number: int, size: int, modality: str) -> list[Any]:
 
 
 def _text(pieces: Sequence[Piece]) -> str:
-    return "".join(f"<{piece.kind}>" if isinstance(piece, Slot) else piece.text for piece in pieces)
+    return "".join(f"<{piece.modality}>" if isinstance(piece, Slot) else piece.text for piece in pieces)
 
 
 def _padded_left(columns: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:

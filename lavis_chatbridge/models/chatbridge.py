@@ -263,8 +263,8 @@ class ChatBridge(Answering, BaseModel):
         wanted: dict[Modality, list[tuple[int, Slot]]] = {modality: [] for modality in MODALITIES}
         for i, pieces in enumerate(prompts):
             for slot in dict.fromkeys(slots_of(pieces)):
-                if slot.kind in media and 0 <= slot.index < len(media[slot.kind][i]):
-                    wanted[slot.kind].append((i, slot))
+                if slot.modality in media and 0 <= slot.index < len(media[slot.modality][i]):
+                    wanted[slot.modality].append((i, slot))
         named = {modality: [media[modality][i][slot.index] for i, slot in wanted[modality]] for modality in MODALITIES}
         frames = self.encode_media("video", [*named["image"], *named["video"]])  # in one batch
         count = len(named["image"])

@@ -126,7 +126,7 @@ def elements_of(
     Raises:
         PromptError: If the prompt is empty, or names a medium that is not given.
     """
-    places = {(slot.kind, slot.index): range(count) for slot, (_, count) in media.items()}
+    places = {(slot.modality, slot.index): range(count) for slot, (_, count) in media.items()}
     row = _row(pieces, places, codec, 0)
     keys = iter([(media[p][0], i) for p in pieces if isinstance(p, Slot) for i in range(media[p][1])])
     elements: list[Element] = [next(keys) if token == SOFT else token for token in row.ids.tolist()]
@@ -186,12 +186,11 @@ def _row(pieces: Sequence[Piece], media: Places, codec: Codec, sample: int) -> _
     soft: list[int] = []
     for piece in pieces:
         if isinstance(piece, Slot):
-            place = media.get((piece.kind, piece.index))
+            place = media.get((piece.modality, piece.index))
             if place is None:
                 have = ", ".join(f"{modality} {i}" for modality, i in media) or "none"
-                raise PromptError(
-                    f"the prompt of sample {sample} names {piece.kind} {piece.index}, which it lacks (it has: {have})"
-                )
+                named = f"{piece.modality} {piece.index}"
+                raise PromptError(f"the prompt of sample {sample} names {named}, which it lacks (it has: {have})")
             ids += [SOFT] * len(place)
             target += [False] * len(place)
             soft += place

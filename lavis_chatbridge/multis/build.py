@@ -280,7 +280,7 @@ def _worded(
         raise PromptError(f"{where}: {error}") from error
     if options.wording == "at_reading":
         return sample
-    first = Message("user", request, sample.kinds)
+    first = Message("user", request, sample.modalities)
     turns = (first, *sample.turns[1:]) if sample.turns else (first, Message("assistant", sample.captions[0]))
     # A sample without a task gets no template when it is read; meta keeps the task's name.
     return dataclasses.replace(sample, turns=turns, task="", style="", meta={**sample.meta, "task": task})

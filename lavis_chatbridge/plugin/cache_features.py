@@ -62,9 +62,9 @@ def _report(store: FeatureStore, samples: Iterable[Sample]) -> str:
     without: Counter[str] = Counter()
     for medium in distinct_media(samples):
         try:
-            (held if store.key(medium) in store else without)[medium.kind] += 1
+            (held if store.key(medium) in store else without)[medium.modality] += 1
         except MediaError:
-            without[medium.kind] += 1
+            without[medium.modality] += 1
     size = sum(shard.stat().st_size for shard in store.folder.glob("*.tar")) / (1 << 20)
     lines = [f"{store.folder}: features of {_counts(held)} for this configuration; {size:.1f} MiB in all"]
     if without:

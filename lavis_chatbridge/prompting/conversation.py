@@ -87,13 +87,13 @@ def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: s
     previous: Modality | None = None
     for slot in _numbered(media, counts):
         if previous is None:
-            words = f"{opening}Given following {slot.kind}: "
-        elif previous == "video" and slot.kind == "audio":
+            words = f"{opening}Given following {slot.modality}: "
+        elif previous == "video" and slot.modality == "audio":
             words = " and its background audio: "
         else:
-            words = f" and {slot.kind}: "
+            words = f" and {slot.modality}: "
         pieces += [Text(words), slot]
-        previous = slot.kind
+        previous = slot.modality
     return pieces
 
 

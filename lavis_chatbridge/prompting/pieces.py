@@ -31,9 +31,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Slot:
-    """A medium of the prompt: the ``index``-th of modality ``kind`` among the sample's media, from 0."""
+    """A medium of the prompt: the ``index``-th of ``modality`` among the sample's media, from 0."""
 
-    kind: Modality
+    modality: Modality
     index: int = 0
 
 
@@ -64,8 +64,8 @@ def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]
         elif piece in words:
             spelt.append(Text(words[piece]))
         else:
-            spelt.append(Slot(piece.kind, counts.get(piece.kind, 0)))
-            counts[piece.kind] = counts.get(piece.kind, 0) + 1
+            spelt.append(Slot(piece.modality, counts.get(piece.modality, 0)))
+            counts[piece.modality] = counts.get(piece.modality, 0) + 1
     return spelt
 
 

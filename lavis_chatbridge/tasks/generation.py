@@ -213,7 +213,7 @@ def _media(source: Any, index: int | None) -> list[tuple[str, str]]:
     """Modality and path of a sample's own files; empty if the source does not have them."""
     if source is None or index is None:
         return []
-    return [(medium.kind, str(medium.path)) for medium in getattr(source.sample(index), "files", ())]
+    return [(medium.modality, str(medium.path)) for medium in getattr(source.sample(index), "files", ())]
 
 
 def _answer_list(settings: EvaluationSettings) -> list[str]:
@@ -235,7 +235,7 @@ def _answer_list(settings: EvaluationSettings) -> list[str]:
 
 def prompt_text(pieces: Sequence[Piece]) -> str:
     """The prompt as text for a report; a slot is ``[image 0]``."""
-    return "".join(p.text if isinstance(p, Text) else f"[{p.kind} {p.index}]" for p in context_of(pieces))
+    return "".join(p.text if isinstance(p, Text) else f"[{p.modality} {p.index}]" for p in context_of(pieces))
 
 
 def model_hash(model: nn.Module) -> str:

@@ -26,7 +26,7 @@ class Source(Protocol):
     """The interface of a data set's source."""
 
     name: str
-    kinds: Collection[Modality]
+    modalities: Collection[Modality]
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -35,7 +35,7 @@ class Source(Protocol):
         """The ``index``-th sample, ready for the model."""
 
     def sample(self, index: int) -> Any:
-        """The ``index``-th sample, without opening media; its ``files`` have ``kind``, ``path`` and ``offset``."""
+        """The ``index``-th sample, without opening media; its ``files`` have ``modality``, ``path`` and ``offset``."""
 
     def pieces(self, sample: Any, rng: Any) -> list[Piece]:
         """The prompt of a sample."""
@@ -89,11 +89,11 @@ class EvaluationSource:
     def _withheld(self, index: int, item: dict[str, Any]) -> list[Piece]:
         """The prompt of a sample without its media."""
         if self.words == "kept":
-            return [p for p in item["pieces"] if not (isinstance(p, Slot) and p.kind in self.modalities)]
+            return [p for p in item["pieces"] if not (isinstance(p, Slot) and p.modality in self.modalities)]
         sample = self.source.sample(index)
-        lost = [medium.kind for medium in sample.files if medium.kind in self.modalities]
-        media = tuple(medium for medium in sample.media if medium.words or medium.kind not in self.modalities)
-        spelt = {medium.kind for medium in sample.media if medium.words}
+        lost = [medium.modality for medium in sample.files if medium.modality in self.modalities]
+        media = tuple(medium for medium in sample.media if medium.words or medium.modality not in self.modalities)
+        spelt = {medium.modality for medium in sample.media if medium.words}
         turns = tuple(
             replace(turn, media=tuple(m for m in turn.media if m in spelt or m not in self.modalities))
             for turn in sample.turns
@@ -127,7 +127,7 @@ class EvaluationSource:
     def _files(self, index: int) -> list[tuple]:
         """Modality, path and offset of each affected medium of a sample, without opening it."""
         files = self.source.sample(index).files
-        return [(medium.kind, medium.path, medium.offset) for medium in files if medium.kind in self.modalities]
+        return [(medium.modality, medium.path, medium.offset) for medium in files if medium.modality in self.modalities]
 
 
 class EvaluationSplit:
@@ -148,7 +148,9 @@ class EvaluationSplit:
         seed: int = 0,
         words: WithheldWords = "kept",
     ) -> None:
-        concerned = [source for source in sources if mode == "normal" or set(source.kinds).intersection(modalities)]
+        concerned = [
+            source for source in sources if mode == "normal" or set(source.modalities).intersection(modalities)
+        ]
         if sources and not concerned:
             names = ", ".join(source.name for source in sources)
             raise DataError(f"run.media is {mode}, but {names} have no {' and no '.join(modalities)}")

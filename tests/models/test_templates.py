@@ -39,7 +39,7 @@ def ids_of(pieces: Sequence[Piece], codec: Codec) -> list[int]:
 
 
 def shown(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text if isinstance(piece, Text) else f"[{piece.kind} {piece.index}]" for piece in pieces)
+    return "".join(piece.text if isinstance(piece, Text) else f"[{piece.modality} {piece.index}]" for piece in pieces)
 
 
 def rendered(folder: Path, messages: Sequence[Message], generate: bool) -> list[int]:

@@ -27,7 +27,7 @@ class Source:
     """``size`` pictures, each a number that says its colour; every question asks for it."""
 
     ratio = None
-    kinds = ("image",)
+    modalities = ("image",)
 
     def __init__(self, name, size, answers=False, bad=(), paths=None):
         self.name, self.size, self.answers, self.bad, self.paths = name, size, answers, bad, paths
@@ -41,7 +41,7 @@ class Source:
 
     def sample(self, index):
         path = f"{index}.png" if self.paths is None else self.paths[index]
-        files = [SimpleNamespace(kind="image", path=path, offset=None)] if path else []
+        files = [SimpleNamespace(modality="image", path=path, offset=None)] if path else []
         return SimpleNamespace(id=f"{self.name}{index}", facts={"colour": COLOURS[index % 3]}, files=files)
 
     def item(self, index, epoch=0):
@@ -151,7 +151,7 @@ def test_a_picture_is_exchanged_for_one_that_can_be_read_however_few_there_are()
 @pytest.mark.parametrize("mode", ["withheld", "shuffled"])
 def test_sources_without_such_media_are_left_out(mode):
     words = Source("w", 4)
-    words.kinds = ()
+    words.modalities = ()
     assert [s.name for s in EvaluationSplit([Source("a", 4), words], mode, ["image"]).sources] == ["a"]
     assert [s.name for s in EvaluationSplit([Source("a", 4), words]).sources] == ["a", "w"]
     with pytest.raises(DataError, match=f"run.media is {mode}, but a, w have no video and no audio"):
@@ -227,7 +227,7 @@ def test_train_step_gives_lavis_a_loss():
 class Asked(Source):
     """A video with its sound and a question, as a data set's source words it."""
 
-    kinds = ("video", "audio")
+    modalities = ("video", "audio")
 
     def sample(self, index):
         media = (Medium("video", "a.mp4"), Medium("audio", "a.mp4"))

@@ -63,7 +63,7 @@ def test_every_file_opens(world: Path) -> None:
             assert openers[kind](sample.media[0].path).size > 0
     for sample in samples(world, "joint_test"):
         for medium in sample.media:
-            assert openers[medium.kind](medium.path).size > 0
+            assert openers[medium.modality](medium.path).size > 0
 
 
 @pytest.mark.parametrize("kind", MODALITIES)
@@ -93,10 +93,10 @@ def test_questions_have_their_answers(world: Path) -> None:
 
 def test_joint_media_come_together_and_in_both_orders(world: Path) -> None:
     joint = samples(world, "joint_test")
-    orders = Counter(sample.kinds for sample in joint)
+    orders = Counter(sample.modalities for sample in joint)
     assert set(orders) == {("image", "audio"), ("audio", "image"), ("video", "audio"), ("audio", "video")}
     own_track = [sample for sample in joint if sample.media[0].path == sample.media[1].path]
-    assert {sample.kinds for sample in own_track} == {("video", "audio")}
+    assert {sample.modalities for sample in own_track} == {("video", "audio")}
     assert Counter(sample.meta["asked"] for sample in joint) == dict.fromkeys(
         ("name", "compose", "match", "compare", "conditional"), 8
     )
@@ -112,7 +112,7 @@ def test_the_joint_questions_stand_in_words_too(world: Path) -> None:
     assert [(one.turns, one.answers) for one in shown] == [(one.turns, one.answers) for one in told]
     for sample in told:
         assert not sample.files
-        found = [facts_in(medium.words[0], medium.kind) for medium in sample.media]
+        found = [facts_in(medium.words[0], medium.modality) for medium in sample.media]
         assert {**found[0], **found[1]} == sample.facts
 
 

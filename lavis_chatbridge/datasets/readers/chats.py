@@ -40,7 +40,7 @@ def avsd(origin: Origin) -> Iterator[Sample]:
         media = origin.locate(row.where, image_id=name)
         turns: list[Message] = []
         for number, pair in enumerate(row.rows("dialog")):
-            shows = tuple(medium.kind for medium in media) if number == 0 else ()
+            shows = tuple(medium.modality for medium in media) if number == 0 else ()
             turns.append(Message("user", pair.text("question"), shows))
             answer = pair.text("answer") if "answer" in pair else UNDISCLOSED
             if answer != UNDISCLOSED:
@@ -91,7 +91,7 @@ def _turns(row: Row, media: tuple[Medium, ...], most: int | None) -> tuple[Messa
             raise DataError(
                 f"{item.where}: from is {shown(speaker)}, expected {expected!r}: they alternate, human first"
             )
-        shows = tuple(medium.kind for medium in media) if number == 0 else ()
+        shows = tuple(medium.modality for medium in media) if number == 0 else ()
         turns.append(Message(_ROLES[speaker], _MARKER.sub("", item.name("value")), shows))
     if len(turns) % 2:
         turns.pop()  # training needs a reply to every question

@@ -163,7 +163,7 @@ def question_sample(
     row: Row, sample_id: str, media: tuple[Medium, ...], question: str, answer: str, **more: Any
 ) -> Sample:
     """A sample of one question and its answer."""
-    turns = (Message("user", question, tuple(medium.kind for medium in media)), Message("assistant", answer))
+    turns = (Message("user", question, tuple(medium.modality for medium in media)), Message("assistant", answer))
     return Sample(sample_id, media, turns=turns, **more)
 
 

@@ -84,7 +84,7 @@ def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:
         return Sample(name, tuple(media), turns=turns)
     answers = row.texts("answers") if "answers" in row else ()
     if "question" in row:
-        turns = (Message("user", row.text("question"), tuple(medium.kind for medium in media)),)
+        turns = (Message("user", row.text("question"), tuple(medium.modality for medium in media)),)
         if "answer" in row or answers:
             turns += (Message("assistant", row.text("answer") if "answer" in row else answers[0]),)
         return Sample(name, tuple(media), turns=turns, answers=answers)
@@ -154,27 +154,27 @@ def _listed(row: Row, origin: Origin, folder: str) -> list[Medium]:
 
 def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> tuple[tuple[Message, ...], list[Medium]]:
     """The turns, and the media in the order in which the turns show them."""
-    left = {modality: [medium for medium in media if medium.kind == modality] for modality in MODALITIES}
+    left = {modality: [medium for medium in media if medium.modality == modality] for modality in MODALITIES}
     system, turns, shown_media = "", [], []
     for message in said:
         role = message.name("role", "from")
-        text, kinds = _content(message)
+        text, modalities = _content(message)
         if role == "system":
             system = f"{text}\n"
             continue
         if role not in _ROLES:
             raise DataError(f"{message.where}: role is {shown(role)}, expected system, user or assistant")
-        for modality in kinds:
+        for modality in modalities:
             if not left[modality]:
                 raise DataError(f"{message.where}: <{modality}> has no medium in the list {modality}s")
             shown_media.append(left[modality].pop(0))
-        turns.append(Message(_ROLES[role], text, tuple(kinds)))
+        turns.append(Message(_ROLES[role], text, tuple(modalities)))
     if len(turns) % 2 and len(turns) > 1:
         turns.pop()  # a question without a reply
     if not turns or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         raise DataError(f"{where}: messages must alternate between user and assistant, user first")
     rest = [medium for modality in MODALITIES for medium in left[modality]]
-    first = (*(medium.kind for medium in rest), *turns[0].media)
+    first = (*(medium.modality for medium in rest), *turns[0].media)
     turns[0] = Message("user", system + turns[0].text, first)
     return tuple(turns), [*rest, *shown_media]
 
@@ -183,14 +183,14 @@ def _content(message: Row) -> tuple[str, list[Modality]]:
     """A message's text without markers, and the modalities of its markers, in order."""
     content = message.values.get("content", message.values.get("value"))
     if isinstance(content, str):
-        kinds: list[Modality] = list(_MARKER.findall(content))  # type: ignore[arg-type]
-        return _MARKER.sub(" ", content).strip() if kinds else content, kinds
-    texts, kinds = [], []
+        modalities: list[Modality] = list(_MARKER.findall(content))  # type: ignore[arg-type]
+        return _MARKER.sub(" ", content).strip() if modalities else content, modalities
+    texts, modalities = [], []
     for item in message.rows("content"):
         if (part_type := item.name("type")) == "text":
             texts.append(item.name("text", blank=True))
         elif part_type in MODALITIES:
-            kinds.append(part_type)  # type: ignore[arg-type]
+            modalities.append(part_type)  # type: ignore[arg-type]
         else:
             raise DataError(f"{item.where}: type is {shown(part_type)}, expected text, {', '.join(MODALITIES)}")
-    return " ".join(filter(None, texts)), kinds
+    return " ".join(filter(None, texts)), modalities
