@@ -40,7 +40,7 @@ from torch.nn import functional
 from lavis_chatbridge import cli
 from lavis_chatbridge.files import write_json, write_text
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.models.checkpoint import save
+from lavis_chatbridge.models.state_dicts import save
 from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.processors import load_processors
 

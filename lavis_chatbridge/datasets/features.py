@@ -47,7 +47,7 @@ class Encoder(Protocol):
     def perceive_media(self, modality: Modality, media: Sequence[EncodedMedium]) -> list[torch.Tensor]:
         """The soft tokens ``[Q, D]`` of encoded media."""
 
-    def frozen_fingerprint(self, modality: Modality) -> str:
+    def frozen_hash(self, modality: Modality) -> str:
         """A hash of the frozen weights."""
 
 
@@ -162,7 +162,7 @@ class FeatureStore:
 def salts_of(model: Encoder, processors: Mapping[str, Any]) -> dict[Modality, str]:
     """Modality -> hash of the frozen weights and the processor; a medium's key depends on it and on the content."""
     own = [modality for modality in MODALITIES if modality in processors]
-    return {modality: f"{model.frozen_fingerprint(modality)}:{processors[modality].version}" for modality in own}
+    return {modality: f"{model.frozen_hash(modality)}:{processors[modality].version}" for modality in own}
 
 
 def build_features(

@@ -50,13 +50,13 @@ def convert(
     from lavis_chatbridge.files import atomic_file, write_text
     from lavis_chatbridge.hf import ChatBridgeConfig, card
     from lavis_chatbridge.hf.modeling import config_of
-    from lavis_chatbridge.models import checkpoint
+    from lavis_chatbridge.models import state_dicts
 
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another path")
-    tensors = checkpoint.read(source).tensors
+    tensors = state_dicts.read(source).tensors
     if "llama_proj.weight" not in tensors:
-        raise CheckpointError(f"{source} is not a ChatBridge; it contains {checkpoint.some(tensors)}")
+        raise CheckpointError(f"{source} is not a ChatBridge; it contains {state_dicts.some(tensors)}")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if to == "original":
         with atomic_file(out) as temporary:
@@ -72,7 +72,7 @@ def convert(
         saved.save_pretrained(out)
         card.write(out, saved)
     else:
-        checkpoint.save(out / "model.safetensors", tensors)
+        state_dicts.save(out / "model.safetensors", tensors)
         sections = {"model": saved.settings(out).model_dump(exclude_unset=True), "preprocess": saved.preprocess}
         write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(sections)))
     return len(tensors)

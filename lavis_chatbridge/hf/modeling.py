@@ -22,7 +22,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, PromptError
 from lavis_chatbridge.hf import card
 from lavis_chatbridge.hf.configuration import CONFIG, FROZEN, RUN_CONFIG, ChatBridgeConfig
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.models import checkpoint, weights
+from lavis_chatbridge.models import state_dicts, weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import StopTexts
 from lavis_chatbridge.models.families import own_precision
@@ -161,7 +161,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         }
         inside = tuple(f"{part}." for part, settings in named.items() if settings.weights is not None)
         trained = {name for name, p in self.chatbridge.named_parameters() if p.requires_grad}
-        state = checkpoint.bridge_tensors(self.chatbridge.state_dict())
+        state = state_dicts.bridge_tensors(self.chatbridge.state_dict())
         return {n: t.cpu().clone() for n, t in state.items() if n not in trained and not n.startswith(inside or ("$",))}
 
     def get_input_embeddings(self) -> Any:

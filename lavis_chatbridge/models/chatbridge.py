@@ -23,7 +23,7 @@ from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models import checkpoint, encoding, lora, weights
+from lavis_chatbridge.models import encoding, lora, state_dicts, weights
 from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
@@ -67,7 +67,7 @@ class ChatBridge(Answering, BaseModel):
         self.video_queries = settings.perceiver.video_queries
         self.lost_answers = 0
         """Training samples so far whose targets ``max_text_length`` has cut off."""
-        self._fingerprints: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
 
         self.llama_model: Any
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
@@ -79,7 +79,7 @@ class ChatBridge(Answering, BaseModel):
         self.ln_audio = nn.LayerNorm(self.audio_encoder.width)
         self.audio_trans = nn.Linear(self.audio_encoder.width, width)
         own = settings.perceiver
-        with nullcontext() if own.weights is None else checkpoint.on_meta():
+        with nullcontext() if own.weights is None else state_dicts.on_meta():
             self.Qformer = build_perceiver(own, width)
         self.image_query_tokens = _random(own.initializer_range, 1, own.queries, own.width)
         self.audio_query_tokens = _random(own.initializer_range, 1, own.queries, own.width)
@@ -294,10 +294,10 @@ class ChatBridge(Answering, BaseModel):
         Raises:
             CheckpointError: If it is missing, unsafe or does not fit; the model then stays unchanged.
         """
-        file = checkpoint.read(hub.find(url_or_filename, "model.checkpoint"))
-        expected = checkpoint.bridge_tensors(self.state_dict())
+        file = state_dicts.read(hub.find(url_or_filename, "model.checkpoint"))
+        expected = state_dicts.bridge_tensors(self.state_dict())
         own = {lora.without_base(name): name for name in expected}
-        found = {own.get(name, name): t for name, t in checkpoint.bridge_tensors(file.tensors).items()}
+        found = {own.get(name, name): t for name, t in state_dicts.bridge_tensors(file.tensors).items()}
         new = self._check_adapters(file, found)
         required = [n for n, p in self.named_parameters() if p.requires_grad and not (new and lora.is_adapter(n))]
         plain = [name for name in found if not lora.is_adapter(name)]
@@ -308,13 +308,13 @@ class ChatBridge(Answering, BaseModel):
                 f"{file.path} holds a whole language model, but this one's is quantised to {how}: set "
                 "model.language_model.quantization to null, or keep the trained tensors alone in the file"
             )
-        checkpoint.check_fit(expected, found, required, file.path, "this model")
-        checkpoint.check_finite({name: t.to(expected[name].dtype) for name, t in found.items()}, file.path)
+        state_dicts.check_fit(expected, found, required, file.path, "this model")
+        state_dicts.check_finite({name: t.to(expected[name].dtype) for name, t in found.items()}, file.path)
         self.load_state_dict(found, strict=False)
-        self._fingerprints.clear()
+        self._hashes.clear()
         log.info("loaded %d tensors from %s", len(found), file.path)
 
-    def _check_adapters(self, file: checkpoint.WeightFile, found: Mapping[str, Tensor]) -> bool:
+    def _check_adapters(self, file: state_dicts.WeightFile, found: Mapping[str, Tensor]) -> bool:
         """Refuse a file's adapters that do not fit; returns whether the model keeps its new ones."""
         own, held = lora.describe(self.llama_model), lora.described_by(found)
         if held is not None and file.cfg is not None and isinstance(file.cfg.get("lora"), Mapping):
@@ -327,26 +327,26 @@ class ChatBridge(Answering, BaseModel):
 
     def _load_blip2(self, names: Weights) -> None:
         """Load query tokens, perceiver and ``ln_vision`` of BLIP-2."""
-        prefixes = checkpoint.BLIP2_BRIDGE
-        file = checkpoint.read(hub.find(names, "model.perceiver.weights", prefixes=prefixes), prefixes)
-        tensors = checkpoint.bridge_tensors(file.tensors, file.path)
+        prefixes = state_dicts.BLIP2_BRIDGE
+        file = state_dicts.read(hub.find(names, "model.perceiver.weights", prefixes=prefixes), prefixes)
+        tensors = state_dicts.bridge_tensors(file.tensors, file.path)
         found = {name: tensor for name, tensor in tensors.items() if name.startswith(_BLIP2)}
-        expected = checkpoint.bridge_tensors(self.state_dict())
+        expected = state_dicts.bridge_tensors(self.state_dict())
         required = [name for name in expected if name.startswith(_BLIP2)]
-        checkpoint.check_fit(expected, found, required, file.path, "model.perceiver")
-        checkpoint.check_finite(found, file.path)
+        state_dicts.check_fit(expected, found, required, file.path, "model.perceiver")
+        state_dicts.check_finite(found, file.path)
         own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in found.items()}  # training writes to it
         self.load_state_dict(own, strict=False, assign=True)
 
-    def frozen_fingerprint(self, modality: Modality) -> str:
+    def frozen_hash(self, modality: Modality) -> str:
         """A hash that changes with this modality's encoded media: the key of a feature cache."""
         part = "audio" if modality == "audio" else "vision"
-        if part not in self._fingerprints:
+        if part not in self._hashes:
             encoder, norm = (getattr(self, name) for name in _ENCODERS[part])
             hide = self.settings.audio.mask_padding if part == "audio" else None
             tensors = {**encoder.state_dict(), **{f"norm.{name}": t for name, t in norm.state_dict().items()}}
-            self._fingerprints[part] = checkpoint.fingerprint(tensors, part, hide, encoder.description)
-        return self._fingerprints[part]
+            self._hashes[part] = state_dicts.hash_of(tensors, part, hide, encoder.description)
+        return self._hashes[part]
 
     def _freeze(self) -> None:
         for name in FROZEN:

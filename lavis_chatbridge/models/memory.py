@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.perceiver import build_perceiver
 from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
@@ -29,7 +29,7 @@ def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = F
     Raises:
         CheckpointError: If a part's ``config.json`` is neither on this disk nor can be fetched.
     """
-    with checkpoint.on_meta():
+    with state_dicts.on_meta():
         config, llm = _language_model(settings)
         vision, audio = build_vision(_bare(settings.vision)), build_audio(_bare(settings.audio))
         perceiver = build_perceiver(settings.perceiver, vision.width)

@@ -50,7 +50,7 @@ class Need(NamedTuple):
 
 def needs(settings: ModelSettings) -> list[Need]:
     """All weights that the settings name."""
-    from lavis_chatbridge.models.checkpoint import BLIP2_BRIDGE, BLIP2_VISION
+    from lavis_chatbridge.models.state_dicts import BLIP2_BRIDGE, BLIP2_VISION
 
     llm = settings.language_model
     blip2 = BLIP2_VISION if settings.vision.encoder == "eva" else ()
@@ -130,21 +130,21 @@ def convert(source: Path, target: Path, force: bool = False) -> tuple[int, Count
     Raises:
         CheckpointError: If the source is no ChatBridge, or the target exists; nothing is written then.
     """
-    from lavis_chatbridge.models import checkpoint, lora
+    from lavis_chatbridge.models import lora, state_dicts
 
     if target.suffix != ".safetensors":
         raise CheckpointError(f"{target}: the name of the file to write must end in .safetensors")
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; name another file, or give --force to overwrite it")
-    file = checkpoint.read(source)
-    named = checkpoint.bridge_tensors(file.tensors, file.path)
+    file = state_dicts.read(source)
+    named = state_dicts.bridge_tensors(file.tensors, file.path)
     if "llama_proj.weight" not in named:
-        raise CheckpointError(f"{file.path} is no ChatBridge checkpoint; it holds {checkpoint.some(file.tensors)}")
+        raise CheckpointError(f"{file.path} is no ChatBridge checkpoint; it holds {state_dicts.some(file.tensors)}")
     kept = {name: t for name, t in named.items() if name.startswith(_BRIDGE) or lora.is_adapter(name)}
-    checkpoint.check_finite(kept, file.path)
+    state_dicts.check_finite(kept, file.path)
     adapters = {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None
     try:
-        checkpoint.save(target, kept, adapters)
+        state_dicts.save(target, kept, adapters)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     written = {*kept, "query_tokens"}

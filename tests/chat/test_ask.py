@@ -15,7 +15,7 @@ import torch
 from lavis_chatbridge import cli
 from lavis_chatbridge.chat import Session, ask, load_model
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 
 
 def said(files: Path, *words: str) -> int:
@@ -90,7 +90,7 @@ def test_a_runs_folder_is_a_model_with_its_own_weights(tmp_path: Path):
     trained, _ = load_model("tiny", device="cpu")
     with torch.no_grad():
         trained.llama_proj.bias += 1.0
-    checkpoint.save(tmp_path / "model.safetensors", trained.trainable_state_dict())
+    state_dicts.save(tmp_path / "model.safetensors", trained.trainable_state_dict())
     (tmp_path / "config.yaml").write_text("model: {model_type: tiny}\nrun: {seed: 1}\n")
     found, _ = load_model(tmp_path, device="cpu")
     assert torch.equal(found.llama_proj.bias, trained.llama_proj.bias)

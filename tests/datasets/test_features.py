@@ -21,12 +21,12 @@ from lavis_chatbridge.schema import Medium, Sample
 class Encoder:
     """Stands for a model's frozen encoder: the mean colour, as one frame of two tokens."""
 
-    def __init__(self, fingerprint="weights-1"):
-        self.fingerprint = fingerprint
+    def __init__(self, frozen="weights-1"):
+        self.frozen = frozen
         self.batches = []
 
-    def frozen_fingerprint(self, kind):
-        return f"{kind}:{self.fingerprint}"
+    def frozen_hash(self, kind):
+        return f"{kind}:{self.frozen}"
 
     def encode_media(self, kind, media):
         self.batches.append(len(media))

@@ -27,7 +27,7 @@ from lavis_chatbridge.hf import (
     ChatBridgeForConditionalGeneration,
     ChatBridgeProcessor,
 )
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.layout import elements_of
 from lavis_chatbridge.prompting import Message, Slot
 from lavis_chatbridge.toyworld import language, pictures
@@ -227,7 +227,7 @@ def test_the_three_forms_hold_the_same_tensors(tmp_path: Path, model) -> None:
     ]
     for source, out, *more in steps:
         assert cli.main(["convert", str(tmp_path / source), str(tmp_path / out), *more]) == 0
-    kept = [checkpoint.read(tmp_path / name).tensors for name in ("hf", "run", "a.pth", "hf2")]
+    kept = [state_dicts.read(tmp_path / name).tensors for name in ("hf", "run", "a.pth", "hf2")]
     for tensors in kept[1:]:
         assert tensors.keys() == kept[0].keys()
         assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
@@ -238,7 +238,7 @@ def test_the_three_forms_hold_the_same_tensors(tmp_path: Path, model) -> None:
 
 
 def test_the_released_layout_comes_back(tmp_path: Path, golden_dir: Path) -> None:
-    tensors = checkpoint.read(golden_dir / "chatbridge_state.safetensors").tensors
+    tensors = state_dicts.read(golden_dir / "chatbridge_state.safetensors").tensors
     torch.save({"model": tensors}, tmp_path / "released.pth")
     assert cli.main(["convert", str(tmp_path / "released.pth"), str(tmp_path / "hf"), "--model-type", "vicuna13b"]) == 0
     assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "back.pth"), "--to", "original"]) == 0

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.hf import ChatBridgeCollator, ChatBridgeForConditionalGeneration, ChatBridgeProcessor
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 from tests.chat.building import picture
 
 STEPS, RATE = 5, 1e-3
@@ -80,7 +80,7 @@ def test_five_steps_are_equal(tmp_path: Path, data: Path) -> None:
     samples = [{"messages": [{"role": "user", "content": question}, reply]}] * STEPS
     Trainer(model, arguments, ChatBridgeCollator(processor), samples, callbacks=[losses]).train()
     assert losses.seen == pytest.approx(expected, abs=1e-4), "the log rounds"
-    trained = checkpoint.read(output / "model.safetensors").tensors
+    trained = state_dicts.read(output / "model.safetensors").tensors
     # A gradient of zero is rounding noise, which AdamW scales to a full step: key biases have no other gradient.
     mine = {n: t for n, t in model.chatbridge.trainable_state_dict().items() if not n.endswith("key.bias")}
     far = sum(int(((tensor - trained[name]).abs() > 1e-6).sum()) for name, tensor in mine.items())

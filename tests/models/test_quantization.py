@@ -224,7 +224,7 @@ def test_half_precision_trains_in_4_bits_but_not_in_8_on_a_cpu(folder: Path, tok
         parallel.check_trainable(model, torch.device("cpu"))
 
 
-def test_fingerprints_tell_codes_apart(folder: Path, tokenizer: Path) -> None:
+def test_hashes_tell_codes_apart(folder: Path, tokenizer: Path) -> None:
     marks = {how: hashes(bridge(folder, tokenizer, how)) for how in (None, "8bit", "4bit")}
     assert len({own["llama_model"] for own in marks.values()}) == 3
     assert marks["8bit"] == hashes(bridge(folder, tokenizer, "8bit"))

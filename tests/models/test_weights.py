@@ -17,7 +17,7 @@ from PIL import Image
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.models import checkpoint, weights
+from lavis_chatbridge.models import state_dicts, weights
 from tests.hub_server import HubServer, serving
 from tests.media.making import sound_file, video_file
 from tests.models.building import small_model
@@ -155,13 +155,13 @@ def test_conversion_keeps_trained_tensors_and_the_norms(tmp_path: Path, bridge: 
     assert cli.main(["weights", "convert", str(tmp_path / "a.pth"), str(target)]) == 0
     left = "left out: Qformer (1 tensors), llama_model (1 tensors), visual_encoder (1 tensors)"
     assert capsys.readouterr().out.strip() == f"{target}: {len(bridge)} tensors; {left}"
-    made = checkpoint.read(target).tensors
+    made = state_dicts.read(target).tensors
     assert set(made) == set(bridge)
     assert all(torch.equal(made[name], bridge[name]) for name in bridge)
     assert [path.name for path in target.parent.iterdir()] == ["b.safetensors"]
-    checkpoint.save(tmp_path / "step" / "model.safetensors", bridge, {"lora": {"rank": 2}})
+    state_dicts.save(tmp_path / "step" / "model.safetensors", bridge, {"lora": {"rank": 2}})
     weights.convert(tmp_path / "step", target, force=True)
-    assert checkpoint.read(target).cfg == {"lora": {"rank": 2}}
+    assert state_dicts.read(target).cfg == {"lora": {"rank": 2}}
 
 
 def test_a_refused_conversion_leaves_the_target(tmp_path: Path, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from lavis_chatbridge import hub
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import whole
 from lavis_chatbridge.models.settings import AudioSettings, BeatsConfig, torch_dtype
 
@@ -37,14 +37,14 @@ def build(settings: AudioSettings) -> Beats:
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
         return Beats(config or BeatsConfig()).to(dtype)
-    file = checkpoint.read(hub.find(settings.weights, "model.audio.weights"))
+    file = state_dicts.read(hub.find(settings.weights, "model.audio.weights"))
     held = None if file.cfg is None else BeatsConfig.from_dict(file.cfg)
     if held is not None and config not in (None, held):
         raise CheckpointError(f"{file.path} holds {held!r}, but model.audio.config is {config!r}")
     with torch.device("meta"):
         encoder = Beats(held or config or BeatsConfig())
     tensors = tensors_of(file.tensors, encoder.config.encoder_layers)
-    checkpoint.load_exactly(encoder, tensors, file.path, "model.audio", dtype)
+    state_dicts.load_exactly(encoder, tensors, file.path, "model.audio", dtype)
     return encoder
 
 
@@ -53,7 +53,7 @@ def tensors_of(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
 
     All layers share the relative-position table; if a file holds it once, it is returned under every layer's name.
     """
-    own = checkpoint.part(tensors, "audio_encoder.") or dict(tensors)
+    own = state_dicts.part(tensors, "audio_encoder.") or dict(tensors)
     kept = {name: tensor for name, tensor in own.items() if not name.startswith("predictor.")}
     table = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
     if table is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import whole
 from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
 
@@ -59,12 +59,12 @@ def build(settings: VisionSettings) -> EvaVit:
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
         return EvaVit(settings).to(dtype)
-    prefixes = checkpoint.BLIP2_VISION
-    file = checkpoint.read(hub.find(settings.weights, "model.vision.weights", prefixes=prefixes), prefixes)
+    prefixes = state_dicts.BLIP2_VISION
+    file = state_dicts.read(hub.find(settings.weights, "model.vision.weights", prefixes=prefixes), prefixes)
     tensors = tensors_of(file.tensors, settings.depth, settings.tokens, file.path)
-    with checkpoint.on_meta():
+    with state_dicts.on_meta():
         encoder = EvaVit(settings)
-    checkpoint.load_exactly(encoder, tensors, file.path, "model.vision", dtype)
+    state_dicts.load_exactly(encoder, tensors, file.path, "model.vision", dtype)
     return encoder
 
 
@@ -77,8 +77,8 @@ def tensors_of(tensors: Mapping[str, Tensor], depth: int, tokens: int, source: o
         tokens: Tokens of an image, for which the positions are interpolated.
         source: The file, for messages.
     """
-    named = checkpoint.from_huggingface(tensors, source)
-    own = checkpoint.part(named, "visual_encoder.") or named
+    named = state_dicts.from_huggingface(tensors, source)
+    own = state_dicts.part(named, "visual_encoder.") or named
     unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
     kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
     table = kept.get("pos_embed")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import tokens_of
 from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
 
@@ -76,9 +76,9 @@ def build_vision(settings: VisionSettings) -> TimmVision:
         ) from error
     dtype = torch_dtype(settings.dtype)
     if place is not None:
-        file = checkpoint.read(place)
+        file = state_dicts.read(place)
         head = model.pretrained_cfg.get("classifier") or ()
         heads = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
         tensors = {name: tensor for name, tensor in file.tensors.items() if not (heads and name.startswith(heads))}
-        checkpoint.load_exactly(model, tensors, file.path, "model.vision", dtype)
+        state_dicts.load_exactly(model, tensors, file.path, "model.vision", dtype)
     return TimmVision(model.to(dtype), settings)

@@ -63,9 +63,9 @@ def test_a_bridge_with_each_architecture(modality: str, name: str, tmp_path: Pat
     assert tokens.shape[-1] == encoder.width
     assert tokens.isfinite().all()
 
-    own = model.frozen_fingerprint(kind)
-    assert own == bridge(modality, name, tmp_path / "a2", tokenizer).frozen_fingerprint(kind)
-    assert own != bridge(modality, name, tmp_path / "b", tokenizer, seed=1).frozen_fingerprint(kind)
+    own = model.frozen_hash(kind)
+    assert own == bridge(modality, name, tmp_path / "a2", tokenizer).frozen_hash(kind)
+    assert own != bridge(modality, name, tmp_path / "b", tokenizer, seed=1).frozen_hash(kind)
 
     frozen = {key: value.clone() for key, value in encoder.state_dict().items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import checkpoint
+from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.encoders.beats import Beats
 from lavis_chatbridge.models.encoders.eva import EvaVit
@@ -48,7 +48,7 @@ def test_a_trained_bridge_in_every_layout(tokenizer: Path, tmp_path: Path, layou
     tensors = changed(model)
     path = tmp_path / "a.pth"
     if layout in ("safetensors", "folder"):
-        checkpoint.save(tmp_path / "step" / "model.safetensors", tensors)
+        state_dicts.save(tmp_path / "step" / "model.safetensors", tensors)
         path = tmp_path / "step" if layout == "folder" else tmp_path / "step" / "model.safetensors"
     elif layout == "torch":
         torch.save(tensors, path)
@@ -169,7 +169,7 @@ def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     torch.save({"model": _Evil()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=not old)
     with pytest.raises(CheckpointError, match=r"refused.*never code"):
-        checkpoint.read(tmp_path / "evil.pth")
+        state_dicts.read(tmp_path / "evil.pth")
     assert not (tmp_path / "pwned").exists()
 
 
@@ -177,28 +177,28 @@ def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_damaged_and_foreign_files_are_one_line(tmp_path: Path, old: bool) -> None:
     tensors = {f"a{i}": torch.randn(40, 7) for i in range(5)}
     torch.save({"model": tensors}, tmp_path / "whole.pth", _use_new_zipfile_serialization=not old)
-    checkpoint.save(tmp_path / "whole.safetensors", tensors)
+    state_dicts.save(tmp_path / "whole.safetensors", tensors)
     for suffix in (".pth", ".safetensors"):
         data = (tmp_path / f"whole{suffix}").read_bytes()
-        assert set(checkpoint.read(tmp_path / f"whole{suffix}").tensors) == set(tensors)
+        assert set(state_dicts.read(tmp_path / f"whole{suffix}").tensors) == set(tensors)
         cuts = [data[:size] for size in (0, 1, 8, 60, len(data) // 2, len(data) - 1)]
         for content in (*cuts, b"not weights", b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1"):
             (tmp_path / f"cut{suffix}").write_bytes(content)
             with pytest.raises(CheckpointError, match=f"cut{suffix} ") as caught:
-                checkpoint.read(tmp_path / f"cut{suffix}")
+                state_dicts.read(tmp_path / f"cut{suffix}")
             assert "\n" not in str(caught.value)
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="no weights by name, but a list"):
-        checkpoint.read(tmp_path / "list.pth")
+        state_dicts.read(tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "epoch.pth")
     with pytest.raises(CheckpointError, match="no weights by name; it holds epoch"):
-        checkpoint.read(tmp_path / "epoch.pth")
+        state_dicts.read(tmp_path / "epoch.pth")
 
 
 def test_a_saved_file_is_complete_with_its_configuration(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
-    checkpoint.save(tmp_path / "a.safetensors", {"a": shared, "b": shared.view(2, 3).t()}, cfg={"x": 1})
-    file = checkpoint.read(tmp_path / "a.safetensors")
+    state_dicts.save(tmp_path / "a.safetensors", {"a": shared, "b": shared.view(2, 3).t()}, cfg={"x": 1})
+    file = state_dicts.read(tmp_path / "a.safetensors")
     assert file.cfg == {"x": 1}
     assert torch.equal(file.tensors["b"], shared.view(2, 3).t())
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -206,10 +206,10 @@ def test_a_saved_file_is_complete_with_its_configuration(tmp_path: Path) -> None
 
 def test_the_hash_depends_on_values_names_shapes_types_and_more() -> None:
     a, b = torch.arange(6.0), torch.ones(2)
-    first = checkpoint.fingerprint({"a": a, "b": b})
-    assert first == checkpoint.fingerprint({"b": b, "a": a.clone()})
+    first = state_dicts.hash_of({"a": a, "b": b})
+    assert first == state_dicts.hash_of({"b": b, "a": a.clone()})
     others = ({"a": a + 1, "b": b}, {"c": a, "b": b}, {"a": a.view(2, 3), "b": b}, {"a": a.half(), "b": b})
-    assert len({first, checkpoint.fingerprint({"a": a, "b": b}, 1), *map(checkpoint.fingerprint, others)}) == 6
+    assert len({first, state_dicts.hash_of({"a": a, "b": b}, 1), *map(state_dicts.hash_of, others)}) == 6
 
 
 @pytest.fixture(scope="module")

@@ -180,14 +180,14 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def fingerprint(tensors: Mapping[str, Tensor], *more: object) -> str:
+def hash_of(tensors: Mapping[str, Tensor], *more: object) -> str:
     """A hash (16 hex digits) of tensors, their names, and the ``repr`` of more values."""
-    digest = hashlib.sha256(repr(more).encode())
+    found = hashlib.sha256(repr(more).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 @contextmanager
