@@ -93,8 +93,8 @@ class Sample:
     @property
     def modality(self) -> str:
         """The modalities of its files: ``"image"``, ``"video+audio"``; ``"text"`` without files."""
-        modalities = {medium.modality for medium in self.files}
-        return "+".join(modality for modality in MODALITIES if modality in modalities) or "text"
+        present = {medium.modality for medium in self.files}
+        return "+".join(modality for modality in MODALITIES if modality in present) or "text"
 
 
 class _MediumRecord(TypedDict, total=False):

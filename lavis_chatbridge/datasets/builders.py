@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge import config as settings
 from lavis_chatbridge.datasets.convert import converted
-from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings, split_by_modality
+from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset, SplitDataset, split_by_modality
 from lavis_chatbridge.datasets.files import SampleFile, cache_folder
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
@@ -34,7 +34,7 @@ _SHARED_WITH_PARTS = ("data_root", "limit", "allow_outside", "skip_missing", "re
 
 
 class ChatBridgeBuilder(BaseDatasetBuilder):
-    """Builds the splits of one data set as `SourceGroup`.
+    """Builds the splits of one data set as `SplitDataset`.
 
     Args:
         cfg: The data set's section; the row has the defaults. None uses the row.
@@ -66,13 +66,13 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         parsed = cls._parse(cfg, f"datasets.{cls.NAME}")
         return ["train"] if parsed.parts else parsed.used_splits
 
-    def build_datasets(self) -> dict[str, SourceGroup]:
+    def build_datasets(self) -> dict[str, SplitDataset]:
         """All splits; a `DataError` names all missing files."""
         if missing := _missing(self.settings):
             raise DataError(_report(f"datasets.{self.NAME}", missing, self.settings))
         return self.build()
 
-    def build(self, splits: Iterable[str] | None = None) -> dict[str, SourceGroup]:
+    def build(self, splits: Iterable[str] | None = None) -> dict[str, SplitDataset]:
         """The given splits, or all."""
         if self.settings.parts:
             return self._build_mixture()
@@ -83,7 +83,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         for split in chosen:
             sources = [source for file in self._files(split) for source in self._sources(split, file)]
             _tell_apart(sources)
-            groups[split] = SourceGroup(self.NAME, sources, self.settings.ratio)
+            groups[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
             mode = "train" if split == "train" else "eval"
             groups[split].set_processors({modality: both[mode] for modality, both in processors.items()})
             sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
@@ -116,9 +116,9 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             opened.append(SampleFile(name, root or ".", own.allow_outside, cache, own.limit))
         return opened
 
-    def _sources(self, split: str, file: SampleFile) -> list[SourceDataset]:
+    def _sources(self, split: str, file: SampleFile) -> list[SampleDataset]:
         own = self.settings
-        how = SourceSettings(
+        how = PromptSettings(
             stage=own.stage,
             train=split == "train",
             task=own.task,
@@ -131,9 +131,9 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         )
         if own.split_modalities:
             return split_by_modality(self.NAME, file, how)
-        return [SourceDataset(self.NAME, file, how)]
+        return [SampleDataset(self.NAME, file, how)]
 
-    def _build_mixture(self) -> dict[str, SourceGroup]:
+    def _build_mixture(self) -> dict[str, SplitDataset]:
         own = self.settings
         sources = []
         for name, part in _parts(own).items():
@@ -146,7 +146,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             for source in found:
                 source.ratio = None if ratio is None else ratio * len(source) / whole
             sources += found
-        return {"train": SourceGroup(self.NAME, sources, own.ratio)}
+        return {"train": SplitDataset(self.NAME, sources, own.ratio)}
 
 
 def register_builders() -> None:
@@ -222,7 +222,7 @@ def _report(where: str, missing: Sequence[str], own: DataSettings | None = None)
     return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
 
 
-def _tell_apart(sources: Sequence[SourceDataset]) -> None:
+def _tell_apart(sources: Sequence[SampleDataset]) -> None:
     """Make the names of sources from several files unique: append the modality, or else the file's name."""
 
     counts = Counter(source.name for source in sources)

@@ -268,10 +268,10 @@ def _fault_of(medium: Medium, decode: bool) -> _Fault:
     if not decode:
         return None
     from lavis_chatbridge import media
-    from lavis_chatbridge.datasets.dataset import media_source
+    from lavis_chatbridge.datasets.dataset import media_content
 
     try:
-        source = media_source(medium)
+        source = media_content(medium)
         if medium.modality == "image":
             media.open_image(source)
         elif medium.modality == "video":

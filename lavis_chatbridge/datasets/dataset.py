@@ -1,6 +1,6 @@
 """Turns samples into the model's input: prompt pieces, processed media and references, and batches of these.
 
-A `SourceDataset` is one source of a mixture; a `SourceGroup` is a builder's split of one or several sources. Every
+A `SampleDataset` is one source of a mixture; a `SplitDataset` is a builder's split of one or several sources. Every
 random choice (caption, template, crop, frames) depends only on the seed, the source, the sample and the epoch, and not
 on the number of workers or ranks.
 """
@@ -47,7 +47,7 @@ class MediaCache(Protocol):
 
 
 @dataclass
-class SourceSettings:
+class PromptSettings:
     """How the samples of a source become prompts.
 
     Args:
@@ -74,7 +74,7 @@ class SourceSettings:
     allow_outside: bool = False
 
 
-class SourceDataset(torch.utils.data.Dataset):
+class SampleDataset(torch.utils.data.Dataset):
     """One source: samples, usually of one modality, and their preparation.
 
     Args:
@@ -90,7 +90,7 @@ class SourceDataset(torch.utils.data.Dataset):
         self,
         name: str,
         samples: Sequence[Sample],
-        settings: SourceSettings,
+        settings: PromptSettings,
         indices: np.ndarray | None = None,
         processors: Processors | None = None,
         ratio: float | None = None,
@@ -103,7 +103,7 @@ class SourceDataset(torch.utils.data.Dataset):
         """The model's template; None means the paper's format of conversations."""
 
     @property
-    def sources(self) -> list[SourceDataset]:
+    def sources(self) -> list[SampleDataset]:
         """This source, so that it can be used as a group of one."""
         return [self]
 
@@ -213,14 +213,14 @@ class SourceDataset(torch.utils.data.Dataset):
         processor = self.processors.get(medium.modality)
         if processor is None:
             raise DataError(f"{self.name}: there is no {medium.modality} processor; set {_KEYS[medium.modality]}")
-        return processor(media_source(medium), rng=rng if self.settings.train else None)
+        return processor(media_content(medium), rng=rng if self.settings.train else None)
 
     def _rng(self, index: int, epoch: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, zlib.crc32(self.name.encode()), index, epoch, stream])
 
 
 @dataclass
-class SourceGroup(torch.utils.data.Dataset):
+class SplitDataset(torch.utils.data.Dataset):
     """The sources of one split, as one indexable data set for LAVIS's code.
 
     Args:
@@ -230,7 +230,7 @@ class SourceGroup(torch.utils.data.Dataset):
     """
 
     name: str
-    sources: list[SourceDataset]
+    sources: list[SampleDataset]
     ratio: float | None = None
     _ends: np.ndarray = field(init=False, repr=False)
 
@@ -278,16 +278,16 @@ def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, A
     return {key: [item[key] for item in items] for key in keys} | {"source": sources.pop()}
 
 
-def split_by_modality(name: str, samples: SampleFile, settings: SourceSettings) -> list[SourceDataset]:
+def split_by_modality(name: str, samples: SampleFile, settings: PromptSettings) -> list[SampleDataset]:
     """One source per modality of a file, so that a batch has one modality.
 
     A file of one modality becomes one source called ``name``; otherwise they are ``name/image``, ``name/video+audio``.
     """
     present = {samples.modalities[number]: number for number in np.unique(samples.modality).tolist()}
     if len(present) == 1:
-        return [SourceDataset(name, samples, settings)]
+        return [SampleDataset(name, samples, settings)]
     indices = {modality: np.flatnonzero(samples.modality == number) for modality, number in sorted(present.items())}
-    return [SourceDataset(f"{name}/{modality}", samples, settings, own) for modality, own in indices.items()]
+    return [SampleDataset(f"{name}/{modality}", samples, settings, own) for modality, own in indices.items()]
 
 
 def references(sample: Sample, stage: Stage) -> list[str]:
@@ -297,7 +297,7 @@ def references(sample: Sample, stage: Stage) -> list[str]:
     return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
 
 
-def media_source(medium: Medium) -> str | bytes:
+def media_content(medium: Medium) -> str | bytes:
     """A processor's input: the path, or the bytes of a medium inside a shard."""
     if medium.offset is None or medium.size is None:
         return medium.path

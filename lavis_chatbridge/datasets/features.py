@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load, save, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.datasets.shards import read_index, tar_file, write_index
 from lavis_chatbridge.errors import DataError, MediaError
@@ -260,7 +260,7 @@ class _Opened(Dataset):
     def __getitem__(self, index: int) -> tuple[Medium, Any]:
         medium = self._media[index]
         try:
-            return medium, self._processor(media_source(medium))
+            return medium, self._processor(media_content(medium))
         except MediaError as error:
             return medium, error
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, collate
+from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset, collate
 from lavis_chatbridge.datasets.plan import MixturePlan, batch_size_for_tokens
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, MediaError, TrainingError
 
@@ -122,7 +122,7 @@ class MixtureLoader:
 
     def __init__(
         self,
-        groups: Mapping[str, SourceGroup | SourceDataset],
+        groups: Mapping[str, SplitDataset | SampleDataset],
         settings: LoaderSettings,
         rank: int = 0,
         world_size: int = 1,
@@ -186,7 +186,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        dataset: SourceGroup | SourceDataset,
+        dataset: SplitDataset | SampleDataset,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -234,7 +234,7 @@ class Request:
 
 
 def source_ratios(
-    groups: Mapping[str, SourceGroup | SourceDataset],
+    groups: Mapping[str, SplitDataset | SampleDataset],
     ratios: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Source name -> share of the steps: the data set's ratio, divided among its sources.
@@ -271,7 +271,7 @@ class _Mixture(torch.utils.data.Dataset):
             (0 while a worker loads no sample).
     """
 
-    def __init__(self, sources: Mapping[str, SourceDataset], workers: int) -> None:
+    def __init__(self, sources: Mapping[str, SampleDataset], workers: int) -> None:
         self._sources = sources
         self._numbers = {name: number for number, name in enumerate(sources)}
         self.hung: set[tuple[str, int]] = set()
@@ -312,7 +312,7 @@ class _Mixture(torch.utils.data.Dataset):
 
 
 def _load(
-    sources: Mapping[str, SourceDataset], requests: Iterable[Request], settings: LoaderSettings, bad: BadSamples
+    sources: Mapping[str, SampleDataset], requests: Iterable[Request], settings: LoaderSettings, bad: BadSamples
 ) -> Iterator[dict[str, Any]]:
     """The batches of the requests, counted; if a worker is stuck, with new workers for the rest."""
     dataset = _Mixture(sources, settings.workers)

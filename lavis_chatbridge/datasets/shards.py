@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import too_many_unreadable
 from lavis_chatbridge.errors import DataError, MediaError
@@ -239,7 +239,7 @@ def _contents(sample: Sample, samples: Sequence[Sample], stored: dict[_Content, 
             continue
         if isinstance(samples, SampleFile) and not samples.allow_outside:
             check_inside(medium.path, samples.root)
-        data = media_source(medium)
+        data = media_content(medium)
         if isinstance(data, str):
             with media_errors(data):
                 data = Path(str(file_of(data))).read_bytes()

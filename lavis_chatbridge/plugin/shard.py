@@ -19,7 +19,7 @@ from lavis_chatbridge.files import write_text
 from lavis_chatbridge.launchers import share_of
 
 if TYPE_CHECKING:
-    from lavis_chatbridge.datasets.dataset import SourceGroup
+    from lavis_chatbridge.datasets.dataset import SplitDataset
     from lavis_chatbridge.datasets.files import SampleFile
 
 _DATASETS = "datasets.yaml"
@@ -89,7 +89,7 @@ def _from_configuration(
     require_files(cfg.datasets_cfg)
     targets: dict[tuple[Path, str], SampleFile] = {}
     sections: dict[str, dict[str, Any]] = {}
-    training: dict[str, SourceGroup] = {}
+    training: dict[str, SplitDataset] = {}
     for name, section in ((str(name), section) for name, section in cfg.datasets_cfg.items()):
         builder = registry.get_builder_class(name)
         if not issubclass(builder, ChatBridgeBuilder):
@@ -108,7 +108,7 @@ def _from_configuration(
     return targets, sections
 
 
-def _files_of(group: SourceGroup) -> dict[tuple[str, str], SampleFile]:
+def _files_of(group: SplitDataset) -> dict[tuple[str, str], SampleFile]:
     """Data set and a name for its shards, if possible the file's -> each annotation file of a split."""
     from lavis_chatbridge.datasets.files import SampleFile
 
@@ -137,7 +137,7 @@ def _section(section: DictConfig, builder: Any, of_mixture: bool) -> dict[str, A
     return kept | _FROM_SHARDS | {"splits": dict.fromkeys(splits)}
 
 
-def _add_ratios(sections: dict[str, dict[str, Any]], training: Mapping[str, SourceGroup]) -> None:
+def _add_ratios(sections: dict[str, dict[str, Any]], training: Mapping[str, SplitDataset]) -> None:
     """The shares of the steps, if the configuration sets any: a mixture's parts become separate data sets."""
     from lavis_chatbridge.datasets.loader import source_ratios
 

@@ -12,11 +12,11 @@ import torch
 from lavis_chatbridge.datasets import files
 from lavis_chatbridge.datasets.dataset import (
     ITEM_KEYS,
-    SourceDataset,
-    SourceGroup,
-    SourceSettings,
+    PromptSettings,
+    SampleDataset,
+    SplitDataset,
     collate,
-    media_source,
+    media_content,
     split_by_modality,
 )
 from lavis_chatbridge.datasets.files import SampleFile
@@ -29,7 +29,7 @@ from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 def source(folder, processors, **settings):
     samples = SampleFile(folder / "pictures.jsonl")
-    return SourceDataset("grey", samples, SourceSettings(root=str(folder), **settings), processors=processors)
+    return SampleDataset("grey", samples, PromptSettings(root=str(folder), **settings), processors=processors)
 
 
 def test_alignment_item(pictures, processors):
@@ -71,9 +71,9 @@ def test_questions_take_the_tasks_template_and_keep_the_other_turns():
     said = (("user", "what {style}?"), ("assistant", "a"), ("user", "and?"), ("assistant", "b"))
     turns = tuple(Message(*turn) for turn in said)
     sample = Sample("x", turns=turns, task="image_qa", answers=("b", "bee"))
-    plain = SourceDataset("s", [sample], SourceSettings(train=False))
+    plain = SampleDataset("s", [sample], PromptSettings(train=False))
     assert plain[0]["pieces"][0].text == "###Human: what {style}?###Assistant:"
-    data = SourceDataset("s", [sample], SourceSettings(train=False, templates=Templates.default()))
+    data = SampleDataset("s", [sample], PromptSettings(train=False, templates=Templates.default()))
     texts = [piece.text for piece in data[0]["pieces"]]
     assert texts[0] == "###Human: what {style}? Answer in a word or two.###Assistant:"
     assert texts[1:] == ["a###", "Human: and?###Assistant:", "b###"]
@@ -81,7 +81,7 @@ def test_questions_take_the_tasks_template_and_keep_the_other_turns():
 
 
 def test_a_question_without_reply_is_a_prompt_to_answer():
-    data = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(train=False))
+    data = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], PromptSettings(train=False))
     assert data[0]["pieces"] == [Text("###Human: q###Assistant:")]
     assert data[0]["references"] == []
 
@@ -92,16 +92,16 @@ def test_the_models_template_words_conversations(pictures, processors):
             return [Text(f"{m.role} {m.text} {m.media} {generate} {reply_end}") for m in messages]
 
     talk = Sample("x", turns=(Message("user", "q"), Message("assistant", "a")))
-    group = SourceGroup("g", [SourceDataset("s", [talk], SourceSettings(train=False))])
+    group = SplitDataset("g", [SampleDataset("s", [talk], PromptSettings(train=False))])
     group.set_template(Quoted())
     assert [piece.text for piece in group[0]["pieces"]] == ["user q () False ###", "assistant a () False ###"]
 
 
 def test_unsuitable_samples_are_named(pictures):
-    alignment = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(stage="alignment"))
+    alignment = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], PromptSettings(stage="alignment"))
     with pytest.raises(DataError, match="sample 'x' has no captions; alignment needs one"):
         alignment[0]
-    odd = SourceDataset("s", [Sample("x", captions=("c",), task="image_qaa")], SourceSettings())
+    odd = SampleDataset("s", [Sample("x", captions=("c",), task="image_qaa")], PromptSettings())
     with pytest.raises(DataError, match="task 'image_qaa' has no template"):
         odd[0]
     with pytest.raises(DataError, match="there is no image processor; set vis_processor"):
@@ -126,13 +126,13 @@ def test_media_inside_a_shard(pictures, processors):
     (pictures / "s.tar").write_bytes(content)
     good, short = (Medium("image", str(pictures / "s.tar"), 100, len(content) - cut) for cut in (200, 50))
     samples = [Sample("a", (good,), ("c",)), Sample("b", (short,), ("c",))]
-    data = SourceDataset("s", samples, SourceSettings(train=False, root=str(pictures)), processors=processors)
+    data = SampleDataset("s", samples, PromptSettings(train=False, root=str(pictures)), processors=processors)
     assert torch.equal(data[0]["image"][0], torch.full((3, 4, 4), 7 / 255))
     with pytest.raises(MediaError, match="ends before byte"):
         data[1]
     for offset, size in ((2**70, 1), (0, 10**15)):
         with pytest.raises(MediaError, match="ends before byte"):
-            media_source(Medium("image", str(pictures / "s.tar"), offset, size))
+            media_content(Medium("image", str(pictures / "s.tar"), offset, size))
 
 
 def test_stored_features_stand_in_for_media(pictures, processors):
@@ -142,7 +142,7 @@ def test_stored_features_stand_in_for_media(pictures, processors):
         def find(self, medium):
             return encoded if medium.path.endswith("p2.png") else None
 
-    group = SourceGroup("grey", [source(pictures, processors)])
+    group = SplitDataset("grey", [source(pictures, processors)])
     group.set_features(Store())
     assert group[2]["image"] == [encoded]
     assert group[3]["image"][0].shape == (3, 4, 4)
@@ -155,14 +155,14 @@ def test_modalities_become_sources(tmp_path):
     media = (["image"], ["audio"], [], ["audio", "video"], ["image"])
     samples = [sample(str(i), *kinds) for i, kinds in enumerate(media)]
     write_jsonl(tmp_path / "a.jsonl", samples)
-    sources = split_by_modality("own", SampleFile(tmp_path / "a.jsonl"), SourceSettings())
+    sources = split_by_modality("own", SampleFile(tmp_path / "a.jsonl"), PromptSettings())
     assert {s.name: [s.sample(i).id for i in range(len(s))] for s in sources} == {
         "own/audio": ["1"],
         "own/image": ["0", "4"],
         "own/text": ["2"],
         "own/video+audio": ["3"],
     }
-    group = SourceGroup("own", sources)
+    group = SplitDataset("own", sources)
     assert len(group) == 5
     with pytest.raises(IndexError):
         group[5]
@@ -220,7 +220,7 @@ def test_collate_keeps_every_key_and_stacks_nothing(pictures, processors):
 def test_the_tokens_of_format_and_templates_are_estimated():
     turns = (Message("user", "what is it?", ("image",)), Message("assistant", "y"))
     samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(40)]
-    asked = SourceDataset("asked", samples, SourceSettings(task="image_qa", templates=Templates.default()))
+    asked = SampleDataset("asked", samples, PromptSettings(task="image_qa", templates=Templates.default()))
     written = [
         32 + sum(len(piece.text) for piece in asked.pieces(sample, asked._rng(i, 0, 0)) if isinstance(piece, Text)) / 4
         for i, sample in enumerate(samples)

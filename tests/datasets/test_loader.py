@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from lavis_chatbridge.datasets.dataset import SourceDataset, SourceGroup, SourceSettings
+from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import BadSamples, EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
@@ -20,9 +20,9 @@ from tests.datasets.conftest import PictureProcessor
 
 
 def group(folder, processors, name="grey", ratio=None, indices=None):
-    settings = SourceSettings(stage="alignment", root=str(folder))
+    settings = PromptSettings(stage="alignment", root=str(folder))
     samples = SampleFile(folder / "pictures.jsonl")
-    return SourceGroup(name, [SourceDataset(name, samples, settings, indices, processors)], ratio)
+    return SplitDataset(name, [SampleDataset(name, samples, settings, indices, processors)], ratio)
 
 
 def same(first, second):
@@ -80,7 +80,7 @@ def test_a_batch_without_readable_samples_is_empty(pictures, processors):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_malformed_sample_ends_with_its_own_message(workers):
-    data = SourceDataset("s", [Sample("x", turns=(Message("user", "q"),))], SourceSettings(stage="alignment"))
+    data = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], PromptSettings(stage="alignment"))
     loader = MixtureLoader({"s": data}, LoaderSettings(workers=workers))
     with pytest.raises(DataError, match=r"^s: sample 'x' has no captions; alignment needs one$"):
         next(loader.batches())
@@ -128,7 +128,7 @@ def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processor
 
 @pytest.mark.parametrize("world", [1, 2, 5, 16])
 def test_evaluation_is_divided_exactly(pictures, processors, world):
-    split = SourceGroup("x", [*group(pictures, processors, "a").sources, *group(pictures, processors, "b").sources])
+    split = SplitDataset("x", [*group(pictures, processors, "a").sources, *group(pictures, processors, "b").sources])
     loaders = [EvaluationLoader(split, 3, rank, world) for rank in range(world)]
     shares = [[(batch["source"], i) for batch in loader for i in batch["sample_id"]] for loader in loaders]
     assert sorted(pair for share in shares for pair in share) == sorted(
@@ -146,7 +146,7 @@ def test_token_budget_fixes_the_count_per_source(pictures, processors):
 def test_a_token_budget_counts_the_conversations_format():
     turns = (Message("user", "is it a dog?", ("image",)), Message("assistant", "yes"))
     samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(600)]
-    source = SourceDataset("qa", samples, SourceSettings(task="image_qa", templates=Templates.default()))
+    source = SampleDataset("qa", samples, PromptSettings(task="image_qa", templates=Templates.default()))
     loader = MixtureLoader({"qa": source}, LoaderSettings(batch_tokens=2000), world_size=2)
     assert 28 < loader.plan.batch_sizes["qa"] < 36  # about 36 tokens without the format, which would make 55
 
@@ -157,11 +157,11 @@ def test_ratios_are_shared_out(pictures, processors):
         source.ratio = ratio
         return source
 
-    two = SourceGroup("two", [sized("two/image", 9), sized("two/audio", 3)])
-    one = SourceGroup("one", [sized("one", 12)])
+    two = SplitDataset("two", [sized("two/image", 9), sized("two/audio", 3)])
+    one = SplitDataset("one", [sized("one", 12)])
     assert source_ratios({"two": two, "one": one}) == {"two/image": 9, "two/audio": 3, "one": 12}
     assert source_ratios({"two": two, "one": one}, {"two": 4, "one": 1}) == {"two/image": 3, "two/audio": 1, "one": 1}
-    fixed = SourceGroup("f", [sized("f/a", 9, 1.0), sized("f/b", 3, 3.0)], ratio=8)
+    fixed = SplitDataset("f", [sized("f/a", 9, 1.0), sized("f/b", 3, 3.0)], ratio=8)
     assert source_ratios({"f": fixed}) == {"f/a": 2, "f/b": 6}
     with pytest.raises(ConfigError, match="ratios name three; the data sets are one, two"):
         source_ratios({"two": two, "one": one}, {"three": 1})

@@ -12,7 +12,7 @@ import webdataset as wds
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets import shards
-from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.files import hash_of_file
 from lavis_chatbridge.schema import Medium, Sample, to_record, write_jsonl
@@ -48,7 +48,7 @@ def contents(path, root=None):
         record = to_record(sample)
         for medium, entry in zip(sample.media, record.get("media", []), strict=True):
             if not medium.words:
-                source = media_source(medium)
+                source = media_content(medium)
                 data = source if isinstance(source, bytes) else Path(source).read_bytes()
                 entry.pop("offset", None)
                 entry["path"], entry["size"] = data, len(data)

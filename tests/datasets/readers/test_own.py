@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.datasets.dataset import media_source
+from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.readers import READERS, Origin
 from lavis_chatbridge.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ def convert(*words):
 
 
 def opened(medium):
-    source = media_source(medium)
+    source = media_content(medium)
     return np.asarray(Image.open(BytesIO(source) if isinstance(source, bytes) else source))[0, 0, 0]
 
 

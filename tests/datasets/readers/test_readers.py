@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.datasets.dataset import SourceDataset, SourceSettings
+from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset
 from lavis_chatbridge.datasets.readers import READERS, Origin, options
 from lavis_chatbridge.datasets.readers.common import json_rows, json_value, table_rows
 from lavis_chatbridge.errors import ConfigError, DataError
@@ -589,6 +589,6 @@ def test_the_originals_conversations():
             [sample] = READERS["multis"](origin)
         wording = (case["prompt_list"] or ["?"])[0].replace("<QUESTION>", "{question}")
         templates = Templates({"t": TaskTemplates(templates=[wording])} if case["prompt_list"] else {}, {})
-        settings = SourceSettings(task="t", templates=templates, reply_end="###" if task == "conv" else "\n###")
-        pieces = SourceDataset("set", [sample], settings).pieces(sample, None)
+        settings = PromptSettings(task="t", templates=templates, reply_end="###" if task == "conv" else "\n###")
+        pieces = SampleDataset("set", [sample], settings).pieces(sample, None)
         assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == case["conversation"]
