@@ -6,15 +6,12 @@ processes. This module knows only the annotators' protocol.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from lavis_chatbridge import media
 from lavis_chatbridge.errors import DataError, MediaError
@@ -24,13 +21,12 @@ from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
 from lavis_chatbridge.schema import check_inside, media_path
 
 FRAMES_PER_VIDEO = 3
-_SAMPLE_FIELDS = ("turns", "answers", "style", "task", "held_out", "meta")
+_SAMPLE_FIELDS = ("turns", "answers", "style", "task", "facts", "held_out", "meta")
 """Fields of the sample schema that are ignored, so that a file of samples can be annotated."""
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AnnotateReport:
+class AnnotateReport(NamedTuple):
     """Counts of items: annotated by this run, finished before, with unreadable media."""
 
     annotated: int
@@ -50,7 +46,7 @@ def annotate(
 
     Args:
         items: JSONL with ``id``, ``media`` and existing annotations (``captions``, ``sound_captions``, ``tags``,
-            ``frames``, ``facts``). The captions of an item with only a sound count as ``sound_captions``.
+            ``frames``). The captions of an item with only a sound count as ``sound_captions``.
         folder: Gets ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
         annotators: Run in order; a later one adds to an earlier one's findings and replaces its captions.
         media_root: Folder that media paths are relative to; by default that of ``items``.
@@ -62,7 +58,7 @@ def annotate(
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
     folder.mkdir(parents=True, exist_ok=True)
-    done = finished(folder)
+    done = {values["id"] for file in folder.glob("annotations-*.jsonl") for _, values in json_objects(file)}
     name = f"{rank:05d}-of-{world:05d}.jsonl"
     annotated = known = 0
     failures = []
@@ -73,7 +69,7 @@ def annotate(
             known += 1
             continue
         try:
-            record = annotate_item(item, annotators, root).to_json()
+            record = _annotate_item(item, annotators, root).to_json()
         except MediaError as error:
             _log.warning("item %s is left out: %s", item.id, error)
             failures.append(json.dumps({"id": item.id, "reason": str(error)}) + "\n")
@@ -86,95 +82,66 @@ def annotate(
     return AnnotateReport(annotated, known, len(failures))
 
 
-def annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path) -> Annotation:
+def _annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path) -> Annotation:
     """Add the annotators' findings to one item.
 
     Raises:
         MediaError: If a medium cannot be opened or lies outside the media root.
     """
-    for medium in item.media:
-        try:
-            check_inside(media_path(medium.path, str(root), item.id), str(root))
-        except DataError as error:
-            raise MediaError(medium.path, error) from error
-    frames = _frame_views(item, root) if any(annotator.kind == "frame" for annotator in annotators) else []
-    sounds = _sound_views(item, root) if any(annotator.kind == "sound" for annotator in annotators) else []
-    own = item.frames or tuple(Frame(position=view.position) for view in frames)
-    if frames and len(own) != len(frames):
-        raise DataError(f"item {item.id!r} already has {len(own)} frames, expected {len(frames)}")
-    item = item.model_copy(update={"frames": own})
+    views = list(_views(item, root, {annotator.modality for annotator in annotators}))
+    frames = [view for view in views if view.modality == "image"]
+    if frames and not item.frames:
+        count = len(frames)
+        positions = [0.0] if count == 1 else [round((2 * number + 1) / (2 * count), 4) for number in range(count)]
+        item = item.model_copy(update={"frames": tuple(Frame(position=position) for position in positions)})
+    if frames and len(item.frames) != len(frames):
+        raise DataError(f"item {item.id!r} already has {len(item.frames)} frames, expected {len(frames)}")
     for annotator in annotators:
-        if views := frames if annotator.kind == "frame" else sounds:
-            merge = _with_frames if annotator.kind == "frame" else _with_sounds
-            item = merge(item, annotator.name, annotator.annotate(views))
+        for view in views:
+            if view.modality == annotator.modality:
+                item = _with_findings(item, annotator.name, view, annotator.annotate(view))
     return item
 
 
-def finished(folder: Path) -> set[str]:
-    """Ids of the items that any run has annotated into this folder."""
-    files = sorted(folder.glob("annotations-*.jsonl"))
-    return {str(values["id"]) for file in files for _, values in json_objects(file)}
-
-
-def _frame_views(item: Annotation, root: Path) -> list[View]:
-    """The image, or three frames of the video: the middles of its thirds."""
-    views: list[View] = []
+def _views(item: Annotation, root: Path, modalities: Container[str]) -> Iterator[View]:
+    """The image, or the middles of the thirds of the video; and the sound. Only ``modalities`` are opened."""
     for medium in item.media:
-        if medium.type == "image":
-            views.append(View(item.id, "frame", medium.path, functools.partial(media.open_image, root / medium.path)))
-        elif medium.type == "video":
-            clip = functools.lru_cache(maxsize=1)(functools.partial(media.open_video, root / medium.path, _middles))
-            for number in range(FRAMES_PER_VIDEO):
-                position = round((2 * number + 1) / (2 * FRAMES_PER_VIDEO), 4)
-                load = functools.partial(_frame, clip, number)
-                views.append(View(item.id, "frame", medium.path, load, len(views), position))
-    return views
-
-
-def _frame(clip: functools._lru_cache_wrapper, number: int) -> np.ndarray:
-    return clip()[number]
-
-
-def _sound_views(item: Annotation, root: Path) -> list[View]:
-    paths = [medium.path for medium in item.media if medium.type == "audio"]
-    return [
-        View(item.id, "sound", path, functools.partial(media.open_audio, root / path, rate=RATE), number)
-        for number, path in enumerate(paths)
-    ]
+        try:
+            path = media_path(medium.path, str(root), item.id)
+            check_inside(path, str(root))
+        except DataError as error:
+            raise MediaError(medium.path, error) from error
+        if ("audio" if medium.type == "audio" else "image") not in modalities:
+            continue
+        if medium.type == "audio":
+            yield View(item.id, "audio", medium.path, media.open_audio(path, rate=RATE))
+        elif medium.type == "image":
+            yield View(item.id, "image", medium.path, media.open_image(path))
+        else:
+            for number, frame in enumerate(media.open_video(path, _middles)):
+                yield View(item.id, "image", medium.path, frame, number)
 
 
 def _middles(count: int) -> list[int]:
     return [(2 * number + 1) * count // (2 * FRAMES_PER_VIDEO) for number in range(FRAMES_PER_VIDEO)]
 
 
-def _with_sounds(item: Annotation, author: str, findings: Sequence[Findings]) -> Annotation:
-    tags = tuple(tag for found in findings for tag in found.tags)
-    captions = tuple(text for found in findings for text in found.sound_captions)
-    parts = [part for part, new in (("tags", tags), ("sound_captions", captions)) if new]
-    added = {"tags": item.tags + tags, "sound_captions": item.sound_captions + captions}
-    return item.model_copy(update={**added, "written_by": _signed(item, author, parts)})
-
-
-def _with_frames(item: Annotation, author: str, findings: Sequence[Findings]) -> Annotation:
-    frames = [
-        frame.model_copy(
-            update={
-                "caption": found.caption or frame.caption,
-                "regions": frame.regions + found.regions,
-                "semantics": frame.semantics + found.semantics,
-            }
-        )
-        for frame, found in zip(item.frames, findings, strict=True)
-    ]
-    written = [p for p in ("caption", "regions", "semantics") if any(getattr(found, p) for found in findings)]
-    signed = _signed(item, author, [f"frames.{part}" for part in written])
-    return item.model_copy(update={"frames": tuple(frames), "written_by": signed})
-
-
-def _signed(item: Annotation, author: str, parts: Sequence[str]) -> dict[str, str]:
-    """The authors of an item's parts, with ``author`` added to some."""
-    before = item.written_by
-    return {**before, **{p: f"{before[p]}, {author}" if before.get(p, author) != author else author for p in parts}}
+def _with_findings(item: Annotation, author: str, view: View, found: Findings) -> Annotation:
+    """The item with an annotator's findings about one view; its author is recorded for each part that it wrote."""
+    changes: dict[str, object] = {"tags": item.tags + found.tags}
+    changes["sound_captions"] = item.sound_captions + found.sound_captions
+    written = [part for part in ("tags", "sound_captions") if getattr(found, part)]
+    if view.modality == "image":
+        frame = item.frames[view.number]
+        added = {"regions": frame.regions + found.regions, "semantics": {**frame.semantics, **found.semantics}}
+        frame = frame.model_copy(update={"caption": found.caption or frame.caption, **added})
+        changes["frames"] = (*item.frames[: view.number], frame, *item.frames[view.number + 1 :])
+        written += [f"frames.{part}" for part in ("caption", "regions", "semantics") if getattr(found, part)]
+    signed = dict(item.written_by)
+    for part in written:
+        if author not in signed.get(part, "").split(", "):
+            signed[part] = f"{signed[part]}, {author}" if part in signed else author
+    return item.model_copy(update={**changes, "written_by": signed})
 
 
 def _read_items(path: str | Path) -> Iterator[Annotation]:

@@ -1,4 +1,4 @@
-"""An annotation: a description of one medium or group of media. It is the language model's only information.
+"""An annotation: one item's media in words, which are all that the language model reads about it.
 
 This module stores and words annotations. It knows neither annotators nor requests.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator
+from typing import Any, Literal, get_args
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
@@ -18,8 +16,8 @@ from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import media_path
 
-MediaKind = Literal["image", "video", "audio", "video+audio"]
-MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio", "video+audio")
+ItemModality = Literal["image", "video", "audio", "video+audio"]
+ITEM_MODALITIES: tuple[ItemModality, ...] = get_args(ItemModality)
 Box = tuple[float, float, float, float]
 """``(left, top, right, bottom)`` as shares of the frame's width and height, each in [0, 1]."""
 
@@ -36,26 +34,6 @@ class Region(Settings):
 
     text: str
     box: Box | None = None
-    score: float | None = None
-
-
-class Semantic(Settings):
-    """A class found by segmentation, and the share of the frame that it covers."""
-
-    label: str
-    share: float | None = None
-
-
-class Tag(Settings):
-    """A sound event."""
-
-    label: str
-    score: float | None = None
-
-
-def _named(values: Any) -> Any:
-    """Plain strings in a list of labels as ``{"label": ...}``."""
-    return [{"label": v} if isinstance(v, str) else v for v in values] if isinstance(values, (list, tuple)) else values
 
 
 class Frame(Settings):
@@ -67,7 +45,8 @@ class Frame(Settings):
     """The same in seconds, if known."""
     caption: str = ""
     regions: tuple[Region, ...] = ()
-    semantics: Annotated[tuple[Semantic, ...], BeforeValidator(_named)] = ()
+    semantics: dict[str, float] = {}
+    """Class found by segmentation -> the share of the frame that it covers, the largest first."""
 
 
 class Annotation(Settings):
@@ -81,41 +60,39 @@ class Annotation(Settings):
     """Human captions of the image or clip."""
     sound_captions: tuple[str, ...] = ()
     """Human captions of the sound."""
-    tags: Annotated[tuple[Tag, ...], BeforeValidator(_named)] = ()
+    tags: tuple[str, ...] = ()
+    """Sound events."""
     frames: tuple[Frame, ...] = ()
     """One for an image, three for a video, none for a sound."""
     written_by: dict[str, str] = {}
     """Part -> author, for example ``{"captions": "human", "frames.regions": "florence2 base"}``."""
     source: str = ""
     licence: str = ""
-    facts: dict[str, str] = {}
-    """Attribute -> value: ground truth, if known (embedded world)."""
 
     def check(self) -> Iterator[str]:
-        """Yield faults that the field types do not show."""
         if not self.id or not self.media:
             yield "an item needs an id and at least one medium"
 
     @property
-    def modality(self) -> MediaKind:
-        """The set of modalities, which selects the prompts.
+    def modality(self) -> ItemModality:
+        """The modalities of its media, which select the prompts.
 
         Raises:
             DataError: If the item combines other media than a video and its sound.
         """
-        kinds = {medium.type for medium in self.media}
-        if kinds == {"video", "audio"}:
+        found = {medium.type for medium in self.media}
+        if found == {"video", "audio"}:
             return "video+audio"
-        if len(kinds) == 1:
-            return next(iter(kinds))
-        raise DataError(f"item {self.id!r} has {' and '.join(sorted(kinds))}; expected one of {MEDIA_KINDS}")
+        if len(found) == 1:
+            return next(iter(found))
+        raise DataError(f"item {self.id!r} has {' and '.join(sorted(found))}; expected one of {ITEM_MODALITIES}")
 
     def to_json(self) -> dict[str, Any]:
         """The annotation as JSON values, without fields at their defaults."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-def from_json(values: Mapping[str, Any], where: str = "annotation") -> Annotation:
+def from_json(values: Mapping[str, Any], where: str) -> Annotation:
     """Read an annotation from its JSON form.
 
     Raises:
@@ -174,30 +151,25 @@ def describe(annotation: Annotation) -> str:
     if annotation.sound_captions:
         lines += ["What people say about the sound:", *(f"- {text.strip()}" for text in annotation.sound_captions)]
     if annotation.tags:
-        lines.append("Sounds recognised: " + ", ".join(tag.label for tag in annotation.tags))
+        lines.append("Sounds recognised: " + ", ".join(annotation.tags))
     return "\n".join(lines)
 
 
-def all_words(annotation: Annotation) -> str:
-    """All words of an annotation, which support an answer."""
-    parts = [*annotation.captions, *annotation.sound_captions, *(tag.label for tag in annotation.tags)]
-    for frame in annotation.frames:
-        parts += [frame.caption, *(region.text for region in frame.regions), *(s.label for s in frame.semantics)]
-    return "\n".join([*parts, *annotation.facts.values()])
-
-
-def _describe_frame(frame: Frame, modality: MediaKind) -> list[str]:
-    if modality == "image":
-        name = "Image"
-    elif frame.time is not None:
-        name = f"Frame at {frame.time:.1f} s"
-    else:
-        name = f"Frame at {round(100 * frame.position)} % of the clip"
+def _describe_frame(frame: Frame, modality: ItemModality) -> list[str]:
+    moment = f"{round(100 * frame.position)} % of the clip" if frame.time is None else f"{frame.time:.1f} s"
+    name = "Image" if modality == "image" else f"Frame at {moment}"
     lines = [f"{name}: {frame.caption.strip()}".rstrip()]
     for region in frame.regions:
         box = "" if region.box is None else " at [" + ", ".join(f"{value:.2f}" for value in region.box) + "]"
         lines.append(f"  - {region.text.strip()}{box}")
     if frame.semantics:
-        shares = (s.label if s.share is None else f"{s.label} {round(100 * s.share)} %" for s in frame.semantics)
-        lines.append("  Areas: " + ", ".join(shares))
+        lines.append("  Areas: " + ", ".join(f"{name} {round(100 * s)} %" for name, s in frame.semantics.items()))
     return lines
+
+
+def all_words(annotation: Annotation) -> str:
+    """All words of an annotation, which support an answer."""
+    parts = [*annotation.captions, *annotation.sound_captions, *annotation.tags]
+    for frame in annotation.frames:
+        parts += [frame.caption, *(region.text for region in frame.regions), *frame.semantics]
+    return "\n".join(parts)

@@ -9,21 +9,22 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import ConfigError, DataError, MissingExtraError
 from lavis_chatbridge.files import atomic_text, write_json
-from lavis_chatbridge.multis.annotation import MEDIA_KINDS, Annotation, all_words, read_annotations
+from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, Annotation, all_words, read_annotations
 from lavis_chatbridge.multis.generate import read_answers
 from lavis_chatbridge.multis.parse import read_description, read_pairs
-from lavis_chatbridge.multis.prompts import DATA_KINDS, Pair, PromptBook
+from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, Pair, PromptBook
 from lavis_chatbridge.multis.things import Things
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, to_record
@@ -33,14 +34,12 @@ PAPER_COUNTS = {"conversation": 24_000, "detail": 18_000, "reasoning": 9_000}
 _WORDS = re.compile(r"\b[\w'\u2019-]+\b")
 _CLAUSE_END = re.compile(r"[.;:!?,]")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_DENIAL = re.compile(r"\s*(?:no\b|there\s+(?:is|are)\s+no)", re.IGNORECASE)
 _PHRASE_LISTS = ("text_source", "refusal", "markup", "unsafe", "negation", "hedge")
-
-
-class Range(Settings):
-    """An inclusive range of numbers."""
-
-    least: int
-    most: int
+Range = tuple[int, int]
+"""Least and most, inclusive."""
+Reason = tuple[str, str]
+"""A rule and what it found."""
 
 
 class KindLimits(Settings):
@@ -51,20 +50,15 @@ class KindLimits(Settings):
     answer_words: Range
 
 
-def _limits(pairs: tuple[int, int], question: tuple[int, int], answer: tuple[int, int]) -> KindLimits:
-    ranges = (Range(least=least, most=most) for least, most in (pairs, question, answer))
-    return KindLimits(**dict(zip(("pairs", "question_words", "answer_words"), ranges, strict=True)))
-
-
 class CheckSettings(Settings):
     """What is accepted."""
 
-    limits: dict[str, KindLimits] = {
-        "conversation": _limits((2, 8), (1, 60), (2, 120)),
-        "detail": _limits((1, 1), (2, 60), (25, 400)),
-        "reasoning": _limits((1, 3), (4, 80), (20, 300)),
+    limits: dict[DataKind, KindLimits] = {
+        "conversation": KindLimits(pairs=(2, 8), question_words=(1, 60), answer_words=(2, 120)),
+        "detail": KindLimits(pairs=(1, 1), question_words=(2, 60), answer_words=(25, 400)),
+        "reasoning": KindLimits(pairs=(1, 3), question_words=(4, 80), answer_words=(20, 300)),
     }
-    duplicate_from: float = 0.8
+    duplicate_from: float = Field(default=0.8, gt=0, le=1)
     """Estimated Jaccard similarity of word triples at which a sample counts as a near duplicate."""
     unsafe: str | None = None
     """``MODULE:FUNCTION`` from a text to a reason or None; null uses the patterns of ``language``."""
@@ -74,21 +68,14 @@ class CheckSettings(Settings):
     """A file like ``rules/things.yaml``."""
 
     def check(self) -> Iterator[str]:
-        """Yield values out of range."""
-        if not 0 < self.duplicate_from <= 1:
-            yield f"duplicate_from is {self.duplicate_from}, expected more than 0 and at most 1"
         yield from (f"limits.{kind} is missing" for kind in DATA_KINDS if kind not in self.limits)
-
-
-Reason = tuple[str, str]
-"""A rule and what it found."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A parsed answer, the input of the rules."""
 
-    kind: str
+    kind: DataKind
     pairs: list[Pair]
     annotation: Annotation
     supported: set[str]
@@ -116,8 +103,8 @@ class NearDuplicates:
         """The most similar earlier text and its estimated similarity, or None below the threshold."""
         signature = self._signature(text)
         near = [(signature.jaccard(self._known[key]), key) for key in self._index.query(signature)]
-        best = max(near, default=(0.0, ""))
-        return (best[1], best[0]) if best[0] >= self._threshold else None
+        similarity, key = max(near, default=(0.0, ""))
+        return (key, similarity) if similarity >= self._threshold else None
 
     def add(self, key: str, text: str) -> None:
         """Add a text under the name ``key``."""
@@ -126,8 +113,7 @@ class NearDuplicates:
 
     def _signature(self, text: str) -> Any:
         words = _words(text)
-        width = min(3, max(1, len(words)))
-        shingles = {" ".join(words[i : i + width]) for i in range(len(words) - width + 1)} or {""}
+        shingles = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
         signature = self._hash(num_perm=128, seed=1)
         signature.update_batch([shingle.encode() for shingle in shingles])
         return signature
@@ -151,24 +137,22 @@ class Checker:
         self._unsafe = _load_hook(self._options.unsafe) if self._options.unsafe else self._unsafe_phrase
         self._known = NearDuplicates(self._options.duplicate_from)
         for kind in DATA_KINDS:
-            for modality in MEDIA_KINDS:
+            for modality in ITEM_MODALITIES:
                 for number, (_, answer) in enumerate(self._book.examples(kind, modality)):
                     self._known.add(f"seed example {number + 1} of {kind}/{modality}", answer)
-        self.rules: list[Callable[[Candidate], Iterable[Reason]]] = [
-            self._lengths, self._wording, self._repeats, self._absent, self._safety,
-        ]  # fmt: skip
+        self._rules = (self._lengths, self._wording, self._repeats, self._absent, self._safety)
 
     def check(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[Sample | None, list[Reason]]:
         """Check one answer: returns the sample, or None and every reason against it."""
-        kind = str(record["kind"])
+        kind = record["kind"]
         pairs, reasons = self._parse(record, annotation)
         if pairs:
             candidate = Candidate(kind, pairs, annotation, self._things.support(all_words(annotation)))
-            reasons += [reason for rule in self.rules for reason in rule(candidate)]
+            reasons += [reason for rule in self._rules for reason in rule(candidate)]
         if reasons:
             return None, reasons
         text = "\n".join(f"{pair.question}\n{pair.answer}" for pair in pairs)
-        for words in {text, pairs[0].answer} if kind == "detail" else {text}:
+        for words in (text, pairs[0].answer) if kind == "detail" else (text,):
             if near := self._known.find(words):
                 return None, [("near_duplicate", f"{round(100 * near[1])} % like {near[0]}")]
         self._known.add(f"{annotation.id}:{kind}", text)
@@ -176,16 +160,15 @@ class Checker:
 
     def _parse(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[list[Pair], list[Reason]]:
         reasons: list[Reason] = []
-        finish, text = str(record.get("finish") or ""), str(record["text"])
-        if finish in ("length", "max_tokens"):
+        if record["finish"] in ("length", "max_tokens"):
             reasons.append(("truncated", "the answer reached its greatest length"))
-        elif finish == "content_filter":
+        elif record["finish"] == "content_filter":
             reasons.append(("refusal", "the server's content filter stopped the answer"))
         try:
             if record["kind"] == "detail":
                 question = self._book.question("detail", annotation.modality, annotation.id)
-                return [Pair(question=question, answer=read_description(text))], reasons
-            return read_pairs(text), reasons
+                return [Pair(question=question, answer=read_description(record["text"]))], reasons
+            return read_pairs(record["text"]), reasons
         except DataError as error:
             return [], [*reasons, ("form", str(error))]
 
@@ -195,9 +178,9 @@ class Checker:
         for pair in candidate.pairs:
             counts.append((len(_words(pair.question)), limits.question_words, "words of a question"))
             counts.append((len(_words(pair.answer)), limits.answer_words, "words of an answer"))
-        for count, allowed, what in counts:
-            if not allowed.least <= count <= allowed.most:
-                yield "length", f"{what}: {count}, expected {allowed.least} to {allowed.most}"
+        for count, (least, most), what in counts:
+            if not least <= count <= most:
+                yield "length", f"{what}: {count}, expected {least} to {most}"
 
     def _wording(self, candidate: Candidate) -> Iterator[Reason]:
         modality = candidate.annotation.modality
@@ -226,8 +209,7 @@ class Checker:
         """Things, sounds and colours that an answer claims and the annotation does not support."""
         absent: dict[str, None] = {}
         for pair in candidate.pairs:
-            denies = re.match(r"\s*(?:no\b|there\s+(?:is|are)\s+no)", pair.answer, re.IGNORECASE)
-            for text in (pair.answer,) if denies else (pair.question, pair.answer):
+            for text in (pair.answer,) if _DENIAL.match(pair.answer) else (pair.question, pair.answer):
                 for name, at in self._things.mentions(text):
                     if name not in candidate.supported and not self._excused(text, at, candidate.kind == "reasoning"):
                         absent[name] = None
@@ -253,70 +235,8 @@ class Checker:
         return found.group() if found else None
 
 
-class Statistics:
-    """Counts accepted and rejected answers by kind and modality."""
-
-    def __init__(self) -> None:
-        self._cells: dict[str, Counter[tuple[str, str]]] = {"accepted": Counter(), "rejected": Counter()}
-        self._reasons: Counter[str] = Counter()
-        self._sources: Counter[str] = Counter()
-        self._words: dict[str, dict[str, list[int]]] = {k: {"user": [], "assistant": []} for k in DATA_KINDS}
-        self._vocabulary: set[str] = set()
-
-    def add(self, record: Mapping[str, Any], sample: Sample | None, reasons: Iterable[Reason]) -> None:
-        """Count one answer; ``sample`` is None if it was rejected."""
-        cell = (str(record["kind"]), str(record.get("modality", "")))
-        self._cells["rejected" if sample is None else "accepted"][cell] += 1
-        self._reasons.update({rule for rule, _ in reasons})
-        if sample is not None:
-            self._sources[sample.source] += 1
-            for message in sample.turns:
-                words = _words(message.text)
-                self._vocabulary.update(words)
-                self._words[cell[0]][message.role].append(len(words))
-
-    def to_json(self) -> dict[str, Any]:
-        """All counts as JSON values."""
-        kinds = {}
-        for kind in DATA_KINDS:
-            by_modality = {
-                modality: {state: cells[kind, modality] for state, cells in self._cells.items()}
-                for modality in MEDIA_KINDS
-            }
-            words = self._words[kind]
-            kinds[kind] = {
-                **{state: sum(cell[state] for cell in by_modality.values()) for state in self._cells},
-                "paper": PAPER_COUNTS[kind],
-                "questions": len(words["user"]),
-                "mean_question_words": round(sum(words["user"]) / max(1, len(words["user"])), 2),
-                "mean_answer_words": round(sum(words["assistant"]) / max(1, len(words["assistant"])), 2),
-                "by_modality": {name: cell for name, cell in by_modality.items() if any(cell.values())},
-            }
-        return {
-            **{state: cells.total() for state, cells in self._cells.items()},
-            "kinds": kinds,
-            "reasons": dict(self._reasons.most_common()),
-            "vocabulary": len(self._vocabulary),
-            "sources": dict(self._sources.most_common()),
-        }
-
-
-def table(statistics: Mapping[str, Any]) -> str:
-    """Statistics as text for a terminal."""
-    lines = [f"{'kind':14}{'accepted':>10}{'rejected':>10}{'paper':>9}{'words asked':>13}{'answered':>10}"]
-    for kind, row in statistics["kinds"].items():
-        lines.append(
-            f"{kind:14}{row['accepted']:10}{row['rejected']:10}{row['paper']:9}"
-            f"{row['mean_question_words']:13.1f}{row['mean_answer_words']:10.1f}"
-        )
-    lines.append(f"{'all':14}{statistics['accepted']:10}{statistics['rejected']:10}{sum(PAPER_COUNTS.values()):9}")
-    if statistics["reasons"]:
-        lines.append("rejected for: " + ", ".join(f"{rule} {n}" for rule, n in statistics["reasons"].items()))
-    return "\n".join([*lines, f"distinct words: {statistics['vocabulary']}"])
-
-
 def check(generated: str | Path, annotations: str | Path, folder: str | Path, checker: Checker | None = None) -> dict:
-    """Check all answers of a generation.
+    """Check all answers of a generation, and return the statistics.
 
     Args:
         generated: The generation's folder.
@@ -324,53 +244,90 @@ def check(generated: str | Path, annotations: str | Path, folder: str | Path, ch
         folder: Gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json``.
         checker: The rules.
 
-    Returns:
-        The statistics.
-
     Raises:
         DataError: If there are no annotations.
     """
-    checker, folder, statistics = checker or Checker(), Path(folder), Statistics()
+    checker, folder = checker or Checker(), Path(folder)
     known = {annotation.id: annotation for annotation in read_annotations(annotations)}
-    with (
-        atomic_text(folder / "accepted.jsonl", errors="replace") as accepted,
-        atomic_text(folder / "rejected.jsonl", errors="replace") as rejected,
-    ):
-        for record in read_answers(generated):
-            annotation = known.get(record["item"])
-            if annotation is None:
-                sample, reasons = None, [("no_annotation", f"item {record['item']!r} has no annotation")]
-            else:
-                sample, reasons = checker.check(record, annotation)
-            statistics.add(record, sample, reasons)
-            line = to_record(sample) if sample is not None else _rejection(record, reasons, annotation)
-            (rejected if sample is None else accepted).write(json.dumps(line, ensure_ascii=False) + "\n")
-    write_json(folder / "statistics.json", statistics.to_json())
-    return statistics.to_json()
+    accepted: list[Sample] = []
+    rejected: list[dict[str, Any]] = []
+    for record in read_answers(generated):
+        annotation = known.get(record["item"])
+        if annotation is None:
+            sample, reasons = None, [("no_annotation", f"item {record['item']!r} has no annotation")]
+        else:
+            sample, reasons = checker.check(record, annotation)
+        if sample is not None:
+            accepted.append(sample)
+        else:
+            rejected.append(_rejection(record, reasons, annotation))
+    for name, records in (("accepted", map(to_record, accepted)), ("rejected", rejected)):
+        with atomic_text(folder / f"{name}.jsonl", errors="replace") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    counted = statistics(accepted, rejected)
+    write_json(folder / "statistics.json", counted)
+    return counted
+
+
+def statistics(accepted: Sequence[Sample], rejected: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts by kind and modality, and by rule, as JSON values."""
+    cells = Counter((sample.task, sample.modality, "accepted") for sample in accepted)
+    cells += Counter((record["kind"], record["modality"], "rejected") for record in rejected)
+    kinds = {}
+    for kind in DATA_KINDS:
+        by_modality = {
+            modality: {state: cells[kind, modality, state] for state in ("accepted", "rejected")}
+            for modality in ITEM_MODALITIES
+        }
+        totals = {state: sum(cell[state] for cell in by_modality.values()) for state in ("accepted", "rejected")}
+        kinds[kind] = {**totals, "paper": PAPER_COUNTS[kind], "by_modality": by_modality}
+    reasons = Counter(rule for record in rejected for rule in {reason["rule"] for reason in record["reasons"]})
+    counts = {"accepted": len(accepted), "rejected": len(rejected)}
+    return {**counts, "kinds": kinds, "reasons": dict(reasons.most_common())}
+
+
+def read_statistics(checked: str | Path) -> dict[str, Any]:
+    """The statistics of an earlier check.
+
+    Raises:
+        DataError: If the folder has none.
+    """
+    try:
+        return json.loads((Path(checked) / "statistics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{checked} was not made by `chatbridge multis check`: {error}") from error
+
+
+def table(counted: Mapping[str, Any]) -> str:
+    """Statistics as text for a terminal."""
+    rows = {**counted["kinds"], "all": {**counted, "paper": sum(PAPER_COUNTS.values())}}
+    lines = [f"{'kind':14}{'accepted':>10}{'rejected':>10}{'paper':>9}"]
+    lines += [f"{kind:14}{row['accepted']:10}{row['rejected']:10}{row['paper']:9}" for kind, row in rows.items()]
+    if counted["reasons"]:
+        lines.append("rejected for: " + ", ".join(f"{rule} {n}" for rule, n in counted["reasons"].items()))
+    return "\n".join(lines)
 
 
 def _sample(record: Mapping[str, Any], pairs: list[Pair], annotation: Annotation) -> Sample:
-    media = tuple(Medium(medium.type, medium.path) for medium in annotation.media)
     messages: list[Message] = []
     for pair in pairs:
-        brought = () if messages else tuple(medium.type for medium in annotation.media)
-        messages += [Message("user", pair.question, brought), Message("assistant", pair.answer)]
-    meta = {"request": record["id"], "model": record.get("model", ""), "item": annotation.id}
+        shown = () if messages else tuple(medium.type for medium in annotation.media)
+        messages += [Message("user", pair.question, shown), Message("assistant", pair.answer)]
+    meta = {"request": record["id"], "model": record["model"], "item": annotation.id}
     return Sample(
         id=f"{annotation.id}:{record['kind']}",
-        media=media,
+        media=tuple(Medium(medium.type, medium.path) for medium in annotation.media),
         turns=tuple(messages),
         source=annotation.source,
-        task=str(record["kind"]),
-        facts=annotation.facts,
-        meta={**meta, **({"licence": annotation.licence} if annotation.licence else {})},
+        task=record["kind"],
+        meta=meta | ({"licence": annotation.licence} if annotation.licence else {}),
     )
 
 
 def _rejection(record: Mapping[str, Any], reasons: list[Reason], annotation: Annotation | None) -> dict[str, Any]:
     return {
         "id": f"{record['item']}:{record['kind']}",
-        **{key: record.get(key, "") for key in ("item", "kind", "modality", "text")},
+        **{key: record[key] for key in ("item", "kind", "modality", "text")},
         "request": record["id"],
         "reasons": [{"rule": rule, "detail": detail} for rule, detail in reasons],
         "media": [medium.model_dump() for medium in annotation.media] if annotation else [],
@@ -405,9 +362,6 @@ def _words(text: str) -> list[str]:
 def _load_hook(name: str) -> Callable[[str], str | None]:
     module, _, function = name.partition(":")
     try:
-        hook = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot load the hook {name!r}, expected MODULE:FUNCTION ({error})") from error
-    if not callable(hook):
-        raise ConfigError(f"the hook {name!r} is not a function")
-    return hook

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from lavis_chatbridge.config import parse
-from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.config import merged, parse, read_options, read_yaml
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.launchers import share_of
 
 STOPPED_EARLY = 3
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[str, typer.Option("--out", help="The folder to write.")]
+Checked = Annotated[str, typer.Argument(help="The folder that `check` made.")]
 Prompts = Annotated[str | None, typer.Option(help="A folder with kinds.yaml and seeds/ that replaces the package's.")]
 
 
@@ -62,7 +60,9 @@ def generate(
     model: Annotated[str, typer.Option(help="The model's name at the server.")],
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; default: OpenAI's.")] = None,
     api_key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = "OPENAI_API_KEY",
-    kinds: Annotated[str, typer.Option(metavar="A,B", help="conversation, detail, reasoning; default: all.")] = "",
+    kinds: Annotated[
+        str, typer.Option(metavar="A,B", help="Kinds of data; default: all.")
+    ] = "conversation,detail,reasoning",
     counts: Annotated[str, typer.Option(metavar="KIND=N,...", help="Most requests per kind.")] = "",
     prompts: Prompts = None,
     shots: Annotated[int, typer.Option(help="Seed examples per prompt.")] = 3,
@@ -78,17 +78,21 @@ def generate(
     prices: Annotated[str | None, typer.Option(help="YAML: MODEL: {input, output}, USD per million tokens.")] = None,
     price_of: Annotated[str | None, typer.Option(help="Entry of the price table to use; `local` is free.")] = None,
     token_limit_field: str = "max_tokens",
-    extra_body: Annotated[str, typer.Option(metavar="JSON", help="Additional fields of each request.")] = "{}",
+    extra_body: Annotated[
+        list[str], typer.Option(metavar="KEY=VALUE", help="An additional field of each request. Repeatable.")
+    ] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and send nothing.")] = False,
-) -> int:
+) -> None:
     """Ask a language model for chat data. Run again to resume."""
     from lavis_chatbridge.multis import generate as stage
     from lavis_chatbridge.multis.annotation import read_annotations
     from lavis_chatbridge.multis.prompts import PromptBook
 
-    values = {name: value for name, value in locals().items() if name in stage.GenerateSettings.model_fields}
-    values |= {"kinds": _names(kinds) or None, "counts": _counts(counts), "extra_body": _json_object(extra_body)}
-    options = parse(stage.GenerateSettings, {k: v for k, v in values.items() if v is not None}, "generate")
+    values: dict[str, Any] = {k: v for k, v in locals().items() if k in stage.GenerateSettings.model_fields}
+    values["kinds"] = kinds.split(",")
+    values["counts"] = _pairs("--counts", counts.split(",") if counts else [])
+    values["extra_body"] = _pairs("--extra-body", extra_body)
+    options = parse(stage.GenerateSettings, merged(values), "generate")
     book = PromptBook(prompts)
     priced = max_cost is not None or dry_run or prices or price_of
     price = stage.price_of(price_of or (model if priced else "local"), prices)
@@ -99,13 +103,12 @@ def generate(
         print(f"prompt tokens, about:  {found.prompt_tokens}")
         print(f"answer tokens, about:  {found.completion_tokens}")
         print(f"cost, about:           ${found.cost:.2f}, at most ${found.bound:.2f}, spent so far ${found.spent:.2f}")
-        return 0
+        return
     report = stage.generate(requests, out, price, options)
     print(f"answered {report.answered}, known {report.known}, failed {report.failed}; ${report.spent:.4f} spent: {out}")
     if report.stopped:
         print(f"stopped early: {report.stopped}; run the same command again to resume")
         raise typer.Exit(STOPPED_EARLY)
-    return 0
 
 
 @app.command()
@@ -118,34 +121,25 @@ def check(
     unsafe: Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Text -> reason or None.")] = None,
 ) -> None:
     """Accept or reject the answers by rules."""
-    from lavis_chatbridge.config import read_yaml
     from lavis_chatbridge.multis import check as stage
     from lavis_chatbridge.multis.prompts import PromptBook
 
-    values: dict[str, Any] = dict(read_yaml(config)) if config else {}
-    options = parse(stage.CheckSettings, values | ({"unsafe": unsafe} if unsafe else {}), "check")
+    values = merged(read_yaml(config) if config else {}, {"unsafe": unsafe} if unsafe else {})
+    options = parse(stage.CheckSettings, values, "check")
     print(stage.table(stage.check(generated, annotations, out, stage.Checker(options, PromptBook(prompts)))))
 
 
 @app.command()
-def stats(
-    checked: Annotated[str, typer.Argument(help="The folder that `check` made.")],
-    as_json: Annotated[bool, typer.Option("--json", help="All counts as JSON.")] = False,
-) -> None:
+def stats(checked: Checked) -> None:
     """Show the statistics of a check."""
-    from lavis_chatbridge.multis.check import table
+    from lavis_chatbridge.multis.check import read_statistics, table
 
-    file = Path(checked) / "statistics.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}; run `chatbridge multis check` first") from error
-    print(json.dumps(values, indent=2) if as_json else table(values))
+    print(table(read_statistics(checked)))
 
 
 @app.command()
 def page(
-    checked: Annotated[str, typer.Argument(help="The folder that `check` made.")],
+    checked: Checked,
     media_root: Annotated[str, typer.Option(help="Folder that media paths are relative to.")],
     out: Annotated[str, typer.Option(help="The HTML file.")],
     annotations: Annotated[str | None, typer.Option(help="Also show each sample's description.")] = None,
@@ -174,19 +168,7 @@ def build(
     print(f"{manifest['samples']} samples: {out}/manifest.json")
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _counts(text: str) -> dict[str, int]:
-    try:
-        return {kind.strip(): int(count) for kind, count in (pair.split("=") for pair in _names(text))}
-    except ValueError as error:
-        raise ConfigError(f"--counts: expected KIND=N,KIND=N, found {text!r}") from error
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    values = yaml.safe_load(text)
-    if not isinstance(values, dict):
-        raise ConfigError(f"--extra-body: expected a JSON object, found {text!r}")
-    return values
+def _pairs(option: str, words: list[str]) -> Any:
+    if wrong := [word for word in words if "=" not in word]:
+        raise ConfigError(f"{option}: expected KEY=VALUE, found {wrong[0]!r}")
+    return read_options(words)

@@ -15,38 +15,37 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import yaml
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from lavis_chatbridge.config import Settings, parse, shown
+from lavis_chatbridge.config import Settings, parse, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraError
 from lavis_chatbridge.files import append_lines, hash_of, locked, read_lines
 from lavis_chatbridge.multis.annotation import Annotation
 from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, PromptBook
 
 ANSWERS = "answers.jsonl"
-_MILLION = 1_000_000
+STOP_AFTER = 20
+"""Number of consecutive failed requests after which a run stops."""
 _CHARACTERS_PER_TOKEN = 4
 _TOKENS_PER_MESSAGE = 8
+_UNLIMITED = 1e12
 _log = logging.getLogger(__name__)
 
 
 class GenerateSettings(Settings):
-    """Server, requests and limits of a generation."""
+    """Server, requests and limits of a generation; ``chatbridge multis generate --help`` explains them."""
 
     model: str
-    """The model's name at the server."""
     base_url: str | None = None
-    """The server, such as ``http://localhost:8000/v1``; null is OpenAI's own."""
+    """Null is OpenAI's own server."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the API key."""
     temperature: float = 0.7
     top_p: float = 1.0
-    timeout: float = 120.0
+    timeout: PositiveFloat = 120.0
     """Seconds for one attempt."""
-    retries: int = 5
-    """Attempts after the first one."""
+    retries: NonNegativeInt = 5
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """The request's field for the answer's token limit; newer OpenAI models need the second."""
     extra_body: dict[str, Any] = {}
@@ -54,29 +53,19 @@ class GenerateSettings(Settings):
     kinds: list[DataKind] = list(DATA_KINDS)
     counts: dict[DataKind, int] = {}
     """Most requests per kind, sampled with ``seed``; an absent kind uses all items."""
-    shots: int = 3
+    shots: NonNegativeInt = 3
     """Seed examples per prompt."""
     seed: int = 0
-    """Seed for sampling items and examples."""
-    concurrency: int = 16
-    """Requests in flight."""
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
+    concurrency: PositiveInt = 16
+    requests_per_minute: PositiveFloat | None = None
+    tokens_per_minute: PositiveFloat | None = None
     """Counts the prompt (estimated) and the answer's token limit."""
     max_cost: float | None = None
     """US dollars, over all runs into the folder. A request that might exceed it is not sent."""
-    stop_after: int = 20
-    """Number of consecutive failed requests after which the run stops."""
 
     def check(self) -> Iterator[str]:
-        """Yield values out of range."""
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
             yield f"base_url must begin with http:// or https://, found {self.base_url!r}"
-        for name, least in (("shots", 0), ("retries", 0), ("concurrency", 1), ("stop_after", 1)):
-            if getattr(self, name) < least:
-                yield f"{name} is {getattr(self, name)}, expected at least {least}"
-        if self.timeout <= 0:
-            yield f"timeout must be positive, found {self.timeout}"
 
 
 class Price(Settings):
@@ -87,34 +76,24 @@ class Price(Settings):
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
         """US dollars for a request."""
-        return (prompt_tokens * self.input + completion_tokens * self.output) / _MILLION
+        return (prompt_tokens * self.input + completion_tokens * self.output) / 1_000_000
 
 
 def price_of(model: str, table: str | Path | None = None) -> Price:
-    """Look up the price of a model: that of the longest name in the table that is a prefix of the model's name.
-
-    Args:
-        model: Its name.
-        table: A YAML file ``name: {input: ..., output: ...}``; by default the package's own.
+    """Look up the longest prefix of a model's name in a table, by default ``prices.yaml``.
 
     Raises:
         ConfigError: If the table is malformed or has no such model.
     """
-    file = Path(table) if table else Path(__file__).with_name("prices.yaml")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the price table {file}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping of model names to prices, found {shown(values)}")
-    known = [str(name) for name in values if model == str(name) or model.startswith(f"{name}-")]
+    prices = {str(name): price for name, price in read_yaml(table or Path(__file__).with_name("prices.yaml")).items()}
+    known = [name for name in prices if model == name or model.startswith(f"{name}-")]
     if not known:
         raise ConfigError(
-            f"no price for the model {model!r} in {file} (known: {', '.join(map(str, values))}): pass --prices with "
+            f"no price for the model {model!r} (known: {', '.join(prices)}): pass --prices with "
             f"'{model}: {{input: ..., output: ...}}' in US dollars per million tokens, or --price-of local"
         )
     name = max(known, key=len)
-    return parse(Price, values[name], name)
+    return parse(Price, prices[name], name)
 
 
 @dataclass(frozen=True)
@@ -139,27 +118,12 @@ class Request:
         return sum(len(m["content"].encode()) + _TOKENS_PER_MESSAGE for m in self.messages)
 
 
-@dataclass
-class Report:
-    """Counts of a run, and the US dollars that all runs into the folder have cost."""
-
-    answered: int = 0
-    known: int = 0
-    failed: int = 0
-    spent: float = 0.0
-    stopped: str = ""
-    """Why the run ended early, or empty."""
-
-
 def plan(
     annotations: Callable[[], Iterable[Annotation]], book: PromptBook, options: GenerateSettings
 ) -> Iterator[Request]:
     """Yield the requests of a generation in the order of the annotations.
 
-    Args:
-        annotations: Opens the annotations; called twice if ``options.counts`` limits a kind.
-        book: Words the requests.
-        options: Kinds, counts, shots, seed; model and sampling affect the requests' ids.
+    ``annotations`` opens the annotations. It is called once more for each kind that ``options.counts`` limits.
     """
     chosen = {kind: _sampled(annotations(), kind, count, options.seed) for kind, count in options.counts.items()}
     for annotation in annotations():
@@ -187,69 +151,70 @@ def read_answers(folder: str | Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and record.get("id") not in seen:
+        if record["id"] not in seen:
             seen.add(record["id"])
             yield record
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The estimated cost of the requests without an answer."""
+class Estimate(NamedTuple):
+    """Requests without and with an answer, and US dollars: expected, at most, and spent by earlier runs."""
 
     requests: int
     known: int
     prompt_tokens: int
     completion_tokens: int
     cost: float
-    """US dollars, expected."""
     bound: float
-    """US dollars if every prompt and answer had its maximum length."""
     spent: float
-    """US dollars, so far."""
 
 
 def estimate(requests: Iterable[Request], book: PromptBook, price: Price, folder: str | Path) -> Estimate:
     """Estimate the cost of a generation without sending a request, with answers as long as the seed examples."""
     before = {record["id"]: record["cost"] for record in read_answers(folder)}
-    known = prompt = 0
-    count, completion, bound = 0, 0.0, 0.0
+    known = count = prompt = 0
+    completion = bound = 0.0
     for request in requests:
         if request.id in before:
             known += 1
             continue
-        seeds = [answer for _, answer in book.examples(request.kind, request.modality)]
+        lengths = [len(answer) for _, answer in book.examples(request.kind, request.modality)]
         count += 1
         prompt += request.prompt_tokens
-        completion += sum(map(len, seeds)) / len(seeds) / _CHARACTERS_PER_TOKEN
+        completion += sum(lengths) / len(lengths) / _CHARACTERS_PER_TOKEN
         bound += price.cost(request.most_prompt_tokens, request.max_tokens)
-    expected = price.cost(prompt, completion)
-    return Estimate(count, known, prompt, round(completion), expected, bound, sum(before.values()))
+    cost = price.cost(prompt, completion)
+    return Estimate(count, known, prompt, round(completion), cost, bound, sum(before.values()))
+
+
+@dataclass
+class Report:
+    """Counts of a run, and the US dollars that all runs into the folder have cost."""
+
+    answered: int = 0
+    known: int = 0
+    failed: int = 0
+    spent: float = 0.0
+    stopped: str = ""
+    """Why the run ended early, or empty."""
 
 
 def generate(requests: Iterable[Request], folder: str | Path, price: Price, options: GenerateSettings) -> Report:
-    """Send every request that has no answer yet.
-
-    Args:
-        requests: The complete plan.
-        folder: Gets ``answers.jsonl``.
-        price: Of the model.
-        options: Server, limits, budget.
+    """Send every request that has no answer in ``folder/answers.jsonl`` yet.
 
     Raises:
         ChatBridgeError: If the server rejects the key or the model; earlier answers are in the folder.
         DataError: If another process writes to the folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ANSWERS, wait_seconds=0):
-        return asyncio.run(_Run(folder, price, options).work(iter(requests)))
+    file = Path(folder) / ANSWERS
+    with locked(file, wait_seconds=0):
+        return asyncio.run(_Run(file, price, options).work(iter(requests)))
 
 
 @dataclass
 class _Run:
     """Workers that share one iterator of requests and one client."""
 
-    folder: Path
+    file: Path
     price: Price
     options: GenerateSettings
     report: Report = field(default_factory=Report)
@@ -267,11 +232,11 @@ class _Run:
         key = os.environ.get(options.api_key_env)
         if key is None and options.base_url is None:
             raise ConfigError(f"set {options.api_key_env} to your key, or name a server with --base-url")
-        self.done = {record["id"] for record in read_answers(self.folder)}
-        self.report.spent = sum(record["cost"] for record in read_answers(self.folder))
-        rates = (options.requests_per_minute, options.tokens_per_minute)
-        self.limits = [AsyncLimiter(rate / 60, 1.0) if rate and rate >= 60 else AsyncLimiter(1, 60 / rate) if rate
-                       else None for rate in rates]  # fmt: skip
+        costs = {record["id"]: record["cost"] for record in read_answers(self.file.parent)}
+        self.done, self.report.spent = set(costs), sum(costs.values())
+        rates = (options.requests_per_minute or _UNLIMITED, options.tokens_per_minute or _UNLIMITED)
+        # A second's share, but at least one request, may be sent at once.
+        self.limits = [AsyncLimiter(max(1.0, rate / 60), max(1.0, 60 / rate)) for rate in rates]
         async with AsyncOpenAI(
             api_key=key or "none", base_url=options.base_url, timeout=options.timeout, max_retries=options.retries
         ) as self.client:
@@ -303,12 +268,9 @@ class _Run:
     async def _send(self, request: Request) -> None:
         import openai
 
-        requests_limit, tokens_limit = self.limits
-        if requests_limit is not None:
-            await requests_limit.acquire()
-        if tokens_limit is not None:
-            tokens = request.prompt_tokens + request.max_tokens
-            await tokens_limit.acquire(min(tokens, tokens_limit.max_rate))
+        requests, tokens = self.limits
+        await requests.acquire()
+        await tokens.acquire(min(request.prompt_tokens + request.max_tokens, tokens.max_rate))
         try:
             answer = await self.client.chat.completions.create(
                 model=self.options.model,
@@ -337,7 +299,7 @@ class _Run:
         _log.warning("%s of item %s has no answer: %s", request.kind, request.item, reason[:300])
         self.report.failed += 1
         self.failed_in_a_row += 1
-        if self.failed_in_a_row >= self.options.stop_after:
+        if self.failed_in_a_row >= STOP_AFTER:
             self.report.stopped = f"{self.failed_in_a_row} requests in a row failed, the last one: {reason[:300]}"
 
     def _answered(self, request: Request, answer: Any, text: str, finish: str) -> None:
@@ -350,7 +312,7 @@ class _Run:
             "finish": finish, "model": answer.model or self.options.model, "prompt_tokens": prompt,
             "completion_tokens": completion, "cost": round(cost, 9),
         }  # fmt: skip
-        append_lines(self.folder / ANSWERS, [json.dumps(record)])
+        append_lines(self.file, [json.dumps(record)])
         self.report.answered += 1
         self.report.spent += cost
         self.failed_in_a_row = 0

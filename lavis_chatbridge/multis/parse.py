@@ -6,9 +6,9 @@ JSON. An ambiguous answer is rejected with a reason; nothing is guessed.
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.prompts import Pair
@@ -22,35 +22,34 @@ _LABEL = re.compile(
 )
 _FENCE = re.compile(r"\A\s*```[a-zA-Z]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _TITLE = re.compile(r"\A(?:\*\*)?(?:detailed )?description(?:\*\*)?[ \t]*[:\uFF1A](?:\*\*)?\s*", re.IGNORECASE)
+_PAIRS = TypeAdapter(list[Pair])
 
 
 def read_pairs(text: str) -> list[Pair]:
     """Parse a conversation.
 
     Raises:
-        DataError: If there are none, or they do not alternate.
+        DataError: If there is no question, or questions and answers do not alternate.
     """
     text = _unfenced(text)
-    pairs = _from_json(text)
-    if pairs is not None:
-        return pairs
+    if text.startswith(("{", "[")):
+        return _from_json(text)
     marks = list(_LABEL.finditer(text))
     if not marks:
         raise DataError("no line begins with 'Question:' or 'Answer:'")
     parts = []
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        end = following.start() if following else len(text)
-        parts.append((mark["label"].lower() in _ASK, text[mark.end() : end].strip().strip("*_").strip()))
-    for position, (asks, words) in enumerate(parts):
+    for position, mark in enumerate(marks):
+        asks = mark["label"].lower() in _ASK
+        end = marks[position + 1].start() if position + 1 < len(marks) else len(text)
+        words = text[mark.end() : end].strip().strip("*_").strip()
         if asks != (position % 2 == 0):
-            raise DataError(
-                f"part {position + 1} is {'a question' if asks else 'an answer'}, expected the other: no turns"
-            )
+            raise DataError(f"part {position + 1} is {'a question' if asks else 'an answer'}, expected the other")
         if not words:
             raise DataError(f"part {position + 1} is empty")
+        parts.append(words)
     if len(parts) % 2:
         raise DataError("the last question has no answer")
-    return [Pair(question=q, answer=a) for (_, q), (_, a) in zip(parts[::2], parts[1::2], strict=True)]
+    return [Pair(question=q, answer=a) for q, a in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def read_description(text: str) -> str:
@@ -62,8 +61,7 @@ def read_description(text: str) -> str:
     text = _TITLE.sub("", _unfenced(text)).strip()
     if not text:
         raise DataError("the answer is empty")
-    labels = {mark["label"].lower() for mark in _LABEL.finditer(text)}
-    if labels & set(_ASK):
+    if any(mark["label"].lower() in _ASK for mark in _LABEL.finditer(text)):
         raise DataError("questions and answers, expected a description")
     return text
 
@@ -74,24 +72,12 @@ def _unfenced(text: str) -> str:
     return (fence[1] if fence else text).strip()
 
 
-def _from_json(text: str) -> list[Pair] | None:
-    """The pairs of a JSON answer, or None if it is not JSON."""
-    if text[:1] not in ("{", "["):
-        return None
+def _from_json(text: str) -> list[Pair]:
+    """The pairs of a JSON answer: a list of objects with question and answer, or one such object."""
     try:
-        values: Any = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"begins like JSON, but is not ({error})") from error
-    if isinstance(values, dict):
-        inner = next((value for key, value in values.items() if isinstance(value, list)), None)
-        values = [values] if inner is None else inner
-    pairs = []
-    for entry in values:
-        question = entry.get("question") if isinstance(entry, dict) else None
-        answer = entry.get("answer") if isinstance(entry, dict) else None
-        if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):
-            raise DataError("JSON without the keys 'question' and 'answer'")
-        pairs.append(Pair(question=question.strip(), answer=answer.strip()))
-    if not pairs:
-        raise DataError("JSON without questions")
-    return pairs
+        pairs = _PAIRS.validate_json(text if text.startswith("[") else f"[{text}]")
+    except ValidationError as error:
+        raise DataError("JSON, but no list of objects with 'question' and 'answer'") from error
+    if not pairs or not all(pair.question.strip() and pair.answer.strip() for pair in pairs):
+        raise DataError("JSON without questions and answers")
+    return [Pair(question=pair.question.strip(), answer=pair.answer.strip()) for pair in pairs]

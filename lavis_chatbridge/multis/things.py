@@ -6,8 +6,7 @@ The vocabulary is a tree of names (``rules/things.yaml``). Words outside it are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ _IRREGULAR = {
 }  # fmt: skip
 
 
-@dataclass
-class _Node:
-    names: list[str]
-    children: list[_Node] = field(default_factory=list)
-    parent: _Node | None = None
-
-
 class Things:
     """The vocabulary.
 
@@ -43,78 +35,53 @@ class Things:
 
     def __init__(self, path: str | Path | None = None) -> None:
         file = Path(path) if path else Path(__file__).parent / "rules" / "things.yaml"
+        self._supports: dict[str, set[str]] = {}
         try:
-            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the vocabulary {file}: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{file}: expected a mapping of groups, found {type(tree).__name__}")
-        self._nodes: dict[tuple[str, ...], list[_Node]] = {}
-        for group in tree.values():
-            self._add(group, None, file)
-        self._longest = max(map(len, self._nodes), default=1)
+            for group in yaml.safe_load(file.read_text(encoding="utf-8")).values():
+                self._add(group, set())
+        except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{file} is no tree of names: {error}") from error
+        self._longest = max((name.count(" ") + 1 for name in self._supports), default=1)
 
     def mentions(self, text: str) -> list[tuple[str, int]]:
         """Find every mention in a text as (name, offset). A name inside a longer name is not a mention."""
         words = list(_words(text))
-        keys = [_singular(word) for word, _ in words]
         found = []
         position = 0
         while position < len(words):
-            length = self._match(keys, position)
-            if length:
-                found.append((" ".join(keys[position : position + length]), words[position][1]))
-            position += length or 1
+            names = self._names_at([word for word, _ in words], position)
+            if names:
+                found.append((names[-1], words[position][1]))
+            position += names[-1].count(" ") + 1 if names else 1
         return found
 
     def support(self, text: str) -> set[str]:
         """The names that an annotation's words support: those in it, their synonyms, and their ancestors."""
-        supported: set[str] = set()
-        words = [_singular(word) for word, _ in _words(text)]
-        runs = {
-            tuple(words[start : start + length])
-            for start in range(len(words))
-            for length in range(1, self._longest + 1)
-        }
-        for name in runs & self._nodes.keys():
-            for first in self._nodes[name]:
-                node: _Node | None = first
-                while node is not None:
-                    supported.update(" ".join(_key(other)) for other in node.names)
-                    node = node.parent
-        return supported
+        words = [word for word, _ in _words(text)]
+        names = {name for position in range(len(words)) for name in self._names_at(words, position)}
+        return set().union(*(self._supports[name] for name in names))
 
-    def _match(self, keys: list[str], position: int) -> int:
-        """Number of words of the longest name that begins at ``position``, or 0."""
-        for length in range(min(self._longest, len(keys) - position), 0, -1):
-            if tuple(keys[position : position + length]) in self._nodes:
-                return length
-        return 0
+    def _names_at(self, words: Sequence[str], position: int) -> list[str]:
+        """The names that begin with a word, the longest last."""
+        runs = (" ".join(words[position : position + length]) for length in range(1, self._longest + 1))
+        return [run for run in dict.fromkeys(runs) if run in self._supports]
 
-    def _add(self, tree: Any, parent: _Node | None, file: Path) -> None:
-        if tree is None:
-            return
-        if isinstance(tree, list):
-            tree = dict.fromkeys(tree)
-        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-            raise ConfigError(f"{file}: expected names or a list of names, found {tree!r}")
-        for names, below in tree.items():
-            node = _Node([name.strip() for name in names.split("=")], parent=parent)
-            for name in node.names:
-                self._nodes.setdefault(_key(name), []).append(node)
-            self._add(below, node, file)
+    def _add(self, tree: Any, ancestors: set[str]) -> None:
+        """Enter names; each supports itself, its synonyms, and their ancestors."""
+        if isinstance(tree, str):
+            raise TypeError(f"expected a list or a mapping of names, found {tree!r}")
+        for names in tree or ():
+            synonyms = {" ".join(word for word, _ in _words(name)) for name in names.split("=")}
+            for name in synonyms:
+                self._supports.setdefault(name, set()).update(synonyms | ancestors)
+            if isinstance(tree, dict):
+                self._add(tree[names], synonyms | ancestors)
 
 
 def _words(text: str) -> Iterator[tuple[str, int]]:
+    """The words of a text in the singular, with their offsets."""
     for match in _WORD.finditer(text.lower()):
-        word = match.group()
-        for ending in ("'s", "\u2019s"):
-            word = word.removesuffix(ending)
-        yield word, match.start()
-
-
-def _key(name: str) -> tuple[str, ...]:
-    return tuple(_singular(word) for word, _ in _words(name))
+        yield _singular(match.group().removesuffix("'s").removesuffix("\u2019s")), match.start()
 
 
 def _singular(word: str) -> str:

@@ -25,11 +25,9 @@ def _environment() -> Environment:
     return environment
 
 
-def render(template: str, **values: Any) -> str:
-    """Fill a template of this folder.
-
-    Args:
-        template: Its file name, such as ``"scores.html"``.
-        **values: What the template names. A missing one is an error.
-    """
-    return _environment().get_template(template).render(**values)
+def render(template: str | Path, **values: Any) -> str:
+    """Fill a template: a file of this folder by its name, or another one by its path. A missing value is an error."""
+    environment = _environment()
+    if isinstance(template, Path):
+        return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+    return environment.get_template(template).render(**values)

@@ -1,12 +1,8 @@
 """Writes the embedded world to a folder: media files, annotations, and ``world.json`` with settings and counts.
 
-The same seed gives the same bytes. The folder holds ``images/``, ``videos/`` and ``sounds/``, each with a sub-folder
-per split:
-
-- ``train``
-- ``test``: new renderings of combinations in the training split
-- ``heldout``: combinations that are not in the training split
-- ``joint``: a picture or clip with a sound, for tests only
+The same seed gives the same bytes. ``images/``, ``videos/`` and ``sounds/`` have a sub-folder per split: ``train``;
+``test`` (new renderings of the combinations in training); ``heldout`` (combinations that are not in training); and
+``joint`` (a picture or clip with a sound, for tests only).
 
 ``annotations/`` holds ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl``
 (conversations for training, questions for tests), ``joint_test.jsonl`` (questions about two media) and
@@ -31,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import read_json, write_json
+from lavis_chatbridge.files import locked, read_json, write_json
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, language, pictures, sounds
@@ -94,43 +90,60 @@ class Pair:
 
 
 def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, processes: int = 2) -> Path:
-    """Build the embedded world in ``folder``, unless it contains a world with the same settings.
+    """Build the embedded world in ``folder``, and return the folder. A world with the same settings is kept.
 
-    The folder is written atomically. A world with other settings is replaced.
-
-    Returns:
-        The folder.
+    A world with other settings is replaced, once the new one is complete.
 
     Raises:
         DataError: If the folder contains other files, or rendering fails.
     """
     folder, sizes = Path(folder).absolute(), sizes or Sizes()
     wanted = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
-    if wanted.items() <= _settings_in(folder).items():
-        log.info("the embedded world in %s is complete", folder)
-        return folder
-    _check_replaceable(folder)
-    began = time.monotonic()
-    items, pairs = plan(sizes, seed)
-    log.info("building the embedded world in %s: %d files, about a minute at the default sizes", folder, len(items))
-    draft = folder.with_name(f".{folder.name}.draft-{os.getpid()}")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        for parent in {Path(item.path).parent for item in items}:
-            (draft / parent).mkdir(parents=True)
-        _render_all(draft, sizes, seed, processes)
-        counts = _annotate(draft, items, pairs, seed)
-        write_json(draft / INFO, wanted | {"counts": counts, "attributes": ATTRIBUTES, "held_out": _held_out()})
-        _put_in_place(draft, folder, wanted)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    log.info("built the embedded world in %.0f s", time.monotonic() - began)
+    with locked(folder):
+        found = _settings_in(folder)
+        if wanted.items() <= found.items():
+            log.info("the embedded world in %s is complete", folder)
+            return folder
+        if not found and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+            raise DataError(f"{folder} contains files of no embedded world; choose another folder, or empty this one")
+        began = time.monotonic()
+        items, pairs = plan(sizes, seed)
+        log.info("building the embedded world in %s: %d files, about a minute by default", folder, len(items))
+        draft = folder.with_name(f".{folder.name}.draft")
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            for parent in {Path(item.path).parent for item in items}:
+                (draft / parent).mkdir(parents=True)
+            _render_all(draft, sizes, seed, processes)
+            counts = _annotate(draft, items, pairs, seed)
+            write_json(draft / INFO, wanted | {"counts": counts, "attributes": ATTRIBUTES, "held_out": _held_out()})
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        log.info("built the embedded world in %.0f s", time.monotonic() - began)
     return folder
 
 
 def is_world(folder: str | Path) -> bool:
     """Whether a folder contains a complete world of this version, of any size and seed."""
     return _settings_in(Path(folder)).get("version") == VERSION
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of the world in ``folder``; empty if there is no complete world."""
+    return read_json(folder / INFO) or {}
+
+
+def _held_out() -> dict[str, list[tuple[str, ...]]]:
+    found = {}
+    for modality in MODALITIES:
+        held_out = [scene.facts for scene in all_scenes(modality) if scene.held_out]
+        found[str(modality)] = sorted({tuple(facts[name] for name in TRIPLES[modality]) for facts in held_out})
+    return found
+
+
+# --- The plan ---
 
 
 def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
@@ -142,12 +155,35 @@ def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
             chosen = scenes(modality, split == "heldout", seed * len(SPLITS) + SPLITS.index(split))
             items += [Item(_path(modality, split, i, seed), split, i, next(chosen)) for i in range(count)]
     pairs = []
-    chosen_pairs = _joint_scenes(seed)
+    # Training shows each of these scenes, but alone.
+    trained = {m: scenes(m, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for m in MODALITIES}
     for number in range(sizes.joint):
-        pair, files = _joint_pair(number, next(chosen_pairs), seed)
+        seen, heard = next(trained["video" if number % 2 else "image"]), next(trained["audio"])
+        pair, files = _joint_pair(number, seen, heard, seed)
         pairs.append(pair)
         items += files
     return items, pairs
+
+
+def _path(modality: Modality, split: str, number: int, seed: int) -> str:
+    suffixes, weights = _SUFFIXES[modality]
+    suffix = random.Random(f"{seed}/{modality}/{split}/{number}/suffix").choices(suffixes, weights)[0]
+    return f"{_FOLDERS[modality]}/{split}/{number:05d}.{suffix}"
+
+
+def _joint_pair(number: int, seen: Scene, heard: Scene, seed: int) -> tuple[Pair, list[Item]]:
+    """The pair and its files. Every second clip has the sound as its audio track."""
+    path = _path(seen.modality, "joint", number, seed)
+    if seen.modality == "video" and number % 4 == 1:
+        return Pair(number, (seen, heard), (path, path)), [Item(path, "joint", number, seen, heard)]
+    other = _path("audio", "joint", number, seed)
+    files = [Item(path, "joint", number, seen), Item(other, "joint", number, heard)]
+    if number // 2 % 2:
+        return Pair(number, (heard, seen), (other, path)), files
+    return Pair(number, (seen, heard), (path, other)), files
+
+
+# --- Rendering in several processes ---
 
 
 def render(item: Item, seed: int) -> bytes:
@@ -168,69 +204,29 @@ def render(item: Item, seed: int) -> bytes:
     return clips.encode(clip, rng, sounds.render(track, rng, seconds, rate=16_000) if track else None)
 
 
-# --- The plan ---
-
-
-def _path(modality: Modality, split: str, number: int, seed: int) -> str:
-    suffixes, weights = _SUFFIXES[modality]
-    suffix = random.Random(f"{seed}/{modality}/{split}/{number}/suffix").choices(suffixes, weights)[0]
-    return f"{_FOLDERS[modality]}/{split}/{number:05d}.{suffix}"
-
-
-def _joint_scenes(seed: int) -> Iterator[tuple[Scene, Scene]]:
-    """Alternately a picture and a clip, each with a sound; training shows each of them alone."""
-    chosen = {
-        modality: scenes(modality, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for modality in MODALITIES
-    }
-    while True:
-        yield next(chosen["image"]), next(chosen["audio"])
-        yield next(chosen["video"]), next(chosen["audio"])
-
-
-def _joint_pair(number: int, pair: tuple[Scene, Scene], seed: int) -> tuple[Pair, list[Item]]:
-    """The pair and its files. Every second clip has the sound as its audio track."""
-    seen, heard = pair
-    path = _path(seen.modality, "joint", number, seed)
-    if seen.modality == "video" and number % 4 == 1:
-        return Pair(number, (seen, heard), (path, path)), [Item(path, "joint", number, seen, heard)]
-    other = _path("audio", "joint", number, seed)
-    files = [Item(path, "joint", number, seen), Item(other, "joint", number, heard)]
-    if number // 2 % 2:
-        return Pair(number, (heard, seen), (other, path)), files
-    return Pair(number, (seen, heard), (path, other)), files
-
-
-# --- Rendering in several processes ---
-
-
 def _render_all(draft: Path, sizes: Sizes, seed: int, processes: int) -> None:
     """Render in new interpreters: fork is unsafe with threads, and spawn would run the user's script."""
     if processes == 1:
-        _render_share(draft, sizes, seed, 0, 1)
+        _render_share(str(draft), asdict(sizes), seed, 0, 1)
         return
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"from {__name__} import _worker; _worker()"]
+    program = f"import json, sys; from {__name__} import _render_share; _render_share(*json.loads(sys.argv[1]))"
     workers = []
     for first in range(processes):
-        order = {"folder": str(draft), "sizes": asdict(sizes), "seed": seed, "first": first, "step": processes}
-        workers.append(subprocess.Popen([*command, json.dumps(order)], env=environment, stderr=subprocess.PIPE))
-    outputs = [worker.communicate()[1].decode(errors="replace").strip() for worker in workers]
+        command = [sys.executable, "-c", program, json.dumps([str(draft), asdict(sizes), seed, first, processes])]
+        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    outputs = [worker.communicate()[1].strip() for worker in workers]
     for worker, output in zip(workers, outputs, strict=True):
         if worker.returncode:
             last = output.splitlines()[-1] if output else f"exit status {worker.returncode}"
             raise DataError(f"rendering the embedded world into {draft.parent} failed: {last}")
 
 
-def _render_share(folder: Path, sizes: Sizes, seed: int, first: int, step: int) -> None:
-    for item in plan(sizes, seed)[0][first::step]:
-        (folder / item.path).write_bytes(render(item, seed))
-
-
-def _worker() -> None:
-    order = json.loads(sys.argv[1])
-    _render_share(Path(order["folder"]), Sizes(**order["sizes"]), order["seed"], order["first"], order["step"])
+def _render_share(folder: str, sizes: dict[str, int], seed: int, first: int, step: int) -> None:
+    for item in plan(Sizes(**sizes), seed)[0][first::step]:
+        Path(folder, item.path).write_bytes(render(item, seed))
 
 
 # --- Annotations ---
@@ -254,14 +250,12 @@ def _annotate(draft: Path, items: Iterable[Item], pairs: Iterable[Pair], seed: i
         files[f"instruct_{name}"] += instructions(draft, item, rng)
     for pair in pairs:
         media = [Medium(scene.modality, str(draft / path)) for scene, path in zip(pair.scenes, pair.paths, strict=True)]
-        files["joint_test"] += _joint_questions(pair, tuple(media), random.Random(f"{seed}/joint/{pair.number}"))
         rng = random.Random(f"{seed}/joint words/{pair.number}")
-        words = tuple(Medium(scene.modality, words=(language.caption(scene, rng),)) for scene in pair.scenes)
-        files["joint_words"] += _joint_questions(pair, words, random.Random(f"{seed}/joint/{pair.number}"))
-    return {
-        name: write_jsonl(draft / "annotations" / f"{name}.jsonl", samples, root=draft)
-        for name, samples in files.items()
-    }
+        words = [Medium(scene.modality, words=(language.caption(scene, rng),)) for scene in pair.scenes]
+        for name, shown in (("joint_test", media), ("joint_words", words)):
+            files[name] += _joint_questions(pair, tuple(shown), random.Random(f"{seed}/joint/{pair.number}"))
+    folder = draft / "annotations"
+    return {name: write_jsonl(folder / f"{name}.jsonl", samples, root=draft) for name, samples in files.items()}
 
 
 def _base(draft: Path, item: Item, suffix: str = "") -> dict[str, Any]:
@@ -274,93 +268,50 @@ def _base(draft: Path, item: Item, suffix: str = "") -> dict[str, Any]:
     }
 
 
-def _conversations(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
+def _conversations(draft: Path, item: Item, rng: random.Random) -> Iterator[Sample]:
     """A conversation about the medium alone, and one about it and a second medium that is described in words.
 
     No sample has two media: a description replaces the second one. The model generalises from described media to two
     media.
     """
-    alone = Sample(**_base(draft, item), turns=tuple(language.chat(item.scene, rng)), source="toyworld_instruct")
+    yield Sample(**_base(draft, item), turns=tuple(language.chat(item.scene, rng)), source="toyworld_instruct")
     other = rng.choice([scene for modality in _PARTNERS[item.scene.modality] for scene in _SEEN[modality]])
     described = tuple(language.describe(other, rng) for _ in range(CAPTIONS_PER_MEDIUM))
-    scenes = [item.scene, other]
+    shown = [item.scene, other]
     media = [Medium(item.scene.modality, str(draft / item.path)), Medium(other.modality, words=described)]
     if rng.random() < 0.5:
-        scenes.reverse()
+        shown.reverse()
         media.reverse()
     kinds = rng.choices(language.QUESTION_KINDS, k=_QUESTIONS_ABOUT_TWO)
-    asked = [language.joint(scenes[0], scenes[1], rng, kind) for kind in kinds]
+    asked = [language.joint(shown[0], shown[1], rng, kind) for kind in kinds]
     base = _base(draft, item, "_and_words") | {"media": tuple(media)}
-    return [alone, Sample(**base, turns=tuple(language.conversation(scenes, asked)), source="toyworld_instruct")]
+    yield Sample(**base, turns=tuple(language.conversation(shown, asked)), source="toyworld_instruct")
 
 
-def _questions(draft: Path, item: Item, rng: random.Random) -> list[Sample]:
+def _questions(draft: Path, item: Item, rng: random.Random) -> Iterator[Sample]:
     """One sample for each attribute's question."""
-    return [
-        Sample(
-            **_base(draft, item, f"_{question.facts[0].attribute}"),
+    for question in language.questions(item.scene, rng):
+        attribute = question.facts[0].attribute
+        yield Sample(
+            **_base(draft, item, f"_{attribute}"),
             turns=tuple(language.conversation([item.scene], [question])),
             answers=(question.answer,),
             source="toyworld_instruct",
-            meta={"asked": question.kind, "attribute": question.facts[0].attribute},
+            meta={"asked": question.kind, "attribute": attribute},
         )
-        for question in language.questions(item.scene, rng)
-    ]
 
 
-def _joint_questions(pair: Pair, media: tuple[Medium, ...], rng: random.Random) -> list[Sample]:
+def _joint_questions(pair: Pair, media: tuple[Medium, ...], rng: random.Random) -> Iterator[Sample]:
     """One question of each kind about both media of a pair."""
-    samples = []
     facts = {name: value for scene in pair.scenes for name, value in scene.facts.items()}
     for kind in language.QUESTION_KINDS:
         question = language.joint(*pair.scenes, rng, kind)
-        samples.append(
-            Sample(
-                id=f"joint_{pair.number:05d}_{kind}",
-                media=media,
-                turns=tuple(language.conversation(pair.scenes, [question])),
-                answers=(question.answer,),
-                source="toyworld_joint",
-                facts=facts,
-                meta={"asked": kind, "rests_on": [[fact.medium, fact.attribute] for fact in question.facts]},
-            )
+        yield Sample(
+            id=f"joint_{pair.number:05d}_{kind}",
+            media=media,
+            turns=tuple(language.conversation(pair.scenes, [question])),
+            answers=(question.answer,),
+            source="toyworld_joint",
+            facts=facts,
+            meta={"asked": kind, "rests_on": [[fact.medium, fact.attribute] for fact in question.facts]},
         )
-    return samples
-
-
-def _held_out() -> dict[str, list[tuple[str, ...]]]:
-    found = {}
-    for modality in MODALITIES:
-        held_out = [scene.facts for scene in all_scenes(modality) if scene.held_out]
-        found[str(modality)] = sorted({tuple(facts[name] for name in TRIPLES[modality]) for facts in held_out})
-    return found
-
-
-# --- The folder ---
-
-
-def _settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of the world in ``folder``; empty if there is no complete world."""
-    info = read_json(folder / INFO)
-    return info if isinstance(info, dict) else {}
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file; the embedded world needs a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not _settings_in(folder):
-        raise DataError(f"{folder} contains files of no embedded world; choose another folder, or empty this one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _put_in_place(draft: Path, folder: Path, wanted: dict[str, Any]) -> None:
-    """Rename the draft to the folder. Another process may have completed the same world first."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if (found := _settings_in(folder)) and not wanted.items() <= found.items():
-        folder.rename(old)
-    try:
-        draft.rename(folder)
-    except OSError as error:
-        if not wanted.items() <= _settings_in(folder).items():
-            raise DataError(f"{draft} cannot be renamed to {folder}: {error.strerror or error}") from error
-    shutil.rmtree(old, ignore_errors=True)

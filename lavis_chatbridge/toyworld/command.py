@@ -1,4 +1,4 @@
-"""``chatbridge world``: build the embedded world, and report the results of a demo on it."""
+"""``chatbridge world build``: write the embedded world to a folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from lavis_chatbridge.toyworld.build import INFO, Sizes, build_world
 
 app = typer.Typer(no_args_is_help=True)
 _DEFAULT = Sizes()
+
+
+@app.callback()
+def _group() -> None:
+    """The embedded world."""
 
 
 def _count(name: str, help: str = "number of media") -> typer.models.OptionInfo:
@@ -30,23 +35,6 @@ def build(
     seed: Annotated[int, _count("seed", "another seed gives another world")] = 0,
     processes: Annotated[int, typer.Option("--processes", min=1, help="processes that render")] = 2,
 ) -> None:
-    """``chatbridge world build``."""
-    sizes = Sizes(images, videos, sounds, test, heldout, joint)
-    written = build_world(folder, sizes, seed, processes)
+    written = build_world(folder, Sizes(images, videos, sounds, test, heldout, joint), seed, processes)
     counts = read_json(written / INFO)["counts"]
     print(f"{written}: {sum(counts.values())} samples in {len(counts)} annotation files")
-
-
-@app.command("report", help="Write report.html and report.json of a demo's runs.")
-def report(
-    folder: Annotated[Path, typer.Argument(help="the demo's folder, with the runs in it")],
-    world: Annotated[Path, typer.Option("--world", help="the world that they used")] = Path("output/world"),
-) -> None:
-    """``chatbridge world report``."""
-    from lavis_chatbridge.toyworld.report import summary, write_report
-
-    scores = write_report(folder, world)
-    print(summary(scores))
-    if scores["seconds"] is not None:
-        print(f"\n{scores['seconds']:.0f} seconds in all")
-    print(f"report: {folder / 'report.html'}")

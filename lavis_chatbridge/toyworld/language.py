@@ -1,12 +1,9 @@
 """The language of the embedded world: captions, questions with their answers, and conversations.
 
-Each value has its own word in captions, so `facts_in` recovers all facts exactly. There are five kinds of questions:
-*name* (values of attributes), *compose* (short descriptions), *match* (which of the given words fit), *compare* (yes or
-no) and *conditional* (a condition selects the attribute to name; the answer begins with the condition's truth: ``no,
-circle``). A question about two media always needs facts of both.
-
-The caller's `random.Random` determines every text. This module knows scenes and words; it knows no tokenizer, no model
-and no file.
+Each value has its own word in captions. There are five kinds of questions: *name* (values of attributes), *compose*
+(short descriptions), *match* (which of the given words fit), *compare* (yes or no) and *conditional* (a condition
+selects the attribute to name; the answer begins with the condition's truth: ``no, circle``). A question about two media
+always needs facts of both. The caller's `random.Random` determines every text.
 """
 
 from __future__ import annotations
@@ -15,14 +12,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 
 QuestionKind: TypeAlias = Literal["name", "compose", "match", "compare", "conditional"]
-QUESTION_KINDS: tuple[QuestionKind, ...] = ("name", "compose", "match", "compare", "conditional")
+QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 CAPTIONS: dict[Modality, tuple[str, ...]] = {
     "image": (
@@ -139,13 +136,6 @@ def fill(template: str, scene: Scene) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", sentence)
 
 
-def facts_in(text: str, modality: Modality) -> dict[str, str]:
-    """Attribute -> value, for attributes with exactly one value in ``text``."""
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    named = {name: [value for value in values if value in words] for name, values in ATTRIBUTES[modality].items()}
-    return {name: values[0] for name, values in named.items() if len(values) == 1}
-
-
 # --- Questions ---
 
 
@@ -188,11 +178,6 @@ def joint(scene_a: Scene, scene_b: Scene, rng: random.Random, kind: QuestionKind
     return Asker((scene_a, scene_b), rng).ask(kind)
 
 
-def alone(scene: Scene, rng: random.Random, kind: QuestionKind) -> Question:
-    """A question of any kind about two or three facts of one medium."""
-    return Asker((scene,), rng).ask(kind)
-
-
 class Asker:
     """Asks questions about one or two scenes."""
 
@@ -207,9 +192,7 @@ class Asker:
 
     def ask(self, kind: QuestionKind) -> Question:
         """A question of the given kind."""
-        asks = {"name": self._name, "compose": self._compose, "match": self._match}
-        asks |= {"compare": self._compare, "conditional": self._conditional}
-        return asks[kind]()
+        return getattr(self, f"_{kind}")()
 
     def one(self) -> Question:
         """A question for one value of one of the scenes."""
@@ -224,7 +207,7 @@ class Asker:
 
     def values(self, fact: Fact) -> tuple[str, ...]:
         """The values of a fact's attribute that a claim may use."""
-        return ATTRIBUTES[self.scenes[fact.medium].modality][fact.attribute]
+        return self._all(fact)
 
     def claim(self, fact: Fact, true: bool) -> str:
         """A value to ask about: the true one or, if ``true`` is false, another."""
@@ -360,5 +343,5 @@ def chat(scene: Scene, rng: random.Random) -> list[Message]:
     turns = describe_turns(scene, rng) if rng.random() < 0.5 else []
     some = questions(scene, rng)[: rng.randint(1, 3)]
     if rng.random() < 0.3:
-        some.append(alone(scene, rng, "compose"))
+        some.append(Asker((scene,), rng).ask("compose"))
     return turns + conversation(() if turns else (scene,), some)

@@ -32,7 +32,6 @@ _RATE_SHARES = (0.86, 0.06, 0.02, 0.04, 0.02)
 _LENGTHS = ((2.0, 5.5), (5.5, 10.5), (10.5, 25.0))
 _LENGTH_SHARES = (0.62, 0.26, 0.12)
 _HIGHEST = 7_400.0  # Hz: higher partials would be lost, or alias, at 16 kHz
-SUFFIXES = ("wav", "flac", "mp3")
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Sound:
 
     samples: Floats
     rate: int
-
-    @property
-    def seconds(self) -> float:
-        """Its duration."""
-        return len(self.samples) / self.rate
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ def render(scene: Scene, rng: np.random.Generator, seconds: float | None = None,
 
 
 def encode(sound: Sound, suffix: str) -> bytes:
-    """A sound file's bytes; ``suffix`` is one of `SUFFIXES`."""
+    """A sound file's bytes; ``suffix`` is ``"wav"``, ``"flac"`` or ``"mp3"``."""
     file = io.BytesIO()
     subtype = "MPEG_LAYER_III" if suffix == "mp3" else "PCM_16"
     soundfile.write(file, sound.samples, sound.rate, format=suffix.upper(), subtype=subtype)

@@ -15,10 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from report import STARTED, summary, write_report
+
 from lavis_chatbridge.launchers import announced
 from lavis_chatbridge.plugin.evaluate import parse_conditions
 from lavis_chatbridge.plugin.launch import Session, exit_status, with_options
-from lavis_chatbridge.toyworld.report import STARTED, summary, write_report
 
 WORLD = Path("output/world")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.toyworld import language
 from lavis_chatbridge.toyworld.build import Sizes, plan, render
 from tests.multis.openai_server import OpenAIServer
@@ -22,18 +23,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in files:
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.path).write_bytes(render(file, seed=3))
-    kinds = {kind: [file for file in files if file.scene.modality == kind] for kind in ("image", "video", "audio")}
+    by_modality = {m: [file for file in files if file.scene.modality == m] for m in MODALITIES}
 
     def said(file) -> list[str]:
         rng = random.Random(file.path)
         return list(dict.fromkeys(language.caption(file.scene, rng) for _ in range(3)))
 
     items = []
-    for kind, (first, second, *_) in kinds.items():
+    for modality, (first, second, *_) in by_modality.items():
         for file in (first, second):
-            medium = {"type": kind, "path": file.path}
-            items.append({"id": Path(file.path).stem + kind, "media": [medium], "captions": said(file)})
-    for number, (clip, sound) in enumerate(zip(kinds["video"][2:], kinds["audio"][2:], strict=True)):
+            medium = {"type": modality, "path": file.path}
+            items.append({"id": Path(file.path).stem + modality, "media": [medium], "captions": said(file)})
+    for number, (clip, sound) in enumerate(zip(by_modality["video"][2:], by_modality["audio"][2:], strict=True)):
         media = [{"type": "video", "path": clip.path}, {"type": "audio", "path": sound.path}]
         items.append({"id": f"both{number}", "media": media, "captions": said(clip), "sound_captions": said(sound)})
     lines = [json.dumps({**item, "source": "world", "licence": "CC0"}) for item in items]

@@ -7,14 +7,13 @@ It counts requests by ``Idempotency-Key`` and computes its answers from the note
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 1000, 100
@@ -22,26 +21,18 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 1000, 100
 
 @dataclass
 class Reply:
-    """What is sent back.
-
-    Args:
-        body: The bytes; None for an answer computed from the prompt.
-        status: HTTP status.
-        headers: Further headers.
-        delay: Seconds before it is sent.
-        cut: Send this share of the body only, then close the connection.
-        finish: The answer's ``finish_reason``.
-    """
+    """A response: ``body`` None is an answer computed from the prompt; ``cut`` sends only this share of the body."""
 
     body: bytes | None = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
-    cut: float | None = None
+    cut: float = 1.0
     finish: str = "stop"
 
 
 Script = Callable[[int, dict[str, Any]], Reply]
+"""From the number of the request (from 0) and its body to the reply."""
 
 
 def failure(status: int, message: str = "no", code: str | None = None, **headers: str) -> Reply:
@@ -51,7 +42,7 @@ def failure(status: int, message: str = "no", code: str | None = None, **headers
 
 
 def write_answer(messages: list[dict[str, str]]) -> str:
-    """Chat data in the asked form, taken word for word from the notes of the last message."""
+    """Chat data in the requested form, taken word for word from the notes of the last message."""
     system, notes = messages[0]["content"], messages[-1]["content"]
     said = [line[2:].strip().rstrip(".") for line in notes.splitlines() if line.startswith("- ")]
     said = list(dict.fromkeys(said)) or ["nothing is known"]
@@ -61,9 +52,8 @@ def write_answer(messages: list[dict[str, str]]) -> str:
         ]
         return "\n".join([*pairs, f"Question: Anything else?\nAnswer: It is as before: {said[-1]}."])
     if "detailed description" in system:
-        whole = ". ".join(said)
         end = "That is all of it, from the first moment to the last one, with none left out."
-        return f"To begin with, this is what there is: {whole}. {end}"
+        return f"To begin with, this is what there is: {'. '.join(said)}. {end}"
     return (
         f"Question: Why may one conclude what is going on here?\nAnswer: First of all, {said[0]}. From that it follows "
         f"step by step what goes on, since {said[-1]}, and no other reading fits so well."
@@ -71,133 +61,97 @@ def write_answer(messages: list[dict[str, str]]) -> str:
 
 
 class OpenAIServer:
-    """The server, running in a thread of its own while the context is open.
-
-    Args:
-        script: From the number of the request (from 0) and its body to the reply; by default it always answers.
-        latency: Seconds before every answer.
-        remember: Whether the bodies of requests are kept.
+    """The server, running in threads while the context is open.
 
     Attributes:
-        asked: How often each request id was received.
-        answered: How often a request id was given a whole answer (sent, not necessarily received).
+        asked: Number of requests by id.
+        answered: Number of complete answers by id.
         bodies: The requests.
-        keys: What stood under ``Authorization``.
-        most_at_once: The largest number of requests under way together.
+        times: When they came.
+        keys: The values of ``Authorization``.
+        most_at_once: The largest number of simultaneous requests.
     """
 
-    def __init__(self, script: Script | None = None, latency: float = 0.0, remember: bool = True) -> None:
-        self._script = script or (lambda number, body: Reply())
-        self._latency, self._remember = latency, remember
+    def __init__(self, script: Script | None = None, latency: float = 0.0) -> None:
+        self.script, self.latency = script or (lambda number, body: Reply()), latency
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.keys: set[str] = set()
-        self.most_at_once = 0
-        self._at_once = 0
-        self._ready = threading.Event()
+        self.at_once = self.most_at_once = 0
+        self.lock, self.closing = threading.Lock(), threading.Event()
 
     def __enter__(self) -> OpenAIServer:
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
-        self._thread.start()
-        self._ready.wait()
+        handler = type("Handler", (_Handler,), {"owner": self})
+        self._server = _Server(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        """The base URL for a client."""
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    async def serve(self) -> None:
-        """Serve until the context ends."""
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
-        self.port = server.sockets[0].getsockname()[1]
-        self._ready.set()
-        await self._stop.wait()
-        server.close()
-        for task in asyncio.all_tasks():
-            if task is not asyncio.current_task():
-                task.cancel()
-
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while (head := await reader.readuntil(b"\r\n\r\n")) and await self._request(head, reader, writer):
-                pass
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
-
-    async def _request(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        _, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        content = await reader.readexactly(int(headers.get("content-length", 0)))
-        body, name = json.loads(content), headers.get("idempotency-key", "")
-        number = self.asked.total()
-        self.asked[name] += 1
-        self.keys.add(headers.get("authorization", ""))
-        self.times.append(time.monotonic())
-        if self._remember:
-            self.bodies.append(body)
-        self._at_once += 1
-        self.most_at_once = max(self.most_at_once, self._at_once)
-        try:
-            reply = self._script(number, body)
-            await asyncio.sleep(self._latency + reply.delay)
-            if reply.body is None:
-                reply.body = json.dumps(self._completion(name, body, reply.finish)).encode()
-                self.answered[name] += reply.cut is None
-            return await self._send(writer, reply)
-        finally:
-            self._at_once -= 1
-
-    def _completion(self, name: str, body: dict[str, Any], finish: str) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{name[:8]}",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": finish,
-                    "message": {"role": "assistant", "content": write_answer(body["messages"])},
-                }
-            ],
-            "usage": {
-                "prompt_tokens": PROMPT_TOKENS,
-                "completion_tokens": COMPLETION_TOKENS,
-                "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS,
-            },
-        }
-
-    async def _send(self, writer: asyncio.StreamWriter, reply: Reply) -> bool:
-        body = reply.body or b""
-        headers = {"content-type": "application/json", "content-length": str(len(body)), **reply.headers}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        sent = body if reply.cut is None else body[: int(len(body) * reply.cut)]
-        writer.write(f"HTTP/1.1 {reply.status} X\r\n{lines}\r\n".encode() + sent)
-        await writer.drain()
-        return reply.cut is None
+    def __exit__(self, *error: object) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
 
 
-def main() -> None:
-    """Serve until killed; the first line of the output is the base URL."""
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 1024
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has left is no fault."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    owner: OpenAIServer
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        owner, body = self.owner, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = self.headers.get("Idempotency-Key", "")
+        with owner.lock:
+            number = owner.asked.total()
+            owner.asked[name] += 1
+            owner.keys.add(self.headers["Authorization"])
+            owner.times.append(time.monotonic())
+            owner.bodies.append(body)
+            owner.at_once += 1
+            owner.most_at_once = max(owner.most_at_once, owner.at_once)
+        reply = owner.script(number, body)
+        owner.closing.wait(owner.latency + reply.delay)
+        content = reply.body if reply.body is not None else json.dumps(completion(body, reply.finish)).encode()
+        with owner.lock:
+            owner.answered[name] += reply.body is None and reply.cut == 1
+            owner.at_once -= 1
+        self.send_response(reply.status)
+        for key, value in {"content-type": "application/json", **reply.headers}.items():
+            self.send_header(key, value)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: int(len(content) * reply.cut)])
+        self.close_connection = reply.cut < 1
+
+    def log_message(self, *arguments: Any) -> None:
+        """Print nothing."""
+
+
+def completion(body: dict[str, Any], finish: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": write_answer(body["messages"])}
+    tokens = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body["model"],
+        "choices": [{"index": 0, "finish_reason": finish, "message": message}],
+        "usage": {**tokens, "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS},
+    }
+
+
+if __name__ == "__main__":  # serves until killed; the first line of the output is the base URL
     parser = argparse.ArgumentParser()
     parser.add_argument("--latency", type=float, default=0.2)
-    server = OpenAIServer(latency=parser.parse_args().latency, remember=False)
-    with server:
+    with OpenAIServer(latency=parser.parse_args().latency) as server:
         print(server.url, flush=True)
         threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

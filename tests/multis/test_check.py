@@ -16,17 +16,16 @@ from lavis_chatbridge.multis.check import Checker, CheckSettings, NearDuplicates
 from lavis_chatbridge.multis.generate import ANSWERS
 from lavis_chatbridge.multis.prompts import DATA_KINDS, PromptBook, Seed
 
-MEDIA = {"image": ["image"], "video": ["video"], "audio": ["audio"], "video+audio": ["video", "audio"]}
-
 
 def item(modality: str = "image", name: str = "a", **values: Any) -> Annotation:
-    media = [{"type": kind, "path": f"{name}.{kind}"} for kind in MEDIA[modality]]
+    media = [{"type": medium, "path": f"{name}.{medium}"} for medium in modality.split("+")]
     caption = {"captions": ["A brown dog runs over green grass with a ball."]}
-    return from_json({"id": name, "media": media, **(values or caption)})
+    return from_json({"id": name, "media": media, **(values or caption)}, name)
 
 
 def answer(text: str, kind: str = "conversation", **values: Any) -> dict[str, Any]:
-    return {"id": "00" * 16, "item": "a", "kind": kind, "modality": "image", "text": text, "finish": "stop", **values}
+    record = {"id": "00" * 16, "item": "a", "kind": kind, "modality": "image", "text": text}
+    return {**record, "finish": "stop", "model": "m", **values}
 
 
 def talk(*answers: str, question: str = "What about it, point") -> str:
@@ -48,7 +47,7 @@ def rules(
 
 def test_a_good_conversation_becomes_a_sample() -> None:
     text = talk("It is a brown dog.", "The dog runs over the grass.")
-    sample, reasons = Checker().check(answer(text, model="m"), item("video+audio"))
+    sample, reasons = Checker().check(answer(text), item("video+audio"))
     assert reasons == []
     assert sample is not None
     assert (sample.id, sample.task) == ("a:conversation", "conversation")
@@ -94,6 +93,7 @@ def test_a_good_conversation_becomes_a_sample() -> None:
 )
 def test_each_rule_turns_down_what_it_is_for(checker: Checker, expected: str, text: str) -> None:
     assert expected in rules(checker, text)
+    assert "truncated" in rules(checker, text, finish="length")
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,6 @@ def test_each_rule_turns_down_what_it_is_for(checker: Checker, expected: str, te
 def test_loose_forms_and_denied_things_are_accepted(text: str) -> None:
     annotation = item(captions=["A brown dog runs over green grass with a ball, a toy."])
     assert rules(Checker(), text, annotation=annotation) == set()
-
-
-def test_truncated_answers_are_turned_down_even_where_they_read_well(checker: Checker) -> None:
-    assert rules(checker, talk("It is a dog.", "It runs."), finish="length") == {"truncated"}
 
 
 def test_reasoning_may_guess_where_it_says_so(checker: Checker) -> None:
@@ -194,12 +190,10 @@ def test_the_account_is_complete_and_repeatable(tmp_path: Path) -> None:
         statistics = check(tmp_path / "run", tmp_path / "annotations.jsonl", tmp_path / "out")
         assert (statistics["accepted"], statistics["rejected"]) == (1, 2), "a doubled record counts once"
         assert statistics["reasons"] == {"absent": 1, "no_annotation": 1}
-        assert statistics["kinds"]["conversation"]["by_modality"] == {"image": {"accepted": 1, "rejected": 2}}
-        assert statistics["kinds"]["conversation"]["mean_question_words"] == 5.0
+        assert statistics["kinds"]["conversation"]["by_modality"]["image"] == {"accepted": 1, "rejected": 2}
         rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
         assert rejected[0]["reasons"] == [{"rule": "absent", "detail": "cat"}]
         assert rejected[0]["text"] == texts[1]
-        assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_near_duplicates_differ_from_merely_similar_texts() -> None:

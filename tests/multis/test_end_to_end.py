@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.multis.build import verify
 from lavis_chatbridge.schema import read_jsonl
 from tests.multis.openai_server import OpenAIServer, Reply, failure
 from tests.multis.test_training_step import take_steps
@@ -103,8 +102,7 @@ def _check(annotated: Path, generated: Path, checked: Path, world: Path) -> int:
     )
     page = (checked.parent / "page.html").read_text()
     assert page.count("<figure") == 24
-    assert "data:image/jpeg" in page
-    assert "data:audio/wav" in page
+    assert all(f"<{tag} " in page for tag in ("img", "video", "audio"))
     return numbers["accepted"]
 
 
@@ -132,7 +130,6 @@ sources:
     assert manifest["samples"] == accepted + 1
     assert manifest["sources"]["shapes"]["by_task"] == {"image_qa": 1}
     assert manifest["sources"]["chat"]["by_modality"].keys() == {"image", "video", "audio", "video+audio"}
-    assert verify(tmp_path / "multis") == []
     samples = list(read_jsonl(tmp_path / "multis" / "chat" / "annotations.jsonl"))
     assert {sample.task for sample in samples} == {"conversation", "detail", "reasoning"}
     both = next(sample for sample in samples if sample.modality == "video+audio")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.multis.check import Statistics
+from lavis_chatbridge.multis.check import statistics
 from lavis_chatbridge.multis.page import write_page
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -28,12 +28,13 @@ def checked(folder: Path, accepted: int = 3) -> Path:
     sample = {
         "media": [{"type": "image", "path": "none.png"}],
         "turns": [{"role": "user", "text": EVIL, "media": [0]}, {"role": "assistant", "text": EVIL}],
+        "meta": {"item": "a"},
     }
     lines = [json.dumps({"id": f"{EVIL}{n}", **sample}) for n in range(accepted)]
     (folder / "accepted.jsonl").write_text("".join(line + "\n" for line in lines))
     turned_down = {"id": "r", "item": "r", "media": [], "reasons": [{"rule": EVIL, "detail": EVIL}], "text": EVIL}
     (folder / "rejected.jsonl").write_text(json.dumps(turned_down) + "\n")
-    (folder / "statistics.json").write_text(json.dumps(Statistics().to_json()))
+    (folder / "statistics.json").write_text(json.dumps(statistics([], [])))
     return folder
 
 
@@ -45,7 +46,7 @@ def test_no_text_becomes_markup_and_nothing_is_loaded_from_elsewhere(tmp_path: P
     assert [tag for tag, _ in tags.seen].count("script") == 0
     assert not [1 for tag, values in tags.seen if tag == "img" or "onerror" in values]
     assert "http" not in page
-    assert page.count("cannot read") == 3
+    assert page.count("none.png does not exist") == 3
 
 
 def test_samples_are_chosen_repeatably(tmp_path: Path) -> None:

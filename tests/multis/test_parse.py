@@ -25,10 +25,8 @@ PAIRS = [Pair(question="What is it?", answer="A dog."), Pair(question="Where?", 
         "Question\uff1aWhat is it?\nAnswer\uff1aA dog.\nQuestion\uff1aWhere?\nAnswer\uff1aOn grass,\nnear a tree.",
         '[{"question": "What is it?", "answer": "A dog."}, '
         '{"question": " Where?", "answer": "On grass,\\nnear a tree. "}]',
-        '```json\n{"pairs": [{"question": "What is it?", "answer": "A dog.", "n": 1}, '
-        '{"question": "Where?", "answer": "On grass,\\nnear a tree."}]}\n```',
     ],
-    ids=["asked for", "short", "numbered", "bold", "list", "headings", "fenced", "wide colons", "JSON", "JSON object"],
+    ids=["asked for", "short", "numbered", "bold", "list", "headings", "fenced", "wide colons", "JSON"],
 )
 def test_every_usual_form_gives_the_same_pairs(text: str) -> None:
     assert read_pairs(text) == PAIRS
@@ -46,11 +44,11 @@ def test_a_single_pair_may_be_a_json_object() -> None:
         ("Question: What?\nQuestion: Where?\nAnswer: Here.", "part 2 is a question, expected the other"),
         ("Question: What is it?\nAnswer: **\nQuestion: Where?\nAnswer: Here.", "part 2 is empty"),
         ("Question: What is it?\nAnswer: A dog.\nQuestion: Where?", "the last question has no answer"),
-        ('[{"question": "What is it?"', "begins like JSON, but is not"),
-        ('[{"question": "What is it?"}]', "JSON without the keys"),
-        ('[{"question": "What is it?", "answer": 3}]', "JSON without the keys"),
-        ('[{"question": "What is it?", "answer": " "}]', "JSON without the keys"),
-        ('["What is it?"]', "JSON without the keys"),
+        ('[{"question": "What is it?"', "JSON, but no list"),
+        ('[{"question": "What is it?"}]', "JSON, but no list"),
+        ('[{"question": "What is it?", "answer": 3}]', "JSON, but no list"),
+        ('[{"question": "What is it?", "answer": " "}]', "JSON without questions"),
+        ('["What is it?"]', "JSON, but no list"),
         ("[]", "JSON without questions"),
     ],
 )

@@ -12,12 +12,12 @@ import pytest
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.media import open_audio, open_image, open_video
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Sample, read_jsonl
 from lavis_chatbridge.toyworld import build
 from lavis_chatbridge.toyworld.build import Sizes, build_world
-from lavis_chatbridge.toyworld.language import facts_in
 from lavis_chatbridge.toyworld.world import TRIPLES
+from tests.toyworld.test_language import facts_in
 
 SMALL = Sizes(images=14, videos=8, sounds=8, test=5, heldout=4, joint=8)
 
@@ -37,9 +37,9 @@ def files(world: Path) -> dict[str, bytes]:
 
 def test_counts_are_those_asked_for(world: Path) -> None:
     info = json.loads((world / "world.json").read_text())
-    for kind, train in zip(MODALITIES, (14, 8, 8), strict=True):
+    for modality, train in zip(MODALITIES, (14, 8, 8), strict=True):
         for split, count in (("train", train), ("test", 5), ("heldout", 4)):
-            assert len(samples(world, f"{kind}_{split}")) == count == info["counts"][f"{kind}_{split}"]
+            assert len(samples(world, f"{modality}_{split}")) == count == info["counts"][f"{modality}_{split}"]
     assert len(samples(world, "joint_test")) == 5 * 8
     assert info["seed"] == 3
     assert info["attributes"]["audio"]["pitch"] == ["low", "middle", "high"]
@@ -58,37 +58,39 @@ def test_annotations_are_pinned(world: Path) -> None:
 
 def test_every_file_opens(world: Path) -> None:
     openers = {"image": open_image, "video": lambda path: open_video(path, lambda n: range(n)), "audio": open_audio}
-    for kind in MODALITIES:
-        for sample in samples(world, f"{kind}_train"):
-            assert openers[kind](sample.media[0].path).size > 0
+    for modality in MODALITIES:
+        for sample in samples(world, f"{modality}_train"):
+            assert openers[modality](sample.media[0].path).size > 0
     for sample in samples(world, "joint_test"):
         for medium in sample.media:
             assert openers[medium.modality](medium.path).size > 0
 
 
-@pytest.mark.parametrize("kind", MODALITIES)
-def test_captions_state_the_facts(world: Path, kind) -> None:
-    for sample in samples(world, f"{kind}_train") + samples(world, f"{kind}_heldout"):
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_captions_state_the_facts(world: Path, modality: Modality) -> None:
+    for sample in samples(world, f"{modality}_train") + samples(world, f"{modality}_heldout"):
         assert len(set(sample.captions)) == build.CAPTIONS_PER_MEDIUM
-        assert all(facts_in(caption, kind) == sample.facts for caption in sample.captions)
+        assert all(facts_in(caption, modality) == sample.facts for caption in sample.captions)
 
 
-@pytest.mark.parametrize("kind", MODALITIES)
-def test_held_out_combinations_occur_only_in_their_split(world: Path, kind) -> None:
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_held_out_combinations_occur_only_in_their_split(world: Path, modality: Modality) -> None:
     def triples(split: str) -> set[tuple[str, ...]]:
-        return {tuple(s.facts[name] for name in TRIPLES[kind]) for s in samples(world, f"{kind}_{split}")}
+        return {tuple(s.facts[name] for name in TRIPLES[modality]) for s in samples(world, f"{modality}_{split}")}
 
     assert not triples("heldout") & (triples("train") | triples("test"))
-    assert all(sample.held_out for sample in samples(world, f"{kind}_heldout"))
-    assert not any(sample.held_out for sample in samples(world, f"{kind}_train") + samples(world, f"{kind}_test"))
+    assert all(sample.held_out for sample in samples(world, f"{modality}_heldout"))
+    assert not any(
+        sample.held_out for sample in samples(world, f"{modality}_train") + samples(world, f"{modality}_test")
+    )
 
 
 def test_questions_have_their_answers(world: Path) -> None:
-    for kind in MODALITIES:
-        for sample in samples(world, f"instruct_{kind}_test"):
+    for modality in MODALITIES:
+        for sample in samples(world, f"instruct_{modality}_test"):
             assert sample.turns[1].text == sample.answers[0] == sample.facts[sample.meta["attribute"]]
-        for sample in samples(world, f"instruct_{kind}_train"):
-            assert kind in sample.turns[0].media
+        for sample in samples(world, f"instruct_{modality}_train"):
+            assert modality in sample.turns[0].media
 
 
 def test_joint_media_come_together_and_in_both_orders(world: Path) -> None:
@@ -119,7 +121,6 @@ def test_the_joint_questions_stand_in_words_too(world: Path) -> None:
 def test_the_same_seed_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
     again = build_world(tmp_path / "again", SMALL, seed=3, processes=1)
     assert files(again) == files(world)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_finished_world_is_kept_and_another_replaced(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_half_built_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(build, "render", fail)
     with pytest.raises(RuntimeError, match="interrupted"):
         build_world(tmp_path / "world", SMALL, processes=1)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".world.lock"]
 
 
 def test_other_people_s_folders_are_left_alone(tmp_path: Path) -> None:

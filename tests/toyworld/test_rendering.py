@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from lavis_chatbridge.media import has_audio_track, open_audio, open_video
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.toyworld import clips, pictures, sounds
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 
 HUES = {"red": 0, "orange": 30, "yellow": 57, "green": 120, "cyan": 180, "blue": 228, "purple": 275, "pink": 330}
 
 
-def scene(kind, **facts: str) -> Scene:
+def scene(modality: Modality, **facts: str) -> Scene:
     """A scene with these facts, and the first value of every other attribute."""
-    values = {name: facts.get(name, known[0]) for name, known in ATTRIBUTES[kind].items()}
-    return Scene(kind, tuple(values.items()))
+    values = {name: facts.get(name, known[0]) for name, known in ATTRIBUTES[modality].items()}
+    return Scene(modality, tuple(values.items()))
 
 
 def object_mask(pixels: np.ndarray) -> np.ndarray:

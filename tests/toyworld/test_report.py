@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lavis_chatbridge import cli
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.toyworld import report
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "projects" / "toyworld"
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(SCRIPTS))
+    report = import_module("report")
 FACTS = {"image": {"colour": "red"}, "video": {"motion": "up"}, "audio": {"pitch": "low"}}
 
 
@@ -33,13 +37,13 @@ def scored(run: Path, split: str, score: dict, records: list[dict]) -> None:
 def captions(split: str) -> list[dict]:
     return [
         {
-            "sample_id": f"{kind}_{split}_00000",
-            "source": f"world/{kind}",
+            "sample_id": f"{modality}_{split}_00000",
+            "source": f"world/{modality}",
             "facts": facts,
-            "prediction": "a red thing" if kind == "image" else "nothing",
+            "prediction": "a red thing" if modality == "image" else "nothing",
             "prompt": "",
         }
-        for kind, facts in FACTS.items()
+        for modality, facts in FACTS.items()
     ]
 
 
@@ -64,9 +68,9 @@ def demo(tmp_path: Path) -> Path:
     (world / "annotations").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(world / "a.png")
     for split in ("test", "heldout"):
-        for kind in FACTS:
-            line = {"id": f"{kind}_{split}_00000", "media": [{"type": kind, "path": "a.png"}]}
-            (world / "annotations" / f"{kind}_{split}.jsonl").write_text(json.dumps(line) + "\n")
+        for modality in FACTS:
+            line = {"id": f"{modality}_{split}_00000", "media": [{"type": modality, "path": "a.png"}]}
+            (world / "annotations" / f"{modality}_{split}.jsonl").write_text(json.dumps(line) + "\n")
     line = {"id": "joint_00000_name", "media": [{"type": "image", "path": "a.png"}]}
     (world / "annotations" / "joint_test.jsonl").write_text(json.dumps(line) + "\n")
     folder = tmp_path / "demo"
@@ -87,9 +91,9 @@ def add_stage2(folder: Path) -> None:
     every = dict.fromkeys(("name", "compose", "match", "compare", "conditional"), True)
     scored(folder / "joint", "test", {}, joint(every | {"match": False, "compare": False}))
     scored(folder / "joint", "words", {}, joint(every))
-    for right, kinds in enumerate(("image_video", "audio", "image_video_audio")):
+    for right, withheld in enumerate(("image_video", "audio", "image_video_audio")):
         answers = dict.fromkeys(every, False) | dict.fromkeys(list(every)[: 2 - right], True)
-        scored(folder / "joint", f"test_withheld_{kinds}", {}, joint(answers))
+        scored(folder / "joint", f"test_withheld_{withheld}", {}, joint(answers))
 
 
 def test_stage_1_figures_come_from_the_runs(demo: Path) -> None:
@@ -126,12 +130,11 @@ def test_a_missing_run_is_named(demo: Path) -> None:
         report.write_report(demo, demo.parent / "world")
 
 
-def test_the_page_is_complete_and_escapes_words(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_complete_and_escapes_words(demo: Path) -> None:
     for record in (records := captions("test")):
         record["prediction"] = "<b>red</b>"
     scored(demo / "stage1_scores", "test", {"attribute_accuracy": 0.9, "text_prior": 0.25}, records)
-    assert cli.main(["world", "report", str(demo), "--world", str(demo.parent / "world")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {demo / 'report.html'}"
+    report.write_report(demo, demo.parent / "world")
     page = (demo / "report.html").read_text()
     assert not re.search(r"(src|href)=['\"]?(https?:)?//", page)
     assert "data:image/png;base64," in page

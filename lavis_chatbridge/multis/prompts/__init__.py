@@ -7,7 +7,7 @@ words requests; it does not send them.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ import yaml
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.multis.annotation import MEDIA_KINDS, Annotation, MediaKind, describe, from_json
+from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, Annotation, ItemModality, describe, from_json
 
 DataKind = Literal["conversation", "detail", "reasoning"]
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
@@ -33,16 +33,16 @@ class Seed(Settings):
     """A worked example: notes about an item, and an answer per kind."""
 
     annotation: dict[str, Any]
-    conversation: list[Pair] | None = None
-    detail: str | None = None
+    conversation: list[Pair] = []
+    detail: str = ""
     reasoning: Pair | None = None
 
-    def answer(self, kind: DataKind) -> str | None:
-        """The example's answer of ``kind`` in the requested form, or None."""
+    def answer(self, kind: DataKind) -> str:
+        """The example's answer of ``kind`` in the requested form, or an empty text."""
         if kind == "detail":
-            return self.detail
-        pairs = (self.conversation or []) if kind == "conversation" else [self.reasoning] if self.reasoning else []
-        return "\n".join(f"Question: {pair.question}\nAnswer: {pair.answer}" for pair in pairs) or None
+            return self.detail.strip()
+        pairs = self.conversation if kind == "conversation" else [self.reasoning] if self.reasoning else []
+        return "\n".join(f"Question: {pair.question}\nAnswer: {pair.answer}" for pair in pairs)
 
 
 class KindSettings(Settings):
@@ -50,7 +50,8 @@ class KindSettings(Settings):
 
     instruction: str
     max_tokens: int
-    questions: dict[str, list[str]] | None = None
+    questions: dict[str, list[str]] = {}
+    """Modality -> questions for answers that are requested without one (detailed descriptions)."""
 
 
 class Kinds(Settings):
@@ -60,10 +61,9 @@ class Kinds(Settings):
     common: str
     kinds: dict[str, KindSettings]
 
-    def check(self) -> list[str]:
-        """Return what is missing."""
-        faults = [f"modalities.{name} is missing" for name in MEDIA_KINDS if name not in self.modalities]
-        return faults + [f"kinds.{name} is missing" for name in DATA_KINDS if name not in self.kinds]
+    def check(self) -> Iterator[str]:
+        yield from (f"modalities.{name} is missing" for name in ITEM_MODALITIES if name not in self.modalities)
+        yield from (f"kinds.{name} is missing" for name in DATA_KINDS if name not in self.kinds)
 
 
 class PromptBook:
@@ -79,11 +79,9 @@ class PromptBook:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder else Path(__file__).parent
         self._kinds = parse(Kinds, _load(self.folder / "kinds.yaml"), "kinds")
-        self._seeds: dict[tuple[str, str], list[tuple[str, str]]] = {
-            (k, m): [] for k in DATA_KINDS for m in MEDIA_KINDS
-        }
-        for file in sorted((self.folder / "seeds").glob("*.yaml")):
-            self._add_seeds(file)
+        self._seeds: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for modality in ITEM_MODALITIES:
+            self._add_seeds(modality, self.folder / "seeds" / f"{modality.replace('+', '_')}.yaml")
         short = [f"{k} of {m} has {len(seeds)}" for (k, m), seeds in self._seeds.items() if len(seeds) < MIN_SEEDS]
         if short:
             raise ConfigError(f"{self.folder}: expected at least {MIN_SEEDS} seed examples; {'; '.join(short)}")
@@ -92,7 +90,7 @@ class PromptBook:
         """Token limit of answers of this kind."""
         return self._kinds.kinds[kind].max_tokens
 
-    def examples(self, kind: str, modality: str) -> list[tuple[str, str]]:
+    def examples(self, kind: DataKind, modality: str) -> list[tuple[str, str]]:
         """All examples as pairs of description and answer."""
         return self._seeds[kind, modality]
 
@@ -111,47 +109,37 @@ class PromptBook:
         examples = self.examples(kind, modality)
         if shots < len(examples):
             examples = random.Random(f"{seed}/{kind}/{annotation.id}").sample(examples, shots)
-        words = {"senses": self._kinds.modalities[modality].get("sense", ""), **self._kinds.modalities[modality]}
+        words = self._kinds.modalities[modality]
         system = (self._kinds.common + "\n" + self._kinds.kinds[kind].instruction).format(**words).strip()
         messages = [{"role": "system", "content": system}]
         for description, answer in examples:
             messages += [{"role": "user", "content": description}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": describe(annotation)}]
 
-    def question(self, kind: DataKind, modality: MediaKind, item: str) -> str:
+    def question(self, kind: DataKind, modality: ItemModality, item: str) -> str:
         """The question for an answer without one (detailed descriptions); always the same for an item."""
-        questions = (self._kinds.kinds[kind].questions or {}).get(modality)
+        questions = self._kinds.kinds[kind].questions.get(modality)
         if not questions:
             raise ConfigError(f"{self.folder / 'kinds.yaml'}: kinds.{kind}.questions.{modality} is missing")
         return random.Random(f"{kind}/{item}").choice(questions)
 
-    def _add_seeds(self, file: Path) -> None:
-        modality = file.stem.replace("_", "+")
-        entries = _load(file)
-        if modality not in MEDIA_KINDS or not isinstance(entries, list):
-            names = ", ".join(kind.replace("+", "_") for kind in MEDIA_KINDS)
-            raise ConfigError(f"{file}: expected a list of examples in a file named one of {names}")
-        for number, entry in enumerate(entries):
+    def _add_seeds(self, modality: str, file: Path) -> None:
+        self._seeds |= {(kind, modality): [] for kind in DATA_KINDS}
+        media = [{"type": medium, "path": "seed"} for medium in modality.split("+")]
+        for number, entry in enumerate(_load(file)):
             where = f"{file.name}[{number}]"
             seed = parse(Seed, entry, where)
-            annotation = _seed_annotation(seed.annotation, modality, where)
+            try:
+                description = describe(from_json({"id": where, "media": media, **seed.annotation}, where))
+            except DataError as error:
+                raise ConfigError(str(error)) from error
             for kind in DATA_KINDS:
                 if answer := seed.answer(kind):
-                    self._seeds[kind, modality].append((describe(annotation), answer.strip()))
-
-
-def _seed_annotation(values: Mapping[str, Any], modality: str, where: str) -> Annotation:
-    media = [{"type": kind, "path": "seed"} for kind in modality.split("+")]
-    try:
-        return from_json({"id": where, "media": media, **values}, where)
-    except DataError as error:
-        raise ConfigError(str(error)) from error
+                    self._seeds[kind, modality].append((description, answer))
 
 
 def _load(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file} is missing") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error

@@ -21,6 +21,7 @@ from lavis_chatbridge.files import read_lines, write_json, write_text
 from lavis_chatbridge.pages import render
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
+TEMPLATE = Path(__file__).with_name("report.html")
 STARTED = ".started"
 """A file that ``make demo`` touches at its beginning."""
 
@@ -55,7 +56,7 @@ def write_report(folder: Path, world: Path) -> dict[str, Any]:
         report["stage2"] = _stage2(folder)
         report["joint"] = _joint(folder)
     write_json(folder / "report.json", report)
-    write_text(folder / "report.html", render("world_report.html", **_page(folder, world, report)))
+    write_text(folder / "report.html", render(TEMPLATE, **_page(folder, world, report)))
     return report
 
 
