@@ -10,13 +10,12 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
@@ -25,9 +24,7 @@ from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 SCHEMA_VERSION = 1
-_ROLES = ("user", "assistant")
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,7 @@ class Medium:
         path: The file; empty if there are ``words``.
         offset: First byte of the medium inside ``path``, if ``path`` is an uncompressed tar file.
         size: Its number of bytes there.
-        words: Descriptions that replace the medium; training samples one of them. So a sample can describe a second
-            medium in words.
+        words: Descriptions that replace the medium; training samples one of them.
     """
 
     modality: Modality
@@ -55,7 +51,7 @@ class Sample:
     """One sample of any data set.
 
     Args:
-        id: Unique within its source.
+        id: Unique within its file.
         media: In the order of the turns.
         captions: One or several descriptions of the media.
         turns: A conversation; the first turn is the user's.
@@ -82,8 +78,8 @@ class Sample:
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """The modalities of all media, in order, including media that words replace."""
-        return tuple(medium.modality for medium in self.media)
+        """The modality of each medium, in order, including media that words replace."""
+        return modalities_of(self.media)
 
     @property
     def files(self) -> tuple[Medium, ...]:
@@ -93,43 +89,45 @@ class Sample:
     @property
     def modality(self) -> str:
         """The modalities of its files: ``"image"``, ``"video+audio"``; ``"text"`` without files."""
-        present = {medium.modality for medium in self.files}
+        present = modalities_of(self.files)
         return "+".join(modality for modality in MODALITIES if modality in present) or "text"
 
 
-class _MediumRecord(TypedDict, total=False):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
+def modalities_of(media: Iterable[Medium]) -> tuple[Modality, ...]:
+    """The modality of each medium, in order."""
+    return tuple(medium.modality for medium in media)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _MediumRecord(_Strict):
     type: Modality
-    path: str | None
-    offset: Annotated[int, Field(ge=0)] | None
-    size: Annotated[int, Field(ge=0)] | None
-    words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None
+    path: str | None = None
+    offset: Annotated[int, Field(ge=0)] | None = None
+    size: Annotated[int, Field(ge=0)] | None = None
+    words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
 
 
-class _TurnRecord(TypedDict, total=False):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    role: str
+class _TurnRecord(_Strict):
+    role: Literal["user", "assistant"]
     text: str
-    media: list[int] | None
+    media: list[int] | None = None
 
 
-class _Record(TypedDict, total=False):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    id: str | int
-    source: str | None
-    media: list[_MediumRecord] | None
-    captions: list[str] | None
-    turns: list[_TurnRecord] | None
-    answers: list[str] | None
-    style: str | None
-    task: str | None
-    facts: dict[str, str] | None
-    held_out: bool | None
-    meta: dict[str, Any] | None
-
-
-_RECORD = TypeAdapter(_Record)
-_KEYS = {"media": _MediumRecord.__annotations__, "turns": _TurnRecord.__annotations__, "": _Record.__annotations__}
+class _Record(_Strict):
+    id: Annotated[str, Field(min_length=1)] | int
+    source: str | None = None
+    media: list[_MediumRecord] | None = None
+    captions: list[str] | None = None
+    turns: list[_TurnRecord] | None = None
+    answers: list[str] | None = None
+    style: str | None = None
+    task: str | None = None
+    facts: dict[str, str] | None = None
+    held_out: bool | None = None
+    meta: dict[str, Any] | None = None
 
 
 def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: bool = False) -> Iterator[Sample]:
@@ -167,12 +165,33 @@ def folder_of(path: str | Path, root: str | Path | None = None) -> str:
 
 def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = False) -> Sample:
     """Parse one line of JSONL; ``where`` is the position in the message of a `DataError`."""
-    return _sample(lambda: _RECORD.validate_json(line), where, root, allow_outside)
+    try:
+        record = _Record.model_validate_json(line)
+    except ValidationError as error:
+        raise DataError(f"{where}: {_fault(error)}") from error
+    items = enumerate(record.media or ())
+    media = [_medium(item, f"{where}: media[{i}]", root, allow_outside) for i, item in items]
+    turns, order = _turns(record.turns or (), media, where)
+    if not record.captions and not turns:
+        raise DataError(f"{where}: has neither 'captions' (alignment) nor 'turns' (instructions)")
+    return Sample(
+        id=str(record.id),
+        media=tuple(media[i] for i in order),
+        captions=tuple(record.captions or ()),
+        turns=turns,
+        answers=tuple(record.answers or ()),
+        source=record.source or "",
+        style=record.style or "",
+        task=record.task or "",
+        facts=record.facts or {},
+        held_out=record.held_out or False,
+        meta=record.meta or {},
+    )
 
 
-def parse_record(record: Any, where: str, root: str, allow_outside: bool = False) -> Sample:
+def parse_record(record: Mapping[str, Any], where: str, root: str, allow_outside: bool = False) -> Sample:
     """Convert a decoded JSON object to a sample; see `parse_line`."""
-    return _sample(lambda: _RECORD.validate_python(record), where, root, allow_outside)
+    return parse_line(json.dumps(record), where, root, allow_outside)
 
 
 def media_path(path: str | None, root: str, where: str, allow_outside: bool = False) -> str:
@@ -182,11 +201,9 @@ def media_path(path: str | None, root: str, where: str, allow_outside: bool = Fa
         DataError: If it is a URL or not a path, or leaves the root and ``allow_outside`` is false; the message begins
             with ``where``. `check_inside` follows links.
     """
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}: path is {shown(path)}, expected the path of a file")
-    if "\0" in path:
-        raise DataError(f"{where}: the path contains a NUL character")
-    if _ADDRESS.match(path):
+    if _URL.match(path):
         raise DataError(f"{where}: {shown(path)} is a URL, expected the path of a local file")
     if not allow_outside and (os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")):
         raise DataError(
@@ -200,13 +217,10 @@ def check_inside(path: str, root: str) -> None:
 
     A folder directly below the root may itself be a link, for a data set on another disk; its files must stay in it.
     """
-    try:
-        real = os.path.realpath(path)
-    except ValueError as error:  # NUL, or a lone surrogate
-        raise DataError(f"{path!r} is not a path: {error}") from error
-    folder = os.path.relpath(os.path.abspath(path), os.path.abspath(root)).split(os.sep)[0]
+    folder = os.path.relpath(path, root).split(os.sep)[0]
     linked = os.path.join(root, folder)
     bases = [root, linked] if folder != os.pardir and os.path.isdir(linked) else [root]
+    real = os.path.realpath(path)
     if not any(os.path.commonpath([real, base]) == base for base in map(os.path.realpath, bases)):
         raise DataError(f"{path} leads out of the media root {root} to {real}; set allow_outside: true to accept it")
 
@@ -229,51 +243,20 @@ def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
         return {"type": medium.modality, "words": list(medium.words)}
     path = medium.path
     if root:
-        relative = os.path.relpath(os.path.abspath(path), root)
+        relative = os.path.relpath(path, root)
         path = os.path.abspath(path) if relative.startswith("..") else relative
     place = {} if medium.offset is None else {"offset": medium.offset, "size": medium.size}
     return {"type": medium.modality, "path": path, **place}
 
 
-def _sample(read: Callable[[], _Record], where: str, root: str, allow_outside: bool) -> Sample:
-    try:
-        record = read()
-    except ValidationError as error:
-        raise DataError(f"{where}: {_fault(error)}") from error
-    if record.get("id", "") == "":
-        raise DataError(f"{where}: 'id' is missing, expected a string or a whole number")
-    items = record.get("media") or ()
-    media = [_medium(item, f"{where}: media[{i}]", root, allow_outside) for i, item in enumerate(items)]
-    turns, order = _turns(record.get("turns") or (), media, where)
-    captions = record.get("captions")
-    if not captions and not turns:
-        raise DataError(f"{where}: has neither 'captions' (alignment) nor 'turns' (instructions)")
-    return Sample(
-        id=str(record["id"]),
-        media=tuple(media[i] for i in order),
-        captions=tuple(captions or ()),
-        turns=turns,
-        answers=tuple(record.get("answers") or ()),
-        source=record.get("source") or "",
-        style=record.get("style") or "",
-        task=record.get("task") or "",
-        facts=record.get("facts") or {},
-        held_out=record.get("held_out") or False,
-        meta=record.get("meta") or {},
-    )
-
-
 def _medium(item: _MediumRecord, where: str, root: str, allow_outside: bool) -> Medium:
-    if "type" not in item:
-        raise DataError(f"{where}: 'type' is missing, expected one of {', '.join(MODALITIES)}")
-    words, offset, size = item.get("words"), item.get("offset"), item.get("size")
-    if words is not None:
-        if len(item) > 2:
-            raise DataError(f"{where}: a medium has either words or a file, found {', '.join(item)}")
-        return Medium(item["type"], words=tuple(words))
-    if (offset is None) != (size is None):
+    if item.words is not None:
+        if item.path is not None:
+            raise DataError(f"{where}: a medium has either words or a path, found both")
+        return Medium(item.type, words=tuple(item.words))
+    if (item.offset is None) != (item.size is None):
         raise DataError(f"{where}: a medium inside a file needs offset and size, found one of them")
-    return Medium(item["type"], media_path(item.get("path"), root, where, allow_outside), offset, size)
+    return Medium(item.type, media_path(item.path, root, where, allow_outside), item.offset, item.size)
 
 
 def _turns(
@@ -283,44 +266,41 @@ def _turns(
     every = range(len(media))
     if not items:
         return (), every
-    placed = any("media" in item for item in items)
+    placed = any(item.media is not None for item in items)
     order: list[int] = []
     turns = []
     for position, item in enumerate(items):
-        spot, role = f"{where}: turns[{position}]", _ROLES[position % 2]
-        if item.get("role") != role:
-            raise DataError(
-                f"{spot}: role is {shown(item.get('role'))}, expected {role!r}: roles alternate, user first"
-            )
-        if "text" not in item:
-            raise DataError(f"{spot}: 'text' is missing")
-        shows = (item.get("media") or ()) if placed else (every if position == 0 else ())
+        spot, role = f"{where}: turns[{position}]", ("user", "assistant")[position % 2]
+        if item.role != role:
+            raise DataError(f"{spot}: role is {item.role!r}, expected {role!r}: roles alternate, user first")
+        shows = (item.media or ()) if placed else (every if position == 0 else ())
         if shows and role == "assistant":
             raise DataError(f"{spot}: an assistant's turn has no media")
         if wrong := [i for i in shows if i not in every]:
             raise DataError(f"{spot}: media names {wrong[0]}, but the sample has {len(media)} media (counted from 0)")
         order += shows
-        turns.append(Message(role, item["text"], tuple(media[i].modality for i in shows)))
+        turns.append(Message(role, item.text, modalities_of(media[i] for i in shows)))
     if sorted(order) != list(every):
-        fault = "two turns have the same medium" if len(order) > len(set(order)) else "a medium belongs to no turn"
-        raise DataError(f"{where}: {fault}: there are {len(media)} media, the turns have {shown(order)}")
+        raise DataError(f"{where}: each of the {len(media)} media belongs to one turn, the turns have {shown(order)}")
     return tuple(turns), order
 
 
 def _fault(error: ValidationError) -> str:
     """The error text of the first fault."""
     first = error.errors(include_url=False)[0]
-    place = first["loc"]
     if first["type"] == "json_invalid":
         return f"not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
-    if first["loc"][:1] == ("id",):
+    keys = first["loc"]
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{str(key)[:60]}" for key in keys).lstrip(".")
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    if keys[:1] == ("id",):
         return f"id is {shown(first['input'])}, expected a string or a whole number"
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if first["type"] == "extra_forbidden":
-        known = _KEYS[str(place[0]) if len(place) > 1 else ""]
-        near = difflib.get_close_matches(str(place[-1])[:60], known, n=1)
+        models: dict[str, type[_Strict]] = {"media": _MediumRecord, "turns": _TurnRecord}
+        known = models.get(str(keys[0]), _Record).model_fields
+        near = difflib.get_close_matches(str(keys[-1])[:60], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}; put your own under 'meta'"
-        parent = f"{name.rpartition('.')[0]}: " if len(place) > 1 else ""
-        return f"{parent}unknown key {shown(place[-1])}, {hint}"
+        return f"unknown key {name!r}, {hint}"
     expected = first["msg"].replace("Input should be", "expected").replace("valid array", "list").replace("valid ", "")
     return f"{name or 'the line'}: {expected}, found {shown(first['input'])}"

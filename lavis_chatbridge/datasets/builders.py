@@ -18,7 +18,7 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_chatbridge import config as settings
+from lavis_chatbridge import config
 from lavis_chatbridge.datasets.convert import converted
 from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset, SplitDataset, split_by_modality
 from lavis_chatbridge.datasets.files import SampleFile, cache_folder
@@ -46,7 +46,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
     def __init__(self, cfg: DictConfig | Mapping[str, Any] | str | None = None) -> None:
         if isinstance(cfg, str):
             cfg = OmegaConf.load(cfg).datasets[self.NAME]
-        self.config = settings.merged(OmegaConf.create(dict(self.ROW)), cfg or {})
+        self.config = config.merged(OmegaConf.create(dict(self.ROW)), cfg or {})
         self.settings = self._parse(self.config, f"datasets.{self.NAME}")
         self.data_type = self.settings.data_type
 
@@ -75,29 +75,29 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
     def build(self, splits: Iterable[str] | None = None) -> dict[str, SplitDataset]:
         """The given splits, or all."""
         if self.settings.parts:
-            return self._build_mixture()
-        chosen = self.settings.used_splits if splits is None else [s for s in splits if s in self.settings.used_splits]
-        given = {name: getattr(self.settings, name) for name in SECTIONS.values()}
+            return {"train": self._mixture()}
+        given = {section: getattr(self.settings, section) for section in SECTIONS.values()}
         processors = load_processors({name: value for name, value in given.items() if value is not None})
-        groups = {}
-        for split in chosen:
-            sources = [source for file in self._files(split) for source in self._sources(split, file)]
-            _tell_apart(sources)
-            groups[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
-            mode = "train" if split == "train" else "eval"
-            groups[split].set_processors({modality: both[mode] for modality, both in processors.items()})
-            sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
-            _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(groups[split]), sizes)
-        return groups
+        found = {}
+        for split in self.settings.used_splits:
+            if splits is None or split in splits:
+                sources = [source for file in self._files(split) for source in self._sources(split, file)]
+                _tell_apart(sources)
+                found[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
+                mode = "train" if split == "train" else "eval"
+                found[split].set_processors({modality: both[mode] for modality, both in processors.items()})
+                sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
+                _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(found[split]), sizes)
+        return found
 
     def media_of(self, splits: Iterable[str]) -> dict[str, set[Modality]]:
         """Split -> the modalities of its media, for those of the given splits that exist."""
-        groups = self.build(splits)
-        return {split: set().union(*(source.modalities for source in group.sources)) for split, group in groups.items()}
+        built = self.build(splits)
+        return {name: set().union(*(source.modalities for source in split.sources)) for name, split in built.items()}
 
     @classmethod
     def _parse(cls, cfg: Any, where: str) -> DataSettings:
-        parsed = settings.parse(DataSettings, cfg, where)
+        parsed = config.parse(DataSettings, cfg, where)
         if not parsed.parts and not parsed.used_splits:
             raise ConfigError(
                 f"{where}: splits is missing: name the annotation file of each split, such as {{train: my.jsonl}}"
@@ -133,20 +133,20 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             return split_by_modality(self.NAME, file, how)
         return [SampleDataset(self.NAME, file, how)]
 
-    def _build_mixture(self) -> dict[str, SplitDataset]:
+    def _mixture(self) -> SplitDataset:
         own = self.settings
         sources = []
         for name, part in _parts(own).items():
-            ratio = own.ratios.get(name)
             if _is_absent(part.settings):
                 _log.warning("%s: left out %s, whose files do not exist (optional: true)", self.NAME, name)
                 continue
-            found = part.build(["train"])["train"].sources
-            whole = sum(len(source) for source in found)
-            for source in found:
-                source.ratio = None if ratio is None else ratio * len(source) / whole
-            sources += found
-        return {"train": SplitDataset(self.NAME, sources, own.ratio)}
+            split = part.build(["train"])["train"]
+            for source in split.sources:
+                source.ratio = own.ratios[name] * len(source) / len(split) if own.ratios else None
+            sources += split.sources
+        if not sources:
+            raise DataError(f"datasets.{self.NAME}: none of {', '.join(own.parts)} has its files")
+        return SplitDataset(self.NAME, sources, own.ratio)
 
 
 def register_builders() -> None:
@@ -158,8 +158,8 @@ def register_builders() -> None:
                 continue
             fields = {"NAME": name, "ROW": row or {}, "DATASET_CONFIG_DICT": {"default": str(path)}}
             class_name = "".join(word.capitalize() for word in name.split("_")) + "Builder"
-            own = type(class_name, (ChatBridgeBuilder,), {**fields, "__module__": __name__})
-            registry.register_builder(name)(own)
+            builder = type(class_name, (ChatBridgeBuilder,), {**fields, "__module__": __name__})
+            registry.register_builder(name)(builder)
 
 
 def require_files(datasets_cfg: Mapping[str, Any]) -> None:
@@ -173,27 +173,21 @@ def require_files(datasets_cfg: Mapping[str, Any]) -> None:
         raise DataError("; ".join(missing))
 
 
-def _builder(name: str) -> type[ChatBridgeBuilder]:
-    builder = registry.get_builder_class(name)
-    if not issubclass(builder or object, ChatBridgeBuilder):
-        known = [n for n in registry.list_datasets() if issubclass(registry.get_builder_class(n), ChatBridgeBuilder)]
-        raise ConfigError(f"parts: {settings.unknown_key(name, known, 'datasets')}")
-    return builder
-
-
 def _parts(own: DataSettings) -> dict[str, ChatBridgeBuilder]:
     """A mixture's parts: their rows, with the mixture's shared settings."""
-    if own.ratios and set(own.ratios) != set(own.parts):
-        without = sorted(set(own.parts) - set(own.ratios))
+    if own.ratios and (without := sorted(set(own.parts) - set(own.ratios))):
         raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
     default = DataSettings()
     shared = {name: getattr(own, name) for name in (*_SHARED_WITH_PARTS, *SECTIONS.values())}
     shared = {name: value for name, value in shared.items() if value != getattr(default, name)}
+    known = [n for n in registry.list_datasets() if issubclass(registry.get_builder_class(n), ChatBridgeBuilder)]
     parts = {}
     for name in own.parts:
-        builder = _builder(name)
-        whole = {"templates": False} if builder.ROW.get("templates") is False else {}  # complete instructions
-        parts[name] = builder({**shared, **whole})
+        if name not in known:
+            raise ConfigError(f"parts: {config.unknown_key(name, known, 'datasets')}")
+        builder = registry.get_builder_class(name)
+        complete = {"templates": False} if builder.ROW.get("templates") is False else {}  # complete instructions
+        parts[name] = builder({**shared, **complete})
     return parts
 
 
@@ -211,20 +205,21 @@ def _missing(own: DataSettings) -> list[str]:
 
 def _report(where: str, missing: Sequence[str], own: DataSettings | None = None) -> str:
     """The error text for missing files; given the data set's settings, with the data root and its origin."""
-    files, under = ", ".join(missing), ""
+    under = ""
     if own is not None:
-        setter = f"set by env.data_root or ${DATA_VARIABLE}"
         if own.data_root:
             setter = f"set by {where}.data_root"
-        elif not os.environ.get(DATA_VARIABLE):
+        elif os.environ.get(DATA_VARIABLE):
+            setter = f"set by env.data_root or ${DATA_VARIABLE}"
+        else:
             setter = f"this folder, since neither {where}.data_root nor env.data_root nor ${DATA_VARIABLE} is set"
         under = f" (data root {os.path.abspath(own.root)}, {setter})"
+    files = ", ".join(missing)
     return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
 
 
 def _tell_apart(sources: Sequence[SampleDataset]) -> None:
     """Make the names of sources from several files unique: append the modality, or else the file's name."""
-
     counts = Counter(source.name for source in sources)
     equal = [source for source in sources if counts[source.name] > 1]
     names = [f"{source.name}/{source.sample(0).modality}" for source in equal]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -30,7 +30,7 @@ _MALFORMED, _DUPLICATE, _MISSING = "malformed line", "duplicate id", "missing me
 _UNREADABLE, _OUTSIDE, _OVERLONG, _EMPTY = "unreadable medium", "medium outside the root", "overlong text", "empty text"
 _SAME_CONTENT, _SAME_NAME = "medium of the evaluation data, by content", "medium of the evaluation data, by name"
 _WARNINGS = (_OVERLONG, _EMPTY, _SAME_NAME)
-_Fault: TypeAlias = "tuple[str, str] | None"  # cause and message
+_Fault: TypeAlias = tuple[str, str] | None  # cause and message
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Report:
         lines: Samples and faulty lines together.
         modalities: Modality -> samples.
         tasks: Task -> samples; ``captions`` and ``conversation`` for samples without a task.
-        sources: Source -> samples.
+        sources: Data set -> samples.
         media: Modality -> distinct files.
         faults: Cause -> number of faults.
         examples: Cause -> the first few, with their position.
@@ -53,23 +53,18 @@ class Report:
     sources: Counter[str] = field(default_factory=Counter)
     media: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def usable(self) -> bool:
         """Whether training can use the data. Overlong texts, empty texts and equal names are only warnings."""
-        return self.lines > 0 and not any(count for cause, count in self.faults.items() if cause not in _WARNINGS)
+        return self.lines > 0 and set(self.faults) <= set(_WARNINGS)
 
     def add_fault(self, cause: str, example: str) -> None:
         """Count a fault, and keep it as an example if it is one of the first."""
         self.faults[cause] += 1
         if self.faults[cause] <= _SHOWN:
-            self.examples.setdefault(cause, []).append(example)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        counts = {name: dict(getattr(self, name)) for name in ("modalities", "tasks", "sources", "media", "faults")}
-        return {"usable": self.usable, "lines": self.lines, **counts, "examples": self.examples}
+            self.examples[cause].append(example)
 
     def as_text(self, path: str) -> str:
         """For people."""
@@ -80,8 +75,8 @@ class Report:
         for cause, count in sorted(self.faults.items()):
             lines.append(f"  {'warning' if cause in _WARNINGS else 'FAULT'}: {cause}: {count}")
             lines += [f"      {example}" for example in self.examples[cause]]
-            if count > len(self.examples[cause]):
-                lines.append(f"      ... and {count - len(self.examples[cause])} more")
+            if count > _SHOWN:
+                lines.append(f"      ... and {count - _SHOWN} more")
         if not self.lines:
             lines.append("  FAULT: there is no sample in it")
         return "\n".join([*lines, "usable" if self.usable else "NOT usable"])
@@ -108,103 +103,126 @@ def check_file(
     Raises:
         DataError: If the file itself cannot be read.
     """
-    base = folder_of(path, root)
-    check = _Check(base, decode, allow_outside, max_tokens, against)
+    base, report, ids = folder_of(path, root), Report(), set()
+    media = _Media(None if allow_outside else base, decode, against)
     for number, line in read_lines(path):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                check.sample(parse_line(line, where, base, allow_outside), where)
-            except DataError as error:
-                check.report.lines += 1
-                check.report.add_fault(_MALFORMED, str(error))
-    return check.report
-
-
-class _Check:
-    """Collects the faults of samples; each medium is checked once."""
-
-    def __init__(
-        self, root: str, decode: bool, allow_outside: bool, max_tokens: int, against: Iterable[Sample] = ()
-    ) -> None:
-        self.report = Report()
-        self._root, self._decode, self._allow_outside, self._max_tokens = root, decode, allow_outside, max_tokens
-        self._seen: set[int] = set()
-        self._known: dict[Medium, _Fault] = {}
-        self._folders: dict[str, bool] = {}
-        self._evaluation = EvaluationMedia(against)
-
-    def sample(self, sample: Sample, where: str) -> None:
-        """Count a sample and its faults."""
-        report = self.report
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
         report.lines += 1
-        key = hash((sample.source, sample.id))
-        if key in self._seen:
+        try:
+            sample = parse_line(line, where, base, allow_outside)
+        except DataError as error:
+            report.add_fault(_MALFORMED, str(error))
+            continue
+        if (key := hash((sample.source, sample.id))) in ids:
             report.add_fault(_DUPLICATE, f"{where}: an earlier sample has the id {sample.id!r}")
-        self._seen.add(key)
-        report.modalities[sample.modality] += 1
-        report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
-        if sample.source:
-            report.sources[sample.source] += 1
-        self._texts(sample, where)
+        ids.add(key)
+        _count(report, sample, where, max_tokens)
+        media.check(report, sample, where)
+    return report
+
+
+def _count(report: Report, sample: Sample, where: str, max_tokens: int) -> None:
+    """Count a sample, and the faults of its texts."""
+    report.modalities[sample.modality] += 1
+    report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
+    if sample.source:
+        report.sources[sample.source] += 1
+    said = [turn.text for turn in sample.turns]
+    longest = max(len("".join(said)), *map(len, sample.captions), 0)
+    if (tokens := longest // CHARACTERS_PER_TOKEN) > max_tokens:
+        report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {tokens} tokens")
+    if any(not text.strip() for text in (*sample.captions, *said)):
+        report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
+
+
+class _Media:
+    """Looks up each medium once, and compares it with the media of evaluation data.
+
+    Args:
+        root: The folder that the media must be in; None accepts all.
+        decode: Open every medium.
+        against: Evaluation data.
+    """
+
+    def __init__(self, root: str | None, decode: bool, against: Iterable[Sample]) -> None:
+        self._root, self._decode = root, decode
+        self._known: dict[Medium, _Fault] = {}
+        self._names: dict[tuple[Modality, str], str] = {}
+        self._sizes: dict[int, list[Medium]] = defaultdict(list)
+        for medium in dict.fromkeys(medium for sample in against for medium in sample.files):
+            if medium.offset is None:
+                self._names.setdefault(_name(medium), medium.path)
+            if size := _size(medium):
+                self._sizes[size].append(medium)
+
+    def check(self, report: Report, sample: Sample, where: str) -> None:
+        """Count the media of a sample and their faults."""
         for medium in sample.files:
             if medium not in self._known:
                 report.media[medium.modality] += 1
-                self._known[medium] = self._outside(medium.path) or _fault_of(medium, self._decode)
-                if shared := self._evaluation.shared(medium):
+                self._known[medium] = self._fault(medium)
+                if shared := self._shared(medium):
                     report.add_fault(shared[0], f"{where}: {medium.path} is {shared[1]}")
-            if (fault := self._known[medium]) is not None:
+            if fault := self._known[medium]:
                 report.add_fault(fault[0], f"{where}: {fault[1]}")
 
-    def _texts(self, sample: Sample, where: str) -> None:
-        said = [turn.text for turn in sample.turns]
-        longest = max(len("".join(said)), *map(len, sample.captions), 0)
-        if longest > self._max_tokens * CHARACTERS_PER_TOKEN:
-            tokens = longest // CHARACTERS_PER_TOKEN
-            self.report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {tokens} tokens")
-        for text in (*sample.captions, *said):
-            if not text or text.isspace():
-                self.report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
-
-    def _outside(self, path: str) -> _Fault:
-        """The fault if links lead out of the root, else None; folders without links are resolved once."""
-        if self._allow_outside:
-            return None
-        folder = os.path.dirname(path)
-        if folder not in self._folders:
-            self._folders[folder] = os.path.realpath(folder) == os.path.abspath(folder)
-        if self._folders[folder] and not os.path.islink(path):
-            return None
+    def _fault(self, medium: Medium) -> _Fault:
         try:
-            check_inside(path, self._root)
-        except DataError as error:
-            return _OUTSIDE, str(error)
+            size = os.stat(medium.path).st_size
+        except OSError as error:
+            return _MISSING, f"{medium.path}: {error.strerror}"
+        if self._root is not None:
+            try:
+                check_inside(medium.path, self._root)
+            except DataError as error:
+                return _OUTSIDE, str(error)
+        if size == 0 or size < (medium.offset or 0) + (medium.size or 0):
+            return _UNREADABLE, f"{medium.path}: {size} bytes are too few"
+        if self._decode:
+            try:
+                _open(medium)
+            except MediaError as error:
+                return _UNREADABLE, re.sub(r"^cannot read ", "", str(error))
         return None
 
-
-class EvaluationMedia:
-    """The media of evaluation data, to find the same ones in training data."""
-
-    def __init__(self, samples: Iterable[Sample]) -> None:
-        from lavis_chatbridge.datasets.features import Digests, distinct_media
-
-        self._digests = Digests()
-        self._names: dict[tuple[Modality, str], str] = {}
-        self._sizes: dict[int, list[Medium]] = {}
-        for medium in distinct_media(samples):
-            if medium.offset is None:
-                self._names.setdefault(_name(medium), medium.path)
-            if (size := _size(medium)) > 0:
-                self._sizes.setdefault(size, []).append(medium)
-
-    def shared(self, medium: Medium) -> _Fault:
+    def _shared(self, medium: Medium) -> _Fault:
         """Cause and path of an evaluation medium with the same content, or else the same name without ending."""
-        for other in self._sizes.get(_size(medium), ()) if self._sizes else ():
-            if self._digests.of(other) == self._digests.of(medium):
-                return _SAME_CONTENT, other.path
+        if equal := self._sizes.get(_size(medium), []):
+            from lavis_chatbridge.datasets.features import content_hash
+
+            own = content_hash(medium)
+            for other in equal:
+                if content_hash(other) == own:
+                    return _SAME_CONTENT, other.path
         if medium.offset is None and _name(medium) in self._names:
             return _SAME_NAME, self._names[_name(medium)]
         return None
+
+
+def _name(medium: Medium) -> tuple[Modality, str]:
+    return medium.modality, stem_of(os.path.basename(medium.path))
+
+
+def _size(medium: Medium) -> int:
+    """Bytes of a medium; 0 if it is absent."""
+    if medium.size is None:
+        return os.path.getsize(medium.path) if os.path.exists(medium.path) else 0
+    return medium.size
+
+
+def _open(medium: Medium) -> None:
+    from lavis_chatbridge import media
+    from lavis_chatbridge.datasets.dataset import media_content
+
+    content = media_content(medium)
+    if medium.modality == "image":
+        media.open_image(content)
+    elif medium.modality == "video":
+        media.open_video(content, lambda count: sorted({0, count // 2, count - 1}))
+    else:
+        media.open_audio(content)
 
 
 def command(
@@ -230,54 +248,13 @@ def command(
             one = convert.settings_of(path, None, None, [], [], True)
             other += read_jsonl(convert.our_jsonl(one, Path(folder, str(number))), one.root, allow_outside=True)
         own = convert.settings_of(file, reader, root, media, options, allow_outside)
+        own.require()
         try:
             jsonl = convert.our_jsonl(own, Path(folder, "data"))
-        except DataError as error:
-            if own.missing():
-                raise
-            report = Report()
-            report.add_fault(_MALFORMED, str(error))
-        else:
             outside = allow_outside or own.reader != OWN_READER
             report = check_file(jsonl, own.root, decode, outside, max_tokens, other)
-    print(json.dumps(report.as_dict(), indent=1) if as_json else report.as_text(file))
+        except DataError as error:
+            report = Report()
+            report.add_fault(_MALFORMED, str(error))
+    print(json.dumps({"usable": report.usable, **vars(report)}, indent=1) if as_json else report.as_text(file))
     return 0 if report.usable else 1
-
-
-def _name(medium: Medium) -> tuple[Modality, str]:
-    return medium.modality, stem_of(os.path.basename(medium.path))
-
-
-def _size(medium: Medium) -> int:
-    """Bytes of a medium; -1 if it is absent."""
-    if medium.size is not None:
-        return medium.size
-    try:
-        return os.stat(medium.path).st_size
-    except OSError:
-        return -1
-
-
-def _fault_of(medium: Medium, decode: bool) -> _Fault:
-    try:
-        size = os.stat(medium.path).st_size
-    except OSError as error:
-        return _MISSING, f"{medium.path}: {error.strerror}"
-    if size == 0 or (medium.offset is not None and size < medium.offset + (medium.size or 0)):
-        return _UNREADABLE, f"{medium.path}: {size} bytes are too few"
-    if not decode:
-        return None
-    from lavis_chatbridge import media
-    from lavis_chatbridge.datasets.dataset import media_content
-
-    try:
-        source = media_content(medium)
-        if medium.modality == "image":
-            media.open_image(source)
-        elif medium.modality == "video":
-            media.open_video(source, lambda count: sorted({0, count // 2, count - 1}))
-        else:
-            media.open_audio(source)
-    except MediaError as error:
-        return _UNREADABLE, re.sub(r"^cannot read ", "", str(error))
-    return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,15 +23,6 @@ _FILES = (".json", ".jsonl", ".tar", ".parquet", ".arrow", ".csv", ".tsv")
 _SPLIT = "train"
 
 
-@dataclass
-class Count:
-    """What a conversion has read and left out, and the first path that does not exist."""
-
-    samples: int = 0
-    left_out: int = 0
-    first: str = ""
-
-
 def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
     """The JSONL of a split in ``folder``: converted on first use, and again if files, settings or reader change."""
     target = folder / f"{name}-{split}-{_key(name, split, own)}.jsonl"
@@ -40,7 +30,7 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
     with locked(target):
         if not target.exists():
             _log.info("%s, split %s: converting %s", name, split, ", ".join(own.origin(name, split).every_file))
-            write_json(left_out, write_converted(name, split, own, target).left_out)
+            write_json(left_out, write_converted(name, split, own, target)[1])
     if absences := read_json(left_out):
         message = (
             "%s, split %s: left out %d samples whose media did not exist when the annotations were converted "
@@ -50,44 +40,48 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
     return target
 
 
-def write_converted(name: str, split: str, own: DataSettings, target: Path, root: str | None = None) -> Count:
+def write_converted(name: str, split: str, own: DataSettings, target: Path, root: str | None = None) -> tuple[int, int]:
     """Write a split as our JSONL. Media that are bytes in a table go into a tar file beside it.
 
     Media below ``root`` (by default the data root) are written relative to it.
+
+    Returns:
+        The number of samples written, and of those left out without their media.
 
     Raises:
         DataError: If the annotations are malformed, or contain no sample that can be used: nothing is written.
     """
     from lavis_chatbridge.datasets.shards import media_file
 
-    count = Count()
+    absent: list[str] = []
     with media_file(target.with_suffix(".tar")) as keep:
         origin = own.origin(name, split, keep)
 
         def usable() -> Iterator[Sample]:
-            yield from _existing(readers.READERS[own.reader](origin), own.skip_missing, count)
+            count = 0
+            for sample in readers.READERS[own.reader](origin):
+                missing = _first_missing(sample) if own.skip_missing else ""
+                if missing:
+                    absent.append(missing)
+                else:
+                    count += 1
+                    yield sample
             files = ", ".join(origin.every_file)
-            if not count.samples:
+            if not count and not absent:
                 raise DataError(f"{name}, split {split}: {files} contains no sample")
-            if count.left_out == count.samples:
+            if not count:
                 raise DataError(
-                    f"{name}, split {split}: none of the {count.samples} samples of {files} has its media; the first "
-                    f"path is {count.first}"
+                    f"{name}, split {split}: none of the {len(absent)} samples of {files} has its media; the first "
+                    f"path is {absent[0]}"
                 )
 
-        write_jsonl(target, usable(), own.root if root is None else root)
-    return count
+        written = write_jsonl(target, usable(), own.root if root is None else root)
+    return written, len(absent)
 
 
-def _existing(samples: Iterator[Sample], skip_missing: bool, count: Count) -> Iterator[Sample]:
-    """The samples; with ``skip_missing`` only those whose media exist."""
-    for sample in samples:
-        count.samples += 1
-        absent = next((m.path for m in sample.files if m.offset is None and not os.path.exists(m.path)), "")
-        if skip_missing and absent:
-            count.left_out, count.first = count.left_out + 1, count.first or absent
-        else:
-            yield sample
+def _first_missing(sample: Sample) -> str:
+    """The first path of a sample that does not exist, or ""."""
+    return next((m.path for m in sample.files if m.offset is None and not os.path.exists(m.path)), "")
 
 
 def _key(name: str, split: str, own: DataSettings) -> str:
@@ -95,8 +89,8 @@ def _key(name: str, split: str, own: DataSettings) -> str:
     origin = own.origin(name, split)
     also = readers.READS_TOO[own.reader](origin) if own.reader in readers.READS_TOO else None
     files = [path for path in (*origin.every_file, also) if path is not None and os.path.exists(path)]
-    stamps = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-    made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, stamps, {k: list(v) for k, v in origin.files.items()})
+    states = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    made_by = (readers.VERSION, SCHEMA_VERSION, own.reader, states, {k: list(v) for k, v in origin.files.items()})
     made_with = (os.path.abspath(own.root), own.media, origin.options, own.skip_missing, own.allow_outside)
     return hash_of(made_by, made_with)[:16]
 
@@ -142,8 +136,7 @@ def recognised(source: str) -> str:
 
 def our_jsonl(own: DataSettings, folder: Path) -> Path:
     """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if needed."""
-    if missing := own.missing():
-        raise DataError(f"{', '.join(missing)} does not exist")
+    own.require()
     (source,) = (path for paths in own.files(_SPLIT).values() for path in paths)
     if own.reader == OWN_READER:
         return Path(source)
@@ -174,14 +167,10 @@ def command(
     if shards:
         with TemporaryDirectory() as temporary:
             path = our_jsonl(own, Path(temporary))
-            written = write(target, SampleFile(path, own.root, allow_outside or own.reader != OWN_READER), path.stem)
-        if written is None:
-            raise DataError(f"{target}: another process writes to it; repeat this command when that process has ended")
-        print(written.line())
+            print(write(target, SampleFile(path, own.root, allow_outside or own.reader != OWN_READER), path.stem))
         return
     if own.reader == OWN_READER:
         raise ConfigError(f"{source} is a JSONL of our schema already; --shards writes it as shards")
-    if missing := own.missing():
-        raise DataError(f"{', '.join(missing)} does not exist")
-    count = write_converted(_SPLIT, _SPLIT, own, target, root=str(target.parent))
-    print(f"{target}: {count.samples - count.left_out} samples, left out {count.left_out} without their media")
+    own.require()
+    written, left_out = write_converted(_SPLIT, _SPLIT, own, target, root=str(target.parent))
+    print(f"{target}: {written} samples, left out {left_out} without their media")

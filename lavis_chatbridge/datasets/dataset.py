@@ -1,8 +1,7 @@
 """Turns samples into the model's input: prompt pieces, processed media and references, and batches of these.
 
-A `SampleDataset` is one source of a mixture; a `SplitDataset` is a builder's split of one or several sources. Every
-random choice (caption, template, crop, frames) depends only on the seed, the source, the sample and the epoch, and not
-on the number of workers or ranks.
+Every random choice (caption, template, crop, frames) depends only on the seed, the source, the sample and the epoch,
+not on the number of workers or ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MED
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.processors.loading import SECTIONS
 from lavis_chatbridge.prompting import conversation
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, Message, Wording
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
@@ -36,7 +36,6 @@ ITEM_KEYS = (
 
 _TEXT_STREAM, _MEDIA_STREAM = 0, 1
 _SOME = 64  # number of samples for estimating the length of templates
-_KEYS: dict[Modality, str] = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor"}
 
 
 class MediaCache(Protocol):
@@ -46,9 +45,9 @@ class MediaCache(Protocol):
         """The stored features of a medium, or None."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PromptSettings:
-    """How the samples of a source become prompts.
+    """How samples become prompts.
 
     Args:
         stage: ``"alignment"`` (media, then a caption), ``"instruction"`` (conversations), or ``"auto"``: the
@@ -75,7 +74,7 @@ class PromptSettings:
 
 
 class SampleDataset(torch.utils.data.Dataset):
-    """One source: samples, usually of one modality, and their preparation.
+    """One source of a mixture: samples, usually of one modality, and their preparation.
 
     Args:
         name: The source's name in mixtures, batches and logs.
@@ -104,7 +103,7 @@ class SampleDataset(torch.utils.data.Dataset):
 
     @property
     def sources(self) -> list[SampleDataset]:
-        """This source, so that it can be used as a group of one."""
+        """This source, so that it can be used as a split of one."""
         return [self]
 
     @property
@@ -127,14 +126,13 @@ class SampleDataset(torch.utils.data.Dataset):
 
     def added_tokens(self) -> float:
         """Approximate number of tokens that format and templates add to a sample, estimated from a few samples."""
-        some = np.linspace(0, len(self) - 1, num=min(len(self), _SOME)).astype(int).tolist()
         added = []
-        for index in some:
+        for index in np.linspace(0, len(self) - 1, num=min(len(self), _SOME)).astype(int).tolist():
             sample = self.sample(index)
             pieces = self.pieces(sample, self._rng(index, 0, _TEXT_STREAM))
             text = sum(len(piece.text) for piece in pieces if isinstance(piece, Text))
             added.append(text / CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) - about_tokens(sample))
-        return float(np.mean(added)) if added else 0.0
+        return float(np.mean(added))
 
     def __len__(self) -> int:
         return len(self.samples) if self.indices is None else len(self.indices)
@@ -159,11 +157,19 @@ class SampleDataset(torch.utils.data.Dataset):
         media: dict[str, list] = {modality: [] for modality in MODALITIES}
         for medium in sample.files:
             media[medium.modality].append(self._load(medium, rng))
-        task = sample.task or self.settings.task
-        texts = {"text_output": target_text(pieces), "references": references(sample, self.settings.stage)}
-        own = {"answers": list(sample.answers), "facts": dict(sample.facts), "meta": dict(sample.meta)}
-        named = {"sample_id": sample.id, "source": self.name, "task": task, "held_out": sample.held_out}
-        return {**named, "pieces": pieces, **media, **texts, **own}
+        return {
+            "sample_id": sample.id,
+            "source": self.name,
+            "task": sample.task or self.settings.task,
+            "held_out": sample.held_out,
+            "pieces": pieces,
+            **media,
+            "text_output": target_text(pieces),
+            "references": self._references(sample),
+            "answers": list(sample.answers),
+            "facts": dict(sample.facts),
+            "meta": dict(sample.meta),
+        }
 
     def digest(self, index: int) -> str:
         """A short hash of the ``index``-th sample: its text, and its media by name and size."""
@@ -174,7 +180,7 @@ class SampleDataset(torch.utils.data.Dataset):
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
         """The prompt of a sample; without ``rng``, from the first caption and template."""
         chosen = rng if self.settings.train else None
-        if _is_caption(sample, self.settings.stage):
+        if self._is_caption(sample):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions; alignment needs one")
             clean = self.processors.get("text", conversation.clean_caption)
@@ -185,6 +191,9 @@ class SampleDataset(torch.utils.data.Dataset):
             pieces = word(turns, turns[-1].role == "user", self.settings.reply_end)
         slots = zip(slots_of(pieces), sample.media, strict=True)
         return spell_out(pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words})
+
+    def _is_caption(self, sample: Sample) -> bool:
+        return self.settings.stage == "alignment" or (self.settings.stage == "auto" and not sample.turns)
 
     def _turns(self, sample: Sample, rng: np.random.Generator | None) -> Sequence[Message]:
         settings = self.settings
@@ -205,46 +214,38 @@ class SampleDataset(torch.utils.data.Dataset):
         request = templates.apply(task, "", style, rng)
         return (Message("user", request, sample.modalities), Message("assistant", _choose(sample.captions, rng)))
 
+    def _references(self, sample: Sample) -> list[str]:
+        """Captions, or accepted answers, or the last reply."""
+        if self._is_caption(sample) or not sample.turns:
+            return list(sample.captions)
+        return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
+
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
         if not self.settings.allow_outside:
             check_inside(medium.path, self.settings.root)
         if self.features is not None and (found := self.features.find(medium)) is not None:
             return found
-        processor = self.processors.get(medium.modality)
-        if processor is None:
-            raise DataError(f"{self.name}: there is no {medium.modality} processor; set {_KEYS[medium.modality]}")
-        return processor(media_content(medium), rng=rng if self.settings.train else None)
+        if medium.modality not in self.processors:
+            section = SECTIONS[medium.modality]
+            raise DataError(f"{self.name}: there is no {medium.modality} processor; set {section}")
+        return self.processors[medium.modality](media_content(medium), rng=rng if self.settings.train else None)
 
     def _rng(self, index: int, epoch: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, zlib.crc32(self.name.encode()), index, epoch, stream])
 
 
-@dataclass
-class SplitDataset(torch.utils.data.Dataset):
+class SplitDataset(torch.utils.data.ConcatDataset):
     """The sources of one split, as one indexable data set for LAVIS's code.
 
     Args:
         name: The builder's name.
         sources: One per modality or data set.
-        ratio: Share of the steps of the group, in any unit; None: its share of all samples.
+        ratio: Share of the steps of the data set, in any unit; None: its share of all samples.
     """
 
-    name: str
-    sources: list[SampleDataset]
-    ratio: float | None = None
-    _ends: np.ndarray = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._ends = np.cumsum([len(source) for source in self.sources])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self.sources[number][index - (int(self._ends[number - 1]) if number else 0)]
+    def __init__(self, name: str, sources: list[SampleDataset], ratio: float | None = None) -> None:
+        super().__init__(sources)
+        self.name, self.sources, self.ratio = name, sources, ratio
 
     def set_processors(self, processors: Processors) -> None:
         """Use these processors in every source."""
@@ -290,30 +291,19 @@ def split_by_modality(name: str, samples: SampleFile, settings: PromptSettings) 
     return [SampleDataset(f"{name}/{modality}", samples, settings, own) for modality, own in indices.items()]
 
 
-def references(sample: Sample, stage: Stage) -> list[str]:
-    """A sample's reference texts: captions, or accepted answers, or the last reply."""
-    if _is_caption(sample, stage) or not sample.turns:
-        return list(sample.captions)
-    return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
-
-
 def media_content(medium: Medium) -> str | bytes:
     """A processor's input: the path, or the bytes of a medium inside a shard."""
     if medium.offset is None or medium.size is None:
         return medium.path
+    end = medium.offset + medium.size
     try:
         with open(medium.path, "rb") as shard:
-            end = medium.offset + medium.size
             if end > os.fstat(shard.fileno()).st_size:
                 raise MediaError(medium.path, f"ends before byte {end}, the end of a medium")
             shard.seek(medium.offset)
             return shard.read(medium.size)
     except OSError as error:
         raise MediaError(medium.path, error.strerror or error) from error
-
-
-def _is_caption(sample: Sample, stage: Stage) -> bool:
-    return stage == "alignment" or (stage == "auto" and not sample.turns)
 
 
 def _choose(texts: Sequence[str], rng: np.random.Generator | None) -> str:

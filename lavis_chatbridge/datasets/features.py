@@ -7,6 +7,7 @@ Features are safetensors inside the shards of `datasets.shards`: ``tokens`` floa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -20,7 +21,7 @@ import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load, save, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.loader import worker_deaths
@@ -51,57 +52,27 @@ class Encoder(Protocol):
         """A hash of the frozen weights."""
 
 
-class Digests:
-    """SHA-256 of media, recomputed only if the file's size or times change."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, list[Any]] = {}
-        """Name of a medium -> size, modification and change time in ns of its file, and the digest."""
-
-    def of(self, medium: Medium) -> str:
-        """The digest of a medium's bytes; a `MediaError` if the file cannot be read."""
-        name = self.name(medium)
-        try:
-            status = os.stat(medium.path)
-            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # tar and rsync restore only mtime
-            if name not in self.known or self.known[name][:3] != stamp:
-                self.known[name] = [*stamp, _sha256(medium)]
-        except OSError as error:
-            raise MediaError(medium.path, error.strerror or error) from error
-        return self.known[name][3]
-
-    @staticmethod
-    def name(medium: Medium) -> str:
-        """The name of a medium, independent of the working directory."""
-        path = os.path.abspath(medium.path)
-        return path if medium.offset is None else f"{path}@{medium.offset}+{medium.size}"
-
-
 class FeatureStore:
     """Features by medium.
 
     Args:
         folder: The folder of the shards; created when features are added.
-        salts: Modality -> hash of encoder and processor, which is part of the key; see `salts_of`.
-
-    Raises:
-        DataError: If the folder is a file.
+        encoders: Modality -> hash of encoder and processor, which is part of the key; see `encoder_hashes`.
     """
 
-    def __init__(self, folder: str | Path, salts: Mapping[Modality, str] | None = None) -> None:
+    def __init__(self, folder: str | Path, encoders: Mapping[Modality, str] | None = None) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise DataError(f"{folder} is a file, expected the folder of a feature cache")
-        self.salts = dict(salts or {})
-        self.digests = Digests()
+        self._encoders = encoders or {}
         self._places: dict[str, tuple[Path, int, int]] = {}
+        self._files: dict[str, list[Any]] = {}
+        """Name of a medium -> size, modification and change time in ns of its file, and the hash of its content."""
         self.refresh()
 
     def refresh(self) -> None:
         """Add the shards of other processes; absent or truncated shards are ignored."""
         for shard in sorted(self.folder.glob("*.tar")):
             if (index := read_index(shard)) is not None:
-                self.digests.known |= index["files"]
+                self._files |= index["files"]
                 self._places |= {key: (shard, *place) for key, place in index["places"].items()}
 
     def __len__(self) -> int:
@@ -111,8 +82,19 @@ class FeatureStore:
         return key in self._places
 
     def key(self, medium: Medium) -> str:
-        """The key of a medium: 40 hexadecimal digits; a `MediaError` if the file cannot be read."""
-        return hash_of(medium.modality, self.salts.get(medium.modality, ""), self.digests.of(medium))[:40]
+        """The key of a medium: 40 hexadecimal digits; a `MediaError` if the file cannot be read.
+
+        The content is hashed again only if the file's size or times change.
+        """
+        name = _name(medium)
+        try:
+            status = os.stat(medium.path)
+            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # tar and rsync restore only mtime
+            if name not in self._files or self._files[name][:3] != state:
+                self._files[name] = [*state, content_hash(medium)]
+        except OSError as error:
+            raise MediaError(medium.path, error.strerror or error) from error
+        return hash_of(medium.modality, self._encoders.get(medium.modality, ""), self._files[name][3])[:40]
 
     def get(self, key: str) -> EncodedMedium:
         """The stored features, tokens in float16; a `DataError` if the shard is damaged."""
@@ -122,7 +104,7 @@ class FeatureStore:
                 file.seek(offset)
                 stored = load(file.read(size))
             return EncodedMedium(stored["tokens"], stored["mask"])
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
             raise DataError(f"{shard}: features cannot be read ({error}); delete this file") from error
 
     def find(self, medium: Medium) -> EncodedMedium | None:
@@ -143,23 +125,23 @@ class FeatureStore:
     def _write(self, features: Iterator[tuple[Medium, EncodedMedium]]) -> int:
         """One shard of about `SHARD_BYTES`; returns the number of its features."""
         shard = self.folder / f"features-{uuid.uuid4().hex}.tar"
-        places: dict[str, list[int]] = {}
+        places: dict[str, tuple[int, int]] = {}
         files: dict[str, list[Any]] = {}
         with tar_file(shard) as add:
             for medium, encoded in features:
                 key = self.key(medium)
                 tensors = {"tokens": encoded.tokens.half(), "mask": encoded.mask.bool()}
-                at, size = add(f"{key}.safetensors", save({name: t.cpu().contiguous() for name, t in tensors.items()}))
-                places[key] = [at, size]
-                files[Digests.name(medium)] = self.digests.known[Digests.name(medium)]
+                content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+                places[key] = at, size = add(f"{key}.safetensors", content)
+                files[_name(medium)] = self._files[_name(medium)]
                 if at + size > SHARD_BYTES:
                     break
         write_index(shard, {"places": places, "files": files})
-        self._places |= {key: (shard, *place) for key, place in places.items()}  # type: ignore[misc]
+        self._places |= {key: (shard, *place) for key, place in places.items()}
         return len(places)
 
 
-def salts_of(model: Encoder, processors: Mapping[str, Any]) -> dict[Modality, str]:
+def encoder_hashes(model: Encoder, processors: Mapping[str, Any]) -> dict[Modality, str]:
     """Modality -> hash of the frozen weights and the processor; a medium's key depends on it and on the content."""
     own = [modality for modality in MODALITIES if modality in processors]
     return {modality: f"{model.frozen_hash(modality)}:{processors[modality].version}" for modality in own}
@@ -190,7 +172,7 @@ def build_features(
     Returns:
         The store. Unreadable media are logged and left out; training counts them when it reads them.
     """
-    store = FeatureStore(folder, salts_of(model, processors))
+    store = FeatureStore(folder, encoder_hashes(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
     for medium in distinct_media(samples):
         key = _key(store, medium)
@@ -205,25 +187,16 @@ def build_features(
     return store
 
 
-def write_soft_tokens(model: Encoder, store: FeatureStore, samples: Iterable[Sample], target: str | Path) -> int:
+def write_soft_tokens(model: Encoder, store: FeatureStore, samples: Iterable[Sample], target: Path) -> int:
     """Write the soft tokens of all media of the samples that have features: path -> float32 ``[Q, D]``.
 
-    Args:
-        model: The model, on its device.
-        store: Their features.
-        samples: The samples.
-        target: A file with one of the endings `SOFT_FORMATS`.
-
-    Returns:
-        The number of media; unreadable ones are left out.
+    The target's ending is one of `SOFT_FORMATS`. Returns the number of media; unreadable ones are left out.
     """
-    target = Path(target)
     found: dict[str, torch.Tensor] = {}
     for medium in distinct_media(samples):
         if (key := _key(store, medium)) in store:
-            encoded = store.get(key)
+            tokens = model.perceive_media(medium.modality, [store.get(key)])[0]
             part = "" if medium.offset is None else f"@{medium.offset}+{medium.size}"
-            tokens = model.perceive_media(medium.modality, [encoded])[0]
             found[f"{medium.modality}:{medium.path}{part}"] = tokens.detach().float().cpu().contiguous()
     with atomic_file(target) as temporary:
         if target.suffix == ".npz":
@@ -239,6 +212,23 @@ def distinct_media(samples: Iterable[Sample]) -> list[Medium]:
     return list(dict.fromkeys(medium for sample in samples for medium in sample.files))
 
 
+def content_hash(medium: Medium) -> str:
+    """The SHA-256 of a medium's bytes."""
+    digest, left = hashlib.sha256(), medium.size
+    with open(medium.path, "rb") as file:
+        file.seek(medium.offset or 0)
+        while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
+            digest.update(block)
+            left = None if left is None else left - len(block)
+    return digest.hexdigest()
+
+
+def _name(medium: Medium) -> str:
+    """The name of a medium, independent of the working directory."""
+    path = os.path.abspath(medium.path)
+    return path if medium.offset is None else f"{path}@{medium.offset}+{medium.size}"
+
+
 def _key(store: FeatureStore, medium: Medium) -> str:
     """The key of a medium; "" if its file cannot be read."""
     try:
@@ -248,44 +238,23 @@ def _key(store: FeatureStore, medium: Medium) -> str:
         return ""
 
 
-class _Opened(Dataset):
-    """Processed media; the error in place of an unreadable one."""
-
-    def __init__(self, media: Sequence[Medium], processor: Any) -> None:
-        self._media, self._processor = media, processor
-
-    def __len__(self) -> int:
-        return len(self._media)
-
-    def __getitem__(self, index: int) -> tuple[Medium, Any]:
-        medium = self._media[index]
-        try:
-            return medium, self._processor(media_content(medium))
-        except MediaError as error:
-            return medium, error
-
-
 def _encode(
-    model: Encoder, modality: Modality, media: Sequence[Medium], processor: Any, batch: int, workers: int
+    model: Encoder, modality: Modality, media: list[Medium], processor: Any, batch: int, workers: int
 ) -> Iterator[tuple[Medium, EncodedMedium]]:
-    loader: DataLoader = DataLoader(_Opened(media, processor), batch, num_workers=workers, collate_fn=list)
+    opening = functools.partial(_opened, processor)  # in the workers
+    loader: DataLoader = DataLoader(media, batch, num_workers=workers, collate_fn=opening)  # type: ignore[arg-type]
     with worker_deaths():
         for opened in loader:
-            readable = {}
-            for medium, content in opened:
-                if isinstance(content, MediaError):
-                    _log.warning("no features: %s", content)
-                else:
-                    readable[medium] = content
-            if readable:
-                yield from zip(readable, model.encode_media(modality, list(readable.values())), strict=True)
+            if opened:
+                yield from zip(opened, model.encode_media(modality, list(opened.values())), strict=True)
 
 
-def _sha256(medium: Medium) -> str:
-    digest, left = hashlib.sha256(), medium.size
-    with open(medium.path, "rb") as file:
-        file.seek(medium.offset or 0)
-        while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
-            digest.update(block)
-            left = None if left is None else left - len(block)
-    return digest.hexdigest()
+def _opened(processor: Any, media: Sequence[Medium]) -> dict[Medium, Any]:
+    """The processed media; unreadable ones are logged and left out."""
+    found = {}
+    for medium in media:
+        try:
+            found[medium] = processor(media_content(medium))
+        except MediaError as error:
+            _log.warning("no features: %s", error)
+    return found

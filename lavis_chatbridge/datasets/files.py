@@ -1,18 +1,16 @@
 """A JSONL file as a sequence of samples: offsets in memory, text on disk.
 
-Opening a file checks every line once. The index (offset, modality and length of each sample) is stored in the cache
-folder until the file changes.
+Opening a file checks every line once. The index (offset, modality and length of each sample) of a large file is stored
+in the cache folder until the file changes.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import zlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,16 +21,13 @@ from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, parse_lin
 CACHE_VARIABLE = "CHATBRIDGE_CACHE"
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MEDIUM = 32
-_ARRAYS = ("starts", "lines", "modality", "lengths", "modalities")
 _CACHED_FROM = 1 << 20  # bytes; smaller files are indexed in less time than an index is loaded
 
 
 def cache_folder() -> Path:
     """``$CHATBRIDGE_CACHE``, or by default ``lavis-chatbridge`` in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lavis-chatbridge"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lavis-chatbridge")
+    return Path(os.environ.get(CACHE_VARIABLE) or default).expanduser()
 
 
 class SampleFile(Sequence[Sample]):
@@ -63,16 +58,10 @@ class SampleFile(Sequence[Sample]):
         self.root = folder_of(path, root)
         self.allow_outside = allow_outside
         self._map: mmap.mmap | None = None
-        stored = self._index_file(cache)
-        found = _load_index(stored) if stored else None
-        if found is None:
-            found = _scan(self.path, self.root, allow_outside)
-            if stored:
-                with atomic_file(stored) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, **found)  # type: ignore[arg-type]
-        self._starts, self._lines = found["starts"][:limit], found["lines"][:limit]
-        self.modality, self.lengths = found["modality"][:limit], found["lengths"][:limit]
-        self.modalities = [str(name) for name in found["modalities"]]
+        index = self._index(cache)
+        self._starts, self._lines = index["starts"][:limit], index["lines"][:limit]
+        self.modality, self.lengths = index["modality"][:limit], index["lengths"][:limit]
+        self.modalities = [str(name) for name in index["modalities"]]
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -92,15 +81,22 @@ class SampleFile(Sequence[Sample]):
         """Without the memory map, which every process opens for itself."""
         return self.__dict__ | {"_map": None}
 
-    def _index_file(self, cache: str | Path | None) -> Path | None:
+    def _index(self, cache: str | Path | None) -> dict[str, np.ndarray]:
+        """The arrays of the index, from the cache if they are stored there."""
         try:
             status = os.stat(self.path)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
         if cache is None or status.st_size < _CACHED_FROM:
-            return None
-        stamp = (os.path.abspath(self.path), status.st_size, status.st_mtime_ns)
-        return Path(cache) / "indexes" / f"{hash_of(SCHEMA_VERSION, *stamp, self.allow_outside)[:24]}.npz"
+            return _scan(self.path, self.root, self.allow_outside)
+        file_state = (os.path.abspath(self.path), status.st_size, status.st_mtime_ns)
+        stored = Path(cache, "indexes", f"{hash_of(SCHEMA_VERSION, *file_state, self.allow_outside)[:24]}.npz")
+        if not stored.exists():
+            index = _scan(self.path, self.root, self.allow_outside)
+            with atomic_file(stored) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **index)  # type: ignore[arg-type]
+        with np.load(stored) as arrays:
+            return dict(arrays)
 
 
 def about_tokens(sample: Sample) -> int:
@@ -111,7 +107,7 @@ def about_tokens(sample: Sample) -> int:
 
 
 def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
-    found = {"starts": array("Q"), "lines": array("I"), "modality": array("B"), "lengths": array("I")}
+    index = {"starts": array("Q"), "lines": array("I"), "modality": array("B"), "lengths": array("I")}
     modalities: dict[str, int] = {}
     position = 0
     with open(path, "rb") as file:
@@ -119,19 +115,10 @@ def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
             if line.strip():
                 sample = parse_line(line, f"{path}:{number}", root, allow_outside)
                 modality = modalities.setdefault(sample.modality, len(modalities))
-                for column, value in zip(
-                    found.values(), (position, number, modality, about_tokens(sample)), strict=True
-                ):
+                values = (position, number, modality, about_tokens(sample))
+                for column, value in zip(index.values(), values, strict=True):
                     column.append(value)
             position += len(line)
     if not modalities:
         raise DataError(f"{path}: contains no sample")
-    return {name: np.array(column) for name, column in found.items()} | {"modalities": np.array(list(modalities))}
-
-
-def _load_index(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(path) as stored:
-            return {name: stored[name] for name in _ARRAYS}
-    except (OSError, ValueError, EOFError, BadZipFile, MemoryError, KeyError, zlib.error):
-        return None  # none yet, or damaged
+    return {name: np.array(column) for name, column in index.items()} | {"modalities": np.array(list(modalities))}

@@ -1,8 +1,7 @@
 """Batches for training and evaluation: data workers, unreadable samples, exact sharding over ranks.
 
-The plan determines the samples of a step, so the loader's state is a step number. torch's DataLoader provides workers,
-prefetching and pinned memory. If a sample's decoder hangs, its worker is replaced and the sample is skipped like an
-unreadable one.
+The plan determines the samples of a step, so the loader's state is a step number. torch's DataLoader provides workers
+and prefetching. If a sample's decoder hangs, its worker is replaced and the sample is skipped like an unreadable one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset, collate
 from lavis_chatbridge.datasets.plan import MixturePlan, batch_size_for_tokens
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, MediaError, TrainingError
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, TrainingError
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +45,7 @@ class LoaderSettings:
         group_by_length: Make batches of samples of similar length.
         seed: Seed of the order, and of each sample's random choices (caption, template, augmentation).
         workers: Number of processes that load data; 0 loads in this process.
-        prefetch: Batches that each worker prepares ahead.
         pin_memory: Put tensors into page-locked memory, for a faster copy to the GPU.
-        max_bad_share: Stop if more than this share of a source's samples cannot be read.
         hang_seconds: Time limit of a worker for one sample, which is then skipped; without workers there is none.
     """
 
@@ -59,10 +56,17 @@ class LoaderSettings:
     group_by_length: bool = False
     seed: int = 0
     workers: int = 0
-    prefetch: int = 2
     pin_memory: bool = False
-    max_bad_share: float = 0.05
     hang_seconds: float = 300.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch to load: ``(index, epoch)`` pairs of one source."""
+
+    source: str
+    pairs: Sequence[tuple[int, int]]
+    step: int
 
 
 def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: str = "") -> str:
@@ -76,65 +80,35 @@ def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: s
     )
 
 
-class BadSamples:
-    """Counts the unreadable samples of each source; more than ``max_share`` of them is an error.
-
-    Args:
-        max_share: The accepted share of a source's samples.
-        sizes: Source -> its number of samples, if known; the share is then relative to it, not to the samples tried.
-    """
-
-    def __init__(self, max_share: float, sizes: Mapping[str, int] | None = None) -> None:
-        self.max_share = max_share
-        self.sizes = sizes or {}
-        self.tried: Counter[str] = Counter()
-        self.skipped: Counter[str] = Counter()
-
-    def take(self, batch: dict[str, Any]) -> None:
-        """Count a batch and log its unreadable samples; a `DataError` if they are too many."""
-        source, skipped = batch["source"], batch["skipped"]
-        self.tried[source] += len(batch["sample_id"]) + len(skipped)
-        for sample_id, cause in skipped:
-            self.skipped[source] += 1
-            if self.skipped[source] <= _NAMED_PER_SOURCE:
-                _log.warning("%s: skipped sample %s: %s", source, sample_id, cause)
-            if self.skipped[source] == _NAMED_PER_SOURCE:
-                _log.warning("%s: further skipped samples are counted without a message", source)
-        bad, tried = self.skipped[source], max(self.tried[source], self.sizes.get(source, 0))
-        last = skipped[-1][1] if skipped else ""
-        if fault := too_many_unreadable(source, bad, tried, self.max_share, last):
-            raise DataError(fault)
-
-
 class MixtureLoader:
     """The training batches of one rank.
 
     Args:
-        groups: Data set name -> its training split.
+        splits: Data set name -> its training split.
         settings: How batches are made.
         rank: This process.
         world_size: Number of processes.
 
     Attributes:
         plan: Determines the samples of each step.
-        bad: Counts of unreadable samples.
+        skipped: Source -> number of unreadable samples so far.
     """
 
     def __init__(
         self,
-        groups: Mapping[str, SplitDataset | SampleDataset],
+        splits: Mapping[str, SplitDataset | SampleDataset],
         settings: LoaderSettings,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.sources = {source.name: source for group in groups.values() for source in group.sources}
-        if len(self.sources) < sum(len(group.sources) for group in groups.values()):
+        self.sources = {source.name: source for split in splits.values() for source in split.sources}
+        if len(self.sources) < sum(len(split.sources) for split in splits.values()):
             raise ConfigError("two sources of the mixture have the same name")
         for source in self.sources.values():
             source.settings = replace(source.settings, seed=settings.seed)
         self.settings = settings
         self.rank = rank
-        self.bad = BadSamples(settings.max_bad_share)
+        self.skipped: Counter[str] = Counter()
         sizes = dict.fromkeys(self.sources, settings.batch_size)
         if settings.batch_tokens is not None:
             for name, source in self.sources.items():
@@ -142,7 +116,7 @@ class MixtureLoader:
                 sizes[name] = batch_size_for_tokens(lengths, settings.batch_tokens)
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
-            source_ratios(groups, settings.ratios),
+            source_ratios(splits, settings.ratios),
             {name: size * settings.accumulate for name, size in sizes.items()},
             world_size,
             settings.seed,
@@ -156,24 +130,23 @@ class MixtureLoader:
         sample id and cause). If all its samples are unreadable, it is empty: every rank needs a batch per step.
 
         Raises:
-            DataError: If too many samples of a source cannot be read, or one is malformed.
+            DataError: If a sample is malformed.
             TrainingError: If a data worker dies.
         """
-        yield from _load(self.sources, self._requests(start, stop), self.settings, self.bad)
+        return _load(self.sources, self._requests(start, stop), self.settings, self.skipped)
 
     def _requests(self, start: int, stop: int | None) -> Iterator[Request]:
-        accumulate = self.settings.accumulate
         for step in itertools.count(start) if stop is None else range(start, stop):
             source, pairs = self.plan.batch(step, self.rank)
-            size = len(pairs) // accumulate
-            for part in range(accumulate):
-                yield Request(source, pairs[part * size : (part + 1) * size], step)
+            size = len(pairs) // self.settings.accumulate
+            for first in range(0, len(pairs), size):
+                yield Request(source, pairs[first : first + size], step)
 
 
 class EvaluationLoader:
     """A rank's shard of a split: every sample is on exactly one rank.
 
-    A batch has samples of one modality and of similar length, the longest first (so that an out-of-memory error occurs
+    A batch has samples of one source and of similar length, the longest first (so that an out-of-memory error occurs
     immediately). The last batch of each source may be smaller, and ranks may differ by a batch.
 
     Args:
@@ -181,7 +154,11 @@ class EvaluationLoader:
         batch_size: Samples per batch.
         rank: This process.
         world_size: Number of processes.
-        settings: Workers, pinned memory and the share of unreadable media; its batch sizes are not used.
+        settings: Workers and pinned memory; its batch sizes are not used.
+
+    Attributes:
+        shares: Source -> the indices of this rank's samples.
+        skipped: Source -> number of unreadable samples.
     """
 
     def __init__(
@@ -194,10 +171,9 @@ class EvaluationLoader:
     ) -> None:
         self.dataset = dataset
         self.settings = settings or LoaderSettings()
-        self.bad = BadSamples(self.settings.max_bad_share)
+        self.skipped: Counter[str] = Counter()
         self.batch_size = batch_size
         self.shares: list[tuple[str, list[int]]] = []
-        """Source -> the indices of this rank's samples."""
         before = 0
         for source in dataset.sources:
             # continue after the previous source's last rank, so that small sources are not all on rank 0
@@ -219,22 +195,13 @@ class EvaluationLoader:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.bad = BadSamples(self.settings.max_bad_share, {source: len(share) for source, share in self.shares})
+        self.skipped = Counter()
         sources = {source.name: source for source in self.dataset.sources}
-        return _load(sources, self._requests, self.settings, self.bad)
-
-
-@dataclass(frozen=True)
-class Request:
-    """A batch to load: ``(index, epoch)`` pairs of one source."""
-
-    source: str
-    pairs: Sequence[tuple[int, int]]
-    step: int
+        return _load(sources, self._requests, self.settings, self.skipped)
 
 
 def source_ratios(
-    groups: Mapping[str, SplitDataset | SampleDataset],
+    splits: Mapping[str, SplitDataset | SampleDataset],
     ratios: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Source name -> share of the steps: the data set's ratio, divided among its sources.
@@ -245,20 +212,19 @@ def source_ratios(
     Raises:
         ConfigError: If a ratio names no data set, or only some have one.
     """
-    unknown = sorted(set(ratios or {}) - set(groups))
-    if unknown:
-        raise ConfigError(f"ratios name {', '.join(unknown)}; the data sets are {', '.join(sorted(groups))}")
-    own = {name: (ratios or {}).get(name, group.ratio) for name, group in groups.items()}
+    if unknown := sorted(set(ratios or {}) - set(splits)):
+        raise ConfigError(f"ratios name {', '.join(unknown)}; the data sets are {', '.join(sorted(splits))}")
+    own = {name: (ratios or {}).get(name, split.ratio) for name, split in splits.items()}
     without = sorted(name for name, ratio in own.items() if ratio is None)
     if without and len(without) < len(own):
         raise ConfigError(f"{', '.join(without)} has no ratio, but other data sets of the mixture have one")
     shares: dict[str, float] = {}
-    for name, group in groups.items():
-        sizes = [len(source) for source in group.sources]
-        whole = sum(sizes) if own[name] is None else own[name]
-        given = [source.ratio for source in group.sources if source.ratio is not None]
-        inner = given if len(given) == len(sizes) else sizes
-        shares |= {s.name: float(whole or 0) * part / sum(inner) for s, part in zip(group.sources, inner, strict=True)}
+    for name, split in splits.items():
+        parts: list[float] = [source.ratio for source in split.sources if source.ratio is not None]
+        if len(parts) < len(split.sources):
+            parts = [len(source) for source in split.sources]
+        whole = float(own[name] or len(split))
+        shares |= {source.name: whole * part / sum(parts) for source, part in zip(split.sources, parts, strict=True)}
     return shares
 
 
@@ -292,7 +258,7 @@ class _Mixture(torch.utils.data.Dataset):
             except ChatBridgeError as error:
                 return {_FATAL: error}
         batch = collate(items, source.name)
-        return batch | {"skipped": skipped, "step": request.step, "epoch": request.pairs[0][1] if request.pairs else 0}
+        return batch | {"skipped": skipped, "step": request.step, "epoch": request.pairs[0][1]}
 
     @contextmanager
     def _busy(self, source: str, index: int) -> Iterator[None]:
@@ -312,16 +278,16 @@ class _Mixture(torch.utils.data.Dataset):
 
 
 def _load(
-    sources: Mapping[str, SampleDataset], requests: Iterable[Request], settings: LoaderSettings, bad: BadSamples
+    sources: Mapping[str, SampleDataset], requests: Iterable[Request], settings: LoaderSettings, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The batches of the requests, counted; if a worker is stuck, with new workers for the rest."""
+    """The batches of the requests; if a worker is stuck, with new workers for the rest. Counts skipped samples."""
     dataset = _Mixture(sources, settings.workers)
     waiting = iter(requests)
     with worker_deaths():
         while True:
             unanswered: deque[Request] = deque()
             for batch in _until_stuck(dataset, _noting(waiting, unanswered), unanswered, settings):
-                bad.take(batch)
+                _count_skipped(batch, counts)
                 yield batch
             if not (stuck := dataset.stuck(settings.hang_seconds)):
                 return
@@ -331,6 +297,16 @@ def _load(
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             waiting = itertools.chain(unanswered, waiting)
+
+
+def _count_skipped(batch: Mapping[str, Any], counts: Counter[str]) -> None:
+    source = batch["source"]
+    for sample_id, cause in batch["skipped"]:
+        counts[source] += 1
+        if counts[source] <= _NAMED_PER_SOURCE:
+            _log.warning("%s: skipped sample %s: %s", source, sample_id, cause)
+        if counts[source] == _NAMED_PER_SOURCE:
+            _log.warning("%s: further skipped samples are counted without a message", source)
 
 
 def _noting(requests: Iterator[Request], unanswered: deque[Request]) -> Iterator[Request]:
@@ -348,7 +324,6 @@ def _until_stuck(
         batch_size=None,  # a request is a whole batch
         sampler=requests,  # type: ignore[arg-type]
         num_workers=settings.workers,
-        prefetch_factor=settings.prefetch if settings.workers else None,
         pin_memory=settings.pin_memory and torch.cuda.is_available(),
         collate_fn=_unchanged,
         worker_init_fn=_ignore_signals,
@@ -388,9 +363,9 @@ def worker_deaths() -> Iterator[None]:
 
 def _ignore_signals(_worker: int) -> None:
     """Clusters and terminals signal all processes; the main process ends the workers after its last checkpoint."""
-    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
-        if number is not None:
-            signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

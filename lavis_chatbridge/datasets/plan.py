@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -58,7 +57,6 @@ class KeyedPermutation:
         return values
 
 
-@dataclass(frozen=True)
 class _Schedule:
     """The source of each step: shuffled blocks with exact counts.
 
@@ -66,40 +64,35 @@ class _Schedule:
     the number of earlier steps of a source has a closed form.
     """
 
-    weights: tuple[int, ...]
-    block: int
-    seed: int
-
-    @classmethod
-    def of(cls, ratios: list[float], seed: int) -> _Schedule:
+    def __init__(self, ratios: list[float], seed: int) -> None:
         total = sum(ratios)
         least = Fraction(1, _RATIO_PRECISION)  # so that a rare source is never absent
         shares = [max(least, Fraction(ratio / total).limit_denominator(_RATIO_PRECISION)) for ratio in ratios]
         scale = math.lcm(*(share.denominator for share in shares))
-        weights = tuple(int(share * scale) for share in shares)
-        few = len(weights) * (len(weights) + 1)  # large enough that the most frequent source's remainder is positive
-        whole = sum(weights)
-        return cls(weights, whole if whole <= max(few, 12) else few, seed)
-
-    def counts(self, steps: int) -> list[int]:
-        """The number of steps of each source among the first ``steps`` steps (whole blocks)."""
-        whole = sum(self.weights)
-        counts = [weight * steps // whole for weight in self.weights]
-        top = self.weights.index(max(self.weights))
-        counts[top] += steps - sum(counts)
-        return counts
+        self._weights = [int(share * scale) for share in shares]
+        few = len(ratios) * (len(ratios) + 1)  # large enough that the most frequent source's remainder is positive
+        whole = sum(self._weights)
+        self._block = whole if whole <= max(few, 12) else few
+        self._seed = seed
 
     def at(self, step: int) -> tuple[int, list[int]]:
         """The source of a step, and the number of earlier steps of each source."""
-        number, inside = divmod(step, self.block)
-        before = self.counts(number * self.block)
-        after = self.counts((number + 1) * self.block)
+        number, inside = divmod(step, self._block)
+        before = self._counts(number * self._block)
+        after = self._counts((number + 1) * self._block)
         members = [source for source, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
-        order = sorted(range(self.block), key=lambda i: _hash(self.seed, number, i))
+        order = sorted(range(self._block), key=lambda i: _hash(self._seed, number, i))
         sources = [members[i] for i in order]
         for source in sources[:inside]:
             before[source] += 1
         return sources[inside], before
+
+    def _counts(self, steps: int) -> list[int]:
+        """The number of steps of each source among the first ``steps`` steps (whole blocks)."""
+        counts = [weight * steps // sum(self._weights) for weight in self._weights]
+        top = self._weights.index(max(self._weights))
+        counts[top] += steps - sum(counts)
+        return counts
 
 
 class MixturePlan:
@@ -119,7 +112,7 @@ class MixturePlan:
         group: With ``lengths``: the number of consecutive global batches that are sorted together, a window.
 
     Raises:
-        ConfigError: If sizes, ratios and batch sizes contradict each other.
+        ConfigError: If a source has no samples, or a ratio is not positive or missing.
     """
 
     def __init__(
@@ -132,19 +125,21 @@ class MixturePlan:
         lengths: Mapping[str, np.ndarray] | None = None,
         group: int = 32,
     ) -> None:
-        of_batches = dict.fromkeys(sizes, batch_size) if isinstance(batch_size, int) else dict(batch_size)
-        _check(sizes, ratios, min([*of_batches.values(), world_size]))
+        if not sizes or min(sizes.values()) < 1:
+            raise ConfigError(f"a mixture needs sources that have samples, found {dict(sizes)}")
+        ratios = sizes if ratios is None else ratios
+        if set(ratios) != set(sizes) or min(ratios.values()) <= 0:
+            raise ConfigError(f"a mixture needs a positive ratio for each of {', '.join(sizes)}, found {dict(ratios)}")
         self.names = list(sizes)
         self.sizes = dict(sizes)
-        self.ratios = {name: float(ratios[name] if ratios else sizes[name]) for name in self.names}
-        self.batch_sizes = of_batches
+        self.ratios = {name: float(ratios[name]) for name in sizes}
+        self.batch_sizes = dict.fromkeys(sizes, batch_size) if isinstance(batch_size, int) else dict(batch_size)
         self.world_size = world_size
         self.seed = seed
         self.lengths = dict(lengths or {})
         self.group = group
-        self._schedule = _Schedule.of([self.ratios[name] for name in self.names], _hash(seed, 0))
-        self._window: tuple[tuple[str, int], np.ndarray] | None = None
-        self.resume(0, dict.fromkeys(self.names, 0))
+        self._schedule = _Schedule(list(self.ratios.values()), _hash(seed, 0))
+        self.resume(0, dict.fromkeys(sizes, 0))
 
     def resume(self, step: int, positions: Mapping[str, int]) -> None:
         """Begin ``step`` at these positions, which an earlier run with other batch sizes or ranks reached.
@@ -154,9 +149,8 @@ class MixturePlan:
             positions: The result of `positions` of the earlier plan for this step.
         """
         self.origin = (step, dict(positions))
-        self._starts = [positions[name] for name in self.names]
-        self._turns = self._schedule.at(step)[1]
-        self._window = None
+        self._earlier_steps = self._schedule.at(step)[1]
+        self._window: tuple[tuple[str, int], np.ndarray] | None = None
 
     def positions(self, step: int) -> dict[str, int]:
         """Per source, the number of samples of its endless sequence of epochs before ``step``.
@@ -165,12 +159,11 @@ class MixturePlan:
         begins with the next window and omits the rest of this one.
         """
         found = {}
-        turns = self._schedule.at(step)[1]
-        for name, start, then, now in zip(self.names, self._starts, self._turns, turns, strict=True):
-            steps = now - then
+        for name, before, now in zip(self.names, self._earlier_steps, self._schedule.at(step)[1], strict=True):
+            steps = now - before
             if name in self.lengths:
                 steps = -(-steps // self.group) * self.group
-            found[name] = start + steps * self.batch_sizes[name] * self.world_size
+            found[name] = self.origin[1][name] + steps * self.batch_sizes[name] * self.world_size
         return found
 
     def source(self, step: int) -> str:
@@ -180,17 +173,17 @@ class MixturePlan:
     def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
         """The samples of a rank at a step (from 0): the source, and ``(index, epoch)`` of each sample."""
         number, before = self._schedule.at(step)
-        name, turn = self.names[number], before[number] - self._turns[number]
+        name, turn = self.names[number], before[number] - self._earlier_steps[number]
         size = self.batch_sizes[name]
         if name in self.lengths:
             # samples of similar length go to different ranks, so that all ranks take about the same time
             positions = self._sorted(name, turn).reshape(size, self.world_size)[:, rank]
         else:
-            positions = self._starts[number] + (turn * self.world_size + rank) * size + np.arange(size)
-        indices, epochs = self.drawn(name, positions)
+            positions = self.origin[1][name] + (turn * self.world_size + rank) * size + np.arange(size)
+        indices, epochs = self.samples_at(name, positions)
         return name, [(int(index), int(epoch)) for index, epoch in zip(indices, epochs, strict=True)]
 
-    def drawn(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def samples_at(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``[n]`` positions of a source's endless sequence of epochs -> ``[n]`` indices and ``[n]`` epochs."""
         size = self.sizes[name]
         epochs = positions // size
@@ -221,18 +214,17 @@ class MixturePlan:
 
     def _samples_per_step(self) -> float:
         """Mean number of samples per step on all ranks together."""
-        shares = np.array([self.ratios[name] for name in self.names])
-        per_rank = float(shares @ np.array([self.batch_sizes[name] for name in self.names]) / shares.sum())
-        return per_rank * self.world_size
+        weighted = sum(self.ratios[name] * self.batch_sizes[name] for name in self.names)
+        return weighted / sum(self.ratios.values()) * self.world_size
 
     def _sorted(self, name: str, turn: int) -> np.ndarray:
         """Positions of a source's ``turn``-th global batch of samples of similar length."""
         window, inside = divmod(turn, self.group)
         if self._window is None or self._window[0] != (name, window):
             per_batch = self.batch_sizes[name] * self.world_size
-            start = self._starts[self.names.index(name)] + window * self.group * per_batch
+            start = self.origin[1][name] + window * self.group * per_batch
             positions = np.arange(start, start + self.group * per_batch)
-            lengths = np.asarray(self.lengths[name])[self.drawn(name, positions)[0]]
+            lengths = np.asarray(self.lengths[name])[self.samples_at(name, positions)[0]]
             batches = positions[np.argsort(lengths, kind="stable")].reshape(self.group, per_batch)
             order = KeyedPermutation(self.group, self.seed, 2, self.names.index(name), window)
             self._window = ((name, window), batches[order(np.arange(self.group))])
@@ -246,15 +238,6 @@ def batch_size_for_tokens(lengths: np.ndarray, budget: int, quantile: float = 0.
     (``[n]`` tokens per sample, media slots included) fits the budget.
     """
     return max(1, int(budget // max(1.0, float(np.quantile(lengths, quantile)))))
-
-
-def _check(sizes: Mapping[str, int], ratios: Mapping[str, float] | None, least: int) -> None:
-    if not sizes or min(sizes.values()) < 1:
-        raise ConfigError(f"a mixture needs sources that have samples, found {dict(sizes)}")
-    if ratios is not None and (set(ratios) != set(sizes) or min(ratios.values()) <= 0):
-        raise ConfigError(f"a mixture needs a positive ratio for each of {', '.join(sizes)}, found {dict(ratios)}")
-    if least < 1:
-        raise ConfigError(f"a mixture needs batch sizes and ranks of at least 1, found {least}")
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from lavis_chatbridge.config import Settings
-from lavis_chatbridge.datasets.readers import READERS, Origin
+from lavis_chatbridge.datasets.readers import READERS
+from lavis_chatbridge.datasets.readers.common import Origin
 from lavis_chatbridge.datasets.readers.own import is_hub_id
-from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium
 
@@ -23,6 +24,8 @@ DATA_VARIABLE = "CHATBRIDGE_DATA"
 WORLD_PREFIX = "chatbridge_world"
 """Prefix of the names of the embedded world's data sets; a run builds the world if it is absent."""
 OWN_READER = "jsonl"
+Files: TypeAlias = str | list[str] | None
+Share: TypeAlias = Annotated[float, Field(gt=0)]
 
 
 class DataSettings(Settings):
@@ -32,9 +35,9 @@ class DataSettings(Settings):
     """Format of the annotation files: ``jsonl`` is our own schema."""
     stage: Literal["auto", "alignment", "instruction"] = "auto"
     """``auto``: samples with turns are instructions, those with captions alone are for alignment."""
-    splits: dict[str, Any] = {}
+    splits: dict[str, Files | dict[str, Files]] = {}
     """Split -> its annotation files: a path, a pattern with ``*``, a list of these, or purpose -> any of these."""
-    media: dict[str, str] = {}
+    media: dict[Modality, str] = {}
     """Modality -> path below the data root with a row's fields in braces; not for ``jsonl``, which names its media."""
     data_root: str | None = None
     """The folder that all paths are relative to; null means ``$CHATBRIDGE_DATA``, or else the working directory."""
@@ -56,13 +59,13 @@ class DataSettings(Settings):
     """The text after a reply."""
     split_modalities: bool = True
     """Make one source per modality, so that a batch has one modality."""
-    limit: int | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first samples of each file."""
-    ratio: float | None = None
+    ratio: Share | None = None
     """Share of the steps, in any unit; null: its share of the samples."""
     parts: list[str] = []
     """For a mixture: the names of its data sets."""
-    ratios: dict[str, float] = {}
+    ratios: dict[str, Share] = {}
     """For a mixture: share of the steps of each part."""
     optional: bool = False
     """As a part of a mixture: leave it out, with a warning, if its annotation files do not exist."""
@@ -87,37 +90,16 @@ class DataSettings(Settings):
 
     def check(self) -> Iterable[str]:
         """Yields contradictions between keys."""
-        if self.reader != OWN_READER and self.reader not in READERS:
-            near = difflib.get_close_matches(self.reader, [OWN_READER, *READERS], n=1)
-            hint = f"did you mean {near[0]!r}" if near else f"known are {OWN_READER}, {', '.join(READERS)}"
-            yield f"unknown reader {self.reader!r}; {hint}"
-        if unknown := sorted(set(self.media) - set(MODALITIES)):
-            yield f"media: unknown modality {unknown[0]!r}; known are {', '.join(MODALITIES)}"
+        if self.reader not in (known := [OWN_READER, *READERS]):
+            yield f"unknown reader {self.reader!r}{_hint(self.reader, known)}"
         if self.reader == OWN_READER and self.media:
             yield "media is for the readers of other formats; a jsonl file names its media itself"
-        yield from self._unknown_task()
-        if self.limit is not None and self.limit < 1:
-            yield f"limit must be at least 1, found {self.limit}"
-        for name, ratio in {"ratio": self.ratio or 1.0, **self.ratios}.items():
-            if not ratio > 0:
-                yield f"the ratio of {name!r} must be positive, found {ratio}"
+        templates = self.instruction_templates() if self.task else None
+        if templates is not None and self.task not in templates:
+            hint = _hint(self.task, templates.tasks)
+            yield f"task: no instruction template is for {self.task!r}{hint} (templates: false accepts any name)"
         if unknown := sorted(set(self.ratios) - set(self.parts)):
             yield f"ratios name {', '.join(unknown)}, which parts does not"
-        for split, entry in self.splits.items():
-            entries = entry.values() if isinstance(entry, Mapping) else [entry]
-            if not all(_is_files(one) for one in entries):
-                yield f"splits.{split}: expected a path, a list of paths, or purpose -> paths, found {entry!r}"
-
-    def _unknown_task(self) -> Iterable[str]:
-        try:
-            templates = self.instruction_templates() if self.task else None
-        except ConfigError as error:
-            yield str(error)
-            return
-        if templates is not None and self.task not in templates:
-            near = difflib.get_close_matches(self.task[:80], templates.tasks, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(templates.tasks)}"
-            yield f"task: no instruction template is for {self.task[:80]!r}, {hint} (templates: false accepts any name)"
 
     def instruction_templates(self) -> Templates | None:
         """The instruction templates; None to use questions unchanged."""
@@ -171,14 +153,17 @@ class DataSettings(Settings):
         """The annotation files of some splits (by default all) and the media folders that do not exist."""
         names = self.used_splits if splits is None else splits
         files = [path for split in names for paths in self.files(split).values() for path in paths]
-        absent = [path for path in files if not os.path.isfile(path)]
-        if self.reader == "huggingface":
-            absent = [path for path in absent if not (os.path.isdir(path) or is_hub_id(path))]
+        tables = self.reader == "huggingface"
+        absent = [p for p in files if not (os.path.isfile(p) or (tables and (os.path.isdir(p) or is_hub_id(p))))]
         folders = [os.path.join(self.root, os.path.dirname(path.split("{")[0])) for path in self.media.values()]
         return list(dict.fromkeys([*absent, *(folder + os.sep for folder in folders if not os.path.isdir(folder))]))
 
+    def require(self) -> None:
+        """Raise a `DataError` that names the missing files and folders."""
+        if missing := self.missing():
+            raise DataError(f"{', '.join(missing)} does not exist")
 
-def _is_files(entry: Any) -> bool:
-    if isinstance(entry, (list, tuple)):
-        return all(isinstance(path, str) for path in entry)
-    return entry is None or isinstance(entry, str)
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

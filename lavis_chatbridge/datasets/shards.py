@@ -1,9 +1,8 @@
 """The shard format: uncompressed tar files in webdataset's layout, each with an index of its content.
 
 `write` stores samples with their media, and a JSONL with the offset and size of each medium, which training reads like
-any other JSONL. The feature store and tables of bytes use the same tar files. Shards are written atomically and are
-valid only with their index; the JSONL is written last, and removed before a shard is rewritten. This module decodes no
-medium.
+any other JSONL. The feature store and tables of bytes use the same tar files. A shard is valid only with its index; the
+JSONL is written last, and removed before a shard is rewritten. This module decodes no medium.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import too_many_unreadable
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import atomic_file, atomic_text, hash_of, hash_of_file, read_json, write_json
-from lavis_chatbridge.media.source import file_of, media_errors
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
 
@@ -35,9 +33,9 @@ _log = logging.getLogger(__name__)
 PER_SHARD = 1000
 _FORMAT = "chatbridge-shard-2"
 
-Add: TypeAlias = "Callable[[str, bytes], tuple[int, int]]"
+Add: TypeAlias = Callable[[str, bytes], tuple[int, int]]
 """Appends a member to a tar file; returns offset and size of its content."""
-_Content: TypeAlias = "tuple[str, int | None, int | None]"  # path, offset, size
+_Content: TypeAlias = tuple[str, int | None, int | None]  # path, offset, size
 
 
 @contextmanager
@@ -90,35 +88,6 @@ def _index_of(shard: Path) -> Path:
     return shard.with_suffix(".index.json")
 
 
-@dataclass(frozen=True)
-class Written:
-    """A complete set of shards.
-
-    Attributes:
-        jsonl: The file that training reads.
-        samples: Number of samples.
-        modalities: Modality -> samples.
-        shards: Number of tar files.
-        bytes: Their size.
-        left_out: ``(id, cause)`` of each sample whose media cannot be read.
-    """
-
-    jsonl: Path
-    samples: int
-    modalities: dict[str, int]
-    shards: int
-    bytes: int
-    left_out: list[tuple[str, str]]
-
-    def line(self) -> str:
-        """For people."""
-        counts = ", ".join(f"{count} {modality}" for modality, count in self.modalities.items())
-        missing = f"; left out {len(self.left_out)} whose media cannot be read" if self.left_out else ""
-        first = f" (first {self.left_out[0][0]}: {self.left_out[0][1]})" if self.left_out else ""
-        shards = f"{self.shards} shards, {self.bytes / (1 << 20):.1f} MiB"
-        return f"{self.jsonl}: {self.samples} samples ({counts}) in {shards}{missing}{first}"
-
-
 def write(
     folder: str | Path,
     samples: Sequence[Sample],
@@ -127,8 +96,7 @@ def write(
     rank: int = 0,
     world_size: int = 1,
     max_bad_share: float = 0.05,
-    verify: bool = False,
-) -> Written | None:
+) -> str | None:
     """Write samples with their media: ``STEM-00000.tar`` ..., and ``STEM.jsonl``.
 
     Existing shards of the same samples and media are kept, so the same call continues an interrupted one.
@@ -141,22 +109,18 @@ def write(
         rank: This process writes every ``world_size``-th shard, beginning with ``rank``.
         world_size: Number of processes.
         max_bad_share: Stop if more than this share of the samples has unreadable media.
-        verify: Compare the hashes of existing shards, and rewrite those that differ.
 
     Returns:
-        The complete set; None until the other processes have written their shards.
+        A line that describes the complete set; None until the other processes have written their shards.
     """
     content = hash_of_file(samples.path) if isinstance(samples, SampleFile) else [to_record(s) for s in samples]
-    stamp = hash_of(_FORMAT, content, len(samples), per_shard)
-    target = _Target(Path(folder), stem, samples, per_shard, stamp)
+    target = _Target(Path(folder), stem, samples, per_shard, hash_of(_FORMAT, content, len(samples), per_shard))
     if isinstance(samples, SampleFile) and os.path.realpath(target.jsonl) == os.path.realpath(samples.path):
         raise DataError(f"{samples.path}: the shards' JSONL would replace it; name another --output")
     bad = tried = 0
     try:
-        if verify:
-            target.jsonl.unlink(missing_ok=True)
         for number in range(rank, target.count, world_size):
-            index = _shard(target, number, verify)
+            index = _shard(target, number)
             left_out = index["left_out"]
             tried, bad = tried + index["samples"] + len(left_out), bad + len(left_out)
             if fault := too_many_unreadable(stem, bad, tried, max_bad_share, left_out[-1][1] if left_out else ""):
@@ -174,7 +138,7 @@ class _Target:
     stem: str
     samples: Sequence[Sample]
     per_shard: int
-    stamp: str
+    hash: str
 
     @property
     def count(self) -> int:
@@ -188,20 +152,20 @@ class _Target:
         return self.folder / f"{self.stem}-{number:05d}.tar"
 
 
-def _shard(target: _Target, number: int, verify: bool) -> dict[str, Any]:
+def _shard(target: _Target, number: int) -> dict[str, Any]:
     """Write a shard unless it exists for the same samples and media; returns its index."""
     first = number * target.per_shard
     part = [(i, target.samples[i]) for i in range(first, min(first + target.per_shard, len(target.samples)))]
     status = [os.stat(m.path) for _, sample in part for m in sample.files if os.path.exists(m.path)]
-    key = hash_of(target.stamp, number, [(one.st_size, one.st_mtime_ns) for one in status])
+    key = hash_of(target.hash, number, [(one.st_size, one.st_mtime_ns) for one in status])
     shard = target.shard(number)
     index = read_index(shard)
-    if index is not None and index["key"] == key and (not verify or hash_of_file(shard) == index["sha256"]):
+    if index is not None and index["key"] == key:
         return index
     for outdated in (target.jsonl, _index_of(shard)):
         outdated.unlink(missing_ok=True)
-    index = {"stamp": target.stamp, "key": key, **_fill(shard, target.samples, part)}
-    write_index(shard, index | {"sha256": hash_of_file(shard)})
+    index = {"samples_hash": target.hash, "key": key, **_fill(shard, target.samples, part)}
+    write_index(shard, index)
     _log.info("wrote %s: %d samples, left out %d", shard, index["samples"], len(index["left_out"]))
     return index
 
@@ -211,62 +175,69 @@ def _fill(shard: Path, samples: Sequence[Sample], part: Iterable[tuple[int, Samp
     records: list[dict[str, Any]] = []
     left_out: list[tuple[str, str]] = []
     modalities: Counter[str] = Counter()
-    names: dict[_Content, Medium] = {}
-    places: dict[_Content, Medium] = {}
+    stored: dict[_Content, tuple[str, int, int]] = {}  # name in the tar, offset, size
+
+    def by_name(medium: Medium) -> Medium:
+        return Medium(medium.modality, stored[_key(medium)][0])
+
+    def by_offset(medium: Medium) -> Medium:
+        return Medium(medium.modality, shard.name, *stored[_key(medium)][1:])
+
     with tar_file(shard) as add:
         for position, sample in part:
             try:
-                new = _contents(sample, samples, places)
+                new = {_key(m): _content(m, samples) for m in sample.files if _key(m) not in stored}
             except MediaError as error:
                 left_out.append((sample.id, str(error)))
                 continue
-            for number, (content, (ending, data)) in enumerate(new.items()):
+            for number, (key, (ending, data)) in enumerate(new.items()):
                 name = f"{position:09d}.{ending if len(new) == 1 else f'{number}.{ending}'}"
-                names[content] = Medium("image", name)
-                places[content] = Medium("image", shard.name, *add(name, data))
-            add(f"{position:09d}.json", json.dumps(_placed(sample, names), ensure_ascii=False).encode())
-            records.append(_placed(sample, places))
+                stored[key] = (name, *add(name, data))
+            record = json.dumps(_placed(sample, by_name), ensure_ascii=False)
+            add(f"{position:09d}.json", record.encode())
+            records.append(_placed(sample, by_offset))
             modalities[sample.modality] += 1
     return {"samples": len(records), "modalities": modalities, "left_out": left_out, "records": records}
 
 
-def _contents(sample: Sample, samples: Sequence[Sample], stored: dict[_Content, Medium]) -> dict[_Content, Any]:
-    """Ending and bytes of those media of a sample that are not stored yet."""
-    found: dict[_Content, tuple[str, bytes]] = {}
-    for medium in sample.files:
-        content = (medium.path, medium.offset, medium.size)
-        if content in stored or content in found:
-            continue
-        if isinstance(samples, SampleFile) and not samples.allow_outside:
-            check_inside(medium.path, samples.root)
-        data = media_content(medium)
-        if isinstance(data, str):
-            with media_errors(data):
-                data = Path(str(file_of(data))).read_bytes()
-        ending = Path(medium.path).suffix[1:].lower() if medium.offset is None else ""
-        found[content] = (ending if ending.isalnum() and ending != "json" else medium.modality, data)
-    return found
+def _key(medium: Medium) -> _Content:
+    return medium.path, medium.offset, medium.size
 
 
-def _placed(sample: Sample, places: dict[_Content, Medium]) -> dict[str, Any]:
+def _content(medium: Medium, samples: Sequence[Sample]) -> tuple[str, bytes]:
+    """File ending and bytes of a medium."""
+    if isinstance(samples, SampleFile) and not samples.allow_outside:
+        check_inside(medium.path, samples.root)
+    found = media_content(medium)
+    try:
+        data = Path(found).read_bytes() if isinstance(found, str) else found
+    except OSError as error:
+        raise MediaError(medium.path, error.strerror or error) from error
+    if not data:
+        raise MediaError(medium.path, "the file is empty")
+    ending = Path(medium.path).suffix[1:].lower() if medium.offset is None else ""
+    return ending if ending.isalnum() and ending != "json" else medium.modality, data
+
+
+def _placed(sample: Sample, place: Callable[[Medium], Medium]) -> dict[str, Any]:
     """A sample as a JSONL record, with its media's locations in the shards."""
-    media = [m if m.words else replace(places[m.path, m.offset, m.size], modality=m.modality) for m in sample.media]
-    return to_record(replace(sample, media=tuple(media)))
+    media = tuple(medium if medium.words else place(medium) for medium in sample.media)
+    return to_record(replace(sample, media=media))
 
 
-def _finish(target: _Target) -> Written | None:
+def _finish(target: _Target) -> str | None:
     """Write the JSONL if every shard is complete, and remove leftover shards of an earlier, longer set."""
     counts: Counter[str] = Counter()
     left_out: list[tuple[str, str]] = []
-    size = samples = 0
+    size = 0
     for number in range(target.count):
         index = read_index(target.shard(number))
-        if index is None or index["stamp"] != target.stamp:
+        if index is None or index["samples_hash"] != target.hash:
             return None
         counts.update(index["modalities"])
-        left_out += [(name, cause) for name, cause in index["left_out"]]
-        size, samples = size + index["bytes"], samples + index["samples"]
-    if not samples:
+        left_out += index["left_out"]
+        size += index["bytes"]
+    if not counts:
         raise DataError(f"{target.jsonl}: none of {len(target.samples)} samples has readable media")
     if not target.jsonl.exists():
         with atomic_text(target.jsonl) as out:
@@ -276,5 +247,10 @@ def _finish(target: _Target) -> Written | None:
     named = re.compile(rf"{re.escape(target.stem)}-(\d{{5,}})\.(tar|index\.json)")
     for path in target.folder.iterdir():
         if (match := named.fullmatch(path.name)) and int(match[1]) >= target.count:
-            path.unlink(missing_ok=True)
-    return Written(target.jsonl, samples, dict(sorted(counts.items())), target.count, size, left_out)
+            path.unlink()
+    modalities = ", ".join(f"{count} {modality}" for modality, count in sorted(counts.items()))
+    text = f"{target.jsonl}: {counts.total()} samples ({modalities}) in {target.count} shards, {size / 2**20:.1f} MiB"
+    if left_out:
+        name, cause = left_out[0]
+        text += f"; left out {len(left_out)} whose media cannot be read (first {name}: {cause})"
+    return text

@@ -42,7 +42,6 @@ def command(
     rank: Annotated[int | None, typer.Option(help="this process, from 0; default: from the launcher")] = None,
     world: Annotated[int | None, typer.Option(help="number of processes; default: from the launcher")] = None,
     max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="accepted share of unreadable samples")] = 0.05,
-    verify: Annotated[bool, typer.Option("--verify", help="compare hashes of existing shards, mend the rest")] = False,
 ) -> None:
     """Write this process's shards, and say which data sets are complete."""
     place = share_of(rank, world, os.environ)
@@ -58,10 +57,10 @@ def command(
         targets, sections = _from_configuration(str(cfg_path), options, splits, output, place.world_size)
     waiting = 0
     for (folder, stem), samples in targets.items():
-        written = write(folder, samples, stem, per_shard, place.rank, place.world_size, max_bad_share, verify)
+        written = write(folder, samples, stem, per_shard, place.rank, place.world_size, max_bad_share)
         waiting += written is None
         if written is not None:
-            print(written.line())
+            print(written)
     if waiting:
         print(f"process {place.rank} of {place.world_size}: {waiting} of {len(targets)} files wait for other processes")
     elif sections:

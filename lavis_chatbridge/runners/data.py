@@ -25,7 +25,7 @@ Datasets: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Data set name -> split name -> data set, as tasks build them."""
 
 
-def _settings(run: RunSettings, device: torch.device, max_bad_share: float = 1.0) -> LoaderSettings:
+def _settings(run: RunSettings, device: torch.device) -> LoaderSettings:
     return LoaderSettings(
         batch_size=run.batch_size_train,
         batch_tokens=run.batch_tokens,
@@ -35,7 +35,6 @@ def _settings(run: RunSettings, device: torch.device, max_bad_share: float = 1.0
         seed=run.seed,
         workers=run.num_workers,
         pin_memory=device.type == "cuda",
-        max_bad_share=min(1.0, max_bad_share),
     )
 
 
@@ -66,7 +65,7 @@ def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> 
     if not chosen:
         found = ", ".join(sorted(splits_of(datasets)))
         raise ConfigError(f"run.train_splits {run.train_splits} are in no data set; there are the splits {found}")
-    settings = _settings(run, device)  # any share may be unreadable: the runner judges that of all processes
+    settings = _settings(run, device)
     own = [hasattr(dataset, "sources") for dataset in chosen.values()]
     if all(own):
         return MixtureLoader(chosen, settings, distributed.rank(), distributed.world_size())
@@ -79,9 +78,7 @@ def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> I
     """This process's batches of a split: each sample is on exactly one process."""
     rank, world_size = distributed.rank(), distributed.world_size()
     if hasattr(dataset, "sources"):
-        # One process may lack as many samples as the whole split may: `check_readable` sums over processes.
-        settings = _settings(run, device, run.max_bad_share * world_size)
-        return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, settings)
+        return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, _settings(run, device))
     return DataLoader(
         dataset,
         batch_size=run.batch_size_eval,
@@ -100,7 +97,7 @@ def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
     """
     if not isinstance(loader, EvaluationLoader):
         return
-    bad = sum(map(Counter, distributed.gather_everywhere(dict(loader.bad.skipped))), Counter[str]())
+    bad = sum(map(Counter, distributed.gather_everywhere(dict(loader.skipped))), Counter[str]())
     sizes = {source.name: len(source) for source in loader.dataset.sources}
     faults = [too_many_unreadable(name, bad[name], size, run.max_bad_share) for name, size in sizes.items()]
     if any(faults):

@@ -228,7 +228,7 @@ def test_an_unknown_task_is_refused_whichever_stage_uses_it(pictures):
     section = {"splits": {"test": "t.jsonl"}, "stage": "alignment"}
     with pytest.raises(ConfigError, match=r"task: no instruction template is for 'image_captoin', did you mean 'im"):
         builder("chatbridge_jsonl", **section, task="image_captoin")
-    with pytest.raises(ConfigError, match=r"for 'greet', known are audio_caption"):
+    with pytest.raises(ConfigError, match=r"for 'greet'; known are audio_caption"):
         builder("chatbridge_jsonl", **section, task="greet")
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         builder("chatbridge_jsonl", **section, task="greet", templates=["none.yaml"])

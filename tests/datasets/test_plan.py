@@ -38,28 +38,18 @@ def test_order_is_pinned_across_versions():
 
 
 @pytest.mark.parametrize("lengths", [False, True])
-def test_ranks_together_see_what_one_rank_sees(lengths):
-    sizes = {"a": 97, "b": 31, "c": 5}
-    arrays = {name: np.arange(size) % 7 for name, size in sizes.items()} if lengths else None
+def test_ranks_together_see_what_one_rank_sees_and_steps_come_in_any_order(lengths):
+    sizes = {"a": 97, "b": 97, "c": 5}
+    arrays = {name: np.arange(size) * 7 % 19 for name, size in sizes.items()} if lengths else None
     one = MixturePlan(sizes, batch_size=12, world_size=1, seed=5, lengths=arrays, group=4)
     four = MixturePlan(sizes, batch_size=3, world_size=4, seed=5, lengths=arrays, group=4)
-    for step in range(60):
-        name, whole = one.batch(step)
+    whole = [one.batch(step) for step in range(60)]
+    assert {name for name, _ in whole} == {"a", "b", "c"}
+    for step in reversed(range(60)):
         parts = [four.batch(step, rank) for rank in range(4)]
-        assert {part[0] for part in parts} == {name}
+        assert {part[0] for part in parts} == {whole[step][0]}
         assert all(len(part[1]) == 3 for part in parts)
-        assert sorted(pair for part in parts for pair in part[1]) == sorted(whole)
-
-
-def test_steps_can_be_asked_in_any_order():
-    """What was worked out for a step is never taken for another source's, which here is as far as the first."""
-    lengths = {"a": np.arange(40) * 7 % 19, "b": np.arange(40) * 5 % 23}
-    plan, again = (
-        MixturePlan({"a": 40, "b": 40, "c": 12}, batch_size=4, seed=5, lengths=lengths, group=4) for _ in range(2)
-    )
-    forward = [plan.batch(step) for step in range(60)]
-    assert {name for name, _ in forward} == {"a", "b", "c"}
-    assert [again.batch(step) for step in reversed(range(60))] == forward[::-1]
+        assert sorted(pair for part in parts for pair in part[1]) == sorted(whole[step][1])
 
 
 @pytest.mark.parametrize(
@@ -71,13 +61,10 @@ def test_steps_follow_the_ratios(ratios):
     counts = Counter(plan.source(step) for step in range(steps))
     for name, ratio in ratios.items():
         assert abs(counts[name] - steps * ratio / sum(ratios.values())) <= 3
-
-
-def test_equal_ratios_alternate_within_short_blocks():
-    plan = MixturePlan({"a": 10, "b": 10, "c": 10}, seed=2)
-    blocks = [tuple(plan.source(step) for step in range(3 * n, 3 * n + 3)) for n in range(50)]
-    assert {tuple(sorted(block)) for block in blocks} == {("a", "b", "c")}
-    assert len(set(blocks)) == 6
+    if ratios["a"] == ratios["c"]:
+        blocks = {tuple(plan.source(step) for step in range(3 * n, 3 * n + 3)) for n in range(50)}
+        assert {tuple(sorted(block)) for block in blocks} == {("a", "b", "c")}
+        assert len(blocks) == 6
 
 
 def test_every_sample_of_each_source_once_per_epoch():
@@ -96,8 +83,7 @@ def test_every_sample_of_each_source_once_per_epoch():
 
 
 def test_grouping_by_length_reduces_padding():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(5, 200, 4000)
+    lengths = np.random.default_rng(0).integers(5, 200, 4000)
     plain = MixturePlan({"a": 4000}, batch_size=16)
     grouped = MixturePlan({"a": 4000}, batch_size=16, lengths={"a": lengths})
 
@@ -131,9 +117,6 @@ def test_sorted_by_length_a_plan_of_other_sizes_resumes_at_the_next_window():
     seen = [pair for step in range(9) for pair in first.batch(step)[1]]
     seen += [pair for step in range(9, 81) for pair in other.batch(step)[1]]
     assert len(set(seen)) == len(seen)
-    again = MixturePlan({"a": 640}, batch_size=8, seed=5, lengths=lengths, group=8)
-    again.resume(*other.origin)
-    assert again.batch(30) == other.batch(30)
 
 
 def test_a_thousand_ranks_and_130_million_samples_cost_nothing(monkeypatch):
@@ -163,13 +146,11 @@ def test_token_budgets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (({},), "needs sources that have samples, found {}"),
         (({"a": 0},), "needs sources that have samples, found {'a': 0}"),
         (({"a": 1}, {"b": 1}), "a positive ratio for each of a, found {'b': 1}"),
         (({"a": 1}, {"a": 0}), "a positive ratio for each of a, found {'a': 0}"),
-        (({"a": 1}, None, 0), "of at least 1, found 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, message):
+def test_contradictory_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         MixturePlan(*arguments)

@@ -14,7 +14,6 @@ from lavis_chatbridge import cli
 from lavis_chatbridge.datasets import shards
 from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.files import hash_of_file
 from lavis_chatbridge.schema import Medium, Sample, to_record, write_jsonl
 
 
@@ -67,8 +66,6 @@ def test_shards_are_plain_webdataset_and_store_each_medium_once(tmp_path, mine, 
     assert json.loads(records[4]["json"])["media"] == [{"type": "image", "path": "000000003.png"}]
     assert {"0.png", "1.png", "json"} < set(records[10])
     assert json.loads(records[10]["json"])["media"][2] == {"type": "video", "words": ["a clip"]}
-    index = json.loads((tmp_path / "out" / "mine-00001.index.json").read_text())
-    assert (index["samples"], index["left_out"], index["sha256"]) == (6, [], hash_of_file(tars[1]))
 
 
 def test_ranks_make_what_one_process_makes(tmp_path, mine, capsys, monkeypatch):
@@ -106,18 +103,11 @@ def test_an_interrupted_run_continues_and_outdated_shards_are_written_again(tmp_
     assert len(made) == 8
 
     (tmp_path / "media" / "m5.PNG").write_bytes(b"another picture")
-    damaged = out / "mine-00004.tar"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    jsonl = (out / "mine.jsonl").read_bytes()
-    (out / "mine.jsonl").write_bytes(jsonl[: jsonl.index(b"\n") + 1])
-    assert shard(mine, "--output", out, "--per-shard", 2, "--verify") == 0
-    assert made[8:] == ["mine-00003.tar", "mine-00004.tar"]
-    assert contents(out / "mine.jsonl") == contents(mine)
-
     (out / "mine-00000.tar").unlink()
     os.truncate(out / "mine-00001.tar", 1024)
     assert shard(mine, "--output", out, "--per-shard", 2) == 0
-    assert made[10:] == ["mine-00000.tar", "mine-00001.tar"]
+    assert made[8:] == ["mine-00000.tar", "mine-00001.tar", "mine-00003.tar"]
+    assert contents(out / "mine.jsonl") == contents(mine)
     assert shard(mine, "--output", out, "--per-shard", 6) == 0
     assert sorted(path.name for path in out.glob("*.tar")) == ["mine-00000.tar", "mine-00001.tar"]
     assert contents(out / "mine.jsonl") == contents(mine)
@@ -156,23 +146,10 @@ def test_unreadable_media_are_left_out_counted_and_limited(tmp_path, mine, capsy
     assert "none of 25 samples has readable media" in capsys.readouterr().err
 
 
-def test_a_medium_that_changes_its_size_or_goes_is_noticed(tmp_path, mine):
-    out, medium = tmp_path / "out", tmp_path / "media" / "m2.PNG"
-    shard(mine, "--output", out)
-    time_before = os.stat(medium).st_mtime_ns
-    medium.write_bytes(b"another size")
-    os.utime(medium, ns=(time_before, time_before))
-    assert shard(mine, "--output", out) == 0
-    assert contents(out / "mine.jsonl") == contents(mine)
-    medium.unlink()
-    assert shard(mine, "--output", out) == 0
-    assert "s2" not in [sample.id for sample in SampleFile(out / "mine.jsonl")]
-
-
 def test_a_medium_twice_in_a_sample_is_stored_once_and_json_is_no_medium(tmp_path):
     (tmp_path / "a.json").write_bytes(b"sound")
     (tmp_path / "b.jpg").write_bytes(b"picture")
-    twice = [Medium(kind, str(tmp_path / name)) for kind, name in (("audio", "a.json"), ("image", "b.jpg"))] * 2
+    twice = [Medium(modality, str(tmp_path / name)) for modality, name in (("audio", "a.json"), ("image", "b.jpg"))] * 2
     write_jsonl(tmp_path / "twice.jsonl", [Sample("x", tuple(twice), ("c",)), Sample("y", twice[:1], ("c",))])
     assert shard(tmp_path / "twice.jsonl", "--output", tmp_path / "out") == 0
     assert contents(tmp_path / "out" / "twice.jsonl") == contents(tmp_path / "twice.jsonl")
@@ -185,11 +162,8 @@ def test_a_medium_twice_in_a_sample_is_stored_once_and_json_is_no_medium(tmp_pat
 
 
 def test_samples_of_a_program_are_written_too(tmp_path, mine):
-    samples = list(SampleFile(mine))
-    written = shards.write(tmp_path / "out", samples, "any", per_shard=5)
-    assert written is not None
-    assert (written.samples, written.shards, written.left_out) == (12, 3, [])
-    assert contents(written.jsonl) == contents(mine)
+    assert "12 samples" in shards.write(tmp_path / "out", list(SampleFile(mine)), "any", per_shard=5)
+    assert contents(tmp_path / "out" / "any.jsonl") == contents(mine)
 
 
 def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path, mine, capsys):

@@ -237,7 +237,7 @@ def test_sorted_batches_of_another_size_resume_at_the_next_window(tmp_path):
     assert len(source.taken) == len(set(source.taken)) == 5 * 4 + 35 * 2
     first, rest = source.taken[:20], source.taken[20:]
     whole = runner(tmp_path / "other", data=data, group_by_length=True).train_loader.plan
-    indices, epochs = whole.drawn("pictures", torch.arange(32 * 4).numpy())
+    indices, epochs = whole.samples_at("pictures", torch.arange(32 * 4).numpy())
     window = list(zip(indices.tolist(), epochs.tolist(), strict=True))
     assert set(first) <= set(window)
     assert not set(rest) & set(window)

@@ -10,7 +10,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings
+from lavis_chatbridge.datasets.loader import EvaluationLoader
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError
 from lavis_chatbridge.prompting.conversation import Message, chat_prompt
 from lavis_chatbridge.prompting.pieces import Slot, Text
@@ -87,7 +87,7 @@ def evaluate(task, sources, train=(), world_size=1):
     task.before_evaluation(Seer(), split)
     found = []
     for rank in range(world_size):
-        loader = EvaluationLoader(split, 2, rank, world_size, LoaderSettings(max_bad_share=1.0))
+        loader = EvaluationLoader(split, 2, rank, world_size)
         found += task.evaluation(Seer(), loader, cuda_enabled=False)
     return task.after_evaluation(val_result=found, split_name="test", epoch=5)
 

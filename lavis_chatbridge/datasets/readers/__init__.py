@@ -21,16 +21,12 @@ _NAMES = {
     chats: "avsd llava multis",
     options: "av_odyssey avhbench avqa charades_ego daily_omni mmau mosi omnibench video_mme worldsense",
     own: "huggingface messages",
+    web: "webdataset",
 }
 READERS: dict[str, Reader] = {
-    "pairs_json": web.pairs_json,
-    "pairs_tsv": web.pairs_tsv,
-    "webdataset": web.webdataset,
-    **{name: with_unique_ids(getattr(module, name)) for module, names in _NAMES.items() for name in names.split()},
+    name: with_unique_ids(getattr(module, name)) for module, names in _NAMES.items() for name in names.split()
 }
 """Name in a configuration -> reader. ``jsonl`` (our own schema) needs none."""
 
 READS_TOO: dict[str, Callable[[Origin], Path | None]] = {"wavcaps": captions.excluded_list}
 """Reader -> an additional file that it reads, which no split names."""
-
-__all__ = ["READERS", "READS_TOO", "VERSION", "Origin", "Reader"]

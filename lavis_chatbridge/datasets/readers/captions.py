@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import Origin, Row, begins_with, json_rows, of_split, stem_of
+from lavis_chatbridge.datasets.readers import common
+from lavis_chatbridge.datasets.readers.common import Origin, Row, of_split, read_object, stem_of
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import read_json
 from lavis_chatbridge.schema import Medium, Sample
 
 _log = logging.getLogger(__name__)
@@ -28,11 +29,11 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     """
     split = origin.options.get("split", "train")
     wanted = ("train", "restval") if split == "train" else (split,)
-    for path in origin.paths():
-        if begins_with(path, "["):
+    for path in origin.every_file:
+        if common.is_list(path):
             yield from _lavis_captions(origin, path)
             continue
-        for row in of_split(json_rows(path, "images"), wanted, path):
+        for row in of_split(read_object(path).rows("images"), wanted, path):
             folder = f"{row.name('filepath')}/" if "filepath" in row else ""
             media = origin.locate(row.where, image=folder + row.name("filename"))
             captions = tuple(sentence.text("raw") for sentence in row.rows("sentences"))
@@ -41,7 +42,7 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
 
 
 def _lavis_captions(origin: Origin, path: str) -> Iterator[Sample]:
-    for number, row in enumerate(json_rows(path)):
+    for number, row in enumerate(common.object_rows(path)):
         image = row.name("image")
         name = stem_of(os.path.basename(image))
         # LAVIS's training file has a row per caption, the others a row per image
@@ -55,10 +56,10 @@ def coco_annotations(origin: Origin) -> Iterator[Sample]:
 
     NoCaps' ``domain`` of an image becomes ``meta.type``. Media field: ``file_name``.
     """
-    captions: dict[int, list[str]] = {}
-    for row in origin.rows("annotations"):
-        captions.setdefault(row.whole("image_id"), []).append(row.text("caption"))
-    for row in origin.rows("images"):
+    captions = defaultdict(list)
+    for row in origin.objects("annotations"):
+        captions[row.whole("image_id")].append(row.text("caption"))
+    for row in origin.objects("images"):
         number = row.whole("id")
         if number in captions:
             media = origin.locate(row.where, file_name=row.name("file_name"))
@@ -68,7 +69,7 @@ def coco_annotations(origin: Origin) -> Iterator[Sample]:
 
 def vatex(origin: Origin) -> Iterator[Sample]:
     """VATEX's JSON: ``videoID`` and ten English captions (``enCap``). Media field: ``video_id``."""
-    for row in origin.rows():
+    for row in origin.objects():
         name = row.name("videoID")
         yield Sample(name, origin.locate(row.where, video_id=name), row.texts("enCap"))
 
@@ -80,16 +81,16 @@ def msrvtt(origin: Origin) -> Iterator[Sample]:
     (``video7``).
     """
     split = origin.options.get("split")
-    for path in origin.paths():
-        names = {row.name("video_id") for row in json_rows(path, "videos")}
-        captions: dict[str, list[str]] = {}
-        for row in json_rows(path, "sentences"):
-            if row.name("video_id") not in names:
-                raise DataError(f"{row.where}: video {shown(row.name('video_id'))} is not among the videos")
-            captions.setdefault(row.name("video_id"), []).append(row.text("caption"))
-        videos = json_rows(path, "videos")
+    for path in origin.every_file:
+        content = read_object(path)
+        captions: dict[str, list[str]] = {row.name("video_id"): [] for row in content.rows("videos")}
+        for row in content.rows("sentences"):
+            if (name := row.name("video_id")) not in captions:
+                raise DataError(f"{row.where}: video {shown(name)} is not among the videos")
+            captions[name].append(row.text("caption"))
+        videos = content.rows("videos")
         for row in videos if split is None else of_split(videos, (split,), path):
-            if (name := row.name("video_id")) in captions:
+            if captions[name := row.name("video_id")]:
                 yield Sample(name, origin.locate(row.where, video_id=name), tuple(captions[name]))
 
 
@@ -128,18 +129,16 @@ def wavcaps(origin: Origin) -> Iterator[Sample]:
     excluded = _excluded(origin)
     left_out = 0
     for part, paths in origin.files.items():
-        for path in paths:
-            for row in json_rows(path, "data"):
-                name = row.name("id").removesuffix(".wav")
-                if name in excluded.get(part, ()):
-                    left_out += 1
-                    continue
-                fields = {} if part == "file" else {"part": part}
-                sample_id = "/".join([*fields.values(), name])
-                media = origin.locate(row.where, id=name, **fields)
-                yield Sample(sample_id, media, row.texts("caption"), meta=_seconds(row))
+        for row in (row for path in paths for row in read_object(path).rows("data")):
+            name = row.name("id").removesuffix(".wav")
+            if name in excluded.get(part, ()):
+                left_out += 1
+                continue
+            fields = {} if part == "file" else {"part": part}
+            media = origin.locate(row.where, id=name, **fields)
+            yield Sample("/".join([*fields.values(), name]), media, row.texts("caption"), meta=_seconds(row))
     if left_out:
-        _log.info("%s: left out %d clips of AudioCaps' and Clotho's tests", origin.source, left_out)
+        _log.info("%s: left out %d clips of AudioCaps' and Clotho's tests", origin.dataset, left_out)
 
 
 def excluded_list(origin: Origin) -> Path | None:
@@ -160,11 +159,9 @@ def _excluded(origin: Origin) -> dict[str, set[str]]:
             "%s: %s does not exist, so training includes clips of AudioCaps' and Clotho's tests, and scores on these "
             "are not zero-shot; download it from data/json_files/blacklist of WavCaps"
         )
-        _log.warning(message, origin.source, path)
+        _log.warning(message, origin.dataset, path)
         return {}
-    lists = read_json(path)
-    if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()):
-        raise DataError(f"{path}: expected WavCaps' list of clips to leave out, an object of source -> ids")
+    lists = read_object(str(path)).values
     found: dict[str, set[str]] = {}
     for part in origin.files:  # the list has AudioSet for files named AudioSet_SL
         own = [names for source, names in lists.items() if _letters(source) in _letters(part)]
@@ -176,21 +173,21 @@ def _letters(name: str) -> str:
     return "".join(filter(str.isalpha, name.lower()))
 
 
+def _seconds(row: Row) -> dict[str, float]:
+    duration = row.values.get("duration")
+    return {"seconds": duration} if isinstance(duration, (int, float)) and math.isfinite(duration) else {}
+
+
 def webvid(origin: Origin) -> Iterator[Sample]:
     """WebVid's CSV. Media fields: ``page_dir``, ``videoid``."""
     for row in origin.table():
         video = row.name("videoid")
-        page = row.name("page_dir") if row.values.get("page_dir") else ""
-        yield Sample(video, origin.locate(row.where, videoid=video, page_dir=page), (row.text("name"),))
+        media = origin.locate(row.where, videoid=video, page_dir=row.name("page_dir", blank=True))
+        yield Sample(video, media, (row.text("name"),))
 
 
 def valor(origin: Origin) -> Iterator[Sample]:
     """VALOR's JSON: ``video_id`` and ``desc``, one text or several. Media field: ``video_id``."""
-    for row in origin.rows():
+    for row in origin.objects():
         name = row.name("video_id")
         yield Sample(name, origin.locate(row.where, video_id=name), row.texts("desc", "caption"))
-
-
-def _seconds(row: Row) -> dict[str, float]:
-    duration = row.values.get("duration")
-    return {"seconds": duration} if isinstance(duration, (int, float)) and math.isfinite(duration) else {}

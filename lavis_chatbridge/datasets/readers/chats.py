@@ -9,11 +9,11 @@ from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import Origin, Row, question_sample, stem_of
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.schema import Medium, Sample
+from lavis_chatbridge.schema import Medium, Sample, modalities_of
 
 UNDISCLOSED = "__UNDISCLOSED__"
 _MARKER = re.compile(r"\n?<(?:image|video|audio)>\n?")
-_ROLES = {"human": "user", "gpt": "assistant"}
+_SPEAKERS = (("human", "user"), ("gpt", "assistant"))
 
 
 def llava(origin: Origin) -> Iterator[Sample]:
@@ -22,11 +22,11 @@ def llava(origin: Origin) -> Iterator[Sample]:
     The format's ``<image>`` marks the position of the image; it is removed in every turn. Option ``messages``: the most
     messages of a conversation.
     """
-    for number, row in enumerate(origin.rows()):
-        image = row.name("image")
+    for number, row in enumerate(origin.objects()):
+        image, name = row.name("image"), row.name("id")
         media = origin.locate(row.where, image=image, stem=stem_of(image))
         turns = _turns(row, media, origin.options.get("messages"))
-        yield Sample(f"{row.name('id')}#{number}", media, turns=turns, meta={"image_id": row.name("id")})
+        yield Sample(f"{name}#{number}", media, turns=turns, meta={"image_id": name})
 
 
 def avsd(origin: Origin) -> Iterator[Sample]:
@@ -35,13 +35,13 @@ def avsd(origin: Origin) -> Iterator[Sample]:
     Option ``each_turn``: one sample per question, with the turns before it. Option ``undisclosed``: accept files whose
     answers are ``__UNDISCLOSED__``; such a sample ends with the question and cannot be scored.
     """
-    for row in origin.rows("dialogs"):
+    for row in origin.objects("dialogs"):
         name = row.name("image_id")
         media = origin.locate(row.where, image_id=name)
         turns: list[Message] = []
+        conversations = []
         for number, pair in enumerate(row.rows("dialog")):
-            shows = tuple(medium.modality for medium in media) if number == 0 else ()
-            turns.append(Message("user", pair.text("question"), shows))
+            turns.append(Message("user", pair.text("question"), () if turns else modalities_of(media)))
             answer = pair.text("answer") if "answer" in pair else UNDISCLOSED
             if answer != UNDISCLOSED:
                 turns.append(Message("assistant", answer))
@@ -50,12 +50,13 @@ def avsd(origin: Origin) -> Iterator[Sample]:
                     f"{pair.where}: the answer is {UNDISCLOSED}: this file has no labels to score against; use "
                     "lbl_test_set4DSTC7-AVSD.json, or set options: {undisclosed: true} to predict without scores"
                 )
-            if origin.options.get("each_turn"):
-                yield Sample(f"{name}_{number}", media, turns=tuple(turns), meta={"video_id": name, "turn": number})
+            conversations.append((number, tuple(turns)))
             if turns[-1].role == "user":
                 break
-        if turns and not origin.options.get("each_turn"):
-            yield Sample(name, media, turns=tuple(turns), meta={"video_id": name, "turn": (len(turns) - 1) // 2})
+        each = bool(origin.options.get("each_turn"))
+        for number, so_far in conversations if each else conversations[-1:]:
+            meta = {"video_id": name, "turn": number}
+            yield Sample(f"{name}_{number}" if each else name, media, turns=so_far, meta=meta)
 
 
 def multis(origin: Origin) -> Iterator[Sample]:
@@ -65,7 +66,7 @@ def multis(origin: Origin) -> Iterator[Sample]:
     ``desc``, ``caption`` or ``text`` become captions. Media fields: ``id``, ``stem``. Option ``messages``: at most this
     number of messages of a conversation (the original uses 8 for conversations, 2 for details and reasoning).
     """
-    for number, row in enumerate(origin.rows()):
+    for number, row in enumerate(origin.objects()):
         name = row.name("video_id", "image_id")
         media = origin.locate(row.where, id=name, stem=stem_of(name))
         sample_id, meta = f"{name}#{number}", {"media_id": name}
@@ -76,25 +77,21 @@ def multis(origin: Origin) -> Iterator[Sample]:
             if len(questions) != len(answers):
                 raise DataError(f"{row.where}: {len(questions)} questions, but {len(answers)} answers")
             for turn, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                yield question_sample(row, f"{sample_id}.{turn}", media, question, answer, meta=meta)
-        elif "text" in row and "desc" not in row and "caption" not in row:
-            yield Sample(sample_id, media, (", ".join(row.texts("text")),), meta=meta)
-        else:
+                yield question_sample(f"{sample_id}.{turn}", media, question, answer, meta=meta)
+        elif "desc" in row or "caption" in row:
             yield Sample(sample_id, media, row.texts("desc", "caption"), meta=meta)
+        else:
+            yield Sample(sample_id, media, (", ".join(row.texts("text")),), meta=meta)
 
 
 def _turns(row: Row, media: tuple[Medium, ...], most: int | None) -> tuple[Message, ...]:
+    items = row.rows("conversations")[:most]
     turns: list[Message] = []
-    for number, item in enumerate(row.rows("conversations")[:most]):
-        speaker, expected = item.text("from"), "gpt" if number % 2 else "human"
-        if speaker != expected:
-            raise DataError(
-                f"{item.where}: from is {shown(speaker)}, expected {expected!r}: they alternate, human first"
-            )
-        shows = tuple(medium.modality for medium in media) if number == 0 else ()
-        turns.append(Message(_ROLES[speaker], _MARKER.sub("", item.name("value")), shows))
-    if len(turns) % 2:
-        turns.pop()  # training needs a reply to every question
+    for item in items[: len(items) // 2 * 2]:  # training needs a reply to every question
+        speaker, role = _SPEAKERS[len(turns) % 2]
+        if (found := item.text("from")) != speaker:
+            raise DataError(f"{item.where}: from is {shown(found)}, expected {speaker!r}: they alternate, human first")
+        turns.append(Message(role, _MARKER.sub("", item.name("value")), () if turns else modalities_of(media)))
     if not turns:
         raise DataError(f"{row.where}: conversations contain no question with its answer")
     return tuple(turns)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import Origin, Row, json_entries, question_sample
+from lavis_chatbridge.datasets.readers.common import Origin, Row, question_sample, read_object
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.choices import LETTERS, listed, without_letters
 from lavis_chatbridge.schema import Medium, Sample
@@ -35,7 +34,7 @@ def avqa(origin: Origin) -> Iterator[Sample]:
 def worldsense(origin: Origin) -> Iterator[Sample]:
     """WorldSense's ``worldsense_qa.json``: video -> ``task0``, ``task1``, ... Media field: ``video_id``."""
     for path in origin.every_file:
-        for video, entry in json_entries(path):
+        for video, entry in read_object(path).entries():
             media = origin.locate(entry.where, video_id=video)
             for key in filter(_TASK.fullmatch, entry.values):
                 row = Row(entry.values[key], f"{entry.where}.{key}")
@@ -57,8 +56,8 @@ def daily_omni(origin: Origin) -> Iterator[Sample]:
     """Daily-Omni's ``qa.json``. Media field: ``video_id``."""
     for number, row in enumerate(origin.objects()):
         video = row.text("video_id")
-        types = _types(row, "Type", "video_category", "video_duration")
         media = origin.locate(row.where, video_id=video)
+        types = _types(row, "Type", "video_category", "video_duration")
         options, answer = row.texts("Choice"), row.text("Answer")
         yield _choice(row, f"{video}_{number}", media, row.text("Question"), options, answer, types)
 
@@ -76,8 +75,7 @@ def av_odyssey(origin: Origin) -> Iterator[Sample]:
             paths = row.texts(f"{modality}_path") if row.values.get(f"{modality}_path") else ()
             media += [medium for path in paths for medium in own.locate(row.where, path=path)]
         options = [_spelt(option) for option in row.texts("options")]
-        types = _types(row, "subfield")
-        question = _spelt(row.text("question"))
+        question, types = _spelt(row.text("question")), _types(row, "subfield")
         yield _choice(row, row.text("question_id"), tuple(media), question, options, row.text("answer"), types)
 
 
@@ -96,8 +94,7 @@ def video_mme(origin: Origin) -> Iterator[Sample]:
     Media fields: ``video_id`` (``001``) and ``youtube_id``, by which the publisher names the files.
     """
     for video in origin.objects():
-        url = video.text("url") if "url" in video else ""
-        youtube = video.text("videoID") if "videoID" in video else url.rpartition("=")[2]
+        youtube = video.text("videoID") if "videoID" in video else video.text("url").rpartition("=")[2]
         media = origin.locate(video.where, video_id=video.text("video_id"), youtube_id=youtube)
         for row in video.rows("questions") if "questions" in video else [video]:
             types = _types(video, "duration", "domain") | _types(row, "task_type")
@@ -116,14 +113,13 @@ def avhbench(origin: Origin) -> Iterator[Sample]:
             continue
         video, label = row.text("video_id"), row.text("label")
         media, meta = origin.locate(row.where, video_id=video), {"video_id": video, "types": _types(row, "task")}
-        name, text = f"{video}_{number}", row.text("text")
         if captioning:
-            yield Sample(name, media, (label,), meta=meta)
-        elif label.lower() not in ("yes", "no"):
+            yield Sample(f"{video}_{number}", media, (label,), meta=meta)
+            continue
+        if label.lower() not in ("yes", "no"):
             raise DataError(f"{row.where}: label is {shown(label)}, expected Yes or No")
-        else:
-            question = f"{text} Answer yes or no."
-            yield question_sample(row, name, media, question, label, answers=(label,), meta=meta)
+        question = f"{row.text('text')} Answer yes or no."
+        yield question_sample(f"{video}_{number}", media, question, label, answers=(label,), meta=meta)
 
 
 def mosi(origin: Origin) -> Iterator[Sample]:
@@ -140,8 +136,8 @@ def mosi(origin: Origin) -> Iterator[Sample]:
         video, clip = row.text("video_id"), row.text("clip_id")
         said = f'The speaker says: "{row.text("text")}". ' if origin.options.get("transcript") else ""
         media = origin.locate(row.where, video_id=video, clip_id=clip)
-        question, name = said + _SENTIMENT, f"{video}_{clip}"
-        yield _choice(row, name, media, question, classes, classes.index(annotation), {"sentiment": annotation})
+        types, correct = {"sentiment": annotation}, classes.index(annotation)
+        yield _choice(row, f"{video}_{clip}", media, said + _SENTIMENT, classes, correct, types)
 
 
 def charades_ego(origin: Origin) -> Iterator[Sample]:
@@ -150,9 +146,9 @@ def charades_ego(origin: Origin) -> Iterator[Sample]:
     Option ``egocentric`` (``Yes``, ``No``): videos of one view only. Media field: ``id``.
     """
     for row in origin.table():
-        view = row.text("egocentric") if "egocentric" in row else ""
+        view = row.text("egocentric")
         if origin.options.get("egocentric") in (None, view):
-            described = row.text("descriptions", "script", blank=True).split(";")
+            described = row.text("descriptions", blank=True).split(";")
             captions = tuple(text.strip() for text in described if text.strip()) or (row.text("script"),)
             name, types = row.text("id"), {"view": "first person" if view == "Yes" else "third person"}
             yield Sample(name, origin.locate(row.where, id=name), captions, meta={"types": types})
@@ -172,9 +168,9 @@ def _choice(
     correct = answer if isinstance(answer, int) else _position(answer, options, texts)
     if not 0 <= correct < len(texts):
         raise DataError(f"{row.where}: answer {shown(answer)} is none of the options {shown(list(options))}")
-    meta: dict[str, Any] = {"options": texts, "correct": correct, "types": dict(types)}
+    meta = {"options": texts, "correct": correct, "types": dict(types)}
     asked = f"{question}\n{listed(texts)}"
-    return question_sample(row, name, media, asked, LETTERS[correct], answers=(texts[correct],), meta=meta)
+    return question_sample(name, media, asked, LETTERS[correct], answers=(texts[correct],), meta=meta)
 
 
 def _position(answer: str, options: Sequence[str], texts: Sequence[str]) -> int:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lavis_chatbridge.config import shown, unknown_key
-from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row, object_rows
+from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row, object_rows, question_sample
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
-from lavis_chatbridge.schema import Medium, Sample, media_path
+from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
 _ROWS = 32  # of a table that are in memory
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
 _COLUMNS = ("id", *MODALITIES, "captions", "question", "answer", "answers", "messages")
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _MARKER = re.compile(r"\s*<(image|video|audio)>\s*")
 
 
@@ -42,11 +42,11 @@ def huggingface(origin: Origin) -> Iterator[Sample]:
             raise ConfigError(unknown_key(key, _COLUMNS, "options.columns"))
     for path in origin.every_file:
         table = _table(path, origin)
-        named = {ours: columns.get(ours, ours) for ours in _COLUMNS}
-        if "captions" not in columns and "captions" not in table.column_names:
-            named["captions"] = next((c for c in ("caption", "text") if c in table.column_names), "captions")
         if absent := [column for column in columns.values() if column not in table.column_names]:
             raise ConfigError(f"{path}: has no column {absent[0]!r}; it has {', '.join(table.column_names)}")
+        named = {ours: columns.get(ours, ours) for ours in _COLUMNS}
+        if named["captions"] not in table.column_names:
+            named["captions"] = "caption" if "caption" in table.column_names else "text"
         rows = (values for batch in table.iter(batch_size=_ROWS) for values in batch.to_pylist())
         for number, values in enumerate(rows):
             row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number}")
@@ -59,14 +59,14 @@ def _table(path: str, origin: Origin) -> Any:
         import datasets
     except ImportError as error:
         raise ConfigError("reader: huggingface needs: pip install 'lavis-chatbridge[data]'") from error
-    options = {key: origin.options[key] for key in ("name", "revision") if key in origin.options}
-    builder, split = _BUILDERS.get(path.rpartition(".")[2].lower()), origin.options.get("split", "train")
+    builder = _BUILDERS.get(path.rpartition(".")[2].lower())
     try:
         if builder and os.path.isfile(path):
             more = {"delimiter": "\t"} if path.endswith(".tsv") else {}
             table = datasets.load_dataset(builder, data_files=path, split="train", streaming=True, **more)
         else:
-            table = datasets.load_dataset(path, split=split, streaming=True, **options)
+            options = {key: origin.options[key] for key in ("name", "revision") if key in origin.options}
+            table = datasets.load_dataset(path, split=origin.options.get("split", "train"), streaming=True, **options)
         # in Arrow's format, `datasets` does not decode media and needs no packages for it
         return (table if table.features else table._resolve_features()).with_format("arrow")
     except (OSError, ValueError, RuntimeError) as error:
@@ -74,38 +74,32 @@ def _table(path: str, origin: Origin) -> Any:
 
 
 def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:
-    media = [
-        _table_medium(modality, item, row, origin, folder) for modality in MODALITIES if modality in row
-        for item in (row.values[modality] if isinstance(row.values[modality], list) else [row.values[modality]])
-    ]  # fmt: skip
+    media: list[Medium] = []
+    for modality in MODALITIES:
+        cell = row.values[modality]
+        cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
+        media += [_table_medium(modality, value, row.where, origin, folder) for value in cells]
     name = row.name("id") if "id" in row else number
     if "messages" in row:
-        turns, media = _conversation(row.rows("messages"), media, row.where)
-        return Sample(name, tuple(media), turns=turns)
+        return _conversation(name, row.rows("messages"), media, row.where)
+    if "question" not in row:
+        return Sample(name, tuple(media), row.texts("captions"))
     answers = row.texts("answers") if "answers" in row else ()
-    if "question" in row:
-        turns = (Message("user", row.text("question"), tuple(medium.modality for medium in media)),)
-        if "answer" in row or answers:
-            turns += (Message("assistant", row.text("answer") if "answer" in row else answers[0]),)
-        return Sample(name, tuple(media), turns=turns, answers=answers)
-    return Sample(name, tuple(media), row.texts("captions"))
+    answer = row.text("answer") if "answer" in row else next(iter(answers), None)
+    return question_sample(name, tuple(media), row.text("question"), answer, answers=answers)
 
 
-def _table_medium(modality: Modality, value: Any, row: Row, origin: Origin, folder: str) -> Medium:
+def _table_medium(modality: Modality, value: Any, where: str, origin: Origin, folder: str) -> Medium:
     """A medium from a cell: bytes, a path, or the object of both that `datasets` stores."""
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, value)
     if isinstance(content, (bytes, bytearray)):
         if origin.keep is None:
-            raise DataError(
-                f"{row.where}: {modality} is stored as bytes; chatbridge convert-data writes it to a tar file"
-            )
+            raise DataError(f"{where}: {modality} is stored as bytes; chatbridge convert-data writes it to a tar file")
         ending = Path(path).suffix[1:].lower() if isinstance(path, str) else ""
         return origin.keep(modality, bytes(content), ending if ending in ENDINGS else modality)
-    if not isinstance(path, str):
-        raise DataError(f"{row.where}: {modality} is {shown(value)}, expected bytes or a path")
-    if os.path.isabs(path) and path.startswith(os.path.abspath(folder or ".")):  # `datasets` makes a folder's absolute
-        return Medium(modality, path)
-    return Medium(modality, media_path(path, folder or origin.root, row.where, origin.allow_outside))
+    if isinstance(path, str) and os.path.isabs(path) and path.startswith(os.path.abspath(folder or ".")):
+        return Medium(modality, path)  # `datasets` makes the paths of a folder's media absolute
+    return Medium(modality, media_path(path, folder or origin.root, where, origin.allow_outside))
 
 
 def messages(origin: Origin) -> Iterator[Sample]:
@@ -118,8 +112,8 @@ def messages(origin: Origin) -> Iterator[Sample]:
     """
     for path in origin.every_file:
         for number, row in enumerate(object_rows(path)):
-            turns, media = _conversation(_said(row), _listed(row, origin, os.path.dirname(path)), row.where)
-            yield Sample(row.name("id") if "id" in row else str(number), tuple(media), turns=turns)
+            name = row.name("id") if "id" in row else str(number)
+            yield _conversation(name, _said(row), _listed(row, origin, os.path.dirname(path)), row.where)
 
 
 def _said(row: Row) -> list[Row]:
@@ -132,8 +126,8 @@ def _said(row: Row) -> list[Row]:
         asked = "\n".join(row.text(key) for key in ("instruction", "input") if row.values.get(key))
         pair = {"user": asked, "assistant": row.text("output")}
         said = [Row({"role": role, "content": text}, row.where) for role, text in pair.items()]
-    if isinstance(row.values.get("system"), str) and row.values["system"]:
-        said = [Row({"role": "system", "content": row.values["system"]}, row.where), *said]
+    if row.values.get("system"):
+        said = [Row({"role": "system", "content": row.text("system")}, row.where), *said]
     return said
 
 
@@ -144,7 +138,6 @@ def _listed(row: Row, origin: Origin, folder: str) -> list[Medium]:
         value = row.values.get(f"{modality}s") or row.values.get(modality) or []
         for item in value if isinstance(value, list) else [value]:
             path = item.get("path") if isinstance(item, Mapping) else item
-            path = path.removeprefix("file://") if isinstance(path, str) else path
             if modality in origin.media:
                 found += replace(origin, media={modality: origin.media[modality]}).locate(row.where, path=path)
             else:
@@ -152,39 +145,39 @@ def _listed(row: Row, origin: Origin, folder: str) -> list[Medium]:
     return found
 
 
-def _conversation(said: Sequence[Row], media: Sequence[Medium], where: str) -> tuple[tuple[Message, ...], list[Medium]]:
-    """The turns, and the media in the order in which the turns show them."""
+def _conversation(name: str, said: Sequence[Row], media: Sequence[Medium], where: str) -> Sample:
+    """A sample whose media are in the order in which the turns show them."""
     left = {modality: [medium for medium in media if medium.modality == modality] for modality in MODALITIES}
-    system, turns, shown_media = "", [], []
+    system, turns, placed = "", [], []
     for message in said:
-        role = message.name("role", "from")
+        role = _ROLES.get(message.name("role", "from"))
         text, modalities = _content(message)
+        if role is None:
+            found = shown(message.name("role", "from"))
+            raise DataError(f"{message.where}: role is {found}, expected system, user or assistant")
         if role == "system":
             system = f"{text}\n"
             continue
-        if role not in _ROLES:
-            raise DataError(f"{message.where}: role is {shown(role)}, expected system, user or assistant")
         for modality in modalities:
             if not left[modality]:
                 raise DataError(f"{message.where}: <{modality}> has no medium in the list {modality}s")
-            shown_media.append(left[modality].pop(0))
-        turns.append(Message(_ROLES[role], text, tuple(modalities)))
-    if len(turns) % 2 and len(turns) > 1:
-        turns.pop()  # a question without a reply
+            placed.append(left[modality].pop(0))
+        turns.append(Message(role, text, tuple(modalities)))
+    if len(turns) % 2 and len(turns) > 1:  # a question without a reply
+        placed = placed[: len(placed) - len(turns.pop().media)]
     if not turns or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         raise DataError(f"{where}: messages must alternate between user and assistant, user first")
     rest = [medium for modality in MODALITIES for medium in left[modality]]
-    first = (*(medium.modality for medium in rest), *turns[0].media)
-    turns[0] = Message("user", system + turns[0].text, first)
-    return tuple(turns), [*rest, *shown_media]
+    turns[0] = Message("user", system + turns[0].text, (*modalities_of(rest), *turns[0].media))
+    return Sample(name, (*rest, *placed), turns=tuple(turns))
 
 
 def _content(message: Row) -> tuple[str, list[Modality]]:
     """A message's text without markers, and the modalities of its markers, in order."""
     content = message.values.get("content", message.values.get("value"))
     if isinstance(content, str):
-        modalities: list[Modality] = list(_MARKER.findall(content))  # type: ignore[arg-type]
-        return _MARKER.sub(" ", content).strip() if modalities else content, modalities
+        marked: list[Modality] = list(_MARKER.findall(content))  # type: ignore[arg-type]
+        return _MARKER.sub(" ", content).strip() if marked else content, marked
     texts, modalities = [], []
     for item in message.rows("content"):
         if (part_type := item.name("type")) == "text":

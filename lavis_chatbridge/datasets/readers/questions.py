@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers import common
-from lavis_chatbridge.datasets.readers.common import Origin, Row, question_sample
+from lavis_chatbridge.datasets.readers.common import Origin, Row, object_rows, question_sample, read_object, table_rows
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.schema import Sample
 
@@ -25,42 +25,41 @@ def vqav2(origin: Origin) -> Iterator[Sample]:
     official evaluator, or OKVQA's name of the question type; ``meta.question_type`` is the type of question. Media
     fields: ``image_id``, ``data_subtype`` (``train2014``).
     """
-    answers = {}
-    labelled = "annotations" in origin.files
-    for path in origin.paths("annotations") if labelled else ():
-        names = common.json_value(path, "question_types")
-        for row in common.json_rows(path, "annotations"):
-            answers[row.whole("question_id")] = _annotation(row, names if isinstance(names, dict) else {})
+    labels: dict[int, dict[str, Any]] = {}
+    for path in origin.files.get("annotations", ()):
+        content = read_object(path)
+        names = content.values.get("question_types") or {}
+        labels |= {row.whole("question_id"): _label(row, names) for row in content.rows("annotations")}
     for path in origin.paths("questions"):
-        subtype = common.json_value(path, "data_subtype")
-        for row in common.json_rows(path, "questions"):
+        content = read_object(path)
+        subtype = content.values.get("data_subtype") or ""
+        for row in content.rows("questions"):
             number, image = row.whole("question_id"), row.whole("image_id")
-            media = origin.locate(row.where, image_id=image, data_subtype=subtype or "")
-            if labelled and number not in answers:
+            if "annotations" in origin.files and number not in labels:
                 raise DataError(f"{row.where}: question {number} has no annotation")
-            best, every, types = answers.get(number, ("", (), {}))
-            meta = {"question_id": number, "image_id": image} | types
-            sample = question_sample(row, str(number), media, row.text("question"), best, answers=every, meta=meta)
-            yield sample if every else replace(sample, turns=sample.turns[:1])
+            label = labels.get(number, {"answer": None, "answers": (), "types": {}})
+            meta = {"question_id": number, "image_id": image} | label["types"]
+            media = origin.locate(row.where, image_id=image, data_subtype=subtype)
+            yield question_sample(
+                str(number), media, row.text("question"), label["answer"], answers=label["answers"], meta=meta
+            )
 
 
-def _annotation(row: Row, names: dict[str, str]) -> tuple[str, tuple[str, ...], dict[str, str]]:
+def _label(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
     """The answer for training, all answers, and the types of a question."""
     # one of the ten answers may be empty; the official evaluator treats it like any other
     every = tuple(answer.text("answer", blank=True) for answer in row.rows("answers")) if "answers" in row else ()
-    if "multiple_choice_answer" in row:
-        best = row.text("multiple_choice_answer")
-    elif every:
+    if every and "multiple_choice_answer" not in row:
         best = Counter(every).most_common(1)[0][0]
     else:
-        raise DataError(f"{row.where}: has neither multiple_choice_answer nor answers")
+        best = row.text("multiple_choice_answer")
     types = {"type": row.text("answer_type")} if "answer_type" in row else {}
     if "question_type" in row:
-        kind = row.text("question_type")
-        types["question_type"] = str(names.get(kind, kind))
+        question_type = row.text("question_type")
+        types["question_type"] = str(names.get(question_type, question_type))
         if names:  # OKVQA, whose answers are all of one type
             types["type"] = types["question_type"]
-    return best, every or (best,), types
+    return {"answer": best, "answers": every or (best,), "types": types}
 
 
 def visual_genome(origin: Origin) -> Iterator[Sample]:
@@ -69,15 +68,14 @@ def visual_genome(origin: Origin) -> Iterator[Sample]:
     Media fields: ``image_id``, ``folder`` (``VG_100K`` or ``VG_100K_2``, from the image's address).
     """
     folders = {}
-    for row in origin.rows(purpose="images") if "images" in origin.files else ():
-        parts = row.text("url").split("/")
-        folders[row.whole("image_id", "id")] = parts[-2] if len(parts) > 1 else ""
-    for row in origin.rows(purpose="questions"):
+    for row in (row for path in origin.files.get("images", ()) for row in object_rows(path)):
+        folders[row.whole("image_id", "id")] = os.path.basename(os.path.dirname(row.text("url")))
+    for row in (row for path in origin.paths("questions") for row in object_rows(path)):
         for pair in row.rows("qas"):
             image = pair.whole("image_id") if "image_id" in pair else row.whole("id", "image_id")
             media = origin.locate(pair.where, image_id=image, folder=folders.get(image, "VG_100K"))
             answer, meta = pair.text("answer").rstrip("."), {"image_id": image}
-            yield question_sample(pair, pair.text("qa_id"), media, pair.text("question"), answer, meta=meta)
+            yield question_sample(pair.text("qa_id"), media, pair.text("question"), answer, meta=meta)
 
 
 def msrvtt_qa(origin: Origin) -> Iterator[Sample]:
@@ -86,18 +84,17 @@ def msrvtt_qa(origin: Origin) -> Iterator[Sample]:
     MSVD-QA numbers its videos; with ``mapping`` (its ``youtube_mapping.txt``, lines of ``NAME vid7``) the media field
     ``name`` is the published file's name.
     """
-    names: dict[int, str] = {}
+    names: dict[str, str] = {}
     for path in origin.files.get("mapping", ()):
-        for row in common.table_rows(path, " ", ("name", "number")):
-            number = Row({"number": row.text("number").removeprefix("vid")}, row.where).whole("number")
-            names[number] = row.name("name")
-    for row in origin.rows(purpose="questions" if "questions" in origin.files else "file"):
+        names |= {row.text("number"): row.name("name") for row in table_rows(path, " ", ("name", "number"))}
+    purpose = "questions" if "questions" in origin.files else "file"
+    for row in (row for path in origin.paths(purpose) for row in object_rows(path)):
         video = row.whole("video_id")
-        if names and video not in names:
+        if names and f"vid{video}" not in names:
             raise DataError(f"{row.where}: video {video} is not in {', '.join(origin.paths('mapping'))}")
-        media = origin.locate(row.where, video_id=video, **({"name": names[video]} if names else {}))
+        media = origin.locate(row.where, video_id=video, **({"name": names[f"vid{video}"]} if names else {}))
         meta = {"video_id": video}
-        yield question_sample(row, row.text("id"), media, row.text("question"), row.text("answer"), meta=meta)
+        yield question_sample(row.text("id"), media, row.text("question"), row.text("answer"), meta=meta)
 
 
 def gqa(origin: Origin) -> Iterator[Sample]:
@@ -105,14 +102,13 @@ def gqa(origin: Origin) -> Iterator[Sample]:
 
     ``types.structural`` becomes ``meta.type``. Media field: ``image_id``.
     """
-    for path in origin.paths():
-        for number, row in common.json_entries(path):
+    for path in origin.every_file:
+        for number, row in read_object(path).entries():
             image = row.name("imageId")
-            types = row.values.get("types")
-            kind = types.get("structural") if isinstance(types, dict) else None
-            meta = {"image_id": image} | ({"type": kind} if isinstance(kind, str) else {})
+            types = row.values.get("types") or {}
+            meta = {"image_id": image} | ({"type": types["structural"]} if "structural" in types else {})
             media = origin.locate(row.where, image_id=image)
-            yield question_sample(row, number, media, row.text("question"), row.text("answer"), meta=meta)
+            yield question_sample(number, media, row.text("question"), row.text("answer"), meta=meta)
 
 
 def music_avqa(origin: Origin) -> Iterator[Sample]:
@@ -120,7 +116,7 @@ def music_avqa(origin: Origin) -> Iterator[Sample]:
 
     Underscores in answers become blanks (``electric_bass``), and a number is accepted as word and as digits.
     """
-    for row in origin.rows():
+    for row in origin.objects():
         if row.values.get("question_deleted"):
             continue
         video = row.name("video_id")
@@ -130,17 +126,16 @@ def music_avqa(origin: Origin) -> Iterator[Sample]:
         also = (str(_NUMBERS.index(answer)),) if answer in _NUMBERS else ()
         also = (_NUMBERS[int(answer)],) if answer.isdecimal() and int(answer) < len(_NUMBERS) else also
         meta = {"video_id": video, "type": _list_in_text(row, "type") if "type" in row else []}
-        yield question_sample(row, row.text("question_id"), media, question, answer, answers=(answer, *also), meta=meta)
+        yield question_sample(row.text("question_id"), media, question, answer, answers=(answer, *also), meta=meta)
 
 
 def _list_in_text(row: Row, key: str) -> list[str]:
     """A list that the file stores as a string of JSON."""
-    value = row.values.get(key)
     try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{row.where}: {key} is {shown(value)}, expected a list as JSON") from error
-    return list(Row({key: value}, row.where).texts(key)) if value != [] else []
+        value = json.loads(row.text(key))
+    except ValueError as error:
+        raise DataError(f"{row.where}: {key} is {shown(row.text(key))}, expected a list as JSON") from error
+    return list(Row({key: value}, row.where).texts(key)) if value else []
 
 
 def _fill(question: str, values: list[str], row: Row) -> str:

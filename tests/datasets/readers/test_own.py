@@ -81,9 +81,9 @@ def test_folders_of_media_are_read(tmp_path, name):
     (folder / f"a.{ending}").write_bytes(content)
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": f"a.{ending}", "text": "grey or silent"}) + "\n")
     [sample] = READERS["huggingface"](Origin("own", {"file": [str(folder)]}, str(folder)))
-    kind = "image" if name == "imagefolder" else "audio"
-    assert (sample.modality, sample.captions) == (kind, ("grey or silent",))
-    assert sample.media[0] == Medium(kind, str(folder / f"a.{ending}"))
+    modality = "image" if name == "imagefolder" else "audio"
+    assert (sample.modality, sample.captions) == (modality, ("grey or silent",))
+    assert sample.media[0] == Medium(modality, str(folder / f"a.{ending}"))
 
 
 def test_questions_and_messages_of_a_table(tmp_path):
