@@ -17,16 +17,16 @@ from torch.nn.utils.rnn import pad_sequence
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models import samples as sample_reader
-from lavis_chatbridge.models.decoding import Decoder, Generation, beam_search
+from lavis_chatbridge.models.decoding import Decoder, Generation, padded
 from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision, room_behind
-from lavis_chatbridge.models.layout import Places, elements_of
+from lavis_chatbridge.models.layout import Places, elements_of, is_alignment
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template
-from lavis_chatbridge.models.text import TextStream, text_of
+from lavis_chatbridge.models.text import TextStream
 from lavis_chatbridge.models.tokenizer import Codec
-from lavis_chatbridge.prompting import Piece, Slot
+from lavis_chatbridge.prompting import Piece, Slot, Text
 from lavis_chatbridge.prompting.conversation import END_OF_CAPTION
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Answering:
 
     settings: ModelSettings
     prompt_layout: Layout
-    llama_model: Any  # a LanguageModel, and a module
+    llama_model: LanguageModel
     llama_tokenizer: Codec
     template: Template
 
@@ -66,52 +66,32 @@ class Answering:
         bos: bool | None = None,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """Captions or answers, with LAVIS's arguments.
+        """Captions or answers: ``num_captions`` texts for each sample, next to each other.
+
+        LAVIS's arguments come first; see :class:`sampling.Sampling`, which replaces them if it is given.
+        ``temperature`` and ``top_p`` count with ``use_nucleus_sampling`` only.
 
         Args:
-            samples: A batch; targets in its prompts are ignored.
-            use_nucleus_sampling: Sample from the nucleus; ``temperature`` and ``top_p`` count only then.
-            num_beams: Beams of the search; 1 is greedy.
-            max_length: Upper limit of new tokens.
-            min_length: A result does not end before this many new tokens.
-            top_p: Share of probability that the nucleus holds.
-            repetition_penalty: Above 1: repeating new tokens becomes less likely.
-            length_penalty: Exponent of the length in a beam's score.
-            num_captions: Results for each sample.
-            temperature: Temperature of sampling.
             prompt: The question, for a batch without one.
             stop: The text that ends a result, in place of the template's; ``""`` for none.
             bos: Whether BOS opens the prompt; by default not in the original's layout, as in its evaluation.
-            sampling: All of the above settings at once, in place of them.
-
-        Returns:
-            ``B * num_captions`` texts, those of a sample next to each other.
 
         Raises:
             PromptError: If prompts and media do not fit together, or a prompt exceeds the language model's positions.
             ConfigError: If a setting is out of range.
         """
         if sampling is None:
-            chosen = {"temperature": temperature, "top_p": top_p} if use_nucleus_sampling else {"num_beams": num_beams}
-            values = {
-                "max_new_tokens": max_length,
-                "min_new_tokens": min_length,
-                "repetition_penalty": repetition_penalty,
-                "num_return_sequences": num_captions,
-                **({"length_penalty": length_penalty} if chosen.get("num_beams", 1) > 1 else {}),
-                **chosen,
-            }
-            sampling = parse(Sampling, values, "generate")
+            sampled = {"temperature": temperature, "top_p": top_p}
+            searched = {"num_beams": num_beams, **({"length_penalty": length_penalty} if num_beams > 1 else {})}
+            limits = {"max_new_tokens": max_length, "min_new_tokens": min_length}
+            others = {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
+            chosen = sampled if use_nucleus_sampling else searched
+            sampling = parse(Sampling, {**limits, **others, **chosen}, "generate")
         replies = self.replies(samples, sampling, prompt, stop, bos)
         if isinstance(self.llama_model, RemoteLanguageModel):
             self.llama_model.complete(replies)
-            return [reply.stream.text for reply in replies]
-        if sampling.num_beams > 1:
-            return self._searched(replies, sampling)
-        decoder = Decoder(self.llama_model)
-        decoder.add_all(replies)
-        while len(decoder):
-            decoder.step()
+        else:
+            Decoder(self.llama_model).complete(replies)
         return [reply.stream.text for reply in replies]
 
     @torch.no_grad()
@@ -132,12 +112,8 @@ class Answering:
 
         Args:
             samples: A batch with ``pieces``, or questions under ``text_input``.
-            num_beams: Beams of the search, for ``"generate"``.
             inference_method: ``"generate"`` free text, or ``"rank"`` the candidates of ``answer_list``.
-            max_len: Upper limit of new tokens, for ``"generate"``.
-            min_len: An answer does not end before this many new tokens, for ``"generate"``.
             num_ans_candidates: Candidates of each question that are ranked, those with the likeliest first token.
-            answer_list: The candidates, for ``"rank"``.
             prompt: A template with ``{}`` for the question.
             length_penalty: A score is divided by the number of tokens to this power.
             **more: For :meth:`generate` or :meth:`answer_scores` (``stop``, ``bos``).
@@ -157,7 +133,7 @@ class Answering:
             raise ConfigError(f"inference_method {inference_method!r} is neither 'generate' nor 'rank'")
         if not answer_list:
             raise ConfigError("inference_method 'rank' needs answer_list, the candidates")
-        scores, lengths = self.answer_scores(samples, list(answer_list), num_ans_candidates, **more)
+        scores, lengths = self.answer_scores(samples, answer_list, num_ans_candidates, **more)
         return [answer_list[i] for i in (scores / lengths**length_penalty).argmax(1).tolist()]
 
     @torch.no_grad()
@@ -182,22 +158,14 @@ class Answering:
 
         Returns:
             ``[B, C]`` log-probabilities in fp32, and ``[C]`` the numbers of tokens that they are sums over.
-
-        Raises:
-            PromptError: If prompts and media do not fit together.
         """
         embeds, mask = padded(self.llama_model, self.replies(samples, Sampling(), bos=bos))
-        candidates = [list(self._closed_ids(answer, stop)) for answer in answers]
+        closed = [Text(answer + stop) if stop is not None else self.template.reply(answer) for answer in answers]
+        candidates = [self.llama_tokenizer.encode(text.text) if text.ids is None else text.ids for text in closed]
         most = len(candidates) if keep is None else keep
         with own_precision(self.llama_model):
             scores = candidate_scores(self.llama_model, embeds, mask, candidates, most, self.settings.encoder_batch)
         return scores, torch.tensor([len(ids) for ids in candidates], device=scores.device)
-
-    def _closed_ids(self, answer: str, stop: str | None) -> Sequence[int]:
-        reply = self.template.reply(answer)
-        if stop is not None:
-            return self.llama_tokenizer.encode(answer + stop)
-        return self.llama_tokenizer.encode(reply.text) if reply.ids is None else reply.ids
 
     def replies(
         self,
@@ -207,58 +175,33 @@ class Answering:
         stop: str | None = None,
         bos: bool | None = None,
     ) -> list[Generation]:
-        """A reply to each sample, ``num_return_sequences`` times, for a :class:`Decoder`; see :meth:`generate`."""
+        """Replies to each sample, ``num_return_sequences`` of them, for a :class:`Decoder`; see :meth:`generate`."""
         media = sample_reader.media_of(samples)
         prompts = sample_reader.contexts(samples, media, self.template, question)
         soft, places = self.soft_tokens(prompts, media)
         opens = self.prompt_layout != "original" if bos is None else bos
         seed = int(torch.randint(1 << 31, ())) if sampling.seed is None and sampling.temperature else sampling.seed
         replies: list[Generation] = []
-        for number, pieces in enumerate(prompts):
-            keys = {Slot(*name): (f"{number}/{name}", len(span)) for name, span in places[number].items()}
+        for number, (pieces, spans) in enumerate(zip(prompts, places, strict=True)):
+            keys = {Slot(*name): (f"{number}/{name}", len(span)) for name, span in spans.items()}
             elements = elements_of(pieces, keys, self.llama_tokenizer, opens)
-            parts = {f"{number}/{name}": soft[span.start : span.stop] for name, span in places[number].items()}  # type: ignore[index]
-            for _ in range(1 if sampling.num_beams > 1 else sampling.num_return_sequences):
-                own = self._within_room(sampling, len(elements), None if seed is None else seed + len(replies))
-                replies.append(Generation(elements, parts, None, *self._ends(pieces, own, stop), own))
+            parts = (
+                {}
+                if soft is None
+                else {f"{number}/{name}": soft[span.start : span.stop] for name, span in spans.items()}
+            )
+            stops = (END_OF_CAPTION,) if is_alignment(pieces) else self.template.stops
+            stops = () if sampling.ignore_eos else stops if stop is None else (stop,)
+            room = room_behind(self.llama_model.config, len(elements))
+            if room < sampling.max_new_tokens:
+                log.warning("answers end after %d tokens, at the language model's last position", room)
+            limit = int(min(room, sampling.max_new_tokens))
+            for _ in range(sampling.num_return_sequences):
+                chance = None if seed is None else seed + len(replies)
+                own = sampling.model_copy(update={"max_new_tokens": limit, "seed": chance})
+                stream = TextStream(self.llama_tokenizer, (*stops, *sampling.stop), sampling.min_new_tokens)
+                replies.append(Generation(elements, parts, None, stream, self.template.end_ids, own))
         return replies
-
-    def _within_room(self, sampling: Sampling, length: int, seed: int | None) -> Sampling:
-        room = room_behind(self.llama_model.config, torch.ones(1, length))
-        if room < sampling.max_new_tokens:
-            log.warning("answers end after %d tokens, at the language model's last position", room)
-        return sampling.model_copy(update={"max_new_tokens": int(min(room, sampling.max_new_tokens)), "seed": seed})
-
-    def _ends(self, pieces: Sequence[Piece], sampling: Sampling, stop: str | None) -> tuple[TextStream, frozenset[int]]:
-        """A reply's stream of text, with the texts that end it, and the tokens that do."""
-        stops = (END_OF_CAPTION,) if sample_reader.is_alignment(pieces) else self.template.stops
-        stops = () if sampling.ignore_eos else stops if stop is None else (stop,)
-        stream = TextStream(self.llama_tokenizer, (*stops, *sampling.stop), sampling.min_new_tokens)
-        return stream, self.template.end_ids
-
-    def _searched(self, replies: Sequence[Generation], sampling: Sampling) -> list[str]:
-        embeds, mask = padded(self.llama_model, replies)
-        stops = [reply.stream.stops for reply in replies]
-        shortest = min(reply.sampling.max_new_tokens for reply in replies)
-        limited = sampling.model_copy(update={"max_new_tokens": shortest})
-        model, codec = self.llama_model, self.llama_tokenizer
-        ids = beam_search(model, codec, embeds, mask, limited, stops, replies[0].end_ids)
-        owners = [reply for reply in replies for _ in range(sampling.num_return_sequences)]
-        return [
-            text_of(codec, _before_end(row, reply.end_ids), reply.stream.stops)
-            for row, reply in zip(ids.tolist(), owners, strict=True)
-        ]
-
-
-def padded(llm: LanguageModel, replies: Sequence[Generation]) -> tuple[Tensor, Tensor]:
-    """``[B, L, D]`` embeddings and ``[B, L]`` mask of prompts, padded on the left."""
-    rows = [reply.embeds(0, llm.get_input_embeddings(), llm.embedding_scale) for reply in replies]
-    mask = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
-    return pad_sequence(rows, True, padding_side="left"), pad_sequence(mask, True, padding_side="left")
-
-
-def _before_end(ids: Sequence[int], ends: frozenset[int]) -> Sequence[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def candidate_scores(
@@ -273,26 +216,20 @@ def candidate_scores(
         embeds: ``[B, L, D]``, padded on the left.
         mask: ``[B, L]``, one where a position counts.
         candidates: ``C`` lists of ids, none of them empty.
-        keep: Candidates of each row that are scored, those with the likeliest first token (as in BLIP's ranking); the
-            others get minus infinity.
+        keep: Candidates of each row that are scored, those with the likeliest first token (as in BLIP's ranking).
         chunk: Candidates that are scored at once.
 
     Returns:
-        ``[B, C]`` sums of the tokens' log-probabilities, in fp32.
-
-    Raises:
-        PromptError: If the model has too few positions for a row and the longest candidate.
+        ``[B, C]`` sums of the tokens' log-probabilities in fp32; minus infinity for candidates that are not kept.
     """
     device = embeds.device
-    longest = max(len(candidate) for candidate in candidates)
-    if (room := room_behind(model.config, mask)) < longest:
+    lengths = torch.tensor([len(candidate) for candidate in candidates], device=device)
+    if (room := room_behind(model.config, int(mask.sum(1).max()))) < (longest := int(lengths.max())):
         raise PromptError(f"a candidate has {longest} tokens, but the longest prompt leaves room for {room:g}")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     read = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True)
-    first = read.logits[:, -1].float().log_softmax(-1)
     ids = pad_sequence([torch.tensor(list(candidate)) for candidate in candidates], batch_first=True).to(device)
-    lengths = torch.tensor([len(candidate) for candidate in candidates], device=device)
-    openings = first[:, ids[:, 0]]
+    openings = read.logits[:, -1].float().log_softmax(-1)[:, ids[:, 0]]
     scores = torch.full_like(openings, float("-inf"))
     chosen = openings.topk(min(keep, len(candidates)), dim=1).indices
     rows = torch.arange(len(embeds), device=device).repeat_interleave(chosen.shape[1])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_chatbridge import config as settings_reader
@@ -34,13 +35,22 @@ from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.models.templates import load_template
-from lavis_chatbridge.prompting import Modality, Piece, Slot, slots_of
+from lavis_chatbridge.prompting import Modality, Piece, slots_of
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 log = logging.getLogger(__name__)
 
-_BLIP2 = ("image_query_tokens", "Qformer.", "ln_vision.")
 FROZEN = ("visual_encoder", "ln_vision", "audio_encoder", "ln_audio", "llama_model")
+_BLIP2 = ("image_query_tokens", "Qformer.", "ln_vision.")
+_PARTS = {
+    "perceiver": ("Qformer.",),
+    "projection": ("llama_proj.",),
+    "vision_queries": ("image_query_tokens", "video_query_tokens"),
+    "audio_queries": ("audio_query_tokens",),
+    "audio_trans": ("audio_trans.",),
+    "time": ("visual_temporal_pos_embeds", "audio_temporal_pos_embeds"),
+}
+"""The parts that ``run.train`` names, beside ``lora`` -> beginnings of their parameters' names."""
 
 
 @registry.register_model("chatbridge")
@@ -69,7 +79,6 @@ class ChatBridge(Answering, BaseModel):
         """Training samples so far whose targets ``max_text_length`` has cut off."""
         self._hashes: dict[str, str] = {}
 
-        self.llama_model: Any
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
         self.template = load_template(settings.template, self.llama_tokenizer, reply_end=settings.reply_end)
         self.visual_encoder = build_vision(settings.vision)
@@ -93,12 +102,7 @@ class ChatBridge(Answering, BaseModel):
 
     @classmethod
     def from_config(cls, cfg: Any) -> ChatBridge:
-        """Build the model of a configuration's ``model`` section (a mapping or OmegaConf's).
-
-        Raises:
-            ConfigError: With all faults of the section.
-            CheckpointError: If a weight file is missing or does not fit.
-        """
+        """Build the model of a configuration's ``model`` section (a mapping or OmegaConf's)."""
         settings = cls.check_config(cfg)
         if settings.model_type == "tiny":
             _log_small_model()
@@ -109,23 +113,13 @@ class ChatBridge(Answering, BaseModel):
 
     @classmethod
     def check_config(cls, cfg: Any, where: str = "model") -> ModelSettings:
-        """The settings of a ``model`` section.
-
-        Raises:
-            ConfigError: With all faults of the section.
-        """
-        from omegaconf import OmegaConf
-
+        """The settings of a ``model`` section; raises ConfigError with all its faults."""
         values: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
         return settings_reader.parse(ModelSettings, values, where)
 
     @classmethod
     def default_config_path(cls, model_type: str | None = None) -> str:
-        """The YAML of a model type, by default of ``DEFAULT_MODEL_TYPE``.
-
-        Raises:
-            ConfigError: If there is no such type.
-        """
+        """The YAML of a model type, by default of ``DEFAULT_MODEL_TYPE``."""
         chosen = model_type or cls.DEFAULT_MODEL_TYPE
         if chosen not in cls.PRETRAINED_MODEL_CONFIG_DICT:
             known = ", ".join(cls.PRETRAINED_MODEL_CONFIG_DICT)
@@ -149,16 +143,8 @@ class ChatBridge(Answering, BaseModel):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parts of the bridge that ``run.train`` names -> their parameters."""
-        prefixes = {
-            "perceiver": ("Qformer.",),
-            "projection": ("llama_proj.",),
-            "vision_queries": ("image_query_tokens", "video_query_tokens"),
-            "audio_queries": ("audio_query_tokens",),
-            "audio_trans": ("audio_trans.",),
-            "time": ("visual_temporal_pos_embeds", "audio_temporal_pos_embeds"),
-        }
         named = list(self.named_parameters())
-        parts = {part: [p for name, p in named if name.startswith(prefix)] for part, prefix in prefixes.items()}
+        parts = {part: [p for name, p in named if name.startswith(prefix)] for part, prefix in _PARTS.items()}
         parts["lora"] = [p for name, p in named if lora.is_adapter(name)]
         return {part: parameters for part, parameters in parts.items() if parameters}
 
@@ -195,44 +181,42 @@ class ChatBridge(Answering, BaseModel):
     def token_losses(self, batch: Batch, soft: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[K]`` negative log-likelihoods in fp32 of the batch's targets, row by row, and the targets."""
         rows, columns, targets = (index.to(self.device) for index in batch.supervised())
-        end = batch.last_supervised + 1 or 1  # tokens after the last target cannot affect the loss
+        end = int(columns.max()) + 1 if len(columns) else 1  # tokens after the last target cannot affect the loss
         table = self.llama_model.get_input_embeddings()
         embeds = embed(batch, soft, table, self.llama_model.embedding_scale)[:, :end]
         if torch.is_grad_enabled() and not embeds.requires_grad:
             # text alone: backward must still pass the language model, whose blocks may be sharded over ranks
             embeds = embeds + 0.0 * self.llama_proj.bias.sum().to(embeds.dtype)
-        seen = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids} if batch.needs_mask else {}
-        places = {name: values[:, :end].to(self.device) for name, values in seen.items()}
+        inputs = {"inputs_embeds": embeds}
+        if batch.needs_mask:
+            inputs["attention_mask"] = batch.attention_mask[:, :end].to(self.device)
+            inputs["position_ids"] = batch.position_ids[:, :end].to(self.device)
         with own_precision(self.llama_model):
-            losses = losses_at(self.llama_model, rows, columns, targets, inputs_embeds=embeds, **places)
+            losses = losses_at(self.llama_model, rows, columns, targets, **inputs)
         return losses.to(self.device), targets
 
-    def encode_media(self, modality: Modality, media: Sequence[Any]) -> list[EncodedMedium]:
-        """Media through their frozen encoder and its layer norm, all in one batch.
-
-        Args:
-            modality: ``"image"``, ``"video"`` or ``"audio"``.
-            media: Processed media; encoded ones are returned as they are.
-        """
-        results = list(media)
-        todo = [i for i, medium in enumerate(results) if not isinstance(medium, EncodedMedium)]
-        raw = [results[i] for i in todo]
+    def encode_media(self, modality: Modality, media: Sequence[sample_reader.Medium]) -> list[EncodedMedium]:
+        """Processed media through their frozen encoder and its layer norm in one batch; encoded ones are returned."""
+        found = {i: medium for i, medium in enumerate(media) if isinstance(medium, EncodedMedium)}
+        todo = {i: medium for i, medium in enumerate(media) if not isinstance(medium, EncodedMedium)}
+        raw: list[Any] = list(todo.values())
         chunk = self.settings.encoder_batch
         if raw and modality == "audio":
             hide = self.settings.audio.mask_padding
             raw = encoding.encode_clips(self.audio_encoder, self.ln_audio, raw, chunk, hide)
         elif raw:
             raw = encoding.encode_frames(self.visual_encoder, self.ln_vision, raw, chunk)
-        for i, encoded in zip(todo, raw, strict=True):
-            results[i] = encoded
-        return results
+        found |= zip(todo, raw, strict=True)
+        return [found[i] for i in range(len(media))]
 
     def perceive_media(self, modality: Modality, media: Sequence[EncodedMedium]) -> list[Tensor]:
-        """Turns encoded media of one modality into soft tokens of the language model.
+        """Encoded media of one modality as soft tokens of the language model.
 
         Returns:
             For each medium ``[Q, D]``, or ``[T * Q, D]`` for a video with queries for each frame.
         """
+        if not media:
+            return []
         features, mask, counts = encoding.stack(media, self.device)
         audio = modality == "audio"
         if audio:
@@ -241,9 +225,8 @@ class ChatBridge(Answering, BaseModel):
             table = self.audio_temporal_pos_embeds if audio else self.visual_temporal_pos_embeds
             features = features + encoding.positions_in_time(table, counts)
         if modality == "video" and self.video_queries == "per_frame":
-            present = (
-                torch.arange(features.shape[1], device=self.device) < torch.tensor(counts, device=self.device)[:, None]
-            )
+            frames = torch.arange(features.shape[1], device=self.device)
+            present = frames < torch.tensor(counts, device=self.device)[:, None]
             features, mask = features[present], None if mask is None else mask[present]
         else:
             features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)
@@ -260,26 +243,20 @@ class ChatBridge(Answering, BaseModel):
         Returns:
             ``[S, D]`` (None without media), and the range of each sample's media among them.
         """
-        wanted: dict[Modality, list[tuple[int, Slot]]] = {modality: [] for modality in MODALITIES}
+        named: dict[Modality, dict[tuple[int, int], sample_reader.Medium]] = {modality: {} for modality in MODALITIES}
         for i, pieces in enumerate(prompts):
-            for slot in dict.fromkeys(slots_of(pieces)):
+            for slot in slots_of(pieces):
                 if slot.modality in media and 0 <= slot.index < len(media[slot.modality][i]):
-                    wanted[slot.modality].append((i, slot))
-        named = {modality: [media[modality][i][slot.index] for i, slot in wanted[modality]] for modality in MODALITIES}
-        frames = self.encode_media("video", [*named["image"], *named["video"]])  # in one batch
+                    named[slot.modality][i, slot.index] = media[slot.modality][i][slot.index]
         count = len(named["image"])
-        encoded = {
-            "image": frames[:count],
-            "video": frames[count:],
-            "audio": self.encode_media("audio", named["audio"]),
-        }
+        frames = self.encode_media("video", [*named["image"].values(), *named["video"].values()])  # in one batch
+        sounds = self.encode_media("audio", list(named["audio"].values()))
         places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
         parts: list[Tensor] = []
         start = 0
-        for modality in (modality for modality in MODALITIES if wanted[modality]):
-            perceived = self.perceive_media(modality, encoded[modality])
-            for (i, slot), part in zip(wanted[modality], perceived, strict=True):
-                places[i][modality, slot.index] = range(start, start + len(part))
+        for modality, encoded in zip(MODALITIES, (frames[:count], frames[count:], sounds), strict=True):
+            for (i, index), part in zip(named[modality], self.perceive_media(modality, encoded), strict=True):
+                places[i][modality, index] = range(start, start + len(part))
                 start += len(part)
                 parts.append(part)
         return (torch.cat(parts) if parts else None), list(places)
@@ -342,7 +319,8 @@ class ChatBridge(Answering, BaseModel):
         """A hash that changes with this modality's encoded media: the key of a feature cache."""
         part = "audio" if modality == "audio" else "vision"
         if part not in self._hashes:
-            encoder, norm = (getattr(self, name) for name in _ENCODERS[part])
+            names = ("audio_encoder", "ln_audio") if part == "audio" else ("visual_encoder", "ln_vision")
+            encoder, norm = (getattr(self, name) for name in names)
             hide = self.settings.audio.mask_padding if part == "audio" else None
             tensors = {**encoder.state_dict(), **{f"norm.{name}": t for name, t in norm.state_dict().items()}}
             self._hashes[part] = state_dicts.hash_of(tensors, part, hide, encoder.description)
@@ -356,9 +334,6 @@ class ChatBridge(Answering, BaseModel):
             for trained in (self.Qformer, self.audio_trans, self.image_query_tokens, self.audio_query_tokens):
                 trained.requires_grad_(False)
         self.train(self.training)
-
-
-_ENCODERS = {"vision": ("visual_encoder", "ln_vision"), "audio": ("audio_encoder", "ln_audio")}
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 """The one token loop: replies of evaluation, chat and server, several at once.
 
-A `Generation` is one reply in the making. A `Decoder` moves any number of them forward by one token at a time; each may
-join and leave while the others continue, and any thread may cancel one. Beam search is transformers' own. This module
-knows embeddings and token ids, no conversation and no files.
+A `Decoder` moves any number of `Generation` forward by one token at a time; each may join and leave while the others
+continue. Beam search is transformers' own. This module knows embeddings and token ids, no conversation and no files.
 
 Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
 """
@@ -11,9 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -49,6 +47,14 @@ class Generation:
         stream: Makes text of the reply's tokens; its stop texts end the reply.
         end_ids: Tokens that end the reply, beside ``sampling.stop_token_ids``.
         sampling: How tokens are chosen.
+
+    Attributes:
+        ids: The reply's tokens so far.
+        logprobs: Of each of them, if ``sampling.logprobs`` asks for them.
+        finish: What ended the reply; None while it is incomplete.
+        reused: Positions of the prompt that were not read again.
+        started: When the reply was requested.
+        first_token: Seconds from then to the first token.
     """
 
     def __init__(
@@ -67,17 +73,14 @@ class Generation:
         self.logprobs: list[TokenLogprob] = []
         self.finish: Finish | None = None
         self.reused = 0
-        """Positions of the prompt that were not read again."""
         self.started = time.monotonic()
-        """When the reply was requested."""
         self.first_token: float | None = None
-        """Seconds from the start to the first token."""
-        self._cancelled = threading.Event()
-        self._chance = torch.Generator()
+        self.cancelled = False
+        self._random = torch.Generator()
         if sampling.seed is None:
-            self._chance.seed()
+            self._random.seed()
         else:
-            self._chance.manual_seed(sampling.seed)
+            self._random.manual_seed(sampling.seed)
 
     @property
     def done(self) -> bool:
@@ -91,25 +94,17 @@ class Generation:
 
     def cancel(self) -> None:
         """End the reply at its next token. Any thread may call this."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether :meth:`cancel` was called."""
-        return self._cancelled.is_set()
-
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token is the plain argmax of the logits."""
-        own = self.sampling
-        penalised = own.repetition_penalty != 1 or own.presence_penalty != 0 or own.frequency_penalty != 0
-        waits = len(self.ids) < own.min_new_tokens
-        return own.temperature == 0 and own.logprobs is None and not penalised and not waits
+        self.cancelled = True
 
     def choose(self, logits: Tensor) -> int:
-        """The next token, from ``[V]`` logits in fp32 on the CPU."""
+        """The next token, from ``[V]`` logits."""
         own = self.sampling
-        raw, logits = logits, self._penalised(logits)
+        penalised = own.repetition_penalty != 1 or own.presence_penalty != 0 or own.frequency_penalty != 0
+        too_short = len(self.ids) < own.min_new_tokens
+        if own.temperature == 0 and own.logprobs is None and not penalised and not too_short:
+            return int(logits.argmax())
+        raw = logits.float().cpu()
+        logits = self._penalised(raw)
         token = int(logits.argmax()) if own.temperature == 0 else self._sampled(logits / own.temperature)
         if own.logprobs is not None:
             values = raw.log_softmax(-1)
@@ -130,29 +125,35 @@ class Generation:
             return text + self.end("stop")
         return text + self.end("length") if len(self.ids) >= self.sampling.max_new_tokens else text
 
+    def complete(self, ids: Sequence[int]) -> str:
+        """Accept all tokens of a search, of which those behind the reply's end are padding; returns the text."""
+        text = ""
+        for token in ids:
+            text += self.accept(token)
+            if self.done:
+                return text
+        return text + self.end("length")
+
     def end(self, finish: Finish) -> str:
         """Complete the reply; returns the rest of its text."""
         self.finish = self.finish or finish
         return self.stream.finish()
 
     def embeds(self, start: int, table: nn.Embedding, scale: float = 1.0) -> Tensor:
-        """``[N, D]``: the prompt from position ``start``, in the language model's precision.
+        """``[N, D]``: prompt and reply from position ``start``, in the language model's precision.
 
         Args:
             start: The first position.
             table: The language model's embedding layer.
             scale: See :func:`families.embedding_scale`.
         """
-        rest = self.elements[start:]
+        rest = [*self.elements, *self.ids][start:]
         device = table.weight.device
         embeds = table(torch.tensor([e if isinstance(e, int) else 0 for e in rest], device=device))
-        places: dict[str, list[tuple[int, int]]] = {}
-        for i, element in enumerate(rest):
-            if not isinstance(element, int):
-                places.setdefault(element[0], []).append((i, element[1]))
-        for key, pairs in places.items():
-            positions, tokens = torch.tensor(pairs, device=device).T
-            embeds[positions] = self.media[key].to(device, embeds.dtype)[tokens] / scale
+        soft = [self.media[e[0]][e[1]] for e in rest if not isinstance(e, int)]
+        if soft:
+            places = torch.tensor([i for i, e in enumerate(rest) if not isinstance(e, int)], device=device)
+            embeds[places] = torch.stack(soft).to(device, embeds.dtype) / scale
         return embeds
 
     def _penalised(self, logits: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class Generation:
         if own.top_k > 0:
             kept[own.top_k :] = False
         kept[0] = True
-        chosen = torch.multinomial(torch.where(kept, likely, 0.0), 1, generator=self._chance)
+        chosen = torch.multinomial(torch.where(kept, likely, 0.0), 1, generator=self._random)
         return int(tokens[chosen])
 
 
@@ -190,12 +191,16 @@ class _Lane:
     rows: list[Generation]
     pads: list[int]
     cache: Any
-    long: bool = False
+    long: bool
 
     @property
     def read(self) -> int:
         """Positions in the cache, padding included; each row's newest token is not among them."""
         return self.rows[0].length - 1 + self.pads[0]
+
+
+Texts: TypeAlias = list[tuple[Generation, str]]
+"""Replies, each with the text that has become final (often none)."""
 
 
 class Decoder:
@@ -211,9 +216,8 @@ class Decoder:
         self._model = language_model
         self._table = language_model.get_input_embeddings()
         self._switch = switch_of(language_model.config)
-        self._scale = getattr(language_model, "embedding_scale", 1.0)
-        forward: Any = language_model.forward  # type: ignore[attr-defined]
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+        parameters = inspect.signature(language_model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._lanes: list[_Lane] = []
 
     def __len__(self) -> int:
@@ -228,31 +232,30 @@ class Decoder:
         return self.add_all([generation])[0][1]
 
     @torch.no_grad()
-    def add_all(self, generations: Sequence[Generation]) -> list[tuple[Generation, str]]:
-        """Read several prompts in one pass, each distinct one once; see :meth:`add`."""
-        texts: list[tuple[Generation, str]] = []
+    def add_all(self, generations: Sequence[Generation]) -> Texts:
+        """Read several prompts in one pass; see :meth:`add`."""
+        texts: Texts = []
         together: list[Generation] = []
+        searches: dict[Sampling, list[Generation]] = {}
         for row in generations:
             is_long = len(row.elements) > self._switch
             row.reused = row.prefix.common(row.elements, is_long) if row.prefix is not None else 0
             if row.cancelled:
                 texts.append((row, row.end("cancelled")))
             elif row.sampling.num_beams > 1:
-                texts.append((row, self._search(row)))
+                searches.setdefault(row.sampling.model_copy(update={"seed": None}), []).append(row)
             elif row.reused or is_long:
                 texts += self._read([row])
             else:
                 together.append(row)
+        for rows in searches.values():
+            texts += beam_search(self._model, rows)
         return [*texts, *(self._read(together) if together else [])]
 
     @torch.no_grad()
-    def step(self) -> list[tuple[Generation, str]]:
-        """Choose the next token of every reply.
-
-        Returns:
-            Each reply that was not complete, with the text that has become final (often none).
-        """
-        texts: list[tuple[Generation, str]] = []
+    def step(self) -> Texts:
+        """Choose the next token of every reply that is not complete."""
+        texts: Texts = []
         lanes, self._lanes = self._lanes, []
         crossing: list[Generation] = []
         for lane in lanes:
@@ -263,46 +266,35 @@ class Decoder:
             if lane.rows:
                 last = torch.tensor([[row.ids[-1]] for row in lane.rows], device=self._table.weight.device)
                 logits, lane.cache = self._run(lane.cache, lane.pads, lane.read, self._table(last))
-                texts += self._chosen(lane.rows, logits)
-                self._keep(lane, [row for row in lane.rows if not row.done])
+                texts += self._chosen(lane, logits)
             if lane.rows:
                 self._lanes.append(lane)
         for row in crossing:  # what was read before the switch is read again with the other factors
             texts += self._read([row])
         return texts
 
-    def run(self, generation: Generation) -> Iterator[str]:
-        """Yields a reply's text as it becomes final."""
-        yield self.add(generation)
-        while not generation.done:
-            yield from (text for _, text in self.step())
+    def complete(self, generations: Sequence[Generation]) -> None:
+        """Complete several replies together."""
+        self.add_all(generations)
+        while len(self):
+            self.step()
 
-    def _read(self, rows: list[Generation]) -> list[tuple[Generation, str]]:
-        """Read prompts (of crossing rows, their replies too) and choose a token behind each."""
-        distinct = list({tuple(row.elements): row for row in rows}.values())
-        index = [next(i for i, one in enumerate(distinct) if one.elements == row.elements) for row in rows]
-        start = rows[0].reused if len(rows) == 1 and not rows[0].ids else 0
-        parts = [self._unread(row, start) for row in distinct]
-        longest = max(map(len, parts))
-        embeds = pad_sequence(parts, batch_first=True, padding_side="left")
-        pads = [longest - len(part) for part in parts]
-        prefix = rows[0].prefix
-        past = prefix.take(start) if prefix is not None and len(rows) == 1 else None
-        logits, cache = self._run(past, pads, start, embeds)
-        if len(distinct) < len(rows):
-            cache.batch_select_indices(torch.tensor(index))
-        lane = _Lane(rows, [pads[i] for i in index], cache, rows[0].length > self._switch)
-        texts = self._chosen(rows, logits[index])
-        self._keep(lane, [row for row in rows if not row.done])
+    def _read(self, rows: list[Generation]) -> Texts:
+        """Read prompts (of crossing rows, their replies too) and choose a token behind each.
+
+        A prompt whose beginning was read before, or that is beyond the switch, comes alone.
+        """
+        first = rows[0]
+        start = 0 if first.ids else first.reused
+        past = None if first.prefix is None else first.prefix.take(start)
+        parts = [row.embeds(start, self._table, self._model.embedding_scale) for row in rows]
+        pads = [max(map(len, parts)) - len(part) for part in parts]
+        logits, cache = self._run(past, pads, start, pad_sequence(parts, batch_first=True, padding_side="left"))
+        lane = _Lane(rows, pads, cache, first.length > self._switch)
+        texts = self._chosen(lane, logits)
         if lane.rows:
             self._admit(lane)
         return texts
-
-    def _unread(self, row: Generation, start: int) -> Tensor:
-        prompt = row.embeds(start, self._table, self._scale)
-        if not row.ids:
-            return prompt
-        return torch.cat([prompt, self._table(torch.tensor(row.ids, device=prompt.device))])
 
     def _run(self, cache: Any, pads: Sequence[int], past: int, embeds: Tensor) -> tuple[Tensor, Any]:
         """Read ``[B, N, D]`` positions behind ``past`` others; returns ``[B, V]`` logits of the last, and the cache."""
@@ -321,14 +313,11 @@ class Decoder:
             )
         return result.logits[:, -1], keys_and_values(result)
 
-    def _chosen(self, rows: Sequence[Generation], logits: Tensor) -> list[tuple[Generation, str]]:
-        likeliest = logits.argmax(-1).tolist()
-        values = None if all(row.takes_likeliest for row in rows) else logits.float().cpu()
-        tokens = [
-            likeliest[i] if values is None or row.takes_likeliest else row.choose(values[i])
-            for i, row in enumerate(rows)
-        ]
-        return [(row, row.accept(token)) for row, token in zip(rows, tokens, strict=True)]
+    def _chosen(self, lane: _Lane, logits: Tensor) -> Texts:
+        """Choose each row's token from ``[B, V]`` logits; complete rows leave the lane."""
+        texts = [(row, row.accept(row.choose(own))) for row, own in zip(lane.rows, logits, strict=True)]
+        self._keep(lane, [row for row in lane.rows if not row.done])
+        return texts
 
     def _admit(self, new: _Lane) -> None:
         """Let new rows share the cache of others, where caches can be joined."""
@@ -359,66 +348,48 @@ class Decoder:
             lane.pads = [lane.pads[i] for i in index]
         lane.rows = list(staying)
 
-    def _search(self, row: Generation) -> str:
-        """Complete a reply by beam search over the whole prompt; nothing of it is kept for later turns."""
-        embeds = row.embeds(0, self._table, self._scale)[None]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        codec, stops = row.stream.codec, [row.stream.stops]
-        ids = beam_search(self._model, codec, embeds, mask, row.sampling, stops, row.end_ids)
-        text = ""
-        for token in ids[0].tolist():
-            text += row.accept(token)
-            if row.done:
-                return text
-        return text + row.end("length")
+
+def padded(model: LanguageModel, rows: Sequence[Generation]) -> tuple[Tensor, Tensor]:
+    """``[B, L, D]`` embeddings and ``[B, L]`` mask of prompts, padded on the left."""
+    parts = [row.embeds(0, model.get_input_embeddings(), model.embedding_scale) for row in rows]
+    mask = [torch.ones(len(part), dtype=torch.long, device=part.device) for part in parts]
+    return pad_sequence(parts, True, padding_side="left"), pad_sequence(mask, True, padding_side="left")
 
 
-def beam_search(
-    model: LanguageModel,
-    codec: Codec,
-    embeds: Tensor,
-    mask: Tensor,
-    sampling: Sampling,
-    stops: Sequence[Sequence[str]],
-    end_ids: frozenset[int],
-) -> Tensor:
-    """The likeliest replies to each row, by transformers' beam search.
+def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
+    """Complete replies with equal settings by transformers' beam search; nothing of it is kept for later turns.
 
-    Args:
-        model: The language model.
-        codec: Its tokenizer.
-        embeds: ``[B, L, D]``, padded on the left.
-        mask: ``[B, L]``, one where a position counts.
-        sampling: Its numbers of beams, results and tokens, and its penalties.
-        stops: Each row's stop texts; a text that is found is part of the ids.
-        end_ids: Tokens that end a reply.
-
-    Returns:
-        ``[B * num_return_sequences, n]`` new ids, padded on the right.
+    Each ``num_return_sequences`` rows in turn are the results of one prompt.
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+    own = rows[0].sampling
+    first = rows[:: own.num_return_sequences]
+    embeds, mask = padded(model, first)
+    codec = first[0].stream.codec
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        min_new_tokens=min(sampling.min_new_tokens, sampling.max_new_tokens),
+        max_new_tokens=own.max_new_tokens,
+        min_new_tokens=min(own.min_new_tokens, own.max_new_tokens),
         do_sample=False,
-        num_beams=sampling.num_beams,
-        num_return_sequences=sampling.num_return_sequences,
-        length_penalty=float(sampling.length_penalty),
-        eos_token_id=sorted(end_ids) or None,
+        num_beams=own.num_beams,
+        num_return_sequences=own.num_return_sequences,
+        length_penalty=float(own.length_penalty),
+        eos_token_id=sorted(first[0].end_ids) or None,
         pad_token_id=codec.pad_id,
     )
     # as transformers' own setting the penalty would ignore as many new tokens as a row has padding
-    penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
+    penalty = RepetitionPenaltyLogitsProcessor(float(own.repetition_penalty))
+    stops = StopTexts(codec, [row.stream.stops for row in first], own.min_new_tokens)
     with own_precision(model):
-        return model.generate(
+        found = model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([StopTexts(codec, stops, sampling.min_new_tokens)]),
-            logits_processor=LogitsProcessorList([penalty] if sampling.repetition_penalty != 1 else []),
+            stopping_criteria=StoppingCriteriaList([stops]),
+            logits_processor=LogitsProcessorList([penalty] if own.repetition_penalty != 1 else []),
         )
+    return [(row, row.complete(ids)) for row, ids in zip(rows, found.tolist(), strict=False)]
 
 
 class StopTexts(StoppingCriteria):
@@ -430,7 +401,7 @@ class StopTexts(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         beams = len(input_ids) // len(self._stops)
         ended = [
-            TextStream.of(self._codec, ids, stops, self._least).stopped is not None
-            for ids, stops in zip(input_ids.tolist(), (s for s in self._stops for _ in range(beams)), strict=True)
+            TextStream.of(self._codec, ids, self._stops[i // beams], self._least).stopped is not None
+            for i, ids in enumerate(input_ids.tolist())
         ]
         return torch.tensor(ended, device=input_ids.device)

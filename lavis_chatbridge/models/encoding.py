@@ -1,7 +1,5 @@
 """Runs media through the frozen encoders, all frames or clips of a batch at once, and stacks the results.
 
-It knows tensors, no prompts and no files.
-
 Shapes: ``B`` media, ``T`` frames or clips of a medium, ``N`` tokens of each, ``D`` width; ``F`` frames of a filterbank,
 ``M`` mel bins.
 """
@@ -23,16 +21,9 @@ from lavis_chatbridge.models.families import own_precision
 
 @torch.no_grad()
 def encode_frames(encoder: VisionEncoder, norm: nn.Module, media: Sequence[Tensor], chunk: int) -> list[EncodedMedium]:
-    """Images and videos through the vision encoder and its layer norm.
+    """Images ``[3, H, W]`` and videos ``[T, 3, H, W]`` through the vision encoder and its layer norm.
 
-    Args:
-        encoder: The vision encoder.
-        norm: ``ln_vision``.
-        media: Images ``[3, H, W]`` or videos ``[T, 3, H, W]``.
-        chunk: At most this many frames pass the encoder at once.
-
-    Raises:
-        ConfigError: If a frame is not of the encoder's size.
+    At most ``chunk`` frames pass the encoder at once.
     """
     frames = [medium.unsqueeze(0) if medium.dim() == 3 else medium for medium in media]
     for medium in frames:
@@ -41,9 +32,7 @@ def encode_frames(encoder: VisionEncoder, norm: nn.Module, media: Sequence[Tenso
                 f"the vision encoder needs frames of shape {list(encoder.frame_shape)}, found "
                 f"{list(medium.shape[1:])}: make model.vision.image_size and the image processors' image_size equal"
             )
-    tokens, mask = _encoded(encoder, norm, frames, None, chunk)
-    counts = [len(medium) for medium in frames]
-    return [EncodedMedium(t, m) for t, m in zip(tokens.split(counts), mask.split(counts), strict=True)]
+    return _encoded(encoder, norm, frames, None, chunk)
 
 
 @torch.no_grad()
@@ -58,35 +47,34 @@ def encode_clips(
         media: Clips ``[T, F, ...]``; a tensor without ``frames`` holds no padding and loses an incomplete last patch.
         chunk: At most this many clips pass the encoder at once.
         mask_padding: Whether the frames behind ``AudioClips.frames`` are hidden.
-
-    Raises:
-        ConfigError: If clips have different mel bins, or do not fit the encoder.
     """
     patch, axis = encoder.patch, encoder.time_axis
     clips, lengths = [], []
     for medium in media:
-        clip, frames = (medium.fbank, medium.frames) if isinstance(medium, AudioClips) else (medium, None)
-        complete = clip.shape[axis] // patch * patch
-        known = frames is not None and mask_padding
-        clips.append(clip if known else clip.narrow(axis, 0, complete))
-        lengths.append(frames if known else torch.full((len(clip),), complete))
+        if isinstance(medium, AudioClips) and mask_padding:
+            clips.append(medium.fbank)
+            lengths.append(torch.as_tensor(medium.frames))
+        else:
+            clip = medium.fbank if isinstance(medium, AudioClips) else medium
+            complete = clip.shape[axis] // patch * patch
+            clips.append(clip.narrow(axis, 0, complete))
+            lengths.append(torch.full((len(clip),), complete))
     if len(others := {(*clip.shape[1:axis], *clip.shape[axis + 1 :]) for clip in clips}) > 1:
         raise ConfigError(f"sounds of one batch have different mel bins: {sorted(others)}")
-    longest = -(-max(clip.shape[axis] for clip in clips) // patch) * patch
+    patches = [-(-clip.shape[axis] // patch) for clip in clips]
+    longest = max(patches) * patch
     behind = (0, 0) * (clips[0].dim() - 1 - axis)
     padded = [functional.pad(clip, (*behind, 0, longest - clip.shape[axis])) for clip in clips]
-    frames = torch.cat([torch.as_tensor(length) for length in lengths])
-    tokens, mask = _encoded(encoder, norm, padded, None if bool((frames >= longest).all()) else frames, chunk)
-    counts = [len(clip) for clip in clips]
-    own = [-(-(-(-clip.shape[axis] // patch) * patch * tokens.shape[1]) // longest) for clip in clips]
-    each = zip(tokens.split(counts), mask.split(counts), own, strict=True)
-    return [EncodedMedium(t[:, :n], m[:, :n]) for t, m, n in each]
+    frames = torch.cat(lengths)
+    encoded = _encoded(encoder, norm, padded, None if bool((frames >= longest).all()) else frames, chunk)
+    own = [-(-count * patch * one.mask.shape[1] // longest) for count, one in zip(patches, encoded, strict=True)]
+    return [EncodedMedium(one.tokens[:, :n], one.mask[:, :n]) for one, n in zip(encoded, own, strict=True)]
 
 
 def _encoded(
     encoder: Any, norm: nn.Module, media: Sequence[Tensor], lengths: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """``[B, N, D]`` normalised tokens in fp32 and ``[B, N]`` mask of all frames or clips, in their order."""
+) -> list[EncodedMedium]:
+    """Media of equal shapes, with normalised tokens in fp32."""
     weight = next(encoder.parameters())
     flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in media])
     parts = [None] * len(flat.split(chunk)) if lengths is None else lengths.to(weight.device).split(chunk)
@@ -94,9 +82,12 @@ def _encoded(
     with own_precision(weight):
         for batch, length in zip(flat.split(chunk), parts, strict=True):
             encoded, mask = encoder.encode(batch, length)
-            tokens.append(_normalised(norm, encoded))
+            with torch.autocast(weight.device.type, enabled=False):
+                tokens.append(norm(encoded.float()))
             masks.append(mask)
-    return torch.cat(tokens), torch.cat(masks)
+    counts = [len(medium) for medium in media]
+    pairs = zip(torch.cat(tokens).split(counts), torch.cat(masks).split(counts), strict=True)
+    return [EncodedMedium(*pair) for pair in pairs]
 
 
 def stack(media: Sequence[EncodedMedium], device: torch.device) -> tuple[Tensor, Tensor | None, list[int]]:
@@ -125,22 +116,15 @@ def positions_in_time(table: Tensor, counts: Sequence[int]) -> Tensor:
         counts: Each medium's ``T``.
 
     Returns:
-        ``[B, T, 1, D]``, or ``[1, T, 1, D]`` where all counts are equal; zeros behind a medium's end.
+        ``[B, T, 1, D]``; zeros behind a medium's end.
     """
-
-    def of(count: int) -> Tensor:
-        if count <= table.shape[1]:
-            return table[:, :count]
-        line = table[:, :, 0].transpose(1, 2)
-        line = functional.interpolate(line, size=count, mode="linear", align_corners=table.shape[1] > 1)
-        return line.transpose(1, 2).unsqueeze(2)
-
-    if len(set(counts)) == 1:
-        return of(counts[0])
-    longest = max(counts)
-    return torch.cat([functional.pad(of(count), (0, 0, 0, 0, 0, longest - count)) for count in counts])
+    return torch.nn.utils.rnn.pad_sequence([_interpolated(table[0], count) for count in counts], batch_first=True)
 
 
-def _normalised(norm: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.autocast(tokens.device.type, enabled=False):
-        return norm(tokens.float())
+def _interpolated(table: Tensor, count: int) -> Tensor:
+    """``[T, 1, D]`` of ``[n, 1, D]``."""
+    if count <= len(table):
+        return table[:count]
+    line = table.permute(1, 2, 0)
+    line = functional.interpolate(line, size=count, mode="linear", align_corners=len(table) > 1)
+    return line.permute(2, 0, 1)

@@ -1,8 +1,6 @@
 """Keys and values of what a language model has read, kept so that a common beginning is not read again.
 
-It knows the caches of transformers, no text and no media. Only layers that keep every position can be cropped and
-joined; with others (sliding windows) nothing is reused.
-
+Only layers that keep every position can be cropped and joined; with others (sliding windows) nothing is reused.
 Shapes: ``B`` rows, ``L`` positions.
 """
 
@@ -12,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -28,20 +27,19 @@ class Prefix:
         self._long = False
 
     def common(self, elements: Sequence[Element], is_long: bool = False) -> int:
-        """How many of ``elements`` need not be read again; the last one always is, for its prediction.
+        """How many of a prompt's elements need not be read again; the last one always is, for its prediction.
 
-        Args:
-            elements: Those of a new prompt.
-            is_long: Whether the prompt is beyond the length at which the model's rotary factors change: keys of the
-                other side are not reused.
+        Keys of the other side of the length at which the model's rotary factors change (``is_long``) are not reused.
         """
-        most = min(len(self.elements), len(elements) - 1) if self._cache is not None and is_long == self._long else 0
-        return next((i for i in range(most) if self.elements[i] != elements[i]), max(most, 0))
+        if self._cache is None or is_long != self._long:
+            return 0
+        most = max(0, min(len(self.elements), len(elements) - 1))
+        return next((i for i in range(most) if self.elements[i] != elements[i]), most)
 
     def take(self, length: int) -> Any:
         """The cache of the first ``length`` elements (None for 0); they are then no longer kept here."""
         cache, self._cache, self.elements = self._cache, None, []
-        if not length:
+        if cache is None or not length:
             return None
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
@@ -58,9 +56,9 @@ def is_plain(cache: Any) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def join(first: Any, second: Any) -> Any:
+def join(first: Any, second: Any) -> DynamicCache:
     """The rows of two plain caches in one; the shorter rows are padded on the left."""
-    length = max(cache.layers[0].keys.shape[-2] for cache in (first, second))
+    length = max(first.get_seq_length(), second.get_seq_length())
     joined = DynamicCache()
     for i, layers in enumerate(zip(first.layers, second.layers, strict=True)):
         keys = torch.cat([_padded(layer.keys, length) for layer in layers])
@@ -68,14 +66,13 @@ def join(first: Any, second: Any) -> Any:
     return joined
 
 
-def select(cache: Any, rows: Sequence[int], start: int = 0) -> Any:
+def select(cache: Any, rows: Sequence[int], start: int = 0) -> DynamicCache:
     """Some rows of a plain cache, from position ``start`` on."""
     chosen = DynamicCache()
     for i, layer in enumerate(cache.layers):
-        index = torch.tensor(list(rows), device=layer.keys.device)
-        chosen.update(layer.keys[index, :, start:], layer.values[index, :, start:], i)
+        chosen.update(layer.keys[rows, :, start:], layer.values[rows, :, start:], i)
     return chosen
 
 
-def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
+def _padded(states: Tensor, length: int) -> Tensor:
     return functional.pad(states, (0, 0, length - states.shape[-2], 0))

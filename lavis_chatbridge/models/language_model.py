@@ -1,24 +1,21 @@
 """The language model and its tokenizer: any causal language model of transformers, from a folder, offline and frozen.
 
 It knows embeddings and token ids, no media and no conversation format.
-
-Shapes: ``B`` rows, ``L`` positions, ``K`` chosen positions, ``D`` width, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
 from lavis_chatbridge.models import families, lora
+from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.remote import load_remote
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 from lavis_chatbridge.models.tokenizer import Codec, load_codec, one_line
@@ -27,37 +24,21 @@ log = logging.getLogger(__name__)
 
 HINT = "set model.language_model.weights to a Hugging Face folder (config.json, tokenizer, weights)"
 
-BITSANDBYTES = Version("0.47")
-"""The oldest supported version: 0.46 quantises 8-bit layers a second time when they are moved to a CPU."""
-
 
 def check_available(settings: LanguageModelSettings) -> None:
-    """Refuse what this environment cannot do, before anything is loaded.
-
-    Raises:
-        MissingExtraError: If the settings need a package that is not installed.
-        ConfigError: If such a package is too old.
-    """
-    if settings.lora is not None:
-        lora.check_available()
-    if settings.device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise MissingExtraError("accelerate", "device-map", "model.language_model.device_map")
-    if settings.quantization is None:
-        return
-    setting = "model.language_model.quantization"
-    for package in ("bitsandbytes", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "quantize", setting)
-    found = metadata.version("bitsandbytes")
-    if Version(found) < BITSANDBYTES:
-        raise ConfigError(
-            f"{setting} is {settings.quantization}, which needs bitsandbytes {BITSANDBYTES} or newer, found {found} "
-            "(older ones do not run on a CPU, or spoil 8-bit layers there): "
-            "pip install --upgrade 'lavis-chatbridge[quantize]', or set it to null"
-        )
+    """Raises MissingExtraError, before anything is loaded, if the settings need a package that is not installed."""
+    needs = (
+        (settings.lora, "lora", ("peft",), "lora"),
+        (settings.device_map, "device_map", ("accelerate",), "device-map"),
+        (settings.quantization, "quantization", ("bitsandbytes", "accelerate"), "quantize"),
+    )
+    for value, name, packages, extra in needs:
+        for package in packages:
+            if value is not None and importlib.util.find_spec(package) is None:
+                raise MissingExtraError(package, extra, f"model.language_model.{name}")
 
 
-def load_language_model(settings: LanguageModelSettings) -> tuple[Any, Codec]:
+def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel, Codec]:
     """The frozen language model, with new adapters if the settings name any, and its tokenizer.
 
     Raises:
@@ -100,6 +81,11 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             f"{folder} holds delta weights (by its name), the difference to a LLaMA: add them to that LLaMA "
             "(python3 -m fastchat.model.apply_delta), and name the result"
         )
+    placed: dict[str, Any] = {}
+    if settings.device_map is not None:
+        placed["device_map"] = settings.device_map
+    elif settings.quantization is not None:  # quantised layers are loaded onto their device
+        placed["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -107,7 +93,7 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **_placed(settings),
+            **placed,
             **_quantised(settings),
         )
     except Exception as error:  # safetensors raises subclasses of Exception itself
@@ -120,18 +106,12 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
         )
     if settings.device_map is not None:
         _keep_in_place(model, settings)
-    if settings.quantization is not None:
-        _keep_differentiable(model)
+    # bitsandbytes repacks 4-bit layers on a CPU with AVX512-BF16 when they first run without gradients, and the other
+    # layout has no backward pass: after a validation, gradients would silently lack these layers
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return model
-
-
-def _placed(settings: LanguageModelSettings) -> dict[str, Any]:
-    """The device map: the settings' own, or this process's device for quantised layers."""
-    if settings.device_map is not None:
-        return {"device_map": settings.device_map}
-    if settings.quantization is None:
-        return {}
-    return {"device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}}
 
 
 def _keep_in_place(model: Any, settings: LanguageModelSettings) -> None:
@@ -159,26 +139,14 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
     # it warns at every matmul that the input is rounded to fp16, as LLM.int8 always does
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if settings.quantization == "8bit":
-        chosen = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        chosen = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
-        )
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    chosen = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
+    )
     return {"quantization_config": chosen}
-
-
-def _keep_differentiable(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit layers on a CPU with AVX512-BF16.
-
-    It would do so when they first run without gradients, and the other layout has no backward pass: after a
-    validation, gradients would silently lack these layers.
-    """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
 
 
 def _random(settings: LanguageModelSettings) -> Any:

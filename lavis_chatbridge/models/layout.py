@@ -1,9 +1,7 @@
 """Layout of prompts in batches: pieces and soft tokens become rows of positions, with mask, position ids and labels.
 
-There are two layouts. ``"text"``: BOS, then the pieces; padding on the right in training, on the left in generation.
-``"original"``: the batches of the original ChatBridge, for its checkpoints (its ``models/chatbridge.py``, 249-295 and
-361-437). A prompt whose first piece is encoded already (by the tokenizer's own chat template) brings its own BOS.
-This module knows a tokenizer and counts of soft tokens, no encoder and no language model.
+``"text"``: BOS, then the pieces, padding on the right. ``"original"``: the batches of the original ChatBridge, for its
+checkpoints (its ``models/chatbridge.py``, 249-295 and 361-437). This module knows no language model.
 
 Shapes: ``B`` rows, ``L`` positions, ``S`` soft tokens of the whole batch, ``K`` positions that hold one, ``D`` width.
 """
@@ -11,8 +9,8 @@ Shapes: ``B`` rows, ``L`` positions, ``S`` soft tokens of the whole batch, ``K``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +63,18 @@ class Batch:
         counted = (self.position_ids == torch.arange(self.position_ids.shape[1])).all()
         return not bool(ends_only & counted)
 
-    @property
-    def last_supervised(self) -> int:
-        """The last column of all rows that predicts a target; -1 without targets."""
-        columns = self.supervised()[1]
-        return int(columns.max()) if len(columns) else -1
-
     def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
         """``[K]`` rows, columns and targets of the predictions in the loss: each position predicts the next one."""
         rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         return rows, columns, self.labels[rows, columns + 1]
+
+
+class _Position(NamedTuple):
+    """A token id or ``SOFT``, whether it is a target, and the index of its soft token."""
+
+    id: int
+    target: bool = False
+    soft: int = -1
 
 
 def lay_out(
@@ -90,26 +90,28 @@ def lay_out(
         prompts: Each sample's pieces; each text piece is tokenised on its own.
         places: Each sample's soft tokens.
         codec: The tokenizer.
-        layout: ``"text"`` or ``"original"``.
+        layout: See this module.
         max_text_length: In layout ``"text"``, and in the original's stage 1: text tokens of a sample; further text, and
             media behind it, are cut off. In the original's stage 2: positions.
 
     Raises:
         PromptError: If a prompt names a medium that its sample lacks.
     """
-    rows = [_row(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
-    if layout == "original" and not all(_is_alignment(pieces) for pieces in prompts):
-        kept = [row.first(max_text_length) for row in rows]
-        batch = _original_chat(kept, codec)
+    rows = [_positions(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
+    if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
+        kept = [row[:max_text_length] for row in rows]
+        ids, mask, labels = _original_chat(kept, codec)
     else:
-        bos = codec.bos_id
-        pairs = zip(rows, prompts, strict=True)
-        kept = [row.within(max_text_length).after(None if _is_encoded(p) else bos) for row, p in pairs]
-        # The original pads with EOS, and trains no position that holds it.
-        ignored = codec.eos_id if layout == "original" else None
-        batch = _padded_right(kept, codec, ignored)
-    lost = sum(bool(row.target.any() and not cut.target.any()) for row, cut in zip(rows, kept, strict=True))
-    return replace(batch, lost=lost)
+        kept = [_within(row, max_text_length) for row in rows]
+        bos = [] if codec.bos_id is None else [_Position(codec.bos_id)]
+        opened = [row if _is_encoded(pieces) else [*bos, *row] for row, pieces in zip(kept, prompts, strict=True)]
+        padding = codec.eos_id if layout == "original" and codec.eos_id is not None else codec.pad_id
+        ids, mask, labels = _stacked(opened, padding, "right")
+        if layout == "original":  # it pads with EOS, and trains no position that holds it
+            labels = labels.masked_fill(ids == padding, IGNORED)
+    soft = torch.tensor([p.soft for row in kept for p in row if p.id == SOFT], dtype=torch.long)
+    lost = sum(_has_target(row) and not _has_target(cut) for row, cut in zip(rows, kept, strict=True))
+    return Batch(ids, soft, mask, torch.arange(ids.shape[1]).expand_as(ids), labels, lost)
 
 
 def elements_of(
@@ -122,115 +124,70 @@ def elements_of(
         media: Key and number of soft tokens of each slot's medium.
         codec: The tokenizer.
         bos: Begin with BOS, unless the prompt brings its own.
-
-    Raises:
-        PromptError: If the prompt is empty, or names a medium that is not given.
     """
     places = {(slot.modality, slot.index): range(count) for slot, (_, count) in media.items()}
-    row = _row(pieces, places, codec, 0)
-    keys = iter([(media[p][0], i) for p in pieces if isinstance(p, Slot) for i in range(media[p][1])])
-    elements: list[Element] = [next(keys) if token == SOFT else token for token in row.ids.tolist()]
+    row = _positions(pieces, places, codec, 0)
+    keys = iter([media[piece][0] for piece in pieces if isinstance(piece, Slot) for _ in range(media[piece][1])])
+    elements: list[Element] = [(next(keys), p.soft) if p.id == SOFT else p.id for p in row]
     if not elements:
         raise PromptError("the prompt is empty: it needs text or a medium")
     return elements if not bos or codec.bos_id is None or _is_encoded(pieces) else [codec.bos_id, *elements]
 
 
-def embed(batch: Batch, soft: Tensor | None, table: nn.Module, scale: float = 1.0) -> Tensor:
-    """The rows as ``[B, L, D]`` embeddings of a language model's table; gradients reach the soft tokens.
+def embed(batch: Batch, soft: Tensor | None, table: nn.Embedding, scale: float = 1.0) -> Tensor:
+    """The rows as ``[B, L, D]`` embeddings of a language model's table; gradients reach the ``[S, D]`` soft tokens.
 
-    Args:
-        batch: The rows.
-        soft: ``[S, D]`` soft tokens of the whole batch, None if no row has one.
-        table: The language model's embedding layer.
-        scale: See :func:`families.embedding_scale`.
+    ``scale`` is that of :func:`families.embedding_scale`.
     """
-    ids = batch.token_ids.to(next(table.parameters()).device)
+    ids = batch.token_ids.to(table.weight.device)
     embeds = table(ids.clamp(min=0)) * (ids != PADDING).unsqueeze(-1)
     if soft is None or not len(batch.soft):
         return embeds
-    rows, columns = (batch.token_ids == SOFT).nonzero(as_tuple=True)
-    device = embeds.device
-    chosen = (soft / scale).to(embeds.dtype)[batch.soft.to(device)]
-    return embeds.index_put((rows.to(device), columns.to(device)), chosen)
+    chosen = (soft / scale).to(embeds.dtype)[batch.soft.to(embeds.device)]
+    return embeds.index_put((ids == SOFT).nonzero(as_tuple=True), chosen)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sample in positions: ids (or ``SOFT``), whether each is a target, and the soft token of each (else -1)."""
-
-    ids: Tensor
-    target: Tensor
-    soft: Tensor
-
-    def first(self, length: int) -> _Row:
-        """The first positions."""
-        return _Row(self.ids[:length], self.target[:length], self.soft[:length])
-
-    def within(self, text_length: int) -> _Row:
-        """The positions before the first text token beyond ``text_length``."""
-        over = ((self.soft < 0).cumsum(0) > text_length).nonzero()
-        return self.first(int(over[0])) if len(over) else self
-
-    def after(self, token: int | None) -> _Row:
-        """The row behind a token, if there is one."""
-        if token is None:
-            return self
-        front = (self.ids.new_tensor([token]), self.target.new_tensor([False]), self.soft.new_tensor([-1]))
-        own = (self.ids, self.target, self.soft)
-        return _Row(*(torch.cat(pair) for pair in zip(front, own, strict=True)))
-
-
-def _row(pieces: Sequence[Piece], media: Places, codec: Codec, sample: int) -> _Row:
-    ids: list[int] = []
-    target: list[bool] = []
-    soft: list[int] = []
+def _positions(pieces: Sequence[Piece], media: Places, codec: Codec, sample: int) -> list[_Position]:
+    row: list[_Position] = []
     for piece in pieces:
-        if isinstance(piece, Slot):
-            place = media.get((piece.modality, piece.index))
-            if place is None:
-                have = ", ".join(f"{modality} {i}" for modality, i in media) or "none"
-                named = f"{piece.modality} {piece.index}"
-                raise PromptError(f"the prompt of sample {sample} names {named}, which it lacks (it has: {have})")
-            ids += [SOFT] * len(place)
-            target += [False] * len(place)
-            soft += place
+        if isinstance(piece, Text):
+            ids = codec.encode(piece.text) if piece.ids is None else piece.ids
+            row += [_Position(i, piece.target) for i in ids]
+        elif (place := media.get((piece.modality, piece.index))) is not None:
+            row += [_Position(SOFT, False, i) for i in place]
         else:
-            tokens = codec.encode(piece.text) if piece.ids is None else piece.ids
-            ids += tokens
-            target += [piece.target] * len(tokens)
-            soft += [-1] * len(tokens)
-    long = torch.long
-    return _Row(torch.tensor(ids, dtype=long), torch.tensor(target, dtype=torch.bool), torch.tensor(soft, dtype=long))
+            have = ", ".join(f"{modality} {i}" for modality, i in media) or "none"
+            raise PromptError(
+                f"the prompt of sample {sample} names {piece.modality} {piece.index}, which it lacks (it has: {have})"
+            )
+    return row
 
 
-def _padded_right(rows: Sequence[_Row], codec: Codec, ignored: int | None) -> Batch:
-    pad = codec.pad_id if ignored is None else ignored
-    ids = pad_sequence([row.ids for row in rows], True, pad)
-    mask = pad_sequence([torch.ones_like(row.ids) for row in rows], True, 0)
-    target = pad_sequence([row.target for row in rows], True, False)
-    if ignored is not None:
-        target = target & (ids != ignored)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return Batch(ids, _soft(rows), mask, positions, torch.where(target, ids, IGNORED))
+def _stacked(rows: Sequence[list[_Position]], padding: int, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, L]`` ids, mask and labels, padded on one side."""
+    ids = pad_sequence([torch.tensor([p.id for p in row], dtype=torch.long) for row in rows], True, padding, side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+    labels = [torch.tensor([p.id if p.target else IGNORED for p in row], dtype=torch.long) for row in rows]
+    return ids, mask, pad_sequence(labels, True, IGNORED, side)
 
 
-def _original_chat(rows: Sequence[_Row], codec: Codec) -> Batch:
+def _original_chat(rows: Sequence[list[_Position]], codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
     """The original's stage 2: padding on the left, then one column of BOS, visible where column 0 of the rest is."""
-    ids = pad_sequence([row.ids for row in rows], True, PADDING, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row.ids) for row in rows], True, 0, padding_side="left")
-    target = pad_sequence([row.target for row in rows], True, False, padding_side="left")
-    labels = torch.where(target, ids, IGNORED)
-    if codec.bos_id is not None:
-        ids = torch.cat([torch.full_like(ids[:, :1], codec.bos_id), ids], dim=1)
-        mask = torch.cat([mask[:, :1], mask], dim=1)
-        labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels], dim=1)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return Batch(ids, _soft(rows), mask, positions, labels)
+    ids, mask, labels = _stacked(rows, PADDING, "left")
+    if codec.bos_id is None:
+        return ids, mask, labels
+    bos, untrained = torch.full_like(ids[:, :1], codec.bos_id), torch.full_like(ids[:, :1], IGNORED)
+    return torch.cat([bos, ids], 1), torch.cat([mask[:, :1], mask], 1), torch.cat([untrained, labels], 1)
 
 
-def _soft(rows: Sequence[_Row]) -> Tensor:
-    """The soft tokens of all rows in order."""
-    return torch.cat([row.soft[row.soft >= 0] for row in rows])
+def _has_target(row: Sequence[_Position]) -> bool:
+    return any(position.target for position in row)
+
+
+def _within(row: list[_Position], text_length: int) -> list[_Position]:
+    """The positions before the first text token beyond ``text_length``."""
+    texts = [i for i, position in enumerate(row) if position.soft < 0]
+    return row[: texts[text_length]] if len(texts) > text_length else row
 
 
 def _is_encoded(pieces: Sequence[Piece]) -> bool:
@@ -238,6 +195,6 @@ def _is_encoded(pieces: Sequence[Piece]) -> bool:
     return bool(pieces) and isinstance(pieces[0], Text) and pieces[0].ids is not None and not pieces[0].target
 
 
-def _is_alignment(pieces: Sequence[Piece]) -> bool:
-    """Whether a prompt is of stage 1: media and targets only."""
+def is_alignment(pieces: Sequence[Piece]) -> bool:
+    """Whether a prompt is of stage 1: media and their captions only."""
     return all(isinstance(piece, Slot) or piece.target for piece in pieces)

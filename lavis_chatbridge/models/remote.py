@@ -1,8 +1,7 @@
 """The language model on a vLLM server: prompts go there as embeddings, tokens come back as a stream.
 
 Here are its embedding table, its configuration and its tokenizer only. The server is started with
-``vllm serve FOLDER --enable-prompt-embeds`` (docs/server.md). This module knows vLLM's completions, no media and no
-conversation.
+``vllm serve FOLDER --enable-prompt-embeds`` (docs/server.md). This module knows no media and no conversation.
 
 Shapes: ``N`` positions of a prompt, ``D`` width of the language model, ``V`` vocabulary.
 """
@@ -19,18 +18,18 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import httpx
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
 from lavis_chatbridge.models.decoding import Generation, TokenLogprob
+from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.sampling import Sampling
-
-if TYPE_CHECKING:
-    from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Codec
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +41,7 @@ _FIRST_WAIT = 0.25  # seconds before the second attempt; each further wait is tw
 _BUSY = (429, 502, 503, 504)
 _AT_ONCE = 16
 _PROBE = "The colour of the picture"
+_HINT = "start it with 'vllm serve FOLDER --enable-prompt-embeds'"
 
 
 class Client:
@@ -64,11 +64,7 @@ class Client:
         self._model: str | None = None
 
     def connect(self, codec: Codec) -> int | None:
-        """Check that the server takes this language model's embeddings; returns its context in tokens.
-
-        Raises:
-            EngineError: If it does not answer, or serves another language model.
-        """
+        """Check that the server takes this language model's embeddings; returns its context in tokens."""
         try:
             response = self._http.get(f"{self.url}/models")
             if response.status_code != 200:
@@ -76,9 +72,7 @@ class Client:
             served = response.json()["data"][0]
             self._model, most = str(served["id"]), served.get("max_model_len")
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise EngineError(
-                f"no engine answers at {self.url} ({error}): start it with 'vllm serve FOLDER --enable-prompt-embeds'"
-            ) from error
+            raise EngineError(f"no engine answers at {self.url} ({error}): {_HINT}") from error
         except (ValueError, KeyError, IndexError, TypeError):
             raise EngineError(f"{self.url}/models does not list a model: is it a vLLM server?") from None
         self._check_tokens(codec)
@@ -89,44 +83,21 @@ class Client:
     def tokens(
         self, embeds: Tensor, sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]
     ) -> Generator[tuple[int, TokenLogprob | None]]:
-        """Tokens of a reply as they come.
-
-        Args:
-            embeds: ``[N, D]`` the whole prompt.
-            sampling: How tokens are chosen; the server does no beam search.
-            stops: Texts that end a reply.
-            end_ids: Tokens that end a reply.
-
-        Raises:
-            ConfigError: If the sampling asks for beams.
-            EngineError: If the server refuses the prompt, or is lost before the reply is complete.
-        """
-        body = {"model": self._model, "prompt_embeds": _packed(embeds), **_fields(sampling, stops, end_ids)}
-        complete = False
-        for line in self._lines(body):
+        """Tokens of the reply to ``[N, D]`` embeddings as they come; stop texts and end ids end it."""
+        packed = io.BytesIO()
+        torch.save(embeds.detach().cpu().contiguous().clone(), packed)
+        prompt = base64.b64encode(packed.getvalue()).decode("ascii")
+        for line in self._lines({"model": self._model, "prompt_embeds": prompt, **_fields(sampling, stops, end_ids)}):
             if line == "[DONE]":
-                complete = True
-                break
+                return
             chunk = json.loads(line)
             if "error" in chunk:
                 raise EngineError(f"the engine at {self.url} refuses: {chunk['error']}")
             for choice in chunk.get("choices", ()):
-                yield from self._tokens_of(choice)
-        if not complete:
-            raise EngineError(f"the engine at {self.url} ended the reply early")
-
-    def _tokens_of(self, choice: dict[str, Any]) -> list[tuple[int, TokenLogprob | None]]:
-        ids = choice.get("token_ids") or []
-        if not ids and choice.get("text"):
-            raise EngineError(f"the engine at {self.url} returns no token ids: use vLLM 0.11 or newer")
-        logprobs = choice.get("logprobs")
-        if not logprobs:
-            return [(token, None) for token in ids]
-        rows = zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"] or [{}] * len(ids), strict=False)
-        return [
-            (token, TokenLogprob(token, own, tuple((int(n.rpartition(":")[2]), v) for n, v in (top or {}).items())))
-            for token, own, top in rows
-        ]
+                if choice.get("text") and not choice.get("token_ids"):
+                    raise EngineError(f"the engine at {self.url} returns no token ids: use vLLM 0.11 or newer")
+                yield from _tokens_of(choice)
+        raise EngineError(f"the engine at {self.url} ended the reply early")
 
     def _lines(self, body: dict[str, Any]) -> Iterator[str]:
         """The data of the server's events; a request that has had no answer yet is repeated."""
@@ -171,7 +142,7 @@ class Client:
             said = str(response.json()["error"]["message"])[:500]
         lower = said.lower()
         if "enable-prompt-embeds" in lower:
-            said = "it takes no embeddings: start it with 'vllm serve FOLDER --enable-prompt-embeds'"
+            said = f"it takes no embeddings: {_HINT}"
         elif "hidden_size" in lower or "hidden size" in lower:
             said = f"it serves a language model of another width ({said}); this one's is {self.width}"
         elif status in (401, 403):
@@ -183,30 +154,14 @@ class Client:
         raise EngineError(f"the engine at {self.url} refuses: {said}")
 
 
-class RemoteLanguageModel(nn.Module):
-    """A causal language model whose blocks are on a server; in its place in `ChatBridge`.
+class RemoteLanguageModel(LanguageModel):
+    """A causal language model whose blocks are on a server with a context of ``max_context`` tokens."""
 
-    Args:
-        table: The embedding table.
-        config: The configuration of transformers.
-        client: Where the blocks are.
-        max_context: The server's context in tokens.
-    """
+    embedding_scale = 1.0
 
     def __init__(self, table: nn.Embedding, config: Any, client: Client, max_context: int | None) -> None:
         super().__init__()
         self.embed_tokens, self.config, self.client, self.max_context = table, config, client, max_context
-        self.embedding_scale = 1.0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the table."""
-        return self.embed_tokens.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the table is."""
-        return self.embed_tokens.weight.device
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding table."""
@@ -218,6 +173,8 @@ class RemoteLanguageModel(nn.Module):
             f"model.language_model.engine is {self.client.url}, which only continues prompts: losses, ranking and beam "
             "search need the local language model (set it to null)"
         )
+
+    get_output_embeddings = forward
 
     def run(self, generation: Generation) -> Iterator[str]:
         """Yields a reply's text as it becomes final."""
@@ -243,12 +200,7 @@ class RemoteLanguageModel(nn.Module):
 
 
 def load_remote(url: str, folder: Path, codec: Codec, dtype: torch.dtype) -> RemoteLanguageModel:
-    """The remote language model of a Hugging Face folder; only its embedding table is read.
-
-    Raises:
-        CheckpointError: If the folder has no table in safetensors.
-        EngineError: If the server does not answer, or serves another language model.
-    """
+    """The remote language model of a Hugging Face folder; only its embedding table is read."""
     from transformers import AutoConfig
 
     table = _embedding_table(folder).to(dtype)
@@ -259,9 +211,7 @@ def load_remote(url: str, folder: Path, codec: Codec, dtype: torch.dtype) -> Rem
 
 
 def _embedding_table(folder: Path) -> Tensor:
-    """``[V, D]``, found by the index of the folder's safetensors."""
-    from safetensors import safe_open
-
+    """``[V, D]``; in several files of safetensors, their index names the one."""
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.is_file():
@@ -277,12 +227,21 @@ def _embedding_table(folder: Path) -> Tensor:
     )
 
 
-def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) -> dict[str, Any]:
-    """A sampling in vLLM's names; every value is sent, so that the folder's generation_config.json has no effect.
+def _tokens_of(choice: dict[str, Any]) -> list[tuple[int, TokenLogprob | None]]:
+    """The tokens of an event, with their log-probabilities; vLLM writes a token as ``token_id:ID``."""
+    ids, logprobs = choice.get("token_ids") or [], choice.get("logprobs")
+    if not logprobs:
+        return [(token, None) for token in ids]
+    tops = logprobs["top_logprobs"] or [{}] * len(ids)
+    found: list[tuple[int, TokenLogprob | None]] = []
+    for token, own, top in zip(ids, logprobs["token_logprobs"], tops, strict=False):
+        likeliest = tuple((int(name.rpartition(":")[2]), value) for name, value in (top or {}).items())
+        found.append((token, TokenLogprob(token, own, likeliest)))
+    return found
 
-    Raises:
-        ConfigError: If it asks for beams or a repetition penalty.
-    """
+
+def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) -> dict[str, Any]:
+    """A sampling in vLLM's names; every value is sent, so that the folder's generation_config.json has no effect."""
     if sampling.num_beams > 1:
         raise ConfigError(f"num_beams is {sampling.num_beams}: beam search needs the local language model")
     if sampling.repetition_penalty != 1:  # vLLM counts the prompt's ids too, which embeddings do not have
@@ -307,10 +266,3 @@ def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) ->
         "return_tokens_as_token_ids": sampling.logprobs is not None,
         "include_stop_str_in_output": True,
     }
-
-
-def _packed(embeds: Tensor) -> str:
-    """``[N, D]`` as base64 of ``torch.save``."""
-    file = io.BytesIO()
-    torch.save(embeds.detach().cpu().contiguous().clone(), file)
-    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,21 +1,20 @@
 """Reads a batch of LAVIS's tasks and data sets into prompts and media.
 
 ``samples`` is a dict. ``image``, ``video`` and ``audio`` hold a tensor with a batch axis, or a list with a medium or a
-list of media for each sample (a medium is a tensor, ``AudioClips`` or ``EncodedMedium``). ``pieces`` are the prompts;
-without them a template makes prompts from LAVIS's text keys.
+list of media for each sample. ``pieces`` are the prompts; without them a template words LAVIS's text keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models.templates import Template
-from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, Text, alignment_prompt, context_of
+from lavis_chatbridge.prompting import Message, Modality, Piece, Text, alignment_prompt, context_of
 from lavis_chatbridge.prompting.conversation import END_OF_TURN, HUMAN
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
@@ -32,11 +31,8 @@ def media_of(samples: Mapping[str, Any]) -> Media:
     Raises:
         PromptError: If modalities have different numbers of samples, or a value is no processed medium.
     """
-    media: Media = {
-        modality: _by_sample(modality, samples[modality])
-        for modality in MODALITIES
-        if samples.get(modality) is not None
-    }
+    given = {modality: samples[modality] for modality in MODALITIES if samples.get(modality) is not None}
+    media: Media = {modality: _by_sample(modality, value) for modality, value in given.items()}
     sizes = {modality: len(listed) for modality, listed in media.items()}
     if len(set(sizes.values())) > 1:
         raise PromptError(f"the media of a batch are for different numbers of samples: {sizes}")
@@ -53,21 +49,17 @@ def training_prompts(samples: Mapping[str, Any], media: Media, template: Templat
         PromptError: If there is no text, or texts and media are of different numbers.
     """
     if samples.get("pieces") is not None:
-        return _checked([_worded(pieces, template) for pieces in samples["pieces"]], media)
-    texts = _texts(samples.get("text_input"), _size(media))
-    answers = _answers(samples)
-    if texts is None:
+        return _worded(samples["pieces"], media, template)
+    if samples.get("text_input") is None:
         raise PromptError("a training batch needs 'pieces' or 'text_input'")
-    brought = _modalities(media, len(texts))
+    asked = _asked(samples["text_input"], media)
+    answers = _answers(samples)
     if answers is None:
-        return _checked([alignment_prompt(k, text) for k, text in zip(brought, texts, strict=True)], media)
-    if len(answers) != len(texts):
-        raise PromptError(f"{len(texts)} questions in 'text_input', but {len(answers)} answers")
-    conversations = [
-        template.prompt([Message("user", text, k), Message("assistant", answer)])
-        for k, text, answer in zip(brought, texts, answers, strict=True)
-    ]
-    return _checked(conversations, media)
+        return [alignment_prompt(message.media, message.text) for message in asked]
+    if len(answers) != len(asked):
+        raise PromptError(f"{len(asked)} questions in 'text_input', but {len(answers)} answers")
+    replies = [Message("assistant", answer) for answer in answers]
+    return [template.prompt(turns) for turns in zip(asked, replies, strict=True)]
 
 
 def contexts(samples: Mapping[str, Any], media: Media, template: Template, question: Any = None) -> list[list[Piece]]:
@@ -80,22 +72,13 @@ def contexts(samples: Mapping[str, Any], media: Media, template: Template, quest
         PromptError: If the batch is empty, or texts and media are of different numbers.
     """
     if samples.get("pieces") is not None:
-        return _checked([context_of(_worded(pieces, template)) for pieces in samples["pieces"]], media)
-    given = next((g for g in (question, samples.get("prompt"), samples.get("text_input")) if g), None)
-    size = _size(media)
-    texts = _texts(given, size)
-    if texts is None:
-        if not size:
-            raise PromptError("there is nothing to answer: the batch holds neither text nor media")
-        return [list(alignment_prompt(k, "")[:-1]) for k in _modalities(media, size)]
-    brought = _modalities(media, len(texts))
-    turns = [[Message("user", text, k)] for k, text in zip(brought, texts, strict=True)]
-    return _checked([template.prompt(t, generate=True) for t in turns], media)
-
-
-def is_alignment(context: Sequence[Piece]) -> bool:
-    """Whether a context has media only, so that a caption follows."""
-    return all(isinstance(piece, Slot) for piece in context)
+        return [context_of(pieces) for pieces in _worded(samples["pieces"], media, template)]
+    given = question or samples.get("prompt") or samples.get("text_input")
+    if not given and not _size(media):
+        raise PromptError("there is nothing to answer: the batch holds neither text nor media")
+    if not given:
+        return [list(alignment_prompt(message.media, "")[:-1]) for message in _asked("", media)]
+    return [template.prompt([message], generate=True) for message in _asked(given, media)]
 
 
 def _by_sample(modality: Modality, given: Any) -> list[list[Medium]]:
@@ -106,17 +89,12 @@ def _by_sample(modality: Modality, given: Any) -> list[list[Medium]]:
                 f"{modality}.unsqueeze(0) makes a batch of a single one"
             )
         return [[medium] for medium in given]
-    if isinstance(given, (AudioClips, EncodedMedium)) or not isinstance(given, (list, tuple)):
+    if isinstance(given, Medium) or not isinstance(given, (list, tuple)):
         raise PromptError(f"'{modality}' of a batch is a {type(given).__name__}, expected a tensor or a list by sample")
-    media: list[list[Medium]] = []
-    for i, of_sample in enumerate(given):
-        listed = [of_sample] if isinstance(of_sample, (Tensor, AudioClips, EncodedMedium)) else list(of_sample or ())
-        wrong = [medium for medium in listed if not isinstance(medium, (Tensor, AudioClips, EncodedMedium))]
-        if wrong:
-            raise PromptError(
-                f"'{modality}' of sample {i} holds a {type(wrong[0]).__name__}, expected a processed medium"
-            )
-        media.append(listed)
+    media = [[one] if isinstance(one, Medium) else list(one or ()) for one in given]
+    for i, listed in enumerate(media):
+        if wrong := [type(medium).__name__ for medium in listed if not isinstance(medium, Medium)]:
+            raise PromptError(f"'{modality}' of sample {i} holds a {wrong[0]}, expected a processed medium")
     return media
 
 
@@ -124,21 +102,12 @@ def _size(media: Media) -> int | None:
     return next((len(listed) for listed in media.values()), None)
 
 
-def _modalities(media: Media, size: int) -> list[tuple[Modality, ...]]:
-    """Each sample's media in the order image, video, audio."""
-    if _size(media) not in (None, size):
-        raise PromptError(f"the batch has {size} texts, but media for {_size(media)} samples")
-    return [
-        tuple(modality for modality in MODALITIES for _ in (media[modality][i] if modality in media else ()))
-        for i in range(size)
-    ]
-
-
-def _texts(given: Any, size: int | None) -> list[str] | None:
-    """One text for each sample; a single string is for all."""
-    if given is None:
-        return None
-    return [given] * (1 if size is None else size) if isinstance(given, str) else [str(text) for text in given]
+def _asked(texts: str | Sequence[Any], media: Media) -> list[Message]:
+    """One message for each sample, its media in the order image, video, audio; a single string is for all samples."""
+    listed = [texts] * (_size(media) or 1) if isinstance(texts, str) else [str(text) for text in texts]
+    _check_size(len(listed), media, "texts")
+    shown = [tuple(modality for modality in media for _ in media[modality][i]) for i in range(len(listed))]
+    return [Message("user", text, modalities) for text, modalities in zip(listed, shown, strict=True)]
 
 
 def _answers(samples: Mapping[str, Any]) -> list[str] | None:
@@ -147,31 +116,29 @@ def _answers(samples: Mapping[str, Any]) -> list[str] | None:
     if given is None:
         return None
     answers = [given] if isinstance(given, str) else [str(answer) for answer in given]
-    counts = samples.get("n_answers")
-    if counts is None:
+    if samples.get("n_answers") is None:
         return answers
-    weights = [float(w) for w in cast(Any, samples.get("weight", [1.0] * len(answers)))]
-    chosen, start = [], 0
-    for count in (int(c) for c in counts):
-        chosen.append(answers[max(range(start, start + count), key=lambda i: weights[i])])
-        start += count
-    return chosen
+    weighted = zip([float(w) for w in samples.get("weight", [1.0] * len(answers))], answers, strict=True)
+    groups = [[next(weighted) for _ in range(int(count))] for count in samples["n_answers"]]
+    return [max(group, key=lambda pair: pair[0])[1] for group in groups]
 
 
-def _worded(pieces: Sequence[Piece], template: Template) -> list[Piece]:
-    """A batch's own prompt, unless it is worded for another template."""
-    first = pieces[0] if pieces else None
-    if template.name != "human_assistant" and isinstance(first, Text) and first.text.startswith(END_OF_TURN + HUMAN):
-        raise PromptError(
-            f"model.template is {template.name}, but the batch's prompts are worded as human_assistant: call "
-            "set_template(model.template) of the data sets (this package's runner does)"
-        )
-    return list(pieces)
+def _worded(prompts: Sequence[Sequence[Piece]], media: Media, template: Template) -> list[list[Piece]]:
+    """A batch's own prompts, unless they are worded for another template."""
+    _check_size(len(prompts), media, "prompts")
+    for pieces in prompts:
+        first = pieces[0] if pieces else None
+        human_assistant = isinstance(first, Text) and first.text.startswith(END_OF_TURN + HUMAN)
+        if human_assistant and template.name != "human_assistant":
+            raise PromptError(
+                f"model.template is {template.name}, but the batch's prompts are worded as human_assistant: call "
+                "set_template(model.template) of the data sets (this package's runner does)"
+            )
+    return [list(pieces) for pieces in prompts]
 
 
-def _checked(prompts: list[list[Piece]], media: Media) -> list[list[Piece]]:
-    if _size(media) not in (None, len(prompts)):
-        raise PromptError(f"the batch has {len(prompts)} prompts, but media for {_size(media)} samples")
-    if not prompts:
+def _check_size(count: int, media: Media, what: str) -> None:
+    if _size(media) not in (None, count):
+        raise PromptError(f"the batch has {count} {what}, but media for {_size(media)} samples")
+    if not count:
         raise PromptError("the batch is empty")
-    return prompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Annotated, TypeAlias
 
@@ -12,9 +11,6 @@ from lavis_chatbridge.config import Settings
 
 MOST = 1000
 """The most beams of a search, and the most results of a prompt: each holds its own keys and values."""
-
-_LARGEST_POWER = 30
-"""Beam scores divide by a length to the length penalty; ten to this power is far from the end of fp32."""
 
 Several: TypeAlias = Annotated[int, Field(ge=1, le=MOST)]
 Penalty: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
@@ -43,7 +39,7 @@ class Sampling(Settings):
     """Subtracted from a token's logit once for each time the reply already holds it."""
     num_beams: Several = 1
     """Above 1: beam search for the likeliest whole reply, which is neither sampled nor streamed."""
-    length_penalty: float = Field(default=1.0, allow_inf_nan=False)
+    length_penalty: float = Field(default=1.0, ge=-10, le=10)
     """Exponent of the length that a beam's score is divided by."""
     num_return_sequences: Several = 1
     """Replies to one prompt."""
@@ -68,5 +64,3 @@ class Sampling(Settings):
                 f"num_return_sequences is {self.num_return_sequences}, but {self.num_beams} beam(s) find no more than "
                 "that: raise num_beams, or set a temperature"
             )
-        if self.num_beams > 1 and abs(self.length_penalty) * math.log10(max(self.max_new_tokens, 1)) > _LARGEST_POWER:
-            yield f"length_penalty {self.length_penalty} is too large for max_new_tokens {self.max_new_tokens}"

@@ -11,6 +11,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.tokenizer import Codec
@@ -27,13 +28,18 @@ VICUNA_SYSTEM = (
 
 
 class Template:
-    """How a language model reads conversations."""
+    """How a language model reads conversations.
+
+    Attributes:
+        stops: Texts that end a reply.
+        end_ids: Tokens that end a reply.
+    """
 
     name: str
-    stops: tuple[str, ...]
-    """Texts that end a reply."""
-    end_ids: frozenset[int]
-    """Tokens that end a reply."""
+
+    def __init__(self, codec: Codec, stops: tuple[str, ...] = ()) -> None:
+        self.codec, self.stops = codec, stops
+        self.end_ids: frozenset[int] = frozenset(() if codec.eos_id is None else (codec.eos_id,))
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         """A conversation as pieces, without BOS; replies with their end mark are targets.
@@ -45,7 +51,6 @@ class Template:
 
         Raises:
             PromptError: If the messages do not alternate, or ``generate`` does not fit the last one.
-            ConfigError: If the tokenizer's template refuses the conversation.
         """
         raise NotImplementedError
 
@@ -53,15 +58,12 @@ class Template:
         """A reply with its end mark, as :meth:`prompt` words it."""
         raise NotImplementedError
 
+    def _without_end(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids[:-1] if ids and ids[-1] in self.end_ids else ids
+
 
 def load_template(name: str, codec: Codec, system: str = "", reply_end: str = END_OF_TURN) -> Template:
-    """A template by its name.
-
-    Args:
-        name: One of ``TEMPLATES``.
-        codec: The tokenizer.
-        system: Words in front of the conversation.
-        reply_end: What closes a reply in ``human_assistant``.
+    """A template by its name, with a system prompt, and with what closes a reply in ``human_assistant``.
 
     Raises:
         ConfigError: If there is no such template, or the tokenizer lacks what it needs.
@@ -79,9 +81,8 @@ class HumanAssistant(Template):
     name = "human_assistant"
 
     def __init__(self, codec: Codec, system: str = "", reply_end: str = END_OF_TURN) -> None:
-        self.stops: tuple[str, ...] = (END_OF_TURN,)
-        self.end_ids = _set_of(codec.eos_id)
-        self._codec, self._reply_end = codec, reply_end
+        super().__init__(codec, (END_OF_TURN,))
+        self._reply_end = reply_end
         self._front = [Text(escape_markers(system))] if system else []
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
@@ -89,58 +90,51 @@ class HumanAssistant(Template):
         replies = iter([message for message in messages if message.role == "assistant"])
         pieces: list[Piece] = list(self._front)
         for piece in chat_prompt(messages, generate, end):
-            is_reply = isinstance(piece, Text) and piece.target
-            pieces += self._generated(next(replies), piece, end) if is_reply else [piece]
+            reply = next(replies) if isinstance(piece, Text) and piece.target else None
+            if reply is None or reply.ids is None:
+                pieces.append(piece)
+                continue
+            ids = self._without_end(reply.ids)  # the tokens that it was generated as
+            pieces.append(Text(reply.text, True, ids))
+            if not self.codec.decode(ids).endswith(self.stops):
+                pieces.append(Text(end, target=True))
         return pieces
 
     def reply(self, text: str) -> Text:
         return Text(escape_markers(text) + self._reply_end, target=True)
 
-    def _generated(self, message: Message, piece: Piece, end: str) -> list[Piece]:
-        """A reply in the tokens that it was generated as, where they are known."""
-        if message.ids is None:
-            return [piece]
-        ids = _without_end(message.ids, self.end_ids)
-        closed = self._codec.decode(ids).endswith(self.stops)
-        return [Text(message.text, True, ids), *([] if closed else [Text(end, target=True)])]
-
 
 class VicunaV1(Template):
-    """``USER: ... ASSISTANT: ...</s>``, where ``</s>`` is the tokenizer's end token.
-
-    Raises:
-        ConfigError: If the tokenizer has no end token.
-    """
+    """``USER: ... ASSISTANT: ...</s>``, where ``</s>`` is the tokenizer's end token."""
 
     name = "vicuna_v1"
 
     def __init__(self, codec: Codec, system: str = "") -> None:
+        super().__init__(codec)
         if codec.eos_id is None:
             raise ConfigError("model.template vicuna_v1 needs a tokenizer with an end token; this one has none")
-        self.stops: tuple[str, ...] = ()
-        self.end_ids = _set_of(codec.eos_id)
-        self._codec, self._eos = codec, codec.eos_id
-        self._markers = ("USER:", "ASSISTANT:")
-        self._front = f"{break_up(system, self._markers) or VICUNA_SYSTEM} "
+        self._eos = codec.eos_id
+        self._front = f"{self._broken(system) or VICUNA_SYSTEM} "
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         check_order(messages, generate)
         pieces: list[Piece] = [Text(self._front)]
         counts: dict[Modality, int] = {}
         for message in messages:
-            text = break_up(message.text, self._markers)
-            if message.role == "assistant":
-                pieces.append(self.reply(message.text) if message.ids is None else self._closed(text, message.ids))
+            if message.role == "user":
+                pieces += _user(message.media, self._broken(message.text), counts, "USER: ", " ASSISTANT:")
+            elif message.ids is None:
+                pieces.append(self.reply(message.text))
             else:
-                pieces += _user(message.media, text, counts, "USER: ", " ASSISTANT:")
+                pieces.append(Text(self._broken(message.text), True, (*self._without_end(message.ids), self._eos)))
         return pieces
 
     def reply(self, text: str) -> Text:
-        broken = break_up(text, self._markers)
-        return self._closed(broken, tuple(self._codec.encode(broken)))
+        broken = self._broken(text)
+        return Text(broken, True, (*self.codec.encode(broken), self._eos))
 
-    def _closed(self, text: str, ids: tuple[int, ...]) -> Text:
-        return Text(text, True, (*_without_end(ids, self.end_ids), self._eos))
+    def _broken(self, text: str) -> str:
+        return break_up(text, ("USER:", "ASSISTANT:"))
 
 
 class TokenizerTemplate(Template):
@@ -149,81 +143,77 @@ class TokenizerTemplate(Template):
     Text between two media is encoded in one go, so a conversation without media has the ids that the tokenizer's own
     rendering has. A reply is a target where the words before it are those that a chat would give: templates such as
     Qwen3's put an empty thought before the newest reply only, so there only the last reply is a target.
-
-    Raises:
-        ConfigError: If the tokenizer has no template, or one that drops or repeats messages.
     """
 
     name = "tokenizer"
 
     def __init__(self, codec: Codec, system: str = "") -> None:
-        self._codec = codec
+        super().__init__(codec)
         self._known: dict[tuple[int, bool], list[str]] = {}
         self._system = ""
-        self._system_is_user = False
         self._opening = self._fixed(1, True)[1]
         closing = self._fixed(2, False)[2].strip()
         longest_first = sorted(codec.special | codec.added, key=len, reverse=True)
         token = next((word for word in longest_first if closing.startswith(word)), "")
         self._end = token or closing
-        self.stops: tuple[str, ...] = (closing,) if closing and not token else ()
-        self.end_ids = _set_of(codec.eos_id) | frozenset(codec.encode_marked(token)[:1])
+        self._added_end = "" if self._end else codec.eos_token
+        self.stops = (closing,) if closing and not token else ()
+        self.end_ids |= frozenset(codec.encode_marked(token)[:1])
         self._find_markers(self._fixed(3, True)[1:])
         self._trims = {role: "  x  " not in self._shown(role, "  x  ") for role in ("user", "assistant")}
         self._forgets = "thought" not in self._shown("assistant", "<think>\nthought\n</think>\n\nx")
-        self._system = self._broken(system)
-        self._system_is_user = bool(system) and not self._takes_system()
+        system = self._broken(system)
+        if system and self._takes_system(system):
+            self._system, self._first = system, ""
+        else:  # its words open the first user's message
+            self._first = f"{system}\n\n" if system else ""
         self._known.clear()
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         check_order(messages, generate)
         opening, *behind = self._fixed(len(messages), generate)
-        run = _Run(self._codec, opening)
+        pieces: list[Piece] = [Text(opening)]
         counts: dict[Modality, int] = {}
-        as_in_chat, blank = False, ""
-        for number, (message, closing) in enumerate(zip(messages, behind, strict=True)):
+        front, blank, as_in_chat = self._first, "", False
+        for message, closing in zip(messages, behind, strict=True):
             text = self._content(message)
             if message.role == "user":
                 as_in_chat = closing.startswith(self._opening)
                 blank = closing[len(self._opening) :] if as_in_chat else ""
-                front = f"{self._system}\n\n" if self._system_is_user and number == 0 else ""
-                for piece in _user(message.media, text, counts, front, closing[: len(closing) - len(blank)]):
-                    run.add(piece)
+                pieces += _user(message.media, text, counts, front, closing[: len(closing) - len(blank)])
+                front = ""
             else:
                 ends = bool(self._end) and closing.lstrip().startswith(self._end)
                 cut = closing.index(self._end) + len(self._end) if ends else 0
-                eos = self._codec.eos_id if not self._end else None
-                run.reply(f"{blank}{text}{closing[:cut]}", as_in_chat, eos)
-                run.add(Text(closing[cut:]))
-        return run.finish()
+                pieces.append(Text(f"{blank}{text}{closing[:cut]}{self._added_end}", target=as_in_chat))
+                pieces.append(Text(closing[cut:]))
+        return _encoded(pieces, self.codec)
 
     def reply(self, text: str) -> Text:
         said = self.prompt([Message("user", "x"), Message("assistant", text)])
-        targets = [piece for piece in said if isinstance(piece, Text) and piece.target]
-        return Text("".join(t.text for t in targets), True, tuple(i for t in targets for i in t.ids or ()))
+        return next(piece for piece in said if isinstance(piece, Text) and piece.target)
 
     def _fixed(self, count: int, generate: bool) -> list[str]:
         """The template's own words before, between and behind ``count`` messages."""
-        if (count, generate) in self._known:
-            return self._known[count, generate]
-        marks = [f"content-{secrets.token_hex(12)}" for _ in range(count)]
-        roles = ("user", "assistant")
-        said = [{"role": roles[i % 2], "content": mark} for i, mark in enumerate(marks)]
-        front = [{"role": "system", "content": self._system}] if self._system and not self._system_is_user else []
-        parts = re.split("|".join(marks), self._codec.render([*front, *said], generate))
-        if len(parts) != count + 1:
-            raise ConfigError("the tokenizer's chat template drops or repeats messages: choose another model.template")
-        self._known[count, generate] = parts
-        return parts
+        if (count, generate) not in self._known:
+            marks = [f"content-{secrets.token_hex(12)}" for _ in range(count)]
+            said = [{"role": "assistant" if i % 2 else "user", "content": mark} for i, mark in enumerate(marks)]
+            front = [{"role": "system", "content": self._system}] if self._system else []
+            parts = re.split("|".join(marks), self.codec.render([*front, *said], generate))
+            if len(parts) != count + 1:
+                raise ConfigError(
+                    "the tokenizer's chat template drops or repeats messages: choose another model.template"
+                )
+            self._known[count, generate] = parts
+        return self._known[count, generate]
 
     def _find_markers(self, fixed: Sequence[str]) -> None:
         """Learn what opens and closes turns: special tokens, and words of the template."""
-        codec = self._codec
+        codec = self.codec
         tokens = codec.special | {word for word in codec.added if word.strip() and word in codec.chat_template}
-        self._markers = set(tokens)
         longest_first = "|".join(re.escape(word) for word in sorted(tokens, key=len, reverse=True))
         words = {word for text in fixed for word in re.sub(longest_first or "$^", " ", text).split()}
-        self._markers |= {word for word in words if not word.isalnum()}
+        self._markers = tokens | {word for word in words if not word.isalnum()}
         if not any(token in text for token in tokens for text in fixed):
             self._markers |= words
         self._forbidden = {ids[0] for ids in map(codec.encode_marked, tokens) if len(ids) == 1}
@@ -231,12 +221,12 @@ class TokenizerTemplate(Template):
     def _shown(self, role: str, content: str) -> str:
         """A conversation whose first message of a role has this content."""
         said = [{"role": r, "content": content if r == role else "y"} for r in ("user", "assistant")]
-        return self._codec.render([*said, {"role": "user", "content": "z"}], True)
+        return self.codec.render([*said, {"role": "user", "content": "z"}], True)
 
-    def _takes_system(self) -> bool:
-        front = {"role": "system", "content": self._system}
+    def _takes_system(self, system: str) -> bool:
+        said = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
         try:
-            return self._system in self._codec.render([front, {"role": "user", "content": "x"}], True)
+            return system in self.codec.render(said, True)
         except ConfigError:
             return False
 
@@ -249,50 +239,30 @@ class TokenizerTemplate(Template):
 
     def _broken(self, text: str) -> str:
         broken = break_up(text, self._markers)
-        caught = self._forbidden.intersection(self._codec.encode_marked(broken))
+        caught = self._forbidden.intersection(self.codec.encode_marked(broken))
         return " ".join(broken) if caught else broken
 
 
-class _Run:
-    """Pieces whose text is encoded with everything since the last medium as its context."""
-
-    def __init__(self, codec: Codec, opening: str) -> None:
-        self._codec, self._pieces = codec, list[Piece]()
-        self._read, self._ids, self._pending = "", list[int](), opening
-
-    def add(self, piece: Piece) -> None:
-        """Add words that are no target, or a medium."""
-        if isinstance(piece, Text):
-            self._pending += piece.text
-            return
-        self._flush()
-        self._pieces.append(piece)
-        self._read, self._ids = "", []
-
-    def reply(self, text: str, target: bool, eos: int | None) -> None:
-        """Add a reply, followed by ``eos`` where the template has no end mark."""
-        self._flush()
-        self._pending = text
-        self._flush(target, () if eos is None else (eos,))
-
-    def finish(self) -> list[Piece]:
-        """All pieces."""
-        self._flush()
-        return self._pieces
-
-    def _flush(self, target: bool = False, end: tuple[int, ...] = ()) -> None:
-        text, self._pending = self._pending, ""
-        if not text and not end:
-            return
-        whole = self._codec.encode_marked(self._read + text)
-        known = len(self._ids)
-        if whole[:known] == self._ids:
-            self._read, self._ids, new = self._read + text, whole, whole[known:]
+def _encoded(pieces: Sequence[Piece], codec: Codec) -> list[Piece]:
+    """Pieces with their ids; the context of a text is everything since the last medium."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if isinstance(piece, Text) and isinstance(last, Text) and not piece.target and not last.target:
+            merged[-1] = Text(last.text + piece.text)
         else:
-            self._read, self._ids = text, (new := self._codec.encode_marked(text))
-        self._pieces.append(Text(text, target, (*new, *end)))
-        if end:
-            self._read, self._ids = "", []
+            merged.append(piece)
+    read, ids = "", list[int]()
+    for i, piece in enumerate(merged):
+        if not isinstance(piece, Text):
+            read, ids = "", []
+            continue
+        whole = codec.encode_marked(read + piece.text)
+        if whole[: len(ids)] != ids:  # a token would span both texts: this one is encoded alone
+            read, ids, whole = "", [], codec.encode_marked(piece.text)
+        merged[i] = replace(piece, ids=tuple(whole[len(ids) :]))
+        read, ids = read + piece.text, whole
+    return [piece for piece in merged if not isinstance(piece, Text) or piece.text]
 
 
 def break_up(text: str, markers: Iterable[str]) -> str:
@@ -312,11 +282,3 @@ def _user(media: Sequence[Modality], text: str, counts: dict[Modality, int], ope
     if not media:
         return [Text(f"{opening}{text}{closing}")]
     return [*introduce(media, counts, opening), Text(f". {text}{closing}")]
-
-
-def _set_of(token: int | None) -> frozenset[int]:
-    return frozenset(() if token is None else (token,))
-
-
-def _without_end(ids: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
-    return ids[:-1] if ids and ids[-1] in ends else ids

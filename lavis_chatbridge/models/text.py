@@ -17,7 +17,7 @@ class TextStream:
     Args:
         codec: The tokenizer.
         stops: Texts that end the row and are not part of its text.
-        least: Stop texts in the text of this many first tokens do not count.
+        least: Stop texts within fewer first tokens than this do not count.
     """
 
     def __init__(self, codec: Codec, stops: Sequence[str] = (), least: int = 0) -> None:
@@ -27,16 +27,12 @@ class TextStream:
         """The stop text that was found."""
         self.codec = codec
         self.stops = tuple(stop for stop in stops if stop)
-        self._least, self._exempt = least, 0
-        self._ids: list[int] = []
+        self._least, self._ids = least, list[int]()
 
     @classmethod
     def of(cls, codec: Codec, ids: Sequence[int], stops: Sequence[str] = (), least: int = 0) -> TextStream:
         """A complete stream of these ids."""
         stream = cls(codec, stops, least)
-        if least:
-            for token in ids:
-                stream.push(token)
         stream._ids = list(ids)
         stream.finish()
         return stream
@@ -44,26 +40,22 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token; returns the text that has become final."""
         self._ids.append(token)
-        return self._advance(self._certain(), final=False)
+        # an incomplete character, or a run of bytes, may still change
+        certain = len(self._ids)
+        while certain and self._ids[certain - 1] in self.codec.byte_ids:
+            certain -= 1
+        return self._advance(self.codec.decode(self._ids[:certain]).rstrip(_BROKEN), final=False)
 
     def finish(self) -> str:
         """Return the rest of the text; no more tokens follow."""
         return self._advance(self.codec.decode(self._ids), final=True)
 
-    def _certain(self) -> str:
-        """The text that no later token changes: an incomplete character, or a run of bytes, may still change."""
-        count = len(self._ids)
-        while count and self._ids[count - 1] in self.codec.byte_ids:
-            count -= 1
-        return self.codec.decode(self._ids[:count]).rstrip(_BROKEN)
-
     def _advance(self, whole: str, final: bool) -> str:
         if self.stopped is not None:
             return ""
         whole = whole.lstrip()
-        if len(self._ids) < self._least:
-            self._exempt = len(whole)
-        found = [(i, stop) for stop in self.stops if (i := whole.find(stop, self._exempt)) >= 0]
+        exempt = len(self.codec.decode(self._ids[: self._least - 1]).lstrip()) if self._least > 1 else 0
+        found = [(i, stop) for stop in self.stops if (i := whole.find(stop, exempt)) >= 0]
         if found:
             offset, self.stopped = min(found)
             whole = whole[:offset]

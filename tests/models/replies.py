@@ -65,8 +65,5 @@ def reply(elements: list[Element], media: Any, prefix: Prefix | None = None, tok
 
 
 def answers(model: Any, replies: list[Generation]) -> list[list[int]]:
-    decoder = Decoder(model)
-    decoder.add_all(replies)
-    while len(decoder):
-        decoder.step()
+    Decoder(model).complete(replies)
     return [one.ids for one in replies]

@@ -179,7 +179,7 @@ def test_positions_in_time_for_any_length(model: Any) -> None:
 
     table = torch.tensor([0.0, 1.0, 4.0]).view(1, 3, 1, 1)
     assert positions_in_time(table, [2]).flatten().tolist() == [0.0, 1.0]
-    assert positions_in_time(table, [5, 5]).flatten().tolist() == [0.0, 0.5, 1.0, 2.5, 4.0]
+    assert positions_in_time(table, [5, 5])[1].flatten().tolist() == [0.0, 0.5, 1.0, 2.5, 4.0]
     assert positions_in_time(table, [1, 3])[..., 0, 0].tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 4.0]]
     assert positions_in_time(table[:, :1], [4]).flatten().tolist() == [0.0] * 4
 

@@ -1,58 +1,47 @@
-"""Cross-entropy in chunks: the same losses and gradients as in one piece, with no logits kept."""
+"""Cross-entropy in chunks: the same losses and gradients as in one piece, with few logits at once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
-from lavis_chatbridge.models.losses import chunked_cross_entropy, losses_at
+from lavis_chatbridge.models import losses
 from tests.models.replies import tiny
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks_give_what_one_piece_gives(chunk: int, bias: bool) -> None:
-    torch.manual_seed(1)
-    head = nn.Linear(32, 97, bias=bias).requires_grad_(False)
-    hidden = torch.randn(23, 32, requires_grad=True)
-    targets, weights = torch.randint(97, (23,)), torch.rand(23)
-    expected = functional.cross_entropy(head(hidden), targets, reduction="none")
-    (slope,) = torch.autograd.grad((expected * weights).sum(), hidden)
-    found = chunked_cross_entropy(hidden, head.weight, head.bias, targets, chunk)
-    (ours,) = torch.autograd.grad((found * weights).sum(), hidden)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(ours, slope, atol=1e-6, rtol=0)
-
-
-def test_half_precision_ends_in_fp32() -> None:
-    torch.manual_seed(2)
-    weight, hidden = torch.randn(97, 32) / 6, torch.randn(23, 32)
-    targets = torch.randint(97, (23,))
-    expected = functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    half = hidden.bfloat16().requires_grad_()
-    found = chunked_cross_entropy(half, weight.bfloat16(), None, targets, 8)
-    found.sum().backward()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_chunks_give_what_one_piece_gives(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, trained: bool
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    model = tiny("llama").to(dtype)
+    head = model.get_output_embeddings().requires_grad_(trained)
+    rows, columns = torch.arange(14) // 7, torch.arange(14) % 7
+    targets, weights = torch.randint(97, (14,)), torch.rand(14)
+    embeds = (torch.randn(2, 9, 32) * 0.2).to(dtype).requires_grad_()
+    logits = model(inputs_embeds=embeds).logits[rows, columns].float()
+    expected = functional.cross_entropy(logits, targets, reduction="none")
+    learning = [embeds, head.weight] if trained else [embeds]
+    slopes = torch.autograd.grad((expected * weights).sum(), learning)
+    read: list[int] = []
+    head.register_forward_hook(lambda _module, _inputs, logits: read.append(logits.shape[0]))
+    found = losses.losses_at(model, rows, columns, targets, inputs_embeds=embeds)
+    ours = torch.autograd.grad((found * weights).sum(), learning)
     assert found.dtype == torch.float32
-    assert half.grad is not None
-    assert half.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(found.detach(), expected, atol=0.03, rtol=0)
+    assert max(read) == 3
+    assert sum(read) == 2 * 14
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    for own, slope in zip(ours, slopes, strict=True):
+        torch.testing.assert_close(own, slope, atol=tolerance, rtol=tolerance)
 
 
-def test_no_tensor_of_all_logits_is_kept_for_the_backward_pass() -> None:
-    head = nn.Linear(32, 997, bias=False).requires_grad_(False)
-    hidden = torch.randn(64, 32, requires_grad=True)
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        chunked_cross_entropy(hidden, head.weight, None, torch.randint(997, (64,)), 16)
-    assert kept == [64 * 32]
-
-
-def test_an_output_layer_that_is_trained_gets_its_gradient() -> None:
-    model = tiny("llama")
-    head = model.get_output_embeddings().requires_grad_(True)
+def test_heads_that_scale_or_cap_their_logits_are_run_by_their_model() -> None:
+    model: Any = tiny("granite", logits_scaling=3.0)
     embeds = torch.randn(1, 4, 32)
-    losses_at(model, torch.tensor([0]), torch.tensor([2]), torch.tensor([7]), inputs_embeds=embeds).sum().backward()
-    assert head.weight.grad is not None
-    assert head.weight.grad[7].abs().sum() > 0
+    found = losses.losses_at(model, torch.tensor([0]), torch.tensor([2]), torch.tensor([7]), inputs_embeds=embeds)
+    expected = -model(inputs_embeds=embeds).logits[0, 2].log_softmax(-1)[7]
+    torch.testing.assert_close(found[0], expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -238,16 +237,6 @@ def test_a_quantised_model_is_not_sharded(
     monkeypatch.setattr(parallel.dist, "init_device_mesh", lambda *_arguments: None)
     with pytest.raises(ConfigError, match="fsdp cannot shard a quantised language model"):
         parallel._shard(bridge(folder, tokenizer, how).blocks(), torch.device("cpu"))
-
-
-def test_an_old_bitsandbytes_is_refused_before_anything_is_loaded(
-    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
-    version = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.46.1" if name == "bitsandbytes" else version(name))
-    with pytest.raises(ConfigError, match=r"is 8bit, which needs bitsandbytes 0\.47 or newer, found 0\.46\.1"):
-        load(folder, tokenizer, "8bit")
 
 
 def test_on_a_gpu_the_layers_go_to_this_process_s_device(

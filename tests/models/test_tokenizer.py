@@ -80,7 +80,7 @@ def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: P
     codec = load_codec(tmp_path)
     assert (codec.bos_id, codec.eos_id, len(codec)) == (1, 640, 642)
     assert codec.encode("a<obj>")[-1] == 641
-    assert codec.decode([*codec.encode("a dog"), 641, 640, *codec.encode("b")]) == "a dog<obj>b"
+    assert codec.decode([*codec.encode("a dog"), 641, 640, *codec.encode("b")]) == "a dog<obj> b"
     assert 640 not in codec.encode("a<|end|>")
     template = load_template("tokenizer", codec)
     assert template.end_ids == {640}
