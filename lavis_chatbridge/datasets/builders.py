@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge import config
 from lavis_chatbridge.datasets.convert import converted
-from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset, SplitDataset, split_by_modality
+from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset, split_by_modality
 from lavis_chatbridge.datasets.files import SampleFile, cache_folder
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
@@ -81,11 +82,15 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         found = {}
         for split in self.settings.used_splits:
             if splits is None or split in splits:
-                sources = [source for file in self._files(split) for source in self._sources(split, file)]
+                train = split == "train"
+                own = {modality: both["train" if train else "eval"] for modality, both in processors.items()}
+                sources = [
+                    SampleDataset(name, file, self.settings, train, own, indices)
+                    for file in self._files(split)
+                    for name, indices in self._parts_of(file)
+                ]
                 _tell_apart(sources)
                 found[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
-                mode = "train" if split == "train" else "eval"
-                found[split].set_processors({modality: both[mode] for modality, both in processors.items()})
                 sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
                 _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(found[split]), sizes)
         return found
@@ -109,29 +114,16 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         own, cache = self.settings, cache_folder()
         if own.reader != OWN_READER:
             path = converted(self.NAME, split, own, cache / "converted")
-            return [SampleFile(path, own.root, allow_outside=True, cache=cache, limit=own.limit)]
+            outside = own.allow_outside or own.reader == "huggingface"  # a table's bytes are in the cache folder
+            return [SampleFile(path, own.root, outside, cache, own.limit)]
         opened = []
-        for name in (path for paths in own.files(split).values() for path in paths):
+        for name in own.every_file(split):
             root = os.path.dirname(name) if own.media_root is None else os.path.join(own.root, own.media_root)
             opened.append(SampleFile(name, root or ".", own.allow_outside, cache, own.limit))
         return opened
 
-    def _sources(self, split: str, file: SampleFile) -> list[SampleDataset]:
-        own = self.settings
-        how = PromptSettings(
-            stage=own.stage,
-            train=split == "train",
-            task=own.task,
-            style=own.style,
-            templates=own.instruction_templates(),
-            reply_end=own.reply_end,
-            root=file.root,
-            # a table's bytes are in the cache folder
-            allow_outside=own.allow_outside or own.reader == "huggingface",
-        )
-        if own.split_modalities:
-            return split_by_modality(self.NAME, file, how)
-        return [SampleDataset(self.NAME, file, how)]
+    def _parts_of(self, file: SampleFile) -> Iterable[tuple[str, np.ndarray | None]]:
+        return split_by_modality(self.NAME, file) if self.settings.split_modalities else [(self.NAME, None)]
 
     def _mixture(self) -> SplitDataset:
         own = self.settings
@@ -193,7 +185,7 @@ def _parts(own: DataSettings) -> dict[str, ChatBridgeBuilder]:
 
 def _is_absent(own: DataSettings) -> bool:
     """Whether a part of a mixture is optional and has no annotation files."""
-    return own.optional and not any(os.path.isfile(path) for paths in own.files("train").values() for path in paths)
+    return own.optional and not any(map(os.path.isfile, own.every_file("train")))
 
 
 def _missing(own: DataSettings) -> list[str]:

@@ -137,7 +137,7 @@ def recognised(source: str) -> str:
 def our_jsonl(own: DataSettings, folder: Path) -> Path:
     """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if needed."""
     own.require()
-    (source,) = (path for paths in own.files(_SPLIT).values() for path in paths)
+    [source] = own.every_file(_SPLIT)
     if own.reader == OWN_READER:
         return Path(source)
     target = folder / f"{Path(source).stem}.jsonl"

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, SampleFile, about_tokens
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.processors.loading import SECTIONS
 from lavis_chatbridge.prompting import conversation
-from lavis_chatbridge.prompting.conversation import END_OF_TURN, Message, Wording
+from lavis_chatbridge.prompting.conversation import Message, Wording
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
-from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
+from lavis_chatbridge.schema import Medium, Sample, to_record
 
-Stage = Literal["auto", "alignment", "instruction"]
 Processors = Mapping[str, Callable[..., Any]]
 """``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
 ITEM_KEYS = (
@@ -45,66 +44,41 @@ class MediaCache(Protocol):
         """The stored features of a medium, or None."""
 
 
-@dataclass(frozen=True)
-class PromptSettings:
-    """How samples become prompts.
-
-    Args:
-        stage: ``"alignment"`` (media, then a caption), ``"instruction"`` (conversations), or ``"auto"``: the
-            conversation if a sample has one, else the caption.
-        train: Sample captions, templates and augmentations at random; otherwise use the first of each.
-        seed: Seed of all random choices.
-        task: The task of samples without one.
-        style: The answer style of samples without one.
-        templates: The instruction templates, or None to use questions unchanged.
-        reply_end: The text after a reply.
-        root: The folder that media must be in.
-        allow_outside: Skip that check.
-    """
-
-    stage: Stage = "instruction"
-    train: bool = True
-    seed: int = 0
-    task: str = ""
-    style: str = ""
-    templates: Templates | None = None
-    reply_end: str = END_OF_TURN
-    root: str = "."
-    allow_outside: bool = False
-
-
 class SampleDataset(torch.utils.data.Dataset):
     """One source of a mixture: samples, usually of one modality, and their preparation.
 
     Args:
         name: The source's name in mixtures, batches and logs.
         samples: The samples of the file.
-        settings: How they become prompts.
-        indices: ``[n]`` indices of this source's samples; by default all.
+        settings: How they become prompts: stage, task, style, templates, reply's end.
+        train: Sample captions, templates and augmentations at random; otherwise use the first of each.
         processors: The split's processors.
+        indices: ``[n]`` indices of this source's samples; None: all.
+
+    Attributes:
         ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
+        seed: Seed of all random choices.
+        templates: The instruction templates, or None to use questions unchanged.
+        template: The model's template of conversations; None means the paper's format.
+        features: Stored features, which are used instead of media.
     """
 
     def __init__(
         self,
         name: str,
         samples: Sequence[Sample],
-        settings: PromptSettings,
-        indices: np.ndarray | None = None,
+        settings: DataSettings,
+        train: bool = True,
         processors: Processors | None = None,
-        ratio: float | None = None,
+        indices: np.ndarray | None = None,
     ) -> None:
-        self.name, self.samples, self.settings, self.indices = name, samples, settings, indices
+        self.name, self.samples, self.settings, self.train, self.indices = name, samples, settings, train, indices
         self.processors: Processors = processors or {}
-        self.ratio = ratio
-        self.features: MediaCache | None = None
+        self.ratio: float | None = None
+        self.seed = 0
+        self.templates = settings.instruction_templates()
         self.template: Wording | None = None
-        """The model's template; None means the paper's format of conversations."""
-
-    @property
-    def sources(self) -> list[SampleDataset]:
-        """This source, so that it can be used as a split of one."""
-        return [self]
+        self.features: MediaCache | None = None
 
     @property
     def modalities(self) -> set[Modality]:
@@ -175,11 +149,12 @@ class SampleDataset(torch.utils.data.Dataset):
         """A short hash of the ``index``-th sample: its text, and its media by name and size."""
         sample = self.sample(index)
         sizes = [os.path.getsize(m.path) if m.size is None and os.path.exists(m.path) else m.size for m in sample.files]
-        return hash_of(to_record(sample, os.path.abspath(self.settings.root)), sizes)[:16]
+        root = self.samples.root if isinstance(self.samples, SampleFile) else "."
+        return hash_of(to_record(sample, os.path.abspath(root)), sizes)[:16]
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
         """The prompt of a sample; without ``rng``, from the first caption and template."""
-        chosen = rng if self.settings.train else None
+        chosen = rng if self.train else None
         if self._is_caption(sample):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions; alignment needs one")
@@ -196,16 +171,15 @@ class SampleDataset(torch.utils.data.Dataset):
         return self.settings.stage == "alignment" or (self.settings.stage == "auto" and not sample.turns)
 
     def _turns(self, sample: Sample, rng: np.random.Generator | None) -> Sequence[Message]:
-        settings = self.settings
-        task = sample.task or settings.task or f"{sample.modality.replace('+', '_')}_caption"
-        style = sample.style or settings.style
+        task = sample.task or self.settings.task or f"{sample.modality.replace('+', '_')}_caption"
+        style = sample.style or self.settings.style
         if sample.turns:
-            first = sample.turns[0]
-            if settings.templates is None or task not in settings.templates:
+            if self.templates is None or task not in self.templates:
                 return sample.turns
-            question = settings.templates.apply(task, first.text, style, rng)
+            first = sample.turns[0]
+            question = self.templates.apply(task, first.text, style, rng)
             return (Message("user", question, first.media), *sample.turns[1:])
-        templates = settings.templates or Templates.default()
+        templates = self.templates or Templates.default()
         if task not in templates:
             raise DataError(
                 f"{self.name}: sample {sample.id!r} has captions but no turns, and task {task!r} has no template for "
@@ -221,17 +195,17 @@ class SampleDataset(torch.utils.data.Dataset):
         return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
 
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
-        if not self.settings.allow_outside:
-            check_inside(medium.path, self.settings.root)
+        if isinstance(self.samples, SampleFile):
+            self.samples.check_inside(medium)
         if self.features is not None and (found := self.features.find(medium)) is not None:
             return found
         if medium.modality not in self.processors:
             section = SECTIONS[medium.modality]
             raise DataError(f"{self.name}: there is no {medium.modality} processor; set {section}")
-        return self.processors[medium.modality](media_content(medium), rng=rng if self.settings.train else None)
+        return self.processors[medium.modality](media_content(medium), rng=rng if self.train else None)
 
     def _rng(self, index: int, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.settings.seed, zlib.crc32(self.name.encode()), index, epoch, stream])
+        return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), index, epoch, stream])
 
 
 class SplitDataset(torch.utils.data.ConcatDataset):
@@ -246,11 +220,6 @@ class SplitDataset(torch.utils.data.ConcatDataset):
     def __init__(self, name: str, sources: list[SampleDataset], ratio: float | None = None) -> None:
         super().__init__(sources)
         self.name, self.sources, self.ratio = name, sources, ratio
-
-    def set_processors(self, processors: Processors) -> None:
-        """Use these processors in every source."""
-        for source in self.sources:
-            source.processors = processors
 
     def set_features(self, features: MediaCache | None) -> None:
         """Use this store's features instead of opening media that it contains."""
@@ -279,16 +248,17 @@ def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, A
     return {key: [item[key] for item in items] for key in keys} | {"source": sources.pop()}
 
 
-def split_by_modality(name: str, samples: SampleFile, settings: PromptSettings) -> list[SampleDataset]:
-    """One source per modality of a file, so that a batch has one modality.
+def split_by_modality(name: str, samples: SampleFile) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Name and indices of the samples of each modality of a file, so that a batch has one modality.
 
-    A file of one modality becomes one source called ``name``; otherwise they are ``name/image``, ``name/video+audio``.
+    The samples of a file of one modality are called ``name``; otherwise ``name/image``, ``name/video+audio``.
     """
     present = {samples.modalities[number]: number for number in np.unique(samples.modality).tolist()}
     if len(present) == 1:
-        return [SampleDataset(name, samples, settings)]
-    indices = {modality: np.flatnonzero(samples.modality == number) for modality, number in sorted(present.items())}
-    return [SampleDataset(f"{name}/{modality}", samples, settings, own) for modality, own in indices.items()]
+        yield name, None
+        return
+    for modality, number in sorted(present.items()):
+        yield f"{name}/{modality}", np.flatnonzero(samples.modality == number)
 
 
 def media_content(medium: Medium) -> str | bytes:

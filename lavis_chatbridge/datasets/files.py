@@ -16,7 +16,7 @@ import numpy as np
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import atomic_file, hash_of
-from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, parse_line
+from lavis_chatbridge.schema import SCHEMA_VERSION, Medium, Sample, check_inside, folder_of, parse_line
 
 CACHE_VARIABLE = "CHATBRIDGE_CACHE"
 CHARACTERS_PER_TOKEN = 4
@@ -76,6 +76,11 @@ class SampleFile(Sequence[Sample]):
         end = self._map.find(b"\n", start)
         line = self._map[start : end if end >= 0 else len(self._map)]
         return parse_line(line, f"{self.path}:{self._lines[index]}", self.root, self.allow_outside)
+
+    def check_inside(self, medium: Medium) -> None:
+        """Raise a `DataError` if a link of a medium's path leads out of the root."""
+        if not self.allow_outside:
+            check_inside(medium.path, self.root)
 
     def __getstate__(self) -> dict:
         """Without the memory map, which every process opens for itself."""

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ class MixtureLoader:
 
     def __init__(
         self,
-        splits: Mapping[str, SplitDataset | SampleDataset],
+        splits: Mapping[str, SplitDataset],
         settings: LoaderSettings,
         rank: int = 0,
         world_size: int = 1,
@@ -105,7 +105,7 @@ class MixtureLoader:
         if len(self.sources) < sum(len(split.sources) for split in splits.values()):
             raise ConfigError("two sources of the mixture have the same name")
         for source in self.sources.values():
-            source.settings = replace(source.settings, seed=settings.seed)
+            source.seed = settings.seed
         self.settings = settings
         self.rank = rank
         self.skipped: Counter[str] = Counter()
@@ -163,7 +163,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        dataset: SplitDataset | SampleDataset,
+        dataset: SplitDataset,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -201,7 +201,7 @@ class EvaluationLoader:
 
 
 def source_ratios(
-    splits: Mapping[str, SplitDataset | SampleDataset],
+    splits: Mapping[str, SplitDataset],
     ratios: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Source name -> share of the steps: the data set's ratio, divided among its sources.

@@ -130,6 +130,10 @@ class DataSettings(Settings):
                 raise ConfigError(f"splits.{split} names {twice[0]} twice: name each file once")
         return found
 
+    def every_file(self, split: str) -> list[str]:
+        """A split's annotation files of all purposes."""
+        return [path for paths in self.files(split).values() for path in paths]
+
     def _paths(self, entry: str | list[str]) -> list[str]:
         paths: list[str] = []
         for path in [entry] if isinstance(entry, str) else entry:
@@ -152,7 +156,7 @@ class DataSettings(Settings):
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
         """The annotation files of some splits (by default all) and the media folders that do not exist."""
         names = self.used_splits if splits is None else splits
-        files = [path for split in names for paths in self.files(split).values() for path in paths]
+        files = [path for split in names for path in self.every_file(split)]
         tables = self.reader == "huggingface"
         absent = [p for p in files if not (os.path.isfile(p) or (tables and (os.path.isdir(p) or is_hub_id(p))))]
         folders = [os.path.join(self.root, os.path.dirname(path.split("{")[0])) for path in self.media.values()]

@@ -26,7 +26,7 @@ from lavis_chatbridge.datasets.loader import too_many_unreadable
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import atomic_file, atomic_text, hash_of, hash_of_file, read_json, write_json
 from lavis_chatbridge.prompting.pieces import Modality
-from lavis_chatbridge.schema import Medium, Sample, check_inside, to_record
+from lavis_chatbridge.schema import Medium, Sample, to_record
 
 _log = logging.getLogger(__name__)
 
@@ -206,8 +206,8 @@ def _key(medium: Medium) -> _Content:
 
 def _content(medium: Medium, samples: Sequence[Sample]) -> tuple[str, bytes]:
     """File ending and bytes of a medium."""
-    if isinstance(samples, SampleFile) and not samples.allow_outside:
-        check_inside(medium.path, samples.root)
+    if isinstance(samples, SampleFile):
+        samples.check_inside(medium)
     found = media_content(medium)
     try:
         data = Path(found).read_bytes() if isinstance(found, str) else found

@@ -67,7 +67,7 @@ def test_paths_follow_the_data_root_and_limits_hold(pictures, monkeypatch):
     group = builder("chatbridge_jsonl", splits={"train": "pictures.jsonl"}, limit=5).build_datasets()["train"]
     assert len(group) == 5
     assert group.name == "chatbridge_jsonl"
-    assert group.sources[0].settings.root == str(pictures)
+    assert group.sources[0].samples.root == str(pictures)
 
 
 def test_the_worlds_layout(tmp_path):

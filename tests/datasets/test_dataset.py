@@ -12,7 +12,6 @@ import torch
 from lavis_chatbridge.datasets import files
 from lavis_chatbridge.datasets.dataset import (
     ITEM_KEYS,
-    PromptSettings,
     SampleDataset,
     SplitDataset,
     collate,
@@ -20,16 +19,25 @@ from lavis_chatbridge.datasets.dataset import (
     split_by_modality,
 )
 from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting import Message, Slot, Text
-from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 
-def source(folder, processors, **settings):
-    samples = SampleFile(folder / "pictures.jsonl")
-    return SampleDataset("grey", samples, PromptSettings(root=str(folder), **settings), processors=processors)
+def source(folder, processors, train=True, allow_outside=False, seed=0, **settings):
+    samples = SampleFile(folder / "pictures.jsonl", allow_outside=allow_outside)
+    data = SampleDataset("grey", samples, DataSettings(**{"stage": "instruction", **settings}), train, processors)
+    data.seed = seed
+    return data
+
+
+def evaluated(*samples, **settings):
+    """A data set of samples whose questions take no template by default."""
+    return SampleDataset(
+        "s", samples, DataSettings(**{"stage": "instruction", "templates": False, **settings}), train=False
+    )
 
 
 def test_alignment_item(pictures, processors):
@@ -68,9 +76,9 @@ def test_questions_take_the_tasks_template_and_keep_the_other_turns():
     said = (("user", "what {style}?"), ("assistant", "a"), ("user", "and?"), ("assistant", "b"))
     turns = tuple(Message(*turn) for turn in said)
     sample = Sample("x", turns=turns, task="image_qa", answers=("b", "bee"))
-    plain = SampleDataset("s", [sample], PromptSettings(train=False))
+    plain = evaluated(sample)
     assert plain[0]["pieces"][0].text == "###Human: what {style}?###Assistant:"
-    data = SampleDataset("s", [sample], PromptSettings(train=False, templates=Templates.default()))
+    data = evaluated(sample, templates=True)
     texts = [piece.text for piece in data[0]["pieces"]]
     assert texts[0] == "###Human: what {style}? Answer in a word or two.###Assistant:"
     assert texts[1:] == ["a###", "Human: and?###Assistant:", "b###"]
@@ -78,7 +86,7 @@ def test_questions_take_the_tasks_template_and_keep_the_other_turns():
 
 
 def test_a_question_without_reply_is_a_prompt_to_answer():
-    data = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], PromptSettings(train=False))
+    data = evaluated(Sample("x", turns=(Message("user", "q"),)))
     assert data[0]["pieces"] == [Text("###Human: q###Assistant:")]
     assert data[0]["references"] == []
 
@@ -89,16 +97,16 @@ def test_the_models_template_words_conversations(pictures, processors):
             return [Text(f"{m.role} {m.text} {m.media} {generate} {reply_end}") for m in messages]
 
     talk = Sample("x", turns=(Message("user", "q"), Message("assistant", "a")))
-    group = SplitDataset("g", [SampleDataset("s", [talk], PromptSettings(train=False))])
+    group = SplitDataset("g", [evaluated(talk)])
     group.set_template(Quoted())
     assert [piece.text for piece in group[0]["pieces"]] == ["user q () False ###", "assistant a () False ###"]
 
 
 def test_unsuitable_samples_are_named(pictures):
-    alignment = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], PromptSettings(stage="alignment"))
+    alignment = evaluated(Sample("x", turns=(Message("user", "q"),)), stage="alignment")
     with pytest.raises(DataError, match="sample 'x' has no captions; alignment needs one"):
         alignment[0]
-    odd = SampleDataset("s", [Sample("x", captions=("c",), task="image_qaa")], PromptSettings())
+    odd = evaluated(Sample("x", captions=("c",), task="image_qaa"))
     with pytest.raises(DataError, match="task 'image_qaa' has no template"):
         odd[0]
     with pytest.raises(DataError, match="there is no image processor; set vis_processor"):
@@ -123,7 +131,8 @@ def test_media_inside_a_shard(pictures, processors):
     (pictures / "s.tar").write_bytes(content)
     good, short = (Medium("image", str(pictures / "s.tar"), 100, len(content) - cut) for cut in (200, 50))
     samples = [Sample("a", (good,), ("c",)), Sample("b", (short,), ("c",))]
-    data = SampleDataset("s", samples, PromptSettings(train=False, root=str(pictures)), processors=processors)
+    data = evaluated(*samples)
+    data.processors = processors
     assert torch.equal(data[0]["image"][0], torch.full((3, 4, 4), 7 / 255))
     with pytest.raises(MediaError, match="ends before byte"):
         data[1]
@@ -144,24 +153,17 @@ def test_stored_features_stand_in_for_media(pictures, processors):
     assert group[3]["image"][0].shape == (3, 4, 4)
 
 
-def test_modalities_become_sources(tmp_path):
-    def sample(name, *kinds):
-        return Sample(name, tuple(Medium(kind, str(tmp_path / "f")) for kind in kinds), ("c",))
-
+def test_a_file_is_split_by_modality(tmp_path):
     media = (["image"], ["audio"], [], ["audio", "video"], ["image"])
-    samples = [sample(str(i), *kinds) for i, kinds in enumerate(media)]
+    samples = [
+        Sample(str(i), tuple(Medium(modality, str(tmp_path / "f")) for modality in of), ("c",))
+        for i, of in enumerate(media)
+    ]
     write_jsonl(tmp_path / "a.jsonl", samples)
-    sources = split_by_modality("own", SampleFile(tmp_path / "a.jsonl"), PromptSettings())
-    assert {s.name: [s.sample(i).id for i in range(len(s))] for s in sources} == {
-        "own/audio": ["1"],
-        "own/image": ["0", "4"],
-        "own/text": ["2"],
-        "own/video+audio": ["3"],
-    }
-    group = SplitDataset("own", sources)
-    assert len(group) == 5
-    with pytest.raises(IndexError):
-        group[5]
+    found = {name: indices.tolist() for name, indices in split_by_modality("own", SampleFile(tmp_path / "a.jsonl"))}
+    assert found == {"own/audio": [1], "own/image": [0, 4], "own/text": [2], "own/video+audio": [3]}
+    write_jsonl(tmp_path / "a.jsonl", samples[1:2])
+    assert list(split_by_modality("own", SampleFile(tmp_path / "a.jsonl"))) == [("own", None)]
 
 
 def test_sample_file_indexes_lines_and_survives_pickling(pictures):
@@ -212,7 +214,7 @@ def test_collate_keeps_every_key_and_stacks_nothing(pictures, processors):
 def test_the_tokens_of_format_and_templates_are_estimated():
     turns = (Message("user", "what is it?", ("image",)), Message("assistant", "y"))
     samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(40)]
-    asked = SampleDataset("asked", samples, PromptSettings(task="image_qa", templates=Templates.default()))
+    asked = SampleDataset("asked", samples, DataSettings(task="image_qa"))
     written = [
         32 + sum(len(piece.text) for piece in asked.pieces(sample, asked._rng(i, 0, 0)) if isinstance(piece, Text)) / 4
         for i, sample in enumerate(samples)

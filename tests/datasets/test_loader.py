@@ -9,20 +9,20 @@ import time
 import pytest
 import torch
 
-from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset, SplitDataset
+from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.prompting import Message
-from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample
 from tests.datasets.conftest import PictureProcessor
 
 
-def group(folder, processors, name="grey", ratio=None, indices=None):
-    settings = PromptSettings(stage="alignment", root=str(folder))
+def group(folder, processors, name="grey", indices=None):
+    settings = DataSettings(stage="alignment")
     samples = SampleFile(folder / "pictures.jsonl")
-    return SplitDataset(name, [SampleDataset(name, samples, settings, indices, processors)], ratio)
+    return SplitDataset(name, [SampleDataset(name, samples, settings, True, processors, indices)])
 
 
 def same(first, second):
@@ -70,7 +70,7 @@ def test_a_batch_without_readable_samples_is_empty(pictures, processors):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_malformed_sample_ends_with_its_own_message(workers):
-    data = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], PromptSettings(stage="alignment"))
+    data = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], DataSettings(stage="alignment"))
     loader = MixtureLoader({"s": SplitDataset("s", [data])}, LoaderSettings(workers=workers))
     with pytest.raises(DataError, match=r"^s: sample 'x' has no captions; alignment needs one$"):
         next(loader.batches())
@@ -130,7 +130,7 @@ def test_evaluation_is_divided_exactly(pictures, processors, world):
 def test_a_token_budget_counts_the_conversations_format():
     turns = (Message("user", "is it a dog?", ("image",)), Message("assistant", "yes"))
     samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(600)]
-    source = SampleDataset("qa", samples, PromptSettings(task="image_qa", templates=Templates.default()))
+    source = SampleDataset("qa", samples, DataSettings(task="image_qa"))
     loader = MixtureLoader({"qa": SplitDataset("qa", [source])}, LoaderSettings(batch_tokens=2000), world_size=2)
     assert 28 < loader.plan.batch_sizes["qa"] < 36  # about 36 tokens without the format, which would make 55
 

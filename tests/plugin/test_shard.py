@@ -12,8 +12,9 @@ import yaml
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset, SplitDataset
+from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.files import SampleFile
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.plugin.shard import _add_ratios, _files_of, _section
 from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.toyworld.build import Sizes, build_world
@@ -109,7 +110,7 @@ def test_every_annotation_file_of_a_data_set_has_shards_of_its_own(tmp_path, min
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(mine.read_bytes())
     files = [SampleFile(place, tmp_path) for place in places]
-    sources = [SampleDataset(f"set/{i}", file, PromptSettings()) for i, file in enumerate([*files, files[0]])]
+    sources = [SampleDataset(f"set/{i}", file, DataSettings()) for i, file in enumerate([*files, files[0]])]
     found = _files_of(SplitDataset("set", sources))
     assert [name for name, _ in found.items()] == [("set", stem) for stem in ("train", "train-1", "train-1-1", "other")]
     assert list(found.values()) == files
@@ -131,9 +132,9 @@ def test_a_mixture_becomes_its_parts_with_their_shares(tmp_path, mine):  # noqa:
     assert (section["data_root"], section["reply_end"], section["media"]) == ("d", "</s>", None)
     assert section["splits"] == dict.fromkeys(vqa.ROW["splits"])
     sections = {"multis_vqav2": section, "multis_coco_caption": _section(mixture, caption, of_mixture=True)}
-    sources = [
-        SampleDataset(name, SampleFile(mine), PromptSettings(), ratio=ratio)
-        for name, ratio in (("multis_vqav2/a", 1.0), ("multis_vqav2/b", 2.0), ("multis_coco_caption", 1.0))
-    ]
+    names = ("multis_vqav2/a", "multis_vqav2/b", "multis_coco_caption")
+    sources = [SampleDataset(name, SampleFile(mine), DataSettings()) for name in names]
+    for source, ratio in zip(sources, (1.0, 2.0, 1.0), strict=True):
+        source.ratio = ratio
     _add_ratios(sections, {"multis": SplitDataset("multis", sources, 8.0)})
     assert [one["ratio"] for one in sections.values()] == [6.0, 2.0]

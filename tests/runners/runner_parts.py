@@ -20,7 +20,6 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import nn
 
-from lavis_chatbridge.datasets.dataset import PromptSettings
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.prompting.pieces import Slot, Text
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
@@ -41,7 +40,6 @@ class ToySource:
         self, name: str, kind: str, size: int, bad: tuple[int, ...] = (), poison: tuple[int, ...] = ()
     ) -> None:
         self.name, self.kind, self.size, self.bad, self.poison = name, kind, size, bad, poison
-        self.settings = PromptSettings()
 
     def __len__(self) -> int:
         return self.size

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.datasets.dataset import PromptSettings, SampleDataset
+from lavis_chatbridge.datasets.dataset import SampleDataset
 from lavis_chatbridge.datasets.readers import READERS, options
 from lavis_chatbridge.datasets.readers.common import Origin
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.prompting.pieces import Slot
@@ -415,7 +416,9 @@ def test_the_originals_conversations():
             origin = Origin("set", {"file": [str(path)]}, "/d", dict.fromkeys(named[media], "{id}"), most)
             [sample] = READERS["multis"](origin)
         wording = (case["prompt_list"] or ["?"])[0].replace("<QUESTION>", "{question}")
-        templates = Templates({"t": TaskTemplates(templates=[wording])} if case["prompt_list"] else {}, {})
-        settings = PromptSettings(task="t", templates=templates, reply_end="###" if task == "conv" else "\n###")
-        pieces = SampleDataset("set", [sample], settings).pieces(sample, None)
+        reply_end = "###" if task == "conv" else "\n###"
+        settings = DataSettings(stage="instruction", task="t", templates=False, reply_end=reply_end)
+        dataset = SampleDataset("set", [sample], settings)
+        dataset.templates = Templates({"t": TaskTemplates(templates=[wording])} if case["prompt_list"] else {}, {})
+        pieces = dataset.pieces(sample, None)
         assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == case["conversation"]
