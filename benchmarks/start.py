@@ -26,7 +26,7 @@ import lavis_chatbridge
 LIMIT_MS = 3.0
 PICTURE = Path(lavis_chatbridge.__file__).parent / "assets" / "examples" / "picture.jpg"
 ASK = ["-m", "lavis_chatbridge.cli", "ask", "what is it?", "--image", str(PICTURE), "--device", "cpu"]
-PLAIN = "import sys, torch; from lavis_chatbridge import cli; sys.exit(cli.main(sys.argv[1:]))"
+PLAIN = "import sys, lavis; from lavis_chatbridge import cli; sys.exit(cli.main(sys.argv[1:]))"
 ROWS = {
     "torch and transformers' LLaMA": ["-c", "import torch; from transformers import LlamaForCausalLM, AutoTokenizer"],
     "ask, plain": ["-c", PLAIN, *ASK[2:]],

@@ -131,6 +131,24 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def read_objects(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a JSONL file, each after its ``file:line``; blank lines are skipped.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is not a JSON object.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: expected an object, found {type(record).__name__}")
+        yield f"{path}:{number}", record
+
+
 def hash_of(*parts: Any) -> str:
     """A SHA-256 (64 hex digits) of values as JSON; other types are hashed as ``str`` shows them."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -14,7 +14,7 @@ import typer
 
 from lavis_chatbridge.chat import loading
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
-from lavis_chatbridge.files import append_lines, hash_of, hash_of_file, read_lines
+from lavis_chatbridge.files import append_lines, hash_of, hash_of_file, read_objects
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.conversation import Conversation
@@ -174,16 +174,9 @@ def read_questions(path: Path, system: str = "", hear_videos: bool = True) -> It
     Raises:
         DataError: With ``file:line`` and what is wrong.
     """
-    for number, line in read_lines(path):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: expected an object")
-            yield record.get("id", str(number)), _conversation(record, where, path.parent, system, hear_videos)
+    for where, record in read_objects(path):
+        line = where.rpartition(":")[2]
+        yield record.get("id", line), _conversation(record, where, path.parent, system, hear_videos)
 
 
 def _conversation(record: Mapping[str, Any], where: str, folder: Path, system: str, hear: bool) -> Conversation:

@@ -1,10 +1,8 @@
-"""What the plugin does around LAVIS's own imports; the door in ``lavis_chatbridge/__init__.py`` asks it.
+"""What the plugin does around LAVIS's own imports; the finder in ``lavis_chatbridge/__init__.py`` asks it.
 
-- ``lavis.models``: LAVIS's code is made to work with today's libraries around it (``compat``).
-- ``lavis.common.dist_utils``, which imports timm: without its warnings.
-- ``lavis.tasks``, the last import of ``lavis``: the plugin's classes are registered after it.
-- modules of this package: registration waits until none of them is half imported, so that a program may import any of
-  them first.
+- ``lavis.models`` and some modules below it: patched to work with today's libraries (``compat``).
+- ``lavis.tasks``, the last import of ``lavis``: the plugin's classes are registered after it, but not while a module of
+  this package is half imported, so that a program may import any of them first.
 - ``lavis.train`` and ``lavis.evaluate``: served from this folder, unless LAVIS ships them.
 
 It imports the standard library only, and knows no class of the package.
@@ -12,6 +10,7 @@ It imports the standard library only, and knows no class of the package.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,30 +43,37 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
         path: The parent package's ``__path__``.
         target: The module to reload, if it is one.
     """
-    around: Callable[[str], AbstractContextManager[None]]
-    if name == "lavis.models":
-        around = _compat().loading_models
-    elif name.startswith("lavis.") and name in _compat().BASE_CLASSES:
-        around = _compat().loading_base_class
-    elif name == "lavis.common.dist_utils":
-        around = _compat().quietly
-    elif name == "lavis.tasks" or name.startswith("lavis_chatbridge."):
-        around = _before_registering
-    elif name not in SERVED:
+    around = _around(name)
+    if around is None and name not in SERVED:
         return None
-    spec = _ask_the_others(name, path, target)
+    others = (finder for finder in sys.meta_path if type(finder).__module__ != "lavis_chatbridge")
+    specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
+    spec = next(filter(None, specs), None)
     if name in SERVED:
         return spec or _serve(name)
-    if spec is not None and spec.loader is not None:
+    if spec is not None and spec.loader is not None and around is not None:
         _wrap(spec, around)
     return spec
 
 
 def catch_up() -> None:
-    """Do at once what the door would have done, had it been there when LAVIS was imported."""
-    if hasattr(sys.modules.get("lavis.models"), "model_zoo"):
+    """Patch and register at once if LAVIS was imported before this package."""
+    if "model_zoo" in vars(sys.modules.get("lavis.models", sys)):
         _compat().apply()
     _register_when_ready()
+
+
+def _around(name: str) -> Callable[[str], AbstractContextManager[None]] | None:
+    """The context in which a module is executed, if it needs one."""
+    if name == "lavis.models":
+        return _compat().loading_models
+    if name == "lavis.common.dist_utils":  # imports timm
+        return _compat().without_timms_warning
+    if name == "lavis.tasks" or name.startswith("lavis_chatbridge."):
+        return _before_registering
+    if name.startswith("lavis.") and name in _compat().BASE_CLASSES:
+        return _compat().loading_base_class
+    return None
 
 
 def _compat() -> ModuleType:
@@ -101,21 +107,10 @@ def _register_when_ready() -> None:
             )
 
 
-def _ask_the_others(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-    for finder in sys.meta_path:
-        own = type(finder).__module__ == "lavis_chatbridge"
-        spec = None if own or not hasattr(finder, "find_spec") else finder.find_spec(name, path, target)
-        if spec is not None:
-            return spec
-    return None
-
-
 def _serve(name: str) -> ModuleSpec | None:
     """This folder's module as ``name``: the file itself, so that ``python -m`` and spawned children can run it."""
-    from importlib.util import find_spec, spec_from_file_location
-
-    own = find_spec(f"lavis_chatbridge.plugin.{name.rpartition('.')[2]}")
-    return None if own is None or own.origin is None else spec_from_file_location(name, own.origin)
+    own = importlib.util.find_spec(f"lavis_chatbridge.plugin.{name.rpartition('.')[2]}")
+    return None if own is None or own.origin is None else importlib.util.spec_from_file_location(name, own.origin)
 
 
 def _wrap(spec: ModuleSpec, around: Callable[[str], AbstractContextManager[None]]) -> None:

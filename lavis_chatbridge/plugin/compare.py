@@ -21,18 +21,18 @@ from lavis_chatbridge.files import write_json, write_text
 from lavis_chatbridge.plugin.report import aligned, settings_of
 from lavis_chatbridge.tasks import statistics
 from lavis_chatbridge.tasks.predictions import Prediction, read_predictions
-from lavis_chatbridge.tasks.scoring.records import measured
+from lavis_chatbridge.tasks.scoring.records import Measured, measured
 
 COLUMNS = ("data set", "metric", "samples", "A", "B", "B - A", "95 %", "p")
 _IN_TEXT, _ON_PAGE = 5, 60
 
-Records = dict[tuple[str, int | None], Prediction]
+Records = dict[tuple[str, int], Prediction]
 """The predictions of one data set by sample id and index."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Flip:
-    """A sample whose score changed by ``change``, with the predictions of A and of B."""
+    """A sample whose score changed by ``change`` points, with the predictions of A and of B."""
 
     sample_id: str
     prompt: str
@@ -55,20 +55,21 @@ class Comparison:
     name: str
     metric: str
     a: float
+    a_deviation: float | None
     b: float
-    a_deviation: float | None = None
-    b_deviation: float | None = None
+    b_deviation: float | None
+    only_a: int
+    only_b: int
     difference: statistics.Difference | None = None
     flips: list[Flip] = field(default_factory=list)
-    only_a: int = 0
-    only_b: int = 0
 
     def cells(self) -> list[str]:
         """The text of each of `COLUMNS`."""
-        found = self.difference
-        spread = [f" ± {d:.1f}" if d is not None else "" for d in (self.a_deviation, self.b_deviation)]
-        scores = [f"{self.a:.1f}{spread[0]}", f"{self.b:.1f}{spread[1]}"]
-        if found is None:
+        scores = [
+            f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+            for mean, deviation in ((self.a, self.a_deviation), (self.b, self.b_deviation))
+        ]
+        if (found := self.difference) is None:
             return [self.name, self.metric, "", *scores, "", "", ""]
         ends = f"{found.low:+.1f} to {found.high:+.1f}"
         return [self.name, self.metric, str(found.samples), *scores, f"{found.value:+.1f}", ends, f"{found.p:.4f}"]
@@ -80,18 +81,18 @@ def command(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of comparison.{txt,json,html}.")] = Path(
         "output/comparison"
     ),
-) -> int:
+) -> None:
     """Compare two evaluations of the same samples."""
     found = compare(run_a.split(","), run_b.split(","))
     text = table(found)
-    write_text(output / "comparison.txt", text + "\n")
-    write_json(output / "comparison.json", {"a": run_a, "b": run_b, "comparisons": [asdict(one) for one in found]})
+    about = {"a": run_a, "b": run_b}
     page = pages.render(
-        "comparison.html", title="Comparison", a=run_a, b=run_b, columns=COLUMNS, comparisons=found, most=_ON_PAGE
+        "comparison.html", title="Comparison", columns=COLUMNS, comparisons=found, most=_ON_PAGE, **about
     )
+    write_text(output / "comparison.txt", text + "\n")
+    write_json(output / "comparison.json", {**about, "comparisons": [asdict(one) for one in found]})
     write_text(output / "comparison.html", page)
     print(f"{text}\n\nwritten to {output}/comparison.{{txt,json,html}}")
-    return 0
 
 
 def compare(runs_a: Sequence[str], runs_b: Sequence[str]) -> list[Comparison]:
@@ -141,32 +142,33 @@ def _load(run: Path) -> dict[str, tuple[Path, Records]]:
 
 def _compared(name: str, file: Path, runs_a: Sequence[Records], runs_b: Sequence[Records]) -> list[Comparison]:
     """The comparisons of one data set, its main metric first."""
-    shared = [place for place in runs_a[0] if all(place in records for records in [*runs_a, *runs_b])]
+    shared = [key for key in runs_a[0] if all(key in records for records in [*runs_a, *runs_b])]
     if not shared:
         raise DataError(f"{name}: the runs have no sample in common")
     how = settings_of(file)
-    scored = [
-        [measured([records[place] for place in shared], how.metrics, how.normalisation) for records in runs]
+    a, b = (
+        [measured([records[key] for key in shared], how.metrics, how.normalisation) for records in runs]
         for runs in (runs_a, runs_b)
-    ]
-    first, other = scored[0][0], scored[1][0]
-    comparisons: list[Comparison] = []
-    for metric in first.scores:
-        means = [statistics.over_seeds([one.scores.get(metric, 0.0) for one in runs]) for runs in scored]
-        one = Comparison(name, metric, means[0][0], means[1][0])
-        one.a_deviation, one.b_deviation = (
-            mean[1] if len(runs) > 1 else None for mean, runs in zip(means, scored, strict=True)
-        )
-        one.only_a, one.only_b = len(runs_a[0]) - len(shared), len(runs_b[0]) - len(shared)
-        if all(metric in run.each for runs in scored for run in runs):
-            each_a, each_b = (np.mean([run.each[metric] for run in runs], axis=0) for runs in scored)
-            one.difference = statistics.paired(each_a, each_b, first.weights.get(metric), first.clusters)
-            changes = each_b - each_a if not comparisons else np.zeros(0)
-            one.flips = [
-                Flip(a.sample_id, a.prompt, a.truth, a.media, a.prediction, b.prediction, float(changes[n]))
-                for n in np.argsort(-np.abs(changes), kind="stable").tolist()
-                for a, b in [(first.records[n], other.records[n])]
-                if changes[n]
-            ]
-        comparisons.append(one)
-    return comparisons
+    )
+    left_out = len(runs_a[0]) - len(shared), len(runs_b[0]) - len(shared)
+    found: list[Comparison] = []
+    for metric in (name for name in a[0].scores if all(name in run.scores for run in (*a, *b))):
+        scores_a, scores_b = ([run.scores[metric] for run in runs] for runs in (a, b))
+        one = Comparison(name, metric, *_over_seeds(scores_a), *_over_seeds(scores_b), *left_out)
+        if all(metric in run.each for run in (*a, *b)):
+            each_a, each_b = (np.mean([run.each[metric] for run in runs], axis=0) for runs in (a, b))
+            one.difference = statistics.paired(each_a, each_b, a[0].weights.get(metric), a[0].clusters)
+            one.flips = [] if found else _flips(a[0], b[0], each_b - each_a)
+        found.append(one)
+    return found
+
+
+def _over_seeds(scores: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and, of several seeds, standard deviation (n - 1)."""
+    return float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+
+
+def _flips(a: Measured, b: Measured, changes: np.ndarray) -> list[Flip]:
+    order = np.argsort(-np.abs(changes), kind="stable").tolist()
+    pairs = [(a.records[n], b.records[n], float(changes[n])) for n in order if changes[n]]
+    return [Flip(x.sample_id, x.prompt, x.truth, x.media, x.prediction, y.prediction, c) for x, y, c in pairs]

@@ -1,7 +1,7 @@
-"""LAVIS 1.0.2 on today's libraries: fills in what LAVIS expects and they no longer have; what exists stays as it is.
+"""LAVIS 1.0.2 on today's libraries: adds what LAVIS expects and they no longer have; nothing that exists is replaced.
 
-LAVIS was written for transformers 4.25. The first half (:func:`patch_transformers`) must run before ``lavis.models`` is
-imported, the second (:func:`patch_lavis`) after it; the door calls both. It knows nothing of this package's models.
+LAVIS was written for transformers 4.25. :func:`patch_transformers` must run before ``lavis.models`` is imported,
+:func:`patch_lavis` after it; ``autoload`` calls both.
 """
 
 from __future__ import annotations
@@ -28,45 +28,21 @@ BASE_CLASSES = {
 
 
 def apply() -> None:
-    """Fill in everything that is missing now; safe to call at any time and any number of times."""
+    """Patch everything that is imported already; safe to call at any time and any number of times."""
     patch_transformers()
     for name in BASE_CLASSES:
         if name in sys.modules:
             patch_base_class(sys.modules[name])
-    models = sys.modules.get("lavis.models")
-    if models is not None and "model_zoo" in vars(models):
-        patch_lavis(models)
+    patch_lavis(sys.modules["lavis.models"])
 
 
 @contextmanager
 def loading_models(name: str) -> Iterator[None]:
-    """The surroundings in which ``lavis.models`` is executed."""
+    """Surrounds the execution of ``lavis.models``."""
     patch_transformers()
-    with quietly(), _stand_ins(OPTIONAL_PACKAGES):
+    with without_timms_warning(), _stand_ins(OPTIONAL_PACKAGES):
         yield
     patch_lavis(sys.modules[name])
-
-
-@contextmanager
-def quietly(name: str = "") -> Iterator[None]:
-    """Without timm's word to LAVIS's authors about its old module names: nobody who runs LAVIS can act on it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Importing from timm", category=FutureWarning)
-        yield
-
-
-def patch_transformers() -> None:
-    """Put back the names that LAVIS imports from transformers and that have moved or gone."""
-    from transformers import modeling_utils, pytorch_utils
-
-    _fill(pytorch_utils, "find_pruneable_heads_and_indices", _find_pruneable_heads_and_indices)
-    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
-        _fill(modeling_utils, name, getattr(pytorch_utils, name))
-    gone = "transformers.utils.model_parallel_utils"
-    if gone not in sys.modules and importlib.util.find_spec(gone) is None:
-        stub = ModuleType(gone, "Naive model parallelism, which transformers 5 has dropped.")
-        stub.__dict__.update(assert_device_map=_no_model_parallelism, get_device_map=_no_model_parallelism)
-        sys.modules[gone] = stub
 
 
 @contextmanager
@@ -77,13 +53,34 @@ def loading_base_class(name: str) -> Iterator[None]:
     patch_base_class(sys.modules[name])
 
 
+@contextmanager
+def without_timms_warning(name: str = "") -> Iterator[None]:
+    """Hide timm's warning about old module names, which only LAVIS's authors could act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Importing from timm", category=FutureWarning)
+        yield
+
+
+def patch_transformers() -> None:
+    """Add the names that LAVIS imports from transformers and that have moved or gone."""
+    from transformers import modeling_utils, pytorch_utils
+
+    _add(pytorch_utils, "find_pruneable_heads_and_indices", _find_pruneable_heads_and_indices)
+    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
+        _add(modeling_utils, name, getattr(pytorch_utils, name))
+    gone = "transformers.utils.model_parallel_utils"
+    if gone not in sys.modules and importlib.util.find_spec(gone) is None:
+        stub = ModuleType(gone, "Naive model parallelism, which transformers 5 has dropped.")
+        stub.__dict__.update(assert_device_map=_no_model_parallelism, get_device_map=_no_model_parallelism)
+        sys.modules[gone] = stub
+
+
 def patch_base_class(module: ModuleType) -> None:
     """Give the base class of a module of `BASE_CLASSES` what transformers 5 expects of a model, or no longer has."""
-    base = getattr(module, BASE_CLASSES[module.__name__], None)
-    if base is not None:
-        _fill(base, "all_tied_weights_keys", {})
-        _fill(base, "invert_attention_mask", _invert_attention_mask)
-        _fill(base, "get_head_mask", _get_head_mask)
+    if (base := getattr(module, BASE_CLASSES[module.__name__], None)) is not None:
+        _add(base, "all_tied_weights_keys", {})
+        _add(base, "invert_attention_mask", _invert_attention_mask)
+        _add(base, "get_head_mask", _get_head_mask)
 
 
 def patch_lavis(models: ModuleType) -> None:
@@ -101,17 +98,14 @@ def patch_lavis(models: ModuleType) -> None:
     type(models.model_zoo).model_zoo = property(_zoo_from_registry, lambda zoo, table: None)
 
 
-def _fill(owner: Any, name: str, value: Any) -> None:
+def _add(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         setattr(owner, name, value)
 
 
 @contextmanager
 def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
-    """Let ``import <name>`` succeed for absent packages, for as long as LAVIS's models are imported.
-
-    The stand-ins leave ``sys.modules`` afterwards, since other libraries ask there whether a package is installed.
-    """
+    """Let ``import <name>`` succeed for absent packages; afterwards other libraries see that they are absent."""
     added = [name for name in names if name not in sys.modules and importlib.util.find_spec(name) is None]
     sys.modules.update({name: _Absent(name) for name in added})
     try:
@@ -138,9 +132,7 @@ def _zoo_from_registry(zoo: Any) -> dict[str, list[str]]:
 
 
 def _no_model_parallelism(*arguments: Any, **named: Any) -> Any:
-    raise NotImplementedError(
-        "transformers has dropped naive model parallelism; load the model with a device_map instead"
-    )
+    raise NotImplementedError("transformers has dropped naive model parallelism: load the model with a device_map")
 
 
 def _find_pruneable_heads_and_indices(heads: Any, n_heads: int, head_size: int, already_pruned_heads: set[int]) -> Any:

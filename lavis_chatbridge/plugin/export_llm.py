@@ -22,29 +22,18 @@ def command(
         list[str] | None, typer.Option("--options", help="Override the YAML: model.checkpoint=FILE.")
     ] = None,
 ) -> None:
-    """Write the language model in Hugging Face's layout, with LoRA adapters merged into its weights.
-
-    Raises:
-        ConfigError: If the folder exists, or the language model is quantised or remote.
-        CheckpointError: If a weight file is missing or does not fit.
-    """
+    """Write the language model in Hugging Face's layout, with LoRA adapters merged into its weights."""
     from lavis_chatbridge.chat.loading import load_model
 
     if out.exists():
         raise ConfigError(f"{out} exists: name a new folder")
     built, _ = load_model(model, options or (), "cpu")
     export(built, out)
-    typer.echo(
-        f"{out}: AutoModelForCausalLM.from_pretrained loads it; vllm serve {out} --enable-prompt-embeds serves it"
-    )
+    print(f"{out}: AutoModelForCausalLM.from_pretrained loads it; vllm serve {out} --enable-prompt-embeds serves it")
 
 
 def export(model: Any, out: Path) -> None:
-    """Write a ChatBridge's language model and tokenizer; its adapters are merged in place.
-
-    Args:
-        model: The model.
-        out: The new folder, which appears complete or not at all.
+    """Write a ChatBridge's language model and tokenizer to a new folder; its adapters are merged in place.
 
     Raises:
         ConfigError: If its layers are quantised or on a server.

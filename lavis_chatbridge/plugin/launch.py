@@ -9,7 +9,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
@@ -29,9 +29,14 @@ def launch(cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str
 
 
 class Session:
-    """Runs configurations one after the other in one process group; evaluations with equal models share one."""
+    """Runs configurations one after the other in one process group; evaluations with equal models share one.
+
+    Attributes:
+        cfg: The configuration of the last run.
+    """
 
     def __init__(self) -> None:
+        self.cfg: Any = None
         self._model: Any = None
         self._built_from: Any = None
 
@@ -46,39 +51,32 @@ class Session:
 
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
         """Train or evaluate one configuration, as `launch` does."""
-        cfg = load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
+        self.cfg = cfg = load(cfg_path, with_options(options, {"run.evaluate": "true"}) if evaluate else options)
         import numpy
         import torch
 
-        from lavis_chatbridge.plugin import world
         from lavis_chatbridge.runners import distributed
         from lavis_chatbridge.runners.folder import RunFolder, new_job_id
 
         torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch does not know the quota of a container
-        own = is_own_runner(cfg.run.runner)
         device = distributed.init(cfg.run)
+        own = is_own_runner(cfg.run.runner)
         if device.type == "cpu" and not own:
             raise ConfigError(
                 f"run.runner {cfg.run.runner!r} is LAVIS's own, which needs a CUDA device: use chatbridge_runner"
             )
-        random.seed(cfg.run.seed)  # equally on every process, so that all initialise the same weights
-        numpy.random.seed(cfg.run.seed)
-        torch.manual_seed(cfg.run.seed)
+        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+            seed(cfg.run.seed)  # equally on every process, so that all initialise the same weights
         cfg.pretty_print()
         cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.in_group(), distributed.world_size()
         cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
         job_id = distributed.from_main(new_job_id())
-        with ExitStack() as stack:
-            if own:
-                cfg.folder = RunFolder(cfg.run, job_id)
-                if not evaluate:
-                    stack.enter_context(cfg.folder.claimed())  # raises before anything is loaded
-            world.prepare(cfg.datasets_cfg)
+        cfg.folder = RunFolder(cfg.run, job_id) if own else None
+        # claiming the folder raises before anything is loaded
+        with nullcontext() if cfg.folder is None or evaluate else cfg.folder.claimed():
+            prepare_world(cfg.datasets_cfg)
             runner = self._runner(cfg, job_id, evaluate)
-            if not evaluate:
-                runner.train()
-                return None
-            return runner.evaluate()
+            return runner.evaluate() if evaluate else runner.train()
 
     def _runner(self, cfg: Config, job_id: str, evaluate: bool) -> Any:
         """The runner of a configuration, with its task, data sets and model, built in LAVIS's order."""
@@ -106,6 +104,23 @@ class Session:
             self._model = None  # free its memory before the next one is built
             self._model, self._built_from = task.build_model(cfg), section
         return self._model
+
+
+def prepare_world(datasets_cfg: Mapping[str, Any]) -> None:
+    """Build the embedded world in the data roots of its data sets that have none yet; the main process does it.
+
+    Raises:
+        DataError: If a data root holds something else.
+    """
+    from lavis_chatbridge.datasets.settings import WORLD_PREFIX, DataSettings
+    from lavis_chatbridge.runners import distributed
+    from lavis_chatbridge.toyworld.build import build_world, is_world
+
+    sections = [section for name, section in datasets_cfg.items() if name.startswith(WORLD_PREFIX)]
+    with distributed.together():  # the others wait for the main process here
+        for root in dict.fromkeys(DataSettings(data_root=section.get("data_root")).root for section in sections):
+            if distributed.is_main() and not is_world(root):
+                build_world(root)
 
 
 def is_own_runner(name: str) -> bool:
@@ -163,7 +178,7 @@ def returning_status(function: Callable[..., int | None]) -> Callable[..., None]
 _LISTS = ("--options", "--ablate", "--splits", "--against")
 
 
-def spread(words: Sequence[str], lists: Sequence[str] = _LISTS) -> list[str]:
+def spread(words: Sequence[str]) -> list[str]:
     """Rewrite LAVIS's ``--options A B`` as ``--options A --options B``, which typer reads.
 
     ``--ablate`` without a value becomes ``--ablate all``.
@@ -171,7 +186,7 @@ def spread(words: Sequence[str], lists: Sequence[str] = _LISTS) -> list[str]:
     result: list[str] = []
     current = ""
     for word, following in zip(words, [*words[1:], "-"], strict=False):
-        if word in lists:
+        if word in _LISTS:
             current = word
             if following.startswith("-"):
                 result += [word, "all"] if word == "--ablate" else [word]

@@ -13,21 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_chatbridge.config import find_yaml
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.launchers import share_of
+from lavis_chatbridge.plugin.launch import load, prepare_world
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.dataset import SplitDataset
     from lavis_chatbridge.datasets.files import SampleFile
 
-_DATASETS = "datasets.yaml"
 _SHARED = ("templates", "reply_end", "data_root")  # settings that a mixture shares with its parts
 _KEPT = (*_SHARED, "stage", "task", "style", "split_modalities")
 _HEAD = "# Made by `chatbridge shard`: a configuration with this section datasets reads the shards.\n"
-_NONE = dict.fromkeys(("media", "media_root", "limit"))
-_FROM_SHARDS = {"reader": "jsonl", **_NONE, "allow_outside": False, "skip_missing": False}
+_FROM_SHARDS = {"reader": "jsonl", "media": None, "media_root": None, "limit": None, "skip_missing": False}
 
 
 def command(
@@ -64,27 +62,21 @@ def command(
     if waiting:
         print(f"process {place.rank} of {place.world_size}: {waiting} of {len(targets)} files wait for other processes")
     elif sections:
-        import yaml
-
-        text = yaml.safe_dump({"datasets": sections}, sort_keys=False, allow_unicode=True)
-        write_text(output / _DATASETS, _HEAD + text)
-        print(f"{output / _DATASETS} has the section 'datasets' that reads them")
+        write_text(output / "datasets.yaml", _HEAD + OmegaConf.to_yaml({"datasets": sections}))
+        print(f"{output / 'datasets.yaml'} has the section 'datasets' that reads them")
 
 
 def _from_configuration(
     cfg_path: str, options: list[str], splits: list[str], output: Path, world_size: int
 ) -> tuple[dict[tuple[Path, str], SampleFile], dict[str, dict[str, Any]]]:
     """Folder and stem -> samples, of all splits of a configuration; and the sections that read their shards."""
-    find_yaml(cfg_path)  # before LAVIS is imported, which takes seconds
+    cfg = load(cfg_path, options)
     from lavis.common.registry import registry
 
     from lavis_chatbridge.datasets.builders import ChatBridgeBuilder, require_files
-    from lavis_chatbridge.plugin import world
-    from lavis_chatbridge.runners.config import load_config
 
-    cfg = load_config(cfg_path, options)
     if world_size == 1:
-        world.prepare(cfg.datasets_cfg)
+        prepare_world(cfg.datasets_cfg)
     require_files(cfg.datasets_cfg)
     targets: dict[tuple[Path, str], SampleFile] = {}
     sections: dict[str, dict[str, Any]] = {}

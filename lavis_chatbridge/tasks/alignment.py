@@ -19,9 +19,9 @@ class AlignmentTask(ChatBridgeTask):
     def valid_step(self, model: nn.Module, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The loss of a batch, summed over its target tokens."""
         loss, tokens = self.weighted_loss(model, samples)
-        count, number = int(tokens), len(samples.get("sample_id", ()))
+        count = int(tokens)
         total = float(loss) * count if count else 0.0
-        return [{"source": samples["source"], "samples": number, "tokens": count, "loss": total}]
+        return [{"source": samples["source"], "samples": len(samples["sample_id"]), "tokens": count, "loss": total}]
 
     def after_evaluation(self, val_result: list[dict[str, Any]], split_name: str, epoch: Any, **_unused: Any) -> Any:
         """The mean loss per target token, over all sources and of each; ``agg_metrics`` is its negative.
@@ -30,12 +30,12 @@ class AlignmentTask(ChatBridgeTask):
             The metrics on the main process, None on the others. ``not_predicted`` is the number of unreadable samples.
             Without target tokens there is no loss.
         """
-        merged = gathered(val_result)
-        if merged is None:
+        results = gathered(val_result)
+        if results is None:
             return None
         read, tokens = Counter[str](), Counter[str]()
         losses: dict[str, float] = {}
-        for record in merged:
+        for record in results:
             read[record["source"]] += record["samples"]
             tokens[record["source"]] += record["tokens"]
             losses[record["source"]] = losses.get(record["source"], 0.0) + record["loss"]

@@ -6,18 +6,18 @@ A task knows batches and the model's interface; it knows no data set by name and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
-from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.tasks.settings import EvaluationSettings
-from lavis_chatbridge.tasks.splits import EvaluationSplit
+from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
 
 T = TypeVar("T")
 
@@ -36,12 +36,14 @@ class ChatBridgeTask(BaseTask):
         self.settings = settings or EvaluationSettings()
         self.seed = seed
         self.datasets: Mapping[str, Mapping[str, Any]] = {}
-        self._split: Any = None
+        self.sources: Sequence[EvaluationSource] = []
+        """The sources of the split that is evaluated; empty for LAVIS's own data sets."""
 
     @classmethod
     def setup_task(cls, cfg: Any, **_unused: Any) -> ChatBridgeTask:
         """Build the task from the ``run`` section."""
-        return cls(EvaluationSettings.of(cfg.run_cfg), int(cfg.run_cfg.get("seed", 0)))
+        own = OmegaConf.masked_copy(cfg.run_cfg, list(EvaluationSettings.model_fields))
+        return cls(parse(EvaluationSettings, own, "run"), int(cfg.run_cfg.get("seed", 0)))
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Data set name -> split -> data set, by the registered builders."""
@@ -60,12 +62,11 @@ class ChatBridgeTask(BaseTask):
     def evaluation_split(self, datasets: Mapping[str, Any]) -> EvaluationSplit:
         """The data sets of a split as one, with media kept or replaced according to ``run.media``."""
         sources = [source for dataset in datasets.values() for source in dataset.sources]
-        chosen = self.settings
-        return EvaluationSplit(sources, chosen.media, chosen.media_modalities, self.seed, chosen.withheld_words)
+        return EvaluationSplit(sources, self.settings, self.seed)
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
-        """Store the split. LAVIS's own version calls a method that only its models have."""
-        self._split = dataset
+        """Store the split's sources. LAVIS's own version calls a method that only its models have."""
+        self.sources = getattr(dataset, "sources", [])
 
     def evaluation(self, model: nn.Module, data_loader: Iterable, cuda_enabled: bool = True) -> list[Any]:
         """The results of `valid_step` for every batch of this process, in order."""
@@ -76,18 +77,9 @@ class ChatBridgeTask(BaseTask):
         return results
 
     def unread(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Source -> number of samples without a result, for sources with such samples.
-
-        Args:
-            counts: Source -> number of samples with a result.
-        """
+        """Source -> number of samples without a result, given the number with one; only of sources that lack some."""
         missing = {source.name: len(source) - counts.get(source.name, 0) for source in self.sources}
         return {name: count for name, count in missing.items() if count}
-
-    @property
-    def sources(self) -> Sequence[Any]:
-        """The sources of the split; empty for LAVIS's own data sets."""
-        return getattr(self._split, "sources", [])
 
 
 def gathered(results: list[T]) -> list[T] | None:
@@ -97,8 +89,3 @@ def gathered(results: list[T]) -> list[T] | None:
     parts: list[Any] | None = [None] * get_world_size() if get_rank() == 0 else None
     dist.gather_object(results, parts, dst=0)
     return None if parts is None else [result for part in parts for result in part]
-
-
-def result_dir() -> Path:
-    """The folder of results in LAVIS's registry."""
-    return Path(registry.get_path("result_dir") or "output/result")

@@ -12,7 +12,7 @@ from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.choices import listed
 from lavis_chatbridge.prompting.conversation import escape_markers
-from lavis_chatbridge.prompting.pieces import Piece, Text
+from lavis_chatbridge.prompting.pieces import MODALITIES, Piece, Text
 from lavis_chatbridge.tasks.generation import GenerationTask
 from lavis_chatbridge.tasks.scoring import choices
 
@@ -32,32 +32,34 @@ class ChoiceTask(GenerationTask):
         """Fields of a `Prediction` for each sample: the chosen option, and the reply to each order."""
         options = [_options(meta, name) for meta, name in zip(samples["meta"], samples["sample_id"], strict=True)]
         if self.settings.inference_method == "rank":
-            return [self._ranked(model, _part(samples, [n]), own) for n, own in enumerate(options)]
+            return [_ranked(model, _part(samples, [n]), own) for n, own in enumerate(options)]
         replies: list[list[str]] = [[] for _ in options]
         chosen: list[list[int]] = [[] for _ in options]
         most = max(map(len, options))
         for shift in range(min(most, self.settings.option_orders or most)):
-            asked = [number for number, own in enumerate(options) if shift < len(own)]
+            asked = [n for n, own in enumerate(options) if shift < len(own)]
+            orders = {n: [*options[n][shift:], *options[n][:shift]] for n in asked}
             batch = _part(samples, asked)
             batch["pieces"] = [
-                replaced(pieces, listed(options[n]), listed(_rotated(options[n], shift)))
+                replaced(pieces, listed(options[n]), listed(orders[n]))
                 for n, pieces in zip(asked, batch["pieces"], strict=True)
             ]
             said = model.generate(batch, sampling=self.settings.sampling(self.seed))
-            for number, reply in zip(asked, said, strict=True):
-                position = choices.chosen(reply, _rotated(options[number], shift))
-                replies[number].append(reply)
-                chosen[number].append(-1 if position < 0 else (position + shift) % len(options[number]))
+            for n, reply in zip(asked, said, strict=True):
+                position = choices.chosen(reply, orders[n])
+                replies[n].append(reply)
+                chosen[n].append(-1 if position < 0 else (position + shift) % len(options[n]))
         return [
             {"prediction": _most_frequent(own, picked), "replies": own_replies, "chosen": picked}
             for own, picked, own_replies in zip(options, chosen, replies, strict=True)
         ]
 
-    def _ranked(self, model: Any, sample: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
-        sample["pieces"] = [replaced(sample["pieces"][0], "\n" + listed(options), "")]
-        scores, lengths = model.answer_scores(sample, options)
-        best = int((scores[0] / lengths).argmax())
-        return {"prediction": options[best], "chosen": [best]}
+
+def _ranked(model: Any, sample: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    sample["pieces"] = [replaced(sample["pieces"][0], "\n" + listed(options), "")]
+    scores, lengths = model.answer_scores(sample, options)
+    best = int((scores[0] / lengths).argmax())
+    return {"prediction": options[best], "chosen": [best]}
 
 
 def replaced(pieces: Sequence[Piece], block: str, by: str) -> list[Piece]:
@@ -79,13 +81,9 @@ def _options(meta: Mapping[str, Any], name: str) -> list[str]:
     return [str(option) for option in options]
 
 
-def _rotated(options: Sequence[str], shift: int) -> list[str]:
-    return [*options[shift:], *options[:shift]]
-
-
 def _part(samples: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
     """The model's inputs for some samples of a batch."""
-    columns = ("sample_id", "pieces", "image", "video", "audio")
+    columns = ("sample_id", "pieces", *MODALITIES)
     return {key: [samples[key][n] for n in numbers] for key in columns if key in samples}
 
 

@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, ValidationError
+from pydantic import BeforeValidator, ConfigDict
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import append_lines, atomic_text, read_json, read_lines
+from lavis_chatbridge.files import append_lines, atomic_text, read_json, read_lines, read_objects, write_json
 
 _log = logging.getLogger(__name__)
 
 
-def _clean(value: Any) -> Any:
-    """Text without lone surrogates, which can be neither written nor scored."""
+def _without_surrogates(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-def _named(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _clean(value)
-
-
-Words = Annotated[str, BeforeValidator(_clean)]
+Words = Annotated[str, BeforeValidator(_without_surrogates)]
+"""Text without lone surrogates, which can be neither written nor scored."""
 
 
 class Prediction(Settings):
@@ -41,11 +37,11 @@ class Prediction(Settings):
 
     model_config = ConfigDict(extra="ignore")
 
-    sample_id: Annotated[str, BeforeValidator(_named)]
+    sample_id: Words
     prediction: Words
     source: str = ""
-    index: int | None = None
-    """The sample's position in its source."""
+    index: int = -1
+    """The sample's position in its source; -1: unknown."""
     prompt: Words = ""
     """The prompt; a medium is ``[image 0]``."""
     references: list[Words] = []
@@ -67,8 +63,8 @@ class Prediction(Settings):
         return self.answers or self.references
 
     @property
-    def place(self) -> tuple[str, int | None]:
-        """Source and index, the sort and lookup key of predictions."""
+    def key(self) -> tuple[str, int]:
+        """Source and index, by which predictions are sorted and found."""
         return self.source, self.index
 
     def line(self) -> str:
@@ -83,59 +79,58 @@ def read_predictions(path: Path) -> list[Prediction]:
         DataError: If it cannot be read, is not JSONL, or has no prediction.
         ConfigError: If a line is not a prediction, with all its faults.
     """
-    records = []
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(content, Mapping):
-            raise DataError(f"{path}:{number}: expected an object, a line of an evaluation's result/SPLIT_stepN.jsonl")
-        records.append(parse(Prediction, content, f"{path}:{number}"))
+    records = [parse(Prediction, record, where) for where, record in read_objects(path)]
     if not records:
         raise DataError(f"{path} has no prediction")
     return records
 
 
 class PredictionFiles:
-    """The predictions of one split. ``depends_on`` is a hash of the data, prompts, decoding, weights and versions."""
+    """The predictions of one split.
 
-    def __init__(self, folder: Path, depends_on: str, rank: int = 0) -> None:
+    Args:
+        folder: The folder of results.
+        depends_on: A hash of the data, prompts, decoding, weights and versions.
+        rank: This process.
+    """
+
+    def __init__(self, folder: Path, depends_on: str, rank: int) -> None:
         self.folder, self.depends_on = folder, depends_on
         self._own = folder / f".{depends_on[:16]}.rank{rank}.jsonl"
 
-    def read(self) -> dict[tuple[str, int | None], Prediction]:
-        """Predictions of earlier evaluations with the same hash, by source and index.
-
-        A partial line, which an interruption leaves, is skipped.
-        """
-        found: dict[tuple[str, int | None], Prediction] = {}
+    def read(self) -> dict[tuple[str, int], Prediction]:
+        """Predictions of earlier evaluations with the same hash; a line that an interruption cut off is skipped."""
+        found: dict[tuple[str, int], Prediction] = {}
         for path in chain(self._finished(), self._parts()):
             for number, line in read_lines(path):
                 try:
-                    record = Prediction.model_validate(json.loads(line))
-                except (ValueError, ValidationError):
+                    record = Prediction.model_validate_json(line)
+                except ValueError:
                     _log.warning("%s:%d: skipped a line that is cut off", path, number)
                 else:
-                    found[record.place] = record
+                    found[record.key] = record
         return found
 
     def append(self, records: Iterable[Prediction]) -> None:
         """Add records to this process's file."""
-        with writable(self.folder):
+        with self._writable():
             self.folder.mkdir(parents=True, exist_ok=True)
             append_lines(self._own, [record.line() for record in records])
 
-    def finish(self, name: str, records: Iterable[Prediction]) -> Path:
-        """Write all records to ``NAME.jsonl``, atomically, and remove the processes' own files."""
-        path = self.folder / f"{name}.jsonl"
-        with writable(self.folder), atomic_text(path) as file:
-            file.writelines(f"{record.line()}\n" for record in records)
+    def finish(self, name: str, records: Iterable[Prediction], scores: dict[str, Any]) -> list[str]:
+        """Write ``NAME.jsonl`` and ``NAME_metrics.json`` atomically, remove the processes' own files.
+
+        Returns:
+            The two paths.
+        """
+        path, target = self.folder / f"{name}.jsonl", self.folder / f"{name}_metrics.json"
+        with self._writable():
+            with atomic_text(path) as file:
+                file.writelines(f"{record.line()}\n" for record in records)
+            write_json(target, scores | {"depends_on": self.depends_on})
         for part in self._parts():
             part.unlink(missing_ok=True)
-        return path
+        return [str(path), str(target)]
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(f".{self.depends_on[:16]}.rank*.jsonl"))
@@ -143,19 +138,12 @@ class PredictionFiles:
     def _finished(self) -> Iterator[Path]:
         for scores in sorted(self.folder.glob("*_metrics.json")):
             predictions = scores.with_name(scores.name.removesuffix("_metrics.json") + ".jsonl")
-            content = read_json(scores)
-            if isinstance(content, dict) and content.get("depends_on") == self.depends_on and predictions.is_file():
+            if (read_json(scores) or {}).get("depends_on") == self.depends_on and predictions.is_file():
                 yield predictions
 
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Turn errors of writing to the folder of results into a ConfigError.
-
-    Raises:
-        ConfigError: Instead of the operating system's error.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror or error}") from error
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"run.output_dir: cannot write to {self.folder}: {error.strerror or error}") from error

@@ -5,10 +5,9 @@ These keys are in the ``run`` section of a YAML, together with the runner's own,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable
+from typing import Literal
 
-from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from lavis_chatbridge.config import Settings
@@ -16,11 +15,42 @@ from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.tasks.scoring import Metric, Normalisation
 
-MediaMode: TypeAlias = Literal["normal", "shuffled", "withheld"]
-WithheldWords: TypeAlias = Literal["kept", "removed", "told"]
+
+class MediaSettings(Settings):
+    """Which media an evaluation replaces."""
+
+    media: Literal["normal", "shuffled", "withheld"] = "normal"
+    """``shuffled``: every sample gets another sample's media; ``withheld``: none. Tests the use of media."""
+    media_modalities: list[Modality] = list(MODALITIES)
+    """The modalities that ``media`` applies to; the others are unchanged."""
+    withheld_words: Literal["kept", "removed", "told"] = "kept"
+    """The words that introduce a withheld medium: ``kept``, ``removed``, or replaced by words that say it is missing
+    (``told``)."""
+
+    @property
+    def file_suffix(self) -> str:
+        """The condition of the media in file names: ``""`` or ``"withheld_image_audio"``."""
+        if self.media == "normal":
+            return ""
+        words = [] if self.media == "shuffled" or self.withheld_words == "kept" else [self.withheld_words]
+        return "_".join([self.media, *self.media_modalities, *words])
+
+    @property
+    def label(self) -> str:
+        """The condition in tables: ``""``, ``"image and audio withheld"``, ``"audio withheld, told"``."""
+        if self.media == "normal":
+            return ""
+        words = "" if self.withheld_words == "kept" else f", {self.withheld_words}"
+        return f"{' and '.join(self.media_modalities)} {self.media}{words}"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The options that set this condition in a configuration."""
+        modalities = f"[{','.join(self.media_modalities)}]"
+        return {"run.media": self.media, "run.media_modalities": modalities, "run.withheld_words": self.withheld_words}
 
 
-class EvaluationSettings(Settings):
+class EvaluationSettings(MediaSettings):
     """Keys of the ``run`` section that concern tasks; names and meanings follow LAVIS."""
 
     num_beams: int = Field(default=1, ge=1)
@@ -63,13 +93,6 @@ class EvaluationSettings(Settings):
     """The publication of these figures."""
     groups: list[str] = []
     """Groups of this suite for ``chatbridge evaluate --suite``: ``paper``, ``zero-shot``, ``av``, ..."""
-    media: MediaMode = "normal"
-    """``shuffled``: every sample gets another sample's media; ``withheld``: none. Tests the use of media."""
-    media_modalities: list[Modality] = list(MODALITIES)
-    """The modalities that ``media`` applies to; the others are unchanged."""
-    withheld_words: WithheldWords = "kept"
-    """The words that introduce a withheld medium: ``kept``, ``removed``, or replaced by words that say it is missing
-    (``told``)."""
 
     def check(self) -> Iterable[str]:
         """Yields contradictions between keys."""
@@ -77,13 +100,6 @@ class EvaluationSettings(Settings):
             yield f"min_len {self.min_len} is more than max_len {self.max_len}"
         if self.use_nucleus_sampling and self.num_beams > 1:
             yield f"use_nucleus_sampling samples and num_beams {self.num_beams} searches: choose one"
-
-    @classmethod
-    def of(cls, run_cfg: Mapping[str, Any]) -> EvaluationSettings:
-        """Parse these keys from a complete ``run`` section, which LAVIS passes to tasks."""
-        plain: Any = OmegaConf.to_container(run_cfg, resolve=True) if isinstance(run_cfg, DictConfig) else run_cfg
-        known = EvaluationSettings.model_fields
-        return EvaluationSettings(**{str(key): value for key, value in dict(plain).items() if key in known})
 
     def sampling(self, seed: int = 0) -> Sampling:
         """How answers are decoded."""
@@ -97,11 +113,3 @@ class EvaluationSettings(Settings):
             repetition_penalty=self.repetition_penalty,
             seed=seed,
         )
-
-    @property
-    def condition(self) -> str:
-        """The condition of the media in file names: ``""`` or ``"withheld_image_audio"``."""
-        if self.media == "normal":
-            return ""
-        words = [] if self.media == "shuffled" or self.withheld_words == "kept" else [self.withheld_words]
-        return "_".join([self.media, *self.media_modalities, *words])

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 _RESAMPLES, _FEWEST = 2000, 500  # more than 10,000 clusters get fewer, since their intervals need no more
 _AT_ONCE = 5_000_000  # entries of a block of resamples
+Values: TypeAlias = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of B minus the mean of A, on the same samples.
-
-    Attributes:
-        value: The difference of the two means.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        p: Two-sided p-value of the hypothesis that A and B are equally good.
-        samples: Number of samples.
-    """
+    """The mean of B minus the mean of A on the same samples, the ends of its 95 % interval, its two-sided p-value."""
 
     value: float
     low: float
@@ -35,10 +29,7 @@ class Difference:
 
 
 def interval(
-    values: Sequence[float] | np.ndarray,
-    weights: Sequence[float] | np.ndarray | None = None,
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
+    values: Values, weights: Values | None = None, clusters: Sequence[Hashable] | None = None, seed: int = 0
 ) -> tuple[float, float]:
     """The ends of the 95 % bootstrap interval of a weighted mean.
 
@@ -66,10 +57,7 @@ def interval(
 
 
 def paired(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    weights: Sequence[float] | np.ndarray | None = None,
-    clusters: Sequence[Hashable] | None = None,
+    a: Values, b: Values, weights: Values | None = None, clusters: Sequence[Hashable] | None = None
 ) -> Difference:
     """The difference of the means of ``b`` and ``a``, which are ``[n]`` values of the same samples."""
     from scipy import stats
@@ -88,13 +76,8 @@ def paired(
     return Difference(float(sums.sum() / totals.sum()), low, high, float(p), len(differences))
 
 
-def over_seeds(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of the population of seeds: n - 1) of the scores of several seeds; 0 for one."""
-    return float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-
-
 def _clustered(
-    values: np.ndarray, weights: Sequence[float] | np.ndarray | None, clusters: Sequence[Hashable] | None
+    values: np.ndarray, weights: Values | None, clusters: Sequence[Hashable] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weighted sums and total weights of the clusters."""
     each = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)

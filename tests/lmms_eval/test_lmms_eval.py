@@ -35,13 +35,10 @@ QUESTIONS = {
     "both": ["what is the colour of the video and the pitch of the sound?", "what is the pitch of the sound?"],
     "track": ["what is the pitch of the sound?", "what is the colour of the video?"],
 }
-MODALITIES = {
-    "image": ("image",),
-    "video": ("video",),
-    "audio": ("audio",),
-    "both": ("video", "audio"),
-    "track": ("video", "audio"),
-}
+MODALITIES = {name: (name,) for name in ("image", "video", "audio")} | dict.fromkeys(
+    ("both", "track"), ("video", "audio")
+)
+ENDINGS = {"image": "png", "video": "mp4", "audio": "wav"}
 UTILS = """
 from PIL import Image
 
@@ -74,17 +71,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Media of the embedded world, lmms-eval's tasks about them, and the same questions as our samples."""
     root = tmp_path_factory.mktemp("world")
     (root / "utils.py").write_text(UTILS)
-    for name, kinds in MODALITIES.items():
-        drawn = [scenes(kind, False, 77) for kind in kinds]
+    for name, modalities in MODALITIES.items():
+        drawn = [scenes(modality, False, 77) for modality in modalities]
         docs, samples = [], []
         for number in range(COUNT):
             files = _files(root, name, number, [next(one) for one in drawn])
             text = QUESTIONS[name][number % 2]
             docs.append({"files": list(dict.fromkeys(files)), "question": text, "answer": CHOICES[0]})
-            media = tuple(Medium(kind, file) for kind, file in zip(kinds, files, strict=True))
-            samples.append(
-                Sample(f"s{number}", media, turns=(Message("user", text, kinds), Message("assistant", CHOICES[0])))
-            )
+            media = tuple(Medium(modality, file) for modality, file in zip(modalities, files, strict=True))
+            turns = (Message("user", text, modalities), Message("assistant", CHOICES[0]))
+            samples.append(Sample(f"s{number}", media, turns=turns))
         (root / f"{name}_docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
         write_jsonl(root / f"{name}.jsonl", samples)
         _task(root, name, "generate_until", WRITTEN.format(utils="utils"))
@@ -97,9 +93,7 @@ def _files(root: Path, name: str, number: int, drawn: list[Any]) -> list[str]:
     rng = np.random.default_rng([number, len(name)])
     files = []
     for scene in drawn:
-        path = root / f"{name}{number}.{ {'image': 'png', 'video': 'mp4', 'audio': 'wav'}[scene.modality] }".replace(
-            " ", ""
-        )
+        path = root / f"{name}{number}.{ENDINGS[scene.modality]}"
         if scene.modality == "image":
             path.write_bytes(pictures.encode(pictures.render(scene, rng), "png", rng))
         elif scene.modality == "audio":
@@ -110,9 +104,7 @@ def _files(root: Path, name: str, number: int, drawn: list[Any]) -> list[str]:
             track = sounds.render(drawn[1], rng, seconds, rate=16_000) if name == "track" else None
             path.write_bytes(clips.encode(clip, rng, track))
         files.append(str(path))
-        if name == "track":
-            return files * 2  # the sound is the clip's own
-    return files
+    return [files[0]] * 2 if name == "track" else files  # the sound is the clip's own
 
 
 def _task(root: Path, data: str, output: str, more: str, name: str = "") -> None:

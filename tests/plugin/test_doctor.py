@@ -28,21 +28,6 @@ def config(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(
-    ("torch", "torchaudio", "clashes"),
-    [
-        ("2.15.0+cu132", "2.11.0", True),
-        ("2.14.1", "2.11.0", False),
-        ("2.16.0", "2.16.0", False),
-        (None, "2.11.0", False),
-    ],
-)
-def test_the_known_conflict(torch, torchaudio, clashes):
-    found = doctor.conflict(torch, torchaudio)
-    assert (found is not None) == clashes
-    assert found is None or "pip install 'torch<2.15'" in found
-
-
 def test_unmet_requirements_and_broken_packages_are_faults(monkeypatch):
     wanted = ["torch>=99", "no-such-package>=1", "numpy", 'peft>=9; extra == "lora"']
     monkeypatch.setattr(doctor, "requires", lambda name: wanted)
@@ -76,7 +61,7 @@ def test_a_sound_configuration(config, capsys, monkeypatch):
     assert cli.main(["doctor", "--cfg-path", config()]) == 0
     printed = capsys.readouterr().out
     assert "model.vision.weights" in printed
-    assert "the embedded world will be built in" in printed
+    assert "GPU memory of a training process, estimated" in printed
     assert printed.endswith("nothing stops a run\n")
 
 
@@ -91,19 +76,8 @@ def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch
         "model.perceiver.weights",
     ]
     assert "published by https://github.com/microsoft/unilm" in faults[2]
-    found = list(doctor.configuration(config(), ["run.max_itres=3"]))
-    [fault] = [text for level, text in found if level == "FAULT"]
-    assert "did you mean 'max_iters'" in fault
-    assert any("model.vision.weights" in text for _, text in found), "the model's files are listed all the same"
-
-
-def test_weights_are_told_with_other_faults(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
-    options = ["datasets.chatbridge_world_captions.batch_size=2", "model.model_type=vicuna13b"]
-    texts = [text for level, text in doctor.configuration(config(), options) if level == "FAULT"]
-    assert len(texts) == 5
-    assert "chatbridge_world_captions" in texts[0]
-    assert texts[2].startswith("model.vision.weights")
+    [fault] = doctor.configuration(config(), ["run.max_itres=3"])
+    assert "did you mean 'max_iters'" in fault.text
     [fault] = doctor.configuration(config("no_such_type"), [])
     assert "no_such_type" in fault.text
 
@@ -117,10 +91,6 @@ def test_the_exit_status_counts_faults(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "  FAULT    broken: mend it\n" in printed
     assert printed.endswith("\n1 fault\n")
-    monkeypatch.setattr(doctor, "devices", lambda: iter([Finding("FAULT", "no device")]))
-    assert cli.main(["doctor"]) == 1
-    assert capsys.readouterr().out.endswith("\n2 faults\n")
-    assert cli.main(["doctor", "--options", "run.seed=1"]) == 2
 
 
 def test_an_earlier_training_in_the_folder_is_a_fault(config, tmp_path, capsys):

@@ -31,19 +31,10 @@ def test_a_clear_difference_has_a_small_p() -> None:
     assert statistics.paired(a, a + rng.normal(0.0, 30.0, 400)).p > 0.01
 
 
-def test_one_sample_has_its_own_value_as_interval() -> None:
-    assert statistics.interval([100.0]) == (100.0, 100.0)
-
-
 def test_weights_make_a_mean_of_all_parts() -> None:
     low, high = statistics.interval([100.0, 0.0], weights=[3.0, 1.0])
     assert (low, high) == (0.0, 100.0)
     assert statistics.paired([0.0, 0.0], [100.0, 0.0], weights=[3.0, 1.0]).value == 75.0
-
-
-def test_seeds_have_a_mean_and_a_deviation() -> None:
-    assert statistics.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    assert statistics.over_seeds([5.0]) == (5.0, 0.0)
 
 
 def test_intervals_cover_the_truth_in_95_percent_of_simulated_suites() -> None:

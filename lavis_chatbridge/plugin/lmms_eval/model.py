@@ -10,26 +10,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.model import lmms
 
+from lavis_chatbridge.chat.conversation import ChatMessage, Medium
 from lavis_chatbridge.chat.loading import load_model
 from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.media import has_audio_track
-from lavis_chatbridge.plugin.lmms_eval import missing
-from lavis_chatbridge.plugin.lmms_eval.requests import Given, Said, batches, conversation, cut, decoding, question
+from lavis_chatbridge.plugin.lmms_eval.requests import batches, conversation, decoding, question
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
-try:
-    from lmms_eval.api.instance import GenerationResult
-    from lmms_eval.api.model import lmms
-except ImportError as error:
-    raise ConfigError(missing(error)) from error
-
 _log = logging.getLogger(__name__)
+
+Read = tuple[list[Any], dict[Modality, list[Any]]]
+"""A request's prompt, and its prepared media by modality."""
 
 
 class Score(GenerationResult):
-    """A continuation's mean loss, and whether the model would say just that.
+    """A continuation's mean loss, and whether greedy decoding gives it.
 
     lmms-eval 0.7 makes text of every answer that is no ``GenerationResult``.
     """
@@ -64,7 +63,7 @@ class ChatBridge(lmms):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
+        if not str(batch_size or 1).isdigit():
             raise ConfigError(f"batch_size {batch_size!r}: expected a whole number from 1")
         self.batch_size, self.hear_videos = int(batch_size or 1), hear_videos
         changes = [f"{key}={value}" for key, value in options.items()]
@@ -79,17 +78,15 @@ class ChatBridge(lmms):
         answers = [""] * len(requests)
         keys = [json.dumps(given, sort_keys=True, default=str) for given in kwargs]
         for numbers in batches(keys, [len(str(request.args[0])) for request in requests], self.batch_size):
-            read = {number: self._read(requests[number]) for number in numbers}
-            able = [number for number in numbers if read[number] is not None]
-            if able:
-                given = kwargs[able[0]]
-                found = self.model.generate(_samples([read[number] for number in able]), sampling=decoding(given))
-                for number, answer in zip(able, found, strict=True):
-                    answers[number] = cut(answer, given.get("until"))
+            read = {number: one for number in numbers if (one := self._read(requests[number])) is not None}
+            if read:
+                found = self.model.generate(_samples(list(read.values())), sampling=decoding(kwargs[numbers[0]]))
+                for number, answer in zip(read, found, strict=True):
+                    answers[number] = answer.strip()
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Score]:
-        """The mean loss of each continuation's tokens, and whether the model would say just that.
+        """The mean loss of each continuation's tokens, and whether greedy decoding gives it.
 
         lmms-eval takes the smallest number for the choice, since its models return losses. The media and the question
         of several continuations are read once.
@@ -112,7 +109,7 @@ class ChatBridge(lmms):
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError("ChatBridge answers lmms-eval's tasks of one round: generate_until and loglikelihood")
 
-    def _messages(self, request: Any) -> list[Said]:
+    def _messages(self, request: Any) -> list[ChatMessage]:
         visuals = request.args[2](self._doc(request)) if len(request.args) > 2 else None
         return question(str(request.args[0]), visuals, self.hear_videos)
 
@@ -128,10 +125,11 @@ class ChatBridge(lmms):
         number, task, split = request.args[3:6]
         return self.task_dict[task][split][number]
 
-    def _read(self, request: Any) -> tuple[list[Any], dict[Modality, list[Any]]] | None:
-        """A request's prompt and its prepared media, by modality; None if a medium cannot be read."""
+    def _read(self, request: Any) -> Read | None:
+        """A request's prompt and media; None if a medium cannot be read."""
+        media: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
+        messages = []
         try:
-            messages, media = [], {modality: [] for modality in MODALITIES}  # type: ignore[var-annotated]
             for said in self._messages(request):
                 read = [(given.modality, medium) for given in said.media if (medium := self._open(given)) is not None]
                 messages.append(Message(said.role, said.text, tuple(modality for modality, _ in read)))
@@ -142,9 +140,9 @@ class ChatBridge(lmms):
             return None
         return self.model.template.prompt(messages, generate=True), media
 
-    def _open(self, given: Given) -> Any:
+    def _open(self, given: Medium) -> Any:
         processor = self._processors[given.modality]
-        if given.track and not has_audio_track(given.source, limits=processor.limits):
+        if given.track and not has_audio_track(given.source, limits=processor.limits):  # type: ignore[arg-type]
             return None
         return processor(given.source)
 
@@ -154,14 +152,14 @@ class ChatBridgeChat(ChatBridge):
 
     is_simple = False
 
-    def _messages(self, request: Any) -> list[Said]:
+    def _messages(self, request: Any) -> list[ChatMessage]:
         return conversation(request.args[1](self._doc(request)), self.hear_videos)
 
     def _kwargs(self, request: Any) -> dict[str, Any]:
         return dict(request.args[2])
 
 
-def _samples(read: Sequence[Any]) -> dict[str, Any]:
+def _samples(read: Sequence[Read]) -> dict[str, Any]:
     """A batch as the model takes it."""
     media: dict[str, Any] = {modality: [own[modality] for _, own in read] for modality in MODALITIES}
     return {"pieces": [pieces for pieces, _ in read], **media}

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from lavis_chatbridge.errors import DataError
-
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TEENS = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 _NUMBERS = f"zero one two three four five six seven eight nine ten {_TEENS}".split()
@@ -28,13 +26,9 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     Returns:
         The accuracy in percent and each question's, rounded to two digits as the evaluator does.
     """
-    _check(predictions, answers)
+    types = {"question_type": "all", "answer_type": "all"}
     truth = {
-        number: {
-            "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(texts, start=1)],
-            "question_type": "all",
-            "answer_type": "all",
-        }
+        number: {"answers": [{"answer": text, "answer_id": i} for i, text in enumerate(texts, start=1)], **types}
         for number, texts in enumerate(answers)
     }
     said = {number: {"answer": text} for number, text in enumerate(predictions)}
@@ -48,12 +42,7 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
 def exact_match(
     predictions: Sequence[str], answers: Sequence[Sequence[str]], normalisation: str = "plain"
 ) -> list[float]:
-    """100 for each prediction that equals one of its answers after normalisation of both, 0 for the others.
-
-    Raises:
-        DataError: If a prediction has no answer.
-    """
-    _check(predictions, answers)
+    """100 for each prediction that equals one of its answers after normalisation of both, 0 for the others."""
     normalise = NORMALISATIONS[normalisation]
     return [
         100.0 * (normalise(said) in {normalise(answer) for answer in accepted})
@@ -68,7 +57,6 @@ def yes_no(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tupl
         ``yes_no`` (accuracy), ``precision``, ``recall``, ``F1`` and ``yes_share`` in percent, and 100 or 0 for each
         prediction. A prediction that begins with neither word is wrong and does not count as positive.
     """
-    _check(predictions, answers)
     said = [_first_word(text) for text in predictions]
     truth = [_first_word(texts[0]) for texts in answers]
     positives, hits = said.count("yes"), sum(s == t == "yes" for s, t in zip(said, truth, strict=True))
@@ -109,14 +97,6 @@ def vqa(text: str) -> str:
 
 NORMALISATIONS: dict[str, Callable[[str], str]] = {"plain": plain, "squad": squad, "vqa": vqa, "vocabulary": vocabulary}
 """Name to normalisation of an answer before it is compared."""
-
-
-def _check(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
-    if not predictions:
-        raise DataError("there are no predictions to score")
-    bare = [number for number, accepted in enumerate(answers) if not accepted]
-    if bare:
-        raise DataError(f"{len(bare)} of {len(predictions)} predictions have no answer, the first is number {bare[0]}")
 
 
 def _first_word(text: str) -> str:

@@ -1,8 +1,7 @@
 """Caption scores by pycocoevalcap, the official COCO caption evaluation: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
 METEOR, SPICE and the official tokenizer are Java programs. If one cannot run or crashes, the result has the
-reason instead of its metric, and all other scores. The result has the tokenizer's name, because scores from different
-tokenizers are not comparable.
+reason instead of its metric, and all other scores.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Texts = dict[int, list[str]]
 class CaptionScores:
     """Scores of the corpus and of each caption, as fractions (``BLEU_1`` to ``BLEU_4``); reasons for missing metrics.
 
-    ``tokenizer`` is ``"ptb"`` (official, Java) or ``"python"`` (a rule, without Java).
+    ``tokenizer`` is ``"ptb"`` (official, Java) or ``"python"`` (a rule): their scores are not comparable.
     """
 
     overall: dict[str, float] = field(default_factory=dict)
@@ -49,18 +48,33 @@ class CaptionScores:
     tokenizer: str = "ptb"
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def add(self, metric: str, truth: Texts, said: Texts) -> None:
+        """Add one metric, or the reason why its scorer failed."""
+        try:
+            corpus, single = (_meteor if metric == "METEOR" else _scored)(metric, truth, said)
+        except Exception as error:  # an external scorer may raise anything; only its own metric is lost
+            self.left_out[metric] = f"its scorer failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            _log.warning("%s is left out: %s", metric, self.left_out[metric])
+            return
+        if metric == "BLEU":
+            named = {f"BLEU_{n}": values for n, values in enumerate(zip(corpus, single, strict=True), start=1)}
+        else:
+            named = {metric: (corpus, [item["All"]["f"] for item in single] if metric == "SPICE" else single)}
+        self.overall |= {name: float(value) for name, (value, _) in named.items()}
+        self.each |= {name: [float(value) for value in values] for name, (_, values) in named.items()}
+
 
 def unavailable(metrics: Sequence[str] = CAPTION_METRICS) -> dict[str, str]:
     """The metrics (and ``"ptb"``, the official tokenizer) that cannot be computed on this machine -> the reason."""
-    reasons = {}
-    java = None if shutil.which("java") else "Java is not installed (Debian: apt-get install default-jre-headless)"
-    if java:
-        reasons["ptb"] = f"{java}; captions are tokenised by a Python rule instead"
-    if "METEOR" in metrics and java:
-        reasons["METEOR"] = java
-    if "SPICE" in metrics and (fault := java or _spice_fault()):
-        reasons["SPICE"] = fault
-    return reasons
+    if not shutil.which("java"):
+        java = "Java is not installed (Debian: apt-get install default-jre-headless)"
+        reasons = {name: java for name in ("METEOR", "SPICE") if name in metrics}
+        return {"ptb": f"{java}; captions are tokenised by a Python rule instead", **reasons}
+    folder = importlib.resources.files("pycocoevalcap") / "spice" / "lib"
+    missing = [name for name in _SPICE_JARS if not (folder / name).is_file()]  # SPICE would download them
+    if "SPICE" in metrics and missing:
+        return {"SPICE": f"SPICE's {' and '.join(missing)} are not in lib/ of pycocoevalcap's spice folder"}
+    return {}
 
 
 def score_captions(
@@ -74,12 +88,8 @@ def score_captions(
         metrics: Names of `CAPTION_METRICS`.
 
     Raises:
-        DataError: If a prediction has no reference, or no reference has a word.
+        DataError: If no reference has a word.
     """
-    if bare := [number for number, texts in enumerate(references) if not texts]:
-        raise DataError(
-            f"{len(bare)} of {len(predictions)} predictions have no reference, the first is number {bare[0]}"
-        )
     missing = unavailable(metrics)
     found = CaptionScores(left_out={name: reason for name, reason in missing.items() if name != "ptb"})
     truth: Texts = {number: list(texts) for number, texts in enumerate(references)}
@@ -91,31 +101,16 @@ def score_captions(
         found.left_out["CIDEr"] = "it needs two samples or more: words are weighted by how many samples have them"
     for metric in metrics:
         if metric not in found.left_out:
-            _score(metric, truth, said, found)
+            found.add(metric, truth, said)
     return found
 
 
-def _score(metric: str, truth: Texts, said: Texts, found: CaptionScores) -> None:
-    """Add one metric, or the reason why its scorer failed."""
-    try:
-        if metric == "METEOR":
-            corpus, single = _meteor(truth, said)
-        else:
-            more = {"verbose": 0} if metric == "BLEU" else {}
-            corpus, single = resolve_name(_SCORERS[metric])().compute_score(truth, said, **more)
-    except Exception as error:  # an external scorer may raise anything; only its own metric is lost
-        found.left_out[metric] = f"its scorer failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        _log.warning("%s is left out: %s", metric, found.left_out[metric])
-        return
-    if metric == "BLEU":
-        for n, (value, values) in enumerate(zip(corpus, single, strict=True), start=1):
-            found.overall[f"BLEU_{n}"], found.each[f"BLEU_{n}"] = float(value), [float(v) for v in values]
-        return
-    each = [item["All"]["f"] for item in single] if metric == "SPICE" else single
-    found.overall[metric], found.each[metric] = float(corpus), [float(value) for value in each]
+def _scored(metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:
+    quiet = {"verbose": 0} if metric == "BLEU" else {}
+    return resolve_name(_SCORERS[metric])().compute_score(truth, said, **quiet)
 
 
-def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
+def _meteor(_metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:
     """METEOR in a separate Java process, which is killed after a time limit.
 
     When the process dies, pycocoevalcap raises with its lock held, and its destructor would wait forever for that lock.
@@ -129,8 +124,7 @@ def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
         return meteor.compute_score(truth, said)
     except (OSError, ValueError) as error:
         meteor.meteor_p.kill()
-        status = meteor.meteor_p.wait()
-        raise ValueError(f"its Java process ended with status {status}") from error
+        raise ValueError(f"its Java process ended with status {meteor.meteor_p.wait()}") from error
     finally:
         watchdog.cancel()
         if meteor.lock.locked():
@@ -140,34 +134,20 @@ def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
 def _tokenised(truth: Texts, said: Texts, official: bool) -> tuple[Texts, Texts, str]:
     """References and predictions as tokens, and the name of the tokenizer."""
     if official:
-        both = _tokenise_ptb(truth), _tokenise_ptb(said)
-        if all(
-            {n: len(own) for n, own in done.items()} == {n: len(own) for n, own in asked.items()}
-            for done, asked in zip(both, (truth, said), strict=True)
-        ):
-            return *both, "ptb"
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+        # A line break inside a caption would shift all later captions, and an empty last line would be lost.
+        rows = [
+            {n: [{"caption": " ".join(text.split()) or "."} for text in own] for n, own in texts.items()}
+            for texts in (truth, said)
+        ]
+        done = [PTBTokenizer().tokenize(captions) for captions in rows]
+        if all(len(done[i].get(n, ())) == len(own) for i, texts in enumerate(rows) for n, own in texts.items()):
+            return done[0], done[1], "ptb"
         _log.warning("the official tokenizer's Java died; captions are tokenised by a Python rule instead")
-    return _tokenise_python(truth), _tokenise_python(said), "python"
-
-
-def _tokenise_ptb(captions: Texts) -> Texts:
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    # A line break inside a caption would shift all later captions, and an empty last line would be lost.
-    rows = {key: [{"caption": " ".join(text.split()) or "."} for text in texts] for key, texts in captions.items()}
-    return PTBTokenizer().tokenize(rows)
-
-
-def _tokenise_python(captions: Texts) -> Texts:
-    """Lower case without punctuation: a rule that approximates the official tokenizer."""
-    return {
-        key: [" ".join(_PUNCTUATION.sub(" ", text.lower()).split()) for text in texts]
-        for key, texts in captions.items()
-    }
-
-
-def _spice_fault() -> str | None:
-    """Why SPICE cannot run: its parser's jars are not part of the package, which downloads them at first use."""
-    folder = importlib.resources.files("pycocoevalcap") / "spice" / "lib"
-    missing = [name for name in _SPICE_JARS if not (folder / name).is_file()]
-    return f"SPICE's {' and '.join(missing)} are not in lib/ of pycocoevalcap's spice folder" if missing else None
+    # lower case without punctuation: a rule that approximates the official tokenizer
+    plain = [
+        {n: [" ".join(_PUNCTUATION.sub(" ", text.lower()).split()) for text in own] for n, own in texts.items()}
+        for texts in (truth, said)
+    ]
+    return plain[0], plain[1], "python"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -26,6 +26,9 @@ _PACKAGES = ("lavis-chatbridge", "salesforce-lavis", "pycocoevalcap", "torch", "
 _MEANS = ("ROUGE_L", "CIDEr", "SPICE")
 """Caption metrics whose corpus score is the mean of the samples' scores."""
 
+Types = dict[str, dict[str, dict[str, float]]]
+"""Kind of type -> type -> ``samples`` and the mean of each metric."""
+
 
 @dataclass
 class Measured:
@@ -36,16 +39,16 @@ class Measured:
         scores: Metric -> percent.
         each: Metric -> ``[n]`` percent; only metrics that are means over samples.
         weights: Metric -> ``[n]``, for means that are weighted.
-        parts: Type of part -> part -> percent of each sample with it, for scores of several parts of a sample.
+        by_attribute: Attribute -> number of samples and accuracy, for captions that are scored by facts.
         tokenizer: The tokenizer of captions.
         left_out: Metric -> the reason why it was not computed.
     """
 
-    records: list[Prediction]
+    records: Sequence[Prediction]
     scores: dict[str, float] = field(default_factory=dict)
     each: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
-    parts: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    by_attribute: dict[str, dict[str, float]] = field(default_factory=dict)
     tokenizer: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -60,14 +63,6 @@ class Measured:
         return [tuple(record.media) or number for number, record in enumerate(self.records)]
 
 
-def announce(metrics: Sequence[str]) -> None:
-    """Log before a run which of its metrics cannot be computed here."""
-    wanted = [metric for metric in metrics if metric in CAPTION_METRICS]
-    for name, reason in (captions.unavailable(wanted) if wanted else {}).items():
-        what = "the official tokenizer of captions" if name == "ptb" else name
-        _log.warning("%s is not available here: %s. The other scores will be computed", what, reason)
-
-
 def measured(
     records: Sequence[Prediction],
     metrics: Sequence[str] = (),
@@ -78,7 +73,7 @@ def measured(
 
     Args:
         records: One per sample.
-        metrics: Names of `scoring.METRICS`; if empty: exact match of questions, attribute accuracy of captions.
+        metrics: Names of `scoring.Metric`; if empty: exact match of questions, or else attribute accuracy of captions.
         normalisation: For ``exact_match``.
         values: All values of each attribute, for the attribute accuracy; by default those in the records.
 
@@ -88,11 +83,13 @@ def measured(
     for (name, _), count in Counter((record.sample_id, record.index) for record in records).items():
         if count > 1:
             raise DataError(f"sample {name!r} was predicted twice")
-    if not metrics:
-        return _unnamed(records, values)
-    usable = [record for record in records if record.truth]
-    if not usable:
+    usable = [record for record in records if (record.truth if metrics else record.answers)]
+    if metrics and not usable:
         raise DataError(f"none of {len(records)} predictions has references or answers to compare with")
+    if not usable:
+        return _by_facts([record for record in records if record.facts], values)
+    if not metrics:
+        metrics, normalisation = ["exact_match"], "squad"
     found = Measured(usable)
     said, truth = [record.prediction for record in usable], [record.truth for record in usable]
     if named := [metric for metric in metrics if metric in CAPTION_METRICS]:
@@ -124,11 +121,16 @@ def score_records(
 
     Returns:
         ``samples``, ``scores`` (metric -> percent), ``intervals`` (metric -> lower and upper end), ``metric`` and
-        ``headline`` (the first metric's name and score, None if it could not be computed), ``by_type`` (kind of type ->
-        type -> ``samples`` and scores), ``chance`` (of multiple choice), ``tokenizer``, ``left_out`` (metric -> why),
-        ``unscored`` (number of predictions without references, answers, options or facts).
+        ``headline`` (the first metric's name and score, None if it could not be computed), ``by_type`` (`Types`),
+        ``chance`` (of multiple choice), ``tokenizer``, ``left_out`` (metric -> why), ``unscored`` (number of
+        predictions without references, answers, options or facts). Only ``samples`` and ``fault``, the error text, if
+        nothing can be scored, so that other data sets keep their scores.
     """
-    found = measured(records, metrics, normalisation, values)
+    try:
+        found = measured(records, metrics, normalisation, values)
+    except DataError as error:
+        _log.error("not scored: %s", error)
+        return {"samples": len(records), "fault": str(error)}
     first = metrics[0] if metrics else next(iter(found.scores), "")
     metric = HEADLINES.get(first, first)
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
@@ -145,25 +147,13 @@ def score_records(
     return result | {key: value for key, value in more.items() if value}
 
 
-def scores_or_fault(records: Sequence[Prediction], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The result of `score_records`, or ``fault`` with its error, so that other data sets keep their scores."""
-    try:
-        return score_records(records, *args, **kwargs)
-    except DataError as error:
-        _log.error("not scored: %s", error)
-        return {"samples": len(records), "fault": str(error)}
-
-
 def types_of(record: Prediction) -> dict[str, str]:
-    """Kind of type -> type of a question in its data set.
-
-    ``meta.type``, ``meta.turn``, ``meta.question_type`` if it differs from the type, and all of ``meta.types``.
-    """
-    found: dict[str, Any] = {"type": record.meta.get("type"), "turn": record.meta.get("turn")}
-    if record.meta.get("question_type") != found["type"]:
-        found["question type"] = record.meta.get("question_type")
-    several = record.meta.get("types")
-    found |= several if isinstance(several, Mapping) else {}
+    """Kind of type -> type of a question: ``meta.type``, ``turn`` and ``question_type``, and all of ``meta.types``."""
+    meta = record.meta
+    found = {"type": meta.get("type"), "turn": meta.get("turn"), "question type": meta.get("question_type")}
+    if found["question type"] == found["type"]:
+        del found["question type"]
+    found |= meta.get("types") or {}
     named = {key: " / ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for key, v in found.items()}
     return {str(key): str(value) for key, value in named.items() if value not in (None, "")}
 
@@ -179,47 +169,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _unnamed(records: Sequence[Prediction], values: facts.Values | None) -> Measured:
-    """Exact match of questions with accepted answers; without any, attribute accuracy of captions with facts."""
-    asked = [record for record in records if record.answers]
-    if asked:
-        found = Measured(asked)
-        said = [record.prediction for record in asked]
-        found.add("exact_match", answers.exact_match(said, [record.answers for record in asked], "squad"))
+def _by_facts(records: Sequence[Prediction], values: facts.Values | None) -> Measured:
+    """Attribute accuracy: the share of all pairs of a caption and an attribute in which the caption is right."""
+    found = Measured(records)
+    if not records:
         return found
-    described = [record for record in records if record.facts]
-    found = Measured(described)
-    if not described:
-        return found
-    known = values or facts.values_of(record.facts for record in described)
-    rights = [facts.attributes_right(record.prediction, record.facts, known) for record in described]
+    known = values or facts.values_of(record.facts for record in records)
+    rights = [facts.attributes_right(record.prediction, record.facts, known) for record in records]
     counts = np.array([len(right) for right in rights], dtype=float)
     each = 100.0 * np.array([sum(right.values()) for right in rights]) / counts
     found.weights["attribute_accuracy"] = counts
-    found.add("attribute_accuracy", each, float((each * counts).sum() / counts.sum()))
+    found.add("attribute_accuracy", each.tolist(), float((each * counts).sum() / counts.sum()))
     found.add("all_attributes_right", [100.0 * all(right.values()) for right in rights])
-    for right in rights:
-        for name, is_right in right.items():
-            found.parts.setdefault("attribute", {}).setdefault(name, []).append(100.0 * is_right)
+    for name in dict.fromkeys(name for right in rights for name in right):
+        own = [100.0 * right[name] for right in rights if name in right]
+        found.by_attribute[name] = {"samples": len(own), "attribute_accuracy": float(np.mean(own))}
     return found
 
 
-def _by_type(found: Measured) -> dict[str, dict[str, dict[str, float]]]:
-    """Kind of type -> type -> number of samples and the mean of each metric that is a mean over samples."""
+def _by_type(found: Measured) -> Types:
     members: dict[str, dict[str, list[int]]] = {}
     for number, record in enumerate(found.records):
         for axis, name in types_of(record).items():
             members.setdefault(axis, {}).setdefault(name, []).append(number)
-    result = {
+    result: Types = {
         axis: {
             name: {"samples": len(chosen), **{m: float(each[chosen].mean()) for m, each in found.each.items()}}
             for name, chosen in sorted(types.items())
         }
         for axis, types in members.items()
     }
-    for axis, parts in found.parts.items():
-        result[axis] = {
-            name: {"samples": len(values), "attribute_accuracy": float(np.mean(values))}
-            for name, values in parts.items()
-        }
-    return result
+    return result | ({"attribute": found.by_attribute} if found.by_attribute else {})

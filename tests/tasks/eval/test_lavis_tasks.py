@@ -107,19 +107,6 @@ def gqa_rows(answers):
     ]
 
 
-@pytest.mark.parametrize("kind", ["default", "balanced_val", "balanced_testdev"])
-def test_gqa_on_gqa_ranks_the_candidates(score, tmp_path, kind):
-    rows = written(tmp_path, "gqa.json", gqa_rows(["yes", "no", "yes"]))
-    files = [rows, written(tmp_path, "answers.json", ["yes"])]
-    datasets = {"gqa": section(tmp_path, {"train": [rows], "val": files, "test": files}, type=kind)}
-    found = score(datasets, task="gqa", test_splits=["val"], inference_method="rank")
-    assert found["val"] == {"agg_metrics": pytest.approx(200 / 3), "acc": pytest.approx(200 / 3)}
-    records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
-    assert [(r["question_id"], r["pred_ans"], r["gt_ans"]) for r in records] == [
-        (1, "yes", "yes"), (2, "yes", "no"), (3, "yes", "yes"),
-    ]  # fmt: skip
-
-
 def test_gqa_on_gqa_counts_generated_answers(score, tmp_path):
     def run(name, answers):
         rows = written(tmp_path, name, gqa_rows(answers))
@@ -141,12 +128,11 @@ def video_rows(folder, **keys):
     return [{"video": f"video{n}.mp4"} | {key: value or n for key, value in keys.items()} for n in (1, 2)]
 
 
-@pytest.mark.parametrize("name", ["msvd_qa", "msrvtt_qa"])
-def test_vqa_on_questions_about_videos_writes_answers(score, tmp_path, name):
+def test_vqa_on_questions_about_videos_writes_answers(score, tmp_path):
     rows = video_rows(tmp_path, question="Who runs?", question_id=None, answer="man")
     file, labels = written(tmp_path, "qa.json", rows), written(tmp_path, "labels.json", {"man": 0})
     splits = {"train": file, "val": file, "test": file, "ans2label": labels}
-    datasets = {name: section(tmp_path, splits, "videos", vis_processor=VIDEO_PROCESSORS)}
+    datasets = {"msvd_qa": section(tmp_path, splits, "videos", vis_processor=VIDEO_PROCESSORS)}
     found = score(datasets, task="vqa", test_splits=["test"], inference_method="generate")
     assert found == {"test": {}}  # LAVIS counts no answers in words
     records = json.loads((tmp_path / "result/test_vqa_result.json").read_text())
@@ -154,12 +140,11 @@ def test_vqa_on_questions_about_videos_writes_answers(score, tmp_path, name):
     assert all(isinstance(record["answer"], str) for record in records)
 
 
-@pytest.mark.parametrize("name", ["msvd_caption", "msrvtt_caption", "vatex_caption"])
-def test_captioning_on_laviss_video_captions(score, tmp_path, name):
-    """LAVIS's defaults for them stand under other names (`msvd_cap`, ...)."""
+def test_captioning_on_laviss_video_captions(score, tmp_path):
+    """LAVIS's defaults for them stand under another name (`msvd_cap`)."""
     file = written(tmp_path, "cap.json", video_rows(tmp_path, image_id=None, instance_id=None, caption="a man"))
     splits = dict.fromkeys(("train", "val", "test"), file)
-    datasets = {name: section(tmp_path, splits, "videos", vis_processor=VIDEO_PROCESSORS)}
+    datasets = {"msvd_caption": section(tmp_path, splits, "videos", vis_processor=VIDEO_PROCESSORS)}
     found = score(datasets, task="captioning", test_splits=["test"], report_metric=False)
     assert found == {"test": {"agg_metrics": 0.0}}
     records = json.loads((tmp_path / "result/test_epoch0.json").read_text())

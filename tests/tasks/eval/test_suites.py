@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lavis_chatbridge.cli import main
+from lavis_chatbridge.config import PROJECTS
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin import evaluate
 from tests.tasks.eval.conftest import SHORT
@@ -35,14 +36,12 @@ PUBLISHED = {"okvqa": 45.2, "gqa": 41.8, "avsd": 75.4, "valor": 24.7,
 def scored(benchmark_data, tmp_path_factory):
     """``chatbridge evaluate --suite all`` on the benchmarks' data: exit status, table, folder of the runs."""
     folder = tmp_path_factory.mktemp("scored")
-    here = Path.cwd()
-    suites_folder = (here / evaluate.FOLDER).resolve()
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     patch.setenv("CHATBRIDGE_CACHE", str(folder / "converted"))
     patch.setattr("lavis_chatbridge.tasks.scoring.captions.shutil.which", lambda name: None)
     options = [*SHORT, f"env.data_root={benchmark_data}"]
-    status = main(["evaluate", "--suite", "all", "--suite-folder", str(suites_folder), "--options", *options])
+    status = main(["evaluate", "--suite", "all", "--options", *options])
     patch.undo()
     table = json.loads((folder / "output/eval/tiny/scores.json").read_text())
     return status, {line["suite"]: line for line in table["suites"]}, folder / "output/eval/tiny"
@@ -122,10 +121,9 @@ def test_missing_data_are_listed_and_the_rest_runs(benchmark_data, tmp_path, mon
     folder = tmp_path / "suites"
     folder.mkdir()
     for name in ("gqa", "valor"):
-        text = (Path(__file__).parents[3] / evaluate.FOLDER / f"{name}.yaml").read_text()
-        (folder / f"{name}.yaml").write_text(text)
-    text = (folder / "valor.yaml").read_text()
-    (folder / "valor.yaml").write_text(text.replace("  eval_valor:\n", "  eval_valor:\n    splits: {test: no.json}\n"))
+        text = (PROJECTS / f"eval/{name}.yaml").read_text()
+        absent = text.replace("  eval_valor:\n", "  eval_valor:\n    splits: {test: no.json}\n")
+        (folder / f"{name}.yaml").write_text(absent)
     options = [*SHORT, f"env.data_root={benchmark_data}", "run.test_splits=[test]"]
     arguments = ["evaluate", "--suite", "zero-shot", "--suite-folder", str(folder), "--ablate"]
     assert main([*arguments, "--options", *options]) == 0

@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.tasks.scoring import captions
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official tokenizer and METEOR need Java")
@@ -17,7 +16,7 @@ WORDS = ["a", "dog", "the", "man's", "2", "ten", "red-hot", "U.S.", "runs", "can
 ENDS = ["", ".", "!", "?", " ...", ";", ' "quoted"', " (aside)", ", and", " -", "\nnext line", " 3,000", "'"]
 
 
-def make_captions(count: int = 220, seed: int = 5) -> tuple[list[str], list[list[str]]]:
+def make_captions(count: int = 60, seed: int = 5) -> tuple[list[str], list[list[str]]]:
     rng = random.Random(seed)
 
     def sentence() -> str:
@@ -27,7 +26,7 @@ def make_captions(count: int = 220, seed: int = 5) -> tuple[list[str], list[list
     return [rng.choice(texts) if rng.random() < 0.3 else sentence() for texts in references], references
 
 
-def official(predictions: list[str], references: list[list[str]], meteor: bool) -> dict[str, float]:
+def official(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
     """The steps of pycocoevalcap's COCOEvalCap.evaluate, without SPICE."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -38,28 +37,18 @@ def official(predictions: list[str], references: list[list[str]], meteor: bool) 
     tokenizer = PTBTokenizer()
     truth = tokenizer.tokenize({n: [{"caption": text} for text in texts] for n, texts in enumerate(references)})
     said = tokenizer.tokenize({n: [{"caption": text}] for n, text in enumerate(predictions)})
-    if meteor:
-        return {"METEOR": Meteor().compute_score(truth, said)[0]}
     scores = {f"BLEU_{n}": value for n, value in enumerate(Bleu(4).compute_score(truth, said, verbose=0)[0], 1)}
-    return scores | {"ROUGE_L": Rouge().compute_score(truth, said)[0], "CIDEr": Cider().compute_score(truth, said)[0]}
+    more = {"ROUGE_L": Rouge(), "CIDEr": Cider(), "METEOR": Meteor()}
+    return scores | {name: scorer.compute_score(truth, said)[0] for name, scorer in more.items()}
 
 
 @needs_java
 def test_scores_equal_the_official_ones_to_the_last_digit() -> None:
     predictions, references = make_captions()
-    scored = captions.score_captions(predictions, references, ("BLEU", "ROUGE_L", "CIDEr"))
-    assert scored.overall == official(predictions, references, meteor=False)
+    scored = captions.score_captions(predictions, references, ("BLEU", "ROUGE_L", "CIDEr", "METEOR"))
+    assert scored.overall == official(predictions, references)
     assert scored.tokenizer == "ptb"
     assert len(scored.each["CIDEr"]) == len(predictions)
-
-
-@needs_java
-def test_meteor_equals_the_official_one() -> None:
-    predictions, references = make_captions(24)
-    scored = captions.score_captions(predictions, references, ("METEOR",))
-    if "METEOR" in scored.left_out:
-        pytest.skip(scored.left_out["METEOR"])
-    assert scored.overall["METEOR"] == official(predictions, references, meteor=True)["METEOR"]
 
 
 @needs_java
@@ -98,8 +87,3 @@ def test_without_java_the_reason_is_logged_and_the_rest_computed(monkeypatch: py
     assert set(scored.left_out) == {"METEOR", "SPICE", "CIDEr"}
     assert scored.overall["ROUGE_L"] == 1.0
     assert set(captions.unavailable()) == {"ptb", "METEOR", "SPICE"}
-
-
-def test_a_prediction_without_reference_is_refused() -> None:
-    with pytest.raises(DataError, match="1 of 2 predictions have no reference, the first is number 1"):
-        captions.score_captions(["x", "y"], [["x"], []], ("CIDEr",))

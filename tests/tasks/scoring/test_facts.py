@@ -16,16 +16,12 @@ COLOURS = ["red", "blue", "light blue"]
 @pytest.mark.parametrize(
     ("text", "value", "right"),
     [
-        ("a red ring", "red", True),
-        ("A RED ring.", "red", True),
+        ("a RED ring.", "red", True),
         ("a coloured ring", "red", False),
         ("a red and blue ring", "red", False),
-        ("a blue ring", "red", False),
         ("a light blue ring", "light blue", True),
         ("a light blue ring", "blue", False),
         ("a blue ring", "light blue", False),
-        ("red, red, red", "red", True),
-        ("", "red", False),
     ],
 )
 def test_a_caption_names_exactly_the_value(text: str, value: str, right: bool) -> None:
