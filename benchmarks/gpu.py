@@ -37,9 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models.chatbridge import ChatBridge
+from lavis_chatbridge.models.encoders.beats import BeatsConfig
 from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.settings import BeatsConfig, LanguageModelSettings, ModelSettings
+from lavis_chatbridge.models.settings import LanguageModelSettings, ModelSettings
 from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.prompting import alignment_prompt
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
@@ -97,7 +98,7 @@ def settings_of(size: str) -> ModelSettings:
             conv_pos=8, conv_pos_groups=4, num_buckets=16, max_distance=40,
         )  # fmt: skip
         changes["vision"] = {"image_size": 28, "width": 32, "depth": 2, "heads": 4, "mlp_ratio": 4.0}
-        changes["audio"] = {"config": beats}
+        changes["audio"] = {"config": beats.model_dump()}
         changes["perceiver"] = {"width": 32, "layers": 2, "heads": 4, "feed_forward": 48, "queries": 4}
     parts = {name: getattr(shipped, name).model_copy(update={"weights": None} | more) for name, more in changes.items()}
     return shipped.model_copy(update=parts | {"language_model": llm, "checkpoint": None})

@@ -42,11 +42,10 @@ from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models import layout
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.models.encoders.beats import relative_buckets
+from lavis_chatbridge.models.encoders.beats import BeatsConfig, relative_buckets
 from lavis_chatbridge.models.perceiver import perceive
 from lavis_chatbridge.models.settings import (
     AudioSettings,
-    BeatsConfig,
     LanguageModelSettings,
     ModelSettings,
     PerceiverSettings,
@@ -76,7 +75,7 @@ def build() -> ChatBridge:
     settings = ModelSettings(
         language_model=LanguageModelSettings(tokenizer="package:assets/tiny/llm", config=LLAMA),
         vision=VisionSettings(width=384, depth=12, heads=6, mlp_ratio=4.0),
-        audio=AudioSettings(config=BEATS, mask_padding=False),
+        audio=AudioSettings(config=BEATS.model_dump(), mask_padding=False),
         perceiver=PerceiverSettings(width=384, layers=6, heads=6, feed_forward=1536, dropout=0.0),
     )
     return ChatBridge(settings).train()

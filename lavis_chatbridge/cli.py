@@ -41,7 +41,7 @@ COMMANDS = (
     Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
     Command("weights", "lavis_chatbridge.models.weights", "List, download and convert weights."),
     Command("export-llm", "lavis_chatbridge.plugin.export_llm", "Write the language model with LoRA merged."),
-    Command("convert", "lavis_chatbridge.hf.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
+    Command("convert", "lavis_chatbridge.plugin.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
     Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),
     Command("convert-data", "lavis_chatbridge.datasets.convert", "Write annotations of any format as our JSONL."),
     Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),

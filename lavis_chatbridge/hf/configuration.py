@@ -6,25 +6,30 @@ to the folder, with a hash of the file used in training.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
-from lavis_chatbridge import hub
+from lavis_chatbridge import __version__, hub
 from lavis_chatbridge.config import merged, parse, read_yaml
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.files import hash_of, hash_of_file
+from lavis_chatbridge.files import hash_of, hash_of_file, read_lines
 from lavis_chatbridge.models import weights
 from lavis_chatbridge.models.settings import ModelSettings
 
-CONFIG = "config.json"
-RUN_CONFIG = "config.yaml"
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONFIG, RUN_CONFIG, RUN_LOG = "config.json", "config.yaml", "log.txt"
 FROZEN = (("vision", "weights"), ("audio", "weights"), ("language_model", "weights"), ("language_model", "tokenizer"))
 """Keys of the ``model`` section that name frozen parts."""
 _HASHED_WHOLE = 1 << 30
+_RECIPE = ("task", "max_iters", "max_epoch", "batch_size_train", "accum_grad_iters", "init_lr", "precision", "seed")
+_LICENCES = {"vicuna": "LLaMA's licence", **dict.fromkeys(("qwen", "smollm", "siglip", "whisper"), "Apache-2.0")}
 
 
 class ChatBridgeConfig(PretrainedConfig):
@@ -55,67 +60,78 @@ class ChatBridgeConfig(PretrainedConfig):
         super().__init__(**more)
 
     @classmethod
-    def of_type(cls, name: str) -> ChatBridgeConfig:
-        """The configuration of a shipped model type.
+    def find(cls, name: str | Path, revision: str | None = None) -> tuple[ChatBridgeConfig, Path | None]:
+        """The configuration of a model, and its folder.
+
+        Args:
+            name: A model type of the package (which has no folder), a folder that ``save_pretrained`` or training
+                wrote, or a hub id.
+            revision: Branch, tag or commit of a hub id.
 
         Raises:
-            ConfigError: If there is no such type.
+            CheckpointError: If there is no such folder or repository, or it is not a ChatBridge.
+            ConfigError: If a run's ``config.yaml`` cannot be read.
         """
-        weights.model_settings(name)  # refuses an unknown name
-        return cls._of_sections(read_yaml(weights.CONFIGS / f"chatbridge_{name}.yaml"))
-
-    @classmethod
-    def of_run(cls, folder: Path) -> ChatBridgeConfig:
-        """The configuration of a folder that training wrote; its weights are the folder's ``model.safetensors``.
-
-        Raises:
-            ConfigError: If the folder has no readable ``config.yaml``.
-        """
-        config = cls._of_sections(read_yaml(folder / RUN_CONFIG))
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            if str(name) in weights.model_types():
+                return cls._of_yaml(weights.config_path(str(name))), None
+            folder = hub.snapshot(str(name), revision)
+        if (folder / CONFIG).is_file():
+            return cls.from_json_file(folder / CONFIG), folder
+        if not (folder / RUN_CONFIG).is_file():
+            raise CheckpointError(
+                f"{folder} is not a ChatBridge: expected {CONFIG} (Hugging Face) or {RUN_CONFIG} (a training run)"
+            )
+        config = cls._of_yaml(folder / RUN_CONFIG)
         config.model |= {"checkpoint": str(folder.resolve() / "model.safetensors"), "load_finetuned": False}
-        return config
+        config.about["scores"] = _scores(folder / RUN_LOG)
+        return config, folder
 
     @classmethod
-    def _of_sections(cls, config: Any) -> ChatBridgeConfig:
+    def _of_yaml(cls, path: Path) -> ChatBridgeConfig:
         from omegaconf import OmegaConf
 
-        sections: Any = OmegaConf.to_container(merged(config), resolve=True)
-        about = {"data": list(sections.get("datasets") or {}), "recipe": dict(sections.get("run") or {})}
-        return cls(sections["model"], sections.get("preprocess"), about={k: v for k, v in about.items() if v})
+        sections = read_yaml(path)
+        model: Any = OmegaConf.to_container(sections.model, resolve=True)
+        preprocess: Any = OmegaConf.to_container(sections.get("preprocess") or OmegaConf.create())  # with ${model....}
+        run = sections.get("run") or {}
+        recipe = {key: run[key] for key in _RECIPE if run.get(key) is not None}
+        return cls(model, preprocess, about={"data": list(sections.get("datasets") or {}), "recipe": recipe})
 
-    def settings(self, folder: Path | None = None, **changes: Any) -> ModelSettings:
-        """The ``model`` section as settings.
+    def sections(self, folder: Path | None = None, changes: Mapping[str, Any] | None = None) -> DictConfig:
+        """The sections ``model`` and ``preprocess``.
 
         Args:
             folder: The folder that relative references are relative to.
-            **changes: Dotted keys (with ``__`` for the dot) and their values.
-
-        Raises:
-            ConfigError: With all faults of the section.
+            changes: Changes to ``model``.
         """
-        model = merged(self.model)
+        model = merged(self.model, dict(changes or {}))
         for part, key in FROZEN:
             names = self.model.get(part, {}).get(key)
             if folder is not None and names is not None:
                 model[part][key] = [_absolute(name, folder) for name in hub.as_list(names)]
-        for name, value in changes.items():
-            model = merged(model, _nested(name.split("__"), value))
-        return parse(ModelSettings, model, "model")
+        return merged({"model": model, "preprocess": self.preprocess})
+
+    def settings(self, folder: Path | None = None, changes: Mapping[str, Any] | None = None) -> ModelSettings:
+        """The ``model`` section as settings, with the arguments of `sections`.
+
+        Raises:
+            ConfigError: With all faults of the section.
+        """
+        return parse(ModelSettings, self.sections(folder, changes).model, "model")
 
     def with_references(self, folder: Path, settings: ModelSettings) -> ChatBridgeConfig:
         """A copy for saving in ``folder``: relative paths where possible, and the hashes of the frozen parts."""
-        copy = type(self)(**{key: value for key, value in self.to_dict().items() if key in _OWN})
+        copy = type(self)(self.model, self.preprocess, self.frozen, self.about)
+        copy.architectures = ["ChatBridgeForConditionalGeneration"]
         for need in weights.needs(settings.model_copy(update={"checkpoint": None, "pretrained": None})):
             _, part, key = need.setting.split(".")
             if (part, key) in FROZEN:
                 references = [_relative(name, folder) for name in hub.as_list(need.names)]
-                copy.model[part] = {
-                    **copy.model.get(part, {}),
-                    key: references if len(references) > 1 else references[0],
-                }
+                copy.model[part] = {**copy.model.get(part, {}), key: references}
                 place = need.status().place
-                hashed = {} if place is None else {"hash": content_hash(place)}
-                copy.frozen[need.setting] = {"source": references, **hashed}
+                copy.frozen[need.setting] = {"source": references, **({"hash": content_hash(place)} if place else {})}
         copy.model["perceiver"] = {**copy.model.get("perceiver", {}), "weights": None}
         copy.model |= {"checkpoint": None, "finetuned": None, "load_finetuned": False, "pretrained": None}
         return copy
@@ -134,8 +150,23 @@ class ChatBridgeConfig(PretrainedConfig):
                     f"{expected[:12]}...): use {' or '.join(hub.as_list(need.names))} as published"
                 )
 
+    def write_card(self, folder: Path) -> None:
+        """Write the model card (``README.md``): the parts and their licences, data, recipe and scores."""
+        from huggingface_hub import ModelCard, ModelCardData
 
-_OWN = ("model", "preprocess", "frozen", "about")
+        tags = ["chatbridge", "image-text-to-text", "video-text-to-text", "audio-text-to-text"]
+        sources = [(setting, " or ".join(entry["source"])) for setting, entry in self.frozen.items()]
+        card = ModelCard.from_template(
+            ModelCardData(library_name="transformers", pipeline_tag="any-to-any", tags=tags),
+            template_path=str(Path(__file__).with_name("card.md")),
+            name=self.model.get("model_type", "own parts"),
+            version=__version__,
+            parts=[(setting, source, _licence(source)) for setting, source in sources],
+            data=self.about.get("data", []),
+            recipe=list(self.about.get("recipe", {}).items()),
+            scores=list(self.about.get("scores", {}).items()),
+        )
+        card.save(folder / "README.md")
 
 
 def content_hash(place: Path) -> str:
@@ -145,6 +176,17 @@ def content_hash(place: Path) -> str:
     listed = sorted(file for file in place.iterdir() if file.is_file() and file.suffix != ".md")
     sizes = {file.name: file.stat().st_size for file in listed}
     return hash_of({f.name: hash_of_file(f) if sizes[f.name] < _HASHED_WHOLE else sizes[f.name] for f in listed})
+
+
+def _scores(log: Path) -> dict[str, float]:
+    """The numbers of a run's last validation."""
+    lines = [json.loads(line) for _, line in read_lines(log)] if log.is_file() else []
+    last = next((line for line in reversed(lines) if "val_step" in line), {})
+    return {name.removeprefix("val_"): value for name, value in last.items() if isinstance(value, int | float)}
+
+
+def _licence(source: str) -> str:
+    return next((name for word, name in _LICENCES.items() if word in source.lower()), "see the source")
 
 
 def _absolute(name: str, folder: Path) -> str:
@@ -158,7 +200,3 @@ def _relative(name: str, folder: Path) -> str:
     if path is None or name.startswith(hub.PACKAGE):
         return name
     return os.path.relpath(path.resolve(), folder.resolve())
-
-
-def _nested(keys: list[str], value: Any) -> dict[str, Any]:
-    return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}

@@ -1,13 +1,13 @@
 """``ChatBridgeForConditionalGeneration``: the LAVIS model behind transformers' interface.
 
-Shapes: ``B`` rows, ``L`` positions, ``I`` images, ``V`` videos of ``T`` frames, ``C`` clips of all sounds with ``F``
-frames of ``M`` mel bins, ``S`` soft tokens of the batch, ``D`` width.
+Shapes: ``B`` rows, ``L`` positions, ``I`` images, ``V`` videos of ``T`` frames, ``A`` sounds, ``C`` clips of all sounds
+with ``F`` frames of ``M`` mel bins, ``S`` soft tokens of the batch, ``D`` width.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +18,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import CheckpointError, ConfigError, PromptError
-from lavis_chatbridge.hf import card
-from lavis_chatbridge.hf.configuration import CONFIG, FROZEN, RUN_CONFIG, ChatBridgeConfig
+from lavis_chatbridge.errors import ConfigError, PromptError
+from lavis_chatbridge.hf.configuration import CONFIG, FROZEN, ChatBridgeConfig
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import state_dicts, weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
@@ -29,12 +28,12 @@ from lavis_chatbridge.models.families import own_precision
 from lavis_chatbridge.models.layout import IGNORED, SOFT, Batch, embed
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.text import TextStream
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
-
-log = logging.getLogger(__name__)
+from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.prompting.pieces import Modality
 
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FROZEN_FOLDER = "frozen"
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "feature_frames", "clips")
 
 
 class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -91,18 +90,15 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             CheckpointError: If weights are missing, damaged or of other shapes, or a frozen part differs from training.
             ConfigError: If the configuration is invalid.
         """
-        folder = folder_of(name, revision)
-        config = config or config_of(name, folder)
-        changes = _changes(dtype, device_map, quantization_config)
-        settings = config.settings(folder, **changes)
+        found, folder = ChatBridgeConfig.find(name, revision)
+        config = config or found
+        settings = config.settings(folder, _changes(dtype, device_map, quantization_config))
         if folder is not None and (folder / CONFIG).is_file():
             config.check_frozen(settings)
             settings = settings.model_copy(update={"checkpoint": str(folder)})
         model = cls(config, _built(settings))
-        if unused:
-            log.info("from_pretrained ignores %s", ", ".join(sorted(unused)))
-        device = device_map.get("", None) if isinstance(device_map, dict) else device_map
-        if device is not None and "language_model__device_map" not in changes:
+        device = device_map.get("") if isinstance(device_map, dict) else device_map
+        if device is not None and device not in PLACEMENTS:
             cast(Any, model).to(device)
         return model.eval()
 
@@ -131,46 +127,33 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         settings = self.chatbridge.settings
-        if save_frozen:
-            settings = _with_copies(settings, folder)
-        config = self.config.with_references(folder, settings)
-        config.architectures = [type(self).__name__]
+        config = self.config.with_references(folder, _with_copies(settings, folder) if save_frozen else settings)
         config.save_pretrained(folder)
+        config.write_card(folder)
         self.generation_config.save_pretrained(folder)
-        tensors = {**self.chatbridge.trainable_state_dict(), **self._unnamed_frozen()}
-        save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
-        card.write(folder, config)
+        save_torch_state_dict(self._unreferenced(), folder, max_shard_size=max_shard_size)
         if push_to_hub:
-            api, name = HfApi(), repo_id or folder.name
-            api.upload_folder(repo_id=api.create_repo(name, exist_ok=True).repo_id, folder_path=folder)
+            created = HfApi().create_repo(repo_id or folder.name, exist_ok=True)
+            HfApi().upload_folder(repo_id=created.repo_id, folder_path=folder)
 
     def push_to_hub(self, repo_id: str, **more: Any) -> None:  # type: ignore[override]
         """Upload the model with its card to a repository of the hub; arguments as those of :meth:`save_pretrained`."""
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **more)
 
-    def _unnamed_frozen(self) -> dict[str, Tensor]:
-        """Tensors that are neither trained nor in a weight file: layer norms, randomly initialised parts."""
+    def _unreferenced(self) -> dict[str, Tensor]:
+        """The tensors that are in no weight file of a frozen part: trained ones, layer norms, random parts."""
         own = self.chatbridge.settings
-        named: dict[str, Any] = {
-            "visual_encoder": own.vision,
-            "audio_encoder": own.audio,
-            "llama_model": own.language_model,
-        }
-        inside = tuple(f"{part}." for part, settings in named.items() if settings.weights is not None)
-        trained = {name for name, p in self.chatbridge.named_parameters() if p.requires_grad}
+        parts = {"visual_encoder": own.vision, "audio_encoder": own.audio, "llama_model": own.language_model}
+        referenced = tuple(f"{name}." for name, part in parts.items() if part.weights is not None)
+        trained = {name for name, parameter in self.chatbridge.named_parameters() if parameter.requires_grad}
         state = state_dicts.bridge_tensors(self.chatbridge.state_dict())
-        return {n: t.cpu().clone() for n, t in state.items() if n not in trained and not n.startswith(inside or ("$",))}
+        kept = {name: t for name, t in state.items() if name in trained or not name.startswith(referenced)}
+        return {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
 
     def get_input_embeddings(self) -> Any:
         """The language model's embedding layer."""
         return self.chatbridge.llama_model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> Any:
-        """The language model's output layer."""
-        return self.chatbridge.llama_model.get_output_embeddings()
 
     def tie_weights(self, *args: Any, **more: Any) -> None:
         """Do nothing: the language model ties its own weights."""
@@ -179,67 +162,63 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        input_features: Tensor | None = None,
-        feature_frames: Tensor | None = None,
-        clips: Tensor | None = None,
         soft_index: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **unused: Any,
+        **media: Tensor,
     ) -> CausalLMOutputWithPast:
-        """The loss; without ``labels``, the logits.
+        """The loss; without ``labels``, the logits. :class:`ChatBridgeProcessor` makes all arguments.
 
         Args:
-            input_ids: ``[B, L]``; positions of soft tokens have the processor's placeholder ids.
+            input_ids: ``[B, L]``.
             attention_mask: ``[B, L]``, one where attention may look.
-            pixel_values: ``[I, 3, H, W]``, in the order of their placeholders.
-            pixel_values_videos: ``[V, T, 3, H, W]``.
-            input_features: ``[C, F, M]`` log-mel filterbanks of all sounds.
-            feature_frames: ``[C]`` frames of each clip that are sound.
-            clips: ``[A]`` clips of each sound.
             soft_index: ``[B, L]`` index of each position's soft token among those of all images, then videos, then
-                sounds; by default in the order of the placeholders.
+                sounds; -1 for text.
             position_ids: ``[B, L]``.
             labels: ``[B, L]``, -100 where the loss ignores a position.
             num_items_in_batch: Target tokens of all micro-batches of a step; the loss is then their share of the mean.
-            **unused: Further arguments of transformers' Trainer.
+            **media: ``pixel_values`` ``[I, 3, H, W]``, ``pixel_values_videos`` ``[V, T, 3, H, W]``, and of sounds
+                ``input_features`` ``[C, F, M]``, ``feature_frames`` ``[C]`` (how many frames are sound) and ``clips``
+                ``[A]`` (the clips of each).
 
         Raises:
-            PromptError: If the placeholders do not match the media.
+            PromptError: If the prompts need other soft tokens than the media give.
         """
-        media = (pixel_values, pixel_values_videos, input_features, feature_frames, clips)
-        soft = self._soft_tokens(*media)
-        batch = self._batch(input_ids, attention_mask, position_ids, labels, soft_index, soft)
+        soft = self._soft_tokens(**media)
+        batch = _batch(input_ids, attention_mask, soft_index, position_ids, labels, 0 if soft is None else len(soft))
         if labels is None:
-            return CausalLMOutputWithPast(logits=self._logits(batch, soft))
+            embeds, llm = self._embeds(batch, soft), self.chatbridge.llama_model
+            seen = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+            with own_precision(llm):
+                output = llm(inputs_embeds=embeds, **{name: part.to(embeds.device) for name, part in seen.items()})
+            return CausalLMOutputWithPast(logits=output.logits)
         nll, targets = self.chatbridge.token_losses(batch, soft)
         if num_items_in_batch is None:
             num_items_in_batch = max(1, len(targets))
         return CausalLMOutputWithPast(loss=nll.sum() / num_items_in_batch)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:  # type: ignore[override]
+    def generate(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, soft_index: Tensor | None = None, **more: Any
+    ) -> Tensor:
         """Generate replies by the language model's own ``generate``.
 
         Args:
             input_ids: ``[B, L]``, padded on the left.
             attention_mask: ``[B, L]``.
+            soft_index: See :meth:`forward`.
             **more: Media as in :meth:`forward`; all others are arguments of transformers' ``generate`` (``num_beams``,
                 ``do_sample``, ``num_return_sequences``, ``streamer``, ...).
 
         Returns:
             ``[B * num_return_sequences, N]`` new ids; the processor's ``batch_decode`` cuts them at the reply's end.
         """
-        names = ("pixel_values", "pixel_values_videos", "input_features", "feature_frames", "clips")
-        soft = self._soft_tokens(*(more.pop(name, None) for name in names))
-        batch = self._batch(input_ids, attention_mask, None, None, more.pop("soft_index", None), soft)
-        llm, codec = self.chatbridge.llama_model, self.chatbridge.llama_tokenizer
-        embeds = embed(batch, soft, llm.get_input_embeddings(), llm.embedding_scale)
-        stops = self.chatbridge.template.stops
-        criteria = StoppingCriteriaList([*(more.pop("stopping_criteria", None) or [])])
+        soft = self._soft_tokens(**{name: more.pop(name) for name in MEDIA if name in more})
+        batch = _batch(input_ids, attention_mask, soft_index, None, None, 0 if soft is None else len(soft))
+        embeds = self._embeds(batch, soft)
+        llm, codec, stops = self.chatbridge.llama_model, self.chatbridge.llama_tokenizer, self.chatbridge.template.stops
+        criteria = StoppingCriteriaList(more.pop("stopping_criteria", None) or [])
         if stops:
             criteria.append(StopTexts(codec, [stops] * len(input_ids), 0))
         if more.get("streamer") is not None:
@@ -254,93 +233,81 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 **more,
             )
 
-    def _logits(self, batch: Batch, soft: Tensor | None) -> Tensor:
+    def _embeds(self, batch: Batch, soft: Tensor | None) -> Tensor:
         llm = self.chatbridge.llama_model
-        embeds = embed(batch, soft, llm.get_input_embeddings(), llm.embedding_scale)
-        mask, positions = batch.attention_mask.to(embeds.device), batch.position_ids.to(embeds.device)
-        with own_precision(llm):
-            return llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, return_dict=True).logits
+        return embed(batch, soft, llm.get_input_embeddings(), llm.embedding_scale)
 
     def _soft_tokens(
         self,
-        images: Tensor | None,
-        videos: Tensor | None,
-        features: Tensor | None,
-        frames: Tensor | None,
-        clips: Tensor | None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_frames: Tensor | None = None,
+        clips: Tensor | None = None,
     ) -> Tensor | None:
         """``[S, D]`` soft tokens of all images, then videos, then sounds; None without media."""
         given: dict[Modality, list[Any]] = {}
-        if images is not None and len(images):
-            given["image"] = list(images)
-        if videos is not None and len(videos):
-            given["video"] = list(videos)
-        if features is not None and len(features):
-            counts = clips.tolist() if clips is not None else [1] * len(features)
-            lengths = frames if frames is not None else torch.full((len(features),), features.shape[1])
-            banks = zip(features.split(counts), lengths.split(counts), strict=True)
-            given["audio"] = [AudioClips(bank, length) for bank, length in banks]
-        encoded = ((modality, self.chatbridge.encode_media(modality, listed)) for modality, listed in given.items())
-        parts = [part for modality, listed in encoded for part in self.chatbridge.perceive_media(modality, listed)]
+        if pixel_values is not None:
+            given["image"] = list(pixel_values)
+        if pixel_values_videos is not None:
+            given["video"] = list(pixel_values_videos)
+        if input_features is not None and feature_frames is not None and clips is not None:
+            counts = clips.tolist()
+            sounds = zip(input_features.split(counts), feature_frames.split(counts), strict=True)
+            given["audio"] = [AudioClips(*sound) for sound in sounds]
+        parts: list[Tensor] = []
+        for modality, media in given.items():
+            encoded = self.chatbridge.encode_media(modality, media)
+            parts += self.chatbridge.perceive_media(modality, encoded)
         return torch.cat(parts) if parts else None
-
-    def _batch(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        labels: Tensor | None,
-        soft_index: Tensor | None,
-        soft: Tensor | None,
-    ) -> Batch:
-        """The rows as a `Batch` of :mod:`models.layout`, on the CPU."""
-        ids = input_ids.cpu()
-        first = len(self.chatbridge.llama_tokenizer)
-        is_soft = (ids >= first) & (ids < first + len(MODALITIES))
-        if soft_index is None:
-            order = torch.cat(
-                [((ids == first + i) & is_soft).flatten().nonzero()[:, 0] for i in range(len(MODALITIES))]
-            )
-            flat = torch.full((ids.numel(),), -1)
-            flat[order] = torch.arange(len(order))
-            soft_index = flat.view(ids.shape)
-        count = 0 if soft is None else len(soft)
-        chosen = soft_index.cpu()[is_soft]
-        if len(chosen) and int(chosen.max()) >= count:
-            raise PromptError(f"the prompts have {len(chosen)} placeholders, but the media give {count} soft tokens")
-        mask = torch.ones_like(ids) if mask is None else mask.cpu()
-        if positions is None:
-            left = bool((mask[:, :1] == 0).any())
-            positions = (mask.cumsum(1) - 1).clamp(min=0) if left else torch.arange(ids.shape[1]).expand_as(ids)
-        labels = torch.full_like(ids, IGNORED) if labels is None else labels.cpu()
-        return Batch(torch.where(is_soft, SOFT, ids), chosen, mask, positions.cpu(), labels)
 
 
 class _StopsStreaming:
     """Passes tokens to a streamer, without those of a stop text."""
 
-    def __init__(self, streamer: Any, codec: Any, stops: Sequence[str]) -> None:
-        self._streamer, self._stream, self._codec = streamer, TextStream(codec, stops), codec
+    def __init__(self, streamer: Any, codec: Codec, stops: Sequence[str]) -> None:
+        self._streamer, self._stream = streamer, TextStream(codec, stops)
         self._held: list[Tensor] = []
 
     def put(self, value: Tensor) -> None:
-        """Add new ids; ids that may begin a stop text are buffered."""
-        if value.dim() > 1 or value.numel() != 1:  # the prompt
+        """Add new ids; ids that may begin a stop text are held back."""
+        if value.numel() != 1:  # the prompt
             self._streamer.put(value)
             return
         self._held.append(value)
-        before = len(self._stream.text)
-        self._stream.push(int(value))
-        if self._stream.stopped is None and len(self._stream.text) > before:
-            for held in self._held:
-                self._streamer.put(held)
-            self._held = []
+        if self._stream.push(int(value)) and self._stream.stopped is None:
+            self._pass_on()
 
     def end(self) -> None:
-        """Flush buffered ids that are not part of a stop text, and end the stream."""
-        for held in self._held if self._stream.stopped is None else []:
-            self._streamer.put(held)
+        """Pass on held ids that are not part of a stop text, and end the stream."""
+        if self._stream.stopped is None:
+            self._pass_on()
         self._streamer.end()
+
+    def _pass_on(self) -> None:
+        for held in self._held:
+            self._streamer.put(held)
+        self._held = []
+
+
+def _batch(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    soft_index: Tensor | None,
+    position_ids: Tensor | None,
+    labels: Tensor | None,
+    soft_tokens: int,
+) -> Batch:
+    """The arguments of the model as a `Batch` of :mod:`models.layout`, on the CPU."""
+    ids = input_ids.cpu()
+    index = torch.full_like(ids, -1) if soft_index is None else soft_index.cpu()
+    if (needed := int(index.max()) + 1) > soft_tokens:
+        raise PromptError(f"the prompts need {needed} soft tokens, but the media give {soft_tokens}")
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
+    positions = (mask.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids.cpu()
+    labels = torch.full_like(ids, IGNORED) if labels is None else labels.cpu()
+    is_soft = index >= 0
+    return Batch(ids.masked_fill(is_soft, SOFT), index[is_soft], mask, positions, labels)
 
 
 def _built(settings: ModelSettings) -> ChatBridge:
@@ -350,67 +317,35 @@ def _built(settings: ModelSettings) -> ChatBridge:
     return model
 
 
-def folder_of(name: str | Path, revision: str | None = None) -> Path | None:
-    """The local folder of a name, downloaded from the hub if needed; None for a model type of the package.
-
-    Raises:
-        CheckpointError: If there is no such folder or repository.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if str(name) in weights.model_types():
-        return None
-    return hub.snapshot(str(name), revision)
-
-
-def config_of(name: str | Path, folder: Path | None) -> ChatBridgeConfig:
-    """The configuration of a model type, a Hugging Face folder or a run's folder.
-
-    Raises:
-        CheckpointError: If the folder is neither.
-    """
-    if folder is None:
-        return ChatBridgeConfig.of_type(str(name))
-    if (folder / CONFIG).is_file():
-        return ChatBridgeConfig.from_json_file(folder / CONFIG)
-    if (folder / RUN_CONFIG).is_file():
-        return ChatBridgeConfig.of_run(folder)
-    raise CheckpointError(
-        f"{folder} is not a ChatBridge: expected {CONFIG} (Hugging Face) or {RUN_CONFIG} (a training run)"
-    )
-
-
-def _changes(dtype: Any, device_map: Any, quantization: Any) -> dict[str, Any]:
-    """transformers' loading arguments as settings of the ``model`` section."""
-    changes: dict[str, Any] = {}
+def _changes(dtype: torch.dtype | str | None, device_map: Any, quantization: Any) -> dict[str, dict[str, Any]]:
+    """transformers' loading arguments as changes to the ``model`` section."""
+    changes: dict[str, dict[str, Any]] = {"vision": {}, "audio": {}, "language_model": {}}
     if dtype is not None and dtype != "auto":
         chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if chosen not in PRECISIONS:
             raise ConfigError(f"dtype {dtype} is none of {', '.join(PRECISIONS.values())}")
-        changes |= {f"{part}__dtype": PRECISIONS[chosen] for part in ("vision", "audio", "language_model")}
+        changes = {part: {"dtype": PRECISIONS[chosen]} for part in changes}
     if quantization is not None:
-        changes["language_model__quantization"] = "4bit" if getattr(quantization, "load_in_4bit", False) else "8bit"
-    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        changes["language_model__device_map"] = device_map
+        changes["language_model"]["quantization"] = "4bit" if quantization.load_in_4bit else "8bit"
+    if device_map in PLACEMENTS:
+        changes["language_model"]["device_map"] = device_map
     return changes
 
 
-def _with_copies(settings: Any, folder: Path) -> Any:
+def _with_copies(settings: ModelSettings, folder: Path) -> ModelSettings:
     """Copy the frozen parts into ``folder`` and return settings that use the copies."""
     for need in weights.needs(settings):
-        _, part, key = (need.setting + "..").split(".")[:3]
+        part, _, key = need.setting.removeprefix("model.").partition(".")
         if (part, key) not in FROZEN:
             continue
-        source, target = need.find(), folder / _FROZEN_FOLDER / f"{part}_{key}"
+        source, target = need.find(), folder / "frozen" / f"{part}_{key}"
         if source.is_file():
             target = target.with_suffix(source.suffix)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, target)
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            for file in hub.needed_files(source, need.content, need.prefixes):
-                shutil.copyfile(file, target / file.name)
+        files = [source] if source.is_file() else hub.needed_files(source, need.content, need.prefixes)
+        for file in files:
+            copy = target if source.is_file() else target / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         own = getattr(settings, part).model_copy(update={key: str(target)})
         settings = settings.model_copy(update={part: own})
     return settings

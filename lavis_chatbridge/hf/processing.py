@@ -19,8 +19,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
-from lavis_chatbridge.hf.configuration import ChatBridgeConfig
-from lavis_chatbridge.hf.modeling import config_of, folder_of
+from lavis_chatbridge.hf.configuration import CONFIG, ChatBridgeConfig
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
@@ -30,12 +29,14 @@ from lavis_chatbridge.models.text import text_of
 from lavis_chatbridge.models.tokenizer import load_codec
 from lavis_chatbridge.processors import load_processors
 from lavis_chatbridge.processors.fbank import is_silent
-from lavis_chatbridge.prompting import Message, Modality, Piece, Slot, alignment_prompt
+from lavis_chatbridge.prompting import Message, Modality, Piece, Slot
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 _SOURCES = ("url", "path", "base64", "image", "video", "audio")
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Messages = Sequence[Mapping[str, Any]]
+Loaded = tuple[Modality, Any]
+"""A modality and a processed medium."""
 
 
 class ChatBridgeProcessor(ProcessorMixin):
@@ -69,22 +70,22 @@ class ChatBridgeProcessor(ProcessorMixin):
         place = hub.find(named or (), "model.language_model.tokenizer", "tokenizer")
         self.codec = load_codec(place)
         super().__init__(tokenizer or _tokenizer(place, self.codec))
-        self.processors = load_processors(config.preprocess)
-        self._template = lru_cache(maxsize=8)(self._load_template)
+        self.processors = load_processors(config.sections(folder).preprocess)
+        self.template = lru_cache(maxsize=8)(self._load_template)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, name: str | Path, *, revision: str | None = None, hear_videos: bool = True, **unused: Any
     ) -> ChatBridgeProcessor:
         """Load the processor of a model; ``name`` as for the model's ``from_pretrained``."""
-        folder = folder_of(name, revision)
-        return cls(None, config_of(name, folder), folder, hear_videos)
+        config, folder = ChatBridgeConfig.find(name, revision)
+        return cls(None, config, folder, hear_videos)
 
     def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
         """Write the tokenizer's files, and the configuration unless the model has written it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.json").is_file():
+        if not (folder / CONFIG).is_file():
             self.config.with_references(folder, self.settings).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -93,26 +94,21 @@ class ChatBridgeProcessor(ProcessorMixin):
         """Modality -> the id that marks a soft token."""
         return {modality: len(self.codec) + i for i, modality in enumerate(MODALITIES)}
 
-    @property
-    def model_input_names(self) -> list[str]:
-        """The keys of a call's result."""
-        audio = ["input_features", "feature_frames", "clips"]
-        return ["input_ids", "attention_mask", *_PIXELS.values(), *audio]
-
     def __call__(
         self,
         images: Any = None,
-        text: str | Sequence[str] | None = None,
+        text: str | Sequence[str] = "",
         videos: Any = None,
         audio: Any = None,
         return_tensors: str = "pt",
         **unused: Any,
     ) -> BatchFeature:
-        """Prepare one question with its media per row; without ``text`` the model writes a caption.
+        """Prepare one question with its media per row.
 
         Args:
-            images: An image (path, URL, bytes, PIL image, array); for several texts, one image or list per text.
-            text: Questions.
+            images: For one text, an image (path, URL, bytes, PIL image, array) or a list of them; for a list of texts,
+                a list with one such entry for each.
+            text: One or several questions.
             videos: Videos, likewise. Their audio tracks are used too unless ``audio`` is given.
             audio: Sounds, likewise.
             return_tensors: Only ``"pt"``.
@@ -124,21 +120,14 @@ class ChatBridgeProcessor(ProcessorMixin):
         """
         if wrong := next((name for name in ("image", "video", "audios") if name in unused), None):
             raise PromptError(f"the processor takes images=, videos= and audio=, not {wrong}=")
-        texts = None if text is None else [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else list(text)
+        conversations: list[Messages] = []
         given = {"image": images, "video": videos, "audio": audio}
-        size = len(texts) if texts is not None else _rows(given)
-        rows = [{m: _row(media, i, size, m) for m, media in given.items() if media is not None} for i in range(size)]
-        prompts, media = [], []
-        for number, row in enumerate(rows):
-            parts = [{"type": m, m: source} for m in row for source in row[m]]
-            loaded = self._load(parts, hear=self.hear_videos and audio is None)
-            modalities = tuple(modality for modality, _ in loaded)
-            if texts is None:
-                prompts.append(list(alignment_prompt(modalities, "")[:-1]))
-            else:
-                prompts.append(self._template("").prompt([Message("user", texts[number], modalities)], generate=True))
-            media.append(loaded)
-        return self._features(prompts, media, generate=True)
+        rows = {m: _rows(media, text, m) for m, media in given.items() if media is not None}
+        for number, question in enumerate(texts):
+            parts = [{"type": modality, modality: medium} for modality in rows for medium in rows[modality][number]]
+            conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
+        return self._features(conversations, hear=self.hear_videos and audio is None)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -168,19 +157,17 @@ class ChatBridgeProcessor(ProcessorMixin):
             raise ConfigError("ChatBridge formats conversations with model.template: omit chat_template")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: Any = conversation if batched else [conversation]
-        hear = self.hear_videos if hear_videos is None else hear_videos
-        read = [self._read(messages, hear, open_media=tokenize) for messages in conversations]
         if not tokenize:
-            texts = [_text(pieces) for pieces, _ in read]
+            texts = [_text(self._read(messages, hear=False, open_media=False)[0]) for messages in conversations]
             return texts if batched else texts[0]
-        features = self._features([pieces for pieces, _ in read], [media for _, media in read], generate=True)
-        if return_dict:
-            return features
-        return features["input_ids"]
+        features = self._features(conversations, self.hear_videos if hear_videos is None else hear_videos)
+        return features if return_dict else features["input_ids"]
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **unused: Any) -> list[str]:
         """The replies in generated ids, each up to its end marker."""
         return [self.decode(row, skip_special_tokens) for row in sequences]
+
+    post_process_image_text_to_text = post_process_multimodal_output = batch_decode  # type: ignore[assignment]
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **unused: Any) -> str:
         """The text of ids, without placeholders; with ``skip_special_tokens`` up to the end marker of the reply."""
@@ -188,34 +175,25 @@ class ChatBridgeProcessor(ProcessorMixin):
         known = [token for token in listed if token < len(self.codec)]
         if not skip_special_tokens:
             return self.codec.decode(known)
-        template = self._template("")
+        template = self.template("")
         end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
         return text_of(self.codec, known[:end], template.stops)
 
-    def post_process_image_text_to_text(self, *args: Any, **options: Any) -> list[str]:
-        """Decode replies for pipelines."""
-        return self.batch_decode(*args, **options)
-
-    def post_process_multimodal_output(self, *args: Any, **options: Any) -> list[str]:
-        """Decode replies for pipelines."""
-        return self.batch_decode(*args, **options)
-
     def training_features(self, conversations: Sequence[Messages]) -> BatchFeature:
         """Conversations with their replies as labels, in the layout of training (:func:`models.layout.lay_out`)."""
-        read = [self._read(messages, self.hear_videos, open_media=True) for messages in conversations]
-        return self._features([pieces for pieces, _ in read], [media for _, media in read], generate=False)
+        return self._features(conversations, self.hear_videos, generate=False)
 
     def _load_template(self, system: str) -> Template:
         return load_template(self.settings.template, self.codec, system, self.settings.reply_end)
 
-    def _read(self, messages: Messages, hear: bool, open_media: bool) -> tuple[list[Piece], list[tuple[Modality, Any]]]:
+    def _read(self, messages: Messages, hear: bool, open_media: bool = True) -> tuple[list[Piece], list[Loaded]]:
         """A conversation as pieces, and its media in order."""
         said: list[Message] = []
-        media: list[tuple[Modality, Any]] = []
+        media: list[Loaded] = []
         system = ""
         for message in messages:
-            parts = message["content"]
-            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
             if message["role"] == "system":
                 system = text
@@ -224,12 +202,11 @@ class ChatBridgeProcessor(ProcessorMixin):
             loaded = self._load(brought, hear) if open_media else [(part["type"], None) for part in brought]
             media += loaded
             said.append(Message(message["role"], text, tuple(modality for modality, _ in loaded)))
-        generate = bool(said) and said[-1].role == "user"
-        return self._template(system).prompt(said, generate=generate), media
+        return self.template(system).prompt(said, generate=bool(said) and said[-1].role == "user"), media
 
-    def _load(self, parts: Sequence[Mapping[str, Any]], hear: bool) -> list[tuple[Modality, Any]]:
+    def _load(self, parts: Sequence[Mapping[str, Any]], hear: bool) -> list[Loaded]:
         """Open media; each video is followed by its audio track unless that is silent or absent."""
-        loaded: list[tuple[Modality, Any]] = []
+        loaded: list[Loaded] = []
         for part in parts:
             modality = part.get("type")
             if modality not in MODALITIES:
@@ -250,30 +227,27 @@ class ChatBridgeProcessor(ProcessorMixin):
             return None
         return None if clips is None or is_silent(clips) else clips
 
-    def _features(
-        self, prompts: Sequence[Sequence[Piece]], media: Sequence[Sequence[tuple[Modality, Any]]], generate: bool
-    ) -> BatchFeature:
+    def _features(self, conversations: Sequence[Messages], hear: bool, generate: bool = True) -> BatchFeature:
         """The model's inputs: ids with placeholders, masks, labels, and media by modality."""
-        places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
+        prompts, media = zip(*(self._read(messages, hear) for messages in conversations), strict=True)
         by_modality: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
-        start = 0
+        places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
+        start, bounds = 0, []
         for modality in MODALITIES:
-            for row, listed in enumerate(media):
-                for index, medium in enumerate(one for own, one in listed if own == modality):
+            for row, loaded in enumerate(media):
+                for index, medium in enumerate(one for own, one in loaded if own == modality):
                     places[row][modality, index] = range(start, start := start + self._count(modality, medium))
                     by_modality[modality].append(medium)
+            bounds.append(start)
         longest = 1 << 30 if generate else self.settings.max_text_length
         batch = lay_out(prompts, places, self.codec, "text" if generate else self.settings.prompt_layout, longest)
-        is_soft = batch.token_ids == SOFT
-        soft_index = torch.full_like(batch.token_ids, -1)
-        soft_index[is_soft] = batch.soft
-        bounds = torch.tensor([sum(self._count(m, one) for one in by_modality[m]) for m in MODALITIES]).cumsum(0)
-        kinds = torch.bucketize(soft_index, bounds, right=True) + len(self.codec)
-        ids = torch.where(is_soft, kinds, batch.token_ids.masked_fill(batch.token_ids == PADDING, self.codec.pad_id))
-        columns = {"input_ids": ids, "attention_mask": batch.attention_mask, "soft_index": soft_index}
+        soft = torch.full_like(batch.token_ids, -1).masked_scatter(batch.token_ids == SOFT, batch.soft)
+        placeholders = torch.bucketize(soft, torch.tensor(bounds), right=True) + len(self.codec)
+        ids = batch.token_ids.masked_fill(batch.token_ids == PADDING, self.codec.pad_id)
+        ids = torch.where(soft >= 0, placeholders, ids)
+        columns = {"input_ids": ids, "attention_mask": batch.attention_mask, "soft_index": soft}
         if generate:
-            columns = _padded_left(columns, self.codec.pad_id)
-            columns.pop("soft_index")
+            columns = _padded_left(columns, {"input_ids": self.codec.pad_id, "attention_mask": 0, "soft_index": -1})
         else:
             columns |= {"position_ids": batch.position_ids, "labels": batch.labels}
         return BatchFeature({**columns, **_media_tensors(by_modality)})
@@ -286,11 +260,7 @@ class ChatBridgeProcessor(ProcessorMixin):
 
 
 class ChatBridgeCollator:
-    """Makes batches for transformers' ``Trainer`` of samples ``{"messages": [...]}``.
-
-    Args:
-        processor: The processor.
-    """
+    """Makes batches for transformers' ``Trainer`` of samples ``{"messages": [...]}``."""
 
     def __init__(self, processor: ChatBridgeProcessor) -> None:
         self.processor = processor
@@ -326,43 +296,25 @@ def _fetched(source: Any) -> Any:
     return response.content
 
 
-def _is_single(media: Any) -> bool:
-    """Whether this is one medium rather than a list."""
-    return not isinstance(media, (list, tuple)) or (len(media) == 2 and isinstance(media[1], (int, float)))
-
-
-def _rows(given: Mapping[str, Any]) -> int:
-    sizes = [1 if _is_single(media) else len(media) for media in given.values() if media is not None]
-    if not sizes:
-        raise PromptError("no input: pass text, images, videos or audio")
-    return max(sizes)
-
-
-def _row(media: Any, number: int, size: int, modality: str) -> list[Any]:
-    """The media of one row."""
-    if size == 1:
-        inner = media if _is_single(media) or len(media) != 1 else media[0]
-        return [inner] if _is_single(inner) else list(inner)
-    if _is_single(media) or len(media) != size:
-        found = 1 if _is_single(media) else len(media)
-        raise PromptError(f"{size} texts, but {modality}s for {found} rows: pass one entry per text")
-    return [media[number]] if _is_single(media[number]) else list(media[number])
+def _rows(media: Any, text: str | Sequence[str], modality: str) -> list[list[Any]]:
+    """The media of each text."""
+    if isinstance(text, str):
+        media, text = [media], [text]
+    found = len(media) if isinstance(media, list) else 1
+    if not isinstance(media, list) or found != len(text):
+        raise PromptError(f"{len(text)} texts, but {modality}s for {found} rows: pass a list with one entry per text")
+    return [own if isinstance(own, list) else [own] for own in media]
 
 
 def _text(pieces: Sequence[Piece]) -> str:
     return "".join(f"<{piece.modality}>" if isinstance(piece, Slot) else piece.text for piece in pieces)
 
 
-def _padded_left(columns: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
+def _padded_left(columns: Mapping[str, Tensor], padding: Mapping[str, int]) -> dict[str, Tensor]:
     """Move the padding of rows from the right to the left."""
     lengths = columns["attention_mask"].sum(1).tolist()
-    values = {"input_ids": pad, "attention_mask": 0, "soft_index": -1}
-    return {
-        name: pad_sequence(
-            [row[:n] for row, n in zip(column, lengths, strict=True)], True, values[name], padding_side="left"
-        )
-        for name, column in columns.items()
-    }
+    rows = {name: [row[:n] for row, n in zip(column, lengths, strict=True)] for name, column in columns.items()}
+    return {name: pad_sequence(own, True, padding[name], padding_side="left") for name, own in rows.items()}
 
 
 def _media_tensors(by_modality: Mapping[Modality, Sequence[Any]]) -> dict[str, Tensor]:

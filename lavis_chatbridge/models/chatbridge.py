@@ -296,7 +296,7 @@ class ChatBridge(Answering, BaseModel):
         own, held = lora.describe(self.llama_model), lora.described_by(found)
         if held is not None and file.cfg is not None and isinstance(file.cfg.get("lora"), Mapping):
             held |= dict(file.cfg["lora"])
-        if fault := lora.misfit(held, own, fresh_is_fine=True):
+        if fault := lora.misfit(held, own, new_is_fine=True):
             raise CheckpointError(f"{file.path} does not fit this model: {fault}")
         if held is None and own is not None:
             log.info("%s has no LoRA adapters: this model's are new and change nothing yet", file.path)

@@ -131,28 +131,20 @@ def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def misfit(
-    found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, fresh_is_fine: bool = False
+    found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, new_is_fine: bool = False
 ) -> str | None:
-    """Why a checkpoint's adapters do not fit a model, and how to mend it; None if they do.
+    """Why a checkpoint's adapters (by `describe` or `described_by`) do not fit a model's; None if they do.
 
     Args:
-        found: The checkpoint's, by `describe` or `described_by`.
+        found: The checkpoint's.
         expected: The model's.
-        fresh_is_fine: Accept a checkpoint without adapters for a model with new ones.
+        new_is_fine: Accept a checkpoint without adapters for a model with new ones.
     """
-    if found is None and (expected is None or fresh_is_fine):
+    if found is None and (expected is None or new_is_fine):
         return None
-    if found is None:
-        return f"it has no LoRA adapters, but the model has some of {_words(expected or {})}: set lora to null"
-    if expected is None:
-        return (
-            f"it has LoRA adapters of {_words(found)}, but the model has none: set model.language_model.lora to these"
-        )
-    if all(found[key] == expected[key] for key in found if key in expected):
+    if found is not None and expected is not None and all(found[key] == expected.get(key) for key in found):
         return None
-    return (
-        f"its LoRA adapters are of {_words(found)}, the model's of {_words(expected)}: change model.language_model.lora"
-    )
+    return f"its LoRA adapters: {_words(found)}, the model's: {_words(expected)}; change model.language_model.lora"
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -161,6 +153,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _words(description: Mapping[str, Any]) -> str:
-    alpha = f", alpha {description['alpha']:g}" if description.get("alpha") is not None else ""
+def _words(description: Mapping[str, Any] | None) -> str:
+    if description is None:
+        return "none"
+    alpha = f", alpha {description['alpha']:g}" if "alpha" in description else ""
     return f"rank {description['rank']}{alpha} on {', '.join(description['target_modules'])}"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from lavis_chatbridge.config import Settings, parse
-from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.config import Settings
 
 log = logging.getLogger(__name__)
 
@@ -24,24 +23,19 @@ Weights: TypeAlias = str | tuple[str, ...]
 """A path, a hub id, an address, or a list of alternatives: see :mod:`lavis_chatbridge.hub`."""
 
 Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Size: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
-"""Of a network that a file describes: an impossible one is refused before it is built."""
-
-_FIXED = {
-    "layer_norm_first": False, "activation_fn": "gelu", "conv_bias": False, "deep_norm": True,
-    "relative_position_embedding": True, "gru_rel_pos": True,
-}  # fmt: skip
-"""The variant of BEATs that is built; all published checkpoints are of it."""
 
 
 class EncoderSettings(Settings):
     """What the image and the audio encoder have in common."""
 
     encoder: str
-    """The architecture: a key of :data:`lavis_chatbridge.models.encoders.VISION` or ``AUDIO``."""
+    """The architecture: a name that :func:`lavis_chatbridge.models.encoders.register` has entered."""
 
     weights: Weights | None = None
     """The file or folder of the weights. Null: randomly initialised."""
+
+    config: dict[str, Any] | None = None
+    """Sizes for random weights: for transformers with ``model_type``, for BEATs also if its file holds none."""
 
     dtype: Precision = "float32"
     """The precision that the frozen encoder runs in."""
@@ -67,15 +61,8 @@ class VisionSettings(EncoderSettings):
     """The image and video encoder. The sizes are EVA's, by default EVA-ViT-G's; other encoders bring their own."""
 
     encoder: str = "eva"
-    config: dict[str, Any] | None = None
-    """transformers: ``model_type`` and sizes, for random weights."""
-
     image_size: int = 224
-    """Height and width of an image in pixels."""
-
     patch_size: PositiveInt = 14
-    """Height and width of a patch in pixels."""
-
     width: int = 1408
     depth: int = 39
     heads: PositiveInt = 16
@@ -94,57 +81,12 @@ class VisionSettings(EncoderSettings):
             yield f"width {self.width} is not a multiple of heads {self.heads}"
 
 
-class BeatsConfig(Settings):
-    """Sizes of a BEATs encoder; field names are those of ``cfg`` in published checkpoints, defaults BEATs_iter3+."""
-
-    input_patch_size: Size = 16
-    embed_dim: Size = 512
-    encoder_layers: int = Field(default=12, ge=1, le=256)
-    encoder_embed_dim: Size = 768
-    encoder_ffn_embed_dim: Size = 3072
-    encoder_attention_heads: Size = 12
-    conv_pos: Size = 128
-    conv_pos_groups: Size = 16
-    num_buckets: int = Field(default=320, ge=4, le=65_536)
-    max_distance: int = 800
-
-    @classmethod
-    def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
-        """The configuration in a published checkpoint; keys for training only are ignored.
-
-        Raises:
-            ConfigError: If the checkpoint uses a variant of the architecture that is not built here.
-        """
-        for key, built in _FIXED.items():
-            if cfg.get(key, built) != built:
-                raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
-        return parse(cls, {key: value for key, value in cfg.items() if key in cls.model_fields}, "BEATs")
-
-    def check(self) -> Iterable[str]:
-        for name in ("encoder_attention_heads", "conv_pos_groups"):
-            if self.encoder_embed_dim % getattr(self, name):
-                yield f"encoder_embed_dim {self.encoder_embed_dim} is not a multiple of {name} {getattr(self, name)}"
-        if self.max_distance <= self.num_buckets // 4:
-            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets}"
-
-
 class AudioSettings(EncoderSettings):
     """The audio encoder."""
 
     encoder: str = "beats"
-    config: BeatsConfig | dict[str, Any] | None = Field(default=None, union_mode="left_to_right")
-    """BEATs: its sizes, if the file does not hold them; transformers: ``model_type`` and sizes, for random weights."""
-
     mask_padding: bool = True
     """Hide the padding of clips that are not full. The original feeds zeros and hides nothing."""
-
-    def check(self) -> Iterable[str]:
-        yield from super().check()
-        if self.encoder == "beats" and isinstance(self.config, dict):
-            try:
-                parse(BeatsConfig, self.config, "config")
-            except ConfigError as error:
-                yield str(error)
 
 
 class PerceiverSettings(Settings):
@@ -260,7 +202,7 @@ class ModelSettings(Settings):
     """The YAML that these settings come from."""
 
     vision: VisionSettings = VisionSettings()
-    audio: AudioSettings = AudioSettings(config=None)
+    audio: AudioSettings = AudioSettings()
     perceiver: PerceiverSettings = PerceiverSettings()
     temporal_positions: TemporalSettings | None = None
     """Positions of frames and clips in time; null as in the released checkpoints."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -17,18 +16,10 @@ from lavis_chatbridge.models.settings import ModelSettings, Weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 _PREFIX = "chatbridge_"
-_BRIDGE = (
-    "Qformer.", "audio_trans.", "llama_proj.", "image_query_tokens", "audio_query_tokens", "ln_vision.", "ln_audio.",
-    "visual_temporal_pos_embeds", "audio_temporal_pos_embeds",
-)  # fmt: skip
-
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ModelType = Annotated[str | None, typer.Option("--model-type", help="A shipped model type.")]
 CfgPath = Annotated[str | None, typer.Option("--cfg-path", metavar="YAML", help="A configuration file.")]
 Options = Annotated[list[str] | None, typer.Option("--options", help="Changes to it, KEY=VALUE.")]
-
-
-_HINTS = {"model.audio.weights": "BEATs is published by https://github.com/microsoft/unilm/tree/master/beats"}
 
 
 class Need(NamedTuple):
@@ -41,28 +32,27 @@ class Need(NamedTuple):
 
     def find(self) -> Path:
         """The local file or folder, fetched if necessary."""
-        return hub.find(self.names, self.setting, self.content, self.prefixes, _HINTS.get(self.setting, ""))
+        return hub.find(self.names, self.setting, self.content, self.prefixes)
 
     def status(self) -> hub.Found:
         """Where it is, without fetching it."""
-        return hub.status(self.names, self.setting, self.content, self.prefixes, _HINTS.get(self.setting, ""))
+        return hub.status(self.names, self.setting, self.content, self.prefixes)
 
 
 def needs(settings: ModelSettings) -> list[Need]:
     """All weights that the settings name."""
     from lavis_chatbridge.models.state_dicts import BLIP2_BRIDGE, BLIP2_VISION
 
-    llm = settings.language_model
-    blip2 = BLIP2_VISION if settings.vision.encoder == "eva" else ()
+    llm, vision = settings.language_model, settings.vision
     named: list[tuple[str, Weights | None, hub.Content, tuple[str, ...]]] = [
         ("model.language_model.weights", llm.weights, "language_model", ()),
         ("model.language_model.tokenizer", llm.tokenizer, "tokenizer", ()),
-        ("model.vision.weights", settings.vision.weights, "weights", blip2),
+        ("model.vision.weights", vision.weights, "weights", BLIP2_VISION if vision.encoder == "eva" else ()),
         ("model.audio.weights", settings.audio.weights, "weights", ()),
         ("model.perceiver.weights", settings.perceiver.weights, "weights", BLIP2_BRIDGE),
         ("model.checkpoint", settings.trained, "weights", ()),
     ]
-    return [Need(setting, names, *rest) for setting, names, *rest in named if names is not None]  # type: ignore[arg-type]
+    return [Need(setting, names, content, p) for setting, names, content, p in named if names is not None]
 
 
 def find_all(settings: ModelSettings) -> dict[str, Path]:
@@ -78,7 +68,7 @@ def find_all(settings: ModelSettings) -> dict[str, Path]:
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
-        raise CheckpointError("; ".join(faults))
+        raise CheckpointError("; ".join([*faults, "docs/weights.md names where weights are published"]))
     return found
 
 
@@ -112,43 +102,6 @@ def model_settings(model_type: str | None, cfg_path: str | None = None, changes:
         raise ConfigError(f"there is no model type {chosen!r}; there are {', '.join(model_types())}")
     base = read_yaml(config_path(chosen)).model
     return parse(ModelSettings, merged(base, own, {"model_type": chosen}), "model")
-
-
-def convert(source: Path, target: Path, force: bool = False) -> tuple[int, Counter[str]]:
-    """Write the trained tensors of a ChatBridge checkpoint of any layout as safetensors.
-
-    The encoders' layer norms, which are frozen, are kept: results depend on them.
-
-    Args:
-        source: A file, or a folder that training wrote.
-        target: The safetensors file to write.
-        force: Overwrite the target.
-
-    Returns:
-        The number of tensors written, and of those left out by their first name.
-
-    Raises:
-        CheckpointError: If the source is no ChatBridge, or the target exists; nothing is written then.
-    """
-    from lavis_chatbridge.models import lora, state_dicts
-
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target}: the name of the file to write must end in .safetensors")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; name another file, or give --force to overwrite it")
-    file = state_dicts.read(source)
-    named = state_dicts.bridge_tensors(file.tensors, file.path)
-    if "llama_proj.weight" not in named:
-        raise CheckpointError(f"{file.path} is no ChatBridge checkpoint; it holds {state_dicts.some(file.tensors)}")
-    kept = {name: t for name, t in named.items() if name.startswith(_BRIDGE) or lora.is_adapter(name)}
-    state_dicts.check_finite(kept, file.path)
-    adapters = {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None
-    try:
-        state_dicts.save(target, kept, adapters)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-    written = {*kept, "query_tokens"}
-    return len(kept), Counter(name.partition(".")[0] for name in file.tensors if name not in written)
 
 
 def described(need: Need) -> tuple[hub.Found, str]:
@@ -196,14 +149,23 @@ def download_command(
 
 @app.command("convert")
 def convert_command(
-    file: Annotated[Path, typer.Argument(help="A ChatBridge checkpoint of the original, LAVIS or this package.")],
+    source: Annotated[Path, typer.Argument(help="A ChatBridge checkpoint of the original, LAVIS or this package.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
 ) -> None:
-    """Write a ChatBridge checkpoint of any layout as safetensors."""
-    written, dropped = convert(file, out, force)
-    left = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(dropped.items()))
-    typer.echo(f"{out}: {written} tensors" + (f"; left out: {left}" if left else ""))
+    """Write the bridge of a ChatBridge checkpoint of any layout, without the frozen models, as safetensors."""
+    from lavis_chatbridge.models import lora, state_dicts
+
+    if out.exists():
+        raise CheckpointError(f"{out} exists: name another file")
+    file = state_dicts.read(source)
+    named = state_dicts.bridge_tensors(file.tensors, file.path)
+    frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms stay: results depend on them
+    kept = {name: t for name, t in named.items() if not name.startswith(frozen) or lora.is_adapter(name)}
+    if "llama_proj.weight" not in kept:
+        raise CheckpointError(f"{source} is no ChatBridge checkpoint; it holds {state_dicts.some(file.tensors)}")
+    state_dicts.check_finite(kept, source)
+    state_dicts.save(out, kept, {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None)
+    typer.echo(f"{out}: {len(kept)} tensors of {len(file.tensors)}")
 
 
 def _wanted(

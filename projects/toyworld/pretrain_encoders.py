@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lavis_chatbridge.files import share
-from lavis_chatbridge.models.encoders.beats import Beats
+from lavis_chatbridge.models.encoders.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.encoders.eva import EvaVit
-from lavis_chatbridge.models.settings import BeatsConfig, VisionSettings
+from lavis_chatbridge.models.settings import VisionSettings
 from lavis_chatbridge.toyworld.world import ATTRIBUTES
 
 log = logging.getLogger(__name__)

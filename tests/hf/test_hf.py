@@ -74,7 +74,7 @@ def test_the_ids_equal_those_of_our_own_prompts(processor: ChatBridgeProcessor, 
         Message("assistant", "a star"),
         Message("user", "and now?", ("video", "audio", "audio")),
     ]
-    pieces = processor._template("").prompt(said, generate=True)
+    pieces = processor.template("").prompt(said, generate=True)
     slots = [piece for piece in pieces if isinstance(piece, Slot)]
     queries = processor.settings.perceiver.queries
     elements = elements_of(pieces, {slot: (slot.modality, queries) for slot in slots}, processor.codec)

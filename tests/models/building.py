@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from lavis_chatbridge.models.encoders.beats import BeatsConfig
 from lavis_chatbridge.models.settings import (
     AudioSettings,
-    BeatsConfig,
     LanguageModelSettings,
     ModelSettings,
     PerceiverSettings,
@@ -35,7 +35,7 @@ def small_settings(tokenizer: Path, vocabulary: int = 640, **changes: Any) -> Mo
     """A model with 28-pixel images and 32 mel bins or any other number of them."""
     values: dict[str, Any] = {
         "vision": VisionSettings(image_size=28, patch_size=14, width=32, depth=2, heads=4),
-        "audio": AudioSettings(config=SMALL_BEATS),
+        "audio": AudioSettings(config=SMALL_BEATS.model_dump()),
         "perceiver": PerceiverSettings(
             width=32, layers=2, heads=4, feed_forward=48, queries=3, dropout=0.0, initializer_range=0.5
         ),
@@ -78,7 +78,7 @@ def golden_settings(golden: Path, **changes: Any) -> ModelSettings:
             heads=vit["num_heads"],
             mlp_ratio=vit["mlp_ratio"],
         ),
-        "audio": AudioSettings(config=BeatsConfig.from_dict(sizes["beats"])),
+        "audio": AudioSettings(config=BeatsConfig.from_dict(sizes["beats"]).model_dump()),
         "perceiver": PerceiverSettings(
             width=qformer["hidden_size"],
             layers=qformer["num_hidden_layers"],

@@ -9,20 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.plugin.export_llm import export
 from tests.models.building import small_model, small_settings
-
-LLAMA_13B = {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "vocab_size": 32000,
-}
 
 
 def with_lora(tokenizer: Path, **changes: Any) -> LanguageModelSettings:
@@ -59,17 +50,13 @@ def test_fresh_adapters_change_nothing_and_alone_are_trained(golden_dir: Path) -
 
 def test_adapters_beside_half_precision_stay_in_fp32(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
-    own = with_lora(golden_dir / "tokenizer")
-    half = own.model_copy(update={"dtype": "bfloat16"})
+    half = with_lora(golden_dir / "tokenizer").model_copy(update={"dtype": "bfloat16"})
     model = small_model(golden_dir / "tokenizer", language_model=half)
     dtypes = {lora.is_adapter(name): p.dtype for name, p in model.llama_model.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    assert logits_dtype(model) == torch.bfloat16
-
-
-def logits_dtype(model: Any) -> torch.dtype:
     with torch.no_grad():
-        return model.llama_model(inputs_embeds=torch.randn(1, 2, 32, dtype=torch.bfloat16)).logits.dtype
+        found = model.llama_model(inputs_embeds=torch.randn(1, 2, 32, dtype=torch.bfloat16)).logits
+    assert found.dtype == torch.bfloat16
 
 
 def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(golden_dir: Path, tmp_path: Path) -> None:
@@ -96,9 +83,9 @@ def test_other_adapters_are_refused(golden_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file(model.trainable_state_dict(), path)
     for changes, message in (
-        (None, "has LoRA adapters of rank 4 on q_proj, v_proj, but the model has none"),
-        ({"rank": 2}, "of rank 4 on q_proj, v_proj, the model's of rank 2, alpha 16 on q_proj, v_proj"),
-        ({"rank": 4, "target_modules": ("o_proj",)}, "the model's of rank 4, alpha 16 on o_proj"),
+        (None, "its LoRA adapters: rank 4 on q_proj, v_proj, the model's: none"),
+        ({"rank": 2}, "rank 4 on q_proj, v_proj, the model's: rank 2, alpha 16 on q_proj, v_proj"),
+        ({"rank": 4, "target_modules": ("o_proj",)}, "the model's: rank 4, alpha 16 on o_proj"),
     ):
         more = {} if changes is None else {"language_model": with_lora(tokenizer, **changes)}
         with pytest.raises(CheckpointError, match=message):
@@ -108,19 +95,16 @@ def test_other_adapters_are_refused(golden_dir: Path, tmp_path: Path) -> None:
     assert all(torch.equal(t, same.trainable_state_dict()[n]) for n, t in model.trainable_state_dict().items())
 
 
-def test_layers_that_are_not_there_and_numbers_out_of_range(golden_dir: Path) -> None:
-    own = with_lora(golden_dir / "tokenizer", target_modules=("query",))
-    with pytest.raises(ConfigError, match=r"target_modules \['query'\] do not fit .*named .*q_proj"):
-        language_model.load_language_model(own)
-    wrong = {"rank": 0, "alpha": -1.0, "dropout": 1.0, "target_modules": []}
-    with pytest.raises(ConfigError, match=r"rank is 0, .*alpha is -1.*dropout is 1.*target_modules: .*at least 1 item"):
-        settings_reader.parse(LoraSettings, wrong, "lora")
-
-
-def test_an_embedding_is_no_target(golden_dir: Path) -> None:
-    own = with_lora(golden_dir / "tokenizer", target_modules=("q_proj", "embed_tokens"))
-    with pytest.raises(ConfigError, match=r"names embed_tokens, an embedding; linear layers are down_proj, .*q_proj"):
-        language_model.load_language_model(own)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("query",), r"target_modules \['query'\] do not fit .*named .*q_proj"),
+        (("q_proj", "embed_tokens"), r"names embed_tokens, an embedding; linear layers are down_proj, .*q_proj"),
+    ],
+)
+def test_layers_that_take_no_adapter(golden_dir: Path, targets: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        language_model.load_language_model(with_lora(golden_dir / "tokenizer", target_modules=targets))
 
 
 @pytest.mark.parametrize("tied", [False, True])

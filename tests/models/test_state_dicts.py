@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import build_audio, build_vision
-from lavis_chatbridge.models.encoders.beats import Beats
+from lavis_chatbridge.models.encoders.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.encoders.eva import EvaVit
-from lavis_chatbridge.models.settings import AudioSettings, BeatsConfig, VisionSettings
+from lavis_chatbridge.models.settings import AudioSettings, VisionSettings
 from tests.models.building import SMALL_BEATS, small_model, small_settings
 
 SIZES: dict[str, Any] = {"image_size": 28, "patch_size": 14, "width": 32, "depth": 2, "heads": 4}
@@ -46,52 +46,44 @@ def same(model: Any, tensors: dict[str, Tensor]) -> bool:
 def test_a_trained_bridge_in_every_layout(tokenizer: Path, tmp_path: Path, layout: str) -> None:
     model = small_model(tokenizer)
     tensors = changed(model)
-    path = tmp_path / "a.pth"
-    if layout in ("safetensors", "folder"):
-        state_dicts.save(tmp_path / "step" / "model.safetensors", tensors)
-        path = tmp_path / "step" if layout == "folder" else tmp_path / "step" / "model.safetensors"
-    elif layout == "torch":
-        torch.save(tensors, path)
-    elif layout == "ddp":
-        torch.save({"model": {f"module.{name}": t for name, t in tensors.items()}}, path)
-    elif layout == "under model":
-        torch.save({"model": tensors, "optimizer": {"state": {}, "lr": 1.0}, "epoch": 3, "config": {"a": [1]}}, path)
-    else:
-        constants = {
-            "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-            "Qformer.cls.predictions.bias": torch.ones(4),
-            "Qformer.bert.embeddings.word_embeddings.weight": torch.ones(4, 4),
-            "Qformer.bert.encoder.layer.0.output.dense.weight": torch.ones(4, 4),
-        }
-        tensors = {**{name: t + 1 for name, t in model.state_dict().items()}, **tensors}
-        torch.save({"model": tensors | constants}, path)
-        tensors.pop("Qformer.bert.embeddings.position_ids")
+    path = tmp_path / "model.pth"
+    constants = {"llama_model.model.layers.0.self_attn.rotary_emb.inv_freq", "Qformer.cls.predictions.bias"}
+    constants |= {f"Qformer.bert.{name}" for name in ("embeddings.word_embeddings.w", "encoder.layer.0.output.dense.w")}
+    match layout:
+        case "safetensors" | "folder":
+            state_dicts.save(tmp_path / "model.safetensors", tensors)
+            path = tmp_path if layout == "folder" else tmp_path / "model.safetensors"
+        case "torch":
+            torch.save(tensors, path)
+        case "ddp":
+            torch.save({"model": {f"module.{name}": t for name, t in tensors.items()}}, path)
+        case "under model":
+            torch.save({"model": tensors, "optimizer": {"state": {}, "lr": 1.0}, "config": {"a": [1]}}, path)
+        case "whole":
+            tensors = {**{name: t + 1 for name, t in model.state_dict().items()}, **tensors}
+            torch.save({"model": tensors | {name: torch.ones(4) for name in constants}}, path)
+            tensors.pop("Qformer.bert.embeddings.position_ids")
     assert not same(model, tensors)
     model.load_checkpoint(str(path))
     assert same(model, tensors)
 
 
-def wrong_tensors(tensor: Tensor) -> dict[str, tuple[Tensor | None, str]]:
-    return {
-        "missing": (None, "missing: llama_proj.bias"),
-        "whole numbers": (tensor.to(torch.int32), "llama_proj.bias is int32, expected real numbers"),
-        "another shape": (torch.ones(3), r"llama_proj.bias is \[3\], expected \[32\]"),
-        "NaN": (tensor * float("nan"), "NaN or infinity in llama_proj.bias"),
-        "half of a frozen part": (tensor, r"missing: ln_vision\.bias$"),
-        "unknown": (tensor, "unexpected: other.weight"),
-    }
-
-
-@pytest.mark.parametrize("what", wrong_tensors(torch.ones(2)))
-def test_a_misfit_is_named_in_one_line_and_loads_nothing(model: Any, tmp_path: Path, what: str) -> None:
-    tensors = changed(model)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llama_proj.bias": None}, "missing: llama_proj.bias"),
+        ({"llama_proj.bias": torch.ones(3)}, r"llama_proj.bias is \[3\], expected \[32\]"),
+        ({"llama_proj.bias": torch.full((32,), float("nan"))}, "NaN or infinity in llama_proj.bias"),
+        ({"ln_vision.weight": torch.ones(32)}, r"missing: ln_vision\.bias$"),
+        ({"other.weight": torch.ones(2)}, "unexpected: other.weight"),
+    ],
+)
+def test_a_misfit_is_named_in_one_line_and_loads_nothing(
+    model: Any, tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    value, message = wrong_tensors(tensors["llama_proj.bias"])[what]
-    own = {} if value is None else {"llama_proj.bias": value}
-    own |= {"half of a frozen part": {"ln_vision.weight": torch.ones(32)}, "unknown": {"other.weight": value}}.get(
-        what, {}
-    )  # type: ignore[dict-item]
-    torch.save({"model": {n: t for n, t in tensors.items() if n != "llama_proj.bias"} | own}, tmp_path / "a.pth")
+    tensors = {name: t for name, t in (changed(model) | change).items() if t is not None}
+    torch.save({"model": tensors}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=message) as caught:
         model.load_checkpoint(str(tmp_path / "a.pth"))
     assert "\n" not in str(caught.value)
@@ -145,17 +137,6 @@ def test_beats_brings_its_own_sizes(tmp_path: Path) -> None:
     beats: Any = build_audio(AudioSettings(weights=str(tmp_path / "b.pt")))
     assert len(beats.encoder.layers) == 3
     assert same(beats, held.state_dict())
-    with pytest.raises(CheckpointError, match=r"encoder_layers=3.*encoder_layers=2"):
-        build_audio(AudioSettings(weights=str(tmp_path / "b.pt"), config=SMALL_BEATS))
-
-
-def test_sizes_in_a_file_are_checked_before_anything_is_built() -> None:
-    for cfg, message in (
-        ({"encoder_layers": 300}, "300, expected at most 256"),
-        ({"embed_dim": -3}, "embed_dim is -"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            BeatsConfig.from_dict(SMALL_BEATS.model_dump() | cfg)
 
 
 class _Evil:
@@ -173,26 +154,22 @@ def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_damaged_and_foreign_files_are_one_line(tmp_path: Path, old: bool) -> None:
+def test_damaged_and_foreign_files_are_one_line(tmp_path: Path) -> None:
     tensors = {f"a{i}": torch.randn(40, 7) for i in range(5)}
-    torch.save({"model": tensors}, tmp_path / "whole.pth", _use_new_zipfile_serialization=not old)
+    torch.save({"model": tensors}, tmp_path / "whole.pth")
     state_dicts.save(tmp_path / "whole.safetensors", tensors)
     for suffix in (".pth", ".safetensors"):
         data = (tmp_path / f"whole{suffix}").read_bytes()
-        assert set(state_dicts.read(tmp_path / f"whole{suffix}").tensors) == set(tensors)
-        cuts = [data[:size] for size in (0, 1, 8, 60, len(data) // 2, len(data) - 1)]
-        for content in (*cuts, b"not weights", b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1"):
+        cuts = [data[:size] for size in (0, 8, 60, len(data) // 2, len(data) - 1)]
+        for content in (*cuts, b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1"):
             (tmp_path / f"cut{suffix}").write_bytes(content)
             with pytest.raises(CheckpointError, match=f"cut{suffix} ") as caught:
                 state_dicts.read(tmp_path / f"cut{suffix}")
             assert "\n" not in str(caught.value)
-    torch.save([1], tmp_path / "list.pth")
-    with pytest.raises(CheckpointError, match="no weights by name, but a list"):
-        state_dicts.read(tmp_path / "list.pth")
-    torch.save({"epoch": 3}, tmp_path / "epoch.pth")
-    with pytest.raises(CheckpointError, match="no weights by name; it holds epoch"):
-        state_dicts.read(tmp_path / "epoch.pth")
+    for content, message in (([1], "no weights by name, but a list"), ({"epoch": 3}, "by name; it holds epoch")):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(CheckpointError, match=message):
+            state_dicts.read(tmp_path / "other.pth")
 
 
 def test_a_saved_file_is_complete_with_its_configuration(tmp_path: Path) -> None:

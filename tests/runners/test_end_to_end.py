@@ -111,8 +111,8 @@ def test_adapters_with_features_sorted_batches_and_compilation_resume_exactly(tm
     assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in load_file(path).items())
     newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
     refusals = {
-        (): "it has LoRA adapters of rank 4, alpha 16 on q_proj, up_proj, but the model has none",
-        (*LORA, "model.language_model.lora.alpha=8"): "alpha 16 on .*, the model's of rank 4, alpha 8",
+        (): "its LoRA adapters: rank 4, alpha 16 on q_proj, up_proj, the model's: none",
+        (*LORA, "model.language_model.lora.alpha=8"): "alpha 16 on .*, the model's: rank 4, alpha 8",
     }
     for number, (other, message) in enumerate(refusals.items()):
         with pytest.raises(CheckpointError, match=message):

@@ -9,7 +9,7 @@ Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
 
@@ -60,14 +60,13 @@ class AudioEncoder(Encoder, Protocol):
 
 Build = Callable[[Any], nn.Module]
 _TABLES: dict[str, dict[str, Build]] = {"vision": {}, "audio": {}}
-VISION, AUDIO = _TABLES["vision"], _TABLES["audio"]
 
 
-def register(modality: Literal["vision", "audio"], name: str) -> Callable[[Build], Build]:
+def register(part: Literal["vision", "audio"], name: str) -> Callable[[Build], Build]:
     """Decorator: enters a function from settings to an encoder under a name."""
 
     def enter(build: Build) -> Build:
-        _TABLES[modality][name] = build
+        _TABLES[part][name] = build
         return build
 
     return enter
@@ -80,43 +79,47 @@ def build_vision(settings: VisionSettings) -> VisionEncoder:
         ConfigError: If the settings name an unknown encoder, or do not fit it.
         CheckpointError: If its weights cannot be had, or do not fit.
     """
-    return cast(VisionEncoder, _entry(VISION, settings.encoder, "model.vision.encoder")(settings))
+    return cast(VisionEncoder, _entry("vision", settings.encoder)(settings))
 
 
 def build_audio(settings: AudioSettings) -> AudioEncoder:
     """The audio encoder of the settings, with its weights; raises as :func:`build_vision`."""
-    return cast(AudioEncoder, _entry(AUDIO, settings.encoder, "model.audio.encoder")(settings))
+    return cast(AudioEncoder, _entry("audio", settings.encoder)(settings))
 
 
 def tokens_of(grid: Tensor, pool: int, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``[B, D, H, W]`` features averaged over ``pool`` by ``pool`` neighbours, row by row behind prefix tokens."""
+    """``[B, D, H, W]`` features averaged over ``pool`` by ``pool`` neighbours, row by row behind prefix tokens.
+
+    Returns:
+        ``[B, N, D]`` tokens, and a mask in which all count.
+    """
     grid = functional.avg_pool2d(grid, pool, ceil_mode=True) if pool > 1 else grid
     tokens = grid.flatten(2).transpose(1, 2)
-    return whole(tokens if prefix is None else torch.cat([prefix, tokens], dim=1))
-
-
-def whole(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """``[B, N, D]`` tokens, and a mask in which all count."""
+    tokens = tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
     return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def _entry(table: Mapping[str, Build], name: str, setting: str) -> Build:
+def _entry(part: str, name: str) -> Build:
     module, _, own = name.rpartition(":")
+    table = _TABLES[part]
     if module:
         try:
             import_module(module)
         except ImportError as error:
-            raise ConfigError(f"{setting}: the module {module!r} cannot be imported ({error})") from error
+            raise ConfigError(f"model.{part}.encoder: the module {module!r} cannot be imported ({error})") from error
     if own not in table:
         near = difflib.get_close_matches(own, table, n=1)
         hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(table))}"
-        raise ConfigError(f"{setting}: there is no encoder {own!r}{hint}")
+        raise ConfigError(f"model.{part}.encoder: there is no encoder {own!r}{hint}")
     return table[own]
 
 
-def _lazily(module: str, function: str) -> Build:
-    return lambda settings: getattr(import_module(f"{__name__}.{module}"), function)(settings)
+def _lazily(part: Literal["vision", "audio"], name: str) -> None:
+    """Enter a module of this folder, which is imported when it is first needed."""
+    register(part, name)(lambda settings: getattr(import_module(f"{__name__}.{name}"), f"build_{part}")(settings))
 
 
-VISION |= {name: _lazily(name, "build_vision") for name in ("timm", "transformers")} | {"eva": _lazily("eva", "build")}
-AUDIO |= {"transformers": _lazily("transformers", "build_audio"), "beats": _lazily("beats", "build")}
+for _name in ("eva", "timm", "transformers"):
+    _lazily("vision", _name)
+for _name in ("beats", "transformers"):
+    _lazily("audio", _name)

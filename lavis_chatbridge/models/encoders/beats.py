@@ -10,39 +10,75 @@ Shapes: ``B`` clips, ``F`` frames of 10 ms, ``M`` mel bins, ``n`` tokens (time o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.config import parse
-from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.config import Settings, parse
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import state_dicts
-from lavis_chatbridge.models.encoders import whole
-from lavis_chatbridge.models.settings import AudioSettings, BeatsConfig, torch_dtype
+from lavis_chatbridge.models.settings import AudioSettings, torch_dtype
+
+_FIXED = {
+    "layer_norm_first": False, "activation_fn": "gelu", "conv_bias": False, "deep_norm": True,
+    "relative_position_embedding": True, "gru_rel_pos": True,
+}  # fmt: skip
+"""The variant of BEATs that is built; all published checkpoints are of it."""
 
 
-def build(settings: AudioSettings) -> Beats:
-    """The BEATs of a file, or a randomly initialised one.
+class BeatsConfig(Settings):
+    """Sizes of a BEATs encoder; field names are those of ``cfg`` in published checkpoints, defaults BEATs_iter3+."""
+
+    input_patch_size: PositiveInt = 16
+    embed_dim: PositiveInt = 512
+    encoder_layers: PositiveInt = 12
+    encoder_embed_dim: PositiveInt = 768
+    encoder_ffn_embed_dim: PositiveInt = 3072
+    encoder_attention_heads: PositiveInt = 12
+    conv_pos: PositiveInt = 128
+    conv_pos_groups: PositiveInt = 16
+    num_buckets: int = Field(default=320, ge=4)
+    max_distance: int = 800
+
+    @classmethod
+    def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
+        """The configuration in a published checkpoint; keys for training only are ignored.
+
+        Raises:
+            ConfigError: If the checkpoint uses a variant of the architecture that is not built here.
+        """
+        for key, built in _FIXED.items():
+            if cfg.get(key, built) != built:
+                raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
+        return parse(cls, {key: value for key, value in cfg.items() if key in cls.model_fields}, "BEATs")
+
+    def check(self) -> Iterable[str]:
+        for name in ("encoder_attention_heads", "conv_pos_groups"):
+            if self.encoder_embed_dim % getattr(self, name):
+                yield f"encoder_embed_dim {self.encoder_embed_dim} is not a multiple of {name} {getattr(self, name)}"
+        if self.max_distance <= self.num_buckets // 4:
+            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets}"
+
+
+def build_audio(settings: AudioSettings) -> Beats:
+    """The BEATs of a file, whose own sizes count, or a randomly initialised one.
 
     Raises:
         CheckpointError: If the file is missing or does not fit.
         ConfigError: If it holds a variant that is not built here.
     """
-    own = settings.config
-    config = parse(BeatsConfig, own, "model.audio.config") if isinstance(own, dict) else own
+    config = parse(BeatsConfig, settings.config or {}, "model.audio.config")
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
-        return Beats(config or BeatsConfig()).to(dtype)
+        return Beats(config).to(dtype)
     file = state_dicts.read(hub.find(settings.weights, "model.audio.weights"))
-    held = None if file.cfg is None else BeatsConfig.from_dict(file.cfg)
-    if held is not None and config not in (None, held):
-        raise CheckpointError(f"{file.path} holds {held!r}, but model.audio.config is {config!r}")
     with torch.device("meta"):
-        encoder = Beats(held or config or BeatsConfig())
+        encoder = Beats(config if file.cfg is None else BeatsConfig.from_dict(file.cfg))
     tensors = tensors_of(file.tensors, encoder.config.encoder_layers)
     state_dicts.load_exactly(encoder, tensors, file.path, "model.audio", dtype)
     return encoder
@@ -63,11 +99,7 @@ def tensors_of(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 
 class Beats(nn.Module):
-    """The BEATs encoder (arXiv 2212.09058, section 3).
-
-    Args:
-        config: Its sizes.
-    """
+    """The BEATs encoder (arXiv 2212.09058, section 3)."""
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
@@ -106,8 +138,8 @@ class Beats(nn.Module):
                 f"{fbank.shape[-1]} bins and {fbank.shape[1]} frames"
             )
         if frames is None:
-            tokens = self.encoder(self.post_extract_proj(self.patches(fbank)), None)
-            return whole(tokens)
+            fbank = fbank[:, : fbank.shape[1] // patch * patch]
+            frames = torch.full((len(fbank),), fbank.shape[1], device=fbank.device)
         fbank = functional.pad(fbank, (0, 0, 0, -fbank.shape[1] % patch))
         fbank = fbank * (torch.arange(fbank.shape[1], device=fbank.device) < frames[:, None]).unsqueeze(-1)
         steps, bands = fbank.shape[1] // patch, fbank.shape[2] // patch
@@ -138,15 +170,11 @@ class _Encoder(nn.Module):
         nn.init.xavier_normal_(table.weight)
         self.layers = nn.ModuleList(_Layer(config, table) for _ in range(config.encoder_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            x = x * mask.unsqueeze(-1)  # otherwise the convolution carries padding into the sound
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x * mask.unsqueeze(-1)  # otherwise the convolution carries padding into the sound
         x = self.layer_norm(x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2))
         bias = self.position_bias(x.shape[1])
-        blocked = None
-        if mask is not None:
-            blocked = torch.zeros(mask.shape, dtype=torch.float32, device=x.device)
-            blocked = blocked.masked_fill(~mask, float("-inf"))[:, None, None, :]
+        blocked = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, float("-inf"))[:, None, None, :]
         for layer in self.layers:
             x = layer(x, bias, blocked)
         return x
@@ -201,7 +229,7 @@ class _Layer(nn.Module):
         for linear in (self.fc1, self.fc2, self.self_attn.v_proj, self.self_attn.out_proj):
             nn.init.xavier_normal_(linear.weight, gain=(8 * layers) ** -0.25)
 
-    def forward(self, x: Tensor, bias: Tensor, blocked: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, blocked: Tensor) -> Tensor:
         x = self.self_attn_layer_norm(x * self.residual_scale + self.self_attn(x, bias, blocked))
         return self.final_layer_norm(x * self.residual_scale + self.fc2(functional.gelu(self.fc1(x))))
 
@@ -221,15 +249,13 @@ class _Attention(nn.Module):
         self.grep_linear = nn.Linear(width // self.heads, 8)
         self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
 
-    def forward(self, x: Tensor, bias: Tensor, blocked: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, blocked: Tensor) -> Tensor:
         """``[B, n, D]`` tokens, ``[H, n, n]`` bias, ``[B, 1, 1, n]`` zero or minus infinity -> ``[B, n, D]``."""
         q, k, v = (
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        scores = self._gate(q) * bias.unsqueeze(0)
-        if blocked is not None:
-            scores = scores + blocked
+        scores = self._gate(q) * bias.unsqueeze(0) + blocked
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=scores.to(q.dtype))
         return self.out_proj(out.transpose(1, 2).flatten(2))
 

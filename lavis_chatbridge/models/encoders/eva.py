@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.models import state_dicts
-from lavis_chatbridge.models.encoders import whole
 from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
 
 
@@ -47,10 +46,11 @@ class EvaVit(VisionTransformer):
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``[B, 3, H, W]`` to ``[B, N, D]``, the tokens of the last block, and their mask."""
-        return whole(self(batch))
+        tokens = self(batch)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def build(settings: VisionSettings) -> EvaVit:
+def build_vision(settings: VisionSettings) -> EvaVit:
     """The EVA-ViT of a file, or a randomly initialised one.
 
     Raises:
@@ -81,9 +81,8 @@ def tensors_of(tensors: Mapping[str, Tensor], depth: int, tokens: int, source: o
     own = state_dicts.part(named, "visual_encoder.") or named
     unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
     kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
-    table = kept.get("pos_embed")
-    if table is not None and table.dim() == 3 and table.shape[1] > 1 and table.numel():
-        kept["pos_embed"] = fit_positions(table, tokens)
+    if "pos_embed" in kept:
+        kept["pos_embed"] = fit_positions(kept["pos_embed"], tokens)
     return kept
 
 
@@ -95,10 +94,10 @@ def fit_positions(table: Tensor, tokens: int) -> Tensor:
         tokens: The number of tokens, one more than a square number.
 
     Returns:
-        ``[1, tokens, D]``; the table itself if it fits already or is no square of patches.
+        ``[1, tokens, D]``.
     """
     have, want = math.isqrt(table.shape[1] - 1), math.isqrt(tokens - 1)
-    if table.shape[1] == tokens or have**2 != table.shape[1] - 1 or want**2 != tokens - 1:
+    if have == want:
         return table
     grid = table[:, 1:].float().unflatten(1, (have, have)).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, size=(want, want), mode="bicubic", align_corners=False)

@@ -18,12 +18,7 @@ from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
 
 
 class TimmVision(nn.Module):
-    """A timm model without its head.
-
-    Args:
-        model: The model, built with ``num_classes=0``.
-        settings: ``layer`` counts blocks of a ViT or stages of a convolutional network.
-    """
+    """A timm model without its head; ``settings.layer`` counts blocks of a ViT or stages of a convolutional network."""
 
     def __init__(self, model: Any, settings: VisionSettings) -> None:
         super().__init__()
@@ -62,23 +57,18 @@ def build_vision(settings: VisionSettings) -> TimmVision:
     place = None if settings.weights is None else hub.find(settings.weights, "model.vision.weights")
     described = hub.read_config(place) if place is not None and (place / "config.json").is_file() else {}
     name = settings.name or described.get("architecture")
-    if not isinstance(name, str):
+    if name is None:
         raise ConfigError("model.vision.name is null and no config.json names an architecture of timm")
-    more = dict(described.get("model_args") or {})
-    if described.get("pretrained_cfg"):
-        more["pretrained_cfg"] = described["pretrained_cfg"]
+    sizes, data = described.get("model_args") or {}, described.get("pretrained_cfg")
     try:
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0, **more)
+        model: Any = timm.create_model(name, num_classes=0, pretrained_cfg=data, **sizes)
     except (RuntimeError, TypeError, ValueError) as error:
-        near = ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:4])
-        raise ConfigError(
-            f"model.vision.name: timm builds no {name!r} ({error}); it has {near or 'no such family'}"
-        ) from error
+        raise ConfigError(f"model.vision.name: timm builds no {name!r}: {error}") from error
     dtype = torch_dtype(settings.dtype)
     if place is not None:
         file = state_dicts.read(place)
-        head = model.pretrained_cfg.get("classifier") or ()
-        heads = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
-        tensors = {name: tensor for name, tensor in file.tensors.items() if not (heads and name.startswith(heads))}
+        heads = model.pretrained_cfg.get("classifier") or ()
+        head = tuple(f"{part}." for part in ([heads] if isinstance(heads, str) else heads))
+        tensors = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(head)}
         state_dicts.load_exactly(model, tensors, file.path, "model.vision", dtype)
     return TimmVision(model.to(dtype), settings)

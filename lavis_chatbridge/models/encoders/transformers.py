@@ -8,7 +8,6 @@ Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models.encoders import tokens_of
 from lavis_chatbridge.models.settings import AudioSettings, EncoderSettings, VisionSettings, torch_dtype
 
-log = logging.getLogger(__name__)
-
 _UNSTABLE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "_attn_implementation")
 """Keys of a configuration that do not affect the output."""
 
@@ -31,13 +28,7 @@ _NOT_USED = ("pooler.dense.weight", "pooler.dense.bias", "masked_spec_embed")
 
 
 class TransformersVision(nn.Module):
-    """A vision tower.
-
-    Args:
-        model: The tower.
-        settings: ``layer`` counts blocks.
-        size: Height and width of a frame in pixels.
-    """
+    """A vision tower for frames of ``size`` by ``size`` pixels; ``settings.layer`` counts blocks."""
 
     def __init__(self, model: Any, settings: VisionSettings, size: int) -> None:
         super().__init__()
@@ -59,12 +50,7 @@ class TransformersVision(nn.Module):
 
 
 class TransformersAudio(nn.Module):
-    """An audio encoder.
-
-    Args:
-        model: The encoder.
-        settings: ``layer`` counts blocks; ``pool`` shortens Whisper's 1500 tokens.
-    """
+    """An audio encoder; ``settings.layer`` counts blocks, ``settings.pool`` shortens Whisper's 1500 tokens."""
 
     patch = 1
 
@@ -125,7 +111,7 @@ def build_vision(settings: VisionSettings) -> TransformersVision:
         ConfigError: If no architecture is given.
         CheckpointError: If the weights are missing, or are no model that transformers can build.
     """
-    model, folder = _loaded(settings, "model.vision", "vision")
+    model, folder = _loaded(settings, "vision")
     size = model.config.image_size if hasattr(model.config, "image_size") else settings.image_size
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         size = hub.image_size(hub.read_config(folder, "preprocessor_config.json")) or size
@@ -134,27 +120,26 @@ def build_vision(settings: VisionSettings) -> TransformersVision:
 
 def build_audio(settings: AudioSettings) -> TransformersAudio:
     """The audio encoder of a folder (of CLAP its audio tower, of Whisper its encoder); raises as `build_vision`."""
-    model, _ = _loaded(settings, "model.audio", "audio")
+    model, _ = _loaded(settings, "audio")
     if model.config.model_type.startswith("clap") and settings.layer != -1:
         raise ConfigError("model.audio.layer: only -1 works for CLAP, whose stages differ in width")
     return TransformersAudio(model.encoder if model.config.model_type == "whisper" else model, settings)
 
 
-def _loaded(settings: EncoderSettings, where: str, tower: str) -> tuple[Any, Path | None]:
-    """The encoder and the folder of its weights; ``tower`` is its part of a model with text too."""
+def _loaded(settings: EncoderSettings, part: str) -> tuple[Any, Path | None]:
+    """The encoder (of a model with text too, its tower) and the folder of its weights."""
     from transformers import MODEL_MAPPING, AutoConfig
 
-    dtype = torch_dtype(settings.dtype)
-    sizes = getattr(settings, "config", None)
-    if settings.weights is None and not (isinstance(sizes, dict) and "model_type" in sizes):
-        raise ConfigError(f"{where}: weights is null, so config must give model_type and sizes")
-    folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights")
-    if folder is not None and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{where}.weights: {folder} is no folder with config.json, as encoder transformers needs")
+    where, dtype, folder = f"model.{part}", torch_dtype(settings.dtype), None
+    described = dict(settings.config or {})
+    if settings.weights is not None:
+        folder = hub.find(settings.weights, f"{where}.weights")
+        described = hub.read_config(folder)
+    if "model_type" not in described:
+        raise ConfigError(f"{where}: no model_type in {folder or 'config, which random weights need'}")
     try:
-        given = dict(sizes or {}) if folder is None else hub.read_config(folder)
-        config = AutoConfig.for_model(given.pop("model_type"), **given)
-        alone = getattr(config, f"{tower}_config", config)
+        config = AutoConfig.for_model(described.pop("model_type"), **described)
+        alone = getattr(config, f"{part}_config", config)
         config = alone if type(alone) in MODEL_MAPPING else config
         built: Any = MODEL_MAPPING[type(config)]
         if folder is None:
@@ -169,7 +154,7 @@ def _loaded(settings: EncoderSettings, where: str, tower: str) -> tuple[Any, Pat
         raise CheckpointError(f"{where}: no encoder can be built from {folder or 'config'}: {cause}") from error
     if missing:
         raise CheckpointError(f"{where}: {folder} lacks {len(missing)} tensors, {missing[0]} for one")
-    return getattr(model, f"{tower}_model", model), folder
+    return getattr(model, f"{part}_model", model), folder
 
 
 def _run(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:

@@ -13,9 +13,9 @@ from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import encoders
-from lavis_chatbridge.models.settings import AudioSettings, VisionSettings
-from lavis_chatbridge.prompting import alignment_prompt
-from tests.models.building import small_model
+from lavis_chatbridge.models.settings import AudioSettings, LoraSettings, VisionSettings
+from lavis_chatbridge.prompting import Modality, alignment_prompt
+from tests.models.building import small_model, small_settings
 from tests.models.encoders import architectures
 
 ALL = [("vision", name) for name in architectures.VISION] + [("audio", name) for name in architectures.AUDIO]
@@ -32,42 +32,40 @@ def extracted(folder: Path, seconds: float = 2.0) -> AudioClips:
     return AudioClips(features, torch.tensor([steps, steps // 2]))
 
 
-def bridge(modality: str, name: str, folder: Path, tokenizer: Path, seed: int = 0) -> Any:
-    settings = getattr(architectures, modality)(name, folder, seed)
-    return small_model(tokenizer, **{modality: settings})
+def bridge(part: str, name: str, folder: Path, tokenizer: Path, seed: int = 0, **more: Any) -> Any:
+    settings = getattr(architectures, part)(name, folder, seed)
+    return small_model(tokenizer, **{part: settings}, **more)
 
 
-def batch(modality: str, model: Any, folder: Path) -> tuple[str, dict[str, Any]]:
-    kind = "image" if modality == "vision" else "audio"
+def batch(part: str, model: Any, folder: Path) -> tuple[Modality, dict[str, Any]]:
+    modality: Modality = "image" if part == "vision" else "audio"
     generator = torch.Generator().manual_seed(0)
     medium: Any = torch.randn(model.visual_encoder.frame_shape, generator=generator)
-    if modality == "audio":
+    if part == "audio":
         medium = extracted(folder)
-    pieces = alignment_prompt([kind], "a red dog")  # type: ignore[list-item]
-    return kind, {kind: [[medium], [medium]], "pieces": [pieces, pieces]}
+    pieces = alignment_prompt([modality], "a red dog")
+    return modality, {modality: [[medium], [medium]], "pieces": [pieces, pieces]}
 
 
-@pytest.mark.parametrize(("modality", "name"), ALL)
-def test_a_bridge_with_each_architecture(modality: str, name: str, tmp_path: Path, golden_dir: Path) -> None:
+@pytest.mark.parametrize(("part", "name"), ALL)
+def test_a_bridge_with_each_architecture(part: str, name: str, tmp_path: Path, golden_dir: Path) -> None:
     """One row of the table in docs/weights.md."""
     tokenizer = golden_dir / "tokenizer"
-    model = bridge(modality, name, tmp_path / "a", tokenizer)
-    kind, samples = batch(modality, model, tmp_path / "a")
-    encoder = model.visual_encoder if modality == "vision" else model.audio_encoder
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    model = bridge(part, name, tmp_path / "a", tokenizer)
+    modality, samples = batch(part, model, tmp_path / "a")
+    encoder = model.visual_encoder if part == "vision" else model.audio_encoder
 
     first = model(samples)["loss"].item()
-    media = {kind: [model.encode_media(kind, of_sample) for of_sample in samples[kind]]}
+    media = {modality: [model.encode_media(modality, of_sample) for of_sample in samples[modality]]}
     assert model({**samples, **media})["loss"].item() == pytest.approx(first, abs=1e-5)  # from cached features
-    tokens = media[kind][0][0].tokens
+    tokens = media[modality][0][0].tokens
     assert tokens.shape[-1] == encoder.width
     assert tokens.isfinite().all()
 
-    own = model.frozen_hash(kind)
-    assert own == bridge(modality, name, tmp_path / "a2", tokenizer).frozen_hash(kind)
-    assert own != bridge(modality, name, tmp_path / "b", tokenizer, seed=1).frozen_hash(kind)
+    own = model.frozen_hash(modality)
+    assert own == bridge(part, name, tmp_path / "a2", tokenizer).frozen_hash(modality)
+    assert own != bridge(part, name, tmp_path / "b", tokenizer, seed=1).frozen_hash(modality)
 
-    frozen = {key: value.clone() for key, value in encoder.state_dict().items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
     gradients = torch.autograd.grad(model(samples)["loss"], trained, allow_unused=True)
@@ -76,7 +74,25 @@ def test_a_bridge_with_each_architecture(modality: str, name: str, tmp_path: Pat
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter -= 0.0 if gradient is None else 1e-3 * first / squares * gradient
     assert model.eval()(samples)["loss"].item() < first
-    assert all(torch.equal(value, frozen[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(("part", "name"), ALL)
+def test_with_lora_a_step_changes_adapters_and_bridge_alone(
+    part: str, name: str, tmp_path: Path, golden_dir: Path
+) -> None:
+    tokenizer = golden_dir / "tokenizer"
+    own = small_settings(tokenizer).language_model.model_copy(update={"lora": LoraSettings(rank=2)})
+    model = bridge(part, name, tmp_path, tokenizer, language_model=own).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    _, samples = batch(part, model, tmp_path)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(samples)["loss"].backward()
+    optimiser.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    learns = ("Qformer.", "llama_proj.", "image_query", "audio_query", "audio_trans.", "visual_temp", "audio_temp")
+    assert {key for key in changed if ".lora_B." in key}
+    assert {"llama_proj.weight", "image_query_tokens" if part == "vision" else "audio_query_tokens"} <= changed
+    assert not {key for key in changed if not key.startswith(learns) and ".lora_" not in key}
 
 
 @pytest.mark.parametrize(
@@ -144,9 +160,9 @@ def test_options_of_audio(name: str, options: dict[str, Any], tokens: int, valid
         ({"encoder": "eva", "pool": 2}, ConfigError, "layer, class_token and pool are for timm and transformers"),
         ({"encoder": "timm"}, ConfigError, "model.vision.name is null and no config.json names an architecture"),
         ({"encoder": "timm", "name": "vit_tinny"}, ConfigError, "timm builds no 'vit_tinny'"),
-        ({"encoder": "transformers"}, ConfigError, "weights is null, so config must give model_type and sizes"),
+        ({"encoder": "transformers"}, ConfigError, "no model_type in config, which random weights need"),
         ({"encoder": "transformers", "config": {"model_type": "no"}}, CheckpointError, "no encoder can be built"),
-        ({"encoder": "transformers", "weights": "FOLDER"}, CheckpointError, "is no folder with config.json"),
+        ({"encoder": "transformers", "weights": "FOLDER"}, CheckpointError, "config.json cannot be read"),
     ],
 )
 def test_refusals(settings: dict[str, Any], error: type, words: str, tmp_path: Path) -> None:

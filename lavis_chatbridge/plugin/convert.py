@@ -1,0 +1,75 @@
+"""``chatbridge convert``: converts a ChatBridge between its three formats; the tensors stay equal.
+
+A run's folder has ``model.safetensors`` and ``config.yaml``; a Hugging Face folder ``config.json`` and safetensors; the
+original's checkpoint is a torch file with the tensors under ``model``. All use the same names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lavis_chatbridge.errors import CheckpointError
+
+FORMATS = ("huggingface", "run", "original")
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="A run's folder, a Hugging Face folder, or a checkpoint file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; for `original` a .pth file.")],
+    to: Annotated[str, typer.Option(help="huggingface, run or original.")] = "huggingface",
+    model_type: Annotated[str | None, typer.Option(help="Model type of a checkpoint file, such as vicuna13b.")] = None,
+) -> None:
+    """Convert a trained ChatBridge between its three formats.
+
+    Raises:
+        CheckpointError: If ``out`` exists, the source is not a ChatBridge, or the model type of a file is not given.
+    """
+    from lavis_chatbridge.models import state_dicts
+
+    if to not in FORMATS:
+        raise typer.BadParameter(f"{to!r} is none of {', '.join(FORMATS)}", param_hint="--to")
+    if out.exists():
+        raise CheckpointError(f"{out} exists; choose another path")
+    if source.is_file() and to != "original" and model_type is None:
+        raise CheckpointError(f"{source} contains no configuration: pass its --model-type, such as vicuna13b")
+    tensors = state_dicts.read(source).tensors
+    if "llama_proj.weight" not in tensors:
+        raise CheckpointError(f"{source} is not a ChatBridge; it contains {state_dicts.some(tensors)}")
+    if to == "original":
+        _write_original(tensors, out)
+    else:
+        _write_folder(tensors, source if source.is_dir() else str(model_type), out, to)
+    typer.echo(f"{out}: {len(tensors)} tensors")
+
+
+def _write_original(tensors: dict, out: Path) -> None:
+    import torch
+
+    from lavis_chatbridge.files import atomic_file
+
+    with atomic_file(out) as temporary:
+        torch.save({"model": tensors}, temporary)
+
+
+def _write_folder(tensors: dict, name: Path | str, out: Path, to: str) -> None:
+    from huggingface_hub import save_torch_state_dict
+    from omegaconf import OmegaConf
+
+    from lavis_chatbridge.files import write_text
+    from lavis_chatbridge.hf import ChatBridgeConfig
+    from lavis_chatbridge.models import state_dicts
+
+    config, folder = ChatBridgeConfig.find(name)
+    out.mkdir(parents=True)
+    saved = config.with_references(out, config.settings(folder))
+    if to == "huggingface":
+        save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
+        saved.save_pretrained(out)
+        saved.write_card(out)
+        return
+    state_dicts.save(out / "model.safetensors", tensors)
+    sections = {"model": saved.settings(out).model_dump(exclude_unset=True), "preprocess": saved.preprocess}
+    write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(sections)))
