@@ -265,7 +265,7 @@ def _under_folder(name: Name) -> Path | None:
         return None
     repo = Path(name.repo)
     candidates = [repo / name.file, Path(repo.name) / name.file] if name.repo else []
-    places = (Path(folder).expanduser() / candidate for candidate in (*candidates, name.last))
+    places = (Path(folder).expanduser() / candidate for candidate in [*candidates, Path(name.last)])
     return next((place for place in places if place.exists()), None)
 
 

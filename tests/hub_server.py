@@ -1,7 +1,8 @@
-"""A server on loopback that speaks the hub's protocol: redirects, ranges, gated repositories, broken connections."""
+"""A hub on loopback: redirects, ranges, gated repositories, broken connections, and uploads with LFS."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -12,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -21,7 +24,8 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         gated: Repositories that need the token ``secret``.
         broken: Files (by their last name) whose next download breaks in the middle.
-        requests: Method, path and range of every request.
+        requests: Method, path and range of every download.
+        objects: Uploaded LFS objects by hash.
     """
 
     daemon_threads = True
@@ -32,6 +36,7 @@ class HubServer(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.broken: set[str] = set()
         self.requests: list[tuple[str, str, str]] = []
+        self.objects: dict[str, bytes] = {}
 
     @property
     def url(self) -> str:
@@ -57,6 +62,18 @@ def serving(root: Path) -> Iterator[HubServer]:
         thread.join()
 
 
+def connect(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process use the server, and an empty cache."""
+    from huggingface_hub import constants
+
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "DOWNLOAD_CHUNK_SIZE": 1 << 16,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+
+
 def _is_redirected(path: str) -> bool:
     return path.endswith((".safetensors", ".bin")) and "/resolve/" in path
 
@@ -70,6 +87,43 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(send=True)
+
+    def do_PUT(self) -> None:
+        """One LFS object."""
+        self.server.objects[self.path.rpartition("/")[2]] = self._body()
+        self._send(200, b"", {})
+
+    def do_POST(self) -> None:
+        body, answer, url = self._body(), {}, self.server.url
+        if self.path == "/api/repos/create":
+            named = json.loads(body)
+            repo = f"{named['organization']}/{named['name']}"
+            (self.server.root / repo).mkdir(parents=True)
+            answer = {"url": f"{url}/{repo}"}
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+            files = zip(paths, modes, strict=True)
+            answer = {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in files]}
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            upload = [{**one, "actions": {"upload": {"href": f"{url}/lfs/{one['oid']}"}}} for one in objects]
+            answer = {"transfer": "basic", "objects": upload}
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
+            for line in map(json.loads, body.splitlines()):
+                self._commit(self.server.root / found[1], **line)
+            answer = {"success": True, "commitOid": COMMIT, "commitUrl": f"{url}/{found[1]}/commit/{COMMIT}"}
+        self._send(200, json.dumps(answer).encode(), {})
+
+    def _commit(self, folder: Path, key: str, value: dict[str, str]) -> None:
+        """One line of a commit: a file's content, or the hash of its LFS object."""
+        if key in ("file", "lfsFile"):
+            (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            content = self.server.objects[value["oid"]] if key == "lfsFile" else base64.b64decode(value["content"])
+            (folder / value["path"]).write_bytes(content)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""

@@ -15,7 +15,7 @@ import pytest
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError
-from tests.hub_server import HubServer, serving
+from tests.hub_server import HubServer, connect, serving
 
 BIG = os.urandom(3 << 20)
 
@@ -23,8 +23,6 @@ BIG = os.urandom(3 << 20)
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A hub with a few repositories, an empty cache, and no folder of local files."""
-    from huggingface_hub import constants
-
     root = tmp_path / "hub"
     files: dict[str, bytes] = {
         "org/encoder/config.json": b"{}",
@@ -49,13 +47,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with serving(root) as running:
         running.gated.add("org/secret")
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+        connect(running, tmp_path / "cache", monkeypatch)
         yield running
 
 

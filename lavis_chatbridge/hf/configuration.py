@@ -181,7 +181,7 @@ def content_hash(place: Path) -> str:
 def _scores(log: Path) -> dict[str, float]:
     """The numbers of a run's last validation."""
     lines = [json.loads(line) for _, line in read_lines(log)] if log.is_file() else []
-    last = next((line for line in reversed(lines) if "val_step" in line), {})
+    last: dict[str, Any] = next((line for line in reversed(lines) if "val_step" in line), {})
     return {name.removeprefix("val_"): value for name, value in last.items() if isinstance(value, int | float)}
 
 

@@ -144,7 +144,11 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _unreferenced(self) -> dict[str, Tensor]:
         """The tensors that are in no weight file of a frozen part: trained ones, layer norms, random parts."""
         own = self.chatbridge.settings
-        parts = {"visual_encoder": own.vision, "audio_encoder": own.audio, "llama_model": own.language_model}
+        parts: dict[str, Any] = {
+            "visual_encoder": own.vision,
+            "audio_encoder": own.audio,
+            "llama_model": own.language_model,
+        }
         referenced = tuple(f"{name}." for name, part in parts.items() if part.weights is not None)
         trained = {name for name, parameter in self.chatbridge.named_parameters() if parameter.requires_grad}
         state = state_dicts.bridge_tensors(self.chatbridge.state_dict())

@@ -199,7 +199,8 @@ class ChatBridgeProcessor(ProcessorMixin):
                 system = text
                 continue
             brought = [part for part in parts if part.get("type") != "text"]
-            loaded = self._load(brought, hear) if open_media else [(part["type"], None) for part in brought]
+            unopened: list[Any] = [(part["type"], None) for part in brought]
+            loaded: list[Loaded] = self._load(brought, hear) if open_media else unopened
             media += loaded
             said.append(Message(message["role"], text, tuple(modality for modality, _ in loaded)))
         return self.template(system).prompt(said, generate=bool(said) and said[-1].role == "user"), media

@@ -11,7 +11,7 @@ from lavis_chatbridge import hub
 from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.perceiver import build_perceiver
-from lavis_chatbridge.models.settings import ModelSettings, torch_dtype
+from lavis_chatbridge.models.settings import EncoderSettings, ModelSettings, torch_dtype
 
 _CUDA = 600 << 20
 _BYTES = {"8bit": 1.01, "4bit": 0.52}
@@ -69,15 +69,12 @@ def _language_model(settings: ModelSettings) -> tuple[Any, Any]:
     return config, AutoModelForCausalLM.from_config(config)
 
 
-def _bare(settings: Any) -> Any:
-    """The settings of an encoder without its weights; a configuration in their folder takes their place."""
-    if settings.weights is None:
-        return settings
-    changes: dict[str, Any] = {"weights": None}
-    if settings.encoder in ("timm", "transformers"):
-        config = hub.read_config(hub.find(settings.weights, "weights", "processor"))
-        named = {"name": settings.name or config.get("architecture")}
-        changes |= named if settings.encoder == "timm" else {"config": config}
+def _bare(settings: EncoderSettings) -> Any:
+    """The settings of an encoder without its weights; the configuration in their folder takes their place."""
+    if settings.weights is None or settings.encoder not in ("timm", "transformers"):
+        return settings.model_copy(update={"weights": None})
+    config = hub.read_config(hub.find(settings.weights, "weights", "processor"))
+    changes = {"weights": None, "config": config, "name": settings.name or config.get("architecture")}
     return settings.model_copy(update=changes)
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, pipeline
 
-from lavis_chatbridge import cli
 from lavis_chatbridge.chat import Session
 from lavis_chatbridge.errors import CheckpointError, ConfigError, PromptError
 from lavis_chatbridge.hf import (
@@ -33,7 +30,7 @@ from lavis_chatbridge.prompting import Message, Slot
 from lavis_chatbridge.toyworld import language, pictures
 from lavis_chatbridge.toyworld.world import scenes
 from tests.chat.building import picture, sound, video
-from tests.hub_server import serving
+from tests.hub_server import connect, serving
 
 NEWEST = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -171,13 +168,17 @@ def test_another_frozen_part_is_refused(tmp_path: Path, model) -> None:
 
 
 def test_the_card_names_parts_data_recipe_and_scores(tmp_path: Path, model) -> None:
-    about = {"data": ["world_captions"], "recipe": {"init_lr": 0.001}, "scores": {"world": 0.99}}
-    model.config.about = about
-    model.save_pretrained(tmp_path)
-    model.config.about = {}
-    text = (tmp_path / "README.md").read_text()
-    for words in ("package:assets/tiny/llm", "- world_captions", "| init_lr | 0.001 |", "| world | 0.99 |"):
-        assert words in text
+    run = OmegaConf.load(model.chatbridge.default_config_path("tiny"))
+    OmegaConf.save(
+        OmegaConf.merge(run, {"datasets": {"my_captions": {}}, "run": {"seed": 7}}), tmp_path / "config.yaml"
+    )
+    (tmp_path / "log.txt").write_text('{"train_loss": 1}\n{"val_step": 4, "val_agg_metrics": 0.5, "val_by": {}}\n')
+    state_dicts.save(tmp_path / "model.safetensors", model.chatbridge.trainable_state_dict())
+    ChatBridgeForConditionalGeneration.from_pretrained(tmp_path).save_pretrained(tmp_path / "hf")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert "| model.vision.weights | package:assets/tiny/eva_vit.safetensors | see the source |\n| model." in text
+    for rows in ("- my_captions\n", "| --- | --- |\n| seed | 7 |\n", "| agg_metrics | 0.5 |\n"):
+        assert rows in text
 
 
 def test_dtype_and_device_map_apply_to_frozen_parts() -> None:
@@ -196,55 +197,16 @@ def test_the_language_model_is_quantised_as_asked(processor, talk) -> None:
     assert answers(small, processor, talk, max_new_tokens=3)[0]
 
 
-def test_a_hub_id_is_fetched_and_loads(tmp_path: Path, model) -> None:
-    model.save_pretrained(tmp_path / "hub" / "org" / "bridge", save_frozen=True)
-    program = (
-        "from lavis_chatbridge.hf import ChatBridgeForConditionalGeneration, ChatBridgeProcessor\n"
-        "model = ChatBridgeForConditionalGeneration.from_pretrained('org/bridge')\n"
-        "processor = ChatBridgeProcessor.from_pretrained('org/bridge')\n"
-        "print(float(model.chatbridge.llama_proj.weight.double().sum()), len(processor.codec))"
-    )
+def test_a_pushed_model_loads_by_its_hub_id(tmp_path: Path, model, talk, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path / "hub") as server:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": server.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-        }
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = done.stdout.split()
-    assert float(found[0]) == float(model.chatbridge.llama_proj.weight.double().sum())
-    assert int(found[1]) == len(model.chatbridge.llama_tokenizer)
-
-
-def test_the_three_forms_hold_the_same_tensors(tmp_path: Path, model) -> None:
-    model.save_pretrained(tmp_path / "hf")
-    steps = [
-        ("hf", "run", "--to", "run"),
-        ("run", "a.pth", "--to", "original"),
-        ("a.pth", "hf2", "--model-type", "tiny"),
-    ]
-    for source, out, *more in steps:
-        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / out), *more]) == 0
-    kept = [state_dicts.read(tmp_path / name).tensors for name in ("hf", "run", "a.pth", "hf2")]
-    for tensors in kept[1:]:
-        assert tensors.keys() == kept[0].keys()
-        assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
-    for name in ("run", "hf2"):
-        assert same(model, ChatBridgeForConditionalGeneration.from_pretrained(tmp_path / name))
-    assert cli.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "x")]) == 2, "a file needs its model type"
-    assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "run"), "--to", "run"]) == 2, "nothing is replaced"
-
-
-def test_the_released_layout_comes_back(tmp_path: Path, golden_dir: Path) -> None:
-    tensors = state_dicts.read(golden_dir / "chatbridge_state.safetensors").tensors
-    torch.save({"model": tensors}, tmp_path / "released.pth")
-    assert cli.main(["convert", str(tmp_path / "released.pth"), str(tmp_path / "hf"), "--model-type", "vicuna13b"]) == 0
-    assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "back.pth"), "--to", "original"]) == 0
-    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+        connect(server, tmp_path / "cache", monkeypatch)
+        model.push_to_hub("org/bridge", save_frozen=True, max_shard_size="1MB")
+        pushed = {path.name for path in (tmp_path / "hub" / "org" / "bridge").iterdir()}
+        assert pushed >= {"README.md", "config.json", "frozen", "model.safetensors.index.json"}
+        again = ChatBridgeForConditionalGeneration.from_pretrained("org/bridge")
+        reader = ChatBridgeProcessor.from_pretrained("org/bridge")
+    assert same(model, again)
+    assert answers(again, reader, talk) == answers(model, reader, talk)
 
 
 def test_mistakes_are_named(processor: ChatBridgeProcessor, tmp_path: Path) -> None:
