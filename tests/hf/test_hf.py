@@ -177,7 +177,7 @@ def test_the_card_names_parts_data_recipe_and_scores(tmp_path: Path, model) -> N
     ChatBridgeForConditionalGeneration.from_pretrained(tmp_path).save_pretrained(tmp_path / "hf")
     text = (tmp_path / "hf" / "README.md").read_text()
     assert "| model.vision.weights | package:assets/tiny/eva_vit.safetensors | see the source |\n| model." in text
-    for rows in ("- my_captions\n", "| --- | --- |\n| seed | 7 |\n", "| agg_metrics | 0.5 |\n"):
+    for rows in ("- my_captions\n", "| --- | --- |\n| seed | 7 |\n", "| agg_metrics | 0.5 |"):
         assert rows in text
 
 

@@ -134,7 +134,7 @@ def test_beats_layer_by_layer(model: Any, tensors: Callable) -> None:
     near(beats.encoder.position_bias(patches.shape[1]), golden["short64.position_bias_layer0"], LAYERED)
     after = []
     hooks = [layer.register_forward_hook(lambda *a: after.append(a[2])) for layer in beats.encoder.layers]
-    beats.encoder(beats.post_extract_proj(patches), None)
+    beats.encoder(beats.post_extract_proj(patches), torch.ones(patches.shape[:2], dtype=torch.bool))
     for hook in hooks:
         hook.remove()
     assert len(after) == sum(name.startswith("short64.after_layer") for name in golden)
