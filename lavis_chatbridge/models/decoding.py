@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 
-from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision, switch_of
+from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision
 from lavis_chatbridge.models.kept import Element, Prefix, is_plain, join, select
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.text import TextStream
@@ -47,14 +47,6 @@ class Generation:
         stream: Makes text of the reply's tokens; its stop texts end the reply.
         end_ids: Tokens that end the reply, beside ``sampling.stop_token_ids``.
         sampling: How tokens are chosen.
-
-    Attributes:
-        ids: The reply's tokens so far.
-        logprobs: Of each of them, if ``sampling.logprobs`` asks for them.
-        finish: What ended the reply; None while it is incomplete.
-        reused: Positions of the prompt that were not read again.
-        started: When the reply was requested.
-        first_token: Seconds from then to the first token.
     """
 
     def __init__(
@@ -73,8 +65,10 @@ class Generation:
         self.logprobs: list[TokenLogprob] = []
         self.finish: Finish | None = None
         self.reused = 0
+        """Positions of the prompt that were not read again."""
         self.started = time.monotonic()
         self.first_token: float | None = None
+        """Seconds from the start to the first token."""
         self.cancelled = False
         self._random = torch.Generator()
         if sampling.seed is None:
@@ -86,11 +80,6 @@ class Generation:
     def done(self) -> bool:
         """Whether the reply is complete."""
         return self.finish is not None
-
-    @property
-    def length(self) -> int:
-        """Positions of the prompt and of the reply so far."""
-        return len(self.elements) + len(self.ids)
 
     def cancel(self) -> None:
         """End the reply at its next token. Any thread may call this."""
@@ -140,14 +129,8 @@ class Generation:
         return self.stream.finish()
 
     def embeds(self, start: int, table: nn.Embedding, scale: float = 1.0) -> Tensor:
-        """``[N, D]``: prompt and reply from position ``start``, in the language model's precision.
-
-        Args:
-            start: The first position.
-            table: The language model's embedding layer.
-            scale: See :func:`families.embedding_scale`.
-        """
-        rest = [*self.elements, *self.ids][start:]
+        """``[N, D]``: the prompt from position ``start`` on, by the language model's embedding layer and scale."""
+        rest = self.elements[start:]
         device = table.weight.device
         embeds = table(torch.tensor([e if isinstance(e, int) else 0 for e in rest], device=device))
         soft = [self.media[e[0]][e[1]] for e in rest if not isinstance(e, int)]
@@ -185,18 +168,16 @@ class _Lane:
         rows: The replies.
         pads: How many of the cache's first positions are padding, for each row.
         cache: Keys and values.
-        long: Whether the rows are beyond the length at which the model's rotary factors change.
     """
 
     rows: list[Generation]
     pads: list[int]
     cache: Any
-    long: bool
 
     @property
     def read(self) -> int:
         """Positions in the cache, padding included; each row's newest token is not among them."""
-        return self.rows[0].length - 1 + self.pads[0]
+        return len(self.rows[0].elements) + len(self.rows[0].ids) - 1 + self.pads[0]
 
 
 Texts: TypeAlias = list[tuple[Generation, str]]
@@ -215,7 +196,6 @@ class Decoder:
     def __init__(self, language_model: LanguageModel) -> None:
         self._model = language_model
         self._table = language_model.get_input_embeddings()
-        self._switch = switch_of(language_model.config)
         parameters = inspect.signature(language_model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._lanes: list[_Lane] = []
@@ -238,13 +218,12 @@ class Decoder:
         together: list[Generation] = []
         searches: dict[Sampling, list[Generation]] = {}
         for row in generations:
-            is_long = len(row.elements) > self._switch
-            row.reused = row.prefix.common(row.elements, is_long) if row.prefix is not None else 0
+            row.reused = row.prefix.common(row.elements) if row.prefix is not None else 0
             if row.cancelled:
                 texts.append((row, row.end("cancelled")))
             elif row.sampling.num_beams > 1:
                 searches.setdefault(row.sampling.model_copy(update={"seed": None}), []).append(row)
-            elif row.reused or is_long:
+            elif row.reused:
                 texts += self._read([row])
             else:
                 together.append(row)
@@ -257,20 +236,15 @@ class Decoder:
         """Choose the next token of every reply that is not complete."""
         texts: Texts = []
         lanes, self._lanes = self._lanes, []
-        crossing: list[Generation] = []
         for lane in lanes:
             texts += [(row, row.end("cancelled")) for row in lane.rows if row.cancelled]
-            beyond = [row for row in lane.rows if not lane.long and not row.done and row.length > self._switch]
-            crossing += beyond
-            self._keep(lane, [row for row in lane.rows if not row.done and row not in beyond])
+            self._keep(lane, [row for row in lane.rows if not row.done])
             if lane.rows:
                 last = torch.tensor([[row.ids[-1]] for row in lane.rows], device=self._table.weight.device)
                 logits, lane.cache = self._run(lane.cache, lane.pads, lane.read, self._table(last))
                 texts += self._chosen(lane, logits)
             if lane.rows:
                 self._lanes.append(lane)
-        for row in crossing:  # what was read before the switch is read again with the other factors
-            texts += self._read([row])
         return texts
 
     def complete(self, generations: Sequence[Generation]) -> None:
@@ -280,17 +254,13 @@ class Decoder:
             self.step()
 
     def _read(self, rows: list[Generation]) -> Texts:
-        """Read prompts (of crossing rows, their replies too) and choose a token behind each.
-
-        A prompt whose beginning was read before, or that is beyond the switch, comes alone.
-        """
-        first = rows[0]
-        start = 0 if first.ids else first.reused
+        """Read prompts and choose a token behind each; a prompt whose beginning was read before comes alone."""
+        first, start = rows[0], rows[0].reused
         past = None if first.prefix is None else first.prefix.take(start)
         parts = [row.embeds(start, self._table, self._model.embedding_scale) for row in rows]
         pads = [max(map(len, parts)) - len(part) for part in parts]
         logits, cache = self._run(past, pads, start, pad_sequence(parts, batch_first=True, padding_side="left"))
-        lane = _Lane(rows, pads, cache, first.length > self._switch)
+        lane = _Lane(rows, pads, cache)
         texts = self._chosen(lane, logits)
         if lane.rows:
             self._admit(lane)
@@ -321,8 +291,8 @@ class Decoder:
 
     def _admit(self, new: _Lane) -> None:
         """Let new rows share the cache of others, where caches can be joined."""
-        lane = next((one for one in self._lanes if not one.long and is_plain(one.cache)), None)
-        if lane is None or new.long or not is_plain(new.cache):
+        lane = next((one for one in self._lanes if is_plain(one.cache)), None)
+        if lane is None or not is_plain(new.cache):
             self._lanes.append(new)
             return
         longest = max(lane.read, new.read)
@@ -337,7 +307,7 @@ class Decoder:
         for i, row in enumerate(lane.rows):
             if row.done and row.prefix is not None and is_plain(lane.cache):
                 own = select(lane.cache, [i], lane.pads[i]) if len(lane.rows) > 1 else lane.cache
-                row.prefix.put([*row.elements, *row.ids[:-1]], own, lane.long)
+                row.prefix.put([*row.elements, *row.ids[:-1]], own)
         index = [lane.rows.index(row) for row in staying]
         if index and is_plain(lane.cache):
             cut = min(lane.pads[i] for i in index)  # columns that only padded rows still use

@@ -57,16 +57,24 @@ class LanguageModel(nn.Module):
 
 
 def positions_of(config: Any) -> float:
-    """The positions that a language model was made for; infinity where its configuration names none."""
+    """The positions that a language model is used for; infinity where its configuration names none.
+
+    Where rotary factors depend on the length (Phi-3's longrope, dynamic NTK) these end before the factors change: keys
+    that were read with one set are wrong beside keys of the other.
+    """
     own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not own:
         return math.inf
-    name, rope = _rope(config)
-    factor = rope.get("factor", 1)
-    if name == "yarn":
-        return max(own, factor * (rope.get("original_max_position_embeddings") or own))
-    # Vicuna 1.5 16k: 4096 positions of LLaMA, stretched by 4
-    return own * factor if name in ("linear", "dynamic") else own
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if nested := [one for one in rope.values() if isinstance(one, dict)]:  # one for each type of layer
+        rope = next((one for one in nested if one.get("factor")), nested[0])
+    variant, factor = rope.get("rope_type", rope.get("type")), rope.get("factor", 1)
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if variant in ("longrope", "dynamic", "su"):
+        return original or own
+    if variant == "yarn":
+        return max(own, factor * (original or own))
+    return own * factor if variant == "linear" else own  # Vicuna 1.5 16k: 4096 positions of LLaMA, stretched by 4
 
 
 def room_behind(config: Any, length: int) -> float:
@@ -81,26 +89,6 @@ def room_behind(config: Any, length: int) -> float:
             f"a prompt has {length} positions with its media, the language model at most {most:g}: shorten it"
         )
     return most - length + 1
-
-
-def switch_of(config: Any) -> float:
-    """The length beyond which rotary factors change (Phi-3's longrope, dynamic NTK); infinity where they never do.
-
-    Keys that were read on one side of it are wrong on the other.
-    """
-    name, rope = _rope(config)
-    if name not in ("longrope", "dynamic", "su"):
-        return math.inf
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return original or config.max_position_embeddings
-
-
-def _rope(config: Any) -> tuple[str | None, dict[str, Any]]:
-    """The variant of rotary positions, and its settings."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if nested := [one for one in found.values() if isinstance(one, dict)]:  # one for each type of layer
-        found = next((one for one in nested if one.get("factor")), nested[0])
-    return found.get("rope_type", found.get("type")), found
 
 
 def embedding_scale(model: LanguageModel) -> float:

@@ -24,15 +24,9 @@ class Prefix:
     def __init__(self) -> None:
         self.elements: list[Element] = []
         self._cache: Any = None
-        self._long = False
 
-    def common(self, elements: Sequence[Element], is_long: bool = False) -> int:
-        """How many of a prompt's elements need not be read again; the last one always is, for its prediction.
-
-        Keys of the other side of the length at which the model's rotary factors change (``is_long``) are not reused.
-        """
-        if self._cache is None or is_long != self._long:
-            return 0
+    def common(self, elements: Sequence[Element]) -> int:
+        """How many of a prompt's elements need not be read again; the last one always is, for its prediction."""
         most = max(0, min(len(self.elements), len(elements) - 1))
         return next((i for i in range(most) if self.elements[i] != elements[i]), most)
 
@@ -45,9 +39,9 @@ class Prefix:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
         return cache
 
-    def put(self, elements: Sequence[Element], cache: Any, is_long: bool = False) -> None:
+    def put(self, elements: Sequence[Element], cache: Any) -> None:
         """Keep what was read."""
-        self.elements, self._cache, self._long = list(elements), cache, is_long
+        self.elements, self._cache = list(elements), cache
 
 
 def is_plain(cache: Any) -> bool:

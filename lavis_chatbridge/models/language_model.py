@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
+from lavis_chatbridge.errors import CheckpointError, MissingExtraError
 from lavis_chatbridge.models import families, lora
 from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.remote import load_remote
@@ -104,30 +104,14 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
         raise CheckpointError(
             f"the language model in {folder} is incomplete: {len(missing)} tensors are missing, {missing[0]} for one"
         )
-    if settings.device_map is not None:
-        _keep_in_place(model, settings)
+    if settings.device_map is not None:  # it stays on its devices when the ChatBridge around it is moved
+        model._apply = lambda function, recurse=True: model
     # bitsandbytes repacks 4-bit layers on a CPU with AVX512-BF16 when they first run without gradients, and the other
     # layout has no backward pass: after a validation, gradients would silently lack these layers
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model
-
-
-def _keep_in_place(model: Any, settings: LanguageModelSettings) -> None:
-    """Keep a model on its devices when the ChatBridge around it is moved.
-
-    Raises:
-        ConfigError: If a part did not fit on the devices: it would be read from disk for every token.
-    """
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    aside = sorted(places & {"disk", "cpu"}) if len(places) > 1 else []
-    if aside:
-        raise ConfigError(
-            f"model.language_model.device_map is {settings.device_map}, but the devices of this process are too "
-            f"small: parts would stay on {' and '.join(aside)}. Use more devices, or model.language_model.quantization"
-        )
-    model._apply = lambda function, recurse=True: model
 
 
 def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:

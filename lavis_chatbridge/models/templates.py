@@ -48,9 +48,6 @@ class Template:
             messages: Alternating messages, a user's first.
             generate: End with the opening of a reply; the last message is then a user's.
             reply_end: What closes a reply in ``human_assistant``, where a data set has its own.
-
-        Raises:
-            PromptError: If the messages do not alternate, or ``generate`` does not fit the last one.
         """
         raise NotImplementedError
 
@@ -113,28 +110,25 @@ class VicunaV1(Template):
         super().__init__(codec)
         if codec.eos_id is None:
             raise ConfigError("model.template vicuna_v1 needs a tokenizer with an end token; this one has none")
-        self._eos = codec.eos_id
-        self._front = f"{self._broken(system) or VICUNA_SYSTEM} "
+        self._eos, self._markers = codec.eos_id, ("USER:", "ASSISTANT:")
+        self._front = f"{break_up(system, self._markers) or VICUNA_SYSTEM} "
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         check_order(messages, generate)
         pieces: list[Piece] = [Text(self._front)]
         counts: dict[Modality, int] = {}
         for message in messages:
+            text = break_up(message.text, self._markers)
             if message.role == "user":
-                pieces += _user(message.media, self._broken(message.text), counts, "USER: ", " ASSISTANT:")
-            elif message.ids is None:
-                pieces.append(self.reply(message.text))
+                pieces += _user(message.media, text, counts, "USER: ", " ASSISTANT:")
             else:
-                pieces.append(Text(self._broken(message.text), True, (*self._without_end(message.ids), self._eos)))
+                ids = self.codec.encode(text) if message.ids is None else self._without_end(message.ids)
+                pieces.append(Text(text, True, (*ids, self._eos)))
         return pieces
 
     def reply(self, text: str) -> Text:
-        broken = self._broken(text)
+        broken = break_up(text, self._markers)
         return Text(broken, True, (*self.codec.encode(broken), self._eos))
-
-    def _broken(self, text: str) -> str:
-        return break_up(text, ("USER:", "ASSISTANT:"))
 
 
 class TokenizerTemplate(Template):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.models.encoding import stack
+from lavis_chatbridge.models.encoding import positions_in_time, stack
 from tests.models.building import small_model, small_settings
 
 ENCODED = EncodedMedium(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
@@ -19,8 +19,8 @@ def test_encoders_in_half_precision_end_in_a_norm_in_fp32(golden_dir: Path, monk
     settings = small_settings(golden_dir / "tokenizer")
     halved = {part: getattr(settings, part).model_copy(update={"dtype": "bfloat16"}) for part in ("vision", "audio")}
     whole, half = small_model(golden_dir / "tokenizer"), small_model(golden_dir / "tokenizer", **halved)
-    for kind, medium in (("image", torch.randn(3, 28, 28)), ("audio", torch.randn(1, 48, 32))):
-        (found,), (expected,) = (model.encode_media(kind, [medium]) for model in (half, whole))
+    for modality, medium in (("image", torch.randn(3, 28, 28)), ("audio", torch.randn(1, 48, 32))):
+        (found,), (expected,) = (model.encode_media(modality, [medium]) for model in (half, whole))
         assert found.tokens.dtype == torch.float32
         assert not torch.equal(found.tokens, found.tokens.bfloat16().float())  # the norm's own numbers were not rounded
         torch.testing.assert_close(found.tokens, expected.tokens, atol=0.2, rtol=0)
@@ -36,3 +36,11 @@ def test_stacked_media_are_padded_and_masked() -> None:
     assert torch.equal(features[1], long.tokens.float())
     assert not features[0].any()
     assert stack([long, long], torch.device("cpu"))[1] is None
+
+
+def test_positions_in_time_for_any_length() -> None:
+    table = torch.tensor([0.0, 1.0, 4.0]).view(1, 3, 1, 1)
+    assert positions_in_time(table, [2]).flatten().tolist() == [0.0, 1.0]
+    assert positions_in_time(table, [5]).flatten().tolist() == [0.0, 0.5, 1.0, 2.5, 4.0]
+    assert positions_in_time(table, [1, 3])[..., 0, 0].tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 4.0]]
+    assert positions_in_time(table[:, :1], [4]).flatten().tolist() == [0.0] * 4

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.answering import candidate_scores
 from lavis_chatbridge.models.decoding import Decoder, padded
-from lavis_chatbridge.models.families import TESTED, check_family, positions_of, switch_of
-from lavis_chatbridge.models.kept import Element, Prefix
+from lavis_chatbridge.models.families import TESTED, check_family, positions_of
+from lavis_chatbridge.models.kept import Prefix
 from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.settings import LanguageModelSettings
@@ -52,6 +53,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
 }
 REFUSED = ("mamba", "rwkv")
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
 
 
 PROMPTS = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]
@@ -181,83 +183,29 @@ def test_the_first_block_reads_the_same_soft_tokens_under_every_version(name: st
     torch.testing.assert_close(seen[0][0][[0, 1, 5, 6, 7]], words, atol=1e-4, rtol=1e-3)
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
 @pytest.mark.parametrize(
-    ("values", "positions", "switch"),
+    ("own", "rope", "positions"),
     [
-        ({"max_position_embeddings": 100}, 100, None),
-        ({"max_position_embeddings": 100, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 400, None),
-        ({"max_position_embeddings": 100, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 200, 100),
-        (  # as the card of Qwen2.5 says
-            {
-                "max_position_embeddings": 32768,
-                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-            },
-            131072,
-            None,
-        ),
-        (
-            {
-                "max_position_embeddings": 131072,
-                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-            },
-            131072,
-            None,
-        ),
-        (
-            {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            131072,
-            None,
-        ),
-        (
-            {
-                "max_position_embeddings": 131072,
-                "original_max_position_embeddings": 4096,
-                "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]},
-            },
-            131072,
-            4096,
-        ),
-        ({"n_positions": 64}, 64, None),
-        ({}, float("inf"), None),
+        (100, None, 100),
+        (100, {"rope_type": "linear", "factor": 4.0}, 400),
+        (100, {"type": "dynamic", "factor": 2.0}, 100),
+        (32768, {"type": "yarn", **YARN}, 131072),  # as the card of Qwen2.5 says
+        (131072, {"rope_type": "yarn", **YARN}, 131072),
+        (131072, {"rope_type": "llama3", "factor": 8.0}, 131072),
+        (131072, {"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4096),
+        (131072, {"full": {"rope_type": "default"}, "sliding": {"rope_type": "linear", "factor": 2.0}}, 262144),
+        (None, None, float("inf")),
     ],
 )
-def test_positions(values: dict[str, Any], positions: float, switch: float | None) -> None:
-    config = SimpleNamespace(**values)
-    assert positions_of(config) == positions
-    assert switch_of(config) == (switch or float("inf"))
+def test_positions(own: int | None, rope: dict[str, Any] | None, positions: float) -> None:
+    assert positions_of(SimpleNamespace(max_position_embeddings=own, rope_scaling=rope)) == positions
+    assert positions_of(SimpleNamespace(n_positions=own, rope_parameters=rope)) == positions
 
 
-@pytest.fixture(scope="module")
-def longrope() -> Any:
-    """A Phi-3 whose rotary factors change behind 16 positions."""
-    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
-    return tiny(
-        "phi3", sliding_window=None, original_max_position_embeddings=16, rope_scaling=rope, max_position_embeddings=64
-    )
-
-
-def by_rereading(model: Any, elements: list[Element], media: Any, tokens: int) -> list[int]:
-    """Greedy ids, each from a pass over everything before it."""
-    table, ids = model.get_input_embeddings(), list[int]()
-    for _ in range(tokens):
-        whole = reply([*elements, *ids], media).embeds(0, table, model.embedding_scale)[None]
-        ids.append(int(model(inputs_embeds=whole).logits[0, -1].argmax()))
-        if ids[-1] == 2:
-            break
-    return ids
-
-
-@torch.no_grad()
-def test_replies_across_the_switch_of_rotary_factors(longrope: Any) -> None:
-    """They depend neither on their neighbours in the batch nor on kept keys."""
-    assert switch_of(longrope.config) == 16
-    lengths = [(2, 3), (5, 6), (9, 9)]  # far below the switch, up to it, beyond it
-    prompts = [prompt(*length, seed=i) for i, length in enumerate(lengths)]
-    expected = [by_rereading(longrope, *one, 6) for one in prompts]
-    assert answers(longrope, [reply(*one) for one in prompts]) == expected
-    prefix = Prefix()
-    elements, media = prompts[1]
-    first = answers(longrope, [reply(elements, media, prefix)])[0]
-    for longer in ([*elements, *first, 44], [*elements[:9], 8], [*elements, *first, 44, 3]):
-        again = reply(longer, media, prefix)
-        assert answers(longrope, [again])[0] == by_rereading(longrope, longer, media, 6)
+def test_factors_that_depend_on_the_length_never_change() -> None:
+    """A reply of Phi-3's longrope ends before it, so it depends neither on other rows nor on kept keys."""
+    config = AutoConfig.for_model("phi3", **{**SIZES, "original_max_position_embeddings": 16}, rope_scaling=LONG)
+    assert positions_of(config) == 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,15 +88,6 @@ def test_a_spread_model_computes_the_same_and_stays_where_it_is() -> None:
     nn.ModuleList([whole, spread]).to(torch.float64)
     assert {tensor.dtype for tensor in whole.parameters()} == {torch.float64}
     assert {tensor.dtype for tensor in spread.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("places", "named"), [({"a": 0, "b": "cpu"}, "cpu"), ({"a": "cpu", "b": "disk"}, "cpu and disk")]
-)
-def test_parts_that_do_not_fit_are_refused(places: dict[str, Any], named: str) -> None:
-    model = SimpleNamespace(hf_device_map=places)
-    with pytest.raises(ConfigError, match=f"device_map is auto, but .* parts would stay on {named}. Use more devices"):
-        language_model._keep_in_place(model, LanguageModelSettings(weights=TINY, device_map="auto"))
 
 
 @pytest.mark.parametrize(
