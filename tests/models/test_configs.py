@@ -51,7 +51,7 @@ def test_types_of_published_parts_are_valid(model_type: str, tmp_path: Path, mon
     WhisperFeatureExtractor().save_pretrained(audio)
     processors = load_processors(whole.preprocess)
     for split in ("train", "eval"):
-        assert {processors[kind][split].settings.image_size for kind in ("image", "video")} == {384}
+        assert {processors[modality][split].settings.image_size for modality in ("image", "video")} == {384}
         assert processors["video"][split].settings.num_frames == settings.temporal_positions.frames  # type: ignore[union-attr]
         sound = processors["audio"][split].settings
         assert (sound.extractor["sampling_rate"], sound.clip_seconds, sound.max_clips) == (16_000, 30.0, 2)

@@ -42,6 +42,7 @@ from tests.processors.test_golden_processing import (  # noqa: F401 (a golden fo
 
 ALONE = 2e-5
 LAYERED = 5e-5
+"""Also of gradients, as a share of a tensor's largest value."""
 KEY_BIAS = "self.key.bias"
 """Its gradient is zero but for rounding."""
 
@@ -102,12 +103,8 @@ def test_state_dict_has_the_originals_names(model: Any, facts: Callable) -> None
     expected = {name: entry["shape"] for name, entry in listed["all"].items() if not name.endswith(constants)}
     found = {name: list(t.shape) for name, t in model.state_dict().items() if not name.endswith(constants)}
     assert found == expected
-    assert sorted(model.trainable_state_dict()) == sorted(_trainable(listed))
-
-
-def _trainable(listed: dict[str, Any]) -> list[str]:
-    given = listed["trainable"]
-    return [entry["name"] if isinstance(entry, dict) else entry for entry in given]
+    trained = [entry["name"] if isinstance(entry, dict) else entry for entry in listed["trainable"]]
+    assert sorted(model.trainable_state_dict()) == sorted(trained)
 
 
 @torch.no_grad()
@@ -193,13 +190,13 @@ def test_perceiver(model: Any, tensors: Callable, case: str) -> None:
 
 
 def inputs(tensors: Callable, name: str) -> tuple[str, Tensor]:
-    """The kind of an input of ``encode.safetensors``, and its values."""
-    kind = "audio" if name.startswith("audio") else name
-    return kind, tensors("encode")[name].float()
+    """The modality of an input of ``encode.safetensors``, and its values."""
+    modality = "audio" if name.startswith("audio") else name
+    return modality, tensors("encode")[name].float()
 
 
-def query_embeddings(model: Any, kind: str, values: Tensor) -> Tensor:
-    soft, _ = model.soft_tokens([[Slot(kind)]] * len(values), media_of({kind: values}))  # type: ignore[arg-type]
+def query_embeddings(model: Any, modality: str, values: Tensor) -> Tensor:
+    soft, _ = model.soft_tokens([[Slot(modality)]] * len(values), media_of({modality: values}))  # type: ignore[arg-type]
     return soft.unflatten(0, (len(values), -1))
 
 
@@ -232,10 +229,10 @@ def test_multi_sample(fresh: Callable[..., Any], tensors: Callable, golden_dir: 
 
 def case_samples(tensors: Callable, case: dict[str, Any], prompts: list[list[Piece]]) -> dict[str, Any]:
     named = [case[key] for key in ("image", "audio") if key in case]
-    return {"pieces": prompts, **{kind: v[: len(prompts)] for kind, v in (inputs(tensors, n) for n in named)}}
+    return {"pieces": prompts, **{modality: v[: len(prompts)] for modality, v in (inputs(tensors, n) for n in named)}}
 
 
-def kinds_of(case: dict[str, Any]) -> list[Any]:
+def modalities_of(case: dict[str, Any]) -> list[Any]:
     return [*([case["image"]] if "image" in case else []), *(["audio"] if "audio" in case else [])]
 
 
@@ -259,7 +256,7 @@ def check_losses(model: Any, batch: Batch, soft: Tensor, golden: dict[str, Tenso
 
 
 def stage1_samples(tensors: Callable, case: dict[str, Any]) -> dict[str, Any]:
-    prompts = [alignment_prompt(kinds_of(case), text, case["end_sym"]) for text in case["text"]]
+    prompts = [alignment_prompt(modalities_of(case), text, case["end_sym"]) for text in case["text"]]
     return case_samples(tensors, case, prompts)
 
 
@@ -287,20 +284,22 @@ UNUSUAL = "hash_inside_answer_and_trailing_text"
 """Its conversations end with a question or an unfinished reply, which no prompt of ours does."""
 
 
-def worded(conversation: str, kinds: list[Any]) -> list[Piece]:
+def worded(conversation: str, modalities: list[Any]) -> list[Piece]:
     """A recorded conversation's messages, worded by the package."""
     said = re.findall(r"(?s)###Human: (.*?)###Assistant:(.*?)(?=\n?###)", conversation.split("<query>.")[-1])
     messages = [m for question, reply in said for m in (Message("user", question), Message("assistant", reply))]
-    messages[0] = dataclasses.replace(messages[0], media=tuple(kinds))
+    messages[0] = dataclasses.replace(messages[0], media=tuple(modalities))
     pieces = chat_prompt(messages, reply_end="\n###" if conversation.endswith("\n###") else "###")
     assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == conversation
     return pieces
 
 
-def by_hand(conversation: str, kinds: list[Any]) -> list[Piece]:
+def by_hand(conversation: str, modalities: list[Any]) -> list[Piece]:
     """The original's rule: cut at each ``<query>``, after each ``###Assistant:``, and after a reply's ``###``."""
     *before, rest = conversation.split("<query>")
-    pieces: list[Piece] = [p for text, kind in zip(before, kinds, strict=True) for p in (Text(text), Slot(kind))]
+    pieces: list[Piece] = [
+        p for text, modality in zip(before, modalities, strict=True) for p in (Text(text), Slot(modality))
+    ]
     for words, asks, reply in re.findall(r"(?s)(.+?(###Assistant:|$))(.*?(?:###|$))", rest):
         pieces += [Text(words), *([Text(reply, target=reply.endswith("###"))] if asks and reply else [])]
     return pieces
@@ -308,7 +307,7 @@ def by_hand(conversation: str, kinds: list[Any]) -> list[Piece]:
 
 def stage2_samples(tensors: Callable, case: dict[str, Any], name: str) -> dict[str, Any]:
     word = by_hand if name == UNUSUAL else worded
-    return case_samples(tensors, case, [word(text, kinds_of(case)) for text in case["conversation"]])
+    return case_samples(tensors, case, [word(text, modalities_of(case)) for text in case["conversation"]])
 
 
 def prepare_stage2(model: Any, case: dict[str, Any]) -> None:
@@ -391,9 +390,9 @@ def asked(tensors: Callable, case: str, prompt: str) -> dict[str, Any]:
     named = [inputs(tensors, name) for name in of_case[case.split("_", 1)[1]]]
     texts = re.split(r"<ImageHere>|<query>", prompt)
     pieces: list[Piece] = [Text(texts[0])]
-    for (kind, _), text in zip(named, texts[1:], strict=True):
-        pieces += [Slot(kind), Text(text)]  # type: ignore[arg-type]
-    return {"pieces": [pieces], **{kind: values[:1] for kind, values in named}}
+    for (modality, _), text in zip(named, texts[1:], strict=True):
+        pieces += [Slot(modality), Text(text)]  # type: ignore[arg-type]
+    return {"pieces": [pieces], **{modality: values[:1] for modality, values in named}}
 
 
 @torch.no_grad()
@@ -419,8 +418,8 @@ def test_a_batch_of_prompts(model: Any, tensors: Callable, facts: Callable) -> N
     prompts: list[list[Piece]] = [
         [Text(before), Slot("image"), Text(after.replace("<question>", question))] for question in case["questions"]
     ]
-    kind, values = inputs(tensors, case["images"].split(":")[1])
-    replies = model.replies({"pieces": prompts, kind: values[: len(prompts)]}, Sampling(), bos=False)
+    modality, values = inputs(tensors, case["images"].split(":")[1])
+    replies = model.replies({"pieces": prompts, modality: values[: len(prompts)]}, Sampling(), bos=False)
     embeds, mask = padded(model.llama_model, replies)
     assert torch.equal(mask, golden["batch_prompt.attention_mask"])
     near(embeds, golden["batch_prompt.inputs_embeds"], LAYERED)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models.templates import TEMPLATES, Template, break_up, load_template
 from lavis_chatbridge.models.tokenizer import Codec, load_codec
-from lavis_chatbridge.prompting import Message, Piece, Slot, Text
+from lavis_chatbridge.prompting import Message, Piece, Text
 from tests.models.folders import STYLES, write_folder
 
 QUESTIONS = ("What is the colour of the car?", "Is it heard twice?", "And the dog?")
@@ -115,12 +115,6 @@ def test_a_reply_is_trained_behind_the_very_prompt_that_a_chat_gives(folders: di
 def test_media_and_texts_of_the_tokenizers_template(folders: dict[str, Path], style: str) -> None:
     codec = load_codec(folders[style])
     pieces = load_template("tokenizer", codec, "Be brief.").prompt(MEDIA, generate=True)
-    assert [piece for piece in pieces if isinstance(piece, Slot)] == [
-        Slot("video"),
-        Slot("audio"),
-        Slot("image"),
-        Slot("image", 1),
-    ]
     assert all(piece.ids is not None for piece in pieces if isinstance(piece, Text))
     text = shown(pieces)
     assert "Given following video: [video 0] and its background audio: [audio 0] and image: [image 0]. What" in text
@@ -130,15 +124,12 @@ def test_media_and_texts_of_the_tokenizers_template(folders: dict[str, Path], st
     assert system or "Be brief.\n\nGiven" in text
 
 
-def test_thoughts_in_the_history_are_forgotten_as_the_tokenizer_does(folders: dict[str, Path]) -> None:
+def test_thoughts_and_dates_are_rendered_as_in_every_later_chat(folders: dict[str, Path], tmp_path: Path) -> None:
     codec = load_codec(folders["qwen3"])
     talk = [TALK[0], Message("assistant", "<think>\nhm\n</think>\n\nA red car."), TALK[2]]
     ids = ids_of(load_template("tokenizer", codec).prompt(talk, generate=True), codec)
     assert ids == rendered(folders["qwen3"], talk, True)
     assert "hm" not in codec.decode(ids)
-
-
-def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day(tmp_path: Path) -> None:
     style = STYLES["smollm2"]
     dated = style._replace(template="{{ 'Today: ' + strftime_now('%d %b %Y') }}" + style.template)
     text = shown(load_template("tokenizer", load_codec(write_folder(tmp_path, dated))).prompt(TALK[:1], True))
@@ -161,11 +152,12 @@ def test_a_text_forges_no_turn(folders: dict[str, Path], style: str, name: str) 
     if name == "vicuna_v1":
         forged = forged.replace("car.USER", f"car.{STYLES[style].eos}USER")
     honest = ids_of(template.prompt(TALK[:3], generate=True), codec)
-    for text in (forged, forged.upper(), "".join(chr(ord(c) + 0xFEE0) if 32 < ord(c) < 127 else c for c in forged)):
+    wide = "".join(chr(ord(c) + 0xFEE0) if 32 < ord(c) < 127 else c for c in forged)
+    marks = {i for word in codec.special for i in codec.encode_marked(word)}
+    benign = ids_of(template.prompt([Message("user", "x")], generate=True), codec)
+    for text in (forged, forged.upper(), wide):
         found = ids_of(template.prompt([Message("user", text)], generate=True), codec)
         assert found != honest
-        benign = ids_of(template.prompt([Message("user", "x")], generate=True), codec)
-        marks = {i for word in codec.special for i in codec.encode_marked(word)}
         assert [i for i in found if i in marks] == [i for i in benign if i in marks]
     said = ids_of(template.prompt([TALK[0], Message("assistant", forged), TALK[2]], generate=True), codec)
     assert sum(i in template.end_ids for i in said) == sum(i in template.end_ids for i in honest)
@@ -179,17 +171,12 @@ def test_no_text_at_all_forges_a_mark(folders: dict[str, Path], style: str) -> N
     words = [
         "[INST]",
         "[/INST]",
-        *STYLES[style].special,
-        "<",
-        "|",
-        "im_end",
-        "|>",
-        " ",
-        "a",
-        "\n",
-        "\N{FULLWIDTH LESS-THAN SIGN}",
         "</s>",
-        "é",
+        "im_end",
+        *STYLES[style].special,
+        *"<| a\né",
+        "|>",
+        "\N{FULLWIDTH LESS-THAN SIGN}",
     ]
     benign = ids_of(template.prompt([Message("user", "x")], generate=True), codec)
 
