@@ -1,18 +1,17 @@
 """The ``chatbridge`` command: a table of subcommands, each imported only when it is requested.
 
 A subcommand's module has a function ``command`` with annotated arguments, from which typer makes the command line, or a
-typer application ``app``. A command raises ``ChatBridgeError`` for a user's mistake, and returns an exit status or
-None. This file does not know how any of them works.
+typer application ``app``. A command raises `ChatBridgeError` for a user's mistake and returns an exit status or None.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple
+from types import ModuleType
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -59,14 +58,7 @@ ANSWERING = ("chat", "ask", "serve", "web")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand.
-
-    Args:
-        argv: Arguments, by default the process's own.
-
-    Returns:
-        The exit status: 0, 2 after a user's mistake, or the subcommand's own.
-    """
+    """Run one subcommand; returns the exit status: 0, 2 after a user's mistake, or the subcommand's own."""
     if argv is None:  # a process of its own
         calm_threads(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -85,15 +77,14 @@ def _run(words: Sequence[str]) -> int | None:
     app.callback()(_version)
     try:
         for entry in COMMANDS:
-            # Only the requested command is imported: most take seconds, which `chatbridge --help` need not spend.
-            module: Any = _imported(entry) if words[:1] == [entry.name] else None
-            if module is not None and not hasattr(module, "command") and not hasattr(module, "app"):
-                return _argparse(entry, module, words[1:])
-            if module is not None and hasattr(module, "app"):
+            if words[:1] != [entry.name]:  # its module, which may take seconds to import, is not needed
+                app.command(entry.name, help=entry.help)(lambda: None)
+                continue
+            module = _imported(entry)
+            if hasattr(module, "app"):
                 app.add_typer(module.app, name=entry.name, help=entry.help)
             else:
-                command = _listed if module is None else returning_status(module.command)
-                app.command(entry.name, help=entry.help)(command)
+                app.command(entry.name, help=entry.help)(returning_status(module.command))
         return app(spread(words), prog_name="chatbridge")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "lavis":
@@ -101,22 +92,12 @@ def _run(words: Sequence[str]) -> int | None:
         raise
 
 
-def _argparse(entry: Command, module: Any, words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(f"chatbridge {entry.name}", description=entry.help)
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(words))
-
-
-def _imported(entry: Command) -> Any:
+def _imported(entry: Command) -> ModuleType:
     if entry.name in ANSWERING:
         from lavis_chatbridge.plugin import quick
 
         quick.start()
     return import_module(entry.module)
-
-
-def _listed() -> None:
-    """Stands for a command that is only listed."""
 
 
 def _print_version(wanted: bool) -> None:

@@ -74,6 +74,11 @@ class MissingExtraError(ChatBridgeError, ImportError):
         super().__init__(f"{purpose} needs the package {package!r} (extra {extra!r}): pip install {packages}")
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's message, or its class, on one line of at most ``limit`` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def _requirements(extra: str) -> list[str]:
     """The packages of an extra as pip takes them, from the installed metadata."""
     from importlib.metadata import PackageNotFoundError, requires

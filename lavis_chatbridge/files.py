@@ -26,16 +26,14 @@ def _left_by_umask(mode: int) -> int:
 
 
 SHARED, PRIVATE = _left_by_umask(0o666), 0o600
-"""Who may use a file: whom the umask lets (as it was when this module was imported), or its owner alone."""
+"""Modes of a file: as the umask has it (when this module is imported), or for its owner alone."""
 
 
 @contextmanager
 def atomic_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
-    """The path of an empty temporary file, which takes the target's name when the block ends without a fault.
+    """The path of an empty temporary file, which replaces ``target`` if the block ends without an error.
 
-    Args:
-        target: The file; its folder is made where missing. Until the end it is as it was.
-        mode: Who may read it.
+    The target's folder is created. Until the end of the block the target does not change.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
@@ -43,27 +41,17 @@ def atomic_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        publish(temporary, target, mode)
+        os.chmod(temporary, mode)  # mkstemp and safetensors keep files private
+        sync(temporary)
+        os.replace(temporary, target)
+        sync(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def share(path: Path) -> None:
-    """Let others use a file as the umask has it; safetensors keeps those that it writes to their owner."""
-    os.chmod(path, SHARED)
-
-
-def publish(temporary: Path, target: Path, mode: int = SHARED) -> None:
-    """Give a finished temporary file of the same folder its name, after its bytes have reached the disk."""
-    sync(temporary)
-    os.chmod(temporary, mode)  # mkstemp keeps files private
-    os.replace(temporary, target)
-    sync(target.parent)
-
-
 def sync(path: Path) -> None:
-    """Have the operating system put a file, or a folder's list of names, on the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows opens no folders
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -75,30 +63,24 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_text(target: Path, errors: str = "strict", mode: int = SHARED) -> Iterator[IO[str]]:
-    """A text file in UTF-8, open for writing, which takes the target's name when the block ends without a fault.
-
-    Args:
-        target: The file; its folder is made where missing.
-        errors: What becomes of halves of characters, as ``str.encode`` has it.
-        mode: Who may read it.
-    """
+    """A UTF-8 text file, open for writing, as `atomic_file`; ``errors`` as in ``str.encode``."""
     with atomic_file(target, mode) as temporary, open(temporary, "w", encoding="utf-8", errors=errors) as file:
         yield file
 
 
 def write_text(path: Path, text: str, errors: str = "strict", mode: int = SHARED) -> None:
-    """Write a text file as a whole; arguments as those of `atomic_text`."""
+    """Write a text file atomically; arguments as those of `atomic_text`."""
     with atomic_text(path, errors, mode) as file:
         file.write(text)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, indented, as a whole; its folder is made where missing."""
+    """Write an indented JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Append lines to a file, made if absent; half a line that an interruption left at its end stays apart."""
+    """Append lines to a file, created if absent; an incomplete last line of an interrupted write is ended first."""
     with open(path, "a+b") as file:
         file.seek(max(0, file.tell() - 1))
         begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
@@ -106,7 +88,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none, or it is damaged."""
+    """The content of a JSON file; None if it is absent or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -150,34 +132,25 @@ def read_objects(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def hash_of(*parts: Any) -> str:
-    """A SHA-256 (64 hex digits) of values as JSON; other types are hashed as ``str`` shows them."""
+    """A SHA-256 (64 hex digits) of values as JSON; other types are hashed by their ``str``."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hash_of_file(path: Path | str) -> str:
     """The SHA-256 of a file's bytes (64 hex digits)."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: IO[bytes]) -> str:
-    """What `hashlib.file_digest` does, for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 @contextmanager
 def locked(target: Path, wait_seconds: float = -1) -> Iterator[None]:
-    """Hold the lock of ``target`` (the file ``.<name>.lock`` beside it); other processes wait for it.
-
-    Args:
-        target: The file or folder that the block is about.
-        wait_seconds: How long to wait; negative waits without limit.
+    """Hold the lock of a file or folder (``.NAME.lock`` beside it); other processes wait for it.
 
     Raises:
-        DataError: If another process still holds the lock after ``wait_seconds``.
+        DataError: If another process still holds the lock after ``wait_seconds``; negative waits without limit.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")

@@ -28,36 +28,24 @@ class Place:
 
 
 def announced(environment: Mapping[str, str]) -> Place:
-    """This process as torchrun (RANK, ...) or srun (SLURM_PROCID, ...) announces it; one process without a launcher.
-
-    Raises:
-        ConfigError: If the variables are not numbers, or Slurm has several tasks and srun did not start this process.
-    """
-    try:
-        if "RANK" in environment and "WORLD_SIZE" in environment:
-            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            return Place(rank, world_size, int(environment.get("LOCAL_RANK", rank)), "torchrun (RANK, WORLD_SIZE)")
-        if (tasks := int(environment.get("SLURM_NTASKS", "1"))) > 1 and "SLURM_PROCID" in environment:
-            rank, local_rank = int(environment["SLURM_PROCID"]), int(environment.get("SLURM_LOCALID", "0"))
-            place = Place(rank, tasks, local_rank, "Slurm (SLURM_PROCID, SLURM_NTASKS)")
-        else:
-            return Place()
-    except ValueError as error:
-        raise ConfigError(f"the launcher's environment variables are not numbers: {error}") from error
+    """This process as torchrun (RANK, ...) or srun (SLURM_PROCID, ...) announces it; one process without a launcher."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return Place(rank, world_size, int(environment.get("LOCAL_RANK", rank)), "torchrun (RANK, WORLD_SIZE)")
+    tasks = int(environment.get("SLURM_NTASKS", 1))
+    if tasks == 1 or "SLURM_PROCID" not in environment:
+        return Place()
     if "SLURM_STEP_ID" not in environment and "SLURM_STEPID" not in environment:
         raise ConfigError(
             f"Slurm announces {tasks} processes (SLURM_NTASKS), but srun did not start this one: it would wait for "
             f"{tasks - 1} others that nobody starts. Write srun before the command, or unset SLURM_NTASKS to run alone"
         )
-    return place
+    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment.get("SLURM_LOCALID", 0))
+    return Place(rank, tasks, local_rank, "Slurm (SLURM_PROCID, SLURM_NTASKS)")
 
 
 def share_of(rank: int | None, world: int | None, environment: Mapping[str, str]) -> Place:
-    """This process as ``--rank`` and ``--world`` say, else as a launcher announces it.
-
-    Raises:
-        ConfigError: If only one of the two is given, or the rank is not below the number of processes.
-    """
+    """This process by ``--rank`` and ``--world``, else as a launcher announces it."""
     if (rank is None) != (world is None):
         raise ConfigError("--rank and --world belong together: give both or none")
     place = announced(environment) if rank is None or world is None else Place(rank, world)
@@ -67,10 +55,10 @@ def share_of(rank: int | None, world: int | None, environment: Mapping[str, str]
 
 
 def calm_threads(environment: MutableMapping[str, str]) -> None:
-    """Make compute threads sleep while they wait, and start no more of them than there are cores for this process.
+    """Make waiting compute threads sleep, and limit their number to the cores of this process.
 
-    Spinning threads slow down every other process of a busy machine. OpenMP reads these variables once, so this must
-    run before torch is imported. Values that the user has set stay.
+    Spinning threads slow down every other process. OpenMP reads these variables once, before torch is imported. Values
+    that the user has set stay.
     """
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("OMP_NUM_THREADS", str(cores()))
@@ -81,7 +69,6 @@ def cores() -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = count if quota == "max" else min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass  # no control groups of version 2
-    return count
+        return count if quota == "max" else min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control groups of version 2
+        return count

@@ -43,8 +43,6 @@ from lavis_chatbridge.chat import web
 from lavis_chatbridge.chat.server import command
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings
-from lavis_chatbridge.runners import logs
-from lavis_chatbridge.runners.settings import RunSettings
 
 def said(act):
     try:
@@ -52,10 +50,8 @@ def said(act):
     except ChatBridgeError as error:
         return f"{type(error).__name__}: {error}"
 
-folder = Path(sys.argv[2])
+
 entries = {
-    "tensorboard": lambda: logs.TensorBoard(folder, 0),
-    "wandb": lambda: logs.WeightsAndBiases(RunSettings(task="t", max_iters=1), folder, {}),
     "serve": command.command,
     "web": web.command,
     "lora": lora.check_available,

@@ -9,7 +9,7 @@ import datetime
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,18 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.datasets.loader import MixtureLoader, too_many_unreadable, worker_deaths
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError, one_line
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import checkpoints, data, distributed, features, optim, parallel
-from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedState, one_line
+from lavis_chatbridge.runners import checkpoints, data, distributed, features, logs, optim, parallel
+from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedState
 from lavis_chatbridge.runners.data import Datasets, LavisTrainLoader
 from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
-from lavis_chatbridge.runners.logs import LOG, LogFile, Reporter
-from lavis_chatbridge.runners.settings import RunSettings, parse_run
+from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.signals import STOPPED_BY_SIGTERM, Watch
-from lavis_chatbridge.runners.step import Samples, StepResult, TrainState, TrainStep, autocast, seed_all
+from lavis_chatbridge.runners.step import Samples, StepResult, TrainState, TrainStep, autocast, sample_ids, seed_all
 
 _log = logging.getLogger(__name__)
 
@@ -60,33 +60,24 @@ class TokenTask(Task, Protocol):
 class ChatBridgeRunner(RunnerBase):
     """Trains and evaluates a model on a task, with the arguments of LAVIS's runners.
 
-    Args:
-        cfg: `runners.config.Config`, or LAVIS's own.
-        task: Computes losses and predictions; LAVIS's own tasks can evaluate.
-        model: The model.
-        datasets: The data sets, as the task builds them.
-        job_id: Name of the run's folder under ``run.output_dir``; ``run.job_id`` takes precedence.
-
-    Raises:
-        ConfigError: If the output folder cannot be written, or the run does not fit this machine.
+    ``cfg`` is `runners.config.Config` or LAVIS's own; ``job_id`` names the run's folder if ``run.job_id`` is null.
     """
 
     def __init__(self, cfg: Any, task: Task, model: nn.Module, datasets: Datasets, job_id: str = "") -> None:
         plain: Any = OmegaConf.to_container(cfg.get_config(), resolve=True)
         self.settings: dict[str, Any] = plain
-        self.run: RunSettings = getattr(cfg, "run", None) or parse_run(plain["run"])
-        self._place = distributed.init(self.run)
+        self.run: RunSettings = getattr(cfg, "run", None) or parse(RunSettings, plain["run"], "run")
         self.state = TrainState()
         self.bridge = parallel.choose_trained(model, self.run.train)
+        device = distributed.init(self.run)
         super().__init__(cfg, task, model, datasets, job_id)
-        data.set_template(datasets, getattr(model, "template", None))
+        self._device = device
+        if (template := getattr(model, "template", None)) is not None:  # the wording of conversations
+            for dataset in (dataset for splits in datasets.values() for dataset in splits.values()):
+                if hasattr(dataset, "set_template"):
+                    dataset.set_template(template)
 
     # ---- parts, made when first used
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self._place
 
     @cached_property
     def model(self) -> nn.Module:
@@ -121,9 +112,7 @@ class ChatBridgeRunner(RunnerBase):
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        if self.run.max_iters is not None:
-            return self.run.max_iters
-        return self.train_loader.plan.steps_of(self.run.max_epoch or 0)
+        return self.run.max_iters or self.train_loader.plan.steps_of(self.run.max_epoch or 0)
 
     @property
     def validation_interval(self) -> int | None:
@@ -142,113 +131,63 @@ class ChatBridgeRunner(RunnerBase):
     # ---- training
 
     def train(self) -> None:
-        """Train to the last step, then score ``test_splits``; with ``run.evaluate`` only score.
-
-        Raises:
-            ChatBridgeError: If training cannot start or continue; the newest checkpoint is intact.
-        """
+        """Train to the last step, then score ``test_splits``; with ``run.evaluate`` only score."""
         if self.evaluate_only:
             self.evaluate()
             return
         self.run.check_splits(data.splits_of(self.datasets))
-        parallel.check_trainable(self._model, self.device)
+        parallel.check_trainable(self._model)
         started = time.monotonic()
-        with self.folder.claimed(), worker_deaths(), Watch(self.run.save_every_minutes) as watch:
+        with self.folder.claimed(), worker_deaths():
             self._start()
-            with distributed.together():
-                validated = not self._must_validate()
-                reporter = Reporter(self.run, self.output_dir, self.steps, self.state, validated, self.settings)
-            with reporter:
-                if self._must_validate():
-                    self._validate(reporter)
-                watch.in_loop = True
+            reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state, self.settings)
+            with reporter, Watch(self.run.save_every_minutes) as watch:
                 self._train_steps(watch, reporter)
-                watch.in_loop = False
-            self.state.check_end()
-            self._write_final_weights()
+            if self.state.best_step is None:
+                self._write_weights()
+            else:
+                self._load_weights(self.output_dir / WEIGHTS)
             self.evaluate()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
-    def _start(self) -> None:
-        """Load the checkpoint to resume from, if any, and delete the files of an earlier run that is overwritten."""
-        model = self.model  # exchanges hashes between processes, outside `together`
-        with distributed.together():
-            sizes = self.train_loader.plan.sizes
-            _log.info("training on %d samples of %s", sum(sizes.values()), ", ".join(sizes))
-            checkpoint = None
-            if self.folder.resumed is not None:
-                checkpoint = checkpoints.read(self.folder.resumed)
-                self._check(checkpoint, model)
-            if distributed.is_main():
-                self.folder.clear()
-                write_text(self.output_dir / CONFIG, OmegaConf.to_yaml(self.config.get_config(), resolve=True))
-        if checkpoint is not None:
-            self._apply(checkpoint, model)
-
-    def _train_steps(self, watch: Watch, reporter: Reporter) -> None:
-        """The training loop."""
+    def _train_steps(self, watch: Watch, reporter: logs.Reporter) -> None:
+        """The training loop: take a step, validate, save, until the last step or a SIGTERM."""
         schedule = optim.schedule(self.run, self.steps, self.validation_interval)
         step = TrainStep(self.model, self._loss, self.optimizer, self.scaler, schedule, self.run, self.device)
         batches = self.train_loader.batches(self.state.step, self.steps)
+        self._validate_if_due(reporter)  # a run that SIGTERM stopped saves before it validates
         self.model.train()
         while self.state.step < self.steps:
             began = time.perf_counter()
-            seed_all(self.run.seed, self.state.step, distributed.rank())  # LAVIS's data sets draw from them
-            micro_batches: list[dict[str, Any]] = []
-            fault: ChatBridgeError | None = None
-            try:
-                micro_batches = list(itertools.islice(batches, self.run.accum_grad_iters))
-            except ChatBridgeError as error:
-                fault = error
+            micro_batches, fault = self._next(batches)
             waited = time.perf_counter() - began
-            skipped = sum(len(batch["skipped"]) for batch in micro_batches)
-            readable = [batch for batch in micro_batches if batch.get("sample_id", True)]
-            stop = watch.stop or fault is not None  # the other processes learn of a fault at the step's end
-            result = step(self.state.step, readable, skipped, watch.save(), stop)
+            # the other processes learn of a fault at the step's end
+            result = step(self.state.step, micro_batches, watch.due(), watch.stop or fault is not None)
             if result.stop:
                 with distributed.together():
                     if fault is not None:
                         raise fault
-            source = micro_batches[0]["source"]
-            self.state.record(source, result)
-            self._check_readable(source, micro_batches)
-            reporter.step(source, result, waited)
-            self._after_step(result, watch, reporter)
+            dataset = micro_batches[0]["source"]
+            self.state.record(dataset, result)
+            self._check_step(dataset, result)
+            reporter.step(dataset, result, waited)
+            stopped = result.stop and self.state.step < self.steps
+            if not stopped:
+                self._validate_if_due(reporter)
+            if stopped or result.save or self._must_save():
+                self._save_checkpoint(self.state.step)
+                watch.saved()
+            if stopped:
+                _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", self.state.step)
+                raise SystemExit(STOPPED_BY_SIGTERM)
 
-    def _check_readable(self, source: str, micro_batches: Iterable[Samples]) -> None:
-        """Stop, before a checkpoint is saved, if too many samples of a source are unreadable."""
-        count = self.state.sources[source]
-        tried = count.samples + count.skipped
-        if fault := too_many_unreadable(source, count.skipped, tried, self.run.max_bad_share):
-            own = [cause for batch in micro_batches for _, cause in batch["skipped"]]
-            causes = itertools.chain(*distributed.gather_everywhere(own))
-            raise DataError("; ".join([fault, *(f"one of them: {cause}" for cause in itertools.islice(causes, 1))]))
-
-    def _after_step(self, result: StepResult, watch: Watch, reporter: Reporter) -> None:
-        """Save, stop and validate if due; saved first, a step survives a validation that fails."""
-        if result.suspects:
-            names = ", ".join(result.suspects)
-            _log.info("step %d was not finite and is skipped; its samples: %s", self.state.step, names)
-        last = self.state.step == self.steps
-        due = last or self._must_validate() or self._is_multiple_of(self.run.save_every_steps)
-        if due or result.save or result.stop:
-            self._save_checkpoint(self.state.step)
-            watch.saved()
-        self.state.check(self.run)
-        if result.stop and not last:
-            _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", self.state.step)
-            raise SystemExit(STOPPED_BY_SIGTERM)
-        if self._must_validate():
-            self._validate(reporter)
-
-    def _must_validate(self) -> bool:
-        """Whether the current step is to be validated and has not been."""
-        done = self.state.step
-        due = done > 0 and (done == self.steps or self._is_multiple_of(self.validation_interval))
-        return bool(self.run.valid_splits) and due and self.state.validated != done
-
-    def _is_multiple_of(self, interval: int | None) -> bool:
-        return interval is not None and self.state.step % interval == 0
+    def _next(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
+        """The micro-batches of a step; or none, and the fault of the data."""
+        seed_all(self.run.seed, self.state.step, distributed.rank())  # for the random choices of LAVIS's data sets
+        try:
+            return list(itertools.islice(batches, self.run.accum_grad_iters)), None
+        except ChatBridgeError as error:
+            return [], error
 
     def _loss(self, model: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
         """The mean loss of a micro-batch, and its number of target tokens (of samples, for LAVIS's tasks)."""
@@ -256,22 +195,42 @@ class ChatBridgeRunner(RunnerBase):
         if isinstance(self.task, TokenTask):
             return self.task.weighted_loss(model=model, samples=samples)
         loss = self.task.train_step(model=model, samples=samples)
-        sizes = (len(v) for k, v in samples.items() if k != "skipped" and isinstance(v, (list, Tensor)))
-        return loss, torch.tensor(float(next(sizes, 1)), device=loss.device)
+        return loss, torch.tensor(float(max(1, len(sample_ids(samples)))), device=loss.device)
+
+    def _check_step(self, dataset: str, result: StepResult) -> None:
+        """Stop, before a checkpoint is saved, if too many samples are unreadable, or steps not finite."""
+        count = self.state.counts[dataset]
+        tried = count.samples + count.skipped
+        if fault := too_many_unreadable(dataset, count.skipped, tried, self.run.max_bad_share):
+            raise DataError(fault)
+        if result.suspects:
+            names = ", ".join(result.suspects)
+            _log.info("step %d was not finite and is skipped; its samples: %s", self.state.step, names)
+        self.state.check(self.run)
+
+    def _must_save(self) -> bool:
+        """Whether a checkpoint is due at the current step."""
+        step = self.state.step
+        return step in (self.steps, self.state.validated) or self._is_multiple_of(self.run.save_every_steps)
+
+    def _is_multiple_of(self, interval: int | None) -> bool:
+        return interval is not None and self.state.step % interval == 0
 
     # ---- evaluation
 
-    def _validate(self, reporter: Reporter) -> None:
-        """Score ``valid_splits``; keep the weights if the first one's ``agg_metrics`` is the best so far."""
-        for number, split in enumerate(self.run.valid_splits):
-            stats = self.eval_epoch(split, self.state.step) or {}
-            if number == 0 and "agg_metrics" in stats and self.state.improves(float(stats["agg_metrics"])):
-                self._save_checkpoint(self.state.step, is_best=True)
+    def _validate_if_due(self, reporter: logs.Reporter) -> None:
+        """Score ``valid_splits``; write ``model.safetensors`` if the first one's ``agg_metrics`` is the best so far."""
+        step = self.state.step
+        due = step == self.steps or self._is_multiple_of(self.validation_interval)
+        if step in (0, self.state.validated) or not due or not self.run.valid_splits:
+            return
+        for split in self.run.valid_splits:
+            stats = self.eval_epoch(split, step) or {}
+            first = split == self.run.valid_splits[0]
+            if first and "agg_metrics" in stats and self.state.improves(float(stats["agg_metrics"])):
+                self._write_weights()
             reporter.write(split, {**stats, "best_step": self.state.best_step})
-        self.state.validated = self.state.step
-        with distributed.together():
-            if distributed.is_main():
-                self.folder.checkpoints.add_validation(self.state)
+        self.state.validated = step
         self.model.train()
 
     def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, Any]:
@@ -281,12 +240,12 @@ class ChatBridgeRunner(RunnerBase):
         """
         if self.evaluate_only and self.folder.resumed is not None:
             self._load_weights(self.folder.resumed / checkpoints.MODEL)
-        logs: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for split in self.run.test_splits:
-            logs[split] = self.eval_epoch(split, self.state.step)
-            if distributed.is_main() and isinstance(logs[split], Mapping):
-                LogFile(self.output_dir / LOG).write(split, logs[split], self.state.step)
-        return logs
+            found[split] = self.eval_epoch(split, self.state.step)
+            if distributed.is_main() and found[split] is not None:
+                logs.write(self.output_dir / logs.LOG, split, found[split], self.state.step)
+        return found
 
     @torch.no_grad()
     def eval_epoch(self, split_name: str, cur_epoch: str | int) -> Mapping[str, Any] | None:
@@ -307,11 +266,10 @@ class ChatBridgeRunner(RunnerBase):
         if not found:
             there = ", ".join(sorted(data.splits_of(self.datasets)))
             raise ConfigError(f"no data set has the split {split!r}; there are {there}")
+        dataset = next(iter(found.values()))
         if isinstance(self.task, TokenTask) and all(hasattr(dataset, "sources") for dataset in found.values()):
             dataset = self.task.evaluation_split(found)
-        elif len(found) == 1:
-            dataset = next(iter(found.values()))
-        else:
+        elif len(found) > 1:
             raise ConfigError(
                 f"the split {split!r} is in {', '.join(found)}; LAVIS's tasks score one data set at a time"
             )
@@ -319,59 +277,61 @@ class ChatBridgeRunner(RunnerBase):
 
     # ---- checkpoints
 
+    def _start(self) -> None:
+        """Load the checkpoint to resume from, if any, and delete the files of an earlier run that is overwritten."""
+        model, plan, resumed = self.model, self.train_loader.plan, self.folder.resumed
+        checkpoint = None
+        with distributed.together():
+            _log.info("training on %d samples of %s", sum(plan.sizes.values()), ", ".join(plan.sizes))
+            if resumed is not None:
+                checkpoint = checkpoints.read(resumed)
+                position = checkpoint.state.plan.position_for(plan)
+                steps = self.run.max_iters or plan.steps_of(self.run.max_epoch or 0, *position)
+                checkpoints.check(checkpoint, resumed, model, self.bridge, self.frozen, plan, steps)
+            if distributed.is_main():
+                self.folder.clear()
+                write_text(self.output_dir / CONFIG, OmegaConf.to_yaml(self.config.get_config(), resolve=True))
+        if checkpoint is None:
+            return
+        saved = checkpoint.state
+        if position != saved.plan.origin:
+            _log.warning("batch sizes or processes differ from the checkpoint's: resuming at the next samples")
+        plan.resume(*position)
+        self.state = saved.progress
+        checkpoints.load_weights(model, checkpoint.weights)
+        checkpoints.load_optimizer(model, self.optimizer, checkpoint.optimizer)
+        if saved.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved.scaler)
+        if checkpoints.step_of(self.output_dir / WEIGHTS) != self.state.best_step:  # it is of another run, or later
+            self.state.best_metric = self.state.best_step = None
+        done, left = self.state.step, self.steps - self.state.step
+        _log.info("resumed from %s after step %d; %d steps are left", resumed, done, left)
+
+    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
+        """Write the checkpoint of the current step (LAVIS's name); all processes wait for it."""
+        with distributed.together():
+            if distributed.is_main():
+                state = SavedState(
+                    progress=self.state,
+                    plan=SavedPlan.of(self.train_loader.plan, self.state.step),
+                    scaler=self.scaler.state_dict(),
+                    frozen=self.frozen,
+                    adapters=lora.describe(self.model),
+                )
+                tensors = checkpoints.optimizer_tensors(self.model, self.optimizer)
+                checkpoints.save(self.folder.checkpoints, Checkpoint(self._weights(), tensors, state), self.run)
+
     def _weights(self) -> dict[str, Tensor]:
         """The bridge, on the CPU."""
         return {name: self.model.get_parameter(name).detach().cpu().clone() for name in self.bridge}
 
-    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        """Write the checkpoint of the current step, or only the best weights; all processes wait for it."""
+    def _write_weights(self) -> None:
+        """Write ``model.safetensors`` in the run's folder."""
+        path = self.output_dir / WEIGHTS
         with distributed.together():
-            if not distributed.is_main():
-                return
-            if is_best:
-                best = self.folder.checkpoints.path / checkpoints.BEST
-                checkpoints.write_weights(best, self._weights(), cur_epoch, lora.describe(self.model))
-            else:
-                self.folder.checkpoints.save(self._checkpoint())
-
-    def _checkpoint(self) -> Checkpoint:
-        """The run as it is now."""
-        state = SavedState(
-            progress=self.state,
-            plan=SavedPlan.of(self.train_loader.plan, self.state.step),
-            scaler=self.scaler.state_dict(),
-            frozen=self.frozen,
-            adapters=lora.describe(self.model),
-            config=self.settings,
-        )
-        tensors = checkpoints.optimizer_tensors(self.model, self.optimizer)
-        return Checkpoint(self.folder.checkpoints.path, self._weights(), tensors, state)
-
-    def _check(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        """Refuse a checkpoint that does not fit this run; nothing has been changed before."""
-        where, state, plan = checkpoint.path, checkpoint.state, self.train_loader.plan
-        checkpoints.check_weights(checkpoint.weights, model, self.bridge, where, state.adapters)
-        checkpoints.check_optimizer(checkpoint.optimizer, model, where)
-        position = state.plan.position_for(plan)
-        steps = self.run.max_iters or plan.steps_of(self.run.max_epoch or 0, *position)
-        checkpoints.check_state(state, plan, steps, self.frozen, where)
-
-    def _apply(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        """Continue at a checkpoint that `_check` has accepted."""
-        state, plan = checkpoint.state, self.train_loader.plan
-        position = state.plan.position_for(plan)
-        if position != state.plan.origin:
-            _log.warning(
-                "batch sizes or processes differ from those of %s: resuming at the next samples", checkpoint.path
-            )
-        plan.resume(*position)
-        self.state = state.progress
-        checkpoints.load_weights(model, checkpoint.weights)
-        checkpoints.load_optimizer(model, self.optimizer, checkpoint.optimizer)
-        if state.scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state.scaler)
-        left = self.steps - self.state.step
-        _log.info("resumed from %s after step %d; %d steps are left", checkpoint.path, self.state.step, left)
+            if distributed.is_main():
+                checkpoints.write_weights(path, self._weights(), self.state.step, lora.describe(self.model))
+        _log.info("the trained weights are in %s", path)
 
     def _load_weights(self, path: Path) -> None:
         """Load a file of bridge weights, on every process."""
@@ -380,28 +340,6 @@ class ChatBridgeRunner(RunnerBase):
                 weights = load_file(path)
             except (OSError, SafetensorError) as error:
                 raise TrainingError(f"cannot read {path}: {one_line(error)}") from error
-            checkpoints.check_weights(weights, self.model, self.bridge, path)
+            checkpoints.check_weights(weights, path, self.model, self.bridge)
         _log.info("loading the weights of %s", path)
         checkpoints.load_weights(self.model, weights)
-
-    def _best_weights(self) -> Path | None:
-        """The file of the best weights, if validation chose some; it may be beside the checkpoint that was resumed."""
-        step = self.state.best_step
-        if step is None:
-            return None
-        folders = [self.folder.checkpoints.path, *([self.folder.resumed.parent] if self.folder.resumed else [])]
-        found = next((path for folder in folders if (path := checkpoints.best(folder, step)) is not None), None)
-        if found is None:
-            _log.warning("the best weights, of step %d, have been deleted: using the last ones", step)
-        return found
-
-    def _write_final_weights(self) -> None:
-        """Write ``model.safetensors`` in the run's folder: the best weights if validation chose some, else the last."""
-        best, step, target = self._best_weights(), self.state.step, self.output_dir / WEIGHTS
-        if best is not None:
-            self._load_weights(best)
-            step = self.state.best_step or step
-        with distributed.together():
-            if distributed.is_main():
-                checkpoints.write_weights(target, self._weights(), step, lora.describe(self.model))
-        _log.info("the trained weights are in %s", target)

@@ -4,7 +4,7 @@ A checkpoint is a folder ``step_NNNNNNNN`` of
 
 - ``model.safetensors``: the bridge, under the model's own parameter names;
 - ``optimizer.safetensors``: AdamW's tensors, as ``PARAMETER|STATE``;
-- ``state.json``: progress, position in the data, loss scaler, hashes of the frozen parts, configuration.
+- ``state.json``: progress, position in the data, loss scaler, hashes of the frozen parts.
 
 No pickle is read or written. Frozen weights are not saved; their hashes make sure that a run resumes on the same ones.
 """
@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,57 +29,45 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.datasets.plan import MixturePlan
-from lavis_chatbridge.errors import CheckpointError, TrainingError
-from lavis_chatbridge.files import atomic_file, hash_of, share, sync, write_json
+from lavis_chatbridge.errors import CheckpointError, TrainingError, one_line
+from lavis_chatbridge.files import atomic_file, hash_of, sync, write_json
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import optim
+from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import TrainState
 
-_log = logging.getLogger(__name__)
-
-MODEL, OPTIMIZER, STATE, BEST = "model.safetensors", "optimizer.safetensors", "state.json", "best.safetensors"
-_STEP = re.compile(r"step_(\d{8,})")
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")
 _PROBES = 1024
 """Values of a frozen tensor that its hash reads, evenly spread: 26 GB would take half a minute to hash entirely."""
 
 
 Position: TypeAlias = tuple[NonNegativeInt, dict[str, NonNegativeInt]]
-"""A step, and the number of samples that each source has given before it."""
+"""A step, and the number of samples that each data set has given before it."""
 
 
 class SavedPlan(Settings):
     """The data of a run and its position in them."""
 
-    sizes: dict[str, int]
-    ratios: dict[str, float]
-    seed: int
-    batch_sizes: dict[str, int]
-    world_size: int
-    grouped: bool
+    data: dict[str, Any]
+    """Sizes, ratios and seed: a run resumes on the same data only."""
+    layout: dict[str, Any]
+    """What else the samples of a step depend on."""
     origin: Position
-    """The position that the plan was started or resumed at; the same plan computes every later step from it."""
+    """The position that the plan was started or resumed at; a plan of the same layout computes every step from it."""
     resume: Position
-    """The position at which a plan of other batch sizes resumes."""
+    """The position at which a plan of another layout resumes."""
 
     @classmethod
     def of(cls, plan: MixturePlan, step: int) -> SavedPlan:
-        """What a plan is before ``step``."""
-        return cls(
-            sizes=plan.sizes,
-            ratios=plan.ratios,
-            seed=plan.seed,
-            batch_sizes=plan.batch_sizes,
-            world_size=plan.world_size,
-            grouped=bool(plan.lengths),
-            origin=plan.origin,
-            resume=(step, plan.positions(step)),
-        )
+        """The plan before ``step``."""
+        data = {"sizes": plan.sizes, "ratios": plan.ratios, "seed": plan.seed}
+        layout = {"batches": plan.batch_sizes, "processes": plan.world_size, "grouped": bool(plan.lengths)}
+        return cls(data=data, layout=layout, origin=plan.origin, resume=(step, plan.positions(step)))
 
     def position_for(self, plan: MixturePlan) -> Position:
-        """Where ``plan``, which has the same data, resumes."""
-        same = (self.batch_sizes, self.world_size, self.grouped)
-        return self.origin if same == (plan.batch_sizes, plan.world_size, bool(plan.lengths)) else self.resume
+        """The position at which ``plan``, which has the same data, resumes."""
+        return self.origin if self.layout == SavedPlan.of(plan, 0).layout else self.resume
 
 
 class SavedState(Settings):
@@ -93,89 +79,73 @@ class SavedState(Settings):
     """The fp16 loss scaler's; empty in other precisions."""
     frozen: dict[str, str]
     adapters: dict[str, Any] | None
-    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment: its folder, the bridge by parameter name, AdamW's tensors by ``PARAMETER|STATE``."""
+    """A run at one moment: the bridge by parameter name, AdamW's tensors by ``PARAMETER|STATE``, the rest."""
 
-    path: Path
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: SavedState
 
 
+# ---- read, check, apply
+
+
 def read(folder: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        CheckpointError: If a file is missing or damaged.
-    """
+    """Read a checkpoint; a `CheckpointError` if a file is missing or damaged."""
     try:
-        values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        state = parse(SavedState, values, STATE)
-        return Checkpoint(folder, load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
+        state = parse(SavedState, json.loads((folder / STATE).read_text(encoding="utf-8")), STATE)
+        return Checkpoint(load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"the checkpoint {folder} cannot be read: {one_line(error)}") from error
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be read: {one_line(error)}; delete it, or set run.resume to an earlier one"
+        ) from error
 
 
-def check_weights(
-    weights: Mapping[str, Tensor],
-    model: nn.Module,
-    names: list[str],
+def check(
+    checkpoint: Checkpoint,
     where: Path,
-    adapters: Mapping[str, Any] | None = None,
+    model: nn.Module,
+    bridge: Sequence[str],
+    frozen: Mapping[str, str],
+    plan: MixturePlan,
+    steps: int,
 ) -> None:
-    """Compare weights with the parameters ``names`` of a model, and their LoRA adapters with the model's.
-
-    Without ``adapters`` those are deduced from the weights, except the alpha.
-
-    Raises:
-        CheckpointError: If names, shapes, dtypes or adapters differ, or a value is not finite.
-    """
-    if misfit := lora.misfit(adapters or lora.described_by(weights), lora.describe(model)):
-        raise CheckpointError(f"{where} is for another model: {misfit}")
-    expected = {name: list(model.get_parameter(name).shape) for name in names}
-    faults = differences({name: list(tensor.shape) for name, tensor in weights.items()}, expected)
-    faults += [f"{name} is not finite" for name, tensor in weights.items() if not _is_finite(tensor)]
-    if faults:
-        raise CheckpointError(f"{where} is for another model, or damaged: {'; '.join(faults[:5])}")
-
-
-def check_optimizer(tensors: Mapping[str, Tensor], model: nn.Module, where: Path) -> None:
-    """Compare the optimiser's tensors with the trainable parameters of a model.
-
-    Raises:
-        CheckpointError: If a parameter's state is incomplete, of another shape, or not finite.
-    """
-    faults = [f"{key} is not finite" for key, tensor in tensors.items() if not _is_finite(tensor)]
+    """Refuse a checkpoint that does not fit the model, its frozen parts, the data, or a run of ``steps``."""
+    state = checkpoint.state
+    check_weights(checkpoint.weights, where, model, bridge, state.adapters)
+    expected: dict[str, torch.Size] = {}
     for name, parameter in optim.trainable(model).items():
-        found = {part: list(tensors[f"{name}|{part}"].shape) for part in _ADAMW if f"{name}|{part}" in tensors}
-        expected = {part: [] if part == "step" else list(parameter.shape) for part in _ADAMW}
-        faults += [f"{name}: {fault}" for fault in differences(found, expected)] if found else []
-    if faults:
-        raise CheckpointError(f"{where} has an optimiser state that does not fit: {'; '.join(faults[:5])}")
-
-
-def check_state(state: SavedState, plan: MixturePlan, steps: int, frozen: Mapping[str, str], where: Path) -> None:
-    """Compare a checkpoint's state with a run of ``steps`` steps.
-
-    Raises:
-        CheckpointError: If the frozen parts or the data differ, or the checkpoint is from beyond the end of the run.
-    """
-    if faults := differences(state.frozen, frozen):
-        raise CheckpointError(f"{where} was trained with other frozen parts: {'; '.join(faults)}")
-    saved, own = state.plan, SavedPlan.of(plan, 0)
-    if faults := differences(*(one.model_dump(include={"sizes", "ratios", "seed"}) for one in (saved, own))):
-        raise CheckpointError(f"{where} was trained on other data: {'; '.join(faults)}")
-    if any(set(positions) != set(plan.sizes) for _, positions in (saved.origin, saved.resume)):
-        raise CheckpointError(f"{where} has no position for some of {', '.join(plan.sizes)}")
+        if f"{name}|step" in checkpoint.optimizer:  # a parameter that never had a gradient has no state
+            expected |= {f"{name}|{part}": torch.Size() if part == "step" else parameter.shape for part in _ADAMW}
+    for faults, text in (
+        (_misfits(checkpoint.optimizer, expected), "has an optimiser state that does not fit"),
+        (_differences(state.frozen, frozen), "was trained with other frozen parts"),
+        (_differences(state.plan.data, SavedPlan.of(plan, 0).data), "was trained on other data"),
+    ):
+        if faults:
+            raise CheckpointError(f"{where} {text}: {'; '.join(faults[:5])}")
     if state.progress.step > steps:
         raise CheckpointError(
             f"{where} is of step {state.progress.step}, but this run ends at step {steps}: raise run.max_iters (or "
             "run.max_epoch), or set run.resume to a checkpoint of an earlier step"
         )
+
+
+def check_weights(
+    weights: Mapping[str, Tensor],
+    where: Path,
+    model: nn.Module,
+    bridge: Sequence[str],
+    adapters: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse weights that do not fit a model's ``bridge``; ``adapters`` describes their LoRA, if the alpha is known."""
+    if misfit := lora.misfit(adapters or lora.described_by(weights), lora.describe(model)):
+        raise CheckpointError(f"{where} is for another model: {misfit}")
+    if faults := _misfits(weights, {name: model.get_parameter(name).shape for name in bridge}):
+        raise CheckpointError(f"{where} is for another model, or damaged: {'; '.join(faults[:5])}")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -197,6 +167,23 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
+def _misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    faults = _differences(found, {name: list(shape) for name, shape in shapes.items()})
+    return faults + [f"{name} is not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The differences between two mappings, as sentences."""
+    lines = [f"{key} is missing" for key in expected if key not in found]
+    lines += [f"{key} is not expected" for key in found if key not in expected]
+    both = [key for key in expected if key in found and found[key] != expected[key]]
+    return lines + [f"{key} is {found[key]}, expected {expected[key]}" for key in both]
+
+
+# ---- write
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by ``PARAMETER|STATE``, on the CPU; a parameter that never had a gradient has none."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in optim.trainable(model).items()}
@@ -207,113 +194,72 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
-    """Write weights as one file; the LoRA alpha is in no tensor, so the metadata keep it.
+def save(folder: Path, checkpoint: Checkpoint, run: RunSettings) -> None:
+    """Write the checkpoint of its step into a run's folder of checkpoints, then remove those that need not be kept."""
+    step = checkpoint.state.progress.step
+    target = folder / f"step_{step:08d}"
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with _written(target):
+            partial.mkdir(parents=True)
+            write_weights(partial / MODEL, checkpoint.weights, step, checkpoint.state.adapters)
+            with atomic_file(partial / OPTIMIZER) as file:
+                save_file(checkpoint.optimizer, file)
+            write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+            sync(folder)
+    except TrainingError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    kept = steps(folder)
+    for old in sorted(kept)[: -run.keep_last]:
+        if run.keep_every is None or old % run.keep_every:
+            shutil.rmtree(kept[old], ignore_errors=True)
 
-    Raises:
-        TrainingError: If the file cannot be written.
-    """
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
+    """Write weights as one file; the LoRA alpha is in no tensor, so the metadata keep it."""
     about = {"step": str(step)} | ({"cfg": json.dumps({"lora": dict(adapters)})} if adapters else {})
-    with _written(path), atomic_file(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, metadata=about)
+    with _written(path), atomic_file(path) as file:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, metadata=about)
 
 
 @contextmanager
 def _written(target: Path) -> Iterator[None]:
+    """Raise a `TrainingError` if the file or folder cannot be written."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise TrainingError(f"cannot write {target}: {one_line(error)}; older checkpoints are intact") from error
 
 
-class CheckpointFolder:
-    """The checkpoints of one run.
+# ---- find
 
-    Args:
-        path: Their folder; created by the first save.
-        keep_last: Number of newest checkpoints to keep.
-        keep_every: Checkpoints at multiples of this step are kept as well.
-    """
 
-    def __init__(self, path: Path, keep_last: int = 2, keep_every: int | None = None) -> None:
-        self.path, self.keep_last, self.keep_every = path, keep_last, keep_every
+def steps(folder: Path) -> dict[int, Path]:
+    """Step -> its checkpoint in a run's folder of checkpoints."""
+    return {int(path.name.removeprefix("step_")): path for path in folder.glob("step_" + 8 * "[0-9]")}
 
-    def steps(self) -> dict[int, Path]:
-        """Step -> its checkpoint."""
-        found = {step_of(path): path for path in self.path.glob("step_*") if path.is_dir()}
-        return {step: path for step, path in found.items() if step is not None}
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that can be read; the log names the others."""
-        for _, path in sorted(self.steps().items(), reverse=True):
-            try:
-                return read(path).path
-            except CheckpointError as error:
-                _log.warning("skipped: %s", error)
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder of checkpoints."""
+    return max(steps(folder).items(), default=(0, None))[1]
+
+
+def step_of(weights: Path) -> int | None:
+    """The step of a file that `write_weights` wrote; None if it is absent."""
+    if not weights.is_file():
         return None
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write the checkpoint of its step, then remove those that need not be kept.
-
-        Raises:
-            TrainingError: If it cannot be written.
-        """
-        step = checkpoint.state.progress.step
-        target = self.path / f"step_{step:08d}"
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with _written(target):
-                partial.mkdir(parents=True)
-                write_weights(partial / MODEL, checkpoint.weights, step, checkpoint.state.adapters)
-                save_file(checkpoint.optimizer, partial / OPTIMIZER)
-                share(partial / OPTIMIZER)
-                sync(partial / OPTIMIZER)
-                write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(partial, target)
-                sync(self.path)
-        except TrainingError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        steps = self.steps()
-        for old in sorted(steps)[: -self.keep_last]:
-            if self.keep_every is None or old % self.keep_every:
-                shutil.rmtree(steps[old], ignore_errors=True)
-
-    def add_validation(self, progress: TrainState) -> None:
-        """Put a finished validation's result into the checkpoint of its step; without it, resuming repeats it."""
-        path = self.path / f"step_{progress.step:08d}" / STATE
-        if path.is_file():  # the checkpoint of a resumed run's first step may be in another folder
-            with _written(path):
-                write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "progress": asdict(progress)})
+    with safe_open(weights, "pt") as file:
+        return int((file.metadata() or {}).get("step", -1))
 
 
-def best(folder: Path, step: int) -> Path | None:
-    """The file with the weights of the best step, as such or in that step's checkpoint; None if it is gone."""
-    if (path := folder / BEST).is_file():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("step") == str(step):
-                return path
-    path = folder / f"step_{step:08d}" / MODEL
-    return path if path.is_file() else None
+# ---- hashes of the frozen parts
 
 
-def step_of(path: Path) -> int | None:
-    """The step of a checkpoint's folder by its name."""
-    match = _STEP.fullmatch(path.name)
-    return int(match.group(1)) if match else None
-
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """The differences between two mappings, as sentences."""
-    lines = [f"{key} is missing" for key in expected if key not in found]
-    lines += [f"{str(key)[:200]} is not expected" for key in found if key not in expected]
-    both = [key for key in expected if key in found and found[key] != expected[key]]
-    return lines + [f"{key} is {str(found[key])[:200]}, expected {expected[key]}" for key in both]
-
-
-def frozen_hashes(model: nn.Module, bridge: list[str]) -> dict[str, str]:
+def frozen_hashes(model: nn.Module, bridge: Sequence[str]) -> dict[str, str]:
     """A hash of each top-level part's weights except the ``bridge``, and of the tokenizer's vocabulary.
 
     Values are rounded to bfloat16 first, so that the same weights in another precision have the same hash.
@@ -321,32 +267,21 @@ def frozen_hashes(model: nn.Module, bridge: list[str]) -> dict[str, str]:
     kept, hashes = set(bridge), dict[str, Any]()
     for name, parameter in model.named_parameters():
         if name not in kept:
-            digest = hashes.setdefault(name.split(".")[0], hashlib.sha256())
-            digest.update(f"{lora.without_base(name)} {tuple(parameter.shape)}".encode())
-            digest.update(_probe(parameter))
-    found = {name: digest.hexdigest()[:32] for name, digest in hashes.items()}
-    for name in ("llama_tokenizer", "tokenizer", "llm_tokenizer"):
-        if (tokenizer := getattr(model, name, None)) is not None:
-            size = len(tokenizer)
-            some = sorted({number * max(1, size - 1) // 256 for number in range(256)} | {size - 1})
-            found["tokenizer"] = hash_of(size, [tokenizer.decode([number]) for number in some])[:32]
-            break
+            part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
+            part.update(f"{lora.without_base(name)} {tuple(parameter.shape)}".encode())
+            part.update(_some_bytes(parameter))
+    found = {name: part.hexdigest()[:32] for name, part in hashes.items()}
+    if (tokenizer := getattr(model, "llama_tokenizer", None)) is not None:
+        size = len(tokenizer)
+        some = sorted({number * max(1, size - 1) // 256 for number in range(256)} | {size - 1})
+        found["tokenizer"] = hash_of(size, [tokenizer.decode([number]) for number in some])[:32]
     return found
 
 
-def _probe(parameter: Tensor) -> bytes:
+def _some_bytes(parameter: Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
     if flat.numel() > _PROBES:
         flat = flat[torch.linspace(0, flat.numel() - 1, _PROBES, dtype=torch.float64).long().to(flat.device)]
     if flat.is_floating_point():
         flat = flat.to(torch.bfloat16).view(torch.int16)
     return flat.cpu().numpy().tobytes()
-
-
-def one_line(error: Exception) -> str:
-    """An error's text in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(torch.isfinite(tensor).all())

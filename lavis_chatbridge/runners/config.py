@@ -6,10 +6,9 @@ reported together, before anything is loaded.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis_chatbridge.config import Settings, merged, parse, read_options, read_yaml, shown
-from lavis_chatbridge.errors import ConfigError, MissingExtraError
-from lavis_chatbridge.runners.settings import RunSettings, parse_run
+from lavis_chatbridge.config import Settings, hint, merged, parse, read_options, read_yaml, shown
+from lavis_chatbridge.errors import ConfigError, MissingExtraError, one_line
+from lavis_chatbridge.runners.settings import RunSettings
 
 if TYPE_CHECKING:
     from lavis_chatbridge.runners.folder import RunFolder
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
-_LONGEST_FAULT = 4000
 _ID_KEYS = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
 """LAVIS's tasks that score -> the key by which they identify a sample."""
 _LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
@@ -50,14 +48,13 @@ class Config:
         config: All sections, merged; also one by one as ``run_cfg`` (with all defaults), ``model_cfg``,
             ``datasets_cfg`` and ``preprocess_cfg``.
         run: The ``run`` section, typed.
-        env: The ``env`` section, typed.
         folder: The run's folder if it was chosen before the runner is made.
     """
 
     folder: RunFolder | None = None
 
-    def __init__(self, config: DictConfig, run: RunSettings, env: EnvSettings) -> None:
-        self.config, self.run, self.env = config, run, env
+    def __init__(self, config: DictConfig, run: RunSettings) -> None:
+        self.config, self.run = config, run
         self.run_cfg, self.model_cfg, self.datasets_cfg = config.run, config.model, config.datasets
         self.preprocess_cfg = config.get("preprocess")
 
@@ -82,7 +79,7 @@ class _Faults(list[str]):
         try:
             yield
         except (ConfigError, OmegaConfBaseException) as error:
-            self.append(" ".join(str(error).split())[:_LONGEST_FAULT])
+            self.append(one_line(error, 4000))
 
 
 def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> Config:
@@ -100,32 +97,30 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     from lavis.common.registry import registry
 
     user = merged(read_yaml(cfg_path), read_options(options or []))
-    faults = _Faults(_misplaced(str(key), user[key]) for key in user if key not in SECTIONS)
+    faults = _Faults(_unknown("sections of a configuration", key, SECTIONS) for key in user if key not in SECTIONS)
     config = OmegaConf.create({section: {} for section in SECTIONS})
-    run = env = None
     for section in SECTIONS:
         with faults.collected():
             config[section] = _section(user, section)
-    with faults.collected():
-        env = parse(EnvSettings, config.env, "env")
-        _set_paths(env)  # first: data sets look for their files under env.data_root
+    with faults.collected():  # first: data sets look for their files under env.data_root
+        _set_paths(parse(EnvSettings, config.env, "env"))
     with faults.collected():
         _merge_model(config)
-    with faults.collected():
-        _merge_datasets(config)
-    with faults.collected():
-        run = _check_run(config.run)
-    if not faults and run is not None:
+    if not config.datasets:
+        faults.append("datasets is missing: name at least one registered data set")
+    for name in list(config.datasets):
         with faults.collected():
+            config.datasets[name] = _dataset(str(name), config)
+    run = None
+    with faults.collected():
+        run = _parse_run(config)
+        if not faults:
             _check_splits(config.datasets, run)
-    if faults or run is None or env is None:
+    if faults or run is None:
         raise ConfigError(f"{cfg_path}: " + "; ".join(faults))
-    config.run = run.model_dump() | {
-        "amp": run.precision == "fp16",
-        "log_freq": run.log_every,
-        "resume_ckpt_path": run.resume,
-    }
-    loaded = Config(config, run, env)
+    of_lavis = {"amp": run.precision == "fp16", "log_freq": run.log_every, "resume_ckpt_path": run.resume}
+    config.run = run.model_dump() | of_lavis
+    loaded = Config(config, run)
     registry.register("configuration", loaded)
     return loaded
 
@@ -153,26 +148,16 @@ def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
     return part
 
 
-def _misplaced(key: str, value: Any) -> str:
-    """The fault of a top-level key that is no section."""
-    if isinstance(value, DictConfig) or difflib.get_close_matches(key[:80], SECTIONS, n=1):
-        return _unknown_name("the configuration's sections", key, SECTIONS)
-    if key in RunSettings.model_fields:
-        return f"{key} stands in no section, did you mean run.{key}?"
-    return f"{shown(key)} stands in no section; name one of {', '.join(SECTIONS)}, as in run.seed"
-
-
 def _merge_model(config: DictConfig) -> None:
     """Put the model type's YAML under the user's ``model`` and ``preprocess`` sections, and check the result."""
     from lavis.common.registry import registry
 
-    arch = _word(config.model.setdefault("arch", "chatbridge"), "model.arch")
-    model_class = registry.get_model_class(arch)
-    if model_class is None:
-        raise ConfigError(_unknown_name("model.arch", arch, registry.list_models()))
+    arch = config.model.setdefault("arch", "chatbridge")
+    model_class = _registered(registry.get_model_class, "model.arch", arch, registry.list_models())
     types = list(model_class.PRETRAINED_MODEL_CONFIG_DICT)
     model_type = config.model.get("model_type") or getattr(model_class, "DEFAULT_MODEL_TYPE", types[0])
-    _word(model_type, "model.model_type", types)
+    if model_type not in types:
+        raise ConfigError(_unknown("model.model_type", model_type, types))
     defaults = read_yaml(model_class.default_config_path(model_type))
     config.model = merged(_section(defaults, "model"), config.model, {"model_type": model_type})
     config.preprocess = merged(_section(defaults, "preprocess"), config.preprocess)
@@ -180,30 +165,15 @@ def _merge_model(config: DictConfig) -> None:
     _check_by(model_class, config.model, "model")
 
 
-def _merge_datasets(config: DictConfig) -> None:
-    """Put each builder's default YAML under the user's section of that name; processors come from the model's YAML."""
-    if not config.datasets:
-        raise ConfigError("datasets is missing: name at least one registered data set")
-    faults = _Faults(
-        _unknown_name("run.train_dataset_ratios", name, list(config.datasets))
-        for name in _section(config.run, "train_dataset_ratios", "run.")
-        if name not in config.datasets
-    )
-    for name in list(config.datasets):
-        with faults.collected():
-            config.datasets[name] = _dataset(_word(name, "datasets"), config)
-    if faults:
-        raise ConfigError("; ".join(faults))
-
-
 def _dataset(name: str, config: DictConfig) -> DictConfig:
+    """A data set's section over its builder's default YAML; processors come from the model's YAML."""
     from lavis.common.registry import registry
 
     where, user = f"datasets.{name}", _section(config.datasets, name, "datasets.")
-    builder = registry.get_builder_class(name)
-    if builder is None:
-        raise ConfigError(_unknown_name("datasets", name, registry.list_datasets()))
-    variant = _word(user.get("type", "default"), f"{where}.type", builder.DATASET_CONFIG_DICT)
+    builder = _registered(registry.get_builder_class, "datasets", name, registry.list_datasets())
+    variant = user.get("type", "default")
+    if variant not in builder.DATASET_CONFIG_DICT:
+        raise ConfigError(_unknown(f"{where}.type", variant, builder.DATASET_CONFIG_DICT))
     defaults = read_yaml(builder.default_config_path(type=variant)).datasets
     # LAVIS's video captions name their section otherwise (`msvd_cap`) than their builder; its builders take the first.
     section = merged(dict(config.preprocess.items()), defaults.get(name) or next(iter(defaults.values())), user)
@@ -217,18 +187,18 @@ def _check_by(owner: type, section: DictConfig, where: str) -> None:
         check(_plain(section), where)
 
 
-def _check_run(section: DictConfig) -> RunSettings:
+def _parse_run(config: DictConfig) -> RunSettings:
+    """The ``run`` section; its names must be registered, and its extras installed."""
     from lavis.common.registry import registry
 
-    run = parse_run(_plain(section))
-    known = {"task": registry.list_tasks(), "runner": registry.list_runners()}
-    chosen = {key: getattr(run, key) for key in known}
-    faults = [_unknown_name(f"run.{key}", name, known[key]) for key, name in chosen.items() if name not in known[key]]
+    run = parse(RunSettings, _plain(config.run), "run")
+    _registered(registry.get_task_class, "run.task", run.task, registry.list_tasks())
+    _registered(registry.get_runner_class, "run.runner", run.runner, registry.list_runners())
+    if unknown := [name for name in run.train_dataset_ratios or () if name not in config.datasets]:
+        raise ConfigError(_unknown("run.train_dataset_ratios", unknown[0], list(config.datasets)))
     for extra in ("tensorboard", "wandb"):
         if getattr(run, extra) and not run.evaluate and find_spec(extra) is None:
-            faults.append(str(MissingExtraError(extra, extra, f"run.{extra}")))
-    if faults:
-        raise ConfigError("; ".join(faults))
+            raise ConfigError(str(MissingExtraError(extra, extra, f"run.{extra}")))
     return run
 
 
@@ -236,39 +206,35 @@ def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
     """Refuse splits that no data set has (LAVIS's cannot say which they have), and our data sets in LAVIS's tasks."""
     from lavis.common.registry import registry
 
-    names = [(str(name), getattr(registry.get_builder_class(str(name)), "split_names", None)) for name in datasets]
-    own = {name: set(split_names(_plain(datasets[name]))) for name, split_names in names if split_names is not None}
-    if len(own) == len(names):
+    builders = {str(name): registry.get_builder_class(str(name)) for name in datasets}
+    own = {n: set(b.split_names(_plain(datasets[n]))) for n, b in builders.items() if hasattr(b, "split_names")}
+    if len(own) == len(builders):
         run.check_splits(set().union(*own.values()))
     scored = {*run.test_splits, *([] if run.evaluate else run.valid_splits)}
-    id_key = _ID_KEYS.get(run.task)
     unfit = [name for name, splits in own.items() if scored & splits]
-    if id_key is not None and unfit and registry.get_task_class(run.task).__module__.startswith("lavis."):
+    if run.task in _ID_KEYS and unfit and registry.get_task_class(run.task).__module__.startswith("lavis."):
         raise ConfigError(
-            f"run.task {run.task!r} is LAVIS's own and scores by {id_key}, which {', '.join(unfit)} does not have: set "
-            "run.task=chatbridge_captioning, which scores captions and answers (run.metrics)"
+            f"run.task {run.task!r} is LAVIS's own and scores by {_ID_KEYS[run.task]}, which {', '.join(unfit)} does "
+            "not have: set run.task=chatbridge_captioning, which scores captions and answers (run.metrics)"
         )
 
 
-def _word(value: Any, where: str, known: Collection[str] | None = None) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{where}: expected a name, found {shown(value)}")
-    if known is not None and value not in known:
-        raise ConfigError(_unknown_name(where, value, known))
-    return value
+def _registered(get: Any, where: str, name: Any, known: Collection[str]) -> Any:
+    """The class that is registered with LAVIS under a name."""
+    if (found := get(name) if isinstance(name, str) else None) is None:
+        raise ConfigError(_unknown(where, name, known))
+    return found
+
+
+def _unknown(where: str, name: object, known: Collection[str]) -> str:
+    return f"{where}: unknown name {shown(name)}{hint(str(name), known)}"
 
 
 def _plain(section: DictConfig) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
-        raise ConfigError(" ".join(str(error).split())) from error
-
-
-def _unknown_name(where: str, name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name)[:80], list(known), n=1)
-    hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
-    return f"{where}: unknown name {shown(name)}{hint}"
+        raise ConfigError(one_line(error)) from error
 
 
 def _set_paths(env: EnvSettings) -> None:

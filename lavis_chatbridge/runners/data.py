@@ -1,7 +1,6 @@
 """The loader of each split: the package's own for its data sets, a plain one with the same plan for LAVIS's.
 
-LAVIS's data sets have one source, no ids for their samples and a ``collater`` of their own; the model gets what that
-returns.
+LAVIS's data sets have no ids for their samples and a ``collater`` of their own; the model gets what that returns.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch.utils.data import DataLoader, default_collate
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting.conversation import Wording
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import Samples
@@ -43,28 +41,14 @@ def splits_of(datasets: Datasets) -> set[str]:
     return {split for splits in datasets.values() for split in splits}
 
 
-def set_template(datasets: Datasets, template: Wording | None) -> None:
-    """Let this package's data sets word conversations with the model's template."""
-    for group in (group for splits in datasets.values() for group in splits.values()):
-        if template is not None and hasattr(group, "set_template"):
-            group.set_template(template)
-
-
 def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> MixtureLoader | LavisTrainLoader:
-    """The training batches of this process.
-
-    Raises:
-        ConfigError: If no data set has a training split, or data sets of LAVIS and of this package are mixed.
-    """
+    """The training batches of this process."""
     chosen = {
         name if split == "train" else f"{name}/{split}": splits[split]
         for name, splits in datasets.items()
         for split in run.train_splits
         if split in splits
     }
-    if not chosen:
-        found = ", ".join(sorted(splits_of(datasets)))
-        raise ConfigError(f"run.train_splits {run.train_splits} are in no data set; there are the splits {found}")
     settings = _settings(run, device)
     own = [hasattr(dataset, "sources") for dataset in chosen.values()]
     if all(own):
@@ -74,7 +58,7 @@ def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> 
     return LavisTrainLoader(chosen, settings)
 
 
-def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Iterable[Samples]:
+def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Any:
     """This process's batches of a split: each sample is on exactly one process."""
     rank, world_size = distributed.rank(), distributed.world_size()
     if hasattr(dataset, "sources"):
@@ -90,11 +74,7 @@ def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> I
 
 
 def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
-    """Sum the unreadable samples of a split over processes, after each has evaluated its share.
-
-    Raises:
-        DataError: On every process, if they are more than ``run.max_bad_share`` of a source of 20 samples or more.
-    """
+    """Raise a `DataError` on every process if all together could not read ``run.max_bad_share`` of a data set."""
     if not isinstance(loader, EvaluationLoader):
         return
     bad = sum(map(Counter, distributed.gather_everywhere(dict(loader.skipped))), Counter[str]())
@@ -116,14 +96,14 @@ class LavisTrainLoader(torch.utils.data.Dataset):
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of steps ``start`` to ``stop - 1``, in order."""
         sampler = (
-            (source, pairs[first : first + self.size])
-            for source, pairs in (self.plan.batch(step, distributed.rank()) for step in range(start, stop))
+            (name, pairs[first : first + self.size])
+            for name, pairs in (self.plan.batch(step, distributed.rank()) for step in range(start, stop))
             for first in range(0, len(pairs), self.size)
         )
         yield from DataLoader(self, batch_size=None, sampler=sampler, num_workers=self.workers)  # type: ignore[arg-type]
 
     def __getitem__(self, request: tuple[str, list[tuple[int, int]]]) -> dict[str, Any]:
-        """A micro-batch: of a source, the samples of some pairs ``(index, epoch)``."""
-        source, pairs = request
-        collate = getattr(self.datasets[source], "collater", None) or default_collate
-        return {"source": source, "skipped": [], **collate([self.datasets[source][index] for index, _ in pairs])}
+        """A micro-batch: of a data set, the samples of some pairs ``(index, epoch)``."""
+        name, pairs = request
+        collate = getattr(self.datasets[name], "collater", None) or default_collate
+        return {"source": name, "skipped": [], **collate([self.datasets[name][index] for index, _ in pairs])}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import re
 import socket
 import sys
 from collections.abc import Iterator, MutableMapping
@@ -29,12 +28,7 @@ T = TypeVar("T")
 
 
 def init(run: RunSettings) -> torch.device:
-    """Join the processes that a launcher started, if there are several, and return the device of this one.
-
-    Raises:
-        ConfigError: If the run asks for a device or an address that is not there.
-        TrainingError: If the other processes cannot be reached.
-    """
+    """Join the processes that a launcher started, if there are several, and return the device of this one."""
     place = announced(os.environ) if run.distributed else Place()
     device = choose_device(run.device, place)
     if place.world_size > 1 and not dist.is_initialized():
@@ -47,11 +41,7 @@ def init(run: RunSettings) -> torch.device:
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:
-    """The device of a process; on machines with several GPUs, that of its local rank.
-
-    Raises:
-        ConfigError: If there is no CUDA device, or fewer than processes on this machine.
-    """
+    """The device of a process; on machines with several GPUs, that of its local rank."""
     available = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
@@ -65,19 +55,16 @@ def choose_device(wanted: str, place: Place) -> torch.device:
 
 
 def _join(run: RunSettings, place: Place, device: torch.device) -> None:
-    if run.dist_url == "env://":
-        set_address(os.environ)
-    where = run.dist_url if run.dist_url != "env://" else "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+    set_address(os.environ)
     print(
-        f"rank {place.rank} of {place.world_size}, announced by {place.launcher}, waits for the others at {where} "
-        f"for up to {run.timeout_minutes:g} minutes",
+        f"rank {place.rank} of {place.world_size}, announced by {place.launcher}, waits for the others at "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} for up to {run.timeout_minutes:g} minutes",
         file=sys.stderr,
         flush=True,
     )
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=run.dist_url,
             rank=place.rank,
             world_size=place.world_size,
             timeout=datetime.timedelta(minutes=run.timeout_minutes),
@@ -89,20 +76,14 @@ def _join(run: RunSettings, place: Place, device: torch.device) -> None:
 
 
 def set_address(environment: MutableMapping[str, str]) -> None:
-    """Set MASTER_ADDR and MASTER_PORT under srun, which does not: this machine, and a port of the job's own.
-
-    Raises:
-        ConfigError: If the job has several machines and MASTER_ADDR is not set.
-    """
-    if "MASTER_ADDR" not in environment:
-        if environment.get("SLURM_NNODES", "1") != "1":
-            raise ConfigError(
-                "MASTER_ADDR is not set, and this job has several machines: put "
-                "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) before srun"
-            )
-        environment["MASTER_ADDR"] = "127.0.0.1"
-    job = int(re.sub(r"\D", "", environment.get("SLURM_JOB_ID", "")) or 14500)
-    environment.setdefault("MASTER_PORT", str(15000 + job % 20000))
+    """Set MASTER_ADDR and MASTER_PORT under srun, which does not: this machine, and a port of the job's own."""
+    if "MASTER_ADDR" not in environment and environment.get("SLURM_NNODES", "1") != "1":
+        raise ConfigError(
+            "MASTER_ADDR is not set, and this job has several machines: put "
+            "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) before srun"
+        )
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    environment.setdefault("MASTER_PORT", str(15000 + int(environment.get("SLURM_JOB_ID", 14500)) % 20000))
 
 
 def close() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,7 @@ def attach(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: A
 def fill(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
     """Encode the media of a run's splits that the cache lacks; every process encodes its share.
 
-    Args:
-        model: ChatBridge, on its device.
-        datasets: The data sets, as the task builds them.
-        run: The folder and the splits.
-        preprocess: The ``preprocess`` section, for the evaluation processors.
-
-    Raises:
-        ConfigError: If there is no folder, or the model or a data set cannot do this.
-        ChatBridgeError: On every process, if one of them fails.
+    ``model`` is ChatBridge, on its device; ``preprocess`` has the evaluation processors.
     """
     able = hasattr(model, "encode_media") and all(hasattr(group, "set_features") for group in _used(datasets, run))
     if run.feature_cache is None or not able:
@@ -68,11 +59,11 @@ def fill(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any
 
 def samples(datasets: Datasets, run: RunSettings) -> Iterator[Sample]:
     """All samples of the splits that a run reads."""
-    sources = chain.from_iterable(group.sources for group in _used(datasets, run))
+    sources = (source for group in _used(datasets, run) for source in group.sources)
     return (source.sample(index) for source in sources for index in range(len(source)))
 
 
 def _used(datasets: Datasets, run: RunSettings) -> list[Any]:
     """The data sets of the splits that this run reads."""
-    names = [*run.valid_splits, *run.test_splits, *([] if run.evaluate else run.train_splits)]
-    return [splits[split] for splits in datasets.values() for split in dict.fromkeys(names) if split in splits]
+    names = {*run.valid_splits, *run.test_splits, *(() if run.evaluate else run.train_splits)}
+    return [dataset for splits in datasets.values() for split, dataset in splits.items() if split in names]

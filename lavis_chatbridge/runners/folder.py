@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import locked
+from filelock import FileLock, Timeout
+
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.runners import checkpoints, distributed
 from lavis_chatbridge.runners.logs import LOG
 from lavis_chatbridge.runners.settings import RunSettings
@@ -32,18 +32,19 @@ class RunFolder:
 
     Attributes:
         path: The folder.
+        checkpoints: The folder of its checkpoints.
         resumed: The checkpoint to resume from, in this folder or elsewhere; None starts a new run.
     """
 
     def __init__(self, run: RunSettings, job_id: str = "") -> None:
         name = distributed.from_main(run.job_id if run.job_id is not None else job_id)
         self.path = Path(run.output_dir).expanduser().absolute() / name
-        self.checkpoints = checkpoints.CheckpointFolder(self.path / CHECKPOINTS, run.keep_last, run.keep_every)
+        self.checkpoints = self.path / CHECKPOINTS
         self.overwrite = run.overwrite
+        self._lock = FileLock(self.path / ".training.lock")
         self.resumed: Path | None = None
-        self._claimed = False
         if run.resume == "auto":
-            self.resumed = distributed.from_main(self.checkpoints.newest() if distributed.is_main() else None)
+            self.resumed = distributed.from_main(checkpoints.newest(self.checkpoints))
         elif run.resume is not None:
             self.resumed = Path(run.resume).expanduser().resolve()
 
@@ -55,72 +56,29 @@ class RunFolder:
                     (self.path / RESULTS).mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise ConfigError(f"run.output_dir: cannot write to {self.path}: {error.strerror}") from error
-                if not os.access(self.path, os.W_OK):
-                    raise ConfigError(f"run.output_dir: cannot write to {self.path}: it is not writable")
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Lock the folder for one training; a further claim inside the block changes nothing.
-
-        Raises:
-            ConfigError: On every process, if another training holds the lock, or the folder has files of an earlier
-                run that this one neither resumes nor overwrites.
-        """
-        if self._claimed:
-            yield
-            return
+        """Lock the folder for one training, and `check` it; the block may claim it again."""
         self.make()
         with ExitStack() as stack:
             with distributed.together():
                 if distributed.is_main():
                     try:
-                        stack.enter_context(locked(self.path / "training", LOCK_WAIT))
-                    except DataError as error:
+                        stack.enter_context(self._lock.acquire(timeout=LOCK_WAIT))
+                    except Timeout as error:
                         raise ConfigError(
                             f"another training writes into {self.path}: wait for it, stop it, or set another "
-                            f"run.output_dir ({error})"
+                            f"run.output_dir (lock {error.lock_file})"
                         ) from error
                     self.check()
-            self._claimed = True
-            try:
-                yield
-            finally:
-                self._claimed = False
-
-    def clear(self) -> None:
-        """With ``run.overwrite``, delete an earlier run's files; the checkpoint to resume from and older ones stay."""
-        if not self.overwrite or not distributed.is_main():
-            return
-        if (step := self._own_step()) is not None:
-            for later, path in self.checkpoints.steps().items():
-                if later > step:
-                    shutil.rmtree(path)
-            return
-        for path in (self.path / name for name in _OF_A_RUN):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        (self.path / RESULTS).mkdir(exist_ok=True)
-
-    def _own_step(self) -> int | None:
-        """The step of the checkpoint to resume from, if it is one of this folder."""
-        if self.resumed is None or self.resumed.parent != self.checkpoints.path.resolve():
-            return None
-        return checkpoints.step_of(self.resumed)
+            yield
 
     def check(self) -> None:
-        """Refuse a folder with files of an earlier run that this one neither resumes nor overwrites.
-
-        Raises:
-            ConfigError: If there are such files, or there is no checkpoint to resume from.
-        """
+        """Refuse a folder with files of an earlier run that this one neither resumes nor overwrites."""
         if self.resumed is not None and not (self.resumed / checkpoints.STATE).is_file():
-            folders = (self.resumed, self.resumed / CHECKPOINTS)
-            inside = [path for folder in folders if (path := checkpoints.CheckpointFolder(folder).newest())]
-            newest = f"; the newest one in it is {inside[0]}" if inside else ""
-            raise ConfigError(f"run.resume: {self.resumed} is not a checkpoint{newest}")
-        own, found = self._own_step(), max(self.checkpoints.steps(), default=None)
+            raise ConfigError(f"run.resume: {self.resumed} is not a checkpoint, a folder such as step_00001000")
+        own, found = self._own_step(), max(checkpoints.steps(self.checkpoints), default=None)
         if self.overwrite or (own is not None and own == found):
             return
         if own is not None:
@@ -134,3 +92,24 @@ class RunFolder:
                 f"{self.path} has {held} of an earlier training: resume it (run.resume=auto), set another "
                 "run.output_dir, or delete them with run.overwrite=true"
             )
+
+    def clear(self) -> None:
+        """With ``run.overwrite``, delete an earlier run's files; the checkpoint to resume from and older ones stay."""
+        if not self.overwrite:
+            return
+        if (own := self._own_step()) is not None:
+            for step, path in checkpoints.steps(self.checkpoints).items():
+                if step > own:
+                    shutil.rmtree(path)
+            return
+        for path in (self.path / name for name in _OF_A_RUN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        (self.path / RESULTS).mkdir()
+
+    def _own_step(self) -> int | None:
+        """The step of the checkpoint to resume from, if it is one of this folder."""
+        own = {path.resolve(): step for step, path in checkpoints.steps(self.checkpoints).items()}
+        return None if self.resumed is None else own.get(self.resumed.resolve())

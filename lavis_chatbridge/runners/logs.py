@@ -5,25 +5,26 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import sys
+import os
 import time
-from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from lavis_chatbridge.errors import ConfigError, MissingExtraError, TrainingError
 from lavis_chatbridge.files import append_lines, write_text
 from lavis_chatbridge.runners import distributed
-from lavis_chatbridge.runners.checkpoints import one_line
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult, TrainState
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
+
+Sink: TypeAlias = Callable[[str, Mapping[str, Any], int], None]
+"""Writes the metrics of a split (``train``, ``val``) at a step."""
 
 
 class Meter:
@@ -36,11 +37,11 @@ class Meter:
         self.waited = 0.0
         self.started = time.perf_counter()
 
-    def record(self, source: str, result: StepResult, waited: float) -> None:
+    def record(self, dataset: str, result: StepResult, waited: float) -> None:
         """Count a step; ``waited`` is the time in seconds that its data took to arrive."""
         if result.outcome in ("ok", "overflow"):
-            self.losses[source] += result.loss * result.tokens
-            self.tokens[source] += result.tokens
+            self.losses[dataset] += result.loss * result.tokens
+            self.tokens[dataset] += result.tokens
         self.counts.update(samples=result.samples, tokens=result.tokens, skipped=result.skipped)
         self.waited += waited
 
@@ -54,98 +55,9 @@ class Meter:
         stats["samples_per_second"] = self.counts["samples"] / seconds
         stats["tokens_per_second"] = self.counts["tokens"] / seconds
         stats["data_wait_share"] = min(1.0, self.waited / seconds)
-        stats["memory_mb"] = memory_mb()
-        if self.counts["skipped"]:
-            stats["skipped"] = self.counts["skipped"]
-        return stats
-
-
-class Sink(ABC):
-    """A destination of metrics."""
-
-    @abstractmethod
-    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """Write the metrics of a split (``train``, ``val``) at a step; all but the log file write only numbers."""
-
-    def close(self) -> None:  # noqa: B027
-        """Flush what is held open."""
-
-
-class LogFile(Sink):
-    """LAVIS's ``log.txt``: one JSON object per line, keys prefixed with the split."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def drop_after(self, state: TrainState, validated: bool) -> None:
-        """Drop the lines of later steps than a resumed run's, and of a validation that it repeats."""
-        if self.path.exists():
-            last = {True: state.step, False: state.step if validated else state.step - 1}
-            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-            kept = [line for line in lines if _step_of(line) <= last[line.startswith('{"train_')]]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
-
-    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        self.append({f"{split}_{key}": value for key, value in {"step": step, **stats}.items()})
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Append any object as a line."""
-        append_lines(self.path, [json.dumps(record, default=str)])
-
-
-class TensorBoard(Sink):
-    """TensorBoard events in a folder; a resumed run hides the events of steps that it repeats."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError("tensorboard", "tensorboard", "run.tensorboard") from error
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        for key, value in _numbers(stats).items():
-            self.writer.add_scalar(f"{split}/{key}", value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WeightsAndBiases(Sink):
-    """A Weights & Biases run, on disk only unless ``wandb_mode`` is ``online``."""
-
-    def __init__(self, run: RunSettings, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise MissingExtraError("wandb", "wandb", "run.wandb") from error
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.run = wandb.init(project=run.wandb_project, mode=run.wandb_mode, dir=str(folder), config=dict(config))
-        except Exception as error:  # wandb raises errors of many classes: server, settings, disk
-            raise ConfigError(
-                f"run.wandb: Weights & Biases cannot start a run ({one_line(error)}): log in (wandb login), or set "
-                "run.wandb_mode=offline or run.wandb=false"
-            ) from error
-
-    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        self.run.log({f"{split}/{key}": value for key, value in _numbers(stats).items()}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Console(Sink):
-    """A line per split, with the time that the remaining steps will take."""
-
-    def __init__(self, steps: int, done: int) -> None:
-        self.steps, self.first, self.started = steps, done, time.perf_counter()
-
-    def write(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in _numbers(stats).items())
-        pace = (time.perf_counter() - self.started) / max(1, step - self.first)
-        eta = datetime.timedelta(seconds=int(pace * (self.steps - step)))
-        _log.info("%s step %d/%d %s eta %s", split, step, self.steps, " ".join(shown), eta)
+        if torch.cuda.is_initialized():
+            stats["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        return stats | {"skipped": self.counts["skipped"]}
 
 
 class Reporter:
@@ -156,73 +68,87 @@ class Reporter:
         folder: The run's folder.
         steps: Steps of the whole run.
         state: The progress that the run starts or resumes with.
-        validated: Whether the validation due at that step is finished.
         config: The configuration, which is written first.
     """
 
     def __init__(
-        self, run: RunSettings, folder: Path, steps: int, state: TrainState, validated: bool, config: Mapping[str, Any]
+        self, run: RunSettings, folder: Path, steps: int, state: TrainState, config: Mapping[str, Any]
     ) -> None:
-        self.log_every, self.steps, self.state = run.log_every, steps, state
+        self.run, self.steps, self.state = run, steps, state
         self.meter = Meter()
-        self.sinks: list[Sink] = []
-        if not distributed.is_main():
-            return
-        log = LogFile(folder / LOG)
-        try:
-            log.drop_after(state, validated)
-            log.append({"config": config, "from_step": state.step})
-        except OSError as error:
-            raise TrainingError(f"cannot write {log.path}: {error.strerror or error}") from error
-        self.sinks = [log, Console(steps, state.step)]
-        self.sinks += [TensorBoard(folder / "tensorboard", state.step)] if run.tensorboard else []
-        self.sinks += [WeightsAndBiases(run, folder / "wandb", config)] if run.wandb else []
+        self._sinks: list[Sink] = []
+        self._open = ExitStack()
+        self._started, self._first = time.perf_counter(), state.step
+        if distributed.is_main():
+            log = folder / LOG
+            drop_after(log, state.step)
+            append_lines(log, [json.dumps({"config": config, "from_step": state.step}, default=str)])
+            self._sinks += [lambda *metrics: write(log, *metrics), self._print]
+            self._sinks += [self._tensorboard(folder / "tensorboard")] if run.tensorboard else []
+            self._sinks += [self._wandb(folder / "wandb", config)] if run.wandb else []
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *_fault: object) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self._open.close()
 
-    def step(self, source: str, result: StepResult, waited: float) -> None:
+    def step(self, dataset: str, result: StepResult, waited: float) -> None:
         """Count a step; every ``log_every`` steps, and at the end, write means and rates."""
-        self.meter.record(source, result, waited)
-        if self.state.step % self.log_every == 0 or self.state.step == self.steps:
+        self.meter.record(dataset, result, waited)
+        if self.state.step % self.run.log_every == 0 or self.state.step == self.steps:
             stats = {"lr": result.rate, "grad_norm": result.grad_norm, **self.meter.summary()}
             self.write("train", stats | {"nonfinite_steps": self.state.nonfinite_steps})
             self.meter = Meter()
 
     def write(self, split: str, stats: Mapping[str, Any]) -> None:
-        """Write the metrics of a split at the current step. A log that fails is closed; the training continues."""
-        for sink in list(self.sinks):
-            try:
-                sink.write(split, stats, self.state.step)
-            except Exception as error:  # TensorBoard and W&B raise errors of any class
-                _log.warning("%s failed, training continues without it: %s", type(sink).__name__, one_line(error))
-                self.sinks.remove(sink)
+        """Write the metrics of a split at the current step."""
+        for sink in self._sinks:
+            sink(split, stats, self.state.step)
+
+    def _print(self, split: str, stats: Mapping[str, Any], step: int) -> None:
+        """A line on the console, with the time that the remaining steps will take."""
+        shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in _numbers(stats).items())
+        pace = (time.perf_counter() - self._started) / max(1, step - self._first)
+        eta = datetime.timedelta(seconds=int(pace * (self.steps - step)))
+        _log.info("%s step %d/%d %s eta %s", split, step, self.steps, " ".join(shown), eta)
+
+    def _tensorboard(self, folder: Path) -> Sink:
+        """TensorBoard events; a resumed run hides the events of steps that it repeats."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = self._open.enter_context(SummaryWriter(str(folder), purge_step=self._first + 1))
+
+        def write_events(split: str, stats: Mapping[str, Any], step: int) -> None:
+            for key, value in _numbers(stats).items():
+                writer.add_scalar(f"{split}/{key}", value, step)
+
+        return write_events
+
+    def _wandb(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        """A Weights & Biases run; its own environment variables choose project and mode."""
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(dir=str(folder), config=dict(config), mode=os.environ.get("WANDB_MODE", "offline"))
+        self._open.callback(run.finish)
+        return lambda split, stats, step: run.log({f"{split}/{k}": v for k, v in _numbers(stats).items()}, step=step)
 
 
-def memory_mb() -> float:
-    """Peak memory so far in MiB: of the CUDA device if one is used, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+def write(path: Path, split: str, stats: Mapping[str, Any], step: int) -> None:
+    """Append metrics to LAVIS's ``log.txt``: one JSON object per line, keys prefixed with the split."""
+    record = {f"{split}_{key}": value for key, value in {"step": step, **stats}.items()}
+    append_lines(path, [json.dumps(record, default=str)])
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drop from a ``log.txt`` the lines of later steps, which a resumed run repeats."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one, if any, was cut off
+        first = [next(iter(json.loads(line).items())) for line in lines]
+        kept = [line for line, (key, of_line) in zip(lines, first, strict=True) if key == "config" or of_line <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _numbers(stats: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in stats.items() if isinstance(value, (int, float))}
-
-
-def _step_of(line: str) -> int:
-    """The step of a line of the log; 0 for the configuration and for foreign lines."""
-    try:
-        key, step = next(iter(json.loads(line).items()))
-    except (ValueError, AttributeError, StopIteration):
-        return 0
-    return step if key.endswith("_step") and isinstance(step, int) else 0

@@ -27,31 +27,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, biases and norms do not; with ``decay_all`` one group of all."""
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
-    for parameter in trainable(model).values():
-        groups[parameter.ndim < 2 and not decay_all]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
-
-
 def build_optimizer(model: nn.Module, run: RunSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
-
-    Raises:
-        TrainingError: If there are none.
-    """
-    groups = parameter_groups(model, run.weight_decay, run.decay_all)
-    if not groups:
+    """AdamW over the trainable parameters: matrices decay, biases and norms do not unless ``run.decay_all``."""
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (run.weight_decay, 0.0)]
+    for parameter in trainable(model).values():
+        groups[parameter.ndim < 2 and not run.decay_all]["params"].append(parameter)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters:
         raise TrainingError("the model has no trainable parameters")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
-    _log.info("training %.1f M of %.1f M parameters", trained / 1e6, total / 1e6)
-    on_cuda = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, lr=run.init_lr, betas=(run.betas[0], run.betas[1]), fused=on_cuda or None)
+    total, trained = (sum(p.numel() for p in some) / 1e6 for some in (model.parameters(), parameters))
+    _log.info("training %.1f M of %.1f M parameters", trained, total)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=run.init_lr, betas=run.betas, fused=parameters[0].is_cuda or None)
 
 
 def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
@@ -95,9 +82,7 @@ def keep_in_fp32(parameters: Iterable[nn.Parameter]) -> int:
 
     A step of 1e-4 of a bf16 weight is below its rounding: trained in bf16 it would not move.
     """
-    raised = 0
-    for parameter in parameters:
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-            raised += 1
-    return raised
+    halves = [parameter for parameter in parameters if parameter.dtype in (torch.float16, torch.bfloat16)]
+    for parameter in halves:
+        parameter.data = parameter.data.float()
+    return len(halves)

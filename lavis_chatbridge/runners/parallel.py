@@ -25,17 +25,14 @@ _log = logging.getLogger(__name__)
 
 
 @runtime_checkable
-class PartlyTrained(Protocol):
-    """A model whose bridge has named parts, of which ``run.train`` chooses some."""
+class Bridge(Protocol):
+    """A model with trained parts between frozen ones, as ChatBridge is."""
 
-    def parts(self) -> Mapping[str, list[nn.Parameter]]: ...
+    def parts(self) -> Mapping[str, list[nn.Parameter]]:
+        """The trained parts by name."""
 
-
-@runtime_checkable
-class Shardable(Protocol):
-    """A model with the blocks of its language model, each of which runs once per forward, on every batch."""
-
-    def blocks(self) -> list[nn.Module]: ...
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the language model, each of which runs once per forward, on every batch."""
 
 
 def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
@@ -43,16 +40,11 @@ def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
 
     Returns:
         Names of the bridge's parameters, trained or not: those that checkpoints keep.
-
-    Raises:
-        ConfigError: If the model has no part of such a name.
     """
     bridge = list(optim.trainable(model))
     if names is None:
         return bridge
-    if not isinstance(model, PartlyTrained):
-        raise ConfigError(f"run.train chooses parts of ChatBridge, but the model is {type(model).__name__}: drop it")
-    parts = model.parts()
+    parts = _as_bridge(model, "run.train").parts()
     unknown = [name for name in names if name not in parts]
     if unknown or not names:
         raise ConfigError(f"run.train: expected some of {', '.join(parts)}, found {', '.join(unknown) or 'none'}")
@@ -63,18 +55,14 @@ def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
 
 
 def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
-    """Move a model to its device and make its trained parameters equal on all processes.
-
-    Raises:
-        ConfigError: If the model cannot do what the run asks for.
-    """
+    """Move a model to its device and make its trained parameters equal on all processes."""
     if raised := optim.keep_in_fp32(optim.trainable(model).values()):
         _log.warning("%d trained parameters were in half precision; they are kept in fp32", raised)
     if run.gradient_checkpointing:
-        for block in _blocks(model, "run.gradient_checkpointing"):
+        for block in _as_bridge(model, "run.gradient_checkpointing").blocks():
             block.forward = _recomputed(block.forward)
     if run.parallel == "fsdp" and distributed.in_group():
-        _shard(_blocks(model, "run.parallel fsdp"), device)
+        _shard(_as_bridge(model, "run.parallel fsdp").blocks(), device)
     elif run.parallel == "fsdp":
         _log.warning("run.parallel is fsdp, but this is the only process: nothing is sharded")
     model.to(device)
@@ -86,24 +74,13 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
             block.compile()
 
 
-def check_trainable(model: nn.Module, device: torch.device) -> None:
-    """Refuse a language model that can answer but not be trained.
-
-    Raises:
-        ConfigError: If it is on several devices, or LLM.int8 in float16 on a CPU: bitsandbytes then writes into the
-            layers' inputs, which autograd forbids.
-    """
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a language model on several devices, which can answer but not be trained."""
     settings = getattr(getattr(model, "settings", None), "language_model", None)
     if (chosen := getattr(settings, "device_map", None)) is not None:
         raise ConfigError(
             f"model.language_model.device_map is {chosen}, which is for answering: set it to null to train, and use "
             "run.parallel: fsdp if the model does not fit on one device"
-        )
-    held = (getattr(settings, "quantization", None), getattr(settings, "dtype", None))
-    if held == ("8bit", "float16") and device.type == "cpu":
-        raise ConfigError(
-            "model.language_model.quantization is 8bit with dtype float16, which a CPU can answer with, but not train: "
-            "set model.language_model.dtype to bfloat16 or float32"
         )
 
 
@@ -137,10 +114,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def _blocks(model: nn.Module, key: str) -> list[nn.Module]:
-    if not isinstance(model, Shardable):
-        raise ConfigError(f"{key} needs a model with the blocks of its language model, such as ChatBridge: drop it")
-    return model.blocks()
+def _as_bridge(model: nn.Module, key: str) -> Bridge:
+    if not isinstance(model, Bridge):
+        raise ConfigError(f"{key} is for ChatBridge, but the model is {type(model).__name__}: drop it")
+    return model
 
 
 def _shard(blocks: Sequence[nn.Module], device: torch.device) -> None:

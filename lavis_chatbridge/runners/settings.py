@@ -5,20 +5,19 @@ LAVIS's older names for some keys (`LAVIS_NAMES`) are accepted, so that its YAML
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from lavis_chatbridge import config
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
 LAVIS_NAMES = {"log_freq": "log_every", "iters_per_inner_epoch": "eval_every", "resume_ckpt_path": "resume"}
 """LAVIS's name of a key -> ours, where only the name differs."""
 
-IGNORED_LAVIS_KEYS = ("use_dist_eval_sampler", "dist_backend", "rank", "gpu", "world_size", "lr_decay_rate")
+IGNORED_LAVIS_KEYS = ("use_dist_eval_sampler", "dist_url", "dist_backend", "rank", "gpu", "world_size", "lr_decay_rate")
 """Keys of LAVIS's YAML files that have no effect here."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,7 +42,7 @@ class RunSettings(EvaluationSettings):
     batch_size_eval: PositiveInt = 32
     """Samples of one evaluation batch on one process."""
     accum_grad_iters: PositiveInt = 1
-    """Micro-batches of one optimiser step; all of them, on all processes, have the same source."""
+    """Micro-batches of one optimiser step; all of them, on all processes, are of one data set."""
     train_dataset_ratios: dict[str, Positive] | None = None
     """Share of the steps that each data set gets; null: in proportion to the number of samples."""
     num_workers: NonNegativeInt = 2
@@ -51,7 +50,7 @@ class RunSettings(EvaluationSettings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of weights, order, augmentation and dropout."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Training stops when more than this share of a source's samples cannot be read."""
+    """A run stops when more than this share of a data set's samples cannot be read."""
     batch_tokens: PositiveInt | None = None
     """Size of a micro-batch in tokens instead of ``batch_size_train``."""
     group_by_length: bool = False
@@ -76,13 +75,13 @@ class RunSettings(EvaluationSettings):
     """AdamW's decay of matrices."""
     decay_all: bool = False
     """Decay biases and norms too, as the original ChatBridge does."""
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's averaging factors."""
     clip_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null never scales."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of forward and backward; trained weights and their optimiser stay in fp32."""
-    max_nonfinite_steps: NonNegativeInt = 20
+    max_nonfinite_steps: PositiveInt = 20
     """Steps with a non-finite loss or gradient are skipped; training stops at this many."""
 
     # ---- evaluation
@@ -100,18 +99,14 @@ class RunSettings(EvaluationSettings):
     # ---- logs
     output_dir: str = "output"
     """Folder of all results, relative to the working directory."""
-    job_id: str | None = None
+    job_id: Annotated[str, Field(coerce_numbers_to_str=True)] | None = None
     """Folder of this run under ``output_dir``; null: named after the time; empty: ``output_dir`` itself."""
     log_every: PositiveInt = 50
     """Steps between two lines of the log."""
     tensorboard: bool = False
     """Write TensorBoard events (extra ``tensorboard``)."""
     wandb: bool = False
-    """Write a Weights & Biases run (extra ``wandb``)."""
-    wandb_mode: Literal["offline", "online"] = "offline"
-    """``offline`` keeps the run on disk, for ``wandb sync`` later."""
-    wandb_project: str = "lavis-chatbridge"
-    """Weights & Biases project."""
+    """Write a Weights & Biases run (extra ``wandb``), on disk only unless WANDB_MODE is ``online``."""
 
     # ---- checkpoints
     resume: str | None = None
@@ -132,8 +127,6 @@ class RunSettings(EvaluationSettings):
     """``auto`` is CUDA if torch finds a device, else the CPU."""
     distributed: bool = True
     """Join the processes that torchrun or srun started; false ignores the launcher."""
-    dist_url: str = "env://"
-    """Where the processes meet: ``env://`` reads MASTER_ADDR and MASTER_PORT, else ``tcp://HOST:PORT``."""
     timeout_minutes: Annotated[float, Field(gt=0, le=365 * 24 * 60)] = 30.0
     """A process that waits longer than this for another one ends the run."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -142,6 +135,19 @@ class RunSettings(EvaluationSettings):
     """Compile the frozen blocks with ``torch.compile``."""
     gradient_checkpointing: bool = False
     """Recompute the language model's activations in backward instead of keeping them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lavis_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Replace LAVIS's names by ours, which take precedence."""
+        ours = {key: value for key, value in values.items() if key not in (*IGNORED_LAVIS_KEYS, *LAVIS_NAMES)}
+        for theirs in LAVIS_NAMES.keys() & values.keys():
+            ours.setdefault(LAVIS_NAMES[theirs], values[theirs])
+        if ours.pop("amp", False):
+            ours.setdefault("precision", "fp16")
+        if (beta2 := ours.pop("beta2", None)) is not None:
+            ours.setdefault("betas", [0.9, beta2])
+        return ours
 
     def check(self) -> Iterable[str]:
         """Yield the contradictions between keys."""
@@ -168,8 +174,6 @@ class RunSettings(EvaluationSettings):
             yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
         if self.min_lr > self.init_lr or self.warmup_lr > self.init_lr:
             yield f"init_lr {self.init_lr} is less than min_lr {self.min_lr} or warmup_lr {self.warmup_lr}"
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            yield f"betas are two numbers in [0, 1), found {list(self.betas)}"
 
     def check_splits(self, known: Collection[str]) -> None:
         """Raise a `ConfigError` if a split that this run names is not among the ``known`` ones."""
@@ -182,36 +186,3 @@ class RunSettings(EvaluationSettings):
         ]
         if faults:
             raise ConfigError("; ".join(faults))
-
-
-def parse_run(values: Mapping[str, Any]) -> RunSettings:
-    """Read a ``run`` section, or raise a `ConfigError` with every fault of it."""
-    ours, faults = _translated(values)
-    try:
-        parsed = config.parse(RunSettings, ours, "run")
-    except ConfigError as error:
-        raise ConfigError("; ".join([*faults, str(error)])) from error
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return parsed
-
-
-def _translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """LAVIS's names replaced by ours, and the faults found on the way."""
-    ours = {key: value for key, value in values.items() if key not in IGNORED_LAVIS_KEYS}
-    faults: list[str] = []
-
-    def take(theirs: str, name: str, value: Any) -> None:
-        if ours.setdefault(name, value) != value:
-            faults.append(f"run.{theirs} is LAVIS's name of run.{name}, which is {ours[name]!r}: give one of them")
-
-    for theirs, name in LAVIS_NAMES.items():
-        if theirs in ours:
-            take(theirs, name, ours.pop(theirs))
-    if ours.pop("amp", False):
-        take("amp", "precision", "fp16")
-    if (beta2 := ours.pop("beta2", None)) is not None:
-        take("beta2", "betas", [0.9, beta2])
-    if isinstance(ours.get("job_id"), int) and not isinstance(ours["job_id"], bool):
-        ours["job_id"] = str(ours["job_id"])
-    return ours, faults

@@ -19,12 +19,10 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from lavis_chatbridge.errors import DataError, TrainingError
+from lavis_chatbridge.errors import TrainingError
 from lavis_chatbridge.models.settings import slow_on_cpu
 from lavis_chatbridge.runners import distributed, optim
 from lavis_chatbridge.runners.settings import RunSettings
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Samples: TypeAlias = Mapping[str, Any]
 """One batch as a loader collates it."""
@@ -63,8 +61,8 @@ class StepResult:
 
 
 @dataclass
-class SourceCount:
-    """Counts of one source, over all processes."""
+class Count:
+    """Samples and target tokens of one data set, over all processes."""
 
     samples: NonNegativeInt = 0
     skipped: NonNegativeInt = 0
@@ -77,7 +75,7 @@ class TrainState:
 
     Attributes:
         step: Finished steps.
-        sources: Counts by source.
+        counts: Counts by data set.
         nonfinite_steps: Steps that were skipped for a non-finite loss or gradient.
         best_metric: Highest ``agg_metrics`` of the first validation split; None before the first validation.
         best_step: The step of ``best_metric``.
@@ -85,15 +83,15 @@ class TrainState:
     """
 
     step: NonNegativeInt = 0
-    sources: dict[str, SourceCount] = field(default_factory=dict)
+    counts: dict[str, Count] = field(default_factory=dict)
     nonfinite_steps: NonNegativeInt = 0
     best_metric: float | None = None
     best_step: NonNegativeInt | None = None
     validated: NonNegativeInt = 0
 
-    def record(self, source: str, result: StepResult) -> None:
+    def record(self, dataset: str, result: StepResult) -> None:
         """Count a finished step."""
-        count = self.sources.setdefault(source, SourceCount())
+        count = self.counts.setdefault(dataset, Count())
         count.samples += result.samples
         count.skipped += result.skipped
         count.tokens += result.tokens
@@ -102,28 +100,12 @@ class TrainState:
 
     def check(self, run: RunSettings) -> None:
         """Raise a `TrainingError` at ``max_nonfinite_steps`` non-finite steps."""
-        if self.nonfinite_steps >= max(1, run.max_nonfinite_steps):
+        if self.nonfinite_steps >= run.max_nonfinite_steps:
             raise TrainingError(
                 f"{self.nonfinite_steps} steps had a non-finite loss or gradient (run.max_nonfinite_steps "
                 f"{run.max_nonfinite_steps}): lower run.init_lr, use precision bf16 or fp32, or look at the samples "
                 "that the log names"
             )
-
-    def check_end(self) -> None:
-        """Refuse to end a training that has learnt nothing: `DataError` for its samples, else `TrainingError`."""
-        if not self.step:
-            return
-        samples = sum(count.samples for count in self.sources.values())
-        skipped = sum(count.skipped for count in self.sources.values())
-        if not samples:
-            raise DataError(
-                f"nothing was trained on: none of {skipped} samples could be read. Mend them (chatbridge check-data "
-                "--decode lists them), then train again with run.overwrite=true"
-            )
-        if not any(count.tokens for count in self.sources.values()):
-            raise DataError(f"nothing was trained on: none of {samples} samples had a target token")
-        if self.nonfinite_steps >= self.step:
-            raise TrainingError(f"nothing was trained: none of {self.step} steps had a finite loss and gradient")
 
     def improves(self, metric: float) -> bool:
         """Whether ``metric`` is the best so far; if so it is recorded for the current step."""
@@ -150,22 +132,17 @@ class TrainStep:
         self.run, self.device = run, device
         self.parameters = list(optim.trainable(model).values())
 
-    def __call__(
-        self, step: int, batch: Sequence[Samples], skipped: int = 0, save: bool = False, stop: bool = False
-    ) -> StepResult:
-        """Take step ``step`` (from 0) on this process's micro-batches.
+    def __call__(self, step: int, batch: Sequence[Samples], save: bool = False, stop: bool = False) -> StepResult:
+        """Take step ``step`` (from 0) on this process's micro-batches, leaving out those without a readable sample.
 
-        Args:
-            step: The step.
-            batch: Micro-batches, none of them empty.
-            skipped: Number of this step's samples that could not be read.
-            save: Whether this process requests a checkpoint.
-            stop: Whether this process requests the end of the training.
+        ``save`` and ``stop`` are this process's requests for a checkpoint and for the end of the training.
         """
         seed_all(self.run.seed, step, distributed.rank())
         rate = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        skipped = sum(len(samples.get("skipped", ())) for samples in batch)
+        batch = [samples for samples in batch if samples.get("sample_id", True)]
         if self.run.parallel == "fsdp" and distributed.in_group():  # each forward gathers weights from all ranks
             batch = batch[: min(distributed.gather_everywhere(len(batch)))]
         ids = [sample_ids(samples) for samples in batch]
@@ -241,7 +218,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The precision of a forward; a CPU without half-precision instructions computes in fp32."""
-    dtype = _AUTOCAST.get(precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     slow = dtype is not None and device.type == "cpu" and slow_on_cpu(dtype)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and not slow)
 

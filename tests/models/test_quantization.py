@@ -212,15 +212,11 @@ def test_what_was_trained_is_kept_and_loaded_into_any_precision(
 def test_half_precision_trains_in_4_bits_but_not_in_8_on_a_cpu(folder: Path, tokenizer: Path) -> None:
     """bitsandbytes puts large inputs aside in place, where its own rounding to fp16 has not made a copy."""
     model = bridge(folder, tokenizer, "4bit", dtype="float16")
-    parallel.check_trainable(model, torch.device("cpu"))
     _, found = gradients(model)
     assert error(flat(found), flat(gradients(bridge(folder, tokenizer, "4bit"))[1])) < 0.1
     model = bridge(folder, tokenizer, "8bit", dtype="float16")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(model)
-    parallel.check_trainable(model, torch.device("cuda"))
-    with pytest.raises(ConfigError, match=r"8bit with dtype float16, .* not train: set .*dtype to bfloat16 or float32"):
-        parallel.check_trainable(model, torch.device("cpu"))
 
 
 def test_hashes_tell_codes_apart(folder: Path, tokenizer: Path) -> None:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.prompting.pieces import Slot, Text
+from lavis_chatbridge.prompting.pieces import Modality, Slot, Text
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
-from lavis_chatbridge.runners.config import Config, EnvSettings
+from lavis_chatbridge.runners.config import Config
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.tasks.alignment import AlignmentTask
 
@@ -37,9 +37,9 @@ class ToySource:
     ratio = None
 
     def __init__(
-        self, name: str, kind: str, size: int, bad: tuple[int, ...] = (), poison: tuple[int, ...] = ()
+        self, name: str, modality: Modality, size: int, bad: tuple[int, ...] = (), poison: tuple[int, ...] = ()
     ) -> None:
-        self.name, self.kind, self.size, self.bad, self.poison = name, kind, size, bad, poison
+        self.name, self.modality, self.size, self.bad, self.poison = name, modality, size, bad, poison
 
     def __len__(self) -> int:
         return self.size
@@ -65,31 +65,15 @@ class ToySource:
         return {
             "sample_id": f"{self.name}-{index}",
             "source": self.name,
-            "pieces": [Slot(self.kind), Text("colour", target=True)],  # type: ignore[arg-type]
-            "image": [vector] if self.kind == "image" else [],
+            "pieces": [Slot(self.modality), Text("colour", target=True)],
+            "image": [vector] if self.modality == "image" else [],
             "video": [],
-            "audio": [vector] if self.kind == "audio" else [],
+            "audio": [vector] if self.modality == "audio" else [],
             "target": [word] * (1 + index % 5),
             "references": [],
             "answers": [],
             "facts": {"colour": COLOURS[index % 3]},
         }
-
-
-class Stop(Exception):
-    """Stands for a machine that goes away."""
-
-
-class StoppingSource(ToySource):
-    """A source that fails for good after a number of items, also in the middle of an accumulation."""
-
-    left = 10**9
-
-    def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        type(self).left -= 1
-        if self.left < 0:
-            raise Stop
-        return super().item(index, epoch)
 
 
 @dataclasses.dataclass
@@ -104,7 +88,7 @@ class ToyGroup:
 
 
 class ToyModel(nn.Module):
-    """A frozen stack between trained parts; one query vector per kind, so that a step uses only one of them."""
+    """A frozen stack between trained parts; one query vector per modality, so that a step uses only one of them."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -120,9 +104,9 @@ class ToyModel(nn.Module):
             part.requires_grad_(False)
 
     def logits(self, samples: dict[str, Any]) -> torch.Tensor:
-        kind = "image" if samples["image"] and samples["image"][0] else "audio"
-        query = self.image_query if kind == "image" else self.audio_query
-        vectors = torch.stack([media[0] for media in samples[kind]]).to(query.device)
+        modality = "image" if samples["image"] and samples["image"][0] else "audio"
+        query = self.image_query if modality == "image" else self.audio_query
+        vectors = torch.stack([media[0] for media in samples[modality]]).to(query.device)
         hidden = self.dropout(self.norm(self.bridge(vectors) + query[0]))
         for block in self.frozen:
             hidden = hidden + block(hidden)
@@ -147,7 +131,7 @@ class ToyModel(nn.Module):
 
 
 def toy_data(**bad: tuple[int, ...]) -> dict[str, dict[str, ToyGroup]]:
-    """Two data sets of two kinds, with a training and a validation split."""
+    """Two data sets, pictures and sounds, with a training and a validation split."""
     pictures = {
         "train": ToyGroup([ToySource("pictures", "image", 23, **bad)]),
         "val": ToyGroup([ToySource("pictures", "image", 7)]),
@@ -175,7 +159,7 @@ def config(folder: Path, **run: Any) -> Config:
     }
     settings = RunSettings(**values | run)
     sections = {"run": settings.model_dump(), "model": {"arch": "toy", "model_type": "toy"}, "datasets": {}}
-    return Config(OmegaConf.create(sections), settings, EnvSettings())
+    return Config(OmegaConf.create(sections), settings)
 
 
 def runner(
@@ -186,6 +170,27 @@ def runner(
     task = task or AlignmentTask.setup_task(cfg)
     task.datasets = data or toy_data()
     return ChatBridgeRunner(cfg=cfg, job_id="job", task=task, model=model or ToyModel(), datasets=task.datasets)
+
+
+class Stop(Exception):
+    """Stands for a machine that goes away."""
+
+
+def stop_after(one: ChatBridgeRunner, step: int) -> None:
+    """Let a run end once ``step`` is counted and before it is saved, as a machine that goes away does."""
+    after_step(one, step, lambda: (_ for _ in ()).throw(Stop()).__next__())
+
+
+def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object]) -> None:
+    """Call ``action`` once a runner has counted ``step``."""
+    check = one._check_step
+
+    def checked(*arguments: Any) -> None:
+        check(*arguments)
+        if one.state.step == step:
+            action()
+
+    one._check_step = checked  # type: ignore[method-assign]
 
 
 def weights(one: ChatBridgeRunner) -> dict[str, torch.Tensor]:

@@ -13,10 +13,7 @@ from tests.runners.runner_parts import ToyModel, config
 
 def test_warm_up_then_cosine_over_the_whole_run():
     rates = [optim.learning_rate(step, 110, 1.0, 0.1, 10, 0.2) for step in range(110)]
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[5] == pytest.approx(0.6)
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[60] == pytest.approx(0.55)
+    assert [rates[step] for step in (0, 5, 10, 60)] == pytest.approx([0.2, 0.6, 1.0, 0.55])
     assert rates[109] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.99)))
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
@@ -31,17 +28,11 @@ def test_the_originals_schedule_takes_its_epoch_from_the_validations(tmp_path):
     assert [rate(3), rate(4)] == pytest.approx([0.06, 0.08])
 
 
-def test_only_matrices_decay_unless_all_shall():
-    model = ToyModel()
-    matrices, vectors = optim.parameter_groups(model, 0.1, decay_all=False)
+def test_only_matrices_decay_unless_all_shall(tmp_path):
+    matrices, vectors = optim.build_optimizer(ToyModel(), config(tmp_path, weight_decay=0.1).run).param_groups
     assert {parameter.ndim for parameter in vectors["params"]} == {1}
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
-    (single,) = optim.parameter_groups(model, 0.1, decay_all=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(single["params"]) == len(matrices["params"]) + len(vectors["params"]) == len(trained)
-
-
-def test_a_model_with_nothing_to_train_is_told(tmp_path):
-    frozen = ToyModel().requires_grad_(False)
+    (single,) = optim.build_optimizer(ToyModel(), config(tmp_path, decay_all=True).run).param_groups
+    assert len(single["params"]) == len(matrices["params"]) + len(vectors["params"])
     with pytest.raises(TrainingError, match="no trainable parameters"):
-        optim.build_optimizer(frozen, config(tmp_path).run)
+        optim.build_optimizer(ToyModel().requires_grad_(False), config(tmp_path).run)

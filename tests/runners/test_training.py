@@ -18,8 +18,18 @@ from safetensors.torch import load_file
 
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.runners import step
-from lavis_chatbridge.runners.checkpoints import best
-from tests.runners.runner_parts import ToyGroup, ToyModel, ToySource, preloaded, runner, same, toy_data, weights
+from lavis_chatbridge.runners.checkpoints import step_of
+from tests.runners.runner_parts import (
+    ToyGroup,
+    ToyModel,
+    ToySource,
+    after_step,
+    preloaded,
+    runner,
+    same,
+    toy_data,
+    weights,
+)
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -71,23 +81,9 @@ def test_exactly_the_chosen_parts_are_trained_and_the_whole_bridge_is_saved(tmp_
             runner(tmp_path / "other", train=names)
 
 
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        (
-            toy_data(bad=tuple(range(10))),
-            DataError,
-            r"pictures: .* samples could not be read.*one of them: cannot read",
-        ),
-        (pictures(5, bad=tuple(range(5))), DataError, r"none of \d+ samples could be read\. Mend them"),
-        (pictures(5, poison=tuple(range(5))), TrainingError, "none of 4 steps had a finite loss"),
-    ],
-    ids=["too many are unreadable", "all are unreadable", "no step is finite"],
-)
-def test_a_training_that_learns_too_little_fails(tmp_path, data, error, message):
-    """The first by the share of what was tried; the others, too short to judge that, at their end."""
-    one = runner(tmp_path, data=data, max_iters=30 if "sounds" in data else 4)
-    with pytest.raises(error, match=message):
+def test_too_many_unreadable_samples_stop_the_run(tmp_path):
+    one = runner(tmp_path, data=toy_data(bad=tuple(range(10))), max_iters=30)
+    with pytest.raises(DataError, match=r"pictures: .* samples could not be read, more than the 5%"):
         one.train()
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -151,8 +147,7 @@ def test_best_weights_are_kept_although_every_metric_is_negative(tmp_path):
     assert scores[one.state.best_step] == one.state.best_metric
     (tested,) = [line for line in log_of(tmp_path) if "val_agg_metrics" in line and "val_best_step" not in line]
     assert tested["val_agg_metrics"] == pytest.approx(one.state.best_metric)
-    kept = best(one.folder.checkpoints.path, one.state.best_step)
-    assert same(load_file(tmp_path / "model.safetensors"), load_file(kept))
+    assert step_of(tmp_path / "model.safetensors") == one.state.best_step
 
 
 def test_epochs_count_passes_over_all_sources(tmp_path):
@@ -180,7 +175,7 @@ def test_a_data_set_of_lavis_trains_and_resumes_exactly(tmp_path, workers):
     resumed = runner(tmp_path / "b", resume=str(tmp_path / "whole/checkpoints/step_00000004"), **options)
     resumed.train()
     assert same(weights(whole), weights(resumed))
-    assert resumed.state.sources["lavis"].samples == 64
+    assert resumed.state.counts["lavis"].samples == 64
     with pytest.raises(ConfigError, match="cannot mix LAVIS's data sets with this package's"):
         runner(tmp_path / "c", data=toy_data() | options["data"]).train()
 
@@ -199,18 +194,6 @@ def test_a_model_on_several_devices_is_not_trained(tmp_path):
     with pytest.raises(ConfigError, match=r"device_map is auto, which is for answering: set it to null to train"):
         runner(tmp_path, model).train()
     runner(tmp_path, model, evaluate=True, test_splits=["val"]).train()
-
-
-def after_step(one, number, action):
-    """Call ``action`` once the runner has counted step ``number``."""
-    record = type(one.state).record
-
-    def recorded(source, result):
-        record(one.state, source, result)
-        if one.state.step == number:
-            action()
-
-    one.state.record = recorded
 
 
 def test_a_killed_worker_is_named_and_the_last_checkpoint_resumes(tmp_path):
@@ -233,33 +216,15 @@ def test_a_killed_worker_is_named_and_the_last_checkpoint_resumes(tmp_path):
     assert same(weights(whole), weights(resumed))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_save(tmp_path, number):
-    one, before = runner(tmp_path, max_iters=6, log_every=100), signal.getsignal(number)
-    after_step(one, 2, lambda: (os.kill(os.getpid(), number), time.sleep(0.01)))
-    if number == signal.SIGTERM:
-        with pytest.raises(SystemExit) as caught:
-            one.train()
-        assert caught.value.code == 143
-        assert one.state.step == 3
-    else:
+def test_sigterm_saves_and_stops(tmp_path):
+    one, before = runner(tmp_path, max_iters=6, log_every=100), signal.getsignal(signal.SIGTERM)
+    after_step(one, 2, lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)))
+    with pytest.raises(SystemExit) as caught:
         one.train()
-        assert one.state.step == 6
+    assert caught.value.code == 143
+    assert one.state.step == 3
     assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
-    assert signal.getsignal(number) == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_in_the_evaluation_at_the_end(tmp_path, number):
-    one = runner(tmp_path, max_iters=2, test_splits=["val"])
-    score = one.eval_epoch
-    one.eval_epoch = lambda *words, **more: (os.kill(os.getpid(), number), time.sleep(0.01), score(*words, **more))
-    if number == signal.SIGTERM:
-        with pytest.raises(SystemExit):
-            one.train()
-    else:
-        one.train()
-    assert (tmp_path / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_clock_saves(tmp_path):
