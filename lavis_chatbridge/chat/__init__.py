@@ -9,40 +9,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
-    from lavis_chatbridge.chat.engine import Answer, Engine, Reply
+    from lavis_chatbridge.chat.attachments import media_of
+    from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
+    from lavis_chatbridge.chat.engine import Engine
     from lavis_chatbridge.chat.loading import load_model
-    from lavis_chatbridge.chat.media import MediaNote, MediaReader, media_of
+    from lavis_chatbridge.chat.reader import MediaReader
+    from lavis_chatbridge.chat.reply import Answer, Reply
     from lavis_chatbridge.chat.session import Session
     from lavis_chatbridge.models.sampling import Sampling
 
-_HOMES = {
-    "chat.conversation": ("ChatMessage", "Conversation", "Medium"),
-    "chat.engine": ("Answer", "Engine", "Reply"),
-    "chat.loading": ("load_model",),
-    "chat.media": ("MediaNote", "MediaReader", "media_of"),
-    "chat.session": ("Session",),
-    "models.sampling": ("Sampling",),
-}
+__all__ = ["Answer", "ChatMessage", "Conversation", "Engine", "MediaReader", "Reply", "Sampling", "Session"]
+__all__ += ["load_model", "media_of"]
 
-__all__ = [
-    "Answer",
-    "ChatMessage",
-    "Conversation",
-    "Engine",
-    "MediaNote",
-    "MediaReader",
-    "Medium",
-    "Reply",
-    "Sampling",
-    "Session",
-    "load_model",
-    "media_of",
-]
+_MODULES = {
+    "Answer": "chat.reply",
+    "ChatMessage": "chat.conversation",
+    "Conversation": "chat.conversation",
+    "Engine": "chat.engine",
+    "MediaReader": "chat.reader",
+    "Reply": "chat.reply",
+    "Sampling": "models.sampling",
+    "Session": "chat.session",
+    "load_model": "chat.loading",
+    "media_of": "chat.attachments",
+}
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"lavis_chatbridge.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lavis_chatbridge.{_MODULES[name]}"), name)

@@ -1,54 +1,51 @@
-"""What the chat commands share: a model with its processors, and the options that choose both."""
+"""A model with its processors, from a type, a run's folder or a YAML; the options of commands that answer with it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from lavis_chatbridge.config import merged, parse, read_options, read_yaml
-from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.config import Settings, merged, read_options, read_yaml
+from lavis_chatbridge.errors import INSTALL_LAVIS, ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from lavis_chatbridge.chat.engine import Engine
     from lavis_chatbridge.models.chatbridge import ChatBridge
-    from lavis_chatbridge.models.sampling import Sampling
-
-Model = Annotated[
-    str, typer.Option("--model", help="tiny, small, qwen3_8b, vicuna7b, vicuna13b, a run's folder, or a YAML.")
-]
-Options = Annotated[list[str], typer.Option("--options", help="Override the model's YAML: KEY=VALUE.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
-EngineUrl = Annotated[
-    str, typer.Option("--engine", help="A vLLM server that runs the language model: http://HOST:PORT/v1.")
-]
-TemplateName = Annotated[
-    str | None, typer.Option("--template", help="human_assistant, vicuna_v1 or tokenizer; by default the model's.")
-]
-System = Annotated[str, typer.Option("--system", help="System prompt.")]
-NoVideoSound = Annotated[bool, typer.Option("--no-video-sound", help="Leave out videos' own sound tracks.")]
-MaxContext = Annotated[int | None, typer.Option("--max-context", help="Tokens that the model reads at most.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Limit of a reply.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Sample within this probability.")]
-NumBeams = Annotated[int, typer.Option("--num-beams", help="Above 1: beam search.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Samples the same reply again.")]
-Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends a reply; repeatable.")]
 
 
-def sampling_of(**values: Any) -> Sampling:
-    """The `Sampling` of a command's options.
+class ModelOptions(Settings):
+    """The model that a command answers with."""
 
-    Raises:
-        ConfigError: If a number is out of range.
-    """
-    from lavis_chatbridge.models.sampling import Sampling
+    model: str = "tiny"
+    """tiny, small, qwen3_8b, vicuna7b, vicuna13b, a run's folder, or a YAML."""
+    options: tuple[str, ...] = ()
+    """Override the model's YAML: KEY=VALUE."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ..."""
+    template: str | None = None
+    """human_assistant, vicuna_v1 or tokenizer; by default the model's."""
+    engine: str = ""
+    """A vLLM server that runs the language model: http://HOST:PORT/v1."""
 
-    return parse(Sampling, values, "sampling")
+    def open(self, **settings: Any) -> Engine:
+        """An engine with a model of its own; ``settings`` are those of `Engine`."""
+        from lavis_chatbridge.chat.engine import Engine
+        from lavis_chatbridge.chat.reader import MediaReader
+
+        built, processors = load_model(self.model, self.options, self.device, self.engine)
+        return Engine(built, MediaReader(built, processors), self.template, **settings)
+
+
+class TalkOptions(Settings):
+    """How a command asks."""
+
+    system: str = ""
+    """System prompt."""
+    video_sound: bool = True
+    """Give the model videos' own sound tracks."""
 
 
 def load_model(
@@ -71,23 +68,18 @@ def load_model(
         CheckpointError: If a weight file is missing or does not fit.
         EngineError: If the server does not answer or serves another model.
     """
-    if Path(model).is_dir():
-        if (Path(model) / "config.yaml").is_file():
-            return load_model(
-                Path(model) / "config.yaml", [f"model.checkpoint={model}/model.safetensors", *options], device, engine
-            )
-        if (Path(model) / "config.json").is_file():
-            raise ConfigError(
-                f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run"
-            )
-    if not str(model).endswith((".yaml", ".yml")) and Path(model).suffix:
-        raise ConfigError(f"--model {model}: expected a model type or a YAML")
+    folder = Path(model)
+    if (folder / "config.yaml").is_file():
+        options = [f"model.checkpoint={folder}/model.safetensors", *options]
+        model = folder / "config.yaml"
+    elif (folder / "config.json").is_file():
+        raise ConfigError(f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run")
     try:
         from lavis_chatbridge.models.chatbridge import ChatBridge
     except ModuleNotFoundError as error:
         if error.name != "lavis":
             raise
-        raise ConfigError("LAVIS is not installed: pip install --no-deps salesforce-lavis==1.0.2") from error
+        raise ConfigError(f"LAVIS is not installed: {INSTALL_LAVIS}") from error
     from omegaconf import OmegaConf
 
     from lavis_chatbridge.processors import load_processors
@@ -97,22 +89,6 @@ def load_model(
     preprocess: Any = OmegaConf.to_container(config.get("preprocess") or OmegaConf.create({}), resolve=True)
     processors = load_processors(preprocess)
     return ChatBridge.from_config(config.model).to(place).eval(), processors
-
-
-def open_engine(
-    model: str,
-    options: Sequence[str] = (),
-    device: str = "auto",
-    template: str | None = None,
-    engine: str = "",
-    **settings: Any,
-) -> Engine:
-    """An engine with a model of its own, by a command's options; ``settings`` are those of `Engine`."""
-    from lavis_chatbridge.chat.engine import Engine
-    from lavis_chatbridge.chat.media import MediaReader
-
-    built, processors = load_model(model, options, device, engine)
-    return Engine(built, MediaReader(built, processors), template, **settings)
 
 
 def default_processors(model: ChatBridge) -> dict[str, dict[str, Any]]:

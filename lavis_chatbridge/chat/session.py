@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import threading
@@ -14,20 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lavis_chatbridge.chat import messages as openai_messages
+from lavis_chatbridge.chat.attachments import Images, Pairs, Sounds, media_of
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
-from lavis_chatbridge.chat.engine import Answer, Engine, Reply
+from lavis_chatbridge.chat.engine import Engine
 from lavis_chatbridge.chat.loading import default_processors, load_model
-from lavis_chatbridge.chat.media import Images, MediaReader, Pairs, Sounds, media_of
-from lavis_chatbridge.chat.sources import Access
+from lavis_chatbridge.chat.reader import MediaReader
+from lavis_chatbridge.chat.reply import Answer, Reply
+from lavis_chatbridge.chat.urls import Access, data_url
 from lavis_chatbridge.config import parse, unknown_key
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.media import open_image
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.text import text_of
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
-    from lavis_chatbridge.models.tokenizer import Codec
 
 _THUMBNAIL = (160, 160)  # pixels of an image in a notebook
 
@@ -35,7 +35,7 @@ _THUMBNAIL = (160, 160)  # pixels of an image in a notebook
 class Session:
     """A conversation with a model.
 
-    Sessions may share an engine, from several threads. A call waits for the answer that is under way in its session;
+    Sessions may share an engine, from several threads. A call waits for the answer that the session is generating;
     `cancel` ends it.
 
     Args:
@@ -114,7 +114,7 @@ class Session:
 
     @property
     def messages(self) -> tuple[ChatMessage, ...]:
-        """The conversation so far, without a question whose answer is under way."""
+        """The conversation so far, without a question that has no answer yet."""
         with self._lock:
             if self._reply is not None and self._reply.done:
                 self._take()
@@ -126,14 +126,7 @@ class Session:
         return self._conversation.system
 
     def ask(
-        self,
-        text: str,
-        images: Images = (),
-        videos: Images = (),
-        audios: Sounds = (),
-        *,
-        media: Pairs = (),
-        **sampling: Any,
+        self, text: str, images: Images = (), videos: Images = (), audios: Sounds = (), media: Pairs = (), **fields: Any
     ) -> Answer:
         """Ask something.
 
@@ -143,8 +136,8 @@ class Session:
             videos: Videos, or one; a list of still Pillow images is one video. Each is heard too, unless
                 ``hear_videos`` is off.
             audios: Sounds, or one. An array is a sound at 16 kHz, ``(array, rate in Hz)`` one at another rate.
-            media: Pairs of modality and source, in an order of your own.
-            **sampling: Fields of `Sampling` for this answer (``max_new_tokens``, ``temperature``, ``seed``...).
+            media: Pairs of modality and medium, in an order of your own.
+            **fields: Fields of `Sampling` for this answer (``max_new_tokens``, ``temperature``, ``seed``...).
 
         Raises:
             MediaError: If a medium cannot be opened.
@@ -152,48 +145,39 @@ class Session:
                 question still has no answer.
             ConfigError: If a setting does not fit. After any error the conversation is as before.
         """
-        return _whole(self.stream(text, images, videos, audios, media=media, **sampling))
+        return _whole(self.stream(text, images, videos, audios, media=media, **fields))
 
     def stream(
-        self,
-        text: str,
-        images: Images = (),
-        videos: Images = (),
-        audios: Sounds = (),
-        *,
-        media: Pairs = (),
-        **sampling: Any,
+        self, text: str, images: Images = (), videos: Images = (), audios: Sounds = (), media: Pairs = (), **fields: Any
     ) -> Reply:
         """Ask something and get the answer as it comes: iterate over it for pieces of its text; see `ask`."""
-        chosen = self._sampling(sampling)
+        sampling = self._sampling(fields)
         _check_text(text)
-        brought = media_of(images, videos, audios, media, self.hear_videos, self.access)
+        attached = media_of(images, videos, audios, media, self.hear_videos, self.access)
         with self._settled():
             if len(self._conversation.messages) % 2:
                 raise PromptError("the last question has no answer yet: call regenerate() or undo()")
-            if not text.strip() and not brought:
-                raise PromptError("the question is empty, and there is no medium to speak about")
-            return self._begin(self._conversation.asking(text, brought), chosen)
+            return self._begin(self._conversation.asking(text, attached), sampling)
 
-    def regenerate(self, **sampling: Any) -> Answer:
+    def regenerate(self, **fields: Any) -> Answer:
         """Answer the last question again, or for the first time after `edit`.
 
         Args:
-            **sampling: Fields of `Sampling`; a greedy answer only differs with other ones.
+            **fields: Fields of `Sampling`; a greedy answer only differs with other ones.
 
         Raises:
             PromptError: If nothing was asked yet.
         """
-        return _whole(self.restream(**sampling))
+        return _whole(self.restream(**fields))
 
-    def restream(self, **sampling: Any) -> Reply:
+    def restream(self, **fields: Any) -> Reply:
         """`regenerate`, as it comes."""
-        chosen = self._sampling(sampling)
+        sampling = self._sampling(fields)
         with self._settled():
             messages = self._conversation.messages
             if messages and messages[-1].role == "assistant":
                 messages = messages[:-1]
-            return self._begin(replace(self._conversation, messages=messages), chosen)
+            return self._begin(replace(self._conversation, messages=messages), sampling)
 
     def cancel(self) -> None:
         """End the answer that is being generated at its next token; may be called from any thread."""
@@ -216,8 +200,8 @@ class Session:
             messages = self._conversation.messages
             if not -len(messages) <= turn < len(messages):
                 raise PromptError(f"there is no message {turn}: the conversation has {len(messages)}")
-            place = turn % len(messages)
-            self._conversation.messages = [*messages[:place], replace(messages[place], text=text, ids=None)]
+            number = turn % len(messages)
+            self._conversation.messages = [*messages[:number], replace(messages[number], text=text, ids=None)]
 
     def undo(self) -> ChatMessage | None:
         """Remove the last question and its answer; returns the question, or None if there is none."""
@@ -235,13 +219,13 @@ class Session:
             self._conversation.messages = []
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation to a JSON file.
+        """Write the conversation to a JSON file of OpenAI's messages.
 
         Raises:
             DataError: If it cannot be written.
         """
         with self._settled():
-            self._conversation.save(path, template=self.engine.template)
+            openai_messages.save(self._conversation, path)
 
     def load(self, path: str | Path) -> None:
         """Replace the conversation by a saved one. Its media are opened when they are needed.
@@ -249,36 +233,30 @@ class Session:
         Raises:
             DataError: If the file cannot be read or holds no conversation.
         """
-        loaded, settings = Conversation.load(path)
-        if (template := settings.get("template", self.engine.template)) != self.engine.template:
-            raise ConfigError(f"{path} was saved with the template {template}: open the session with it")
-        stops = self.engine.load_template(loaded.system).stops
-        loaded.messages = [_known_ids(message, self.engine.codec, stops) for message in loaded.messages]
+        loaded = openai_messages.load(path)
         with self._settled():
             self._conversation = loaded
 
     def _begin(self, asked: Conversation, sampling: Sampling) -> Reply:
-        reply = self.engine.reply(asked, sampling)
-        self._asked, self._reply = asked, reply
-        reply.prepared.result()  # raises what is wrong with the question
-        return reply
+        self._asked, self._reply = asked, self.engine.reply(asked, sampling)
+        return self._reply
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        """Hold the session once no answer is under way."""
+        """Hold the session once no answer is being generated."""
         with self._lock:
             self._take()
             yield
 
     def _take(self) -> None:
-        """Wait for the answer under way, and add it to the conversation; a failed one leaves no trace."""
+        """Wait for the reply, and add it to the conversation; a failed one leaves no trace."""
         reply, asked = self._reply, self._asked
         if reply is None or asked is None:
             return
         self._reply = self._asked = None
         try:
             answer = reply.answer
-        except Exception:  # whoever asked has got it
+        except Exception:  # the caller who asked gets it
             return
         if answer.finish == "cancelled" and not answer.tokens:
             return  # before it began: as if it had not been asked
@@ -290,8 +268,6 @@ class Session:
         if unknown:
             known = [*Sampling.model_fields, "images", "videos", "audios", "media"]
             raise ConfigError(unknown_key(unknown[0], known, "ask"))
-        if isinstance(given.get("stop"), str):
-            raise ConfigError("stop is a list of texts")
         return parse(Sampling, {**self.sampling.model_dump(), **given}, "sampling")
 
 
@@ -308,22 +284,14 @@ def _check_text(text: Any) -> None:
         raise PromptError(f"a question is a text, found {text!r:.80}; media are given as images=, videos=, audios=")
 
 
-def _known_ids(message: ChatMessage, codec: Codec, stops: Sequence[str]) -> ChatMessage:
-    """A message without its token ids if another tokenizer made them."""
-    valid = message.ids is not None and all(0 <= token < len(codec) for token in message.ids)
-    same = valid and text_of(codec, message.ids or (), stops) == message.text
-    return message if same else replace(message, ids=None)
-
-
 def _shown(medium: Medium) -> str:
     """A medium in a notebook: a small picture, or its name."""
     name = html.escape(medium.name)
     if medium.modality == "image":
         with suppress(MediaError):
-            picture = Image.fromarray(open_image(medium.source))  # type: ignore[arg-type]
+            picture = Image.fromarray(open_image(medium.content))  # type: ignore[arg-type]
             picture.thumbnail(_THUMBNAIL)
             file = io.BytesIO()
             picture.save(file, "PNG")
-            content = base64.b64encode(file.getvalue()).decode()
-            return f'<img src="data:image/png;base64,{content}" alt="{name}"> '
+            return f'<img src="{data_url(file.getvalue(), "image/png")}" alt="{name}"> '
     return f"[{medium.modality}: {name}] "

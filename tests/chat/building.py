@@ -10,18 +10,12 @@ import numpy as np
 from lavis_chatbridge.chat import Engine, MediaReader, Sampling, Session
 from lavis_chatbridge.processors import load_processors
 from tests.media.making import photo, sound_file, tone, video_file
-from tests.models.building import small_model
 
 TINY_TOKENIZER = Path(__file__).resolve().parents[2] / "lavis_chatbridge" / "assets" / "tiny" / "llm"
 
 
-def chat_model(tokenizer: Path, **changes: Any) -> Any:
-    """The small model of ``tests/models``."""
-    return small_model(tokenizer, **changes)
-
-
 def processors() -> Any:
-    """Its processors: 28-pixel images, two frames of a video, 32 mel bins."""
+    """Those of the small model: 28-pixel images, two frames of a video, 32 mel bins."""
     return load_processors(
         {
             "vis_processor": {"eval": {"name": "chatbridge_image_eval", "image_size": 28}},
@@ -33,14 +27,13 @@ def processors() -> Any:
 
 def engine(model: Any, **settings: Any) -> Engine:
     """An engine of that model."""
-    template = settings.pop("template", None)
-    return Engine(model, settings.pop("reader", None) or MediaReader(model, processors()), template, **settings)
+    return Engine(model, MediaReader(model, processors()), **settings)
 
 
-def session(model: Any, *, keep: bool = True, **settings: Any) -> Session:
-    """A session of that model with short answers and an engine of its own; ``keep``: with keys and values kept."""
-    names = ("template", "max_context", "reader")
-    own = engine(model, keep=8 if keep else 0, **{name: settings.pop(name) for name in names if name in settings})
+def session(model: Any, **settings: Any) -> Session:
+    """A session of that model with short answers and an engine of its own, whose settings are among ``settings``."""
+    names = ("template", "max_context", "keep")
+    own = engine(model, **{name: settings.pop(name) for name in names if name in settings})
     settings.setdefault("sampling", Sampling(max_new_tokens=12))
     return Session(model, engine=own, **settings)
 

@@ -15,11 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from lavis_chatbridge.chat import Conversation, Session, web
+from lavis_chatbridge.chat import Session, messages, web
+from lavis_chatbridge.chat.attachments import modality_of
 from lavis_chatbridge.chat.server import command as server
-from lavis_chatbridge.chat.sources import modality_of
 from lavis_chatbridge.errors import ConfigError
 from tests.chat import building
 
@@ -28,23 +27,8 @@ USUAL = ("", 8, 0.0, 0.9, -1, True)
 
 
 @pytest.fixture(scope="module")
-def model(golden_dir: Path) -> Any:
-    return building.chat_model(golden_dir / "tokenizer")
-
-
-@pytest.fixture(scope="module")
 def page(model: Any) -> web.Page:
-    return web.Page(building.engine(model), "ChatBridge small")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("media")
-    Image.fromarray(building.picture()).save(folder / "a.png")
-    (folder / "b.wav").write_bytes(building.sound())
-    (folder / "c.mp4").write_bytes(building.video())
-    (folder / "broken.png").write_bytes(b"no picture")
-    return {path.name: str(path) for path in folder.iterdir()}
+    return web.Page(building.engine(model), "ChatBridge small", "It knows nothing.")
 
 
 def message(role: str, *parts: Any, title: str | None = None) -> dict[str, Any]:
@@ -56,16 +40,18 @@ def attached(path: str) -> dict[str, Any]:
     return {"type": "file", "file": {"path": path}}
 
 
-def test_an_answer_streams_with_a_note_on_its_media(page: web.Page, model: Any, files: dict[str, str]):
-    asked = {"text": "What is it?", "files": [files["a.png"], files["c.mp4"]]}
+def test_an_answer_streams_with_a_note_on_its_media(page: web.Page, model: Any, files: Path):
+    asked = {"text": "What is it?", "files": [str(files / "a b.png"), str(files / "e.mp4")]}
     *states, (text, note) = page.respond(asked, [], *USUAL)
-    whole = Session(model, engine=page.engine).ask("What is it?", files["a.png"], files["c.mp4"], max_new_tokens=8)
+    whole = Session(model, engine=page.engine).ask(
+        "What is it?", str(files / "a b.png"), str(files / "e.mp4"), max_new_tokens=8
+    )
     assert text == whole.text == states[-1]
     assert states[0] == ""
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(states))
-    assert note["metadata"]["title"] == "The model got: image a.png, video c.mp4, audio c.mp4's sound track"
+    assert note["metadata"]["title"] == "The model got: image a b.png, video e.mp4, audio e.mp4's sound track"
     # The second question is asked in the same conversation.
-    history = [message("user", attached(files["a.png"]), attached(files["c.mp4"]), "What is it?")]
+    history = [message("user", attached(str(files / "a b.png")), attached(str(files / "e.mp4")), "What is it?")]
     history += [message("assistant", text), message("assistant", note["content"], title=note["metadata"]["title"])]
     conversation = web.conversation_of([*history, message("user", "And?")], " S ", hear=True)
     found = [(m.role, m.text, len(m.media)) for m in conversation.messages]
@@ -73,26 +59,29 @@ def test_an_answer_streams_with_a_note_on_its_media(page: web.Page, model: Any, 
     assert conversation.system == "S"
 
 
-def test_a_broken_medium_is_told_without_its_path_and_then_left_out(page: web.Page, files: dict[str, str]):
-    asked = {"text": "What is it?", "files": [files["broken.png"]]}
+def test_a_broken_medium_is_told_without_its_path_and_then_left_out(page: web.Page, files: Path):
+    asked: dict[str, Any] = {"text": "What is it?", "files": [str(files / "broken.png")]}
     *_, (fault,) = page.respond(asked, [], *USUAL)
     assert fault["metadata"]["title"] == "Not answered"
     assert "broken.png: it is not an image" in fault["content"]
-    assert str(Path(files["broken.png"]).parent) not in fault["content"]
-    history = [message("user", "A"), message("assistant", "B"), message("user", attached(files["broken.png"]), "C")]
+    assert str(files) not in fault["content"]
+    history = [
+        message("user", "A"),
+        message("assistant", "B"),
+        message("user", attached(str(files / "broken.png")), "C"),
+    ]
     history += [message("assistant", fault["content"], title="Not answered"), message("user", "D")]
     assert [m.text for m in web.conversation_of(history, "", hear=True).messages] == ["A", "B", "D"]
 
 
-def test_undo_and_new_say_what_the_next_page_shows(page: web.Page, files: dict[str, str]):
-    history = [message("user", "A"), message("assistant", "B"), message("user", attached(files["b.wav"]), "C")]
+def test_undo_and_new_say_what_the_next_page_shows(page: web.Page, files: Path):
+    history = [message("user", "A"), message("assistant", "B"), message("user", attached(str(files / "c.wav")), "C")]
     for shown in (history, [*history, message("assistant", "D")]):  # an answer may not have begun
         left = page.undo(shown, *USUAL)
         assert left["messages"] == history[:2]
-        assert left["box"] == {"text": "C", "files": [files["b.wav"]]}
+        assert left["box"] == {"text": "C", "files": [str(files / "c.wav")]}
         assert page.restore({"messages": shown, "box": None, "settings": USUAL}, left)[4:] == list(USUAL)
     assert page.undo([], *USUAL)["messages"] == []
-    assert page.new(history, *USUAL) == {"messages": [], "box": None, "settings": USUAL}
     assert page.restore({"messages": history, "box": None, "settings": USUAL}, None)[1] == history
 
 
@@ -107,13 +96,12 @@ def test_a_stopped_answer_shows_nothing_more(page: web.Page):
     assert page.engine.present == 0
 
 
-def test_an_exported_conversation_can_be_loaded(page: web.Page, files: dict[str, str], tmp_path: Path):
-    history = [message("user", attached(files["a.png"]), "C"), message("assistant", "D")]
+def test_an_exported_conversation_can_be_loaded(page: web.Page, files: Path, tmp_path: Path):
+    history = [message("user", attached(str(files / "a b.png")), "C"), message("assistant", "D")]
     (tmp_path / "talk.json").write_text(page.export(history, "S"))
-    loaded, settings = Conversation.load(tmp_path / "talk.json")
+    loaded = messages.load(tmp_path / "talk.json")
     assert (loaded.system, [m.text for m in loaded.messages]) == ("S", ["C", "D"])
-    assert loaded.messages[0].media[0].source == Path(files["a.png"]).read_bytes()
-    assert settings == {"template": "human_assistant"}
+    assert loaded.messages[0].media[0].content == (files / "a b.png").read_bytes()
 
 
 def test_text_cannot_become_html():
@@ -159,8 +147,7 @@ def served(page: web.Page, model: Any, tmp_path_factory: pytest.TempPathFactory)
 
     model.llama_model.forward = slowly
     line = server.listen("127.0.0.1", 0)
-    line.listen()
-    app = web.build_app(page, max_bytes=1 << 20, knows="It knows nothing.")
+    app = web.build_app(page, web.WebOptions(max_medium=1))
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=lambda: running.run(sockets=[line]), daemon=True)
     thread.start()
@@ -239,16 +226,16 @@ class Visitor:
 
 
 @pytest.mark.parametrize("width", [1280, 390, 320])
-def test_a_person_at_the_page(served: str, browser: Any, files: dict[str, str], width: int):
+def test_a_person_at_the_page(served: str, browser: Any, files: Path, width: int):
     visitor = Visitor(browser, served, width)
     assert visitor.tab.locator("#conversation").get_by_text("what colour is it?").is_visible()
-    visitor.ask("What is a<b and <form> it?", files["a.png"], files["b.wav"])
-    visitor.tab.locator("#conversation").get_by_text("The model got: image a.png, audio b.wav").wait_for()
+    visitor.ask("What is a<b and <form> it?", str(files / "a b.png"), str(files / "c.wav"))
+    visitor.tab.locator("#conversation").get_by_text("The model got: image a b.png, audio c.wav").wait_for()
     visitor.ready()
     assert visitor.tab.locator("#conversation form").count() == 0
     [first] = visitor.said("bot")
     assert first.strip()
-    assert visitor.tab.locator("#conversation [aria-label='a.png']").count() >= 1  # media have names
+    assert visitor.tab.locator("#conversation [aria-label='a b.png']").count() >= 1  # media have names
     visitor.ask("Tell me more")
     visitor.begun()
     assert not visitor.box.is_enabled()  # a question cannot be lost in an answer

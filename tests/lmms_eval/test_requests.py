@@ -53,7 +53,7 @@ def test_the_modality_of_a_medium(given, modality):
 
 def words(messages):
     """Role, text and media of each message."""
-    return [(m.role, m.text, [(medium.modality, medium.source, medium.track) for medium in m.media]) for m in messages]
+    return [(m.role, m.text, [(medium.modality, medium.content, medium.track) for medium in m.media]) for m in messages]
 
 
 def test_sound_of_the_datasets_library_is_sound_whatever_it_is_called():
@@ -63,7 +63,7 @@ def test_sound_of_the_datasets_library_is_sound_whatever_it_is_called():
     for given in ({"array": TONE, "sampling_rate": 8000, "path": "x.wav"}, decoded):
         medium = medium_of(given, "video")
         assert medium.modality == "audio"
-        np.testing.assert_array_equal(open_audio(medium.source, 8000), TONE)
+        np.testing.assert_array_equal(open_audio(medium.content, 8000), TONE)
 
 
 def test_what_is_no_medium_is_refused():

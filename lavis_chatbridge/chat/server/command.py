@@ -10,14 +10,16 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lavis_chatbridge.chat import loading
-from lavis_chatbridge.chat.sources import MEBIBYTE
-from lavis_chatbridge.config import parse
+from lavis_chatbridge.chat.loading import ModelOptions
+from lavis_chatbridge.chat.options import with_options
+from lavis_chatbridge.chat.urls import MEBIBYTE, Access, is_loopback
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -30,64 +32,99 @@ _KEEP_ALIVE = 75
 """Seconds until an idle connection is closed. Clients (httpx, and so openai) use one again within 5 seconds: a server
 that closed it at about that time would lose a request."""
 _MAX_BYTES = 512 * MEBIBYTE  # of a decoded medium
-_WORKERS, _MEMORY, _SECONDS = 2 if sys.platform == "linux" else 0, 2048, 60.0
 
 
-def command(
-    model: loading.Model = "tiny",
-    options: loading.Options = [],  # noqa: B006  (typer copies it)
-    device: loading.Device = "auto",
-    template: loading.TemplateName = None,
-    engine: loading.EngineUrl = "",
-    name: Annotated[str, typer.Option(help="The model's name for clients (default: chatbridge-MODEL).")] = "",
-    host: Annotated[str, typer.Option(help="The address to listen on; default: this machine only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    token_file: Annotated[str, typer.Option(help=f"Bearer tokens, one a line (or in {TOKENS}).")] = "",
-    files: Annotated[list[str], typer.Option(help="Folder for file: URLs; repeatable.")] = [],  # noqa: B006
-    allowed_hosts: Annotated[list[str], typer.Option(help="Host for http(s): URLs; repeatable.")] = [],  # noqa: B006
-    allowed_origins: Annotated[list[str], typer.Option(help="Origin of web pages (CORS); repeatable.")] = [],  # noqa: B006
-    max_body: Annotated[float, typer.Option(help="MiB of a request.")] = 64,
-    max_medium: Annotated[float, typer.Option(help="MiB of one medium.")] = 48,
-    max_media: Annotated[int, typer.Option(help="Media of a request.")] = 16,
-    max_seconds: Annotated[float, typer.Option(help="Seconds of a sound or video.")] = 600,
-    max_pixels: Annotated[int, typer.Option(help="Pixels of a picture or frame.")] = 40_000_000,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply.")] = 1024,
-    queue: Annotated[int, typer.Option(min=1, help="Replies that may wait.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Replies under way at once.")] = 16,
-    keep: Annotated[int, typer.Option(min=0, help="Conversations whose keys and values are kept.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 120,
-    decode_workers: Annotated[int, typer.Option(help="Processes that open media; 0: none.")] = _WORKERS,
-    decode_memory: Annotated[int, typer.Option(help="MiB that opening one medium may take.")] = _MEMORY,
-    decode_seconds: Annotated[float, typer.Option(help="Seconds that opening one medium may take.")] = _SECONDS,
-) -> None:
+class ServerOptions(Settings):
+    """How a server behaves, and the cost of a request."""
+
+    name: str = ""
+    """The model's name for clients (default: chatbridge-MODEL)."""
+    host: str = "127.0.0.1"
+    """The address to listen on; default: this machine only."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    """0 takes a free one."""
+    token_file: str = ""
+    """Bearer tokens, one a line (or in CHATBRIDGE_TOKENS)."""
+    files: tuple[Path, ...] = ()
+    """Folder for file: URLs; repeatable."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host for http(s): URLs; repeatable."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origin of web pages (CORS); repeatable."""
+    max_body: PositiveFloat = 64.0
+    """MiB of a request."""
+    max_medium: PositiveFloat = 48.0
+    """MiB of one medium."""
+    max_media: NonNegativeInt = 16
+    """Media of a request."""
+    max_tokens: PositiveInt = 1024
+    """Tokens of a reply."""
+    queue: PositiveInt = 64
+    """Replies that may wait."""
+    batch: PositiveInt = 16
+    """Replies that are generated at once."""
+    keep: NonNegativeInt = 8
+    """Conversations whose keys and values are kept."""
+    timeout: PositiveFloat = 120.0
+    """Seconds of a request."""
+
+    def check(self) -> Iterator[str]:
+        """Yields folders that are missing, and an address that needs tokens."""
+        for folder in self.files:
+            if not folder.is_dir():
+                yield f"there is no folder {folder}"
+        if not (self.token_file or os.environ.get(TOKENS)) and not is_loopback(self.host):
+            yield f"others can reach host {self.host}: give tokens (--token-file), or listen on 127.0.0.1"
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """Bearer tokens, one of which a request must have; none asks for no token.
+
+        Raises:
+            ConfigError: If the file cannot be read, or has none.
+        """
+        return (*os.environ.get(TOKENS, "").split(), *(lines_of(self.token_file) if self.token_file else ()))
+
+    @property
+    def access(self) -> Access:
+        """Which URLs of media are opened."""
+        return Access(folders=self.files, hosts=self.allowed_hosts, max_bytes=round(self.max_medium * MEBIBYTE))
+
+
+class DecodingOptions(Settings):
+    """Limits on opening the media of strangers."""
+
+    max_seconds: PositiveFloat = 600.0
+    """Seconds of a sound or video."""
+    max_pixels: PositiveInt = 40_000_000
+    """Pixels of a picture or frame."""
+    decode_workers: NonNegativeInt = 2 if sys.platform == "linux" else 0
+    """Processes that open media; 0: none."""
+    decode_memory: Annotated[int, Field(ge=16)] = 2048
+    """MiB that opening one medium may take."""
+    decode_seconds: PositiveFloat = 60.0
+    """Seconds that opening one medium may take."""
+
+
+@with_options
+def command(model: ModelOptions, server: ServerOptions, decode: DecodingOptions) -> None:
     """Serve until interrupted."""
     try:
         import uvicorn
 
-        from lavis_chatbridge.chat.server.app import ServerSettings, build_app
+        from lavis_chatbridge.chat.server.app import build_app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
             raise
         raise MissingExtraError(str(error.name), "serve", "chatbridge serve") from error
-    values = {
-        "name": name or f"chatbridge-{Path(model).stem if model.endswith(('.yaml', '.yml')) else model}",
-        "host": host,
-        "port": port,
-        "tokens": _tokens(token_file),
-        "origins": tuple(allowed_origins),
-        "access": {"folders": tuple(files), "hosts": tuple(allowed_hosts), "max_bytes": round(max_medium * MEBIBYTE)},
-        "max_body": round(max_body * MEBIBYTE),
-        "max_media": max_media,
-        "max_new_tokens": max_tokens,
-        "timeout": timeout,
-    }
-    settings = parse(ServerSettings, values, "serve")
     log_to_stderr()
-    line = listen(settings.host, settings.port)
-    own = loading.open_engine(model, options, device, template, engine, batch=batch, waiting=queue, keep=keep)
-    with decoding(own, max_seconds, max_pixels, decode_workers, decode_memory, decode_seconds), closing(own):
+    name = server.name or f"chatbridge-{Path(model.model).stem}"
+    server = server.model_copy(update={"name": name})
+    line = listen(server.host, server.port)
+    engine = model.open(batch=server.batch, waiting=server.queue, keep=server.keep)
+    with decoding(engine, decode), closing(engine):
         config = uvicorn.Config(
-            build_app(own, settings),
+            build_app(engine, server),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -95,8 +132,7 @@ def command(
             timeout_graceful_shutdown=5,
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        line.listen()  # clients may connect as soon as they read the next line
-        print(f"listening on {address_of(line)}/v1 (model {settings.name})", flush=True)
+        print(f"listening on {address_of(line)}/v1 (model {name})", flush=True)
         uvicorn.Server(config).run(sockets=[line])
 
 
@@ -109,32 +145,8 @@ def log_to_stderr() -> None:
 
 
 @contextmanager
-def decoding(
-    engine: Engine,
-    max_seconds: float = 600,
-    max_pixels: int = 40_000_000,
-    workers: int = _WORKERS,
-    memory: int = _MEMORY,
-    seconds: float = _SECONDS,
-) -> Iterator[None]:
-    """Open media within the limits for those of strangers, in processes of their own.
-
-    Args:
-        engine: Its media.
-        max_seconds: Length of a sound or a video.
-        max_pixels: Pixels of a picture or frame.
-        workers: Processes; 0: media are opened in this one.
-        memory: MiB that a process may take for a medium.
-        seconds: Time that a process may take for a medium.
-
-    Raises:
-        ConfigError: If a number is out of range.
-    """
-    if workers < 0 or memory < 16 or seconds <= 0:
-        raise ConfigError(
-            f"--decode-workers {workers}, --decode-memory {memory}, --decode-seconds {seconds:g}: expected at least 0, "
-            "16 MiB, and more than 0 s"
-        )
+def decoding(engine: Engine, options: DecodingOptions) -> Iterator[None]:
+    """Open an engine's media within the limits for those of strangers, in processes of their own."""
     from lavis_chatbridge.media import DEFAULT_LIMITS
     from lavis_chatbridge.media.pool import DecodingPool
 
@@ -142,15 +154,15 @@ def decoding(
     for processor in processors:
         processor.limits = dataclasses.replace(
             DEFAULT_LIMITS,
-            max_pixels=min(max_pixels, DEFAULT_LIMITS.max_pixels),
-            max_seconds=max_seconds,
-            max_frames=round(max_seconds * _FRAMES_PER_SECOND),
+            max_pixels=min(options.max_pixels, DEFAULT_LIMITS.max_pixels),
+            max_seconds=options.max_seconds,
+            max_frames=round(options.max_seconds * _FRAMES_PER_SECOND),
             max_bytes=_MAX_BYTES,
         )
-    if workers == 0:
+    if options.decode_workers == 0:
         yield
         return
-    with DecodingPool(workers, memory * MEBIBYTE, seconds) as pool:
+    with DecodingPool(options.decode_workers, options.decode_memory * MEBIBYTE, options.decode_seconds) as pool:
         for processor in processors:
             processor.opener = pool
         try:
@@ -161,30 +173,22 @@ def decoding(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is reported before the model is loaded.
+    """A listening socket: a taken port is reported before the model is loaded.
 
     Raises:
         ConfigError: If the address cannot be had.
     """
+    address = host.strip("[]")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        line = socket.socket(family, kind)
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        line.bind(address)
+        return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
-    return line
 
 
 def address_of(line: socket.socket) -> str:
-    """Where a socket listens, as a URL."""
+    """The URL of a listening socket."""
     host, port = line.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _tokens(file: str) -> tuple[str, ...]:
-    found = [*os.environ.get(TOKENS, "").split(), *(lines_of(file) if file else ())]
-    return tuple(dict.fromkeys(found))
 
 
 def lines_of(file: str) -> list[str]:

@@ -1,8 +1,4 @@
-"""Requests of OpenAI's API, and its answers. It knows no HTTP server and no model.
-
-Fields that mean nothing here are accepted and logged once each; a field that asks for something that this server cannot
-do is refused by name.
-"""
+"""Requests in OpenAI's form become conversations and samplings, and replies OpenAI's JSON. It knows no HTTP."""
 
 from __future__ import annotations
 
@@ -12,14 +8,16 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
-from lavis_chatbridge.chat.engine import Answer, Event
-from lavis_chatbridge.chat.sources import Access
+from lavis_chatbridge.chat.messages import read_messages
+from lavis_chatbridge.chat.reply import Answer, Event
+from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
+from lavis_chatbridge.models.decoding import TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Codec
 
@@ -57,12 +55,12 @@ class RequestError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = headers or {}
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error_type = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
 
 
 def _no_limit(value: Any) -> Any:
@@ -81,7 +79,7 @@ class _StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
-class _Request(BaseModel):
+class Body(BaseModel):
     """Fields that chat completions and completions share. Names and meanings are OpenAI's and vLLM's."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
@@ -105,6 +103,19 @@ class _Request(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
 
+    @property
+    def reported(self) -> int | None:
+        """How many likeliest tokens are reported with each token; None: no log-probability is."""
+        raise NotImplementedError
+
+    def prompts(self, access: Access, most_media: int) -> Sequence[Conversation | str | list[int]]:
+        """The conversation, its URLs opened, or the texts to be continued.
+
+        Raises:
+            RequestError: If one has another form, or a medium cannot be had.
+        """
+        raise NotImplementedError
+
     def check(self) -> None:
         """Refuse what cannot be done, and log fields that have no meaning here, once each.
 
@@ -113,9 +124,9 @@ class _Request(BaseModel):
         """
         extra = self.model_extra or {}
         form = extra.get("response_format") or {"type": "text"}
-        kind = form.get("type", "text") if isinstance(form, dict) else form
+        form_type = form.get("type", "text") if isinstance(form, dict) else form
         asked = [name for name in _UNSUPPORTED if extra.get(name)]
-        asked += [f"response_format {kind!s:.40}"] if kind != "text" else []
+        asked += [f"response_format {form_type!s:.40}"] if form_type != "text" else []
         asked += ["best_of"] if extra.get("best_of") not in (None, self.n or 1) else []
         asked += ["modalities"] if extra.get("modalities") not in (None, [], ["text"]) else []
         if asked:
@@ -125,27 +136,25 @@ class _Request(BaseModel):
             _logged.add(name)
             log.info("the field %s of a request has no meaning here", name[:80])
 
-    def sampling(self, most: int, logprobs: int | None) -> list[Sampling]:
+    def samplings(self, most: int) -> list[Sampling]:
         """How each of the ``n`` replies is chosen; ``most`` is the upper limit of tokens."""
-        tokens = self.max_completion_tokens or self.max_tokens or min(most, Sampling().max_new_tokens)
+        tokens = min(most, self.max_completion_tokens or self.max_tokens or Sampling().max_new_tokens)
+        same = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         values: dict[str, Any] = {
-            "max_new_tokens": min(most, tokens),
-            "min_new_tokens": min(self.min_tokens or 0, most, tokens),
-            "top_p": max(self.top_p or 0.0, 1e-6) if self.top_p is not None else None,  # 0 leaves the likeliest
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in (*same, "seed", "ignore_eos")},
+            "max_new_tokens": tokens,
+            "min_new_tokens": min(self.min_tokens or 0, tokens),
+            "top_p": None if self.top_p is None else max(self.top_p, 1e-6),  # 0 leaves the likeliest
             "stop": tuple(self.stop),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "logprobs": logprobs,
-            "ignore_eos": self.ignore_eos,
+            "logprobs": self.reported,
         }
-        same = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        values |= {name: getattr(self, name) for name in same}
-        given = {name: value for name, value in values.items() if value is not None}
-        seeds = [None] * (self.n or 1) if self.seed is None else [self.seed + i for i in range(self.n or 1)]
-        return [Sampling(**{**given, "seed": seed}) for seed in seeds]
+        first = Sampling(**{name: value for name, value in values.items() if value is not None})
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n or 1)]
+        return [first.model_copy(update={"seed": seed}) for seed in seeds]
 
 
-class ChatRequest(_Request):
+class ChatRequest(Body):
     """A request of chat completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -153,80 +162,58 @@ class ChatRequest(_Request):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(0, ge=0, le=_MOST_LOGPROBS)
 
-    def conversation(self, access: Access, most_media: int) -> Conversation:
-        """The conversation, its URLs opened.
-
-        Raises:
-            RequestError: If a message has another form, or a medium cannot be had.
-        """
-        try:
-            read = Conversation.from_openai(
-                self.messages, access=access, hear_videos=self.hear_videos is not False, most_media=most_media
-            )
-        except DataError as error:
-            where = str(error).partition(" ")[0]
-            raise RequestError(
-                400, str(error), "invalid_value", where if where.startswith("messages") else "messages"
-            ) from error
-        except MediaError as error:
-            raise refusal_of(error) from error  # type: ignore[misc]
-        if not read.messages or read.messages[-1].role == "assistant":
-            read.messages.append(ChatMessage("user", ""))
-        return read
-
     @property
     def reported(self) -> int | None:
-        """How many likeliest tokens are reported with each token; None: none is, nor the token's log-probability."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def prompts(self, access: Access, most_media: int) -> Sequence[Conversation]:
+        try:
+            read = read_messages(self.messages, access, self.hear_videos is not False, most_media)
+        except DataError as error:
+            where = str(error).partition(" ")[0]
+            param = where if where.startswith("messages") else "messages"
+            raise RequestError(400, str(error), "invalid_value", param) from error
+        if not read.messages or read.messages[-1].role == "assistant":
+            read.messages.append(ChatMessage("user", ""))
+        return [read]
 
-class TextRequest(_Request):
+
+class TextRequest(Body):
     """A request of completions."""
 
     prompt: str | list[str] | list[int] | None = None
     logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts: texts, or one of token ids.
-
-        Raises:
-            RequestError: If there is none, or too many.
-        """
-        if isinstance(self.prompt, list) and all(isinstance(part, str) for part in self.prompt):
-            found: list[Any] = list(self.prompt)
-        else:
-            found = [] if self.prompt is None else [self.prompt]
-        if not 1 <= len(found) <= _MOST_REPLIES or not all(found):
-            raise RequestError(
-                400, f"prompt: expected 1 to {_MOST_REPLIES} texts, not empty", "invalid_value", "prompt"
-            )
-        return found
-
-    @property
     def reported(self) -> int | None:
-        """See `ChatRequest`."""
         return self.logprobs
 
+    def prompts(self, access: Access, most_media: int) -> Sequence[str | list[int]]:
+        several = isinstance(self.prompt, list) and all(isinstance(part, str) for part in self.prompt)
+        found: list[Any] = self.prompt if several else [self.prompt]  # type: ignore[assignment]
+        if not 1 <= len(found) <= _MOST_REPLIES or not all(found):
+            message = f"prompt: expected 1 to {_MOST_REPLIES} texts, not empty"
+            raise RequestError(400, message, "invalid_value", "prompt")
+        return found
 
-def read_request(cls: type[Any], body: bytes) -> Any:
+
+B = TypeVar("B", bound=Body)
+
+
+def read_request(cls: type[B], body: bytes) -> B:
     """A request of one of the two classes.
 
     Raises:
         RequestError: If the body is no JSON object, or a field has another type or range.
     """
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the request's body is not JSON: {error}", "invalid_json") from error
-    if not isinstance(content, dict):
-        raise RequestError(400, "the request's body is not a JSON object", "invalid_json")
-    try:
-        request = cls.model_validate(content)
+        request = cls.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if not first["loc"]:
+            raise RequestError(400, f"the request's body is no JSON object: {first['msg']}", "invalid_json") from error
         names = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)[1:] or "body"
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)[1:]
         found = json.dumps(first.get("input"), default=str)[:80]
         raise RequestError(400, f"{where}: {first['msg']}, found {found}", "invalid_value", where) from error
     request.check()
@@ -235,6 +222,8 @@ def read_request(cls: type[Any], body: bytes) -> Any:
 
 def refusal_of(error: Exception) -> RequestError | None:
     """The refusal that an exception means; None if the server is at fault."""
+    if isinstance(error, RequestError):
+        return error
     if isinstance(error, MediaError):  # its source is the position in the request
         where = error.source.removesuffix("'s sound track")
         if "larger than the limit" in error.cause:
@@ -247,31 +236,8 @@ def refusal_of(error: Exception) -> RequestError | None:
     return RequestError(400, str(error), "invalid_value") if isinstance(error, ConfigError) else None
 
 
-def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The numbers of tokens of the replies to one request, those of media by modality."""
-    first, completion = answers[0], sum(answer.tokens for answer in answers)
-    media = Counter[str]()
-    for note in first.media:
-        media[f"{note.modality}_tokens"] += note.tokens
-    return {
-        "prompt_tokens": first.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": first.prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": first.reused_tokens, **media},
-    }
-
-
-def report(answer: Answer) -> dict[str, Any]:
-    """What OpenAI's format has no field for: what became of the media, and what the user should know."""
-    media = [
-        {"type": n.modality, "part": n.name, "reached": n.reached, "tokens": n.tokens, "warnings": list(n.warnings)}
-        for n in answer.media
-    ]
-    return {"media": media, "warnings": list(answer.warnings), "dropped_messages": answer.dropped}
-
-
 class Response:
-    """The JSON of a reply, whole or in chunks.
+    """The JSON of the replies to one request, whole or in chunks.
 
     Args:
         model: The model's name.
@@ -290,45 +256,38 @@ class Response:
         """All replies, complete."""
         choices = []
         for index, answer in enumerate(answers):
-            said = {"role": "assistant", "content": answer.text, "refusal": None}
-            choices.append(
-                {
-                    "index": index,
-                    **({"message": said} if self._chat else {"text": answer.text}),
-                    "logprobs": self._logprobs(answer),
-                    "finish_reason": _reason(answer),
-                }
-            )
-        return {**self._head, "choices": choices, "usage": usage(answers), "chatbridge": report(answers[0])}
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            held: dict[str, Any] = {"message": message} if self._chat else {"text": answer.text}
+            logprobs = self._logprobs(answer.logprobs)
+            choices.append({"index": index, **held, "logprobs": logprobs, "finish_reason": _reason(answer)})
+        return {**self._head, "choices": choices, "usage": _usage(answers), "chatbridge": _report(answers[0])}
 
     def opening(self, index: int) -> bytes:
         """The first chunk of a reply."""
-        return self._chunked(index, {"role": "assistant", "content": ""}, None)
+        return self._chunked(index, {"role": "assistant", "content": ""})
 
-    def chunk(self, index: int, said: Event) -> bytes:
+    def chunk(self, index: int, event: Event) -> bytes:
         """A chunk of text; or, of the answer, the last chunk, which has log-probabilities and the report."""
-        if not isinstance(said, Answer):
-            return self._chunked(index, {"content": str(said)}, None)
-        return self._chunked(index, {}, _reason(said), self._logprobs(said), chatbridge=report(said))
+        if not isinstance(event, Answer):
+            return self._chunked(index, {"content": str(event)})
+        return self._chunked(index, {}, event)
 
-    def numbers(self, answers: Sequence[Answer]) -> bytes:
+    def usage(self, answers: Sequence[Answer]) -> bytes:
         """The chunk with the numbers of tokens."""
-        return event({**self._chunk, "choices": [], "usage": usage(answers)})
+        return server_sent({**self._chunk, "choices": [], "usage": _usage(answers)})
 
-    def _chunked(
-        self, index: int, delta: dict[str, str], finish: str | None, logprobs: Any = None, **more: Any
-    ) -> bytes:
+    def _chunked(self, index: int, delta: dict[str, str], answer: Answer | None = None) -> bytes:
         held = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
-        choice = {"index": index, **held, "logprobs": logprobs, "finish_reason": finish}
-        return event({**self._chunk, "choices": [choice], **more})
+        choice = {"index": index, **held, "logprobs": None, "finish_reason": None}
+        if answer is None:
+            return server_sent({**self._chunk, "choices": [choice]})
+        choice |= {"logprobs": self._logprobs(answer.logprobs), "finish_reason": _reason(answer)}
+        return server_sent({**self._chunk, "choices": [choice], "chatbridge": _report(answer)})
 
-    def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
-        if not answer.logprobs:
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not tokens:
             return None
-        rows = [
-            [{"token": text, "logprob": value, "bytes": list(text.encode())} for text, value in named]
-            for named in (self._named(token) for token in answer.logprobs)
-        ]
+        rows = [[self._entry(id, value) for id, value in ((t.id, t.logprob), *t.top)] for t in tokens]
         if self._chat:
             return {"content": [{**own, "top_logprobs": top} for own, *top in rows], "refusal": None}
         return {
@@ -337,14 +296,37 @@ class Response:
             "top_logprobs": [{entry["token"]: entry["logprob"] for entry in top} for _, *top in rows],
         }
 
-    def _named(self, token: Any) -> list[tuple[str, float]]:
-        number, own, likeliest = token
-        return [(self._codec.decode([i]), float(value)) for i, value in ((number, own), *likeliest)]
+    def _entry(self, id: int, value: float) -> dict[str, Any]:
+        text = self._codec.decode([id])
+        return {"token": text, "logprob": float(value), "bytes": list(text.encode())}
 
 
-def event(content: Any) -> bytes:
+def server_sent(content: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The numbers of tokens of the replies to one request, those of media by modality."""
+    first, completion = answers[0], sum(answer.tokens for answer in answers)
+    media = Counter[str]()
+    for note in first.media:
+        media[f"{note.modality}_tokens"] += note.tokens
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": first.prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": first.reused_tokens, **media},
+    }
+
+
+def _report(answer: Answer) -> dict[str, Any]:
+    """What OpenAI's format has no field for: what became of the media, and what the user should know."""
+    media = [
+        {"type": n.modality, "part": n.name, "reached": n.reached, "tokens": n.tokens, "warnings": list(n.warnings)}
+        for n in answer.media
+    ]
+    return {"media": media, "warnings": list(answer.warnings), "dropped_messages": answer.dropped}
 
 
 def _reason(answer: Answer) -> str:

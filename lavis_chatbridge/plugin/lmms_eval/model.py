@@ -142,9 +142,9 @@ class ChatBridge(lmms):
 
     def _open(self, given: Medium) -> Any:
         processor = self._processors[given.modality]
-        if given.track and not has_audio_track(given.source, limits=processor.limits):  # type: ignore[arg-type]
+        if given.track and not has_audio_track(given.content, limits=processor.limits):  # type: ignore[arg-type]
             return None
-        return processor(given.source)
+        return processor(given.content)
 
 
 class ChatBridgeChat(ChatBridge):

@@ -98,9 +98,7 @@ def heard(media: Sequence[Medium]) -> Iterator[Medium]:
     """The media, each video followed by its own sound, unless they have sounds already."""
     alone = not any(medium.modality == "audio" for medium in media)
     for medium in media:
-        yield medium
-        if alone and medium.modality == "video" and not isinstance(medium.source, np.ndarray):
-            yield Medium("audio", medium.source, track=True)
+        yield from medium.with_track(alone)
 
 
 def decoding(kwargs: Mapping[str, Any]) -> Sampling:

@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +120,6 @@ def test_the_guides_python_is_answered(server: Served, monkeypatch: pytest.Monke
         assert names["reply"].usage.completion_tokens >= 1
 
 
-def test_a_conversation_goes_on_from_what_was_read(client: Any):
-    messages: list[Any] = [{"role": "system", "content": "Be brief."}, *asked(image(), text("What is it?"))]
-    first = ask(client, messages)
-    messages += [{"role": "assistant", "content": first.choices[0].message.content}, *asked(text("And what else?"))]
-    second = ask(client, messages)
-    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - 1
-    again = ask(client, messages)
-    assert again.choices[0].message.content == second.choices[0].message.content
-
-
 def test_sixteen_clients_get_what_each_alone_gets(client: Any, server: Served):
     questions = [asked(*([image()] if i % 4 == 0 else []), text(f"What is number {i}?")) for i in range(16)]
     alone = [ask(client, question).choices[0].message.content for question in questions]
@@ -152,30 +141,12 @@ def test_models_health_and_metrics(client: Any, server: Served):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
     assert get(server, "/health", "").json() == {"status": "ok"}
-    assert get(server, "/metrics", "").status_code == 401
     before = metrics(server)
     ask(client, asked(text("Hello")), max_tokens=3)
     after = metrics(server)
     tokens = 'chatbridge_tokens_total{kind="generated"}'
     assert 1 <= after[tokens] - before[tokens] <= 3
     assert after["chatbridge_reply_seconds_count"] == before["chatbridge_reply_seconds_count"] + 1
-
-
-def test_who_has_no_token_is_refused(server: Served):
-    with openai.OpenAI(base_url=server.url, api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError) as refused:
-            ask(stranger, asked(text("Hello")))
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
-    assert refused.value.code == "invalid_api_key"
-    assert post(server, chat(text("Hello")), Authorization="").status_code == 401
-
-
-def test_a_model_that_is_not_there(client: Any):
-    with pytest.raises(openai.NotFoundError) as refused:
-        client.chat.completions.create(model="gpt-4o", messages=asked(text("Hello")))
-    assert refused.value.code == "model_not_found"
-    assert MODEL in str(refused.value)
 
 
 LARGE = encoded(Image.new("1", (9000, 9000)), "PNG")
@@ -195,10 +166,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN, ids=lambda name: name.replace(" ", "-"))
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_media_that_cannot_be_had_are_refused_without_a_path(server: Served, fault: str, stream: bool):
+def test_media_that_cannot_be_had_are_refused_without_a_path(server: Served, fault: str):
     part, status, code = BROKEN[fault]
-    reply = post(server, chat(text("What is it?"), part, stream=stream))
+    reply = post(server, chat(text("What is it?"), part, stream=fault.startswith("a")))
     assert reply.status_code == status
     error = reply.json()["error"]
     assert error["code"] == code
@@ -246,20 +216,16 @@ def test_completions_continue_a_text(client: Any):
     assert "".join(chunk.choices[0].text for chunk in again if chunk.choices).strip() == whole.choices[0].text.strip()
 
 
-def test_several_replies_and_neutral_fields(client: Any):
+def test_a_conversation_reuses_its_keys_and_n_replies_are_equal(client: Any, server: Served):
     neutral = {"top_k": -1, "chat_template_kwargs": {}, "request_id": "a", "functions": [], "stop": "", "min_tokens": 0}
-    reply = ask(client, asked(image(), text("What is it?")), n=2, tools=[], logit_bias={}, extra_body=neutral)
-    first, second = (choice.message.content for choice in reply.choices)
-    assert first == second
-    assert reply.usage.prompt_tokens_details.image_tokens > 0
-
-
-def test_a_file_below_an_offered_folder(client: Any, server: Served):
-    by_name, by_path, by_bytes = (
-        ask(client, asked(image(url), text("What is it?"))).choices[0].message.content
-        for url in ("file:a.png", f"file://{server.files}/a.png", "")
-    )
-    assert by_name == by_path == by_bytes
+    messages: list[Any] = [{"role": "system", "content": "Be brief."}, *asked(image("file:a.png"), text("What?"))]
+    first = ask(client, messages, n=2, tools=[], logit_bias={}, extra_body=neutral)
+    said, same = (choice.message.content for choice in first.choices)
+    assert said == same
+    assert first.usage.prompt_tokens_details.image_tokens > 0
+    messages += [{"role": "assistant", "content": said}, *asked(text("And what else?"))]
+    second = ask(client, messages)
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - 1
 
 
 def test_a_body_that_is_too_large(client: Any, server: Served):
@@ -275,24 +241,20 @@ def test_a_body_that_is_too_large(client: Any, server: Served):
         assert line.recv(1000).startswith(b"HTTP/1.1 413")
 
 
-def test_an_idle_line_outlives_the_clients_patience(server: Served):
-    """Clients use a line again for 5 seconds; one that the server closes about then loses a request."""
-    host, port = server.url.removeprefix("http://").removesuffix("/v1").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as line:
-        line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert line.recv(1000).startswith(b"HTTP/1.1 200")
-        line.settimeout(7)
-        with suppress(TimeoutError):
-            while True:
-                assert line.recv(1000), "the server has closed it"
-
-
-def test_what_is_no_request_has_an_error_in_openais_form(server: Served):
-    found = [(415, post(server, chat(text("Hello")), **{"Content-Type": "text/plain"})), (400, post(server, b"{"))]
-    paths = {"/v1/models/org/name": 404, "/v1/chat/completions": 405, "/v1/nothing": 404, "/docs": 404}
-    found += [(status, get(server, path)) for path, status in paths.items()]
-    for status, reply in found:
-        assert reply.status_code == status
+def test_refusals_have_openais_form(server: Served):
+    hello = chat(text("Hello"))
+    found = [
+        (415, "unsupported_media_type", post(server, hello, **{"Content-Type": "text/plain"})),
+        (400, "invalid_json", post(server, b"{")),
+        (401, "invalid_api_key", post(server, hello, Authorization="Bearer wrong")),
+        (401, "invalid_api_key", get(server, "/metrics", "")),
+        (404, "model_not_found", post(server, {**hello, "model": "gpt-4o"})),
+        (404, "model_not_found", get(server, "/v1/models/org/name")),
+        (405, None, get(server, "/v1/chat/completions")),
+        (404, None, get(server, "/docs")),
+    ]
+    for status, code, reply in found:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
         assert reply.json()["error"]["message"]
 
 

@@ -1,4 +1,4 @@
-"""Conversations as plain data: their files, and every form of OpenAI's messages."""
+"""Every form of OpenAI's messages, and conversations in files."""
 
 from __future__ import annotations
 
@@ -10,52 +10,59 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lavis_chatbridge.chat import ChatMessage, Conversation, Medium
-from lavis_chatbridge.chat.conversation import FORMAT, VERSION
+from lavis_chatbridge.chat import ChatMessage, Conversation, media_of, messages
+from lavis_chatbridge.chat.messages import read_messages, to_messages
+from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.errors import DataError, MediaError
+from lavis_chatbridge.media import open_audio
 from tests.chat import building
 from tests.chat.building import picture, sound, video
 from tests.chat.serving import data_url, png
 
 
-@pytest.fixture(scope="module")
-def model(golden_dir: Path) -> Any:
-    return building.chat_model(golden_dir / "tokenizer")
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def read(*records: Any, **settings: Any) -> Conversation:
+    return read_messages(records, Access(), **settings)
+
+
+def roles(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(message.role, message.text) for message in conversation.messages]
 
 
 def test_save_and_load(model: Any, tmp_path: Path):
     (tmp_path / "red sound.wav").write_bytes(sound())
     talk = building.session(model, system="Be brief.")
-    talk.ask("What is it?", images=[picture()], audios=[tmp_path / "red sound.wav"], videos=[video()])
-    talk.ask("And?")
+    frames = np.stack([picture(), picture()[::-1]])
+    talk.ask("What?", images=[picture()], audios=[tmp_path / "red sound.wav"], videos=[video(), frames])
     talk.save(tmp_path / "talk.json")
     record = json.loads((tmp_path / "talk.json").read_text())
     assert record["messages"][0] == {"role": "system", "content": "Be brief."}
     types = [part["type"] for part in record["messages"][1]["content"]]
-    assert types == ["image_url", "video_url", "audio_url", "text"]
-    assert record["messages"][1]["content"][2]["audio_url"] == {"url": "file:red%20sound.wav"}
+    assert types == ["image_url", "video_url", "video", "audio_url", "text"]
+    assert record["messages"][1]["content"][3]["audio_url"] == {"url": "file:red%20sound.wav"}
     assert str(tmp_path) not in (tmp_path / "talk.json").read_text()
     loaded = building.session(model)
     loaded.load(tmp_path / "talk.json")
     assert loaded.system == "Be brief."
-    assert [(t.role, t.text, t.ids) for t in loaded.messages] == [(t.role, t.text, t.ids) for t in talk.messages]
-    found = [(m.modality, m.track) for m in loaded.messages[0].media]
-    assert found == [("image", False), ("video", False), ("audio", True), ("audio", False)]
-    assert loaded.ask("Why?").text == talk.ask("Why?").text
+    assert [(m.role, m.text) for m in loaded.messages] == [(m.role, m.text) for m in talk.messages]
+    found = [(m.modality, m.track, m.name) for m in loaded.messages[0].media]
+    assert found == [(m.modality, m.track, m.name) for m in talk.messages[0].media]
+    assert loaded.regenerate().text == talk.regenerate().text
     assert list(tmp_path.glob(".talk*")) == []
 
 
 def test_a_file_that_is_no_conversation_leaves_the_session_as_it_was(model: Any, tmp_path: Path):
     talk = building.session(model)
     talk.ask("Hi.")
-    head = {"format": FORMAT, "version": VERSION}
     image = {"type": "image_url", "image_url": {"url": "data:;base64,?"}}
     contents = {
         "text.json": "hello",
         "other.json": '{"format": "other"}',
-        "later.json": json.dumps({"format": FORMAT, "version": 9, "messages": []}),
-        "role.json": json.dumps({**head, "messages": [{"role": "nobody", "content": ""}]}),
-        "media.json": json.dumps({**head, "messages": [{"role": "user", "content": [image]}]}),
+        "role.json": json.dumps({"messages": [{"role": "nobody", "content": ""}]}),
+        "media.json": json.dumps({"messages": [{"role": "user", "content": [image]}]}),
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
@@ -65,16 +72,9 @@ def test_a_file_that_is_no_conversation_leaves_the_session_as_it_was(model: Any,
     assert len(talk.messages) == 2
 
 
-def user(*parts: Any) -> dict[str, Any]:
-    return {"role": "user", "content": list(parts)}
-
-
-def read(*messages: Any, **settings: Any) -> Conversation:
-    return Conversation.from_openai(messages, **settings)
-
-
 PICTURE = data_url(png(), "image/png")
 SOUND = base64.b64encode(sound()).decode()
+VIDEO = {"type": "video_url", "video_url": {"url": data_url(video(), "video/mp4")}}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ SOUND = base64.b64encode(sound()).decode()
         ({"type": "input_audio", "input_audio": {"data": SOUND, "format": "wav"}}, "audio"),
         ({"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{SOUND}"}}, "audio"),
         ({"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{SOUND}"}}, "audio"),
-        ({"type": "video_url", "video_url": {"url": data_url(video(), "video/mp4")}}, "video"),
+        (VIDEO, "video"),
     ],
     ids=["image", "bare url", "no type", "input_image", "input_audio", "data url", "audio_url", "video"],
 )
@@ -96,8 +96,13 @@ def test_parts_that_bring_a_medium(part: dict[str, Any], modality: str):
     assert message.text == "What is it?"
     assert message.media[0].modality == modality
     assert message.media[0].name == "messages[0].content[0]"
-    assert isinstance(message.media[0].source, bytes)
+    assert isinstance(message.media[0].content, bytes)
     assert [m.track for m in message.media] == ([False, True] if modality == "video" else [False])
+
+
+def test_a_video_may_be_unheard():
+    assert len(read(user(VIDEO), hear_videos=False).messages[0].media) == 1
+    assert len(read(user({**VIDEO, "heard": False})).messages[0].media) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,15 +114,10 @@ def test_parts_that_bring_a_medium(part: dict[str, Any], modality: str):
     ids=["list", "vLLM's URL"],
 )
 def test_several_frames_are_one_video(model: Any, part: dict[str, Any]):
-    [medium] = read(user(part)).messages[0].media
-    assert medium.modality == "video"
-    answer = building.engine(model).reply(read(user(part, "What?"))).answer
+    conversation = read(user(part, "What?"))
+    answer = building.engine(model).reply(conversation).answer
     assert [(note.modality, note.reached) for note in answer.media] == [("video", True)]
-    np.testing.assert_array_equal(np.asarray(medium.source).shape[:1], [2])
-
-
-def roles(conversation: Conversation) -> list[tuple[str, str]]:
-    return [(message.role, message.text) for message in conversation.messages]
+    assert conversation.messages[0].media[0].content.shape == (2, *picture().shape)  # type: ignore[union-attr]
 
 
 def test_messages_of_any_order_are_read():
@@ -131,7 +131,7 @@ def test_messages_of_any_order_are_read():
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("records", "message"),
     [
         ([3], r"messages\[0\].role is 3"),
         ([{"role": "tool", "content": "x"}], r"messages\[0\].role is 'tool', expected system"),
@@ -139,14 +139,15 @@ def test_messages_of_any_order_are_read():
         ([user(3)], r"messages\[0\].content\[0\] is 3, expected an object"),
         ([user({"type": "file", "file": {}})], r"content\[0\].type is 'file', expected one of text, image_url"),
         ([user({"type": "image_url", "image_url": {}})], r"content\[0\].image_url is None, expected a URL"),
+        ([user({"image_url": [PICTURE, PICTURE]})], r"content\[0\].image_url is a list of 2 URLs"),
         ([user({"type": "text", "text": 3})], r"content\[0\].text is 3"),
         ([{"role": "assistant", "content": [{"image_url": PICTURE}]}], r"content\[0\] is a medium"),
         ([user(*[{"image_url": PICTURE}] * 3)], "bring 3 media, the limit is 2"),
     ],
 )
-def test_what_is_wrong_with_messages_is_named(messages: list[Any], message: str):
+def test_faults_of_messages_are_named(records: list[Any], message: str):
     with pytest.raises(DataError, match=message):
-        read(*messages, most_media=2)
+        read(*records, most_media=2)
 
 
 def test_a_url_that_may_not_be_opened_names_its_part():
@@ -155,17 +156,12 @@ def test_a_url_that_may_not_be_opened_names_its_part():
     assert refused.value.source == "messages[0].content[1]"
 
 
-def test_a_video_may_be_unheard():
-    part = {"type": "video_url", "video_url": {"url": data_url(video(), "video/mp4")}}
-    assert len(read(user(part), hear_videos=False).messages[0].media) == 1
-    assert len(read(user({**part, "heard": False})).messages[0].media) == 1
-
-
-def test_a_conversation_round_trips_through_openai(tmp_path: Path):
-    media = (Medium("image", png()), Medium("audio", (np.zeros(8, np.float32), 8000)))
-    before = Conversation([ChatMessage("user", "U", media), ChatMessage("assistant", "A", (), (1, 2))], "S")
-    after = read(*json.loads(json.dumps(before.to_openai())))
+def test_a_conversation_round_trips_as_json():
+    samples = np.linspace(-0.5, 0.5, 800, dtype=np.float32)
+    media = media_of(images=png(), audios=(samples, 8000))
+    before = Conversation([ChatMessage("user", "U", tuple(media)), ChatMessage("assistant", "A")], "S")
+    after = read(*json.loads(messages.to_json(to_messages(before)))["messages"])
     assert (after.system, roles(after)) == ("S", roles(before))
-    assert after.messages[1].ids == (1, 2)
-    assert after.messages[0].media[0].source == png()
-    assert after.messages[0].media[1].source[1] == 8000  # type: ignore[index]
+    image, heard = after.messages[0].media
+    assert image.content == png()
+    np.testing.assert_allclose(open_audio(heard.content, 8000), samples, atol=1e-6)
