@@ -54,8 +54,9 @@ def _fields(cls: type[Settings]) -> tuple[str, ...]:
 
 def _option(cls: type[Settings], name: str) -> Parameter:
     field = cls.model_fields[name]
-    annotation, default = field.annotation, field.default
+    annotation: Any = field.annotation
+    default = field.default
     if typing.get_origin(annotation) is tuple:  # typer reads a tuple as an option with several values
-        annotation, default = list[typing.get_args(annotation)[0]], list(default)  # type: ignore[misc]
-    option = Annotated[annotation, typer.Option(help=field.description)]  # type: ignore[valid-type]
+        annotation, default = list[typing.get_args(annotation)[0]], list(default)
+    option = Annotated[annotation, typer.Option(help=field.description)]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=option)
