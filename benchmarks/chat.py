@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import av
 import httpx
 import numpy as np
+import psutil
 import soundfile
 import torch
 import transformers
@@ -203,7 +204,7 @@ def serving(*more: str) -> Iterator[Served]:
 
 
 class Held(NamedTuple):
-    """What the server's processes hold at a time: MiB of RSS, threads, open files."""
+    """Resources of the server's processes at a time: MiB of RSS, threads, open files."""
 
     seconds: float
     memory: float
@@ -212,23 +213,15 @@ class Held(NamedTuple):
 
 
 def look(process: int, seconds: float) -> Held:
-    """Sum ``/proc`` over a process and all below it."""
-    facts: dict[int, tuple[int, float, int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with suppress(OSError):  # it has ended meanwhile
-                found = dict(re.findall(r"^(PPid|VmRSS|Threads):\s+(\d+)", (entry / "status").read_text(), re.M))
-                facts[int(entry.name)] = int(found["PPid"]), int(found.get("VmRSS", 0)) / 1024, int(found["Threads"])
-    tree, added = {process}, {process}
-    while added:
-        added = {one for one, (parent, _, _) in facts.items() if parent in added} - tree
-        tree |= added
-    files = 0
-    for one in tree:
-        with suppress(OSError):
-            files += len(os.listdir(f"/proc/{one}/fd"))
-    held = [facts[one] for one in tree if one in facts]
-    return Held(seconds, sum(m for _, m, _ in held), sum(t for _, _, t in held), files)
+    """The resources of a process and all below it."""
+    memory = threads = files = 0
+    root = psutil.Process(process)
+    for one in (root, *root.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            memory += one.memory_info().rss
+            threads += one.num_threads()
+            files += one.num_fds()
+    return Held(seconds, memory / (1 << 20), threads, files)
 
 
 @contextmanager
@@ -301,10 +294,7 @@ def soak(minutes: float, clients: int, seed: int, more: Sequence[str]) -> tuple[
 
 def throughput(clients: Sequence[int], requests: int, seed: int, engines: dict[str, str]) -> str:
     """Tokens a second and the time of a reply, with the language model here and on vLLM."""
-    lines = [
-        "| clients | language model | tokens/s | against 1 client, local | median s | 95 % s |",
-        "|---|" * 1 + "---|" * 5,
-    ]
+    lines = ["| clients | language model | tokens/s | against 1 client, local | median s | 95 % s |", "|---" * 6 + "|"]
     base = 0.0
     for name, url in engines.items():
         with serving(*(["--engine", url] if url else [])) as served:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how a figure was got, in words; this process's memory; a text that is told and kept.
+"""Shared by the benchmarks: the circumstances of a measurement as a line of text, and printing a table to a file too.
 
 ``python benchmarks/NAME.py`` finds this module, since a script's own folder is first on the path.
 """
@@ -16,7 +16,7 @@ from lavis_chatbridge.files import write_text
 
 
 def circumstances(script: str, *options: str, modules: tuple[ModuleType, ...] = ()) -> str:
-    """When, on how many cores, with which versions and by which command something was measured: a line of Markdown."""
+    """Date, cores, versions and command of a measurement: a line of Markdown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = [f"Python {platform.python_version()}", *(f"{one.__name__} {one.__version__}" for one in modules)]
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -26,21 +26,8 @@ def circumstances(script: str, *options: str, modules: tuple[ModuleType, ...] = 
     return f"{datetime.date.today()}, {cores} CPU core(s), {', '.join(versions)}; `{command}`.\n"
 
 
-def status(key: str) -> int:
-    """A line of this process's ``/proc`` status (``VmRSS``, ``VmHWM``, ``RssAnon`` ...), in bytes.
-
-    Raises:
-        SystemExit: If the system has no such line.
-    """
-    path = Path("/proc/self/status")
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) << 10
-    raise SystemExit(f"/proc/self/status has no {key}: this needs Linux")
-
-
 def tell(text: str, file: Path | None) -> None:
-    """Print a text, and write it to a file where one is named."""
+    """Print a text, and write it to a file if one is given."""
     sys.stdout.write(text)
     if file is not None:
         write_text(file, text)

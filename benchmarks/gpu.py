@@ -17,13 +17,12 @@ and values of every row. Goals: an MFU of 0.55, decoding at 0.6 of the bandwidth
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,25 +61,15 @@ LLAMAS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """Sizes of the measurements."""
 
-    Args:
-        batch: Samples of one process in the paper; the first row of each modality.
-        most: Where the search for the largest batch ends.
-        matrix: Rows and columns of the matmuls that give the ceiling.
-        copied: Bytes of the tensor whose copying gives the bandwidth.
-        decoded: Numbers of rows that are decoded together.
-        new_tokens: Tokens of an answer.
-        clip: Frames of a sound.
-    """
-
-    batch: int = 32
-    most: int = 512
-    matrix: int = 8192
-    copied: int = 2 << 30
-    decoded: tuple[int, ...] = (1, 8, 32)
+    batch: int = 32  # samples of one process in the paper
+    most: int = 512  # end of the search for the largest batch
+    matrix: int = 8192  # rows and columns of the matmuls that give the ceiling
+    copied: int = 2 << 30  # bytes of the tensor that is copied for the bandwidth
+    decoded: tuple[int, ...] = (1, 8, 32)  # rows that are decoded together
     new_tokens: int = 64
-    clip: int = 1024
+    clip: int = 1024  # frames of a sound
 
 
 TINY = Plan(batch=2, most=4, matrix=256, copied=1 << 20, decoded=(2,), new_tokens=4, clip=64)
@@ -182,22 +171,6 @@ def ceilings(plan: Plan, rounds: int, device: torch.device) -> tuple[float, floa
     return matmuls, 2 * plan.copied / seconds_of(lambda: target.copy_(source), rounds, device)
 
 
-@contextlib.contextmanager
-def row_lengths(model: ChatBridge) -> Iterator[list[int]]:
-    """The lengths of the rows that the language model reads meanwhile."""
-    lengths: list[int] = []
-
-    def look(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        if keywords.get("inputs_embeds") is not None:
-            lengths.append(keywords["inputs_embeds"].shape[1])
-
-    handle = model.llama_model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield lengths
-    finally:
-        handle.remove()
-
-
 def check(model: ChatBridge, batch: dict, device: torch.device) -> dict[str, float]:
     """The loss of a step, and its relative difference from the same step taken again.
 
@@ -278,11 +251,11 @@ def measure_decoding(model: ChatBridge, plan: Plan, rounds: int, device: torch.d
         def reply(tokens: int, batch: dict = batch) -> Any:
             return model.generate(batch, sampling=Sampling(max_new_tokens=tokens, ignore_eos=True), stop="")
 
-        with row_lengths(model) as lengths:
-            one = seconds_of(lambda reply=reply: reply(1), rounds, device)
+        one = seconds_of(lambda reply=reply: reply(1), rounds, device)
         many = seconds_of(lambda reply=reply: reply(plan.new_tokens), rounds, device)
         llm = model.llama_model
-        keys = 2 * llm.config.num_hidden_layers * llm.config.hidden_size * (lengths[0] + plan.new_tokens // 2)
+        length = model.settings.perceiver.queries + plan.new_tokens // 2  # the prompt has few words
+        keys = 2 * llm.config.num_hidden_layers * llm.config.hidden_size * length
         read = 2 * (sum(p.numel() for p in llm.parameters()) + count * keys)
         rows.append({"rows": count, "seconds": (many - one) / (plan.new_tokens - 1), "bytes": read})
         print(rows[-1], file=sys.stderr)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common import circumstances, tell
 
@@ -43,15 +43,6 @@ run:
   resume: auto
   job_id: ""
 """
-
-
-class Row(NamedTuple):
-    """One killed and resumed run."""
-
-    seconds: float
-    step: int
-    in_save: bool
-    identical: bool
 
 
 def train(rank: int, port: int, config: str, output: str) -> None:
@@ -101,8 +92,12 @@ def newest_step(output: Path) -> int:
 
 def kill_and_resume(
     context: ForkServerContext, config: Path, output: Path, step: int, delay: float, wanted: dict[str, bytes]
-) -> Row:
-    """Kill a training ``delay`` seconds after ``step``, resume it to the end, compare."""
+) -> tuple[float, int, bool, bool]:
+    """Kill a training ``delay`` seconds after ``step``, resume it to the end, and compare.
+
+    Returns:
+        Seconds until the kill, the newest checkpoint's step, whether a save was interrupted, whether the end is equal.
+    """
     began = time.monotonic()
     processes = start(context, config, output)
     while newest_step(output) < step and any(process.is_alive() for process in processes):
@@ -115,21 +110,22 @@ def kill_and_resume(
         process.join()
     in_save, found = any((output / "checkpoints").glob(".*partial")), newest_step(output)
     finish(start(context, config, output), output)
-    return Row(seconds, found, in_save, final(output) == wanted)
+    return seconds, found, in_save, final(output) == wanted
 
 
-def measure(context: ForkServerContext, folder: Path, args: argparse.Namespace) -> list[Row]:
+def measure(folder: Path, args: argparse.Namespace) -> list[tuple[float, int, bool, bool]]:
     """The intact run, then every killed one."""
     from lavis_chatbridge.toyworld.build import Sizes, build_world
 
+    context = multiprocessing.get_context("forkserver")
     build_world(folder / "world", Sizes(24, 12, 12, 4, 2, 2))
     config = folder / "run.yaml"
     config.write_text(CONFIG.format(folder=folder, steps=args.steps), encoding="utf-8")
     finish(start(context, config, folder / "first"), folder / "first")  # fills the feature cache
     began = time.monotonic()
-    finish(start(context, config, folder / "whole"), folder / "whole")
+    finish(start(context, config, folder / "intact"), folder / "intact")
     pace = (time.monotonic() - began) / args.steps
-    wanted, rng, rows = final(folder / "whole"), random.Random(args.seed), []
+    wanted, rng, rows = final(folder / "intact"), random.Random(args.seed), []
     for number in range(args.runs):
         output = folder / f"run{number}"
         step, delay = rng.randrange(args.steps), rng.uniform(0.0, 1.5 * pace)
@@ -137,17 +133,6 @@ def measure(context: ForkServerContext, folder: Path, args: argparse.Namespace) 
         shutil.rmtree(output)
         print(f"run {number + 1}: {rows[-1]}", flush=True)
     return rows
-
-
-def report(rows: list[Row], args: argparse.Namespace, how: str) -> str:
-    """The rows as Markdown."""
-    lines = ["# Killed and resumed", "", how, f"{RANKS} processes, {args.steps} steps, a checkpoint after each.", ""]
-    lines += ["| run | killed after, s | newest checkpoint | inside a save | identical |", "|---|---:|---:|---|---|"]
-    for number, row in enumerate(rows, start=1):
-        inside, same = "yes" if row.in_save else "no", "yes" if row.identical else "NO"
-        lines.append(f"| {number} | {row.seconds:.2f} | step {row.step} | {inside} | {same} |")
-    lines += ["", f"{sum(row.identical for row in rows)} of {len(rows)} identical"]
-    return "\n".join(lines) + f" ({sum(row.in_save for row in rows)} kills inside a save).\n"
 
 
 def main() -> int:
@@ -164,14 +149,18 @@ def main() -> int:
     sys.path.insert(0, root)
     os.environ["PYTHONPATH"] = root  # for the server that imports everything once and forks all processes
     multiprocessing.set_forkserver_preload(["lavis_chatbridge", "lavis", "lavis_chatbridge.plugin.launch"])
-    folder = Path(tempfile.mkdtemp(prefix="chatbridge-kill-"))
-    try:
-        rows = measure(multiprocessing.get_context("forkserver"), folder, args)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="chatbridge-kill-", ignore_cleanup_errors=True) as folder:
+        rows = measure(Path(folder), args)
     options = [f"--{name} {getattr(args, name)}" for name in ("runs", "steps", "seed")]
-    tell(report(rows, args, circumstances("kill.py", *options, modules=(torch,))), args.write)
-    return 0 if all(row.identical for row in rows) else 1
+    lines = ["# Killed and resumed", "", circumstances("kill.py", *options, modules=(torch,))]
+    lines += [f"{RANKS} processes, {args.steps} steps, a checkpoint after each.", ""]
+    lines += ["| run | killed after, s | newest checkpoint | inside a save | identical |", "|---|---:|---:|---|---|"]
+    for number, (seconds, step, in_save, same) in enumerate(rows, start=1):
+        inside = "yes" if in_save else "no"
+        lines.append(f"| {number} | {seconds:.2f} | step {step} | {inside} | {'yes' if same else 'NO'} |")
+    right, inside = sum(row[3] for row in rows), sum(row[2] for row in rows)
+    tell("\n".join([*lines, "", f"{right} of {len(rows)} identical ({inside} kills inside a save).", ""]), args.write)
+    return 0 if right == len(rows) else 1
 
 
 if __name__ == "__main__":

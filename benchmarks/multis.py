@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,13 +24,6 @@ sys.path.insert(0, str(ROOT))
 from lavis_chatbridge.multis import generate as stage  # noqa: E402
 from lavis_chatbridge.multis.annotation import Annotation, MediumRef  # noqa: E402
 from lavis_chatbridge.multis.prompts import PromptBook  # noqa: E402
-
-
-def annotations(count: int) -> Iterator[Annotation]:
-    """Items with one sentence each."""
-    bell = MediumRef(type="audio", path="bell.wav")
-    for number in range(count):
-        yield Annotation(id=f"item{number}", media=(bell,), sound_captions=(f"A bell rings {number} times.",))
 
 
 async def bare(plan: list[stage.Request], url: str, in_flight: int) -> None:
@@ -69,7 +62,9 @@ def main() -> None:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
         options = stage.GenerateSettings(model="m", base_url=url, kinds=["detail"], concurrency=args.in_flight)
-        plan = list(stage.plan(lambda: annotations(args.requests), PromptBook(), options))
+        bell = (MediumRef(type="audio", path="bell.wav"),)
+        items = [Annotation(id=str(n), media=bell, sound_captions=(f"{n} bells",)) for n in range(args.requests)]
+        plan = list(stage.plan(lambda: items, PromptBook(), options))
         with tempfile.TemporaryDirectory() as folder:
             price = stage.price_of("local")
             rows = {

@@ -46,15 +46,6 @@ def test_circumstances_are_a_command_that_can_be_run_again(
     assert common.circumstances("a.py").endswith("; `python benchmarks/a.py`.\n")
 
 
-def test_memory_of_this_process_is_in_bytes(benchmark: Callable[[str], Any]) -> None:
-    common = benchmark("common")
-    before = common.status("VmRSS")
-    held = bytearray(b"x" * (64 << 20))
-    assert common.status("VmHWM") >= common.status("VmRSS") > before + len(held) // 2
-    with pytest.raises(SystemExit, match="has no VmNothing"):
-        common.status("VmNothing")
-
-
 def test_what_is_told_is_kept_where_that_is_asked(
     benchmark: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
