@@ -76,21 +76,13 @@ TINY = Plan(batch=2, most=4, matrix=256, copied=1 << 20, decoded=(2,), new_token
 
 
 def settings_of(size: str) -> ModelSettings:
-    """The shipped settings of a size without weight files; for ``tiny``, smaller ones."""
-    shipped = model_settings(f"vicuna{'7b' if size == 'tiny' else size}")
-    tokenizer = "package:assets/tiny/llm"
-    llm = LanguageModelSettings(tokenizer=tokenizer, config=LLAMAS[size], dtype="bfloat16")
-    changes: dict[str, dict[str, Any]] = {"vision": {}, "audio": {}, "perceiver": {}}
-    if size == "tiny":
-        beats = BeatsConfig(
-            embed_dim=24, encoder_embed_dim=32, encoder_layers=2, encoder_ffn_embed_dim=48, encoder_attention_heads=4,
-            conv_pos=8, conv_pos_groups=4, num_buckets=16, max_distance=40,
-        )  # fmt: skip
-        changes["vision"] = {"image_size": 28, "width": 32, "depth": 2, "heads": 4, "mlp_ratio": 4.0}
-        changes["audio"] = {"config": beats.model_dump()}
-        changes["perceiver"] = {"width": 32, "layers": 2, "heads": 4, "feed_forward": 48, "queries": 4}
-    parts = {name: getattr(shipped, name).model_copy(update={"weights": None} | more) for name, more in changes.items()}
-    return shipped.model_copy(update=parts | {"language_model": llm, "checkpoint": None})
+    """The shipped settings of a size without weight files, and a bf16 language model of that size."""
+    shipped = model_settings("tiny" if size == "tiny" else f"vicuna{size}")
+    llm = LanguageModelSettings(tokenizer="package:assets/tiny/llm", config=LLAMAS[size], dtype="bfloat16")
+    parts: dict[str, Any] = {"language_model": llm, "checkpoint": None}
+    for name in ("vision", "audio", "perceiver"):
+        parts[name] = getattr(shipped, name).model_copy(update={"weights": None})
+    return shipped.model_copy(update=parts)
 
 
 def build(settings: ModelSettings, device: torch.device) -> ChatBridge:

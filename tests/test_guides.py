@@ -1,12 +1,9 @@
 """The blocks of README and docs run, in order, page by page, in a folder such as a reader has.
 
-- A ``bash`` block's commands run in this process with small settings (`SMALL`), and must succeed.
-- A ``python`` block is executed; the blocks of a page share their names.
-- A ``yaml``, ``json`` or ``python`` block whose first line is a comment with a file name (``# my.yaml``) is written to
-  that file.
-- A block below ``<!-- not run: REASON -->`` is skipped, and so are the commands of `ELSEWHERE`.
-
-A command's comment ``# status 1`` says that it ends with that status.
+A ``bash`` block's commands run in this process with small settings (`SMALL`), and end with status 0 or that of their
+comment ``# status 1``. A block whose first line is a comment with a file name (``# my.yaml``) is written to that file;
+other ``python`` blocks are executed. A block below ``<!-- not run: REASON -->`` is skipped, and so are the commands of
+`ELSEWHERE`.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -50,7 +46,7 @@ SMALL = {
     "chatbridge ask": "--max-new-tokens 3 --device cpu",
     "chatbridge chat": "--max-new-tokens 3 --device cpu",
 }
-"""The beginning of a command -> words that make it small."""
+"""Beginning of a command -> options that make it small."""
 
 ELSEWHERE = (
     *("make ", "pip ", ".venv/bin/", "source ", "export ", "apt-get ", "git ", "docker "),  # installation
@@ -60,22 +56,14 @@ ELSEWHERE = (
 )
 
 
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    language: str
-    text: str
-    skipped: bool
-
-
-def blocks(page: Path) -> list[Block]:
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the fenced blocks of a page."""
     text = page.read_text(encoding="utf-8")
     found = re.findall(r"(<!-- not run: [^>]+-->\n+)?^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    return [Block(language, body, bool(mark)) for mark, language, body in found]
+    return [(language, body) for skipped, language, body in found if not skipped]
 
 
 def small(command: str) -> list[str]:
-    """A command's words, as ``chatbridge ...`` where it is one of ours, with what makes it small."""
     words = shlex.split(re.sub(r"\s#\s.*", "", command))
     if words[:2] == ["python", "-m"] and words[2] in LAVIS_MODULES:
         words = ["chatbridge", LAVIS_MODULES[words[2]], *words[3:]]
@@ -84,7 +72,7 @@ def small(command: str) -> list[str]:
 
 
 def run(command: str) -> tuple[int, str]:
-    """The status and the output of a command: torchrun in processes of its own, others in this one."""
+    """Status and output of a command: torchrun runs in new processes, others in this one."""
     words = small(command)
     if words[0] == "torchrun":
         launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", *words[1:], *shlex.split(STEP)]
@@ -158,10 +146,8 @@ def test_the_blocks_of_a_page_run(page: Path, folder: Path) -> None:
     for name in re.findall(r"checkpoint=output/(\w+)/model\.safetensors", page.read_text(encoding="utf-8")):
         (folder / "output" / name).mkdir(exist_ok=True)  # a reader has trained it before
         shutil.copy(TRAINED, folder / "output" / name / "model.safetensors")
-    for language, text, skipped in blocks(page):
+    for language, text in blocks(page):
         head = re.match(r"# ([\w./-]+\.(?:yaml|json|py))\b", text)
-        if skipped:
-            continue
         if head and language in ("yaml", "json", "python"):
             Path(head[1]).parent.mkdir(parents=True, exist_ok=True)
             Path(head[1]).write_text(text, encoding="utf-8")

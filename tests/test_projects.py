@@ -10,13 +10,7 @@ import pytest
 from lavis_chatbridge.errors import ConfigError
 
 PROJECTS = Path(__file__).parents[1] / "projects" / "chatbridge"
-EMBEDDED = [
-    "align.yaml",
-    "instruct.yaml",
-    "eval/world_captions.yaml",
-    "eval/world_answers.yaml",
-    "eval/world_joint.yaml",
-]
+EMBEDDED = ["align", "instruct", "eval/world_captions", "eval/world_answers", "eval/world_joint"]
 PAPER = [f"{size}/{stage}.yaml" for size in ("vicuna7b", "vicuna13b") for stage in ("align", "instruct")]
 LARGE = PAPER + [f"{size}/{stage}.yaml" for size in ("small", "qwen3_8b") for stage in ("align", "instruct")]
 
@@ -25,7 +19,7 @@ LARGE = PAPER + [f"{size}/{stage}.yaml" for size in ("small", "qwen3_8b") for st
 def test_configurations_of_the_embedded_world_are_sound(name: str) -> None:
     from lavis_chatbridge.runners.config import load_config
 
-    config = load_config(PROJECTS / name)
+    config = load_config(PROJECTS / f"{name}.yaml")
     assert config.run.runner == "chatbridge_runner"
     assert config.model_cfg.model_type == "tiny"
     assert all(section.data_root == "output/world" for section in config.datasets_cfg.values())

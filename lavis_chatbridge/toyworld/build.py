@@ -31,7 +31,7 @@ from lavis_chatbridge.files import locked, read_json, write_json
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, language, pictures, sounds
-from lavis_chatbridge.toyworld.world import ATTRIBUTES, TRIPLES, Scene, all_scenes, scenes
+from lavis_chatbridge.toyworld.world import Scene, all_scenes, scenes
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,9 @@ _SUFFIXES: dict[Modality, tuple[tuple[str, ...], tuple[int, ...]]] = {
 }
 _TRACK_SHARE = 0.25
 _QUESTIONS_ABOUT_TWO = 4
-_PARTNERS: dict[Modality, tuple[Modality, ...]] = {
-    "image": ("audio",),
-    "video": ("audio",),
-    "audio": ("image", "video"),
-}
 _SEEN = {modality: [scene for scene in all_scenes(modality) if not scene.held_out] for modality in MODALITIES}
+_PARTNERS = {"image": _SEEN["audio"], "video": _SEEN["audio"], "audio": _SEEN["image"] + _SEEN["video"]}
+"""Modality -> scenes of the second medium in a conversation."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
                 (draft / parent).mkdir(parents=True)
             _render_all(draft, sizes, seed, processes)
             counts = _annotate(draft, items, pairs, seed)
-            write_json(draft / INFO, wanted | {"counts": counts, "attributes": ATTRIBUTES, "held_out": _held_out()})
+            write_json(draft / INFO, wanted | {"counts": counts})
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
         finally:
@@ -133,14 +130,6 @@ def is_world(folder: str | Path) -> bool:
 def _settings_in(folder: Path) -> dict[str, Any]:
     """The settings of the world in ``folder``; empty if there is no complete world."""
     return read_json(folder / INFO) or {}
-
-
-def _held_out() -> dict[str, list[tuple[str, ...]]]:
-    found = {}
-    for modality in MODALITIES:
-        held_out = [scene.facts for scene in all_scenes(modality) if scene.held_out]
-        found[str(modality)] = sorted({tuple(facts[name] for name in TRIPLES[modality]) for facts in held_out})
-    return found
 
 
 # --- The plan ---
@@ -275,7 +264,7 @@ def _conversations(draft: Path, item: Item, rng: random.Random) -> Iterator[Samp
     media.
     """
     yield Sample(**_base(draft, item), turns=tuple(language.chat(item.scene, rng)), source="toyworld_instruct")
-    other = rng.choice([scene for modality in _PARTNERS[item.scene.modality] for scene in _SEEN[modality]])
+    other = rng.choice(_PARTNERS[item.scene.modality])
     described = tuple(language.describe(other, rng) for _ in range(CAPTIONS_PER_MEDIUM))
     shown = [item.scene, other]
     media = [Medium(item.scene.modality, str(draft / item.path)), Medium(other.modality, words=described)]

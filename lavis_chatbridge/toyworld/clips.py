@@ -62,7 +62,9 @@ def render(scene: Scene, rng: np.random.Generator, frames: int | None = None) ->
 def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> bytes:
     """An mp4 file's bytes, H.264 or (one in five) MPEG-4 part 2, with ``track``, if given, as AAC."""
     file = io.BytesIO()
-    codec, options = _codec(rng)
+    codec, options = "libx264", {"crf": str(int(rng.integers(20, 27))), "preset": "ultrafast", "flags": "+bitexact"}
+    if rng.random() < 0.2:
+        codec, options = "mpeg4", {"flags": "+bitexact"}
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         picture = container.add_stream(codec, rate=clip.rate, options=options)
         picture.height, picture.width = clip.frames.shape[1:3]
@@ -105,13 +107,6 @@ def _course(motion: str, count: int, rng: np.random.Generator) -> list[Placement
     radii = far + (near - far) * (steps if motion == "grow" else 1.0 - steps)
     x, y = rng.uniform(0.34, 0.66, 2)
     return [Placement(x, y, radius, tilt) for radius in radii]
-
-
-def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
-    quality = str(int(rng.integers(20, 27)))
-    if rng.random() < 0.2:
-        return "mpeg4", {"flags": "+bitexact"}
-    return "libx264", {"crf": quality, "preset": "ultrafast", "flags": "+bitexact"}
 
 
 def _layout(track: Sound) -> str:

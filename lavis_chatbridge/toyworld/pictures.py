@@ -143,14 +143,6 @@ def finish(canvas: Floats, noise: Floats) -> Pixels:
 # --- Shapes: the distance from the edge in units of the radius, negative inside; u to the right, v down. ---
 
 
-def _circle(u: Floats, v: Floats) -> Floats:
-    return np.hypot(u, v) - np.float32(0.95)
-
-
-def _square(u: Floats, v: Floats) -> Floats:
-    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.82)
-
-
 def _triangle(u: Floats, v: Floats) -> Floats:
     slanted = np.abs(u) * np.float32(np.cos(np.pi / 6)) - v * np.float32(0.5)
     return np.maximum(slanted, v) - np.float32(0.58)
@@ -173,25 +165,17 @@ def _cross(u: Floats, v: Floats) -> Floats:
     return np.minimum(np.maximum(wide - arm, tall - width), np.maximum(wide - width, tall - arm))
 
 
-def _ring(u: Floats, v: Floats) -> Floats:
-    return np.abs(np.hypot(u, v) - np.float32(0.75)) - np.float32(0.23)
-
-
 _DISTANCES: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "circle": _circle,
-    "square": _square,
+    "circle": lambda u, v: np.hypot(u, v) - np.float32(0.95),
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - np.float32(0.82),
     "triangle": _triangle,
     "star": _star,
     "cross": _cross,
-    "ring": _ring,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - np.float32(0.75)) - np.float32(0.23),
 }
 
 
 # --- Backgrounds: patterns of about -1 to 1, [side, side]. ---
-
-
-def _flat(rng: np.random.Generator, side: int) -> Floats:
-    return np.zeros((side, side), np.float32)
 
 
 def _gradient(rng: np.random.Generator, side: int) -> Floats:
@@ -221,4 +205,10 @@ def _checks(rng: np.random.Generator, side: int) -> Floats:
     return odd.astype(np.float32) * 1.4 - np.float32(0.7)
 
 
-_PATTERNS: tuple[Callable[[np.random.Generator, int], Floats], ...] = (_flat, _gradient, _blobs, _stripes, _checks)
+_PATTERNS: tuple[Callable[[np.random.Generator, int], Floats], ...] = (
+    lambda rng, side: np.zeros((side, side), np.float32),  # flat
+    _gradient,
+    _blobs,
+    _stripes,
+    _checks,
+)

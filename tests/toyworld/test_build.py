@@ -1,8 +1,9 @@
-"""The embedded world on disk: complete, true to its plan, the same for the same seed, and never half there."""
+"""The embedded world on disk: complete, true to its plan, the same for the same seed, and never incomplete."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,10 +17,12 @@ from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Sample, read_jsonl
 from lavis_chatbridge.toyworld import build
 from lavis_chatbridge.toyworld.build import Sizes, build_world
-from lavis_chatbridge.toyworld.world import TRIPLES
+from lavis_chatbridge.toyworld.language import QUESTION_KINDS
+from lavis_chatbridge.toyworld.world import ATTRIBUTES, TRIPLES, all_scenes
 from tests.toyworld.test_language import facts_in
 
 SMALL = Sizes(images=14, videos=8, sounds=8, test=5, heldout=4, joint=8)
+OPENERS = {"image": open_image, "video": lambda path: open_video(path, lambda n: range(n)), "audio": open_audio}
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +38,13 @@ def files(world: Path) -> dict[str, bytes]:
     return {str(path.relative_to(world)): path.read_bytes() for path in sorted(world.rglob("*")) if path.is_file()}
 
 
-def test_counts_are_those_asked_for(world: Path) -> None:
-    info = json.loads((world / "world.json").read_text())
-    for modality, train in zip(MODALITIES, (14, 8, 8), strict=True):
-        for split, count in (("train", train), ("test", 5), ("heldout", 4)):
-            assert len(samples(world, f"{modality}_{split}")) == count == info["counts"][f"{modality}_{split}"]
-    assert len(samples(world, "joint_test")) == 5 * 8
-    assert info["seed"] == 3
-    assert info["attributes"]["audio"]["pitch"] == ["low", "middle", "high"]
-    annotated = {
-        medium.path for path in (world / "annotations").iterdir() for s in read_jsonl(path, world) for medium in s.files
-    }
-    assert annotated == {
-        str(path) for path in world.rglob("*") if path.parent.parent.name in ("images", "videos", "sounds")
-    }
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_held_out_triples_leave_every_pair_in_training(modality: Modality) -> None:
+    seen = [scene.facts for scene in all_scenes(modality) if not scene.held_out]
+    assert 0.08 <= 1 - len(seen) / len(all_scenes(modality)) <= 0.15
+    for first, second in itertools.combinations(TRIPLES[modality], 2):
+        pairs = {(facts[first], facts[second]) for facts in seen}
+        assert len(pairs) == len(ATTRIBUTES[modality][first]) * len(ATTRIBUTES[modality][second])
 
 
 def test_annotations_are_pinned(world: Path) -> None:
@@ -56,21 +52,25 @@ def test_annotations_are_pinned(world: Path) -> None:
     assert hashlib.sha256(b"".join(texts)).hexdigest()[:16] == "c8a6680032535cd8"
 
 
-def test_every_file_opens(world: Path) -> None:
-    openers = {"image": open_image, "video": lambda path: open_video(path, lambda n: range(n)), "audio": open_audio}
-    for modality in MODALITIES:
-        for sample in samples(world, f"{modality}_train"):
-            assert openers[modality](sample.media[0].path).size > 0
-    for sample in samples(world, "joint_test"):
-        for medium in sample.media:
-            assert openers[medium.modality](medium.path).size > 0
+def test_counts_are_those_of_the_plan_and_every_file_opens(world: Path) -> None:
+    counts = json.loads((world / "world.json").read_text())["counts"]
+    for modality, train in zip(MODALITIES, (14, 8, 8), strict=True):
+        for split, count in (("train", train), ("test", 5), ("heldout", 4)):
+            assert len(samples(world, f"{modality}_{split}")) == count == counts[f"{modality}_{split}"]
+    assert len(samples(world, "joint_test")) == len(QUESTION_KINDS) * 8
+    media = {m for path in (world / "annotations").iterdir() for s in read_jsonl(path, world) for m in s.files}
+    assert all(OPENERS[medium.modality](medium.path).size > 0 for medium in media)
+    rendered = {str(path) for path in world.rglob("*") if path.is_file() and path.suffix not in (".json", ".jsonl")}
+    assert {medium.path for medium in media} == rendered
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_captions_state_the_facts(world: Path, modality: Modality) -> None:
+def test_captions_and_answers_state_the_facts(world: Path, modality: Modality) -> None:
     for sample in samples(world, f"{modality}_train") + samples(world, f"{modality}_heldout"):
         assert len(set(sample.captions)) == build.CAPTIONS_PER_MEDIUM
         assert all(facts_in(caption, modality) == sample.facts for caption in sample.captions)
+    for sample in samples(world, f"instruct_{modality}_test"):
+        assert sample.turns[1].text == sample.answers[0] == sample.facts[sample.meta["attribute"]]
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -79,38 +79,16 @@ def test_held_out_combinations_occur_only_in_their_split(world: Path, modality: 
         return {tuple(s.facts[name] for name in TRIPLES[modality]) for s in samples(world, f"{modality}_{split}")}
 
     assert not triples("heldout") & (triples("train") | triples("test"))
-    assert all(sample.held_out for sample in samples(world, f"{modality}_heldout"))
-    assert not any(
-        sample.held_out for sample in samples(world, f"{modality}_train") + samples(world, f"{modality}_test")
-    )
+    assert {s.held_out for s in samples(world, f"{modality}_heldout")} == {True}
 
 
-def test_questions_have_their_answers(world: Path) -> None:
-    for modality in MODALITIES:
-        for sample in samples(world, f"instruct_{modality}_test"):
-            assert sample.turns[1].text == sample.answers[0] == sample.facts[sample.meta["attribute"]]
-        for sample in samples(world, f"instruct_{modality}_train"):
-            assert modality in sample.turns[0].media
-
-
-def test_joint_media_come_together_and_in_both_orders(world: Path) -> None:
-    joint = samples(world, "joint_test")
-    orders = Counter(sample.modalities for sample in joint)
-    assert set(orders) == {("image", "audio"), ("audio", "image"), ("video", "audio"), ("audio", "video")}
-    own_track = [sample for sample in joint if sample.media[0].path == sample.media[1].path]
-    assert {sample.modalities for sample in own_track} == {("video", "audio")}
-    assert Counter(sample.meta["asked"] for sample in joint) == dict.fromkeys(
-        ("name", "compose", "match", "compare", "conditional"), 8
-    )
-
-
-def test_nothing_in_training_joins_two_media(world: Path) -> None:
-    for path in (world / "annotations").glob("*_train.jsonl"):
-        assert all(len(sample.files) == 1 for sample in read_jsonl(path, world))
-
-
-def test_the_joint_questions_stand_in_words_too(world: Path) -> None:
+def test_joint_questions_have_both_media_in_both_orders_and_in_words(world: Path) -> None:
     shown, told = samples(world, "joint_test"), samples(world, "joint_words")
+    orders = Counter(sample.modalities for sample in shown)
+    assert set(orders) == {("image", "audio"), ("audio", "image"), ("video", "audio"), ("audio", "video")}
+    own_track = [sample for sample in shown if sample.media[0].path == sample.media[1].path]
+    assert {sample.modalities for sample in own_track} == {("video", "audio")}
+    assert Counter(sample.meta["asked"] for sample in shown) == dict.fromkeys(QUESTION_KINDS, 8)
     assert [(one.turns, one.answers) for one in shown] == [(one.turns, one.answers) for one in told]
     for sample in told:
         assert not sample.files
@@ -118,23 +96,21 @@ def test_the_joint_questions_stand_in_words_too(world: Path) -> None:
         assert {**found[0], **found[1]} == sample.facts
 
 
-def test_the_same_seed_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
-    again = build_world(tmp_path / "again", SMALL, seed=3, processes=1)
-    assert files(again) == files(world)
+def test_nothing_in_training_joins_two_media(world: Path) -> None:
+    for path in (world / "annotations").glob("*_train.jsonl"):
+        assert all(len(sample.files) == 1 for sample in read_jsonl(path, world))
 
 
-def test_a_finished_world_is_kept_and_another_replaced(tmp_path: Path) -> None:
-    sizes = Sizes(images=2, videos=1, sounds=1, test=1, heldout=1, joint=1)
-    folder = build_world(tmp_path / "world", sizes, seed=0, processes=1)
+def test_the_same_seed_gives_the_same_bytes_and_another_replaces_the_world(world: Path, tmp_path: Path) -> None:
+    folder = build_world(tmp_path / "again", SMALL, seed=3, processes=1)
+    assert files(folder) == files(world)
     before = folder.stat().st_ino
-    assert build_world(folder, sizes, seed=0, processes=1).stat().st_ino == before
-    first = files(folder)
-    build_world(folder, sizes, seed=1, processes=1)
-    assert files(folder) != first
-    assert json.loads((folder / "world.json").read_text())["seed"] == 1
+    assert build_world(folder, SMALL, seed=3).stat().st_ino == before
+    build_world(folder, Sizes(1, 1, 1, 1, 1, 1), seed=4, processes=1)
+    assert len(files(folder)) < len(files(world))
 
 
-def test_a_half_built_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> bytes:
         raise RuntimeError("interrupted")
 
