@@ -3,11 +3,11 @@
     python benchmarks/chat.py [--clients 1 4 16] [--requests 64] [--engine http://127.0.0.1:8001/v1] [--write FILE]
     python benchmarks/chat.py --soak 20 --clients 16 [--seed 0] [--write FILE]
 
-The first form measures the tiny model's server, the second sends it good requests (text, images, sounds, videos,
-conversations, streams) and bad ones (broken, truncated, too large, without a right, clients that leave) for minutes.
-Goals of the soak: every good request gets 200 and a reply to the media it has, every bad one its status; memory,
-threads and open files of the server's processes do not grow after the warm-up (median of the last quarter of the time
-at most 1.05 times that of the second, and a small constant); no file is left; the log has no fault.
+The first form measures the tiny model's server. The second sends valid requests (text, images, sounds, videos, streams)
+and invalid ones (broken, truncated, too large, unauthorised, clients that disconnect) for minutes. Goals of the soak:
+every valid request gets 200 and a reply that uses its media, every invalid one its status; memory, threads and open
+files of the server's processes do not grow (median of the last quarter at most 1.05 times that of the second, plus a
+small constant); no file is left; the log has no error.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def chat(rng: np.random.Generator, *parts: dict[str, Any], **more: Any) -> dict[
 
 
 class Case(NamedTuple):
-    """A sort of request: its body (or bytes), its status, the media that reach the model, how its client leaves."""
+    """A type of request: its body (or bytes), expected status, media that reach the model; ``leaving`` disconnects."""
 
     name: str
     make: Callable[[np.random.Generator], Any]
@@ -101,7 +101,7 @@ class Case(NamedTuple):
 
 
 def all_cases() -> list[Case]:
-    """Every sort of request."""
+    """Every type of request."""
     made: dict[str, tuple[tuple[str, ...], Callable[..., list[Any]]]] = {
         "text": ((), lambda rng: []),
         "image": (("image",), lambda rng: [part("image", picture(rng))]),
@@ -144,7 +144,7 @@ def all_cases() -> list[Case]:
 
 
 def fault_of(client: httpx.Client, case: Case, rng: np.random.Generator) -> str:
-    """Send a request; what is wrong with its answer, or an empty text."""
+    """Send a request; returns the fault of its answer, or an empty text."""
     body = case.make(rng)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json", **case.headers}
@@ -244,7 +244,7 @@ def watching(process: int) -> Iterator[list[Held]]:
 
 
 def growth_faults(found: Sequence[Held]) -> list[str]:
-    """What has grown after the warm-up."""
+    """The resources that grew after the warm-up."""
     faults, length = [], found[-1].seconds / 4 or 1.0
     for name, slack in SLACK.items():
         quarters = [
@@ -257,7 +257,7 @@ def growth_faults(found: Sequence[Held]) -> list[str]:
 
 
 def soak(minutes: float, clients: int, seed: int, more: Sequence[str]) -> tuple[str, list[str]]:
-    """Send every sort of request for some minutes; the tables, and what is wrong."""
+    """Send every type of request for some minutes; returns the tables, and the faults."""
     cases = all_cases()
     counts: Counter[str] = Counter()
     faults: list[str] = []

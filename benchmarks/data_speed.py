@@ -4,7 +4,7 @@ Run from the repository's root, on a quiet machine::
 
     OMP_NUM_THREADS=1 python benchmarks/data_speed.py [--seconds 2] [--write benchmarks/data_speed.md]
 
-The plain pipeline is what one writes first: Pillow and torchvision on the whole picture, every frame of a video
+The plain pipeline is the obvious one: Pillow and torchvision on the whole picture, every frame of a video
 decoded and then picked, every channel resampled and a filterbank for each clip. Both read the same files, made here:
 photo-like noise as JPEG and PNG, H.264 with long and short groups of pictures, stereo sound at 44.1 kHz. The
 difference of the results is on the scale from black 0 to white 1, for filterbanks in normalised units. Goals: 1.7
@@ -55,7 +55,7 @@ def plain_image(path: Path) -> torch.Tensor:
 
 
 def plain_video(path: Path) -> torch.Tensor:
-    """Every frame decoded, four picked, each transformed on its own."""
+    """Every frame decoded, four picked, each transformed separately."""
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -64,7 +64,7 @@ def plain_video(path: Path) -> torch.Tensor:
 
 
 def decord_video(path: Path) -> torch.Tensor:
-    """decord's own choice of what to decode, one thread; each frame transformed on its own."""
+    """Frames picked by decord, one thread; each frame transformed separately."""
     reader = decord.VideoReader(str(path), num_threads=1)
     batch = reader.get_batch(frame_indices(len(reader), FRAMES))
     picked = np.asarray(batch)
@@ -72,7 +72,7 @@ def decord_video(path: Path) -> torch.Tensor:
 
 
 def plain_audio(path: Path) -> torch.Tensor:
-    """Every channel resampled, mixed down, and the filterbank of each clip computed on its own."""
+    """Every channel resampled, mixed down, and one filterbank computed for each clip."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     sound = torchaudio.transforms.Resample(rate, 16_000)(torch.from_numpy(samples.T.copy())).mean(0, keepdim=True)
     total = 1 + (sound.shape[1] - 400) // 160
@@ -85,7 +85,7 @@ def plain_audio(path: Path) -> torch.Tensor:
 
 
 def scenery(width: int, height: int, seed: int) -> np.ndarray:
-    """Something like a photo: noise whose strength falls with its frequency, uint8 ``[H,W,3]``."""
+    """Photo-like noise, weaker at high frequencies: uint8 ``[H,W,3]``."""
     rng = np.random.default_rng(seed)
     picture = np.zeros((height, width, 3), np.float32)
     for cells in (3, 8, 24, 70, 200, 600):
@@ -99,13 +99,13 @@ def scenery(width: int, height: int, seed: int) -> np.ndarray:
 
 
 def make_image(path: Path, width: int, height: int) -> Path:
-    """A picture file of the type that its name says."""
+    """A picture file of the type of its ending."""
     Image.fromarray(scenery(width, height, 1)).save(path, quality=90)
     return path
 
 
 def make_video(path: Path, width: int, height: int, group: int, frames: int = 250) -> Path:
-    """10 s of H.264 at 25 frames a second, panning over scenery; a frame that stands alone every ``group``."""
+    """10 s of H.264 at 25 frames a second, panning over scenery; a key frame every ``group`` frames."""
     wide = scenery(width + 2 * frames, height, 2)
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=25, options={"preset": "veryfast", "bf": "3"})
@@ -134,7 +134,7 @@ def make_sound(path: Path, seconds: float) -> Path:
 def rates(functions: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
     """Calls per second of processor time of each function, taken in turns; the best of three rounds each.
 
-    Processor time, because what else runs on the machine then counts less.
+    Processor time depends less on other processes.
     """
     best = [0.0] * len(functions)
     for _ in range(3):

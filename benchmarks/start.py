@@ -1,4 +1,4 @@
-"""Seconds until ``chatbridge ask`` has answered, and what the plugin adds to ``import torch``.
+"""Seconds until ``chatbridge ask`` has answered, and the plugin's share of ``import torch``.
 
     python benchmarks/start.py --rounds 5 --write benchmarks/start.md
 

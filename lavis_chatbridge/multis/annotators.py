@@ -21,10 +21,10 @@ from PIL import Image
 from lavis_chatbridge.config import unknown_key
 from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError
 from lavis_chatbridge.multis.annotation import Region, json_objects
+from lavis_chatbridge.prompting.pieces import Modality
 
 RATE = 16_000
 """Sampling rate of sounds in Hz."""
-ViewModality = Literal["image", "audio"]
 LEAST_SHARE = 0.01
 """Smallest share of a frame that a segmented class is named for."""
 LEAST_SCORE = 0.1
@@ -40,7 +40,7 @@ class View:
     """One frame (``"image"``) or sound (``"audio"``) of an item."""
 
     item: str
-    modality: ViewModality
+    modality: Modality
     path: str
     """The medium's path in the item."""
     content: np.ndarray
@@ -61,10 +61,10 @@ class Findings:
 
 
 class Annotator(Protocol):
-    """``name`` is recorded as the author; ``modality`` is that of the views that it accepts."""
+    """``name`` is recorded as the author; ``modality`` is ``"image"`` for frames, ``"audio"`` for sounds."""
 
     name: str
-    modality: ViewModality
+    modality: Modality
 
     def annotate(self, view: View) -> Findings:
         """Put a view into words."""
@@ -85,7 +85,7 @@ class ModelAnnotator:
     """
 
     task: ClassVar[str] = "image-text-to-text"
-    modality: ViewModality = "image"
+    modality: Modality = "image"
 
     def __init__(self, path: str, device: str = "cpu", dtype: str = "float32", largest: int = 12) -> None:
         from transformers import pipeline
@@ -101,17 +101,13 @@ class ModelAnnotator:
 
 
 class Captioner(ModelAnnotator):
-    """Captions of frames by a model such as ``Salesforce/blip2-opt-2.7b-coco``; ``prompt`` precedes a caption."""
+    """Captions of frames by a model such as ``Salesforce/blip2-opt-2.7b-coco``."""
 
-    def __init__(
-        self, path: str, device: str = "cpu", dtype: str = "float32", prompt: str = "", max_tokens: int = 40
-    ) -> None:
-        super().__init__(path, device, dtype)
-        self.prompt, self.max_tokens = prompt, max_tokens
+    max_tokens = 40
 
     def annotate(self, view: View) -> Findings:
-        written = self.run(Image.fromarray(view.content), text=self.prompt, max_new_tokens=self.max_tokens)
-        return Findings(caption=written[0]["generated_text"].removeprefix(self.prompt).strip())
+        written = self.run(Image.fromarray(view.content), text="", max_new_tokens=self.max_tokens)
+        return Findings(caption=written[0]["generated_text"].strip())
 
 
 class Florence2(ModelAnnotator):
@@ -146,7 +142,7 @@ class AudioTagger(ModelAnnotator):
     """Sound events by a classifier such as ``MIT/ast-finetuned-audioset-10-10-0.4593``."""
 
     task = "audio-classification"
-    modality: ViewModality = "audio"
+    modality: Modality = "audio"
 
     def annotate(self, view: View) -> Findings:
         sound = {"raw": view.content, "sampling_rate": RATE}
@@ -174,7 +170,7 @@ class Imported:
         self, path: str, form: Literal["grit", "semantic_sam", "captions", "sound_captions", "tags"], largest: int = 12
     ) -> None:
         self.name = f"{form} import {Path(path).name}"
-        self.modality: ViewModality = "audio" if form in ("sound_captions", "tags") else "image"
+        self.modality: Modality = "audio" if form in ("sound_captions", "tags") else "image"
         self._path, self._form, self._largest = Path(path), form, largest
         self._entries = _by_view(self._path)
 

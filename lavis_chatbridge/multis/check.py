@@ -136,10 +136,9 @@ class Checker:
         self._things = Things(self._options.things)
         self._unsafe = _load_hook(self._options.unsafe) if self._options.unsafe else self._unsafe_phrase
         self._known = NearDuplicates(self._options.duplicate_from)
-        for kind in DATA_KINDS:
-            for modality in ITEM_MODALITIES:
-                for number, (_, answer) in enumerate(self._book.examples(kind, modality)):
-                    self._known.add(f"seed example {number + 1} of {kind}/{modality}", answer)
+        for (kind, modality), examples in self._book.examples.items():
+            for number, (_, answer) in enumerate(examples, start=1):
+                self._known.add(f"seed example {number} of {kind}/{modality}", answer)
         self._rules = (self._lengths, self._wording, self._repeats, self._absent, self._safety)
 
     def check(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[Sample | None, list[Reason]]:

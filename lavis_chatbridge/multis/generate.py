@@ -131,7 +131,7 @@ def plan(
             if kind in chosen and annotation.id not in chosen[kind]:
                 continue
             messages = book.messages(kind, annotation, options.shots, options.seed)
-            limit = book.max_tokens(kind)
+            limit = book.kinds[kind].max_tokens
             shape = (options.model, options.temperature, options.top_p, limit, annotation.id, kind, messages)
             yield Request(hash_of(*shape)[:32], annotation.id, kind, annotation.modality, messages, limit)
 
@@ -177,7 +177,7 @@ def estimate(requests: Iterable[Request], book: PromptBook, price: Price, folder
         if request.id in before:
             known += 1
             continue
-        lengths = [len(answer) for _, answer in book.examples(request.kind, request.modality)]
+        lengths = [len(answer) for _, answer in book.examples[request.kind, request.modality]]
         count += 1
         prompt += request.prompt_tokens
         completion += sum(lengths) / len(lengths) / _CHARACTERS_PER_TOKEN

@@ -29,11 +29,11 @@ class Part:
     """A run of the demo.
 
     Attributes:
-        title: What it does.
-        seconds: About how long it takes on two free cores.
+        title: For people.
+        seconds: Approximate duration on two free cores.
         configuration: A file of projects/chatbridge.
-        folder: Where its results go, under the demo's folder.
-        model: The part whose model it takes.
+        folder: Folder of its results, below the demo's folder.
+        model: The part whose trained model it starts from.
         batch: Samples of a training step over all processes, as in the configuration; 0 scores instead.
         conditions: Scores again without some media, or with other samples' media.
     """

@@ -1,8 +1,7 @@
-"""Many renderings of the embedded world in memory, and endless training batches of them for its encoders.
+"""Renderings of the embedded world in memory, and endless training batches of them for its encoders.
 
-Media take the way that they take later: rendered, written as a file, opened, resized or turned into a filterbank. Every
-combination of attributes occurs, held-out ones too: the encoders may see all of the world, only one medium at a time.
-Knows nothing of the models that are trained on the batches.
+As in use, media are rendered, written to a file, opened, and resized or converted to a filterbank. Every combination of
+attributes occurs, held-out ones too: the encoders may see the entire world, but only one medium at a time.
 
 Shape legend: ``R`` renderings, ``B`` batch, ``A`` attributes, ``S`` side, ``F`` frames of a filterbank, ``M`` mel bins.
 """
@@ -42,12 +41,12 @@ _TRACK_SHARE = 0.15  # of the sounds come out of a clip's sound track
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's inputs and what is true of them.
+    """One step's inputs and labels.
 
     Attributes:
         inputs: The encoder's arguments.
         labels: ``[B, A]``, `UNKNOWN` where a medium lacks the attribute.
-        targets: ``[B, n]`` numbers to regress, from about -1 to 1; ``n`` may be 0.
+        targets: ``[B, n]`` regression targets from about -1 to 1; ``n`` may be 0.
     """
 
     inputs: tuple[Tensor, ...]
@@ -90,8 +89,8 @@ def render_stills(count: int, side: int, seed: int) -> Stills:
     settings = PictureSettings(image_size=side)
     pixels = torch.empty(count, 3, side, side, dtype=torch.float16)
     labels, places = [], []
-    drawn = itertools.chain(itertools.islice(_pictures(rng), count - count // 2), _frames(rng))
-    for row, (scene, still, placement) in zip(pixels, drawn, strict=False):
+    rendered = itertools.chain(itertools.islice(_pictures(rng), count - count // 2), _frames(rng))
+    for row, (scene, still, placement) in zip(pixels, rendered, strict=False):
         row.copy_(prepare(still[None], settings)[0])
         labels.append(label(scene, STILL_ATTRIBUTES))
         places.append((placement.x, placement.y, placement.radius))

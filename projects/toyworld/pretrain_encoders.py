@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lavis_chatbridge.config import parse
 from lavis_chatbridge.files import share
 from lavis_chatbridge.models.encoders.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.encoders.eva import EvaVit
@@ -35,12 +34,12 @@ log = logging.getLogger(__name__)
 
 TINY = model_settings("tiny")
 VISION = TINY.vision
-BEATS = parse(BeatsConfig, TINY.audio.config, "model.audio.config")
-FRESH = 960
-"""Renderings that only score an encoder."""
+BEATS = TINY.audio.config
+UNSEEN = 960
+"""Renderings for scoring alone."""
 
 TARGET_WEIGHT = 4.0
-"""Of the squared error of place and radius beside the cross-entropies."""
+"""Weight of the squared error of place and radius beside the cross-entropies."""
 
 Encode = Callable[[Batch], tuple[Tensor, Tensor]]
 """From a batch to tokens ``[B, N, D]`` and their mask ``[B, N]``."""
@@ -48,7 +47,7 @@ Encode = Callable[[Batch], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much is rendered, and how long and fast an encoder is trained."""
+    """Number of renderings, and how an encoder is trained."""
 
     renderings: int
     steps: int
@@ -65,7 +64,7 @@ FILES = {"vision": "eva_vit.safetensors", "audio": "beats.safetensors"}
 class Heads(nn.Module):
     """A linear classifier per attribute, and a linear regression, on the mean of the tokens.
 
-    The mean makes what is learnt easy to find for whatever attends to the tokens later.
+    With the mean, each token learns to carry the attributes, where the perceiver finds them later.
     """
 
     def __init__(self, width: int, classes: Sequence[int], targets: int) -> None:
@@ -82,15 +81,15 @@ class Heads(nn.Module):
 
 
 def train_vision(recipe: Recipe) -> nn.Module:
-    """A trained tiny EVA-ViT; logs its accuracy on fresh renderings."""
+    """A trained tiny EVA-ViT; logs its accuracy on new renderings."""
     torch.manual_seed(recipe.seed)
     encoder = EvaVit(VISION)
-    spread_weights(encoder)
+    initialise(encoder)
     names = pools.STILL_ATTRIBUTES
     heads = Heads(VISION.width, [len(ATTRIBUTES["image"][name]) for name in names], targets=3)
     began = time.monotonic()
     pool = pools.render_stills(recipe.renderings, VISION.image_size, recipe.seed)
-    fresh = pools.render_stills(FRESH, VISION.image_size, recipe.seed + 1)
+    unseen = pools.render_stills(UNSEEN, VISION.image_size, recipe.seed + 1)
     log.info("rendered %d stills in %.0f s", len(pool.labels), time.monotonic() - began)
 
     def encode(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -98,11 +97,11 @@ def train_vision(recipe: Recipe) -> nn.Module:
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
     def score() -> str:
-        half = len(fresh.labels) - len(fresh.labels) // 2
+        half = len(unseen.labels) - len(unseen.labels) // 2
         parts = []
         for name, part in (("pictures", slice(0, half)), ("frames of clips", slice(half, None))):
-            targets = pools.still_targets(fresh.places[part])
-            right = accuracy(encode, heads, [Batch((fresh.pixels[part].float(),), fresh.labels[part], targets)])
+            targets = pools.still_targets(unseen.places[part])
+            right = accuracy(encode, heads, [Batch((unseen.pixels[part].float(),), unseen.labels[part], targets)])
             parts.append(f"{name}: {_listed(names, right)}")
         return "; ".join(parts)
 
@@ -111,22 +110,22 @@ def train_vision(recipe: Recipe) -> nn.Module:
 
 
 def train_audio(recipe: Recipe) -> nn.Module:
-    """A trained tiny BEATs; logs its accuracy on fresh renderings."""
+    """A trained tiny BEATs; logs its accuracy on new renderings."""
     torch.manual_seed(recipe.seed)
     encoder = Beats(BEATS)
     names = pools.SOUND_ATTRIBUTES
     heads = Heads(BEATS.encoder_embed_dim, [len(ATTRIBUTES["audio"][name]) for name in names], targets=0)
     began = time.monotonic()
     pool = pools.render_sounds(recipe.renderings, recipe.seed)
-    fresh = pools.render_sounds(FRESH // 3, recipe.seed + 1)
+    unseen = pools.render_sounds(UNSEEN // 3, recipe.seed + 1)
     log.info("rendered %d sounds in %.0f s", len(pool.labels), time.monotonic() - began)
 
     def encode(batch: Batch) -> tuple[Tensor, Tensor]:
         return encoder(*batch.inputs)
 
     def score() -> str:
-        numbers = [range(i, min(i + 32, len(fresh.fbanks))) for i in range(0, len(fresh.fbanks), 32)]
-        clips = [pools.sound_batch([fresh.fbanks[i][:1024] for i in some], fresh, some) for some in numbers]
+        parts = [range(i, min(i + 32, len(unseen.fbanks))) for i in range(0, len(unseen.fbanks), 32)]
+        clips = [pools.sound_batch([unseen.fbanks[i][:1024] for i in some], unseen, some) for some in parts]
         return f"sounds: {_listed(names, accuracy(encode, heads, clips))}"
 
     fit(nn.ModuleList([encoder, heads]), encode, heads, pools.sound_batches(pool, recipe.seed), recipe, score)
@@ -153,19 +152,19 @@ def fit(
         if step % 100 == 0:
             log.info("step %d of %d, loss %.4f, %.0f s", step, recipe.steps, loss.item(), time.monotonic() - began)
         if step % 1000 == 0 or step == recipe.steps:
-            log.info("fresh %s", score())
+            log.info("unseen %s", score())
 
 
 def loss_of(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
     """The sum of the attributes' cross-entropies, unknown ones left out, and the weighted error of the targets."""
-    *logits, numbers = outputs
+    *logits, regressed = outputs
     loss = logits[0].new_zeros(())
     for scores, labels in zip(logits, batch.labels.unbind(1), strict=True):
         known = labels != pools.UNKNOWN
         if known.any():
             loss = loss + functional.cross_entropy(scores[known], labels[known])
-    if numbers.shape[1]:
-        loss = loss + TARGET_WEIGHT * functional.mse_loss(numbers, batch.targets)
+    if regressed.shape[1]:
+        loss = loss + TARGET_WEIGHT * functional.mse_loss(regressed, batch.targets)
     return loss
 
 
@@ -181,11 +180,11 @@ def accuracy(encode: Encode, heads: Heads, batches: Sequence[Batch]) -> list[flo
     return (right / known).tolist()
 
 
-def spread_weights(encoder: nn.Module) -> None:
-    """Draw an EVA-ViT's weights at the scale that its width asks for.
+def initialise(encoder: nn.Module) -> None:
+    """Initialise an EVA-ViT's weights at the scale that fits its width.
 
-    LAVIS draws all of them with a standard deviation of 0.02, which suits a width of 1408. At a width of 96 the
-    positions are then too faint beside the patches, and the place of an object is not learnt.
+    LAVIS uses a standard deviation of 0.02 for all of them, which suits a width of 1408. At a width of 96 the position
+    embeddings are then too weak beside the patches, and the place of an object is not learnt.
     """
     for module in encoder.modules():
         if isinstance(module, nn.Linear):
@@ -196,7 +195,7 @@ def spread_weights(encoder: nn.Module) -> None:
         elif name == "patch_embed.proj.weight":
             nn.init.xavier_uniform_(parameter.data.flatten(1))
         elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-            parameter.data.mul_(0.5)  # what the blocks add starts smaller than what they add to
+            parameter.data.mul_(0.5)  # the blocks begin with small changes of the residual stream
 
 
 def save(encoder: nn.Module, path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Train the tiny language model of the embedded world, from nothing, on the world's words only.
+"""Train the tiny language model of the embedded world from random weights, on the world's words only.
 
     python projects/toyworld/pretrain_llm.py --out DIR
 
-The folder is an ordinary Hugging Face one: a byte-level tokenizer in which every word of the world is one token, and a
-small LLaMA. What this model cannot do with things described in words it will not do with media later, hence the gate:
-its exact-match accuracy on joint questions, printed at the end and kept beside the weights.
+The output is an ordinary Hugging Face folder: a byte-level tokenizer in which every word of the world is one token, and
+a small LLaMA. If this model cannot answer about things described in words, it will not answer about media. Therefore
+its exact-match accuracy on joint questions (the gate) is printed and stored beside the weights.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ log = logging.getLogger(__name__)
 
 BOS, EOS, PAD, END_OF_TURN = "<s>", "</s>", "<pad>", "###"
 CONTEXT_WEIGHT = 0.05
-"""What a token of a description counts in the loss, beside 1 for a token of a caption or an answer."""
-
+"""Weight of a description's token in the loss; a token of a caption or an answer has weight 1."""
 
 LAST_LEVEL_FROM = 0.5
-"""The share of the steps after which the curriculum has reached its last level in any case."""
+"""Share of the steps after which the curriculum is at its last level in any case."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the model is built and trained.
 
-    The shipped weights are what one run of these defaults made; ``gate.json`` beside them keeps settings and scores.
-    Another processor or library computes other weights, and a bridge has to be trained anew on them.
+    The shipped weights come from one run with these defaults; ``gate.json`` beside them has settings and scores.
+    Another processor or library computes other weights, for which a bridge must be trained again.
     """
 
     seed: int = 0
@@ -96,7 +95,7 @@ def make_tokenizer(seed: int = 0, passages: int = 2400) -> PreTrainedTokenizerFa
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh LLaMA with tied embeddings."""
+    """A randomly initialised LLaMA with tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
@@ -118,14 +117,14 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
 
 @dataclass
 class Encoded:
-    """A passage in tokens: ids, and what each counts in the loss."""
+    """A passage in tokens: ids, and the weight of each in the loss."""
 
     ids: list[int]
     weights: list[float]
 
 
 def encode(passages: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
-    """Tokenise each piece on its own, BOS first, as the model with media does."""
+    """Tokenise each piece separately, BOS first, as the model with media does."""
     texts = [[piece for piece in pieces if isinstance(piece, Text)] for pieces in passages]
     flat = [piece.text for pieces in texts for piece in pieces]
     ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False)["input_ids"])
@@ -150,7 +149,7 @@ class Batch:
 
 
 def group(encoded: Sequence[Encoded], pad: int, groups: int) -> list[Batch]:
-    """Passages as batches of about equally many, short ones together and long ones together."""
+    """Passages in batches of nearly equal size, sorted by length."""
     ordered = sorted(encoded, key=lambda one: len(one.ids))
     size = math.ceil(len(ordered) / groups)
     return [_pad(ordered[start : start + size], pad) for start in range(0, len(ordered), size)]
@@ -167,13 +166,13 @@ def _pad(encoded: Sequence[Encoded], pad: int) -> Batch:
 
 @dataclass
 class Curriculum:
-    """Which level is read: the next one as soon as the answers to yes/no questions are mostly right, or it is late."""
+    """The current level: it rises when the answers to yes/no questions are mostly right, or when it is late."""
 
     level: int = 0
     right: float = 0.5
 
     def learn(self, right: float, done: float, wanted: float = 0.9, memory: float = 0.95) -> None:
-        """Take in the share of right yes/no answers of one step, and the share of all steps that is done."""
+        """Update with the share of right yes/no answers of one step, and the share of all steps that is done."""
         self.right = memory * self.right + (1 - memory) * right
         last = len(LEVELS) - 1
         late = self.level < int(done / LAST_LEVEL_FROM * last)
@@ -181,13 +180,13 @@ class Curriculum:
             self.level, self.right = self.level + 1, 0.5
 
     def passage(self, rng: random.Random) -> list[Piece]:
-        """A passage of this level; before the last one, a share holds all values and asks for nothing to be judged."""
+        """A passage of this level; before the last one, a quarter are passages of `NAMING`."""
         level = LEVELS[self.level]
         return passage(rng, level if level.values is None or rng.random() < 0.75 else NAMING)
 
 
 def scores_of(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The logits of the N tokens that count, [N, V], those tokens, [N], and what each counts, [N]."""
+    """For the N tokens with a weight: logits [N, V], tokens [N], weights [N]."""
     hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
     counted = batch.weights[:, 1:] > 0
     return model.lm_head(hidden[:, :-1][counted]).float(), batch.ids[:, 1:][counted], batch.weights[:, 1:][counted]
@@ -196,7 +195,7 @@ def scores_of(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torc
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, report_every: int, out: Path
 ) -> None:
-    """AdamW with warm-up, a constant rate, and a decay over the last part, over freshly drawn passages."""
+    """Train on random passages: AdamW with warm-up, a constant rate, and a decay over the last part."""
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
     )
@@ -244,7 +243,7 @@ def _step(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the folder: half precision, and a tokenizer's class that transformers 4 and 5 both know."""
+    """Write the folder in half precision, with a tokenizer class that transformers 4 and 5 both have."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     settings = out / "tokenizer_config.json"
@@ -265,7 +264,7 @@ def _rate(step: int, recipe: Recipe) -> float:
 def right_answers(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[Piece]]
 ) -> list[bool]:
-    """Whether the greedy answer to each prompt's last question is exactly the given one, end mark included.
+    """Whether the greedy answer to each prompt's last question is exactly the given one, with its end marker.
 
     The greedy answer equals the given one where the most likely token is the given one at each of its positions.
     """
@@ -289,7 +288,7 @@ def right_answers(
 def gate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: int, seed: int = 0
 ) -> dict[QuestionKind, float]:
-    """Exact-match accuracy on fresh joint questions about a picture or clip and a sound in words, per kind."""
+    """Exact-match accuracy on new joint questions about a picture or clip and a sound in words, per kind."""
     rng = random.Random(f"gate/{seed}")
     scores: dict[QuestionKind, float] = {}
     for kind in QUESTION_KINDS:
@@ -306,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make the model and write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--questions", type=int, default=500, help="how many of each kind the gate asks")
+    parser.add_argument("--questions", type=int, default=500, help="questions of each kind in the gate")
     parser.add_argument("--report-every", type=int, default=100)
     parser.add_argument("--bf16", action="store_true", help="for a CPU with bfloat16 instructions (avx512_bf16, AMX)")
     for name, value in asdict(Recipe()).items():

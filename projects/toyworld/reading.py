@@ -1,7 +1,6 @@
-"""The texts that the tiny language model learns from: captions and conversations about described things.
+"""The training texts of the tiny language model: captions and conversations about described things.
 
-A *passage* is a stage-1 or stage-2 prompt in which words replace the media. This module knows no medium and no
-tokenizer.
+A *passage* is a stage-1 or stage-2 prompt in which words replace the media.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ NAMING = Level(None, _NAMING)
 
 
 class Teacher(Asker):
-    """Asks what the package asks, and checks; may be limited to the first ``asked`` values of each attribute."""
+    """Asks the package's questions, and checks of values, if ``asked`` is given about the first values only."""
 
     def __init__(self, scenes: Sequence[Scene], rng: random.Random, asked: int | None) -> None:
         super().__init__(scenes, rng)
@@ -86,7 +85,7 @@ class Teacher(Asker):
         return Question(text, "yes" if claim == fact.value else "no", "compare", (fact,))
 
     def checklist(self) -> Question:
-        """Several words; the answer says after each whether it fits one of the scenes."""
+        """Several words; the answer repeats each with yes or no, whether it fits one of the scenes."""
         pool = [Fact(medium, *fact) for medium, scene in enumerate(self.scenes) for fact in scene.values]
         facts = self.rng.sample(pool, min(len(pool), self.rng.randint(3, 5)))
         words = list(dict.fromkeys(self.claim(fact, self.rng.random() < 0.5) for fact in facts))
@@ -111,10 +110,10 @@ def random_scene(modality: Modality, rng: random.Random, values: int | None = No
 
 def passage(rng: random.Random, level: Level) -> list[Piece]:
     """A caption after a description, or a conversation about one or two described things."""
-    draw = rng.random()
-    if draw < 0.2:
+    part = rng.random()
+    if part < 0.2:
         return captioned(rng)
-    return talk(rng, level, things=1 if draw < 0.4 else 2)
+    return talk(rng, level, things=1 if part < 0.4 else 2)
 
 
 def captioned(rng: random.Random) -> list[Piece]:
@@ -142,7 +141,7 @@ def talk(rng: random.Random, level: Level, things: int) -> list[Piece]:
 
 
 def slots_for(scenes: Sequence[Scene]) -> dict[Slot, Scene]:
-    """The slots that a prompt numbers for these media, in order."""
+    """The slots of these media in a prompt, in order."""
     counts: dict[Modality, int] = {}
     slots = {}
     for scene in scenes:
@@ -173,7 +172,7 @@ def _question(scenes: Sequence[Scene], rng: random.Random, level: Level) -> Ques
 
 
 def _roughened(asked: Sequence[Question], rng: random.Random) -> list[Question]:
-    """The questions as people type them: now and then a capital, or no question mark."""
+    """The questions as people type them: some with a capital, or without a question mark."""
     return [Question(_typed(question.text, rng), question.answer, question.kind, question.facts) for question in asked]
 
 

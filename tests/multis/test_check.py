@@ -135,7 +135,7 @@ def test_near_duplicates_and_copied_examples_are_turned_down() -> None:
     first = talk(f"First, {base}.", "That is the end of what the dog does with it.")
     assert rules(checker, first) == set()
     assert rules(checker, first.replace("First,", "Well,"), annotation=item(name="b")) == {"near_duplicate"}
-    copied = PromptBook().examples("reasoning", "image")[0][1]
+    copied = PromptBook().examples["reasoning", "image"][0][1]
     annotation = item(
         captions=["A woman and a dog wait in the rain under a glass shelter by a road with buildings, raincoat."]
     )

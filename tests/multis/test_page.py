@@ -1,4 +1,4 @@
-"""The page of samples: whatever stands in a sample stays text, broken media are named."""
+"""The page of samples: texts are escaped, media are linked, missing media are named."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import html.parser
 import json
 from pathlib import Path
 
-import pytest
-
-from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.check import statistics
 from lavis_chatbridge.multis.page import write_page
 
@@ -24,7 +21,7 @@ class Tags(html.parser.HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def checked(folder: Path, accepted: int = 3) -> Path:
+def checked(folder: Path, accepted: int) -> Path:
     sample = {
         "media": [{"type": "image", "path": "none.png"}],
         "turns": [{"role": "user", "text": EVIL, "media": [0]}, {"role": "assistant", "text": EVIL}],
@@ -39,7 +36,7 @@ def checked(folder: Path, accepted: int = 3) -> Path:
 
 
 def test_no_text_becomes_markup_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
-    assert write_page(checked(tmp_path), tmp_path, tmp_path / "page.html") == 4
+    assert write_page(checked(tmp_path, 3), tmp_path, tmp_path / "page.html") == 4
     page = (tmp_path / "page.html").read_text()
     tags = Tags()
     tags.feed(page)
@@ -49,6 +46,12 @@ def test_no_text_becomes_markup_and_nothing_is_loaded_from_elsewhere(tmp_path: P
     assert page.count("none.png does not exist") == 3
 
 
+def test_media_are_linked_from_the_page(tmp_path: Path) -> None:
+    (tmp_path / "none.png").write_bytes(b"picture")
+    write_page(checked(tmp_path, 1), tmp_path, tmp_path / "pages" / "a b.html")
+    assert 'src="../none.png"' in (tmp_path / "pages" / "a b.html").read_text()
+
+
 def test_samples_are_chosen_repeatably(tmp_path: Path) -> None:
     checked(tmp_path, accepted=50)
     pages = []
@@ -56,8 +59,3 @@ def test_samples_are_chosen_repeatably(tmp_path: Path) -> None:
         assert write_page(tmp_path, tmp_path, tmp_path / name, accepted=5, rejected=0, seed=seed) == 5
         pages.append((tmp_path / name).read_bytes())
     assert pages[0] == pages[1] != pages[2]
-
-
-def test_a_folder_without_a_check_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="chatbridge multis check"):
-        write_page(tmp_path, tmp_path, tmp_path / "page.html")

@@ -75,7 +75,7 @@ def test_every_kind_has_three_examples_and_a_prompt(modality: str) -> None:
     media = [{"type": medium, "path": "x"} for medium in modality.split("+")]
     annotation = from_json({"id": "x", "media": media, "captions": ["A dog {runs}."]}, "x")
     for kind in DATA_KINDS:
-        assert len(book.examples(kind, modality)) >= 3
+        assert len(book.examples[kind, modality]) >= 3
         messages = book.messages(kind, annotation)
         assert "{" not in messages[0]["content"]
         assert messages[-1]["content"].endswith("- A dog {runs}.")

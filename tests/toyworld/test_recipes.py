@@ -115,6 +115,6 @@ def test_a_script_runs(
     recipes: SimpleNamespace, script: str, words: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module: ModuleType = getattr(recipes, script)
-    monkeypatch.setattr(sys.modules["pretrain_encoders"], "FRESH", 12)
+    monkeypatch.setattr(sys.modules["pretrain_encoders"], "UNSEEN", 12)
     module.main([*words.split(), "--out", str(tmp_path)])
     assert (tmp_path / written).is_file()

@@ -78,21 +78,15 @@ class PromptBook:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder else Path(__file__).parent
-        self._kinds = parse(Kinds, _load(self.folder / "kinds.yaml"), "kinds")
-        self._seeds: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        self._words = parse(Kinds, _load(self.folder / "kinds.yaml"), "kinds")
+        self.kinds: dict[str, KindSettings] = self._words.kinds
+        self.examples: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        """Kind and modality -> pairs of description and answer."""
         for modality in ITEM_MODALITIES:
             self._add_seeds(modality, self.folder / "seeds" / f"{modality.replace('+', '_')}.yaml")
-        short = [f"{k} of {m} has {len(seeds)}" for (k, m), seeds in self._seeds.items() if len(seeds) < MIN_SEEDS]
+        short = [f"{k} of {m} has {len(seeds)}" for (k, m), seeds in self.examples.items() if len(seeds) < MIN_SEEDS]
         if short:
             raise ConfigError(f"{self.folder}: expected at least {MIN_SEEDS} seed examples; {'; '.join(short)}")
-
-    def max_tokens(self, kind: DataKind) -> int:
-        """Token limit of answers of this kind."""
-        return self._kinds.kinds[kind].max_tokens
-
-    def examples(self, kind: DataKind, modality: str) -> list[tuple[str, str]]:
-        """All examples as pairs of description and answer."""
-        return self._seeds[kind, modality]
 
     def messages(
         self, kind: DataKind, annotation: Annotation, shots: int = MIN_SEEDS, seed: int = 0
@@ -106,11 +100,11 @@ class PromptBook:
             seed: See ``shots``.
         """
         modality = annotation.modality
-        examples = self.examples(kind, modality)
+        examples = self.examples[kind, modality]
         if shots < len(examples):
             examples = random.Random(f"{seed}/{kind}/{annotation.id}").sample(examples, shots)
-        words = self._kinds.modalities[modality]
-        system = (self._kinds.common + "\n" + self._kinds.kinds[kind].instruction).format(**words).strip()
+        words = self._words.modalities[modality]
+        system = (self._words.common + "\n" + self.kinds[kind].instruction).format(**words).strip()
         messages = [{"role": "system", "content": system}]
         for description, answer in examples:
             messages += [{"role": "user", "content": description}, {"role": "assistant", "content": answer}]
@@ -118,13 +112,13 @@ class PromptBook:
 
     def question(self, kind: DataKind, modality: ItemModality, item: str) -> str:
         """The question for an answer without one (detailed descriptions); always the same for an item."""
-        questions = self._kinds.kinds[kind].questions.get(modality)
+        questions = self.kinds[kind].questions.get(modality)
         if not questions:
             raise ConfigError(f"{self.folder / 'kinds.yaml'}: kinds.{kind}.questions.{modality} is missing")
         return random.Random(f"{kind}/{item}").choice(questions)
 
     def _add_seeds(self, modality: str, file: Path) -> None:
-        self._seeds |= {(kind, modality): [] for kind in DATA_KINDS}
+        self.examples |= {(kind, modality): [] for kind in DATA_KINDS}
         media = [{"type": medium, "path": "seed"} for medium in modality.split("+")]
         for number, entry in enumerate(_load(file)):
             where = f"{file.name}[{number}]"
@@ -135,7 +129,7 @@ class PromptBook:
                 raise ConfigError(str(error)) from error
             for kind in DATA_KINDS:
                 if answer := seed.answer(kind):
-                    self._seeds[kind, modality].append((description, answer))
+                    self.examples[kind, modality].append((description, answer))
 
 
 def _load(file: Path) -> Any:
