@@ -26,9 +26,9 @@ from lavis_chatbridge.prompting.pieces import Modality
 RATE = 16_000
 """Sampling rate of sounds in Hz."""
 LEAST_SHARE = 0.01
-"""Smallest share of a frame that a segmented class is named for."""
+"""Classes that cover a smaller share of a frame are dropped."""
 LEAST_SCORE = 0.1
-"""Smallest score of a sound tag."""
+"""Sound tags with a lower score are dropped."""
 _DENSE_CAPTIONS = "<DENSE_REGION_CAPTION>"
 _RECORD_KEYS = ("image_id", "file_name", "image", "audio_id", "id")
 _TEXT_KEYS = ("description", "caption", "object_description", "object_descriptions", "text")
@@ -72,27 +72,22 @@ class Annotator(Protocol):
 
 
 class ModelAnnotator:
-    """A pipeline of transformers.
-
-    Args:
-        path: The model's folder or hub id.
-        device: As torch names it.
-        dtype: Of the weights.
-        largest: Number of regions, classes or tags to keep.
+    """A pipeline of transformers; ``largest`` limits its regions, classes or tags, by default to ``most``.
 
     Raises:
         CheckpointError: If the model cannot be loaded.
     """
 
     task: ClassVar[str] = "image-text-to-text"
+    most: ClassVar[int] = 12
     modality: Modality = "image"
 
-    def __init__(self, path: str, device: str = "cpu", dtype: str = "float32", largest: int = 12) -> None:
+    def __init__(self, path: str, device: str = "cpu", dtype: str = "float32", largest: int | None = None) -> None:
         from transformers import pipeline
 
         build: Any = pipeline
         self.name = f"{type(self).__name__.lower()} {Path(path).name}"
-        self.largest = largest
+        self.largest = largest or self.most
         try:
             self.run = build(self.task, model=str(path), device=device, dtype=dtype)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
@@ -141,7 +136,7 @@ class Segmenter(ModelAnnotator):
 class AudioTagger(ModelAnnotator):
     """Sound events by a classifier such as ``MIT/ast-finetuned-audioset-10-10-0.4593``."""
 
-    task = "audio-classification"
+    task, most = "audio-classification", 5
     modality: Modality = "audio"
 
     def annotate(self, view: View) -> Findings:
@@ -155,12 +150,8 @@ class Imported:
 
     The file is an object ``view -> entries``, or a list of records, each an entry that names its view under
     ``image_id``, ``file_name``, ``image``, ``audio_id`` or ``id`` (COCO results). A view's name is ``ITEM/NUMBER``; the
-    first view of an item also has the item's id and its file as names.
-
-    Args:
-        path: The file.
-        form: The type of its entries.
-        largest: Number of entries kept per view (best score or largest share; first captions).
+    first view of an item also has the item's id and its file as names. ``largest`` entries are kept per view: the best
+    scores, the largest shares, or the first captions.
 
     Raises:
         DataError: If the file cannot be read or has another form.

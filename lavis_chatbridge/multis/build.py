@@ -146,11 +146,7 @@ def load_settings(path: str | Path) -> BuildSettings:
 
 
 def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
-    """Build MULTIS, and return the manifest, which is also in ``manifest.json``.
-
-    Args:
-        options: The sources.
-        folder: The output folder, written atomically; it must not exist.
+    """Build MULTIS, and return the manifest. ``folder`` is written atomically; it must not exist.
 
     Raises:
         DataError: If the folder exists, a file is malformed, or media are missing (all are named).

@@ -120,11 +120,7 @@ class NearDuplicates:
 
 
 class Checker:
-    """All rules.
-
-    Args:
-        options: The limits.
-        book: Supplies the questions of descriptions, and the examples that an answer must not copy.
+    """All rules. ``book`` has the questions of descriptions, and the examples that an answer must not copy.
 
     Raises:
         ConfigError: If a rule file or the unsafe hook cannot be loaded.
@@ -237,11 +233,7 @@ class Checker:
 def check(generated: str | Path, annotations: str | Path, folder: str | Path, checker: Checker | None = None) -> dict:
     """Check all answers of a generation, and return the statistics.
 
-    Args:
-        generated: The generation's folder.
-        annotations: The annotations that the generation used.
-        folder: Gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json``.
-        checker: The rules.
+    ``folder`` gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json``.
 
     Raises:
         DataError: If there are no annotations.

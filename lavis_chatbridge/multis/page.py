@@ -26,16 +26,10 @@ def write_page(
     seed: int = 0,
     annotations: str | Path | None = None,
 ) -> int:
-    """Write the page, and return its number of samples.
+    """Write the page ``out``, which links to the media, and return its number of samples.
 
-    Args:
-        checked: The folder of ``multis check``.
-        media_root: Folder that media paths are relative to. The page links to the files.
-        out: The HTML file.
-        accepted: Number of accepted samples, sampled by ``seed``.
-        rejected: Number of rejected samples.
-        seed: See ``accepted``.
-        annotations: If given, each sample's description is also shown.
+    At most ``accepted`` accepted and ``rejected`` rejected samples are chosen with ``seed``. With ``annotations`` the
+    page also has the descriptions that the language model read.
 
     Raises:
         DataError: If ``checked`` is not an output of ``multis check``.

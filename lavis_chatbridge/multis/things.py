@@ -24,10 +24,7 @@ _IRREGULAR = {
 
 
 class Things:
-    """The vocabulary.
-
-    Args:
-        path: A YAML tree as ``rules/things.yaml``, which is the default.
+    """The vocabulary: a YAML tree, by default ``rules/things.yaml``.
 
     Raises:
         ConfigError: If the file is not such a tree.

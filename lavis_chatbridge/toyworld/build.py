@@ -87,9 +87,9 @@ class Pair:
 
 
 def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, processes: int = 2) -> Path:
-    """Build the embedded world in ``folder``, and return the folder. A world with the same settings is kept.
+    """Build the embedded world in ``folder``, unless it has these settings, and return the folder.
 
-    A world with other settings is replaced, once the new one is complete.
+    A world with other settings is replaced when the new one is complete.
 
     Raises:
         DataError: If the folder contains other files, or rendering fails.

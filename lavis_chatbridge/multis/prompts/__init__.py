@@ -93,11 +93,7 @@ class PromptBook:
     ) -> list[dict[str, str]]:
         """The chat messages that ask for data of ``kind`` about one item.
 
-        Args:
-            kind: The requested kind.
-            annotation: The item.
-            shots: Number of examples before it, sampled by the item's id and ``seed``.
-            seed: See ``shots``.
+        ``shots`` examples come before the item, sampled by its id and ``seed``.
         """
         modality = annotation.modality
         examples = self.examples[kind, modality]
