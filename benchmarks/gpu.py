@@ -36,7 +36,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.models.encoders.beats import BeatsConfig
 from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import LanguageModelSettings, ModelSettings

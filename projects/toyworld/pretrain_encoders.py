@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 TINY = model_settings("tiny")
 VISION = TINY.vision
-BEATS = TINY.audio.config
+BEATS = BeatsConfig(**TINY.audio.config)
 UNSEEN = 960
 """Renderings for scoring alone."""
 
