@@ -199,13 +199,8 @@ def _report(where: str, missing: Sequence[str], own: DataSettings | None = None)
     """The error text for missing files; given the data set's settings, with the data root and its origin."""
     under = ""
     if own is not None:
-        if own.data_root:
-            setter = f"set by {where}.data_root"
-        elif os.environ.get(DATA_VARIABLE):
-            setter = f"set by env.data_root or ${DATA_VARIABLE}"
-        else:
-            setter = f"this folder, since neither {where}.data_root nor env.data_root nor ${DATA_VARIABLE} is set"
-        under = f" (data root {os.path.abspath(own.root)}, {setter})"
+        keys = f"{where}.data_root, env.data_root or ${DATA_VARIABLE}"
+        under = f" (data root {os.path.abspath(own.root)}; {keys} sets another)"
     files = ", ".join(missing)
     return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
 

@@ -35,16 +35,9 @@ _Fault: TypeAlias = tuple[str, str] | None  # cause and message
 
 @dataclass
 class Report:
-    """The result of a check.
+    """Counts of samples by modality, task and data set; of distinct media by modality; of faults by cause.
 
-    Attributes:
-        lines: Samples and faulty lines together.
-        modalities: Modality -> samples.
-        tasks: Task -> samples; ``captions`` and ``conversation`` for samples without a task.
-        sources: Data set -> samples.
-        media: Modality -> distinct files.
-        faults: Cause -> number of faults.
-        examples: Cause -> the first few, with their position.
+    A sample without a task counts as ``captions`` or ``conversation``. ``examples`` are the first faults of each cause.
     """
 
     lines: int = 0

@@ -60,10 +60,9 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
         def usable() -> Iterator[Sample]:
             count = 0
             for sample in readers.READERS[own.reader](origin):
-                missing = _first_missing(sample) if own.skip_missing else ""
-                if missing:
-                    absent.append(missing)
-                else:
+                lacks = [m.path for m in sample.files if own.skip_missing and not os.path.exists(m.path)]
+                absent.extend(lacks[:1])
+                if not lacks:
                     count += 1
                     yield sample
             files = ", ".join(origin.every_file)
@@ -77,11 +76,6 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
 
         written = write_jsonl(target, usable(), own.root if root is None else root)
     return written, len(absent)
-
-
-def _first_missing(sample: Sample) -> str:
-    """The first path of a sample that does not exist, or ""."""
-    return next((m.path for m in sample.files if m.offset is None and not os.path.exists(m.path)), "")
 
 
 def _key(name: str, split: str, own: DataSettings) -> str:

@@ -17,17 +17,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import safetensors
-import torch
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, save
 from torch.utils.data import DataLoader
 
 from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.datasets.shards import read_index, tar_file, write_index
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.files import atomic_file, hash_of
+from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample
@@ -35,7 +33,6 @@ from lavis_chatbridge.schema import Medium, Sample
 _log = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20
-SOFT_FORMATS = (".npz", ".safetensors")
 _BLOCK = 1 << 20
 
 
@@ -44,9 +41,6 @@ class Encoder(Protocol):
 
     def encode_media(self, modality: Modality, media: list[Any]) -> list[EncodedMedium]:
         """Encode processed media of one modality with the frozen encoder."""
-
-    def perceive_media(self, modality: Modality, media: Sequence[EncodedMedium]) -> list[torch.Tensor]:
-        """The soft tokens ``[Q, D]`` of encoded media."""
 
     def frozen_hash(self, modality: Modality) -> str:
         """A hash of the frozen weights."""
@@ -185,26 +179,6 @@ def build_features(
             count = store.add(pair for pair in encoded if media.get(_key(store, pair[0])) == pair[0])
             _log.info("stored features of %d %s files in %s", count, modality, folder)
     return store
-
-
-def write_soft_tokens(model: Encoder, store: FeatureStore, samples: Iterable[Sample], target: Path) -> int:
-    """Write the soft tokens of all media of the samples that have features: path -> float32 ``[Q, D]``.
-
-    The target's ending is one of `SOFT_FORMATS`. Returns the number of media; unreadable ones are left out.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for medium in distinct_media(samples):
-        if (key := _key(store, medium)) in store:
-            tokens = model.perceive_media(medium.modality, [store.get(key)])[0]
-            part = "" if medium.offset is None else f"@{medium.offset}+{medium.size}"
-            found[f"{medium.modality}:{medium.path}{part}"] = tokens.detach().float().cpu().contiguous()
-    with atomic_file(target) as temporary:
-        if target.suffix == ".npz":
-            with open(temporary, "wb") as file:
-                np.savez(file, **{name: tensor.numpy() for name, tensor in found.items()})  # type: ignore[arg-type]
-        else:
-            save_file(found, temporary)
-    return len(found)
 
 
 def distinct_media(samples: Iterable[Sample]) -> list[Medium]:

@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +42,8 @@ class LoaderSettings:
         batch_tokens: Replaces ``batch_size``: approximate tokens per micro-batch; each source's batch size is fixed.
         accumulate: Micro-batches per step, all of one source.
         ratios: Data set -> share of the steps, in any unit; by default by number of samples.
-        group_by_length: Make batches of samples of similar length.
         seed: Seed of the order, and of each sample's random choices (caption, template, augmentation).
         workers: Number of processes that load data; 0 loads in this process.
-        pin_memory: Put tensors into page-locked memory, for a faster copy to the GPU.
         hang_seconds: Time limit of a worker for one sample, which is then skipped; without workers there is none.
     """
 
@@ -81,13 +79,7 @@ def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: s
 
 
 class MixtureLoader:
-    """The training batches of one rank.
-
-    Args:
-        splits: Data set name -> its training split.
-        settings: How batches are made.
-        rank: This process.
-        world_size: Number of processes.
+    """The training batches of one rank, from data set name -> training split.
 
     Attributes:
         plan: Determines the samples of each step.
@@ -133,7 +125,12 @@ class MixtureLoader:
             DataError: If a sample is malformed.
             TrainingError: If a data worker dies.
         """
-        return _load(self.sources, self._requests(start, stop), self.settings, self.skipped)
+
+        def remaining(done: int) -> Iterator[Request]:
+            steps, part = divmod(done, self.settings.accumulate)
+            return itertools.islice(self._requests(start + steps, stop), part, None)
+
+        return _load(self.sources, remaining, self.settings, self.skipped)
 
     def _requests(self, start: int, stop: int | None) -> Iterator[Request]:
         for step in itertools.count(start) if stop is None else range(start, stop):
@@ -148,13 +145,6 @@ class EvaluationLoader:
 
     A batch has samples of one source and of similar length, the longest first (so that an out-of-memory error occurs
     immediately). The last batch of each source may be smaller, and ranks may differ by a batch.
-
-    Args:
-        dataset: The split.
-        batch_size: Samples per batch.
-        rank: This process.
-        world_size: Number of processes.
-        settings: Workers and pinned memory; its batch sizes are not used.
 
     Attributes:
         shares: Source -> the indices of this rank's samples.
@@ -197,7 +187,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.skipped = Counter()
         sources = {source.name: source for source in self.dataset.sources}
-        return _load(sources, self._requests, self.settings, self.skipped)
+        return _load(sources, lambda done: self._requests[done:], self.settings, self.skipped)
 
 
 def source_ratios(
@@ -278,16 +268,19 @@ class _Mixture(torch.utils.data.Dataset):
 
 
 def _load(
-    sources: Mapping[str, SampleDataset], requests: Iterable[Request], settings: LoaderSettings, counts: Counter[str]
+    sources: Mapping[str, SampleDataset],
+    remaining: Callable[[int], Iterable[Request]],
+    settings: LoaderSettings,
+    skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """The batches of the requests; if a worker is stuck, with new workers for the rest. Counts skipped samples."""
+    """The batches of ``remaining(0)``; if a worker is stuck after ``n`` batches, new workers load ``remaining(n)``."""
     dataset = _Mixture(sources, settings.workers)
-    waiting = iter(requests)
+    done = 0
     with worker_deaths():
         while True:
-            unanswered: deque[Request] = deque()
-            for batch in _until_stuck(dataset, _noting(waiting, unanswered), unanswered, settings):
-                _count_skipped(batch, counts)
+            for batch in _until_stuck(dataset, remaining(done), settings):
+                done += 1
+                _count_skipped(batch, skipped)
                 yield batch
             if not (stuck := dataset.stuck(settings.hang_seconds)):
                 return
@@ -296,7 +289,6 @@ def _load(
             for pid in stuck:  # torch has abandoned the worker, which ignores SIGTERM
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            waiting = itertools.chain(unanswered, waiting)
 
 
 def _count_skipped(batch: Mapping[str, Any], counts: Counter[str]) -> None:
@@ -309,16 +301,8 @@ def _count_skipped(batch: Mapping[str, Any], counts: Counter[str]) -> None:
             _log.warning("%s: further skipped samples are counted without a message", source)
 
 
-def _noting(requests: Iterator[Request], unanswered: deque[Request]) -> Iterator[Request]:
-    for request in requests:
-        unanswered.append(request)
-        yield request
-
-
-def _until_stuck(
-    dataset: _Mixture, requests: Iterator[Request], unanswered: deque[Request], settings: LoaderSettings
-) -> Iterator[dict[str, Any]]:
-    """The batches of the requests in order; ends early if a worker is stuck, and leaves the rest in ``unanswered``."""
+def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettings) -> Iterator[dict[str, Any]]:
+    """The batches of the requests in order; ends early if a worker is stuck."""
     loader: DataLoader = DataLoader(
         dataset,
         batch_size=None,  # a request is a whole batch
@@ -341,7 +325,6 @@ def _until_stuck(
             if dataset.stuck(settings.hang_seconds):
                 return
             continue
-        unanswered.popleft()
         if _FATAL in batch:
             raise batch.pop(_FATAL)  # without a reference cycle, which would keep the workers alive
         yield batch

@@ -21,12 +21,7 @@ _RATIO_PRECISION = 10**6
 
 
 class KeyedPermutation:
-    """A bijection of ``0..size-1``, selected by a key and computed per element.
-
-    Args:
-        size: The number of elements.
-        key: Any integers; another key gives an unrelated order.
-    """
+    """A bijection of ``0..size-1``, computed per element. Another key (any integers) gives an unrelated order."""
 
     def __init__(self, size: int, *key: int) -> None:
         self.size = size
@@ -107,7 +102,7 @@ class MixturePlan:
         ratios: Frequency of each source's steps, in any unit; by default its share of all samples.
         batch_size: Samples per step and rank, one number or one per source.
         world_size: Number of ranks.
-        seed: Another seed gives another order.
+        seed: Of the order.
         lengths: Per source, an integer array ``[size]`` of sample lengths; a batch then has samples of similar length.
         group: With ``lengths``: the number of consecutive global batches that are sorted together, a window.
 
@@ -142,12 +137,7 @@ class MixturePlan:
         self.resume(0, dict.fromkeys(sizes, 0))
 
     def resume(self, step: int, positions: Mapping[str, int]) -> None:
-        """Begin ``step`` at these positions, which an earlier run with other batch sizes or ranks reached.
-
-        Args:
-            step: The first step of this plan.
-            positions: The result of `positions` of the earlier plan for this step.
-        """
+        """Begin ``step`` at the `positions` that an earlier plan with other batch sizes or ranks reached."""
         self.origin = (step, dict(positions))
         self._earlier_steps = self._schedule.at(step)[1]
         self._window: tuple[tuple[str, int], np.ndarray] | None = None
@@ -199,13 +189,8 @@ class MixturePlan:
         return max(1, math.ceil(sum(self.sizes.values()) / self._samples_per_step()))
 
     def steps_of(self, epochs: int, step: int | None = None, positions: Mapping[str, int] | None = None) -> int:
-        """Total steps for ``epochs`` epochs; for a resumed run, earlier steps plus those for the remaining samples.
-
-        Args:
-            epochs: Passes over all sources.
-            step: The step at which the run is resumed; by default that of `resume`.
-            positions: The positions there.
-        """
+        """Total steps for ``epochs`` epochs; for a run resumed at ``step`` (by default that of `resume`) and
+        ``positions``, the earlier steps plus those for the remaining samples."""
         first = self.origin[0] if step is None else step
         if first == 0:
             return epochs * self.steps_per_epoch()

@@ -1,12 +1,11 @@
 """``chatbridge cache-features``: fill ``run.feature_cache`` for a configuration without training.
 
-Training with the same configuration then never runs the frozen encoders. ``--soft`` also exports the soft tokens.
+Training with the same configuration then never runs the frozen encoders.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 def command(
     cfg_path: Annotated[str, typer.Option("--cfg-path", help="the configuration file")],
     options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings that override the file's")] = [],  # noqa: B006
-    soft: Annotated[Path | None, typer.Option(help="also write soft tokens to this .npz or .safetensors")] = None,
 ) -> None:
     """Encode the media that the cache lacks, and say what it contains; each process of a launcher does its share."""
     with Session():
@@ -31,11 +29,9 @@ def command(
             raise ConfigError("run.feature_cache names no folder: set it, as in run.feature_cache=output/features")
         from lavis.common.registry import registry
 
-        from lavis_chatbridge.datasets.features import SOFT_FORMATS, distinct_media, write_soft_tokens
+        from lavis_chatbridge.datasets.features import distinct_media
         from lavis_chatbridge.runners import distributed, features
 
-        if soft is not None and soft.suffix not in SOFT_FORMATS:
-            raise ConfigError(f"--soft {soft}: expected a file {' or '.join(SOFT_FORMATS)}")
         device = distributed.init(cfg.run)
         prepare_world(cfg.datasets_cfg)
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
@@ -50,9 +46,6 @@ def command(
         print(f"{store.folder}: features of {counts} for this configuration")
         if lost := len(media) - stored.total():
             print(f"{lost} files cannot be read: training skips their samples")
-        if soft is not None:
-            count = write_soft_tokens(model, store, features.samples(datasets, cfg.run), soft)
-            print(f"{soft}: soft tokens of {count} media")
 
 
 def _is_stored(medium: Medium, store: FeatureStore) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 
 from lavis_chatbridge.datasets import features
-from lavis_chatbridge.datasets.features import FeatureStore, build_features, encoder_hashes, write_soft_tokens
+from lavis_chatbridge.datasets.features import FeatureStore, build_features, encoder_hashes
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import DataError, MediaError, TrainingError
 from lavis_chatbridge.media.types import EncodedMedium
@@ -31,9 +30,6 @@ class Encoder:
     def encode_media(self, modality, media):
         self.batches.append(len(media))
         return [EncodedMedium(picture.mean((1, 2)).expand(1, 2, 3), torch.tensor([[True, False]])) for picture in media]
-
-    def perceive_media(self, modality, media):
-        return [medium.tokens[0].float() * 2 for medium in media]
 
 
 def samples(folder):
@@ -135,23 +131,6 @@ def test_ranks_share_the_work(pictures, processors):
     assert len(FeatureStore(pictures / "store")) == 12
 
 
-def test_two_commands_that_fill_one_folder_at_once_keep_their_own_features(pictures, processors):
-    ours, theirs = ([Sample(f"s{n}", (picture(pictures, n),), ("c",)) for n in ns] for ns in ((0, 1, 2), (0, 3, 4)))
-
-    class Interrupted(Encoder):
-        """The other command runs between this one's look at the folder and its own writing."""
-
-        def encode_media(self, modality, media):
-            self.other = build_features(Encoder(), theirs, processors, pictures / "store")
-            return super().encode_media(modality, media)
-
-    model = Interrupted()
-    own = build_features(model, ours, processors, pictures / "store")
-    together = FeatureStore(pictures / "store", encoder_hashes(model, processors))
-    for store, numbers in ((own, (0, 1, 2)), (model.other, (0, 3, 4)), (together, (0, 1, 2, 3, 4))):
-        assert [grey(store, picture(pictures, number)) for number in numbers] == list(numbers)
-
-
 def test_media_inside_shards_have_their_own_keys(pictures, processors):
     content = b"".join((pictures / f"p{i}.png").read_bytes() for i in (1, 2))
     (pictures / "s.tar").write_bytes(content)
@@ -208,16 +187,3 @@ def test_a_folder_that_cannot_be_written_is_named(pictures, processors):
     (pictures / "file").write_text("")
     with pytest.raises(DataError, match=r"features cannot be written there: Not a directory"):
         build_features(Encoder(), samples(pictures), processors, pictures / "file" / "store")
-
-
-@pytest.mark.parametrize("ending", ["npz", "safetensors"])
-def test_soft_tokens_are_exported(pictures, processors, ending):
-    (pictures / "p3.png").unlink()
-    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
-    target = pictures / f"soft.{ending}"
-    assert write_soft_tokens(Encoder(), store, samples(pictures), target) == 11
-    found = dict(np.load(target)) if ending == "npz" else load_file(target)
-    assert len(found) == 11
-    one = np.asarray(found[f"image:{pictures}/p9.png"])
-    assert (one.shape, one.dtype) == ((2, 3), np.float32)
-    assert np.allclose(one, 18 / 255, atol=1e-3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -159,25 +158,6 @@ def test_a_medium_twice_in_a_sample_is_stored_once_and_json_is_no_medium(tmp_pat
         "1.jpg": b"picture",
     }
     assert "audio" not in second
-
-
-def test_samples_of_a_program_are_written_too(tmp_path, mine):
-    assert "12 samples" in shards.write(tmp_path / "out", list(SampleFile(mine)), "any", per_shard=5)
-    assert contents(tmp_path / "out" / "any.jsonl") == contents(mine)
-
-
-def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path, mine, capsys):
-    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-    try:
-        assert shard(mine, "--output", out) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err
-    assert f"{out}: shards cannot be written there: File too large; the same command continues" in error
-    assert list(out.iterdir()) == []
-    assert shard(mine, "--output", out) == 0
-    assert contents(out / "mine.jsonl") == contents(mine)
 
 
 def test_links_out_of_the_root_and_the_samples_own_folder_are_refused(tmp_path, mine, capsys):

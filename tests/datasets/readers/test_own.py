@@ -64,12 +64,13 @@ def test_a_table_of_bytes_becomes_a_jsonl_and_a_tar(tmp_path, table, capsys):
 
 
 def test_columns_are_checked(tmp_path, table, capsys):
-    assert convert(table, tmp_path / "x.jsonl", "--options", "columns.imge=photo") == 2
-    assert "unknown key options.columns.imge, did you mean 'image'?" in capsys.readouterr().err
-    assert convert(table, tmp_path / "x.jsonl", "--options", "columns.image=foto") == 2
-    assert "has no column 'foto'; it has photo, text, number" in capsys.readouterr().err
-    assert convert(tmp_path / "none.parquet", tmp_path / "x.jsonl") == 2
-    assert "none.parquet does not exist" in capsys.readouterr().err
+    for name, option, fault in (
+        ("photos", "columns.imge=photo", "unknown key options.columns.imge, did you mean 'image'?"),
+        ("photos", "columns.image=foto", "has no column 'foto'; it has photo, text, number"),
+        ("none", "columns.image=photo", "none.parquet does not exist"),
+    ):
+        assert convert(tmp_path / f"{name}.parquet", tmp_path / "x.jsonl", "--options", option) == 2
+        assert fault in capsys.readouterr().err
     assert not list(tmp_path.glob("x.*"))
 
 
