@@ -45,7 +45,13 @@ def test_from_media_to_a_training_step(
     (tmp_path / "grit.json").write_text(json.dumps(grit))
     assert run("annotate", world / "items.jsonl", "--out", notes, "--with", f"grit={tmp_path}/grit.json") == 0
     _generate(notes, generated, server, capsys)
-    assert run("check", generated, "--annotations", notes, "--out", checked) == 0
+    assert all(body["top_k"] == 5 for body in server.bodies)
+    (tmp_path / "check.yaml").write_text(
+        "limits: {conversation: {pairs: [2, 9], question_words: [1, 60], answer_words: [2, 99]}}"
+    )
+    assert run("check", generated, "--annotations", notes, "--out", checked, "--config", tmp_path / "check.yaml") == 2
+    (tmp_path / "check.yaml").write_text("duplicate_from: 0.85")
+    assert run("check", generated, "--annotations", notes, "--out", checked, "--config", tmp_path / "check.yaml") == 0
     counts = json.loads((checked / "statistics.json").read_text())
     assert counts["accepted"] + counts["rejected"] == 24
     assert counts["accepted"] >= 19, counts["reasons"]
@@ -69,7 +75,7 @@ def test_from_media_to_a_training_step(
 def _generate(notes: Path, generated: Path, server: OpenAIServer, capsys: pytest.CaptureFixture[str]) -> None:
     """A dry run, a run in which one fault remains, one that asks again, and one that finds everything answered."""
     asked = ("generate", notes, "--out", generated, "--model", "m", "--base-url", server.url)
-    asked += ("--price-of", "gpt-4o", "--timeout", "5")
+    asked += ("--price-of", "gpt-4o", "--timeout", "5", "--extra-body", "top_k=5")
     assert run(*asked, "--dry-run") == 0
     assert "requests to send:      24" in capsys.readouterr().out
     assert server.asked.total() == 0
