@@ -179,8 +179,3 @@ def test_a_wrong_annotator_is_named_with_its_remedy(text: str, message: str) -> 
     with pytest.raises(Exception, match=message) as error:
         build_annotator(text)
     assert type(error.value).__module__.startswith("lavis_chatbridge")
-
-
-def test_options_of_an_annotator_are_read(tmp_path: Path) -> None:
-    (tmp_path / "g.json").write_text(json.dumps({"clip": [{"text": str(n), "box": [0, 0, 1, 1]} for n in range(5)]}))
-    assert len(build_annotator(f"grit={tmp_path}/g.json,largest=2").annotate(view()).regions) == 2

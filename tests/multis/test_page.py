@@ -21,14 +21,14 @@ class Tags(html.parser.HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def checked(folder: Path, accepted: int) -> Path:
+def checked(folder: Path) -> Path:
     sample = {
+        "id": EVIL,
         "media": [{"type": "image", "path": "none.png"}],
         "turns": [{"role": "user", "text": EVIL, "media": [0]}, {"role": "assistant", "text": EVIL}],
         "meta": {"item": "a"},
     }
-    lines = [json.dumps({"id": f"{EVIL}{n}", **sample}) for n in range(accepted)]
-    (folder / "accepted.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "accepted.jsonl").write_text(json.dumps(sample) + "\n")
     turned_down = {"id": "r", "item": "r", "media": [], "reasons": [{"rule": EVIL, "detail": EVIL}], "text": EVIL}
     (folder / "rejected.jsonl").write_text(json.dumps(turned_down) + "\n")
     (folder / "statistics.json").write_text(json.dumps(statistics([], [])))
@@ -36,26 +36,17 @@ def checked(folder: Path, accepted: int) -> Path:
 
 
 def test_no_text_becomes_markup_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
-    assert write_page(checked(tmp_path, 3), tmp_path, tmp_path / "page.html") == 4
+    assert write_page(checked(tmp_path), tmp_path, tmp_path / "page.html") == 2
     page = (tmp_path / "page.html").read_text()
     tags = Tags()
     tags.feed(page)
     assert [tag for tag, _ in tags.seen].count("script") == 0
     assert not [1 for tag, values in tags.seen if tag == "img" or "onerror" in values]
     assert "http" not in page
-    assert page.count("none.png does not exist") == 3
+    assert page.count("none.png does not exist") == 1
 
 
 def test_media_are_linked_from_the_page(tmp_path: Path) -> None:
     (tmp_path / "none.png").write_bytes(b"picture")
-    write_page(checked(tmp_path, 1), tmp_path, tmp_path / "pages" / "a b.html")
+    write_page(checked(tmp_path), tmp_path, tmp_path / "pages" / "a b.html")
     assert 'src="../none.png"' in (tmp_path / "pages" / "a b.html").read_text()
-
-
-def test_samples_are_chosen_repeatably(tmp_path: Path) -> None:
-    checked(tmp_path, accepted=50)
-    pages = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert write_page(tmp_path, tmp_path, tmp_path / name, accepted=5, rejected=0, seed=seed) == 5
-        pages.append((tmp_path / name).read_bytes())
-    assert pages[0] == pages[1] != pages[2]

@@ -41,13 +41,6 @@ def test_a_description_is_in_time_order_with_people_first() -> None:
     ]
 
 
-def test_annotations_survive_the_file(tmp_path: Path) -> None:
-    records = [{**CLIP, "id": name} for name in ("ä", "b", "c")]
-    lines = [json.dumps(from_json(record, "x").to_json()) + "\n" for record in records]
-    (tmp_path / "annotations-0.jsonl").write_text("".join(lines))
-    assert list(read_annotations(tmp_path)) == [from_json(record, "x") for record in records]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
