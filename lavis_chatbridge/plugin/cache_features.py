@@ -30,17 +30,17 @@ def command(
         from lavis.common.registry import registry
 
         from lavis_chatbridge.datasets.features import distinct_media
-        from lavis_chatbridge.runners import distributed, features
+        from lavis_chatbridge.runners import data, distributed
 
         device = distributed.init(cfg.run)
         prepare_world(cfg.datasets_cfg)
         task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg).to(device).eval()
-        store = features.fill(model, datasets, cfg.run, cfg.get_config().get("preprocess"))
+        store = data.fill_features(model, datasets, cfg.run, cfg.get_config().get("preprocess"))
         if not distributed.is_main():
             return
-        media = distinct_media(features.samples(datasets, cfg.run))
+        media = distinct_media(data.samples(datasets, cfg.run))
         stored = Counter(medium.modality for medium in media if _is_stored(medium, store))
         counts = ", ".join(f"{count} {modality} files" for modality, count in sorted(stored.items())) or "no files"
         print(f"{store.folder}: features of {counts} for this configuration")

@@ -28,7 +28,7 @@ from lavis_chatbridge.datasets.loader import MixtureLoader, too_many_unreadable,
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError, one_line
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import checkpoints, data, distributed, features, logs, optim, parallel
+from lavis_chatbridge.runners import checkpoints, data, distributed, logs, optim, parallel
 from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedState
 from lavis_chatbridge.runners.data import Datasets, LavisTrainLoader
 from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
@@ -71,7 +71,7 @@ class ChatBridgeRunner(RunnerBase):
         self.bridge = parallel.choose_trained(model, self.run.train)
         device = distributed.init(self.run)
         super().__init__(cfg, task, model, datasets, job_id)
-        self._device = device
+        self._device, self._rank = device, distributed.rank()
         if (template := getattr(model, "template", None)) is not None:  # the wording of conversations
             for dataset in (dataset for splits in datasets.values() for dataset in splits.values()):
                 if hasattr(dataset, "set_template"):
@@ -86,7 +86,7 @@ class ChatBridgeRunner(RunnerBase):
             raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
         parallel.prepare(self._model, self.run, self.device)
         with parallel.gathered(self._model):
-            features.attach(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
+            data.attach_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
         return self._model
 
     @cached_property
@@ -183,7 +183,7 @@ class ChatBridgeRunner(RunnerBase):
 
     def _next(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
         """The micro-batches of a step; or none, and the fault of the data."""
-        seed_all(self.run.seed, self.state.step, distributed.rank())  # for the random choices of LAVIS's data sets
+        seed_all(self.run.seed, self.state.step, self._rank)  # for the random choices of LAVIS's data sets
         try:
             return list(itertools.islice(batches, self.run.accum_grad_iters)), None
         except ChatBridgeError as error:

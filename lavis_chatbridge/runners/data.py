@@ -1,23 +1,32 @@
-"""The loader of each split: the package's own for its data sets, a plain one with the same plan for LAVIS's.
+"""The data of a run: a loader for each split, and the frozen encoders' outputs instead of media.
 
-LAVIS's data sets have no ids for their samples and a ``collater`` of their own; the model gets what that returns.
+LAVIS's data sets, which have no ids and a ``collater`` of their own, get a plain loader with the same plan.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
+from lavis_chatbridge.datasets.features import FeatureStore, build_features
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.processors.loading import load_processors
+from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import Samples
+from lavis_chatbridge.schema import Sample
+
+_log = logging.getLogger(__name__)
 
 Datasets: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Data set name -> split name -> data set, as tasks build them."""
@@ -107,3 +116,50 @@ class LavisTrainLoader(torch.utils.data.Dataset):
         name, pairs = request
         collate = getattr(self.datasets[name], "collater", None) or default_collate
         return {"source": name, "skipped": [], **collate([self.datasets[name][index] for index, _ in pairs])}
+
+
+# ---- features: the frozen encoders' outputs, read from ``run.feature_cache`` in place of media
+
+
+def attach_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> None:
+    """With ``run.feature_cache``, let the splits of a run read features, after encoding those that the cache lacks."""
+    if run.feature_cache is not None:
+        store = fill_features(model, datasets, run, preprocess)
+        _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
+        for group in _used(datasets, run):
+            group.set_features(store)
+
+
+def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
+    """Encode the media of a run's splits that the cache lacks; every process encodes its share.
+
+    ``model`` is ChatBridge, on its device; ``preprocess`` has the evaluation processors.
+    """
+    able = hasattr(model, "encode_media") and all(hasattr(group, "set_features") for group in _used(datasets, run))
+    if run.feature_cache is None or not able:
+        raise ConfigError("run.feature_cache needs a folder, ChatBridge and this package's data sets: set it to null")
+    loaded = load_processors(preprocess)
+    with distributed.together(), torch.no_grad():
+        store = build_features(
+            model,  # type: ignore[arg-type]
+            samples(datasets, run),
+            {modality: loaded[modality]["eval"] for modality in MODALITIES},
+            Path(run.feature_cache).expanduser().absolute(),
+            workers=run.num_workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+    store.refresh()
+    return store
+
+
+def samples(datasets: Datasets, run: RunSettings) -> Iterator[Sample]:
+    """All samples of the splits that a run reads."""
+    sources = (source for group in _used(datasets, run) for source in group.sources)
+    return (source.sample(index) for source in sources for index in range(len(source)))
+
+
+def _used(datasets: Datasets, run: RunSettings) -> list[Any]:
+    """The data sets of the splits that this run reads."""
+    names = {*run.valid_splits, *run.test_splits, *(() if run.evaluate else run.train_splits)}
+    return [dataset for splits in datasets.values() for split, dataset in splits.items() if split in names]

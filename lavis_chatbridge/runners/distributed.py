@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, TrainingError
 from lavis_chatbridge.launchers import Place, announced
@@ -110,13 +109,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which writes files and logs."""
     return rank() == 0
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """``values`` summed over all processes, in place."""
-    if in_group():
-        dist.all_reduce(values)
-    return values
 
 
 def from_main(value: T) -> T:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
@@ -129,7 +130,7 @@ class TrainStep:
         device: torch.device,
     ) -> None:
         self.model, self.loss, self.optimizer, self.scaler, self.schedule = model, loss, optimizer, scaler, schedule
-        self.run, self.device = run, device
+        self.run, self.device, self.rank = run, device, distributed.rank()
         self.parameters = list(optim.trainable(model).values())
 
     def __call__(self, step: int, batch: Sequence[Samples], save: bool = False, stop: bool = False) -> StepResult:
@@ -137,7 +138,7 @@ class TrainStep:
 
         ``save`` and ``stop`` are this process's requests for a checkpoint and for the end of the training.
         """
-        seed_all(self.run.seed, step, distributed.rank())
+        seed_all(self.run.seed, step, self.rank)
         rate = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -193,7 +194,9 @@ class TrainStep:
 
 def _summed(own: Tensor, rate: float) -> StepResult:
     """Sum loss, counts and requests over processes, and decide the outcome alike on all of them."""
-    loss, tokens, samples, skipped, save, stop = distributed.sum_over_ranks(own).tolist()
+    if dist.is_initialized():
+        dist.all_reduce(own)
+    loss, tokens, samples, skipped, save, stop = own.tolist()
     outcome: Literal["ok", "empty", "nonfinite"] = "ok" if tokens else "empty"
     if not math.isfinite(loss):
         outcome = "nonfinite"
@@ -206,11 +209,12 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
     The trained part is small (110 M parameters at the paper's size), so all gradients travel in one flat fp32 buffer.
     """
-    if not distributed.in_group():
+    if not dist.is_initialized():
         return
     has = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
     grads = [parameter.grad if parameter.grad is not None else torch.zeros_like(parameter) for parameter in parameters]
-    flat = distributed.sum_over_ranks(torch.cat([has, *(grad.reshape(-1).float() for grad in grads)]))
+    flat = torch.cat([has, *(grad.reshape(-1).float() for grad in grads)])
+    dist.all_reduce(flat)
     counts, values = flat[: len(parameters)].tolist(), flat[len(parameters) :]
     for parameter, count, part in zip(parameters, counts, values.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype) if count else None

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.prompting.pieces import Modality, Slot, Text
+from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot, Text
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
 from lavis_chatbridge.runners.config import Config
 from lavis_chatbridge.runners.settings import RunSettings
@@ -48,8 +48,8 @@ class ToySource:
     def lengths(self) -> np.ndarray:
         return np.array([1 + index % 5 for index in range(self.size)])
 
-    def drawn_tokens(self, indices: np.ndarray, _epochs: np.ndarray) -> np.ndarray:
-        return np.zeros(len(indices), dtype=int)
+    def pieces(self, *_unused: Any) -> list[Piece]:
+        return [Slot(self.modality), Text("colour", target=True)]
 
     def sample(self, index: int) -> SimpleNamespace:
         return SimpleNamespace(id=f"{self.name}-{index}", facts={"colour": COLOURS[index % 3]})
@@ -65,7 +65,7 @@ class ToySource:
         return {
             "sample_id": f"{self.name}-{index}",
             "source": self.name,
-            "pieces": [Slot(self.modality), Text("colour", target=True)],
+            "pieces": self.pieces(),
             "image": [vector] if self.modality == "image" else [],
             "video": [],
             "audio": [vector] if self.modality == "audio" else [],

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,10 +148,6 @@ def test_best_weights_are_kept_although_every_metric_is_negative(tmp_path):
     assert step_of(tmp_path / "model.safetensors") == one.state.best_step
 
 
-def test_epochs_count_passes_over_all_sources(tmp_path):
-    assert runner(tmp_path, max_iters=None, max_epoch=2, batch_size_train=4).steps == 2 * math.ceil(40 / 4)
-
-
 class LavisData:
     """A data set in LAVIS's form: it has no sources and no ids."""
 
@@ -178,22 +172,6 @@ def test_a_data_set_of_lavis_trains_and_resumes_exactly(tmp_path, workers):
     assert resumed.state.counts["lavis"].samples == 64
     with pytest.raises(ConfigError, match="cannot mix LAVIS's data sets with this package's"):
         runner(tmp_path / "c", data=toy_data() | options["data"]).train()
-
-
-def test_unknown_splits_are_named_before_the_first_step(tmp_path):
-    one = runner(tmp_path, train_splits=["train", "trian"], test_splits=["tset"], max_iters=1)
-    message = r"train_splits: no data set has the split 'trian'; there are train, val; run.test_splits: .*'tset'"
-    with pytest.raises(ConfigError, match=message):
-        one.train()
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_model_on_several_devices_is_not_trained(tmp_path):
-    model = ToyModel()
-    model.settings = SimpleNamespace(language_model=SimpleNamespace(device_map="auto"))
-    with pytest.raises(ConfigError, match=r"device_map is auto, which is for answering: set it to null to train"):
-        runner(tmp_path, model).train()
-    runner(tmp_path, model, evaluate=True, test_splits=["val"]).train()
 
 
 def test_a_killed_worker_is_named_and_the_last_checkpoint_resumes(tmp_path):
