@@ -117,26 +117,6 @@ def test_the_kept_checkpoints_can_be_read_by_colleagues(tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {SHARED}
 
 
-def test_a_crash_inside_a_save_leaves_the_last_one(tmp_path, monkeypatch):
-    one = runner(tmp_path, max_iters=4, save_every_steps=2)
-    rename = os.rename
-
-    def crash(source, target):
-        if "4" in Path(target).name:
-            raise Stop
-        rename(source, target)
-
-    monkeypatch.setattr(checkpoints.os, "rename", crash)
-    with pytest.raises(Stop):
-        one.train()
-    monkeypatch.undo()
-    resumed = runner(tmp_path, max_iters=4, resume="auto")
-    assert resumed.folder.resumed == tmp_path / "checkpoints" / "step_00000002"
-    resumed.train()
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000002", "step_00000004"]
-
-
 def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp_path):
     one = runner(tmp_path, max_iters=2)
     one.train()
@@ -151,36 +131,28 @@ def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_frozen_hashes_ignore_precision_and_notice_changes():
-    model, half = ToyModel(), ToyModel()
-    half.frozen.to(torch.bfloat16)
-    bridge = [name for name, p in model.named_parameters() if p.requires_grad]
-    before = checkpoints.frozen_hashes(model, bridge)
-    assert before == checkpoints.frozen_hashes(half, bridge)
-    large = torch.nn.ModuleDict({"large": torch.nn.Linear(100, 100, bias=False)})
+class Words(tuple):
+    """A tokenizer with these words."""
+
+    def decode(self, ids):
+        return self[ids[0]]
+
+
+def test_frozen_hashes_ignore_precision_and_notice_changes_of_weights_and_vocabulary():
+    model, half = (torch.nn.ModuleDict({"large": torch.nn.Linear(100, 100)}) for _ in range(2))
+    half.load_state_dict(model.state_dict())
+    half.to(torch.bfloat16)
+    hashes = [checkpoints.frozen_hashes(model, []), checkpoints.frozen_hashes(half, [])]
+    assert hashes[0] == hashes[1]
     for place in ((0, 0), (99, 99)):
-        before = checkpoints.frozen_hashes(large, [])
         with torch.no_grad():
-            large["large"].weight[place] += 1
-        assert checkpoints.frozen_hashes(large, []) != before
-
-
-def test_another_tokenizer_of_the_same_size_is_noticed():
-    class Words:
-        def __init__(self, *words):
-            self.words = words
-
-        def __len__(self):
-            return len(self.words)
-
-        def decode(self, ids):
-            return self.words[ids[0]]
-
-    model, hashes = ToyModel(), []
-    for words in (("a", "b"), ("a", "c")):
-        model.llama_tokenizer = Words(*words)
+            model["large"].weight[place] += 1
         hashes.append(checkpoints.frozen_hashes(model, []))
-    assert [name for name in hashes[0] if hashes[0][name] != hashes[1][name]] == ["tokenizer"]
+    for words in (("a", "b"), ("a", "c")):
+        model.llama_tokenizer = Words(words)
+        hashes.append(checkpoints.frozen_hashes(model, []))
+    assert len({str(found) for found in hashes}) == 5
+    assert hashes[-1]["large"] == hashes[-2]["large"]
 
 
 class Recorder(ToySource):
@@ -207,22 +179,6 @@ def test_another_number_of_samples_per_step_resumes_at_the_next_sample(tmp_path)
     for source in sources:
         assert len(source.taken) == len(set(source.taken)) == positions[source.name]
         assert [epoch for _, epoch in source.taken] == [number // len(source) for number in range(len(source.taken))]
-
-
-def test_sorted_batches_of_another_size_resume_at_the_next_window(tmp_path):
-    """32 batches are sorted together: a run of 5 batches of 4 resumes after 32 * 4 samples, none of them twice."""
-    source = Recorder("pictures", "image", 300)
-    data = {"pictures": {"train": ToyGroup([source])}}
-    for steps, batch in ((5, 4), (40, 2)):
-        options = {"max_iters": steps, "batch_size_train": batch, "group_by_length": True, "resume": "auto"}
-        runner(tmp_path, data=data, **options).train()
-    assert len(source.taken) == len(set(source.taken)) == 5 * 4 + 35 * 2
-    first, rest = source.taken[:20], source.taken[20:]
-    whole = runner(tmp_path / "other", data=data, group_by_length=True).train_loader.plan
-    indices, epochs = whole.samples_at("pictures", torch.arange(32 * 4).numpy())
-    window = list(zip(indices.tolist(), epochs.tolist(), strict=True))
-    assert set(first) <= set(window)
-    assert not set(rest) & set(window)
 
 
 def test_passes_over_the_data_are_complete_although_the_batch_changes(tmp_path):

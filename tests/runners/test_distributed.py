@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,9 +223,6 @@ def test_fsdp_needs_processes_a_new_torch_and_a_model_with_blocks(tmp_path, capl
     assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
     with pytest.raises(ConfigError, match="gradient_checkpointing is for ChatBridge, but the model is Linear"):
         parallel.prepare(torch.nn.Linear(2, 2), config(tmp_path, gradient_checkpointing=True).run, torch.device("cpu"))
-    quantised = SimpleNamespace(parameters=lambda: [torch.nn.Parameter(torch.ones(2).int(), requires_grad=False)])
-    with pytest.raises(ConfigError, match="cannot shard a quantised language model"):
-        parallel._shard([quantised], torch.device("cpu"))
     monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward", raising=False)
     with pytest.raises(ConfigError, match=r"run.parallel fsdp needs torch 2.8 or newer, found .*: use ddp"):
         parallel._shard([torch.nn.Linear(2, 2)], torch.device("cpu"))

@@ -205,11 +205,6 @@ def test_sigterm_saves_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_clock_saves(tmp_path):
-    runner(tmp_path, max_iters=4, save_every_minutes=1e-9, keep_last=10).train()
-    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 4
-
-
 def _end_of_time(folder):
     """A training whose process group is signalled, workers included, as Slurm does it."""
     os.setpgid(0, 0)
