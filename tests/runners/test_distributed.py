@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -75,26 +74,6 @@ def _train(rank: int, folder: Path, options: dict[str, Any], stop_at: int | None
 def both(folder: Path) -> list[dict[str, torch.Tensor]]:
     """The final weights of two processes."""
     return [torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def losses(folder: Path, split: str) -> list[float]:
-    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
-    return [line[f"{split}_loss"] for line in lines if f"{split}_loss" in line]
-
-
-@pytest.mark.parametrize("parallel_by", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, parallel_by):
-    options = {"valid_splits": ["val"], "eval_every": 4, "accum_grad_iters": 2}
-    single = runner(tmp_path / "one", batch_size_train=8, **options)
-    single.train()
-    (tmp_path / "two").mkdir()
-    in_processes(_train, 2, tmp_path / "two", options | {"batch_size_train": 4, "parallel": parallel_by})
-    first, second = both(tmp_path / "two")
-    assert same(first, second)
-    for name, tensor in weights(single).items():
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
-    for split in ("train", "val"):
-        assert losses(tmp_path / "two", split) == pytest.approx(losses(tmp_path / "one", split), abs=1e-4)
 
 
 def test_two_processes_resume_exactly(tmp_path):
