@@ -113,11 +113,7 @@ def status(names: str | Sequence[str], what: str, content: Content = "weights", 
 
 
 def snapshot(repo: str, revision: str | None = None) -> Path:
-    """The local folder of a hub's repository, all of whose files are fetched.
-
-    Raises:
-        CheckpointError: One line with the address and a remedy, if it cannot be had.
-    """
+    """The local folder of a hub's repository, all of whose files are fetched; raises as `find`."""
     from huggingface_hub import snapshot_download
 
     return Path(_ask(Name(repo, repo=repo, revision=revision), lambda: snapshot_download(repo, revision=revision)))
@@ -129,11 +125,7 @@ def as_list(names: str | Sequence[str]) -> list[str]:
 
 
 def parsed(text: str, what: str) -> Name:
-    """A name's parts.
-
-    Raises:
-        CheckpointError: If it is empty.
-    """
+    """A name's parts; a `CheckpointError` if it is empty."""
     if not text.strip():
         raise CheckpointError(f"{what} is empty: name a file, a hub id or a URL, or set it to null")
     if re.match(r"https?://", text):
@@ -148,11 +140,7 @@ def parsed(text: str, what: str) -> Name:
 
 
 def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -> list[Path]:
-    """The files of a folder in Hugging Face's layout that loading reads.
-
-    Raises:
-        CheckpointError: If one of them is missing.
-    """
+    """The files of a folder in Hugging Face's layout that loading reads; a `CheckpointError` if one is missing."""
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     needed = _needed(there, content, lambda index: folder / index, prefixes, str(folder))
     if missing := [name for name in needed if name not in there]:
@@ -161,18 +149,11 @@ def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON object of a folder.
-
-    Raises:
-        CheckpointError: If it is missing or no JSON object.
-    """
+    """A JSON object of a folder; a `CheckpointError` if it cannot be read."""
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / name} cannot be read: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{folder / name} holds no JSON object")
-    return content
 
 
 def image_size(preprocessor: dict[str, Any]) -> int | None:
@@ -339,11 +320,7 @@ def _check_disk(folder: Path, size: int, what: str) -> None:
 
 
 def _ask(name: Name, request: Callable[[], T]) -> T:
-    """The answer of a server.
-
-    Raises:
-        CheckpointError: One line with the name, its address and a remedy.
-    """
+    """The answer of a server, or an error with the name, its address and a remedy."""
     from huggingface_hub import errors
 
     try:

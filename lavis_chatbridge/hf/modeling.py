@@ -33,7 +33,9 @@ from lavis_chatbridge.prompting.pieces import Modality
 
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
-MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "feature_frames", "clips")
+INPUTS = (
+    "attention_mask", "soft_index", "pixel_values", "pixel_values_videos", "input_features", "feature_frames", "clips",
+)  # fmt: skip
 
 
 class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -189,8 +191,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             PromptError: If the prompts need other soft tokens than the media give.
         """
-        soft = self._soft_tokens(**media)
-        batch = _batch(input_ids, attention_mask, soft_index, position_ids, labels, 0 if soft is None else len(soft))
+        batch, soft = self._prepared(input_ids, attention_mask, soft_index, position_ids, labels, **media)
         if labels is None:
             embeds, llm = self._embeds(batch, soft), self.chatbridge.llama_model
             seen = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
@@ -198,28 +199,21 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 output = llm(inputs_embeds=embeds, **{name: part.to(embeds.device) for name, part in seen.items()})
             return CausalLMOutputWithPast(logits=output.logits)
         nll, targets = self.chatbridge.token_losses(batch, soft)
-        if num_items_in_batch is None:
-            num_items_in_batch = max(1, len(targets))
-        return CausalLMOutputWithPast(loss=nll.sum() / num_items_in_batch)
+        return CausalLMOutputWithPast(loss=nll.sum() / (num_items_in_batch or max(1, len(targets))))
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, soft_index: Tensor | None = None, **more: Any
-    ) -> Tensor:
+    def generate(self, input_ids: Tensor, **more: Any) -> Tensor:  # type: ignore[override]
         """Generate replies by the language model's own ``generate``.
 
         Args:
             input_ids: ``[B, L]``, padded on the left.
-            attention_mask: ``[B, L]``.
-            soft_index: See :meth:`forward`.
-            **more: Media as in :meth:`forward`; all others are arguments of transformers' ``generate`` (``num_beams``,
-                ``do_sample``, ``num_return_sequences``, ``streamer``, ...).
+            **more: The processor's further inputs, see :meth:`forward`; all others are arguments of transformers'
+                ``generate`` (``num_beams``, ``do_sample``, ``num_return_sequences``, ``streamer``, ...).
 
         Returns:
             ``[B * num_return_sequences, N]`` new ids; the processor's ``batch_decode`` cuts them at the reply's end.
         """
-        soft = self._soft_tokens(**{name: more.pop(name) for name in MEDIA if name in more})
-        batch = _batch(input_ids, attention_mask, soft_index, None, None, 0 if soft is None else len(soft))
+        batch, soft = self._prepared(input_ids, **{name: more.pop(name) for name in INPUTS if name in more})
         embeds = self._embeds(batch, soft)
         llm, codec, stops = self.chatbridge.llama_model, self.chatbridge.llama_tokenizer, self.chatbridge.template.stops
         criteria = StoppingCriteriaList(more.pop("stopping_criteria", None) or [])
@@ -236,6 +230,28 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 stopping_criteria=criteria,
                 **more,
             )
+
+    def _prepared(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        soft_index: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **media: Tensor,
+    ) -> tuple[Batch, Tensor | None]:
+        """The rows as a `Batch` of :mod:`models.layout`, on the CPU, and the soft tokens ``[S, D]`` of the media."""
+        soft = self._soft_tokens(**media)
+        ids = input_ids.cpu()
+        index = torch.full_like(ids, -1) if soft_index is None else soft_index.cpu()
+        given = 0 if soft is None else len(soft)
+        if (needed := int(index.max()) + 1) > given:
+            raise PromptError(f"the prompts need {needed} soft tokens, but the media give {given}")
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
+        positions = (mask.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids.cpu()
+        labels = torch.full_like(ids, IGNORED) if labels is None else labels.cpu()
+        is_soft = index >= 0
+        return Batch(ids.masked_fill(is_soft, SOFT), index[is_soft], mask, positions, labels), soft
 
     def _embeds(self, batch: Batch, soft: Tensor | None) -> Tensor:
         llm = self.chatbridge.llama_model
@@ -292,26 +308,6 @@ class _StopsStreaming:
         for held in self._held:
             self._streamer.put(held)
         self._held = []
-
-
-def _batch(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    soft_index: Tensor | None,
-    position_ids: Tensor | None,
-    labels: Tensor | None,
-    soft_tokens: int,
-) -> Batch:
-    """The arguments of the model as a `Batch` of :mod:`models.layout`, on the CPU."""
-    ids = input_ids.cpu()
-    index = torch.full_like(ids, -1) if soft_index is None else soft_index.cpu()
-    if (needed := int(index.max()) + 1) > soft_tokens:
-        raise PromptError(f"the prompts need {needed} soft tokens, but the media give {soft_tokens}")
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
-    positions = (mask.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids.cpu()
-    labels = torch.full_like(ids, IGNORED) if labels is None else labels.cpu()
-    is_soft = index >= 0
-    return Batch(ids.masked_fill(is_soft, SOFT), index[is_soft], mask, positions, labels)
 
 
 def _built(settings: ModelSettings) -> ChatBridge:

@@ -15,16 +15,11 @@ from torch import Tensor, nn
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 from lavis_chatbridge.models.settings import LoraSettings
 
-_ADAPTER = "default"
-_A, _BASE = ".lora_A.", ".base_layer."
+_ADAPTER, _A = "default", ".lora_A."
 
 
 def check_available() -> None:
-    """Refuse before anything large is loaded.
-
-    Raises:
-        MissingExtraError: If peft is not installed.
-    """
+    """Raise a `MissingExtraError` if peft is not installed, before anything large is loaded."""
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora", "model.language_model.lora")
 
@@ -33,49 +28,32 @@ def inject(model: nn.Module, settings: LoraSettings) -> None:
     """Put new adapters, which change nothing yet, into a frozen language model; only they are trainable, in fp32.
 
     Raises:
-        MissingExtraError: If peft is not installed.
-        ConfigError: If a target is missing, or no linear layer.
+        ConfigError: If a target is no linear layer.
     """
-    check_available()
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
-    targets = list(settings.target_modules)
-    last = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-    listed = ", ".join(sorted({name for name, module in last if isinstance(module, nn.Linear)}))
-    if wrong := next((name for name, module in last if isinstance(module, nn.Embedding) and name in targets), None):
+    linear = (nn.Linear, Conv1D)
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, linear)}
+    if wrong := [name for name in settings.target_modules if name not in layers]:
         raise ConfigError(
-            f"model.language_model.lora.target_modules names {wrong}, an embedding; linear layers are {listed}"
+            f"model.language_model.lora.target_modules: {wrong[0]} is no linear layer of this language model; those "
+            f"are named {', '.join(sorted(layers))}"
         )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=settings.dropout,
-        target_modules=targets,
-        bias="none",
+        target_modules=list(settings.target_modules),
     )
-    try:
-        inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
-    except ValueError as error:
-        cause = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"model.language_model.lora.target_modules {targets} do not fit this language model ({cause}); its linear "
-            f"layers are named {listed}"
-        ) from error
+    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     thaw(model)
 
 
 def merge(model: nn.Module) -> None:
-    """Add all adapters to the weights that they adapt; the model is then a plain one of transformers.
-
-    Raises:
-        ConfigError: If the layers are quantised.
-    """
+    """Add all adapters to the weights that they adapt; the model is then a plain one of transformers."""
     for name, layer in list(_layers(model)):
         base = layer.get_base_layer()
-        if type(base) is not nn.Linear:
-            raise ConfigError(
-                f"{name} is quantised ({type(base).__name__}): set model.language_model.quantization to null to merge"
-            )
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         if base.weight is embeddings.weight:  # tied: the token embeddings stay as they are
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
@@ -106,7 +84,7 @@ def is_adapter(name: str) -> bool:
 
 def without_base(name: str) -> str:
     """A frozen weight's name without the adapter around it."""
-    return name.replace(_BASE, ".")
+    return name.replace(".base_layer.", ".")
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
@@ -133,12 +111,9 @@ def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 def misfit(
     found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, new_is_fine: bool = False
 ) -> str | None:
-    """Why a checkpoint's adapters (by `describe` or `described_by`) do not fit a model's; None if they do.
+    """Why a checkpoint's adapters do not fit a model's (both by `describe`); None if they do.
 
-    Args:
-        found: The checkpoint's.
-        expected: The model's.
-        new_is_fine: Accept a checkpoint without adapters for a model with new ones.
+    With ``new_is_fine`` a checkpoint without adapters fits a model with new ones.
     """
     if found is None and (expected is None or new_is_fine):
         return None

@@ -68,7 +68,7 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
     files = [path] if path.is_file() else hub.needed_files(path, "weights", prefixes)
     content: dict[str, Any] = {}
     for file in (file for file in files if file.suffix != ".json"):
-        content |= _read_safetensors(file) if file.suffix == ".safetensors" else load_torch(file)
+        content |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     cfg = dict(content["cfg"]) if isinstance(content.get("cfg"), Mapping) else None
     if isinstance(content.get("model"), Mapping):
         content = dict(content["model"])
@@ -88,11 +88,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        CheckpointError: With the tensors that hold one.
-    """
+    """Raise a `CheckpointError` with the tensors that hold NaN or infinity."""
     bad = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise CheckpointError(f"{source} holds NaN or infinity in {some(bad)}: download or save the file again")
@@ -120,11 +116,7 @@ def load_exactly(
 def check_fit(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], required: Iterable[str], source: object, what: str
 ) -> None:
-    """Refuse tensors of a file (``source``) that do not fit a module (``what``), or of which a required one is missing.
-
-    Raises:
-        CheckpointError: With all names, and shapes found and expected, in one line.
-    """
+    """Raise a `CheckpointError` if tensors of ``source`` do not fit ``what``, or a required one is missing."""
     shapes = [
         f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
         for name, tensor in found.items()
@@ -211,20 +203,15 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as opened:
-            tensors: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            content: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-        cfg = {"cfg": json.loads(metadata["cfg"])} if "cfg" in metadata else {}
+        return content | ({"cfg": json.loads(metadata["cfg"])} if "cfg" in metadata else {})
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(_damaged(path, error)) from error
-    return {**tensors, **cfg}
 
 
-def load_torch(path: Path) -> dict[str, Any]:
-    """The mapping in a file of ``torch.save``, mapped where the format allows. No code in it is run.
-
-    Raises:
-        CheckpointError: If it cannot be read, or holds other objects than tensors and plain values.
-    """
+def _read_torch(path: Path) -> dict[str, Any]:
+    """The mapping in a file of ``torch.save``, mapped where the format allows; no code in it is run."""
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

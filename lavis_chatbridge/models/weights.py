@@ -56,11 +56,7 @@ def needs(settings: ModelSettings) -> list[Need]:
 
 
 def find_all(settings: ModelSettings) -> dict[str, Path]:
-    """Setting -> local file or folder of its weights, fetched if necessary.
-
-    Raises:
-        CheckpointError: With everything that cannot be had.
-    """
+    """Setting -> local file or folder, fetched if necessary; a `CheckpointError` names everything that is missing."""
     found, faults = {}, []
     for need in needs(settings):
         try:
@@ -83,15 +79,8 @@ def config_path(model_type: str) -> Path:
 
 
 def model_settings(model_type: str | None, cfg_path: str | None = None, changes: Any = None) -> ModelSettings:
-    """The ``model`` section of a type, changed by a configuration file.
-
-    Args:
-        model_type: The type; by default that of the configuration, or ``tiny``.
-        cfg_path: The configuration file.
-        changes: A mapping of changes to the file's section.
-
-    Raises:
-        ConfigError: If there is no such type or file, or the section has faults.
+    """The ``model`` section of a type (by default the configuration's, or ``tiny``) with the changes of a configuration
+    file's section and of a mapping; a `ConfigError` names all faults.
     """
     from omegaconf import OmegaConf
 

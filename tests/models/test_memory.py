@@ -21,7 +21,6 @@ LLM = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_
 VIT = "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size"
 WHISPER = "d_model encoder_layers encoder_attention_heads encoder_ffn_dim num_mel_bins decoder_layers"
 SIZES = {
-    "7b": sizes("llama", LLM, 32_000, 4096, 11_008, 32, 32, 32),
     "13b": sizes("llama", LLM, 32_000, 5120, 13_824, 40, 40, 40),
     "SmolLM2-360M": sizes("llama", LLM, 49_152, 960, 2560, 32, 15, 5, tie_word_embeddings=True),
     "Qwen3-8B": sizes("qwen3", LLM, 151_936, 4096, 12_288, 36, 32, 8, head_dim=128),
@@ -31,7 +30,6 @@ SIZES = {
     "whisper-large-v3": sizes("whisper", WHISPER, 1280, 32, 20, 5120, 128, 1, decoder_attention_heads=20),
 }
 TYPES = {
-    "vicuna7b": ("7b", None, None),
     "vicuna13b": ("13b", None, None),
     "small": ("SmolLM2-360M", "siglip2-base", "whisper-small"),
     "qwen3_8b": ("Qwen3-8B", "siglip2-so400m", "whisper-large-v3"),
@@ -58,7 +56,6 @@ def _a_cpu_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("small", 8, False, 7, (361.8, 92.9, 88.2)),
         ("qwen3_8b", 16, True, 32, (8190.7, 428.2, 637.0)),
-        ("vicuna7b", 32, False, 48, (6738.4, 985.9, 90.3)),
         ("vicuna13b", 32, False, 80, (13015.9, 985.9, 90.3)),
     ],
 )

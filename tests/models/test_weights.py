@@ -22,11 +22,8 @@ from tests.hub_server import HubServer, serving
 from tests.media.making import sound_file, video_file
 from tests.models.building import small_model
 from tests.models.encoders import architectures
+from tests.models.folders import STYLES, write_folder
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 ASK = """
 import json, sys
 from lavis.models import load_model_and_preprocess
@@ -57,21 +54,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 
 def language_model(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    plain = Tokenizer(models.BPE())
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    plain.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    special = ["<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    plain.train_from_iterator(["a red dog"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|im_end|>", bos_token="<|im_start|>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    write_folder(folder, STYLES["smollm2"])
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=320, eos_token_id=1, bos_token_id=0, **sizes)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=440, **sizes)).save_pretrained(folder)
 
 
 def test_a_shipped_type_from_an_empty_cache_answers_about_every_modality(hub: HubServer, tmp_path: Path) -> None:

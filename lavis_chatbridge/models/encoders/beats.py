@@ -47,11 +47,7 @@ class BeatsConfig(Settings):
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
-        """The configuration in a published checkpoint; keys for training only are ignored.
-
-        Raises:
-            ConfigError: If the checkpoint uses a variant of the architecture that is not built here.
-        """
+        """The configuration in a published checkpoint, or a `ConfigError` if it is a variant that is not built here."""
         for key, built in _FIXED.items():
             if cfg.get(key, built) != built:
                 raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
@@ -66,12 +62,7 @@ class BeatsConfig(Settings):
 
 
 def build_audio(settings: AudioSettings) -> Beats:
-    """The BEATs of a file, whose own sizes count, or a randomly initialised one.
-
-    Raises:
-        CheckpointError: If the file is missing or does not fit.
-        ConfigError: If it holds a variant that is not built here.
-    """
+    """The BEATs of a file, whose own sizes count, or a randomly initialised one."""
     config = parse(BeatsConfig, settings.config or {}, "model.audio.config")
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
@@ -127,9 +118,6 @@ class Beats(nn.Module):
 
         Returns:
             ``[B, n, D]`` tokens, zeros for padding, and ``[B, n]`` bool, false for padding.
-
-        Raises:
-            ConfigError: If ``M`` is not a multiple of the patch size, or a clip is shorter than one patch.
         """
         patch = self.config.input_patch_size
         if fbank.shape[-1] % patch or (frames is None and fbank.shape[1] < patch):

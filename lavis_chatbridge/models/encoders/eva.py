@@ -51,11 +51,7 @@ class EvaVit(VisionTransformer):
 
 
 def build_vision(settings: VisionSettings) -> EvaVit:
-    """The EVA-ViT of a file, or a randomly initialised one.
-
-    Raises:
-        CheckpointError: If the file is missing or does not fit.
-    """
+    """The EVA-ViT of a file, or a randomly initialised one."""
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
         return EvaVit(settings).to(dtype)

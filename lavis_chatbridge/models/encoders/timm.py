@@ -48,12 +48,7 @@ class TimmVision(nn.Module):
 
 
 def build_vision(settings: VisionSettings) -> TimmVision:
-    """A timm model with the weights of the settings, or a randomly initialised one.
-
-    Raises:
-        ConfigError: If no architecture is named, or timm has no such one.
-        CheckpointError: If the weights are missing or do not fit.
-    """
+    """A timm model with the weights of the settings, or a randomly initialised one."""
     place = None if settings.weights is None else hub.find(settings.weights, "model.vision.weights")
     described = hub.read_config(place) if place is not None and (place / "config.json").is_file() else {}
     name = settings.name or described.get("architecture")

@@ -105,12 +105,7 @@ class TransformersAudio(nn.Module):
 
 
 def build_vision(settings: VisionSettings) -> TransformersVision:
-    """The vision tower of a folder, of a model with text and vision too, or a randomly initialised one.
-
-    Raises:
-        ConfigError: If no architecture is given.
-        CheckpointError: If the weights are missing, or are no model that transformers can build.
-    """
+    """The vision tower of a folder, of a model with text and vision too, or a randomly initialised one."""
     model, folder = _loaded(settings, "vision")
     size = model.config.image_size if hasattr(model.config, "image_size") else settings.image_size
     if folder is not None and (folder / "preprocessor_config.json").is_file():
@@ -119,7 +114,7 @@ def build_vision(settings: VisionSettings) -> TransformersVision:
 
 
 def build_audio(settings: AudioSettings) -> TransformersAudio:
-    """The audio encoder of a folder (of CLAP its audio tower, of Whisper its encoder); raises as `build_vision`."""
+    """The audio encoder of a folder: of CLAP its audio tower, of Whisper its encoder."""
     model, _ = _loaded(settings, "audio")
     if model.config.model_type.startswith("clap") and settings.layer != -1:
         raise ConfigError("model.audio.layer: only -1 works for CLAP, whose stages differ in width")
