@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from lavis_chatbridge.multis import generate as stage  # noqa: E402
 from lavis_chatbridge.multis.annotation import Annotation, MediumRef  # noqa: E402
+from lavis_chatbridge.multis.prices import price_of  # noqa: E402
 from lavis_chatbridge.multis.prompts import PromptBook  # noqa: E402
 
 
@@ -66,7 +67,7 @@ def main() -> None:
         items = [Annotation(id=str(n), media=bell, sound_captions=(f"{n} bells",)) for n in range(args.requests)]
         plan = list(stage.plan(lambda: items, PromptBook(), options))
         with tempfile.TemporaryDirectory() as folder:
-            price = stage.price_of("local")
+            price = price_of("local")
             rows = {
                 "openai client alone": timed(lambda: asyncio.run(bare(plan, url, args.in_flight))),
                 "multis generate": timed(lambda: stage.generate(plan, folder, price, options)),

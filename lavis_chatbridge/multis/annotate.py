@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lavis_chatbridge import media
+from lavis_chatbridge.datasets.readers.common import object_rows
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import append_lines, write_text
-from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json, json_objects
+from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json
 from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
 from lavis_chatbridge.schema import check_inside, media_path
 
@@ -58,7 +59,7 @@ def annotate(
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
     folder.mkdir(parents=True, exist_ok=True)
-    done = {values["id"] for file in folder.glob("annotations-*.jsonl") for _, values in json_objects(file)}
+    done = {row.values["id"] for file in folder.glob("annotations-*.jsonl") for row in object_rows(str(file))}
     name = f"{rank:05d}-of-{world:05d}.jsonl"
     annotated = known = 0
     failures = []
@@ -146,11 +147,11 @@ def _with_findings(item: Annotation, author: str, view: View, found: Findings) -
 
 def _read_items(path: str | Path) -> Iterator[Annotation]:
     seen: set[str] = set()
-    for number, values in json_objects(Path(path)):
-        known = {key: value for key, value in values.items() if key not in _SAMPLE_FIELDS}
-        item = from_json(known, f"{path}:{number}")
+    for row in object_rows(str(path)):
+        known = {key: value for key, value in row.values.items() if key not in _SAMPLE_FIELDS}
+        item = from_json(known, row.where)
         if item.id in seen:
-            raise DataError(f"{path}:{number}: the id {item.id!r} occurs twice")
+            raise DataError(f"{row.where}: the id {item.id!r} occurs twice")
         seen.add(item.id)
         if {medium.type for medium in item.media} == {"audio"}:
             item = item.model_copy(update={"captions": (), "sound_captions": item.captions + item.sound_captions})

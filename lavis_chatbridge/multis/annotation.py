@@ -5,14 +5,13 @@ This module stores and words annotations. It knows neither annotators nor reques
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lavis_chatbridge.config import Settings, parse
+from lavis_chatbridge.datasets.readers.common import object_rows
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import media_path
 
@@ -107,24 +106,6 @@ def from_json(values: Mapping[str, Any], where: str) -> Annotation:
     return annotation
 
 
-def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a JSONL file with their line numbers.
-
-    Raises:
-        DataError: If the file cannot be read or a line is not a JSON object.
-    """
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{path}:{number}: expected an object, found {line[:60]!r}")
-        yield number, values
-
-
 def read_annotations(path: str | Path) -> Iterator[Annotation]:
     """Yield the annotations of a JSONL file, or of all ``annotations*.jsonl`` in a folder.
 
@@ -136,8 +117,8 @@ def read_annotations(path: str | Path) -> Iterator[Annotation]:
     if not files or not files[0].is_file():
         raise DataError(f"no annotations at {path}: expected a JSONL file, or a folder with annotations*.jsonl")
     for file in files:
-        for number, values in json_objects(file):
-            yield from_json(values, f"{file.name}:{number}")
+        for row in object_rows(str(file)):
+            yield from_json(row.values, row.where)
 
 
 def describe(annotation: Annotation) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,8 +18,9 @@ import yaml
 from PIL import Image
 
 from lavis_chatbridge.config import unknown_key
+from lavis_chatbridge.datasets.readers.common import is_list, object_rows, read_object
 from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError
-from lavis_chatbridge.multis.annotation import Region, json_objects
+from lavis_chatbridge.multis.annotation import Region
 from lavis_chatbridge.prompting.pieces import Modality
 
 RATE = 16_000
@@ -162,7 +162,7 @@ class Imported:
     ) -> None:
         self.name = f"{form} import {Path(path).name}"
         self.modality: Modality = "audio" if form in ("sound_captions", "tags") else "image"
-        self._path, self._form, self._largest = Path(path), form, largest
+        self._path, self._form, self._largest = path, form, largest
         self._entries = _by_view(self._path)
 
     def annotate(self, view: View) -> Findings:
@@ -232,23 +232,16 @@ def build_annotator(text: str) -> Annotator:
     return ANNOTATORS[name](path, **options)
 
 
-def _by_view(file: Path) -> dict[str, Any]:
+def _by_view(file: str) -> Mapping[str, Any]:
     """The entries of a file by the name of their view."""
-    if file.suffix == ".jsonl":
-        content: Any = [values for _, values in json_objects(file)]
-    else:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read {file}: {error}") from error
-    if isinstance(content, dict):
-        return content
+    if not file.endswith(".jsonl") and not is_list(file):
+        return read_object(file).values
     found: dict[str, Any] = {}
-    for record in content:
-        name = next((record[key] for key in _RECORD_KEYS if key in record), None)
+    for row in object_rows(file):
+        name = next((row.values[key] for key in _RECORD_KEYS if key in row), None)
         if name is None:
-            raise DataError(f"{file}: a record has no view name (one of {', '.join(_RECORD_KEYS)}): {record!r:.80}")
-        found.setdefault(str(name), []).append(record)
+            raise DataError(f"{row.where} has no view name (one of {', '.join(_RECORD_KEYS)})")
+        found.setdefault(str(name), []).append(row.values)
     return found
 
 

@@ -86,6 +86,7 @@ def generate(
     """Ask a language model for chat data. Run again to resume."""
     from lavis_chatbridge.multis import generate as stage
     from lavis_chatbridge.multis.annotation import read_annotations
+    from lavis_chatbridge.multis.prices import price_of as find_price
     from lavis_chatbridge.multis.prompts import PromptBook
 
     values: dict[str, Any] = {k: v for k, v in locals().items() if k in stage.GenerateSettings.model_fields}
@@ -95,7 +96,7 @@ def generate(
     options = parse(stage.GenerateSettings, merged(values), "generate")
     book = PromptBook(prompts)
     priced = max_cost is not None or dry_run or prices or price_of
-    price = stage.price_of(price_of or (model if priced else "local"), prices)
+    price = find_price(price_of or (model if priced else "local"), prices)
     requests = stage.plan(lambda: read_annotations(annotations), book, options)
     if dry_run:
         found = stage.estimate(requests, book, price, out)

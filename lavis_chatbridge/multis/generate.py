@@ -19,10 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from lavis_chatbridge.config import Settings, parse, read_yaml
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraError
 from lavis_chatbridge.files import append_lines, hash_of, locked, read_lines
 from lavis_chatbridge.multis.annotation import Annotation
+from lavis_chatbridge.multis.prices import Price
 from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, PromptBook
 
 ANSWERS = "answers.jsonl"
@@ -66,34 +67,6 @@ class GenerateSettings(Settings):
     def check(self) -> Iterator[str]:
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
             yield f"base_url must begin with http:// or https://, found {self.base_url!r}"
-
-
-class Price(Settings):
-    """US dollars per million tokens."""
-
-    input: float
-    output: float
-
-    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """US dollars for a request."""
-        return (prompt_tokens * self.input + completion_tokens * self.output) / 1_000_000
-
-
-def price_of(model: str, table: str | Path | None = None) -> Price:
-    """Look up the longest prefix of a model's name in a table, by default ``prices.yaml``.
-
-    Raises:
-        ConfigError: If the table is malformed or has no such model.
-    """
-    prices = {str(name): price for name, price in read_yaml(table or Path(__file__).with_name("prices.yaml")).items()}
-    known = [name for name in prices if model == name or model.startswith(f"{name}-")]
-    if not known:
-        raise ConfigError(
-            f"no price for the model {model!r} (known: {', '.join(prices)}): pass --prices with "
-            f"'{model}: {{input: ..., output: ...}}' in US dollars per million tokens, or --price-of local"
-        )
-    name = max(known, key=len)
-    return parse(Price, prices[name], name)
 
 
 @dataclass(frozen=True)

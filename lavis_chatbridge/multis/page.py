@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from lavis_chatbridge.datasets.readers.common import object_rows
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import write_text
-from lavis_chatbridge.multis.annotation import describe, json_objects, read_annotations
+from lavis_chatbridge.multis.annotation import describe, read_annotations
 from lavis_chatbridge.multis.check import read_statistics, table
 from lavis_chatbridge.pages import render
 from lavis_chatbridge.schema import check_inside, media_path
@@ -39,7 +40,7 @@ def write_page(
     counts = table(read_statistics(checked))
     cards = []
     for state, count in (("accepted", accepted), ("rejected", rejected)):
-        records = [record for _, record in json_objects(checked / f"{state}.jsonl")]
+        records = [row.values for row in object_rows(str(checked / f"{state}.jsonl"))]
         for index in sorted(rng.sample(range(len(records)), min(count, len(records)))):
             cards.append(_card(state, records[index], str(media_root), Path(out).parent, notes))
     write_text(Path(out), render("multis.html", table=counts, cards=cards), errors="replace")

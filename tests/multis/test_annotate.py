@@ -23,7 +23,7 @@ def view(item: str = "clip", path: str = "videos/clip.mp4", number: int = 0) -> 
 
 def imported(tmp_path: Path, content: Any, form: Any, **options: Any) -> Imported:
     (tmp_path / "made.json").write_text(json.dumps(content))
-    return Imported(tmp_path / "made.json", form, **options)
+    return Imported(str(tmp_path / "made.json"), form, **options)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_repeated_id_is_refused(tmp_path: Path) -> None:
         ("grit", "needs a path"),
         ("grit=x.json,larges=3", "did you mean 'largest'"),
         ("captioner=/nowhere", "/nowhere cannot be loaded for image-text-to-text"),
-        ("grit=/nowhere.json", "cannot read /nowhere.json"),
+        ("grit=/nowhere.json", "/nowhere.json: cannot be read"),
     ],
 )
 def test_a_wrong_annotator_is_named_with_its_remedy(text: str, message: str) -> None:

@@ -19,7 +19,8 @@ from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.files import locked
 from lavis_chatbridge.multis import generate as stage
 from lavis_chatbridge.multis.annotation import Annotation, MediumRef
-from lavis_chatbridge.multis.generate import ANSWERS, GenerateSettings, Price, Report, price_of, read_answers
+from lavis_chatbridge.multis.generate import ANSWERS, GenerateSettings, Report, read_answers
+from lavis_chatbridge.multis.prices import Price, price_of
 from lavis_chatbridge.multis.prompts import PromptBook
 from tests.multis.openai_server import OpenAIServer, Reply, failure
 
