@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlparse
 
+from tqdm import tqdm
+
 from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.files import atomic_file, locked
 
@@ -167,15 +169,6 @@ def image_size(preprocessor: dict[str, Any]) -> int | None:
     return None
 
 
-def in_words(size: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
 def _first(alternatives: Sequence[Name], what: str, attempt: Callable[[Name], T]) -> T:
     """The result for the first name that gives one; the error has the faults of all."""
     faults = []
@@ -314,8 +307,8 @@ def _check_disk(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise CheckpointError(
-            f"{what} takes {in_words(size)}, but {folder} has {in_words(free)} free: make room, or set HF_HOME to a "
-            "folder on another disk"
+            f"{what} takes {tqdm.format_sizeof(size, 'B', 1024)}, but {folder} has "
+            f"{tqdm.format_sizeof(free, 'B', 1024)} free: make room, or set HF_HOME to a folder on another disk"
         )
 
 

@@ -175,7 +175,7 @@ def test_free_disk_is_checked_before_anything_is_fetched(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 8, 1000))
     for name in ("org/encoder", f"{server.url}/cdn/org/encoder/model.safetensors"):
-        with pytest.raises(CheckpointError, match=r"takes 3\.0 MiB, but .* has 1000 B free: make room, or set HF_HOME"):
+        with pytest.raises(CheckpointError, match=r"takes 3\.00MB, but .* has 0\.98kB free: make room, or set HF_HOME"):
             hub.find(name, "it")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 

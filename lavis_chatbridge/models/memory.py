@@ -7,39 +7,34 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from lavis_chatbridge import hub
 from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.perceiver import build_perceiver
-from lavis_chatbridge.models.settings import EncoderSettings, ModelSettings, torch_dtype
+from lavis_chatbridge.models.settings import EncoderSettings, LanguageModelSettings, ModelSettings, torch_dtype
 
-_CUDA = 600 << 20
 _BYTES = {"8bit": 1.01, "4bit": 0.52}
 """Bytes of a quantised parameter with its scales."""
 
 
 def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = False) -> dict[str, int]:
-    """Bytes by part, for micro-batches of samples with one medium and the longest text.
+    """Bytes by part, for micro-batches of ``batch`` samples with one medium and the longest text.
 
-    Args:
-        settings: The model's settings.
-        batch: Samples of a micro-batch.
-        checkpointing: Whether the language model's activations are recomputed.
-
-    Raises:
-        CheckpointError: If a part's ``config.json`` is neither on this disk nor can be fetched.
+    With ``checkpointing`` the language model's activations are recomputed. A part whose ``config.json`` can neither be
+    found nor fetched is a `CheckpointError`.
     """
+    own, perceiver = settings.language_model, settings.perceiver
     with state_dicts.on_meta():
-        config, llm = _language_model(settings)
+        llm = _language_model(own)
         vision, audio = build_vision(_bare(settings.vision)), build_audio(_bare(settings.audio))
-        perceiver = build_perceiver(settings.perceiver, vision.width)
-    own = settings.language_model
-    half = torch_dtype(own.dtype).itemsize
+        trained = _count(build_perceiver(perceiver, vision.width))
+    config, half = llm.config, torch_dtype(own.dtype).itemsize
     embeddings = llm.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
-    bridge = _count(perceiver) + audio.width * vision.width + settings.perceiver.width * config.hidden_size
-    bridge += 2 * settings.perceiver.queries * settings.perceiver.width
+    trained += audio.width * vision.width + perceiver.width * (config.hidden_size + 2 * perceiver.queries)
     blocks = (_count(llm) - embeddings) * _BYTES.get(own.quantization or "", half)
-    positions = batch * (settings.perceiver.queries + settings.max_text_length)
+    positions = batch * (perceiver.queries + settings.max_text_length)
     layer = positions * (8 * config.hidden_size + 3 * config.intermediate_size) * half
     kept = positions * config.hidden_size * half
     layers = config.num_hidden_layers
@@ -47,36 +42,31 @@ def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = F
         "vision encoder": _count(vision) * torch_dtype(settings.vision.dtype).itemsize,
         "audio encoder": _count(audio) * torch_dtype(settings.audio.dtype).itemsize,
         "language model": int(blocks) + embeddings * half,
-        "trained weights, gradients, AdamW": bridge * 16,
+        "trained weights, gradients, AdamW": trained * 16,
         "activations": layers * kept + layer if checkpointing else layers * layer,
         "logits": min(positions, 1024) * config.vocab_size * 8,
-        "CUDA": _CUDA,
+        "CUDA": 600 << 20,
     }
     return parts | {"slack": sum(parts.values()) // 10}
 
 
-def _language_model(settings: ModelSettings) -> tuple[Any, Any]:
+def _language_model(own: LanguageModelSettings) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = settings.language_model
-    if own.weights is None:
-        values = dict(own.config or {})
-        config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
-    else:
-        place = hub.find(own.weights, "model.language_model.weights", "processor")
-        config = AutoConfig.from_pretrained(str(place), local_files_only=True)
-    config = config.get_text_config()
-    return config, AutoModelForCausalLM.from_config(config)
+    described = dict(own.config or {})
+    if own.weights is not None:
+        described = hub.read_config(hub.find(own.weights, "model.language_model.weights", "processor"))
+    config = AutoConfig.for_model(described.pop("model_type", "llama"), **described)
+    return AutoModelForCausalLM.from_config(config.get_text_config())
 
 
-def _bare(settings: EncoderSettings) -> Any:
+def _bare(own: EncoderSettings) -> Any:
     """The settings of an encoder without its weights; the configuration in their folder takes their place."""
-    if settings.weights is None or settings.encoder not in ("timm", "transformers"):
-        return settings.model_copy(update={"weights": None})
-    config = hub.read_config(hub.find(settings.weights, "weights", "processor"))
-    changes = {"weights": None, "config": config, "name": settings.name or config.get("architecture")}
-    return settings.model_copy(update=changes)
+    if own.weights is None or own.encoder not in ("timm", "transformers"):
+        return own.model_copy(update={"weights": None})
+    config = hub.read_config(hub.find(own.weights, "weights", "processor"))
+    return own.model_copy(update={"weights": None, "config": config, "name": own.name or config.get("architecture")})
 
 
-def _count(module: Any) -> int:
+def _count(module: nn.Module | Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

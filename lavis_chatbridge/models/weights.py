@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from tqdm import tqdm
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.config import merged, parse, read_options, read_yaml
@@ -96,7 +97,7 @@ def model_settings(model_type: str | None, cfg_path: str | None = None, changes:
 def described(need: Need) -> tuple[hub.Found, str]:
     """Where the weights are, and one line about it."""
     found = need.status()
-    size = "unknown size" if found.size is None else hub.in_words(found.size)
+    size = "unknown size" if found.size is None else tqdm.format_sizeof(found.size, "B", 1024)
     place = found.fault or found.place or " or ".join(hub.as_list(need.names))
     return found, str(place) if found.state == "missing" else f"{need.setting:<32}{size:>12}  {place}"
 
