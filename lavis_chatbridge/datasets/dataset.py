@@ -145,7 +145,7 @@ class SampleDataset(torch.utils.data.Dataset):
             "meta": dict(sample.meta),
         }
 
-    def digest(self, index: int) -> str:
+    def sample_hash(self, index: int) -> str:
         """A short hash of the ``index``-th sample: its text, and its media by name and size."""
         sample = self.sample(index)
         sizes = [os.path.getsize(m.path) if m.size is None and os.path.exists(m.path) else m.size for m in sample.files]

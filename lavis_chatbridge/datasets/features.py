@@ -188,13 +188,13 @@ def distinct_media(samples: Iterable[Sample]) -> list[Medium]:
 
 def content_hash(medium: Medium) -> str:
     """The SHA-256 of a medium's bytes."""
-    digest, left = hashlib.sha256(), medium.size
+    hasher, left = hashlib.sha256(), medium.size
     with open(medium.path, "rb") as file:
         file.seek(medium.offset or 0)
         while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
-            digest.update(block)
+            hasher.update(block)
             left = None if left is None else left - len(block)
-    return digest.hexdigest()
+    return hasher.hexdigest()
 
 
 def _name(medium: Medium) -> str:

@@ -190,7 +190,7 @@ def prompt_text(pieces: Sequence[Piece]) -> str:
 def data_hash(source: Source) -> str:
     """A hash of all samples of a source: their text, their media by name and size, and their prompts."""
     samples = range(len(source))
-    return hash_of([[source.digest(i), prompt_text(source.pieces(source.sample(i), None))] for i in samples])
+    return hash_of([[source.sample_hash(i), prompt_text(source.pieces(source.sample(i), None))] for i in samples])
 
 
 def model_hash(model: nn.Module) -> str:
@@ -199,10 +199,10 @@ def model_hash(model: nn.Module) -> str:
     It reads a few evenly spaced values of every tensor: a training step changes all of them, and reading 13e9 would be
     slow.
     """
-    digest = hashlib.sha256(repr(getattr(model, "settings", "")).encode())
+    hasher = hashlib.sha256(repr(getattr(model, "settings", "")).encode())
     # not state_dict(), which would reshard what FSDP has gathered for the evaluation
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         flat = tensor.detach().flatten()
         values = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].to("cpu", torch.float64).numpy()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.tobytes())
+    return hasher.hexdigest()[:16]

@@ -43,7 +43,7 @@ class Source(Protocol):
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
         """The prompt of a sample."""
 
-    def digest(self, index: int) -> str:
+    def sample_hash(self, index: int) -> str:
         """A hash of the ``index``-th sample: its text, and its media by name and size."""
 
 

@@ -42,7 +42,7 @@ class Source:
         media = (Medium("image", path),) if path else ()
         return Sample(f"{self.name}{index}", media, captions=("a thing",), facts={"colour": COLOURS[index % 3]})
 
-    def digest(self, index):
+    def sample_hash(self, index):
         return str(index)
 
     def pieces(self, sample, rng):
