@@ -22,7 +22,7 @@ from lavis_chatbridge.plugin.launch import exit_status, returning_status, spread
 
 
 class Command(NamedTuple):
-    """One subcommand: its name, the module that holds it, and one line of help."""
+    """One subcommand: its name, its module in this package, and one line of help."""
 
     name: str
     module: str
@@ -30,27 +30,23 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "lavis_chatbridge.plugin.train", "Train as a configuration file says (as python -m lavis.train)."),
-    Command(
-        "evaluate",
-        "lavis_chatbridge.plugin.evaluate",
-        "Score a model on a configuration's test splits (as python -m lavis.evaluate).",
-    ),
-    Command("compare", "lavis_chatbridge.plugin.compare", "Compare two evaluations sample by sample."),
-    Command("world", "lavis_chatbridge.toyworld.command", "Build the embedded world, a small world with exact truth."),
-    Command("weights", "lavis_chatbridge.models.weights", "List, download and convert weights."),
-    Command("export-llm", "lavis_chatbridge.plugin.export_llm", "Write the language model with LoRA merged."),
-    Command("convert", "lavis_chatbridge.plugin.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
-    Command("check-data", "lavis_chatbridge.datasets.check", "Check a data file and count its samples."),
-    Command("convert-data", "lavis_chatbridge.datasets.convert", "Write annotations of any format as our JSONL."),
-    Command("shard", "lavis_chatbridge.plugin.shard", "Write data sets as webdataset shards."),
-    Command("cache-features", "lavis_chatbridge.plugin.cache_features", "Store the frozen encoders' outputs."),
-    Command("doctor", "lavis_chatbridge.plugin.doctor", "Check packages, devices, files and memory before a run."),
-    Command("chat", "lavis_chatbridge.chat.terminal", "Talk with a model about images, videos and sounds."),
-    Command("ask", "lavis_chatbridge.chat.ask", "Ask one question, or a file of them."),
-    Command("serve", "lavis_chatbridge.chat.server.command", "Answer over HTTP like OpenAI's chat completions."),
-    Command("web", "lavis_chatbridge.chat.web", "Chat in the browser."),
-    Command("multis", "lavis_chatbridge.multis.command", "Make chat data: annotate, generate, check, build."),
+    Command("train", "plugin.train", "Train as a configuration file says (as python -m lavis.train)."),
+    Command("evaluate", "plugin.evaluate", "Score a model on test splits (as python -m lavis.evaluate)."),
+    Command("compare", "plugin.compare", "Compare two evaluations sample by sample."),
+    Command("world", "toyworld.command", "Build the embedded world, a small world with exact truth."),
+    Command("weights", "models.weights", "List, download and convert weights."),
+    Command("export-llm", "plugin.export_llm", "Write the language model with LoRA merged."),
+    Command("convert", "plugin.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
+    Command("check-data", "datasets.check", "Check a data file and count its samples."),
+    Command("convert-data", "datasets.convert", "Write annotations of any format as our JSONL."),
+    Command("shard", "plugin.shard", "Write data sets as webdataset shards."),
+    Command("cache-features", "plugin.cache_features", "Store the frozen encoders' outputs."),
+    Command("doctor", "plugin.doctor", "Check packages, devices, files and memory before a run."),
+    Command("chat", "chat.terminal", "Talk with a model about images, videos and sounds."),
+    Command("ask", "chat.ask", "Ask one question, or a file of them."),
+    Command("serve", "chat.server.command", "Answer over HTTP like OpenAI's chat completions."),
+    Command("web", "chat.web", "Chat in the browser."),
+    Command("multis", "multis.command", "Make chat data: annotate, generate, check, build."),
 )
 
 ANSWERING = ("chat", "ask", "serve", "web")
@@ -97,7 +93,7 @@ def _imported(entry: Command) -> ModuleType:
         from lavis_chatbridge.plugin import quick
 
         quick.start()
-    return import_module(entry.module)
+    return import_module(f"lavis_chatbridge.{entry.module}")
 
 
 def _print_version(wanted: bool) -> None:

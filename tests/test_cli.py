@@ -43,7 +43,7 @@ def run(monkeypatch):
     """Runs ``chatbridge try WORDS`` with a given function as its command."""
     module = SimpleNamespace()
     monkeypatch.setattr(cli, "COMMANDS", (cli.Command("try", "some.module", "try something"), cli.COMMANDS[0]))
-    monkeypatch.setattr(cli, "import_module", {"some.module": module}.__getitem__)
+    monkeypatch.setattr(cli, "import_module", {"lavis_chatbridge.some.module": module}.__getitem__)
 
     def run(function, *words):
         module.command = function

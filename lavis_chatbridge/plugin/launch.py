@@ -67,7 +67,6 @@ class Session:
             )
         for seed in (random.seed, numpy.random.seed, torch.manual_seed):
             seed(cfg.run.seed)  # equally on every process, so that all initialise the same weights
-        cfg.pretty_print()
         cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.in_group(), distributed.world_size()
         cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
         job_id = distributed.from_main(new_job_id())

@@ -64,9 +64,7 @@ class ChatBridgeRunner(RunnerBase):
     """
 
     def __init__(self, cfg: Any, task: Task, model: nn.Module, datasets: Datasets, job_id: str = "") -> None:
-        plain: Any = OmegaConf.to_container(cfg.get_config(), resolve=True)
-        self.settings: dict[str, Any] = plain
-        self.run: RunSettings = getattr(cfg, "run", None) or parse(RunSettings, plain["run"], "run")
+        self.run: RunSettings = getattr(cfg, "run", None) or parse(RunSettings, cfg.run_cfg, "run")
         self.state = TrainState()
         self.bridge = parallel.choose_trained(model, self.run.train)
         device = distributed.init(self.run)
@@ -140,7 +138,7 @@ class ChatBridgeRunner(RunnerBase):
         started = time.monotonic()
         with self.folder.claimed(), worker_deaths():
             self._start()
-            reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state, self.settings)
+            reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
             with reporter, Watch(self.run.save_every_minutes) as watch:
                 self._train_steps(watch, reporter)
             if self.state.best_step is None:

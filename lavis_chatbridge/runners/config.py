@@ -6,7 +6,6 @@ reported together, before anything is loaded.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,6 @@ from lavis_chatbridge.runners.settings import RunSettings
 
 if TYPE_CHECKING:
     from lavis_chatbridge.runners.folder import RunFolder
-
-_log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
 _ID_KEYS = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
@@ -65,11 +62,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """All sections as plain dictionaries, lists and scalars."""
         return _plain(self.config)
-
-    def pretty_print(self) -> None:
-        """Log every section as YAML."""
-        for section in ("run", "datasets", "model"):
-            _log.info("%s:\n%s", section, OmegaConf.to_yaml(self.config[section], resolve=True).rstrip())
 
 
 class _Faults(list[str]):

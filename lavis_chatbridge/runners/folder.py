@@ -78,29 +78,19 @@ class RunFolder:
         """Refuse a folder with files of an earlier run that this one neither resumes nor overwrites."""
         if self.resumed is not None and not (self.resumed / checkpoints.STATE).is_file():
             raise ConfigError(f"run.resume: {self.resumed} is not a checkpoint, a folder such as step_00001000")
-        own, found = self._own_step(), max(checkpoints.steps(self.checkpoints), default=None)
-        if self.overwrite or (own is not None and own == found):
+        newest = checkpoints.newest(self.checkpoints)
+        if self.overwrite or (newest is not None and newest.resolve() == self.resumed):
             return
-        if own is not None:
+        if newest is not None or (self.path / WEIGHTS).exists():
             raise ConfigError(
-                f"{self.path} has checkpoints up to step {found}, after the one to resume from (step {own}): set "
-                "run.overwrite=true to delete the later ones, or another run.output_dir"
-            )
-        if found is not None or (self.path / WEIGHTS).exists():
-            held = f"checkpoints up to step {found}" if found is not None else f"trained weights, {WEIGHTS}"
-            raise ConfigError(
-                f"{self.path} has {held} of an earlier training: resume it (run.resume=auto), set another "
-                "run.output_dir, or delete them with run.overwrite=true"
+                f"{self.path} has {newest.name if newest else WEIGHTS} of an earlier training: resume it "
+                "(run.resume=auto), set another run.output_dir, or delete its files with run.overwrite=true"
             )
 
     def clear(self) -> None:
-        """With ``run.overwrite``, delete an earlier run's files; the checkpoint to resume from and older ones stay."""
-        if not self.overwrite:
-            return
-        if (own := self._own_step()) is not None:
-            for step, path in checkpoints.steps(self.checkpoints).items():
-                if step > own:
-                    shutil.rmtree(path)
+        """With ``run.overwrite``, delete an earlier run's files, unless this run resumes its newest checkpoint."""
+        newest = checkpoints.newest(self.checkpoints)
+        if not self.overwrite or (newest is not None and newest.resolve() == self.resumed):
             return
         for path in (self.path / name for name in _OF_A_RUN):
             if path.is_dir():
@@ -108,8 +98,3 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
         (self.path / RESULTS).mkdir()
-
-    def _own_step(self) -> int | None:
-        """The step of the checkpoint to resume from, if it is one of this folder."""
-        own = {path.resolve(): step for step, path in checkpoints.steps(self.checkpoints).items()}
-        return None if self.resumed is None else own.get(self.resumed.resolve())

@@ -68,12 +68,9 @@ class Reporter:
         folder: The run's folder.
         steps: Steps of the whole run.
         state: The progress that the run starts or resumes with.
-        config: The configuration, which is written first.
     """
 
-    def __init__(
-        self, run: RunSettings, folder: Path, steps: int, state: TrainState, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, run: RunSettings, folder: Path, steps: int, state: TrainState) -> None:
         self.run, self.steps, self.state = run, steps, state
         self.meter = Meter()
         self._sinks: list[Sink] = []
@@ -82,10 +79,9 @@ class Reporter:
         if distributed.is_main():
             log = folder / LOG
             drop_after(log, state.step)
-            append_lines(log, [json.dumps({"config": config, "from_step": state.step}, default=str)])
             self._sinks += [lambda *metrics: write(log, *metrics), self._print]
             self._sinks += [self._tensorboard(folder / "tensorboard")] if run.tensorboard else []
-            self._sinks += [self._wandb(folder / "wandb", config)] if run.wandb else []
+            self._sinks += [self._wandb(folder / "wandb")] if run.wandb else []
 
     def __enter__(self) -> Reporter:
         return self
@@ -125,12 +121,13 @@ class Reporter:
 
         return write_events
 
-    def _wandb(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+    def _wandb(self, folder: Path) -> Sink:
         """A Weights & Biases run; its own environment variables choose project and mode."""
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(dir=str(folder), config=dict(config), mode=os.environ.get("WANDB_MODE", "offline"))
+        mode = os.environ.get("WANDB_MODE", "offline")
+        run = wandb.init(dir=str(folder), config=self.run.model_dump(), mode=mode)
         self._open.callback(run.finish)
         return lambda split, stats, step: run.log({f"{split}/{k}": v for k, v in _numbers(stats).items()}, step=step)
 
@@ -145,8 +142,7 @@ def drop_after(path: Path, step: int) -> None:
     """Drop from a ``log.txt`` the lines of later steps, which a resumed run repeats."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one, if any, was cut off
-        first = [next(iter(json.loads(line).items())) for line in lines]
-        kept = [line for line, (key, of_line) in zip(lines, first, strict=True) if key == "config" or of_line <= step]
+        kept = [line for line in lines if next(iter(json.loads(line).values())) <= step]  # the step is its first value
         write_text(path, "".join(f"{line}\n" for line in kept))
 
 

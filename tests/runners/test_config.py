@@ -81,7 +81,6 @@ def test_lavis_code_finds_what_it_reads(yaml_of):
     assert (cfg.run.precision, cfg.run.log_every, cfg.run.betas) == ("fp16", 7, (0.9, 0.98))
     assert (cfg.run_cfg.amp, cfg.run_cfg.log_freq) == (True, 7)
     assert settings.parse(RunSettings, cfg.to_dict()["run"], "run") == cfg.run
-    cfg.pretty_print()
 
 
 def test_every_fault_is_reported_at_once(yaml_of):

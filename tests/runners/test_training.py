@@ -51,7 +51,6 @@ def test_the_loss_falls_and_the_log_is_lavis_own(tmp_path):
     assert {"train_loss_pictures", "train_loss_sounds"} <= {key for line in train for key in line}
     (val,) = [line for line in lines if "val_agg_metrics" in line]
     assert val["val_agg_metrics"] == -val["val_loss"]
-    assert lines[0]["config"]["run"]["max_iters"] == 60
     assert (tmp_path / "model.safetensors").is_file()
 
 
