@@ -38,7 +38,7 @@ import psutil
 import soundfile
 import torch
 import transformers
-from common import circumstances, tell
+from common import circumstances, write_table
 from PIL import Image
 
 MODEL, TOKEN = "chatbridge-tiny", "a-token-for-the-benchmark"
@@ -341,7 +341,7 @@ def main() -> int:
         engines = {"local": "", **({"vLLM": args.engine} if args.engine else {})}
         text = throughput(args.clients, args.requests, args.seed, engines)
     how = circumstances("chat.py", *sys.argv[1:], modules=(torch, transformers))
-    tell(f"# `chatbridge serve` under clients\n\n{how}\n{text}", args.write)
+    write_table(f"# `chatbridge serve` under clients\n\n{how}\n{text}", args.write)
     return int(bool(faults))
 
 

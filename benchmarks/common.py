@@ -26,7 +26,7 @@ def circumstances(script: str, *options: str, modules: tuple[ModuleType, ...] = 
     return f"{datetime.date.today()}, {cores} CPU core(s), {', '.join(versions)}; `{command}`.\n"
 
 
-def tell(text: str, file: Path | None) -> None:
+def write_table(text: str, file: Path | None) -> None:
     """Print a text, and write it to a file if one is given."""
     sys.stdout.write(text)
     if file is not None:

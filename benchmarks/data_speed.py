@@ -34,7 +34,7 @@ import soundfile
 import torch
 import torchaudio
 import torchvision
-from common import circumstances, tell
+from common import circumstances, write_table
 from PIL import Image
 from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -208,7 +208,7 @@ def main() -> None:
     lines = ["# Speed of the data on one core", "", how, "Samples per second of processor time; see the script.", ""]
     lines += ["| modality | file | against | plain | ours | ratio | goal | mean difference | largest |"]
     lines += ["|---|---|---|---:|---:|---:|---:|---:|---:|", *rows, "", note, ""]
-    tell("\n".join(lines), arguments.write)
+    write_table("\n".join(lines), arguments.write)
 
 
 if __name__ == "__main__":

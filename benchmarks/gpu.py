@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import circumstances, tell
+from common import circumstances, write_table
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -298,7 +298,7 @@ def main(words: list[str] | None = None) -> None:
     how = circumstances("gpu.py", *options, modules=(torch, transformers))
     steps = [row for m in arguments.modalities for row in measure_steps(model, m, plan, arguments.rounds, device)]
     decoding = measure_decoding(model, plan, arguments.rounds, device)
-    tell(report(how, device, limits, steps, decoding), arguments.write)
+    write_table(report(how, device, limits, steps, decoding), arguments.write)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from common import circumstances, tell
+from common import circumstances, write_table
 
 RANKS = 2
 CONFIG = """
@@ -159,7 +159,9 @@ def main() -> int:
         inside = "yes" if in_save else "no"
         lines.append(f"| {number} | {seconds:.2f} | step {step} | {inside} | {'yes' if same else 'NO'} |")
     right, inside = sum(row[3] for row in rows), sum(row[2] for row in rows)
-    tell("\n".join([*lines, "", f"{right} of {len(rows)} identical ({inside} kills inside a save).", ""]), args.write)
+    write_table(
+        "\n".join([*lines, "", f"{right} of {len(rows)} identical ({inside} kills inside a save).", ""]), args.write
+    )
     return 0 if right == len(rows) else 1
 
 

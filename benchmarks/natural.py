@@ -31,7 +31,7 @@ from typing import Any
 import timm
 import torch
 import transformers
-from common import circumstances, tell
+from common import circumstances, write_table
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -262,7 +262,7 @@ def main() -> None:
     )
     lines += ["", "| head nouns of test pictures named by | share |", "|---|---:|"]
     lines += [f"| {name} | {share:.3f} |" for name, share in rows.items()]
-    tell("\n".join(lines) + "\n", arguments.write)
+    write_table("\n".join(lines) + "\n", arguments.write)
 
 
 if __name__ == "__main__":

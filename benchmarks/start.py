@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import circumstances, tell
+from common import circumstances, write_table
 
 import lavis_chatbridge
 
@@ -92,7 +92,7 @@ def main(words: list[str] | None = None) -> None:
         "",
         f"The plugin adds {min(hook_cost() for _ in range(3)):.1f} ms to `import torch` (limit {LIMIT_MS:g} ms).",
     ]
-    tell("\n".join(lines) + "\n", arguments.write)
+    write_table("\n".join(lines) + "\n", arguments.write)
 
 
 if __name__ == "__main__":

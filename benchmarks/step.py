@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
-from common import circumstances, tell
+from common import circumstances, write_table
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tell(report(arguments.rounds), arguments.write)
+    write_table(report(arguments.rounds), arguments.write)
 
 
 if __name__ == "__main__":

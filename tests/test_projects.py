@@ -1,4 +1,4 @@
-"""Every shipped configuration says what it needs and how it is run, and is sound but for files that are not here."""
+"""Every shipped configuration opens with its command, and is valid apart from absent files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = PAPER + [f"{size}/{stage}.yaml" for size in ("small", "qwen3_8b") for st
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_configurations_of_the_embedded_world_are_sound(name: str) -> None:
+def test_configurations_of_the_embedded_world_are_valid(name: str) -> None:
     from lavis_chatbridge.runners.config import load_config
 
     config = load_config(PROJECTS / f"{name}.yaml")

@@ -1,4 +1,4 @@
-"""Every benchmark opens with its command, which its parser understands; what they share says how a figure was got."""
+"""Every benchmark opens with its command, whose options its parser has; tables state date, versions and command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_script_opens_with_its_command_and_knows_its_options(script: Path) -> 
 
 
 @pytest.mark.parametrize("table", sorted(FOLDER.glob("*.md")), ids=lambda path: path.stem)
-def test_a_table_names_a_command_that_there_is(table: Path) -> None:
+def test_a_table_names_an_existing_script(table: Path) -> None:
     named = re.findall(
         r"`(?:OMP_NUM_THREADS=\d+ )?python benchmarks/(\w+\.py)[^`]*`", table.read_text(encoding="utf-8")
     )
@@ -34,9 +34,7 @@ def test_a_table_names_a_command_that_there_is(table: Path) -> None:
     assert all((FOLDER / name).is_file() for name in named)
 
 
-def test_circumstances_are_a_command_that_can_be_run_again(
-    benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_circumstances_name_the_command(benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     common = benchmark("common")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     told = common.circumstances("a.py", "--rounds 2", modules=(np,))
@@ -46,10 +44,10 @@ def test_circumstances_are_a_command_that_can_be_run_again(
     assert common.circumstances("a.py").endswith("; `python benchmarks/a.py`.\n")
 
 
-def test_what_is_told_is_kept_where_that_is_asked(
+def test_a_table_is_printed_and_written(
     benchmark: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    benchmark("common").tell("| a |\n", tmp_path / "a.md")
-    benchmark("common").tell("| b |\n", None)
+    benchmark("common").write_table("| a |\n", tmp_path / "a.md")
+    benchmark("common").write_table("| b |\n", None)
     assert capsys.readouterr().out == "| a |\n| b |\n"
     assert [path.read_text() for path in tmp_path.iterdir()] == ["| a |\n"]

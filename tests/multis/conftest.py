@@ -1,4 +1,4 @@
-"""Media of the embedded world with people's captions, as the first stage gets them; and the server that answers."""
+"""Media of the embedded world with captions for the first stage, and a server that answers."""
 
 from __future__ import annotations
 

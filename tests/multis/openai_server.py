@@ -1,4 +1,4 @@
-"""A small HTTP server on loopback that speaks OpenAI's chat protocol and fails as a test's script says.
+"""A small HTTP server on loopback that implements OpenAI's chat protocol and fails by a test's script.
 
 It counts requests by ``Idempotency-Key`` and computes its answers from the notes in the prompt. As a program
 (``python -m tests.multis.openai_server --latency 0.2``) it serves the throughput benchmark.

@@ -1,4 +1,4 @@
-"""The annotators that run models, each on a tiny one of its class with random weights, loaded from a folder."""
+"""The annotators that run models, each with a tiny randomly initialised model from a folder."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def source(folder: Path, samples: list[dict], name: str = "one", extra: str = ""
 CAPTIONS = [sample(str(n), f"{n}.png", captions=[f"caption {n}"]) for n in range(6)]
 
 
-def test_shards_are_webdataset_and_random_access_at_once(tmp_path: Path) -> None:
+def test_shards_are_webdataset_with_the_offsets_of_media(tmp_path: Path) -> None:
     config = source(tmp_path, CAPTIONS, extra=", task: image_caption", top="per_shard: 2")
     manifest = build(load_settings(config), tmp_path / "out")
     entry = manifest["sources"]["one"]
@@ -61,7 +61,7 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_fixed_wording_puts_the_request_in_and_takes_the_task_out(tmp_path: Path) -> None:
+def test_fixed_wording_replaces_the_task_by_its_instruction(tmp_path: Path) -> None:
     asked = sample(
         "q", turns=[{"role": "user", "text": "What is it?"}, {"role": "assistant", "text": "a cat"}], task="image_qa"
     )

@@ -1,4 +1,4 @@
-"""What is accepted and what is turned down, rule by rule."""
+"""The rules: answers that each accepts and rejects."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_good_conversation_becomes_a_sample() -> None:
         ("unsafe", talk("Write to a.dog@mail.example.com now.", "It runs.")),
     ],
 )
-def test_each_rule_turns_down_what_it_is_for(checker: Checker, expected: str, text: str) -> None:
+def test_each_rule_rejects(checker: Checker, expected: str, text: str) -> None:
     assert expected in rules(checker, text)
     assert "truncated" in rules(checker, text, finish="length")
 
@@ -107,7 +107,7 @@ def test_loose_forms_and_denied_things_are_accepted(text: str) -> None:
     assert rules(Checker(), text, annotation=annotation) == set()
 
 
-def test_reasoning_may_guess_where_it_says_so(checker: Checker) -> None:
+def test_reasoning_may_suppose_a_thing_with_a_hedge(checker: Checker) -> None:
     sure = (
         "Question: Why does the animal run?\nAnswer: The dog runs with a ball over the grass very fast just now, and "
         "a child threw it from far away before that."
@@ -129,7 +129,7 @@ def test_a_description_gets_a_question_of_its_modality() -> None:
     assert sample.turns[1].text.startswith("A brown dog")
 
 
-def test_near_duplicates_and_copied_examples_are_turned_down() -> None:
+def test_near_duplicates_and_copied_examples_are_rejected() -> None:
     checker = Checker()
     base = "the dog runs over the grass with its ball and then it turns round and runs back over the same grass again"
     first = talk(f"First, {base}.", "That is the end of what the dog does with it.")
@@ -171,7 +171,7 @@ def test_every_seed_example_would_be_accepted() -> None:
     assert count >= 36
 
 
-def test_the_account_is_complete_and_repeatable(tmp_path: Path) -> None:
+def test_statistics_are_complete_and_repeatable(tmp_path: Path) -> None:
     (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(item(name=n).to_json()) + "\n" for n in "ab"))
     texts = [talk("It is a brown dog.", "It runs."), talk("It is a cat.", "It runs."), "no form"]
     records = [

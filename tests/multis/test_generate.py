@@ -1,4 +1,4 @@
-"""Generation against a server that fails in the ways that servers fail."""
+"""Generation against a server with the usual failures."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_counts_sample_the_same_items_each_time() -> None:
     assert items[0] < items[1], "a larger count keeps the smaller one's items"
 
 
-def test_the_id_changes_with_everything_that_shapes_the_answer() -> None:
+def test_the_id_changes_with_everything_that_affects_the_answer() -> None:
     base = requests(1)[0].id
     changed = [settings(shots=1), settings(model="other"), settings(temperature=0.1)]
     assert base not in [requests(1, options)[0].id for options in changed]

@@ -35,7 +35,7 @@ def checked(folder: Path) -> Path:
     return folder
 
 
-def test_no_text_becomes_markup_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     assert write_page(checked(tmp_path), tmp_path, tmp_path / "page.html") == 2
     page = (tmp_path / "page.html").read_text()
     tags = Tags()

@@ -1,4 +1,4 @@
-"""What language models write is read as questions and answers in every usual form, and refused where it is unclear."""
+"""Questions and answers in every usual form of language models are parsed; ambiguous ones are rejected."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_usual_form_gives_the_same_pairs(text: str) -> None:
         ('[{"question": "What is it?", "answer": " "}]', "JSON without questions"),
     ],
 )
-def test_what_is_unclear_is_refused_and_never_mended(text: str, message: str) -> None:
+def test_ambiguous_answers_are_rejected(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_pairs(text)
 
@@ -63,6 +63,6 @@ def test_a_description_is_read_without_its_title(text: str) -> None:
         ("Question: What is it?\nAnswer: A dog.", "questions and answers, expected a description"),
     ],
 )
-def test_what_is_no_description_is_refused(text: str, message: str) -> None:
+def test_other_answers_are_no_description(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_description(text)

@@ -120,7 +120,7 @@ def test_an_incomplete_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == [".world.lock"]
 
 
-def test_other_people_s_folders_are_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="contains files of no embedded world"):
         build_world(tmp_path, SMALL)

@@ -1,4 +1,4 @@
-"""Rendered media show what their scenes say, by measurements that know nothing of the renderers."""
+"""Rendered media have the facts of their scenes, by measurements that are independent of the renderers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_object_has_its_colour_and_stands_at_its_place(shape: str) -> None:
 
 
 @pytest.mark.parametrize("motion", ATTRIBUTES["video"]["motion"])
-def test_a_clip_moves_as_its_scene_says(motion: str) -> None:
+def test_a_clip_moves_in_the_direction_of_its_scene(motion: str) -> None:
     rng = np.random.default_rng(5)
     for colour, shape in (("green", "circle"), ("red", "star"), ("pink", "ring")):
         clip = clips.render(scene("video", motion=motion, colour=colour, shape=shape), rng)
@@ -89,7 +89,7 @@ def mono(rng: np.random.Generator, seconds: float, **facts: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("timbre", ["flute", "bell", "wind"])
-def test_pitches_and_sweeps_are_as_their_scenes_say(timbre: str) -> None:
+def test_sounds_have_the_pitch_and_sweep_of_their_scene(timbre: str) -> None:
     rng = np.random.default_rng(10)
     pitches = [np.median(pitch_track(mono(rng, 4, timbre=timbre, pitch=p))) for p in ("low", "middle", "high")]
     assert pitches == sorted(pitches)
