@@ -57,6 +57,6 @@ def _option(cls: type[Settings], name: str) -> Parameter:
     annotation: Any = field.annotation
     default = field.default
     if typing.get_origin(annotation) is tuple:  # typer reads a tuple as an option with several values
-        annotation, default = list[typing.get_args(annotation)[0]], list(default)
+        annotation, default = list[typing.get_args(annotation)[0]], list(default)  # type: ignore[misc]
     option = Annotated[annotation, typer.Option(help=field.description)]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=option)
