@@ -56,6 +56,7 @@ def command(
         Path, typer.Option(help="Folder of the suites' YAML files; default: the shipped ones.")
     ] = PROJECTS / "eval",
     output: Annotated[Path, typer.Option(help="Folder of the table of --suite.")] = Path("output/eval"),
+    engine: Annotated[str, typer.Option(help="A vLLM server that runs the language model: http://HOST:PORT/v1.")] = "",
     options: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Settings that override the file's; repeatable.")
     ] = None,
@@ -64,14 +65,15 @@ def command(
     if [cfg_path, suite, rescore].count(None) != 2:
         raise ConfigError("give one of --cfg-path YAML, --suite NAMES and --rescore FILE")
     conditions = None if ablate is None else parse_conditions(ablate)
+    options = with_options(options or [], {"model.language_model.engine": engine} if engine else {})
     if rescore is not None:
         if conditions is not None:
             raise ConfigError("--ablate needs a model: use it with --cfg-path or --suite, not with --rescore")
-        return report.rescore(rescore, options or [])
+        return report.rescore(rescore, options)
     if suite is not None:
-        return _suites(choose(suite, find(suite_folder)), output, options or [], conditions)
+        return _suites(choose(suite, find(suite_folder)), output, options, conditions)
     with Session() as session:
-        lines = _conditions(session, str(cfg_path), options or [], conditions)
+        lines = _conditions(session, str(cfg_path), options, conditions)
         _print_on_main(report.summary(lines))
     return int(any(line.status == "failed" for line in lines))
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lavis_chatbridge import cli
+from lavis_chatbridge.chat import load_model
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin import evaluate, report
@@ -19,6 +20,8 @@ from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.tasks.settings import EvaluationSettings
+from tests.chat.building import TINY_TOKENIZER
+from tests.models.standin import StandIn, serving
 
 YAML = """
 model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
@@ -110,6 +113,21 @@ def test_one_configuration_is_scored_again_without_its_media(config, capsys, mon
     assert built == [1]  # one model answers under every condition
     assert cli.main(["evaluate", "--rescore", files[2]]) == 0
     assert rows(capsys.readouterr().out)[2][:2] == ["chatbridge_jsonl", "image withheld"]
+
+
+def test_an_engine_predicts_as_the_local_language_model(config):
+    checkpoint = "model.checkpoint=" + str(TINY_TOKENIZER.parent / "chatbridge.safetensors")
+    model, _ = load_model("tiny", device="cpu")
+    standin = StandIn(model.llama_model, model.llama_tokenizer)
+    predicted = []
+    with serving(standin) as url:
+        for name, words in (("local", []), ("remote", ["--engine", url])):
+            options = [f"run.output_dir={config.parent / name}", checkpoint, "run.max_len=5"]
+            assert evaluated(config, *options, words=("evaluate", *words)) == 0
+            lines = (config.parent / name / "result/test_step0.jsonl").read_text().splitlines()
+            predicted.append([json.loads(line)["prediction"] for line in lines])
+    assert predicted[0] == predicted[1]
+    assert len(standin.requests) >= len(predicted[1]) == 2
 
 
 RUN = EvaluationSettings()
