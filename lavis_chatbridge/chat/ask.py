@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -49,11 +50,13 @@ def command(
     if jsonl is not None:
         if words or given:
             raise ConfigError("with --jsonl, questions and media are in the lines of the file")
-        questions = list(read_questions(jsonl[0], talk))
-        settings = [options.model_dump() for options in (model, talk, sampling)]
-        part = _Part(jsonl[1], hash_of(hash_of_file(jsonl[0]), *settings), len(questions))
-        rest = questions[len(part.done) :]
-        return part.finish(_answers(rest, model.open(keep=0), batch_size, sampling) if rest else ())
+        source, target = jsonl
+        questions = list(read_questions(source, talk))
+        key = hash_of(hash_of_file(source), *(options.model_dump() for options in (model, talk, sampling)))
+        part = target.with_name(f".{target.name}.{key[:12]}.part")
+        return _answer_file(
+            target, part, questions, lambda rest: _answers(rest, model.open(keep=0), batch_size, sampling)
+        )
     asked = _question(words, given, talk)
     reply = model.open(keep=0).reply(asked, sampling)
     for piece in reply:
@@ -66,11 +69,7 @@ def command(
 
 
 def _question(words: Sequence[str], given: Sequence[tuple[Modality, str]], talk: TalkOptions) -> Conversation:
-    """The question with its media; "-" is read from standard input.
-
-    Raises:
-        ConfigError: If there is no question, or a file does not exist.
-    """
+    """The question with its media; "-" is read from standard input."""
     from lavis_chatbridge.chat.attachments import check_modality, media_of, modality_of
     from lavis_chatbridge.chat.conversation import Conversation
 
@@ -88,45 +87,31 @@ def _question(words: Sequence[str], given: Sequence[tuple[Modality, str]], talk:
         text = sys.stdin.read()
     reads = "-" in (*files, *(file for _, file in given))
     piped = sys.stdin.buffer.read() if reads else b""
-    contents = [piped if file == "-" else file for file in files]
     media: list[Any] = [(modality, piped if file == "-" else file) for modality, file in given]
-    media += [(modality_of(content), content) for content in contents]
+    media += [(modality_of(content), content) for content in (piped if file == "-" else file for file in files)]
     return Conversation(system=talk.system).asking(text.strip(), media_of(media=media, hear_videos=talk.video_sound))
 
 
-class _Part:
-    """The answers to a file of questions; an interrupted run leaves its own in a hidden file beside the target.
-
-    Args:
-        target: The file to write.
-        hash: Of the questions and the settings.
-        count: How many questions there are.
-    """
-
-    def __init__(self, target: Path, hash: str, count: int) -> None:
-        self.target, self.count = target, count
-        self.path = target.with_name(f".{target.name}.{hash[:12]}.part")
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.is_file() else []
-        self.done = [json.loads(line) for line in lines]
-        if self.done:
-            print(f"{len(self.done)} of {count} answers are there already", file=sys.stderr)
-
-    def finish(self, answers: Iterable[dict[str, Any]]) -> int:
-        """Add the other answers and give the file its name; the exit status is 1 if an answer is missing."""
-        faults = 0
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "w", encoding="utf-8") as file:
-                for records in (self.done, answers):
-                    for record in records:
-                        faults += "error" in record
-                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                        file.flush()
-            os.replace(self.path, self.target)
-        except OSError as error:
-            raise DataError(f"{self.target}: cannot be written: {error.strerror or error}") from error
-        print(f"{self.target}: {self.count - faults} answers, {faults} lines without one", file=sys.stderr)
-        return 1 if faults else 0
+def _answer_file(
+    target: Path, part: Path, questions: Sequence[Question], answers: Callable[[Sequence[Question]], Iterator[dict]]
+) -> int:
+    """Write ``target``; an interrupted run leaves its answers in ``part``. The status is 1 if an answer is missing."""
+    faults = 0
+    try:
+        lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []
+        if lines:
+            print(f"{len(lines)} of {len(questions)} answers are there already", file=sys.stderr)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8") as file:
+            for record in chain(map(json.loads, lines), answers(questions[len(lines) :])):
+                faults += "error" in record
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+        os.replace(part, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
+    print(f"{target}: {len(questions) - faults} answers, {faults} lines without one", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def _answers(

@@ -43,10 +43,9 @@ def media_of(
     """The media of one message: images, videos, sounds, then ``media`` in their own order.
 
     Args:
-        images: Images, or one. An array or a tensor is one image.
-        videos: Videos, or one. An array or a tensor, and a list of still Pillow images, is one video.
-        audios: Sounds, or one; a video's file stands for its sound track. An array is one sound at 16 kHz, or
-            ``(array, rate in Hz)``.
+        images: Images, or one.
+        videos: Videos, or one; a list of still Pillow images is one video.
+        audios: Sounds, or one. An array is a sound at 16 kHz; ``(array, rate in Hz)`` one at another rate.
         media: Pairs of modality and medium in any order, or one pair.
         hear_videos: Each video is followed by its own sound track.
         access: Which ``http(s)`` URLs may be fetched; by default none.

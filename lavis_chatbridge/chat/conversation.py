@@ -25,8 +25,6 @@ class Medium:
     """A medium of a message.
 
     Attributes:
-        modality: ``"image"``, ``"video"`` or ``"audio"``.
-        content: The medium itself.
         name: Shown to users.
         track: It is the sound track of the video before it, and may be missing.
         perceived: Its soft tokens, once the model has seen it.
@@ -52,14 +50,7 @@ class Medium:
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """A message with the media themselves.
-
-    Args:
-        role: ``"user"`` or ``"assistant"``.
-        text: The words.
-        media: Media of a user's message.
-        ids: Token ids of a generated reply, its end included; None if they are unknown.
-    """
+    """A message of ``"user"`` or ``"assistant"``; ``ids`` are those of a generated reply, its end included."""
 
     role: str
     text: str

@@ -97,12 +97,7 @@ class Engine:
     def reply(
         self, asked: Asked, sampling: Sampling | None = None, deliver: Callable[[Event], None] | None = None
     ) -> Reply:
-        """Begin a reply.
-
-        Args:
-            asked: The prompt.
-            sampling: How tokens are chosen; greedy by default.
-            deliver: See `Reply`.
+        """Begin a reply, greedy by default; ``deliver`` gets its events, see `Reply`.
 
         Raises:
             QueueFullError: If too many replies wait already.
@@ -154,6 +149,11 @@ class Engine:
         sampling = reply.sampling
         prompt = reply.prompt = self._word(reply.asked, sampling.max_new_tokens)
         room = self.max_context - len(prompt.elements)
+        if room <= 0:
+            raise PromptError(
+                f"this message alone has {len(prompt.elements)} tokens, but the context holds {self.max_context} with "
+                "the answer: shorten the text or give fewer media"
+            )
         stops = (*(() if sampling.ignore_eos else prompt.stops), *sampling.stop)
         stream = TextStream(self.codec, stops, sampling.min_new_tokens)
         sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})
@@ -169,27 +169,17 @@ class Engine:
         if not isinstance(asked, Conversation):
             front = [self.codec.bos_id] if isinstance(asked, str) and self.codec.bos_id is not None else []
             ids: list[Element] = [*front, *(self.codec.encode(asked) if isinstance(asked, str) else asked)]
-            self._check_length(ids)
             return Prompt(ids, end_ids=self.load_template("").end_ids)
         template, messages = self.load_template(asked.system), asked.messages
         check_order([message.worded for message in messages], generate=True)
-        for message in messages:
-            self.reader.read(message.media)
+        self.reader.read([medium for message in messages for medium in message.media])
         for start in range(0, len(messages), 2):
             elements, soft = self._elements(template, messages[start:])
             last = start == len(messages) - 1
             if len(elements) + (1 if last else room) <= self.max_context:
                 break
-        self._check_length(elements)
         notes = tuple(MediaNote.of(m, i) for i in range(start, len(messages)) for m in messages[i].media)
         return Prompt(elements, soft, notes, len(messages) - 1, start, template.stops, template.end_ids)
-
-    def _check_length(self, elements: Sequence[Element]) -> None:
-        if len(elements) >= self.max_context:
-            raise PromptError(
-                f"this message alone has {len(elements)} tokens, but the context holds {self.max_context} with the "
-                "answer: shorten the text or give fewer media"
-            )
 
     def _elements(self, template: Template, window: Sequence[ChatMessage]) -> tuple[list[Element], dict[str, Tensor]]:
         """The positions of messages, and the soft tokens in them by their key."""
@@ -213,8 +203,11 @@ class Engine:
                     self._thread = None
                     return
             active += [reply for reply in arrivals if self._admit(decoder, reply)]
+            self.steps, self.rows = self.steps + bool(active), self.rows + len(active)
             try:
-                self._step(decoder, active)
+                texts = {id(generation): text for generation, text in decoder.step()}
+                for reply in active:
+                    self._send(reply, texts.get(id(reply.generation), ""))
             except Exception as error:
                 log.exception("generation failed; %d replies are lost", len(active))
                 decoder = Decoder(self.model.llama_model)
@@ -233,13 +226,6 @@ class Engine:
                 log.exception("a prompt could not be read")
             reply.fail(error)
         return not reply.done
-
-    def _step(self, decoder: Decoder, active: Sequence[Reply]) -> None:
-        if active:
-            self.steps, self.rows = self.steps + 1, self.rows + len(active)
-            texts = {id(generation): text for generation, text in decoder.step()}
-            for reply in active:
-                self._send(reply, texts.get(id(reply.generation), ""))
 
     def _send(self, reply: Reply, text: str) -> None:
         """Deliver text; of a complete reply, keep the keys and values."""

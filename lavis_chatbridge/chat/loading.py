@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.config import Settings, merged, read_options, read_yaml
-from lavis_chatbridge.errors import INSTALL_LAVIS, ConfigError
+from lavis_chatbridge.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +60,6 @@ def load_model(
         device: ``"auto"`` takes CUDA if there is a device; else torch's name of one.
         engine: The address of a vLLM server that runs the language model; empty for a local one.
 
-    Returns:
-        The model in evaluation mode on its device, and the processors as `processors.load_processors` gives them.
-
     Raises:
         ConfigError: If there is no such type, file or device, or a setting does not fit.
         CheckpointError: If a weight file is missing or does not fit.
@@ -74,14 +71,9 @@ def load_model(
         model = folder / "config.yaml"
     elif (folder / "config.json").is_file():
         raise ConfigError(f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run")
-    try:
-        from lavis_chatbridge.models.chatbridge import ChatBridge
-    except ModuleNotFoundError as error:
-        if error.name != "lavis":
-            raise
-        raise ConfigError(f"LAVIS is not installed: {INSTALL_LAVIS}") from error
     from omegaconf import OmegaConf
 
+    from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.processors import load_processors
 
     own = [*options, *([f"model.language_model.engine={engine}"] if engine else [])]

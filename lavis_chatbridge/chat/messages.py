@@ -110,11 +110,10 @@ def read_messages(
             else:
                 result.system = "\n".join(filter(None, (result.system, message.text)))
             continue
+        if message.role == "user" and late:
+            message, late = replace(message, text="\n".join(filter(None, (*late, message.text)))), []
         media = tuple(medium for attachment in attachments for medium in attachment.open(access, hear_videos))
-        front = late if message.role == "user" else []
-        text = "\n".join(filter(None, (*front, message.text)))
-        front.clear()
-        result.add(replace(message, text=text, media=media))
+        result.add(replace(message, media=media))
     if late:
         result.add(ChatMessage("user", "\n".join(late)))
     return result

@@ -38,13 +38,7 @@ SILENT_TRACK = "the video's audio track is silent"
 
 @dataclass(frozen=True)
 class Perceived:
-    """A medium as the model sees it.
-
-    Attributes:
-        key: Hash of its content and of how it was prepared.
-        soft: ``[Q, D]`` soft tokens; None if it could not reach the model.
-        warnings: What the user should know.
-    """
+    """A medium as the model sees it: ``[Q, D]`` soft tokens under a hash, or None if it could not reach the model."""
 
     key: str
     soft: Tensor | None = field(repr=False)

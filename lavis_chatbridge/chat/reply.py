@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -28,16 +27,7 @@ Asked: TypeAlias = "Conversation | str | Sequence[int]"
 
 @dataclass(frozen=True)
 class MediaNote:
-    """What became of one medium.
-
-    Attributes:
-        modality: ``"image"``, ``"video"`` or ``"audio"``.
-        name: The file's name, or another description.
-        turn: The number of its message, from 0.
-        reached: Whether the model got it.
-        tokens: Its number of soft tokens.
-        warnings: What the user should know about it.
-    """
+    """A medium of message ``turn``: whether it reached the model, in how many soft tokens, and warnings."""
 
     modality: Modality
     name: str
@@ -48,7 +38,7 @@ class MediaNote:
 
     @classmethod
     def of(cls, medium: Medium, turn: int) -> MediaNote:
-        """What became of a medium of message ``turn``."""
+        """The note on a medium that has been read."""
         seen = medium.perceived
         tokens = 0 if seen is None or seen.soft is None else len(seen.soft)
         return cls(medium.modality, medium.name, turn, medium.reached, tokens, seen.warnings if seen else ())
@@ -61,10 +51,8 @@ class Answer:
     Attributes:
         text: The reply.
         finish: ``"stop"`` if the model ended it, ``"length"`` at its limit, ``"cancelled"`` if a caller ended it.
-        tokens: Tokens of the reply.
-        prompt_tokens: Positions of the prompt.
         reused_tokens: Positions of the prompt whose keys and values were kept from an earlier reply.
-        media: What became of the media of all messages that the model got.
+        media: Notes on the media of all messages that the model got.
         turn: The number of the user's message that it answers.
         dropped: Messages at the start of the conversation that did not fit into the context.
         first_token_seconds: From the request to the first token, the opening of media included.
@@ -100,17 +88,7 @@ class Answer:
 
 @dataclass
 class Prompt:
-    """A conversation in positions.
-
-    Attributes:
-        elements: The content of each position.
-        soft: Soft tokens by the keys in ``elements``.
-        notes: The media of the messages that fit.
-        turn: The number of the last message.
-        dropped: Messages at the start that did not fit.
-        stops: Texts that end the reply.
-        end_ids: Tokens that end the reply.
-    """
+    """A conversation in positions; ``soft`` tokens by the keys in ``elements``. See `Answer` for the other fields."""
 
     elements: list[Element]
     soft: dict[str, Tensor] = field(default_factory=dict)
@@ -138,7 +116,8 @@ class Reply(Iterator[str]):
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._deliver = deliver or self._events.put
         self._result: Future[Answer] = Future()
-        self._cancelled = threading.Event()
+        self.cancelled = False
+        """Whether a caller has ended it."""
 
     def __next__(self) -> str:
         event = self._events.get()
@@ -163,14 +142,9 @@ class Reply(Iterator[str]):
         """Whether the reply is complete, or has failed."""
         return self._result.done()
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether a caller has ended it."""
-        return self._cancelled.is_set()
-
     def cancel(self) -> None:
         """End the reply at its next token; may be called from any thread."""
-        self._cancelled.set()
+        self.cancelled = True
         if self.generation is not None:
             self.generation.cancel()
 

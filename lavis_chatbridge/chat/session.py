@@ -86,31 +86,23 @@ class Session:
         """A session with a model of its own.
 
         Args:
-            model: A model type or a YAML, see `load_model`.
-            template: See the class.
-            device: Where the model runs.
+            model: See `load_model`, which also explains ``device`` and the errors.
             **settings: ``options`` override the model's configuration; the rest is for the class.
-
-        Raises:
-            ConfigError: If a setting does not fit.
-            CheckpointError: If a weight file is missing or does not fit.
         """
         built, processors = load_model(model, settings.pop("options", ()), device)
         return cls(built, processors, template, **settings)
 
     def __repr__(self) -> str:
-        messages = self.messages
-        asked = f", last: {messages[-1].text[:40]!r}" if messages else ""
-        media = sum(not medium.track for message in messages for medium in message.media)
-        return f"<Session with {self.model.settings.model_type}: {len(messages)} messages, {media} media{asked}>"
+        media = sum(not medium.track for message in self.messages for medium in message.media)
+        return f"<Session with {self.model.settings.model_type}: {len(self.messages)} messages, {media} media>"
 
-    def _repr_html_(self) -> str:
-        """The conversation in a notebook, with its pictures."""
-        rows = []
-        for message in self.messages:
-            media = "".join(map(_shown, message.media))
-            rows.append(f"<p><b>{message.role}</b>: {html.escape(message.text)}<br>{media}</p>")
-        return "".join(rows) or "<p>(empty conversation)</p>"
+    def _repr_html_(self) -> str | None:
+        """The conversation in a notebook, with its pictures; a session without messages is shown by its repr."""
+        rows = [
+            f"<p><b>{message.role}</b>: {html.escape(message.text)}<br>{''.join(map(_shown, message.media))}</p>"
+            for message in self.messages
+        ]
+        return "".join(rows) or None
 
     @property
     def messages(self) -> tuple[ChatMessage, ...]:
@@ -160,10 +152,7 @@ class Session:
             return self._begin(self._conversation.asking(text, attached), sampling)
 
     def regenerate(self, **fields: Any) -> Answer:
-        """Answer the last question again, or for the first time after `edit`.
-
-        Args:
-            **fields: Fields of `Sampling`; a greedy answer only differs with other ones.
+        """Answer the last question again, or for the first time after `edit`; a greedy answer needs other ``fields``.
 
         Raises:
             PromptError: If nothing was asked yet.
@@ -219,11 +208,7 @@ class Session:
             self._conversation.messages = []
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation to a JSON file of OpenAI's messages.
-
-        Raises:
-            DataError: If it cannot be written.
-        """
+        """Write the conversation to a JSON file of OpenAI's messages."""
         with self._settled():
             openai_messages.save(self._conversation, path)
 
@@ -249,19 +234,13 @@ class Session:
             yield
 
     def _take(self) -> None:
-        """Wait for the reply, and add it to the conversation; a failed one leaves no trace."""
+        """Wait for the reply, and add it to the conversation; a failed one, or an empty one, leaves no trace."""
         reply, asked = self._reply, self._asked
-        if reply is None or asked is None:
-            return
         self._reply = self._asked = None
-        try:
-            answer = reply.answer
-        except Exception:  # the caller who asked gets it
-            return
-        if answer.finish == "cancelled" and not answer.tokens:
-            return  # before it began: as if it had not been asked
-        asked.messages = [*asked.messages, ChatMessage("assistant", answer.text, (), answer.ids)]
-        self._conversation = asked
+        with suppress(Exception):  # the caller who asked gets it
+            if reply is not None and asked is not None and (reply.answer.tokens or reply.answer.finish != "cancelled"):
+                asked.messages.append(ChatMessage("assistant", reply.answer.text, (), reply.answer.ids))
+                self._conversation = asked
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
         unknown = [name for name in given if name not in Sampling.model_fields]

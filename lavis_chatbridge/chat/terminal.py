@@ -19,6 +19,7 @@ from lavis_chatbridge.chat.options import SAMPLED, with_options
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from lavis_chatbridge.chat.reply import Reply
     from lavis_chatbridge.chat.session import Session
-    from lavis_chatbridge.prompting.pieces import Modality
 
 PROMPT = "you> "
 _SETTINGS = tuple(name for name in SAMPLED if name != "stop")
@@ -75,12 +75,7 @@ def command(
 
 
 class Terminal:
-    """A conversation: takes lines, prints what comes of them.
-
-    Args:
-        session: The session.
-        console: Where it prints.
-    """
+    """A session whose questions and commands are lines, and whose answers are printed."""
 
     def __init__(self, session: Session, console: Console) -> None:
         self.session, self.console = session, console
@@ -108,12 +103,7 @@ class Terminal:
         self.console.print(_harmless(text), style=style, markup=False, soft_wrap=True)
 
     def attach(self, word: str, modality: Modality | None = None) -> None:
-        """Attach the files that a word names, which may hold wildcards.
-
-        Raises:
-            ConfigError: If there is none.
-            MediaError: If a file is of another modality than the command.
-        """
+        """Attach the files that a word names, which may hold wildcards."""
         from lavis_chatbridge.chat.attachments import check_modality, modality_of
 
         for path in _found(word):
@@ -125,9 +115,9 @@ class Terminal:
     def _command(self, name: str, rest: str) -> None:
         if name not in _COMMANDS:
             raise ConfigError(f"unknown command /{name}; /help lists them")
-        if name in ("image", "video", "audio", "save", "load") and not rest:
-            raise ConfigError(f"/{name} needs a file")
-        if name not in ("image", "video", "audio"):
+        if name in ("image", "video", "audio", "save", "load", "edit") and not rest:
+            raise ConfigError(f"/{name} needs {_COMMANDS[name].partition(' ')[0]}")
+        if name not in MODALITIES:
             getattr(self, f"_{name}")(rest)
             return
         try:
@@ -135,7 +125,7 @@ class Terminal:
         except ValueError as error:
             raise ConfigError(f"/{name}: {error}") from error
         for word in words:
-            self.attach(word, name)  # type: ignore[arg-type]
+            self.attach(word, name)
 
     def _ask(self, line: str) -> None:
         text, files = _split(line)
@@ -189,8 +179,6 @@ class Terminal:
         self._show(self.session.restream)
 
     def _edit(self, rest: str) -> None:
-        if not rest:
-            raise ConfigError("/edit needs the new text")
         self.session.edit((len(self.session.messages) - 1) // 2 * 2, rest)
         self._retry("")
 
@@ -232,11 +220,7 @@ class Terminal:
 
 
 def _found(word: str) -> list[str]:
-    """The files that a word names: a path, a ``file:`` URL, or a pattern.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """The files that a word names: a path, a ``file:`` URL, or a pattern; ConfigError if there is none."""
     path = os.path.expanduser(urllib.parse.unquote(word[7:]) if word.startswith("file://") else word)
     found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
     if not found:

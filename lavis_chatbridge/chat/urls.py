@@ -36,12 +36,7 @@ def data_url(content: bytes, mime_type: str = "") -> str:
 
 
 def open_url(url: str, where: str, access: Access) -> Path | bytes:
-    """The path of a ``file:`` URL, the bytes of any other.
-
-    Args:
-        url: The URL.
-        where: Its name in messages, which name no path.
-        access: What may be opened.
+    """The path of a ``file:`` URL, the bytes of any other; messages call it ``where`` and name no path.
 
     Raises:
         MediaError: If it may not be opened, is too large, or cannot be read.

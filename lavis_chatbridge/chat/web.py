@@ -51,14 +51,6 @@ POLICY = (
     "worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 )
 """What the browser may load: gradio writes its own scripts into the page and compiles some."""
-_DOWNLOAD = """
-(text) => {
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([text], {type: 'application/json'}));
-  link.download = 'conversation.json';
-  link.click();
-}
-"""
 
 
 class WebOptions(Settings):
@@ -112,11 +104,7 @@ def quiet_gradio(uploads: str) -> None:
 
 
 def passwords(file: str) -> list[tuple[str, str]]:
-    """Names and passwords of a file; none without a file.
-
-    Raises:
-        ConfigError: If it cannot be read, or a line has another form.
-    """
+    """Names and passwords of a file; none without a file."""
     found = [line.partition(":") for line in (server.lines_of(file) if file else ())]
     if not all(name and password for name, _, password in found):
         raise ConfigError(f"{file}: expected NAME:PASSWORD in every line")
@@ -124,13 +112,7 @@ def passwords(file: str) -> list[tuple[str, str]]:
 
 
 class Page:
-    """What the page's parts do.
-
-    Args:
-        engine: Answers.
-        title: The model's name.
-        knows: One sentence on what the model knows.
-    """
+    """The actions of the page's parts; ``knows`` is a sentence on what the model knows."""
 
     def __init__(self, engine: Engine, title: str, knows: str = "") -> None:
         self.engine, self.title, self.knows = engine, title, knows
@@ -375,13 +357,17 @@ def _wire(page: Page, blocks: gr.Blocks, talk: gr.ChatInterface, settings: list[
             changed.then(None, None, None, js="() => location.reload()", **quiet)
         export = gr.Button("Export", elem_id="export")
     export.click(page.export, [chat, settings[0]], [exported], **quiet).then(
-        None, [exported], None, js=_DOWNLOAD, **quiet
+        None, [exported], None, js=_asset("download.js"), **quiet
     )
     box: Any = talk.textbox
     box.stop(page.stop, None, None, **quiet)
     changes = [chat.change, *(setting.change for setting in settings)]
     gr.on(changes, as_it_is, [chat, *settings], [kept], trigger_mode="always_last", **quiet)
     blocks.load(page.restore, [kept, left], [left, chat, talk.chatbot_state, box, *settings], **quiet)
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / "page" / name).read_text(encoding="utf-8")
 
 
 def build_app(
@@ -408,8 +394,8 @@ def build_app(
         max_file_size=round(options.max_medium * MEBIBYTE),
         ssr_mode=False,
         theme=gr.themes.Default(**fonts).set(**light, **dark),  # type: ignore[arg-type]
-        css=(ASSETS / "page" / "page.css").read_text(encoding="utf-8"),
-        js=(ASSETS / "page" / "page.js").read_text(encoding="utf-8"),
+        css=_asset("page.css"),
+        js=_asset("page.js"),
         allowed_paths=[str(EXAMPLES)],
     )
 

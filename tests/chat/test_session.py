@@ -151,7 +151,7 @@ def test_a_failure_leaves_the_session_as_it_was(model: Any, monkeypatch: pytest.
 def test_how_it_shows_itself(model: Any):
     talk = session(model)
     assert "0 messages, 0 media" in repr(talk)
-    assert "empty" in talk._repr_html_()
+    assert talk._repr_html_() is None
     answer = talk.ask("What is <b>it</b>?", images=picture(), videos=video())
     assert str(answer) == answer.text
     assert "2 messages, 2 media" in repr(talk)

@@ -59,12 +59,12 @@ def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
         "/edit what?": "there is no message",
         "/image absent.png": "there is no file absent.png",
         f"/image {files}/c.wav": "modality audio, but was given as image",
-        "/image": "/image needs a file",
+        "/image": "/image needs FILE",
         "/image 'open": "No closing quotation",
         "/fly": "unknown command /fly",
         "/set temperature hot": "temperature",
         "/set colour red": "there is no setting 'colour'",
-        "/edit": "/edit needs the new text",
+        "/edit": "/edit needs TEXT",
         "/load absent.json": "absent.json: cannot be read",
     }
     shown = typed(opened, *mistakes, f"/video {files}/d.mp4", "what is it?", "what is heard?", "/history")

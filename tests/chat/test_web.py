@@ -236,6 +236,10 @@ def test_a_person_at_the_page(served: str, browser: Any, files: Path, width: int
     [first] = visitor.said("bot")
     assert first.strip()
     assert visitor.tab.locator("#conversation [aria-label='a b.png']").count() >= 1  # media have names
+    with visitor.tab.expect_download() as download:
+        visitor.tab.locator("#export").click()
+    exported = json.loads(Path(download.value.path()).read_text())
+    assert [part["type"] for part in exported["messages"][0]["content"]] == ["image_url", "audio_url", "text"]
     visitor.ask("Tell me more")
     visitor.begun()
     assert not visitor.box.is_enabled()  # a question cannot be lost in an answer
@@ -262,16 +266,4 @@ def test_a_person_at_the_page(served: str, browser: Any, files: Path, width: int
     assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= width
     assert visitor.faults == []
     assert [url for url in visitor.requested if not url.startswith((served, "data:", "blob:"))] == []
-    visitor.context.close()
-
-
-def test_an_export_is_a_file(served: str, browser: Any):
-    visitor = Visitor(browser, served, 1280)
-    visitor.ask("Hello?")
-    visitor.begun()
-    visitor.ready()
-    with visitor.tab.expect_download() as download:
-        visitor.tab.locator("#export").click()
-    content = json.loads(Path(download.value.path()).read_text())
-    assert content["messages"][0] == {"role": "user", "content": "Hello?"}
     visitor.context.close()

@@ -174,11 +174,7 @@ class _Exchange:
         self._count = 0
 
     async def answer(self, cls: type[Body]) -> Response:
-        """The whole answer, or the stream of one.
-
-        Raises:
-            RequestError: If the request is at fault, or takes too long.
-        """
+        """The whole answer, or the stream of one; RequestError if the request is at fault, or takes too long."""
         limit = self._options.timeout
         late = RequestError(504, f"the request took longer than the limit of {limit:g} s", "timeout")
         try:
@@ -234,12 +230,7 @@ class _Exchange:
         self._queue.put_nowait((0, ClientDisconnect()))
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:
-        """The events of the replies, with their numbers, until all are complete.
-
-        Raises:
-            RequestError: If the request is at fault, or takes too long.
-            ClientDisconnect: If the client has gone.
-        """
+        """The events of the replies, with their numbers, until all are complete or one is a fault."""
         while len(self._answers) < self._count:
             index, event = await self._queue.get()
             if isinstance(event, ClientDisconnect):
@@ -287,11 +278,7 @@ class _Exchange:
 
 
 async def _content(request: Request, limit: int) -> bytes:
-    """The body of a request.
-
-    Raises:
-        RequestError: If it has more bytes than allowed.
-    """
+    """The body of a request; RequestError if it has more bytes than allowed."""
     refused = RequestError(413, f"the request's body is larger than the limit of {limit} bytes", "too_large")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit * _DRAINED:

@@ -78,11 +78,7 @@ class ServerOptions(Settings):
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
-        """Bearer tokens, one of which a request must have; none asks for no token.
-
-        Raises:
-            ConfigError: If the file cannot be read, or has none.
-        """
+        """Bearer tokens, one of which a request must have; none asks for no token."""
         return (*os.environ.get(TOKENS, "").split(), *(lines_of(self.token_file) if self.token_file else ()))
 
     @property
@@ -173,11 +169,7 @@ def decoding(engine: Engine, options: DecodingOptions) -> Iterator[None]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket: a taken port is reported before the model is loaded.
-
-    Raises:
-        ConfigError: If the address cannot be had.
-    """
+    """A listening socket, so that a taken port is reported (ConfigError) before the model is loaded."""
     address = host.strip("[]")
     try:
         return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -192,11 +184,7 @@ def address_of(line: socket.socket) -> str:
 
 
 def lines_of(file: str) -> list[str]:
-    """The lines of a file of secrets, without empty ones and comments.
-
-    Raises:
-        ConfigError: If it cannot be read, or has none.
-    """
+    """The lines of a file of secrets, without empty ones and comments; ConfigError if it has none."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

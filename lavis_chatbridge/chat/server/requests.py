@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -34,28 +35,15 @@ _UNSUPPORTED = (
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+@dataclass(eq=False)
 class RequestError(Exception):
-    """A request that is refused.
+    """A refused request: HTTP status, what is wrong and how to mend it, a name for programs, the part at fault."""
 
-    Args:
-        status: The HTTP status.
-        message: What is wrong and how to mend it; the client reads it.
-        code: A short name for programs.
-        param: The part of the request that is at fault.
-        headers: Further HTTP headers.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = headers
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: dict[str, str] | None = None
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
@@ -109,19 +97,11 @@ class Body(BaseModel):
         raise NotImplementedError
 
     def prompts(self, access: Access, most_media: int) -> Sequence[Conversation | str | list[int]]:
-        """The conversation, its URLs opened, or the texts to be continued.
-
-        Raises:
-            RequestError: If one has another form, or a medium cannot be had.
-        """
+        """The conversation, its URLs opened, or the texts to be continued."""
         raise NotImplementedError
 
     def check(self) -> None:
-        """Refuse what cannot be done, and log fields that have no meaning here, once each.
-
-        Raises:
-            RequestError: With the field's name.
-        """
+        """Refuse what cannot be done by the field's name, and log fields that have no meaning here, once each."""
         extra = self.model_extra or {}
         form = extra.get("response_format") or {"type": "text"}
         form_type = form.get("type", "text") if isinstance(form, dict) else form
@@ -201,11 +181,7 @@ B = TypeVar("B", bound=Body)
 
 
 def read_request(cls: type[B], body: bytes) -> B:
-    """A request of one of the two classes.
-
-    Raises:
-        RequestError: If the body is no JSON object, or a field has another type or range.
-    """
+    """A request of one of the two classes; RequestError if the body has another form."""
     try:
         request = cls.model_validate_json(body)
     except ValidationError as error:
@@ -237,13 +213,7 @@ def refusal_of(error: Exception) -> RequestError | None:
 
 
 class Response:
-    """The JSON of the replies to one request, whole or in chunks.
-
-    Args:
-        model: The model's name.
-        chat: Chat completions, else completions.
-        codec: Gives the text of tokens for log-probabilities.
-    """
+    """The JSON of the replies to one request of chat completions (else of completions), whole or in chunks."""
 
     def __init__(self, model: str, chat: bool, codec: Codec) -> None:
         self._chat, self._codec = chat, codec
