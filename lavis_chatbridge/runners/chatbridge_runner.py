@@ -8,8 +8,12 @@ from __future__ import annotations
 import datetime
 import itertools
 import logging
+import math
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -33,7 +37,6 @@ from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedSta
 from lavis_chatbridge.runners.data import Datasets, LavisTrainLoader
 from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.signals import STOPPED_BY_SIGTERM, Watch
 from lavis_chatbridge.runners.step import Samples, StepResult, TrainState, TrainStep, autocast, sample_ids, seed_all
 
 _log = logging.getLogger(__name__)
@@ -139,8 +142,8 @@ class ChatBridgeRunner(RunnerBase):
         with self.folder.claimed(), worker_deaths():
             self._start()
             reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
-            with reporter, Watch(self.run.save_every_minutes) as watch:
-                self._train_steps(watch, reporter)
+            with reporter, noted_sigterm() as sigterm:
+                self._train_steps(sigterm, reporter)
             if self.state.best_step is None:
                 self._write_weights()
             else:
@@ -148,19 +151,21 @@ class ChatBridgeRunner(RunnerBase):
             self.evaluate()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
-    def _train_steps(self, watch: Watch, reporter: logs.Reporter) -> None:
+    def _train_steps(self, sigterm: threading.Event, reporter: logs.Reporter) -> None:
         """The training loop: take a step, validate, save, until the last step or a SIGTERM."""
         schedule = optim.schedule(self.run, self.steps, self.validation_interval)
         step = TrainStep(self.model, self._loss, self.optimizer, self.scaler, schedule, self.run, self.device)
         batches = self.train_loader.batches(self.state.step, self.steps)
         self._validate_if_due(reporter)  # a run that SIGTERM stopped saves before it validates
         self.model.train()
+        saved = time.monotonic()
         while self.state.step < self.steps:
-            began = time.perf_counter()
+            began = time.monotonic()
             micro_batches, fault = self._next(batches)
-            waited = time.perf_counter() - began
-            # the other processes learn of a fault at the step's end
-            result = step(self.state.step, micro_batches, watch.due(), watch.stop or fault is not None)
+            waited = time.monotonic() - began
+            save = began - saved >= 60 * (self.run.save_every_minutes or math.inf)
+            stop = sigterm.is_set() or fault is not None  # the other processes learn of it at the step's end
+            result = step(self.state.step, micro_batches, save, stop)
             if result.stop:
                 with distributed.together():
                     if fault is not None:
@@ -174,10 +179,10 @@ class ChatBridgeRunner(RunnerBase):
                 self._validate_if_due(reporter)
             if stopped or result.save or self._must_save():
                 self._save_checkpoint(self.state.step)
-                watch.saved()
+                saved = time.monotonic()
             if stopped:
                 _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", self.state.step)
-                raise SystemExit(STOPPED_BY_SIGTERM)
+                raise SystemExit(128 + signal.SIGTERM)
 
     def _next(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
         """The micro-batches of a step; or none, and the fault of the data."""
@@ -341,3 +346,14 @@ class ChatBridgeRunner(RunnerBase):
             checkpoints.check_weights(weights, path, self.model, self.bridge)
         _log.info("loading the weights of %s", path)
         checkpoints.load_weights(self.model, weights)
+
+
+@contextmanager
+def noted_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process: Slurm's end of time, a spot machine's notice."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
