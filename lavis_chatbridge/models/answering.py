@@ -16,11 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.decoding import Decoder, Generation, padded
 from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision, room_behind
 from lavis_chatbridge.models.layout import Places, elements_of, is_alignment
 from lavis_chatbridge.models.remote import RemoteLanguageModel
+from lavis_chatbridge.models.samples import Media, contexts, media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template
@@ -41,9 +41,7 @@ class Answering:
     llama_tokenizer: Codec
     template: Template
 
-    def soft_tokens(
-        self, prompts: Sequence[Sequence[Piece]], media: sample_reader.Media
-    ) -> tuple[Tensor | None, list[Places]]:
+    def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[Places]]:
         """See :class:`chatbridge.ChatBridge`."""
         raise NotImplementedError
 
@@ -176,8 +174,8 @@ class Answering:
         bos: bool | None = None,
     ) -> list[Generation]:
         """Replies to each sample, ``num_return_sequences`` of them, for a :class:`Decoder`; see :meth:`generate`."""
-        media = sample_reader.media_of(samples)
-        prompts = sample_reader.contexts(samples, media, self.template, question)
+        media = media_of(samples)
+        prompts = contexts(samples, media, self.template, question)
         soft, places = self.soft_tokens(prompts, media)
         opens = self.prompt_layout != "original" if bos is None else bos
         seed = int(torch.randint(1 << 31, ())) if sampling.seed is None and sampling.temperature else sampling.seed

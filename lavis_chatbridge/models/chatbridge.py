@@ -20,19 +20,19 @@ from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_chatbridge import config as settings_reader
 from lavis_chatbridge import hub
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.models import encoding, lora, state_dicts, weights
-from lavis_chatbridge.models import samples as sample_reader
 from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.families import own_precision
-from lavis_chatbridge.models.language_model import check_available, load_language_model
+from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.layout import Batch, Places, embed, lay_out
 from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
+from lavis_chatbridge.models.samples import Media, Medium, media_of, training_prompts
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.prompting import Modality, Piece, slots_of
@@ -57,11 +57,7 @@ _PARTS = {
 class ChatBridge(Answering, BaseModel):
     """The model, in LAVIS's contracts: ``forward``, ``generate`` and ``predict_answers``.
 
-    Args:
-        settings: The model's settings. Parts whose weights path is null are randomly initialised.
-
-    Raises:
-        CheckpointError: If a weight file is missing or does not fit.
+    Parts whose weights path is null are randomly initialised.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = {name: str(weights.config_path(name)) for name in weights.model_types()}
@@ -70,7 +66,6 @@ class ChatBridge(Answering, BaseModel):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         weights.find_all(settings)  # download all files, or name all missing ones, before building the model
-        check_available(settings.language_model)
         self.settings = settings
         self.prompt_layout = settings.prompt_layout
         self.max_text_length = settings.max_text_length
@@ -115,7 +110,7 @@ class ChatBridge(Answering, BaseModel):
     def check_config(cls, cfg: Any, where: str = "model") -> ModelSettings:
         """The settings of a ``model`` section; raises ConfigError with all its faults."""
         values: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-        return settings_reader.parse(ModelSettings, values, where)
+        return parse(ModelSettings, values, where)
 
     @classmethod
     def default_config_path(cls, model_type: str | None = None) -> str:
@@ -155,20 +150,14 @@ class ChatBridge(Answering, BaseModel):
         return list(largest)
 
     def forward(self, samples: Mapping[str, Any], **ignored: Any) -> dict[str, Tensor]:
-        """The loss of a batch.
-
-        Args:
-            samples: A batch with targets, see :mod:`lavis_chatbridge.models.samples`.
+        """The loss of a batch with targets, see :mod:`lavis_chatbridge.models.samples`.
 
         Returns:
             ``loss``: mean cross-entropy over the target tokens, in fp32, zero without targets; ``target_tokens``:
             their number.
-
-        Raises:
-            PromptError: If prompts and media do not fit together.
         """
-        media = sample_reader.media_of(samples)
-        prompts = sample_reader.training_prompts(samples, media, self.template)
+        media = media_of(samples)
+        prompts = training_prompts(samples, media, self.template)
         soft, places = self.soft_tokens(prompts, media)
         batch = lay_out(prompts, places, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
         if batch.lost and not self.lost_answers:
@@ -195,7 +184,7 @@ class ChatBridge(Answering, BaseModel):
             losses = losses_at(self.llama_model, rows, columns, targets, **inputs)
         return losses.to(self.device), targets
 
-    def encode_media(self, modality: Modality, media: Sequence[sample_reader.Medium]) -> list[EncodedMedium]:
+    def encode_media(self, modality: Modality, media: Sequence[Medium]) -> list[EncodedMedium]:
         """Processed media through their frozen encoder and its layer norm in one batch; encoded ones are returned."""
         found = {i: medium for i, medium in enumerate(media) if isinstance(medium, EncodedMedium)}
         todo = {i: medium for i, medium in enumerate(media) if not isinstance(medium, EncodedMedium)}
@@ -235,15 +224,13 @@ class ChatBridge(Answering, BaseModel):
         soft = self.llama_proj(perceive(self.Qformer, queries, features, mask))
         return [part.flatten(0, 1) for part in soft.split(counts)]
 
-    def soft_tokens(
-        self, prompts: Sequence[Sequence[Piece]], media: sample_reader.Media
-    ) -> tuple[Tensor | None, list[Places]]:
+    def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[Places]]:
         """The soft tokens of all media that a batch's prompts name.
 
         Returns:
             ``[S, D]`` (None without media), and the range of each sample's media among them.
         """
-        named: dict[Modality, dict[tuple[int, int], sample_reader.Medium]] = {modality: {} for modality in MODALITIES}
+        named: dict[Modality, dict[tuple[int, int], Medium]] = {modality: {} for modality in MODALITIES}
         for i, pieces in enumerate(prompts):
             for slot in slots_of(pieces):
                 if slot.modality in media and 0 <= slot.index < len(media[slot.modality][i]):

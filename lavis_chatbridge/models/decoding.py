@@ -162,13 +162,7 @@ class Generation:
 
 @dataclass
 class _Lane:
-    """Rows that share a cache.
-
-    Attributes:
-        rows: The replies.
-        pads: How many of the cache's first positions are padding, for each row.
-        cache: Keys and values.
-    """
+    """Rows that share a cache, and how many of its first positions are padding for each."""
 
     rows: list[Generation]
     pads: list[int]
@@ -187,10 +181,7 @@ Texts: TypeAlias = list[tuple[Generation, str]]
 class Decoder:
     """Moves replies forward together, one token at a time.
 
-    One thread at a time may use it; `Generation.cancel` may be called from any.
-
-    Args:
-        language_model: It may be shared with other decoders.
+    One thread at a time may use it; `Generation.cancel` may be called from any. Decoders may share a language model.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -204,32 +195,20 @@ class Decoder:
         """Replies that are not complete."""
         return sum(len(lane.rows) for lane in self._lanes)
 
-    def add(self, generation: Generation) -> str:
+    @torch.no_grad()
+    def add(self, row: Generation) -> str:
         """Read a prompt and choose the first token of its reply; returns the text that has become final.
 
         A beam search (``num_beams`` above 1) completes its reply at once.
         """
-        return self.add_all([generation])[0][1]
+        return row.end("cancelled") if row.cancelled else self._begin([row])[0][1]
 
     @torch.no_grad()
-    def add_all(self, generations: Sequence[Generation]) -> Texts:
-        """Read several prompts in one pass; see :meth:`add`."""
-        texts: Texts = []
-        together: list[Generation] = []
-        searches: dict[Sampling, list[Generation]] = {}
-        for row in generations:
-            row.reused = row.prefix.common(row.elements) if row.prefix is not None else 0
-            if row.cancelled:
-                texts.append((row, row.end("cancelled")))
-            elif row.sampling.num_beams > 1:
-                searches.setdefault(row.sampling.model_copy(update={"seed": None}), []).append(row)
-            elif row.reused:
-                texts += self._read([row])
-            else:
-                together.append(row)
-        for rows in searches.values():
-            texts += beam_search(self._model, rows)
-        return [*texts, *(self._read(together) if together else [])]
+    def complete(self, rows: Sequence[Generation]) -> None:
+        """Complete replies with equal settings together."""
+        self._begin(rows)
+        while len(self):
+            self.step()
 
     @torch.no_grad()
     def step(self) -> Texts:
@@ -238,7 +217,7 @@ class Decoder:
         lanes, self._lanes = self._lanes, []
         for lane in lanes:
             texts += [(row, row.end("cancelled")) for row in lane.rows if row.cancelled]
-            self._keep(lane, [row for row in lane.rows if not row.done])
+            self._drop_complete(lane)
             if lane.rows:
                 last = torch.tensor([[row.ids[-1]] for row in lane.rows], device=self._table.weight.device)
                 logits, lane.cache = self._run(lane.cache, lane.pads, lane.read, self._table(last))
@@ -247,20 +226,18 @@ class Decoder:
                 self._lanes.append(lane)
         return texts
 
-    def complete(self, generations: Sequence[Generation]) -> None:
-        """Complete several replies together."""
-        self.add_all(generations)
-        while len(self):
-            self.step()
-
-    def _read(self, rows: list[Generation]) -> Texts:
-        """Read prompts and choose a token behind each; a prompt whose beginning was read before comes alone."""
-        first, start = rows[0], rows[0].reused
-        past = None if first.prefix is None else first.prefix.take(start)
+    def _begin(self, rows: Sequence[Generation]) -> Texts:
+        """Read prompts in one pass and choose a token behind each; one that comes alone may use its prefix."""
+        if rows[0].sampling.num_beams > 1:
+            return beam_search(self._model, rows)
+        start, past, prefix = 0, None, rows[0].prefix
+        if len(rows) == 1 and prefix is not None:
+            rows[0].reused = start = prefix.common(rows[0].elements)
+            past = prefix.take(start)
         parts = [row.embeds(start, self._table, self._model.embedding_scale) for row in rows]
         pads = [max(map(len, parts)) - len(part) for part in parts]
         logits, cache = self._run(past, pads, start, pad_sequence(parts, batch_first=True, padding_side="left"))
-        lane = _Lane(rows, pads, cache)
+        lane = _Lane(list(rows), pads, cache)
         texts = self._chosen(lane, logits)
         if lane.rows:
             self._admit(lane)
@@ -286,7 +263,7 @@ class Decoder:
     def _chosen(self, lane: _Lane, logits: Tensor) -> Texts:
         """Choose each row's token from ``[B, V]`` logits; complete rows leave the lane."""
         texts = [(row, row.accept(row.choose(own))) for row, own in zip(lane.rows, logits, strict=True)]
-        self._keep(lane, [row for row in lane.rows if not row.done])
+        self._drop_complete(lane)
         return texts
 
     def _admit(self, new: _Lane) -> None:
@@ -300,23 +277,20 @@ class Decoder:
         lane.cache = join(lane.cache, new.cache)
         lane.rows, lane.pads = [*lane.rows, *new.rows], pads
 
-    def _keep(self, lane: _Lane, staying: Sequence[Generation]) -> None:
-        """Drop all other rows from a lane, and leave what complete ones have read with their prefixes."""
-        if len(staying) == len(lane.rows):
+    def _drop_complete(self, lane: _Lane) -> None:
+        """Drop complete rows from a lane, and leave what they have read with their prefixes."""
+        index = [i for i, row in enumerate(lane.rows) if not row.done]
+        if len(index) == len(lane.rows):
             return
-        for i, row in enumerate(lane.rows):
+        for i, (row, pad) in enumerate(zip(lane.rows, lane.pads, strict=True)):
             if row.done and row.prefix is not None and is_plain(lane.cache):
-                own = select(lane.cache, [i], lane.pads[i]) if len(lane.rows) > 1 else lane.cache
-                row.prefix.put([*row.elements, *row.ids[:-1]], own)
-        index = [lane.rows.index(row) for row in staying]
+                row.prefix.put([*row.elements, *row.ids[:-1]], select(lane.cache, [i], pad))
+        lane.rows, lane.pads = [lane.rows[i] for i in index], [lane.pads[i] for i in index]
         if index and is_plain(lane.cache):
-            cut = min(lane.pads[i] for i in index)  # columns that only padded rows still use
-            lane.cache = select(lane.cache, index, cut)
-            lane.pads = [lane.pads[i] - cut for i in index]
+            cut = min(lane.pads)  # columns that only dropped rows used
+            lane.cache, lane.pads = select(lane.cache, index, cut), [pad - cut for pad in lane.pads]
         elif index:
             lane.cache.batch_select_indices(torch.tensor(index))
-            lane.pads = [lane.pads[i] for i in index]
-        lane.rows = list(staying)
 
 
 def padded(model: LanguageModel, rows: Sequence[Generation]) -> tuple[Tensor, Tensor]:
@@ -337,10 +311,10 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
     own = rows[0].sampling
     first = rows[:: own.num_return_sequences]
     embeds, mask = padded(model, first)
-    codec = first[0].stream.codec
+    codec, limit = first[0].stream.codec, min(row.sampling.max_new_tokens for row in rows)
     config = GenerationConfig(
-        max_new_tokens=own.max_new_tokens,
-        min_new_tokens=min(own.min_new_tokens, own.max_new_tokens),
+        max_new_tokens=limit,
+        min_new_tokens=min(own.min_new_tokens, limit),
         do_sample=False,
         num_beams=own.num_beams,
         num_return_sequences=own.num_return_sequences,

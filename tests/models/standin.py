@@ -18,7 +18,8 @@ from lavis_chatbridge.models.decoding import Decoder, Generation
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.text import TextStream
 
-REFUSED = {"echo": "`echo` is not supported", "prompt_logprobs": "`prompt_logprobs` is not supported"}
+REFUSED = ("echo", "prompt_logprobs", "use_beam_search")
+SAME = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 
 
 class StandIn:
@@ -29,6 +30,7 @@ class StandIn:
         busy: This many requests get status 503 first.
         dies_after: It closes the connection after this many tokens.
         key: The API key that it asks for.
+        width: The width of the model that it serves.
         tokens: The ids of any text, if not the tokenizer's.
         requests: The bodies of the completions so far.
     """
@@ -36,26 +38,23 @@ class StandIn:
     def __init__(self, model: Any, codec: Any) -> None:
         self.model, self.codec = model, codec
         self.takes_embeds, self.busy, self.dies_after, self.key = True, 0, 10**9, ""
+        self.width = model.get_input_embeddings().embedding_dim
         self.tokens: list[int] | None = None
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
-    def fault(self, body: dict[str, Any]) -> tuple[int, str] | None:
-        """The status and message with which vLLM refuses a request."""
+    def fault(self, body: dict[str, Any]) -> str:
+        """The message with which vLLM refuses a request, or ""."""
         if not self.takes_embeds:
-            return 400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
-        for field, message in REFUSED.items():
-            if body.get(field):
-                return 400, message
-        if body.get("use_beam_search"):
-            return 501, "beam search is not supported"
-        embeds = self.embeds(body)
-        width = self.model.get_input_embeddings().embedding_dim
-        if embeds.dim() != 2 or not embeds.is_floating_point():
-            return 400, "`prompt_embeds` must be a 2D tensor of a floating-point type."
-        if embeds.shape[1] != width:
-            return 400, f"`prompt_embeds` hidden_size {embeds.shape[1]} does not match the model's hidden_size {width}."
-        return None
+            return "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
+        if wrong := [field for field in REFUSED if body.get(field)]:
+            return f"`{wrong[0]}` is not supported"
+        shape = self.embeds(body).shape
+        if len(shape) != 2:
+            return "`prompt_embeds` must be a 2D tensor of a floating-point type."
+        if shape[1] != self.width:
+            return f"`prompt_embeds` hidden_size {shape[1]} does not match the model's hidden_size {self.width}."
+        return ""
 
     def embeds(self, body: dict[str, Any]) -> torch.Tensor:
         """The prompt."""
@@ -64,26 +63,17 @@ class StandIn:
     def chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The choices of a streamed reply, one token each."""
         embeds = self.embeds(body)
-        same = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        values = {name: body[name] for name in (*same, "seed", "logprobs")}
-        own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **values)
-        generation = Generation(
-            [("prompt", i) for i in range(len(embeds))],
-            {"prompt": embeds},
-            None,
-            TextStream(self.codec, body["stop"], body["min_tokens"]),
-            frozenset(body["stop_token_ids"]),
-            own,
-        )
+        same = {name: body[name] for name in (*SAME, "logprobs")}
+        own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **same)
+        stream = TextStream(self.codec, body["stop"], body["min_tokens"])
+        elements = [("prompt", i) for i in range(len(embeds))]
+        reply = Generation(elements, {"prompt": embeds}, None, stream, frozenset(body["stop_token_ids"]), own)
         with self.lock:  # the decoder is for one thread at a time
-            decoder = Decoder(self.model)
-            decoder.add(generation)
-            while not generation.done:
-                decoder.step()
-        for number, token in enumerate(generation.ids):
+            Decoder(self.model).complete([reply])
+        for number, token in enumerate(reply.ids):
             logprobs = None
             if own.logprobs is not None:
-                found = generation.logprobs[number]
+                found = reply.logprobs[number]
                 top = {f"token_id:{i}": value for i, value in found.top}
                 logprobs = {"tokens": [f"token_id:{token}"], "token_logprobs": [found.logprob], "top_logprobs": [top]}
             yield {"index": 0, "text": "?", "token_ids": [token], "logprobs": logprobs}
@@ -97,10 +87,7 @@ def serving(standin: StandIn) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            if self.path == "/v1/models":
-                self.answer(200, {"data": [{"id": "tiny", "max_model_len": 512}]})
-            else:
-                self.answer(404, {"error": {"message": "Not Found"}})
+            self.answer(200, {"data": [{"id": "tiny", "max_model_len": 512}]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -114,8 +101,8 @@ def serving(standin: StandIn) -> Iterator[str]:
             elif standin.busy:
                 standin.busy -= 1
                 self.answer(503, {"error": {"message": "busy"}})
-            elif (fault := standin.fault(body)) is not None:
-                self.answer(fault[0], {"error": {"message": fault[1]}})
+            elif fault := standin.fault(body):
+                self.answer(400, {"error": {"message": fault}})
             else:
                 self.stream(body)
 

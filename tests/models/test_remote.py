@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.chat import Engine, MediaReader, Session, load_model
+from lavis_chatbridge.chat import Conversation, Session, load_model
 from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
 from lavis_chatbridge.models import remote
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.remote import RemoteLanguageModel
-from tests.chat.building import TINY_TOKENIZER, picture, sound
+from tests.chat.building import picture, sound
 from tests.models.standin import StandIn, serving
 
 OPTIONS = ("model.checkpoint=null",)
@@ -51,11 +51,13 @@ def session(model: tuple[ChatBridge, Any], standin: StandIn) -> Session:
     return Session(*model)
 
 
-def test_only_the_embedding_table_is_loaded(model: tuple[ChatBridge, Any], local: Session):
+def test_only_the_embedding_table_is_loaded(model: tuple[ChatBridge, Any], local: Session, tmp_path: Path):
     own = model[0].llama_model
     assert isinstance(own, RemoteLanguageModel)
     assert sum(p.numel() for p in own.parameters()) == local.model.llama_model.get_input_embeddings().weight.numel()
     assert Session(*model).engine.max_context == 512
+    with pytest.raises(CheckpointError, match="no embedding table"):
+        remote._embedding_table(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +66,8 @@ def test_only_the_embedding_table_is_loaded(model: tuple[ChatBridge, Any], local
         {},
         {"stop": ["a"], "max_new_tokens": 30},
         {"ignore_eos": True, "max_new_tokens": 12},
-        {"min_new_tokens": 6},
-        {"frequency_penalty": 0.5, "presence_penalty": 0.2},
-        {"temperature": 1.0, "seed": 3},
-        {"logprobs": 2},
+        {"min_new_tokens": 6, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+        {"temperature": 1.0, "seed": 3, "logprobs": 2},
     ],
     ids=str,
 )
@@ -78,12 +78,9 @@ def test_replies_equal_those_of_the_local_model(session: Session, local: Session
         expected, answer = (talk.ask(question, **media, **settings) for talk in (local, session))
         assert (answer.text, answer.ids, answer.finish) == (expected.text, expected.ids, expected.finish)
         assert answer.prompt_tokens == expected.prompt_tokens
-        assert [[i for i, _ in row.top] for row in answer.logprobs] == [
-            [i for i, _ in r.top] for r in expected.logprobs
-        ]
-        assert [row.logprob for row in answer.logprobs] == pytest.approx(
-            [r.logprob for r in expected.logprobs], abs=1e-4
-        )
+        for row, other in zip(answer.logprobs, expected.logprobs, strict=True):
+            assert row.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [i for i, _ in row.top] == [i for i, _ in other.top]
     streamed = session.restream(**settings)
     assert "".join(streamed) == streamed.answer.text
 
@@ -100,8 +97,6 @@ def test_generate_of_the_model_uses_the_engine(session: Session, local: Session)
 
 
 def test_many_at_once_and_a_busy_engine(session: Session, standin: StandIn, local: Session):
-    from lavis_chatbridge.chat import Conversation
-
     standin.busy = 3
     asked = [Conversation().asking(f"what is number {i}?") for i in range(16)]
     with ThreadPoolExecutor(16) as pool:
@@ -110,14 +105,12 @@ def test_many_at_once_and_a_busy_engine(session: Session, standin: StandIn, loca
     assert len(standin.requests) == 16 + 3
 
 
-def test_a_cancelled_reply_ends(session: Session):
+def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Session, standin: StandIn):
     with session.stream("hello", ignore_eos=True, max_new_tokens=400) as stream:
         next(stream)
     assert stream.answer.finish == "cancelled"
     assert stream.answer.tokens < 400
-
-
-def test_an_engine_that_is_lost_in_the_middle_and_comes_back(session: Session, standin: StandIn):
+    session.clear()
     standin.dies_after = 2
     with pytest.raises(EngineError, match=r"was lost in the middle of a reply|ended the reply early"):
         session.ask("hello", ignore_eos=True, max_new_tokens=20)
@@ -133,6 +126,7 @@ def test_an_engine_that_is_lost_in_the_middle_and_comes_back(session: Session, s
         ("tokens", [1, 2, 3], "whose tokenizer gives other ids"),
         ("key", "secret", "asks for an API key: set CHATBRIDGE_ENGINE_KEY"),
         ("busy", 9, "refuses: busy"),
+        ("width", 64, r"another width .*hidden_size \d+ .* model's hidden_size 64"),
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused_when_the_model_is_loaded(
@@ -143,34 +137,20 @@ def test_an_engine_that_does_not_fit_is_refused_when_the_model_is_loaded(
         load_model("tiny", OPTIONS, "cpu", shared[1])
 
 
-def test_another_width_is_refused(shared: tuple[StandIn, str], standin: StandIn, local: Session):
-    client = remote.Client(shared[1], 64)
-    with pytest.raises(EngineError, match=r"another width .*hidden_size 64 .* this one's is 64"):
-        client.connect(local.model.llama_tokenizer)
-
-
 def test_a_key_is_sent(shared: tuple[StandIn, str], standin: StandIn, monkeypatch: pytest.MonkeyPatch):
     standin.key = "secret"
     monkeypatch.setenv(remote.KEY, "secret")
-    model, processors = load_model("tiny", OPTIONS, "cpu", shared[1])
-    assert Engine(model, MediaReader(model, processors)).reply("hello").answer.tokens >= 1
+    assert Session(*load_model("tiny", OPTIONS, "cpu", shared[1])).ask("hello").tokens >= 1
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "message"),
     [
-        (["model.language_model.lora.rank=2"], "merge the adapters"),
-        (["model.language_model.quantization=8bit"], "options of the engine"),
-        (["model.language_model.weights=null"], "weights is null"),
+        ("lora.rank=2", "merge the adapters"),
+        ("quantization=8bit", "options of the engine"),
+        ("weights=null", "weights is null"),
     ],
 )
-def test_settings_that_contradict_an_engine(shared: tuple[StandIn, str], options: list[str], message: str):
+def test_settings_that_contradict_an_engine(shared: tuple[StandIn, str], option: str, message: str):
     with pytest.raises(ConfigError, match=message):
-        load_model("tiny", [*OPTIONS, *options], "cpu", shared[1])
-
-
-def test_a_folder_without_a_table_in_safetensors(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="no embedding table"):
-        remote._embedding_table(tmp_path)
-    table = remote._embedding_table(TINY_TOKENIZER)
-    assert table.dim() == 2
+        load_model("tiny", [*OPTIONS, f"model.language_model.{option}"], "cpu", shared[1])
