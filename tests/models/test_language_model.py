@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavis_chatbridge.config import parse
@@ -55,27 +56,22 @@ def faults(settings: LanguageModelSettings) -> str:
 
 
 def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
-    assert "nowhere does not exist" in faults(LanguageModelSettings(weights=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    assert "holds no tokenizer" in faults(LanguageModelSettings(weights=str(tmp_path / "empty")))
-    tokenizer = str(folder)
-    bare = LanguageModelSettings(weights=str(tmp_path / "empty"), tokenizer=tokenizer)
-    assert "no language model can be read" in faults(bare)
-    small = LanguageModelSettings(tokenizer=tokenizer, config={**SIZES, "vocab_size": 600})
-    assert "has 640 tokens, but the language model of the configuration embeds 600" in faults(small)
-    odd = LanguageModelSettings(tokenizer=tokenizer, config={**SIZES, "model_type": "no-such-model"})
-    assert "model.language_model.config" in faults(odd)
-
-
-def test_an_incomplete_folder_is_refused(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+    for expected, values in {
+        "nowhere does not exist": {"weights": str(tmp_path / "nowhere")},
+        "holds no tokenizer": {"weights": str(tmp_path / "empty")},
+        "no language model can be read": {"weights": str(tmp_path / "empty"), "tokenizer": str(folder)},
+        "has 640 tokens, but the language model of the configuration embeds 600": {"config": {"vocab_size": 600}},
+        "model.language_model.config": {"config": {"model_type": "no-such-model"}},
+    }.items():
+        if "config" in values:
+            values = {"tokenizer": str(folder), "config": {**SIZES, **values["config"]}}
+        assert expected in faults(LanguageModelSettings(**values))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "1 tensors are missing, model.layers.1.mlp.up_proj.weight" in faults(
-        LanguageModelSettings(weights=str(folder))
-    )
+    incomplete = faults(LanguageModelSettings(weights=str(folder)))
+    assert "1 tensors are missing, model.layers.1.mlp.up_proj.weight" in incomplete
 
 
 def test_a_spread_model_computes_the_same_and_stays_where_it_is() -> None:
