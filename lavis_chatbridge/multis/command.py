@@ -146,12 +146,11 @@ def page(
     annotations: Annotated[str | None, typer.Option(help="Also show each sample's description.")] = None,
     accepted: int = 40,
     rejected: int = 20,
-    seed: int = 0,
 ) -> None:
     """Write a page of samples with their media."""
     from lavis_chatbridge.multis.page import write_page
 
-    print(f"{write_page(checked, media_root, out, accepted, rejected, seed, annotations)} samples: {out}")
+    print(f"{write_page(checked, media_root, out, accepted, rejected, annotations)} samples: {out}")
 
 
 @app.command()

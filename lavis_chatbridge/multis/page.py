@@ -24,18 +24,17 @@ def write_page(
     out: str | Path,
     accepted: int = 40,
     rejected: int = 20,
-    seed: int = 0,
     annotations: str | Path | None = None,
 ) -> int:
     """Write the page ``out``, which links to the media, and return its number of samples.
 
-    At most ``accepted`` accepted and ``rejected`` rejected samples are chosen with ``seed``. With ``annotations`` the
-    page also has the descriptions that the language model read.
+    At most ``accepted`` accepted and ``rejected`` rejected samples are chosen at random, always the same ones. With
+    ``annotations`` the page also has the descriptions that the language model read.
 
     Raises:
         DataError: If ``checked`` is not an output of ``multis check``.
     """
-    checked, rng = Path(checked), random.Random(seed)
+    checked, rng = Path(checked), random.Random(0)
     notes = {a.id: describe(a) for a in read_annotations(annotations)} if annotations else {}
     counts = table(read_statistics(checked))
     cards = []
