@@ -32,7 +32,7 @@ class Medium:
     """One medium of a sample.
 
     Args:
-        modality: ``"image"``, ``"video"`` or ``"audio"``; a video file with ``"audio"`` is its audio track.
+        modality: A video file with ``"audio"`` is its audio track.
         path: The file; empty if there are ``words``.
         offset: First byte of the medium inside ``path``, if ``path`` is an uncompressed tar file.
         size: Its number of bytes there.
@@ -131,15 +131,12 @@ class _Record(_Strict):
 
 
 def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: bool = False) -> Iterator[Sample]:
-    """The samples of a JSONL file, in order; empty lines are skipped.
+    """The samples of a JSONL file, in order; empty lines are skipped. A `DataError` has ``file:line`` and the fault.
 
     Args:
         path: The file, UTF-8.
         root: The folder that media paths are relative to; by default the file's own folder.
         allow_outside: Accept absolute paths and paths that leave the root.
-
-    Raises:
-        DataError: With ``file:line`` and the fault.
     """
     for number, line in read_lines(path):
         if line.strip():
@@ -195,11 +192,9 @@ def parse_record(record: Mapping[str, Any], where: str, root: str, allow_outside
 
 
 def media_path(path: str | None, root: str, where: str, allow_outside: bool = False) -> str:
-    """The path of a medium under the root; every annotation format uses this function.
+    """The path of a medium under the root, in every annotation format; a `DataError` for URLs and paths outside.
 
-    Raises:
-        DataError: If it is a URL or not a path, or leaves the root and ``allow_outside`` is false; the message begins
-            with ``where``. `check_inside` follows links.
+    The message begins with ``where``. `check_inside` follows links.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}: path is {shown(path)}, expected the path of a file")

@@ -41,15 +41,10 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
 
 
 def write_converted(name: str, split: str, own: DataSettings, target: Path, root: str | None = None) -> tuple[int, int]:
-    """Write a split as our JSONL. Media that are bytes in a table go into a tar file beside it.
+    """Write a split as our JSONL; returns the numbers of samples written, and of those left out without their media.
 
-    Media below ``root`` (by default the data root) are written relative to it.
-
-    Returns:
-        The number of samples written, and of those left out without their media.
-
-    Raises:
-        DataError: If the annotations are malformed, or contain no sample that can be used: nothing is written.
+    Media that are bytes in a table go into a tar file beside it. Media below ``root`` (by default the data root) are
+    written relative to it. If no sample can be used, nothing is written.
     """
     from lavis_chatbridge.datasets.shards import media_file
 

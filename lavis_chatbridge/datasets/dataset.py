@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MED
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
-from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.processors.loading import SECTIONS
 from lavis_chatbridge.prompting import conversation
 from lavis_chatbridge.prompting.conversation import Message, Wording
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, to_record
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.datasets.features import FeatureStore
 
 Processors = Mapping[str, Callable[..., Any]]
 """``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
@@ -35,13 +37,6 @@ ITEM_KEYS = (
 
 _TEXT_STREAM, _MEDIA_STREAM = 0, 1
 _SOME = 64  # number of samples for estimating the length of templates
-
-
-class MediaCache(Protocol):
-    """Stored outputs of the frozen encoders."""
-
-    def find(self, medium: Medium) -> EncodedMedium | None:
-        """The stored features of a medium, or None."""
 
 
 class SampleDataset(torch.utils.data.Dataset):
@@ -66,7 +61,7 @@ class SampleDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         name: str,
-        samples: Sequence[Sample],
+        samples: SampleFile,
         settings: DataSettings,
         train: bool = True,
         processors: Processors | None = None,
@@ -78,13 +73,11 @@ class SampleDataset(torch.utils.data.Dataset):
         self.seed = 0
         self.templates = settings.instruction_templates()
         self.template: Wording | None = None
-        self.features: MediaCache | None = None
+        self.features: FeatureStore | None = None
 
     @property
     def modalities(self) -> set[Modality]:
         """The modalities of its samples' media."""
-        if not isinstance(self.samples, SampleFile):
-            return {modality for i in range(len(self)) for modality in self.sample(i).modalities}
         own = self.samples.modality if self.indices is None else self.samples.modality[self.indices]
         named = "+".join(self.samples.modalities[number] for number in np.unique(own))
         return {modality for modality in MODALITIES if modality in named}
@@ -92,11 +85,7 @@ class SampleDataset(torch.utils.data.Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """``[n]`` approximate number of tokens of each sample, without format and templates."""
-        if isinstance(self.samples, SampleFile):
-            lengths = self.samples.lengths
-        else:
-            lengths = np.array([about_tokens(sample) for sample in self.samples])
-        return lengths if self.indices is None else lengths[self.indices]
+        return self.samples.lengths if self.indices is None else self.samples.lengths[self.indices]
 
     def added_tokens(self) -> float:
         """Approximate number of tokens that format and templates add to a sample, estimated from a few samples."""
@@ -121,9 +110,8 @@ class SampleDataset(torch.utils.data.Dataset):
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """The ``index``-th sample as the model's input, with the keys `ITEM_KEYS` and ``source``.
 
-        Raises:
-            MediaError: If one of its media cannot be read.
-            DataError: If the sample does not fit the stage, or a medium is outside the root.
+        An unreadable medium is a `MediaError`; a sample that does not fit the stage, or a medium outside the root, a
+        `DataError`.
         """
         sample = self.sample(index)
         pieces = self.pieces(sample, self._rng(index, epoch, _TEXT_STREAM))
@@ -149,8 +137,7 @@ class SampleDataset(torch.utils.data.Dataset):
         """A short hash of the ``index``-th sample: its text, and its media by name and size."""
         sample = self.sample(index)
         sizes = [os.path.getsize(m.path) if m.size is None and os.path.exists(m.path) else m.size for m in sample.files]
-        root = self.samples.root if isinstance(self.samples, SampleFile) else "."
-        return hash_of(to_record(sample, os.path.abspath(root)), sizes)[:16]
+        return hash_of(to_record(sample, os.path.abspath(self.samples.root)), sizes)[:16]
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
         """The prompt of a sample; without ``rng``, from the first caption and template."""
@@ -195,8 +182,7 @@ class SampleDataset(torch.utils.data.Dataset):
         return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
 
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
-        if isinstance(self.samples, SampleFile):
-            self.samples.check_inside(medium)
+        self.samples.check_inside(medium)
         if self.features is not None and (found := self.features.find(medium)) is not None:
             return found
         if medium.modality not in self.processors:
@@ -209,19 +195,16 @@ class SampleDataset(torch.utils.data.Dataset):
 
 
 class SplitDataset(torch.utils.data.ConcatDataset):
-    """The sources of one split, as one indexable data set for LAVIS's code.
+    """The sources of one split (one per modality or data set), as one indexable data set for LAVIS's code.
 
-    Args:
-        name: The builder's name.
-        sources: One per modality or data set.
-        ratio: Share of the steps of the data set, in any unit; None: its share of all samples.
+    ``ratio`` is the data set's share of the steps, in any unit; None: its share of all samples.
     """
 
     def __init__(self, name: str, sources: list[SampleDataset], ratio: float | None = None) -> None:
         super().__init__(sources)
         self.name, self.sources, self.ratio = name, sources, ratio
 
-    def set_features(self, features: MediaCache | None) -> None:
+    def set_features(self, features: FeatureStore | None) -> None:
         """Use this store's features instead of opening media that it contains."""
         for source in self.sources:
             source.features = features

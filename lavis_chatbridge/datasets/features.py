@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 import os
 import uuid
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.loader import worker_deaths
-from lavis_chatbridge.datasets.shards import read_index, tar_file, write_index
+from lavis_chatbridge.datasets.shards import PER_SHARD, read_index, tar_file, write_index
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.types import EncodedMedium
@@ -32,7 +31,6 @@ from lavis_chatbridge.schema import Medium, Sample
 
 _log = logging.getLogger(__name__)
 
-SHARD_BYTES = 256 << 20
 _BLOCK = 1 << 20
 
 
@@ -107,30 +105,21 @@ class FeatureStore:
         return self.get(key) if key in self._places else None
 
     def add(self, features: Iterable[tuple[Medium, EncodedMedium]]) -> int:
-        """Write features to new shards, and return their number. After an error, complete shards remain."""
-        rest, count = iter(features), 0
-        try:
-            while (first := next(rest, None)) is not None:
-                count += self._write(itertools.chain([first], rest))
-        except OSError as error:
-            raise DataError(f"{self.folder}: features cannot be written there: {error.strerror or error}") from error
-        return count
-
-    def _write(self, features: Iterator[tuple[Medium, EncodedMedium]]) -> int:
-        """One shard of about `SHARD_BYTES`; returns the number of its features."""
+        """Write features to a new shard, and return their number."""
         shard = self.folder / f"features-{uuid.uuid4().hex}.tar"
         places: dict[str, tuple[int, int]] = {}
         files: dict[str, list[Any]] = {}
-        with tar_file(shard) as add:
-            for medium, encoded in features:
-                key = self.key(medium)
-                tensors = {"tokens": encoded.tokens.half(), "mask": encoded.mask.bool()}
-                content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-                places[key] = at, size = add(f"{key}.safetensors", content)
-                files[_name(medium)] = self._files[_name(medium)]
-                if at + size > SHARD_BYTES:
-                    break
-        write_index(shard, {"places": places, "files": files})
+        try:
+            with tar_file(shard) as add:
+                for medium, encoded in features:
+                    key = self.key(medium)
+                    tensors = {"tokens": encoded.tokens.half(), "mask": encoded.mask.bool()}
+                    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+                    places[key] = add(f"{key}.safetensors", content)
+                    files[_name(medium)] = self._files[_name(medium)]
+            write_index(shard, {"places": places, "files": files})
+        except OSError as error:
+            raise DataError(f"{self.folder}: features cannot be written there: {error.strerror or error}") from error
         self._places |= {key: (shard, *place) for key, place in places.items()}
         return len(places)
 
@@ -173,8 +162,10 @@ def build_features(
         if key and key not in store and int(key, 16) % world_size == rank:
             missing[medium.modality][key] = medium
     for modality, media in missing.items():
-        if media:
-            encoded = _encode(model, modality, list(media.values()), processors[modality], batch, workers)
+        every = list(media.values())
+        for first in range(0, len(every), PER_SHARD):
+            part = every[first : first + PER_SHARD]
+            encoded = _encode(model, modality, part, processors[modality], batch, workers)
             # a file that has changed meanwhile has another key
             count = store.add(pair for pair in encoded if media.get(_key(store, pair[0])) == pair[0])
             _log.info("stored features of %d %s files in %s", count, modality, folder)

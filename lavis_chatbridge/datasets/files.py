@@ -37,7 +37,7 @@ class SampleFile(Sequence[Sample]):
         path: The file.
         root: The folder that media paths are relative to; by default the file's own.
         allow_outside: Accept media outside the root.
-        cache: Folder for the index of a large file; without it the index is not stored.
+        cache: Folder for the index of a large file; None does not store it.
         limit: Use only this number of samples.
 
     Attributes:

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset, collate
-from lavis_chatbridge.datasets.plan import MixturePlan, batch_size_for_tokens
+from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, TrainingError
 
 _log = logging.getLogger(__name__)
@@ -101,29 +101,29 @@ class MixtureLoader:
         self.settings = settings
         self.rank = rank
         self.skipped: Counter[str] = Counter()
-        sizes = dict.fromkeys(self.sources, settings.batch_size)
-        if settings.batch_tokens is not None:
-            for name, source in self.sources.items():
-                lengths = source.lengths[:_LENGTHS_LOOKED_AT] + source.added_tokens()
-                sizes[name] = batch_size_for_tokens(lengths, settings.batch_tokens)
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
             source_ratios(splits, settings.ratios),
-            {name: size * settings.accumulate for name, size in sizes.items()},
+            {name: self._batch_size(source) * settings.accumulate for name, source in self.sources.items()},
             world_size,
             settings.seed,
             {n: source.lengths for n, source in self.sources.items()} if settings.group_by_length else None,
         )
 
+    def _batch_size(self, source: SampleDataset) -> int:
+        """Samples per micro-batch. With a token budget, a batch fits it if padded to 95 % of the source's lengths."""
+        budget = self.settings.batch_tokens
+        if budget is None:
+            return self.settings.batch_size
+        lengths = source.lengths[:_LENGTHS_LOOKED_AT] + source.added_tokens()
+        return max(1, int(budget // np.quantile(lengths, 0.95)))
+
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """The micro-batches of steps ``start`` to ``stop - 1``, ``accumulate`` for each step, in order.
 
         A batch has the keys of `collate`, and ``step``, ``epoch`` (of its first sample) and ``skipped`` (pairs of
-        sample id and cause). If all its samples are unreadable, it is empty: every rank needs a batch per step.
-
-        Raises:
-            DataError: If a sample is malformed.
-            TrainingError: If a data worker dies.
+        sample id and cause). If all its samples are unreadable, it is empty: every rank needs a batch per step. A
+        malformed sample is a `DataError`, a dead worker a `TrainingError`.
         """
 
         def remaining(done: int) -> Iterator[Request]:
@@ -198,9 +198,6 @@ def source_ratios(
 
     A data set's ratio is the one in ``ratios``, else the one of its configuration, else its number of samples; its
     sources divide it by their own ratios, else by their numbers of samples.
-
-    Raises:
-        ConfigError: If a ratio names no data set, or only some have one.
     """
     if unknown := sorted(set(ratios or {}) - set(splits)):
         raise ConfigError(f"ratios name {', '.join(unknown)}; the data sets are {', '.join(sorted(splits))}")

@@ -105,9 +105,6 @@ class MixturePlan:
         seed: Of the order.
         lengths: Per source, an integer array ``[size]`` of sample lengths; a batch then has samples of similar length.
         group: With ``lengths``: the number of consecutive global batches that are sorted together, a window.
-
-    Raises:
-        ConfigError: If a source has no samples, or a ratio is not positive or missing.
     """
 
     def __init__(
@@ -214,15 +211,6 @@ class MixturePlan:
             order = KeyedPermutation(self.group, self.seed, 2, self.names.index(name), window)
             self._window = ((name, window), batches[order(np.arange(self.group))])
         return self._window[1][inside]
-
-
-def batch_size_for_tokens(lengths: np.ndarray, budget: int, quantile: float = 0.95) -> int:
-    """The number of samples of a source in a batch of ``budget`` tokens, padding included.
-
-    It is fixed per source, because the plan does not read samples. A batch padded to the ``quantile`` of ``lengths``
-    (``[n]`` tokens per sample, media slots included) fits the budget.
-    """
-    return max(1, int(budget // max(1.0, float(np.quantile(lengths, quantile)))))
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

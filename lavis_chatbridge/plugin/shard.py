@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.launchers import share_of
 from lavis_chatbridge.plugin.launch import load, prepare_world
@@ -101,13 +101,10 @@ def _from_configuration(
 
 def _files_of(group: SplitDataset) -> dict[tuple[str, str], SampleFile]:
     """Data set and a name for its shards, if possible the file's -> each annotation file of a split."""
-    from lavis_chatbridge.datasets.files import SampleFile
 
     found: dict[tuple[str, str], SampleFile] = {}
     for source in group.sources:
         part, samples = source.name.split("/")[0], source.samples
-        if not isinstance(samples, SampleFile):
-            raise DataError(f"{source.name}: only samples of a file can be written to shards")
         stem, number = Path(samples.path).stem, 0
         while (name := (part, f"{stem}-{number}" if number else stem)) in found and found[name] is not samples:
             number += 1

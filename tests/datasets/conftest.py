@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
+
+_FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
 class PictureProcessor:
@@ -25,6 +30,14 @@ class PictureProcessor:
             raise MediaError(source, error) from error
         tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
         return tensor if rng is None else tensor + float(rng.random())
+
+
+def sample_file(*samples):
+    """The samples as a JSONL file, which exists until the tests end."""
+    _FOLDERS.append(tempfile.TemporaryDirectory())
+    path = Path(_FOLDERS[-1].name, "samples.jsonl")
+    write_jsonl(path, samples)
+    return SampleFile(path, allow_outside=True)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample
-from tests.datasets.conftest import PictureProcessor
+from tests.datasets.conftest import PictureProcessor, sample_file
 
 
 def group(folder, processors, name="grey", indices=None):
@@ -70,7 +70,7 @@ def test_a_batch_without_readable_samples_is_empty(pictures, processors):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_malformed_sample_ends_with_its_own_message(workers):
-    data = SampleDataset("s", [Sample("x", turns=(Message("user", "q"),))], DataSettings(stage="alignment"))
+    data = SampleDataset("s", sample_file(Sample("x", turns=(Message("user", "q"),))), DataSettings(stage="alignment"))
     loader = MixtureLoader({"s": SplitDataset("s", [data])}, LoaderSettings(workers=workers))
     with pytest.raises(DataError, match=r"^s: sample 'x' has no captions; alignment needs one$"):
         next(loader.batches())
@@ -130,7 +130,7 @@ def test_evaluation_is_divided_exactly(pictures, processors, world):
 def test_a_token_budget_counts_the_conversations_format():
     turns = (Message("user", "is it a dog?", ("image",)), Message("assistant", "yes"))
     samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(600)]
-    source = SampleDataset("qa", samples, DataSettings(task="image_qa"))
+    source = SampleDataset("qa", sample_file(*samples), DataSettings(task="image_qa"))
     loader = MixtureLoader({"qa": SplitDataset("qa", [source])}, LoaderSettings(batch_tokens=2000), world_size=2)
     assert 28 < loader.plan.batch_sizes["qa"] < 36  # about 36 tokens without the format, which would make 55
 

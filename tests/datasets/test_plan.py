@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lavis_chatbridge.datasets import plan as plans
-from lavis_chatbridge.datasets.plan import KeyedPermutation, MixturePlan, batch_size_for_tokens
+from lavis_chatbridge.datasets.plan import KeyedPermutation, MixturePlan
 from lavis_chatbridge.errors import ConfigError
 
 
@@ -136,11 +136,6 @@ def test_a_thousand_ranks_and_130_million_samples_cost_nothing(monkeypatch):
     assert len({name for name, _ in batches}) == 1
     assert len({pair for _, pairs in batches for pair in pairs}) == 96
     assert plan.steps_per_epoch() == -(-sum(sizes.values()) // (32 * 1024))
-
-
-def test_token_budgets():
-    assert batch_size_for_tokens(np.full(10, 100), 4000) == 40
-    assert batch_size_for_tokens(np.full(10, 9000), 4000) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.prompting.pieces import Slot
 from lavis_chatbridge.prompting.templates import TaskTemplates, Templates
+from tests.datasets.conftest import sample_file
 
 _TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]
 _QUESTION = {"image_id": 9, "question": "What is it?", "question_id": 90}
@@ -418,7 +419,7 @@ def test_the_originals_conversations():
         wording = (case["prompt_list"] or ["?"])[0].replace("<QUESTION>", "{question}")
         reply_end = "###" if task == "conv" else "\n###"
         settings = DataSettings(stage="instruction", task="t", templates=False, reply_end=reply_end)
-        dataset = SampleDataset("set", [sample], settings)
+        dataset = SampleDataset("set", sample_file(sample), settings)
         dataset.templates = Templates({"t": TaskTemplates(templates=[wording])} if case["prompt_list"] else {}, {})
         pieces = dataset.pieces(sample, None)
         assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == case["conversation"]
