@@ -77,7 +77,10 @@ class RunFolder:
     def check(self) -> None:
         """Refuse a folder with files of an earlier run that this one neither resumes nor overwrites."""
         if self.resumed is not None and not (self.resumed / checkpoints.STATE).is_file():
-            raise ConfigError(f"run.resume: {self.resumed} is not a checkpoint, a folder such as step_00001000")
+            raise ConfigError(
+                f"run.resume: {self.resumed} is not a checkpoint, a folder such as step_00001000; to load a weight "
+                "file, set model.checkpoint"
+            )
         newest = checkpoints.newest(self.checkpoints)
         if self.overwrite or (newest is not None and newest.resolve() == self.resumed):
             return

@@ -6,7 +6,6 @@ LAVIS's older names for some keys (`LAVIS_NAMES`) are accepted, so that its YAML
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -160,16 +159,10 @@ class RunSettings(EvaluationSettings):
             yield "overwrite deletes the earlier run that resume: auto would resume: choose one"
         if self.resume == "auto" and self.job_id is None and not self.evaluate:
             yield "resume: auto needs a job_id (empty: output_dir itself); null names a new folder at every start"
-        if self.resume not in (None, "auto") and not Path(str(self.resume)).expanduser().is_dir():
-            yield f"resume: no checkpoint folder at {self.resume} (to load a weight file, set model.checkpoint)"
-        if self.feature_cache is not None and Path(self.feature_cache).expanduser().is_file():
-            yield f"feature_cache: expected a folder, found a file at {self.feature_cache}"
 
     def _check_training(self) -> Iterable[str]:
         if (self.max_iters is None) == (self.max_epoch is None):
             yield "give either max_iters (optimiser steps) or max_epoch (passes over the data)"
-        if not self.train_splits:
-            yield "train_splits is empty"
         if self.max_iters is not None and self.warmup_steps > self.max_iters:
             yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
         if self.min_lr > self.init_lr or self.warmup_lr > self.init_lr:

@@ -21,9 +21,7 @@ from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.checkpoints import MODEL, OPTIMIZER, STATE
 from tests.runners.runner_parts import (
     Stop,
-    ToyGroup,
     ToyModel,
-    ToySource,
     after_step,
     runner,
     same,
@@ -155,32 +153,6 @@ def test_frozen_hashes_ignore_precision_and_notice_changes_of_weights_and_vocabu
     assert hashes[-1]["large"] == hashes[-2]["large"]
 
 
-class Recorder(ToySource):
-    """A source that notes which samples were taken, and the epoch."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.taken = []
-
-    def item(self, index, epoch=0):
-        self.taken.append((index, epoch))
-        return super().item(index, epoch)
-
-
-def test_another_number_of_samples_per_step_resumes_at_the_next_sample(tmp_path):
-    """As another number of processes does: a step takes of a source what all processes take together."""
-    sources = [Recorder("pictures", "image", 24), Recorder("sounds", "audio", 12)]
-    data = {source.name: {"train": ToyGroup([source])} for source in sources}
-    for steps, batch in ((5, 4), (8, 2), (13, 3)):
-        one = runner(tmp_path, data=data, max_iters=steps, batch_size_train=batch, resume="auto")
-        one.train()
-    positions = one.train_loader.plan.positions(13)
-    assert sum(positions.values()) == 5 * 4 + 3 * 2 + 5 * 3
-    for source in sources:
-        assert len(source.taken) == len(set(source.taken)) == positions[source.name]
-        assert [epoch for _, epoch in source.taken] == [number // len(source) for number in range(len(source.taken))]
-
-
 def test_passes_over_the_data_are_complete_although_the_batch_changes(tmp_path):
     """40 samples: 10 steps of 4 are a pass; after 5 of the 20 steps of two passes, batches of 2 need 30 more."""
     part = runner(tmp_path, max_iters=None, max_epoch=2, save_every_steps=5, keep_last=9)
@@ -215,14 +187,12 @@ DAMAGES = {
     "weights with NaN": (MODEL, tensors(lambda t: t["norm.bias"].fill_(float("nan"))), "norm.bias is not finite"),
     "other weights": (MODEL, tensors(lambda t: t.pop("norm.bias")), "for another model, .*norm.bias is missing"),
     "other shapes": (MODEL, tensors(lambda t: t.update({"norm.bias": torch.ones(3)})), r"norm.bias is \[3\], expected"),
-    "weights cut off": (MODEL, lambda content: content[:-8], "cannot be read"),
     "another optimiser": (
         OPTIMIZER,
         tensors(lambda t: t.update({"norm.bias|exp_avg": torch.ones(3)})),
         r"norm.bias\|exp_avg is \[3\], expected \[8\]",
     ),
     "half an optimiser": (OPTIMIZER, tensors(lambda t: t.pop("norm.bias|exp_avg_sq")), "exp_avg_sq is missing"),
-    "a list": (STATE, lambda content: b"[]", "expected a mapping"),
     "no scaler": (STATE, state(lambda s: s.pop("scaler")), "scaler is missing"),
     "a word for a step": (STATE, state(lambda s: s["progress"].update(step="x")), "state.json.progress.step"),
     "other data": (
