@@ -84,11 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_conditions(words: Sequence[str]) -> list[MediaSettings]:
-    """Parse ``--ablate``: ``MODE`` or ``MODE:WORD,WORD``, with words of modalities, ``removed``, ``told``.
-
-    Raises:
-        ConfigError: If a word is none of these.
-    """
+    """Parse ``--ablate``: ``MODE`` or ``MODE:WORD,WORD``, with words of modalities, ``removed``, ``told``."""
     return [_condition(word) for word in dict.fromkeys(words) if word != ALL]
 
 
@@ -161,11 +157,7 @@ def _score(session: Session, path: str | Path, options: Sequence[str]) -> list[L
 
 
 def find(folder: Path = PROJECTS / "eval") -> dict[str, tuple[Path, Any]]:
-    """Name -> path and ``run`` section of the suites: the configuration files of a folder that name metrics.
-
-    Raises:
-        ConfigError: If there is no suite, or a file is not a configuration.
-    """
+    """Name -> path and ``run`` section of the suites: the configuration files of a folder that name metrics."""
     suites = {}
     for path in sorted(folder.glob("*.yaml")):
         run = read_yaml(path).get("run") or {}

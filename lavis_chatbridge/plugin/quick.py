@@ -65,6 +65,7 @@ def _postpone(name: str) -> None:
         if attribute.startswith("__") and attribute != "__all__":
             raise AttributeError(attribute)
         if vars(module).pop("__getattr__", None) is not None:
+            import_module("torch")  # which looks for pandas, and must not find its stand-in
             with _stand_ins(SLOW if name in USERS else ()):
                 spec.loader.exec_module(module)
         return getattr(module, attribute)

@@ -91,12 +91,7 @@ def failed(name: str, media: str, error: Exception) -> Line:
 
 
 def lines_of(found: Mapping[str, Any], run: EvaluationSettings) -> list[Line]:
-    """A line for each source of each split.
-
-    Args:
-        found: Split -> its metrics, as tasks return them.
-        run: Settings of the evaluation.
-    """
+    """A line for each source of each split; ``found`` has each split's metrics, as tasks return them."""
     lines = []
     for split, scores in found.items():
         if by_source := (scores or {}).get("by_source"):
@@ -157,10 +152,6 @@ def _unread(found: Mapping[str, Any]) -> list[str]:
 def summary(lines: Sequence[Line], first: str = "split and data set") -> str:
     """The final text of an evaluation: the scores of every split, and their files.
 
-    Args:
-        lines: The table.
-        first: Header of the first column.
-
     Raises:
         DataError: If nothing could be scored.
     """
@@ -211,10 +202,6 @@ def rescore(file: str, options: Sequence[str]) -> int:
 
     Returns:
         0; 1 if a source could not be scored.
-
-    Raises:
-        DataError: If the file holds no predictions, or nothing could be scored.
-        ConfigError: If an option is none of this command.
     """
     from lavis_chatbridge.tasks.predictions import read_predictions
     from lavis_chatbridge.tasks.scoring.records import score_records, versions
@@ -236,11 +223,7 @@ def rescore(file: str, options: Sequence[str]) -> int:
 
 
 def settings_of(predictions: Path, options: Sequence[str] = ()) -> EvaluationSettings:
-    """The evaluation settings of a predictions file, from the scores file beside it, overridden by options.
-
-    Raises:
-        ConfigError: If an option is not an evaluation setting.
-    """
+    """The evaluation settings of a predictions file, from the scores file beside it, overridden by options."""
     known = read_json(predictions.with_name(f"{predictions.stem}_metrics.json")) or {}
     given = read_options(options)
     if others := [str(key) for key in given if key != "run"]:

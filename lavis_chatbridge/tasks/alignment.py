@@ -27,8 +27,7 @@ class AlignmentTask(ChatBridgeTask):
         """The mean loss per target token, over all sources and of each; ``agg_metrics`` is its negative.
 
         Returns:
-            The metrics on the main process, None on the others. ``not_predicted`` is the number of unreadable samples.
-            Without target tokens there is no loss.
+            The metrics on the main process, None on the others. Without target tokens there is no loss.
         """
         results = gathered(val_result)
         if results is None:

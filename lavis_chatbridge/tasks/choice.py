@@ -63,11 +63,7 @@ def _ranked(model: Any, sample: dict[str, Any], options: Sequence[str]) -> dict[
 
 
 def replaced(pieces: Sequence[Piece], block: str, by: str) -> list[Piece]:
-    """Replace a block of options in a prompt.
-
-    Raises:
-        DataError: If no piece of the prompt contains the block.
-    """
+    """Replace a block of options in a prompt, which must have it."""
     before, after = escape_markers(block), escape_markers(by)
     if not any(before in piece.text for piece in pieces if isinstance(piece, Text)):
         raise DataError(f"a prompt of multiple choice does not list its options as {shown(before)}")

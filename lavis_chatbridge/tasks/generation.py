@@ -47,11 +47,7 @@ class GenerationTask(ChatBridgeTask):
         self._answers = _answer_list(self.settings.answer_list) if ranks else []
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
-        """Check that the split has references.
-
-        Raises:
-            DataError: If official metrics are requested and no sample has references, answers or options.
-        """
+        """Raise a `DataError` if official metrics are requested and no sample has references, answers or options."""
         super().before_evaluation(model, dataset)
         self._open_files({})
         if not (self.settings.report_metric and self.settings.metrics):
@@ -107,9 +103,6 @@ class GenerationTask(ChatBridgeTask):
         Returns:
             The metrics on the main process, None on the others. ``samples`` and ``not_predicted`` count samples with
             and without a prediction, also per source. ``written`` lists the files.
-
-        Raises:
-            ConfigError: If the files cannot be written.
         """
         results = gathered(val_result)
         if results is None:
@@ -194,11 +187,7 @@ def data_hash(source: Source) -> str:
 
 
 def model_hash(model: nn.Module) -> str:
-    """A short hash that changes when a model's weights or settings do.
-
-    It reads a few evenly spaced values of every tensor: a training step changes all of them, and reading 13e9 would be
-    slow.
-    """
+    """A short hash of the model's settings and of a few values of every tensor; a training step changes all of them."""
     hasher = hashlib.sha256(repr(getattr(model, "settings", "")).encode())
     # not state_dict(), which would reshard what FSDP has gathered for the evaluation
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):

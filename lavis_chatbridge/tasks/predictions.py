@@ -86,13 +86,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 class PredictionFiles:
-    """The predictions of one split.
-
-    Args:
-        folder: The folder of results.
-        depends_on: A hash of the data, prompts, decoding, weights and versions.
-        rank: This process.
-    """
+    """The predictions of a split on disk; ``depends_on`` is a hash of data, prompts, decoding, weights and versions."""
 
     def __init__(self, folder: Path, depends_on: str, rank: int) -> None:
         self.folder, self.depends_on = folder, depends_on
@@ -118,11 +112,7 @@ class PredictionFiles:
             append_lines(self._own, [record.line() for record in records])
 
     def finish(self, name: str, records: Iterable[Prediction], scores: dict[str, Any]) -> list[str]:
-        """Write ``NAME.jsonl`` and ``NAME_metrics.json`` atomically, remove the processes' own files.
-
-        Returns:
-            The two paths.
-        """
+        """Write ``NAME.jsonl`` and ``NAME_metrics.json``, remove the processes' own files; returns the two paths."""
         path, target = self.folder / f"{name}.jsonl", self.folder / f"{name}_metrics.json"
         with self._writable():
             with atomic_text(path) as file:

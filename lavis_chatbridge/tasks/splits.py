@@ -24,27 +24,18 @@ _TRIES = 16
 
 
 class Source(Protocol):
-    """The interface of a data set's source."""
+    """The interface of a data set's source; see `datasets.dataset.SampleDataset`."""
 
     name: str
     modalities: Collection[Modality]
     lengths: Sequence[int] | np.ndarray
     processors: Mapping[str, Any]
 
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """The ``index``-th sample, ready for the model."""
-
-    def sample(self, index: int) -> Sample:
-        """The ``index``-th sample, without opening media."""
-
-    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
-        """The prompt of a sample."""
-
-    def sample_hash(self, index: int) -> str:
-        """A hash of the ``index``-th sample: its text, and its media by name and size."""
+    def __len__(self) -> int: ...
+    def item(self, index: int, epoch: int = 0) -> dict[str, Any]: ...
+    def sample(self, index: int) -> Sample: ...
+    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]: ...
+    def sample_hash(self, index: int) -> str: ...
 
 
 class EvaluationSource:
@@ -122,14 +113,7 @@ class EvaluationSource:
 
 
 class EvaluationSplit:
-    """The sources of one or several data sets of a split, for evaluation.
-
-    Sources without media of the modalities that are withheld or exchanged are left out: nothing would change for them.
-
-    Args:
-        sources: The original sources.
-        replacement: Which media are replaced.
-        seed: Of the shuffling.
+    """The sources of a split for evaluation, without those that have no media to withhold or exchange.
 
     Raises:
         DataError: If no source has such media.

@@ -36,7 +36,7 @@ def interval(
     Args:
         values: ``[n]``.
         weights: ``[n]`` weights of the mean; equal by default.
-        clusters: ``[n]``, what samples share (the medium); each sample is its own cluster by default.
+        clusters: ``[n]``, the medium that samples share; each sample is its own cluster by default.
         seed: Seed of the resampling.
     """
     from scipy import stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,26 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 NAMES = list(COLOURS)
 
 
+MEDIA = {
+    "jpg": [
+        "coco/images/val2014/COCO_val2014_{n:012d}.jpg", "gqa/images/n{n}.jpg", "flickr30k/images/{n}.jpg",
+        "nocaps/images/{n}.jpg", "omnibench/mm_data/image/{n}.jpg", "av_odyssey/image/{n}.jpg",
+    ],
+    "wav": [
+        "audiocaps/audio/yt{n}_3{n}.wav", "clotho/evaluation/tone {n}.wav", "omnibench/mm_data/audio/{n}.wav",
+        "daily_omni/Videos/do{n}/do{n}_audio.wav", "av_odyssey/audio/{n}.wav", "mmau/test-mini-audios/mm{n}.wav",
+    ],
+    "mp4": [
+        "msrvtt/videos/video701{n}.mp4", "msvd/videos/clip_{n}_0_5.avi", "vatex/videos/clip{n}_000000_000010.mp4",
+        "avsd/videos/CH{n}.mp4", "valor/videos/v{n}_0_10.mp4", "music_avqa/videos/0000{n}.mp4",
+        "avqa/videos/yt{n}_000010.mp4", "worldsense/videos/ws{n}.mp4", "daily_omni/Videos/do{n}/do{n}_video.mp4",
+        "video_mme/data/vm{n}.mp4", "mosi/Raw/s{n}/{n}.mp4", "mosei/Raw/s{n}/{n}.mp4", "avhbench/video/0000{n}.mp4",
+        "charades_ego/CharadesEgo_v1_480/E{n}.mp4",
+    ],
+}  # fmt: skip
+"""Ending of a medium of the pool -> the paths that it has in the benchmarks."""
+
+
 def build(root: Path) -> Path:
     """Write everything under ``root``: three samples of each benchmark."""
     pool = root / "pool"
@@ -27,6 +48,10 @@ def build(root: Path) -> Path:
         _video(pool / f"{number}.mp4", COLOURS[name], 220.0 * (number + 1))
     for write in (_vqa, _gqa, _captioned_pictures, _videos, _sounds, _seen_and_heard, _choices, _other_questions):
         write(root)
+    for n, (ending, paths) in itertools.product(range(3), MEDIA.items()):
+        for path in (root / pattern.format(n=n) for pattern in paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.hardlink_to(pool / f"{n}.{ending}")
     return root
 
 
@@ -46,8 +71,6 @@ def _vqa(root: Path) -> None:
         if folder == "vqav2":  # OKVQA has no such field
             annotations = [a | {"multiple_choice_answer": NAMES[n]} for n, a in enumerate(annotations)]
         _json(root, f"{folder}/{prefix}mscoco_val2014_annotations.json", top | {"annotations": annotations})
-    for n in range(3):
-        _medium(root, f"{n}.jpg", f"coco/images/val2014/COCO_val2014_{n:012d}.jpg")
 
 
 def _gqa(root: Path) -> None:
@@ -63,8 +86,6 @@ def _gqa(root: Path) -> None:
         for n in range(3)
     }
     _json(root, "gqa/testdev_balanced_questions.json", entries)
-    for n in range(3):
-        _medium(root, f"{n}.jpg", f"gqa/images/n{n}.jpg")
 
 
 def _captioned_pictures(root: Path) -> None:
@@ -79,9 +100,6 @@ def _captioned_pictures(root: Path) -> None:
     images = [{"id": n, "file_name": f"{n}.jpg", "open_images_id": f"o{n}", "domain": "near-domain"} for n in range(3)]
     captions = [{"image_id": n % 3, "id": n, "caption": f"A {NAMES[n % 3]} thing {n}."} for n in range(30)]
     _json(root, "nocaps/nocaps_val_4500_captions.json", {"info": {}, "images": images, "annotations": captions})
-    for n in range(3):
-        _medium(root, f"{n}.jpg", f"flickr30k/images/{n}.jpg")
-        _medium(root, f"{n}.jpg", f"nocaps/images/{n}.jpg")
 
 
 def _videos(root: Path) -> None:
@@ -102,10 +120,6 @@ def _videos(root: Path) -> None:
         for n in range(4)
     ]
     _json(root, "vatex/vatex_public_test_english_v1.1.json", vatex)  # the fourth video is not there any more
-    for n in range(3):
-        _medium(root, f"{n}.mp4", f"msrvtt/videos/video{7010 + n}.mp4")
-        _medium(root, f"{n}.mp4", f"msvd/videos/clip_{n}_0_5.avi")
-        _medium(root, f"{n}.mp4", f"vatex/videos/clip{n}_000000_000010.mp4")
 
 
 def _sounds(root: Path) -> None:
@@ -114,9 +128,6 @@ def _sounds(root: Path) -> None:
     captions = [f"caption_{i}" for i in range(1, 6)]
     rows = [[f"tone {n}.wav", *(f"A tone is heard {i} times." for i in range(5))] for n in range(3)]
     _csv(root, "clotho/clotho_captions_evaluation.csv", ["file_name", *captions], rows)
-    for n in range(3):
-        _medium(root, f"{n}.wav", f"audiocaps/audio/yt{n}_{30 + n}.wav")
-        _medium(root, f"{n}.wav", f"clotho/evaluation/tone {n}.wav")
 
 
 def _seen_and_heard(root: Path) -> None:
@@ -144,10 +155,6 @@ def _seen_and_heard(root: Path) -> None:
         for n in range(3)
     ]
     _json(root, "music_avqa/avqa-test.json", questions)
-    for n in range(3):
-        _medium(root, f"{n}.mp4", f"avsd/videos/CH{n}.mp4")
-        _medium(root, f"{n}.mp4", f"valor/videos/v{n}_0_10.mp4")
-        _medium(root, f"{n}.mp4", f"music_avqa/videos/0000{n}.mp4")
 
 
 def _choices(root: Path) -> None:
@@ -204,17 +211,6 @@ def _choices(root: Path) -> None:
         for n in range(3)
     ]  # fmt: skip
     _json(root, "video_mme/output_test_template.json", rows)
-    for n in range(3):
-        _medium(root, f"{n}.mp4", f"avqa/videos/yt{n}_000010.mp4")
-        _medium(root, f"{n}.mp4", f"worldsense/videos/ws{n}.mp4")
-        _medium(root, f"{n}.jpg", f"omnibench/mm_data/image/{n}.jpg")
-        _medium(root, f"{n}.wav", f"omnibench/mm_data/audio/{n}.wav")
-        _medium(root, f"{n}.mp4", f"daily_omni/Videos/do{n}/do{n}_video.mp4")
-        _medium(root, f"{n}.wav", f"daily_omni/Videos/do{n}/do{n}_audio.wav")
-        _medium(root, f"{n}.jpg", f"av_odyssey/image/{n}.jpg")
-        _medium(root, f"{n}.wav", f"av_odyssey/audio/{n}.wav")
-        _medium(root, f"{n}.wav", f"mmau/test-mini-audios/mm{n}.wav")
-        _medium(root, f"{n}.mp4", f"video_mme/data/vm{n}.mp4")
 
 
 def _other_questions(root: Path) -> None:
@@ -230,8 +226,6 @@ def _other_questions(root: Path) -> None:
         clips = [[f"s{n}", n, "I like it", 1.5, "", "", "", "Positive", "test"] for n in range(3)]
         clips += [["s0", 7, "so so", 0, "", "", "", "Neutral", "train"]]
         _csv(root, f"{name}/label.csv", head, clips)
-        for n in range(3):
-            _medium(root, f"{n}.mp4", f"{name}/Raw/s{n}/{n}.mp4")
     head = ["id", "subject", "scene", "quality", "relevance", "verified", "script", "descriptions", "actions", "length",
             "egocentric", "charades_video"]  # fmt: skip
     clips = [
@@ -240,9 +234,6 @@ def _other_questions(root: Path) -> None:
         for n in range(3) for view in ("No", "Yes")
     ]  # fmt: skip
     _csv(root, "charades_ego/CharadesEgo_v1_test.csv", head, clips)
-    for n in range(3):
-        _medium(root, f"{n}.mp4", f"avhbench/video/0000{n}.mp4")
-        _medium(root, f"{n}.mp4", f"charades_ego/CharadesEgo_v1_480/E{n}.mp4")
 
 
 def _video(path: Path, colour: tuple[int, int, int], pitch: float) -> None:
@@ -274,10 +265,3 @@ def _csv(root: Path, name: str, head: list[str], rows: list[list]) -> None:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     with open(root / name, "w", newline="") as file:
         csv.writer(file).writerows([head, *rows])
-
-
-def _medium(root: Path, pooled: str, name: str) -> None:
-    target = root / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        target.hardlink_to(root / "pool" / pooled)
