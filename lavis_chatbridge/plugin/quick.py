@@ -1,19 +1,20 @@
-"""A quick start for the commands that only answer: they need few of LAVIS's modules, and LAVIS imports all of them.
+"""A quick start for the commands that only answer: what they do not need is imported when it is used.
 
-`start` puts LAVIS's packages into ``sys.modules`` without executing them. They are executed when somebody reads one of
-their attributes, or asks LAVIS's registry for a name that this package has not registered. Nothing changes for a
-program that does not call `start`.
+`start` puts LAVIS's packages, which import all of LAVIS, into ``sys.modules`` without executing them. They are executed
+when somebody reads one of their attributes, or asks LAVIS's registry for a name that this package has not registered.
+A few modules get placeholders for `SLOW` packages. Nothing changes for a program that does not call `start`.
 """
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 PACKAGES = ("lavis", "lavis.datasets.builders", "lavis.models", "lavis.processors", "lavis.tasks")
@@ -26,14 +27,10 @@ BASES = {
 }
 """Attributes of these packages that need one module only; LAVIS's registry reads them."""
 
-USERS = ("lavis.common.dist_utils", "lavis.common.utils", "lavis.models.eva_vit")
-"""Modules that import `SLOW` packages and call them for other tasks than answering."""
+SLOW = ("timm", "pandas", "iopath", "torchvision", "scipy")
+"""Packages that `USERS` and transformers import for other tasks; torchvision imports torch's compiler."""
 
-SLOW = (
-    *("timm", "timm.models", "timm.models.hub", "timm.models.layers", "timm.models.registry", "pandas", "iopath"),
-    *("iopath.common", "iopath.common.download", "iopath.common.file_io"),
-    *("torchvision", "torchvision.datasets", "torchvision.datasets.utils"),
-)
+USERS = ("lavis.common.dist_utils", "lavis.common.utils", "lavis.models.eva_vit")
 
 SAME = {
     "timm.models.layers.to_2tuple": "torch.nn.modules.utils._pair",
@@ -48,14 +45,15 @@ def start() -> None:
         return
     # lavis.models.med, which the quick start does not import, silences transformers' warnings.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in (*PACKAGES, *USERS):
+    for name in PACKAGES:
         _postpone(name)
     mapping = import_module("lavis.common.registry").registry.mapping
     mapping.update({key: _Table(table) for key, table in mapping.items() if key.endswith("name_mapping")})
+    sys.meta_path.insert(0, _Finder())
 
 
 def _postpone(name: str) -> None:
-    """Let a module be imported, and execute it when one of its attributes is missing."""
+    """Let a package be imported, and execute it when one of its attributes is missing."""
     spec: Any = importlib.util.find_spec(name)
     module: Any = importlib.util.module_from_spec(spec)
 
@@ -65,9 +63,7 @@ def _postpone(name: str) -> None:
         if attribute.startswith("__") and attribute != "__all__":
             raise AttributeError(attribute)
         if vars(module).pop("__getattr__", None) is not None:
-            import_module("torch")  # which looks for pandas, and must not find its stand-in
-            with _stand_ins(SLOW if name in USERS else ()):
-                spec.loader.exec_module(module)
+            spec.loader.exec_module(module)
         return getattr(module, attribute)
 
     module.__getattr__ = complete
@@ -75,33 +71,6 @@ def _postpone(name: str) -> None:
     parent, _, own = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], own, module)
-
-
-@contextmanager
-def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
-    """Let modules import packages that are not imported yet, without executing them."""
-    added = {name: _Later(name) for name in names if name.partition(".")[0] not in sys.modules}
-    sys.modules.update(added)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
-
-
-class _Later:
-    """An object of a package that is not imported yet; a call imports it."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Later(f"{self._path}.{name}")
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return pkgutil.resolve_name(SAME.get(self._path, self._path))(*arguments, **named)
 
 
 class _Table(dict):
@@ -123,3 +92,69 @@ class _Table(dict):
 
 def _complete_lavis() -> None:
     getattr(sys.modules["lavis"], "default_cfg", None)
+
+
+class _Finder:
+    """Wraps the loaders of `USERS` and of transformers' modules, which the finders behind it find."""
+
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        if name in self._asking or not (name in USERS or name.startswith("transformers.")):
+            return None
+        self._asking.add(name)  # a finder behind this one may ask all finders
+        try:
+            spec = next((s for f in sys.meta_path if f is not self and (s := f.find_spec(name, path, target))), None)
+        finally:
+            self._asking.remove(name)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+            loader.exec_module = lambda module: _without_slow(module, execute)
+        return spec
+
+
+def _without_slow(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+    """Execute a module whose own imports of `SLOW` packages give placeholders, or as usual if that fails."""
+
+    def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        package = name.partition(".")[0]
+        if level or package not in SLOW or package in sys.modules:
+            return builtins.__import__(name, globals, locals, fromlist, level)
+        return _Later(name if fromlist else package)
+
+    before = dict(vars(module))
+    held = {**vars(builtins), "__import__": import_}
+    vars(module)["__builtins__"] = held
+    try:
+        execute(module)
+    except Exception:  # it needs the packages while it is imported
+        vars(module).clear()
+        vars(module).update(before)
+        execute(module)
+    held["__import__"] = builtins.__import__  # imports inside of functions are real
+
+
+class _Later:
+    """Stands for an object of a package that is not imported yet; a call or a check of a type imports it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Later(f"{self._path}.{name}")
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return pkgutil.resolve_name(SAME.get(self._path, self._path))(*arguments, **named)
+
+    def __instancecheck__(self, value: object) -> bool:
+        # Nobody has made an instance of a class whose module is not imported.
+        return self._path.rpartition(".")[0] in sys.modules and isinstance(value, pkgutil.resolve_name(self._path))
+
+    def __or__(self, other: Any) -> Any:
+        return self
+
+    __ror__ = __or__
