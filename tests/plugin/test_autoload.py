@@ -62,7 +62,7 @@ from pathlib import Path
 from lavis_chatbridge import cli
 picture = Path(lavis_chatbridge.__file__).parent / "assets" / "examples" / "picture.jpg"
 facts["status"] = cli.main(["ask", "what is it?", "--image", str(picture), "--device", "cpu"])
-slow = ("timm", "pandas", "torchvision", "torch._dynamo", "decord", "cv2", "lavis.models.blip2_models.blip2")
+slow = ("timm", "pandas", "torchvision", "scipy", "decord", "cv2", "lavis.models.blip2_models.blip2")
 facts["imported"] = [name for name in slow if name in sys.modules]
 from lavis.common.registry import registry
 facts["another processor"] = registry.get_processor_class("blip_image_eval").__name__
