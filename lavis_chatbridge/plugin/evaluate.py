@@ -123,7 +123,7 @@ def _suites(
             for line in own:
                 line.suite = name if alone else f"{name} {line.suite}"
             lines += own
-        model = "" if session.cfg is None else str(session.cfg.model_cfg.get("model_type") or "")
+        model = str(session.cfg.model_cfg.get("model_type") or "") if hasattr(session, "cfg") else ""
         _print_on_main(report.text_table(lines), lines, output / model, model)
     states = {line.status for line in lines}
     return 1 if "failed" in states else 0 if "scored" in states else 2

@@ -16,7 +16,10 @@ from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.launchers import cores
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lavis_chatbridge.runners.config import Config
+    from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -35,10 +38,11 @@ class Session:
         cfg: The configuration of the last run.
     """
 
+    cfg: Config
+
     def __init__(self) -> None:
-        self.cfg: Any = None
-        self._model: Any = None
-        self._built_from: Any = None
+        self._model: nn.Module | None = None
+        self._built_from: dict[str, Any] | None = None
 
     def __enter__(self) -> Session:
         return self
@@ -93,13 +97,13 @@ class Session:
             cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets
         )
 
-    def _model_of(self, task: Any, cfg: Config, evaluate: bool) -> Any:
+    def _model_of(self, task: ChatBridgeTask, cfg: Config, evaluate: bool) -> nn.Module:
         """The model of a configuration: the previous run's if its settings are equal and nothing has changed it."""
         if not evaluate or cfg.run.parallel != "ddp" or cfg.run.compile or cfg.run.resume is not None:
             self._model = self._built_from = None
             return task.build_model(cfg)
         section = cfg.to_dict()["model"]
-        if self._built_from != section:
+        if self._model is None or self._built_from != section:
             self._model = None  # free its memory before the next one is built
             self._model, self._built_from = task.build_model(cfg), section
         return self._model
