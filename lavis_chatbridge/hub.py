@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.errors import CheckpointError, one_line
 from lavis_chatbridge.files import atomic_file, locked
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     try:
         return dict(json.loads((folder / name).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"{folder / name} cannot be read: {one_line(error)}") from error
 
 
 def image_size(preprocessor: dict[str, Any]) -> int | None:
@@ -329,7 +329,7 @@ def _explained(error: Exception, name: Name) -> str:
 
     match error:
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
-            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no server answers: {_one_line(error)}"
+            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no server answers: {one_line(error)}"
             return f"is not on this disk and {offline}; run `chatbridge weights download` with a network"
         case errors.GatedRepoError():
             return "is gated (403): accept its terms at that address and set HF_TOKEN to your token"
@@ -338,9 +338,5 @@ def _explained(error: Exception, name: Name) -> str:
         case errors.RevisionNotFoundError():
             return f"has no revision {name.revision!r} (404)"
         case errors.HFValidationError():
-            return f"is neither a path that exists nor a hub id: {_one_line(error)}"
-    return f"cannot be fetched ({_one_line(error)}); try again"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+            return f"is neither a path that exists nor a hub id: {one_line(error)}"
+    return f"cannot be fetched ({one_line(error)}); try again"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import CheckpointError, MissingExtraError
+from lavis_chatbridge.errors import CheckpointError, MissingExtraError, one_line
 from lavis_chatbridge.models import families, lora
 from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.remote import load_remote
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
-from lavis_chatbridge.models.tokenizer import Codec, load_codec, one_line
+from lavis_chatbridge.models.tokenizer import Codec, load_codec
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.errors import CheckpointError, one_line
 from lavis_chatbridge.files import atomic_file
 
 BLIP2_VISION, BLIP2_BRIDGE = ("vision_model.",), ("query_tokens", "qformer.", "vision_model.post_layernorm.")
@@ -229,5 +229,5 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: BaseException) -> str:
-    cause = " ".join(str(error).split())[:200] or type(error).__name__
+    cause = one_line(error, 200)
     return f"{path} cannot be read ({cause}): it is damaged or not a weight file, download it again"

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 
-from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.errors import CheckpointError, ConfigError, one_line
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -196,8 +196,3 @@ def _text(token: Any) -> str | None:
 def _whole_characters(text: str) -> str:
     """``text`` with U+FFFD for each lone surrogate, which tokenizers cannot encode."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lavis_chatbridge.config import unknown_key
 from lavis_chatbridge.datasets.readers.common import is_list, object_rows, read_object
-from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError
+from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError, one_line
 from lavis_chatbridge.multis.annotation import Region
 from lavis_chatbridge.prompting.pieces import Modality
 
@@ -91,7 +91,7 @@ class ModelAnnotator:
         try:
             self.run = build(self.task, model=str(path), device=device, dtype=dtype)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"{path} cannot be loaded for {self.task}: {reason}") from error
 
 

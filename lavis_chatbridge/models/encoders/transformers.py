@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.errors import CheckpointError, ConfigError, one_line
 from lavis_chatbridge.models.encoders import tokens_of
 from lavis_chatbridge.models.settings import AudioSettings, EncoderSettings, VisionSettings, torch_dtype
 
@@ -145,7 +145,7 @@ def _loaded(settings: EncoderSettings, part: str) -> tuple[Any, Path | None]:
             )
             missing = [name for name in info["missing_keys"] if not name.endswith(_NOT_USED)]
     except Exception as error:  # transformers passes on any error of its configurations and readers
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        cause = one_line(error)
         raise CheckpointError(f"{where}: no encoder can be built from {folder or 'config'}: {cause}") from error
     if missing:
         raise CheckpointError(f"{where}: {folder} lacks {len(missing)} tensors, {missing[0]} for one")
