@@ -17,6 +17,7 @@ from lavis_chatbridge.models.settings import ModelSettings, Weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 _PREFIX = "chatbridge_"
+_BEATS = "https://github.com/microsoft/unilm/tree/master/beats"
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ModelType = Annotated[str | None, typer.Option("--model-type", help="A shipped model type.")]
 CfgPath = Annotated[str | None, typer.Option("--cfg-path", metavar="YAML", help="A configuration file.")]
@@ -38,6 +39,11 @@ class Need(NamedTuple):
     def status(self) -> hub.Found:
         """Where it is, without fetching it."""
         return hub.status(self.names, self.setting, self.content, self.prefixes)
+
+    def hinted(self, fault: str) -> str:
+        """A fault with the origin of weights that cannot be fetched."""
+        is_beats = self.setting == "model.audio.weights" and "BEATs" in str(self.names)
+        return f"{fault} (BEATs is published by {_BEATS})" if fault and is_beats else fault
 
 
 def needs(settings: ModelSettings) -> list[Need]:
@@ -63,9 +69,9 @@ def find_all(settings: ModelSettings) -> dict[str, Path]:
         try:
             found[need.setting] = need.find()
         except CheckpointError as error:
-            faults.append(str(error))
+            faults.append(need.hinted(str(error)))
     if faults:
-        raise CheckpointError("; ".join([*faults, "docs/weights.md names where weights are published"]))
+        raise CheckpointError("; ".join(faults))
     return found
 
 
@@ -98,7 +104,7 @@ def described(need: Need) -> tuple[hub.Found, str]:
     """Where the weights are, and one line about it."""
     found = need.status()
     size = "unknown size" if found.size is None else tqdm.format_sizeof(found.size, "B", 1024)
-    place = found.fault or found.place or " or ".join(hub.as_list(need.names))
+    place = need.hinted(found.fault) or found.place or " or ".join(hub.as_list(need.names))
     return found, str(place) if found.state == "missing" else f"{need.setting:<32}{size:>12}  {place}"
 
 
