@@ -18,7 +18,7 @@ from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MED
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
-from lavis_chatbridge.processors.loading import SECTIONS
+from lavis_chatbridge.processors.base import SECTIONS
 from lavis_chatbridge.prompting import conversation
 from lavis_chatbridge.prompting.conversation import Message, Wording
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
@@ -161,13 +161,13 @@ class SampleDataset(torch.utils.data.Dataset):
         task = sample.task or self.settings.task or f"{sample.modality.replace('+', '_')}_caption"
         style = sample.style or self.settings.style
         if sample.turns:
-            if self.templates is None or task not in self.templates:
+            if self.templates is None or task not in self.templates.tasks:
                 return sample.turns
             first = sample.turns[0]
             question = self.templates.apply(task, first.text, style, rng)
             return (Message("user", question, first.media), *sample.turns[1:])
-        templates = self.templates or Templates.default()
-        if task not in templates:
+        templates = self.templates or Templates.load()
+        if task not in templates.tasks:
             raise DataError(
                 f"{self.name}: sample {sample.id!r} has captions but no turns, and task {task!r} has no template for "
                 f"a request; known tasks are {', '.join(templates.tasks)}"

@@ -95,8 +95,8 @@ class DataSettings(Settings):
         if self.reader == OWN_READER and self.media:
             yield "media is for the readers of other formats; a jsonl file names its media itself"
         templates = self.instruction_templates() if self.task else None
-        if templates is not None and self.task not in templates:
-            hint = _hint(self.task, templates.tasks)
+        if templates is not None and self.task not in templates.tasks:
+            hint = _hint(self.task, sorted(templates.tasks))
             yield f"task: no instruction template is for {self.task!r}{hint} (templates: false accepts any name)"
         if unknown := sorted(set(self.ratios) - set(self.parts)):
             yield f"ratios name {', '.join(unknown)}, which parts does not"
@@ -105,7 +105,7 @@ class DataSettings(Settings):
         """The instruction templates; None to use questions unchanged."""
         if isinstance(self.templates, list):
             return Templates.load(*self.templates)
-        return Templates.default() if self.templates else None
+        return Templates.load() if self.templates else None
 
     @property
     def root(self) -> str:

@@ -6,8 +6,10 @@ import functools
 import io
 import math
 import numbers
-from collections.abc import Callable
-from itertools import chain
+import warnings
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -16,7 +18,6 @@ from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.container import find_stream, first_stream, open_container, packets_of
 from lavis_chatbridge.media.source import (
     DEFAULT_LIMITS,
-    Deadline,
     Limits,
     Sound,
     Source,
@@ -29,17 +30,17 @@ from lavis_chatbridge.media.source import (
 )
 
 if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
+    from av.container import InputContainer
     from torch import Tensor
 
 Channel: TypeAlias = Literal["mean", "first"]
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
 _LOUDEST = 16.0  # float samples above 1 are clipped; a higher peak than this means another scale, such as int16's
-_BLOCK = 1 << 20  # samples per read, so that a long stereo file is never in memory at once
-_UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's length of a flac that was written to a pipe
 _MOST_CHANNELS = 32  # of an array
 _PLANES = 8  # that a frame of FFmpeg has room for
-_LARGEST_KERNEL = 4_000_000
-_SNDFILE_HEADS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"caff")
+_BATCH = 64  # frames of a sound that are mixed at once: fewer cost time, more cost memory
+_LARGEST_TERM = 1000  # of the ratio of two rates; the resampling filter grows with its square
 
 
 def open_audio(
@@ -69,11 +70,12 @@ def open_audio(
     """
     sound, stated = rated(source)
     if isinstance(sound, np.ndarray):
-        with media_errors(sound):
-            own_rate, samples = stated or rate, _to_mono(_scaled(_channels_first(sound)), channel)
+        own_rate, samples = stated or rate, _mono(_scaled(_channels_first(sound)), channel)
     else:
         own_rate, samples = opener(decode_audio, sound, channel, limits=limits)
-    return finish_audio(sound, own_rate, samples, rate, limits)
+    with media_errors(sound):
+        _check(sound, samples, own_rate, limits)
+        return resample(samples.clip(-1.0, 1.0), own_rate, rate)
 
 
 def rated(source: Any) -> tuple[Any, int | None]:
@@ -98,6 +100,8 @@ def decode_audio(
 ) -> tuple[int, np.ndarray]:
     """The sampling rate of a file, and its samples as mono (float32 ``[S]``): `open_audio` without resampling.
 
+    If a video's sound starts after its first frame, silence fills the gap, so that both have the same time axis.
+
     Raises:
         MediaError: As `open_audio`.
     """
@@ -105,46 +109,35 @@ def decode_audio(
     head = head_of(file)
     if is_picture(head):
         raise MediaError(source, "it is an image")
-    if head.startswith(_SNDFILE_HEADS) and head[8:12] != b"AVI ":
-        if (decoded := _sndfile_samples(file, source, channel, limits)) is not None:
-            return decoded
-        if isinstance(file, io.BytesIO):
-            file.seek(0)
-    return _ffmpeg_samples(file, source, channel, limits)
-
-
-def finish_audio(source: object, own_rate: int, samples: np.ndarray, rate: int, limits: Limits) -> np.ndarray:
-    """Check decoded samples, clip them to [-1, 1] and resample them.
-
-    Raises:
-        MediaError: If there are none or too many, if they are not finite or not in [-1, 1], or ``own_rate`` is out of
-            range.
-    """
-    with media_errors(source):
-        if samples.size == 0:
-            raise MediaError(source, "it holds no sound")
-        if not _LOWEST_RATE <= own_rate <= _HIGHEST_RATE:
-            raise MediaError(source, f"a sampling rate of {own_rate} Hz is out of range")
-        _check_length(source, samples.size, own_rate, limits)
-        peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is
-        if not math.isfinite(peak):
-            raise MediaError(source, "its samples are not all finite numbers")
-        if peak > _LOUDEST:
-            raise MediaError(source, f"its samples reach {peak:g}, expected floats in [-1, 1]; divide int16's by 32768")
-        return resample(samples if peak <= 1.0 else samples.clip(-1.0, 1.0), own_rate, rate)
+    if head[8:12] == b"WAVE" and (wave := _wave_samples(file)) is not None:
+        rate, samples = wave
+        return rate, _mono(_scaled(samples), channel)
+    with open_container(file, limits) as container:
+        stream = first_stream(container, "audio", source)
+        picture = find_stream(container, "video")
+        frames = _frames(container, stream, source)
+        first = next(frames)
+        rate, silence = first.sample_rate, round(first.sample_rate * _seconds_before(first, stream, picture))
+        _check_length(source, silence, rate, limits)
+        blocks = [np.zeros(silence, np.float32)]
+        decoded = (_samples_of(frame) for frame in chain([first], frames))
+        while batch := list(islice(decoded, _BATCH)):
+            blocks.append(_mono(_scaled(np.concatenate(batch, axis=1)), channel))
+            _check_length(source, sum(map(len, blocks)), rate, limits)
+        return rate, np.concatenate(blocks)
 
 
 def resample(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
-    """``samples`` (float32 ``[S]``) from one rate to another, with torchaudio's windowed sinc filter."""
-    if source_rate == rate:
+    """``samples`` (float32 ``[S]``) from one rate to another, with torchaudio's windowed sinc filter.
+
+    Between rates such as 44101 and 16000 Hz the nearest ratio of small terms is used; its error is below 1 in 1000 s.
+    """
+    ratio = Fraction(rate, source_rate).limit_denominator(_LARGEST_TERM)
+    if ratio == 1:
         return samples
     import torch
 
-    common = math.gcd(source_rate, rate)
-    old, new = source_rate // common, rate // common
-    if new * old > _LARGEST_KERNEL:  # torchaudio's filter has about this many weights: for ratios such as 44101 : 16000
-        return _resample_by_ffmpeg(samples, source_rate, rate)
-    return _resampler(old, new)(torch.from_numpy(samples)).numpy()
+    return _resampler(ratio.denominator, ratio.numerator)(torch.from_numpy(samples)).numpy()
 
 
 @functools.lru_cache(maxsize=32)
@@ -155,33 +148,29 @@ def _resampler(old: int, new: int) -> Callable[[Tensor], Tensor]:
     return Resample(old, new)
 
 
-def _resample_by_ffmpeg(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
-    import av
-
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
-    blocks = []
-    for start in range(0, len(samples), _BLOCK):
-        frame = av.AudioFrame.from_ndarray(samples[None, start : start + _BLOCK], format="fltp", layout="mono")
-        frame.sample_rate = source_rate
-        blocks += [part.to_ndarray()[0] for part in resampler.resample(frame)]
-    blocks += [part.to_ndarray()[0] for part in resampler.resample(None)]
-    return np.concatenate(blocks)
+def _check(source: object, samples: np.ndarray, rate: int, limits: Limits) -> None:
+    if samples.size == 0:
+        raise MediaError(source, "it holds no sound")
+    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+        raise MediaError(source, f"a sampling rate of {rate} Hz is out of range")
+    _check_length(source, samples.size, rate, limits)
+    peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is
+    if not math.isfinite(peak):
+        raise MediaError(source, "its samples are not all finite numbers")
+    if peak > _LOUDEST:
+        raise MediaError(source, f"its samples reach {peak:g}, expected floats in [-1, 1]; divide int16's by 32768")
 
 
 def _check_length(source: object, length: int, rate: int, limits: Limits) -> None:
     if length > limits.max_seconds * max(rate, 1):
         raise MediaError(source, f"it is longer than the limit of {limits.max_seconds:g} s")
-    if 4 * length > limits.max_bytes:
-        raise MediaError(source, f"{length} samples at {rate} Hz exceed {limits.max_bytes} bytes")
 
 
 def _channels_first(array: np.ndarray) -> np.ndarray:
-    """``[C,S]``, also from ``[S]``, and from ``[S,C]`` as soundfile gives it."""
-    if array.ndim not in (1, 2):
-        raise MediaError(array, "a sound has the shape [S], [C,S] or [S,C]")
+    """``[C,S]``, also from ``[S]`` and ``[S,C]``."""
     if array.ndim == 1 or array.size == 0 or 1 in array.shape:
         return array.reshape(1, -1)
-    if array.shape[0] == array.shape[1] or min(array.shape) > _MOST_CHANNELS:
+    if array.ndim != 2 or array.shape[0] == array.shape[1] or min(array.shape) > _MOST_CHANNELS:
         raise MediaError(
             array,
             f"the channel axis of {list(array.shape)} is unclear: expected [S], or [C,S] or [S,C] with at most "
@@ -190,7 +179,7 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
     return array if array.shape[0] < array.shape[1] else array.T
 
 
-def _to_mono(samples: np.ndarray, channel: Channel) -> np.ndarray:
+def _mono(samples: np.ndarray, channel: Channel) -> np.ndarray:
     """``[C,S]`` -> ``[S]``."""
     if len(samples) == 1 or channel == "first":
         return np.ascontiguousarray(samples[0])
@@ -205,92 +194,63 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
         return samples.astype(np.float32, copy=False)
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128.0) / 128.0
+    if samples.dtype == np.int16:
+        return samples * np.float32(1 / 32768)
     if samples.dtype.kind == "i":
         return (samples / float(-np.iinfo(samples.dtype).min)).astype(np.float32)
     raise MediaError(samples, f"samples of type {samples.dtype} have no standard scale; use floats or signed integers")
 
 
-def _sndfile_samples(
-    file: str | io.BytesIO, source: object, channel: Channel, limits: Limits
-) -> tuple[int, np.ndarray] | None:
-    """Rate and samples; None if FFmpeg should try: Ogg with a video, rare codecs, a wav whose header has length 0.
+def _wave_samples(file: str | io.BytesIO) -> tuple[int, np.ndarray] | None:
+    """Rate and samples (``[C,S]``) of a WAV, in a third of FFmpeg's time; None if it is broken, empty or compressed."""
+    from scipy.io import wavfile
 
-    A recorder that is killed leaves such a wav, because it writes the length last.
-    """
-    import soundfile
-
-    deadline = Deadline(source, limits.timeout)
+    warnings.filterwarnings("ignore", category=wavfile.WavFileWarning)  # many files have chunks of other programs
     try:
-        with soundfile.SoundFile(file) as sound:
-            if sound.frames != _UNKNOWN_LENGTH:
-                _check_length(source, sound.frames, sound.samplerate, limits)
-            blocks, length = [], 0
-            while True:
-                deadline.check()
-                block = sound.read(min(_BLOCK, max(sound.frames - length, 1)), dtype="float32", always_2d=True)
-                if len(block) == 0:
-                    break
-                length += len(block)
-                _check_length(source, length, sound.samplerate, limits)
-                blocks.append(_to_mono(block.T, channel))
-            return (sound.samplerate, np.concatenate(blocks)) if blocks else None
-    except soundfile.LibsndfileError:
+        rate, samples = wavfile.read(file)
+    except Exception:  # scipy raises what it happens to meet in broken files, which FFmpeg can often read
         return None
+    finally:
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+    return (rate, np.atleast_2d(samples.T)) if samples.size else None
 
 
-def _ffmpeg_samples(file: str | io.BytesIO, source: object, channel: Channel, limits: Limits) -> tuple[int, np.ndarray]:
-    """Rate and samples. Damaged packets are left out; a file with more than a tenth of them is refused.
-
-    If a video's sound starts after its first frame, silence fills the gap, so that both have the same time axis.
-    """
+def _frames(container: InputContainer, stream: Any, source: object) -> Iterator[AudioFrame]:
+    """The decoded frames. Damaged packets are left out; a file with more than a tenth of them is refused."""
     import av.error
 
-    with open_container(file, limits) as container:
-        stream = first_stream(container, "audio", source)
-        picture = find_stream(container, "video")
-        rate, length, faults, count = 0, 0, 0, 0
-        fault = "it holds no sound"
-        blocks: list[np.ndarray] = []
-        deadline = Deadline(source, limits.timeout)
-        for packet in chain(packets_of(container, stream), [None]):
-            deadline.check()
-            count += 1
-            try:
-                frames = stream.codec_context.decode(packet)
-            except av.error.FFmpegError as error:
-                faults, fault = faults + 1, f"{type(error).__name__}: {error.strerror}"
-                continue
-            for frame in frames:
-                if not blocks:
-                    rate = frame.sample_rate
-                    silence = _seconds_before(frame, stream, picture)
-                    _check_length(source, round(silence * rate), rate, limits)
-                    blocks.append(np.zeros(round(silence * rate), np.float32))
-                if frame.sample_rate != rate:
-                    raise MediaError(source, "its sampling rate changes midway")
-                blocks.append(_to_mono(_frame_samples(frame), channel))
-                length += len(blocks[-1])
-            _check_length(source, length, rate, limits)
-        if length == 0 or faults > max(1, count // 10):
-            raise MediaError(source, fault)
-        return rate, np.concatenate(blocks)
+    packets = faults = rate = 0
+    fault = "it holds no sound"
+    for packet in chain(packets_of(container, stream), [None]):  # None flushes the decoder
+        packets += 1
+        try:
+            decoded = stream.codec_context.decode(packet)
+        except av.error.FFmpegError as error:
+            faults, fault = faults + 1, f"{type(error).__name__}: {error.strerror}"
+            continue
+        for frame in decoded:
+            if rate not in (0, frame.sample_rate):
+                raise MediaError(source, "its sampling rate changes midway")
+            rate = frame.sample_rate
+            yield frame
+    if rate == 0 or faults > max(1, packets // 10):
+        raise MediaError(source, fault)
 
 
-def _seconds_before(frame: Any, stream: Any, picture: Any) -> float:
+def _seconds_before(frame: AudioFrame, stream: Any, picture: Any) -> float:
     """Seconds from the first frame of a video to the first frame of its sound; 0 if sound comes first or alone."""
     if picture is None or picture.start_time is None or frame.pts is None:
         return 0.0
     return max(0.0, float(frame.pts * stream.time_base - picture.start_time * picture.time_base))
 
 
-def _frame_samples(frame: Any) -> np.ndarray:
-    """A decoded frame as float32 ``[C,S]``."""
+def _samples_of(frame: AudioFrame) -> np.ndarray:
+    """A decoded frame as ``[C,S]``."""
     import av
 
     if frame.format.is_planar and frame.layout.nb_channels >= _PLANES:
         # PyAV reads beyond the end of a full list of planes; FFmpeg puts them into one.
         [frame] = av.AudioResampler(format=frame.format.packed, layout=frame.layout).resample(frame)
     samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    return _scaled(samples)
+    return samples if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels).T

@@ -1,4 +1,4 @@
-"""Opens containers (mp4, mkv, webm, avi, ogg, mp3 ...) with PyAV. No other file and no URL is read."""
+"""Opens containers (mp4, mkv, webm, avi, ogg, mp3, wav ...) with PyAV. No other file and no URL is read."""
 
 from __future__ import annotations
 
@@ -93,8 +93,6 @@ def packets_of(container: InputContainer, stream: Any) -> Iterator[Packet]:
     import av.error
 
     try:
-        for packet in container.demux(stream):
-            if packet.size > 0:
-                yield packet
+        yield from (packet for packet in container.demux(stream) if packet.size > 0)
     except av.error.FFmpegError:
         return

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 
-T = TypeVar("T")
 
-
-def one_of_each(items: Sequence[T], chunks: int, rng: np.random.Generator | None = None) -> list[T]:
+def one_of_each(items: Sequence[int], chunks: int, rng: np.random.Generator | None = None) -> list[int]:
     """One item of each of ``chunks`` runs: a random one with ``rng``, else the middle one.
 
     ``items`` must be at least ``chunks`` long; the runs' lengths differ by at most one, the longer ones come first.
@@ -38,3 +35,21 @@ def uniform_frame_indices(count: int, frames: int) -> list[int]:
     """The first frame of each of ``frames`` equal stretches, at most ``count`` (original: the demo's processor)."""
     taken = min(count, frames)
     return [index * count // taken for index in range(taken)]
+
+
+def clip_indices(
+    length: int, clip: int, shortest: float, most: int, rng: np.random.Generator | None = None
+) -> list[int]:
+    """Which clips of a sound to take: all, or one of each of ``most`` stretches.
+
+    Args:
+        length: The sound's length.
+        clip: Length of a clip, in the same unit.
+        shortest: A shorter remainder makes no clip of its own.
+        most: Number of clips at most.
+        rng: Chooses a random clip of each stretch; None chooses the middle one.
+    """
+    count = -(-length // clip)
+    if count > 1 and length - (count - 1) * clip < shortest:
+        count -= 1
+    return list(range(count)) if count <= most else one_of_each(range(count), most, rng)

@@ -16,7 +16,6 @@ from typing import Any
 from lavis_chatbridge.errors import MediaError, MissingExtraError
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, is_file
 
-_SECONDS_MORE = 2.0  # decoders that check the deadline raise a clearer error within this time
 _MEDIA_OF_A_PROCESS = 500  # memory that decoders leak returns with the process
 
 
@@ -52,9 +51,6 @@ class DecodingPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """End the processes; media being opened fail."""
         with self._lock:
             self._closed = True
@@ -75,13 +71,11 @@ class DecodingPool:
             return function(source, *args, limits=limits, **options)
         from pebble import ProcessExpired
 
-        limits = replace(limits, timeout=min(limits.timeout, self._seconds))
         content = bytes(source) if isinstance(source, (bytearray, memoryview)) else source
-        seconds = limits.timeout + _SECONDS_MORE
         try:
-            return self._run(function, [content, *args], {"limits": limits, **options}, seconds)
+            return self._run(function, [content, *args], {"limits": replace(limits, timeout=None), **options})
         except TimeoutError:
-            raise MediaError(source, f"decoding took longer than {limits.timeout:g} s") from None
+            raise MediaError(source, f"decoding took longer than {self._seconds:g} s") from None
         except ProcessExpired as error:
             raise MediaError(source, f"its decoder ended with status {error.exitcode}") from error
         except MediaError as error:
@@ -89,11 +83,11 @@ class DecodingPool:
                 raise
             raise MediaError(source, f"decoding needs more than {self._memory >> 20} MiB of memory") from error
 
-    def _run(self, function: Callable[..., Any], args: list[Any], options: dict[str, Any], seconds: float) -> Any:
+    def _run(self, function: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
         """The function's result. A pool that is broken because an idle process died is replaced once."""
         used = self._pool
         try:
-            return used.schedule(function, args, options, timeout=seconds).result()
+            return used.schedule(function, args, options, timeout=self._seconds).result()
         except RuntimeError:
             with self._lock:
                 if self._closed:
@@ -101,7 +95,7 @@ class DecodingPool:
                 if self._pool is used:
                     used.stop()
                     self._pool = self._new()
-            return self._pool.schedule(function, args, options, timeout=seconds).result()
+            return self._pool.schedule(function, args, options, timeout=self._seconds).result()
 
 
 def _limit_process(memory: int) -> None:
@@ -109,7 +103,6 @@ def _limit_process(memory: int) -> None:
     import resource
 
     import av  # noqa: F401  (libraries are loaded before the limit)
-    import soundfile  # noqa: F401
 
     from lavis_chatbridge.media import audio, container, video  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Sources of media, limits on opening them, and the conversion of every failure into a `MediaError`."""
+"""What a medium may be given as, the limits on opening it, and one error for everything that fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import queue
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,10 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _PICTURE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
-HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-"""Brands of images in MPEG-4's container: AVIF and HEIC."""
-
-_SECONDS_TO_NOTICE = 1.0  # loops that check the deadline raise a clearer error within this time
+_HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 @dataclass(frozen=True)
@@ -48,27 +44,23 @@ class Limits:
     """Frames of a video or an animated image."""
     max_bytes: int = 1 << 31
     """Size of the decoded result; for a sound, as mono before it is resampled."""
-    timeout: float = 60.0
-    """Seconds of decoding."""
+    timeout: float | None = 60.0
+    """Seconds of decoding; None in a process that is killed from outside."""
 
 
 DEFAULT_LIMITS = Limits()
 
 
-class ChoiceError(ValueError):
-    """The caller's choice of frames is invalid; the file is not at fault."""
-
-
 @contextmanager
 def media_errors(source: object) -> Iterator[None]:
-    """Turn every exception except `ChoiceError` into ``MediaError(source, cause)``.
+    """Turn every exception into ``MediaError(source, cause)``.
 
-    Pillow, PyAV and libsndfile raise some thirty different exceptions for broken files (``SyntaxError``,
-    ``struct.error``, ``UnicodeDecodeError``, ``MemoryError`` ...), so only ``Exception`` covers them.
+    Pillow and PyAV raise some thirty different exceptions for broken files (``SyntaxError``, ``struct.error``,
+    ``UnicodeDecodeError``, ``MemoryError`` ...), so only ``Exception`` covers them.
     """
     try:
         yield
-    except (MediaError, ChoiceError):
+    except MediaError:
         raise
     except Exception as error:
         raise MediaError(source, _cause(error)) from error
@@ -77,17 +69,17 @@ def media_errors(source: object) -> Iterator[None]:
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function of ``(source, ..., limits=...)``: it raises nothing but `MediaError`, within a time limit.
 
-    Files are opened in another thread. Python cannot end a hanging call into a C library, so after ``limits.timeout``
-    the thread is abandoned with the lowest priority, and the caller gets `MediaError`.
+    Files are opened in another thread. Python cannot end a call into a C library, so after ``limits.timeout`` the
+    thread is abandoned with the lowest priority, and the caller gets `MediaError`.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         source: Any = args[0]
-        if not is_file(source):
+        limits: Any = kwargs.get("limits", DEFAULT_LIMITS)
+        if limits.timeout is None or not is_file(source):
             with media_errors(source):
                 return function(*args, **kwargs)
-        limits: Any = kwargs.get("limits", DEFAULT_LIMITS)
         outcome: queue.SimpleQueue[tuple[list[R], BaseException | None]] = queue.SimpleQueue()
 
         def run() -> None:
@@ -100,11 +92,11 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
         decoder = threading.Thread(target=run, name="decoder", daemon=True)
         decoder.start()
         try:
-            result, error = outcome.get(timeout=limits.timeout + _SECONDS_TO_NOTICE)
+            result, error = outcome.get(timeout=limits.timeout)
         except queue.Empty:
             with suppress(OSError, AttributeError):  # only Linux has priorities of threads
                 os.setpriority(os.PRIO_PROCESS, decoder.native_id or 0, 19)
-            raise MediaError(source, f"its decoder hangs: no result after {limits.timeout:g} s") from None
+            raise MediaError(source, f"decoding took longer than {limits.timeout:g} s") from None
         if error is not None:
             raise error
         return result[0]
@@ -115,19 +107,6 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
 def directly(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
     """Call ``function`` in this process, where a `pool.DecodingPool` would call it in a limited one."""
     return function(*args, **kwargs)
-
-
-class Deadline:
-    """The end of the time limit for decoding ``source``: ``seconds`` from now."""
-
-    def __init__(self, source: object, seconds: float) -> None:
-        self._source, self._seconds = source, seconds
-        self._end = time.monotonic() + seconds
-
-    def check(self) -> None:
-        """Raises MediaError: If the deadline has passed."""
-        if time.monotonic() > self._end:
-            raise MediaError(self._source, f"decoding took longer than {self._seconds:g} s")
 
 
 def is_file(source: object) -> bool:
@@ -147,7 +126,7 @@ def file_of(source: Any) -> str | io.BytesIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
             raise MediaError(source, "it is empty")
-        return _Bytes(source)
+        return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         raise MediaError(source, f"a {type(source).__name__} is neither a path, bytes, an array nor a Pillow image")
     with media_errors(source):
@@ -163,14 +142,12 @@ def file_of(source: Any) -> str | io.BytesIO:
         return path
 
 
-def head_of(file: str | io.BytesIO, size: int = 16) -> bytes:
-    """The first bytes of a file, which is rewound."""
+def head_of(file: str | io.BytesIO) -> bytes:
+    """The first 16 bytes of a file."""
     if isinstance(file, str):
         with open(file, "rb") as opened:
-            return opened.read(size)
-    head = file.read(size)
-    file.seek(0)
-    return head
+            return opened.read(16)
+    return bytes(file.getbuffer()[:16])
 
 
 def is_picture(head: bytes) -> bool:
@@ -179,19 +156,8 @@ def is_picture(head: bytes) -> bool:
 
 
 def is_heif(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is an AVIF or HEIC image."""
-    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
-
-
-class _Bytes(io.BytesIO):
-    """Bytes as a file. A seek before the start, as in broken files, goes to the start: libsndfile needs that."""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As ``io.BytesIO.seek``."""
-        try:
-            return super().seek(offset, whence)
-        except (ValueError, OverflowError):
-            return super().seek(0)
+    """Whether a file that begins with ``head`` is an AVIF or HEIC image, in MPEG-4's container."""
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
 
 
 def _cause(error: Exception) -> str:

@@ -8,26 +8,24 @@ skips frames that no other frame refers to.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.container import first_stream, open_container, packets_of
-from lavis_chatbridge.media.image import WHITE, as_bytes, check_size, formats_of, to_rgb, whole_files_only
+from lavis_chatbridge.media.image import as_bytes, check_size, opened, to_rgb
 from lavis_chatbridge.media.source import (
     DEFAULT_LIMITS,
-    ChoiceError,
-    Deadline,
     Limits,
     Source,
     file_of,
     guarded,
     head_of,
+    is_file,
     is_picture,
 )
 
@@ -35,22 +33,17 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
-_MOST_PICTURES = 50_000  # frames of an animated image
-_KEEP_BYTES = 1 << 28  # packets up to this size in total stay in memory between the two passes
-_JUMP_SECONDS = 10  # in a broadcast format, a longer gap separates recordings; it is not a long frame
+Choose = Callable[[int], Sequence[int]]
+
 _LIMITED, _FULL = 1, 2  # FFmpeg's AVColorRange
 _BT709, _UNKNOWN_MATRIX, _BT601 = 1, 2, 5  # FFmpeg's AVColorSpace and SWS_CS
 
 
 @guarded
-def open_video(
-    source: Source,
-    choose: Callable[[int], Sequence[int]],
-    *,
-    background: tuple[int, int, int] = WHITE,
-    limits: Limits = DEFAULT_LIMITS,
-) -> np.ndarray:
-    """Open chosen frames of a video as a player shows them: upright, in RGB, without frames that an edit list hides.
+def open_video(source: Source, choose: Choose, *, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """Open chosen frames of a video as a player shows them: upright, with square pixels, in RGB.
+
+    Frames that an edit list hides do not count.
 
     Args:
         source: A path, the bytes of a file (an image, animated or not, is a video too), a Pillow image, or an array
@@ -58,7 +51,6 @@ def open_video(
         choose: Maps the number of shown frames to the wanted indices, in any order, with repeats allowed. Indices count
             equal parts of the video's time: where the frame rate varies, index ``i`` of ``n`` is the frame that is
             shown in the middle of the ``i``-th of ``n`` parts.
-        background: Replaces the transparent parts of an animated image.
         limits: Bounds on its size and on the time of decoding.
 
     Returns:
@@ -66,277 +58,188 @@ def open_video(
 
     Raises:
         MediaError: If it cannot be opened, or most of the chosen frames are damaged.
-        ValueError: If ``choose`` returns no index or one out of range.
     """
     if isinstance(source, np.ndarray):
         return _array_frames(source, choose)
-    if isinstance(source, Image.Image):
-        shown = source.tell()
-        try:
-            return _picture_frames(source, source, choose, background, limits)
-        finally:
-            source.seek(shown)  # the caller closes it
-    file = file_of(source)
-    head = head_of(file)
-    if is_picture(head):
-        with whole_files_only(), Image.open(file, formats=formats_of(head, source)) as image:
-            return _picture_frames(image, source, choose, background, limits)
-    return _container_frames(file, source, choose, limits)
+    if is_file(source) and not is_picture(head_of(file := file_of(source))):
+        return _container_frames(file, source, choose, limits)
+    return _picture_frames(source, choose, limits)
 
 
-def _chosen(choose: Callable[[int], Sequence[int]], count: int) -> list[int]:
-    """The indices that ``choose`` returns for ``count`` frames.
-
-    Raises:
-        ChoiceError: If there are none, or one is out of range.
-    """
-    try:
-        indices = [int(index) for index in choose(count)]
-    except Exception as error:
-        raise ChoiceError(f"choosing from {count} frames failed: {error}") from error
-    if not indices or min(indices) < 0 or max(indices) >= count:
-        raise ChoiceError(f"of {count} frames, {indices} were chosen")
-    return indices
-
-
-def _array_frames(array: np.ndarray, choose: Callable[[int], Sequence[int]]) -> np.ndarray:
+def _array_frames(array: np.ndarray, choose: Choose) -> np.ndarray:
     frames = array[..., None] if array.ndim == 3 else array
     if frames.ndim != 4 or 0 in frames.shape or frames.shape[3] not in (1, 3):
         raise MediaError(array, "a video has the shape [T,H,W], [T,H,W,1] or [T,H,W,3]")
-    picked = as_bytes(frames[_chosen(choose, len(frames))])
-    return np.repeat(picked, 3, axis=3) if picked.shape[3] == 1 else np.ascontiguousarray(picked)
+    chosen = as_bytes(frames[list(choose(len(frames)))])
+    return np.repeat(chosen, 3, axis=3) if chosen.shape[3] == 1 else np.ascontiguousarray(chosen)
 
 
-def _picture_frames(
-    image: Image.Image,
-    source: object,
-    choose: Callable[[int], Sequence[int]],
-    background: tuple[int, int, int],
-    limits: Limits,
-) -> np.ndarray:
+def _picture_frames(source: Source, choose: Choose, limits: Limits) -> np.ndarray:
     """Frames of an animated image; a still one is a video of one frame."""
-    check_size(source, image.size, limits)
-    deadline = Deadline(source, limits.timeout)
-    count, most = getattr(image, "n_frames", 1), min(limits.max_frames, _MOST_PICTURES)
-    if count > most:
-        raise MediaError(source, f"it has {count} frames, more than the limit of {most}")
-    indices = _chosen(choose, count)
-    _check_bytes(source, image.size, len(indices), limits)
-    pictures: dict[int, np.ndarray] = {}
-    for index in range(max(indices) + 1):  # each frame of a GIF builds on the one before
-        if count > 1:
-            deadline.check()
-            image.seek(index)
-        if index in indices:
-            pictures[index] = np.array(to_rgb(image.copy(), background))
-    return np.stack([pictures[index] for index in indices])
+    with opened(source) as image:
+        count = getattr(image, "n_frames", 1)
+        chosen = _chosen(choose, count, image.size, source, limits)
+        pictures: dict[int, np.ndarray] = {}
+        for index in range(max(chosen) + 1):  # each frame of a GIF builds on the one before
+            if count > 1:
+                image.seek(index)
+            if index in chosen:
+                pictures[index] = np.array(to_rgb(image.copy()))
+        return np.stack([pictures[index] for index in chosen])
 
 
-def _check_bytes(source: object, size: tuple[int, int], frames: int, limits: Limits) -> None:
-    if 3 * size[0] * size[1] * frames > limits.max_bytes:
-        raise MediaError(source, f"{frames} frames of {size[0]} x {size[1]} pixels exceed {limits.max_bytes} bytes")
+def _container_frames(file: str | io.BytesIO, source: object, choose: Choose, limits: Limits) -> np.ndarray:
+    with open_container(file, limits) as container:
+        stream = first_stream(container, "video", source)
+        track = _read_track(container, stream, source, limits)
+        size = (round(stream.codec_context.width * float(stream.sample_aspect_ratio or 1)), stream.codec_context.height)
+        chosen = _chosen(choose, len(track.order), size, source, limits)
+        if container.format.name != "avi":  # AVI has one frame rate; FFmpeg may give its frames uneven times
+            chosen = track.ranks(chosen)
+        decoder = _Decoder(stream, track)
+        decoder.decode(sorted(set(chosen)))
+        pictures = decoder.pictures
+        missing = set(chosen) - set(pictures)
+        if not pictures or (track.timed and len(missing) > len(set(chosen)) // 2):
+            raise MediaError(source, decoder.fault or "none of the chosen frames could be decoded")
+        for rank in missing:
+            pictures[rank] = pictures[min(pictures, key=lambda found: abs(found - rank))]
+        return np.stack([pictures[rank] for rank in chosen])
+
+
+def _chosen(choose: Choose, count: int, size: tuple[int, int], source: object, limits: Limits) -> list[int]:
+    """The indices that ``choose`` returns for ``count`` frames of ``size``."""
+    check_size(source, size, limits)
+    if count > limits.max_frames:
+        raise MediaError(source, f"it has more than {limits.max_frames} frames")
+    chosen = list(choose(count))
+    if 3 * size[0] * size[1] * len(chosen) > limits.max_bytes:
+        frames = f"{len(chosen)} frames of {size[0]} x {size[1]} pixels"
+        raise MediaError(source, f"{frames} exceed {limits.max_bytes} bytes")
+    return chosen
 
 
 @dataclass(frozen=True)
-class _Index:
-    """The packets of a video stream in the order of the file: all information that needs no decoding.
+class _Track:
+    """A video stream.
 
     Attributes:
-        times: When each frame is displayed, in units of the stream's time base.
-        keys: Which are key frames.
-        count: Number of shown frames; an edit list hides others.
-        order: Positions of the shown frames by time of display; None if the times are unreliable.
-        end: When the last frame ends.
-        packets: The packets themselves, unless they are too large.
-        timed: Whether indices are by time; otherwise frames are counted.
+        packets: Its packets in the order of the file; those of a movie take as much memory as the file.
+        order: Positions of the shown frames by time of display; by position if the times are unreliable.
+        timed: Whether the times are reliable.
     """
 
-    times: list[int | None]
-    keys: list[bool]
-    count: int
-    order: list[int] | None
-    end: int
-    packets: list[Packet] | None
+    packets: list[Packet]
+    order: list[int]
     timed: bool
 
     def time(self, rank: int) -> int:
-        """When the ``rank``-th shown frame is displayed."""
-        assert self.order is not None
-        return self.times[self.order[rank]] or 0
+        """When the ``rank``-th shown frame is displayed, in units of the stream's time base."""
+        return self.packets[self.order[rank]].pts or 0
 
     def ranks(self, indices: list[int]) -> list[int]:
         """The frames shown in the middle of each of the parts ``indices`` of the video's time."""
-        if self.order is None or not self.timed or self.count == 1:
+        count = len(self.order)
+        if not self.timed or count == 1:
             return indices
-        shown = np.array([self.time(rank) for rank in range(self.count)])
+        shown = np.array([self.time(rank) for rank in range(count)])
         first, last = int(shown[0]), int(shown[-1])
-        gap = (last - first) / (self.count - 1)
-        constant = np.abs(shown - np.linspace(first, last, self.count)).max() < gap / 2
-        if constant and self.end < last + 1.5 * gap:
+        end = last + (self.packets[self.order[-1]].duration or 0)
+        gap = (last - first) / (count - 1)
+        constant = np.abs(shown - np.linspace(first, last, count)).max() < gap / 2
+        if constant and end < last + 1.5 * gap:
             return indices
-        part = ((self.end if self.end > last else last + gap) - first) / self.count
+        part = ((end if end > last else last + gap) - first) / count
         return [int(np.searchsorted(shown, first + (index + 0.5) * part, "right")) - 1 for index in indices]
 
+    def spans(self, positions: list[int], groups: int) -> list[tuple[int, int]]:
+        """The stretches of the file to decode for the frames at ``positions``: first and last packet of each.
 
-def _container_frames(
-    file: str | io.BytesIO, source: object, choose: Callable[[int], Sequence[int]], limits: Limits
-) -> np.ndarray:
-    deadline = Deadline(source, limits.timeout)
-    with open_container(file, limits) as container:
-        stream = first_stream(container, "video", source)
-        index = _read_index(container, stream, source, limits, deadline)
-        ranks = index.ranks(_chosen(choose, index.count))
-        size = (stream.codec_context.width, stream.codec_context.height)
-        check_size(source, size, limits)
-        _check_bytes(source, size, len(ranks), limits)
-        if index.packets is not None:
-            return _decode(stream, index.packets, index, ranks, source, deadline)
-    if not isinstance(file, str):
-        file.seek(0)
-    with open_container(file, limits) as container:
-        stream = first_stream(container, "video", source)
-        return _decode(stream, _intact(packets_of(container, stream)), index, ranks, source, deadline)
-
-
-def _intact(packets: Iterable[Packet]) -> Iterator[Packet]:
-    return (packet for packet in packets if not packet.is_corrupt)
+        A frame may be shown before the key frame that it follows in the file (open GOP). It then refers to the previous
+        GOP, so decoding starts there. With ``groups`` it starts that many key frames back.
+        """
+        spans: list[tuple[int, int]] = []
+        for last in sorted(positions):
+            time, first, left = self.packets[last].pts or 0, last, groups
+            while first > 0:
+                left -= self.packets[first].is_keyframe and (self.packets[first].pts or 0) <= time
+                if left == 0:
+                    break
+                first -= 1
+            while spans and first <= spans[-1][1]:
+                first = min(first, spans.pop()[0])
+            spans.append((first, last))
+        return spans
 
 
-def _read_index(container: Any, stream: Any, source: object, limits: Limits, deadline: Deadline) -> _Index:
-    times: list[int | None] = []
-    keys: list[bool] = []
-    shown: list[int] = []
-    durations: list[int] = []
-    kept: list[Packet] | None = []
-    total = 0
-    for position, packet in enumerate(_intact(packets_of(container, stream))):
-        deadline.check()
-        times.append(packet.pts)
-        keys.append(packet.is_keyframe)
-        durations.append(packet.duration or 0)
-        if not packet.is_discard:
-            shown.append(position)
-        total += packet.size
-        if kept is not None and total <= _KEEP_BYTES:
-            kept.append(packet)
-        else:
-            kept = None
-        if len(times) > limits.max_frames:
-            raise MediaError(source, f"it has more than {limits.max_frames} frames")
+def _read_track(container: Any, stream: Any, source: object, limits: Limits) -> _Track:
+    intact = (packet for packet in packets_of(container, stream) if not packet.is_corrupt)
+    packets = list(islice(intact, limits.max_frames + 1))
+    shown = [position for position, packet in enumerate(packets) if not packet.is_discard]
     if not shown:
         raise MediaError(source, "its video track shows no frames")
+    times = [packet.pts for packet in packets]
     # AVI stores a frame rate but no display times; FFmpeg guesses them in decoding order.
-    avi = container.format.name == "avi"
-    reordered = avi and stream.codec_context.has_b_frames
-    if reordered or None in times or len({times[position] for position in shown}) < len(shown):
-        return _Index(times, keys, len(shown), None, 0, kept, False)
-    order = sorted(shown, key=lambda position: times[position] or 0)
-    sorted_times = np.array([times[position] for position in order])
-    longest = float(np.diff(sorted_times).max(initial=0) * stream.time_base)
-    jumps = container.format.name in ("mpegts", "mpeg") and longest > _JUMP_SECONDS
-    end = int(sorted_times[-1]) + durations[order[-1]]
-    return _Index(times, keys, len(shown), order, end, kept, not avi and not jumps)
+    guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
+    timed = not guessed and None not in times and len({times[position] for position in shown}) == len(shown)
+    if timed:
+        shown.sort(key=lambda position: times[position] or 0)
+    return _Track(packets, shown, timed)
 
 
-def _decode(
-    stream: Any, packets: Iterable[Packet], index: _Index, chosen: list[int], source: object, deadline: Deadline
-) -> np.ndarray:
-    ranks = sorted(set(chosen))
-    picker = _Picker(source, stream, deadline)
-    if index.order is None:
-        picker.by_counting(packets, ranks)
-    else:
-        wanted = {index.time(rank): rank for rank in ranks}
-        picker.by_time(packets, _spans(index, ranks), wanted)
-        missing = [rank for rank in ranks if rank not in picker.pictures]
-        if missing and index.packets is not None:  # with gradual refresh, frames become intact after a key frame
-            picker.by_time(index.packets, _spans(index, missing, groups=2), wanted)
-    missing = [rank for rank in ranks if rank not in picker.pictures]
-    if not picker.pictures or (index.order is not None and len(missing) > len(ranks) // 2):
-        raise MediaError(source, picker.fault or "none of the chosen frames could be decoded")
-    for rank in missing:
-        nearest = min(picker.pictures, key=lambda found: abs(found - rank))
-        picker.pictures[rank] = picker.pictures[nearest]
-    return np.stack([picker.pictures[rank] for rank in chosen])
+class _Decoder:
+    """Decodes chosen frames of a track as ``pictures``: rank in time -> uint8 ``[H,W,3]``."""
 
+    def __init__(self, stream: Any, track: _Track) -> None:
+        from av.video.reformatter import VideoReformatter
 
-def _spans(index: _Index, ranks: list[int], groups: int = 1) -> list[tuple[int, int, set[int]]]:
-    """The stretches of the file to decode: first and last position, and the positions of chosen frames among them.
-
-    A frame may be shown before the key frame that it follows in the file (open GOP). It then refers to the previous
-    GOP, so decoding starts there. With ``groups`` it starts that many key frames back.
-    """
-    assert index.order is not None
-    spans: list[tuple[int, int, set[int]]] = []
-    for wanted in sorted(index.order[rank] for rank in ranks):
-        start, left = wanted, groups
-        while start > 0:
-            left -= index.keys[start] and (index.times[start] or 0) <= (index.times[wanted] or 0)
-            if left == 0:
-                break
-            start -= 1
-        chosen = {wanted}
-        while spans and start <= spans[-1][1]:
-            first, _, earlier = spans.pop()
-            start, chosen = min(first, start), chosen | earlier
-        spans.append((start, wanted, chosen))
-    return spans
-
-
-class _Picker:
-    """Decodes packets and keeps the chosen frames as ``pictures``: rank in time -> uint8 ``[H,W,3]``."""
-
-    def __init__(self, source: object, stream: Any, deadline: Deadline) -> None:
         self.pictures: dict[int, np.ndarray] = {}
         self.fault: str | None = None
-        self._source, self._codec, self._deadline = source, stream.codec_context, deadline
+        self._codec, self._track, self._reformatter = stream.codec_context, track, VideoReformatter()
+        self._aspect = float(stream.sample_aspect_ratio or 1)  # width of a pixel in units of its height
         self._size: tuple[int, int] | None = None
 
-    def by_counting(self, packets: Iterable[Packet], ranks: list[int]) -> None:
-        """Decode from the start and count frames, for videos without times. Some packets contain no frame."""
-        wanted, count, last = set(ranks), 0, None
-        for packet in chain(packets, [None]):  # None flushes the decoder
-            for frame in self._frames(packet):
-                if count in wanted:
-                    self._keep(count, frame)
-                count, last = count + 1, frame
-            if count > ranks[-1]:
+    def decode(self, ranks: list[int]) -> None:
+        """Fill ``pictures`` with the frames of these ranks; damaged ones are missing."""
+        if not self._track.timed:
+            self._by_counting(ranks)
+            return
+        self._by_time(ranks)
+        if missing := [rank for rank in ranks if rank not in self.pictures]:
+            self._by_time(missing, groups=2)  # with gradual refresh, frames become intact after a key frame
+
+    def _by_counting(self, ranks: list[int]) -> None:
+        """Decode from the start. A video without times may have packets without a frame: the last frame stands in."""
+        count, last = 0, None
+        for frame in (frame for packet in chain(self._track.packets, [None]) for frame in self._frames(packet)):
+            if count in ranks:
+                self._keep(count, frame)
+            if count == ranks[-1]:
                 return
-        if last is not None and count - 1 not in self.pictures:
+            count, last = count + 1, frame
+        if last is not None:
             self._keep(count - 1, last)
 
-    def by_time(
-        self, packets: Iterable[Packet], spans: list[tuple[int, int, set[int]]], wanted: dict[int, int]
-    ) -> None:
-        """Decode the ``spans`` only; ``wanted`` maps the time of each chosen frame to its rank."""
+    def _by_time(self, ranks: list[int], groups: int = 1) -> None:
         self._codec.open(strict=False)  # libdav1d (AV1) keeps the ``skip_frame`` setting that it was opened with
-        remaining = iter(spans)
-        span = next(remaining, None)
-        for position, packet in enumerate(packets):
-            if span is None:
-                return
-            first, last, chosen = span
-            if position < first:
-                continue
-            self._codec.skip_frame = "DEFAULT" if position in chosen else "NONREF"
-            self._keep_wanted(packet, wanted)
-            if position == last:
-                self._keep_wanted(None, wanted)
-                self._codec.flush_buffers()
-                span = next(remaining, None)
-        if span is not None:
+        wanted = {self._track.time(rank): rank for rank in ranks}
+        positions = [self._track.order[rank] for rank in ranks]
+        for first, last in self._track.spans(positions, groups):
+            for position in range(first, last + 1):
+                self._codec.skip_frame = "DEFAULT" if position in positions else "NONREF"
+                self._keep_wanted(self._track.packets[position], wanted)
             self._keep_wanted(None, wanted)
+            self._codec.flush_buffers()
 
     def _keep_wanted(self, packet: Packet | None, wanted: dict[int, int]) -> None:
         for frame in self._frames(packet):
-            rank = None if frame.pts is None else wanted.get(frame.pts)
-            if rank is not None:
-                self._keep(rank, frame)
+            if frame.pts in wanted:
+                self._keep(wanted[frame.pts], frame)
 
     def _frames(self, packet: Packet | None) -> list[VideoFrame]:
+        """The frames of a packet; None flushes the decoder."""
         import av.error
 
-        self._deadline.check()
         try:
             return list(self._codec.decode(packet))
         except av.error.FFmpegError as error:
@@ -344,10 +247,10 @@ class _Picker:
             return []
 
     def _keep(self, rank: int, frame: VideoFrame) -> None:
-        self._size = self._size or (frame.width, frame.height)
+        self._size = self._size or (round(frame.width * self._aspect), frame.height)
         width, height = self._size
-        pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **_colours(frame))
-        self.pictures[rank] = np.ascontiguousarray(_upright(pixels, frame))
+        shown = self._reformatter.reformat(frame, width, height, "rgb24", **_colours(frame))
+        self.pictures[rank] = np.ascontiguousarray(_upright(shown.to_ndarray(), frame))
 
 
 def _colours(frame: VideoFrame) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict
     rng = np.random.default_rng([options.seed, *source.name.encode()])
     # The questions of a row without templates are already complete instructions.
     complete = source.row is not None and source.row.templates is False
-    templates = Templates({}, {}) if complete else Templates.load(*options.templates)
+    templates = Templates() if complete else Templates.load(*options.templates)
     found = list(source.read())
     present = [sample for sample in found if all(os.path.isfile(medium.path) for medium in sample.files)]
     if repeated := [one for one, count in Counter(sample.id for sample in present).items() if count > 1]:
@@ -212,7 +212,7 @@ def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict
 def _worded(sample: Sample, templates: Templates, fixed: bool, rng: np.random.Generator) -> Sample:
     """The sample, if ``fixed`` with its instruction; its task must have a template unless it has turns."""
     where = f"{sample.source}: sample {sample.id!r}"
-    if sample.task not in templates:
+    if sample.task not in templates.tasks:
         if sample.turns:
             return sample
         known = ", ".join(templates.tasks)

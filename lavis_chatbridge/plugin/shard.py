@@ -114,7 +114,7 @@ def _files_of(group: SplitDataset) -> dict[tuple[str, str], SampleFile]:
 
 def _section(section: DictConfig, builder: Any, of_mixture: bool) -> dict[str, Any]:
     """The section of a data set that reads shards: the user's settings for it, and a place for every split."""
-    from lavis_chatbridge.processors.loading import SECTIONS
+    from lavis_chatbridge.processors.base import SECTIONS
 
     given: Any = OmegaConf.to_container(section, resolve=True)
     names = (*(_SHARED if of_mixture else _KEPT), *SECTIONS.values())

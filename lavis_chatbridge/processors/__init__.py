@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lavis_chatbridge.processors.audio import AudioEvalProcessor, AudioTrainProcessor
-from lavis_chatbridge.processors.loading import load_processors
+from lavis_chatbridge.processors.base import load_processors
 from lavis_chatbridge.processors.pictures import (
     ImageEvalProcessor,
     ImageTrainProcessor,

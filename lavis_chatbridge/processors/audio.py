@@ -1,23 +1,32 @@
-"""``chatbridge_audio_train`` and ``chatbridge_audio_eval``: a sound, or a video's audio track -> `AudioClips`."""
+"""``chatbridge_audio_train`` and ``chatbridge_audio_eval``: a sound, or a video's audio track -> `AudioClips`.
+
+BEATs gets clips of its filterbank; other encoders get the features of their own transformers extractor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lavis.common.registry import registry
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.config import Settings
-from lavis_chatbridge.errors import TooShortError
+from lavis_chatbridge.errors import ConfigError, TooShortError
 from lavis_chatbridge.media.audio import open_audio
+from lavis_chatbridge.media.frames import clip_indices
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.processors import inputs
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
-from lavis_chatbridge.processors.fbank import FRAME_SAMPLES, RATE, cut_clips, cut_slices_as_original
+from lavis_chatbridge.processors.fbank import RATE, cut_clips, cut_slices_as_original
+from lavis_chatbridge.processors.inputs import PREPROCESSOR
 
-_SHORTEST_CLIP = 0.1
+_SHORTEST_CLIP = 0.1  # seconds
+_SHORTEST_SOUND = 0.025  # seconds: one frame of a filterbank
 
 
 class AudioSettings(Settings):
@@ -56,24 +65,20 @@ class AudioEvalProcessor(ChatBridgeProcessor):
 
     name = "chatbridge_audio_eval"
     encoder = "audio"
+    revision = 2
     settings_class = AudioSettings
     settings: AudioSettings
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> AudioClips:
-        settings = self.settings
-        if (extractor := settings.extractor) is not None:
-            rate = int(extractor["sampling_rate"])
-            samples = open_audio(source, rate, settings.channel, limits=self.limits, opener=self.opener)
-            if len(samples) < rate // 40:
-                raise TooShortError(source, f"{1000 * len(samples) / rate:g} ms of sound are less than 25 ms")
-            rng = self._generator(rng)
-            return inputs.clips_of(samples, extractor, settings.clip_seconds, settings.max_clips, rng)
-        samples = open_audio(source, RATE, settings.channel, limits=self.limits, opener=self.opener)
-        if len(samples) < FRAME_SAMPLES:
-            raise TooShortError(source, f"{1000 * len(samples) / RATE:g} ms of sound are less than one frame of 25 ms")
+        settings, rng = self.settings, self._generator(rng)
+        rate = RATE if settings.extractor is None else int(settings.extractor["sampling_rate"])
+        samples = open_audio(source, rate, settings.channel, limits=self.limits, opener=self.opener)
+        if len(samples) < _SHORTEST_SOUND * rate:
+            raise TooShortError(source, f"{1000 * len(samples) / rate:g} ms of sound are less than 25 ms")
+        if settings.extractor is not None:
+            return _extracted(samples, settings.extractor, settings.clip_seconds, settings.max_clips, rng)
         cut = cut_slices_as_original if settings.layout == "original" else cut_clips
-        sound = torch.from_numpy(samples)
-        return cut(sound, settings.mel_bins, settings.clip_frames, settings.max_clips, self._generator(rng))
+        return cut(torch.from_numpy(samples), settings.mel_bins, settings.clip_frames, settings.max_clips, rng)
 
 
 @registry.register_processor("chatbridge_audio_train")
@@ -82,3 +87,43 @@ class AudioTrainProcessor(AudioEvalProcessor):
 
     name = "chatbridge_audio_train"
     random = True
+
+
+def _extracted(
+    samples: np.ndarray,
+    extractor: Mapping[str, Any],
+    clip_seconds: float,
+    max_clips: int,
+    rng: np.random.Generator | None,
+) -> AudioClips:
+    """Clips of a sound (``[S]`` at the extractor's rate) as the features of a transformers extractor."""
+    rate = int(extractor["sampling_rate"])
+    length = int(clip_seconds * rate)
+    chosen = clip_indices(len(samples), length, _SHORTEST_CLIP * rate, max_clips, rng)
+    clips = [samples[clip * length : (clip + 1) * length] for clip in chosen]
+    built = _extractor(json.dumps(dict(extractor), sort_keys=True))
+    each = [next(iter(built(clip, sampling_rate=rate, return_tensors="pt").values()))[0] for clip in clips]
+    features = pad_sequence(each, batch_first=True)  # waveforms differ in length, other features do not
+    return AudioClips(features, _valid(features, clips, getattr(built, "hop_length", 1)))
+
+
+def _valid(features: Tensor, clips: list[np.ndarray], hop: int) -> Tensor:
+    """``[N]`` number of steps of each clip that are sound; all steps if the encoder was trained on padded windows."""
+    lengths = torch.tensor([len(clip) for clip in clips])
+    if features.dim() == 2:  # [N, S] waveforms
+        return lengths
+    if features.dim() == 3 and features.shape[2] > features.shape[1]:  # [N, M, F] of Whisper
+        return (-(-lengths // hop)).clamp(max=features.shape[2])
+    return torch.full((len(clips),), features.shape[-2])
+
+
+@functools.lru_cache(maxsize=4)
+def _extractor(described: str) -> Any:
+    import transformers
+
+    values = json.loads(described)
+    name = values.get("feature_extractor_type")
+    built = getattr(transformers, str(name), None)
+    if built is None or not issubclass(built, transformers.FeatureExtractionMixin):
+        raise ConfigError(f"{PREPROCESSOR}: transformers has no feature extractor {name!r} (feature_extractor_type)")
+    return built.from_dict(values)

@@ -1,18 +1,25 @@
-"""The base class of processors: settings from LAVIS's config, limits, a version for cache keys, a random generator."""
+"""The base class of processors, and all processors of a model from the ``preprocess`` section of its YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
+from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_chatbridge.config import Settings, parse
+from lavis_chatbridge.config import Settings, parse, unknown_key
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, directly
 from lavis_chatbridge.processors import inputs
+
+SECTIONS = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor", "text": "text_processor"}
+"""Modality (or "text") -> its key in the YAML; those of images and text are LAVIS's."""
+
+SPLITS = ("train", "eval")
 
 
 class ChatBridgeProcessor(BaseProcessor):
@@ -50,9 +57,8 @@ class ChatBridgeProcessor(BaseProcessor):
         Raises:
             ConfigError: If a key is unknown or a value does not fit.
         """
-        values = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg or {})
-        assert isinstance(values, dict)
-        given = {str(key): value for key, value in values.items() if key != "name"}
+        given = _as_dict(cfg)
+        given.pop("name", None)
         if (encoder := given.pop("encoder", None)) is not None:
             given = {**inputs.settings_for(encoder, cls.encoder), **given}
         return cls(parse(cls.settings_class, given, cls.name))
@@ -77,3 +83,54 @@ class ChatBridgeProcessor(BaseProcessor):
     def _generator(self, rng: np.random.Generator | None) -> np.random.Generator | None:
         """The random generator to use; None if the output is not random."""
         return (rng or np.random.default_rng()) if self.random else None
+
+
+Processors: TypeAlias = dict[str, dict[str, ChatBridgeProcessor]]
+"""Modality (or "text") -> split -> processor."""
+
+
+def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None) -> Processors:
+    """The processors of all modalities and of text.
+
+    Args:
+        preprocess_cfg: ``vis_processor``, ``video_processor``, ``audio_processor``, ``text_processor``, each with
+            ``train`` and ``eval``, each with ``name`` and that processor's settings. Missing ones are
+            ChatBridge's own processors with default settings.
+
+    Returns:
+        ``{"image": {"train": ..., "eval": ...}, "video": ..., "audio": ..., "text": ...}``.
+
+    Raises:
+        ConfigError: With all faults at once.
+    """
+    sections = _as_dict(preprocess_cfg)
+    faults = [unknown_key(key, SECTIONS.values(), "preprocess") for key in sections if key not in SECTIONS.values()]
+    processors: Processors = {modality: {} for modality in SECTIONS}
+    for modality, section in SECTIONS.items():
+        splits, where = _as_dict(sections.get(section)), f"preprocess.{section}"
+        faults += [unknown_key(key, SPLITS, where) for key in splits if key not in SPLITS]
+        for split in SPLITS:
+            try:
+                processors[modality][split] = _load(modality, split, _as_dict(splits.get(split)), f"{where}.{split}")
+            except ConfigError as error:
+                faults.append(str(error))
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return processors
+
+
+def _load(modality: str, split: str, values: dict[str, Any], where: str) -> ChatBridgeProcessor:
+    name = values.get("name") or ("chatbridge_text" if modality == "text" else f"chatbridge_{modality}_{split}")
+    processor = registry.get_processor_class(name)
+    if processor is None:
+        own = sorted(known for known in registry.list_processors() if known.startswith("chatbridge"))
+        raise ConfigError(f"{where}.name: LAVIS knows no processor {name!r}; ChatBridge's are {', '.join(own)}")
+    return processor.from_config(OmegaConf.create(values))
+
+
+def _as_dict(values: Any) -> dict[str, Any]:
+    if isinstance(values, DictConfig):
+        values = OmegaConf.to_container(values, resolve=True)
+    if not isinstance(values, (Mapping, type(None))):
+        raise ConfigError(f"preprocess: expected a mapping, found {values!r}")
+    return {str(key): value for key, value in (values or {}).items()}

@@ -1,8 +1,7 @@
 """Mono samples become BEATs' input: sound is cut into clips of equal length, each a normalised log-mel filterbank.
 
 A frame of the filterbank depends only on its own 25 ms of sound, so each clip is computed alone, and clips that are not
-chosen are not computed. Legend: `S` samples, `N` clips, `F` frames of a clip, `M` mel
-bins.
+chosen are not computed. Legend: `S` samples, `N` clips, `F` frames of a clip, `M` mel bins.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
-from lavis_chatbridge.media.frames import one_of_each
+from lavis_chatbridge.media.frames import clip_indices, one_of_each
 from lavis_chatbridge.media.types import AudioClips
 
 RATE = 16_000
@@ -28,7 +27,7 @@ SILENCE = (8.0 - MEAN) / (2.0 * STD)
 """The highest filterbank value of a silent sound, whose samples are below 16-bit rounding."""
 
 _FFT_SAMPLES = 512
-SHORTEST_TAIL = 16
+_SHORTEST_TAIL = 16
 """A remainder with fewer frames is dropped: BEATs' patches have this side."""
 
 
@@ -50,10 +49,7 @@ def cut_clips(
         rng: Chooses a random clip of each stretch; None chooses the middle one.
     """
     total = frame_count(len(samples))
-    clips = -(-total // clip_frames)
-    if clips > 1 and total - (clips - 1) * clip_frames < SHORTEST_TAIL:
-        clips -= 1
-    chosen = list(range(clips)) if clips <= max_clips else one_of_each(range(clips), max_clips, rng)
+    chosen = clip_indices(total, clip_frames, _SHORTEST_TAIL, max_clips, rng)
     lengths = torch.tensor([min(clip_frames, total - clip * clip_frames) for clip in chosen])
     return AudioClips(_clips(samples, chosen, mel_bins, clip_frames), lengths)
 

@@ -47,8 +47,6 @@ class PictureSettings(Settings):
     """Mean of each channel, whose values are in [0, 1]; it is subtracted."""
     std: tuple[float, float, float] = CLIP_STD
     """Standard deviation of each channel; the difference is divided by it."""
-    background: tuple[int, int, int] = (255, 255, 255)
-    """Replaces transparent parts."""
 
     def check(self) -> Iterator[str]:
         if self.image_size < 1:
@@ -57,17 +55,13 @@ class PictureSettings(Settings):
             yield "arithmetic 'pillow' always antialiases; choose 'float' or 'bytes' for antialias: false"
         if min(self.std) <= 0.0:
             yield f"std is {list(self.std)}, expected values above 0"
-        if not all(0 <= value <= 255 for value in self.background):
-            yield f"background is {list(self.background)}, expected values from 0 to 255"
 
 
 class TrainPictureSettings(PictureSettings):
-    """How images are prepared and augmented in training: mildly, because captions mention positions and sizes."""
+    """How images are prepared in training: cropped mildly, because captions mention positions and sizes."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Least and largest share of the image's area that is kept."""
-    flip: bool = False
-    """Whether half of the images, at random, are mirrored; "left" and "right" in their captions become wrong."""
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -90,7 +84,7 @@ class VideoSettings(PictureSettings):
 
 
 class TrainVideoSettings(TrainPictureSettings, VideoSettings):
-    """How videos are prepared and augmented in training: all frames of one video alike."""
+    """How videos are prepared in training: all frames of one video are cropped alike."""
 
 
 @registry.register_processor("chatbridge_image_eval")
@@ -102,8 +96,7 @@ class ImageEvalProcessor(ChatBridgeProcessor):
     settings: PictureSettings
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Tensor:
-        options = {"at_least": least_side(self.settings), "background": self.settings.background}
-        picture = self.opener(open_image, source, limits=self.limits, **options)
+        picture = self.opener(open_image, source, at_least=_least_side(self.settings), limits=self.limits)
         return prepare(picture[None], self.settings, self._generator(rng))[0]
 
 
@@ -121,7 +114,7 @@ class VideoEvalProcessor(ChatBridgeProcessor):
     """A video -> float32 ``[T,3,S,S]``, deterministic."""
 
     name = "chatbridge_video_eval"
-    revision = 3
+    revision = 4
     settings_class = VideoSettings
     settings: VideoSettings
 
@@ -131,8 +124,7 @@ class VideoEvalProcessor(ChatBridgeProcessor):
             choose: partial[list[int]] = partial(uniform_frame_indices, frames=frames)
         else:
             choose = partial(frame_indices, frames=frames, rng=rng)
-        opened = self.opener(open_video, source, choose, background=self.settings.background, limits=self.limits)
-        return prepare(opened, self.settings, rng)
+        return prepare(self.opener(open_video, source, choose, limits=self.limits), self.settings, rng)
 
 
 @registry.register_processor("chatbridge_video_train")
@@ -148,14 +140,13 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
     """Images of one size as the encoder's input.
 
     Args:
-        frames: uint8 ``[T,H,W,3]``. All are cropped and mirrored alike.
-        settings: `TrainPictureSettings` augments the images, if ``rng`` is given.
+        frames: uint8 ``[T,H,W,3]``. All are cropped alike.
+        settings: `TrainPictureSettings` crops them at random if ``rng`` is given.
         rng: Random generator.
 
     Returns:
         float32 ``[T,3,S,S]``.
     """
-    mirrored = False
     if settings.resize == "crop":
         height, width = frames.shape[1:3]
         side = min(height, width)
@@ -163,16 +154,12 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
         frames = frames[:, top : top + side, left : left + side]
     if rng is not None and isinstance(settings, TrainPictureSettings):
         frames = _random_crop(frames, settings.crop_scale, rng)
-        mirrored = settings.flip and bool(rng.integers(2))
-    pixels = _resized(frames, settings)
-    if mirrored:
-        pixels = pixels.flip(-1)
     mean = torch.tensor(settings.mean, dtype=torch.float32)[:, None, None] * 255.0
     scale = 1.0 / (torch.tensor(settings.std, dtype=torch.float32)[:, None, None] * 255.0)
-    return pixels.float().sub_(mean).mul_(scale).contiguous()
+    return _resized(frames, settings).float().sub_(mean).mul_(scale).contiguous()
 
 
-def least_side(settings: PictureSettings) -> int | None:
+def _least_side(settings: PictureSettings) -> int | None:
     """The shortest side at which a photo may be decoded; None for its full size."""
     if settings.arithmetic != "bytes" or not settings.antialias:
         return None

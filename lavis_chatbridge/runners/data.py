@@ -19,7 +19,7 @@ from lavis_chatbridge.datasets.features import FeatureStore, build_features
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.processors.loading import load_processors
+from lavis_chatbridge.processors.base import load_processors
 from lavis_chatbridge.prompting.pieces import MODALITIES
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings

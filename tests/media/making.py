@@ -90,6 +90,7 @@ def video_file(
     codec: str = "libx264",
     times: Sequence[int] | None = None,
     orientation: tuple[int, int, int, int] = (1, 0, 0, 1),
+    pixel_aspect: Fraction = Fraction(1),
     sound: np.ndarray | None = None,
     sound_start: float = 0.0,
     gop: int = 12,
@@ -110,6 +111,7 @@ def video_file(
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
         stream.codec_context.time_base = Fraction(1, 100)
+        stream.codec_context.sample_aspect_ratio = pixel_aspect
         if orientation != (1, 0, 0, 1):
             a, b, c, d = (value << 16 for value in orientation)
             stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])

@@ -20,16 +20,33 @@ from tests.media.making import encoded, photo
 PHOTO = photo()
 
 
-@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
-def test_lossless_files(form: str) -> None:
-    assert np.array_equal(open_image(encoded(Image.fromarray(PHOTO), form)), PHOTO)
-
-
-@pytest.mark.parametrize(("form", "options"), [("JPEG", {"quality": 95, "subsampling": 0}), ("WEBP", {"quality": 95})])
-def test_lossy_files(form: str, options: dict) -> None:
+@pytest.mark.parametrize(
+    ("form", "options", "difference"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("PPM", {}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 4),
+        ("WEBP", {"quality": 95}, 4),
+    ],
+)
+def test_formats(form: str, options: dict, difference: float) -> None:
     got = open_image(encoded(Image.fromarray(PHOTO), form, **options))
     assert got.shape == PHOTO.shape
-    assert np.abs(got.astype(int) - PHOTO).mean() < 4
+    assert np.abs(got.astype(int) - PHOTO).mean() <= difference
+
+
+def test_pngs_equal_pillows_and_changed_bytes_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    for level in range(10):
+        pixels = rng.integers(0, 256, [*rng.integers(1, 60, 2).tolist(), 3], np.uint8)
+        data = encoded(Image.fromarray(pixels), "PNG", compress_level=level)
+        assert np.array_equal(open_image(data), pixels)
+        changed = bytearray(data)
+        changed[rng.integers(data.index(b"IDAT"), len(data) - 12)] ^= 255
+        with pytest.raises(MediaError):
+            open_image(bytes(changed))
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -75,7 +92,6 @@ def test_alpha_shows_the_background() -> None:
         assert got[5, 5].tolist() == [255, 255, 255]
         assert np.abs(got[5, 40].astype(int) - [137, 237, 137]).max() <= 1
         assert np.array_equal(got[24:], PHOTO[24:])
-        assert open_image(source, background=(0, 0, 99))[5, 5].tolist() == [0, 0, 99]
 
 
 def test_palettes_and_gray_with_transparency() -> None:
@@ -126,10 +142,9 @@ def test_decompression_bombs_are_refused() -> None:
         open_image(_png_claiming(100_000, 900))
     with pytest.raises(MediaError):
         open_image(_png_claiming(100_000, 100_000))
-    with pytest.raises(MediaError, match="limit of 100"):
-        open_image(PHOTO, limits=Limits(max_pixels=100))
-    with pytest.raises(MediaError, match="limit of 100"):
-        open_image(Image.fromarray(PHOTO), limits=Limits(max_pixels=100))
+    for source in (PHOTO, Image.fromarray(PHOTO)):
+        with pytest.raises(MediaError, match="limit of 100"):
+            open_image(source, limits=Limits(max_pixels=100))
 
 
 def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
@@ -164,11 +179,6 @@ def test_a_file_cut_off_is_refused_whatever_lavis_tells_pillow(monkeypatch: pyte
         assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_programs_are_not_started() -> None:
-    with pytest.raises(MediaError, match="known format"):
-        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-
-
 def test_avif_is_read_and_heic_named(tmp_path: Path) -> None:
     if features.check("avif"):
         avif = encoded(Image.fromarray(PHOTO), "AVIF", quality=95)
@@ -185,7 +195,7 @@ def test_a_decoder_that_hangs_costs_its_medium(monkeypatch: pytest.MonkeyPatch) 
     released = threading.Event()
     monkeypatch.setattr(Image, "open", lambda *_, **__: released.wait(60))
     begin = time.monotonic()
-    with pytest.raises(MediaError, match=r"its decoder hangs: no result after 0\.2 s"):
+    with pytest.raises(MediaError, match=r"decoding took longer than 0\.2 s"):
         open_image(encoded(Image.fromarray(PHOTO), "PNG"), limits=Limits(timeout=0.2))
     assert time.monotonic() - begin < 10
     released.set()

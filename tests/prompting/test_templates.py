@@ -21,27 +21,26 @@ MODALITIES = ("image", "video", "audio", "video_audio")
 
 @pytest.fixture(scope="module")
 def templates():
-    return Templates.default()
+    return Templates.load()
 
 
 def test_sixteen_tasks_with_ten_to_fifteen_wordings_each(templates):
-    tasks = {f"{kind}_{task}" for kind in MODALITIES for task in ("caption", "qa", "detail", "reasoning")}
+    tasks = {f"{modality}_{task}" for modality in MODALITIES for task in ("caption", "qa", "detail", "reasoning")}
     assert tasks == set(templates.tasks)
     for task in tasks:
-        entry = templates[task]
+        entry = templates.tasks[task]
         assert 10 <= len(set(entry.templates)) == len(entry.templates) <= 15
         assert all(STYLE in text for text in entry.templates)
         assert entry.asks == task.endswith(("_qa", "_reasoning"))
 
 
 def test_exact_prompts(templates):
+    asked = {task: "What is it?" * templates.tasks[task].asks for task in sorted(templates.tasks)}
     drawn = {
-        task: [
-            templates.apply(task, "What is it?" * templates[task].asks, rng=np.random.default_rng(n)) for n in range(4)
-        ]
-        for task in templates.tasks
+        task: [templates.apply(task, question, rng=np.random.default_rng(n)) for n in range(4)]
+        for task, question in asked.items()
     }
-    first = {task: templates.apply(task, "What is it?" * templates[task].asks) for task in templates.tasks}
+    first = {task: templates.apply(task, question) for task, question in asked.items()}
     found = {"first": first, "drawn": drawn}
     if os.environ.get("UPDATE_SNAPSHOTS"):
         SNAPSHOT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
@@ -77,7 +76,7 @@ def test_users_extend_and_replace(tmp_path):
     assert templates.apply("rhyme") == "Write of it in a poem."
     assert templates.apply("image_caption") == "Caption?"
     assert templates.apply("video_caption", style="poem") == "Describe the video in a poem."
-    assert Templates.default().apply("image_caption") == "Describe the image in a sentence."
+    assert Templates.load().apply("image_caption") == "Describe the image in a sentence."
 
 
 @pytest.mark.parametrize(
@@ -86,9 +85,8 @@ def test_users_extend_and_replace(tmp_path):
         ("taks: {}", r"unknown key templates mine.yaml.taks, did you mean 'tasks'\?"),
         ("tasks: {a: {templates: []}}", "templates is empty"),
         ("tasks: {a: {templates: ['{question}', 'x']}}", r"some templates contain \{question\} and some do not"),
-        ("tasks: {a: {templates: ['{question} {question}']}}", r"a template contains \{question\} twice"),
         ("tasks: {a: {templates: ['in {style}']}}", "the task needs a style"),
-        ("tasks: {a: {style: odd, templates: ['in {style}']}}", "templates.a: no words for style 'odd'"),
+        ("tasks: {a: {style: odd, templates: ['in {style}']}}", "tasks.a: no words for style 'odd'"),
         ("tasks: [", "while parsing"),
     ],
 )

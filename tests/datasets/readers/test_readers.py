@@ -420,6 +420,6 @@ def test_the_originals_conversations():
         reply_end = "###" if task == "conv" else "\n###"
         settings = DataSettings(stage="instruction", task="t", templates=False, reply_end=reply_end)
         dataset = SampleDataset("set", sample_file(sample), settings)
-        dataset.templates = Templates({"t": TaskTemplates(templates=[wording])} if case["prompt_list"] else {}, {})
+        dataset.templates = Templates(tasks={"t": TaskTemplates(templates=[wording])} if case["prompt_list"] else {})
         pieces = dataset.pieces(sample, None)
         assert "".join("<query>" if isinstance(p, Slot) else p.text for p in pieces) == case["conversation"]
