@@ -394,25 +394,6 @@ def test_answers_by_lavis_arguments(model: Any) -> None:
         model.predict_answers(samples, inference_method="ranking")
 
 
-def test_lavis_own_tasks_drive_the_model(model: Any) -> None:
-    from lavis.tasks.captioning import CaptionTask
-    from lavis.tasks.vqa import VQATask
-
-    pictures = torch.stack([image(), image(1)])
-    task = CaptionTask(num_beams=2, max_len=5, min_len=1, evaluate=True)
-    results = task.valid_step(model, {"image": pictures, "image_id": ["4", "7"]})
-    assert [result["image_id"] for result in results] == [4, 7]
-    assert all(isinstance(result["caption"], str) for result in results)
-    loss = task.train_step(model, {"image": pictures, "text_input": ["a dog", "a bell"]})
-    assert (loss[0] if isinstance(loss, tuple) else loss).requires_grad
-    for method in ("rank", "generate"):
-        vqa = VQATask(1, 5, 1, True, num_ans_candidates=3, inference_method=method, prompt="Short: {}")
-        vqa.answer_list = ANSWERS
-        samples = {"image": pictures, "text_input": ["Who?", "Why?"], "question_id": torch.tensor([1, 2])}
-        answers = vqa.valid_step(model, samples)
-        assert [answer["question_id"] for answer in answers] == [1, 2]
-
-
 def test_configurations(golden_dir: Path) -> None:
     from lavis_chatbridge.models.chatbridge import ChatBridge
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavis_chatbridge.config import parse
-from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError
-from lavis_chatbridge.models import language_model
+from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models.language_model import load_language_model
-from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
+from lavis_chatbridge.models.settings import LanguageModelSettings
 
 TINY = "package:assets/tiny/llm"
 
@@ -97,22 +95,3 @@ def test_a_spread_model_computes_the_same_and_stays_where_it_is() -> None:
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         parse(LanguageModelSettings, values, "language_model")
-
-
-@pytest.mark.parametrize(
-    ("changes", "package", "extra"),
-    [
-        ({"lora": LoraSettings()}, "peft", "lora"),
-        ({"device_map": "balanced"}, "accelerate", "device-map"),
-        ({"quantization": "4bit"}, "accelerate", "quantize"),
-        ({"quantization": "4bit"}, "bitsandbytes", "quantize"),
-    ],
-)
-def test_a_missing_extra_is_named_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], package: str, extra: str
-) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else real(name, *more))
-    monkeypatch.setattr(language_model, "load_codec", lambda *_folder: pytest.fail("something was loaded"))
-    with pytest.raises(MissingExtraError, match=rf"language_model.{next(iter(changes))} needs .*extra '{extra}'"):
-        load_language_model(LanguageModelSettings(weights=TINY, **changes))

@@ -65,24 +65,13 @@ def test_the_elements_of_a_context() -> None:
     assert lay_out([[Text("<s>a", ids=(1, 3))]], [{}], CODEC, "text", 9).token_ids.tolist() == [[1, 3]]
 
 
-def test_original_layout_hides_bos_in_padded_rows() -> None:
+def test_only_padding_in_front_needs_a_mask() -> None:
     batch = train(PROMPTS, layout="original")
     assert batch.token_ids[0].tolist() == [1, PADDING, PADDING, PADDING, 3, 4, SOFT, SOFT, 5, 6, 7]
-    assert batch.attention_mask.tolist() == [[0] * 4 + [1] * 7, [1] * 11]
-    assert batch.position_ids.tolist() == [list(range(11))] * 2
     assert batch.needs_mask
-    assert not dataclasses.replace(batch, attention_mask=torch.ones(2, 11)).needs_mask
-    moved = batch.position_ids + torch.tensor([[0], [1]])
-    assert dataclasses.replace(batch, attention_mask=torch.ones(2, 11), position_ids=moved).needs_mask
-
-
-def test_original_layout_of_stage_1_pads_right_with_eos() -> None:
-    prompts: list[list[Piece]] = [[IMAGE, Text("ab", target=True)], [IMAGE, Text("abc", target=True)]]
-    batch = train(prompts, layout="original")
-    assert batch.token_ids.tolist() == [[1, SOFT, SOFT, 3, 4, 2], [1, SOFT, SOFT, 3, 4, 5]]
-    assert batch.labels[0].tolist() == [IGNORED] * 3 + [3, 4, IGNORED]
-    assert not batch.needs_mask
-    assert train(prompts, length=2, layout="original").labels[1].tolist() == [IGNORED] * 3 + [3, 4]
+    unmasked = dataclasses.replace(batch, attention_mask=torch.ones(2, 11))
+    assert not unmasked.needs_mask
+    assert dataclasses.replace(unmasked, position_ids=batch.position_ids + torch.tensor([[0], [1]])).needs_mask
 
 
 @pytest.mark.parametrize(("length", "kept", "lost"), [(1, 7, 1), (2, 8, 0), (4, 10, 0)])
