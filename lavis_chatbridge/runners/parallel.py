@@ -70,7 +70,7 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
         for parameter in optim.trainable(model).values():
             dist.broadcast(parameter.data, src=0)
     if run.compile:
-        for block in frozen_blocks(model):
+        for block in _as_bridge(model, "run.compile").blocks():
             block.compile()
 
 
@@ -82,21 +82,6 @@ def check_trainable(model: nn.Module) -> None:
             f"model.language_model.device_map is {chosen}, which is for answering: set it to null to train, and use "
             "run.parallel: fsdp if the model does not fit on one device"
         )
-
-
-def frozen_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of all frozen stacks: children of the outermost module lists in which at most LoRA is trained."""
-    blocks: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for stack in model.modules():
-        if not isinstance(stack, nn.ModuleList) or stack in inside:
-            continue
-        for block in stack:
-            parameters = list(block.named_parameters())
-            if parameters and not any(p.requires_grad and not lora.is_adapter(name) for name, p in parameters):
-                blocks.append(block)
-                inside.update(block.modules())
-    return blocks
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class RunSettings(EvaluationSettings):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """``fsdp`` shards the language model's blocks over the processes; all other weights are on each."""
     compile: bool = False
-    """Compile the frozen blocks with ``torch.compile``."""
+    """Compile the language model's blocks with ``torch.compile``."""
     gradient_checkpointing: bool = False
     """Recompute the language model's activations in backward instead of keeping them."""
 
