@@ -178,7 +178,11 @@ class Stop(Exception):
 
 def stop_after(one: ChatBridgeRunner, step: int) -> None:
     """Let a run end once ``step`` is counted and before it is saved, as a machine that goes away does."""
-    after_step(one, step, lambda: (_ for _ in ()).throw(Stop()).__next__())
+
+    def stop() -> None:
+        raise Stop
+
+    after_step(one, step, stop)
 
 
 def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object]) -> None:
