@@ -45,9 +45,11 @@ _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", 
 
 
 class Name(NamedTuple):
-    """One way to name weights; exactly one of ``path``, ``repo`` and ``url`` is set."""
+    """One way to name weights, and what is needed of them; exactly one of ``path``, ``repo`` and ``url`` is set."""
 
     text: str
+    content: Content = "weights"
+    prefixes: tuple[str, ...] = ()
     path: Path | None = None
     repo: str = ""
     file: str = ""
@@ -88,30 +90,23 @@ def find(names: str | Sequence[str], what: str, content: Content = "weights", pr
     Raises:
         CheckpointError: One line with the file, its address and a remedy, if no name can be had.
     """
-    alternatives = [parsed(text, what) for text in as_list(names)]
-    for name in alternatives:
-        if (place := _present(name, content, prefixes)) is not None:
-            return place
-    return _first(alternatives, what, lambda name: _fetch(name, content, prefixes))
+    alternatives = [parsed(text, what, content, prefixes) for text in as_list(names)]
+    present = next((place for name in alternatives if (place := _present(name)) is not None), None)
+    return present or _first(alternatives, what, _fetch)
 
 
 def status(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Found:
     """Where weights are, without fetching them; a server is asked for their size. Arguments as those of `find`."""
-
-    def remote_size(name: Name) -> int | None:
-        return _url_size(name) if name.url else sum(_remote_files(name, content, prefixes).values())
-
     try:
-        alternatives = [parsed(text, what) for text in as_list(names)]
+        alternatives = [parsed(text, what, content, prefixes) for text in as_list(names)]
         for name in alternatives:
-            if (place := _present(name, content, prefixes)) is not None:
+            if (place := _present(name)) is not None:
                 files = [place] if place.is_file() else needed_files(place, content, prefixes)
                 local = name.path is not None or _under_folder(name) is not None
                 return Found("local" if local else "cached", place, sum(file.stat().st_size for file in files))
-        size = _first(alternatives, what, remote_size)
+        return Found("to fetch", None, _first(alternatives, what, _remote_size))
     except CheckpointError as error:
         return Found("missing", None, None, str(error))
-    return Found("to fetch", None, size)
 
 
 def snapshot(repo: str, revision: str | None = None) -> Path:
@@ -126,19 +121,19 @@ def as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def parsed(text: str, what: str) -> Name:
+def parsed(text: str, what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Name:
     """A name's parts; a `CheckpointError` if it is empty."""
     if not text.strip():
         raise CheckpointError(f"{what} is empty: name a file, a hub id or a URL, or set it to null")
     if re.match(r"https?://", text):
-        return Name(text, url=text)
+        return Name(text, content, tuple(prefixes), url=text)
     path = Path(os.path.expandvars(text)).expanduser()
     if text.startswith(PACKAGE):
         path = Path(__file__).resolve().parent / text[len(PACKAGE) :]
     found = _HUB_ID.fullmatch(text)
     if found is None or (not found["file"] and text.endswith(_SUFFIXES)) or path.exists():
-        return Name(text, path=path)
-    return Name(text, repo=found["repo"], file=found["file"] or "", revision=found["revision"])
+        return Name(text, content, tuple(prefixes), path)
+    return Name(text, content, tuple(prefixes), None, found["repo"], found["file"] or "", found["revision"])
 
 
 def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -> list[Path]:
@@ -211,7 +206,7 @@ def _shards(index: Path, prefixes: Sequence[str]) -> list[str]:
     return sorted({file for name, file in places.items() if not prefixes or name.startswith(tuple(prefixes))})
 
 
-def _present(name: Name, content: Content, prefixes: Sequence[str]) -> Path | None:
+def _present(name: Name) -> Path | None:
     """The local file or folder of a name, None if it is not on this disk."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -227,7 +222,7 @@ def _present(name: Name, content: Content, prefixes: Sequence[str]) -> Path | No
             found = try_to_load_from_cache(name.repo, name.file, revision=name.revision)
             return Path(found) if isinstance(found, str) else None
         folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
-        needed_files(folder, content, prefixes)
+        needed_files(folder, name.content, name.prefixes)
     except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
         return None
     return folder
@@ -243,13 +238,13 @@ def _under_folder(name: Name) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _fetch(name: Name, content: Content, prefixes: Sequence[str]) -> Path:
+def _fetch(name: Name) -> Path:
     """Fetch in one process; others wait for its locks, then find the files cached."""
     from huggingface_hub import constants
 
     if name.url:
         return _fetch_url(name)
-    sizes = _remote_files(name, content, prefixes)
+    sizes = _remote_files(name)
     _check_disk(Path(constants.HF_HUB_CACHE), sum(sizes.values()), name.text)
     places = {file: _download(name, file) for file in sizes}
     return places[name.file] if name.file else next(place.parents[file.count("/")] for file, place in places.items())
@@ -275,7 +270,11 @@ def _fetch_url(name: Name) -> Path:
     return target
 
 
-def _remote_files(name: Name, content: Content, prefixes: Sequence[str]) -> dict[str, int]:
+def _remote_size(name: Name) -> int | None:
+    return _url_size(name) if name.url else sum(_remote_files(name).values())
+
+
+def _remote_files(name: Name) -> dict[str, int]:
     """The files to fetch of a hub's repository, with their sizes in bytes."""
     from huggingface_hub import HfApi
 
@@ -285,7 +284,7 @@ def _remote_files(name: Name, content: Content, prefixes: Sequence[str]) -> dict
         raise CheckpointError(f"{name.text}: {name.address} has no file {name.file}")
     needed = [name.file]
     if not name.file:
-        needed = _needed(sizes, content, lambda index: _download(name, index), prefixes, name.address)
+        needed = _needed(sizes, name.content, lambda index: _download(name, index), name.prefixes, name.address)
     return {file: sizes.get(file, 0) for file in needed}
 
 
