@@ -240,8 +240,8 @@ def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
     if root:
         relative = os.path.relpath(path, root)
         path = os.path.abspath(path) if relative.startswith("..") else relative
-    place = {} if medium.offset is None else {"offset": medium.offset, "size": medium.size}
-    return {"type": medium.modality, "path": path, **place}
+    location = {} if medium.offset is None else {"offset": medium.offset, "size": medium.size}
+    return {"type": medium.modality, "path": path, **location}
 
 
 def _medium(item: _MediumRecord, where: str, root: str, allow_outside: bool) -> Medium:

@@ -159,8 +159,10 @@ def require_files(datasets_cfg: Mapping[str, Any]) -> None:
     missing: list[str] = []
     for name, section in datasets_cfg.items():
         builder = registry.get_builder_class(name)
-        if issubclass(builder or object, ChatBridgeBuilder) and (absent := _missing(builder(section).settings)):
-            missing.append(_report(f"datasets.{name}", absent))
+        if issubclass(builder or object, ChatBridgeBuilder):
+            own = builder(section).settings
+            if absent := _missing(own):
+                missing.append(_report(f"datasets.{name}", absent, own))
     if missing:
         raise DataError("; ".join(missing))
 
@@ -195,14 +197,13 @@ def _missing(own: DataSettings) -> list[str]:
     return list(dict.fromkeys(path for part in parts if not _is_absent(part) for path in part.missing(["train"])))
 
 
-def _report(where: str, missing: Sequence[str], own: DataSettings | None = None) -> str:
-    """The error text for missing files; given the data set's settings, with the data root and its origin."""
-    under = ""
-    if own is not None:
-        keys = f"{where}.data_root, env.data_root or ${DATA_VARIABLE}"
-        under = f" (data root {os.path.abspath(own.root)}; {keys} sets another)"
+def _report(where: str, missing: Sequence[str], own: DataSettings) -> str:
+    """The error text for missing files, with the data root and the keys that set it."""
+    root = f"data root {os.path.abspath(own.root)}; {where}.data_root, env.data_root or ${DATA_VARIABLE} sets another"
     files = ", ".join(missing)
-    return f"{where}: {len(missing)} of its files and folders are missing{under}: {files}. docs/data.md has the layout"
+    return (
+        f"{where}: {len(missing)} of its files and folders are missing ({root}): {files}. docs/data.md has the layout"
+    )
 
 
 def _tell_apart(sources: Sequence[SampleDataset]) -> None:
@@ -211,7 +212,7 @@ def _tell_apart(sources: Sequence[SampleDataset]) -> None:
     equal = [source for source in sources if counts[source.name] > 1]
     names = [f"{source.name}/{source.sample(0).modality}" for source in equal]
     if len(set(names)) < len(names):
-        names = [f"{source.name}/{Path(source.samples.path).stem}" for source in equal]  # type: ignore[attr-defined]
+        names = [f"{source.name}/{Path(source.samples.path).stem}" for source in equal]
     for source, name in zip(equal, names, strict=True):
         source.name = name
 

@@ -55,7 +55,7 @@ class FeatureStore:
     def __init__(self, folder: str | Path, encoders: Mapping[Modality, str] | None = None) -> None:
         self.folder = Path(folder)
         self._encoders = encoders or {}
-        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._locations: dict[str, tuple[Path, int, int]] = {}
         self._files: dict[str, list[Any]] = {}
         """Name of a medium -> size, modification and change time in ns of its file, and the hash of its content."""
         self.refresh()
@@ -65,13 +65,13 @@ class FeatureStore:
         for shard in sorted(self.folder.glob("*.tar")):
             if (index := read_index(shard)) is not None:
                 self._files |= index["files"]
-                self._places |= {key: (shard, *place) for key, place in index["places"].items()}
+                self._locations |= {key: (shard, *location) for key, location in index["locations"].items()}
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return key in self._locations
 
     def key(self, medium: Medium) -> str:
         """The key of a medium: 40 hexadecimal digits; a `MediaError` if the file cannot be read.
@@ -90,7 +90,7 @@ class FeatureStore:
 
     def get(self, key: str) -> EncodedMedium:
         """The stored features, tokens in float16; a `DataError` if the shard is damaged."""
-        shard, offset, size = self._places[key]
+        shard, offset, size = self._locations[key]
         try:
             with open(shard, "rb") as file:
                 file.seek(offset)
@@ -102,12 +102,12 @@ class FeatureStore:
     def find(self, medium: Medium) -> EncodedMedium | None:
         """The stored features of a medium, or None; a `MediaError` if the file cannot be read."""
         key = self.key(medium)
-        return self.get(key) if key in self._places else None
+        return self.get(key) if key in self._locations else None
 
     def add(self, features: Iterable[tuple[Medium, EncodedMedium]]) -> int:
         """Write features to a new shard, and return their number."""
         shard = self.folder / f"features-{uuid.uuid4().hex}.tar"
-        places: dict[str, tuple[int, int]] = {}
+        locations: dict[str, tuple[int, int]] = {}
         files: dict[str, list[Any]] = {}
         try:
             with tar_file(shard) as add:
@@ -115,13 +115,13 @@ class FeatureStore:
                     key = self.key(medium)
                     tensors = {"tokens": encoded.tokens.half(), "mask": encoded.mask.bool()}
                     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-                    places[key] = add(f"{key}.safetensors", content)
+                    locations[key] = add(f"{key}.safetensors", content)
                     files[_name(medium)] = self._files[_name(medium)]
-            write_index(shard, {"places": places, "files": files})
+            write_index(shard, {"locations": locations, "files": files})
         except OSError as error:
             raise DataError(f"{self.folder}: features cannot be written there: {error.strerror or error}") from error
-        self._places |= {key: (shard, *place) for key, place in places.items()}
-        return len(places)
+        self._locations |= {key: (shard, *location) for key, location in locations.items()}
+        return len(locations)
 
 
 def encoder_hashes(model: Encoder, processors: Mapping[str, Any]) -> dict[Modality, str]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ _TRIES_BEFORE_JUDGING = 20
 _NAMED_PER_SOURCE = 20
 _LENGTHS_LOOKED_AT = 20_000
 _FATAL = "fatal"  # an error raised in a worker would reach the user as a traceback
+
+Request: TypeAlias = tuple[str, Sequence[tuple[int, int]]]
+"""A batch to load: a source, and ``(index, epoch)`` of each sample."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,6 @@ class LoaderSettings:
     workers: int = 0
     pin_memory: bool = False
     hang_seconds: float = 300.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """A batch to load: ``(index, epoch)`` pairs of one source."""
-
-    source: str
-    pairs: Sequence[tuple[int, int]]
-    step: int
 
 
 def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: str = "") -> str:
@@ -121,9 +115,9 @@ class MixtureLoader:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """The micro-batches of steps ``start`` to ``stop - 1``, ``accumulate`` for each step, in order.
 
-        A batch has the keys of `collate`, and ``step``, ``epoch`` (of its first sample) and ``skipped`` (pairs of
-        sample id and cause). If all its samples are unreadable, it is empty: every rank needs a batch per step. A
-        malformed sample is a `DataError`, a dead worker a `TrainingError`.
+        A batch has the keys of `collate`, and ``skipped``: pairs of sample id and cause. If all its samples are
+        unreadable, it is empty: every rank needs a batch per step. A malformed sample is a `DataError`, a dead worker a
+        `TrainingError`.
         """
 
         def remaining(done: int) -> Iterator[Request]:
@@ -137,7 +131,7 @@ class MixtureLoader:
             source, pairs = self.plan.batch(step, self.rank)
             size = len(pairs) // self.settings.accumulate
             for first in range(0, len(pairs), size):
-                yield Request(source, pairs[first : first + size], step)
+                yield source, pairs[first : first + size]
 
 
 class EvaluationLoader:
@@ -178,8 +172,8 @@ class EvaluationLoader:
         self._requests: list[Request] = []
         for source, share in self.shares:
             left = [(index, 0) for index in share if (source, index) not in known]
-            for start in range(0, len(left), self.batch_size):
-                self._requests.append(Request(source, left[start : start + self.batch_size], len(self._requests)))
+            starts = range(0, len(left), self.batch_size)
+            self._requests += [(source, left[start : start + self.batch_size]) for start in starts]
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -210,8 +204,8 @@ def source_ratios(
         parts: list[float] = [source.ratio for source in split.sources if source.ratio is not None]
         if len(parts) < len(split.sources):
             parts = [len(source) for source in split.sources]
-        whole = float(own[name] or len(split))
-        shares |= {source.name: whole * part / sum(parts) for source, part in zip(split.sources, parts, strict=True)}
+        total = float(own[name] or len(split))
+        shares |= {source.name: total * part / sum(parts) for source, part in zip(split.sources, parts, strict=True)}
     return shares
 
 
@@ -231,21 +225,21 @@ class _Mixture(torch.utils.data.Dataset):
         self.busy = torch.zeros(max(1, workers), 4, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
-        source = self._sources[request.source]
+        name, pairs = request
+        source = self._sources[name]
         items, skipped = [], []
-        for index, epoch in request.pairs:
-            if (request.source, index) in self.hung:
+        for index, epoch in pairs:
+            if (name, index) in self.hung:
                 skipped.append((source.sample(index).id, "its decoder did not return in time"))
                 continue
             try:
-                with self._busy(request.source, index):
+                with self._busy(name, index):
                     items.append(source.item(index, epoch))
             except MediaError as error:
                 skipped.append((source.sample(index).id, str(error)))
             except ChatBridgeError as error:
                 return {_FATAL: error}
-        batch = collate(items, source.name)
-        return batch | {"skipped": skipped, "step": request.step, "epoch": request.pairs[0][1]}
+        return collate(items, name) | {"skipped": skipped}
 
     @contextmanager
     def _busy(self, source: str, index: int) -> Iterator[None]:
@@ -302,7 +296,7 @@ def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: Loade
     """The batches of the requests in order; ends early if a worker is stuck."""
     loader: DataLoader = DataLoader(
         dataset,
-        batch_size=None,  # a request is a whole batch
+        batch_size=None,  # a request is a batch
         sampler=requests,  # type: ignore[arg-type]
         num_workers=settings.workers,
         pin_memory=settings.pin_memory and torch.cuda.is_available(),

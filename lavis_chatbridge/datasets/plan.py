@@ -66,8 +66,8 @@ class _Schedule:
         scale = math.lcm(*(share.denominator for share in shares))
         self._weights = [int(share * scale) for share in shares]
         few = len(ratios) * (len(ratios) + 1)  # large enough that the most frequent source's remainder is positive
-        whole = sum(self._weights)
-        self._block = whole if whole <= max(few, 12) else few
+        period = sum(self._weights)
+        self._block = period if period <= max(few, 12) else few
         self._seed = seed
 
     def at(self, step: int) -> tuple[int, list[int]]:

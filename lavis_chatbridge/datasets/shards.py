@@ -31,7 +31,7 @@ from lavis_chatbridge.schema import Medium, Sample, to_record
 _log = logging.getLogger(__name__)
 
 PER_SHARD = 1000
-_FORMAT = "chatbridge-shard-2"
+_FORMAT = "chatbridge-shard-3"
 
 Add: TypeAlias = Callable[[str, bytes], tuple[int, int]]
 """Appends a member to a tar file; returns offset and size of its content."""
@@ -193,9 +193,9 @@ def _fill(shard: Path, samples: Sequence[Sample], part: Iterable[tuple[int, Samp
             for number, (key, (ending, data)) in enumerate(new.items()):
                 name = f"{position:09d}.{ending if len(new) == 1 else f'{number}.{ending}'}"
                 stored[key] = (name, *add(name, data))
-            record = json.dumps(_placed(sample, by_name), ensure_ascii=False)
+            record = json.dumps(_moved(sample, by_name), ensure_ascii=False)
             add(f"{position:09d}.json", record.encode())
-            records.append(_placed(sample, by_offset))
+            records.append(_moved(sample, by_offset))
             modalities[sample.modality] += 1
     return {"samples": len(records), "modalities": modalities, "left_out": left_out, "records": records}
 
@@ -219,9 +219,9 @@ def _content(medium: Medium, samples: Sequence[Sample]) -> tuple[str, bytes]:
     return ending if ending.isalnum() and ending != "json" else medium.modality, data
 
 
-def _placed(sample: Sample, place: Callable[[Medium], Medium]) -> dict[str, Any]:
+def _moved(sample: Sample, move: Callable[[Medium], Medium]) -> dict[str, Any]:
     """A sample as a JSONL record, with its media's locations in the shards."""
-    media = tuple(medium if medium.words else place(medium) for medium in sample.media)
+    media = tuple(medium if medium.words else move(medium) for medium in sample.media)
     return to_record(replace(sample, media=media))
 
 

@@ -35,7 +35,6 @@ def same(first, second):
 def test_batches_do_not_depend_on_workers_and_resume_anywhere(pictures, processors):
     groups = {"grey": group(pictures, processors)}
     whole = list(MixtureLoader(groups, LoaderSettings(batch_size=5)).batches(0, 6))
-    assert [b["step"] for b in whole] == list(range(6))
     assert {i for b in whole[:3] for i in b["sample_id"]} == {f"s{i}" for i in range(12)}
     same(whole[2:], list(MixtureLoader(groups, LoaderSettings(batch_size=5, workers=2)).batches(2, 6)))
 
@@ -102,7 +101,6 @@ def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processor
     begun = time.monotonic()
     found = list(loader.batches(0, 8))
     assert time.monotonic() - begun < 60
-    assert [batch["step"] for batch in found] == list(range(8))
     assert [batch["skipped"] for batch in found if batch["skipped"]] == [
         [("s4", "its decoder did not return in time")]
     ] * 2
