@@ -65,13 +65,13 @@ def patch_transformers() -> None:
     """Add the names that LAVIS imports from transformers and that have moved or gone."""
     from transformers import modeling_utils, pytorch_utils
 
-    _add(pytorch_utils, "find_pruneable_heads_and_indices", _find_pruneable_heads_and_indices)
+    _add(pytorch_utils, "find_pruneable_heads_and_indices", _dropped)
     for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
         _add(modeling_utils, name, getattr(pytorch_utils, name))
     gone = "transformers.utils.model_parallel_utils"
     if gone not in sys.modules and importlib.util.find_spec(gone) is None:
         stub = ModuleType(gone, "Naive model parallelism, which transformers 5 has dropped.")
-        stub.__dict__.update(assert_device_map=_no_model_parallelism, get_device_map=_no_model_parallelism)
+        stub.__dict__.update(assert_device_map=_dropped, get_device_map=_dropped)
         sys.modules[gone] = stub
 
 
@@ -131,19 +131,8 @@ def _zoo_from_registry(zoo: Any) -> dict[str, list[str]]:
     return {name: list(model.PRETRAINED_MODEL_CONFIG_DICT) for name, model in models.items()}
 
 
-def _no_model_parallelism(*arguments: Any, **named: Any) -> Any:
-    raise NotImplementedError("transformers has dropped naive model parallelism: load the model with a device_map")
-
-
-def _find_pruneable_heads_and_indices(heads: Any, n_heads: int, head_size: int, already_pruned_heads: set[int]) -> Any:
-    """Heads still to prune, counted as in the unpruned layer, and the indices of the weight rows that stay."""
-    import torch
-
-    remaining = set(heads) - already_pruned_heads
-    keep = torch.ones(n_heads, head_size, dtype=torch.bool)
-    for head in remaining:
-        keep[head - sum(pruned < head for pruned in already_pruned_heads)] = False
-    return remaining, keep.flatten().nonzero().flatten()
+def _dropped(*arguments: Any, **named: Any) -> Any:
+    raise NotImplementedError("transformers 5 has dropped pruning, masks of heads and naive model parallelism")
 
 
 def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
@@ -156,12 +145,5 @@ def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
 
 
 def _get_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, is_attention_chunked: bool = False) -> Any:
-    """A mask over heads, ``[heads]`` or ``[layers, heads]``, as ``[layers, 1, heads, 1, 1]``; ``None`` per layer."""
-    if head_mask is None:
-        return [None] * num_hidden_layers
-    if head_mask.dim() == 1:
-        head_mask = head_mask.expand(num_hidden_layers, -1)
-    if head_mask.dim() == 2:
-        head_mask = head_mask[:, None, :, None, None]
-    head_mask = head_mask.to(self.dtype)
-    return head_mask.unsqueeze(-1) if is_attention_chunked else head_mask
+    """No mask for any layer, which is all that LAVIS asks for."""
+    return [None] * num_hidden_layers if head_mask is None else _dropped()

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import append_lines, atomic_text, read_json, read_lines, read_objects, write_json
+from lavis_chatbridge.files import append_lines, atomic_text, read_json, read_objects, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -96,11 +96,11 @@ class PredictionFiles:
         """Predictions of earlier evaluations with the same hash; a line that an interruption cut off is skipped."""
         found: dict[tuple[str, int], Prediction] = {}
         for path in chain(self._finished(), self._parts()):
-            for number, line in read_lines(path):
+            for line in path.read_bytes().splitlines():
                 try:
                     record = Prediction.model_validate_json(line)
                 except ValueError:
-                    _log.warning("%s:%d: skipped a line that is cut off", path, number)
+                    _log.warning("%s: skipped a line that is cut off", path)
                 else:
                     found[record.key] = record
         return found

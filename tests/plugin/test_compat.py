@@ -13,13 +13,6 @@ from lavis_chatbridge.plugin import compat
 lavis_models = pytest.importorskip("lavis.models")
 
 
-def test_pruned_heads_are_counted_as_before_pruning():
-    heads, kept = compat._find_pruneable_heads_and_indices([0, 3], n_heads=3, head_size=2, already_pruned_heads={0})
-    assert heads == {3}
-    # Of the four heads 0 to 3 the first is gone; 3 is now the third, so rows 4 and 5 go.
-    assert kept.tolist() == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inverted_mask_adds_nothing_where_tokens_count(dtype):
     model = SimpleNamespace(dtype=dtype)
@@ -28,15 +21,6 @@ def test_inverted_mask_adds_nothing_where_tokens_count(dtype):
     assert inverted.shape == (1, 1, 1, 3)
     assert inverted.flatten().tolist() == [0.0, 0.0, lowest]
     assert compat._invert_attention_mask(model, torch.ones(2, 4, 3)).shape == (2, 1, 4, 3)
-
-
-def test_head_mask_is_spread_over_layers():
-    model = SimpleNamespace(dtype=torch.float32)
-    assert compat._get_head_mask(model, None, 3) == [None, None, None]
-    one = compat._get_head_mask(model, torch.tensor([1, 0]), 3)
-    assert one.shape == (3, 1, 2, 1, 1)
-    assert one[2, 0, :, 0, 0].tolist() == [1.0, 0.0]
-    assert compat._get_head_mask(model, torch.ones(3, 2), 3, is_attention_chunked=True).shape == (3, 1, 2, 1, 1, 1)
 
 
 def test_applying_again_changes_nothing():

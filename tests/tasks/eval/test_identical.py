@@ -99,8 +99,8 @@ def test_an_interrupted_run_resumes(evaluate, tmp_path, calls):
         evaluate("cut")
     [part] = (tmp_path / "cut/result").glob(".*.rank0.jsonl")
     assert len(part.read_text().splitlines()) == sum(calls.sizes)
-    with open(part, "a") as file:
-        file.write('{"sample_id": "abc", "pred')  # a line that a kill cut off
+    with open(part, "ab") as file:
+        file.write(b'{"sample_id": "a\xc3')  # a line that a kill cut off, inside a character
     calls.most = 100
     assert evaluate("cut") == whole
     assert sum(calls.sizes) == 11

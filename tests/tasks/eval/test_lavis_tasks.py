@@ -46,27 +46,33 @@ def written(folder, name, content):
     return str(folder / name)
 
 
-def test_captioning_on_coco_caption(score, tmp_path):
-    rows = [
-        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "image_id": f"coco_{n}", "caption": ["a colour"]}
+def results(folder, name):
+    """What LAVIS's task has written."""
+    return json.loads((folder / f"result/{name}.json").read_text())
+
+
+def rows_of(**columns):
+    """A row about each picture; a column is a value or a function of the picture's number."""
+    return [
+        {"image": f"val2014/COCO_val2014_{n:012d}.jpg"}
+        | {name: value(n) if callable(value) else value for name, value in columns.items()}
         for n in (1, 2, 3)
     ]
-    file = written(tmp_path, "coco.json", rows)
-    splits = {split: {"url": file, "storage": file} for split in ("train", "val", "test")}
-    info = {"annotations": splits, "images": {"storage": str(tmp_path / "images")}}
-    found = score({"coco_caption": {"build_info": info}}, task="captioning", test_splits=["test"], report_metric=False)
+
+
+def test_captioning_on_coco_caption(score, tmp_path):
+    file = written(tmp_path, "coco.json", rows_of(image_id="coco_{}".format, caption=["a colour"]))
+    datasets = {"coco_caption": section(tmp_path, dict.fromkeys(("train", "val", "test"), file))}
+    found = score(datasets, task="captioning", test_splits=["test"], report_metric=False)
     assert found["test"] == {"agg_metrics": 0.0}
-    records = json.loads((tmp_path / "result/test_epoch0.json").read_text())
+    records = results(tmp_path, "test_epoch0")
     assert [record["image_id"] for record in records] == [1, 2, 3]
     assert all(isinstance(record["caption"], str) for record in records)
 
 
 def official_files(folder, candidates):
     """The four files of a split in LAVIS's layout of VQAv2: rows, candidates, the official questions and answers."""
-    rows = [
-        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "question": "What colour is it?", "question_id": n}
-        for n in (1, 2, 3)
-    ]
+    rows = rows_of(question="What colour is it?", question_id=int)
     questions = {"questions": [{"image_id": n, "question": "What colour is it?", "question_id": n} for n in (1, 2, 3)]}
     top = {"info": {}, "task_type": "", "data_type": "mscoco", "data_subtype": "val2014", "license": {}}
     answers = [{"answer": "red", "answer_id": i, "answer_confidence": "yes"} for i in range(1, 11)]
@@ -82,10 +88,10 @@ def official_files(folder, candidates):
     ]
 
 
-def section(folder, splits, kind="images", **more):
+def section(folder, splits, media="images", **more):
     """A data set's section whose annotations are files that exist."""
     annotations = {split: {"url": files, "storage": files} for split, files in splits.items()}
-    return more | {"build_info": {"annotations": annotations, kind: {"storage": str(folder / kind)}}}
+    return more | {"build_info": {"annotations": annotations, media: {"storage": str(folder / media)}}}
 
 
 @pytest.mark.parametrize("method", ["rank", "generate"])
@@ -96,25 +102,19 @@ def test_vqa_on_coco_vqa_with_the_official_score(score, tmp_path, method):
     assert set(found["val"]) == {"agg_metrics", "other"}
     if method == "rank":  # of a single candidate
         assert found["val"]["agg_metrics"] == 100.0
-    records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
+    records = results(tmp_path, "val_vqa_result")
     assert [record["question_id"] for record in records] == [1, 2, 3]
-
-
-def gqa_rows(answers):
-    return [
-        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "question": "Is it red?", "question_id": n, "answer": answer}
-        for n, answer in enumerate(answers, 1)
-    ]
 
 
 def test_gqa_on_gqa_counts_generated_answers(score, tmp_path):
     def run(name, answers):
-        rows = written(tmp_path, name, gqa_rows(answers))
+        columns = {"question": "Is it red?", "question_id": int, "answer": lambda n: answers[n - 1]}
+        rows = written(tmp_path, name, rows_of(**columns))
         datasets = {"gqa": section(tmp_path, {"train": [rows], "val": [rows], "test": [rows]}, type="balanced_testdev")}
         return score(datasets, task="gqa", test_splits=["val"], inference_method="generate")["val"]
 
     assert run("other.json", ["no such answer"] * 3) == {"agg_metrics": 0.0, "acc": 0.0}
-    records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
+    records = results(tmp_path, "val_vqa_result")
     assert [record["question_id"] for record in records] == [1, 2, 3]
     official = VQAEval()
     said = [official.processDigitArticle(official.processPunctuation(record["pred_ans"])) for record in records]
@@ -135,7 +135,7 @@ def test_vqa_on_questions_about_videos_writes_answers(score, tmp_path):
     datasets = {"msvd_qa": section(tmp_path, splits, "videos", vis_processor=VIDEO_PROCESSORS)}
     found = score(datasets, task="vqa", test_splits=["test"], inference_method="generate")
     assert found == {"test": {}}  # LAVIS counts no answers in words
-    records = json.loads((tmp_path / "result/test_vqa_result.json").read_text())
+    records = results(tmp_path, "test_vqa_result")
     assert [record["question_id"] for record in records] == [1, 2]
     assert all(isinstance(record["answer"], str) for record in records)
 
@@ -147,21 +147,18 @@ def test_captioning_on_laviss_video_captions(score, tmp_path):
     datasets = {"msvd_caption": section(tmp_path, splits, "videos", vis_processor=VIDEO_PROCESSORS)}
     found = score(datasets, task="captioning", test_splits=["test"], report_metric=False)
     assert found == {"test": {"agg_metrics": 0.0}}
-    records = json.loads((tmp_path / "result/test_epoch0.json").read_text())
+    records = results(tmp_path, "test_epoch0")
     assert [record["image_id"] for record in records] == [1, 2]
     assert all(isinstance(record["caption"], str) and record["caption"] for record in records)
 
 
 def test_aok_vqa_on_aok_vqa(score, tmp_path):
-    rows = [
-        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "question": "What colour is it?", "question_id": f"q{n}",
-         "choices": ["red", "green"], "correct_choice_idx": 0, "direct_answers": ["red"] * n + ["green"] * (10 - n)}
-        for n in (1, 2, 3)
-    ]  # fmt: skip
+    answers = {"direct_answers": lambda n: ["red"] * n + ["green"] * (10 - n), "question_id": "q{}".format}
+    rows = rows_of(question="What colour is it?", choices=["red", "green"], correct_choice_idx=0, **answers)
     file = written(tmp_path, "aok.json", rows)
     files = [file, written(tmp_path, "answers.json", ["red"])]
     datasets = {"aok_vqa": section(tmp_path, {"train": [file], "val": files, "test": files})}
     found = score(datasets, task="aok_vqa", test_splits=["val"], inference_method="rank")
     assert found["val"] == {"agg_metrics": pytest.approx(200 / 3), "acc": pytest.approx(200 / 3)}  # 1/3, 2/3 and 3/3
-    records = json.loads((tmp_path / "result/val_vqa_result.json").read_text())
+    records = results(tmp_path, "val_vqa_result")
     assert [(record["question_id"], record["pred_ans"]) for record in records] == [(f"q{n}", "red") for n in (1, 2, 3)]
