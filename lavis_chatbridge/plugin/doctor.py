@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
-from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError
+from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, one_line
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.settings import ModelSettings
@@ -87,7 +87,7 @@ def packages() -> Iterator[Finding]:
         try:
             import_module(name)
         except Exception as error:  # a broken binary may raise anything
-            cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            cause = f"{type(error).__name__}: {one_line(error)}"
             yield Finding("FAULT", f"{name} cannot be imported ({cause}). {remedy}")
     if find_spec("lavis") is None:
         yield Finding("FAULT", f"LAVIS is not installed: {INSTALL_LAVIS}")

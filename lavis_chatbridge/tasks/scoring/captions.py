@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
-from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.errors import DataError, one_line
 from lavis_chatbridge.tasks.scoring import CAPTION_METRICS
 
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class CaptionScores:
         try:
             corpus, single = (_meteor if metric == "METEOR" else _scored)(metric, truth, said)
         except Exception as error:  # an external scorer may raise anything; only its own metric is lost
-            self.left_out[metric] = f"its scorer failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.left_out[metric] = f"its scorer failed: {type(error).__name__}: {one_line(error)}"
             _log.warning("%s is left out: %s", metric, self.left_out[metric])
             return
         if metric == "BLEU":
