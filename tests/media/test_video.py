@@ -38,18 +38,14 @@ def decoded_fully(data: bytes) -> list[np.ndarray]:
 
 VIDEOS: dict[str, dict[str, Any]] = {
     "mp4": {},
-    "mp4 with sound": {"sound": tone(1.2, 48_000)},
     "mp4, one group": {"gop": 250, "b_frames": 3, "options": {"x264-params": "b-pyramid=normal"}},
     "mp4, open groups": {"options": {"x264-params": "open-gop=1"}},
-    "mp4, no b frames": {"b_frames": 0},
     "mp4, gradual refresh": {"options": {"x264-params": "intra-refresh=1:keyint=10"}, "gop": 60},
     "mp4 av1": {"codec": "libsvtav1", "b_frames": 0},
     "mkv": {"form": "matroska"},
     "webm vp9": {"form": "webm", "codec": "libvpx-vp9", "b_frames": 0},
-    "webm vp8": {"form": "webm", "codec": "libvpx", "b_frames": 0},
     "avi mpeg4": {"form": "avi", "codec": "mpeg4"},
     "avi h264": {"form": "avi"},
-    "ts": {"form": "mpegts"},
     "ts mpeg2": {"form": "mpegts", "codec": "mpeg2video"},
 }
 
@@ -62,8 +58,7 @@ def test_chosen_frames_equal_those_of_a_full_decoding(name: str) -> None:
     every = decoded_fully(data)
     rng = np.random.default_rng(3)
     counts: list[int] = []
-    choices = [[index] for index in range(40)] + [[index, index + 1] for index in range(39)]
-    choices += [rng.integers(40, size=5).tolist() for _ in range(20)]
+    choices = [[index] for index in range(40)] + [rng.integers(40, size=5).tolist() for _ in range(20)]
     for indices in choices:
         got = open_video(data, noting(counts, lambda count, indices=indices: indices))  # type: ignore[misc]
         assert np.array_equal(got, np.stack([every[index] for index in indices])), indices

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_chatbridge.errors import ConfigError, TooShortError
-from lavis_chatbridge.processors import AudioEvalProcessor, AudioTrainProcessor, ImageEvalProcessor, load_processors
+from lavis_chatbridge.processors import AudioEvalProcessor, ImageEvalProcessor, load_processors
 from lavis_chatbridge.processors.inputs import settings_for
 
 RATE = 16_000
@@ -40,11 +40,6 @@ def whisper(path: Path, seconds: int = 2) -> dict[str, Any]:
             {"encoder": "transformers"},
             {"config": {}, "preprocessor_config": {"size": {"height": 384, "width": 384}, "image_mean": [0.5] * 3}},
             {"image_size": 384, "mean": [0.5] * 3},
-        ),
-        (
-            {"encoder": "transformers"},
-            {"config": {}, "preprocessor_config": {"size": {"shortest_edge": 256}, "crop_size": {"height": 224}}},
-            {"image_size": 224},
         ),
         (
             {"encoder": "timm"},
@@ -95,8 +90,6 @@ def test_clips_of_whisper(tmp_path: Path) -> None:
     assert len(processor((sound[: int(2.05 * RATE)], RATE)).fbank) == 1  # 50 ms make no clip of their own
     long = np.random.default_rng(0).standard_normal(9 * RATE).astype(np.float32) / 9
     assert len(processor((long, RATE)).fbank) == 2
-    varied = [AudioTrainProcessor.from_config(link)((long, RATE), np.random.default_rng(i)).fbank for i in range(6)]
-    assert len({float(fbank.sum()) for fbank in varied}) > 1
     with pytest.raises(TooShortError, match="less than 25 ms"):
         processor((sound[:100], RATE))
 

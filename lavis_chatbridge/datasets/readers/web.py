@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 
@@ -26,7 +27,7 @@ def webdataset(origin: Origin) -> Iterator[Sample]:
     for path in origin.every_file:
         try:
             with tarfile.open(path, "r:") as shard:
-                for key, members in itertools.groupby(filter(_is_content, shard), _key):
+                for key, members in itertools.groupby(filter(_is_content, shard), lambda member: _split(member)[0]):
                     name = f"{os.path.basename(path)}/{key}"
                     media, text = _read(shard, members, path)
                     if media and text:
@@ -45,16 +46,18 @@ def _is_content(member: tarfile.TarInfo) -> bool:
     return member.isfile() and not os.path.basename(member.name).startswith("._")
 
 
-def _key(member: tarfile.TarInfo) -> str:
+def _split(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Key and ending: ``a`` of ``a.seg.png``, but ``22.05`` of ``22.05.png``, because no ending begins with a digit."""
     folder, name = os.path.split(member.name)
-    return os.path.join(folder, name.partition(".")[0])
+    ending = re.search(r"(\.[A-Za-z_]\w*)*\Z", name).group()  # type: ignore[union-attr]
+    return os.path.join(folder, name.removesuffix(ending)), ending[1:].lower()
 
 
 def _read(shard: tarfile.TarFile, members: Iterable[tarfile.TarInfo], path: str) -> tuple[tuple[Medium, ...], str]:
     """The media and the text of one key, whose members are adjacent."""
     media, text = [], ""
     for member in members:
-        ending = os.path.basename(member.name).partition(".")[2].lower()
+        ending = _split(member)[1]
         if ending in ENDINGS:
             media.append(Medium(ENDINGS[ending], path, member.offset_data, member.size))
         elif ending == "txt":

@@ -393,6 +393,14 @@ def test_webdataset_shards(tmp_path, caplog):
         list(READERS["webdataset"](shard(tmp_path / "b.tar", [("a.json", b"{")])))
 
 
+def test_keys_of_webdataset_shards_may_have_dots(tmp_path):
+    names = ("22.05", "235342 Track 2.0 (Clean Version)", "235342 Track 2.1", "v1.2/00")
+    members = [(f"{name}{ending}", ending.encode()) for name in names for ending in (".mp3", ".seg.png", ".txt")]
+    samples = list(READERS["webdataset"](shard(tmp_path / "a.tar", members)))
+    assert [sample.id for sample in samples] == [f"a.tar/{name}" for name in names]
+    assert {(sample.modality, sample.captions) for sample in samples} == {("audio", (".txt",))}
+
+
 def test_a_shard_that_is_not_read_to_its_end_is_refused(tmp_path):
     """Python's tarfile takes each of these for a shorter archive."""
     pairs = [(f"{i}.{suffix}", f"{i}{suffix}".encode() * 40) for i in range(4) for suffix in ("jpg", "txt")]
