@@ -76,7 +76,6 @@ class Answering:
 
         Raises:
             PromptError: If prompts and media do not fit together, or a prompt exceeds the language model's positions.
-            ConfigError: If a setting is out of range.
         """
         if sampling is None:
             sampled = {"temperature": temperature, "top_p": top_p}
@@ -109,16 +108,11 @@ class Answering:
         """Answers to questions, with LAVIS's arguments.
 
         Args:
-            samples: A batch with ``pieces``, or questions under ``text_input``.
             inference_method: ``"generate"`` free text, or ``"rank"`` the candidates of ``answer_list``.
             num_ans_candidates: Candidates of each question that are ranked, those with the likeliest first token.
             prompt: A template with ``{}`` for the question.
             length_penalty: A score is divided by the number of tokens to this power.
             **more: For :meth:`generate` or :meth:`answer_scores` (``stop``, ``bos``).
-
-        Raises:
-            ConfigError: If the method is unknown, or lacks candidates.
-            PromptError: If prompts and media do not fit together.
         """
         questions = samples.get("text_input")
         if prompt and questions:
@@ -149,8 +143,7 @@ class Answering:
         Args:
             samples: A batch; targets in its prompts are ignored.
             answers: The ``C`` candidates.
-            keep: Candidates of each sample that are scored, those with the likeliest first token; the others get minus
-                infinity. None scores all.
+            keep: How many candidates of each sample are scored, see :func:`candidate_scores`. None scores all.
             stop: The text that closes an answer and is scored with it, in place of the template's end mark.
             bos: See :meth:`generate`.
 
@@ -205,20 +198,16 @@ class Answering:
 def candidate_scores(
     model: LanguageModel, embeds: Tensor, mask: Tensor, candidates: Sequence[Sequence[int]], keep: int, chunk: int
 ) -> Tensor:
-    """Log-probabilities of candidates as continuations of each row.
-
-    Each row is read once; every candidate continues from the row's keys and values.
+    """``[B, C]`` log-probabilities in fp32 of candidates as continuations of each row, which is read once.
 
     Args:
         model: The language model.
         embeds: ``[B, L, D]``, padded on the left.
         mask: ``[B, L]``, one where a position counts.
         candidates: ``C`` lists of ids, none of them empty.
-        keep: Candidates of each row that are scored, those with the likeliest first token (as in BLIP's ranking).
+        keep: Candidates of each row that are scored, those with the likeliest first token (as in BLIP's ranking); the
+            others get minus infinity.
         chunk: Candidates that are scored at once.
-
-    Returns:
-        ``[B, C]`` sums of the tokens' log-probabilities in fp32; minus infinity for candidates that are not kept.
     """
     device = embeds.device
     lengths = torch.tensor([len(candidate) for candidate in candidates], device=device)

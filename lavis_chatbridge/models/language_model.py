@@ -20,22 +20,18 @@ from lavis_chatbridge.models.remote import load_remote
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 from lavis_chatbridge.models.tokenizer import Codec, load_codec
 
-log = logging.getLogger(__name__)
-
-HINT = "set model.language_model.weights to a Hugging Face folder (config.json, tokenizer, weights)"
-
 
 def check_available(settings: LanguageModelSettings) -> None:
     """Raises MissingExtraError, before anything is loaded, if the settings need a package that is not installed."""
     needs = (
-        (settings.lora, "lora", ("peft",), "lora"),
-        (settings.device_map, "device_map", ("accelerate",), "device-map"),
-        (settings.quantization, "quantization", ("bitsandbytes", "accelerate"), "quantize"),
+        ("lora", "peft", "lora"),
+        ("device_map", "accelerate", "device-map"),
+        ("quantization", "bitsandbytes", "quantize"),
+        ("quantization", "accelerate", "quantize"),
     )
-    for value, name, packages, extra in needs:
-        for package in packages:
-            if value is not None and importlib.util.find_spec(package) is None:
-                raise MissingExtraError(package, extra, f"model.language_model.{name}")
+    for name, package, extra in needs:
+        if getattr(settings, name) is not None and importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra, f"model.language_model.{name}")
 
 
 def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel, Codec]:
@@ -97,7 +93,10 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             **_quantised(settings),
         )
     except Exception as error:  # safetensors raises subclasses of Exception itself
-        raise CheckpointError(f"no language model can be read from {folder}: {one_line(error)}; {HINT}") from error
+        raise CheckpointError(
+            f"no language model can be read from {folder}: {one_line(error)}; set model.language_model.weights to a "
+            "Hugging Face folder (config.json, tokenizer, weights)"
+        ) from error
     model, loading = loaded
     missing = [name for name in loading["missing_keys"] if "inv_freq" not in name]
     if missing:

@@ -78,11 +78,7 @@ class _Position(NamedTuple):
 
 
 def lay_out(
-    prompts: Sequence[Sequence[Piece]],
-    places: Sequence[Places],
-    codec: Codec,
-    layout: Layout,
-    max_text_length: int,
+    prompts: Sequence[Sequence[Piece]], places: Sequence[Places], codec: Codec, layout: Layout, max_text_length: int
 ) -> Batch:
     """Training rows.
 
@@ -93,9 +89,6 @@ def lay_out(
         layout: See this module.
         max_text_length: In layout ``"text"``, and in the original's stage 1: text tokens of a sample; further text, and
             media behind it, are cut off. In the original's stage 2: positions.
-
-    Raises:
-        PromptError: If a prompt names a medium that its sample lacks.
     """
     rows = [_positions(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
     if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
@@ -119,11 +112,8 @@ def elements_of(
 ) -> list[Element]:
     """What stands at each position of one prompt, for :class:`decoding.Generation`.
 
-    Args:
-        pieces: The prompt.
-        media: Key and number of soft tokens of each slot's medium.
-        codec: The tokenizer.
-        bos: Begin with BOS, unless the prompt brings its own.
+    ``media`` holds the key and the number of soft tokens of each slot's medium. ``bos`` puts BOS in front, unless the
+    prompt brings its own.
     """
     places = {(slot.modality, slot.index): range(count) for slot, (_, count) in media.items()}
     row = _positions(pieces, places, codec, 0)

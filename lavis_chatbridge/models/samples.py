@@ -1,7 +1,8 @@
 """Reads a batch of LAVIS's tasks and data sets into prompts and media.
 
 ``samples`` is a dict. ``image``, ``video`` and ``audio`` hold a tensor with a batch axis, or a list with a medium or a
-list of media for each sample. ``pieces`` are the prompts; without them a template words LAVIS's text keys.
+list of media for each sample. ``pieces`` are the prompts; without them a template words LAVIS's text keys. A batch that
+does not fit together raises a PromptError.
 """
 
 from __future__ import annotations
@@ -26,11 +27,7 @@ _BATCH: dict[Modality, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W
 
 
 def media_of(samples: Mapping[str, Any]) -> Media:
-    """Each modality's media, by sample.
-
-    Raises:
-        PromptError: If modalities have different numbers of samples, or a value is no processed medium.
-    """
+    """Each modality's media, by sample."""
     given = {modality: samples[modality] for modality in MODALITIES if samples.get(modality) is not None}
     media: Media = {modality: _by_sample(modality, value) for modality, value in given.items()}
     sizes = {modality: len(listed) for modality, listed in media.items()}
@@ -44,9 +41,6 @@ def training_prompts(samples: Mapping[str, Any], media: Media, template: Templat
 
     It is ``pieces``; or, with an answer (``text_output`` or ``answer``), a conversation that ``text_input`` opens; or,
     with ``text_input`` alone, the media and that caption.
-
-    Raises:
-        PromptError: If there is no text, or texts and media are of different numbers.
     """
     if samples.get("pieces") is not None:
         return _worded(samples["pieces"], media, template)
@@ -67,9 +61,6 @@ def contexts(samples: Mapping[str, Any], media: Media, template: Template, quest
 
     It is ``pieces`` up to the last target; or a conversation that ``question``, ``prompt`` or ``text_input`` opens; or,
     without any of them, the media alone, for a caption.
-
-    Raises:
-        PromptError: If the batch is empty, or texts and media are of different numbers.
     """
     if samples.get("pieces") is not None:
         return [context_of(pieces) for pieces in _worded(samples["pieces"], media, template)]

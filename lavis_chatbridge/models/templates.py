@@ -11,6 +11,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from lavis_chatbridge.errors import ConfigError
@@ -219,10 +220,9 @@ class TokenizerTemplate(Template):
 
     def _takes_system(self, system: str) -> bool:
         said = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
-        try:
+        with suppress(ConfigError):
             return system in self.codec.render(said, True)
-        except ConfigError:
-            return False
+        return False
 
     def _content(self, message: Message) -> str:
         """A message's text as the template renders it, without role markers."""

@@ -60,7 +60,8 @@ class Codec:
         """Tokens that each stand for one byte of a character."""
         self.chat_template = _chat_template(folder, config)
         """The tokenizer's own chat template, empty without one."""
-        self._texts = {name: _text(config.get(name)) for name in _NAMED}
+        tokens = {name: config.get(name) for name in _NAMED}
+        self._texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in tokens.items()}
         ids = {name: tokenizer.token_to_id(text) for name, text in self._texts.items() if text is not None}
         for name, i in _json(folder / "config.json").items():  # for tokens that the tokenizer's files do not name
             if name.endswith("_token_id") and name[:-3] not in config:
@@ -186,11 +187,6 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _text(token: Any) -> str | None:
-    """The text of a token in ``tokenizer_config.json``."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _whole_characters(text: str) -> str:
