@@ -230,8 +230,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def seed_all(*numbers: int) -> None:
     """Seed all random generators from numbers.
 
-    What a step draws is a function of seed, step and rank: neither a validation between two steps nor resuming changes
-    it, and a checkpoint needs no generator's state.
+    A step's random numbers are a function of seed, step and rank: neither a validation between two steps nor resuming
+    changes them, and a checkpoint needs no generator's state.
     """
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     random.seed(seed)
