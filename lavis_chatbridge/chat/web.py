@@ -227,11 +227,10 @@ def _parts(message: dict[str, Any]) -> list[str | dict[str, Any]]:
 
 
 def _notes(answer: Answer) -> list[dict[str, Any]]:
-    """What the user should know about an answer, as one folded message."""
+    """The media of an answer and its warnings, as one folded message."""
     reached = [f"{note.modality} {note.name}" for note in answer.media if note.turn == answer.turn and note.reached]
-    lines = [*answer.warnings]
-    if answer.finish == "length":
-        lines.append("The answer was cut off at the limit of tokens.")
+    cut = ["The answer was cut off at the limit of tokens."] if answer.finish == "length" else []
+    lines = [*answer.warnings, *cut]
     if not reached and not lines:
         return []
     metadata = {"title": f"{_NOTE}: {', '.join(reached) or 'no medium'}"}

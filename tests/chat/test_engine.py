@@ -7,7 +7,6 @@ import gc
 import json
 import time
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,19 +132,6 @@ def test_user_text_forges_no_turn_and_no_slot(model: Any, template: str):
     ids = codec.encode(FORGED)
     assert not {codec.eos_id, codec.bos_id} & set(ids)
     assert codec.decode(ids) == FORGED
-
-
-@pytest.mark.parametrize(
-    ("positions", "scaling", "expected"),
-    [(4096, None, 4096), (4096, {"rope_type": "linear", "factor": 4.0}, 16384), (None, None, 2048)],
-    ids=["as configured", "scaled, as in Vicuna v1.5-16k", "not named"],
-)
-def test_the_context_is_that_of_the_language_model(
-    model: Any, monkeypatch: pytest.MonkeyPatch, positions: int | None, scaling: dict | None, expected: int
-):
-    config = SimpleNamespace(max_position_embeddings=positions, rope_scaling=scaling)
-    monkeypatch.setattr(model.llama_model, "config", config)
-    assert building.engine(model).max_context == expected
 
 
 def test_the_oldest_turns_are_left_out_in_pairs_with_a_warning(model: Any):

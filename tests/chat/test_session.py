@@ -19,15 +19,6 @@ from tests.chat.building import picture, session, video
 ENDLESS: dict[str, Any] = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0, "seed": 2}
 
 
-def test_seeds(model: Any):
-    talk = session(model)
-    sampled = [talk.ask("Say something.", temperature=1.5, top_p=1.0, seed=1).text]
-    sampled += [talk.regenerate(temperature=1.5, top_p=1.0, seed=seed).text for seed in (1, 2)]
-    assert sampled[0] == sampled[1] != sampled[2]
-    assert talk.regenerate(temperature=1.5, top_p=1e-6).text == talk.regenerate(temperature=0).text
-    assert len(talk.messages) == 2
-
-
 def test_a_stopped_stream_keeps_its_text(model: Any):
     talk = session(model)
     stream = talk.stream("What is it?", **ENDLESS)

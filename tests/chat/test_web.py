@@ -104,13 +104,6 @@ def test_an_exported_conversation_can_be_loaded(page: web.Page, files: Path, tmp
     assert loaded.messages[0].media[0].content == (files / "a b.png").read_bytes()
 
 
-def test_text_cannot_become_html():
-    text = "a<b and c>d <form> &lt; x"
-    shielded = web._shielded(text)
-    assert not re.search(r"<[a-z/!]|&[a-z#]", shielded)
-    assert web._bare(shielded) == text == web._bare(web._shielded(shielded))
-
-
 def test_passwords(tmp_path: Path):
     (tmp_path / "good").write_text("# who\nme:a:b\n")
     assert web.passwords(str(tmp_path / "good")) == [("me", "a:b")]
@@ -232,6 +225,8 @@ def test_a_person_at_the_page(served: str, browser: Any, files: Path, width: int
     visitor.ask("What is a<b and <form> it?", str(files / "a b.png"), str(files / "c.wav"))
     visitor.tab.locator("#conversation").get_by_text("The model got: image a b.png, audio c.wav").wait_for()
     visitor.ready()
+    shown = visitor.tab.locator("#conversation").inner_text().replace("\u200b", "")
+    assert "What is a<b and <form> it?" in shown
     assert visitor.tab.locator("#conversation form").count() == 0
     [first] = visitor.said("bot")
     assert first.strip()

@@ -83,18 +83,3 @@ def test_the_answers_are_right(model: Session, kinds: tuple[Modality, ...]):
     wrong = [entry for entry in found if entry[1] != entry[2]]
     share = 1 - len(wrong) / len(found)
     assert share >= LEAST[len(kinds)], f"{share:.0%} of the answers are right; wrong are {wrong}"
-
-
-def test_a_second_medium_in_a_later_turn(model: Session):
-    """A picture first, a sound in the next turn: the questions about each are answered."""
-    pictured, heard = scenes("image", False, 99), scenes("audio", False, 99)
-    right = 0
-    for number in range(TALKS):
-        rng, picture, sound = np.random.default_rng([9, number]), next(pictured), next(heard)
-        session = Session(model.model, engine=model.engine, sampling=Sampling(max_new_tokens=24))
-        first = session.ask("what is the colour of the picture?", media=files_of((picture,), rng))
-        second = session.ask("what is the pitch of the sound?", media=files_of((sound,), rng))
-        right += first.text == picture.facts["colour"]
-        right += second.text == sound.facts["pitch"]
-        assert [note.turn for note in second.media] == [0, 2]
-    assert right >= 0.85 * 2 * TALKS, f"{right} of {2 * TALKS} answers are right"

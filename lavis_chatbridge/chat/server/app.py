@@ -70,10 +70,9 @@ class Meters:
 def build_app(engine: Engine, options: ServerOptions) -> FastAPI:
     """The web application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's pages load scripts from elsewhere
-    meters = Meters(engine)
-    about = {"id": options.name, "object": "model", "created": int(time.time()), "owned_by": "lavis-chatbridge"}
+    meters, now = Meters(engine), int(time.time())
+    about = {"id": options.name, "object": "model", "created": now, "owned_by": "lavis-chatbridge"}
     about["max_model_len"] = engine.max_context
-
     if options.allowed_origins:
         origins = list(options.allowed_origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -85,8 +84,7 @@ def build_app(engine: Engine, options: ServerOptions) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return _refusal(RequestError(error.status_code, message), request)
+        return _refusal(RequestError(error.status_code, f"{request.url.path}: {error.detail}"), request)
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lavis_chatbridge.chat.server.command import ServerOptions
+from tests.chat import building
 from tests.chat.serving import MAX_BODY, MODEL, TOKEN, Served, asked, audio, clip, data_url, image, png, serving, text
 from tests.media.making import encoded
 
@@ -256,6 +259,25 @@ def test_refusals_have_openais_form(server: Served):
     for status, code, reply in found:
         assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
         assert reply.json()["error"]["message"]
+
+
+def test_a_request_that_takes_too_long_is_ended(model: Any):
+    from lavis_chatbridge.chat.server.app import build_app
+
+    engine = building.engine(model)
+    app = build_app(engine, ServerOptions(name=MODEL, timeout=0.3))
+    endless = chat(text("Hello"), max_tokens=1000, ignore_eos=True, temperature=1.9)
+
+    async def asked() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.post("/v1/chat/completions", json=endless)
+
+    reply = asyncio.run(asked())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+    deadline = time.monotonic() + 30
+    while engine.present and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.present == 0
 
 
 def test_who_leaves_makes_room(client: Any, server: Served):

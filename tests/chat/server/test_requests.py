@@ -29,14 +29,11 @@ def chat(**fields: Any) -> ChatRequest:
     [
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": {}}, "messages", "valid array, found {}"),
-        ({"messages": [3]}, "messages[0]", "found 3"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
         ({"seed": "a"}, "seed", 'valid integer, found "a"'),
         ({"seed": True}, "seed", "valid integer"),
-        ({"n": 99}, "n", "less than or equal to 16"),
         ({"stop": ["a", 3]}, "stop[1]", "valid string"),
-        ({"max_tokens": -3}, "max_tokens", "greater than or equal to 1"),
         ({"stream_options": {"include_usage": 3}}, "stream_options.include_usage", "valid boolean"),
     ],
 )
