@@ -180,8 +180,8 @@ class Page:
         import gradio as gr
 
         page = left or kept
-        if page is None:
-            return [None, *[gr.skip()] * (3 + _SETTINGS)]
+        if page is None:  # a skipped conversation is rebuilt by gradio, without its shield
+            return [None, [], [], *[gr.skip()] * (1 + _SETTINGS)]
         return [None, page["messages"], page["messages"], page["box"] or gr.skip(), *page["settings"]]
 
     def export(self, history: list[dict[str, Any]], system: str) -> str:
