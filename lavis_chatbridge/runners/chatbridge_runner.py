@@ -144,6 +144,8 @@ class ChatBridgeRunner(RunnerBase):
             reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
             with reporter, noted_sigterm() as sigterm:
                 self._train_steps(sigterm, reporter)
+            if not any(count.tokens for count in self.state.counts.values()):
+                raise DataError("nothing was trained: no sample that could be read has a target token")
             if self.state.best_step is None:
                 self._write_weights()
             else:

@@ -72,7 +72,9 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
     one = runner(tmp_path, data=toy_data(bad=tuple(range(10))), max_iters=30)
     with pytest.raises(DataError, match=r"pictures: .* samples could not be read, more than the 5%"):
         one.train()
-    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(DataError, match="nothing was trained: no sample that could be read has a target token"):
+        runner(tmp_path / "all", data=pictures(5, bad=tuple(range(5))), max_iters=2).train()
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog):
