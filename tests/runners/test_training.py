@@ -74,7 +74,7 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
         one.train()
     with pytest.raises(DataError, match="nothing was trained: no sample that could be read has a target token"):
         runner(tmp_path / "all", data=pictures(5, bad=tuple(range(5))), max_iters=2).train()
-    assert not list(tmp_path.rglob("model.safetensors"))
+    assert not any((folder / "model.safetensors").exists() for folder in (tmp_path, tmp_path / "all"))
 
 
 def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog):
