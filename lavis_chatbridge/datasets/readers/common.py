@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, as in a JSON text that was cut inside an emoji; it cannot be written as UTF-8."""
 LAYOUT = "docs/data.md shows the expected layout"
 ENDINGS: dict[str, Modality] = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic"), "image"),
@@ -110,7 +113,7 @@ class Row:
         value = self._first(keys)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
-        if not isinstance(value, str) or not (blank or value.strip()):
+        if not isinstance(value, str) or not (blank or value.strip()) or _LONE_SURROGATE.search(value):
             raise self._fault(keys, "text")
         return value
 
@@ -131,7 +134,7 @@ class Row:
         """A list of texts, or one text."""
         value = self._first(keys)
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            return tuple(item.strip() for item in value)
+            return tuple(Row({keys[0]: item}, self.where).text(keys[0], blank=True) for item in value)
         return (self.text(*keys),)
 
     def rows(self, *keys: str) -> list[Row]:

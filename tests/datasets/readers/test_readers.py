@@ -340,6 +340,7 @@ def test_wavcaps_leaves_out_the_clips_of_other_tests(tmp_path, caplog):
     [
         ("valor", '[{"video_id": 1, "desc": }]', "not JSON: Expecting value: line 1"),
         ("valor", "[1]", r"\[0\]: expected an object, found 1"),
+        ("valor", r'[{"video_id": "v", "desc": ["x", "\ud83d"]}]', r"desc is '\\ud83d', expected text"),
         ("gqa", "[]", r"expected an object, found \[\]; docs/data.md"),
         ("msrvtt", '{"videos": 3}', "videos is 3, expected a list"),
         ("msrvtt", {**_MSRVTT, "videos": []}, "'video0' is not among the videos"),
