@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from lavis_chatbridge.chat.urls import data_url
 from tests.chat.building import picture, sound, video
 from tests.media.making import encoded
 
@@ -69,11 +70,6 @@ def serving(folder: Path, *more: str) -> Iterator[Served]:
 def png(darker: int = 0) -> bytes:
     """A picture's file; another one for each ``darker``."""
     return encoded(Image.fromarray(picture() - np.minimum(picture(), darker)), "PNG")
-
-
-def data_url(content: bytes, kind: str) -> str:
-    """Bytes as a ``data:`` URL."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def text(words: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The five kinds of chat with the shipped tiny model give the right answers of the embedded world.
+"""The five media of chats with the shipped tiny model give the right answers of the embedded world.
 
 Needs the shipped checkpoint ``assets/tiny/chatbridge.safetensors``; where it is missing the tests fail and say so.
 """
@@ -57,8 +57,8 @@ def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[
 
 def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[Modality, bytes]]:
     """The media as files; a sound beside a video is the video's own track."""
-    kinds = tuple(one.modality for one in scene)
-    if kinds == ("video", "audio"):
+    modalities = tuple(one.modality for one in scene)
+    if modalities == ("video", "audio"):
         clip = clips.render(scene[0], rng)
         seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
         return [("video", clips.encode(clip, rng, sounds.render(scene[1], rng, seconds, rate=16_000)))]
@@ -73,13 +73,13 @@ def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[M
     return files
 
 
-@pytest.mark.parametrize("kinds", FIVE.values(), ids=FIVE)
-def test_the_answers_are_right(model: Session, kinds: tuple[Modality, ...]):
-    drawn = [scenes(kind, False, 4211) for kind in kinds]
+@pytest.mark.parametrize("modalities", FIVE.values(), ids=FIVE)
+def test_the_answers_are_right(model: Session, modalities: tuple[Modality, ...]):
+    sampled = [scenes(modality, False, 4211) for modality in modalities]
     found = []
     for number in range(TALKS):
         session = Session(model.model, engine=model.engine, sampling=Sampling(max_new_tokens=24))
-        found += talk_about(session, tuple(next(one) for one in drawn), number)
+        found += talk_about(session, tuple(next(one) for one in sampled), number)
     wrong = [entry for entry in found if entry[1] != entry[2]]
     share = 1 - len(wrong) / len(found)
-    assert share >= LEAST[len(kinds)], f"{share:.0%} of the answers are right; wrong are {wrong}"
+    assert share >= LEAST[len(modalities)], f"{share:.0%} of the answers are right; wrong are {wrong}"

@@ -74,9 +74,9 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("kinds", PARTS, ids=lambda name: name.replace(" ", "-"))
-def test_the_official_client_is_answered(client: Any, kinds: str):
-    reply = ask(client, asked(*PARTS[kinds]))
+@pytest.mark.parametrize("name", PARTS, ids=lambda name: name.replace(" ", "-"))
+def test_the_official_client_is_answered(client: Any, name: str):
+    reply = ask(client, asked(*PARTS[name]))
     (choice,) = reply.choices
     assert choice.message.role == "assistant"
     assert choice.finish_reason in ("stop", "length")
@@ -84,9 +84,9 @@ def test_the_official_client_is_answered(client: Any, kinds: str):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
     reached = [medium["type"] for medium in reply.chatbridge["media"] if medium["reached"]]
     expected = {"heard video": ["video", "audio"], "image and audio": ["image", "audio"], "text": []}
-    assert reached == expected.get(kinds, [kinds])
+    assert reached == expected.get(name, [name])
     missing = ["messages[0].content[0]'s sound track: the video has no audio track"]
-    assert reply.chatbridge["warnings"] == (missing if kinds == "video" else [])
+    assert reply.chatbridge["warnings"] == (missing if name == "video" else [])
 
 
 def test_a_stream_says_the_same_as_the_whole(client: Any):
