@@ -281,9 +281,13 @@ def test_a_request_that_takes_too_long_is_ended(model: Any):
 
 
 def test_who_leaves_makes_room(client: Any, server: Served):
-    stream = ask(client, asked(image(), text("Tell me much")), stream=True, max_tokens=1000, temperature=1.9, seed=1)
+    endless = {"max_tokens": 1000, "temperature": 1.9, "seed": 1, "extra_body": {"ignore_eos": True}}
+    stream = ask(client, asked(image(), text("Tell me much")), stream=True, **endless)
     next(iter(stream))
     stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        ask(client, asked(text("Tell me much")), timeout=0.5, **endless)
+    assert logged(server, "POST /v1/chat/completions 499")
     deadline = time.monotonic() + 120
     while metrics(server)["chatbridge_present"] and time.monotonic() < deadline:
         time.sleep(0.1)
