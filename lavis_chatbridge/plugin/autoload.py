@@ -36,13 +36,7 @@ _to_register = [
 
 
 def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-    """The spec of a module that concerns the plugin, or ``None`` to leave it to the next finder.
-
-    Args:
-        name: Full name of the module.
-        path: The parent package's ``__path__``.
-        target: The module to reload, if it is one.
-    """
+    """The spec of a module that concerns the plugin, or ``None`` to leave it to the next finder."""
     around = _around(name)
     if around is None and name not in SERVED:
         return None

@@ -96,11 +96,7 @@ def command(
 
 
 def compare(runs_a: Sequence[str], runs_b: Sequence[str]) -> list[Comparison]:
-    """Compare two models by their predictions files or folders, one for each seed.
-
-    Raises:
-        DataError: If a run has no predictions, or they have no data set or no sample in common.
-    """
+    """Compare two models by their predictions files or folders, one for each seed."""
     a, b = ([_load(Path(run.strip())) for run in runs] for runs in (runs_a, runs_b))
     shared = [name for name in a[0] if all(name in run for run in [*a, *b])]
     if not shared:

@@ -29,10 +29,7 @@ _FIELDS = ("bytes", "path", "url", "video", "image", "audio")
 def question(text: str, visuals: Any, hear_videos: bool = False) -> list[ChatMessage]:
     """A question of lmms-eval's plain tasks: media first, as ChatBridge was trained, without markers ``<image>``.
 
-    Args:
-        text: The question.
-        visuals: What the task's ``doc_to_visual`` returned: media, lists of them, or None.
-        hear_videos: Add each video's own sound after it.
+    ``visuals`` are what the task's ``doc_to_visual`` returned: media, lists of them, or None.
     """
     media = [medium_of(visual) for visual in _flat(visuals)]
     return [ChatMessage("user", text.replace("<image>", "").strip(), tuple(heard(media) if hear_videos else media))]
