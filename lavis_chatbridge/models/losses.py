@@ -1,6 +1,6 @@
 """Cross-entropy at chosen positions of a frozen language model, without keeping their logits.
 
-With a vocabulary of 32,000, the logits of a batch and their gradients are its largest tensors: they are computed a few
+With a vocabulary of 32,000, the logits of a batch and their gradients are its largest tensors: many are computed a few
 positions at a time, and again in the backward pass. Shapes: ``K`` positions, ``D`` width, ``V`` vocabulary.
 """
 
@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lavis_chatbridge.models.families import LanguageModel
 
-CHUNK = 256
-"""Positions whose logits are in memory at once."""
+LOGITS = 1 << 24
+"""The most logits in memory at once: 64 MB in fp32."""
 
 PLAIN_HEADS = frozenset(("llama", "mistral", "qwen2", "qwen3"))
 """Model types of transformers whose logits are the output layer's results; others may scale or cap them."""
@@ -47,7 +47,10 @@ def losses_at(model: LanguageModel, rows: Tensor, columns: Tensor, targets: Tens
         handle.remove()
     if not plain:
         return _cross_entropy(nn.Identity(), logits, targets)
-    parts = zip(chosen[0].split(CHUNK), targets.split(CHUNK), strict=True)
+    chunk = max(1, LOGITS // model.config.vocab_size)
+    if len(targets) <= chunk:
+        return _cross_entropy(head, chosen[0], targets)
+    parts = zip(chosen[0].split(chunk), targets.split(chunk), strict=True)
     each = [checkpoint(_cross_entropy, head, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     return torch.cat(each)
 

@@ -17,7 +17,7 @@ from tests.models.replies import tiny
 def test_chunks_give_what_one_piece_gives(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, trained: bool
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK", 3)
+    monkeypatch.setattr(losses, "LOGITS", 3 * 97)
     model = tiny("llama").to(dtype)
     head = model.get_output_embeddings().requires_grad_(trained)
     rows, columns = torch.arange(14) // 7, torch.arange(14) % 7
