@@ -29,13 +29,12 @@ from lavis_chatbridge.prompting import Message, Piece, Slot, Text, alignment_pro
 from lavis_chatbridge.runners.optim import learning_rate, original_rate
 from tests.models.building import golden_settings
 from tests.processors.test_golden_processing import (  # noqa: F401 (a golden folder is checked whole by this file)
-    rules,
     slices,
     stacks,
+    test_a_whole_stored_slice,
     test_counts,
     test_fbank_slices,
-    test_frame_indices_of_evaluation,
-    test_frame_indices_of_the_demo,
+    test_frame_indices,
     test_slices_of_sounds_that_fill_them_exactly,
     test_transforms,
 )
@@ -434,14 +433,14 @@ def test_tokenizer(golden_dir: Path) -> None:
         assert [codec.bos_id, *codec.encode(case["text"])] == case["ids_with_bos"], case["text"]
 
 
-def test_caption_cleaning(rules: dict[str, Any]) -> None:  # noqa: F811
-    for case in rules["stage1_caption_cleaning"]:
+def test_caption_cleaning(facts: Callable) -> None:
+    for case in facts("data_rules")["stage1_caption_cleaning"]:
         assert clean_caption(case["text"]) == case["cleaned"]
 
 
-def test_learning_rate_ramp(rules: dict[str, Any]) -> None:  # noqa: F811
+def test_learning_rate_ramp(facts: Callable) -> None:
     """The first epoch's ramp is the original's; it is not begun again with the second epoch, as there it is."""
-    config, lrs = rules["lr_schedule"]["config"], rules["lr_schedule"]["lrs"]
+    config, lrs = (facts("data_rules")["lr_schedule"][name] for name in ("config", "lrs"))
     ramp = min(config["iters_per_epoch"], config["warmup_steps"])
     rest = (config["init_lr"], config["min_lr"], config["warmup_steps"], config["warmup_start_lr"])
     ours = [learning_rate(step, len(lrs), *rest) for step in range(len(lrs))]
@@ -450,9 +449,9 @@ def test_learning_rate_ramp(rules: dict[str, Any]) -> None:  # noqa: F811
     assert all(a < b for a, b in pairwise(ours[: config["warmup_steps"] + 1]))
 
 
-def test_the_originals_learning_rates(rules: dict[str, Any]) -> None:  # noqa: F811
+def test_the_originals_learning_rates(facts: Callable) -> None:
     """With ``lr_sched: original`` every rate is the original's, its restarted ramp included."""
-    config, lrs = rules["lr_schedule"]["config"], rules["lr_schedule"]["lrs"]
+    config, lrs = (facts("data_rules")["lr_schedule"][name] for name in ("config", "lrs"))
     epoch = config["iters_per_epoch"]
     rest = (config["init_lr"], config["min_lr"], config["warmup_steps"], config["warmup_start_lr"])
     assert [original_rate(step, len(lrs), *rest, epoch) for step in range(len(lrs))] == pytest.approx(lrs, rel=1e-9)
