@@ -55,17 +55,18 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
         def usable() -> Iterator[Sample]:
             count = 0
             for sample in readers.READERS[own.reader](origin):
-                lacks = [m.path for m in sample.files if own.skip_missing and not os.path.exists(m.path)]
+                files = [m.path for m in sample.files if m.offset is None]  # others are in a tar that is being written
+                lacks = [path for path in files if own.skip_missing and not os.path.exists(path)]
                 absent.extend(lacks[:1])
                 if not lacks:
                     count += 1
                     yield sample
-            files = ", ".join(origin.every_file)
+            named = ", ".join(origin.every_file)
             if not count and not absent:
-                raise DataError(f"{name}, split {split}: {files} contains no sample")
+                raise DataError(f"{name}, split {split}: {named} contains no sample")
             if not count:
                 raise DataError(
-                    f"{name}, split {split}: none of the {len(absent)} samples of {files} has its media; the first "
+                    f"{name}, split {split}: none of the {len(absent)} samples of {named} has its media; the first "
                     f"path is {absent[0]}"
                 )
 

@@ -53,7 +53,7 @@ def table(tmp_path):
 
 def test_a_table_of_bytes_becomes_a_jsonl_and_a_tar(tmp_path, table, capsys):
     columns = ["--options", "columns.image=photo", "columns.id=number"]
-    assert convert(table, tmp_path / "out" / "own.jsonl", *columns) == 0
+    assert convert(table, tmp_path / "out" / "own.jsonl", "--skip-missing", *columns) == 0
     assert "3 samples" in capsys.readouterr().out
     samples = list(SampleFile(tmp_path / "out" / "own.jsonl"))
     assert [(s.id, s.captions) for s in samples] == [("7", ("grey 0",)), ("8", ("grey 1",)), ("9", ("grey 2",))]
