@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lavis.common.registry import registry
 
@@ -15,6 +15,9 @@ from lavis_chatbridge.prompting.conversation import escape_markers
 from lavis_chatbridge.prompting.pieces import MODALITIES, Piece, Text
 from lavis_chatbridge.tasks.generation import GenerationTask
 from lavis_chatbridge.tasks.scoring import choices
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.models.answering import Answering
 
 
 @registry.register_task("chatbridge_choice")
@@ -28,7 +31,7 @@ class ChoiceTask(GenerationTask):
 
     ranks_a_list = False
 
-    def predict(self, model: Any, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def predict(self, model: Answering, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Fields of a `Prediction` for each sample: the chosen option, and the reply to each order."""
         options = [_options(meta, name) for meta, name in zip(samples["meta"], samples["sample_id"], strict=True)]
         if self.settings.inference_method == "rank":
@@ -55,7 +58,7 @@ class ChoiceTask(GenerationTask):
         ]
 
 
-def _ranked(model: Any, sample: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+def _ranked(model: Answering, sample: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
     sample["pieces"] = [replaced(sample["pieces"][0], "\n" + listed(options), "")]
     scores, lengths = model.answer_scores(sample, options)
     best = int((scores[0] / lengths).argmax())

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lavis.common.dist_utils import get_rank
@@ -22,6 +22,9 @@ from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles
 from lavis_chatbridge.tasks.scoring import facts, records
 from lavis_chatbridge.tasks.settings import EvaluationSettings, MediaSettings
 from lavis_chatbridge.tasks.splits import Source
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.models.answering import Answering
 
 _log = logging.getLogger(__name__)
 _VALUES_PER_TENSOR = 64
@@ -71,7 +74,7 @@ class GenerationTask(ChatBridgeTask):
             _log.info("%d of %d predictions are read from %s", len(own), len(shares), self._files.folder)
         return [*own.values(), *super().evaluation(model, data_loader, cuda_enabled)]
 
-    def valid_step(self, model: nn.Module, samples: Mapping[str, Any]) -> list[Prediction]:
+    def valid_step(self, model: Answering, samples: Mapping[str, Any]) -> list[Prediction]:
         """One prediction per sample, with its prompt."""
         source = next(source for source in self.sources if source.name == samples["source"])
         predictions = []
@@ -83,7 +86,7 @@ class GenerationTask(ChatBridgeTask):
         self._files.append(predictions)
         return predictions
 
-    def predict(self, model: Any, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def predict(self, model: Answering, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Fields of a `Prediction` for each sample of a batch."""
         if self.settings.inference_method == "rank":
             said = model.predict_answers(
