@@ -8,7 +8,6 @@ Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lavis_chatbridge.config import hint
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.settings import AudioSettings, VisionSettings
 
@@ -59,14 +59,15 @@ class AudioEncoder(Encoder, Protocol):
 
 
 Build = Callable[[Any], nn.Module]
-_TABLES: dict[str, dict[str, Build]] = {"vision": {}, "audio": {}}
+_OWN = {"vision": ("eva", "timm", "transformers"), "audio": ("beats", "transformers")}
+_REGISTERED: dict[str, dict[str, Build]] = {"vision": {}, "audio": {}}
 
 
 def register(part: Literal["vision", "audio"], name: str) -> Callable[[Build], Build]:
     """Decorator: enters a function from settings to an encoder under a name."""
 
     def enter(build: Build) -> Build:
-        _TABLES[part][name] = build
+        _REGISTERED[part][name] = build
         return build
 
     return enter
@@ -79,12 +80,12 @@ def build_vision(settings: VisionSettings) -> VisionEncoder:
         ConfigError: If the settings name an unknown encoder, or do not fit it.
         CheckpointError: If its weights cannot be had, or do not fit.
     """
-    return cast(VisionEncoder, _entry("vision", settings.encoder)(settings))
+    return cast(VisionEncoder, _builder("vision", settings.encoder)(settings))
 
 
 def build_audio(settings: AudioSettings) -> AudioEncoder:
     """The audio encoder of the settings, with its weights; raises as :func:`build_vision`."""
-    return cast(AudioEncoder, _entry("audio", settings.encoder)(settings))
+    return cast(AudioEncoder, _builder("audio", settings.encoder)(settings))
 
 
 def tokens_of(grid: Tensor, pool: int, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -99,27 +100,17 @@ def tokens_of(grid: Tensor, pool: int, prefix: Tensor | None = None) -> tuple[Te
     return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def _entry(part: str, name: str) -> Build:
+def _builder(part: str, name: str) -> Build:
+    """The function ``build_vision`` or ``build_audio`` of a module of this folder, or a registered one."""
+    if name in _OWN[part]:
+        return getattr(import_module(f"{__name__}.{name}"), f"build_{part}")
     module, _, own = name.rpartition(":")
-    table = _TABLES[part]
     if module:
         try:
             import_module(module)
         except ImportError as error:
             raise ConfigError(f"model.{part}.encoder: the module {module!r} cannot be imported ({error})") from error
-    if own not in table:
-        near = difflib.get_close_matches(own, table, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(table))}"
-        raise ConfigError(f"model.{part}.encoder: there is no encoder {own!r}{hint}")
-    return table[own]
-
-
-def _lazily(part: Literal["vision", "audio"], name: str) -> None:
-    """Enter a module of this folder, which is imported when it is first needed."""
-    register(part, name)(lambda settings: getattr(import_module(f"{__name__}.{name}"), f"build_{part}")(settings))
-
-
-for _name in ("eva", "timm", "transformers"):
-    _lazily("vision", _name)
-for _name in ("beats", "transformers"):
-    _lazily("audio", _name)
+    if own not in _REGISTERED[part]:
+        known = [*_OWN[part], *_REGISTERED[part]]
+        raise ConfigError(f"model.{part}.encoder: there is no encoder {own!r}{hint(own, known)}")
+    return _REGISTERED[part][own]
