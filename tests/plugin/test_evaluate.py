@@ -176,16 +176,9 @@ def test_laviss_tasks_train_on_data_sets_of_ours_but_do_not_score_them(config, c
         load_config(config, [*options, "run.test_splits=[]", "run.valid_splits=[test]"])
 
 
-def test_laviss_runner_is_refused_where_it_cannot_run(config, tmp_path, capsys):
-    why = "run.runner 'runner_base' is LAVIS's own, which needs a CUDA device"
+def test_laviss_runner_is_refused_where_it_cannot_run(config, capsys):
     assert evaluated(config, "run.runner=runner_base") == 2
-    assert why in capsys.readouterr().err
-    (tmp_path / "one.yaml").write_text(config.read_text())
-    words = ["evaluate", "--suite", "all", "--suite-folder", str(tmp_path), "--output", str(tmp_path / "table")]
-    assert cli.main([*words, "--options", "run.runner=runner_base"]) == 1
-    [line] = json.loads((tmp_path / "table/tiny/scores.json").read_text())["suites"]
-    assert (line["suite"], line["status"]) == ("one", "failed")
-    assert why in line["remarks"][0]
+    assert "run.runner 'runner_base' is LAVIS's own, which needs a CUDA device" in capsys.readouterr().err
 
 
 # --- conditions
@@ -216,7 +209,7 @@ def test_words_are_conditions():
 
 
 @pytest.mark.parametrize(
-    "word", ["hidden", "normal:image", "withheld:sound", "shuffled:told", "withheld:removed,told", "withheld:", ""]
+    "word", ["normal:image", "withheld:sound", "shuffled:told", "withheld:removed,told", "withheld:"]
 )
 def test_other_words_are_refused(word, capsys):
     assert cli.main(["evaluate", "--suite", "gqa", "--ablate", word]) == 2
