@@ -2,7 +2,7 @@
 
 Run from the repository's root, with a network for pip and apt, on Debian; it is no test::
 
-    OMP_NUM_THREADS=1 python benchmarks/natural.py output/natural [--steps 400] [--write benchmarks/natural.md]
+    OMP_NUM_THREADS=1 python benchmarks/natural.py output/natural [--steps 120] [--write benchmarks/natural.md]
 
 Parts, all from packages: EfficientNet-Lite0 (ImageNet) as vision encoder ``timm``, SmolLM2-135M-Instruct, and the
 pictures with captions of Debian's tuxpaint-stamps-default. Pictures are split by the head noun of their captions: of a
@@ -12,7 +12,8 @@ of test pictures whose noun is named
 - by the nearest training picture in the encoder's pooled features, and by a ridge regression from these features to the
   language model's embeddings of the nouns, in closed form (minutes, no training);
 - by the bridge: its soft tokens first learn the nouns' embeddings without the language model, then the runner trains it
-  on captions; beside the commonest noun, and beside the bridge's answers to pictures of other nouns.
+  on captions; beside the commonest noun, and beside the bridge's answers to pictures of other nouns;
+- by the noun whose embedding is nearest to the bridge's mean soft token: what the bridge knows, whoever reads it.
 """
 
 from __future__ import annotations
@@ -205,6 +206,16 @@ def pretrain(model: ChatBridge, media: list[Any], own: list[str], file: Path) ->
 
 
 @torch.no_grad()
+def nearest_nouns(model: ChatBridge, media: list[Any], own: list[str]) -> list[str]:
+    """The noun whose embedding is nearest to each picture's mean soft token."""
+    nouns = sorted(set(own))
+    targets = noun_embeddings(model, nouns)
+    soft = torch.stack(model.eval().perceive_media("image", media)).mean(1)
+    scores = functional.normalize(soft) @ functional.normalize(targets - targets.mean(0)).T
+    return [nouns[i] for i in scores.argmax(1).tolist()]
+
+
+@torch.no_grad()
 def answers(model: ChatBridge, media: list[Any]) -> list[str]:
     """The nouns that the bridge names."""
     texts: list[str] = []
@@ -217,7 +228,7 @@ def main() -> None:
     """Fetch, measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=400, help="steps with the language model; 0 leaves the bridge out")
+    parser.add_argument("--steps", type=int, default=120, help="steps with the language model; 0 leaves the bridge out")
     parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args()
     folder, packages = arguments.folder.absolute(), arguments.folder.absolute() / "packages"
@@ -245,6 +256,9 @@ def main() -> None:
     print(rows, file=sys.stderr)
     if arguments.steps:
         pretrain(model.train(), media["train"], own, folder / "aligned.safetensors")
+        rows["bridge's soft tokens, before the language model's steps"] = named(
+            nearest_nouns(model, media["test"], own), wanted
+        )
         rows["bridge, before the language model's steps"] = named(answers(model, media["test"]), wanted)
         options = [f"model.checkpoint={folder / 'aligned.safetensors'}"]
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -252,6 +266,7 @@ def main() -> None:
         if cli.main(["train", "--cfg-path", str(folder / "run.yaml"), "--options", *options, image]):
             raise SystemExit("the training failed")
         model.load_checkpoint(str(next((folder / "run").rglob("model.safetensors"))))
+        rows[f"bridge's soft tokens, {arguments.steps} steps"] = named(nearest_nouns(model, media["test"], own), wanted)
         rows[f"bridge, {arguments.steps} steps"] = named(answers(model, media["test"]), wanted)
         others = media["test"][1:] + media["test"][:1]
         rows["the same, pictures exchanged"] = named(answers(model, others), wanted)

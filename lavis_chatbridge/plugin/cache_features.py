@@ -1,28 +1,37 @@
 """``chatbridge cache-features``: fill ``run.feature_cache`` for a configuration without training.
 
-Training with the same configuration then never runs the frozen encoders.
+Training with the same configuration then never runs the frozen encoders. ``--soft`` also exports the soft tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lavis_chatbridge.errors import ConfigError, MediaError
+from lavis_chatbridge.files import atomic_file
 from lavis_chatbridge.plugin.launch import Session, load, prepare_world
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.features import FeatureStore
+    from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.schema import Medium
+
+_SOFT_FORMATS = (".npz", ".safetensors")
 
 
 def command(
     cfg_path: Annotated[str, typer.Option("--cfg-path", help="the configuration file")],
     options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings that override the file's")] = [],  # noqa: B006
+    soft: Annotated[Path | None, typer.Option(help="also write soft tokens to this .npz or .safetensors")] = None,
 ) -> None:
     """Encode the media that the cache lacks, and say what it contains; each process of a launcher does its share."""
+    if soft is not None and soft.suffix not in _SOFT_FORMATS:
+        raise ConfigError(f"--soft {soft}: expected a file {' or '.join(_SOFT_FORMATS)}")
     with Session():
         cfg = load(cfg_path, options)
         if cfg.run.feature_cache is None:
@@ -46,6 +55,29 @@ def command(
         print(f"{store.folder}: features of {counts} for this configuration")
         if lost := len(media) - stored.total():
             print(f"{lost} files cannot be read: training skips their samples")
+        if soft is not None:
+            _write_soft_tokens(model, store, [medium for medium in media if _is_stored(medium, store)], soft)
+            print(f"{soft}: soft tokens of {stored.total()} files")
+
+
+def _write_soft_tokens(model: ChatBridge, store: FeatureStore, media: Sequence[Medium], target: Path) -> None:
+    """Write the soft tokens of stored media: ``MODALITY:PATH`` -> float32 ``[Q, D]``."""
+    import numpy as np
+    import torch
+    from safetensors.numpy import save_file
+
+    found = {}
+    with torch.no_grad():
+        for medium in media:
+            tokens = model.perceive_media(medium.modality, [store.get(store.key(medium))])[0]
+            part = "" if medium.offset is None else f"@{medium.offset}+{medium.size}"
+            found[f"{medium.modality}:{medium.path}{part}"] = tokens.float().cpu().contiguous().numpy()
+    with atomic_file(target) as temporary:
+        if target.suffix == ".npz":
+            with open(temporary, "wb") as file:
+                np.savez(file, **found)  # type: ignore[arg-type]
+        else:
+            save_file(found, temporary)
 
 
 def _is_stored(medium: Medium, store: FeatureStore) -> bool:

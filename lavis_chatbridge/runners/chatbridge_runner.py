@@ -146,6 +146,8 @@ class ChatBridgeRunner(RunnerBase):
                 self._train_steps(sigterm, reporter)
             if not any(count.tokens for count in self.state.counts.values()):
                 raise DataError("nothing was trained: no sample that could be read has a target token")
+            if self.state.nonfinite_steps == self.state.step > 0:
+                raise TrainingError(f"nothing was trained: no loss or gradient was finite in {self.state.step} steps")
             if self.state.best_step is None:
                 self._write_weights()
             else:

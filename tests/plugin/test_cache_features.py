@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 
 YAML = """
-model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
+model: {{arch: chatbridge, model_type: tiny}}
 datasets:
   chatbridge_world_caption: {{data_root: {world}}}
 run:
@@ -46,10 +48,19 @@ def test_the_cache_is_filled_once_and_training_finds_it(tmp_path, config, capsys
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(ChatBridge, "encode_media", never)
-    assert cli.main(["cache-features", "--cfg-path", config, *options]) == 0
+    for name in ("soft.npz", "soft.safetensors"):
+        assert cli.main(["cache-features", "--cfg-path", config, *options, "--soft", str(tmp_path / name)]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == shards
+    npz, tensors = np.load(tmp_path / "soft.npz"), load_file(tmp_path / "soft.safetensors")
+    assert len(tensors) == 12
+    assert {(soft.ndim, soft.dtype) for soft in tensors.values()} == {(2, np.dtype("float32"))}
+    assert all((npz[name] == soft).all() for name, soft in tensors.items())
+    image, other = [soft for name, soft in tensors.items() if name.startswith("image:")][:2]
+    assert np.abs(image - other).max() > 1e-3
 
 
-def test_a_folder_is_needed(config, capsys):
+def test_a_folder_and_a_known_format_are_needed(config, capsys):
     assert cli.main(["cache-features", "--cfg-path", config]) == 2
     assert "run.feature_cache names no folder" in capsys.readouterr().err
+    assert cli.main(["cache-features", "--cfg-path", config, "--soft", "soft.txt"]) == 2
+    assert "expected a file .npz or .safetensors" in capsys.readouterr().err

@@ -115,6 +115,22 @@ def test_the_kept_checkpoints_can_be_read_by_colleagues(tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {SHARED}
 
 
+def test_a_crash_inside_a_save_leaves_the_last_one(tmp_path, monkeypatch):
+    def crash(path, value):
+        raise Stop
+
+    part = runner(tmp_path, max_iters=4, save_every_steps=2)
+    after_step(part, 3, lambda: monkeypatch.setattr(checkpoints, "write_json", crash))
+    with pytest.raises(Stop):
+        part.train()
+    monkeypatch.undo()
+    resumed = runner(tmp_path, max_iters=4, resume="auto")
+    assert resumed.folder.resumed == tmp_path / "checkpoints" / "step_00000002"
+    resumed.train()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000004"]
+
+
 def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp_path):
     one = runner(tmp_path, max_iters=2)
     one.train()

@@ -92,6 +92,8 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path):
     with pytest.raises(TrainingError, match="3 steps had a non-finite loss"):
         one.train()
     assert one.state.step == 3
+    with pytest.raises(TrainingError, match="nothing was trained: no loss or gradient was finite in 2 steps"):
+        runner(tmp_path / "all", data=pictures(poison=tuple(range(12))), max_iters=2, max_nonfinite_steps=3).train()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
