@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lavis_chatbridge import cli
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
@@ -27,36 +28,26 @@ def logits(model: Any) -> Tensor:
         return model.llama_model(inputs_embeds=torch.randn(1, 6, 32)).logits
 
 
-def test_fresh_adapters_change_nothing_and_alone_are_trained(golden_dir: Path) -> None:
-    plain = small_model(golden_dir / "tokenizer")
-    model = small_model(golden_dir / "tokenizer", language_model=with_lora(golden_dir / "tokenizer", dropout=0.5))
+def test_adapters_alone_are_trained_in_fp32_beside_half_precision(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
+    half = with_lora(golden_dir / "tokenizer", dropout=0.5).model_copy(update={"dtype": "bfloat16"})
+    model = small_model(golden_dir / "tokenizer", language_model=half)
     own = dict(model.llama_model.named_parameters())
     trained = {name for name, parameter in own.items() if parameter.requires_grad}
-    assert trained == {name for name in own if ".lora_" in name}
+    assert trained == {name for name in own if lora.is_adapter(name)}
     assert len(trained) == 2 * 2 * 2  # A and B, two layers, q_proj and v_proj
     assert {own[name].dtype for name in trained} == {torch.float32}
-    for name, parameter in plain.llama_model.named_parameters():
-        with torch.no_grad():
-            own[name if name in own else name.replace(".weight", ".base_layer.weight")].copy_(parameter)
-    assert torch.equal(logits(model), logits(plain))
-    model.train()
-    dropouts = [module for module in model.llama_model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert dropouts
-    assert all(module.training for module in dropouts)
-    assert not model.llama_model.training
-    model.eval()
-    assert not any(module.training for module in dropouts)
-
-
-def test_adapters_beside_half_precision_stay_in_fp32(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
-    half = with_lora(golden_dir / "tokenizer").model_copy(update={"dtype": "bfloat16"})
-    model = small_model(golden_dir / "tokenizer", language_model=half)
-    dtypes = {lora.is_adapter(name): p.dtype for name, p in model.llama_model.named_parameters()}
-    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert {parameter.dtype for name, parameter in own.items() if name not in trained} == {torch.bfloat16}
     with torch.no_grad():
         found = model.llama_model(inputs_embeds=torch.randn(1, 2, 32, dtype=torch.bfloat16)).logits
     assert found.dtype == torch.bfloat16
+    dropouts = [module for module in model.llama_model.modules() if isinstance(module, torch.nn.Dropout)]
+    for mode in (True, False):
+        model.train(mode)
+        assert {module.training for module in dropouts} == {mode}
+        assert not model.llama_model.training
 
 
 def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(golden_dir: Path, tmp_path: Path) -> None:
@@ -136,8 +127,5 @@ def test_the_merged_language_model_has_the_logits_of_the_adapted_one(
 
 
 def test_the_export_command(tmp_path: Path) -> None:
-    from lavis_chatbridge.cli import main
-
-    assert main(["export-llm", str(tmp_path / "llm")]) == 0
+    assert [cli.main(["export-llm", str(tmp_path / "llm")]) for _ in range(2)] == [0, 2]
     assert (tmp_path / "llm" / "model.safetensors").is_file()
-    assert main(["export-llm", str(tmp_path / "llm")]) == 2
