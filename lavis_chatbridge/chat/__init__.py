@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.attachments import media_of
     from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
-    from lavis_chatbridge.chat.engine import Engine
+    from lavis_chatbridge.chat.engine import Answer, Engine, Reply
     from lavis_chatbridge.chat.loading import load_model
     from lavis_chatbridge.chat.reader import MediaReader
-    from lavis_chatbridge.chat.reply import Answer, Reply
     from lavis_chatbridge.chat.session import Session
     from lavis_chatbridge.models.sampling import Sampling
 
@@ -22,12 +21,12 @@ __all__ = ["Answer", "ChatMessage", "Conversation", "Engine", "MediaReader", "Re
 __all__ += ["load_model", "media_of"]
 
 _MODULES = {
-    "Answer": "chat.reply",
+    "Answer": "chat.engine",
     "ChatMessage": "chat.conversation",
     "Conversation": "chat.conversation",
     "Engine": "chat.engine",
     "MediaReader": "chat.reader",
-    "Reply": "chat.reply",
+    "Reply": "chat.engine",
     "Sampling": "models.sampling",
     "Session": "chat.session",
     "load_model": "chat.loading",

@@ -22,8 +22,7 @@ from lavis_chatbridge.models.sampling import Sampling
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.conversation import Conversation
-    from lavis_chatbridge.chat.engine import Engine
-    from lavis_chatbridge.chat.reply import Answer, Reply
+    from lavis_chatbridge.chat.engine import Answer, Engine, Reply
     from lavis_chatbridge.prompting.pieces import Modality
 
 Question: TypeAlias = "tuple[Any, Conversation]"
@@ -163,8 +162,7 @@ def read_questions(path: Path, talk: TalkOptions) -> Iterator[Question]:
         ChatBridgeError: With ``file:line`` and what is wrong.
     """
     from lavis_chatbridge.chat.attachments import media_of
-    from lavis_chatbridge.chat.conversation import Conversation
-    from lavis_chatbridge.chat.messages import read_messages
+    from lavis_chatbridge.chat.conversation import Conversation, read_messages
     from lavis_chatbridge.chat.urls import Access
 
     folder = path.parent.absolute()

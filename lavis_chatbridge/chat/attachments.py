@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL.Image import Image, fromarray
+from PIL.Image import Image
 from torch import Tensor
 
 from lavis_chatbridge import media as opening
-from lavis_chatbridge.chat.conversation import Content, Medium
+from lavis_chatbridge.chat.conversation import Content, Medium, frames_of
 from lavis_chatbridge.chat.urls import Access, open_url
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Sound, Source
-from lavis_chatbridge.media.image import open_image, upright
+from lavis_chatbridge.media.image import upright
 from lavis_chatbridge.media.source import is_file, media_errors
 from lavis_chatbridge.media.video import open_video
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
@@ -61,16 +61,6 @@ def media_of(
         content = _content(modality, one, access or Access())
         result += Medium(modality, content, _name(content)).with_track(hear_videos)
     return result
-
-
-def frames_of(images: Sequence[Any]) -> np.ndarray:
-    """``[T, H, W, 3]``: images as the frames of a video, in the size of the first.
-
-    Raises:
-        MediaError: If one cannot be opened.
-    """
-    frames = [fromarray(open_image(image)) for image in images]
-    return np.stack([np.asarray(frame.resize(frames[0].size)) for frame in frames])
 
 
 def modality_of(file: str | Path | bytes) -> Modality:

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lavis_chatbridge.chat import messages as openai_messages
 from lavis_chatbridge.chat.attachments import Images, Pairs, Sounds, media_of
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
-from lavis_chatbridge.chat.engine import Engine
+from lavis_chatbridge.chat.engine import Answer, Engine, Reply
 from lavis_chatbridge.chat.loading import default_processors, load_model
 from lavis_chatbridge.chat.reader import MediaReader
-from lavis_chatbridge.chat.reply import Answer, Reply
 from lavis_chatbridge.chat.urls import Access, data_url
 from lavis_chatbridge.config import parse, unknown_key
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
@@ -210,7 +208,7 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write the conversation to a JSON file of OpenAI's messages."""
         with self._settled():
-            openai_messages.save(self._conversation, path)
+            self._conversation.save(path)
 
     def load(self, path: str | Path) -> None:
         """Replace the conversation by a saved one. Its media are opened when they are needed.
@@ -218,7 +216,7 @@ class Session:
         Raises:
             DataError: If the file cannot be read or holds no conversation.
         """
-        loaded = openai_messages.load(path)
+        loaded = Conversation.load(path)
         with self._settled():
             self._conversation = loaded
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
-    from lavis_chatbridge.chat.reply import Reply
+    from lavis_chatbridge.chat.engine import Reply
     from lavis_chatbridge.chat.session import Session
 
 PROMPT = "you> "

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
 
     from lavis_chatbridge.chat.conversation import Conversation
-    from lavis_chatbridge.chat.engine import Engine
-    from lavis_chatbridge.chat.reply import Answer, Reply
+    from lavis_chatbridge.chat.engine import Answer, Engine, Reply
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EXAMPLES = ASSETS / "examples"
@@ -186,13 +185,11 @@ class Page:
 
     def export(self, history: list[dict[str, Any]], system: str) -> str:
         """The conversation as JSON that `Session.load` and ``/load`` read, media inside."""
-        from lavis_chatbridge.chat import messages
-
         conversation = conversation_of(history, system, hear=True)
         for message in conversation.messages:
             for medium in message.media:
                 medium.content = Path(medium.content).read_bytes()  # type: ignore[arg-type]
-        return messages.to_json(messages.to_messages(conversation))
+        return conversation.to_json()
 
 
 def conversation_of(history: Sequence[dict[str, Any]], system: str, hear: bool) -> Conversation:

@@ -170,7 +170,7 @@ def test_notes_on_media(model: Any):
         ("audio", False, 0, (reader.SILENT_TRACK,)),
         ("audio", True, 3, ()),
         ("audio", True, 3, (reader.SILENT,)),
-        ("audio", False, 0, ("5 ms of sound are less than one frame of 25 ms",)),
+        ("audio", False, 0, ("5 ms of sound are less than 25 ms",)),
     ]
     assert len(answer.warnings) == 4
     assert json.loads(json.dumps(dataclasses.asdict(answer)))["media"][4]["warnings"] == [reader.NO_TRACK]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.chat import Session, messages, web
+from lavis_chatbridge.chat import Conversation, Session, web
 from lavis_chatbridge.chat.attachments import modality_of
 from lavis_chatbridge.chat.server import command as server
 from lavis_chatbridge.errors import ConfigError
@@ -99,7 +99,7 @@ def test_a_stopped_answer_shows_nothing_more(page: web.Page):
 def test_an_exported_conversation_can_be_loaded(page: web.Page, files: Path, tmp_path: Path):
     history = [message("user", attached(str(files / "a b.png")), "C"), message("assistant", "D")]
     (tmp_path / "talk.json").write_text(page.export(history, "S"))
-    loaded = messages.load(tmp_path / "talk.json")
+    loaded = Conversation.load(tmp_path / "talk.json")
     assert (loaded.system, [m.text for m in loaded.messages]) == ("S", ["C", "D"])
     assert loaded.messages[0].media[0].content == (files / "a b.png").read_bytes()
 

@@ -24,8 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lavis_chatbridge.chat.engine import Engine, QueueFullError
-from lavis_chatbridge.chat.reply import Answer, Event
+from lavis_chatbridge.chat.engine import Answer, Engine, Event, QueueFullError
 from lavis_chatbridge.chat.server import requests
 from lavis_chatbridge.chat.server.requests import Body, ChatRequest, RequestError, TextRequest
 from lavis_chatbridge.chat.urls import MEBIBYTE, is_own_name

@@ -13,9 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
-from lavis_chatbridge.chat.messages import read_messages
-from lavis_chatbridge.chat.reply import Answer, Event
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, read_messages
+from lavis_chatbridge.chat.engine import Answer, Event
 from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
 from lavis_chatbridge.models.decoding import TokenLogprob
