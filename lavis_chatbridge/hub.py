@@ -125,7 +125,7 @@ def parsed(text: str, what: str, content: Content = "weights", prefixes: Sequenc
     """A name's parts; a `CheckpointError` if it is empty."""
     if not text.strip():
         raise CheckpointError(f"{what} is empty: name a file, a hub id or a URL, or set it to null")
-    if re.match(r"https?://", text):
+    if re.match(r"https://|http://(localhost|127\.0\.0\.1)[:/]", text):  # no unencrypted download from other hosts
         return Name(text, content, tuple(prefixes), url=text)
     path = Path(os.path.expandvars(text)).expanduser()
     if text.startswith(PACKAGE):

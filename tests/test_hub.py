@@ -71,7 +71,9 @@ def test_hub_ids(text: str, parts: tuple) -> None:
     assert (name.repo, name.file, name.revision) == parts
 
 
-@pytest.mark.parametrize("text", ["weights/eva.pth", "/a/b", "./a/b", "~/a", "$DIR/a/b", "eva.pth", "package:assets"])
+@pytest.mark.parametrize(
+    "text", ["weights/eva.pth", "/a/b", "./a/b", "~/a", "$DIR/a/b", "eva.pth", "package:assets", "http://a.org/b"]
+)
 def test_paths(text: str) -> None:
     assert hub.parsed(text, "it").path is not None
 
