@@ -22,14 +22,12 @@ from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.source import file_of, media_errors
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.processors.fbank import MEAN, STD
+from lavis_chatbridge.processors.fbank import is_silent
 from lavis_chatbridge.prompting.pieces import MODALITIES
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
-SILENCE = (8.0 - MEAN) / (2.0 * STD)
-"""The filterbank of a silent sound has no value above this: its samples stay below the rounding of 16 bits."""
 _REMEMBERED = 64  # media
 NO_TRACK = "the video has no audio track"
 SILENT = "it is silent"
@@ -104,13 +102,9 @@ class MediaReader:
                 raise
             heard = processor.opener(has_audio_track, medium.content, limits=processor.limits)
             return None, (f"the video's audio track cannot be read: {error.cause}" if heard else NO_TRACK,)
-        if not isinstance(prepared, AudioClips) or not _is_silent(prepared):
+        if not isinstance(prepared, AudioClips) or not is_silent(prepared):
             return prepared, ()
         return (None, (SILENT_TRACK,)) if medium.track else (prepared, (SILENT,))
-
-
-def _is_silent(clips: AudioClips) -> bool:
-    return all(bool((bank[: int(n)] <= SILENCE).all()) for bank, n in zip(clips.fbank, clips.frames, strict=True))
 
 
 def _hash(content: Content) -> str:

@@ -130,7 +130,7 @@ def decode_audio(
 def resample(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     """``samples`` (float32 ``[S]``) from one rate to another, with torchaudio's windowed sinc filter.
 
-    Between rates such as 44101 and 16000 Hz the nearest ratio of small terms is used; its error is below 1 in 1000 s.
+    Between rates such as 44101 and 16000 Hz the nearest ratio with terms up to 1000 is used.
     """
     ratio = Fraction(rate, source_rate).limit_denominator(_LARGEST_TERM)
     if ratio == 1:
