@@ -142,8 +142,8 @@ class ChatBridgeRunner(RunnerBase):
         with self.folder.claimed(), worker_deaths():
             self._start()
             reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
-            with reporter, noted_sigterm() as sigterm:
-                self._train_steps(sigterm, reporter)
+            with reporter, noted_signals() as (stop, save):
+                self._train_steps(stop, save, reporter)
             if not any(count.tokens for count in self.state.counts.values()):
                 raise DataError("nothing was trained: no sample that could be read has a target token")
             if self.state.nonfinite_steps == self.state.step > 0:
@@ -155,7 +155,7 @@ class ChatBridgeRunner(RunnerBase):
             self.evaluate()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
-    def _train_steps(self, sigterm: threading.Event, reporter: logs.Reporter) -> None:
+    def _train_steps(self, sigterm: threading.Event, sigusr1: threading.Event, reporter: logs.Reporter) -> None:
         """The training loop: take a step, validate, save, until the last step or a SIGTERM."""
         schedule = optim.schedule(self.run, self.steps, self.validation_interval)
         step = TrainStep(self.model, self._loss, self.optimizer, self.scaler, schedule, self.run, self.device)
@@ -167,7 +167,7 @@ class ChatBridgeRunner(RunnerBase):
             began = time.monotonic()
             micro_batches, fault = self._next(batches)
             waited = time.monotonic() - began
-            save = began - saved >= 60 * (self.run.save_every_minutes or math.inf)
+            save = sigusr1.is_set() or began - saved >= 60 * (self.run.save_every_minutes or math.inf)
             stop = sigterm.is_set() or fault is not None  # the other processes learn of it at the step's end
             result = step(self.state.step, micro_batches, save, stop)
             if result.stop:
@@ -184,6 +184,7 @@ class ChatBridgeRunner(RunnerBase):
             if stopped or result.save or self._must_save():
                 self._save_checkpoint(self.state.step)
                 saved = time.monotonic()
+                sigusr1.clear()
             if stopped:
                 _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", self.state.step)
                 raise SystemExit(128 + signal.SIGTERM)
@@ -353,11 +354,18 @@ class ChatBridgeRunner(RunnerBase):
 
 
 @contextmanager
-def noted_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process: Slurm's end of time, a spot machine's notice."""
-    event = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+def noted_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Events that SIGTERM (Slurm's end of time, a spot machine's notice: save and stop) and SIGUSR1 (save) set."""
+    events = {signal.SIGTERM: threading.Event(), getattr(signal, "SIGUSR1", None): threading.Event()}
+    before: dict[Any, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        for number in filter(None, events):  # Windows has no SIGUSR1
+            before[number] = signal.signal(number, lambda got, _frame: events[got].set())
+    else:
+        _log.warning("training outside the main thread: SIGTERM and SIGUSR1 do not save a checkpoint")
     try:
-        yield event
+        stop, save = events.values()
+        yield stop, save
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

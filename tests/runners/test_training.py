@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,24 @@ def test_sigterm_saves_and_stops(tmp_path):
     assert one.state.step == 3
     assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigusr1_saves_and_continues(tmp_path):
+    one, before = runner(tmp_path, max_iters=6, log_every=100), signal.getsignal(signal.SIGUSR1)
+    after_step(one, 2, lambda: (os.kill(os.getpid(), signal.SIGUSR1), time.sleep(0.01)))
+    one.train()
+    assert one.state.step == 6
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_training_in_a_thread_warns_about_signals(tmp_path, caplog):
+    one = runner(tmp_path, max_iters=2)
+    thread = threading.Thread(target=one.train)
+    thread.start()
+    thread.join(60)
+    assert one.state.step == 2
+    assert "outside the main thread: SIGTERM and SIGUSR1 do not save" in caplog.text
 
 
 def _end_of_time(folder):
