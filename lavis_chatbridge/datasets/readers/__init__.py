@@ -21,7 +21,7 @@ _NAMES = {
     chats: "avsd llava multis",
     options: "av_odyssey avhbench avqa charades_ego daily_omni mmau mosi omnibench video_mme worldsense",
     own: "huggingface messages",
-    web: "webdataset",
+    web: "pairs_json pairs_tsv webdataset",
 }
 READERS: dict[str, Reader] = {
     name: with_unique_ids(getattr(module, name)) for module, names in _NAMES.items() for name in names.split()

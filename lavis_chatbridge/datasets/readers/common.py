@@ -238,11 +238,15 @@ def is_list(path: str) -> bool:
 
 
 def table_rows(path: str, delimiter: str = ",", columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The lines of a CSV file; with ``columns`` the file has no header line."""
-    lines = csv.reader((f"{line}\n" for _, line in read_lines(path)), delimiter=delimiter)
-    names = list(columns or next(lines, []))
-    for values in filter(None, lines):
-        where = f"{path}:{lines.line_num}"
-        if len(values) != len(names):
-            raise DataError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})")
-        yield Row(dict(zip(names, values, strict=True)), where)
+    """The lines of a CSV or TSV file; with ``columns`` the file has no header line."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # quotes are ordinary characters in a TSV
+    lines = csv.reader((f"{line}\n" for _, line in read_lines(path)), delimiter=delimiter, quoting=quoting)
+    try:
+        names = list(columns or next(lines, []))
+        for values in filter(None, lines):
+            where = f"{path}:{lines.line_num}"
+            if len(values) != len(names):
+                raise DataError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})")
+            yield Row(dict(zip(names, values, strict=True)), where)
+    except csv.Error as error:
+        raise DataError(f"{path}:{lines.line_num}: {error}") from error

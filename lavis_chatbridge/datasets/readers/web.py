@@ -1,7 +1,8 @@
-"""The reader of webdataset shards: pairs from the web (CC3M, CC12M, SBU, LAION) as img2dataset stores them."""
+"""Readers of pairs from the web (CC3M, CC12M, SBU, LAION): shards as img2dataset stores them, tables and JSON lists."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -10,11 +11,69 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 
-from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row
+from lavis_chatbridge.config import shown
+from lavis_chatbridge.datasets.readers.common import (
+    ENDINGS,
+    Origin,
+    Row,
+    is_list,
+    object_rows,
+    read_object,
+    table_rows,
+)
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.schema import Medium, Sample
 
 _log = logging.getLogger(__name__)
+_PER_SHARD = 10_000
+"""img2dataset's default number of rows per shard, which its file names follow."""
+
+
+def pairs_tsv(origin: Origin) -> Iterator[Sample]:
+    """A TSV of captions and URLs. Option ``columns``: their order if the file has no header line.
+
+    CC3M is published as caption, url; CC12M as url, caption. Media fields: ``row`` (from 0), ``shard`` and ``inner``
+    (img2dataset's numbering), ``url_md5``.
+    """
+    rows = (row for path in origin.every_file for row in table_rows(path, "\t", origin.options.get("columns")))
+    for number, row in enumerate(rows):
+        if "url" not in row:
+            raise DataError(
+                f"{row.where}: the columns are {', '.join(map(shown, row.values))}, expected url and caption; a file "
+                "without a header line needs options: {columns: [caption, url]}"
+            )
+        yield _pair(origin, row, number)
+
+
+def pairs_json(origin: Origin) -> Iterator[Sample]:
+    """A JSON list or JSONL of ``url`` or ``image`` with ``caption`` (BLIP's and LAVIS's lists), or SBU's two lists.
+
+    Media fields: those of a TSV, and ``image`` (a path) if the file has it.
+    """
+    rows = (row for path in origin.every_file for row in (_sbu_rows if _is_sbu(path) else object_rows)(path))
+    for number, row in enumerate(rows):
+        yield _pair(origin, row, number)
+
+
+def _is_sbu(path: str) -> bool:
+    return not is_list(path) and "image_urls" in next(object_rows(path), Row({}, path))
+
+
+def _sbu_rows(path: str) -> Iterator[Row]:
+    """SBU's file: a list of URLs and a list of captions."""
+    content = read_object(path)
+    urls, captions = content.texts("image_urls"), content.texts("captions")
+    if len(urls) != len(captions):
+        raise DataError(f"{path}: {len(urls)} image_urls, but {len(captions)} captions")
+    for number, (url, caption) in enumerate(zip(urls, captions, strict=True)):
+        yield Row({"url": url, "caption": caption}, f"{path}: captions[{number}]")
+
+
+def _pair(origin: Origin, row: Row, number: int) -> Sample:
+    shard, inner = divmod(number, _PER_SHARD)
+    fields = {"row": number, "shard": shard, "inner": inner, "image": row.values.get("image") or ""}
+    md5 = hashlib.md5(row.name("url", "image").encode()).hexdigest()
+    return Sample(str(number), origin.locate(row.where, url_md5=md5, **fields), (row.text("caption"),))
 
 
 def webdataset(origin: Origin) -> Iterator[Sample]:

@@ -106,6 +106,16 @@ FORMATS: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, str, list[st
         {"file": [_MUSIC]},
         ("50", "0272.mp4", ["Is the violin sounding?", "yes"]),
     ),
+    "pairs_json": (
+        {"image": "{image}"},
+        {"file": [{"image": "a/b.jpg", "caption": "a dog"}]},
+        ("0", "a/b.jpg", ["a dog"]),
+    ),
+    "pairs_tsv": (
+        {"image": "{shard:05d}/{inner:04d}.jpg"},
+        {"file": "caption\turl\na dog\thttp://x/1\n"},
+        ("0", "00000/0000.jpg", ["a dog"]),
+    ),
     "valor": (
         {"video": "{video_id}.mp4"},
         {"file": [{"video_id": "ab", "desc": ["A man plays.", "x"]}]},
@@ -236,6 +246,25 @@ def test_karpathys_splits_and_laviss_lists(read):
     assert read("coco_karpathy", media, file=testing)[0].captions == ("one", "two")
 
 
+def test_pairs_from_the_web(read):
+    cc3m = 'a "large" dog\thttp://x/1\nsecond\thttp://x/2\n'
+    samples = read("pairs_tsv", {"image": "{row}.jpg"}, {"columns": ["caption", "url"]}, file=cc3m)
+    assert [(s.captions[0], s.media[0].path) for s in samples] == [
+        ('a "large" dog', "/d/0.jpg"),
+        ("second", "/d/1.jpg"),
+    ]
+    [cc12m] = read("pairs_tsv", {"image": "{url_md5}.jpg"}, {"columns": ["url", "caption"]}, file="http://x/1\tdog\n")
+    assert cc12m.media[0].path == "/d/a247d79628e388a8def1087b6dbe8776.jpg"
+    with pytest.raises(DataError, match=r"options: \{columns: \[caption, url\]\}"):
+        read("pairs_tsv", file=cc3m)
+    sbu = {"image_urls": ["http://x/1"], "user_ids": ["u"], "captions": ["on the beach"]}
+    assert read("pairs_json", {"image": "{row}.jpg"}, file=sbu)[0].captions == ("on the beach",)
+    lines = '{"url": "http://x/1", "caption": "a"}\n{"url": "http://x/2", "caption": "b"}\n'
+    assert [s.captions[0] for s in read("pairs_json", {"image": "{row}.jpg"}, file=lines)] == ["a", "b"]
+    with pytest.raises(DataError, match="1 image_urls, but 2 captions"):
+        read("pairs_json", file=sbu | {"captions": ["a", "b"]})
+
+
 @pytest.mark.parametrize("reader", ["coco_karpathy", "msrvtt"])
 def test_a_split_that_a_file_lacks_is_named_with_those_that_it_has(read, reader):
     with pytest.raises(DataError, match=r"file\.txt has no split test; it has train \(1\)"):
@@ -347,6 +376,7 @@ def test_wavcaps_leaves_out_the_clips_of_other_tests(tmp_path, caplog):
         ("valor", '[\n{"video_id": "\udcff"}]', r"file\.txt:2: not UTF-8 at byte 14 of the line"),
         ("gqa", {"2013": {"imageId": "n1", "answer": "no"}}, "2013: question is None, expected text"),
         ("clotho", "file_name,caption_1\na.wav\n", ":2: 1 columns, expected 2"),
+        ("clotho", "file_name,caption_1\na.wav," + 200_000 * "x", "field larger than field limit"),
         *[("msrvtt_qa", f'[{{"video_id": {n}}}]', "expected a whole number") for n in ("1.5", "true", '"x"', "null")],
     ],
 )
