@@ -106,8 +106,7 @@ def decode_audio(
         MediaError: As `open_audio`.
     """
     file = file_of(source)
-    head = head_of(file)
-    if is_picture(head):
+    if is_picture(head := head_of(file)):
         raise MediaError(source, "it is an image")
     if head[8:12] == b"WAVE" and (wave := _wave_samples(file)) is not None:
         rate, samples = wave

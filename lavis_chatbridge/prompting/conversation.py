@@ -24,19 +24,14 @@ _WORD_JOINERS = str.maketrans("-/", "  ")
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation.
-
-    Args:
-        role: ``"user"`` or ``"assistant"``.
-        text: Its text.
-        media: The modalities of the media in a user's message, in order.
-        ids: The token ids of a generated assistant's text, with its end marker; None if unknown.
-    """
+    """One message of a conversation; ``role`` is ``"user"`` or ``"assistant"``."""
 
     role: str
     text: str
     media: tuple[Modality, ...] = ()
+    """The modalities of the media in a user's message, in order."""
     ids: tuple[int, ...] | None = None
+    """The token ids of a generated assistant's text, with its end marker; None if unknown."""
 
 
 class Wording(Protocol):

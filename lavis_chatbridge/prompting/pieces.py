@@ -6,6 +6,7 @@ text, because nothing parses text to find slots.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,17 +17,13 @@ MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
 @dataclass(frozen=True)
 class Text:
-    """Words of a prompt.
-
-    Args:
-        text: The words.
-        target: Whether the model is trained to produce them.
-        ids: Their token ids if a template has encoded them already, else None.
-    """
+    """Words of a prompt."""
 
     text: str
     target: bool = False
+    """Whether the model is trained to produce them."""
     ids: tuple[int, ...] | None = None
+    """Their token ids if a template has encoded them already, else None."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def context_of(pieces: Sequence[Piece]) -> list[Piece]:
 
 def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]:
     """The prompt with some slots replaced by words; the other slots are renumbered."""
-    counts: dict[Modality, int] = {}
+    counts: Counter[Modality] = Counter()
     spelt: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, Text):
@@ -64,8 +61,8 @@ def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]
         elif piece in words:
             spelt.append(Text(words[piece]))
         else:
-            spelt.append(Slot(piece.modality, counts.get(piece.modality, 0)))
-            counts[piece.modality] = counts.get(piece.modality, 0) + 1
+            spelt.append(Slot(piece.modality, counts[piece.modality]))
+            counts[piece.modality] += 1
     return spelt
 
 

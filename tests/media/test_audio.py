@@ -63,17 +63,6 @@ def test_lossy_formats(form: str, codec: str) -> None:
     np.testing.assert_allclose(got[2000:-4000], sound[2000 : len(got) - 4000], atol=0.04)
 
 
-@pytest.mark.parametrize("form", ["mp4", "matroska", "webm"])
-def test_sound_tracks_of_videos(form: str, tmp_path: Path) -> None:
-    codec: dict[str, Any] = {"codec": "libvpx-vp9", "b_frames": 0} if form == "webm" else {}
-    path = tmp_path / f"clip.{form}"
-    path.write_bytes(video_file(5, form=form, sound=tone(1.0, 48_000), **codec))
-    for source in (path, path.read_bytes()):
-        got = open_audio(source)
-        assert len(got) == pytest.approx(16_000, abs=900)
-        assert pitch(got) == pytest.approx(440, abs=2)
-
-
 def test_tags_that_are_not_utf_8_do_not_cost_the_file() -> None:
     sound = sound_file(tone(0.25, 16_000), 16_000)
     title = "Ganz schön ".encode("latin-1") + b"."

@@ -36,13 +36,6 @@ def test_images_as_thin_as_a_pixel(size: tuple[int, int]) -> None:
         torch.testing.assert_close(ImageEvalProcessor()(source), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_bytes_arithmetic_equals_pillow_to_one_level(interpolation: str) -> None:
-    settings = PictureSettings(image_size=32, interpolation=interpolation)  # type: ignore[arg-type]
-    expected = prepare(NOISE[None], settings.model_copy(update={"arithmetic": "pillow"}))
-    assert (prepare(NOISE[None], settings) - expected).abs().max() < 1.01 / (255 * min(CLIP_STD))
-
-
 def test_crop_takes_the_central_square() -> None:
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 20:40] = 255
