@@ -52,7 +52,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {"n_layer": 2, "n_head": 4},
 }
-REFUSED = ("mamba", "rwkv")
+REFUSED = ("mamba", "rwkv", "falcon_h1")
 LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
 
 
