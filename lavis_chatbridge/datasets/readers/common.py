@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import ConfigError, DataError
@@ -239,7 +239,9 @@ def is_list(path: str) -> bool:
 
 def table_rows(path: str, delimiter: str = ",", columns: Sequence[str] | None = None) -> Iterator[Row]:
     """The lines of a CSV or TSV file; with ``columns`` the file has no header line."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # quotes are ordinary characters in a TSV
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL  # a CSV; quotes are ordinary characters in a TSV
+    if delimiter == "\t":
+        quoting = csv.QUOTE_NONE
     lines = csv.reader((f"{line}\n" for _, line in read_lines(path)), delimiter=delimiter, quoting=quoting)
     try:
         names = list(columns or next(lines, []))
