@@ -7,7 +7,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -40,7 +39,8 @@ def command(
     audio: Annotated[list[str], typer.Option(help="A sound; repeatable.")] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its details as JSON.")] = False,
     jsonl: Annotated[tuple[Path, Path] | None, typer.Option(metavar="IN OUT", help="Answer each line of IN.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --jsonl: answers at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --jsonl: answers at once on each device.")] = 8,
+    devices: Annotated[list[str], typer.Option(help="With --jsonl: several devices; repeatable.")] = [],  # noqa: B006
 ) -> int:
     """Answer; the exit status is 1 if some lines of a file have no answer."""
     given: list[tuple[Modality, str]] = [("image", file) for file in image]
@@ -53,9 +53,15 @@ def command(
         questions = list(read_questions(source, talk))
         key = hash_of(hash_of_file(source), *(options.model_dump() for options in (model, talk, sampling)))
         part = target.with_name(f".{target.name}.{key[:12]}.part")
+        places = [model.model_copy(update={"device": device}) for device in devices] or [model]
         return _answer_file(
-            target, part, questions, lambda rest: _answers(rest, model.open(keep=0), batch_size, sampling)
+            target,
+            part,
+            questions,
+            lambda rest: _answers(rest, [place.open(keep=0) for place in places], batch_size, sampling),
         )
+    if devices:
+        raise ConfigError("--devices is for --jsonl; one question is answered on one --device")
     asked = _question(words, given, talk)
     reply = model.open(keep=0).reply(asked, sampling)
     for piece in reply:
@@ -95,16 +101,18 @@ def _answer_file(
     target: Path, part: Path, questions: Sequence[Question], answers: Callable[[Sequence[Question]], Iterator[dict]]
 ) -> int:
     """Write ``target``; an interrupted run leaves its answers in ``part``. The status is 1 if an answer is missing."""
-    faults = 0
     try:
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []
-        if lines:
-            print(f"{len(lines)} of {len(questions)} answers are there already", file=sys.stderr)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
-            for record in chain(map(json.loads, lines), answers(questions[len(lines) :])):
+        with open(part, "a+b") as file:
+            file.seek(0)
+            done = [line for line in file if line.endswith(b"\n")]
+            file.truncate(sum(map(len, done)))  # without a line that an interruption cut off
+            if done:
+                print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
+            faults = sum("error" in json.loads(line) for line in done)
+            for record in answers(questions[len(done) :]):
                 faults += "error" in record
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
                 file.flush()
         os.replace(part, target)
     except OSError as error:
@@ -114,13 +122,13 @@ def _answer_file(
 
 
 def _answers(
-    questions: Sequence[Question], engine: Engine, batch_size: int, sampling: Sampling
+    questions: Sequence[Question], engines: Sequence[Engine], batch_size: int, sampling: Sampling
 ) -> Iterator[dict[str, Any]]:
-    """Answers in the order of the questions; ``batch_size`` of them are generated at once."""
+    """Answers in the order of the questions; each engine generates ``batch_size`` of them at once."""
     running: deque[tuple[Any, Reply]] = deque()
-    for name, conversation in questions:
-        running.append((name, engine.reply(conversation, sampling)))
-        if len(running) >= batch_size:
+    for number, (name, conversation) in enumerate(questions):
+        running.append((name, engines[number % len(engines)].reply(conversation, sampling)))
+        if len(running) >= batch_size * len(engines):
             yield _line(*running.popleft())
     while running:
         yield _line(*running.popleft())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.chat import Session, ask, load_model
+from lavis_chatbridge.chat import Session, ask, load_model, loading
 from lavis_chatbridge.chat.loading import TalkOptions
 from lavis_chatbridge.errors import ChatBridgeError
 from lavis_chatbridge.models import state_dicts
@@ -28,7 +28,12 @@ def run(files: Path, *words: str) -> int:
 def loaded(opened: Session, monkeypatch: pytest.MonkeyPatch) -> Session:
     """Commands use the opened model instead of a new one, whose random weights differ."""
     processors = {modality: {"eval": one} for modality, one in opened.engine.reader.processors.items()}
-    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *a: (opened.model, processors))
+
+    def load(model: str, options: tuple[str, ...], device: str, engine: str) -> Any:
+        loading._device(device)
+        return opened.model, processors
+
+    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", load)
     return opened
 
 
@@ -110,14 +115,15 @@ LINES: list[dict[str, Any]] = [
 ]
 
 
-def batch(folder: Path, *lines: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+def batch(folder: Path, *lines: dict[str, Any], devices: tuple[str, ...] = ()) -> tuple[int, list[dict[str, Any]]]:
     (folder / "in.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
-    status = run(folder, "--jsonl", f"{folder}/in.jsonl", f"{folder}/out.jsonl", "--batch-size", "2")
+    given = [word for device in devices for word in ("--devices", device)]
+    status = run(folder, "--jsonl", f"{folder}/in.jsonl", f"{folder}/out.jsonl", "--batch-size", "2", *given)
     return status, [json.loads(line) for line in (folder / "out.jsonl").read_text().split("\n")[:-1]]
 
 
 def test_a_batch(files: Path, loaded: Session):
-    status, found = batch(files, *LINES)
+    status, found = batch(files, *LINES, devices=("cpu", "cpu"))
     assert status == 1
     assert [record["id"] for record in found] == ["p", "2", 3, "o", "last"]
     assert "absent.png" in found[2]["error"]
@@ -142,6 +148,8 @@ def test_an_interrupted_batch_resumes(files: Path, loaded: Session, monkeypatch:
     (part,) = files.glob(".out.jsonl.*.part")
     with open(part, "a") as file:
         file.write('{"id": "half')
+    with pytest.raises(FileNotFoundError):  # a device that cannot be used costs no answer
+        batch(files, *lines, devices=("abacus",))
     status, found = batch(files, *lines)
     assert status == 0
     assert "1 of 3 answers are there already" in capsys.readouterr().err
