@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
+from tqdm import tqdm
 
 from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, one_line
 
@@ -121,7 +123,7 @@ def scores() -> Iterator[Finding]:
 
 
 def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """A configuration's faults and missing files, its weights and its memory."""
+    """A configuration's faults and missing files, its weights, its data and its memory."""
     try:
         from lavis_chatbridge.runners.config import load_config
         from lavis_chatbridge.runners.folder import RunFolder
@@ -129,28 +131,51 @@ def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
         cfg = load_config(cfg_path, options)
     except ChatBridgeError as error:
         yield Finding("FAULT", str(error))
+        with suppress(ChatBridgeError):  # the model's files, if the fault lies elsewhere
+            from lavis_chatbridge.config import read_options
+            from lavis_chatbridge.models.weights import model_settings
+
+            yield from _weights(model_settings(None, cfg_path, read_options(options).get("model")))
         return
     except ImportError as error:
         yield Finding("FAULT", f"LAVIS cannot be imported ({error}): {INSTALL_LAVIS}")
         return
     if cfg.model_cfg.arch == "chatbridge":
         yield from _model(cfg)
+    for name, section in cfg.datasets_cfg.items():
+        yield from _data(str(name), section)
     if not cfg.run.evaluate and cfg.run.job_id is not None:  # else the run gets a folder of its own
         yield from _fault_of(RunFolder(cfg.run).check)
 
 
 def _model(cfg: Config) -> Iterator[Finding]:
-    from lavis_chatbridge.models import weights
     from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.models.language_model import check_available
 
     settings = ChatBridge.check_config(cfg.model_cfg)
+    yield from _weights(settings)
+    yield from _fault_of(lambda: check_available(settings.language_model))
+    yield _memory(cfg, settings)
+
+
+def _weights(settings: ModelSettings) -> Iterator[Finding]:
+    from lavis_chatbridge.models import weights
+
     for need in weights.needs(settings):
         found, line = weights.described(need)
         level: Level = "FAULT" if found.state == "missing" else "warning" if found.state == "to fetch" else "ok"
         yield Finding(level, line)
-    yield from _fault_of(lambda: check_available(settings.language_model))
-    yield _memory(cfg, settings)
+
+
+def _data(name: str, section: Any) -> Iterator[Finding]:
+    """The annotation files of a data set that exist; missing ones are faults of the configuration."""
+    from lavis.common.registry import registry
+
+    own = getattr(registry.get_builder_class(name)(section), "settings", None)  # LAVIS's own data sets have none
+    files = [path for split in own.used_splits for path in own.every_file(split)] if own else []
+    for path in filter(os.path.isfile, dict.fromkeys(files)):
+        size = tqdm.format_sizeof(os.path.getsize(path), "B", 1024)
+        yield Finding("ok", f"{'datasets.' + name:<32}{size:>12}  {path}")
 
 
 def _memory(cfg: Config, settings: ModelSettings) -> Finding:

@@ -19,7 +19,7 @@ from lavis_chatbridge.files import hash_of, read_json
 from lavis_chatbridge.prompting.pieces import Piece, Text, context_of
 from lavis_chatbridge.tasks.base import ChatBridgeTask, gathered
 from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles
-from lavis_chatbridge.tasks.scoring import facts, records
+from lavis_chatbridge.tasks.scoring import CAPTION_METRICS, captions, facts, records
 from lavis_chatbridge.tasks.settings import EvaluationSettings, MediaSettings
 from lavis_chatbridge.tasks.splits import Source
 
@@ -55,6 +55,10 @@ class GenerationTask(ChatBridgeTask):
         self._open_files({})
         if not (self.settings.report_metric and self.settings.metrics):
             return
+        named = [metric for metric in self.settings.metrics if metric in CAPTION_METRICS]
+        for name, reason in (captions.unavailable(named) if named and get_rank() == 0 else {}).items():
+            what = "the official tokenizer of captions" if name == "ptb" else name
+            _log.warning("%s is not available here: %s; the other scores will be computed", what, reason)
         samples = [source.sample(index) for source in self.sources for index in range(len(source))]
         if samples and not any(s.answers or s.captions or (s.turns and s.turns[-1].role != "user") for s in samples):
             raise DataError(

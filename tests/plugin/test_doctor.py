@@ -50,12 +50,15 @@ def test_missing_java_is_a_warning(monkeypatch):
     assert [level for level, _ in doctor.scores()] == ["ok"]
 
 
-def test_a_sound_configuration(config, capsys, monkeypatch):
+def test_a_sound_configuration(config, tmp_path, capsys, monkeypatch):
     for look in ("packages", "scores"):
         monkeypatch.setattr(doctor, look, lambda: iter([Finding("ok", "well")]))
-    assert cli.main(["doctor", "--cfg-path", config()]) == 0
+    (tmp_path / "my.jsonl").write_text('{"id": "1", "captions": ["x"]}\n')
+    own = [f"datasets.chatbridge_jsonl.splits.train={tmp_path / 'my.jsonl'}"]
+    assert cli.main(["doctor", "--cfg-path", config(), "--options", *own]) == 0
     printed = capsys.readouterr().out
     assert "model.vision.weights" in printed
+    assert f"31.0B  {tmp_path / 'my.jsonl'}" in printed
     assert "GPU memory of a training process, estimated" in printed
     assert printed.endswith("nothing stops a run\n")
 
@@ -71,8 +74,9 @@ def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch
         "model.perceiver.weights",
     ]
     assert "published by https://github.com/microsoft/unilm" in faults[2]
-    [fault] = doctor.configuration(config(), ["run.max_itres=3"])
+    fault, *others = doctor.configuration(config(), ["run.max_itres=3"])
     assert "did you mean 'max_iters'" in fault.text
+    assert others[0].text.startswith("model.language_model.weights")
     [fault] = doctor.configuration(config("no_such_type"), [])
     assert "no_such_type" in fault.text
 

@@ -222,6 +222,17 @@ def test_the_prompt_keeps_or_loses_the_words_of_a_withheld_medium_or_says_that_i
     assert all(item[modality] == [] for modality in lost)
 
 
+def test_metrics_that_cannot_be_computed_are_logged_before_a_run(results, monkeypatch, caplog):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for metrics in (["exact_match"], ["METEOR", "CIDEr"]):
+        assert not caplog.records
+        GenerationTask(EvaluationSettings(metrics=metrics)).before_evaluation(Seer(), None)
+    assert [record.message.split(" is not available here: Java")[0] for record in caplog.records] == [
+        "the official tokenizer of captions",
+        "METEOR",
+    ]
+
+
 def test_nothing_is_predicted_where_nothing_can_be_compared(results):
     bare = Asked("a", 3)
     bare.sample = lambda index: Sample("s", turns=(Message("user", "What?"),))
