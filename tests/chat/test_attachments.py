@@ -77,7 +77,6 @@ def test_a_single_medium_is_a_list_of_one(tmp_path: Path):
         ({"images": io.StringIO("text")}, "binary mode"),
         ({"images": "https://example.org/a.png"}, "not on the list of allowed hosts"),
     ],
-    ids=str,
 )
 def test_unknown_forms_are_refused(media: dict[str, Any], message: str):
     with pytest.raises(MediaError, match=message):
