@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lavis_chatbridge.errors import one_line
 from lavis_chatbridge.files import append_lines, write_text
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
@@ -98,9 +99,13 @@ class Reporter:
             self.meter = Meter()
 
     def write(self, split: str, stats: Mapping[str, Any]) -> None:
-        """Write the metrics of a split at the current step."""
-        for sink in self._sinks:
-            sink(split, stats, self.state.step)
+        """Write the metrics of a split at the current step; training continues without a log that fails."""
+        for sink in list(self._sinks):
+            try:
+                sink(split, stats, self.state.step)
+            except Exception as error:  # TensorBoard and W&B raise errors of any class
+                _log.warning("a log failed, training continues without it: %s", one_line(error))
+                self._sinks.remove(sink)
 
     def _print(self, split: str, stats: Mapping[str, Any], step: int) -> None:
         """A line on the console, with the time that the remaining steps will take."""
@@ -142,8 +147,15 @@ def drop_after(path: Path, step: int) -> None:
     """Drop from a ``log.txt`` the lines of later steps, which a resumed run repeats."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one, if any, was cut off
-        kept = [line for line in lines if next(iter(json.loads(line).values())) <= step]  # the step is its first value
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of the log, its first value; 0 for lines of others."""
+    try:
+        return int(next(iter(json.loads(line).values())))
+    except (ValueError, TypeError, AttributeError, StopIteration):
+        return 0
 
 
 def _numbers(stats: Mapping[str, Any]) -> dict[str, float]:

@@ -163,6 +163,8 @@ class RunSettings(EvaluationSettings):
     def _check_training(self) -> Iterable[str]:
         if (self.max_iters is None) == (self.max_epoch is None):
             yield "give either max_iters (optimiser steps) or max_epoch (passes over the data)"
+        if not self.train_splits:
+            yield "train_splits is empty"
         if self.max_iters is not None and self.warmup_steps > self.max_iters:
             yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
         if self.min_lr > self.init_lr or self.warmup_lr > self.init_lr:

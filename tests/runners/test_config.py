@@ -110,6 +110,7 @@ def test_every_fault_is_reported_at_once(yaml_of):
     [
         ("  max_epoch: 3\n", "give either max_iters"),
         ("  warmup_steps: 11\n", "warmup_steps 11 is more than max_iters 10"),
+        ("  train_splits: []\n", "train_splits is empty"),
         ("  evaluate: true\n", "evaluate is set, but test_splits names no split"),
         ("  seed: 99999999999999\n", "run.seed is 99999999999999, expected less than 4294967296"),
         ("  overwrite: true\n  resume: auto\n  job_id: ''\n", "overwrite deletes the earlier run"),

@@ -44,6 +44,23 @@ def test_a_resumed_log_has_every_step_once_and_no_line_that_was_cut_off(tmp_path
     assert lines[-1] == {"train_step": 6, "train_loss": 0.5}
 
 
+def test_a_log_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
+    def full(path, lines):
+        with open(path, "a") as file:
+            file.write(lines[0][:9])
+        raise OSError(28, "No space left on device")
+
+    with Reporter(config(tmp_path).run, tmp_path, 4, TrainState(step=3)) as reporter:
+        with monkeypatch.context() as patched:
+            patched.setattr(logs, "append_lines", full)
+            reporter.write("train", {"loss": 1.5})
+        reporter.write("train", {"loss": 1.4})
+    assert caplog.text.count("training continues without it: [Errno 28] No space left on device") == 1
+    logs.write(tmp_path / "log.txt", "test", {}, 3)
+    logs.drop_after(tmp_path / "log.txt", 3)  # half a line is no obstacle
+    assert (tmp_path / "log.txt").read_text().endswith('{"test_step": 3}\n')
+
+
 def test_tensorboard_and_the_console(tmp_path, caplog):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
