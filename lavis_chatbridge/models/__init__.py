@@ -1,1 +1,1 @@
-"""ChatBridge and its parts: encoders, perceiver, language model, their weight files; no data set is known."""
+"""ChatBridge and its parts: encoders, perceiver, language model, their weight files. Knows no data set."""

@@ -1,4 +1,4 @@
-"""ChatBridge's answers in LAVIS's contracts: ``generate``, ``predict_answers`` and the ranking of candidates.
+"""LAVIS's answering methods of ChatBridge: ``generate``, ``predict_answers`` and the ranking of candidates.
 
 Shapes: ``B`` samples, ``C`` candidates, ``P`` pairs of a sample and a candidate, ``L`` positions, ``D`` width.
 """
@@ -17,7 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models.decoding import Decoder, Generation, padded
-from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision, room_behind
+from lavis_chatbridge.models.families import (
+    LanguageModel,
+    cache_argument,
+    free_positions,
+    keys_and_values,
+    own_precision,
+)
 from lavis_chatbridge.models.layout import Places, elements_of, is_alignment
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.samples import Media, contexts, media_of
@@ -33,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Answering:
-    """The part of :class:`chatbridge.ChatBridge` that answers."""
+    """Mixin with the answering methods of :class:`chatbridge.ChatBridge`."""
 
     settings: ModelSettings
     prompt_layout: Layout
@@ -64,15 +70,15 @@ class Answering:
         bos: bool | None = None,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """Captions or answers: ``num_captions`` texts for each sample, next to each other.
+        """Captions or answers: ``num_captions`` consecutive texts for each sample.
 
-        LAVIS's arguments come first; see :class:`sampling.Sampling`, which replaces them if it is given.
-        ``temperature`` and ``top_p`` count with ``use_nucleus_sampling`` only.
+        The positional arguments are LAVIS's; ``sampling`` replaces them. ``temperature`` and ``top_p`` have an effect
+        only with ``use_nucleus_sampling``.
 
         Args:
             prompt: The question, for a batch without one.
             stop: The text that ends a result, in place of the template's; ``""`` for none.
-            bos: Whether BOS opens the prompt; by default not in the original's layout, as in its evaluation.
+            bos: Whether the prompt starts with BOS. Default: not in layout ``original``, as the original evaluates.
 
         Raises:
             PromptError: If prompts and media do not fit together, or a prompt exceeds the language model's positions.
@@ -109,7 +115,7 @@ class Answering:
 
         Args:
             inference_method: ``"generate"`` free text, or ``"rank"`` the candidates of ``answer_list``.
-            num_ans_candidates: Candidates of each question that are ranked, those with the likeliest first token.
+            num_ans_candidates: Number of candidates per question to rank: those with the likeliest first token.
             prompt: A template with ``{}`` for the question.
             length_penalty: A score is divided by the number of tokens to this power.
             **more: For :meth:`generate` or :meth:`answer_scores` (``stop``, ``bos``).
@@ -138,17 +144,17 @@ class Answering:
         stop: str | None = None,
         bos: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """How likely each of the candidates is; prompts and media are read once for all of them.
+        """Log-probability of each candidate; prompts and media are read once for all candidates.
 
         Args:
             samples: A batch; targets in its prompts are ignored.
             answers: The ``C`` candidates.
-            keep: How many candidates of each sample are scored, see :func:`candidate_scores`. None scores all.
+            keep: Number of candidates to score per sample, see :func:`candidate_scores`. None scores all.
             stop: The text that closes an answer and is scored with it, in place of the template's end mark.
             bos: See :meth:`generate`.
 
         Returns:
-            ``[B, C]`` log-probabilities in fp32, and ``[C]`` the numbers of tokens that they are sums over.
+            ``[B, C]`` log-probabilities in fp32, each a sum over the candidate's tokens, and ``[C]`` numbers of tokens.
         """
         embeds, mask = padded(self.llama_model, self.replies(samples, Sampling(), bos=bos))
         closed = [Text(answer + stop) if stop is not None else self.template.reply(answer) for answer in answers]
@@ -166,7 +172,7 @@ class Answering:
         stop: str | None = None,
         bos: bool | None = None,
     ) -> list[Generation]:
-        """Replies to each sample, ``num_return_sequences`` of them, for a :class:`Decoder`; see :meth:`generate`."""
+        """``num_return_sequences`` replies to each sample, to be run by a :class:`Decoder`; see :meth:`generate`."""
         media = media_of(samples)
         prompts = contexts(samples, media, self.template, question)
         soft, places = self.soft_tokens(prompts, media)
@@ -183,7 +189,7 @@ class Answering:
             )
             stops = (END_OF_CAPTION,) if is_alignment(pieces) else self.template.stops
             stops = () if sampling.ignore_eos else stops if stop is None else (stop,)
-            room = room_behind(self.llama_model.config, len(elements))
+            room = free_positions(self.llama_model.config, len(elements))
             if room < sampling.max_new_tokens:
                 log.warning("answers end after %d tokens, at the language model's last position", room)
             limit = int(min(room, sampling.max_new_tokens))
@@ -198,21 +204,21 @@ class Answering:
 def candidate_scores(
     model: LanguageModel, embeds: Tensor, mask: Tensor, candidates: Sequence[Sequence[int]], keep: int, chunk: int
 ) -> Tensor:
-    """``[B, C]`` log-probabilities in fp32 of candidates as continuations of each row, which is read once.
+    """``[B, C]`` log-probabilities in fp32 of candidates as continuations of each row. Each row is read once.
 
     Args:
         model: The language model.
         embeds: ``[B, L, D]``, padded on the left.
-        mask: ``[B, L]``, one where a position counts.
+        mask: ``[B, L]``, zero at padding.
         candidates: ``C`` lists of ids, none of them empty.
-        keep: Candidates of each row that are scored, those with the likeliest first token (as in BLIP's ranking); the
+        keep: Number of candidates to score per row: those with the likeliest first token (as in BLIP's ranking); the
             others get minus infinity.
-        chunk: Candidates that are scored at once.
+        chunk: Number of candidates to score at once.
     """
     device = embeds.device
     lengths = torch.tensor([len(candidate) for candidate in candidates], device=device)
-    if (room := room_behind(model.config, int(mask.sum(1).max()))) < (longest := int(lengths.max())):
-        raise PromptError(f"a candidate has {longest} tokens, but the longest prompt leaves room for {room:g}")
+    if (room := free_positions(model.config, int(mask.sum(1).max()))) < (longest := int(lengths.max())):
+        raise PromptError(f"a candidate has {longest} tokens, but the longest prompt leaves {room:g} positions")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     read = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True)
     ids = pad_sequence([torch.tensor(list(candidate)) for candidate in candidates], batch_first=True).to(device)
@@ -227,7 +233,7 @@ def candidate_scores(
 
 
 def _rest_scores(model: LanguageModel, cache: Any, mask: Tensor, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-    """``[P]`` log-probabilities of all but the first token of ``P`` candidates, each behind its row."""
+    """``[P]`` log-probabilities of ``P`` candidates without their first token, each after its row."""
     steps = int(lengths.max()) - 1
     if not steps:
         return torch.zeros(len(ids), device=ids.device)

@@ -1,7 +1,7 @@
 """ChatBridge (arXiv 2305.16103): frozen encoders, one shared perceiver, a projection, a frozen language model.
 
 Parameter names are those of the original's checkpoints. The model reads batches of LAVIS's tasks
-(:mod:`lavis_chatbridge.models.samples`) and knows no data sets, no processes and no files but its weights.
+(:mod:`lavis_chatbridge.models.samples`). It knows no data sets and no processes, and reads no files except weights.
 
 Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query tokens, ``D`` width, ``L`` positions.
 """
@@ -50,12 +50,12 @@ _PARTS = {
     "audio_trans": ("audio_trans.",),
     "time": ("visual_temporal_pos_embeds", "audio_temporal_pos_embeds"),
 }
-"""The parts that ``run.train`` names, beside ``lora`` -> beginnings of their parameters' names."""
+"""Part in ``run.train`` (``lora`` is another one) -> prefixes of its parameters' names."""
 
 
 @registry.register_model("chatbridge")
 class ChatBridge(Answering, BaseModel):
-    """The model, in LAVIS's contracts: ``forward``, ``generate`` and ``predict_answers``.
+    """The model, with LAVIS's methods: ``forward``, ``generate`` and ``predict_answers``.
 
     Parts whose weights path is null are randomly initialised.
     """
@@ -71,7 +71,7 @@ class ChatBridge(Answering, BaseModel):
         self.max_text_length = settings.max_text_length
         self.video_queries = settings.perceiver.video_queries
         self.lost_answers = 0
-        """Training samples so far whose targets ``max_text_length`` has cut off."""
+        """Number of training samples so far that lost all their targets to ``max_text_length``."""
         self._hashes: dict[str, str] = {}
 
         self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
@@ -137,14 +137,14 @@ class ChatBridge(Answering, BaseModel):
         return self
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parts of the bridge that ``run.train`` names -> their parameters."""
+        """Name of a part, as in ``run.train`` -> its parameters."""
         named = list(self.named_parameters())
         parts = {part: [p for name, p in named if name.startswith(prefix)] for part, prefix in _PARTS.items()}
         parts["lora"] = [p for name, p in named if lora.is_adapter(name)]
         return {part: parameters for part, parameters in parts.items() if parameters}
 
     def blocks(self) -> list[nn.Module]:
-        """The language model's blocks, which every batch passes once."""
+        """The language model's transformer blocks; each runs once per forward."""
         stacks: list[Any] = [stack for stack in self.llama_model.modules() if isinstance(stack, nn.ModuleList)]
         largest: Any = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
         return list(largest)
@@ -153,8 +153,8 @@ class ChatBridge(Answering, BaseModel):
         """The loss of a batch with targets, see :mod:`lavis_chatbridge.models.samples`.
 
         Returns:
-            ``loss``: mean cross-entropy over the target tokens, in fp32, zero without targets; ``target_tokens``:
-            their number.
+            ``loss``: mean cross-entropy over the target tokens in fp32 (zero without targets); ``target_tokens``: the
+            number of these.
         """
         media = media_of(samples)
         prompts = training_prompts(samples, media, self.template)
@@ -174,7 +174,7 @@ class ChatBridge(Answering, BaseModel):
         table = self.llama_model.get_input_embeddings()
         embeds = embed(batch, soft, table, self.llama_model.embedding_scale)[:, :end]
         if torch.is_grad_enabled() and not embeds.requires_grad:
-            # text alone: backward must still pass the language model, whose blocks may be sharded over ranks
+            # batch without media: backward must still run through the language model, which may be sharded over ranks
             embeds = embeds + 0.0 * self.llama_proj.bias.sum().to(embeds.dtype)
         inputs = {"inputs_embeds": embeds}
         if batch.needs_mask:
@@ -185,7 +185,7 @@ class ChatBridge(Answering, BaseModel):
         return losses.to(self.device), targets
 
     def encode_media(self, modality: Modality, media: Sequence[Medium]) -> list[EncodedMedium]:
-        """Processed media through their frozen encoder and its layer norm in one batch; encoded ones are returned."""
+        """Encode processed media with their frozen encoder and its layer norm; encoded media are returned unchanged."""
         found = {i: medium for i, medium in enumerate(media) if isinstance(medium, EncodedMedium)}
         todo = {i: medium for i, medium in enumerate(media) if not isinstance(medium, EncodedMedium)}
         raw: list[Any] = list(todo.values())
@@ -199,10 +199,10 @@ class ChatBridge(Answering, BaseModel):
         return [found[i] for i in range(len(media))]
 
     def perceive_media(self, modality: Modality, media: Sequence[EncodedMedium]) -> list[Tensor]:
-        """Encoded media of one modality as soft tokens of the language model.
+        """Turn encoded media of one modality into soft tokens for the language model.
 
         Returns:
-            For each medium ``[Q, D]``, or ``[T * Q, D]`` for a video with queries for each frame.
+            For each medium ``[Q, D]``, or ``[T * Q, D]`` for a video with ``video_queries`` ``per_frame``.
         """
         if not media:
             return []
@@ -225,7 +225,7 @@ class ChatBridge(Answering, BaseModel):
         return [part.flatten(0, 1) for part in soft.split(counts)]
 
     def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[Places]]:
-        """The soft tokens of all media that a batch's prompts name.
+        """The soft tokens of all media in a batch's prompts.
 
         Returns:
             ``[S, D]`` (None without media), and the range of each sample's media among them.
@@ -253,10 +253,10 @@ class ChatBridge(Answering, BaseModel):
         return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_checkpoint(self, url_or_filename: Weights) -> None:
-        """Load a trained ChatBridge: trained tensors only, or a whole state dict, from safetensors or a torch file.
+        """Load a trained ChatBridge: its trained tensors or its full state dict, from safetensors or a torch file.
 
         Raises:
-            CheckpointError: If it is missing, unsafe or does not fit; the model then stays unchanged.
+            CheckpointError: If the file is missing, unsafe or does not fit; the model is then unchanged.
         """
         file = state_dicts.read(hub.find(url_or_filename, "model.checkpoint"))
         expected = state_dicts.bridge_tensors(self.state_dict())
@@ -270,7 +270,7 @@ class ChatBridge(Answering, BaseModel):
         if "llama_model." in held and (how := self.settings.language_model.quantization) is not None:
             raise CheckpointError(
                 f"{file.path} holds a whole language model, but this one's is quantised to {how}: set "
-                "model.language_model.quantization to null, or keep the trained tensors alone in the file"
+                "model.language_model.quantization to null, or keep only the trained tensors in the file"
             )
         state_dicts.check_fit(expected, found, required, file.path, "this model")
         state_dicts.check_finite({name: t.to(expected[name].dtype) for name, t in found.items()}, file.path)
@@ -279,14 +279,14 @@ class ChatBridge(Answering, BaseModel):
         log.info("loaded %d tensors from %s", len(found), file.path)
 
     def _check_adapters(self, file: state_dicts.WeightFile, found: Mapping[str, Tensor]) -> bool:
-        """Refuse a file's adapters that do not fit; returns whether the model keeps its new ones."""
+        """Raise if a file's adapters do not fit; returns whether the file has none, so that the model keeps its own."""
         own, held = lora.describe(self.llama_model), lora.described_by(found)
         if held is not None and file.cfg is not None and isinstance(file.cfg.get("lora"), Mapping):
             held |= dict(file.cfg["lora"])
         if fault := lora.misfit(held, own, new_is_fine=True):
             raise CheckpointError(f"{file.path} does not fit this model: {fault}")
         if held is None and own is not None:
-            log.info("%s has no LoRA adapters: this model's are new and change nothing yet", file.path)
+            log.info("%s has no LoRA adapters: this model's stay as initialised and have no effect yet", file.path)
         return held is None
 
     def _load_blip2(self, names: Weights) -> None:
@@ -299,7 +299,7 @@ class ChatBridge(Answering, BaseModel):
         required = [name for name in expected if name.startswith(_BLIP2)]
         state_dicts.check_fit(expected, found, required, file.path, "model.perceiver")
         state_dicts.check_finite(found, file.path)
-        own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in found.items()}  # training writes to it
+        own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in found.items()}  # trained: not mapped
         self.load_state_dict(own, strict=False, assign=True)
 
     def frozen_hash(self, modality: Modality) -> str:
@@ -325,7 +325,7 @@ class ChatBridge(Answering, BaseModel):
 
 @functools.cache
 def _log_small_model() -> None:
-    """Log once what the small model knows; as a warning, since Python hides less without logging set up."""
+    """Log once what the small model knows; a warning, because Python hides lower levels by default."""
     log.warning("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
 
 

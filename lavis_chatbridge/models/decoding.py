@@ -1,6 +1,6 @@
-"""The one token loop: replies of evaluation, chat and server, several at once.
+"""The token loop of evaluation, chat and server: decodes several replies at once.
 
-A `Decoder` moves any number of `Generation` forward by one token at a time; each may join and leave while the others
+A `Decoder` extends any number of `Generation` by one token per step; replies may be added and end while others
 continue. Beam search is transformers' own. This module knows embeddings and token ids, no conversation and no files.
 
 Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
@@ -38,14 +38,14 @@ class TokenLogprob(NamedTuple):
 
 
 class Generation:
-    """One reply in the making.
+    """One reply while it is generated.
 
     Args:
-        elements: What stands at each position of the prompt.
+        elements: The content of each position of the prompt: a token id or a soft token.
         media: ``[Q, D]`` soft tokens by the keys in ``elements``.
-        prefix: What was read before; it receives what this reply reads. None keeps nothing.
-        stream: Makes text of the reply's tokens; its stop texts end the reply.
-        end_ids: Tokens that end the reply, beside ``sampling.stop_token_ids``.
+        prefix: The key-value cache of earlier turns, updated when this reply ends. None keeps no cache.
+        stream: Decodes the reply's tokens to text; its stop texts end the reply.
+        end_ids: Tokens that end the reply, in addition to ``sampling.stop_token_ids``.
         sampling: How tokens are chosen.
     """
 
@@ -65,7 +65,7 @@ class Generation:
         self.logprobs: list[TokenLogprob] = []
         self.finish: Finish | None = None
         self.reused = 0
-        """Positions of the prompt that were not read again."""
+        """Number of the prompt's positions that came from the cache."""
         self.started = time.monotonic()
         self.first_token: float | None = None
         """Seconds from the start to the first token."""
@@ -115,7 +115,7 @@ class Generation:
         return text + self.end("length") if len(self.ids) >= self.sampling.max_new_tokens else text
 
     def complete(self, ids: Sequence[int]) -> str:
-        """Accept all tokens of a search, of which those behind the reply's end are padding; returns the text."""
+        """Accept all tokens of a beam search (padding after the reply's end is ignored); returns the text."""
         text = ""
         for token in ids:
             text += self.accept(token)
@@ -129,7 +129,7 @@ class Generation:
         return self.stream.finish()
 
     def embeds(self, start: int, table: nn.Embedding, scale: float = 1.0) -> Tensor:
-        """``[N, D]``: the prompt from position ``start`` on, by the language model's embedding layer and scale."""
+        """``[N, D]`` embeddings of the prompt from position ``start``; soft tokens are divided by ``scale``."""
         rest = self.elements[start:]
         device = table.weight.device
         embeds = table(torch.tensor([e if isinstance(e, int) else 0 for e in rest], device=device))
@@ -161,8 +161,8 @@ class Generation:
 
 
 @dataclass
-class _Lane:
-    """Rows that share a cache, and how many of its first positions are padding for each."""
+class _Group:
+    """Replies that share a cache; ``pads`` is each row's number of padding positions on the left."""
 
     rows: list[Generation]
     pads: list[int]
@@ -170,7 +170,7 @@ class _Lane:
 
     @property
     def read(self) -> int:
-        """Positions in the cache, padding included; each row's newest token is not among them."""
+        """Number of positions in the cache, with padding, without each row's newest token."""
         return len(self.rows[0].elements) + len(self.rows[0].ids) - 1 + self.pads[0]
 
 
@@ -179,9 +179,9 @@ Texts: TypeAlias = list[tuple[Generation, str]]
 
 
 class Decoder:
-    """Moves replies forward together, one token at a time.
+    """Extends all its replies by one token per step.
 
-    One thread at a time may use it; `Generation.cancel` may be called from any. Decoders may share a language model.
+    Not thread-safe, except that any thread may call `Generation.cancel`. Decoders may share a language model.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -189,11 +189,11 @@ class Decoder:
         self._table = language_model.get_input_embeddings()
         parameters = inspect.signature(language_model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._lanes: list[_Lane] = []
+        self._groups: list[_Group] = []
 
     def __len__(self) -> int:
-        """Replies that are not complete."""
-        return sum(len(lane.rows) for lane in self._lanes)
+        """Number of incomplete replies."""
+        return sum(len(group.rows) for group in self._groups)
 
     @torch.no_grad()
     def add(self, row: Generation) -> str:
@@ -212,22 +212,22 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Texts:
-        """Choose the next token of every reply that is not complete."""
+        """Choose the next token of every incomplete reply."""
         texts: Texts = []
-        lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            texts += [(row, row.end("cancelled")) for row in lane.rows if row.cancelled]
-            self._drop_complete(lane)
-            if lane.rows:
-                last = torch.tensor([[row.ids[-1]] for row in lane.rows], device=self._table.weight.device)
-                logits, lane.cache = self._run(lane.cache, lane.pads, lane.read, self._table(last))
-                texts += self._chosen(lane, logits)
-            if lane.rows:
-                self._lanes.append(lane)
+        groups, self._groups = self._groups, []
+        for group in groups:
+            texts += [(row, row.end("cancelled")) for row in group.rows if row.cancelled]
+            self._drop_complete(group)
+            if group.rows:
+                last = torch.tensor([[row.ids[-1]] for row in group.rows], device=self._table.weight.device)
+                logits, group.cache = self._run(group.cache, group.pads, group.read, self._table(last))
+                texts += self._chosen(group, logits)
+            if group.rows:
+                self._groups.append(group)
         return texts
 
     def _begin(self, rows: Sequence[Generation]) -> Texts:
-        """Read prompts in one pass and choose a token behind each; one that comes alone may use its prefix."""
+        """Read prompts in one pass and choose the first token of each reply; a single prompt may use its prefix."""
         if rows[0].sampling.num_beams > 1:
             return beam_search(self._model, rows)
         start, past, prefix = 0, None, rows[0].prefix
@@ -237,14 +237,14 @@ class Decoder:
         parts = [row.embeds(start, self._table, self._model.embedding_scale) for row in rows]
         pads = [max(map(len, parts)) - len(part) for part in parts]
         logits, cache = self._run(past, pads, start, pad_sequence(parts, batch_first=True, padding_side="left"))
-        lane = _Lane(list(rows), pads, cache)
-        texts = self._chosen(lane, logits)
-        if lane.rows:
-            self._admit(lane)
+        group = _Group(list(rows), pads, cache)
+        texts = self._chosen(group, logits)
+        if group.rows:
+            self._admit(group)
         return texts
 
     def _run(self, cache: Any, pads: Sequence[int], past: int, embeds: Tensor) -> tuple[Tensor, Any]:
-        """Read ``[B, N, D]`` positions behind ``past`` others; returns ``[B, V]`` logits of the last, and the cache."""
+        """Read ``[B, N, D]`` positions after ``past`` cached ones; returns the last ``[B, V]`` logits and the cache."""
         columns = torch.arange(past + embeds.shape[1])
         front = torch.tensor(pads)[:, None]
         positions = (columns[past:] - front).clamp(min=0)
@@ -260,37 +260,37 @@ class Decoder:
             )
         return result.logits[:, -1], keys_and_values(result)
 
-    def _chosen(self, lane: _Lane, logits: Tensor) -> Texts:
-        """Choose each row's token from ``[B, V]`` logits; complete rows leave the lane."""
-        texts = [(row, row.accept(row.choose(own))) for row, own in zip(lane.rows, logits, strict=True)]
-        self._drop_complete(lane)
+    def _chosen(self, group: _Group, logits: Tensor) -> Texts:
+        """Choose each row's token from ``[B, V]`` logits; complete rows are removed."""
+        texts = [(row, row.accept(row.choose(own))) for row, own in zip(group.rows, logits, strict=True)]
+        self._drop_complete(group)
         return texts
 
-    def _admit(self, new: _Lane) -> None:
-        """Let new rows share the cache of others, where caches can be joined."""
-        lane = next((one for one in self._lanes if is_plain(one.cache)), None)
-        if lane is None or not is_plain(new.cache):
-            self._lanes.append(new)
+    def _admit(self, new: _Group) -> None:
+        """Add new rows to the batch: join their cache with an existing one if possible."""
+        group = next((one for one in self._groups if is_plain(one.cache)), None)
+        if group is None or not is_plain(new.cache):
+            self._groups.append(new)
             return
-        longest = max(lane.read, new.read)
-        pads = [pad + longest - one.read for one in (lane, new) for pad in one.pads]
-        lane.cache = join(lane.cache, new.cache)
-        lane.rows, lane.pads = [*lane.rows, *new.rows], pads
+        longest = max(group.read, new.read)
+        pads = [pad + longest - one.read for one in (group, new) for pad in one.pads]
+        group.cache = join(group.cache, new.cache)
+        group.rows, group.pads = [*group.rows, *new.rows], pads
 
-    def _drop_complete(self, lane: _Lane) -> None:
-        """Drop complete rows from a lane, and leave what they have read with their prefixes."""
-        index = [i for i, row in enumerate(lane.rows) if not row.done]
-        if len(index) == len(lane.rows):
+    def _drop_complete(self, group: _Group) -> None:
+        """Remove complete rows from a group, and store their part of the cache in their prefixes."""
+        index = [i for i, row in enumerate(group.rows) if not row.done]
+        if len(index) == len(group.rows):
             return
-        for i, (row, pad) in enumerate(zip(lane.rows, lane.pads, strict=True)):
-            if row.done and row.prefix is not None and is_plain(lane.cache):
-                row.prefix.put([*row.elements, *row.ids[:-1]], select(lane.cache, [i], pad))
-        lane.rows, lane.pads = [lane.rows[i] for i in index], [lane.pads[i] for i in index]
-        if index and is_plain(lane.cache):
-            cut = min(lane.pads)  # columns that only dropped rows used
-            lane.cache, lane.pads = select(lane.cache, index, cut), [pad - cut for pad in lane.pads]
+        for i, (row, pad) in enumerate(zip(group.rows, group.pads, strict=True)):
+            if row.done and row.prefix is not None and is_plain(group.cache):
+                row.prefix.put([*row.elements, *row.ids[:-1]], select(group.cache, [i], pad))
+        group.rows, group.pads = [group.rows[i] for i in index], [group.pads[i] for i in index]
+        if index and is_plain(group.cache):
+            cut = min(group.pads)  # columns that only removed rows used
+            group.cache, group.pads = select(group.cache, index, cut), [pad - cut for pad in group.pads]
         elif index:
-            lane.cache.batch_select_indices(torch.tensor(index))
+            group.cache.batch_select_indices(torch.tensor(index))
 
 
 def padded(model: LanguageModel, rows: Sequence[Generation]) -> tuple[Tensor, Tensor]:
@@ -301,9 +301,9 @@ def padded(model: LanguageModel, rows: Sequence[Generation]) -> tuple[Tensor, Te
 
 
 def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
-    """Complete replies with equal settings by transformers' beam search; nothing of it is kept for later turns.
+    """Complete replies with equal settings by transformers' beam search; its cache is not kept for later turns.
 
-    Each ``num_return_sequences`` rows in turn are the results of one prompt.
+    ``num_return_sequences`` consecutive rows are the results of one prompt.
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
@@ -322,7 +322,7 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
         eos_token_id=sorted(first[0].end_ids) or None,
         pad_token_id=codec.pad_id,
     )
-    # as transformers' own setting the penalty would ignore as many new tokens as a row has padding
+    # set in the config, the penalty would ignore as many new tokens as a row has padding positions
     penalty = RepetitionPenaltyLogitsProcessor(float(own.repetition_penalty))
     stops = StopTexts(codec, [row.stream.stops for row in first], own.min_new_tokens)
     with own_precision(model):
@@ -337,7 +337,7 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row when a stop text is in its reply. It is given new ids only, since prompts come as embeddings."""
+    """Ends a row when a stop text is in its reply. transformers passes new ids only, since prompts are embeddings."""
 
     def __init__(self, codec: Codec, stops: Sequence[Sequence[str]], least: int) -> None:
         self._codec, self._stops, self._least = codec, stops, least

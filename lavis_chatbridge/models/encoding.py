@@ -1,4 +1,4 @@
-"""Runs media through the frozen encoders, all frames or clips of a batch at once, and stacks the results.
+"""Encodes media with the frozen encoders, all frames or clips of a batch at once, and stacks the results.
 
 Shapes: ``B`` media, ``T`` frames or clips of a medium, ``N`` tokens of each, ``D`` width; ``F`` frames of a filterbank,
 ``M`` mel bins.
@@ -21,9 +21,9 @@ from lavis_chatbridge.models.families import own_precision
 
 @torch.no_grad()
 def encode_frames(encoder: VisionEncoder, norm: nn.Module, media: Sequence[Tensor], chunk: int) -> list[EncodedMedium]:
-    """Images ``[3, H, W]`` and videos ``[T, 3, H, W]`` through the vision encoder and its layer norm.
+    """Encode images ``[3, H, W]`` and videos ``[T, 3, H, W]`` with the vision encoder and its layer norm.
 
-    At most ``chunk`` frames pass the encoder at once.
+    At most ``chunk`` frames are encoded at once.
     """
     frames = [medium.unsqueeze(0) if medium.dim() == 3 else medium for medium in media]
     for medium in frames:
@@ -39,14 +39,14 @@ def encode_frames(encoder: VisionEncoder, norm: nn.Module, media: Sequence[Tenso
 def encode_clips(
     encoder: AudioEncoder, norm: nn.Module, media: Sequence[Tensor | AudioClips], chunk: int, mask_padding: bool
 ) -> list[EncodedMedium]:
-    """Sounds through the audio encoder and its layer norm.
+    """Encode sounds with the audio encoder and its layer norm.
 
     Args:
         encoder: The audio encoder.
         norm: ``ln_audio``.
-        media: Clips ``[T, F, ...]``; a tensor without ``frames`` holds no padding and loses an incomplete last patch.
-        chunk: At most this many clips pass the encoder at once.
-        mask_padding: Whether the frames behind ``AudioClips.frames`` are hidden.
+        media: Clips ``[T, F, ...]``; a plain tensor counts as unpadded, and an incomplete last patch is cut off.
+        chunk: Most clips to encode at once.
+        mask_padding: Whether to mask the frames after ``AudioClips.frames``.
     """
     patch, axis = encoder.patch, encoder.time_axis
     clips, lengths = [], []
@@ -74,7 +74,7 @@ def encode_clips(
 def _encoded(
     encoder: Any, norm: nn.Module, media: Sequence[Tensor], lengths: Tensor | None, chunk: int
 ) -> list[EncodedMedium]:
-    """Media of equal shapes, with normalised tokens in fp32."""
+    """Encode media of equal shape; tokens are normalised and in fp32."""
     weight = next(encoder.parameters())
     flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in media])
     parts = [None] * len(flat.split(chunk)) if lengths is None else lengths.to(weight.device).split(chunk)
@@ -108,7 +108,7 @@ def stack(media: Sequence[EncodedMedium], device: torch.device) -> tuple[Tensor,
 
 
 def positions_in_time(table: Tensor, counts: Sequence[int]) -> Tensor:
-    """Positions of each medium's frames or clips.
+    """Temporal position embeddings of each medium's frames or clips.
 
     Args:
         table: ``[1, n, 1, D]`` learnt positions. Up to ``n`` frames take its first entries; more take positions
@@ -116,7 +116,7 @@ def positions_in_time(table: Tensor, counts: Sequence[int]) -> Tensor:
         counts: Each medium's ``T``.
 
     Returns:
-        ``[B, T, 1, D]``; zeros behind a medium's end.
+        ``[B, T, 1, D]``; zeros after a medium's end.
     """
     return torch.nn.utils.rnn.pad_sequence([_interpolated(table[0], count) for count in counts], batch_first=True)
 

@@ -1,4 +1,4 @@
-"""What differs between families of language models, and the one check whether a family is supported.
+"""Differences between families of language models, and the check that a family is supported.
 
 Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
 """
@@ -23,7 +23,7 @@ TESTED = frozenset((
 """Families (``model_type``) that pass every stage in tests/models/test_families.py; others are checked when loaded."""
 
 _TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1}
-"""How far logits of the same row may differ between two ways to read it, as a share of their standard deviation."""
+"""Largest accepted difference between a row's logits alone and in a padded batch, in standard deviations."""
 
 
 class LanguageModel(nn.Module):
@@ -40,7 +40,7 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding table is."""
+        """The device of the embedding table."""
         return self.get_input_embeddings().weight.device
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -57,10 +57,10 @@ class LanguageModel(nn.Module):
 
 
 def positions_of(config: Any) -> float:
-    """The positions that a language model is used for; infinity where its configuration names none.
+    """The number of positions of a language model; infinity if its configuration has no limit.
 
-    Where rotary factors depend on the length (Phi-3's longrope, dynamic NTK) these end before the factors change: keys
-    that were read with one set are wrong beside keys of the other.
+    If rotary factors depend on the length (Phi-3's longrope, dynamic NTK), this is the length at which they change:
+    cached keys of one set of factors are wrong together with keys of another.
     """
     own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not own:
@@ -77,8 +77,8 @@ def positions_of(config: Any) -> float:
     return own * factor if variant == "linear" else own  # Vicuna 1.5 16k: 4096 positions of LLaMA, stretched by 4
 
 
-def room_behind(config: Any, length: int) -> float:
-    """How many new tokens a language model has positions for behind ``length`` others; the last token needs none.
+def free_positions(config: Any, length: int) -> float:
+    """The number of tokens that can follow ``length`` positions; the last token needs no position.
 
     Raises:
         PromptError: If there are fewer than ``length`` positions.
@@ -94,8 +94,8 @@ def room_behind(config: Any, length: int) -> float:
 def embedding_scale(model: LanguageModel) -> float:
     """The factor by which a model's forward pass multiplies its input embeddings.
 
-    Soft tokens are divided by it, so that the first block reads the same ones under every version of transformers:
-    since 5.4, Gemma's factor is inside the embedding layer.
+    Soft tokens are divided by it, so that the first block reads the same values in every version of
+    transformers: since 5.4, Gemma's factor is inside the embedding layer.
     """
     if model.config.model_type in ("gemma", "gemma2") and not hasattr(model.get_input_embeddings(), "embed_scale"):
         return math.sqrt(model.config.hidden_size)
@@ -103,30 +103,29 @@ def embedding_scale(model: LanguageModel) -> float:
 
 
 def keys_and_values(result: Any) -> Any:
-    """The cache in a language model's result: ``cache``, in older transformers ``past_key_values``."""
+    """The cache in a language model's result: ``cache``, or ``past_key_values`` in older transformers."""
     return result.cache if "cache" in result else getattr(result, "past_key_values", None)
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The argument that continues from a cache, whose name depends on the version of transformers."""
+    """The keyword argument for a cache; its name depends on the version of transformers."""
     if cache is None:
         return {}
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def own_precision(part: LanguageModel | Tensor) -> AbstractContextManager:
-    """Switches autocast off around a frozen part in half precision, which runs in it; fp32 follows autocast."""
+    """Switches autocast off for a frozen part in half precision; parts in fp32 follow autocast."""
     if part.dtype == torch.float32:
         return nullcontext()
     return torch.autocast(part.device.type, enabled=False)
 
 
 def check_family(model: LanguageModel) -> None:
-    """Refuse a language model that the bridge cannot drive, by reading a few positions in two ways.
+    """Raise if the bridge cannot use a language model: compares logits of a row alone and in a padded batch.
 
     Raises:
-        ConfigError: If it cannot read embeddings, keeps no cache of which rows can be selected, or its rows depend on
-            one another.
+        ConfigError: If it does not accept embeddings, has no cache with selectable rows, or its rows affect each other.
     """
     try:
         stateful = getattr(model, "_is_stateful", False)  # without its kernels such a model can take gigabytes
@@ -136,15 +135,15 @@ def check_family(model: LanguageModel) -> None:
     if fault:
         family = getattr(model.config, "model_type", type(model).__name__)
         raise ConfigError(
-            f"language models of family {family!r} are not supported ({fault}); docs/weights.md lists those that are"
+            f"language models of family {family!r} are not supported ({fault}); docs/weights.md lists supported ones"
         )
 
 
 @torch.no_grad()
 def _difference(model: LanguageModel) -> str:
-    """What is wrong with a model, or "".
+    """Error text for an unsupported model, or "".
 
-    A row of a padded batch, continued from a selection of its cache, must get the logits that the row gets alone.
+    A row of a padded batch, continued from a selection of its cache, must get the same logits as alone.
     """
     table = model.get_input_embeddings()
     ids = torch.arange(3, 11, device=table.weight.device) * 7 % model.config.vocab_size
@@ -161,7 +160,7 @@ def _difference(model: LanguageModel) -> str:
         )
         cache = copy.deepcopy(keys_and_values(read))
         if cache is None or not hasattr(cache, "batch_select_indices"):
-            return "it keeps no keys and values of which rows can be selected"
+            return "its cache has no selectable rows"
         cache.batch_select_indices(torch.tensor([1], device=padded.device))
         behind = model(
             inputs_embeds=alone[:, -2:],

@@ -1,6 +1,6 @@
-"""Keys and values of what a language model has read, kept so that a common beginning is not read again.
+"""Key-value caches of earlier turns, kept so that the part of a prompt that is unchanged is not read again.
 
-Only layers that keep every position can be cropped and joined; with others (sliding windows) nothing is reused.
+Only layers that keep every position can be cropped and joined; other caches (sliding windows) are not reused.
 Shapes: ``B`` rows, ``L`` positions.
 """
 
@@ -15,23 +15,23 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 Element: TypeAlias = int | tuple[str, int]
-"""What stands at one position: a token id, or the key of a medium and the index of its soft token."""
+"""The content of one position: a token id, or a medium's key and the index of its soft token."""
 
 
 class Prefix:
-    """What one conversation's language model has read: the elements of its positions, and their keys and values."""
+    """One conversation's cache: the elements at its positions, and their keys and values."""
 
     def __init__(self) -> None:
         self.elements: list[Element] = []
         self._cache: Any = None
 
     def common(self, elements: Sequence[Element]) -> int:
-        """How many of a prompt's elements need not be read again; the last one always is, for its prediction."""
+        """Number of a prompt's first elements that are in the cache; never the last one, whose logits are needed."""
         most = max(0, min(len(self.elements), len(elements) - 1))
         return next((i for i in range(most) if self.elements[i] != elements[i]), most)
 
     def take(self, length: int) -> Any:
-        """The cache of the first ``length`` elements (None for 0); they are then no longer kept here."""
+        """Remove and return the cache of the first ``length`` elements (None for 0); the rest is dropped."""
         cache, self._cache, self.elements = self._cache, None, []
         if cache is None or not length:
             return None
@@ -40,7 +40,6 @@ class Prefix:
         return cache
 
     def put(self, elements: Sequence[Element], cache: Any) -> None:
-        """Keep what was read."""
         self.elements, self._cache = list(elements), cache
 
 

@@ -22,7 +22,7 @@ from lavis_chatbridge.models.tokenizer import Codec, load_codec
 
 
 def check_available(settings: LanguageModelSettings) -> None:
-    """Raises MissingExtraError, before anything is loaded, if the settings need a package that is not installed."""
+    """Raise a `MissingExtraError` if the settings need a package that is not installed."""
     needs = (
         ("lora", "peft", "lora"),
         ("device_map", "accelerate", "device-map"),
@@ -38,7 +38,7 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel,
     """The frozen language model, with new adapters if the settings name any, and its tokenizer.
 
     Raises:
-        CheckpointError: If a folder is missing or incomplete, holds a delta, or the tokenizer is of another model.
+        CheckpointError: If a folder is missing or incomplete, contains delta weights, or has another model's tokenizer.
         MissingExtraError: If a package is not installed.
         ConfigError: If the family of the language model is not supported, or a setting does not fit it.
     """
@@ -56,9 +56,9 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel,
     if len(codec) > rows:
         raise CheckpointError(
             f"the tokenizer of {named} has {len(codec)} tokens, but the language model of "
-            f"{settings.weights or 'the configuration'} embeds {rows}: they do not belong together"
+            f"{settings.weights or 'the configuration'} embeds {rows}: they are of different models"
         )
-    # the folder's own generation settings do not count, only the caller's arguments
+    # ignore the folder's own generation settings: only the caller's arguments apply
     model.generation_config = GenerationConfig(bos_token_id=codec.bos_id, pad_token_id=codec.pad_id)
     model.requires_grad_(False).eval()
     if model.config.model_type not in families.TESTED:
@@ -74,8 +74,8 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
 
     if any("delta" in Path(name).name.lower() for name in hub.as_list(settings.weights or ())):
         raise CheckpointError(
-            f"{folder} holds delta weights (by its name), the difference to a LLaMA: add them to that LLaMA "
-            "(python3 -m fastchat.model.apply_delta), and name the result"
+            f"{folder} seems to hold delta weights (by its name), differences to a LLaMA: add them to that LLaMA "
+            "(python3 -m fastchat.model.apply_delta), and use the result"
         )
     placed: dict[str, Any] = {}
     if settings.device_map is not None:
@@ -103,10 +103,10 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
         raise CheckpointError(
             f"the language model in {folder} is incomplete: {len(missing)} tensors are missing, {missing[0]} for one"
         )
-    if settings.device_map is not None:  # it stays on its devices when the ChatBridge around it is moved
+    if settings.device_map is not None:  # ChatBridge.to must not move it
         model._apply = lambda function, recurse=True: model
-    # bitsandbytes repacks 4-bit layers on a CPU with AVX512-BF16 when they first run without gradients, and the other
-    # layout has no backward pass: after a validation, gradients would silently lack these layers
+    # on a CPU with AVX512-BF16, bitsandbytes repacks 4-bit layers at their first run without gradients, and the new
+    # layout has no backward: after a validation, gradients would silently skip these layers
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
@@ -114,12 +114,12 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
 
 
 def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
-    """The arguments by which transformers quantises layers while it loads them."""
+    """Arguments that make transformers quantise layers at loading."""
     if settings.quantization is None:
         return {}
     from transformers import BitsAndBytesConfig
 
-    # it warns at every matmul that the input is rounded to fp16, as LLM.int8 always does
+    # silence a warning at every matmul: LLM.int8 always rounds inputs to fp16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if settings.quantization == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -1,4 +1,4 @@
-"""Layout of prompts in batches: pieces and soft tokens become rows of positions, with mask, position ids and labels.
+"""Lays out prompts in batches: pieces and soft tokens become rows of positions, with mask, position ids and labels.
 
 ``"text"``: BOS, then the pieces, padding on the right. ``"original"``: the batches of the original ChatBridge, for its
 checkpoints (its ``models/chatbridge.py``, 249-295 and 361-437). This module knows no language model.
@@ -23,14 +23,14 @@ from lavis_chatbridge.models.tokenizer import Codec
 from lavis_chatbridge.prompting import Modality, Piece, Slot, Text
 
 SOFT = -1
-"""In place of a token id: a soft token."""
+"""Stands for a soft token in ``token_ids``."""
 PADDING = -2
-"""In place of a token id: no embedding."""
+"""Stands for padding in ``token_ids``; its embedding is zero."""
 IGNORED = -100
-"""The label of a position that is not trained."""
+"""The label of a position without a target."""
 
 Places: TypeAlias = Mapping[tuple[Modality, int], range]
-"""The range of each of a sample's media among the soft tokens of the batch."""
+"""A sample's media -> the range of each in the batch's soft tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Batch:
 
     Attributes:
         token_ids: ``[B, L]`` ids, ``SOFT`` or ``PADDING``.
-        soft: ``[K]`` which soft token each ``SOFT`` position holds, row by row.
-        attention_mask: ``[B, L]`` one where a position may be seen.
+        soft: ``[K]`` index of the soft token at each ``SOFT`` position, row by row.
+        attention_mask: ``[B, L]`` zero where attention is masked.
         position_ids: ``[B, L]``.
-        labels: ``[B, L]`` the id where it is a target, else ``IGNORED``.
-        lost: Rows whose targets were all cut off.
+        labels: ``[B, L]`` ids of targets, else ``IGNORED``.
+        lost: Number of rows that lost all their targets to ``max_text_length``.
     """
 
     token_ids: Tensor
@@ -57,14 +57,14 @@ class Batch:
     def needs_mask(self) -> bool:
         """Whether padding precedes any row's text.
 
-        Padding behind a row cannot affect it in causal attention, which runs as flash attention without a mask.
+        Padding after a row cannot affect it, because attention is causal; without a mask, flash attention is possible.
         """
         ends_only = (self.attention_mask[:, 1:] <= self.attention_mask[:, :-1]).all()
         counted = (self.position_ids == torch.arange(self.position_ids.shape[1])).all()
         return not bool(ends_only & counted)
 
     def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``[K]`` rows, columns and targets of the predictions in the loss: each position predicts the next one."""
+        """``[K]`` rows, columns and targets of the loss; the position at a column predicts the next one."""
         rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         return rows, columns, self.labels[rows, columns + 1]
 
@@ -80,15 +80,15 @@ class _Position(NamedTuple):
 def lay_out(
     prompts: Sequence[Sequence[Piece]], places: Sequence[Places], codec: Codec, layout: Layout, max_text_length: int
 ) -> Batch:
-    """Training rows.
+    """Make a training batch.
 
     Args:
         prompts: Each sample's pieces; each text piece is tokenised on its own.
-        places: Each sample's soft tokens.
+        places: The range of each sample's media in the soft tokens.
         codec: The tokenizer.
-        layout: See this module.
-        max_text_length: In layout ``"text"``, and in the original's stage 1: text tokens of a sample; further text, and
-            media behind it, are cut off. In the original's stage 2: positions.
+        layout: See the module's docstring.
+        max_text_length: Most text tokens of a sample in layout ``"text"`` and in the original's stage 1; text and media
+            after them are cut off. In the original's stage 2: most positions.
     """
     rows = [_positions(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
     if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
@@ -100,7 +100,7 @@ def lay_out(
         opened = [row if _is_encoded(pieces) else [*bos, *row] for row, pieces in zip(kept, prompts, strict=True)]
         padding = codec.eos_id if layout == "original" and codec.eos_id is not None else codec.pad_id
         ids, mask, labels = _stacked(opened, padding, "right")
-        if layout == "original":  # it pads with EOS, and trains no position that holds it
+        if layout == "original":  # the original pads with EOS, and has no targets at EOS
             labels = labels.masked_fill(ids == padding, IGNORED)
     soft = torch.tensor([p.soft for row in kept for p in row if p.id == SOFT], dtype=torch.long)
     lost = sum(_has_target(row) and not _has_target(cut) for row, cut in zip(rows, kept, strict=True))
@@ -110,10 +110,10 @@ def lay_out(
 def elements_of(
     pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, int]], codec: Codec, bos: bool = True
 ) -> list[Element]:
-    """What stands at each position of one prompt, for :class:`decoding.Generation`.
+    """The content of each position of one prompt, for :class:`decoding.Generation`.
 
-    ``media`` holds the key and the number of soft tokens of each slot's medium. ``bos`` puts BOS in front, unless the
-    prompt brings its own.
+    ``media`` holds the key and the number of soft tokens of each slot's medium. ``bos`` puts BOS first, unless
+    the prompt's own ids start with it.
     """
     places = {(slot.modality, slot.index): range(count) for slot, (_, count) in media.items()}
     row = _positions(pieces, places, codec, 0)
@@ -162,7 +162,7 @@ def _stacked(rows: Sequence[list[_Position]], padding: int, side: str) -> tuple[
 
 
 def _original_chat(rows: Sequence[list[_Position]], codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
-    """The original's stage 2: padding on the left, then one column of BOS, visible where column 0 of the rest is."""
+    """The original's stage 2: padding on the left, preceded by a column of BOS with the mask of the next column."""
     ids, mask, labels = _stacked(rows, PADDING, "left")
     if codec.bos_id is None:
         return ids, mask, labels
@@ -181,10 +181,10 @@ def _within(row: list[_Position], text_length: int) -> list[_Position]:
 
 
 def _is_encoded(pieces: Sequence[Piece]) -> bool:
-    """Whether a template has encoded a prompt, with the BOS that belongs to it."""
+    """Whether a template has already encoded the prompt to ids, including BOS."""
     return bool(pieces) and isinstance(pieces[0], Text) and pieces[0].ids is not None and not pieces[0].target
 
 
 def is_alignment(pieces: Sequence[Piece]) -> bool:
-    """Whether a prompt is of stage 1: media and their captions only."""
+    """Whether a prompt is of stage 1: only media and target captions."""
     return all(isinstance(piece, Slot) or piece.target for piece in pieces)

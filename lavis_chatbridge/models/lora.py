@@ -1,7 +1,7 @@
-"""LoRA on the language model (Hu et al. 2021, arXiv 2106.09685) by peft: small trained matrices beside frozen ones.
+"""LoRA on the language model (Hu et al. 2021, arXiv 2106.09685) with peft: small trained matrices added to frozen ones.
 
-Adapters are put into the language model in place, so that it keeps its class; a checkpoint holds them beside the
-bridge. Only :func:`inject` and :func:`merge` need peft.
+Adapters are added in place, so that the language model keeps its class; a checkpoint contains them and the bridge. Only
+:func:`inject` and :func:`merge` need peft.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _ADAPTER, _A = "default", ".lora_A."
 
 
 def check_available() -> None:
-    """Raise a `MissingExtraError` if peft is not installed, before anything large is loaded."""
+    """Raise a `MissingExtraError` if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora", "model.language_model.lora")
 
 
 def inject(model: nn.Module, settings: LoraSettings) -> None:
-    """Put new adapters, which change nothing yet, into a frozen language model; only they are trainable, in fp32.
+    """Add new adapters, which have no effect yet, to a frozen language model. They are trainable and in fp32.
 
     Raises:
-        ConfigError: If a target is no linear layer.
+        ConfigError: If a target is not a linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
@@ -51,7 +51,7 @@ def inject(model: nn.Module, settings: LoraSettings) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Add all adapters to the weights that they adapt; the model is then a plain one of transformers."""
+    """Add all adapters to the weights that they adapt; the result is a plain transformers model."""
     for name, layer in list(_layers(model)):
         base = layer.get_base_layer()
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -72,7 +72,7 @@ def thaw(model: nn.Module) -> None:
 
 
 def set_training(model: nn.Module, mode: bool) -> None:
-    """Switch the adapters' dropout; the model around them keeps its mode."""
+    """Set the training mode of the adapters only (for their dropout)."""
     for _, layer in _layers(model):
         layer.lora_dropout.train(mode)
 
@@ -83,7 +83,7 @@ def is_adapter(name: str) -> bool:
 
 
 def without_base(name: str) -> str:
-    """A frozen weight's name without the adapter around it."""
+    """A frozen weight's name without the prefix that its adapter adds."""
     return name.replace(".base_layer.", ".")
 
 
@@ -100,7 +100,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Rank and targets of the adapters among a checkpoint's tensors, or None; no tensor holds the alpha."""
+    """Rank and targets of the adapters in a checkpoint, or None. The tensors do not tell the alpha."""
     ranks = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items() if _A in name}
     if not ranks:
         return None
@@ -111,7 +111,7 @@ def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 def misfit(
     found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, new_is_fine: bool = False
 ) -> str | None:
-    """Why a checkpoint's adapters do not fit a model's (both by `describe`); None if they do.
+    """Error text if a checkpoint's adapters do not fit a model's (both as from `describe`), else None.
 
     With ``new_is_fine`` a checkpoint without adapters fits a model with new ones.
     """

@@ -1,7 +1,7 @@
 """Cross-entropy at chosen positions of a frozen language model, without keeping their logits.
 
-With a vocabulary of 32,000, the logits of a batch and their gradients are its largest tensors: many are computed a few
-positions at a time, and again in the backward pass. Shapes: ``K`` positions, ``D`` width, ``V`` vocabulary.
+With a vocabulary of 32,000, logits and their gradients are the largest tensors of a batch. If there are many, they are
+computed in chunks of positions, and again in backward. Shapes: ``K`` positions, ``D`` width, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ LOGITS = 1 << 24
 """The most logits in memory at once: 64 MB in fp32."""
 
 PLAIN_HEADS = frozenset(("llama", "mistral", "qwen2", "qwen3"))
-"""Model types of transformers whose logits are the output layer's results; others may scale or cap them."""
+"""Model types in transformers that return the output layer's results as logits; others may scale or cap them."""
 
 
 def losses_at(model: LanguageModel, rows: Tensor, columns: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-    """``[K]`` negative log-likelihoods in fp32 of targets at chosen positions; the output layer sees no others.
+    """``[K]`` negative log-likelihoods in fp32 of targets; the output layer runs on their positions only.
 
     Args:
         model: The language model.

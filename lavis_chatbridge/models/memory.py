@@ -1,4 +1,4 @@
-"""Device memory of one training process, estimated: the model is built without memory and its parameters are counted.
+"""Estimates the device memory of one training process from a model on the meta device.
 
 Weights, gradients and optimiser state are exact; activations are those of a LLaMA-like language model.
 """
@@ -16,14 +16,14 @@ from lavis_chatbridge.models.perceiver import build_perceiver
 from lavis_chatbridge.models.settings import EncoderSettings, LanguageModelSettings, ModelSettings, torch_dtype
 
 _BYTES = {"8bit": 1.01, "4bit": 0.52}
-"""Bytes of a quantised parameter with its scales."""
+"""Bytes per quantised parameter, scales included."""
 
 
 def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = False) -> dict[str, int]:
-    """Bytes by part, for micro-batches of ``batch`` samples with one medium and the longest text.
+    """Bytes by part, for micro-batches of ``batch`` samples with one medium and ``max_text_length`` text tokens.
 
-    With ``checkpointing`` the language model's activations are recomputed. A part whose ``config.json`` can neither be
-    found nor fetched is a `CheckpointError`.
+    With ``checkpointing`` the language model's activations are recomputed. A `CheckpointError` is raised if
+    the ``config.json`` of a part cannot be found or downloaded.
     """
     own, perceiver = settings.language_model, settings.perceiver
     with state_dicts.on_meta():
@@ -61,7 +61,7 @@ def _language_model(own: LanguageModelSettings) -> Any:
 
 
 def _bare(own: EncoderSettings) -> Any:
-    """The settings of an encoder without its weights; the configuration in their folder takes their place."""
+    """An encoder's settings without weights; its sizes are read from the weights' folder."""
     if own.weights is None or own.encoder not in ("timm", "transformers"):
         return own.model_copy(update={"weights": None})
     config = hub.read_config(hub.find(own.weights, "weights", "processor"))

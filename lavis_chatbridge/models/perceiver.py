@@ -1,7 +1,7 @@
-"""The shared perceiver: LAVIS's Q-Former without its text branch, built from given sizes without a hub.
+"""The shared perceiver: LAVIS's Q-Former without its text branch, built from given sizes, without a download.
 
-It turns any number of encoder tokens into a fixed number of query vectors. It knows no modality: which queries and
-which tokens, the caller says.
+It turns any number of encoder tokens into a fixed number of query vectors. It knows no modality: the caller passes
+queries and tokens.
 
 Shapes: ``B`` media, ``Q`` queries, ``N`` encoder tokens, ``W`` width of the perceiver, ``D`` width of the encoder.
 """
@@ -16,10 +16,10 @@ from lavis_chatbridge.models.settings import PerceiverSettings
 
 
 def build_perceiver(config: PerceiverSettings, encoder_width: int) -> nn.Module:
-    """LAVIS's Q-Former with random weights, as BLIP-2 reduces it: queries only.
+    """LAVIS's Q-Former with random weights and, as in BLIP-2, only the query branch.
 
-    Word and position embeddings, the language-model head and the text's feed-forward parts are gone. The
-    cross-attention reads tokens of ``encoder_width``.
+    Word and position embeddings, the language-model head and the text branch's feed-forward layers are removed. The
+    cross-attention reads tokens of width ``encoder_width``.
     """
     from lavis.models.blip2_models.Qformer import BertLMHeadModel
     from transformers import BertConfig
@@ -51,7 +51,7 @@ def build_perceiver(config: PerceiverSettings, encoder_width: int) -> nn.Module:
 
 
 def perceive(perceiver: Any, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
-    """Let ``[1, Q, W]`` queries read ``[B, N, D]`` features where the ``[B, N]`` mask is true; gives ``[B, Q, W]``."""
+    """``[B, Q, W]``: ``[1, Q, W]`` queries after reading ``[B, N, D]`` features where the ``[B, N]`` mask is true."""
     return perceiver.bert(
         query_embeds=queries.expand(len(features), -1, -1),
         encoder_hidden_states=features,

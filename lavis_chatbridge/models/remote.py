@@ -1,6 +1,6 @@
-"""The language model on a vLLM server: prompts go there as embeddings, tokens come back as a stream.
+"""The language model on a vLLM server: receives prompts as embeddings and streams tokens back.
 
-Here are its embedding table, its configuration and its tokenizer only. The server is started with
+Only its embedding table, configuration and tokenizer are loaded in this process. Start the server with
 ``vllm serve FOLDER --enable-prompt-embeds`` (docs/server.md). This module knows no media and no conversation.
 
 Shapes: ``N`` positions of a prompt, ``D`` width of the language model, ``V`` vocabulary.
@@ -45,11 +45,11 @@ _HINT = "start it with 'vllm serve FOLDER --enable-prompt-embeds'"
 
 
 class Client:
-    """vLLM's completions API, asked with prompt embeddings. Several threads may use one.
+    """Client of vLLM's completions API with prompt embeddings; thread-safe.
 
     Args:
         url: The address, as ``http://HOST:PORT/v1``.
-        width: ``D``, for messages.
+        width: ``D``, for error messages.
     """
 
     def __init__(self, url: str, width: int) -> None:
@@ -64,7 +64,7 @@ class Client:
         self._model: str | None = None
 
     def connect(self, codec: Codec) -> int | None:
-        """Check that the server takes this language model's embeddings; returns its context in tokens."""
+        """Check that the server accepts this language model's embeddings; returns its context length in tokens."""
         try:
             response = self._http.get(f"{self.url}/models")
             if response.status_code != 200:
@@ -83,7 +83,7 @@ class Client:
     def tokens(
         self, embeds: Tensor, sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]
     ) -> Generator[tuple[int, TokenLogprob | None]]:
-        """Tokens of the reply to ``[N, D]`` embeddings as they come; stop texts and end ids end it."""
+        """Yields the tokens of the reply to ``[N, D]`` embeddings, until a stop text or an end id."""
         packed = io.BytesIO()
         torch.save(embeds.detach().cpu().contiguous().clone(), packed)
         prompt = base64.b64encode(packed.getvalue()).decode("ascii")
@@ -100,7 +100,7 @@ class Client:
         raise EngineError(f"the engine at {self.url} ended the reply early")
 
     def _lines(self, body: dict[str, Any]) -> Iterator[str]:
-        """The data of the server's events; a request that has had no answer yet is repeated."""
+        """The data of the server's events; a request is repeated if it fails before its first event."""
         begun = False
         for attempt in range(1, _RETRIES + 1):
             try:
@@ -123,7 +123,7 @@ class Client:
                 time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
 
     def _check_tokens(self, codec: Codec) -> None:
-        """Compare the server's tokenizer with ours, if it shows it."""
+        """Compare the server's tokenizer with ours, if the server offers one."""
         asked = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
         try:
             found = self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json=asked).json()["tokens"]
@@ -132,30 +132,30 @@ class Client:
         if found != codec.encode(_PROBE):
             raise EngineError(
                 f"the engine at {self.url} serves {self._model}, whose tokenizer gives other ids than "
-                "model.language_model: both must be of the same folder"
+                "model.language_model: use the same folder for both"
             )
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
-        """Raise what a refusal means."""
+        """Raise an error that explains an HTTP error of the server."""
         status, said = response.status_code, response.text[:500]
         with suppress(ValueError, KeyError, TypeError):
             said = str(response.json()["error"]["message"])[:500]
         lower = said.lower()
         if "enable-prompt-embeds" in lower:
-            said = f"it takes no embeddings: {_HINT}"
+            said = f"it does not accept embeddings: {_HINT}"
         elif "hidden_size" in lower or "hidden size" in lower:
-            said = f"it serves a language model of another width ({said}); this one's is {self.width}"
+            said = f"it serves a language model of another width than {self.width} ({said})"
         elif status in (401, 403):
             said = f"it asks for an API key: set {KEY}"
         elif status == 404:
-            said = f"it does not serve {self._model!r}, or is no vLLM server ({said})"
+            said = f"it does not serve {self._model!r}, or is not a vLLM server ({said})"
         elif "lora" in lower:
-            said = f"merge LoRA adapters into the folder before it is served ({said})"
+            said = f"merge the LoRA adapters into the served folder ({said})"
         raise EngineError(f"the engine at {self.url} refuses: {said}")
 
 
 class RemoteLanguageModel(LanguageModel):
-    """A causal language model whose blocks are on a server with a context of ``max_context`` tokens."""
+    """A causal language model that runs on a server with a context of ``max_context`` tokens."""
 
     embedding_scale = 1.0
 
@@ -168,9 +168,9 @@ class RemoteLanguageModel(LanguageModel):
         return self.embed_tokens
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ConfigError: Logits, losses, ranking and beams need the language model here."""
+        """Raise a `ConfigError`: logits need a local language model."""
         raise ConfigError(
-            f"model.language_model.engine is {self.client.url}, which only continues prompts: losses, ranking and beam "
+            f"model.language_model.engine is {self.client.url}, which only generates: losses, ranking and beam "
             "search need the local language model (set it to null)"
         )
 
@@ -180,7 +180,7 @@ class RemoteLanguageModel(LanguageModel):
         """Yields a reply's text as it becomes final."""
         own = generation.sampling
         embeds = generation.embeds(0, self.embed_tokens)
-        # Closing the generator closes the connection, at which the server stops.
+        # Closing this generator closes the connection, and then the server stops generating.
         with closing(self.client.tokens(embeds, own, generation.stream.stops, sorted(generation.end_ids))) as tokens:
             for token, logprob in tokens:
                 if generation.cancelled:
@@ -194,7 +194,7 @@ class RemoteLanguageModel(LanguageModel):
         yield generation.end("stop")
 
     def complete(self, generations: Sequence[Generation]) -> None:
-        """Complete several replies, which are under way at once."""
+        """Complete several replies concurrently."""
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda generation: list(self.run(generation)), generations))
 
@@ -211,7 +211,7 @@ def load_remote(url: str, folder: Path, codec: Codec, dtype: torch.dtype) -> Rem
 
 
 def _embedding_table(folder: Path) -> Tensor:
-    """``[V, D]``; in several files of safetensors, their index names the one."""
+    """``[V, D]``; if there are several safetensors files, their index names the right one."""
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.is_file():
@@ -228,7 +228,7 @@ def _embedding_table(folder: Path) -> Tensor:
 
 
 def _tokens_of(choice: dict[str, Any]) -> list[tuple[int, TokenLogprob | None]]:
-    """The tokens of an event, with their log-probabilities; vLLM writes a token as ``token_id:ID``."""
+    """The tokens of an event with their log-probabilities. In the latter, vLLM names a token ``token_id:ID``."""
     ids, logprobs = choice.get("token_ids") or [], choice.get("logprobs")
     if not logprobs:
         return [(token, None) for token in ids]
@@ -241,7 +241,7 @@ def _tokens_of(choice: dict[str, Any]) -> list[tuple[int, TokenLogprob | None]]:
 
 
 def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) -> dict[str, Any]:
-    """A sampling in vLLM's names; every value is sent, so that the folder's generation_config.json has no effect."""
+    """`Sampling` as vLLM's fields. All are sent, so that the folder's generation_config.json has no effect."""
     if sampling.num_beams > 1:
         raise ConfigError(f"num_beams is {sampling.num_beams}: beam search needs the local language model")
     if sampling.repetition_penalty != 1:  # vLLM counts the prompt's ids too, which embeddings do not have

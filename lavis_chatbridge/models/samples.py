@@ -1,8 +1,8 @@
 """Reads a batch of LAVIS's tasks and data sets into prompts and media.
 
-``samples`` is a dict. ``image``, ``video`` and ``audio`` hold a tensor with a batch axis, or a list with a medium or a
-list of media for each sample. ``pieces`` are the prompts; without them a template words LAVIS's text keys. A batch that
-does not fit together raises a PromptError.
+``samples`` is a dict. ``image``, ``video`` and ``audio`` are tensors with a batch axis, or lists with one medium or a
+list of media per sample. ``pieces`` are the prompts; without them, a template makes prompts from LAVIS's text keys. An
+inconsistent batch raises a `PromptError`.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _BATCH: dict[Modality, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W
 
 
 def media_of(samples: Mapping[str, Any]) -> Media:
-    """Each modality's media, by sample."""
+    """Modality -> for each sample, the list of its media."""
     given = {modality: samples[modality] for modality in MODALITIES if samples.get(modality) is not None}
     media: Media = {modality: _by_sample(modality, value) for modality, value in given.items()}
     sizes = {modality: len(listed) for modality, listed in media.items()}
     if len(set(sizes.values())) > 1:
-        raise PromptError(f"the media of a batch are for different numbers of samples: {sizes}")
+        raise PromptError(f"the modalities of a batch have different numbers of samples: {sizes}")
     return media
 
 
 def training_prompts(samples: Mapping[str, Any], media: Media, template: Template) -> list[list[Piece]]:
     """Each sample's prompt with its targets.
 
-    It is ``pieces``; or, with an answer (``text_output`` or ``answer``), a conversation that ``text_input`` opens; or,
-    with ``text_input`` alone, the media and that caption.
+    The first of these that the batch has: ``pieces``; ``text_input`` and an answer (``text_output`` or ``answer``) as a
+    conversation; ``text_input`` alone as the caption of the media.
     """
     if samples.get("pieces") is not None:
-        return _worded(samples["pieces"], media, template)
+        return _given_prompts(samples["pieces"], media, template)
     if samples.get("text_input") is None:
         raise PromptError("a training batch needs 'pieces' or 'text_input'")
     asked = _asked(samples["text_input"], media)
@@ -59,14 +59,14 @@ def training_prompts(samples: Mapping[str, Any], media: Media, template: Templat
 def contexts(samples: Mapping[str, Any], media: Media, template: Template, question: Any = None) -> list[list[Piece]]:
     """Each sample's prompt for the model to continue.
 
-    It is ``pieces`` up to the last target; or a conversation that ``question``, ``prompt`` or ``text_input`` opens; or,
-    without any of them, the media alone, for a caption.
+    The first of these that is given: ``pieces`` up to the last target; ``question``, ``prompt`` or ``text_input`` as
+    the first message of a conversation; only the media, to be captioned.
     """
     if samples.get("pieces") is not None:
-        return [context_of(pieces) for pieces in _worded(samples["pieces"], media, template)]
+        return [context_of(pieces) for pieces in _given_prompts(samples["pieces"], media, template)]
     given = question or samples.get("prompt") or samples.get("text_input")
     if not given and not _size(media):
-        raise PromptError("there is nothing to answer: the batch holds neither text nor media")
+        raise PromptError("there is nothing to answer: the batch has neither text nor media")
     if not given:
         return [list(alignment_prompt(message.media, "")[:-1]) for message in _asked("", media)]
     return [template.prompt([message], generate=True) for message in _asked(given, media)]
@@ -77,7 +77,7 @@ def _by_sample(modality: Modality, given: Any) -> list[list[Medium]]:
         if given.dim() < len(_BATCH[modality].split(",")):
             raise PromptError(
                 f"'{modality}' is a tensor of shape {list(given.shape)}, expected a batch {_BATCH[modality]}: "
-                f"{modality}.unsqueeze(0) makes a batch of a single one"
+                f"{modality}.unsqueeze(0) makes a batch of one"
             )
         return [[medium] for medium in given]
     if isinstance(given, Medium) or not isinstance(given, (list, tuple)):
@@ -94,7 +94,7 @@ def _size(media: Media) -> int | None:
 
 
 def _asked(texts: str | Sequence[Any], media: Media) -> list[Message]:
-    """One message for each sample, its media in the order image, video, audio; a single string is for all samples."""
+    """One message per sample, its media in the order image, video, audio; a single string is used for all samples."""
     listed = [texts] * (_size(media) or 1) if isinstance(texts, str) else [str(text) for text in texts]
     _check_size(len(listed), media, "texts")
     shown = [tuple(modality for modality in media for _ in media[modality][i]) for i in range(len(listed))]
@@ -102,7 +102,7 @@ def _asked(texts: str | Sequence[Any], media: Media) -> list[Message]:
 
 
 def _answers(samples: Mapping[str, Any]) -> list[str] | None:
-    """One answer for each question; of LAVIS's several weighted ones (``n_answers``), the heaviest."""
+    """One answer per question; with LAVIS's several weighted answers (``n_answers``), the one of largest weight."""
     given = next((samples[key] for key in ("text_output", "answer") if samples.get(key) is not None), None)
     if given is None:
         return None
@@ -114,8 +114,8 @@ def _answers(samples: Mapping[str, Any]) -> list[str] | None:
     return [max(group, key=lambda pair: pair[0])[1] for group in groups]
 
 
-def _worded(prompts: Sequence[Sequence[Piece]], media: Media, template: Template) -> list[list[Piece]]:
-    """A batch's own prompts, unless they are worded for another template."""
+def _given_prompts(prompts: Sequence[Sequence[Piece]], media: Media, template: Template) -> list[list[Piece]]:
+    """The batch's own prompts; a `PromptError` if they were made for another template."""
     _check_size(len(prompts), media, "prompts")
     for pieces in prompts:
         first = pieces[0] if pieces else None

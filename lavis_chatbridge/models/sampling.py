@@ -1,4 +1,4 @@
-"""The one set of decoding settings: evaluation, chat, server, lmms-eval and transformers' wrappers use it."""
+"""Decoding settings, the same for evaluation, chat, server, lmms-eval and transformers' wrappers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from lavis_chatbridge.config import Settings
 
 MOST = 1000
-"""The most beams of a search, and the most results of a prompt: each holds its own keys and values."""
+"""Most beams, and most results of a prompt: each has its own keys and values."""
 
 Several: TypeAlias = Annotated[int, Field(ge=1, le=MOST)]
 Penalty: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
@@ -32,35 +32,35 @@ class Sampling(Settings):
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Sample from tokens that have at least this share of the likeliest token's probability."""
     repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Above 1: a token of the reply becomes less likely to be repeated (logits are divided by it)."""
+    """Above 1: tokens that the reply already contains become less likely (positive logits are divided by it)."""
     presence_penalty: Penalty = 0.0
-    """Subtracted from the logits of tokens that the reply already holds."""
+    """Subtracted from the logits of tokens that the reply already contains."""
     frequency_penalty: Penalty = 0.0
-    """Subtracted from a token's logit once for each time the reply already holds it."""
+    """Subtracted from a token's logit once per occurrence in the reply."""
     num_beams: Several = 1
-    """Above 1: beam search for the likeliest whole reply, which is neither sampled nor streamed."""
+    """Above 1: beam search for the likeliest reply; no sampling and no streaming."""
     length_penalty: float = Field(default=1.0, ge=-10, le=10)
-    """Exponent of the length that a beam's score is divided by."""
+    """A beam's score is divided by its length to this power."""
     num_return_sequences: Several = 1
-    """Replies to one prompt."""
+    """Number of replies to each prompt."""
     seed: int | None = None
     """The same seed samples the same reply; null samples a new one each time."""
     stop: tuple[str, ...] = ()
-    """Texts that end a reply, beside those of the template; they are not part of it."""
+    """Texts that end a reply, in addition to the template's; the reply does not include them."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a reply, beside those of the template."""
+    """Token ids that end a reply, in addition to the template's."""
     ignore_eos: bool = False
-    """Do not end at the language model's end token, nor at the template's end mark."""
+    """Continue after the language model's end token and the template's end mark."""
     logprobs: Annotated[int, Field(ge=0, le=MOST)] | None = None
     """Report each token's log-probability, and those of this many likeliest tokens; null reports none."""
 
     def check(self) -> Iterable[str]:
         if self.num_beams > 1 and self.temperature > 0:
-            yield f"num_beams is {self.num_beams}, a search, but temperature {self.temperature} asks for sampling"
+            yield f"num_beams {self.num_beams} is a search, but temperature {self.temperature} asks for sampling"
         if self.num_beams > 1 and (self.presence_penalty or self.frequency_penalty):
             yield "presence_penalty and frequency_penalty are not for beam search: set num_beams to 1"
         if self.num_return_sequences > self.num_beams and self.temperature == 0:
             yield (
-                f"num_return_sequences is {self.num_return_sequences}, but {self.num_beams} beam(s) find no more than "
-                "that: raise num_beams, or set a temperature"
+                f"num_return_sequences is {self.num_return_sequences}, more than num_beams {self.num_beams}: "
+                "raise num_beams, or set a temperature"
             )

@@ -26,16 +26,16 @@ Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EncoderSettings(Settings):
-    """What the image and the audio encoder have in common."""
+    """Settings of both the vision and the audio encoder."""
 
     encoder: str
-    """The architecture: a name that :func:`lavis_chatbridge.models.encoders.register` has entered."""
+    """The architecture: a name registered with :func:`lavis_chatbridge.models.encoders.register`."""
 
     weights: Weights | None = None
     """The file or folder of the weights. Null: randomly initialised."""
 
     config: dict[str, Any] | None = None
-    """Sizes for random weights: for transformers with ``model_type``, for BEATs also if its file holds none."""
+    """Sizes for random weights (transformers: with ``model_type``), or for a BEATs file without a configuration."""
 
     dtype: Precision = "float32"
     """The precision that the frozen encoder runs in."""
@@ -44,13 +44,13 @@ class EncoderSettings(Settings):
     """timm: the architecture (``vit_base_patch16_siglip_224``); null reads it from the folder's config.json."""
 
     layer: int = -1
-    """timm and transformers: the block whose output is taken; -1 is the last one (after its final norm)."""
+    """timm and transformers: use the output of this block; -1 is the last one (after the final norm)."""
 
     class_token: bool = True
-    """timm and transformers: keep tokens before the patches (class and register tokens)."""
+    """timm and transformers: keep the tokens before the patches (class and register tokens)."""
 
     pool: PositiveInt = 1
-    """timm and transformers: this many neighbouring tokens (in a grid: of each axis) become their mean."""
+    """timm and transformers: average this many neighbouring tokens (in a grid: along each axis)."""
 
     def check(self) -> Iterable[str]:
         if self.encoder in ("eva", "beats") and (self.pool > 1 or self.layer != -1 or not self.class_token):
@@ -58,7 +58,7 @@ class EncoderSettings(Settings):
 
 
 class VisionSettings(EncoderSettings):
-    """The image and video encoder. The sizes are EVA's, by default EVA-ViT-G's; other encoders bring their own."""
+    """The image and video encoder. The sizes are only for EVA, by default those of EVA-ViT-G."""
 
     encoder: str = "eva"
     image_size: int = 224
@@ -70,7 +70,7 @@ class VisionSettings(EncoderSettings):
 
     @property
     def tokens(self) -> int:
-        """EVA's tokens of one image."""
+        """Number of EVA's tokens for one image."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     def check(self) -> Iterable[str]:
@@ -86,7 +86,7 @@ class AudioSettings(EncoderSettings):
 
     encoder: str = "beats"
     mask_padding: bool = True
-    """Hide the padding of clips that are not full. The original feeds zeros and hides nothing."""
+    """Mask the padding of clips that are not full. The original does not mask it."""
 
 
 class PerceiverSettings(Settings):
@@ -102,10 +102,10 @@ class PerceiverSettings(Settings):
     heads: PositiveInt = 12
     feed_forward: int = 3072
     cross_attention_every: int = 2
-    """Layers 0, this number, twice this number, ... have a cross-attention."""
+    """Every n-th layer, from layer 0, has a cross-attention."""
 
     queries: int = 32
-    """Query tokens for each medium."""
+    """Number of query tokens per medium."""
 
     dropout: Share = 0.1
     norm_eps: float = 1e-12
@@ -116,7 +116,7 @@ class PerceiverSettings(Settings):
     """Train the projection (and temporal positions) only."""
 
     video_queries: Literal["joint", "per_frame"] = "joint"
-    """``joint`` reads all frames of a video at once; ``per_frame`` each frame alone (the original's stage 3)."""
+    """``joint``: the queries read all frames of a video at once; ``per_frame``: each frame (the original's stage 3)."""
 
     def check(self) -> Iterable[str]:
         if self.width % self.heads:
@@ -124,15 +124,15 @@ class PerceiverSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Adapters on the language model, trained beside the bridge (extra ``lora``)."""
+    """LoRA adapters in the language model, trained together with the bridge (extra ``lora``)."""
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
-    """An update is scaled by alpha over rank."""
+    """The adapter's output is scaled by alpha / rank."""
 
     dropout: Share = 0.05
     target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
-    """Last parts of the names of the layers that get an adapter; LLaMA's are ``q_proj``, ``k_proj``, ``v_proj``,
+    """Name endings of the layers that get an adapter; LLaMA's are ``q_proj``, ``k_proj``, ``v_proj``,
     ``o_proj``, ``gate_proj``, ``up_proj``, ``down_proj``."""
 
 
@@ -143,7 +143,7 @@ class LanguageModelSettings(Settings):
     """A folder in Hugging Face's layout. Null: randomly initialised."""
 
     tokenizer: Weights | None = None
-    """The tokenizer's folder, if it is not that of the weights."""
+    """The tokenizer's folder; null: the folder of the weights."""
 
     config: dict[str, Any] | None = None
     """The model's configuration (``model_type`` and sizes), for random weights only."""
@@ -153,78 +153,78 @@ class LanguageModelSettings(Settings):
 
     quantization: Quantization | None = None
     """``8bit`` (LLM.int8) or ``4bit`` (NF4, double quantisation) for the linear layers of the frozen blocks; the rest
-    stays in ``dtype``. By bitsandbytes (extra ``quantize``), on a CPU or a CUDA device."""
+    stays in ``dtype``. Uses bitsandbytes (extra ``quantize``), on a CPU or a CUDA device."""
 
     device_map: DeviceMap | None = None
-    """How accelerate (extra ``device-map``) places the layers on this process's devices, for answering only."""
+    """How accelerate (extra ``device-map``) distributes the layers over this process's devices; inference only."""
 
     lora: LoraSettings | None = None
-    """Adapters that are trained beside the bridge."""
+    """Adapters that are trained together with the bridge; null: none."""
 
     engine: str | None = None
     """The address of a vLLM server that runs the blocks, as ``http://HOST:PORT/v1``; only the embedding table is loaded
-    here. For answering only."""
+    in this process. Inference only."""
 
     def check(self) -> Iterable[str]:
         if self.weights is None and (self.config is None or self.tokenizer is None):
             yield "weights is null, so both config (model_type and sizes) and tokenizer (a folder) must be given"
         for name in ("quantization", "device_map", "engine"):
             if self.weights is None and getattr(self, name) is not None:
-                yield f"{name} is {getattr(self, name)}, but weights is null: it is for the weights of a folder"
+                yield f"{name} is {getattr(self, name)}, but weights is null: it needs the weights of a folder"
         if self.engine is not None and self.lora is not None:
-            yield "engine is set with lora: merge the adapters into the folder, vLLM takes none beside embeddings"
+            yield "engine is set with lora, but vLLM has no LoRA for embeddings: merge the adapters into the folder"
         if self.engine is not None and (self.quantization is not None or self.device_map is not None):
-            yield "engine is set with quantization or device_map: these are options of the engine then"
+            yield "engine is set with quantization or device_map: use the options of the engine instead"
 
 
 class TemporalSettings(Settings):
-    """Lengths of the tables of learnt positions in time; longer inputs get interpolated positions."""
+    """Sizes of the tables of learnt temporal positions; positions of longer inputs are interpolated."""
 
     frames: PositiveInt = 4
-    """Frames of a video."""
+    """Number of video frames in the table."""
 
     clips: PositiveInt = 2
-    """Clips of a sound."""
+    """Number of audio clips in the table."""
 
     initializer_range: float = 0.02
-    """Standard deviation of new positions. The tokens that they are added to have 1: a small value hardly changes a
-    pretrained perceiver, with a large one a new perceiver can distinguish frames from the start."""
+    """Standard deviation of new positions; the encoder tokens have 1. A small value hardly affects a pretrained
+    perceiver; with a large one, a new perceiver can distinguish frames from the start."""
 
 
 class ModelSettings(Settings):
-    """A whole ChatBridge."""
+    """All settings of a ChatBridge."""
 
     language_model: LanguageModelSettings
     arch: str = "chatbridge"
     """The name registered with LAVIS."""
 
     model_type: str = "tiny"
-    """The YAML that these settings come from."""
+    """The shipped YAML with the defaults."""
 
     vision: VisionSettings = VisionSettings()
     audio: AudioSettings = AudioSettings()
     perceiver: PerceiverSettings = PerceiverSettings()
     temporal_positions: TemporalSettings | None = None
-    """Positions of frames and clips in time; null as in the released checkpoints."""
+    """Learnt temporal positions of frames and clips; null: none, as in the released checkpoints."""
 
     template: TemplateName = "human_assistant"
-    """How conversations are worded, in training, evaluation, chat and server: ``human_assistant`` (the paper's),
+    """Prompt format of conversations in training, evaluation, chat and server: ``human_assistant`` (the paper's),
     ``vicuna_v1``, or ``tokenizer`` (the language model's own chat template)."""
 
     prompt_layout: Layout = "text"
-    """``text`` puts BOS before the text; ``original`` repeats the original's batches exactly."""
+    """``text``: BOS first, padding on the right; ``original``: exactly the original's batches."""
 
     max_text_length: PositiveInt = 150
-    """Text tokens of a training sample; in the original's stage 2, positions of any sort."""
+    """Most text tokens of a training sample; in the original's stage 2, most positions of any type."""
 
     reply_end: str = "###"
     """The text that ends a reply."""
 
     encoder_batch: PositiveInt = 64
-    """At most this many frames or clips pass an encoder at once."""
+    """Most frames or clips to encode at once."""
 
     checkpoint: Weights | None = None
-    """A trained ChatBridge."""
+    """Weights of a trained ChatBridge; null: the bridge is untrained."""
 
     load_finetuned: bool = False
     """LAVIS's switch: load ``finetuned`` instead of ``checkpoint``."""
@@ -243,14 +243,14 @@ class ModelSettings(Settings):
 
     @property
     def trained(self) -> Weights | None:
-        """The trained ChatBridge to load."""
+        """The checkpoint to load, chosen by LAVIS's switches."""
         if self.load_finetuned:
             return self.finetuned
         return self.checkpoint or (self.pretrained if self.load_pretrained else None)
 
 
 def torch_dtype(name: Precision) -> torch.dtype:
-    """The type that frozen parts are loaded in: as named, or fp32 if only a CPU is there that is slow in it."""
+    """The dtype of frozen parts: the named one, or fp32 if there is only a CPU without instructions for it."""
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if torch.cuda.is_available() or not slow_on_cpu(dtype):
         return dtype
@@ -260,7 +260,7 @@ def torch_dtype(name: Precision) -> torch.dtype:
 
 @functools.cache
 def slow_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this CPU lacks instructions for a half precision, in which matmuls are then slower than in fp32."""
+    """Whether this CPU has no instructions for ``dtype``, so that matmuls in it are slower than in fp32."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     if not torch.backends.mkldnn.is_available():
@@ -272,5 +272,5 @@ def slow_on_cpu(dtype: torch.dtype) -> bool:
 @functools.cache
 def _log_fp32(name: str) -> None:
     log.warning(
-        "this CPU has no instructions for %s: frozen parts are loaded in float32, which takes twice as much", name
+        "this CPU has no instructions for %s: frozen parts are loaded in float32, which takes twice the memory", name
     )

@@ -1,4 +1,4 @@
-"""Weight files: read without running code from them, checked against a module, loaded completely or not at all.
+"""Weight files: reads them without running code from them, checks them, and loads them completely or not at all.
 
 Known layouts: plain tensors; tensors under ``model`` (LAVIS, the original ChatBridge); ``cfg`` and ``model`` (BEATs);
 safetensors, one file or shards in a folder; BLIP-2 of LAVIS and of Hugging Face. This module builds no model.
@@ -24,7 +24,7 @@ from lavis_chatbridge.errors import CheckpointError, one_line
 from lavis_chatbridge.files import atomic_file
 
 BLIP2_VISION, BLIP2_BRIDGE = ("vision_model.",), ("query_tokens", "qformer.", "vision_model.post_layernorm.")
-"""Prefixes in Hugging Face's layout of what the vision encoder and the bridge take from BLIP-2."""
+"""Prefixes, in Hugging Face's layout, of BLIP-2's tensors for the vision encoder and for the bridge."""
 
 _DROPPED = re.compile(
     r"rotary_emb\.inv_freq$|position_ids$|^Qformer\.cls\.|^Qformer\.bert\.embeddings\.(word|position)_embeddings\."
@@ -48,7 +48,7 @@ _FROM_HUGGINGFACE = (
 
 
 class WeightFile(NamedTuple):
-    """The tensors of a file or folder by name, and the configuration beside them (BEATs, LoRA), if any."""
+    """The tensors of a file or folder by name, and the configuration in the file (BEATs, LoRA), if any."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -56,14 +56,14 @@ class WeightFile(NamedTuple):
 
 
 def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
-    """Read weights into main memory, mapped where the format allows. No code in them is run.
+    """Read weights on the CPU, memory-mapped if the format allows. No code in the file is run.
 
     Args:
         path: A file, or a folder with ``model.safetensors`` or shards (a training checkpoint, a hub's repository).
-        prefixes: Of a sharded folder only the shards with tensors of these names are read.
+        prefixes: Read only the shards of a folder that have tensors with these prefixes.
 
     Raises:
-        CheckpointError: If it cannot be read, or holds other objects than tensors and plain values, or no tensors.
+        CheckpointError: If it cannot be read, contains objects other than tensors and plain values, or has no tensors.
     """
     files = [path] if path.is_file() else hub.needed_files(path, "weights", prefixes)
     content: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> None:
-    """Write tensors, of which some may share memory, and a configuration of plain values as safetensors, atomically."""
+    """Write tensors (which may share memory) and a configuration of plain values as safetensors, atomically."""
     from safetensors.torch import save_file
 
     apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -88,7 +88,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
-    """Raise a `CheckpointError` with the tensors that hold NaN or infinity."""
+    """Raise a `CheckpointError` if a tensor contains NaN or infinity."""
     bad = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise CheckpointError(f"{source} holds NaN or infinity in {some(bad)}: download or save the file again")
@@ -99,12 +99,12 @@ def load_exactly(
 ) -> None:
     """Replace all parameters and buffers of a module, which may be on the meta device.
 
-    Its floating-point tensors then have the precision ``dtype``; those that a file holds in it stay mapped to the file.
-    Messages name the file (``source``) and the module (``what``).
+    Floating-point tensors are converted to ``dtype``; those that have it already stay memory-mapped. Error messages
+    name the file (``source``) and the module (``what``).
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected, of another shape, or not finite in that precision; the
-            module is then as before.
+        CheckpointError: If a tensor is missing, unexpected, of another shape, or not finite in ``dtype``; the module is
+            then unchanged.
     """
     expected = module.state_dict()
     check_fit(expected, tensors, expected, source, what)
@@ -132,7 +132,7 @@ def check_fit(
 def from_huggingface(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
     """BLIP-2's tensors under LAVIS's names; tensors of another layout are returned as they are.
 
-    Hugging Face keeps one bias for queries, keys and values, LAVIS one each for queries and values: keys have none.
+    Hugging Face has one bias vector for queries, keys and values; LAVIS has two, for queries and for values.
     """
     if not any(name.startswith(("vision_model.", "qformer.")) for name in tensors):
         return dict(tensors)
@@ -143,7 +143,7 @@ def from_huggingface(tensors: Mapping[str, Tensor], source: object) -> dict[str,
         if own.endswith("attn.qkv.bias") and own.startswith("visual_encoder."):
             query, key, value = tensor.chunk(3)
             if key.any():
-                raise CheckpointError(f"{source}: {name} has a bias of keys, which EVA-ViT does not have")
+                raise CheckpointError(f"{source}: {name} has a bias of keys, but EVA-ViT has none")
             stem = own.removesuffix("qkv.bias")
             named |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
         else:
@@ -161,7 +161,7 @@ def bridge_tensors(tensors: Mapping[str, Tensor], source: object = "") -> dict[s
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
+    """The tensors whose names start with ``prefix``, which is removed."""
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -177,13 +177,13 @@ def hash_of(tensors: Mapping[str, Tensor], *more: object) -> str:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules built inside have shapes and no parameters in memory; constants (positions, schedules) are real."""
+    """Build modules on the meta device, without memory for parameters; constants (positions, schedules) are real."""
     with torch.device("meta"), _RealConstants():
         yield
 
 
 class _RealConstants(TorchFunctionMode):
-    """LAVIS reads a schedule while it builds an EVA-ViT, and no file holds the Q-Former's positions."""
+    """Keeps constants off the meta device: building EVA-ViT reads a schedule, and weight files have no position ids."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = dict(kwargs or {})
@@ -193,7 +193,7 @@ class _RealConstants(TorchFunctionMode):
 
 
 def some(names: Iterable[object]) -> str:
-    """The first few of some names, and the number of the rest."""
+    """The first four names, and the number of the rest."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
@@ -211,7 +211,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
-    """The mapping in a file of ``torch.save``, mapped where the format allows; no code in it is run."""
+    """The mapping in a ``torch.save`` file, memory-mapped if the format allows; no code in it is run."""
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -219,9 +219,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {named[1]}" if named else "something else than tensors and plain values, or is damaged"
+        what = f"the object {named[1]}" if named else "objects other than tensors and plain values, or is damaged"
         raise CheckpointError(f"{path} is refused: it holds {what}; only tensors are loaded, never code") from error
-    except Exception as error:  # torch passes on any error of its zip and pickle readers
+    except Exception as error:  # torch raises any error of its zip and pickle readers
         raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds no weights by name, but a {type(content).__name__}")

@@ -1,8 +1,8 @@
-"""Chat templates: one conversation becomes the same prompt in training, evaluation, chat and server.
+"""Chat templates: make the same prompt of a conversation in training, evaluation, chat and server.
 
 ``model.template`` names one of three: ``human_assistant`` (the paper's), ``vicuna_v1`` (Vicuna 1.1 and 1.5) and
-``tokenizer`` (the chat template in the tokenizer's own files). Role markers in a message's text are broken up, so that
-no text opens or closes a turn. This module knows tokenizers, no language model.
+``tokenizer`` (the chat template in the tokenizer's own files). Role markers in a message's text are split with a
+blank, so that a text cannot start or end a turn. This module knows tokenizers, but no language model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VICUNA_SYSTEM = (
 
 
 class Template:
-    """How a language model reads conversations.
+    """The prompt format of a language model's conversations.
 
     Attributes:
         stops: Texts that end a reply.
@@ -47,13 +47,13 @@ class Template:
 
         Args:
             messages: Alternating messages, a user's first.
-            generate: End with the opening of a reply; the last message is then a user's.
-            reply_end: What closes a reply in ``human_assistant``, where a data set has its own.
+            generate: End with the start of a reply, for generation; the last message must be a user's.
+            reply_end: A data set's own text after a reply, in ``human_assistant`` only.
         """
         raise NotImplementedError
 
     def reply(self, text: str) -> Text:
-        """A reply with its end mark, as :meth:`prompt` words it."""
+        """A reply with its end mark, as in :meth:`prompt`."""
         raise NotImplementedError
 
     def _without_end(self, ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -61,10 +61,10 @@ class Template:
 
 
 def load_template(name: str, codec: Codec, system: str = "", reply_end: str = END_OF_TURN) -> Template:
-    """A template by its name, with a system prompt, and with what closes a reply in ``human_assistant``.
+    """The template with a name; ``reply_end`` ends replies in ``human_assistant``.
 
     Raises:
-        ConfigError: If there is no such template, or the tokenizer lacks what it needs.
+        ConfigError: If there is no such template, or the tokenizer lacks tokens that it needs.
     """
     if name not in TEMPLATES:
         raise ConfigError(f"model.template is {name!r}; known are {', '.join(TEMPLATES)}")
@@ -92,7 +92,7 @@ class HumanAssistant(Template):
             if reply is None or reply.ids is None:
                 pieces.append(piece)
                 continue
-            ids = self._without_end(reply.ids)  # the tokens that it was generated as
+            ids = self._without_end(reply.ids)  # as it was generated
             pieces.append(Text(reply.text, True, ids))
             if not self.codec.decode(ids).endswith(self.stops):
                 pieces.append(Text(end, target=True))
@@ -135,9 +135,9 @@ class VicunaV1(Template):
 class TokenizerTemplate(Template):
     """The chat template of the tokenizer's own files, with thinking switched off.
 
-    Text between two media is encoded in one go, so a conversation without media has the ids that the tokenizer's own
-    rendering has. A reply is a target where the words before it are those that a chat would give: templates such as
-    Qwen3's put an empty thought before the newest reply only, so there only the last reply is a target.
+    All text between two media is encoded together, so a conversation without media has the same ids as with
+    ``apply_chat_template``. A reply is a target only if the text before it is the same as in a chat: templates such as
+    Qwen3's put an empty thought before the newest reply only, so only the last reply is a target.
     """
 
     name = "tokenizer"
@@ -160,7 +160,7 @@ class TokenizerTemplate(Template):
         system = self._broken(system)
         if system and self._takes_system(system):
             self._system, self._first = system, ""
-        else:  # its words open the first user's message
+        else:  # the system prompt goes into the first user message
             self._first = f"{system}\n\n" if system else ""
         self._known.clear()
 
@@ -189,7 +189,7 @@ class TokenizerTemplate(Template):
         return next(piece for piece in said if isinstance(piece, Text) and piece.target)
 
     def _fixed(self, count: int, generate: bool) -> list[str]:
-        """The template's own words before, between and behind ``count`` messages."""
+        """The template's own text before, between and after ``count`` messages."""
         if (count, generate) not in self._known:
             marks = [f"content-{secrets.token_hex(12)}" for _ in range(count)]
             said = [{"role": "assistant" if i % 2 else "user", "content": mark} for i, mark in enumerate(marks)]
@@ -203,7 +203,7 @@ class TokenizerTemplate(Template):
         return self._known[count, generate]
 
     def _find_markers(self, fixed: Sequence[str]) -> None:
-        """Learn what opens and closes turns: special tokens, and words of the template."""
+        """Find the role markers: special tokens, and words of the template."""
         codec = self.codec
         tokens = codec.special | {word for word in codec.added if word.strip() and word in codec.chat_template}
         longest_first = "|".join(re.escape(word) for word in sorted(tokens, key=len, reverse=True))
@@ -214,7 +214,7 @@ class TokenizerTemplate(Template):
         self._forbidden = {ids[0] for ids in map(codec.encode_marked, tokens) if len(ids) == 1}
 
     def _shown(self, role: str, content: str) -> str:
-        """A conversation whose first message of a role has this content."""
+        """A rendered conversation; the first message of ``role`` has this content."""
         said = [{"role": r, "content": content if r == role else "y"} for r in ("user", "assistant")]
         return self.codec.render([*said, {"role": "user", "content": "z"}], True)
 
@@ -238,7 +238,7 @@ class TokenizerTemplate(Template):
 
 
 def _encoded(pieces: Sequence[Piece], codec: Codec) -> list[Piece]:
-    """Pieces with their ids; the context of a text is everything since the last medium."""
+    """Add ids to pieces; a text is encoded together with all text since the last medium."""
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None
@@ -252,7 +252,7 @@ def _encoded(pieces: Sequence[Piece], codec: Codec) -> list[Piece]:
             read, ids = "", []
             continue
         whole = codec.encode_marked(read + piece.text)
-        if whole[: len(ids)] != ids:  # a token would span both texts: this one is encoded alone
+        if whole[: len(ids)] != ids:  # a token would span both texts: encode this one alone
             read, ids, whole = "", [], codec.encode_marked(piece.text)
         merged[i] = replace(piece, ids=tuple(whole[len(ids) :]))
         read, ids = read + piece.text, whole
@@ -260,7 +260,7 @@ def _encoded(pieces: Sequence[Piece], codec: Codec) -> list[Piece]:
 
 
 def break_up(text: str, markers: Iterable[str]) -> str:
-    """``text`` with a blank inside everything that is a role marker, or that Unicode's NFKC turns into one."""
+    """``text`` with a blank inserted in every role marker, and in text that Unicode's NFKC turns into one."""
     words = sorted((marker for marker in markers if marker), key=len, reverse=True)
     folded = unicodedata.normalize("NFKC", text)
     if any(word in folded and word not in text for word in words):
@@ -272,7 +272,7 @@ def break_up(text: str, markers: Iterable[str]) -> str:
 
 
 def _user(media: Sequence[Modality], text: str, counts: dict[Modality, int], opening: str, closing: str) -> list[Piece]:
-    """A user's message: its media in the paper's words, then its text."""
+    """A user's message: its media in the paper's format, then its text."""
     if not media:
         return [Text(f"{opening}{text}{closing}")]
     return [*introduce(media, counts, opening), Text(f". {text}{closing}")]

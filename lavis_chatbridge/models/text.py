@@ -1,4 +1,4 @@
-"""Token ids become text as they arrive: final characters only, up to a stop text, without blanks around the whole."""
+"""Decodes streamed token ids to text: only final characters, up to a stop text, stripped."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of a growing row of tokens: at the end, that of all ids decoded together.
+    """Incremental text of a growing list of tokens; in total, the same as decoding all ids at once.
 
-    Stop texts are looked for in the text, so they are found wherever the tokens divide them.
+    Stop texts are searched in the text, so they are found even if they begin or end inside a token.
 
     Args:
         codec: The tokenizer.
-        stops: Texts that end the row and are not part of its text.
-        least: Stop texts within fewer first tokens than this do not count.
+        stops: Texts that end the text and are not part of it.
+        least: Ignore stop texts within the first ``least - 1`` tokens.
     """
 
     def __init__(self, codec: Codec, stops: Sequence[str] = (), least: int = 0) -> None:
         self.text = ""
-        """What has been returned so far."""
+        """The text returned so far."""
         self.stopped: str | None = None
-        """The stop text that was found."""
+        """The stop text that was found, or None."""
         self.codec = codec
         self.stops = tuple(stop for stop in stops if stop)
         self._least, self._ids = least, list[int]()
 
     @classmethod
     def of(cls, codec: Codec, ids: Sequence[int], stops: Sequence[str] = (), least: int = 0) -> TextStream:
-        """A complete stream of these ids."""
+        """A finished stream of these ids."""
         stream = cls(codec, stops, least)
         stream._ids = list(ids)
         stream.finish()
@@ -72,5 +72,5 @@ def text_of(codec: Codec, ids: Sequence[int], stops: Sequence[str] = ()) -> str:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` may begin ``stop``."""
+    """Number of characters at the end of ``text`` that may be the beginning of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""Tokenizers of Hugging Face folders: the ids of the folder's own file, under every version of transformers.
+"""Tokenizers of Hugging Face folders, with the same ids in every version of transformers.
 
-The tokenizers library reads the files, because the classes of transformers rebuild some tokenizers and differ between
-versions. End, added tokens and chat template come from ``tokenizer_config.json``. This module knows no language model.
+The tokenizers library reads the files, because transformers' classes rebuild some tokenizers and differ between
+versions. ``tokenizer_config.json`` has the end token, added tokens and chat template. Knows no language model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, one_line
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-"""Templates that print the date get a fixed one: a prompt has the same ids in training as in every later chat."""
+"""A fixed date for chat templates that print it, so that a prompt has the same ids in training and in later chats."""
 _PROBES = ("What is it?", "  two  blanks ", "é 🎈\n\n", "2024: A, B; and <s>")
 
 
@@ -30,7 +30,7 @@ class Codec:
     Args:
         folder: The tokenizer's folder, for the JSON files beside it.
         tokenizer: The tokenizer.
-        named: Texts of ``bos_token``, ``eos_token`` and so on, where ``tokenizer_config.json`` names none.
+        named: Texts of ``bos_token``, ``eos_token`` and so on, if ``tokenizer_config.json`` has none.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, named: Mapping[str, str] | None = None) -> None:
@@ -55,11 +55,11 @@ class Codec:
         self.special = frozenset(token.content for token in added if token.special)
         """Special tokens; :meth:`encode` reads them as plain text."""
         self.added = frozenset(token.content for token in added if not token.special)
-        """Further added tokens; :meth:`encode` reads them as tokens."""
+        """Other added tokens; :meth:`encode` reads them as tokens."""
         self.byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE.fullmatch(token))
         """Tokens that each stand for one byte of a character."""
         self.chat_template = _chat_template(folder, config)
-        """The tokenizer's own chat template, empty without one."""
+        """The tokenizer's own chat template, or ""."""
         tokens = {name: config.get(name) for name in _NAMED}
         self._texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in tokens.items()}
         ids = {name: tokenizer.token_to_id(text) for name, text in self._texts.items() if text is not None}
@@ -72,15 +72,15 @@ class Codec:
         self.pad_id: int = next(i for i in (ids.get("pad_token"), self.eos_id, 0) if i is not None)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, encoded on its own; a special token that somebody typed is plain text."""
+        """The ids of a text; special tokens in it are read as plain text."""
         return self._plain.encode(_whole_characters(text), add_special_tokens=False).ids
 
     def encode_marked(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens count as such: for a chat template's words, never for a user's."""
+        """The ids of a text with special tokens. For text of a chat template, never for a user's text."""
         return self._marked.encode(_whole_characters(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The text of ids; special tokens and unknown ids yield nothing."""
+        """The text of ids; special tokens and unknown ids are skipped."""
         return self._marked.decode(ids.tolist() if isinstance(ids, Tensor) else list(ids), skip_special_tokens=True)
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class Codec:
                 enable_thinking=False,
                 **tokens,
             )
-        except Exception as error:  # a template is a program, and may raise anything
+        except Exception as error:  # a template is a program and may raise any error
             raise ConfigError(f"the tokenizer's chat template fails: {one_line(error)}") from error
         return (rendered[0] if isinstance(rendered, tuple) else rendered)[0]
 
@@ -135,10 +135,10 @@ def load_codec(folder: Path) -> Codec:
 
 
 def _from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """A BPE of sentencepiece (LLaMA's and Vicuna's original folders) as a tokenizer, and its named tokens.
+    """Convert a sentencepiece BPE (LLaMA's and Vicuna's original folders) to a tokenizer and its named tokens.
 
     Raises:
-        ValueError: If it is of another algorithm, whose ids would differ.
+        ValueError: If it has another algorithm or other settings: ids would differ.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -162,7 +162,7 @@ def _from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str]]:
         raise ValueError("tokenizer.model is no BPE of LLaMA's settings")
     tokenizer.add_special_tokens(special)
     made = {left + right for left, right in merges}
-    symbols = [piece for piece in plain if len(piece) > 1 and piece not in made]  # whole words that a user defined
+    symbols = [piece for piece in plain if len(piece) > 1 and piece not in made]  # user-defined symbols
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
     named = {"bos_token": own.bos_id(), "eos_token": own.eos_id(), "pad_token": own.pad_id()}
     return tokenizer, {name: pieces[i] for name, i in named.items() if i >= 0}

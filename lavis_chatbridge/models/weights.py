@@ -1,4 +1,4 @@
-"""``chatbridge weights``: the weights that a model needs, fetched or not; and one layout for ChatBridge checkpoints."""
+"""``chatbridge weights``: lists, downloads and converts weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BEATS = "https://github.com/microsoft/unilm/tree/master/beats"
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ModelType = Annotated[str | None, typer.Option("--model-type", help="A shipped model type.")]
 CfgPath = Annotated[str | None, typer.Option("--cfg-path", metavar="YAML", help="A configuration file.")]
-Options = Annotated[list[str] | None, typer.Option("--options", help="Changes to it, KEY=VALUE.")]
+Options = Annotated[list[str] | None, typer.Option("--options", help="Overrides, KEY=VALUE.")]
 
 
 class Need(NamedTuple):
@@ -33,15 +33,15 @@ class Need(NamedTuple):
     prefixes: tuple[str, ...] = ()
 
     def find(self) -> Path:
-        """The local file or folder, fetched if necessary."""
+        """The local file or folder, downloaded if necessary."""
         return hub.find(self.names, self.setting, self.content, self.prefixes)
 
     def status(self) -> hub.Found:
-        """Where it is, without fetching it."""
+        """Its location and size, without downloading it."""
         return hub.status(self.names, self.setting, self.content, self.prefixes)
 
-    def hinted(self, fault: str) -> str:
-        """A fault with the origin of weights that cannot be fetched."""
+    def with_origin(self, fault: str) -> str:
+        """Add to an error text where to get weights that cannot be downloaded."""
         is_beats = self.setting == "model.audio.weights" and "BEATs" in str(self.names)
         return f"{fault} (BEATs is published by {_BEATS})" if fault and is_beats else fault
 
@@ -63,13 +63,13 @@ def needs(settings: ModelSettings) -> list[Need]:
 
 
 def find_all(settings: ModelSettings) -> dict[str, Path]:
-    """Setting -> local file or folder, fetched if necessary; a `CheckpointError` names everything that is missing."""
+    """Setting -> local file or folder, downloaded if necessary; a `CheckpointError` names all missing ones."""
     found, faults = {}, []
     for need in needs(settings):
         try:
             found[need.setting] = need.find()
         except CheckpointError as error:
-            faults.append(need.hinted(str(error)))
+            faults.append(need.with_origin(str(error)))
     if faults:
         raise CheckpointError("; ".join(faults))
     return found
@@ -86,8 +86,8 @@ def config_path(model_type: str) -> Path:
 
 
 def model_settings(model_type: str | None, cfg_path: str | None = None, changes: Any = None) -> ModelSettings:
-    """The ``model`` section of a type (by default the configuration's, or ``tiny``) with the changes of a configuration
-    file's section and of a mapping; a `ConfigError` names all faults.
+    """The settings of a model type (by default that of ``cfg_path``, or ``tiny``), overridden by the file's ``model``
+    section, then by ``changes``; a `ConfigError` names all faults.
     """
     from omegaconf import OmegaConf
 
@@ -101,10 +101,10 @@ def model_settings(model_type: str | None, cfg_path: str | None = None, changes:
 
 
 def described(need: Need) -> tuple[hub.Found, str]:
-    """Where the weights are, and one line about it."""
+    """The location of weights, and a line that describes it."""
     found = need.status()
     size = "unknown size" if found.size is None else tqdm.format_sizeof(found.size, "B", 1024)
-    place = need.hinted(found.fault) or found.place or " or ".join(hub.as_list(need.names))
+    place = need.with_origin(found.fault) or found.place or " or ".join(hub.as_list(need.names))
     return found, str(place) if found.state == "missing" else f"{need.setting:<32}{size:>12}  {place}"
 
 
@@ -115,7 +115,7 @@ def list_command(
     options: Options = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the weights that a model needs: local, cached, to fetch or missing, with their sizes."""
+    """List the weights that a model needs (local, cached, to fetch or missing) with their sizes."""
     missing, rows = 0, {}
     for name, settings in _wanted(model_type, cfg_path, options):
         lines = [(need, *described(need)) for need in needs(settings)]
@@ -135,7 +135,7 @@ def download_command(
     cfg_path: CfgPath = None,
     options: Options = None,
 ) -> None:
-    """Fetch the weights that a model needs and that are not on this disk."""
+    """Download the weights that a model needs and that are not on this machine."""
     if (model_type is None) == (cfg_path is None):
         raise ConfigError("name a model type or --cfg-path")
     for _, settings in _wanted(model_type, cfg_path, options):
@@ -148,14 +148,14 @@ def convert_command(
     source: Annotated[Path, typer.Argument(help="A ChatBridge checkpoint of the original, LAVIS or this package.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
 ) -> None:
-    """Write the bridge of a ChatBridge checkpoint of any layout, without the frozen models, as safetensors."""
+    """Write the bridge of a ChatBridge checkpoint (any layout) as safetensors, without the frozen models."""
     from lavis_chatbridge.models import lora, state_dicts
 
     if out.exists():
         raise CheckpointError(f"{out} exists: name another file")
     file = state_dicts.read(source)
     named = state_dicts.bridge_tensors(file.tensors, file.path)
-    frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms stay: results depend on them
+    frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms are kept: results need them
     kept = {name: t for name, t in named.items() if not name.startswith(frozen) or lora.is_adapter(name)}
     if "llama_proj.weight" not in kept:
         raise CheckpointError(f"{source} is no ChatBridge checkpoint; it holds {state_dicts.some(file.tensors)}")
@@ -167,7 +167,7 @@ def convert_command(
 def _wanted(
     model_type: str | None, cfg_path: str | None, options: list[str] | None
 ) -> Iterator[tuple[str, ModelSettings]]:
-    """Name and settings of the model that was named, or of every shipped type."""
+    """Name and settings of the chosen model, or of every shipped type."""
     changes = read_options(options or []).get("model")
     if cfg_path is not None:
         yield cfg_path, model_settings(model_type, cfg_path, changes)
