@@ -1,8 +1,8 @@
-"""LAVIS builders for every data set: one class per row of ``configs/datasets/*.yaml``.
+"""LAVIS builders: one class for each data set in ``configs/datasets/*.yaml``.
 
-A row has the reader of the files, their paths under the data root, and the purpose of the data set. Annotations in
-other formats are converted to our schema once, into the cache folder. Only tables of the Hugging Face hub are
-downloaded.
+An entry ("row") of these files names the reader, the paths under the data root, and the use of the data set.
+Annotations in other formats are converted to our schema once, into the cache folder. Only tables of the Hugging Face
+hub are downloaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
     """Builds the splits of one data set as `SplitDataset`.
 
     Args:
-        cfg: The data set's section; the row has the defaults. None uses the row.
+        cfg: The data set's section, with the row as defaults. None: only the row.
     """
 
     NAME: ClassVar[str] = ""
@@ -89,14 +89,14 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
                     for file in self._files(split)
                     for name, indices in self._parts_of(file)
                 ]
-                _tell_apart(sources)
+                _make_names_unique(sources)
                 found[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
                 sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
                 _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(found[split]), sizes)
         return found
 
     def media_of(self, splits: Iterable[str]) -> dict[str, set[Modality]]:
-        """Split -> the modalities of its media, for those of the given splits that exist."""
+        """Split -> the modalities of its media, for the given splits that exist."""
         built = self.build(splits)
         return {name: set().union(*(source.modalities for source in split.sources)) for name, split in built.items()}
 
@@ -110,11 +110,11 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return parsed
 
     def _files(self, split: str) -> list[SampleFile]:
-        """The split's samples; other formats are converted to one JSONL of our schema."""
+        """The split's samples; files in other formats are first converted to one JSONL of our schema."""
         own, cache = self.settings, cache_folder()
         if own.reader != OWN_READER:
             path = converted(self.NAME, split, own, cache / "converted")
-            outside = own.allow_outside or own.reader == "huggingface"  # a table's bytes are in the cache folder
+            outside = own.allow_outside or own.reader == "huggingface"  # extracted to the cache folder
             return [SampleFile(path, own.root, outside, cache, own.limit)]
         opened = []
         for name in own.every_file(split):
@@ -137,12 +137,12 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
                 source.ratio = own.ratios[name] * len(source) / len(split) if own.ratios else None
             sources += split.sources
         if not sources:
-            raise DataError(f"datasets.{self.NAME}: none of {', '.join(own.parts)} has its files")
+            raise DataError(f"datasets.{self.NAME}: the files of all parts are missing ({', '.join(own.parts)})")
         return SplitDataset(self.NAME, sources, own.ratio)
 
 
 def register_builders() -> None:
-    """Register a builder for every row of ``configs/datasets/*.yaml`` without a registered one."""
+    """Register a builder for every row of ``configs/datasets/*.yaml`` that has none yet."""
     for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
         rows: Any = OmegaConf.to_container(OmegaConf.load(path))
         for name, row in rows["datasets"].items():
@@ -155,7 +155,7 @@ def register_builders() -> None:
 
 
 def require_files(datasets_cfg: Mapping[str, Any]) -> None:
-    """Raise a `DataError` that names every missing file of all data sets of a configuration."""
+    """Raise a `DataError` that names the missing files of all data sets in a configuration."""
     missing: list[str] = []
     for name, section in datasets_cfg.items():
         builder = registry.get_builder_class(name)
@@ -168,7 +168,7 @@ def require_files(datasets_cfg: Mapping[str, Any]) -> None:
 
 
 def _parts(own: DataSettings) -> dict[str, ChatBridgeBuilder]:
-    """A mixture's parts: their rows, with the mixture's shared settings."""
+    """The builders of a mixture's parts: their rows, overridden by the mixture's shared settings."""
     if own.ratios and (without := sorted(set(own.parts) - set(own.ratios))):
         raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
     default = DataSettings()
@@ -206,8 +206,8 @@ def _report(where: str, missing: Sequence[str], own: DataSettings) -> str:
     )
 
 
-def _tell_apart(sources: Sequence[SampleDataset]) -> None:
-    """Make the names of sources from several files unique: append the modality, or else the file's name."""
+def _make_names_unique(sources: Sequence[SampleDataset]) -> None:
+    """Make the sources' names unique: append the modality, or if that is not enough, the file's name."""
     counts = Counter(source.name for source in sources)
     equal = [source for source in sources if counts[source.name] > 1]
     names = [f"{source.name}/{source.sample(0).modality}" for source in equal]

@@ -1,7 +1,7 @@
 """``chatbridge check-data FILE``: checks annotations and counts their samples.
 
-Every sample is read and every medium is looked up (``--decode``: opened). The check continues after faults: it counts
-them by cause and shows the first of each with their positions.
+Reads every sample and checks that every medium exists (``--decode``: opens it). Continues after faults: counts them by
+cause and shows the first ones of each cause with their positions.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _Fault: TypeAlias = tuple[str, str] | None  # cause and message
 
 @dataclass
 class Report:
-    """Counts of samples by modality, task and data set; of distinct media by modality; of faults by cause.
+    """Numbers of samples by modality, task and data set; of distinct media by modality; of faults by cause.
 
-    A sample without a task counts as ``captions`` or ``conversation``. ``examples`` are the first faults of each cause.
+    A sample without a task is counted as ``captions`` or ``conversation``. ``examples`` has the first faults per cause.
     """
 
     lines: int = 0
@@ -90,8 +90,8 @@ def check_file(
         root: The folder that media paths are relative to; by default the file's own.
         decode: Open every medium.
         allow_outside: Accept media outside the root.
-        max_tokens: Longer texts (at 4 characters per token) are reported; training would truncate them.
-        against: Evaluation data; shared media are reported.
+        max_tokens: Report longer texts (at 4 characters per token), which training would truncate.
+        against: Files of evaluation data; report media that are also in these.
 
     Raises:
         DataError: If the file itself cannot be read.
@@ -117,7 +117,7 @@ def check_file(
 
 
 def _count(report: Report, sample: Sample, where: str, max_tokens: int) -> None:
-    """Count a sample, and the faults of its texts."""
+    """Count a sample and the faults of its texts."""
     report.modalities[sample.modality] += 1
     report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
     if sample.source:
@@ -131,7 +131,7 @@ def _count(report: Report, sample: Sample, where: str, max_tokens: int) -> None:
 
 
 class _Media:
-    """Looks up each medium once, and compares it with the media of evaluation data.
+    """Checks each medium once, and compares it with the media of evaluation data.
 
     Args:
         root: The folder that the media must be in; None accepts all.
@@ -181,7 +181,7 @@ class _Media:
         return None
 
     def _shared(self, medium: Medium) -> _Fault:
-        """Cause and path of an evaluation medium with the same content, or else the same name without ending."""
+        """Cause and path of an evaluation medium with the same content, else with the same name (without ending)."""
         if equal := self._sizes.get(_size(medium), []):
             from lavis_chatbridge.datasets.features import content_hash
 
@@ -199,7 +199,7 @@ def _name(medium: Medium) -> tuple[Modality, str]:
 
 
 def _size(medium: Medium) -> int:
-    """Bytes of a medium; 0 if it is absent."""
+    """Size of a medium in bytes; 0 if it does not exist."""
     if medium.size is None:
         return os.path.getsize(medium.path) if os.path.exists(medium.path) else 0
     return medium.size

@@ -41,10 +41,10 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
 
 
 def write_converted(name: str, split: str, own: DataSettings, target: Path, root: str | None = None) -> tuple[int, int]:
-    """Write a split as our JSONL; returns the numbers of samples written, and of those left out without their media.
+    """Write a split as our JSONL; returns the numbers of samples written and left out (media missing).
 
-    Media that are bytes in a table go into a tar file beside it. Media below ``root`` (by default the data root) are
-    written relative to it. If no sample can be used, nothing is written.
+    Media stored as bytes in a table are written to a tar file next to it. Paths of media below ``root`` (by default the
+    data root) are written relative to it. If no sample can be used, no file is written.
     """
     from lavis_chatbridge.datasets.shards import media_file
 
@@ -55,7 +55,7 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
         def usable() -> Iterator[Sample]:
             count = 0
             for sample in readers.READERS[own.reader](origin):
-                files = [m.path for m in sample.files if m.offset is None]  # others are in a tar that is being written
+                files = [m.path for m in sample.files if m.offset is None]  # others: in an unfinished tar
                 lacks = [path for path in files if own.skip_missing and not os.path.exists(path)]
                 absent.extend(lacks[:1])
                 if not lacks:
@@ -75,7 +75,7 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
 
 
 def _key(name: str, split: str, own: DataSettings) -> str:
-    """A hash of everything that affects a conversion."""
+    """A hash of all inputs of a conversion: settings, files, reader version."""
     origin = own.origin(name, split)
     also = readers.READS_TOO[own.reader](origin) if own.reader in readers.READS_TOO else None
     files = [path for path in (*origin.every_file, also) if path is not None and os.path.exists(path)]
@@ -88,7 +88,7 @@ def _key(name: str, split: str, own: DataSettings) -> str:
 def settings_of(
     source: str, reader: str | None, root: str | None, media: list[str], options: list[str], allow_outside: bool
 ) -> DataSettings:
-    """The settings of a file, folder or hub id that a command line names; its arguments are those of `command`."""
+    """The settings for a file, folder or hub id of the command line; arguments as in `command`."""
     if wrong := next((word for word in media if "=" not in word), None):
         raise ConfigError(f"--media {wrong}: expected MODALITY=PATTERN, such as image=pictures/{{file_name}}")
     values = {

@@ -1,4 +1,4 @@
-"""Turns samples into the model's input: prompt pieces, processed media and references, and batches of these.
+"""Turns samples into the model's input (prompt pieces, processed media, references), and collates batches.
 
 Every random choice (caption, template, crop, frames) depends only on the seed, the source, the sample and the epoch,
 not on the number of workers or ranks.
@@ -36,17 +36,17 @@ ITEM_KEYS = (
 """The keys of every item, except ``source``; in a batch each is a list with one entry per sample."""
 
 _TEXT_STREAM, _MEDIA_STREAM = 0, 1
-_SOME = 64  # number of samples for estimating the length of templates
+_SOME = 64  # number of samples to estimate the length of templates from
 
 
 class SampleDataset(torch.utils.data.Dataset):
-    """One source of a mixture: samples, usually of one modality, and their preparation.
+    """One source of a mixture: makes the model's input from samples, usually of one modality.
 
     Args:
         name: The source's name in mixtures, batches and logs.
         samples: The samples of the file.
-        settings: How they become prompts: stage, task, style, templates, reply's end.
-        train: Sample captions, templates and augmentations at random; otherwise use the first of each.
+        settings: How prompts are made: stage, task, style, templates, text after a reply.
+        train: Choose captions, templates and augmentations at random; otherwise use the first caption and template.
         processors: The split's processors.
         indices: ``[n]`` indices of this source's samples; None: all.
 
@@ -54,8 +54,8 @@ class SampleDataset(torch.utils.data.Dataset):
         ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
         seed: Seed of all random choices.
         templates: The instruction templates, or None to use questions unchanged.
-        template: The model's template of conversations; None means the paper's format.
-        features: Stored features, which are used instead of media.
+        template: The model's prompt format for conversations; None: the paper's.
+        features: Store of encoder outputs to use instead of media; None: open the media.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SampleDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """``[n]`` approximate number of tokens of each sample, without format and templates."""
+        """``[n]`` approximate number of tokens of each sample, without prompt format and templates."""
         return self.samples.lengths if self.indices is None else self.samples.lengths[self.indices]
 
     def added_tokens(self) -> float:
@@ -140,7 +140,7 @@ class SampleDataset(torch.utils.data.Dataset):
         return hash_of(to_record(sample, os.path.abspath(self.samples.root)), sizes)[:16]
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
-        """The prompt of a sample; without ``rng``, from the first caption and template."""
+        """The prompt of a sample; without ``rng``, with the first caption and template."""
         chosen = rng if self.train else None
         if self._is_caption(sample):
             if not sample.captions:
@@ -176,7 +176,7 @@ class SampleDataset(torch.utils.data.Dataset):
         return (Message("user", request, sample.modalities), Message("assistant", _choose(sample.captions, rng)))
 
     def _references(self, sample: Sample) -> list[str]:
-        """Captions, or accepted answers, or the last reply."""
+        """The reference texts for scores: captions, else accepted answers, else the last reply."""
         if self._is_caption(sample) or not sample.turns:
             return list(sample.captions)
         return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
@@ -195,7 +195,7 @@ class SampleDataset(torch.utils.data.Dataset):
 
 
 class SplitDataset(torch.utils.data.ConcatDataset):
-    """The sources of one split (one per modality or data set), as one indexable data set for LAVIS's code.
+    """The sources of one split (one per modality or data set), as the single data set that LAVIS expects.
 
     ``ratio`` is the data set's share of the steps, in any unit; None: its share of all samples.
     """
@@ -205,7 +205,7 @@ class SplitDataset(torch.utils.data.ConcatDataset):
         self.name, self.sources, self.ratio = name, sources, ratio
 
     def set_features(self, features: FeatureStore | None) -> None:
-        """Use this store's features instead of opening media that it contains."""
+        """Use a store's features for the media that it contains."""
         for source in self.sources:
             source.features = features
 
@@ -220,9 +220,9 @@ class SplitDataset(torch.utils.data.ConcatDataset):
 
 
 def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, Any]:
-    """Make a batch of one source. Each key has a list, because samples differ in their numbers of media and frames.
+    """Make a batch of items of one source: key -> list, because samples differ in their numbers of media and frames.
 
-    ``source`` is one string; the argument names the source of an empty batch (all media were unreadable).
+    In a batch, ``source`` is one string. Pass ``source`` for an empty batch (all media were unreadable).
     """
     sources = {item["source"] for item in items} or {source}
     if len(sources) > 1:
@@ -232,9 +232,9 @@ def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, A
 
 
 def split_by_modality(name: str, samples: SampleFile) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Name and indices of the samples of each modality of a file, so that a batch has one modality.
+    """Yield a source's name and its samples' indices for each modality of a file, so that a batch has one modality.
 
-    The samples of a file of one modality are called ``name``; otherwise ``name/image``, ``name/video+audio``.
+    The source of a file with only one modality is called ``name``; otherwise ``name/image``, ``name/video+audio``.
     """
     present = {samples.modalities[number]: number for number in np.unique(samples.modality).tolist()}
     if len(present) == 1:

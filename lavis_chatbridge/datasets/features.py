@@ -1,6 +1,6 @@
-"""Caches the frozen encoders' outputs on disk: training reads them instead of running the encoders.
+"""Caches the frozen encoders' outputs on disk, so that training need not run the encoders.
 
-A medium's key depends on its file's content, the frozen encoder and the processor, so outdated features are never used.
+The key is a hash of the file's content, the frozen encoder and the processor, so outdated features are never used.
 Features are safetensors inside the shards of `datasets.shards`: ``tokens`` float16 ``[T, N, D]`` and ``mask`` bool
 ``[T, N]``. This module knows no encoder.
 """
@@ -35,7 +35,7 @@ _BLOCK = 1 << 20
 
 
 class Encoder(Protocol):
-    """A model whose encoders' outputs can be stored."""
+    """A model with frozen encoders."""
 
     def encode_media(self, modality: Modality, media: list[Any]) -> list[EncodedMedium]:
         """Encode processed media of one modality with the frozen encoder."""
@@ -45,11 +45,11 @@ class Encoder(Protocol):
 
 
 class FeatureStore:
-    """Features by medium.
+    """The features of media, by key.
 
     Args:
         folder: The folder of the shards; created when features are added.
-        encoders: Modality -> hash of encoder and processor, which is part of the key; see `encoder_hashes`.
+        encoders: Modality -> hash of encoder and processor, a part of the key; see `encoder_hashes`.
     """
 
     def __init__(self, folder: str | Path, encoders: Mapping[Modality, str] | None = None) -> None:
@@ -57,11 +57,11 @@ class FeatureStore:
         self._encoders = encoders or {}
         self._locations: dict[str, tuple[Path, int, int]] = {}
         self._files: dict[str, list[Any]] = {}
-        """Name of a medium -> size, modification and change time in ns of its file, and the hash of its content."""
+        """Name of a medium -> its file's size, mtime and ctime in ns, and its content's hash."""
         self.refresh()
 
     def refresh(self) -> None:
-        """Add the shards of other processes; absent or truncated shards are ignored."""
+        """Read the indexes of all shards, also of other processes; incomplete shards are ignored."""
         for shard in sorted(self.folder.glob("*.tar")):
             if (index := read_index(shard)) is not None:
                 self._files |= index["files"]
@@ -81,7 +81,7 @@ class FeatureStore:
         name = _name(medium)
         try:
             status = os.stat(medium.path)
-            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # tar and rsync restore only mtime
+            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # ctime, because tar and rsync set mtime
             if name not in self._files or self._files[name][:3] != state:
                 self._files[name] = [*state, content_hash(medium)]
         except OSError as error:
@@ -125,7 +125,7 @@ class FeatureStore:
 
 
 def encoder_hashes(model: Encoder, processors: Mapping[str, Any]) -> dict[Modality, str]:
-    """Modality -> hash of the frozen weights and the processor; a medium's key depends on it and on the content."""
+    """Modality -> hash of the frozen weights and the processor; a part of each medium's key."""
     own = [modality for modality in MODALITIES if modality in processors]
     return {modality: f"{model.frozen_hash(modality)}:{processors[modality].version}" for modality in own}
 
@@ -145,15 +145,15 @@ def build_features(
     Args:
         model: The model, on its device.
         samples: The samples.
-        processors: Modality -> evaluation processor (random augmentations cannot be stored).
+        processors: Modality -> evaluation processor (without random augmentation).
         folder: The store.
         batch: Media per forward pass.
         workers: Processes that open media.
-        rank: This process, which encodes its share; when all are done, call `FeatureStore.refresh`.
+        rank: This process; it encodes its share. When all are done, call `FeatureStore.refresh`.
         world_size: Number of processes.
 
     Returns:
-        The store. Unreadable media are logged and left out; training counts them when it reads them.
+        The store. Unreadable media are logged and skipped; training counts them when it reads them.
     """
     store = FeatureStore(folder, encoder_hashes(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
@@ -166,14 +166,14 @@ def build_features(
         for first in range(0, len(every), PER_SHARD):
             part = every[first : first + PER_SHARD]
             encoded = _encode(model, modality, part, processors[modality], batch, workers)
-            # a file that has changed meanwhile has another key
+            # a file that changes meanwhile gets another key
             count = store.add(pair for pair in encoded if media.get(_key(store, pair[0])) == pair[0])
             _log.info("stored features of %d %s files in %s", count, modality, folder)
     return store
 
 
 def distinct_media(samples: Iterable[Sample]) -> list[Medium]:
-    """The files of all samples, each once."""
+    """The distinct media files of all samples."""
     return list(dict.fromkeys(medium for sample in samples for medium in sample.files))
 
 
@@ -206,7 +206,7 @@ def _key(store: FeatureStore, medium: Medium) -> str:
 def _encode(
     model: Encoder, modality: Modality, media: list[Medium], processor: Any, batch: int, workers: int
 ) -> Iterator[tuple[Medium, EncodedMedium]]:
-    opening = functools.partial(_opened, processor)  # in the workers
+    opening = functools.partial(_opened, processor)  # runs in the workers
     loader: DataLoader = DataLoader(media, batch, num_workers=workers, collate_fn=opening)  # type: ignore[arg-type]
     with worker_deaths():
         for opened in loader:

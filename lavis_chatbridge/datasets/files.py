@@ -1,7 +1,7 @@
-"""A JSONL file as a sequence of samples: offsets in memory, text on disk.
+"""A JSONL file as a sequence of samples: offsets are in memory, the text stays on disk.
 
-Opening a file checks every line once. The index (offset, modality and length of each sample) of a large file is stored
-in the cache folder until the file changes.
+Opening a file checks every line once. The index (offset, modality and length of each sample) of a large file is cached
+on disk until the file changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lavis_chatbridge.schema import SCHEMA_VERSION, Medium, Sample, check_inside
 CACHE_VARIABLE = "CHATBRIDGE_CACHE"
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MEDIUM = 32
-_CACHED_FROM = 1 << 20  # bytes; smaller files are indexed in less time than an index is loaded
+_CACHED_FROM = 1 << 20  # bytes; a smaller file is indexed faster than a stored index is loaded
 
 
 def cache_folder() -> Path:
@@ -42,8 +42,8 @@ class SampleFile(Sequence[Sample]):
 
     Attributes:
         modalities: The modalities that occur, ``"image"``, ``"video+audio"``, ``"text"`` ...
-        modality: ``[n]`` uint8, position in ``modalities`` of each sample.
-        lengths: ``[n]`` uint32, approximate number of tokens of each sample, counting 32 per medium.
+        modality: ``[n]`` uint8, each sample's index in ``modalities``.
+        lengths: ``[n]`` uint32, approximate number of tokens of each sample, with 32 per medium.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class SampleFile(Sequence[Sample]):
         return parse_line(line, f"{self.path}:{self._lines[index]}", self.root, self.allow_outside)
 
     def check_inside(self, medium: Medium) -> None:
-        """Raise a `DataError` if a link of a medium's path leads out of the root."""
+        """Raise a `DataError` if a symbolic link in a medium's path leads outside the root."""
         if not self.allow_outside:
             check_inside(medium.path, self.root)
 
     def __getstate__(self) -> dict:
-        """Without the memory map, which every process opens for itself."""
+        """Omit the memory map: every process opens its own."""
         return self.__dict__ | {"_map": None}
 
     def _index(self, cache: str | Path | None) -> dict[str, np.ndarray]:
-        """The arrays of the index, from the cache if they are stored there."""
+        """The arrays of the index, from the cache if possible."""
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -103,7 +103,7 @@ class SampleFile(Sequence[Sample]):
 
 
 def about_tokens(sample: Sample) -> int:
-    """Approximate number of tokens of a sample, for batches of similar length."""
+    """Approximate number of tokens of a sample, to group samples of similar length."""
     text = sum(len(turn.text) for turn in sample.turns) or max(map(len, sample.captions), default=0)
     text += sum(max(map(len, medium.words)) for medium in sample.media if medium.words)
     return text // CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) + 1

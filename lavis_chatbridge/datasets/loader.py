@@ -1,7 +1,7 @@
 """Batches for training and evaluation: data workers, unreadable samples, exact sharding over ranks.
 
-The plan determines the samples of a step, so the loader's state is a step number. torch's DataLoader provides workers
-and prefetching. If a sample's decoder hangs, its worker is replaced and the sample is skipped like an unreadable one.
+The plan determines the samples of each step, so the loader's only state is the step number. torch's DataLoader runs the
+workers. If the decoder of a sample hangs, the worker is replaced and the sample is skipped like an unreadable one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _TRIES_BEFORE_JUDGING = 20
 _NAMED_PER_SOURCE = 20
 _LENGTHS_LOOKED_AT = 20_000
-_FATAL = "fatal"  # an error raised in a worker would reach the user as a traceback
+_FATAL = "fatal"  # a batch's key for an error; raised in a worker it would print a traceback
 
 Request: TypeAlias = tuple[str, Sequence[tuple[int, int]]]
 """A batch to load: a source, and ``(index, epoch)`` of each sample."""
@@ -42,12 +42,12 @@ class LoaderSettings:
 
     Args:
         batch_size: Samples per micro-batch and rank.
-        batch_tokens: Replaces ``batch_size``: approximate tokens per micro-batch; each source's batch size is fixed.
+        batch_tokens: Approximate tokens per micro-batch, instead of ``batch_size``; each source's batch size is fixed.
         accumulate: Micro-batches per step, all of one source.
         ratios: Data set -> share of the steps, in any unit; by default by number of samples.
         seed: Seed of the order, and of each sample's random choices (caption, template, augmentation).
         workers: Number of processes that load data; 0 loads in this process.
-        hang_seconds: Time limit of a worker for one sample, which is then skipped; without workers there is none.
+        hang_seconds: Time limit for loading one sample, which is then skipped; no limit without workers.
     """
 
     batch_size: int = 1
@@ -62,7 +62,7 @@ class LoaderSettings:
 
 
 def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: str = "") -> str:
-    """Error text if more than ``share`` of at least 20 samples is unreadable, else ""; ``last`` is a cause."""
+    """Error text if more than ``share`` of at least 20 samples is unreadable, else ""; ``last`` is one cause."""
     if tried < _TRIES_BEFORE_JUDGING or bad <= share * tried:
         return ""
     cause = f"; the last one: {last}" if last else ""
@@ -105,7 +105,7 @@ class MixtureLoader:
         )
 
     def _batch_size(self, source: SampleDataset) -> int:
-        """Samples per micro-batch. With a token budget, a batch fits it if padded to 95 % of the source's lengths."""
+        """Samples per micro-batch. With ``batch_tokens``, as many as fit if all have the 95th percentile of lengths."""
         budget = self.settings.batch_tokens
         if budget is None:
             return self.settings.batch_size
@@ -116,8 +116,8 @@ class MixtureLoader:
         """The micro-batches of steps ``start`` to ``stop - 1``, ``accumulate`` for each step, in order.
 
         A batch has the keys of `collate`, and ``skipped``: pairs of sample id and cause. If all its samples are
-        unreadable, it is empty: every rank needs a batch per step. A malformed sample is a `DataError`, a dead worker a
-        `TrainingError`.
+        unreadable, an empty batch is returned, because every rank needs a batch per step. A malformed sample raises a
+        `DataError`, a dead worker a `TrainingError`.
         """
 
         def remaining(done: int) -> Iterator[Request]:
@@ -160,7 +160,7 @@ class EvaluationLoader:
         self.shares: list[tuple[str, list[int]]] = []
         before = 0
         for source in dataset.sources:
-            # continue after the previous source's last rank, so that small sources are not all on rank 0
+            # start at the rank after the previous source's last one, so that small sources are not all on rank 0
             first = (rank - before) % world_size
             longest_first = np.argsort(-np.asarray(source.lengths, dtype=np.int64), kind="stable").tolist()
             self.shares.append((source.name, longest_first[first::world_size]))
@@ -168,7 +168,7 @@ class EvaluationLoader:
         self.leave_out(frozenset())
 
     def leave_out(self, known: Set[tuple[str, int]]) -> None:
-        """Do not load these samples (source, index); the sharding over ranks does not change."""
+        """Skip these samples (source, index), without changing the sharding over ranks."""
         self._requests: list[Request] = []
         for source, share in self.shares:
             left = [(index, 0) for index in share if (source, index) not in known]
@@ -213,9 +213,9 @@ class _Mixture(torch.utils.data.Dataset):
     """Loads a request as a batch; unreadable samples are listed under ``skipped``.
 
     Attributes:
-        hung: ``(source, index)`` of samples whose decoder did not return.
-        busy: ``[workers, 4]`` shared with the workers: process id, number of the source, index, and start time in ns
-            (0 while a worker loads no sample).
+        hung: ``(source, index)`` of samples that hung while decoding.
+        busy: ``[workers, 4]``, shared with the workers: process id, number of the source, sample index, and start time
+            in ns (0 while idle).
     """
 
     def __init__(self, sources: Mapping[str, SampleDataset], workers: int) -> None:
@@ -277,7 +277,7 @@ def _load(
                 return
             dataset.hung |= set(stuck.values())
             dataset.busy.zero_()
-            for pid in stuck:  # torch has abandoned the worker, which ignores SIGTERM
+            for pid in stuck:  # SIGKILL: workers ignore SIGTERM, and torch does not stop this one
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -317,26 +317,26 @@ def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: Loade
                 return
             continue
         if _FATAL in batch:
-            raise batch.pop(_FATAL)  # without a reference cycle, which would keep the workers alive
+            raise batch.pop(_FATAL)  # pop: a reference cycle with the batch would keep the workers alive
         yield batch
 
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Raise a `TrainingError` for the death of a data worker, which torch raises at an arbitrary statement."""
+    """Raise a `TrainingError` if a data worker dies; torch raises its own error at any statement of the block."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise TrainingError(
-            f"a data worker died: {str(error).splitlines()[0]} Often it was killed for memory: use fewer workers "
+            f"a data worker died: {str(error).splitlines()[0]} Often it lacked memory: use fewer workers "
             "(run.num_workers), or give the container more shared memory; run.resume=auto resumes training"
         ) from error
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Clusters and terminals signal all processes; the main process ends the workers after its last checkpoint."""
+    """Clusters and terminals signal all processes, but the main process must stop the workers, after its checkpoint."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

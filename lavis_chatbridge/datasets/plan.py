@@ -1,8 +1,8 @@
-"""The samples of each step, as a pure function of seed and step: any rank can compute any step directly.
+"""The samples of each step, as a pure function of seed and step, so that any rank can compute any step directly.
 
-A schedule whose counts have a closed form gives the source of a step. A keyed bijection of ``0..size-1`` (a Feistel
-network with cycle-walking) gives its samples, without a shuffled array. So 130 million samples need no memory, and step
-100,000 costs as much as step 0. This module works on indices and knows no sample.
+A schedule gives the source of a step; its counts have a closed form. A keyed permutation of ``0..size-1`` (a Feistel
+network with cycle-walking) gives the samples, without a shuffled array. Therefore 130 million samples need no memory,
+and step 100,000 costs as much as step 0. This module knows indices, but no samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RATIO_PRECISION = 10**6
 
 
 class KeyedPermutation:
-    """A bijection of ``0..size-1``, computed per element. Another key (any integers) gives an unrelated order."""
+    """A pseudo-random permutation of ``0..size-1``, computed per element; ``key`` (any integers) selects it."""
 
     def __init__(self, size: int, *key: int) -> None:
         self.size = size
@@ -40,7 +40,7 @@ class KeyedPermutation:
         return values.astype(np.int64)
 
     def _scramble(self, values: np.ndarray) -> np.ndarray:
-        """One pass of the network over ``low + high`` bits; the halves swap their widths in every round."""
+        """One pass of the Feistel network over ``low + high`` bits; the halves swap in every round."""
         one = np.uint64(1)
         widths = (self._low, self._high)
         for round_, key in enumerate(self._keys):
@@ -55,13 +55,13 @@ class KeyedPermutation:
 class _Schedule:
     """The source of each step: shuffled blocks with exact counts.
 
-    In the first ``n`` blocks, each source has the floor of its share, and the most frequent one has the remainder, so
-    the number of earlier steps of a source has a closed form.
+    In the first ``n`` blocks, each source gets its share rounded down, and the most frequent one gets the rest. So the
+    number of earlier steps of a source can be computed directly.
     """
 
     def __init__(self, ratios: list[float], seed: int) -> None:
         total = sum(ratios)
-        least = Fraction(1, _RATIO_PRECISION)  # so that a rare source is never absent
+        least = Fraction(1, _RATIO_PRECISION)  # so that every source occurs
         shares = [max(least, Fraction(ratio / total).limit_denominator(_RATIO_PRECISION)) for ratio in ratios]
         scale = math.lcm(*(share.denominator for share in shares))
         self._weights = [int(share * scale) for share in shares]
@@ -94,17 +94,17 @@ class MixturePlan:
     """The samples of every step of a run over several sources.
 
     All ranks have the same source at a step. Rank ``r`` of ``W`` gets slice ``r`` of the global batch, so that ``W``
-    ranks with batch ``B`` see the samples of one rank with ``B * W``. Each source has its own shuffled epochs: every
-    sample once per epoch, and the last batch of an epoch is completed from the next one.
+    ranks with batch ``B`` get the same samples as one rank with batch ``B * W``. Each source has its own shuffled
+    epochs: every sample once per epoch, and the last batch of an epoch is completed from the next one.
 
     Args:
         sizes: Number of samples per source.
         ratios: Frequency of each source's steps, in any unit; by default its share of all samples.
         batch_size: Samples per step and rank, one number or one per source.
         world_size: Number of ranks.
-        seed: Of the order.
+        seed: Seed of the order.
         lengths: Per source, an integer array ``[size]`` of sample lengths; a batch then has samples of similar length.
-        group: With ``lengths``: the number of consecutive global batches that are sorted together, a window.
+        group: With ``lengths``: sort this many consecutive global batches (a window) by length.
     """
 
     def __init__(
@@ -134,16 +134,16 @@ class MixturePlan:
         self.resume(0, dict.fromkeys(sizes, 0))
 
     def resume(self, step: int, positions: Mapping[str, int]) -> None:
-        """Begin ``step`` at the `positions` that an earlier plan with other batch sizes or ranks reached."""
+        """Continue at ``step`` from the `positions` of an earlier plan with other batch sizes or ranks."""
         self.origin = (step, dict(positions))
         self._earlier_steps = self._schedule.at(step)[1]
         self._window: tuple[tuple[str, int], np.ndarray] | None = None
 
     def positions(self, step: int) -> dict[str, int]:
-        """Per source, the number of samples of its endless sequence of epochs before ``step``.
+        """Per source, the number of samples used before ``step``, over all its epochs.
 
-        Sources with ``lengths`` count complete windows: a plan with other sizes cannot continue inside one, so it
-        begins with the next window and omits the rest of this one.
+        Sources with ``lengths`` count complete windows: a plan with other sizes cannot continue inside a window, so it
+        skips the rest of it.
         """
         found = {}
         for name, before, now in zip(self.names, self._earlier_steps, self._schedule.at(step)[1], strict=True):
@@ -154,7 +154,7 @@ class MixturePlan:
         return found
 
     def source(self, step: int) -> str:
-        """The source that all ranks have at ``step`` (from 0)."""
+        """The source of ``step`` (from 0), the same on all ranks."""
         return self.names[self._schedule.at(step)[0]]
 
     def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
@@ -171,7 +171,7 @@ class MixturePlan:
         return name, [(int(index), int(epoch)) for index, epoch in zip(indices, epochs, strict=True)]
 
     def samples_at(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``[n]`` positions of a source's endless sequence of epochs -> ``[n]`` indices and ``[n]`` epochs."""
+        """``[n]`` positions in a source's sequence of epochs -> ``[n]`` sample indices and ``[n]`` epochs."""
         size = self.sizes[name]
         epochs = positions // size
         found = np.empty(len(positions), dtype=np.int64)
@@ -182,12 +182,12 @@ class MixturePlan:
         return found, epochs
 
     def steps_per_epoch(self) -> int:
-        """Steps with as many samples as all sources contain together, at the mixture's ratios."""
+        """Number of steps that use as many samples as all sources contain together."""
         return max(1, math.ceil(sum(self.sizes.values()) / self._samples_per_step()))
 
     def steps_of(self, epochs: int, step: int | None = None, positions: Mapping[str, int] | None = None) -> int:
-        """Total steps for ``epochs`` epochs; for a run resumed at ``step`` (by default that of `resume`) and
-        ``positions``, the earlier steps plus those for the remaining samples."""
+        """Total steps for ``epochs`` epochs; for a run resumed at ``step`` (by default `resume`'s) with
+        ``positions``: the steps so far plus those for the remaining samples."""
         first = self.origin[0] if step is None else step
         if first == 0:
             return epochs * self.steps_per_epoch()
@@ -200,7 +200,7 @@ class MixturePlan:
         return weighted / sum(self.ratios.values()) * self.world_size
 
     def _sorted(self, name: str, turn: int) -> np.ndarray:
-        """Positions of a source's ``turn``-th global batch of samples of similar length."""
+        """Positions of a source's ``turn``-th global batch, after sorting by length."""
         window, inside = divmod(turn, self.group)
         if self._window is None or self._window[0] != (name, window):
             per_batch = self.batch_sizes[name] * self.world_size

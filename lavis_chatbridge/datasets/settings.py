@@ -22,7 +22,7 @@ from lavis_chatbridge.schema import Medium
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
 WORLD_PREFIX = "chatbridge_world"
-"""Prefix of the names of the embedded world's data sets; a run builds the world if it is absent."""
+"""Name prefix of the embedded world's data sets; a run builds the world if it does not exist."""
 OWN_READER = "jsonl"
 Files: TypeAlias = str | list[str] | None
 Share: TypeAlias = Annotated[float, Field(gt=0)]
@@ -34,11 +34,11 @@ class DataSettings(Settings):
     reader: str = OWN_READER
     """Format of the annotation files: ``jsonl`` is our own schema."""
     stage: Literal["auto", "alignment", "instruction"] = "auto"
-    """``auto``: samples with turns are instructions, those with captions alone are for alignment."""
+    """``auto``: samples with turns are for instruction tuning, samples with only captions for alignment."""
     splits: dict[str, Files | dict[str, Files]] = {}
-    """Split -> its annotation files: a path, a pattern with ``*``, a list of these, or purpose -> any of these."""
+    """Split -> its annotation files: a path, a pattern with ``*``, a list of these, or a mapping purpose -> these."""
     media: dict[Modality, str] = {}
-    """Modality -> path below the data root with a row's fields in braces; not for ``jsonl``, which names its media."""
+    """Modality -> path below the data root, with fields of an annotation in braces; not for ``jsonl``."""
     data_root: str | None = None
     """The folder that all paths are relative to; null means ``$CHATBRIDGE_DATA``, or else the working directory."""
     media_root: str | None = None
@@ -48,15 +48,15 @@ class DataSettings(Settings):
     skip_missing: bool = False
     """Leave out samples whose media do not exist when annotations are converted (URLs of web data sets expire)."""
     options: dict[str, Any] = {}
-    """The reader's settings; ``options.SPLIT`` may have those of one split."""
+    """The reader's settings; ``options.SPLIT`` has those of one split."""
     task: str = ""
-    """Task of samples without one; it selects the instruction templates."""
+    """Task of samples that have none; selects the instruction templates."""
     style: str = ""
-    """Answer style of samples without one."""
+    """Answer style of samples that have none."""
     templates: bool | list[str] = True
-    """Word questions with instruction templates; a list adds your own YAML files; false uses questions unchanged."""
+    """Put questions into instruction templates; a list adds your own YAML files; false leaves questions unchanged."""
     reply_end: str = "###"
-    """The text after a reply."""
+    """The text that ends a reply."""
     split_modalities: bool = True
     """Make one source per modality, so that a batch has one modality."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -66,9 +66,9 @@ class DataSettings(Settings):
     parts: list[str] = []
     """For a mixture: the names of its data sets."""
     ratios: dict[str, Share] = {}
-    """For a mixture: share of the steps of each part."""
+    """For a mixture: each part's share of the steps."""
     optional: bool = False
-    """As a part of a mixture: leave it out, with a warning, if its annotation files do not exist."""
+    """In a mixture: skip this part, with a warning, if its annotation files do not exist."""
     vis_processor: dict[str, Any] | None = None
     """Image processors; by default the model's."""
     video_processor: dict[str, Any] | None = None
@@ -78,7 +78,7 @@ class DataSettings(Settings):
     text_processor: dict[str, Any] | None = None
     """Caption processors; by default the model's."""
     type: str = "default"
-    """LAVIS's key for variants of a default YAML; there is one."""
+    """LAVIS's key for variants of a default YAML; has no effect here, because there is only one."""
     data_type: str = "images"
     """LAVIS's key; has no effect here."""
 
@@ -93,13 +93,13 @@ class DataSettings(Settings):
         if self.reader not in (known := [OWN_READER, *READERS]):
             yield f"unknown reader {self.reader!r}{_hint(self.reader, known)}"
         if self.reader == OWN_READER and self.media:
-            yield "media is for the readers of other formats; a jsonl file names its media itself"
+            yield "media is for readers of other formats; a jsonl file contains the paths of its media"
         templates = self.instruction_templates() if self.task else None
         if templates is not None and self.task not in templates.tasks:
             hint = _hint(self.task, sorted(templates.tasks))
             yield f"task: no instruction template is for {self.task!r}{hint} (templates: false accepts any name)"
         if unknown := sorted(set(self.ratios) - set(self.parts)):
-            yield f"ratios name {', '.join(unknown)}, which parts does not"
+            yield f"ratios name {', '.join(unknown)}, missing in parts"
 
     def instruction_templates(self) -> Templates | None:
         """The instruction templates; None to use questions unchanged."""
@@ -114,13 +114,13 @@ class DataSettings(Settings):
 
     @property
     def used_splits(self) -> list[str]:
-        """The splits that have files; null switches a split off."""
+        """The splits that have files; a null split is switched off."""
         return [split for split, entry in self.splits.items() if entry]
 
     def files(self, split: str) -> dict[str, list[str]]:
-        """A split's annotation files: purpose (``"file"`` if none is named) -> paths below the data root.
+        """A split's annotation files: purpose (``"file"`` by default) -> paths below the data root.
 
-        A pattern becomes the files that it matches; a purpose that is null is left out.
+        Patterns are expanded, and purposes that are null left out.
         """
         entry = self.splits[split]
         purposes = entry if isinstance(entry, Mapping) else {"file": entry}
@@ -146,7 +146,7 @@ class DataSettings(Settings):
         return paths
 
     def origin(self, name: str, split: str, keep: Callable[[Modality, bytes, str], Medium] | None = None) -> Origin:
-        """The reader's input for one split; ``keep`` stores media that are bytes in a table."""
+        """The reader's input for one split; see `Origin` for ``keep``."""
         options = {key: value for key, value in self.options.items() if key not in self.splits}
         options |= self.options.get(split) or {}
         if self.reader == "huggingface":
@@ -154,7 +154,7 @@ class DataSettings(Settings):
         return Origin(name, self.files(split), self.root, self.media, options, self.allow_outside, keep)
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
-        """The annotation files of some splits (by default all) and the media folders that do not exist."""
+        """The annotation files of some splits (default: all) and the media folders, as far as they do not exist."""
         names = self.used_splits if splits is None else splits
         files = [path for split in names for path in self.every_file(split)]
         tables = self.reader == "huggingface"

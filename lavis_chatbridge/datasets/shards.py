@@ -1,8 +1,8 @@
 """The shard format: uncompressed tar files in webdataset's layout, each with an index of its content.
 
 `write` stores samples with their media, and a JSONL with the offset and size of each medium, which training reads like
-any other JSONL. The feature store and tables of bytes use the same tar files. A shard is valid only with its index; the
-JSONL is written last, and removed before a shard is rewritten. This module decodes no medium.
+any other JSONL. The feature store and converted tables use the same tar files. A shard is valid only with its index.
+The JSONL is written last, and removed before a shard is rewritten. This module decodes no media.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PER_SHARD = 1000
 _FORMAT = "chatbridge-shard-3"
 
 Add: TypeAlias = Callable[[str, bytes], tuple[int, int]]
-"""Appends a member to a tar file; returns offset and size of its content."""
+"""Appends a member (name, content) to a tar file; returns its content's offset and size."""
 _Content: TypeAlias = tuple[str, int | None, int | None]  # path, offset, size
 
 
@@ -54,9 +54,9 @@ def tar_file(target: Path) -> Iterator[Add]:
 
 @contextmanager
 def media_file(target: Path) -> Iterator[Callable[[Modality, bytes, str], Medium]]:
-    """Store media that are bytes in a table: a function from modality, content and file ending to the medium.
+    """Yield a function that stores a medium's bytes in a tar file (modality, content, file ending -> `Medium`).
 
-    The tar file ``target`` is written atomically, and only if a medium was stored.
+    The tar file ``target`` is written atomically, and only if a medium is stored.
     """
     with tar_file(target) as add:
         count = 0
@@ -77,7 +77,7 @@ def write_index(shard: Path, content: dict[str, Any]) -> None:
 
 
 def read_index(shard: Path) -> dict[str, Any] | None:
-    """The index of a shard; None if shard or index is absent, incomplete or of another format."""
+    """The index of a shard; None if shard or index is missing, incomplete or in another format."""
     index = read_json(_index_of(shard))
     if not isinstance(index, dict) or index.get("format") != _FORMAT or not shard.is_file():
         return None
@@ -106,12 +106,12 @@ def write(
         samples: The samples; media of a `SampleFile` must be in its root.
         stem: Prefix of the file names.
         per_shard: Number of samples per shard.
-        rank: This process writes every ``world_size``-th shard, beginning with ``rank``.
+        rank: This process; it writes every ``world_size``-th shard, from shard ``rank``.
         world_size: Number of processes.
         max_bad_share: Stop if more than this share of the samples has unreadable media.
 
     Returns:
-        A line that describes the complete set; None until the other processes have written their shards.
+        A line that describes the complete set; None if other processes have not finished yet.
     """
     content = hash_of_file(samples.path) if isinstance(samples, SampleFile) else [to_record(s) for s in samples]
     target = _Target(Path(folder), stem, samples, per_shard, hash_of(_FORMAT, content, len(samples), per_shard))
@@ -153,7 +153,7 @@ class _Target:
 
 
 def _shard(target: _Target, number: int) -> dict[str, Any]:
-    """Write a shard unless it exists for the same samples and media; returns its index."""
+    """Write a shard, unless it already exists with the same samples and media; returns its index."""
     first = number * target.per_shard
     part = [(i, target.samples[i]) for i in range(first, min(first + target.per_shard, len(target.samples)))]
     status = [os.stat(m.path) for _, sample in part for m in sample.files if os.path.exists(m.path)]
@@ -226,7 +226,7 @@ def _moved(sample: Sample, move: Callable[[Medium], Medium]) -> dict[str, Any]:
 
 
 def _finish(target: _Target) -> str | None:
-    """Write the JSONL if every shard is complete, and remove leftover shards of an earlier, longer set."""
+    """If every shard is complete, write the JSONL, and delete further shards of an earlier, longer set."""
     counts: Counter[str] = Counter()
     left_out: list[tuple[str, str]] = []
     size = 0

@@ -1,7 +1,7 @@
-"""One short reader per public annotation format: files in their published layout -> samples.
+"""One short reader per public annotation format: reads the published files and yields samples.
 
-A reader is a generator of samples that raises `DataError` with the position of a fault. It opens no medium: the
-configuration names the media's paths and the data set's task.
+A reader raises `DataError` with the position of a fault. It opens no media: the configuration has the media's paths and
+the data set's task.
 """
 
 from __future__ import annotations

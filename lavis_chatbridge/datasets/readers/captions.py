@@ -25,7 +25,7 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     """COCO captions in Karpathy's split: his ``dataset_coco.json``, or LAVIS's ``coco_karpathy_{train,val,test}.json``.
 
     Option ``split`` (his file has all splits): ``train`` includes ``restval``. Media field: ``image``
-    (``val2014/COCO_val2014_000000391895.jpg``). His ``dataset_flickr30k.json`` has the same form without folders.
+    (``val2014/COCO_val2014_000000391895.jpg``). His ``dataset_flickr30k.json`` has the same format, without folders.
     """
     split = origin.options.get("split", "train")
     wanted = ("train", "restval") if split == "train" else (split,)
@@ -52,7 +52,7 @@ def _lavis_captions(origin: Origin, path: str) -> Iterator[Sample]:
 
 
 def coco_annotations(origin: Origin) -> Iterator[Sample]:
-    """COCO's own annotation form, also of NoCaps: ``images``, and ``annotations`` with one caption each.
+    """COCO's own annotation format, also NoCaps': ``images``, and ``annotations`` with one caption each.
 
     NoCaps' ``domain`` of an image becomes ``meta.type``. Media field: ``file_name``.
     """
@@ -97,7 +97,7 @@ def msrvtt(origin: Origin) -> Iterator[Sample]:
 def audiocaps(origin: Origin) -> Iterator[Sample]:
     """AudioCaps' CSV. Media fields: ``audiocap_id``, ``youtube_id``, ``start_time`` (seconds).
 
-    In the validation and test files a sound has five lines, which become one sample.
+    Validation and test files have five lines per sound; they become one sample.
     """
     sounds: dict[str, tuple[str, tuple[Medium, ...], list[str]]] = {}
     for row in origin.table():
@@ -122,7 +122,7 @@ def clotho(origin: Origin) -> Iterator[Sample]:
 def wavcaps(origin: Origin) -> Iterator[Sample]:
     """WavCaps' JSON files, one per source. Media fields: ``id`` (without ``.wav``), ``part`` (the file's purpose).
 
-    Option ``exclude``: the published list of clips that the tests of AudioCaps and Clotho contain
+    Option ``exclude``: the published list of clips that are in the test sets of AudioCaps and Clotho
     (``blacklist_exclude_all_ac.json``; a path below the data root). By default the reader looks for it in
     ``blacklist/`` beside the sources' folders, and warns if it does not exist; null uses all clips.
     """
@@ -138,11 +138,11 @@ def wavcaps(origin: Origin) -> Iterator[Sample]:
             media = origin.locate(row.where, id=name, **fields)
             yield Sample("/".join([*fields.values(), name]), media, row.texts("caption"), meta=_seconds(row))
     if left_out:
-        _log.info("%s: left out %d clips of AudioCaps' and Clotho's tests", origin.dataset, left_out)
+        _log.info("%s: left out %d clips of AudioCaps' and Clotho's test sets", origin.dataset, left_out)
 
 
 def excluded_list(origin: Origin) -> Path | None:
-    """The file of clips that `wavcaps` leaves out, whether it exists or not; None if all clips are used."""
+    """The path of the list of clips that `wavcaps` leaves out (the file may not exist); None to use all clips."""
     chosen = origin.options.get("exclude", "")
     if chosen is None:
         return None
@@ -163,7 +163,7 @@ def _excluded(origin: Origin) -> dict[str, set[str]]:
         return {}
     lists = read_object(str(path)).values
     found: dict[str, set[str]] = {}
-    for part in origin.files:  # the list has AudioSet for files named AudioSet_SL
+    for part in origin.files:  # the list says AudioSet, the files AudioSet_SL
         own = [names for source, names in lists.items() if _letters(source) in _letters(part)]
         found[part] = {str(name).split(".")[0] for names in own for name in names}
     return found

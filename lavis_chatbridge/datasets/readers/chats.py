@@ -19,8 +19,7 @@ _SPEAKERS = (("human", "user"), ("gpt", "assistant"))
 def llava(origin: Origin) -> Iterator[Sample]:
     """LLaVA-Instruct-150K (conversation, detail or complex reasoning). Media fields: ``image``, ``stem``.
 
-    The format's ``<image>`` marks the position of the image; it is removed in every turn. Option ``messages``: the most
-    messages of a conversation.
+    ``<image>`` markers are removed. Option ``messages``: cut conversations after this number of messages.
     """
     for number, row in enumerate(origin.objects()):
         image, name = row.name("image"), row.name("id")
@@ -32,8 +31,8 @@ def llava(origin: Origin) -> Iterator[Sample]:
 def avsd(origin: Origin) -> Iterator[Sample]:
     """AVSD's ``dialogs`` (DSTC7, 8 and 10): each becomes one conversation. Media field: ``image_id`` (Charades' name).
 
-    Option ``each_turn``: one sample per question, with the turns before it. Option ``undisclosed``: accept files whose
-    answers are ``__UNDISCLOSED__``; such a sample ends with the question and cannot be scored.
+    Option ``each_turn``: one sample per question, with the turns before it. Option ``undisclosed``: accept the answer
+    ``__UNDISCLOSED__``; such a sample ends with the question and cannot be scored.
     """
     for row in origin.objects("dialogs"):
         name = row.name("image_id")
@@ -63,8 +62,8 @@ def multis(origin: Origin) -> Iterator[Sample]:
     """The annotation files released with MULTIS: ``video_id`` or ``image_id``, and texts about it.
 
     ``conversations`` become turns; ``question`` and ``answer`` (one, or lists of equal length) become one sample each;
-    ``desc``, ``caption`` or ``text`` become captions. Media fields: ``id``, ``stem``. Option ``messages``: at most this
-    number of messages of a conversation (the original uses 8 for conversations, 2 for details and reasoning).
+    ``desc``, ``caption`` or ``text`` become captions. Media fields: ``id``, ``stem``. Option ``messages``: cut
+    conversations after this number (the original uses 8 for conversations, 2 for details and reasoning).
     """
     for number, row in enumerate(origin.objects()):
         name = row.name("video_id", "image_id")

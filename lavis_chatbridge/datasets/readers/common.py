@@ -18,7 +18,7 @@ from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a character, as in a JSON text that was cut inside an emoji; it cannot be written as UTF-8."""
+"""A lone surrogate, as in JSON that was cut inside an emoji; it cannot be encoded as UTF-8."""
 LAYOUT = "docs/data.md shows the expected layout"
 ENDINGS: dict[str, Modality] = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic"), "image"),
@@ -30,16 +30,16 @@ ENDINGS: dict[str, Modality] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """The annotation files of one split, and where its media are.
+    """The annotation files of one split, and the paths of its media.
 
     Args:
         dataset: The data set's name, for messages.
         files: Purpose (``"questions"``) -> paths; the purpose of files without one is ``"file"``.
         root: The data root.
-        media: Modality -> path below the root, with a row's fields in braces: ``coco/{image_id:012d}.jpg``.
+        media: Modality -> path below the root, with an annotation's fields in braces: ``coco/{image_id:012d}.jpg``.
         options: The reader's settings.
         allow_outside: Accept media outside the root.
-        keep: Stores a medium that is bytes in a table (modality, bytes, file ending).
+        keep: Stores a medium that a table contains as bytes (modality, bytes, file ending -> `Medium`).
     """
 
     dataset: str
@@ -67,12 +67,12 @@ class Origin:
             yield from table_rows(path, delimiter)
 
     def objects(self, key: str | None = None) -> Iterator[Row]:
-        """The objects of all files: JSON lists (``key``: this field of a file's object), or JSONL."""
+        """The objects of all files: JSON lists (with ``key``: the list under this key of an object), or JSONL."""
         for path in self.every_file:
             yield from object_rows(path) if key is None else read_object(path).rows(key)
 
     def locate(self, where: str, **fields: Any) -> tuple[Medium, ...]:
-        """The media of a row, in the order of ``media``, by the row's ``fields``."""
+        """The media of a row, in the order of ``media``; ``fields`` fill the paths' braces."""
         found = []
         for modality, pattern in self.media.items():
             try:
@@ -90,7 +90,7 @@ Reader = Callable[[Origin], Iterator[Sample]]
 
 
 class Row:
-    """An object, or a line of a table. Reading a field checks it.
+    """A JSON object or a line of a table. Reading a field checks it.
 
     Each method accepts several keys and reads the first that is present; a wrong value raises `DataError`.
 
@@ -145,7 +145,7 @@ class Row:
         return [Row(item, f"{self.where}.{keys[0]}[{i}]") for i, item in enumerate(value)]
 
     def entries(self) -> Iterator[tuple[str, Row]]:
-        """The names and objects of an object of objects."""
+        """Key and object of each entry of an object of objects."""
         for name, value in self.values.items():
             yield name, Row(value, f"{self.where}: {name}")
 
@@ -160,20 +160,20 @@ class Row:
 def question_sample(
     sample_id: str, media: tuple[Medium, ...], question: str, answer: str | None, **more: Any
 ) -> Sample:
-    """A sample of one question and its answer; None leaves the question without an answer."""
+    """A sample with one question and its answer; None: without an answer."""
     asked = Message("user", question, modalities_of(media))
     turns = (asked,) if answer is None else (asked, Message("assistant", answer))
     return Sample(sample_id, media, turns=turns, **more)
 
 
 def stem_of(name: str) -> str:
-    """A file's name without its ending, if the ending is one of a media file: ids may contain dots."""
+    """A file's name without a media file's ending. Other dots are kept: ids may contain dots."""
     stem, _, ending = name.rpartition(".")
     return stem if stem and ending.lower() in ENDINGS else name
 
 
 def with_unique_ids(reader: Reader) -> Reader:
-    """Make a reader append ``#2``, ``#3`` to repeated ids: published files repeat some ids with different contents."""
+    """Make a reader append ``#2``, ``#3`` to repeated ids: some published files repeat ids with other contents."""
 
     def read(origin: Origin) -> Iterator[Sample]:
         times: Counter[int] = Counter()  # hashes need less memory than the ids of 10 million samples
@@ -186,7 +186,7 @@ def with_unique_ids(reader: Reader) -> Reader:
 
 
 def of_split(rows: Iterable[Row], wanted: Sequence[str], path: str) -> Iterator[Row]:
-    """The rows whose ``split`` is one of ``wanted``; without any, a `DataError` names the splits of the file."""
+    """The rows with a ``split`` in ``wanted``; if there are none, a `DataError` names the file's splits."""
     found: Counter[str] = Counter()
     for row in rows:
         split = row.text("split")
@@ -238,7 +238,7 @@ def is_list(path: str) -> bool:
 
 
 def table_rows(path: str, delimiter: str = ",", columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The lines of a CSV or TSV file; with ``columns`` the file has no header line."""
+    """The lines of a CSV or TSV file; pass ``columns`` if the file has no header line."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL  # a CSV; quotes are ordinary characters in a TSV
     if delimiter == "\t":
         quoting = csv.QUOTE_NONE

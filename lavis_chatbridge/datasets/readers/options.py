@@ -1,8 +1,8 @@
-"""Readers of benchmarks with options or with yes and no: AVQA, WorldSense, OmniBench, Daily-Omni, AV-Odyssey, MMAU,
+"""Readers of multiple-choice and yes-or-no benchmarks: AVQA, WorldSense, OmniBench, Daily-Omni, AV-Odyssey, MMAU,
 Video-MME, AVHBench, CMU-MOSI and CMU-MOSEI; and Charades-Ego's descriptions.
 
-A question is followed by its options with letters; from ``meta.options`` and ``meta.correct`` a task can reorder them.
-The layouts are those of the published files (docs/evaluation.md).
+A question is followed by its options with letters; a task can reorder these by ``meta.options`` and ``meta.correct``.
+The files are read in their published layouts (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def daily_omni(origin: Origin) -> Iterator[Sample]:
 def av_odyssey(origin: Origin) -> Iterator[Sample]:
     """AV-Odyssey's table, as JSON or JSONL: several media per question, named ``[img1]`` or ``[audio2]`` in its text.
 
-    All media precede the question, images and videos first. Media field: ``path``, of each in ``image_path``,
-    ``video_path`` and ``audio_path``.
+    All media precede the question, images and videos first. Media field: ``path``, an entry of ``image_path``,
+    ``video_path`` or ``audio_path``.
     """
     for row in origin.objects():
         media: list[Medium] = []
@@ -123,9 +123,9 @@ def avhbench(origin: Origin) -> Iterator[Sample]:
 
 
 def mosi(origin: Origin) -> Iterator[Sample]:
-    """CMU-MOSI and CMU-MOSEI by the ``label.csv`` of the MMSA project: the sentiment of a clip as a choice.
+    """CMU-MOSI and CMU-MOSEI, from the MMSA project's ``label.csv``: multiple choice of a clip's sentiment.
 
-    Options: ``split`` (``mode`` in the file), ``classes`` (``annotation``; clips of others are left out) and
+    Options: ``split`` (``mode`` in the file), ``classes`` (``annotation`` in the file; other clips are left out) and
     ``transcript`` (the question quotes what is said). Media fields: ``video_id``, ``clip_id``.
     """
     classes = list(origin.options.get("classes") or ("Negative", "Neutral", "Positive"))
@@ -143,7 +143,7 @@ def mosi(origin: Origin) -> Iterator[Sample]:
 def charades_ego(origin: Origin) -> Iterator[Sample]:
     """Charades-Ego's CSV: the ``descriptions`` of a video, separated by semicolons, else its ``script``.
 
-    Option ``egocentric`` (``Yes``, ``No``): videos of one view only. Media field: ``id``.
+    Option ``egocentric`` (``Yes``, ``No``): only videos of this view. Media field: ``id``.
     """
     for row in origin.table():
         view = row.text("egocentric")
@@ -182,7 +182,7 @@ def _position(answer: str, options: Sequence[str], texts: Sequence[str]) -> int:
 
 
 def _types(row: Row, *keys: str) -> dict[str, str]:
-    """The fields with the types of a benchmark's questions; ``["a", "b"]`` becomes ``a / b``."""
+    """The fields that classify a benchmark's question; ``["a", "b"]`` becomes ``a / b``."""
     return {key.replace("_", " "): " / ".join(row.texts(key)) for key in keys if row.values.get(key)}
 
 

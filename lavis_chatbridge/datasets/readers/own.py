@@ -16,7 +16,7 @@ from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
-_ROWS = 32  # of a table that are in memory
+_ROWS = 32  # rows of a table in memory
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
 _COLUMNS = ("id", *MODALITIES, "captions", "question", "answer", "answers", "messages")
@@ -32,9 +32,11 @@ def is_hub_id(name: str) -> bool:
 def huggingface(origin: Origin) -> Iterator[Sample]:
     """A table that ``datasets`` reads: Parquet, Arrow, CSV or JSON files, an imagefolder or audiofolder, a hub id.
 
-    Media stored as bytes in the table are copied once, so that training reads them at random. Options: ``columns``
-    (our name -> the table's column; ours are ``id``, ``image``, ``video``, ``audio``, ``captions``, ``question``,
-    ``answer``, ``answers``, ``messages``), ``split``, ``name`` (a hub data set's configuration), ``revision``.
+    Media stored as bytes in the table are copied to a file once, because training needs random access.
+
+    Options: ``columns`` (our name -> the table's column; our names are ``id``, ``image``, ``video``, ``audio``,
+    ``captions``, ``question``, ``answer``, ``answers``, ``messages``), ``split``, ``name`` (a hub data set's
+    configuration), ``revision``.
     """
     columns: Mapping[str, str] = origin.options.get("columns") or {}
     for key in columns:
@@ -98,7 +100,7 @@ def _table_medium(modality: Modality, value: Any, where: str, origin: Origin, fo
         ending = Path(path).suffix[1:].lower() if isinstance(path, str) else ""
         return origin.keep(modality, bytes(content), ending if ending in ENDINGS else modality)
     if isinstance(path, str) and os.path.isabs(path) and path.startswith(os.path.abspath(folder or ".")):
-        return Medium(modality, path)  # `datasets` makes the paths of a folder's media absolute
+        return Medium(modality, path)  # `datasets` returns absolute paths for a folder's media
     return Medium(modality, media_path(path, folder or origin.root, where, origin.allow_outside))
 
 
@@ -107,8 +109,8 @@ def messages(origin: Origin) -> Iterator[Sample]:
 
     A row has ``messages``, ``conversations`` or ``instruction``/``input``/``output``, and lists ``images``, ``videos``,
     ``audios`` of paths. ``<image>`` in a text, or an item ``{"type": "image"}`` of a typed content, stands for the next
-    one; media without a marker belong to the first question. A system message precedes the first question. Paths are
-    relative to the file; ``media: {image: "pictures/{path}"}`` changes that.
+    medium; media without a marker belong to the first question. A system message precedes the first question. Paths
+    are relative to the file; ``media: {image: "pictures/{path}"}`` changes that.
     """
     for path in origin.every_file:
         for number, row in enumerate(object_rows(path)):
@@ -146,7 +148,7 @@ def _listed(row: Row, origin: Origin, folder: str) -> list[Medium]:
 
 
 def _conversation(name: str, said: Sequence[Row], media: Sequence[Medium], where: str) -> Sample:
-    """A sample whose media are in the order in which the turns show them."""
+    """A sample, with the media in the order of their markers in the turns."""
     left = {modality: [medium for medium in media if medium.modality == modality] for modality in MODALITIES}
     system, turns, placed = "", [], []
     for message in said:

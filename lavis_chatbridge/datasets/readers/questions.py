@@ -19,10 +19,10 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 
 
 def vqav2(origin: Origin) -> Iterator[Sample]:
-    """VQAv2 and OKVQA: ``questions`` and, except for test splits, ``annotations`` with ten answers to each.
+    """VQAv2 and OKVQA: ``questions`` and, except for test splits, ``annotations`` with ten answers per question.
 
     Training uses ``multiple_choice_answer``; scores use all ten. ``meta.type`` is the type of answer, as in VQAv2's
-    official evaluator, or OKVQA's name of the question type; ``meta.question_type`` is the type of question. Media
+    official evaluator (OKVQA: the name of the question type); ``meta.question_type`` is the type of question. Media
     fields: ``image_id``, ``data_subtype`` (``train2014``).
     """
     labels: dict[int, dict[str, Any]] = {}
@@ -57,15 +57,15 @@ def _label(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
     if "question_type" in row:
         question_type = row.text("question_type")
         types["question_type"] = str(names.get(question_type, question_type))
-        if names:  # OKVQA, whose answers are all of one type
+        if names:  # OKVQA: all answers have the same type
             types["type"] = types["question_type"]
     return {"answer": best, "answers": every or (best,), "types": types}
 
 
 def visual_genome(origin: Origin) -> Iterator[Sample]:
-    """Visual Genome's ``question_answers.json``; ``images`` (``image_data.json``) names the folder of an image.
+    """Visual Genome's ``question_answers.json``; ``images`` (``image_data.json``) has the folder of each image.
 
-    Media fields: ``image_id``, ``folder`` (``VG_100K`` or ``VG_100K_2``, from the image's address).
+    Media fields: ``image_id``, ``folder`` (``VG_100K`` or ``VG_100K_2``, from the image's URL).
     """
     folders = {}
     for row in (row for path in origin.files.get("images", ()) for row in object_rows(path)):
@@ -114,7 +114,7 @@ def gqa(origin: Origin) -> Iterator[Sample]:
 def music_avqa(origin: Origin) -> Iterator[Sample]:
     """MUSIC-AVQA: questions with ``<Object>`` placeholders, filled from ``templ_values``. Media field: ``video_id``.
 
-    Underscores in answers become blanks (``electric_bass``), and a number is accepted as word and as digits.
+    Underscores in answers become blanks (``electric_bass``), and a number is correct as a word or as digits.
     """
     for row in origin.objects():
         if row.values.get("question_deleted"):
@@ -130,7 +130,7 @@ def music_avqa(origin: Origin) -> Iterator[Sample]:
 
 
 def _list_in_text(row: Row, key: str) -> list[str]:
-    """A list that the file stores as a string of JSON."""
+    """A list that the file stores as JSON inside a string."""
     try:
         value = json.loads(row.text(key))
     except ValueError as error:

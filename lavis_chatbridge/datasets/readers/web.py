@@ -79,8 +79,8 @@ def _pair(origin: Origin, row: Row, number: int) -> Sample:
 def webdataset(origin: Origin) -> Iterator[Sample]:
     """Shards as img2dataset or webdataset write them: media with a ``.txt``, or a ``.json`` that has a ``caption``.
 
-    A medium stays in its shard; the sample stores its offset and size, so shards must not be compressed. Keys without a
-    medium or without a text are left out and counted. macOS' ``._NAME`` members are ignored.
+    Media stay in the shard; a sample stores offset and size, so shards must not be compressed. Keys without a medium or
+    a text are left out and counted. macOS' ``._NAME`` members are ignored.
     """
     left_out: list[str] = []
     for path in origin.every_file:
@@ -113,7 +113,7 @@ def _split(member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def _read(shard: tarfile.TarFile, members: Iterable[tarfile.TarInfo], path: str) -> tuple[tuple[Medium, ...], str]:
-    """The media and the text of one key, whose members are adjacent."""
+    """The media and the text of one key, from its adjacent members."""
     media, text = [], ""
     for member in members:
         ending = _split(member)[1]
