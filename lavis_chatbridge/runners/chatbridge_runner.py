@@ -1,6 +1,6 @@
-"""The runner: LAVIS's `RunnerBase` with a training loop over steps that can stop and resume at any step.
+"""The runner: LAVIS's `RunnerBase` with a training loop that can stop and resume at any step.
 
-It knows tasks, loaders and models by their contracts only: no modality, no prompt, no data set's name.
+It uses tasks, loaders and models through protocols only: it knows no modality, no prompt and no data set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-    """LAVIS's contract of a task, as far as the runner calls it."""
+    """The methods of LAVIS's tasks that the runner calls."""
 
     def train_step(self, model: nn.Module, samples: Samples) -> Tensor: ...
     def before_evaluation(self, model: nn.Module, dataset: Any) -> None: ...
@@ -53,7 +53,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class TokenTask(Task, Protocol):
-    """A task of this package: it returns a loss with its number of target tokens, and merges a split's data sets."""
+    """A task of this package: also returns the number of target tokens, and merges a split's data sets."""
 
     def weighted_loss(self, model: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]: ...
     def evaluation_split(self, datasets: Mapping[str, Any]) -> Any: ...
@@ -63,7 +63,7 @@ class TokenTask(Task, Protocol):
 class ChatBridgeRunner(RunnerBase):
     """Trains and evaluates a model on a task, with the arguments of LAVIS's runners.
 
-    ``cfg`` is `runners.config.Config` or LAVIS's own; ``job_id`` names the run's folder if ``run.job_id`` is null.
+    ``cfg`` is a `runners.config.Config` or LAVIS's; ``job_id`` names the run's folder if ``run.job_id`` is null.
     """
 
     def __init__(self, cfg: Any, task: Task, model: nn.Module, datasets: Datasets, job_id: str = "") -> None:
@@ -73,18 +73,18 @@ class ChatBridgeRunner(RunnerBase):
         device = distributed.init(self.run)
         super().__init__(cfg, task, model, datasets, job_id)
         self._device, self._rank = device, distributed.rank()
-        if (template := getattr(model, "template", None)) is not None:  # the wording of conversations
+        if (template := getattr(model, "template", None)) is not None:  # the prompt format of conversations
             for dataset in (dataset for splits in datasets.values() for dataset in splits.values()):
                 if hasattr(dataset, "set_template"):
                     dataset.set_template(template)
 
-    # ---- parts, made when first used
+    # ---- parts, built on first use
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model on its device, without a wrapper around it."""
+        """The model on its device, without a DDP wrapper."""
         if any(other != self.frozen for other in distributed.gather_everywhere(self.frozen)):
-            raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
+            raise TrainingError("the processes loaded different frozen weights: use the same files on all machines")
         parallel.prepare(self._model, self.run, self.device)
         with parallel.gathered(self._model):
             data.attach_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
@@ -92,7 +92,7 @@ class ChatBridgeRunner(RunnerBase):
 
     @cached_property
     def frozen(self) -> dict[str, str]:
-        """Hashes of the frozen weights, computed before they are sharded."""
+        """Hashes of the frozen weights; computed before sharding."""
         return checkpoints.frozen_hashes(self._model, self.bridge)
 
     @cached_property
@@ -117,7 +117,7 @@ class ChatBridgeRunner(RunnerBase):
 
     @property
     def validation_interval(self) -> int | None:
-        """Steps between two validations; None validates at the end only."""
+        """Steps between two validations; None: only at the end."""
         if self.run.eval_every is None and self.run.max_epoch is not None:
             return self.train_loader.plan.steps_per_epoch()
         return self.run.eval_every
@@ -132,7 +132,7 @@ class ChatBridgeRunner(RunnerBase):
     # ---- training
 
     def train(self) -> None:
-        """Train to the last step, then score ``test_splits``; with ``run.evaluate`` only score."""
+        """Train to the last step, then score ``test_splits``; with ``run.evaluate``, only score."""
         if self.evaluate_only:
             self.evaluate()
             return
@@ -156,11 +156,11 @@ class ChatBridgeRunner(RunnerBase):
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
     def _train_steps(self, sigterm: threading.Event, sigusr1: threading.Event, reporter: logs.Reporter) -> None:
-        """The training loop: take a step, validate, save, until the last step or a SIGTERM."""
+        """The training loop: steps, validations and checkpoints, until the last step or a SIGTERM."""
         schedule = optim.schedule(self.run, self.steps, self.validation_interval)
         step = TrainStep(self.model, self._loss, self.optimizer, self.scaler, schedule, self.run, self.device)
         batches = self.train_loader.batches(self.state.step, self.steps)
-        self._validate_if_due(reporter)  # a run that SIGTERM stopped saves before it validates
+        self._validate_if_due(reporter)  # if SIGTERM stopped the earlier run before it validated
         self.model.train()
         saved = time.monotonic()
         while self.state.step < self.steps:
@@ -168,7 +168,7 @@ class ChatBridgeRunner(RunnerBase):
             micro_batches, fault = self._next(batches)
             waited = time.monotonic() - began
             save = sigusr1.is_set() or began - saved >= 60 * (self.run.save_every_minutes or math.inf)
-            stop = sigterm.is_set() or fault is not None  # the other processes learn of it at the step's end
+            stop = sigterm.is_set() or fault is not None  # reaches the other processes at the step's end
             result = step(self.state.step, micro_batches, save, stop)
             if result.stop:
                 with distributed.together():
@@ -190,7 +190,7 @@ class ChatBridgeRunner(RunnerBase):
                 raise SystemExit(128 + signal.SIGTERM)
 
     def _next(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
-        """The micro-batches of a step; or none, and the fault of the data."""
+        """The micro-batches of a step; if the data raise an error, no batches and the error."""
         seed_all(self.run.seed, self.state.step, self._rank)  # for the random choices of LAVIS's data sets
         try:
             return list(itertools.islice(batches, self.run.accum_grad_iters)), None
@@ -206,7 +206,7 @@ class ChatBridgeRunner(RunnerBase):
         return loss, torch.tensor(float(max(1, len(sample_ids(samples)))), device=loss.device)
 
     def _check_step(self, dataset: str, result: StepResult) -> None:
-        """Stop, before a checkpoint is saved, if too many samples are unreadable, or steps not finite."""
+        """Raise, before a checkpoint is saved, if too many samples are unreadable or too many steps non-finite."""
         count = self.state.counts[dataset]
         tried = count.samples + count.skipped
         if fault := too_many_unreadable(dataset, count.skipped, tried, self.run.max_bad_share):
@@ -227,7 +227,7 @@ class ChatBridgeRunner(RunnerBase):
     # ---- evaluation
 
     def _validate_if_due(self, reporter: logs.Reporter) -> None:
-        """Score ``valid_splits``; write ``model.safetensors`` if the first one's ``agg_metrics`` is the best so far."""
+        """Score ``valid_splits``; write ``model.safetensors`` if ``agg_metrics`` of the first one improves."""
         step = self.state.step
         due = step == self.steps or self._is_multiple_of(self.validation_interval)
         if step in (0, self.state.validated) or not due or not self.run.valid_splits:
@@ -286,7 +286,7 @@ class ChatBridgeRunner(RunnerBase):
     # ---- checkpoints
 
     def _start(self) -> None:
-        """Load the checkpoint to resume from, if any, and delete the files of an earlier run that is overwritten."""
+        """Load the checkpoint to resume from, if any; delete an earlier run's files if this run overwrites them."""
         model, plan, resumed = self.model, self.train_loader.plan, self.folder.resumed
         checkpoint = None
         with distributed.together():
@@ -310,13 +310,13 @@ class ChatBridgeRunner(RunnerBase):
         checkpoints.load_optimizer(model, self.optimizer, checkpoint.optimizer)
         if saved.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved.scaler)
-        if checkpoints.step_of(self.output_dir / WEIGHTS) != self.state.best_step:  # it is of another run, or later
+        if checkpoints.step_of(self.output_dir / WEIGHTS) != self.state.best_step:  # of another run, or of a later step
             self.state.best_metric = self.state.best_step = None
         done, left = self.state.step, self.steps - self.state.step
         _log.info("resumed from %s after step %d; %d steps are left", resumed, done, left)
 
     def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        """Write the checkpoint of the current step (LAVIS's name); all processes wait for it."""
+        """Write a checkpoint of the current step (LAVIS's method); all processes wait for it."""
         with distributed.together():
             if distributed.is_main():
                 state = SavedState(
@@ -342,7 +342,7 @@ class ChatBridgeRunner(RunnerBase):
         _log.info("the trained weights are in %s", path)
 
     def _load_weights(self, path: Path) -> None:
-        """Load a file of bridge weights, on every process."""
+        """Load bridge weights from a file, on every process."""
         with distributed.together():
             try:
                 weights = load_file(path)
@@ -355,10 +355,10 @@ class ChatBridgeRunner(RunnerBase):
 
 @contextmanager
 def noted_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Events that SIGTERM (Slurm's end of time, a spot machine's notice: save and stop) and SIGUSR1 (save) set."""
+    """Yield two events, set by SIGTERM (Slurm's time limit: save and stop) and by SIGUSR1 (save)."""
     events = {signal.SIGTERM: threading.Event(), getattr(signal, "SIGUSR1", None): threading.Event()}
     before: dict[Any, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
         for number in filter(None, events):  # Windows has no SIGUSR1
             before[number] = signal.signal(number, lambda got, _frame: events[got].set())
     else:

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are written aside and renamed, read into a value, checked against the run, then applied.
+"""Checkpoints: written atomically; when resuming, read, checked against the run, then loaded.
 
 A checkpoint is a folder ``step_NNNNNNNN`` of
 
@@ -6,7 +6,7 @@ A checkpoint is a folder ``step_NNNNNNNN`` of
 - ``optimizer.safetensors``: AdamW's tensors, as ``PARAMETER|STATE``;
 - ``state.json``: progress, position in the data, loss scaler, hashes of the frozen parts.
 
-No pickle is read or written. Frozen weights are not saved; their hashes make sure that a run resumes on the same ones.
+No pickle is read or written. Frozen weights are not saved; their hashes ensure that a run resumes with the same ones.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from lavis_chatbridge.runners.step import TrainState
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")
 _PROBES = 1024
-"""Values of a frozen tensor that its hash reads, evenly spread: 26 GB would take half a minute to hash entirely."""
+"""Number of evenly spaced values of a frozen tensor in its hash; hashing all 26 GB would take half a minute."""
 
 
 Position: TypeAlias = tuple[NonNegativeInt, dict[str, NonNegativeInt]]
-"""A step, and the number of samples that each data set has given before it."""
+"""A step, and each data set's number of samples before it."""
 
 
 class SavedPlan(Settings):
-    """The data of a run and its position in them."""
+    """A run's training data, and its position in them."""
 
     data: dict[str, Any]
-    """Sizes, ratios and seed: a run resumes on the same data only."""
+    """Sizes, ratios and seed; they must be the same when resuming."""
     layout: dict[str, Any]
-    """What else the samples of a step depend on."""
+    """The other settings that determine the samples of a step (batch sizes, number of ranks)."""
     origin: Position
-    """The position that the plan was started or resumed at; a plan of the same layout computes every step from it."""
+    """The position at which the plan started or resumed; a plan of the same layout computes every step from it."""
     resume: Position
     """The position at which a plan of another layout resumes."""
 
@@ -66,7 +66,7 @@ class SavedPlan(Settings):
         return cls(data=data, layout=layout, origin=plan.origin, resume=(step, plan.positions(step)))
 
     def position_for(self, plan: MixturePlan) -> Position:
-        """The position at which ``plan``, which has the same data, resumes."""
+        """The position at which ``plan`` (with the same data) resumes."""
         return self.origin if self.layout == SavedPlan.of(plan, 0).layout else self.resume
 
 
@@ -76,14 +76,14 @@ class SavedState(Settings):
     progress: TrainState
     plan: SavedPlan
     scaler: dict[str, int | float]
-    """The fp16 loss scaler's; empty in other precisions."""
+    """State of the fp16 loss scaler; empty in other precisions."""
     frozen: dict[str, str]
     adapters: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment: the bridge by parameter name, AdamW's tensors by ``PARAMETER|STATE``, the rest."""
+    """A checkpoint in memory: the bridge by parameter name, AdamW's tensors by ``PARAMETER|STATE``, and the rest."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -113,7 +113,7 @@ def check(
     plan: MixturePlan,
     steps: int,
 ) -> None:
-    """Refuse a checkpoint that does not fit the model, its frozen parts, the data, or a run of ``steps``."""
+    """Raise if a checkpoint does not fit the model, its frozen parts, the data, or a run of ``steps``."""
     state = checkpoint.state
     check_weights(checkpoint.weights, where, model, bridge, state.adapters)
     expected: dict[str, torch.Size] = {}
@@ -141,7 +141,7 @@ def check_weights(
     bridge: Sequence[str],
     adapters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse weights that do not fit a model's ``bridge``; ``adapters`` describes their LoRA, if the alpha is known."""
+    """Raise if weights do not fit a model's ``bridge``; ``adapters`` describes their LoRA, if the alpha is known."""
     if misfit := lora.misfit(adapters or lora.described_by(weights), lora.describe(model)):
         raise CheckpointError(f"{where} is for another model: {misfit}")
     if faults := _misfits(weights, {name: model.get_parameter(name).shape for name in bridge}):
@@ -156,7 +156,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load checked tensors into an optimiser; its learning rates and decay stay those of the configuration."""
+    """Load checked tensors into an optimiser; learning rates and decay stay as configured."""
     names = {parameter: name for name, parameter in optim.trainable(model).items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     states = {
@@ -195,7 +195,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def save(folder: Path, checkpoint: Checkpoint, run: RunSettings) -> None:
-    """Write the checkpoint of its step into a run's folder of checkpoints, then remove those that need not be kept."""
+    """Write a checkpoint into the run's folder of checkpoints, then delete old ones."""
     step = checkpoint.state.progress.step
     target = folder / f"step_{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
@@ -220,7 +220,7 @@ def save(folder: Path, checkpoint: Checkpoint, run: RunSettings) -> None:
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
-    """Write weights as one file; the LoRA alpha is in no tensor, so the metadata keep it."""
+    """Write weights as one file; the LoRA alpha is not a tensor, so it is in the metadata."""
     about = {"step": str(step)} | ({"cfg": json.dumps({"lora": dict(adapters)})} if adapters else {})
     with _written(path), atomic_file(path) as file:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, metadata=about)
@@ -249,7 +249,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def step_of(weights: Path) -> int | None:
-    """The step of a file that `write_weights` wrote; None if it is absent."""
+    """The step of a file from `write_weights`; None if it does not exist."""
     if not weights.is_file():
         return None
     with safe_open(weights, "pt") as file:

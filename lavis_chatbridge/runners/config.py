@@ -1,4 +1,4 @@
-"""From a YAML and ``--options`` to one checked configuration, with the attributes of LAVIS's own ``Config``.
+"""Builds one checked configuration from a YAML and ``--options``, with the attributes of LAVIS's ``Config``.
 
 Precedence, lowest first: the YAML of model type and data sets, the user's YAML, the options. Faults are
 reported together, before anything is loaded.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
 _ID_KEYS = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
-"""LAVIS's tasks that score -> the key by which they identify a sample."""
+"""LAVIS's tasks with scores -> the key of a sample's id."""
 _LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
 
 
@@ -35,17 +35,17 @@ class EnvSettings(Settings):
     data_root: str | None = None
     """Folder of the data sets' relative paths; null: ``$CHATBRIDGE_DATA``."""
     cache_root: str | None = None
-    """Folder of LAVIS's downloads; null: LAVIS's setting if it was changed, else ``~/.cache/lavis``."""
+    """Folder of LAVIS's downloads; null: LAVIS's own setting if it was changed, else ``~/.cache/lavis``."""
 
 
 class Config:
-    """A checked configuration with the attributes of LAVIS's own ``Config``.
+    """A checked configuration with the attributes of LAVIS's ``Config``.
 
     Attributes:
-        config: All sections, merged; also one by one as ``run_cfg`` (with all defaults), ``model_cfg``,
+        config: All sections, merged; each also as an attribute: ``run_cfg`` (with all defaults), ``model_cfg``,
             ``datasets_cfg`` and ``preprocess_cfg``.
         run: The ``run`` section, typed.
-        folder: The run's folder if it was chosen before the runner is made.
+        folder: The run's folder, if it is chosen before the runner is built.
     """
 
     folder: RunFolder | None = None
@@ -67,7 +67,7 @@ class Config:
 class _Faults(list[str]):
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Keep the error of a part of the configuration, so that the other parts are checked too."""
+        """Collect an error of the block instead of raising it, so that other parts are checked too."""
         try:
             yield
         except (ConfigError, OmegaConfBaseException) as error:
@@ -118,7 +118,7 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
 
 
 def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """The ``datasets`` section without defaults, unchecked; ``env.data_root`` is set."""
+    """The ``datasets`` section without defaults, unchecked. Sets the data root to ``env.data_root``."""
     import lavis  # noqa: F401  (registers builders)
 
     user = merged(read_yaml(cfg_path), read_options(options or []))
@@ -133,7 +133,7 @@ def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
 
 
 def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
-    """A part of a configuration that must be a mapping; empty if it is absent."""
+    """A section, which must be a mapping; empty if it is missing."""
     part = OmegaConf.create({}) if config.get(name) is None else config[name]
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{where}{name}: expected a mapping, found {shown(part)}")
@@ -141,7 +141,7 @@ def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
 
 
 def _merge_model(config: DictConfig) -> None:
-    """Put the model type's YAML under the user's ``model`` and ``preprocess`` sections, and check the result."""
+    """Merge the user's ``model`` and ``preprocess`` sections over the model type's YAML, and check the result."""
     from lavis.common.registry import registry
 
     arch = config.model.setdefault("arch", "chatbridge")
@@ -153,12 +153,12 @@ def _merge_model(config: DictConfig) -> None:
     defaults = read_yaml(model_class.default_config_path(model_type))
     config.model = merged(_section(defaults, "model"), config.model, {"model_type": model_type})
     config.preprocess = merged(_section(defaults, "preprocess"), config.preprocess)
-    config.preprocess = _plain(config.preprocess)  # resolves `encoder: ${model.vision}` beside the model's section
+    config.preprocess = _plain(config.preprocess)  # resolves `encoder: ${model.vision}`
     _check_by(model_class, config.model, "model")
 
 
 def _dataset(name: str, config: DictConfig) -> DictConfig:
-    """A data set's section over its builder's default YAML; processors come from the model's YAML."""
+    """A data set's section merged over its builder's default YAML; default processors are from the model's YAML."""
     from lavis.common.registry import registry
 
     where, user = f"datasets.{name}", _section(config.datasets, name, "datasets.")
@@ -167,14 +167,14 @@ def _dataset(name: str, config: DictConfig) -> DictConfig:
     if variant not in builder.DATASET_CONFIG_DICT:
         raise ConfigError(_unknown(f"{where}.type", variant, builder.DATASET_CONFIG_DICT))
     defaults = read_yaml(builder.default_config_path(type=variant)).datasets
-    # LAVIS's video captions name their section otherwise (`msvd_cap`) than their builder; its builders take the first.
+    # The section in LAVIS's YAML of video captions has another name (`msvd_cap`) than the builder: take the first one.
     section = merged(dict(config.preprocess.items()), defaults.get(name) or next(iter(defaults.values())), user)
     _check_by(builder, section, where)
     return section
 
 
 def _check_by(owner: type, section: DictConfig, where: str) -> None:
-    """Call the ``check_config(cfg, where)`` of the class that will read a section, if it has one."""
+    """Call ``check_config(cfg, where)`` of the class that reads a section, if it has this method."""
     if (check := getattr(owner, "check_config", None)) is not None:
         check(_plain(section), where)
 
@@ -195,7 +195,7 @@ def _parse_run(config: DictConfig) -> RunSettings:
 
 
 def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
-    """Refuse splits that no data set has (LAVIS's cannot say which they have), and our data sets in LAVIS's tasks."""
+    """Raise for splits that no data set has (unknown for LAVIS's data sets), and for our data sets in LAVIS's tasks."""
     from lavis.common.registry import registry
 
     builders = {str(name): registry.get_builder_class(str(name)) for name in datasets}
@@ -212,7 +212,7 @@ def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
 
 
 def _registered(get: Any, where: str, name: Any, known: Collection[str]) -> Any:
-    """The class that is registered with LAVIS under a name."""
+    """The class registered with LAVIS under a name."""
     if (found := get(name) if isinstance(name, str) else None) is None:
         raise ConfigError(_unknown(where, name, known))
     return found
@@ -225,12 +225,12 @@ def _unknown(where: str, name: object, known: Collection[str]) -> str:
 def _plain(section: DictConfig) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:  # an interpolation of something that is not there
+    except OmegaConfBaseException as error:  # an interpolation of a missing key
         raise ConfigError(one_line(error)) from error
 
 
 def _set_paths(env: EnvSettings) -> None:
-    """Set the folders of data and caches; directly in LAVIS's mapping, which refuses to register a path twice."""
+    """Set the folders of data and caches, in LAVIS's mapping itself: it does not let a path be registered twice."""
     from lavis.common.registry import registry
 
     paths = registry.mapping["paths"]

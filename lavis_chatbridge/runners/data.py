@@ -1,6 +1,6 @@
-"""The data of a run: a loader for each split, and the frozen encoders' outputs instead of media.
+"""The data of a run: a loader per split, and cached outputs of the frozen encoders.
 
-LAVIS's data sets, which have no ids and a ``collater`` of their own, get a plain loader with the same plan.
+LAVIS's data sets have no ids and their own ``collater``; they get a simpler loader with the same plan.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> 
 
 
 def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Any:
-    """This process's batches of a split: each sample is on exactly one process."""
+    """This process's batches of a split; each sample is on exactly one process."""
     rank, world_size = distributed.rank(), distributed.world_size()
     if hasattr(dataset, "sources"):
         return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, _settings(run, device))
@@ -83,7 +83,7 @@ def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> A
 
 
 def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
-    """Raise a `DataError` on every process if all together could not read ``run.max_bad_share`` of a data set."""
+    """Raise a `DataError` on every process if in total more than ``run.max_bad_share`` of a data set is unreadable."""
     if not isinstance(loader, EvaluationLoader):
         return
     bad = sum(map(Counter, distributed.gather_everywhere(dict(loader.skipped))), Counter[str]())
@@ -94,7 +94,7 @@ def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
 
 
 class LavisTrainLoader(torch.utils.data.Dataset):
-    """Training batches of LAVIS's map-style data sets, in the order of the same plan as this package's own."""
+    """Training batches of LAVIS's map-style data sets, in the order of a `MixturePlan`."""
 
     def __init__(self, datasets: Mapping[str, Any], settings: LoaderSettings) -> None:
         self.datasets, self.size, self.workers = datasets, settings.batch_size, settings.workers
@@ -112,17 +112,17 @@ class LavisTrainLoader(torch.utils.data.Dataset):
         yield from DataLoader(self, batch_size=None, sampler=sampler, num_workers=self.workers)  # type: ignore[arg-type]
 
     def __getitem__(self, request: tuple[str, list[tuple[int, int]]]) -> dict[str, Any]:
-        """A micro-batch: of a data set, the samples of some pairs ``(index, epoch)``."""
+        """A micro-batch from a request: a data set's name and ``(index, epoch)`` of each sample."""
         name, pairs = request
         collate = getattr(self.datasets[name], "collater", None) or default_collate
         return {"source": name, "skipped": [], **collate([self.datasets[name][index] for index, _ in pairs])}
 
 
-# ---- features: the frozen encoders' outputs, read from ``run.feature_cache`` in place of media
+# ---- features: cached outputs of the frozen encoders (``run.feature_cache``), used instead of media
 
 
 def attach_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> None:
-    """With ``run.feature_cache``, let the splits of a run read features, after encoding those that the cache lacks."""
+    """With ``run.feature_cache``: fill the cache, and make the run's splits read features from it."""
     if run.feature_cache is not None:
         store = fill_features(model, datasets, run, preprocess)
         _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
@@ -131,7 +131,7 @@ def attach_features(model: nn.Module, datasets: Datasets, run: RunSettings, prep
 
 
 def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
-    """Encode the media of a run's splits that the cache lacks; every process encodes its share.
+    """Encode all media of a run's splits that are not in the cache; every process encodes its share.
 
     ``model`` is ChatBridge, on its device; ``preprocess`` has the evaluation processors.
     """
@@ -154,12 +154,12 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
 
 
 def samples(datasets: Datasets, run: RunSettings) -> Iterator[Sample]:
-    """All samples of the splits that a run reads."""
+    """All samples of the run's splits."""
     sources = (source for group in _used(datasets, run) for source in group.sources)
     return (source.sample(index) for source in sources for index in range(len(source)))
 
 
 def _used(datasets: Datasets, run: RunSettings) -> list[Any]:
-    """The data sets of the splits that this run reads."""
+    """The data sets of the run's splits."""
     names = {*run.valid_splits, *run.test_splits, *(() if run.evaluate else run.train_splits)}
     return [dataset for splits in datasets.values() for split, dataset in splits.items() if split in names]

@@ -1,7 +1,7 @@
-"""Processes that train together: their group, their device, and the few objects that they exchange.
+"""Distributed training: the process group, each process's device, and the exchange of small objects.
 
-Without a launcher there is one process and no group, and every function here answers for that process. CUDA processes
-use NCCL, others Gloo.
+Without a launcher there is one process and no group; all functions also work then. The backend is NCCL with CUDA, else
+Gloo.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def init(run: RunSettings) -> torch.device:
-    """Join the processes that a launcher started, if there are several, and return the device of this one."""
+    """Join the process group if a launcher started several processes; returns this process's device."""
     place = announced(os.environ) if run.distributed else Place()
     device = choose_device(run.device, place)
     if place.world_size > 1 and not dist.is_initialized():
@@ -40,7 +40,7 @@ def init(run: RunSettings) -> torch.device:
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:
-    """The device of a process; on machines with several GPUs, that of its local rank."""
+    """The device of a process; with several GPUs, the one with its local rank."""
     available = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
@@ -75,7 +75,7 @@ def _join(run: RunSettings, place: Place, device: torch.device) -> None:
 
 
 def set_address(environment: MutableMapping[str, str]) -> None:
-    """Set MASTER_ADDR and MASTER_PORT under srun, which does not: this machine, and a port of the job's own."""
+    """Set MASTER_ADDR and MASTER_PORT, which srun does not set: this machine, and a port derived from the job's id."""
     if "MASTER_ADDR" not in environment and environment.get("SLURM_NNODES", "1") != "1":
         raise ConfigError(
             "MASTER_ADDR is not set, and this job has several machines: put "
@@ -97,7 +97,7 @@ def in_group() -> bool:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -120,7 +120,7 @@ def from_main(value: T) -> T:
 
 
 def gather_everywhere(value: T) -> list[T]:
-    """The ``value`` of every process by rank, on every process."""
+    """The ``value`` of every process, in rank order, on every process."""
     box: list[Any] = [value] * world_size()
     if in_group():
         dist.all_gather_object(box, value)
@@ -131,7 +131,7 @@ def gather_everywhere(value: T) -> list[T]:
 def together() -> Iterator[None]:
     """Re-raise a `ChatBridgeError` of any rank on every rank, at the end of the block.
 
-    The block must not exchange anything between processes after a line that can raise.
+    The block must not communicate between processes after a line that can raise.
     """
     try:
         yield

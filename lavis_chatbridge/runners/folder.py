@@ -18,12 +18,12 @@ from lavis_chatbridge.runners.settings import RunSettings
 
 WEIGHTS, CHECKPOINTS, RESULTS, CONFIG = "model.safetensors", "checkpoints", "result", "config.yaml"
 LOCK_WAIT = 20.0
-"""Seconds to wait for the lock: data workers of a killed run hold it until they notice, after some 5 s."""
+"""Seconds to wait for the lock: data workers of a killed run hold it until they exit, after about 5 s."""
 _OF_A_RUN = (CHECKPOINTS, WEIGHTS, LOG, RESULTS, "tensorboard", "wandb")
 
 
 def new_job_id() -> str:
-    """A name for a run's folder: the time to the second, and six hexadecimal digits for runs of one second."""
+    """A name for a run's folder: the time in seconds, and six hex digits to distinguish runs of the same second."""
     return f"{datetime.datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
 
 
@@ -59,7 +59,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Lock the folder for one training, and `check` it; the block may claim it again."""
+        """Lock the folder for one training, and `check` it; may be nested."""
         self.make()
         with ExitStack() as stack:
             with distributed.together():
@@ -75,7 +75,7 @@ class RunFolder:
             yield
 
     def check(self) -> None:
-        """Refuse a folder with files of an earlier run that this one neither resumes nor overwrites."""
+        """Raise if the folder has files of an earlier run that this run neither resumes nor overwrites."""
         if self.resumed is not None and not (self.resumed / checkpoints.STATE).is_file():
             raise ConfigError(
                 f"run.resume: {self.resumed} is not a checkpoint, a folder such as step_00001000; to load a weight "

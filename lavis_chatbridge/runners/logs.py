@@ -29,7 +29,7 @@ Sink: TypeAlias = Callable[[str, Mapping[str, Any], int], None]
 
 
 class Meter:
-    """Means and rates since the last line of the log."""
+    """Means and rates since the last log line."""
 
     def __init__(self) -> None:
         self.losses: defaultdict[str, float] = defaultdict(float)
@@ -39,7 +39,7 @@ class Meter:
         self.started = time.perf_counter()
 
     def record(self, dataset: str, result: StepResult, waited: float) -> None:
-        """Count a step; ``waited`` is the time in seconds that its data took to arrive."""
+        """Count a step; ``waited`` is the time in seconds spent waiting for its data."""
         if result.outcome in ("ok", "overflow"):
             self.losses[dataset] += result.loss * result.tokens
             self.tokens[dataset] += result.tokens
@@ -47,7 +47,7 @@ class Meter:
         self.waited += waited
 
     def summary(self) -> dict[str, float]:
-        """Mean losses per token, samples and target tokens per second, the share of time spent waiting for data."""
+        """Mean loss per token, samples and target tokens per second, and the share of time spent waiting for data."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         stats: dict[str, float] = {}
         if total := self.tokens.total():
@@ -62,13 +62,13 @@ class Meter:
 
 
 class Reporter:
-    """Sends metrics to console, log file, TensorBoard and W&B; on ranks other than 0 to none of them.
+    """Sends metrics to console, log file, TensorBoard and W&B. Does nothing on ranks other than 0.
 
     Args:
-        run: Which of them to use.
+        run: The settings of logs.
         folder: The run's folder.
         steps: Steps of the whole run.
-        state: The progress that the run starts or resumes with.
+        state: The progress at the start; a resumed run's is not 0.
     """
 
     def __init__(self, run: RunSettings, folder: Path, steps: int, state: TrainState) -> None:
@@ -91,7 +91,7 @@ class Reporter:
         self._open.close()
 
     def step(self, dataset: str, result: StepResult, waited: float) -> None:
-        """Count a step; every ``log_every`` steps, and at the end, write means and rates."""
+        """Count a step; write means and rates every ``log_every`` steps and at the end."""
         self.meter.record(dataset, result, waited)
         if self.state.step % self.run.log_every == 0 or self.state.step == self.steps:
             stats = {"lr": result.rate, "grad_norm": result.grad_norm, **self.meter.summary()}
@@ -108,14 +108,14 @@ class Reporter:
                 self._sinks.remove(sink)
 
     def _print(self, split: str, stats: Mapping[str, Any], step: int) -> None:
-        """A line on the console, with the time that the remaining steps will take."""
+        """Log a line on the console, with the estimated remaining time."""
         shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in _numbers(stats).items())
         pace = (time.perf_counter() - self._started) / max(1, step - self._first)
         eta = datetime.timedelta(seconds=int(pace * (self.steps - step)))
         _log.info("%s step %d/%d %s eta %s", split, step, self.steps, " ".join(shown), eta)
 
     def _tensorboard(self, folder: Path) -> Sink:
-        """TensorBoard events; a resumed run hides the events of steps that it repeats."""
+        """TensorBoard events; a resumed run purges the events of steps that it repeats."""
         from torch.utils.tensorboard import SummaryWriter
 
         writer = self._open.enter_context(SummaryWriter(str(folder), purge_step=self._first + 1))
@@ -127,7 +127,7 @@ class Reporter:
         return write_events
 
     def _wandb(self, folder: Path) -> Sink:
-        """A Weights & Biases run; its own environment variables choose project and mode."""
+        """A Weights & Biases run; W&B's environment variables set project and mode."""
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,14 +144,14 @@ def write(path: Path, split: str, stats: Mapping[str, Any], step: int) -> None:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Drop from a ``log.txt`` the lines of later steps, which a resumed run repeats."""
+    """Remove the lines of later steps from a ``log.txt``: a resumed run repeats these steps."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one, if any, was cut off
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # drops an incomplete last line
         write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> int:
-    """The step of a line of the log, its first value; 0 for lines of others."""
+    """The step of a log line (its first value); 0 for lines of another form."""
     try:
         return int(next(iter(json.loads(line).values())))
     except (ValueError, TypeError, AttributeError, StopIteration):

@@ -1,4 +1,4 @@
-"""The optimiser: which parameters decay, the learning rate per step, the scaling of fp16 losses."""
+"""The optimiser: AdamW with its weight decay, learning-rate schedules, and the fp16 loss scaler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Schedule: TypeAlias = Callable[[int], float]
 """Step (from 0) -> learning rate."""
 
 _FIRST_FP16_SCALE = 2.0**6
-"""GradScaler's usual 2**16 suits a mean loss; here backward starts from the sum over some thousand tokens."""
+"""Initial loss scale. GradScaler's default 2**16 is for a mean loss; here it is a sum over thousands of tokens."""
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, run: RunSettings) -> torch.optim.AdamW:
 
 
 def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """The loss scaler; it does nothing except in fp16."""
+    """The loss scaler; enabled only in fp16."""
     return torch.amp.GradScaler(device.type, init_scale=_FIRST_FP16_SCALE, enabled=precision == "fp16")
 
 
@@ -57,9 +57,9 @@ def learning_rate(step: int, steps: int, init_lr: float, min_lr: float, warmup_s
 def original_rate(
     step: int, steps: int, init_lr: float, min_lr: float, warmup_steps: int, warmup_lr: float, epoch: int
 ) -> float:
-    """The original ChatBridge's rate of step ``step`` (from 0) of ``steps``, with epochs of ``epoch`` steps.
+    """The original ChatBridge's rate at step ``step`` (from 0) of ``steps``, with epochs of ``epoch`` steps.
 
-    Its ramp restarts with every epoch that begins within the warm-up, and its cosine counts the warm-up's steps.
+    Its warm-up restarts at every epoch that begins within the warm-up, and its cosine starts at step 0.
     """
     if step < warmup_steps:
         return warmup_lr + (init_lr - warmup_lr) * (step % epoch) / warmup_steps
@@ -67,9 +67,10 @@ def original_rate(
 
 
 def schedule(run: RunSettings, steps: int, epoch: int | None = None) -> Schedule:
-    """The learning rate per step of a run of ``steps`` steps, for ``original`` with epochs of ``epoch`` steps.
+    """The learning rate per step of a run of ``steps`` steps; ``epoch`` is the steps per epoch of ``original``.
 
-    LAVIS's own ``linear_warmup_cosine_lr`` steps the cosine per epoch, and its warm-up ends with the first epoch.
+    LAVIS's ``linear_warmup_cosine_lr`` differs: its cosine changes once per epoch, and its warm-up ends with the first
+    epoch.
     """
     shape = (steps, run.init_lr, run.min_lr, run.warmup_steps, run.warmup_lr)
     if run.lr_sched == "original":
@@ -80,7 +81,7 @@ def schedule(run: RunSettings, steps: int, epoch: int | None = None) -> Schedule
 def keep_in_fp32(parameters: Iterable[nn.Parameter]) -> int:
     """Convert half-precision parameters to fp32, in place, and return their number.
 
-    A step of 1e-4 of a bf16 weight is below its rounding: trained in bf16 it would not move.
+    A bf16 weight would not change in training: an update of 1e-4 is rounded off.
     """
     halves = [parameter for parameter in parameters if parameter.dtype in (torch.float16, torch.bfloat16)]
     for parameter in halves:

@@ -1,7 +1,7 @@
-"""A model prepared for its device and its group: precision, equal weights, sharding, recomputation, compilation.
+"""Prepares a model for distributed training: precision, equal weights, sharding, recomputation, compilation.
 
-Trained parameters are small and on every process. Frozen ones are on every process too (``ddp``), except that ``fsdp``
-(FSDP2) shards the language model's blocks and gathers each block when it runs.
+Every process has all trained parameters, which are small. With ``ddp`` it has all frozen ones, too; ``fsdp`` (FSDP2)
+shards the language model's blocks and gathers each block when it runs.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Bridge(Protocol):
-    """A model with trained parts between frozen ones, as ChatBridge is."""
+    """A model with trained parts between frozen ones, such as ChatBridge."""
 
     def parts(self) -> Mapping[str, list[nn.Parameter]]:
         """The trained parts by name."""
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the language model, each of which runs once per forward, on every batch."""
+        """The blocks of the language model; each runs once per forward."""
 
 
 def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """Let exactly the parts ``names`` of a model have gradients; None changes nothing.
+    """Make only the parts ``names`` of a model trainable; None changes nothing.
 
     Returns:
-        Names of the bridge's parameters, trained or not: those that checkpoints keep.
+        Names of the bridge's parameters, trained or not; checkpoints contain these.
     """
     bridge = list(optim.trainable(model))
     if names is None:
@@ -75,18 +75,18 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse a language model on several devices, which can answer but not be trained."""
+    """Raise if the language model is spread over several devices, which supports only inference."""
     settings = getattr(getattr(model, "settings", None), "language_model", None)
     if (chosen := getattr(settings, "device_map", None)) is not None:
         raise ConfigError(
-            f"model.language_model.device_map is {chosen}, which is for answering: set it to null to train, and use "
+            f"model.language_model.device_map is {chosen}, which is for inference: set it to null to train, and use "
             "run.parallel: fsdp if the model does not fit on one device"
         )
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All sharded weights are on every process inside, because evaluation takes each one through other batches."""
+    """Gather all sharded weights in the block: in evaluation, processes have different numbers of batches."""
     sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in sharded:
         module.set_reshard_after_forward(False)
@@ -120,9 +120,9 @@ def _shard(blocks: Sequence[nn.Module], device: torch.device) -> None:
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward``, which keeps only its inputs for backward.
+    """``forward`` with activation checkpointing: only its inputs are kept for backward.
 
-    transformers' own switch for this has no effect in evaluation mode, in which frozen parts stay.
+    transformers' own switch has no effect in evaluation mode, and frozen parts are always in it.
     """
 
     def run(*inputs: Any, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The ``run`` section of a YAML: every key that the runner knows, with its default.
+"""The ``run`` section of a YAML: every key of the runner, with its default.
 
 LAVIS's older names for some keys (`LAVIS_NAMES`) are accepted, so that its YAML files keep working.
 """
@@ -14,7 +14,7 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
 LAVIS_NAMES = {"log_freq": "log_every", "iters_per_inner_epoch": "eval_every", "resume_ckpt_path": "resume"}
-"""LAVIS's name of a key -> ours, where only the name differs."""
+"""LAVIS's name of a key -> our name, for keys with the same meaning."""
 
 IGNORED_LAVIS_KEYS = ("use_dist_eval_sampler", "dist_url", "dist_backend", "rank", "gpu", "world_size", "lr_decay_rate")
 """Keys of LAVIS's YAML files that have no effect here."""
@@ -35,31 +35,31 @@ class RunSettings(EvaluationSettings):
     max_iters: PositiveInt | None = None
     """Length of training in optimiser steps; give this or ``max_epoch``."""
     max_epoch: PositiveInt | None = None
-    """Length of training in passes over the mixture (the sum of all data sets)."""
+    """Length of training in epochs; one has as many samples as all data sets together."""
     batch_size_train: PositiveInt = 32
-    """Samples of one micro-batch on one process."""
+    """Samples per micro-batch and process."""
     batch_size_eval: PositiveInt = 32
-    """Samples of one evaluation batch on one process."""
+    """Samples per evaluation batch and process."""
     accum_grad_iters: PositiveInt = 1
-    """Micro-batches of one optimiser step; all of them, on all processes, are of one data set."""
+    """Micro-batches per optimiser step; all of them, on all processes, are from one data set."""
     train_dataset_ratios: dict[str, Positive] | None = None
-    """Share of the steps that each data set gets; null: in proportion to the number of samples."""
+    """Each data set's share of the steps; null: proportional to the number of samples."""
     num_workers: NonNegativeInt = 2
-    """Processes that load data, per training process; 0 loads in the training process itself."""
+    """Data workers per training process; 0 loads in the training process itself."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of weights, order, augmentation and dropout."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """A run stops when more than this share of a data set's samples cannot be read."""
+    """Stop with an error if more than this share of a data set's samples is unreadable."""
     batch_tokens: PositiveInt | None = None
-    """Size of a micro-batch in tokens instead of ``batch_size_train``."""
+    """Size of a micro-batch in tokens, instead of ``batch_size_train``."""
     group_by_length: bool = False
-    """Put samples of similar text length into a batch."""
+    """Make batches of samples of similar length."""
     feature_cache: str | None = None
-    """Folder of the frozen encoders' outputs, filled on first use; null always encodes."""
+    """Folder that caches the frozen encoders' outputs, filled on first use; null: no cache."""
 
     # ---- optimisation
     train: list[str] | None = None
-    """Parts of the bridge that are trained, such as ``[audio_queries, audio_trans]``; null trains all of it."""
+    """Parts of the bridge to train, such as ``[audio_queries, audio_trans]``; null trains all of it."""
     init_lr: Positive = 1e-4
     """Learning rate after warm-up."""
     min_lr: NotNegative = 0.0
@@ -69,19 +69,19 @@ class RunSettings(EvaluationSettings):
     warmup_steps: NonNegativeInt = 0
     """Length of the linear warm-up, in optimiser steps."""
     lr_sched: Literal["linear_warmup_cosine_lr", "original"] = "linear_warmup_cosine_lr"
-    """Warm-up, then a cosine, both per step; ``original``: the original ChatBridge's, with epochs of ``eval_every``."""
+    """Default: warm-up, then a cosine. ``original``: the original ChatBridge's, with epochs of ``eval_every`` steps."""
     weight_decay: NotNegative = 0.05
-    """AdamW's decay of matrices."""
+    """AdamW's weight decay of matrices."""
     decay_all: bool = False
     """Decay biases and norms too, as the original ChatBridge does."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's averaging factors."""
+    """AdamW's betas."""
     clip_grad_norm: Positive | None = 1.0
-    """Gradients are scaled down to this norm; null never scales."""
+    """Clip gradients to this norm; null does not clip."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of forward and backward; trained weights and their optimiser stay in fp32."""
+    """Precision of forward and backward; trained weights and optimiser state stay in fp32."""
     max_nonfinite_steps: PositiveInt = 20
-    """Steps with a non-finite loss or gradient are skipped; training stops at this many."""
+    """Steps with a non-finite loss or gradient are skipped; stop with an error at this number."""
 
     # ---- evaluation
     evaluate: bool = False
@@ -89,9 +89,9 @@ class RunSettings(EvaluationSettings):
     train_splits: list[str] = ["train"]
     """Splits to train on."""
     valid_splits: list[str] = []
-    """Splits to score during training; the best weights are kept by the first one's ``agg_metrics``."""
+    """Splits to score during training; the first one's ``agg_metrics`` selects the best weights."""
     test_splits: list[str] = []
-    """Splits to score after training, with the best weights if ``valid_splits`` chose some."""
+    """Splits to score after training, with the best weights if there are ``valid_splits``."""
     eval_every: PositiveInt | None = None
     """Steps between two validations; null: once per epoch, or at the end if ``max_iters`` is given."""
 
@@ -109,27 +109,27 @@ class RunSettings(EvaluationSettings):
 
     # ---- checkpoints
     resume: str | None = None
-    """``auto`` resumes from the newest checkpoint of the run's folder, if it has one; a path from that checkpoint."""
+    """``auto``: resume from the newest checkpoint in the run's folder, if any; a path: from that checkpoint."""
     overwrite: bool = False
-    """Delete an earlier run's files in the run's folder; without it, an occupied folder is an error."""
+    """Delete an earlier run's files in the run's folder; without it, such files are an error."""
     save_every_steps: PositiveInt | None = None
-    """Steps between two checkpoints; null saves at validations and at the end."""
+    """Steps between two checkpoints; null: save at validations and at the end."""
     save_every_minutes: Positive | None = 30.0
-    """Minutes between two checkpoints, beside ``save_every_steps``."""
+    """Minutes between two checkpoints, in addition to ``save_every_steps``."""
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
     keep_every: PositiveInt | None = None
-    """Checkpoints at multiples of this many steps are kept as well."""
+    """Also keep checkpoints at multiples of this number of steps."""
 
     # ---- machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto`` is CUDA if torch finds a device, else the CPU."""
+    """``auto``: CUDA if torch finds a device, else CPU."""
     distributed: bool = True
     """Join the processes that torchrun or srun started; false ignores the launcher."""
     timeout_minutes: Annotated[float, Field(gt=0, le=365 * 24 * 60)] = 30.0
-    """A process that waits longer than this for another one ends the run."""
+    """The run ends if a process waits longer than this for another one."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """``fsdp`` shards the language model's blocks over the processes; all other weights are on each."""
+    """``fsdp`` shards the language model's blocks over the processes; each process has all other weights."""
     compile: bool = False
     """Compile the language model's blocks with ``torch.compile``."""
     gradient_checkpointing: bool = False
@@ -171,7 +171,7 @@ class RunSettings(EvaluationSettings):
             yield f"init_lr {self.init_lr} is less than min_lr {self.min_lr} or warmup_lr {self.warmup_lr}"
 
     def check_splits(self, known: Collection[str]) -> None:
-        """Raise a `ConfigError` if a split that this run names is not among the ``known`` ones."""
+        """Raise a `ConfigError` if a split of this run is not among the ``known`` ones."""
         keys = ["test_splits"] if self.evaluate else ["train_splits", "valid_splits", "test_splits"]
         faults = [
             f"run.{key}: no data set has the split {split!r}; there are {', '.join(sorted(known))}"

@@ -1,8 +1,8 @@
-"""One optimiser step, the same for one process as for several, and the progress of a run.
+"""One optimiser step, with the same result for one process and several, and the progress of a run.
 
 The loss of a step is the mean over all target tokens of all micro-batches of all processes. Each process therefore runs
 backward on the *sum* over its tokens; gradients are summed over processes and divided by the total number of tokens.
-This module knows no data set, no file and no log.
+This module knows no data sets, files or logs.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Loss: TypeAlias = Callable[[nn.Module, Samples], tuple[Tensor, Tensor]]
 
 @dataclass
 class StepResult:
-    """What one step did, over all processes.
+    """The result of one step, over all processes.
 
     Attributes:
         outcome: ``ok``, or why no weight changed: ``empty`` (no target token), ``nonfinite`` (loss or gradient),
-            ``overflow`` (fp16 only: the loss scale was too large and has been lowered).
+            ``overflow`` (fp16 only: the loss scale was too large and is lowered).
         loss: Mean over the target tokens.
-        tokens: Target tokens.
-        samples: Samples that were trained on.
-        skipped: Samples that could not be read.
+        tokens: Number of target tokens.
+        samples: Number of samples trained on.
+        skipped: Number of unreadable samples.
         rate: Learning rate.
         save: Whether a process requests a checkpoint.
         stop: Whether a process requests the end of the training.
@@ -63,7 +63,7 @@ class StepResult:
 
 @dataclass
 class Count:
-    """Samples and target tokens of one data set, over all processes."""
+    """Numbers of samples and target tokens of one data set, over all processes."""
 
     samples: NonNegativeInt = 0
     skipped: NonNegativeInt = 0
@@ -75,9 +75,9 @@ class TrainState:
     """The progress of a run.
 
     Attributes:
-        step: Finished steps.
+        step: Number of finished steps.
         counts: Counts by data set.
-        nonfinite_steps: Steps that were skipped for a non-finite loss or gradient.
+        nonfinite_steps: Number of steps skipped because of a non-finite loss or gradient.
         best_metric: Highest ``agg_metrics`` of the first validation split; None before the first validation.
         best_step: The step of ``best_metric``.
         validated: The last step whose validation is finished.
@@ -100,16 +100,16 @@ class TrainState:
         self.nonfinite_steps += result.outcome == "nonfinite"
 
     def check(self, run: RunSettings) -> None:
-        """Raise a `TrainingError` at ``max_nonfinite_steps`` non-finite steps."""
+        """Raise a `TrainingError` after ``max_nonfinite_steps`` non-finite steps."""
         if self.nonfinite_steps >= run.max_nonfinite_steps:
             raise TrainingError(
                 f"{self.nonfinite_steps} steps had a non-finite loss or gradient (run.max_nonfinite_steps "
-                f"{run.max_nonfinite_steps}): lower run.init_lr, use precision bf16 or fp32, or look at the samples "
-                "that the log names"
+                f"{run.max_nonfinite_steps}): lower run.init_lr, use precision bf16 or fp32, or check the samples "
+                "in the log"
             )
 
     def improves(self, metric: float) -> bool:
-        """Whether ``metric`` is the best so far; if so it is recorded for the current step."""
+        """Return whether ``metric`` is the best so far, and if so, record it for the current step."""
         if self.best_metric is not None and not metric > self.best_metric:
             return False
         self.best_metric, self.best_step = metric, self.step
@@ -117,7 +117,7 @@ class TrainState:
 
 
 class TrainStep:
-    """Turns micro-batches into one optimiser step over the model's trainable parameters, which are on ``device``."""
+    """Makes one optimiser step from micro-batches, for a model with trainable parameters on ``device``."""
 
     def __init__(
         self,
@@ -134,9 +134,9 @@ class TrainStep:
         self.parameters = list(optim.trainable(model).values())
 
     def __call__(self, step: int, batch: Sequence[Samples], save: bool = False, stop: bool = False) -> StepResult:
-        """Take step ``step`` (from 0) on this process's micro-batches, leaving out those without a readable sample.
+        """Take step ``step`` (from 0) on this process's micro-batches; empty ones (no readable sample) are skipped.
 
-        ``save`` and ``stop`` are this process's requests for a checkpoint and for the end of the training.
+        ``save`` and ``stop``: this process requests a checkpoint, or the end of training.
         """
         seed_all(self.run.seed, step, self.rank)
         rate = self.schedule(step)
@@ -147,7 +147,7 @@ class TrainStep:
         if self.run.parallel == "fsdp" and distributed.in_group():  # each forward gathers weights from all ranks
             batch = batch[: min(distributed.gather_everywhere(len(batch)))]
         ids = [sample_ids(samples) for samples in batch]
-        own = torch.zeros(len(batch), 2, dtype=torch.float64, device=self.device)  # it is read when the step ends
+        own = torch.zeros(len(batch), 2, dtype=torch.float64, device=self.device)  # read at the end
         for number, samples in enumerate(batch):
             own[number] = self._backward(samples)
         counts = own.new_tensor([sum(map(len, ids)), skipped, save, stop])
@@ -157,17 +157,17 @@ class TrainStep:
             self._update(result)
         if result.outcome == "nonfinite":
             bad = [names for names, (loss, _) in zip(ids, own.tolist(), strict=True) if not math.isfinite(loss)]
-            suspects = [name for names in bad or ids for name in names]  # all of them if only a gradient is not finite
+            suspects = [name for names in bad or ids for name in names]  # all samples if only a gradient is not finite
             result.suspects = [name for names in distributed.gather_everywhere(suspects) for name in names]
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
     def _backward(self, samples: Samples) -> Tensor:
-        """Add a micro-batch's gradients; returns the sum of its loss over its tokens, and their number."""
+        """Add a micro-batch's gradients; returns the loss summed over its tokens, and their number."""
         with autocast(self.run.precision, self.device):
             loss, tokens = self.loss(self.model, samples)
         loss_sum = loss.float() * tokens
-        if loss_sum.requires_grad:  # a batch may pass none of the parts that `run.train` chooses
+        if loss_sum.requires_grad:  # a batch may use no trained part (`run.train`)
             self.scaler.scale(loss_sum).backward()
         return torch.stack([loss_sum.detach().double(), tokens.detach().to(loss_sum.device, torch.float64)])
 
@@ -193,7 +193,7 @@ class TrainStep:
 
 
 def _summed(own: Tensor, rate: float) -> StepResult:
-    """Sum loss, counts and requests over processes, and decide the outcome alike on all of them."""
+    """Sum loss, counts and requests over processes; the outcome is then the same on all of them."""
     if dist.is_initialized():
         dist.all_reduce(own)
     loss, tokens, samples, skipped, save, stop = own.tolist()
@@ -205,9 +205,9 @@ def _summed(own: Tensor, rate: float) -> StepResult:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum gradients over all processes, in place; a parameter without a gradient on every process keeps none.
+    """Sum gradients over all processes, in place; a parameter that has a gradient on no process keeps None.
 
-    The trained part is small (110 M parameters at the paper's size), so all gradients travel in one flat fp32 buffer.
+    The trained part is small (110 M parameters at the paper's size), so all gradients are sent in one flat fp32 buffer.
     """
     if not dist.is_initialized():
         return
@@ -221,28 +221,28 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The precision of a forward; a CPU without half-precision instructions computes in fp32."""
+    """The autocast context of a forward; a CPU without half-precision instructions computes in fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     slow = dtype is not None and device.type == "cpu" and slow_on_cpu(dtype)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and not slow)
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed all random generators from numbers.
+    """Seed all random generators.
 
-    A step's random numbers are a function of seed, step and rank: neither a validation between two steps nor resuming
-    changes them, and a checkpoint needs no generator's state.
+    Called with seed, step and rank before each step, so that validations and resuming do not change its random numbers,
+    and checkpoints need no generator state.
     """
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # where CUDA is never used, torch.manual_seed would queue a call per step
+    if torch.cuda.is_initialized():  # without CUDA, torch.manual_seed would queue one more call per step
         torch.cuda.manual_seed(seed)
 
 
 def sample_ids(samples: Samples) -> Sequence[str]:
-    """The ids of a batch's samples, under the name that its data set uses."""
+    """The ids of a batch's samples; the key depends on the data set."""
     for key in ("sample_id", "image_id", "question_id", "instance_id"):
         if key in samples:
             return [str(name) for name in samples[key]]
