@@ -1,7 +1,7 @@
-"""First stage: run the annotators on each item's frames and sounds, and merge their findings with human captions.
+"""First stage: runs the annotators on each item's frames and sounds, and merges the results with human captions.
 
-Several processes share the items by rank. Finished items are never annotated again, even with another number of
-processes. This module knows only the annotators' protocol.
+Items are sharded over processes by rank. Finished items are not annotated again, even with another number of processes.
+This module knows only the annotators' protocol.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lavis_chatbridge.schema import check_inside, media_path
 
 FRAMES_PER_VIDEO = 3
 _SAMPLE_FIELDS = ("turns", "answers", "style", "task", "facts", "held_out", "meta")
-"""Fields of the sample schema that are ignored, so that a file of samples can be annotated."""
+"""Fields of the sample schema to ignore, so that a JSONL of samples can be annotated."""
 _log = logging.getLogger(__name__)
 
 
 class AnnotateReport(NamedTuple):
-    """Counts of items: annotated by this run, finished before, with unreadable media."""
+    """Numbers of items: annotated by this run, finished before, with unreadable media."""
 
     annotated: int
     known: int
@@ -48,7 +48,7 @@ def annotate(
     Args:
         items: JSONL with ``id``, ``media`` and existing annotations (``captions``, ``sound_captions``, ``tags``,
             ``frames``). The captions of an item with only a sound count as ``sound_captions``.
-        folder: Gets ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
+        folder: Output folder, for ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
         annotators: Run in order; a later one adds to an earlier one's findings and replaces its captions.
         media_root: Folder that media paths are relative to; by default that of ``items``.
         rank: This process.
@@ -105,7 +105,9 @@ def _annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path
 
 
 def _views(item: Annotation, root: Path, modalities: Container[str]) -> Iterator[View]:
-    """The image, or the middles of the thirds of the video; and the sound. Only ``modalities`` are opened."""
+    """The views of an item: the image, or the middle frame of each third of the video; and the sound.
+
+    Only ``modalities`` are opened."""
     for medium in item.media:
         try:
             path = media_path(medium.path, str(root), item.id)
@@ -128,7 +130,7 @@ def _middles(count: int) -> list[int]:
 
 
 def _with_findings(item: Annotation, author: str, view: View, found: Findings) -> Annotation:
-    """The item with an annotator's findings about one view; its author is recorded for each part that it wrote."""
+    """The item with an annotator's findings about one view; records the author of each changed part."""
     changes: dict[str, object] = {"tags": item.tags + found.tags}
     changes["sound_captions"] = item.sound_captions + found.sound_captions
     written = [part for part in ("tags", "sound_captions") if getattr(found, part)]

@@ -1,6 +1,6 @@
-"""An annotation: one item's media in words, which are all that the language model reads about it.
+"""An annotation: a text description of one item's media. The language model reads this instead of the media.
 
-This module stores and words annotations. It knows neither annotators nor requests.
+This module stores annotations and turns them into text. It knows neither annotators nor requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MediumRef(Settings):
 
 
 class Region(Settings):
-    """A part of a frame in words (dense captioning)."""
+    """A caption of a region of a frame (dense captioning)."""
 
     text: str
     box: Box | None = None
@@ -41,18 +41,18 @@ class Frame(Settings):
     position: float = 0.0
     """From 0 (start of the clip) to 1 (end); 0 for an image."""
     time: float | None = None
-    """The same in seconds, if known."""
+    """Time in seconds, if known."""
     caption: str = ""
     regions: tuple[Region, ...] = ()
     semantics: dict[str, float] = {}
-    """Class found by segmentation -> the share of the frame that it covers, the largest first."""
+    """Class from segmentation -> share of the frame's area, in descending order."""
 
 
 class Annotation(Settings):
     """All annotations of one item."""
 
     id: str
-    """Unique in a collection."""
+    """Unique id within the file."""
     media: tuple[MediumRef, ...]
     """An image, a video, a sound, or a video and its sound."""
     captions: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Annotation(Settings):
     tags: tuple[str, ...] = ()
     """Sound events."""
     frames: tuple[Frame, ...] = ()
-    """One for an image, three for a video, none for a sound."""
+    """One frame for an image, three for a video, none for a sound."""
     written_by: dict[str, str] = {}
     """Part -> author, for example ``{"captions": "human", "frames.regions": "florence2 base"}``."""
     source: str = ""
@@ -74,10 +74,10 @@ class Annotation(Settings):
 
     @property
     def modality(self) -> ItemModality:
-        """The modalities of its media, which select the prompts.
+        """The modalities of its media; they select the prompts.
 
         Raises:
-            DataError: If the item combines other media than a video and its sound.
+            DataError: If the item has a combination of media other than video and sound.
         """
         found = {medium.type for medium in self.media}
         if found == {"video", "audio"}:
@@ -149,7 +149,7 @@ def _describe_frame(frame: Frame, modality: ItemModality) -> list[str]:
 
 
 def all_words(annotation: Annotation) -> str:
-    """All words of an annotation, which support an answer."""
+    """All text of an annotation; an answer may name what occurs in it."""
     parts = [*annotation.captions, *annotation.sound_captions, *annotation.tags]
     for frame in annotation.frames:
         parts += [frame.caption, *(region.text for region in frame.regions), *frame.semantics]

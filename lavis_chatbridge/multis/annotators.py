@@ -1,7 +1,7 @@
-"""Annotators: models of transformers, and files of other tools. Each puts one frame or sound into words.
+"""Annotators: transformers models, and files of other tools. Each describes one frame or sound in text.
 
-``chatbridge multis annotate --with NAME=PATH[,option=value...]`` builds one by its name in :data:`ANNOTATORS`. A
-model's path is a folder or a hub id, as in transformers' pipelines.
+``chatbridge multis annotate --with NAME=PATH[,option=value...]`` builds one; :data:`ANNOTATORS` has the names. The path
+of a model is a folder or a hub id, as in transformers' pipelines.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class View:
     content: np.ndarray
     """A frame as uint8 ``[H, W, 3]``, or a sound as float32 ``[S]``, mono at 16 kHz."""
     number: int = 0
-    """Index among the item's views of this modality."""
+    """Index of the view within its modality."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Annotator(Protocol):
     modality: Modality
 
     def annotate(self, view: View) -> Findings:
-        """Put a view into words."""
+        """Describe a view."""
         ...
 
 
 class ModelAnnotator:
-    """A pipeline of transformers; ``largest`` limits its regions, classes or tags, by default to ``most``.
+    """A transformers pipeline; ``largest`` limits the number of regions, classes or tags (default: ``most``).
 
     Raises:
         CheckpointError: If the model cannot be loaded.
@@ -96,7 +96,7 @@ class ModelAnnotator:
 
 
 class Captioner(ModelAnnotator):
-    """Captions of frames by a model such as ``Salesforce/blip2-opt-2.7b-coco``."""
+    """Captions of frames from a model such as ``Salesforce/blip2-opt-2.7b-coco``."""
 
     max_tokens = 40
 
@@ -106,7 +106,7 @@ class Captioner(ModelAnnotator):
 
 
 class Florence2(ModelAnnotator):
-    """Captions of regions by Florence-2 (``florence-community/Florence-2-base``)."""
+    """Captions of regions from Florence-2 (``florence-community/Florence-2-base``)."""
 
     max_tokens = 512
 
@@ -122,7 +122,7 @@ class Florence2(ModelAnnotator):
 
 
 class Segmenter(ModelAnnotator):
-    """Classes of a frame and the share that each covers (``nvidia/segformer-b0-finetuned-ade-512-512``)."""
+    """Classes of a frame and each one's share of its area (``nvidia/segformer-b0-finetuned-ade-512-512``)."""
 
     task = "image-segmentation"
 
@@ -134,7 +134,7 @@ class Segmenter(ModelAnnotator):
 
 
 class AudioTagger(ModelAnnotator):
-    """Sound events by a classifier such as ``MIT/ast-finetuned-audioset-10-10-0.4593``."""
+    """Sound events from a classifier such as ``MIT/ast-finetuned-audioset-10-10-0.4593``."""
 
     task, most = "audio-classification", 5
     modality: Modality = "audio"
@@ -146,15 +146,15 @@ class AudioTagger(ModelAnnotator):
 
 
 class Imported:
-    """Findings of another tool, in a JSON or JSONL file.
+    """Findings of another tool, from a JSON or JSONL file.
 
-    The file is an object ``view -> entries``, or a list of records, each an entry that names its view under
-    ``image_id``, ``file_name``, ``image``, ``audio_id`` or ``id`` (COCO results). A view's name is ``ITEM/NUMBER``; the
-    first view of an item also has the item's id and its file as names. ``largest`` entries are kept per view: the best
-    scores, the largest shares, or the first captions.
+    The file is an object ``view -> entries``, or a list of entries, each with its view's name under ``image_id``,
+    ``file_name``, ``image``, ``audio_id`` or ``id`` (COCO results). A view's name is ``ITEM/NUMBER``; the first view of
+    an item may also be named by the item's id or file. ``largest`` limits the entries per view to those with the best
+    scores or largest shares, or the first captions.
 
     Raises:
-        DataError: If the file cannot be read or has another form.
+        DataError: If the file cannot be read or has another format.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Imported:
         self._entries = _by_view(self._path)
 
     def annotate(self, view: View) -> Findings:
-        """Look the view up; one that is not in the file has no findings."""
+        """The view's findings in the file; empty if the file does not contain the view."""
         file = PurePosixPath(view.path)
         first = [] if view.number else [view.item, str(file), file.name, file.stem]
         names = [f"{view.item}/{view.number}", *first]
@@ -208,7 +208,7 @@ ANNOTATORS: dict[str, Callable[..., Annotator]] = {
     "sound_captions": functools.partial(Imported, form="sound_captions"),
     "tags": functools.partial(Imported, form="tags"),
 }
-"""Name -> builder of an annotator from a path and options. Add an entry to register another one."""
+"""Name -> function that builds an annotator from a path and options. Add an entry to register another annotator."""
 
 
 def build_annotator(text: str) -> Annotator:
@@ -233,7 +233,7 @@ def build_annotator(text: str) -> Annotator:
 
 
 def _by_view(file: str) -> Mapping[str, Any]:
-    """The entries of a file by the name of their view."""
+    """View's name -> its entries in a file."""
     if not file.endswith(".jsonl") and not is_list(file):
         return read_object(file).values
     found: dict[str, Any] = {}
@@ -246,9 +246,9 @@ def _by_view(file: str) -> Mapping[str, Any]:
 
 
 def _region(entry: Mapping[str, Any], size: tuple[int, int]) -> Region:
-    """``box`` is (left, top, right, bottom) as GRIT gives it, ``bbox`` COCO's (left, top, width, height).
+    """A region from an entry's ``box`` (left, top, right, bottom; GRIT) or ``bbox`` (left, top, width, height; COCO).
 
-    Both are in pixels or in shares of ``size`` (width, height).
+    Both are in pixels, or in shares of ``size`` (width, height).
     """
     text = _text(entry, _TEXT_KEYS)
     if "box" not in entry and "bbox" not in entry:
@@ -267,13 +267,13 @@ def _score(entry: Any) -> float:
 
 
 def _largest(shares: Mapping[str, float], count: int) -> dict[str, float]:
-    """The largest shares. Masks may overlap, so that a class may sum to more than the frame."""
+    """The ``count`` largest shares, at most 1: overlapping masks may sum to more than the frame."""
     names = sorted(shares, key=lambda name: -shares[name])[:count]
     return {name: round(min(1.0, shares[name]), 4) for name in names}
 
 
 def _text(entry: str | Mapping[str, Any], keys: Sequence[str]) -> str:
-    """A text, or the value of the first of some keys of an object (of a list its first element).
+    """``entry`` itself if it is a text; else the value of the first existing key (its first element, if it is a list).
 
     Raises:
         LookupError: If the object has none of them.

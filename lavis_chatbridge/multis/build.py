@@ -1,7 +1,7 @@
-"""Last stage: task data and chat data become one MULTIS in shards, with a manifest of all sources.
+"""Last stage: combines task data and chat data into MULTIS: shards, and a manifest of all sources.
 
-The result has a folder for each source: ``annotations.jsonl`` in the sample schema, and shards with its media. Building
-is deterministic: the same inputs give the same bytes.
+The output has a folder per source: ``annotations.jsonl`` in the sample schema, and shards with the media. The same
+inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ class SourceSettings(Settings):
     """One source of MULTIS."""
 
     name: str
-    """Name of the source, and of its folder in the result."""
+    """Name of the source, and of its folder in the output."""
     licence: str
     """Its licence, for the manifest."""
     samples: list[str] = []
     """JSONL files in the sample schema: task data, or ``accepted.jsonl``."""
     dataset: str | None = None
-    """Instead of ``samples``: a public data set by its row in ``configs/datasets`` (``multis_vqav2``)."""
+    """Instead of ``samples``: a public data set, as named in ``configs/datasets`` (``multis_vqav2``)."""
     split: str = "train"
     """The split of ``dataset``."""
     data_root: str | None = None
-    """Folder of the files of ``dataset``; null is ``CHATBRIDGE_DATA``."""
+    """Folder of the files of ``dataset``; null: ``$CHATBRIDGE_DATA``."""
     media_root: str | None = None
-    """Folder of the media paths; null is the folder of each file."""
+    """Folder that media paths are relative to; null: the folder of each file."""
     task: str = ""
-    """Task of samples without one; it selects the instruction templates."""
+    """Task of samples that have none; selects the instruction templates."""
     style: str = ""
-    """Answer style of samples without one."""
+    """Answer style of samples that have none."""
     homepage: str = ""
     limit: int | None = None
     """Most samples."""
@@ -68,10 +68,10 @@ class SourceSettings(Settings):
 
     @cached_property
     def row(self) -> DataSettings | None:
-        """The row of a public data set.
+        """The settings of ``dataset`` from ``configs/datasets``; None without one.
 
         Raises:
-            ConfigError: If there is no such row, or it has no such split.
+            ConfigError: If there is no such data set, or it has no such split.
         """
         if self.dataset is None:
             return None
@@ -90,12 +90,12 @@ class SourceSettings(Settings):
 
     @property
     def files(self) -> list[Path]:
-        """Its annotation files."""
+        """The source's annotation files."""
         files = self.samples if self.row is None else itertools.chain(*self.row.files(self.split).values())
         return [Path(file) for file in files]
 
     def read(self) -> Iterator[Sample]:
-        """Its samples, with the task and style of the source where they have none."""
+        """The source's samples; those without task or style get the source's."""
         task, style = self.task, self.style
         if self.row is not None:
             task, style = task or self.row.task, style or self.row.style
@@ -107,21 +107,21 @@ class SourceSettings(Settings):
 
 
 class BuildSettings(Settings):
-    """What to build."""
+    """The sources and the output format of MULTIS."""
 
     sources: list[SourceSettings] = Field(min_length=1)
     media: Literal["pack", "reference"] = "pack"
     """``pack`` copies media into shards; ``reference`` leaves them in place."""
     wording: Literal["at_reading", "fixed"] = "at_reading"
-    """``at_reading`` samples an instruction template at each epoch; ``fixed`` samples it now."""
+    """``at_reading``: training samples an instruction template in each epoch; ``fixed``: it is sampled now."""
     templates: list[str] = []
     """Further template files."""
     per_shard: int = shards.PER_SHARD
-    """Samples in a shard."""
+    """Number of samples per shard."""
     seed: int = 0
-    """Samples the templates."""
+    """Seed for sampling the templates."""
     skip_missing: bool = False
-    """Skip and count samples whose media are missing, instead of raising an error."""
+    """Skip and count samples with missing media, instead of raising an error."""
 
     def check(self) -> Iterator[str]:
         counts = Counter(source.name for source in self.sources)
@@ -150,7 +150,7 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
 
     Raises:
         DataError: If the folder exists, a file is malformed, or media are missing (all are named).
-        PromptError: If a task's templates need a question that a sample lacks.
+        PromptError: If a task's templates need a question and a sample has none.
     """
     folder = Path(folder)
     if folder.exists():
@@ -182,7 +182,7 @@ def _missing_media(sources: list[SourceSettings]) -> list[str]:
 
 
 def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict[str, Any]:
-    """Write a source to its folder, and return its entry of the manifest."""
+    """Write a source to its folder, and return its entry for the manifest."""
     rng = np.random.default_rng([options.seed, *source.name.encode()])
     # The questions of a row without templates are already complete instructions.
     complete = source.row is not None and source.row.templates is False
@@ -191,7 +191,7 @@ def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict
     present = [sample for sample in found if all(os.path.isfile(medium.path) for medium in sample.files)]
     if repeated := [one for one, count in Counter(sample.id for sample in present).items() if count > 1]:
         raise DataError(f"{source.name}: the id {repeated[0]!r} occurs twice")
-    samples = [_worded(sample, templates, options.wording == "fixed", rng) for sample in present]
+    samples = [_with_instruction(sample, templates, options.wording == "fixed", rng) for sample in present]
     if options.media == "pack":
         shards.write(folder, samples, "annotations", options.per_shard)
     else:
@@ -209,8 +209,8 @@ def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict
     }
 
 
-def _worded(sample: Sample, templates: Templates, fixed: bool, rng: np.random.Generator) -> Sample:
-    """The sample, if ``fixed`` with its instruction; its task must have a template unless it has turns."""
+def _with_instruction(sample: Sample, templates: Templates, fixed: bool, rng: np.random.Generator) -> Sample:
+    """The sample, with an instruction if ``fixed``; without turns, its task must have a template."""
     where = f"{sample.source}: sample {sample.id!r}"
     if sample.task not in templates.tasks:
         if sample.turns:
@@ -225,5 +225,5 @@ def _worded(sample: Sample, templates: Templates, fixed: bool, rng: np.random.Ge
         return sample
     first = Message("user", request, sample.modalities)
     turns = (first, *sample.turns[1:]) if sample.turns else (first, Message("assistant", sample.captions[0]))
-    # A sample without a task gets no template when it is read; meta keeps the task's name.
+    # Remove the task, so that training adds no second template; meta keeps its name.
     return replace(sample, turns=turns, task="", style="", meta={**sample.meta, "task": sample.task})

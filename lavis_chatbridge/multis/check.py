@@ -1,6 +1,6 @@
-"""Third stage: accept or reject answers by rules; rejected answers are stored with their reasons.
+"""Third stage: accepts or rejects answers by rules; stores rejected answers with the reasons.
 
-Every call checks all answers again: checking is fast, and the same files give the same result.
+Every call checks all answers again: this is fast and deterministic.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, to_record
 
 PAPER_COUNTS = {"conversation": 24_000, "detail": 18_000, "reasoning": 9_000}
-"""Samples of the paper's video, audio and video+audio chat data (arXiv 2305.16103, section 4.2), rounded as there."""
+"""Numbers of samples of the paper's video, audio and video+audio chat data (arXiv 2305.16103, section 4.2), as rounded
+there."""
 _WORDS = re.compile(r"\b[\w'\u2019-]+\b")
 _CLAUSE_END = re.compile(r"[.;:!?,]")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _DENIAL = re.compile(r"\s*(?:no\b|there\s+(?:is|are)\s+no)", re.IGNORECASE)
 _PHRASE_LISTS = ("text_source", "refusal", "markup", "unsafe", "negation", "hedge")
 Range = tuple[int, int]
-"""Least and most, inclusive."""
+"""Minimum and maximum, inclusive."""
 Reason = tuple[str, str]
-"""A rule and what it found."""
+"""A rule's name and the detail that it found."""
 
 
 class KindLimits(Settings):
-    """Allowed lengths of one kind of sample: questions per sample, words per question and per answer."""
+    """Limits of one kind of sample: questions per sample, words per question, words per answer."""
 
     pairs: Range
     question_words: Range
@@ -51,7 +52,7 @@ class KindLimits(Settings):
 
 
 class CheckSettings(Settings):
-    """What is accepted."""
+    """The settings of the rules."""
 
     limits: dict[DataKind, KindLimits] = {
         "conversation": KindLimits(pairs=(2, 8), question_words=(1, 60), answer_words=(2, 120)),
@@ -59,13 +60,13 @@ class CheckSettings(Settings):
         "reasoning": KindLimits(pairs=(1, 3), question_words=(4, 80), answer_words=(20, 300)),
     }
     duplicate_from: float = Field(default=0.8, gt=0, le=1)
-    """Estimated Jaccard similarity of word triples at which a sample counts as a near duplicate."""
+    """Samples with at least this estimated Jaccard similarity of word triples are near duplicates."""
     unsafe: str | None = None
-    """``MODULE:FUNCTION`` from a text to a reason or None; null uses the patterns of ``language``."""
+    """``MODULE:FUNCTION``: text -> reason or None; null uses the patterns in ``language``."""
     language: str | None = None
-    """A file like ``rules/language.yaml``."""
+    """A file in the format of ``rules/language.yaml``."""
     things: str | None = None
-    """A file like ``rules/things.yaml``."""
+    """A file in the format of ``rules/things.yaml``."""
 
     def check(self) -> Iterator[str]:
         yield from (f"limits.{kind} is missing" for kind in DATA_KINDS if kind not in self.limits)
@@ -73,7 +74,7 @@ class CheckSettings(Settings):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parsed answer, the input of the rules."""
+    """A parsed answer: the input of the rules."""
 
     kind: DataKind
     pairs: list[Pair]
@@ -120,7 +121,7 @@ class NearDuplicates:
 
 
 class Checker:
-    """All rules. ``book`` has the questions of descriptions, and the examples that an answer must not copy.
+    """Applies all rules. ``book`` has the questions of descriptions, and the examples that answers must not copy.
 
     Raises:
         ConfigError: If a rule file or the unsafe hook cannot be loaded.
@@ -138,7 +139,7 @@ class Checker:
         self._rules = (self._lengths, self._wording, self._repeats, self._absent, self._safety)
 
     def check(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[Sample | None, list[Reason]]:
-        """Check one answer: returns the sample, or None and every reason against it."""
+        """Check one answer; returns the sample, or None and all reasons for rejection."""
         kind = record["kind"]
         pairs, reasons = self._parse(record, annotation)
         if pairs:
@@ -156,7 +157,7 @@ class Checker:
     def _parse(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[list[Pair], list[Reason]]:
         reasons: list[Reason] = []
         if record["finish"] in ("length", "max_tokens"):
-            reasons.append(("truncated", "the answer reached its greatest length"))
+            reasons.append(("truncated", "the answer reached the token limit"))
         elif record["finish"] == "content_filter":
             reasons.append(("refusal", "the server's content filter stopped the answer"))
         try:
@@ -201,7 +202,7 @@ class Checker:
                     yield "repetition", f"{count} times in {length} words: {name}"
 
     def _absent(self, candidate: Candidate) -> Iterator[Reason]:
-        """Things, sounds and colours that an answer claims and the annotation does not support."""
+        """Things, sounds and colours that an answer mentions but the annotation does not support."""
         absent: dict[str, None] = {}
         for pair in candidate.pairs:
             for text in (pair.answer,) if _DENIAL.match(pair.answer) else (pair.question, pair.answer):
@@ -212,7 +213,7 @@ class Checker:
             yield "absent", ", ".join(absent)
 
     def _excused(self, text: str, at: int, hedged: bool) -> bool:
-        """Whether the mention at ``at`` is negated in its clause or, if ``hedged``, only supposed in its sentence."""
+        """Whether the mention at ``at`` is negated in its clause or, with ``hedged``, only supposed in its sentence."""
         before = text[:at]
         clause = before[max((found.end() for found in _CLAUSE_END.finditer(before)), default=0) :]
         if self._phrases["negation"].search(clause):
@@ -231,9 +232,9 @@ class Checker:
 
 
 def check(generated: str | Path, annotations: str | Path, folder: str | Path, checker: Checker | None = None) -> dict:
-    """Check all answers of a generation, and return the statistics.
+    """Check all generated answers, and return the statistics.
 
-    ``folder`` gets ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json``.
+    Writes ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json`` to ``folder``.
 
     Raises:
         DataError: If there are no annotations.
@@ -261,7 +262,7 @@ def check(generated: str | Path, annotations: str | Path, folder: str | Path, ch
 
 
 def statistics(accepted: Sequence[Sample], rejected: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts by kind and modality, and by rule, as JSON values."""
+    """Numbers of samples by kind and modality, and by rule, as JSON values."""
     cells = Counter((sample.task, sample.modality, "accepted") for sample in accepted)
     cells += Counter((record["kind"], record["modality"], "rejected") for record in rejected)
     kinds = {}
@@ -326,7 +327,7 @@ def _rejection(record: Mapping[str, Any], reasons: list[Reason], annotation: Ann
 
 
 def _read_phrases(path: str | None) -> tuple[dict[str, re.Pattern[str]], dict[str, re.Pattern[str]]]:
-    """The phrase lists of ``rules/language.yaml`` compiled: by name, and ``foreign_media`` by modality.
+    """The compiled phrases of ``rules/language.yaml``: by name, and ``foreign_media`` by modality.
 
     Raises:
         ConfigError: If a list is missing or a pattern is not a regular expression.
@@ -341,7 +342,7 @@ def _read_phrases(path: str | None) -> tuple[dict[str, re.Pattern[str]], dict[st
 
 
 def _any_of(patterns: list[str]) -> re.Pattern[str]:
-    """Any of the patterns, as whole words where they begin or end with a letter or digit."""
+    """A regular expression for any of ``patterns``; a match does not begin or end inside a word."""
     whole = (rf"(?:(?<!\w)|(?=\W))(?:{pattern})(?:(?!\w)|(?<=\W))" for pattern in patterns)
     return re.compile("|".join(whole), re.IGNORECASE)
 

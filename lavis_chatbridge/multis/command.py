@@ -16,7 +16,7 @@ STOPPED_EARLY = 3
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[str, typer.Option("--out", help="The folder to write.")]
-Checked = Annotated[str, typer.Argument(help="The folder that `check` made.")]
+Checked = Annotated[str, typer.Argument(help="The output folder of `check`.")]
 Prompts = Annotated[str | None, typer.Option(help="A folder with kinds.yaml and seeds/ that replaces the package's.")]
 
 
@@ -44,7 +44,7 @@ def annotate(
     rank: Annotated[int | None, typer.Option(help="This process; default: RANK or SLURM_PROCID.")] = None,
     world: Annotated[int | None, typer.Option(help="Number of processes; default: WORLD_SIZE or SLURM_NTASKS.")] = None,
 ) -> None:
-    """Put media into words. Run again to resume."""
+    """Describe media in text. Run again to resume."""
     from lavis_chatbridge.multis.annotate import annotate as run
     from lavis_chatbridge.multis.annotators import build_annotator
 
@@ -55,26 +55,26 @@ def annotate(
 
 @app.command()
 def generate(
-    annotations: Annotated[str, typer.Argument(help="What `annotate` made.")],
+    annotations: Annotated[str, typer.Argument(help="The output folder of `annotate`.")],
     out: Out,
-    model: Annotated[str, typer.Option(help="The model's name at the server.")],
+    model: Annotated[str, typer.Option(help="The model's name on the server.")],
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; default: OpenAI's.")] = None,
     api_key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = "OPENAI_API_KEY",
     kinds: Annotated[
         str, typer.Option(metavar="A,B", help="Kinds of data; default: all.")
     ] = "conversation,detail,reasoning",
-    counts: Annotated[str, typer.Option(metavar="KIND=N,...", help="Most requests per kind.")] = "",
+    counts: Annotated[str, typer.Option(metavar="KIND=N,...", help="Maximum number of requests per kind.")] = "",
     prompts: Prompts = None,
     shots: Annotated[int, typer.Option(help="Seed examples per prompt.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed for sampling items and examples.")] = 0,
     temperature: float = 0.7,
     top_p: float = 1.0,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
+    concurrency: Annotated[int, typer.Option(help="Number of concurrent requests.")] = 16,
     retries: Annotated[int, typer.Option(help="Retries per request.")] = 5,
     timeout: Annotated[float, typer.Option(help="Seconds for one attempt.")] = 120.0,
     requests_per_minute: float | None = None,
     tokens_per_minute: float | None = None,
-    max_cost: Annotated[float | None, typer.Option(metavar="USD", help="Limit over all runs into this folder.")] = None,
+    max_cost: Annotated[float | None, typer.Option(metavar="USD", help="Limit over all runs with this --out.")] = None,
     prices: Annotated[str | None, typer.Option(help="YAML: MODEL: {input, output}, USD per million tokens.")] = None,
     price_of: Annotated[str | None, typer.Option(help="Entry of the price table to use; `local` is free.")] = None,
     token_limit_field: str = "max_tokens",
@@ -83,7 +83,7 @@ def generate(
     ] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and send nothing.")] = False,
 ) -> None:
-    """Ask a language model for chat data. Run again to resume."""
+    """Query a language model for chat data. Run again to resume."""
     from lavis_chatbridge.multis import generate as stage
     from lavis_chatbridge.multis.annotation import read_annotations
     from lavis_chatbridge.multis.prices import price_of as find_price
@@ -114,7 +114,7 @@ def generate(
 
 @app.command()
 def check(
-    generated: Annotated[str, typer.Argument(help="The folder of `generate`.")],
+    generated: Annotated[str, typer.Argument(help="The output folder of `generate`.")],
     annotations: Annotated[str, typer.Option(help="The annotations that `generate` used.")],
     out: Out,
     prompts: Prompts = None,
@@ -147,7 +147,7 @@ def page(
     accepted: int = 40,
     rejected: int = 20,
 ) -> None:
-    """Write a page of samples with their media."""
+    """Write an HTML page of samples with their media."""
     from lavis_chatbridge.multis.page import write_page
 
     print(f"{write_page(checked, media_root, out, accepted, rejected, annotations)} samples: {out}")

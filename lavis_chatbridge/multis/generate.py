@@ -1,6 +1,6 @@
-"""Second stage: ask a language model for chat data through any OpenAI-compatible server.
+"""Second stage: queries a language model for chat data on any OpenAI-compatible server.
 
-Each answer is one line of ``answers.jsonl``, written before its worker sends the next request. A later run skips the
+Each answer is one line of ``answers.jsonl``, written before its worker sends the next request. A later run skips
 requests that have an answer. The openai client retries and honours ``Retry-After``; aiolimiter limits the rates.
 """
 
@@ -40,29 +40,29 @@ class GenerateSettings(Settings):
 
     model: str
     base_url: str | None = None
-    """Null is OpenAI's own server."""
+    """URL of the server; null: OpenAI's."""
     api_key_env: str = "OPENAI_API_KEY"
     temperature: float = 0.7
     top_p: float = 1.0
     timeout: PositiveFloat = 120.0
-    """Seconds for one attempt."""
+    """Time limit of one attempt in seconds."""
     retries: NonNegativeInt = 5
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """The request's field for the answer's token limit; newer OpenAI models need the second."""
+    """The request's field for the token limit; newer OpenAI models need ``max_completion_tokens``."""
     extra_body: dict[str, Any] = {}
     """Additional fields of each request."""
     kinds: list[DataKind] = list(DATA_KINDS)
     counts: dict[DataKind, int] = {}
-    """Most requests per kind, sampled with ``seed``; an absent kind uses all items."""
+    """Maximum number of requests per kind, sampled with ``seed``; other kinds use all items."""
     shots: NonNegativeInt = 3
-    """Seed examples per prompt."""
+    """Number of seed examples per prompt."""
     seed: int = 0
     concurrency: PositiveInt = 16
     requests_per_minute: PositiveFloat | None = None
     tokens_per_minute: PositiveFloat | None = None
-    """Counts the prompt (estimated) and the answer's token limit."""
+    """Limit per minute on the prompts' tokens (estimated) plus the answers' token limits."""
     max_cost: float | None = None
-    """US dollars, over all runs into the folder. A request that might exceed it is not sent."""
+    """Limit in US dollars, over all runs with this output folder. A request that might exceed it is not sent."""
 
     def check(self) -> Iterator[str]:
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
@@ -71,7 +71,7 @@ class GenerateSettings(Settings):
 
 @dataclass(frozen=True)
 class Request:
-    """One chat to send. Its id is a hash of everything that affects the answer."""
+    """One request. Its id is a hash of everything that affects the answer."""
 
     id: str
     item: str
@@ -82,21 +82,21 @@ class Request:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt, estimated at four characters each."""
+        """Estimated number of prompt tokens, at four characters per token."""
         return sum(len(m["content"]) // _CHARACTERS_PER_TOKEN + _TOKENS_PER_MESSAGE for m in self.messages)
 
     @property
     def most_prompt_tokens(self) -> int:
-        """Upper bound: no token of a byte-level tokenizer is shorter than a byte."""
+        """Upper bound of the number of prompt tokens: every token has at least one byte."""
         return sum(len(m["content"].encode()) + _TOKENS_PER_MESSAGE for m in self.messages)
 
 
 def plan(
     annotations: Callable[[], Iterable[Annotation]], book: PromptBook, options: GenerateSettings
 ) -> Iterator[Request]:
-    """Yield the requests of a generation in the order of the annotations.
+    """Yield all requests, in the order of the annotations.
 
-    ``annotations`` opens the annotations. It is called once more for each kind that ``options.counts`` limits.
+    ``annotations`` is a function that opens the annotations; it is called again for each kind in ``options.counts``.
     """
     chosen = {kind: _sampled(annotations(), kind, count, options.seed) for kind, count in options.counts.items()}
     for annotation in annotations():
@@ -116,7 +116,7 @@ def _sampled(annotations: Iterable[Annotation], kind: str, count: int, seed: int
 
 
 def read_answers(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the answers in a generation's folder, each request once; a partial line of a killed run is skipped."""
+    """Yield the answers in an output folder, one per request; an incomplete line of a killed run is skipped."""
     file = Path(folder) / ANSWERS
     seen: set[str] = set()
     for _, line in read_lines(file) if file.is_file() else ():
@@ -130,7 +130,7 @@ def read_answers(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 
 class Estimate(NamedTuple):
-    """Requests without and with an answer, and US dollars: expected, at most, and spent by earlier runs."""
+    """Numbers of requests without and with an answer, and US dollars: expected, maximum, spent by earlier runs."""
 
     requests: int
     known: int
@@ -142,7 +142,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(requests: Iterable[Request], book: PromptBook, price: Price, folder: str | Path) -> Estimate:
-    """Estimate the cost of a generation without sending a request, with answers as long as the seed examples."""
+    """Estimate the cost without sending a request. Answers are assumed to be as long as the seed examples."""
     before = {record["id"]: record["cost"] for record in read_answers(folder)}
     known = count = prompt = 0
     completion = bound = 0.0
@@ -161,21 +161,21 @@ def estimate(requests: Iterable[Request], book: PromptBook, price: Price, folder
 
 @dataclass
 class Report:
-    """Counts of a run, and the US dollars that all runs into the folder have cost."""
+    """Counts of a run, and the total cost in US dollars of all runs with this output folder."""
 
     answered: int = 0
     known: int = 0
     failed: int = 0
     spent: float = 0.0
     stopped: str = ""
-    """Why the run ended early, or empty."""
+    """Why the run ended early, or ""."""
 
 
 def generate(requests: Iterable[Request], folder: str | Path, price: Price, options: GenerateSettings) -> Report:
     """Send every request that has no answer in ``folder/answers.jsonl`` yet.
 
     Raises:
-        ChatBridgeError: If the server rejects the key or the model; earlier answers are in the folder.
+        ChatBridgeError: If the server rejects the key or the model; earlier answers stay in the folder.
         DataError: If another process writes to the folder.
     """
     file = Path(folder) / ANSWERS
@@ -192,7 +192,7 @@ class _Run:
     options: GenerateSettings
     report: Report = field(default_factory=Report)
     in_flight: float = 0.0
-    """US dollars that the requests in flight may cost."""
+    """Upper bound of the cost of unanswered requests, in US dollars."""
     failed_in_a_row: int = 0
 
     async def work(self, requests: Iterator[Request]) -> Report:
@@ -208,7 +208,7 @@ class _Run:
         costs = {record["id"]: record["cost"] for record in read_answers(self.file.parent)}
         self.done, self.report.spent = set(costs), sum(costs.values())
         rates = (options.requests_per_minute or _UNLIMITED, options.tokens_per_minute or _UNLIMITED)
-        # A second's share, but at least one request, may be sent at once.
+        # Allow bursts of one second's requests, and at least one.
         self.limits = [AsyncLimiter(max(1.0, rate / 60), max(1.0, 60 / rate)) for rate in rates]
         async with AsyncOpenAI(
             api_key=key or "none", base_url=options.base_url, timeout=options.timeout, max_retries=options.retries

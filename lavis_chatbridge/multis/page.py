@@ -1,4 +1,4 @@
-"""Writes an HTML page of checked samples beside their media, for inspection before training."""
+"""Writes an HTML page of checked samples with their media, for inspection before training."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def write_page(
 ) -> int:
     """Write the page ``out``, which links to the media, and return its number of samples.
 
-    At most ``accepted`` accepted and ``rejected`` rejected samples are chosen at random, always the same ones. With
-    ``annotations`` the page also has the descriptions that the language model read.
+    Shows at most ``accepted`` accepted and ``rejected`` rejected samples, chosen at random with a fixed seed. With
+    ``annotations``, also shows the descriptions that the language model read.
 
     Raises:
         DataError: If ``checked`` is not an output of ``multis check``.

@@ -1,7 +1,7 @@
-"""Parse a language model's answer into questions and answers.
+"""Parses a language model's answer into questions and answers.
 
-Models follow the requested form (``Question: ...`` / ``Answer: ...``) loosely: numbered, bold, with other labels, or as
-JSON. An ambiguous answer is rejected with a reason; nothing is guessed.
+Models vary the requested format (``Question: ...`` / ``Answer: ...``): numbers, bold labels, other labels, JSON. An
+ambiguous answer raises a `DataError` with the reason.
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ class Price(Settings):
     output: float
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """US dollars for a request."""
+        """Cost of a request in US dollars."""
         return (prompt_tokens * self.input + completion_tokens * self.output) / 1_000_000
 
 
 def price_of(model: str, table: str | Path | None = None) -> Price:
-    """Look up the longest prefix of a model's name in a table, by default ``prices.yaml``.
+    """The price of the longest entry of a table (by default ``prices.yaml``) that is a prefix of the model's name.
 
     Raises:
         ConfigError: If the table is malformed or has no such model.

@@ -1,6 +1,6 @@
-"""Find the things, sounds and colours that a text names, and those that an annotation supports.
+"""Finds the things, sounds and colours that a text mentions, and those that an annotation supports.
 
-The vocabulary is a tree of names (``rules/things.yaml``). Words outside it are neither found nor judged.
+The vocabulary is a tree of names (``rules/things.yaml``). Other words are ignored.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Things:
             for group in yaml.safe_load(file.read_text(encoding="utf-8")).values():
                 self._add(group, set())
         except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{file} is no tree of names: {error}") from error
+            raise ConfigError(f"{file} is not a tree of names: {error}") from error
         self._longest = max((name.count(" ") + 1 for name in self._supports), default=1)
 
     def mentions(self, text: str) -> list[tuple[str, int]]:
-        """Find every mention in a text as (name, offset). A name inside a longer name is not a mention."""
+        """All mentions in a text as (name, offset). A name inside a longer name does not count."""
         words = list(_words(text))
         found = []
         position = 0
@@ -53,18 +53,18 @@ class Things:
         return found
 
     def support(self, text: str) -> set[str]:
-        """The names that an annotation's words support: those in it, their synonyms, and their ancestors."""
+        """The names that an annotation's text supports: those in it, their synonyms, and their ancestors."""
         words = [word for word, _ in _words(text)]
         names = {name for position in range(len(words)) for name in self._names_at(words, position)}
         return set().union(*(self._supports[name] for name in names))
 
     def _names_at(self, words: Sequence[str], position: int) -> list[str]:
-        """The names that begin with a word, the longest last."""
+        """The names that start at a word, the longest last."""
         runs = (" ".join(words[position : position + length]) for length in range(1, self._longest + 1))
         return [run for run in dict.fromkeys(runs) if run in self._supports]
 
     def _add(self, tree: Any, ancestors: set[str]) -> None:
-        """Enter names; each supports itself, its synonyms, and their ancestors."""
+        """Add names to the vocabulary; each supports itself, its synonyms, and their ancestors."""
         if isinstance(tree, str):
             raise TypeError(f"expected a list or a mapping of names, found {tree!r}")
         for names in tree or ():

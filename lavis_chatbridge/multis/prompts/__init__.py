@@ -1,7 +1,7 @@
 """Prompts for generating chat data: instructions, and worked examples written for this package.
 
 ``kinds.yaml`` has the instructions, ``seeds/`` the examples. A folder with the same layout replaces both. This module
-words requests; it does not send them.
+makes prompts; it sends no requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Pair(Settings):
 
 
 class Seed(Settings):
-    """A worked example: notes about an item, and an answer per kind."""
+    """A seed example: a description of an item, and an answer per kind."""
 
     annotation: dict[str, Any]
     conversation: list[Pair] = []
@@ -38,7 +38,7 @@ class Seed(Settings):
     reasoning: Pair | None = None
 
     def answer(self, kind: DataKind) -> str:
-        """The example's answer of ``kind`` in the requested form, or an empty text."""
+        """The example's answer of ``kind`` in the requested format, or ""."""
         if kind == "detail":
             return self.detail.strip()
         pairs = self.conversation if kind == "conversation" else [self.reasoning] if self.reasoning else []
@@ -51,11 +51,11 @@ class KindSettings(Settings):
     instruction: str
     max_tokens: int
     questions: dict[str, list[str]] = {}
-    """Modality -> questions for answers that are requested without one (detailed descriptions)."""
+    """Modality -> questions for samples that are requested without a question (detailed descriptions)."""
 
 
 class Kinds(Settings):
-    """The layout of ``kinds.yaml``."""
+    """The content of ``kinds.yaml``."""
 
     modalities: dict[str, dict[str, str]]
     common: str
@@ -70,7 +70,7 @@ class PromptBook:
     """The instructions and examples of one folder.
 
     Args:
-        folder: Holds ``kinds.yaml`` and ``seeds/*.yaml``; by default the package's own.
+        folder: Folder with ``kinds.yaml`` and ``seeds/*.yaml``; None: the package's own.
 
     Raises:
         ConfigError: With every fault of the files, or if a kind and modality has fewer than three examples.
@@ -91,9 +91,9 @@ class PromptBook:
     def messages(
         self, kind: DataKind, annotation: Annotation, shots: int = MIN_SEEDS, seed: int = 0
     ) -> list[dict[str, str]]:
-        """The chat messages that ask for data of ``kind`` about one item.
+        """The chat messages that request data of ``kind`` about one item.
 
-        ``shots`` examples come before the item, sampled by its id and ``seed``.
+        They start with ``shots`` examples, sampled by the item's id and ``seed``.
         """
         modality = annotation.modality
         examples = self.examples[kind, modality]
@@ -107,7 +107,7 @@ class PromptBook:
         return [*messages, {"role": "user", "content": describe(annotation)}]
 
     def question(self, kind: DataKind, modality: ItemModality, item: str) -> str:
-        """The question for an answer without one (detailed descriptions); always the same for an item."""
+        """The question for a sample that is requested without one (detailed descriptions); depends only on the item."""
         questions = self.kinds[kind].questions.get(modality)
         if not questions:
             raise ConfigError(f"{self.folder / 'kinds.yaml'}: kinds.{kind}.questions.{modality} is missing")
