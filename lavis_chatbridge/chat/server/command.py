@@ -73,7 +73,7 @@ class ServerOptions(Settings):
         for folder in self.files:
             if not folder.is_dir():
                 yield f"there is no folder {folder}"
-        if not (self.token_file or os.environ.get(TOKENS)) and not is_loopback(self.host):
+        if not self.tokens and not is_loopback(self.host):
             yield f"others can reach host {self.host}: give tokens (--token-file), or listen on 127.0.0.1"
 
     @cached_property

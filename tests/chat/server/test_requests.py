@@ -134,6 +134,9 @@ def test_tokens_and_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert ServerOptions(token_file=str(tmp_path / "tokens"), host="0.0.0.0").tokens == ("zero", "one", "two")
     for name in ("empty", "absent"):
         with pytest.raises(ConfigError, match=name):
-            _ = ServerOptions(token_file=str(tmp_path / name)).tokens
+            parse(ServerOptions, {"token_file": str(tmp_path / name)}, "options")
+    monkeypatch.setenv(command.TOKENS, " ")
+    with pytest.raises(ConfigError, match=r"others can reach host 0\.0\.0\.0"):
+        parse(ServerOptions, {"host": "0.0.0.0"}, "options")
     with command.listen("127.0.0.1", 0) as line, pytest.raises(ConfigError, match="cannot listen"):
         command.listen("127.0.0.1", line.getsockname()[1])
