@@ -1,1 +1,1 @@
-"""The embedded world: a small closed world with exact ground truth, which makes scores of a tiny model meaningful."""
+"""The embedded world: a small synthetic world with exact ground truth; even a tiny model gets meaningful scores."""

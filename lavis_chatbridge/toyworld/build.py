@@ -1,12 +1,12 @@
-"""Writes the embedded world to a folder: media files, annotations, and ``world.json`` with settings and counts.
+"""Writes the embedded world to a folder: media, annotations, and ``world.json`` with settings and counts.
 
 The same seed gives the same bytes. ``images/``, ``videos/`` and ``sounds/`` have a sub-folder per split: ``train``;
 ``test`` (new renderings of the combinations in training); ``heldout`` (combinations that are not in training); and
-``joint`` (a picture or clip with a sound, for tests only).
+``joint`` (pairs of a picture or clip and a sound, for tests only).
 
 ``annotations/`` holds ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl``
 (conversations for training, questions for tests), ``joint_test.jsonl`` (questions about two media) and
-``joint_words.jsonl`` (the same questions, both media described in words). This module knows no model.
+``joint_words.jsonl`` (the same questions, with text descriptions instead of media). This module knows no model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PARTNERS = {"image": _SEEN["audio"], "video": _SEEN["audio"], "audio": _SEEN["i
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of media: per modality in training, and one number for all modalities in each other split."""
+    """Numbers of media: for training per modality, for every other split one number for all modalities."""
 
     images: int = 1500
     videos: int = 900
@@ -68,7 +68,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Item:
-    """A file to render to ``path`` under the world's folder; ``track`` is the sound of a clip in the joint test."""
+    """A file to render to ``path`` in the world's folder; ``track`` is a clip's audio track in the joint test."""
 
     path: str
     split: str
@@ -79,7 +79,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two media of the joint test in the order of the prompt; a clip and its own track have one path."""
+    """Two media of the joint test, in the order of the prompt; a clip and its own audio track have the same path."""
 
     number: int
     scenes: tuple[Scene, Scene]
@@ -87,9 +87,9 @@ class Pair:
 
 
 def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, processes: int = 2) -> Path:
-    """Build the embedded world in ``folder``, unless it has these settings, and return the folder.
+    """Build the embedded world in ``folder``, unless it is already there with these settings; returns the folder.
 
-    A world with other settings is replaced when the new one is complete.
+    A world with other settings is replaced as soon as the new one is complete.
 
     Raises:
         DataError: If the folder contains other files, or rendering fails.
@@ -123,7 +123,7 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
 
 
 def is_world(folder: str | Path) -> bool:
-    """Whether a folder contains a complete world of this version, of any size and seed."""
+    """Whether a folder contains a complete world of the current version (any size and seed)."""
     return _settings_in(Path(folder)).get("version") == VERSION
 
 
@@ -136,7 +136,7 @@ def _settings_in(folder: Path) -> dict[str, Any]:
 
 
 def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
-    """All files of the world and the pairs of the joint test; a function of the arguments alone."""
+    """All files of the world and the pairs of the joint test; depends only on the arguments."""
     items: list[Item] = []
     train: dict[Modality, int] = {"image": sizes.images, "video": sizes.videos, "audio": sizes.sounds}
     for modality in MODALITIES:
@@ -144,7 +144,7 @@ def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
             chosen = scenes(modality, split == "heldout", seed * len(SPLITS) + SPLITS.index(split))
             items += [Item(_path(modality, split, i, seed), split, i, next(chosen)) for i in range(count)]
     pairs = []
-    # Training shows each of these scenes, but alone.
+    # Each of these scenes occurs in training, but never two together.
     trained = {m: scenes(m, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for m in MODALITIES}
     for number in range(sizes.joint):
         seen, heard = next(trained["video" if number % 2 else "image"]), next(trained["audio"])
@@ -187,14 +187,14 @@ def render(item: Item, seed: int) -> bytes:
     clip = clips.render(item.scene, rng)
     track = item.track
     if track is None and item.split != "joint" and rng.random() < _TRACK_SHARE:
-        pool = all_scenes("audio")  # an unrelated sound, which gives no information about the clip
+        pool = all_scenes("audio")  # unrelated to the clip
         track = pool[int(rng.integers(len(pool)))]
     seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
     return clips.encode(clip, rng, sounds.render(track, rng, seconds, rate=16_000) if track else None)
 
 
 def _render_all(draft: Path, sizes: Sizes, seed: int, processes: int) -> None:
-    """Render in new interpreters: fork is unsafe with threads, and spawn would run the user's script."""
+    """Render in new Python processes: fork is unsafe with threads, and spawn would run the user's script again."""
     if processes == 1:
         _render_share(str(draft), asdict(sizes), seed, 0, 1)
         return
@@ -258,10 +258,9 @@ def _base(draft: Path, item: Item, suffix: str = "") -> dict[str, Any]:
 
 
 def _conversations(draft: Path, item: Item, rng: random.Random) -> Iterator[Sample]:
-    """A conversation about the medium alone, and one about it and a second medium that is described in words.
+    """One conversation about the medium, and one about it and a text description of a second medium.
 
-    No sample has two media: a description replaces the second one. The model generalises from described media to two
-    media.
+    No training sample has two media; the model must generalise from descriptions to a second medium.
     """
     yield Sample(**_base(draft, item), turns=tuple(language.chat(item.scene, rng)), source="toyworld_instruct")
     other = rng.choice(_PARTNERS[item.scene.modality])

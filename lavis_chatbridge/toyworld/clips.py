@@ -1,7 +1,7 @@
-"""Clips of the embedded world: an object that moves, grows or shrinks before a still background.
+"""Clips of the embedded world: an object that moves, grows or shrinks in front of a still background.
 
-The input is a `Scene`; start, travel, frame count, frame rate, codec and quality are sampled with a generator. A clip
-may have an audio track. Knows neither captions nor training.
+The input is a `Scene`; start, distance, frame count, frame rate, codec and quality are random. A clip may have an
+audio track. Knows neither captions nor training.
 
 Lengths are fractions of the picture's side.
 """
@@ -54,7 +54,7 @@ def render(scene: Scene, rng: np.random.Generator, frames: int | None = None) ->
     for placement in placements:
         canvas = backdrop.copy()
         pictures.paint(canvas, facts["shape"], rgb, placement)
-        turned = np.roll(noise, tuple(rng.integers(0, side, 2)), (0, 1))  # new grain would cost more than the drawing
+        turned = np.roll(noise, tuple(rng.integers(0, side, 2)), (0, 1))  # new noise would take longer
         drawn.append(pictures.finish(canvas, turned))
     return Clip(np.stack(drawn), int(rng.choice(RATES)), tuple(placements))
 
@@ -69,7 +69,7 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
         picture = container.add_stream(codec, rate=clip.rate, options=options)
         picture.height, picture.width = clip.frames.shape[1:3]
         picture.pix_fmt = "yuv420p"
-        picture.codec_context.thread_count = 1  # more threads would change the bytes, and are not faster at this size
+        picture.codec_context.thread_count = 1  # more threads change the bytes, and are not faster at this size
         if codec == "mpeg4":
             picture.bit_rate = int(rng.integers(300_000, 900_000))
         sound = None
@@ -94,7 +94,7 @@ def decode(file: bytes) -> Pixels:
 
 def _course(motion: str, count: int, rng: np.random.Generator) -> list[Placement]:
     tilt = pictures.tilt(rng)
-    steps = np.linspace(0.0, 1.0, count) ** rng.uniform(0.85, 1.18)  # a little acceleration either way
+    steps = np.linspace(0.0, 1.0, count) ** rng.uniform(0.85, 1.18)  # a slight acceleration or deceleration
     if motion in _DIRECTIONS:
         radius = rng.uniform(*MOVING_RADII)
         travel = rng.uniform(*TRAVEL)

@@ -2,8 +2,8 @@
 
 Each value has its own word in captions. There are five kinds of questions: *name* (values of attributes), *compose*
 (short descriptions), *match* (which of the given words fit), *compare* (yes or no) and *conditional* (a condition
-selects the attribute to name; the answer begins with the condition's truth: ``no, circle``). A question about two media
-always needs facts of both. The caller's `random.Random` determines every text.
+selects the attribute to name; the answer begins with its truth: ``no, circle``). A question about two media always
+needs facts of both. All random choices use the caller's `random.Random`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SHORT: dict[Modality, str] = {
     "video": "a {colour} {shape}",
     "audio": "a {pitch} {timbre}",
 }
-"""The only wording of a short description, so that *compose* questions have one right answer."""
+"""The only form of a short description, so that *compose* questions have one right answer."""
 
 NOUNS: dict[Modality, tuple[str, ...]] = {
     "image": ("picture", "image"),
@@ -124,12 +124,12 @@ def terse(scene: Scene, rng: random.Random) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Words that replace a medium in a prompt: a caption, or the values alone."""
+    """A description that replaces a medium in a prompt: a caption, or only the values."""
     return caption(scene, rng) if rng.random() < 0.5 else terse(scene, rng)
 
 
 def fill(template: str, scene: Scene) -> str:
-    """A template with the scene's words, and ``an`` before a vowel."""
+    """Fill a template with the scene's words, and use ``an`` before a vowel."""
     facts = scene.facts
     where, act = _WHERE.get(facts.get("place", ""), ""), facts.get("motion", "")
     sentence = template.format(**facts, where=where, act=_ACT.get(act, act))
@@ -141,7 +141,7 @@ def fill(template: str, scene: Scene) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """A value of an attribute of a question's ``medium``-th medium."""
+    """An attribute of the ``medium``-th medium of a question, and its value."""
 
     medium: int
     attribute: str
@@ -174,7 +174,7 @@ def attribute_question(scene: Scene, attribute: str, rng: random.Random) -> Ques
 
 
 def joint(scene_a: Scene, scene_b: Scene, rng: random.Random, kind: QuestionKind) -> Question:
-    """A question that needs both media; the prompt shows them in this order."""
+    """A question that needs both media, which are in this order in the prompt."""
     return Asker((scene_a, scene_b), rng).ask(kind)
 
 
@@ -206,11 +206,11 @@ class Asker:
         return Fact(medium, *self.rng.choice(self.scenes[medium].values))
 
     def values(self, fact: Fact) -> tuple[str, ...]:
-        """The values of a fact's attribute that a claim may use."""
+        """The possible values of a fact's attribute in a claim."""
         return self._all(fact)
 
     def claim(self, fact: Fact, true: bool) -> str:
-        """A value to ask about: the true one or, if ``true`` is false, another."""
+        """A value for a yes/no question: the true one, or another one if ``true`` is False."""
         values = self.values(fact)
         others = [value for value in values if value != fact.value]
         if (true and fact.value in values) or not others:
@@ -239,7 +239,7 @@ class Asker:
         return Question(text, " and ".join(short(self.scenes[medium]) for medium in order), "compose", tuple(facts))
 
     def _match(self) -> Question:
-        for _ in range(50):  # very similar media may leave no unambiguous choice
+        for _ in range(50):  # very similar media may have no unambiguous choice
             first, second = self._pair()
             another = [self.rng.choice([v for v in self._all(f) if v != f.value]) for f in (first, second)]
             words = [first.value, second.value, *another]
@@ -268,7 +268,7 @@ class Asker:
         return Question(text, "yes" if holds else "no", "compare", (first, second))
 
     def _both_go(self) -> Question | None:
-        """``do the clip and the sound both go up?``; None at random, and if it is true of neither."""
+        """``do the clip and the sound both go up?``; None at random, and if neither does."""
         facts = {
             name: Fact(medium, name, scene.facts[name])
             for medium, scene in enumerate(self.scenes)

@@ -1,7 +1,7 @@
-"""Pictures of the embedded world: one coloured object on a varied, noisy, dull background.
+"""Pictures of the embedded world: one coloured object on a noisy background of muted colours.
 
-The input is a `Scene`; everything else (exact position, size, hue, tilt, background, quality) is sampled with a
-generator. Knows neither captions nor folders nor training.
+The input is a `Scene`; everything else (exact position, size, hue, tilt, background, quality) is random.
+Knows neither captions nor folders nor training.
 
 Lengths are fractions of the picture's side, positions are ``(x, y)`` from the upper left corner.
 """
@@ -35,7 +35,7 @@ HUES: dict[str, tuple[float, float, float, float]] = {
     "purple": (276, 6, 0.70, 0.95),
     "pink": (330, 5, 0.40, 0.55),
 }
-"""Colour to hue and its jitter in degrees, and the range of saturation; neighbours' ranges do not touch."""
+"""Colour -> hue and its jitter in degrees, and range of saturation; the ranges of similar colours do not overlap."""
 
 PLACES: dict[str, tuple[float, float]] = {
     "left": (0.27, 0.5),
@@ -65,7 +65,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Pixels:
 
 
 def render_placed(scene: Scene, rng: np.random.Generator) -> tuple[Pixels, Placement]:
-    """As `render`, and the exact placement."""
+    """Like `render`, but also returns the exact placement."""
     facts = scene.facts
     side = int(rng.choice(SIDES))
     radius = rng.uniform(*RADII[facts["size"]])
@@ -78,7 +78,7 @@ def render_placed(scene: Scene, rng: np.random.Generator) -> tuple[Pixels, Place
 
 
 def encode(pixels: Pixels, suffix: str, rng: np.random.Generator) -> bytes:
-    """A picture file's bytes; ``suffix`` is ``"png"`` or ``"jpg"`` (of a quality from 75 to 95)."""
+    """A picture file's bytes; ``suffix`` is ``"png"`` or ``"jpg"`` (quality 75 to 95)."""
     file = io.BytesIO()
     if suffix == "png":
         Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
@@ -88,7 +88,7 @@ def encode(pixels: Pixels, suffix: str, rng: np.random.Generator) -> bytes:
 
 
 def colour(name: str, rng: np.random.Generator) -> Floats:
-    """A typical colour of the name ``name``: float32 ``[3]``, RGB from 0 to 1."""
+    """A random shade of the colour ``name``: float32 ``[3]``, RGB from 0 to 1."""
     hue, jitter, low, high = HUES[name]
     degrees = hue + rng.uniform(-jitter, jitter)
     rgb = colorsys.hsv_to_rgb(degrees / 360 % 1.0, rng.uniform(low, high), rng.uniform(0.86, 1.0))
@@ -96,12 +96,12 @@ def colour(name: str, rng: np.random.Generator) -> Floats:
 
 
 def tilt(rng: np.random.Generator) -> float:
-    """A slight tilt in radians: a square must not become a diamond, nor a cross an X."""
+    """A slight tilt in radians, so that a square does not become a diamond, or a cross an X."""
     return float(rng.uniform(-0.2, 0.2))
 
 
 def background(rng: np.random.Generator, side: int) -> Floats:
-    """A dull background of one of five patterns: float32 ``[side, side, 3]``, RGB from 0 to 1."""
+    """A background of muted colours with one of five patterns: float32 ``[side, side, 3]``, RGB from 0 to 1."""
     pattern = _PATTERNS[int(rng.integers(len(_PATTERNS)))](rng, side)
     light = rng.uniform(0.12, 0.88)
     contrast = rng.uniform(0.04, 0.16)
@@ -140,7 +140,7 @@ def finish(canvas: Floats, noise: Floats) -> Pixels:
     return (np.clip(canvas + noise, 0.0, 1.0) * np.float32(255.0) + np.float32(0.5)).astype(np.uint8)
 
 
-# --- Shapes: the distance from the edge in units of the radius, negative inside; u to the right, v down. ---
+# --- Shapes: signed distance to the edge in units of the radius, negative inside; u points right, v down. ---
 
 
 def _triangle(u: Floats, v: Floats) -> Floats:
@@ -149,7 +149,7 @@ def _triangle(u: Floats, v: Floats) -> Floats:
 
 
 def _star(u: Floats, v: Floats) -> Floats:
-    """Five points: the angle is folded into one half of a point, whose edge is a straight line."""
+    """Five points. By symmetry, only the straight edge of half a point is computed."""
     outer, inner, half = 1.15, 0.46, np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + half) % (2 * half) - half)
     length = np.hypot(u, v)

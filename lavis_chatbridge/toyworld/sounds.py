@@ -1,8 +1,8 @@
-"""Sounds of the embedded world: one voice of a timbre, a pitch and a temporal pattern, over a faint noise floor.
+"""Sounds of the embedded world: one voice with a timbre, a pitch and a temporal pattern, over faint noise.
 
-The input is a `Scene`; exact pitch, tempo, loudness, noise, length, sample rate and channels are sampled with a
-generator. A rising or falling sound is a sequence of sweeps, so that any few seconds contain its direction. Knows
-neither captions nor training.
+The input is a `Scene`; exact pitch, tempo, loudness, noise, length, sample rate and channels are random. A rising or
+falling sound is a sequence of sweeps, so that any few seconds contain its direction. Knows neither captions nor
+training.
 
 Shape legend: ``S`` samples, ``C`` channels. Pitches in Hz, lengths in seconds.
 """
@@ -23,7 +23,7 @@ from lavis_chatbridge.toyworld.world import Scene
 Floats = NDArray[np.float32]
 
 PITCHES: dict[str, tuple[float, float]] = {"low": (140, 185), "middle": (400, 500), "high": (1100, 1400)}
-"""The range of a sound's middle pitch in Hz. A sweep of `SPAN` octaves around it stays clear of the neighbours."""
+"""Range of a sound's middle pitch in Hz. Sweeps of `SPAN` octaves around it do not reach the next range."""
 
 SPAN = 0.8
 SECONDS = (2.0, 25.0)
@@ -31,7 +31,7 @@ RATES = (16_000, 22_050, 32_000, 44_100, 48_000)
 _RATE_SHARES = (0.86, 0.06, 0.02, 0.04, 0.02)
 _LENGTHS = ((2.0, 5.5), (5.5, 10.5), (10.5, 25.0))
 _LENGTH_SHARES = (0.62, 0.26, 0.12)
-_HIGHEST = 7_400.0  # Hz: higher partials would be lost, or alias, at 16 kHz
+_HIGHEST = 7_400.0  # Hz: higher partials would be lost or aliased at 16 kHz
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Course:
 
 
 def render(scene: Scene, rng: np.random.Generator, seconds: float | None = None, rate: int | None = None) -> Sound:
-    """A recording of ``scene``; its length (2 to 25 s) and rate are sampled unless given."""
+    """A recording of ``scene``; length (2 to 25 s) and rate are random by default."""
     facts = scene.facts
     rate = int(rng.choice(RATES, p=_RATE_SHARES)) if rate is None else rate
     if seconds is None:
@@ -88,7 +88,7 @@ def _decibels(level: float) -> np.float32:
     return np.float32(10 ** (level / 20))
 
 
-# --- Patterns: how pitch and level run over time. ---
+# --- Patterns: pitch and level over time. ---
 
 
 def _steady(rng: np.random.Generator, pitch: float, clock: Floats, seconds: float) -> _Course:
@@ -110,7 +110,7 @@ def _sweeping(rng: np.random.Generator, pitch: float, clock: Floats, seconds: fl
 
 
 def _gate(since: Floats, period: float, open_share: float, edge: float) -> Floats:
-    """Open for a share of each period, with ramps of ``edge`` seconds so that it does not click."""
+    """The level over time: 1 for a share of each period, else 0; ramps of ``edge`` seconds avoid clicks."""
     return np.clip(np.minimum(since, np.float32(period * open_share) - since) / np.float32(edge), 0.0, 1.0)
 
 
@@ -127,12 +127,12 @@ _PATTERNS: dict[str, Callable[[np.random.Generator, float, Floats, float], _Cour
 
 def _phase(pitch: Floats, rate: int, start: float = 0.0) -> Floats:
     turns = np.cumsum(pitch, dtype=np.float64) / rate + start
-    turns -= np.floor(turns)  # while still in double precision; much faster than % 1.0
+    turns -= np.floor(turns)  # in double precision; much faster than % 1.0
     return turns.astype(np.float32) * np.float32(2 * np.pi)
 
 
 def _harmonics(pitch: Floats, rate: int, strengths: dict[int, float]) -> Floats:
-    """A sum of whole-number harmonics, by the recurrence of sin(k x); those above `_HIGHEST` are left out."""
+    """A sum of harmonics, by the recurrence of sin(k x); omits those above `_HIGHEST`."""
     phase = _phase(pitch, rate)
     twice_cos, before, now = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
     top = float(pitch.max())
@@ -167,7 +167,7 @@ def _organ(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
 
 
 def _buzzer(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
-    """Every harmonic up to high ones, roughened by a fast beat."""
+    """All harmonics, with a fast beat that makes it rough."""
     slope = rng.uniform(0.25, 0.45)
     voice = _harmonics(course.pitch, rate, {order: order**-slope for order in range(1, 31)})
     clock = np.arange(len(voice), dtype=np.float32) / np.float32(rate)
@@ -175,7 +175,7 @@ def _buzzer(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
 
 
 def _bell(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
-    """Inharmonic partials that die away after each onset, the high ones first."""
+    """Inharmonic partials that decay after each onset, the high ones faster."""
     top = float(course.pitch.max())
     last = float(course.since.max())
     decay = rng.uniform(0.35, 0.6) * last
@@ -190,7 +190,7 @@ def _bell(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
 
 
 def _wind(rng: np.random.Generator, course: _Course, rate: int) -> Floats:
-    """Noise in a band around the pitch: a carrier whose amplitude and phase wander at random."""
+    """Band noise around the pitch: a carrier with random amplitude and phase."""
     width = float(course.pitch.mean()) * rng.uniform(0.16, 0.24)
     knots = int(len(course.pitch) / rate * width) + 4
     places = np.linspace(0, knots - 1, len(course.pitch))

@@ -1,4 +1,4 @@
-"""The attributes of the embedded world, their values, and the combinations that are held out of training.
+"""The attributes of the embedded world, their values, and the combinations held out of training.
 
 A `Scene` is the ground truth of one medium. The renderers draw it and `language` describes it; this module does
 neither.
@@ -37,7 +37,7 @@ TRIPLES: dict[Modality, tuple[str, str, str]] = {
     "video": ("shape", "colour", "motion"),
     "audio": ("timbre", "pitch", "pattern"),
 }
-"""The three attributes of which some combinations are held out."""
+"""Modality -> the three attributes that define held-out combinations (triples)."""
 
 HELD_OUT_SHARE = 0.12
 
@@ -56,7 +56,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether the bridge's training leaves out this scene's triple."""
+        """Whether this scene's triple is excluded from the bridge's training."""
         return tuple(self.facts[name] for name in TRIPLES[self.modality]) in _HELD_OUT[self.modality]
 
 
@@ -67,7 +67,7 @@ def all_scenes(modality: Modality) -> list[Scene]:
 
 
 def scenes(modality: Modality, held_out: bool, seed: int) -> Iterator[Scene]:
-    """Endless scenes of one split; each round has every combination once, in a new random order."""
+    """Endless scenes of one split, in rounds; each round has every combination once, in a new random order."""
     pool = [scene for scene in all_scenes(modality) if scene.held_out == held_out]
     order = random.Random(f"{modality}/{held_out}/{seed}")
     while True:
@@ -76,7 +76,7 @@ def scenes(modality: Modality, held_out: bool, seed: int) -> Iterator[Scene]:
 
 
 def _hold_out(modality: Modality) -> frozenset[tuple[str, ...]]:
-    """A fixed share of the triples, chosen so that every pair of values still occurs in training."""
+    """A fixed share of the triples; every pair of values still occurs in training."""
     pool = list(itertools.product(*(ATTRIBUTES[modality][name] for name in TRIPLES[modality])))
     random.Random(f"held out {modality}").shuffle(pool)
     wanted = round(HELD_OUT_SHARE * len(pool))

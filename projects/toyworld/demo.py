@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 projects/toyworld/demo.py output/demo
 
-``make demo`` runs it on up to two cores. Every part is a run of a shipped configuration, as ``chatbridge train`` and
-``chatbridge evaluate`` do it; all parts share one import of the libraries.
+``make demo`` runs it on up to two cores. Every part does the same as ``chatbridge train`` or ``chatbridge evaluate``
+with a shipped configuration; all run in the same processes, so that the libraries are imported once.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Part:
     """A run of the demo.
 
     Attributes:
-        title: For people.
+        title: Description for the console.
         seconds: Approximate duration on two free cores.
         configuration: A file of projects/chatbridge.
         folder: Folder of its results, below the demo's folder.
-        model: The part whose trained model it starts from.
-        batch: Samples of a training step over all processes, as in the configuration; 0 scores instead.
-        conditions: Scores again without some media, or with other samples' media.
+        model: The folder of an earlier part; start from its trained model.
+        batch: Samples per training step over all processes, as in the configuration; 0: no training, only scores.
+        conditions: Further evaluations, without some media or with other samples' media.
     """
 
     title: str
@@ -58,7 +58,7 @@ PARTS = (
 
 
 def main(folder: Path) -> int:
-    """Run all parts in one session and return the exit status."""
+    """Run all parts; returns the exit status."""
     place = announced(os.environ)
     first = place.rank == 0
     if first:

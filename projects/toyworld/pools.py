@@ -1,7 +1,7 @@
-"""Renderings of the embedded world in memory, and endless training batches of them for its encoders.
+"""Renderings of the embedded world in memory, and endless training batches for its encoders.
 
-As in use, media are rendered, written to a file, opened, and resized or converted to a filterbank. Every combination of
-attributes occurs, held-out ones too: the encoders may see the entire world, but only one medium at a time.
+Media are rendered, encoded to a file, opened, and resized or converted to a filterbank, as in normal use. Every
+combination of attributes occurs, also held-out ones: encoders may see the entire world, but only one medium at a time.
 
 Shape legend: ``R`` renderings, ``B`` batch, ``A`` attributes, ``S`` side, ``F`` frames of a filterbank, ``M`` mel bins.
 """
@@ -33,10 +33,10 @@ STILLS_PER_CLIP = 6
 MEL_BINS = 64
 _PLACE = STILL_ATTRIBUTES.index("place")
 _LEFT, _RIGHT = (ATTRIBUTES["image"]["place"].index(side) for side in ("left", "right"))
-_CUTS = ((256, 0.5), (512, 0.3), (1024, 0.2))  # frames of a batch's clips, and how often
+_CUTS = ((256, 0.5), (512, 0.3), (1024, 0.2))  # number of frames of a batch's clips, and frequency
 _FRAMES_PER_BATCH = 48 * 256
-_LONG_SHARE = 0.25  # of the sounds may last 12 s, the others 6 s
-_TRACK_SHARE = 0.15  # of the sounds come out of a clip's sound track
+_LONG_SHARE = 0.25  # share of the sounds with up to 12 s; the others have up to 6 s
+_TRACK_SHARE = 0.15  # share of the sounds from a clip's audio track
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Batch:
 
     Attributes:
         inputs: The encoder's arguments.
-        labels: ``[B, A]``, `UNKNOWN` where a medium lacks the attribute.
+        labels: ``[B, A]``, `UNKNOWN` if a medium does not have the attribute.
         targets: ``[B, n]`` regression targets from about -1 to 1; ``n`` may be 0.
     """
 
@@ -59,7 +59,7 @@ class Stills:
     """Pictures, then frames of clips.
 
     Attributes:
-        pixels: float16 ``[R, 3, S, S]`` as the encoder takes them.
+        pixels: float16 ``[R, 3, S, S]`` the encoder's input.
         labels: ``[R, A]`` in the order of `STILL_ATTRIBUTES`; frames have no size or place.
         places: ``[R, 3]``: the object's centre and radius as fractions of the side.
     """
@@ -78,7 +78,7 @@ class Sounds:
 
 
 def label(scene: Scene, names: Sequence[str]) -> list[int]:
-    """The index of each attribute's value, `UNKNOWN` where the scene lacks the attribute."""
+    """The index of each attribute's value; `UNKNOWN` if the scene does not have the attribute."""
     facts = scene.facts
     return [ATTRIBUTES[scene.modality][name].index(facts[name]) if name in facts else UNKNOWN for name in names]
 
@@ -115,7 +115,7 @@ def still_batches(pool: Stills, size: int, seed: int) -> Iterator[Batch]:
 
 
 def still_targets(places: Tensor) -> Tensor:
-    """Centre and radius of ``[R, 3]`` places, stretched to about -1 to 1."""
+    """Centre and radius from ``[R, 3]`` places, scaled to about -1 to 1."""
     return (places - torch.tensor([0.5, 0.5, 0.2])) * torch.tensor([2.5, 2.5, 8.0])
 
 
@@ -136,7 +136,7 @@ def render_sounds(count: int, seed: int) -> Sounds:
 
 
 def sound_batches(pool: Sounds, seed: int) -> Iterator[Batch]:
-    """Endless batches of about as many frames each, cut to 2.6, 5.1 or 10.2 s from anywhere, louder or fainter."""
+    """Endless batches with about equal numbers of frames: random cuts of 2.6, 5.1 or 10.2 s, with random loudness."""
     rng = np.random.default_rng(seed)
     cuts, shares = zip(*_CUTS, strict=True)
     while True:
@@ -149,7 +149,7 @@ def sound_batches(pool: Sounds, seed: int) -> Iterator[Batch]:
 
 
 def sound_batch(fbanks: Sequence[Tensor], pool: Sounds, chosen: Sequence[int] | np.ndarray) -> Batch:
-    """Filterbanks ``[F, M]`` of different lengths, filled up with zeros, with the labels of the ``chosen`` sounds."""
+    """Filterbanks ``[F, M]`` of different lengths, zero-padded, with the labels of the ``chosen`` sounds."""
     frames = torch.tensor([len(one) for one in fbanks])
     padded = torch.nn.utils.rnn.pad_sequence([one.float() for one in fbanks], batch_first=True)
     return Batch((padded, frames), pool.labels[torch.as_tensor(chosen)], torch.zeros(len(fbanks), 0))

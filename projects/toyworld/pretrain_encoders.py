@@ -1,7 +1,7 @@
 """Trains the tiny EVA-ViT and the tiny BEATs of the embedded world as classifiers of its attributes.
 
 ``python projects/toyworld/pretrain_encoders.py vision --out FOLDER`` writes ``eva_vit.safetensors`` or
-``beats.safetensors``: the encoder's state dict in fp16, without the heads that it was trained with.
+``beats.safetensors``: the encoder's state dict in fp16, without its classification heads.
 
 Shape legend: ``B`` batch, ``N`` tokens, ``D`` width, ``A`` attributes.
 """
@@ -36,18 +36,18 @@ TINY = model_settings("tiny")
 VISION = TINY.vision
 BEATS = BeatsConfig(**TINY.audio.config)
 UNSEEN = 960
-"""Renderings for scoring alone."""
+"""Number of renderings that are used only for scoring."""
 
 TARGET_WEIGHT = 4.0
-"""Weight of the squared error of place and radius beside the cross-entropies."""
+"""Loss weight of the squared error of position and radius; cross-entropies have weight 1."""
 
 Encode = Callable[[Batch], tuple[Tensor, Tensor]]
-"""From a batch to tokens ``[B, N, D]`` and their mask ``[B, N]``."""
+"""Batch -> tokens ``[B, N, D]`` and their mask ``[B, N]``."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Number of renderings, and how an encoder is trained."""
+    """Number of renderings, and training settings of an encoder."""
 
     renderings: int
     steps: int
@@ -64,7 +64,7 @@ FILES = {"vision": "eva_vit.safetensors", "audio": "beats.safetensors"}
 class Heads(nn.Module):
     """A linear classifier per attribute, and a linear regression, on the mean of the tokens.
 
-    With the mean, each token learns to carry the attributes, where the perceiver finds them later.
+    Because of the mean, each token learns to represent the attributes, for the perceiver.
     """
 
     def __init__(self, width: int, classes: Sequence[int], targets: int) -> None:
@@ -74,7 +74,7 @@ class Heads(nn.Module):
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
-        """``[B, N, D]`` tokens and ``[B, N]`` mask to ``[B, classes]`` per attribute, and ``[B, targets]``."""
+        """``[B, N, D]`` tokens and ``[B, N]`` mask -> ``[B, classes]`` per attribute, and ``[B, targets]``."""
         weights = mask.to(tokens.dtype).unsqueeze(-1)
         mean = (self.norm(tokens) * weights).sum(1) / weights.sum(1)
         return list(self.linear(mean).split(self.sizes, dim=-1))
@@ -135,7 +135,7 @@ def train_audio(recipe: Recipe) -> nn.Module:
 def fit(
     module: nn.Module, encode: Encode, heads: Heads, batches: Iterator[Batch], recipe: Recipe, score: Callable[[], str]
 ) -> None:
-    """Train ``module`` (encoder and heads) by AdamW with warm-up and cosine decay; log loss and score now and then."""
+    """Train ``module`` (encoder and heads) with AdamW, warm-up and cosine decay; log loss and score at intervals."""
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
     )
@@ -156,7 +156,7 @@ def fit(
 
 
 def loss_of(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-    """The sum of the attributes' cross-entropies, unknown ones left out, and the weighted error of the targets."""
+    """The sum of the attributes' cross-entropies (without unknown labels) and the weighted error of the targets."""
     *logits, regressed = outputs
     loss = logits[0].new_zeros(())
     for scores, labels in zip(logits, batch.labels.unbind(1), strict=True):
@@ -170,7 +170,7 @@ def loss_of(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def accuracy(encode: Encode, heads: Heads, batches: Sequence[Batch]) -> list[float]:
-    """The share of right classifications per attribute, over the media that have it; NaN where none has."""
+    """The share of right classifications per attribute, over the media with this attribute; NaN if there are none."""
     right, known = torch.zeros(batches[0].labels.shape[1]), torch.zeros(batches[0].labels.shape[1])
     for batch in batches:
         *logits, _ = heads(*encode(batch))
@@ -181,10 +181,10 @@ def accuracy(encode: Encode, heads: Heads, batches: Sequence[Batch]) -> list[flo
 
 
 def initialise(encoder: nn.Module) -> None:
-    """Initialise an EVA-ViT's weights at the scale that fits its width.
+    """Initialise an EVA-ViT's weights with a scale for its width.
 
-    LAVIS uses a standard deviation of 0.02 for all of them, which suits a width of 1408. At a width of 96 the position
-    embeddings are then too weak beside the patches, and the place of an object is not learnt.
+    LAVIS uses a standard deviation of 0.02 for all weights, which suits a width of 1408. At a width of 96, the position
+    embeddings would be too small compared to the patches, and positions of objects would not be learnt.
     """
     for module in encoder.modules():
         if isinstance(module, nn.Linear):
@@ -195,7 +195,7 @@ def initialise(encoder: nn.Module) -> None:
         elif name == "patch_embed.proj.weight":
             nn.init.xavier_uniform_(parameter.data.flatten(1))
         elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-            parameter.data.mul_(0.5)  # the blocks begin with small changes of the residual stream
+            parameter.data.mul_(0.5)  # so that blocks initially change the residual stream little
 
 
 def save(encoder: nn.Module, path: Path) -> None:

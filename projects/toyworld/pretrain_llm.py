@@ -1,10 +1,10 @@
-"""Train the tiny language model of the embedded world from random weights, on the world's words only.
+"""Train the tiny language model of the embedded world from random weights, only on texts about this world.
 
     python projects/toyworld/pretrain_llm.py --out DIR
 
 The output is an ordinary Hugging Face folder: a byte-level tokenizer in which every word of the world is one token, and
-a small LLaMA. If this model cannot answer about things described in words, it will not answer about media. Therefore
-its exact-match accuracy on joint questions (the gate) is printed and stored beside the weights.
+a small LLaMA. If this model cannot answer questions about text descriptions, it cannot answer them about media.
+Therefore its exact-match accuracy on joint questions (the gate) is printed and stored with the weights.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ log = logging.getLogger(__name__)
 
 BOS, EOS, PAD, END_OF_TURN = "<s>", "</s>", "<pad>", "###"
 CONTEXT_WEIGHT = 0.05
-"""Weight of a description's token in the loss; a token of a caption or an answer has weight 1."""
+"""Loss weight of a description's tokens; tokens of captions and answers have weight 1."""
 
 LAST_LEVEL_FROM = 0.5
-"""Share of the steps after which the curriculum is at its last level in any case."""
+"""Share of the steps after which the curriculum is always at its last level."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is built and trained.
+    """Settings of model and training.
 
-    The shipped weights come from one run with these defaults; ``gate.json`` beside them has settings and scores.
-    Another processor or library computes other weights, for which a bridge must be trained again.
+    The shipped weights are from one run with these defaults; ``gate.json`` has its settings and scores. Another CPU or
+    library version gives other weights, and the bridge must then be trained again.
     """
 
     seed: int = 0
@@ -64,11 +64,11 @@ class Recipe:
     clip: float = 1.0
     threads: int = 1
     bf16: bool = False
-    """Autocast to bfloat16: faster on a CPU with instructions for it, six times slower on one without."""
+    """Autocast to bfloat16: faster on a CPU with bfloat16 instructions, six times slower on others."""
 
 
 def make_tokenizer(seed: int = 0, passages: int = 2400) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: a word of the world with the space before it is one token, any text is encodable."""
+    """A byte-level BPE tokenizer: a word of the world with its leading space is one token; any text can be encoded."""
     rng = random.Random(f"tokenizer/{seed}")
     pieces = (piece for _ in range(passages) for piece in passage(rng, LEVELS[-1]) if isinstance(piece, Text))
     texts = (part for piece in pieces for part in piece.text.split(END_OF_TURN))
@@ -117,7 +117,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
 
 @dataclass
 class Encoded:
-    """A passage in tokens: ids, and the weight of each in the loss."""
+    """A tokenised passage: ids, and the loss weight of each token."""
 
     ids: list[int]
     weights: list[float]
@@ -166,13 +166,13 @@ def _pad(encoded: Sequence[Encoded], pad: int) -> Batch:
 
 @dataclass
 class Curriculum:
-    """The current level: it rises when the answers to yes/no questions are mostly right, or when it is late."""
+    """The current level. It rises when most answers to yes/no questions are right, or after a share of the steps."""
 
     level: int = 0
     right: float = 0.5
 
     def learn(self, right: float, done: float, wanted: float = 0.9, memory: float = 0.95) -> None:
-        """Update with the share of right yes/no answers of one step, and the share of all steps that is done."""
+        """Update with the share of right yes/no answers of one step, and the share of finished steps."""
         self.right = memory * self.right + (1 - memory) * right
         last = len(LEVELS) - 1
         late = self.level < int(done / LAST_LEVEL_FROM * last)
@@ -180,7 +180,7 @@ class Curriculum:
             self.level, self.right = self.level + 1, 0.5
 
     def passage(self, rng: random.Random) -> list[Piece]:
-        """A passage of this level; before the last one, a quarter are passages of `NAMING`."""
+        """A passage of this level; before the last level, a quarter of the passages are from `NAMING`."""
         level = LEVELS[self.level]
         return passage(rng, level if level.values is None or rng.random() < 0.75 else NAMING)
 
@@ -227,7 +227,7 @@ def train(
 def _step(
     model: LlamaForCausalLM, parts: Sequence[Batch], verdicts: torch.Tensor, recipe: Recipe
 ) -> tuple[float, float]:
-    """Gradients of the weighted mean loss; the loss, and the share of right yes/no tokens."""
+    """Compute gradients of the weighted mean loss; returns the loss and the share of right yes/no tokens."""
     total = sum(float(part.weights.sum()) for part in parts)
     summed, right, judged = 0.0, 0, 0
     for part in parts:
@@ -264,9 +264,9 @@ def _rate(step: int, recipe: Recipe) -> float:
 def right_answers(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[Piece]]
 ) -> list[bool]:
-    """Whether the greedy answer to each prompt's last question is exactly the given one, with its end marker.
+    """Whether greedy decoding gives exactly each prompt's last answer, with its end marker.
 
-    The greedy answer equals the given one where the most likely token is the given one at each of its positions.
+    That is the case if the most likely token at each of the answer's positions is the answer's.
     """
     training = model.training
     model.eval()
@@ -288,7 +288,7 @@ def right_answers(
 def gate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: int, seed: int = 0
 ) -> dict[QuestionKind, float]:
-    """Exact-match accuracy on new joint questions about a picture or clip and a sound in words, per kind."""
+    """Exact-match accuracy per kind on new joint questions about descriptions of a picture or clip, and of a sound."""
     rng = random.Random(f"gate/{seed}")
     scores: dict[QuestionKind, float] = {}
     for kind in QUESTION_KINDS:
@@ -302,7 +302,7 @@ def gate(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the model and write it."""
+    """Train the model and write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=500, help="questions of each kind in the gate")

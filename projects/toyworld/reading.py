@@ -1,6 +1,6 @@
-"""The training texts of the tiny language model: captions and conversations about described things.
+"""The training texts of the tiny language model: captions and conversations about described objects and sounds.
 
-A *passage* is a stage-1 or stage-2 prompt in which words replace the media.
+A *passage* is a stage-1 or stage-2 prompt with text descriptions instead of media.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Level:
     """A step of the curriculum.
 
     Args:
-        values: Things have only the first ``values`` (at least two) values of each attribute, and yes/no questions and
-            conditions ask about the first ``values``. None means all.
+        values: Use only the first ``values`` (at least two) values of each attribute, in scenes, yes/no questions and
+            conditions. None uses all.
         weights: Relative frequencies: a question for one value, each of `QUESTION_KINDS`, a check of one value, a list
             of checks.
     """
@@ -57,14 +57,14 @@ class Level:
 
 
 LEVELS = (Level(1), Level(2), Level(3), Level(5), Level(None))
-"""The curriculum: a tiny model learns to judge with few values first, and hardly learns it otherwise."""
+"""The curriculum: a tiny model hardly learns yes/no questions unless it starts with few values."""
 
 NAMING = Level(None, _NAMING)
-"""All values and no judging; read beside the first levels."""
+"""All values and no yes/no questions; mixed into the first levels."""
 
 
 class Teacher(Asker):
-    """Asks the package's questions, and checks of values, if ``asked`` is given about the first values only."""
+    """Asks the package's questions, and checks of values; with ``asked``, only about the first values."""
 
     def __init__(self, scenes: Sequence[Scene], rng: random.Random, asked: int | None) -> None:
         super().__init__(scenes, rng)
@@ -85,7 +85,7 @@ class Teacher(Asker):
         return Question(text, "yes" if claim == fact.value else "no", "compare", (fact,))
 
     def checklist(self) -> Question:
-        """Several words; the answer repeats each with yes or no, whether it fits one of the scenes."""
+        """A question about several words; the answer repeats each word with yes or no (whether it fits a scene)."""
         pool = [Fact(medium, *fact) for medium, scene in enumerate(self.scenes) for fact in scene.values]
         facts = self.rng.sample(pool, min(len(pool), self.rng.randint(3, 5)))
         words = list(dict.fromkeys(self.claim(fact, self.rng.random() < 0.5) for fact in facts))
@@ -96,20 +96,20 @@ class Teacher(Asker):
 
 
 def in_words(pieces: Sequence[Piece], scenes: Mapping[Slot, Scene], rng: random.Random) -> list[Piece]:
-    """A prompt in which descriptions replace the slots of ``scenes``."""
+    """A prompt with descriptions instead of the slots of ``scenes``."""
     return [
         Text(describe(scenes[piece], rng)) if isinstance(piece, Slot) and piece in scenes else piece for piece in pieces
     ]
 
 
 def random_scene(modality: Modality, rng: random.Random, values: int | None = None) -> Scene:
-    """Random values, each among the first ``values`` (at least two) of its attribute's list."""
+    """A scene with random values, each among the first ``values`` (at least two) of its attribute."""
     count = None if values is None else max(values, 2)
     return Scene(modality, tuple((name, rng.choice(words[:count])) for name, words in ATTRIBUTES[modality].items()))
 
 
 def passage(rng: random.Random, level: Level) -> list[Piece]:
-    """A caption after a description, or a conversation about one or two described things."""
+    """A caption after a description, or a conversation about one or two descriptions."""
     part = rng.random()
     if part < 0.2:
         return captioned(rng)
@@ -117,7 +117,7 @@ def passage(rng: random.Random, level: Level) -> list[Piece]:
 
 
 def captioned(rng: random.Random) -> list[Piece]:
-    """A stage-1 prompt in words; one in ten has no description, so that the model learns the form of captions."""
+    """A stage-1 prompt in text; one in ten has no description, so that the model learns the format of captions."""
     scene = random_scene(rng.choice(MODALITIES), rng)
     if rng.random() < 0.1:
         return alignment_prompt((), caption(scene, rng))
@@ -126,7 +126,7 @@ def captioned(rng: random.Random) -> list[Piece]:
 
 
 def talk(rng: random.Random, level: Level, things: int) -> list[Piece]:
-    """A conversation about described things."""
+    """A conversation about ``things`` descriptions."""
     scenes = [random_scene(modality, rng, level.values) for modality in _modalities(rng, things)]
     asked = [_question(scenes, rng, level) for _ in range(rng.choice((1, 1, 1, 2, 3, 5)))]
     turns: list[Message]
@@ -172,7 +172,7 @@ def _question(scenes: Sequence[Scene], rng: random.Random, level: Level) -> Ques
 
 
 def _roughened(asked: Sequence[Question], rng: random.Random) -> list[Question]:
-    """The questions as people type them: some with a capital, or without a question mark."""
+    """The questions with variations of typing: capital letters, or no question mark."""
     return [Question(_typed(question.text, rng), question.answer, question.kind, question.facts) for question in asked]
 
 
@@ -183,6 +183,6 @@ def _typed(text: str, rng: random.Random) -> str:
 
 
 def exam(kind: QuestionKind, scenes: Sequence[Scene], rng: random.Random) -> list[Piece]:
-    """One joint question about two described things as a prompt with its answer, as the gate asks it."""
+    """A prompt with one joint question about two descriptions, and its answer; used by the gate."""
     question = joint(scenes[0], scenes[1], rng, kind)
     return in_words(chat_prompt(conversation(scenes, [question])), slots_for(scenes), rng)

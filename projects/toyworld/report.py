@@ -1,7 +1,7 @@
-"""The demo's results as ``report.json`` and ``report.html``, from the files of its runs.
+"""Writes the demo's results as ``report.json`` and ``report.html``, from the files of its runs.
 
 The demo's folder holds the runs ``stage1``, ``stage1_scores``, ``stage2``, ``stage2_scores`` and ``joint``. Stage 1 is
-also scored with shuffled media, the joint test with withheld media. This module knows a run's files (``log.txt``,
+also scored with shuffled media, the joint test with withheld media. This module reads a run's files (``log.txt``,
 ``result/``); it knows neither training nor evaluation.
 """
 
@@ -23,7 +23,7 @@ from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 
 TEMPLATE = Path(__file__).with_name("report.html")
 STARTED = ".started"
-"""A file that ``make demo`` touches at its beginning."""
+"""A file that ``make demo`` touches at its start."""
 
 SHUFFLED = "_shuffled_image_video_audio"
 JOINT = {
@@ -32,7 +32,7 @@ JOINT = {
     "no_audio": "_withheld_audio",
     "neither": "_withheld_image_video_audio",
 }
-"""Condition of the media -> its part of a result's file name."""
+"""Condition of the media -> suffix of the result's file name."""
 
 COMPOSING = ("name", "compose", "match")
 """The kinds of joint questions whose mean is ``joint.both``; the other kinds are listed separately."""
@@ -42,11 +42,11 @@ _CURVE_WIDTH, _CURVE_HEIGHT = 552, 132
 
 
 def write_report(folder: Path, world: Path) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.html`` into the demo's folder, and return the content of the former.
+    """Write ``report.json`` and ``report.html`` into the demo's folder, and return the content of ``report.json``.
 
     Args:
         folder: The demo's folder with the runs.
-        world: The folder of the embedded world that they used.
+        world: The folder of the embedded world that the runs used.
 
     Raises:
         DataError: If a run's results are missing.
@@ -112,7 +112,7 @@ def _stage2(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _joint(folder: Path) -> dict[str, Any]:
-    """Exact match over `COMPOSING` kinds per condition, and per kind with both media and with descriptions."""
+    """Exact match: per condition over the `COMPOSING` kinds, and per kind with both media and with descriptions."""
     joint: dict[str, Any] = {}
     for name, media in JOINT.items():
         by_kind = _exact_by_kind(folder / "joint", "test", media)
@@ -130,7 +130,7 @@ def _exact_by_kind(run: Path, split: str, media: str = "") -> dict[str, float]:
 
 
 def _is_right(record: Mapping[str, Any]) -> bool:
-    """An answer must match exactly; a caption must name all facts by their words."""
+    """Whether an answer matches exactly, or a caption contains the words of all facts."""
     said = record["prediction"].lower()
     if record.get("answers"):
         return said.strip(" .") in [answer.lower() for answer in record["answers"]]
@@ -139,7 +139,7 @@ def _is_right(record: Mapping[str, Any]) -> bool:
 
 
 def _by_modality(run: Path, split: str, media: str = "") -> dict[Modality, dict[str, Any]]:
-    """Each score of a split as a share, and ``text_prior``, by modality, which is the prefix of sample ids."""
+    """Each score of a split as a share, and ``text_prior``, by modality (the prefix of sample ids)."""
     by_source = json.loads(_result(run, f"{split}{media}", "_metrics.json").read_text())["by_source"]
     modalities = {record["source"]: record["sample_id"].split("_")[0] for record in _records(run, split, media)}
     shares = {
