@@ -6,7 +6,7 @@ import pytest
 
 from lavis_chatbridge import launchers
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.launchers import Place, announced, share_of
+from lavis_chatbridge.launchers import ProcessRank, announced, share_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SBATCH = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
@@ -35,9 +35,9 @@ def test_inside_sbatch_without_srun_nothing_waits_and_no_share_is_made() -> None
 
 
 def test_a_share_is_set_by_the_user_else_announced_else_everything() -> None:
-    assert share_of(1, 4, SBATCH) == Place(1, 4)
+    assert share_of(1, 4, SBATCH) == ProcessRank(1, 4)
     assert share_of(None, None, SRUN).rank == 9
-    assert share_of(None, None, {}) == Place(0, 1)
+    assert share_of(None, None, {}) == ProcessRank(0, 1)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, TrainingError
-from lavis_chatbridge.launchers import Place, announced
+from lavis_chatbridge.launchers import ProcessRank, announced
 from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 def init(run: RunSettings) -> torch.device:
     """Join the process group if a launcher started several processes; returns this process's device."""
-    place = announced(os.environ) if run.distributed else Place()
+    place = announced(os.environ) if run.distributed else ProcessRank()
     device = choose_device(run.device, place)
     if place.world_size > 1 and not dist.is_initialized():
         _join(run, place, device)
@@ -39,7 +39,7 @@ def init(run: RunSettings) -> torch.device:
     return device
 
 
-def choose_device(wanted: str, place: Place) -> torch.device:
+def choose_device(wanted: str, place: ProcessRank) -> torch.device:
     """The device of a process; with several GPUs, the one with its local rank."""
     available = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not available):
@@ -53,7 +53,7 @@ def choose_device(wanted: str, place: Place) -> torch.device:
     return device
 
 
-def _join(run: RunSettings, place: Place, device: torch.device) -> None:
+def _join(run: RunSettings, place: ProcessRank, device: torch.device) -> None:
     set_address(os.environ)
     print(
         f"rank {place.rank} of {place.world_size}, announced by {place.launcher}, waits for the others at "

@@ -14,7 +14,7 @@ from torch.distributed import fsdp
 
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
-from lavis_chatbridge.launchers import Place
+from lavis_chatbridge.launchers import ProcessRank
 from lavis_chatbridge.runners import distributed, parallel
 from tests.runners.runner_parts import (
     ToyGroup,
@@ -40,11 +40,11 @@ def test_the_address_under_srun():
 
 def test_a_device_that_is_not_there(monkeypatch):
     with pytest.raises(ConfigError, match="torch finds no CUDA device"):
-        distributed.choose_device("cuda", Place())
+        distributed.choose_device("cuda", ProcessRank())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="local rank 3 has no CUDA device of its own: 2 found"):
-        distributed.choose_device("auto", Place(3, 4, 3))
+        distributed.choose_device("auto", ProcessRank(3, 4, 3))
 
 
 def test_a_process_that_waits_says_for_what(tmp_path, monkeypatch, capfd):
