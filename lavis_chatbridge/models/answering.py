@@ -24,7 +24,7 @@ from lavis_chatbridge.models.families import (
     keys_and_values,
     own_precision,
 )
-from lavis_chatbridge.models.layout import Places, elements_of, is_alignment
+from lavis_chatbridge.models.layout import MediaRanges, elements_of, is_alignment
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.samples import Media, contexts, media_of
 from lavis_chatbridge.models.sampling import Sampling
@@ -47,7 +47,7 @@ class Answering:
     llama_tokenizer: Codec
     template: Template
 
-    def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[Places]]:
+    def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[MediaRanges]]:
         """See :class:`chatbridge.ChatBridge`."""
         raise NotImplementedError
 
@@ -175,11 +175,11 @@ class Answering:
         """``num_return_sequences`` replies to each sample, to be run by a :class:`Decoder`; see :meth:`generate`."""
         media = media_of(samples)
         prompts = contexts(samples, media, self.template, question)
-        soft, places = self.soft_tokens(prompts, media)
+        soft, ranges = self.soft_tokens(prompts, media)
         opens = self.prompt_layout != "original" if bos is None else bos
         seed = int(torch.randint(1 << 31, ())) if sampling.seed is None and sampling.temperature else sampling.seed
         replies: list[Generation] = []
-        for number, (pieces, spans) in enumerate(zip(prompts, places, strict=True)):
+        for number, (pieces, spans) in enumerate(zip(prompts, ranges, strict=True)):
             keys = {Slot(*name): (f"{number}/{name}", len(span)) for name, span in spans.items()}
             elements = elements_of(pieces, keys, self.llama_tokenizer, opens)
             parts = (

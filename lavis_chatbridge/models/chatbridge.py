@@ -29,7 +29,7 @@ from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.families import own_precision
 from lavis_chatbridge.models.language_model import load_language_model
-from lavis_chatbridge.models.layout import Batch, Places, embed, lay_out
+from lavis_chatbridge.models.layout import Batch, MediaRanges, embed, lay_out
 from lavis_chatbridge.models.losses import losses_at
 from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.samples import Media, Medium, media_of, training_prompts
@@ -158,8 +158,8 @@ class ChatBridge(Answering, BaseModel):
         """
         media = media_of(samples)
         prompts = training_prompts(samples, media, self.template)
-        soft, places = self.soft_tokens(prompts, media)
-        batch = lay_out(prompts, places, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
+        soft, ranges = self.soft_tokens(prompts, media)
+        batch = lay_out(prompts, ranges, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
         if batch.lost and not self.lost_answers:
             log.warning("max_text_length %d cut off all targets of a sample; see lost_answers", self.max_text_length)
         self.lost_answers += batch.lost
@@ -224,7 +224,7 @@ class ChatBridge(Answering, BaseModel):
         soft = self.llama_proj(perceive(self.Qformer, queries, features, mask))
         return [part.flatten(0, 1) for part in soft.split(counts)]
 
-    def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[Places]]:
+    def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[MediaRanges]]:
         """The soft tokens of all media in a batch's prompts.
 
         Returns:
@@ -238,15 +238,15 @@ class ChatBridge(Answering, BaseModel):
         count = len(named["image"])
         frames = self.encode_media("video", [*named["image"].values(), *named["video"].values()])  # in one batch
         sounds = self.encode_media("audio", list(named["audio"].values()))
-        places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
+        ranges: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
         parts: list[Tensor] = []
         start = 0
         for modality, encoded in zip(MODALITIES, (frames[:count], frames[count:], sounds), strict=True):
             for (i, index), part in zip(named[modality], self.perceive_media(modality, encoded), strict=True):
-                places[i][modality, index] = range(start, start + len(part))
+                ranges[i][modality, index] = range(start, start + len(part))
                 start += len(part)
                 parts.append(part)
-        return (torch.cat(parts) if parts else None), list(places)
+        return (torch.cat(parts) if parts else None), list(ranges)
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """The trained tensors by name, on the CPU, as a checkpoint holds them."""

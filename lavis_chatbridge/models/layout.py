@@ -29,7 +29,7 @@ PADDING = -2
 IGNORED = -100
 """The label of a position without a target."""
 
-Places: TypeAlias = Mapping[tuple[Modality, int], range]
+MediaRanges: TypeAlias = Mapping[tuple[Modality, int], range]
 """A sample's media -> the range of each in the batch's soft tokens."""
 
 
@@ -78,19 +78,23 @@ class _Position(NamedTuple):
 
 
 def lay_out(
-    prompts: Sequence[Sequence[Piece]], places: Sequence[Places], codec: Codec, layout: Layout, max_text_length: int
+    prompts: Sequence[Sequence[Piece]],
+    ranges: Sequence[MediaRanges],
+    codec: Codec,
+    layout: Layout,
+    max_text_length: int,
 ) -> Batch:
     """Make a training batch.
 
     Args:
         prompts: Each sample's pieces; each text piece is tokenised on its own.
-        places: The range of each sample's media in the soft tokens.
+        ranges: The range of each sample's media in the soft tokens.
         codec: The tokenizer.
         layout: See the module's docstring.
         max_text_length: Most text tokens of a sample in layout ``"text"`` and in the original's stage 1; text and media
             after them are cut off. In the original's stage 2: most positions.
     """
-    rows = [_positions(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, places, strict=True))]
+    rows = [_positions(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, ranges, strict=True))]
     if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
         kept = [row[:max_text_length] for row in rows]
         ids, mask, labels = _original_chat(kept, codec)
@@ -115,8 +119,8 @@ def elements_of(
     ``media`` holds the key and the number of soft tokens of each slot's medium. ``bos`` puts BOS first, unless
     the prompt's own ids start with it.
     """
-    places = {(slot.modality, slot.index): range(count) for slot, (_, count) in media.items()}
-    row = _positions(pieces, places, codec, 0)
+    ranges = {(slot.modality, slot.index): range(count) for slot, (_, count) in media.items()}
+    row = _positions(pieces, ranges, codec, 0)
     keys = iter([media[piece][0] for piece in pieces if isinstance(piece, Slot) for _ in range(media[piece][1])])
     elements: list[Element] = [(next(keys), p.soft) if p.id == SOFT else p.id for p in row]
     if not elements:
@@ -137,7 +141,7 @@ def embed(batch: Batch, soft: Tensor | None, table: nn.Embedding, scale: float =
     return embeds.index_put((ids == SOFT).nonzero(as_tuple=True), chosen)
 
 
-def _positions(pieces: Sequence[Piece], media: Places, codec: Codec, sample: int) -> list[_Position]:
+def _positions(pieces: Sequence[Piece], media: MediaRanges, codec: Codec, sample: int) -> list[_Position]:
     row: list[_Position] = []
     for piece in pieces:
         if isinstance(piece, Text):
