@@ -1,7 +1,7 @@
-"""The ``chatbridge`` command: a table of subcommands, each imported only when it is requested.
+"""The ``chatbridge`` command: a table of subcommands; only the requested one is imported.
 
-A subcommand's module has a function ``command`` with annotated arguments, from which typer makes the command line, or a
-typer application ``app``. A command raises `ChatBridgeError` for a user's mistake and returns an exit status or None.
+A subcommand's module has either a function ``command``, with arguments annotated for typer, or a typer application
+``app``. A command raises `ChatBridgeError` for a user's mistake and returns an exit status or None.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "plugin.train", "Train as a configuration file says (as python -m lavis.train)."),
+    Command("train", "plugin.train", "Train with a configuration file (as python -m lavis.train)."),
     Command("evaluate", "plugin.evaluate", "Score a model on test splits (as python -m lavis.evaluate)."),
     Command("compare", "plugin.compare", "Compare two evaluations sample by sample."),
-    Command("world", "toyworld.command", "Build the embedded world, a small world with exact truth."),
+    Command("world", "toyworld.command", "Build the embedded world, a small synthetic data set."),
     Command("weights", "models.weights", "List, download and convert weights."),
     Command("export-llm", "plugin.export_llm", "Write the language model with LoRA merged."),
     Command("convert", "plugin.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
@@ -50,12 +50,12 @@ COMMANDS = (
 )
 
 ANSWERING = ("chat", "ask", "serve", "web")
-"""Commands that load one model to answer, and should start quickly."""
+"""Commands that load a model for inference and should start quickly."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 2 after a user's mistake, or the subcommand's own."""
-    if argv is None:  # a process of its own
+    if argv is None:  # called as a program
         calm_threads(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: _run(words))
@@ -73,7 +73,7 @@ def _run(words: Sequence[str]) -> int | None:
     app.callback()(_version)
     try:
         for entry in COMMANDS:
-            if words[:1] != [entry.name]:  # its module, which may take seconds to import, is not needed
+            if words[:1] != [entry.name]:  # not requested: its import may take seconds
                 app.command(entry.name, help=entry.help)(lambda: None)
                 continue
             module = _imported(entry)

@@ -1,6 +1,6 @@
-"""Settings: a mapping (YAML, command line) becomes a pydantic model, or one error that names every fault.
+"""Settings: validates a mapping (YAML, command line) into a pydantic model, or raises one error with every fault.
 
-YAML files and ``--options`` are read here for every command. This module knows no setting by name.
+Reads YAML files and ``--options`` for all commands. This module knows no setting by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
 M = TypeVar("M", bound=BaseModel)
 
 PROJECTS = Path(__file__).parent / "configs" / "projects"
-"""The shipped configurations of runs; in a checkout a link to ``projects/chatbridge``."""
+"""The shipped run configurations; in a git checkout, a link to ``projects/chatbridge``."""
 
 _short = reprlib.Repr()
 _short.maxstring, _short.maxother, _short.maxlong = 80, 80, 40
@@ -36,7 +36,7 @@ _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 class Settings(BaseModel):
     """Base of every section of a configuration.
 
-    :func:`parse` builds one from a user's values; the constructor is for code.
+    Use :func:`parse` for a user's values, and the constructor in code.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
@@ -57,12 +57,12 @@ class Settings(BaseModel):
         return self
 
     def check(self) -> Iterable[str]:
-        """Yield a sentence for each contradiction between fields."""
+        """Yield an error text for each contradiction between fields."""
         return ()
 
 
 def find_yaml(path: str | os.PathLike) -> Path:
-    """A configuration file by its path, or a shipped one by its name: ``align``, ``vicuna7b/align``, ``eval/okvqa``."""
+    """Find a YAML file by its path, or a shipped one by its name: ``align``, ``vicuna7b/align``, ``eval/okvqa``."""
     if Path(path).is_file():
         return Path(path)
     name = str(path).removeprefix("projects/chatbridge/").removesuffix(".yaml")
@@ -74,7 +74,7 @@ def find_yaml(path: str | os.PathLike) -> Path:
 
 
 def read_yaml(path: str | os.PathLike) -> DictConfig:
-    """A YAML file with a mapping, by its path or as `find_yaml` finds it; ``${...}`` is resolved on reading a value."""
+    """Read a YAML file (see `find_yaml`) with a mapping; ``${...}`` is resolved when a value is read."""
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -83,7 +83,7 @@ def read_yaml(path: str | os.PathLike) -> DictConfig:
     try:
         loaded = OmegaConf.load(file)
     except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {one_line(error)}") from error
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of sections, found a list")
     return loaded
@@ -98,7 +98,7 @@ def read_options(options: Sequence[str]) -> DictConfig:
     words = list(options)
     if words and "=" not in words[0]:
         if mixed := [key for key in words[::2] if "=" in key]:
-            raise ConfigError(f"--options: {mixed[0]!r} stands among pairs KEY VALUE; write all as KEY=VALUE")
+            raise ConfigError(f"--options: {mixed[0]!r} is mixed with pairs KEY VALUE; write all as KEY=VALUE")
         words = ["=".join(words[first : first + 2]) for first in range(0, len(words), 2)]
     if without := [word for word in words if "=" not in word]:
         raise ConfigError(f"--options: {without[0]!r} has no value; write KEY=VALUE")
@@ -126,7 +126,7 @@ def merged(*configs: Any) -> DictConfig:
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it, shortened to one readable line."""
+    """A value as one short line, for error messages."""
     return _short.repr(value)
 
 
@@ -138,12 +138,12 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> str:
-    """The sentence for a key that ``where`` does not have."""
+    """The error text for a key that ``where`` does not have."""
     return f"unknown key {where}.{key if key.isprintable() and len(key) <= 80 else shown(key)}{hint(key, known)}"
 
 
 def parse(cls: type[M], values: Any, where: str) -> M:
-    """Build settings from a mapping, or raise a `ConfigError` with all faults; ``where`` names the section in them."""
+    """Build settings from a mapping, or raise a `ConfigError` with all faults; ``where`` is the section's name."""
     if type(values).__module__.startswith("omegaconf"):
         from omegaconf import OmegaConf
 
@@ -153,7 +153,7 @@ def parse(cls: type[M], values: Any, where: str) -> M:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        sentences: dict[str, str] = {}  # of a union's branches, the first
+        sentences: dict[str, str] = {}  # one fault per key: a union has one per branch
         for fault in error.errors(include_url=False):
             place = _place(values, fault, where)
             key = f"{place} {fault['msg']}" if fault["type"] == "value_error" else place
@@ -162,7 +162,7 @@ def parse(cls: type[M], values: Any, where: str) -> M:
 
 
 def _place(values: Any, fault: Any, where: str) -> str:
-    """A fault's dotted name; pydantic's names of a union's branches, which are no keys of the values, are left out."""
+    """The dotted key of a fault, without pydantic's names of a union's branches, which are not keys."""
     for part in fault["loc"]:
         if isinstance(values, Mapping) and part in values:
             where, values = f"{where}.{part}", values[part]

@@ -1,7 +1,7 @@
 """The package's exceptions. Every mistake that a user can correct raises one of them.
 
-A message says in one line what is wrong, what was found and what was expected, and how to correct it. The commands
-print that line and exit with status 2. A traceback therefore means a fault of this package.
+A message is one line: what is wrong, what was found, what was expected, and how to correct it. Commands print it and
+exit with status 2. A traceback therefore means a bug in this package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MediaError(ChatBridgeError):
         super().__init__(f"cannot read {self.source}: {self.cause}")
 
     def __reduce__(self) -> tuple:
-        """Keep both arguments when the error is pickled, as between a data worker and its parent."""
+        """Pickle both arguments: data workers send errors to their parent process."""
         return type(self), (self.source, self.cause)
 
 
@@ -41,7 +41,7 @@ class TooShortError(MediaError):
 
 
 class DataError(ChatBridgeError, ValueError):
-    """An annotation file or a sample does not have the form that its format prescribes."""
+    """An annotation file or a sample violates its format."""
 
 
 class PromptError(ChatBridgeError, ValueError):
@@ -66,7 +66,7 @@ class MissingExtraError(ChatBridgeError, ImportError):
     Args:
         package: The package that could not be imported.
         extra: The extra of ``lavis-chatbridge`` that lists it.
-        purpose: What needs it.
+        purpose: The feature that needs it.
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
@@ -80,7 +80,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """The packages of an extra as pip takes them, from the installed metadata."""
+    """The requirements of an extra, from the installed metadata."""
     from importlib.metadata import PackageNotFoundError, requires
 
     try:

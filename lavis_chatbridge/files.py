@@ -1,6 +1,6 @@
 """Files: atomic writes, JSON, JSONL, hashes of content, locks.
 
-An atomic write goes to a temporary file in the same folder, which is then renamed.
+An atomic write creates a temporary file in the same folder, and then renames it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def _left_by_umask(mode: int) -> int:
 
 
 SHARED, PRIVATE = _left_by_umask(0o666), 0o600
-"""Modes of a file: as the umask has it (when this module is imported), or for its owner alone."""
+"""File modes: the umask's (at import of this module), or owner only."""
 
 
 @contextmanager
 def atomic_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
-    """The path of an empty temporary file, which replaces ``target`` if the block ends without an error.
+    """Yield the path of an empty temporary file, which replaces ``target`` if the block ends without an error.
 
-    The target's folder is created. Until the end of the block the target does not change.
+    Creates the target's folder. The target does not change before the end of the block.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
@@ -41,7 +41,7 @@ def atomic_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, mode)  # mkstemp and safetensors keep files private
+        os.chmod(temporary, mode)  # mkstemp and safetensors create private files
         sync(temporary)
         os.replace(temporary, target)
         sync(target.parent)
@@ -51,8 +51,8 @@ def atomic_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    """Flush a file, or a folder's directory entries, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -63,13 +63,13 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_text(target: Path, errors: str = "strict", mode: int = SHARED) -> Iterator[IO[str]]:
-    """A UTF-8 text file, open for writing, as `atomic_file`; ``errors`` as in ``str.encode``."""
+    """Like `atomic_file`, but yield the file, opened for UTF-8 text; ``errors`` as in ``str.encode``."""
     with atomic_file(target, mode) as temporary, open(temporary, "w", encoding="utf-8", errors=errors) as file:
         yield file
 
 
 def write_text(path: Path, text: str, errors: str = "strict", mode: int = SHARED) -> None:
-    """Write a text file atomically; arguments as those of `atomic_text`."""
+    """Write a text file atomically; arguments as in `atomic_text`."""
     with atomic_text(path, errors, mode) as file:
         file.write(text)
 
@@ -80,7 +80,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Append lines to a file, created if absent; an incomplete last line of an interrupted write is ended first."""
+    """Append lines to a file (created if necessary); first end an incomplete last line of an interrupted write."""
     with open(path, "a+b") as file:
         file.seek(max(0, file.tell() - 1))
         begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
@@ -88,7 +88,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is absent or damaged."""
+    """The content of a JSON file; None if it does not exist or is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -114,7 +114,7 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, str]]:
 
 
 def read_objects(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a JSONL file, each after its ``file:line``; blank lines are skipped.
+    """Yield ``file:line`` and object for each line of a JSONL file; blank lines are skipped.
 
     Raises:
         DataError: If the file cannot be read, or a line is not a JSON object.
@@ -132,7 +132,7 @@ def read_objects(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def hash_of(*parts: Any) -> str:
-    """A SHA-256 (64 hex digits) of values as JSON; other types are hashed by their ``str``."""
+    """A SHA-256 (64 hex digits) of values as JSON; values of other types as ``str``."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -147,7 +147,7 @@ def hash_of_file(path: Path | str) -> str:
 
 @contextmanager
 def locked(target: Path, wait_seconds: float = -1) -> Iterator[None]:
-    """Hold the lock of a file or folder (``.NAME.lock`` beside it); other processes wait for it.
+    """Hold the lock of a file or folder (``.NAME.lock`` next to it); other processes wait.
 
     Raises:
         DataError: If another process still holds the lock after ``wait_seconds``; negative waits without limit.

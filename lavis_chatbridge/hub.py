@@ -1,13 +1,13 @@
-"""Weights by name: a path, a hub id, a URL, or a list of these becomes a file or folder on this disk.
+"""Finds weights by name (a path, a hub id, a URL, or a list of these), and downloads them if necessary.
 
-Names, in any place where a configuration accepts weights::
+Names, wherever a configuration accepts weights::
 
     /models/eva.pth   $DIR/eva.pth   ~/eva.pth   package:assets/tiny/llm
     org/name          org/name@revision          org/name/file          org/name/file@revision
     https://host/path/file.pth
 
-Files on this disk come first: a local path, a copy under ``CHATBRIDGE_WEIGHTS``, a cached download. If there is none,
-the first name of the list that can be fetched is fetched. This module knows no model.
+Local files come first: a path, a copy in the folder ``CHATBRIDGE_WEIGHTS``, a cached download. If there is none, the
+first name of the list that can be downloaded is used. This module knows no model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lavis_chatbridge.files import atomic_file, locked
 T = TypeVar("T")
 
 Content = Literal["weights", "language_model", "tokenizer", "processor"]
-"""The files that are needed of a folder: weights, weights and tokenizer, tokenizer alone, or configurations alone."""
+"""The required files of a folder: weights, weights and tokenizer, only the tokenizer, or only the configurations."""
 
 PACKAGE = "package:"
 FOLDER = "CHATBRIDGE_WEIGHTS"
@@ -45,7 +45,7 @@ _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", 
 
 
 class Name(NamedTuple):
-    """One way to name weights, and what is needed of them; exactly one of ``path``, ``repo`` and ``url`` is set."""
+    """A parsed name of weights, and the required files; exactly one of ``path``, ``repo`` and ``url`` is set."""
 
     text: str
     content: Content = "weights"
@@ -58,19 +58,19 @@ class Name(NamedTuple):
 
     @property
     def last(self) -> str:
-        """The name of the file or repository alone."""
+        """The last part of the file's or repository's name."""
         return Path(urlparse(self.url).path or self.file or self.repo).name
 
     @property
     def address(self) -> str:
-        """Where it can be fetched."""
+        """The URL of the file or repository."""
         from huggingface_hub import constants
 
         return self.url or f"{constants.ENDPOINT}/{self.repo}"
 
 
 class Found(NamedTuple):
-    """Where weights are; ``size`` is in bytes, None if unknown."""
+    """The location of weights; ``size`` is in bytes, None if unknown."""
 
     state: Literal["local", "cached", "to fetch", "missing"]
     place: Path | None
@@ -79,16 +79,16 @@ class Found(NamedTuple):
 
 
 def find(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Path:
-    """The local file or folder of weights, which are fetched if they are not on this disk.
+    """The local file or folder of weights, downloaded if necessary.
 
     Args:
         names: A name, or alternatives.
-        what: The setting, for messages.
-        content: The files that are needed of a folder.
-        prefixes: Beginnings of the tensors' names that are needed; of a sharded model only their shards are fetched.
+        what: The setting's name, for messages.
+        content: The required files of a folder.
+        prefixes: Prefixes of the required tensors' names; of a sharded model, only their shards are downloaded.
 
     Raises:
-        CheckpointError: One line with the file, its address and a remedy, if no name can be had.
+        CheckpointError: If no name works; one line with the file, its URL and a remedy.
     """
     alternatives = [parsed(text, what, content, prefixes) for text in as_list(names)]
     present = next((place for name in alternatives if (place := _present(name)) is not None), None)
@@ -96,7 +96,7 @@ def find(names: str | Sequence[str], what: str, content: Content = "weights", pr
 
 
 def status(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Found:
-    """Where weights are, without fetching them; a server is asked for their size. Arguments as those of `find`."""
+    """The location of weights, without a download; requests their size from the server. Arguments as in `find`."""
     try:
         alternatives = [parsed(text, what, content, prefixes) for text in as_list(names)]
         for name in alternatives:
@@ -110,7 +110,7 @@ def status(names: str | Sequence[str], what: str, content: Content = "weights", 
 
 
 def snapshot(repo: str, revision: str | None = None) -> Path:
-    """The local folder of a hub's repository, all of whose files are fetched; raises as `find`."""
+    """Download all files of a hub repository and return the local folder; raises as `find`."""
     from huggingface_hub import snapshot_download
 
     return Path(_ask(Name(repo, repo=repo, revision=revision), lambda: snapshot_download(repo, revision=revision)))
@@ -122,7 +122,7 @@ def as_list(names: str | Sequence[str]) -> list[str]:
 
 
 def parsed(text: str, what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Name:
-    """A name's parts; a `CheckpointError` if it is empty."""
+    """Parse a name; a `CheckpointError` if it is empty."""
     if not text.strip():
         raise CheckpointError(f"{what} is empty: name a file, a hub id or a URL, or set it to null")
     if re.match(r"https://|http://(localhost|127\.0\.0\.1)[:/]", text):  # no unencrypted download from other hosts
@@ -137,7 +137,7 @@ def parsed(text: str, what: str, content: Content = "weights", prefixes: Sequenc
 
 
 def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -> list[Path]:
-    """The files of a folder in Hugging Face's layout that loading reads; a `CheckpointError` if one is missing."""
+    """The required files of a folder in Hugging Face's layout; a `CheckpointError` if one is missing."""
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     needed = _needed(there, content, lambda index: folder / index, prefixes, str(folder))
     if missing := [name for name in needed if name not in there]:
@@ -146,7 +146,7 @@ def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON object of a folder; a `CheckpointError` if it cannot be read."""
+    """A JSON object from a folder; a `CheckpointError` if it cannot be read."""
     try:
         return dict(json.loads((folder / name).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -154,7 +154,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def image_size(preprocessor: dict[str, Any]) -> int | None:
-    """Side of a picture in pixels, of a ``preprocessor_config.json``; None if it names none."""
+    """An image's side in pixels, from a ``preprocessor_config.json``; None if there is no size."""
     for key in ("crop_size", "size"):
         size = preprocessor.get(key)
         if isinstance(size, int):
@@ -165,7 +165,7 @@ def image_size(preprocessor: dict[str, Any]) -> int | None:
 
 
 def _first(alternatives: Sequence[Name], what: str, attempt: Callable[[Name], T]) -> T:
-    """The result for the first name that gives one; the error has the faults of all."""
+    """The result of ``attempt`` for the first name that works; the error lists the faults of all names."""
     faults = []
     for name in alternatives:
         try:
@@ -182,7 +182,7 @@ def _first(alternatives: Sequence[Name], what: str, attempt: Callable[[Name], T]
 def _needed(
     there: Collection[str], content: Content, index_at: Callable[[str], Path], prefixes: Sequence[str], where: str
 ) -> list[str]:
-    """The names among ``there`` that are needed; safetensors before torch's format, one file before shards."""
+    """The required names of ``there``; prefers safetensors to torch's format, and one file to shards."""
     chosen = [name for name in _CONFIGS if name in there]
     if content in ("language_model", "tokenizer"):
         chosen += [name for name in _TOKENIZER if name in there]
@@ -201,13 +201,13 @@ def _needed(
 
 
 def _shards(index: Path, prefixes: Sequence[str]) -> list[str]:
-    """The shards that hold tensors with these prefixes, all without prefixes."""
+    """The shards with tensors of these prefixes; all shards if there are no prefixes."""
     places = read_config(index.parent, index.name).get("weight_map") or {}
     return sorted({file for name, file in places.items() if not prefixes or name.startswith(tuple(prefixes))})
 
 
 def _present(name: Name) -> Path | None:
-    """The local file or folder of a name, None if it is not on this disk."""
+    """The local file or folder of a name; None if it does not exist."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -229,7 +229,7 @@ def _present(name: Name) -> Path | None:
 
 
 def _under_folder(name: Name) -> Path | None:
-    """A copy in the folder of ``CHATBRIDGE_WEIGHTS``: ``org/name/file``, ``name/file``, ``name`` or the file alone."""
+    """A copy in the folder of ``CHATBRIDGE_WEIGHTS``: ``org/name/file``, ``name/file``, ``name`` or only the file."""
     if not (folder := os.environ.get(FOLDER)):
         return None
     repo = Path(name.repo)
@@ -239,7 +239,7 @@ def _under_folder(name: Name) -> Path | None:
 
 
 def _fetch(name: Name) -> Path:
-    """Fetch in one process; others wait for its locks, then find the files cached."""
+    """Download in one process; others wait for its locks, and then use the cached files."""
     from huggingface_hub import constants
 
     if name.url:
@@ -275,7 +275,7 @@ def _remote_size(name: Name) -> int | None:
 
 
 def _remote_files(name: Name) -> dict[str, int]:
-    """The files to fetch of a hub's repository, with their sizes in bytes."""
+    """The files to download from a hub repository -> their sizes in bytes."""
     from huggingface_hub import HfApi
 
     info = _ask(name, lambda: HfApi().model_info(name.repo, revision=name.revision, files_metadata=True))
@@ -295,7 +295,7 @@ def _url_size(name: Name) -> int | None:
 
 
 def _url_path(url: str) -> Path:
-    """Where LAVIS's own ``download_cached_file`` keeps a file, so that its downloads are found."""
+    """The path that LAVIS's ``download_cached_file`` uses, so that its downloads are found."""
     import torch.hub
 
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
@@ -312,7 +312,7 @@ def _check_disk(folder: Path, size: int, what: str) -> None:
 
 
 def _ask(name: Name, request: Callable[[], T]) -> T:
-    """The answer of a server, or an error with the name, its address and a remedy."""
+    """The result of a request; an error names the file, its URL and a remedy."""
     from huggingface_hub import errors
 
     try:
@@ -323,7 +323,7 @@ def _ask(name: Name, request: Callable[[], T]) -> T:
 
 
 def _explained(error: Exception, name: Name) -> str:
-    """What went wrong, and a remedy."""
+    """Text: the cause of an error, and a remedy."""
     from huggingface_hub import constants, errors
 
     match error:

@@ -1,6 +1,6 @@
-"""The schema of samples, and the JSONL files that store them.
+"""The schema of samples, and their JSONL files.
 
-A line of JSONL is one object. Only its ``media`` lists media: ``<image>`` inside a caption or question is plain text.
+A line of JSONL is one object. Media are only in its ``media``: ``<image>`` in a caption or question is plain text.
 This module opens no medium.
 """
 
@@ -32,11 +32,11 @@ class Medium:
     """One medium of a sample.
 
     Args:
-        modality: A video file with ``"audio"`` is its audio track.
+        modality: ``"audio"`` with a video file means its audio track.
         path: The file; empty if there are ``words``.
         offset: First byte of the medium inside ``path``, if ``path`` is an uncompressed tar file.
-        size: Its number of bytes there.
-        words: Descriptions that replace the medium; training samples one of them.
+        size: Size in bytes inside ``path``.
+        words: Text descriptions that replace the medium; training samples one of them.
     """
 
     modality: Modality
@@ -55,13 +55,13 @@ class Sample:
         media: In the order of the turns.
         captions: One or several descriptions of the media.
         turns: A conversation; the first turn is the user's.
-        answers: Accepted answers to the last question, if a data set has several (VQAv2 has ten).
+        answers: All accepted answers to the last question, if there are several (ten in VQAv2).
         source: The data set it comes from.
         style: The requested answer style, a key of the templates' styles (``"short"``, ``"sentence"``).
         task: The task, which selects the instruction templates.
-        facts: Attribute -> value: ground truth about the media, for scores that ignore the wording.
+        facts: Attribute -> value: ground truth about the media, for scores that do not depend on phrasing.
         held_out: Whether its combination of facts is excluded from training.
-        meta: Other data of the data set.
+        meta: Other fields of the data set.
     """
 
     id: str
@@ -78,7 +78,7 @@ class Sample:
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """The modality of each medium, in order, including media that words replace."""
+        """The modality of each medium, in order, also of media that are replaced by ``words``."""
         return modalities_of(self.media)
 
     @property
@@ -131,7 +131,7 @@ class _Record(_Strict):
 
 
 def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: bool = False) -> Iterator[Sample]:
-    """The samples of a JSONL file, in order; empty lines are skipped. A `DataError` has ``file:line`` and the fault.
+    """The samples of a JSONL file, in order; empty lines are skipped. A `DataError` names ``file:line`` and the fault.
 
     Args:
         path: The file, UTF-8.
@@ -161,7 +161,7 @@ def folder_of(path: str | Path, root: str | Path | None = None) -> str:
 
 
 def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = False) -> Sample:
-    """Parse one line of JSONL; ``where`` is the position in the message of a `DataError`."""
+    """Parse one line of JSONL; ``where`` is the position, for the message of a `DataError`."""
     try:
         record = _Record.model_validate_json(line)
     except ValidationError as error:
@@ -192,9 +192,9 @@ def parse_record(record: Mapping[str, Any], where: str, root: str, allow_outside
 
 
 def media_path(path: str | None, root: str, where: str, allow_outside: bool = False) -> str:
-    """The path of a medium under the root, in every annotation format; a `DataError` for URLs and paths outside.
+    """The path of a medium below the root, for every annotation format; a `DataError` for URLs and paths outside.
 
-    The message begins with ``where``. `check_inside` follows links.
+    The message begins with ``where``. Symbolic links are checked by `check_inside`.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}: path is {shown(path)}, expected the path of a file")
@@ -208,9 +208,9 @@ def media_path(path: str | None, root: str, where: str, allow_outside: bool = Fa
 
 
 def check_inside(path: str, root: str) -> None:
-    """Check that a path's symbolic links stay inside ``root``.
+    """Raise a `DataError` if a path's symbolic links lead outside ``root``.
 
-    A folder directly below the root may itself be a link, for a data set on another disk; its files must stay in it.
+    A folder directly below the root may be a link, for a data set on another disk; its files must be inside it.
     """
     folder = os.path.relpath(path, root).split(os.sep)[0]
     linked = os.path.join(root, folder)
@@ -221,7 +221,7 @@ def check_inside(path: str, root: str) -> None:
 
 
 def to_record(sample: Sample, root: str = "") -> dict[str, Any]:
-    """A sample as a JSONL record, without empty fields; paths of media below ``root`` are relative to it."""
+    """A sample as a JSONL record, without empty fields; media paths below ``root`` are made relative."""
     turns, used = [], 0
     for turn in sample.turns:
         shows = list(range(used, used := used + len(turn.media)))
@@ -257,7 +257,7 @@ def _medium(item: _MediumRecord, where: str, root: str, allow_outside: bool) -> 
 def _turns(
     items: Sequence[_TurnRecord], media: Sequence[Medium], where: str
 ) -> tuple[tuple[Message, ...], Sequence[int]]:
-    """The turns, and the indices of the media in the order of the turns."""
+    """The turns, and the indices of their media, in order."""
     every = range(len(media))
     if not items:
         return (), every
@@ -281,7 +281,7 @@ def _turns(
 
 
 def _fault(error: ValidationError) -> str:
-    """The error text of the first fault."""
+    """The error text for the first fault."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return f"not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"

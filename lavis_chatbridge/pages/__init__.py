@@ -1,4 +1,4 @@
-"""HTML pages: one jinja2 environment for every report; the templates lie in this folder.
+"""HTML pages: one jinja2 environment for all reports; the templates are in this folder.
 
 ``page.html`` has the head and the style; a report's own template extends it. All values are escaped.
 """
@@ -26,7 +26,7 @@ def _environment() -> Environment:
 
 
 def render(template: str | Path, **values: Any) -> str:
-    """Fill a template: a file of this folder by its name, or another one by its path. A missing value is an error."""
+    """Fill a template: the name of a file in this folder, or a path. A missing value is an error."""
     environment = _environment()
     if isinstance(template, Path):
         return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
