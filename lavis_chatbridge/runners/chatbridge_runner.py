@@ -84,7 +84,7 @@ class ChatBridgeRunner(RunnerBase):
     def model(self) -> nn.Module:
         """The model on its device, without a DDP wrapper."""
         if any(other != self.frozen for other in distributed.gather_everywhere(self.frozen)):
-            raise TrainingError("the processes loaded different frozen weights: use the same files on all machines")
+            raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
         parallel.prepare(self._model, self.run, self.device)
         with parallel.gathered(self._model):
             data.attach_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
