@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lavis_chatbridge.files import share
+from lavis_chatbridge.files import atomic_file
 from lavis_chatbridge.models.encoders.beats import Beats, BeatsConfig
 from lavis_chatbridge.models.encoders.eva import EvaVit
 from lavis_chatbridge.models.weights import model_settings
@@ -200,9 +200,9 @@ def initialise(encoder: nn.Module) -> None:
 
 def save(encoder: nn.Module, path: Path) -> None:
     """Write the encoder's state dict in fp16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()}, path)
-    share(path)
+    tensors = {name: tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()}
+    with atomic_file(path) as file:
+        save_file(tensors, file)
     log.info("wrote %s, %d bytes", path, path.stat().st_size)
 
 
