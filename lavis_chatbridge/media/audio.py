@@ -1,4 +1,4 @@
-"""Opens sounds: a path, bytes or an array become mono samples at one rate. Knows no filterbanks."""
+"""Opens sounds from a path, bytes or an array, as mono samples at a given rate. Knows no filterbanks."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 Channel: TypeAlias = Literal["mean", "first"]
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
-_LOUDEST = 16.0  # float samples above 1 are clipped; a higher peak than this means another scale, such as int16's
-_MOST_CHANNELS = 32  # of an array
-_PLANES = 8  # that a frame of FFmpeg has room for
-_BATCH = 64  # frames of a sound that are mixed at once: fewer cost time, more cost memory
-_LARGEST_TERM = 1000  # of the ratio of two rates; the resampling filter grows with its square
+_LOUDEST = 16.0  # float samples above 1 are clipped; a higher peak means another scale, such as int16's
+_MOST_CHANNELS = 32  # most channels of an array
+_PLANES = 8  # most channels as separate planes in an FFmpeg frame
+_BATCH = 64  # frames to mix at once; fewer take more time, more take more memory
+_LARGEST_TERM = 1000  # largest term of a resampling ratio; the filter's size grows with its square
 
 
 def open_audio(
@@ -103,7 +103,7 @@ def decode_audio(
     If a video's sound starts after its first frame, silence fills the gap, so that both have the same time axis.
 
     Raises:
-        MediaError: As `open_audio`.
+        MediaError: As in `open_audio`.
     """
     file = file_of(source)
     if is_picture(head := head_of(file)):
@@ -129,7 +129,7 @@ def decode_audio(
 def resample(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     """``samples`` (float32 ``[S]``) from one rate to another, with torchaudio's windowed sinc filter.
 
-    Between rates such as 44101 and 16000 Hz the nearest ratio with terms up to 1000 is used.
+    For rates such as 44101 and 16000 Hz, the nearest ratio with terms up to 1000 is used.
     """
     ratio = Fraction(rate, source_rate).limit_denominator(_LARGEST_TERM)
     if ratio == 1:
@@ -141,7 +141,7 @@ def resample(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _resampler(old: int, new: int) -> Callable[[Tensor], Tensor]:
-    """The resampler of one ratio; computing its filter takes longer than resampling 10 s of sound."""
+    """A cached resampler for one ratio: computing the filter takes longer than resampling 10 s of sound."""
     from torchaudio.transforms import Resample
 
     return Resample(old, new)
@@ -153,7 +153,7 @@ def _check(source: object, samples: np.ndarray, rate: int, limits: Limits) -> No
     if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
         raise MediaError(source, f"a sampling rate of {rate} Hz is out of range")
     _check_length(source, samples.size, rate, limits)
-    peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is
+    peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is NaN
     if not math.isfinite(peak):
         raise MediaError(source, "its samples are not all finite numbers")
     if peak > _LOUDEST:
@@ -201,13 +201,13 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
 
 
 def _wave_samples(file: str | io.BytesIO) -> tuple[int, np.ndarray] | None:
-    """Rate and samples (``[C,S]``) of a WAV, in a third of FFmpeg's time; None if it is broken, empty or compressed."""
+    """Rate and samples (``[C,S]``) of a WAV, three times as fast as FFmpeg; None if broken, empty or compressed."""
     from scipy.io import wavfile
 
     warnings.filterwarnings("ignore", category=wavfile.WavFileWarning)  # many files have chunks of other programs
     try:
         rate, samples = wavfile.read(file)
-    except Exception:  # scipy raises what it happens to meet in broken files, which FFmpeg can often read
+    except Exception:  # scipy raises any error for broken files; FFmpeg can read many of them
         return None
     finally:
         if isinstance(file, io.BytesIO):
@@ -216,7 +216,7 @@ def _wave_samples(file: str | io.BytesIO) -> tuple[int, np.ndarray] | None:
 
 
 def _frames(container: InputContainer, stream: Any, source: object) -> Iterator[AudioFrame]:
-    """The decoded frames. Damaged packets are left out; a file with more than a tenth of them is refused."""
+    """The decoded frames. Damaged packets are skipped; more than a tenth of them raise a `MediaError`."""
     import av.error
 
     packets = faults = rate = 0
@@ -238,7 +238,7 @@ def _frames(container: InputContainer, stream: Any, source: object) -> Iterator[
 
 
 def _seconds_before(frame: AudioFrame, stream: Any, picture: Any) -> float:
-    """Seconds from the first frame of a video to the first frame of its sound; 0 if sound comes first or alone."""
+    """Seconds from a video's first picture to its first sound; 0 if sound comes first or there is no picture."""
     if picture is None or picture.start_time is None or frame.pts is None:
         return 0.0
     return max(0.0, float(frame.pts * stream.time_base - picture.start_time * picture.time_base))

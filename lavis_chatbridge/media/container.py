@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
 
-# FFmpeg counts playlists (HLS, DASH, concat) as containers too; they name other files and URLs.
+# FFmpeg would also open playlists (HLS, DASH, concat), which refer to other files and URLs.
 _FORMATS = "mov,matroska,avi,ogg,mp3,wav,w64,flac,aiff,au,aac,ac3,amr,mpegts,mpeg,mpegvideo,m4v,flv,asf,caf,h264,hevc"
 
 
 def open_container(file: str | io.BytesIO, limits: Limits) -> InputContainer:
-    """Open a file of a common audio or video format; the decoders refuse frames above ``limits.max_pixels``."""
+    """Open a file of a common audio or video format; decoders reject frames above ``limits.max_pixels``."""
     import av
 
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(limits.max_pixels)}
@@ -45,7 +45,7 @@ def modality_of(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> Literal["
     """The modality of a file by its content: a webm or mp4 without a video track is audio.
 
     Raises:
-        MediaError: If the file cannot be opened, or is none of the three.
+        MediaError: If the file cannot be opened, or is not an image, video or sound.
     """
     file = file_of(source)
     if is_picture(head_of(file)):

@@ -9,9 +9,9 @@ import numpy as np
 
 
 def one_of_each(items: Sequence[int], chunks: int, rng: np.random.Generator | None = None) -> list[int]:
-    """One item of each of ``chunks`` runs: a random one with ``rng``, else the middle one.
+    """Split ``items`` into ``chunks`` runs and take one item of each: a random one with ``rng``, else the middle one.
 
-    ``items`` must be at least ``chunks`` long; the runs' lengths differ by at most one, the longer ones come first.
+    There must be at least ``chunks`` items. The runs' lengths differ by at most one; longer runs come first.
     """
     length, surplus = divmod(len(items), chunks)
     ends = [length * chunk + min(chunk, surplus) for chunk in range(chunks + 1)]
@@ -25,14 +25,14 @@ def frame_indices(count: int, frames: int, rng: np.random.Generator | None = Non
     """``frames`` indices into a video of ``count`` frames, evenly spaced and in order.
 
     A shorter video repeats its last frame (original: ``data.py`` of the training reader). Each index is a random one of
-    its stretch with ``rng`` (training), and the middle one without (evaluation).
+    its segment with ``rng`` (training), and the middle one without (evaluation).
     """
     lengthened = list(range(count)) + [count - 1] * (frames - count)
     return one_of_each(lengthened, frames, rng)
 
 
 def uniform_frame_indices(count: int, frames: int) -> list[int]:
-    """The first frame of each of ``frames`` equal stretches, at most ``count`` (original: the demo's processor)."""
+    """The first frame of each of ``frames`` equal segments, at most ``count`` (original: the demo's processor)."""
     taken = min(count, frames)
     return [index * count // taken for index in range(taken)]
 
@@ -40,14 +40,14 @@ def uniform_frame_indices(count: int, frames: int) -> list[int]:
 def clip_indices(
     length: int, clip: int, shortest: float, most: int, rng: np.random.Generator | None = None
 ) -> list[int]:
-    """Which clips of a sound to take: all, or one of each of ``most`` stretches.
+    """Indices of the clips of a sound to use: all, or one of each of ``most`` segments.
 
     Args:
         length: The sound's length.
         clip: Length of a clip, in the same unit.
-        shortest: A shorter remainder makes no clip of its own.
-        most: Number of clips at most.
-        rng: Chooses a random clip of each stretch; None chooses the middle one.
+        shortest: Drop a shorter remainder at the end.
+        most: Maximum number of clips.
+        rng: Chooses a random clip of each segment; None: the middle one.
     """
     count = -(-length // clip)
     if count > 1 and length - (count - 1) * clip < shortest:

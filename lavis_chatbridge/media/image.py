@@ -1,4 +1,4 @@
-"""Opens images: a path, bytes, an array or a Pillow image become RGB bytes. Knows no model and no normalisation."""
+"""Opens images from a path, bytes, an array or a Pillow image, as RGB bytes. Knows no model and no normalisation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_image(
     at_least: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> np.ndarray:
-    """Open an image upright, in RGB, its transparent parts white.
+    """Open an image: upright, in RGB, with transparent parts white.
 
     Args:
         source: A path, the bytes of a file, a Pillow image, or an array: ``[H,W]``, ``[H,W,1]``, ``[H,W,3]`` or
@@ -60,7 +60,7 @@ def open_image(
 
 @contextmanager
 def opened(source: Any) -> Iterator[Image.Image]:
-    """A file as a Pillow image. A Pillow image is yielded itself; the caller closes it.
+    """Yield a file as a Pillow image. A source that is a Pillow image is yielded itself; its owner closes it.
 
     Raises:
         MediaError: If it is an AVIF or HEIC image and no installed package reads these.
@@ -83,7 +83,7 @@ def opened(source: Any) -> Iterator[Image.Image]:
 
 
 def _plain_png(source: Any, image: Image.Image) -> np.ndarray | None:
-    """An intact PNG of 8-bit RGB, decoded by FFmpeg in 60 % of Pillow's time; None for any other file."""
+    """Decode an intact 8-bit RGB PNG with FFmpeg, in 60 % of Pillow's time; None for any other file."""
     if image.format != "PNG" or image.mode != "RGB" or "exif" in image.info or getattr(image, "n_frames", 1) > 1:
         return None
     file = file_of(source)
@@ -116,7 +116,7 @@ def _heif_formats(head: bytes, source: object) -> tuple[str, ...]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image of any mode as an upright RGB image, its transparent parts white."""
+    """Convert a Pillow image of any mode to upright RGB, with transparent parts white."""
     picture = upright(image)
     if picture.mode != "RGBA":
         return picture
@@ -126,11 +126,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A Pillow image of any mode, turned as its EXIF block says, as RGBA if it may be transparent, else as RGB."""
+    """Rotate a Pillow image of any mode by its EXIF orientation; RGBA if it may be transparent, else RGB."""
     image.load()
     with suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
-        image = ImageOps.exif_transpose(image)  # a broken EXIF block does not make a good image unreadable
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow opens gray of 16 bits in its modes of 32 bits too
+        image = ImageOps.exif_transpose(image)  # ignores a broken EXIF block
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow also uses its 32-bit modes for 16-bit gray
         values = np.nan_to_num(np.array(image, np.float32), posinf=0.0, neginf=0.0)
         full = 65535 if image.mode != "F" else 255 if values.max() > 1 else 1
         return Image.fromarray(_array_to_rgb((values / full).clip(0.0, 1.0)))
@@ -140,7 +140,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def check_size(source: object, size: tuple[int, ...], limits: Limits) -> None:
-    """Raises MediaError: If ``size`` (width, height) is not within ``limits``."""
+    """Raise a `MediaError` if ``size`` (width, height) exceeds ``limits``."""
     width, height = size
     if width < 1 or height < 1:
         raise MediaError(source, f"it is {width} x {height} pixels")
@@ -149,7 +149,7 @@ def check_size(source: object, size: tuple[int, ...], limits: Limits) -> None:
 
 
 def _array_to_rgb(array: np.ndarray) -> np.ndarray:
-    """An array in one of the forms of `open_image` as uint8 ``[H,W,3]``."""
+    """An array, as accepted by `open_image`, as uint8 ``[H,W,3]``."""
     pixels = array[..., None] if array.ndim == 2 else array
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
         raise MediaError(array, "an image has the shape [H,W], [H,W,1], [H,W,3] or [H,W,4]")
@@ -160,7 +160,7 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:
-    """Brightness of any common type as uint8.
+    """Pixel values of any common type as uint8.
 
     Raises:
         MediaError: If the type has no standard scale, or floats lie outside [0, 1].

@@ -1,4 +1,4 @@
-"""Opens media in limited processes, for a server whose users send the files.
+"""Opens media in processes with limited memory and time, for servers that receive files from users.
 
 A decoder that crashes, hangs or uses too much memory fails only its own request. Memory is limited on Linux only.
 """
@@ -16,16 +16,16 @@ from typing import Any
 from lavis_chatbridge.errors import MediaError, MissingExtraError
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, is_file
 
-_MEDIA_OF_A_PROCESS = 500  # memory that decoders leak returns with the process
+_MEDIA_OF_A_PROCESS = 500  # processes are then replaced, which frees memory that decoders leak
 
 
 class DecodingPool:
-    """Processes that run this package's functions. Thread-safe.
+    """A pool of processes that decode media. Thread-safe.
 
     Args:
-        workers: Number of processes; further media wait.
-        memory: Most bytes for decoding one medium.
-        seconds: Time limit of decoding one medium; then its process is killed.
+        workers: Number of processes, and of media decoded at once.
+        memory: Maximum memory in bytes for decoding one medium.
+        seconds: Time limit for decoding one medium; then the process is killed.
 
     Raises:
         MissingExtraError: If pebble is not installed.
@@ -51,7 +51,7 @@ class DecodingPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes; media being opened fail."""
+        """End the processes; unfinished calls fail."""
         with self._lock:
             self._closed = True
             self._pool.stop()
@@ -60,7 +60,7 @@ class DecodingPool:
     def __call__(
         self, function: Callable[..., Any], source: Any, *args: Any, limits: Limits = DEFAULT_LIMITS, **options: Any
     ) -> Any:
-        """``function(source, *args, limits=limits, **options)`` in one of the processes.
+        """Call ``function(source, *args, limits=limits, **options)`` in one of the processes.
 
         Arguments and results are pickled. Arrays and Pillow images need no decoding and stay in this process.
 
@@ -84,7 +84,7 @@ class DecodingPool:
             raise MediaError(source, f"decoding needs more than {self._memory >> 20} MiB of memory") from error
 
     def _run(self, function: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
-        """The function's result. A pool that is broken because an idle process died is replaced once."""
+        """The function's result. If an idle process has died, the pool is broken; it is then replaced once."""
         used = self._pool
         try:
             return used.schedule(function, args, options, timeout=self._seconds).result()
@@ -99,7 +99,7 @@ class DecodingPool:
 
 
 def _limit_process(memory: int) -> None:
-    """Limit this process to ``memory`` bytes of address space beyond its libraries, and forbid it to write files."""
+    """Limit this process to ``memory`` bytes of address space besides its libraries, and forbid writing files."""
     import resource
 
     import av  # noqa: F401  (libraries are loaded before the limit)

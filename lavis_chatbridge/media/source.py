@@ -1,4 +1,4 @@
-"""What a medium may be given as, the limits on opening it, and one error for everything that fails."""
+"""The types of a medium's source, the limits on opening it, and the conversion of all errors to `MediaError`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | PILImage"
 """A path, the bytes of a file, a decoded array, or a Pillow image."""
 Sound: TypeAlias = "Source | tuple[np.ndarray, float]"
-"""The same, or samples with their sampling rate in Hz."""
+"""A `Source`, or samples with their sampling rate in Hz."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,18 +34,18 @@ _HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on opening one medium; one that exceeds them raises `MediaError`."""
+    """Limits on opening one medium; exceeding one raises a `MediaError`."""
 
     max_pixels: int = 89_478_485
-    """Width times height of an image or a video frame; Pillow warns above it."""
+    """Pixels of an image or a video frame; the default is Pillow's limit for warnings."""
     max_seconds: float = 3600.0
-    """Length of a sound."""
+    """Length of a sound in seconds."""
     max_frames: int = 500_000
-    """Frames of a video or an animated image."""
+    """Number of frames of a video or an animated image."""
     max_bytes: int = 1 << 31
-    """Size of the decoded result; for a sound, as mono before it is resampled."""
+    """Size of the decoded result in bytes; of a sound: mono, before resampling."""
     timeout: float | None = 60.0
-    """Seconds of decoding; None in a process that is killed from outside."""
+    """Time limit of decoding in seconds; None: no limit (a `pool.DecodingPool` has its own)."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -55,8 +55,8 @@ DEFAULT_LIMITS = Limits()
 def media_errors(source: object) -> Iterator[None]:
     """Turn every exception into ``MediaError(source, cause)``.
 
-    Pillow and PyAV raise some thirty different exceptions for broken files (``SyntaxError``, ``struct.error``,
-    ``UnicodeDecodeError``, ``MemoryError`` ...), so only ``Exception`` covers them.
+    Catches ``Exception``, because Pillow and PyAV raise some thirty different classes for broken files
+    (``SyntaxError``, ``struct.error``, ``UnicodeDecodeError``, ``MemoryError`` ...).
     """
     try:
         yield
@@ -67,7 +67,7 @@ def media_errors(source: object) -> Iterator[None]:
 
 
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of ``(source, ..., limits=...)``: it raises nothing but `MediaError`, within a time limit.
+    """Decorate a function of ``(source, ..., limits=...)`` to raise only `MediaError`, and to stop at a time limit.
 
     Files are opened in another thread. Python cannot end a call into a C library, so after ``limits.timeout`` the
     thread is abandoned with the lowest priority, and the caller gets `MediaError`.
@@ -94,7 +94,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
         try:
             result, error = outcome.get(timeout=limits.timeout)
         except queue.Empty:
-            with suppress(OSError, AttributeError):  # only Linux has priorities of threads
+            with suppress(OSError, AttributeError):  # only Linux has thread priorities
                 os.setpriority(os.PRIO_PROCESS, decoder.native_id or 0, 19)
             raise MediaError(source, f"decoding took longer than {limits.timeout:g} s") from None
         if error is not None:
@@ -105,7 +105,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def directly(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-    """Call ``function`` in this process, where a `pool.DecodingPool` would call it in a limited one."""
+    """Call ``function`` in this process: the alternative to a `pool.DecodingPool`."""
     return function(*args, **kwargs)
 
 
@@ -117,8 +117,8 @@ def is_file(source: object) -> bool:
 def file_of(source: Any) -> str | io.BytesIO:
     """The absolute path, or the bytes as a file object.
 
-    A path is made absolute so that no library takes it for a URL. Pipes and devices are refused, because reading them
-    may never end.
+    Paths are made absolute, so that no library interprets them as URLs. Pipes and devices are rejected, because
+    reading them may never end.
 
     Raises:
         MediaError: If the file does not exist, is not a regular file or is empty, or the source has an unknown type.
@@ -161,7 +161,7 @@ def is_heif(head: bytes) -> bool:
 
 
 def _cause(error: Exception) -> str:
-    """The error in one line, without memory addresses."""
+    """The error's message in one line, without memory addresses."""
     name = type(error).__name__
     if name == "UnidentifiedImageError":
         return "it is not an image of a known format"

@@ -13,11 +13,11 @@ class AudioClips(NamedTuple):
     fbank: Tensor
     """``[N, F, M]`` normalised log-mel filterbank: clips, frames of 10 ms, mel bins."""
     frames: Tensor
-    """``[N]`` number of the ``F`` frames of each clip that are sound; the rest is padding."""
+    """``[N]`` number of valid frames of each clip; the rest of its ``F`` frames is padding."""
 
 
 class EncodedMedium(NamedTuple):
-    """One medium after its frozen encoder and layer norm, as feature caches store it."""
+    """The output of frozen encoder and layer norm for one medium, as stored in feature caches."""
 
     tokens: Tensor
     """``[T, N, D]``: frames or clips, tokens of each, encoder width."""

@@ -1,8 +1,8 @@
-"""Opens videos: a path, bytes or an array become the chosen frames. Only what these need is decoded.
+"""Opens chosen frames of videos from a path, bytes or an array, and decodes no more than necessary.
 
-The file is first read without decoding, for the true number of frames (headers may be wrong), and whether and when each
-frame is shown, and which are key frames. To decode a chosen frame, decoding starts at the last key frame before it and
-skips frames that no other frame refers to.
+The file is first read without decoding, to find the true number of frames (headers may be wrong), their display times,
+and the key frames. Decoding of a chosen frame starts at the last key frame before it, and skips frames that no other
+frame depends on.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _BT709, _UNKNOWN_MATRIX, _BT601 = 1, 2, 5  # FFmpeg's AVColorSpace and SWS_CS
 def open_video(source: Source, choose: Choose, *, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """Open chosen frames of a video as a player shows them: upright, with square pixels, in RGB.
 
-    Frames that an edit list hides do not count.
+    Frames hidden by an edit list are ignored.
 
     Args:
         source: A path, the bytes of a file (an image, animated or not, is a video too), a Pillow image, or an array
-            ``[T,H,W,3]`` or ``[T,H,W]`` as `open_image` takes for one image.
-        choose: Maps the number of shown frames to the wanted indices, in any order, with repeats allowed. Indices count
-            equal parts of the video's time: where the frame rate varies, index ``i`` of ``n`` is the frame that is
-            shown in the middle of the ``i``-th of ``n`` parts.
+            ``[T,H,W,3]`` or ``[T,H,W]`` with the types that `open_image` accepts.
+        choose: Maps the number of shown frames to the wanted indices, in any order, with repeats allowed. The video's
+            time is divided into ``n`` equal parts, one per frame; index ``i`` is the frame shown in the middle of the
+            ``i``-th part. This matters only if the frame rate varies.
         limits: Bounds on its size and on the time of decoding.
 
     Returns:
-        uint8 ``[T,H,W,3]``, one frame per index. The nearest intact frame replaces a damaged one.
+        uint8 ``[T,H,W,3]``, one frame per index. A damaged frame is replaced by the nearest intact one.
 
     Raises:
         MediaError: If it cannot be opened, or most of the chosen frames are damaged.
@@ -80,7 +80,7 @@ def _picture_frames(source: Source, choose: Choose, limits: Limits) -> np.ndarra
         count = getattr(image, "n_frames", 1)
         chosen = _chosen(choose, count, image.size, source, limits)
         pictures: dict[int, np.ndarray] = {}
-        for index in range(max(chosen) + 1):  # each frame of a GIF builds on the one before
+        for index in range(max(chosen) + 1):  # each frame of a GIF depends on the one before
             if count > 1:
                 image.seek(index)
             if index in chosen:
@@ -94,7 +94,7 @@ def _container_frames(file: str | io.BytesIO, source: object, choose: Choose, li
         track = _read_track(container, stream, source, limits)
         size = (round(stream.codec_context.width * float(stream.sample_aspect_ratio or 1)), stream.codec_context.height)
         chosen = _chosen(choose, len(track.order), size, source, limits)
-        if container.format.name != "avi":  # AVI has one frame rate; FFmpeg may give its frames uneven times
+        if container.format.name != "avi":  # AVI has a constant frame rate, but FFmpeg may report uneven times
             chosen = track.ranks(chosen)
         decoder = _Decoder(stream, track)
         decoder.decode(sorted(set(chosen)))
@@ -124,9 +124,9 @@ class _Track:
     """A video stream.
 
     Attributes:
-        packets: Its packets in the order of the file; those of a movie take as much memory as the file.
-        order: Positions of the shown frames by time of display; by position if the times are unreliable.
-        timed: Whether the times are reliable.
+        packets: Its packets in file order (as much memory as the file).
+        order: Packet positions of the shown frames, sorted by display time, or by position if times are unreliable.
+        timed: Whether the display times are reliable.
     """
 
     packets: list[Packet]
@@ -134,7 +134,7 @@ class _Track:
     timed: bool
 
     def time(self, rank: int) -> int:
-        """When the ``rank``-th shown frame is displayed, in units of the stream's time base."""
+        """The display time of the ``rank``-th shown frame, in units of the stream's time base."""
         return self.packets[self.order[rank]].pts or 0
 
     def ranks(self, indices: list[int]) -> list[int]:
@@ -153,10 +153,10 @@ class _Track:
         return [int(np.searchsorted(shown, first + (index + 0.5) * part, "right")) - 1 for index in indices]
 
     def spans(self, positions: list[int], groups: int) -> list[tuple[int, int]]:
-        """The stretches of the file to decode for the frames at ``positions``: first and last packet of each.
+        """The ranges of packets (first, last) to decode for the frames at ``positions``.
 
-        A frame may be shown before the key frame that it follows in the file (open GOP). It then refers to the previous
-        GOP, so decoding starts there. With ``groups`` it starts that many key frames back.
+        A frame may be displayed before the key frame that it follows in the file (open GOP). It then depends on the
+        previous GOP, so decoding starts there. With ``groups``, decoding starts that many key frames earlier.
         """
         spans: list[tuple[int, int]] = []
         for last in sorted(positions):
@@ -188,7 +188,7 @@ def _read_track(container: Any, stream: Any, source: object, limits: Limits) -> 
 
 
 class _Decoder:
-    """Decodes chosen frames of a track as ``pictures``: rank in time -> uint8 ``[H,W,3]``."""
+    """Decodes chosen frames of a track into ``pictures``: rank by time -> uint8 ``[H,W,3]``."""
 
     def __init__(self, stream: Any, track: _Track) -> None:
         from av.video.reformatter import VideoReformatter
@@ -200,16 +200,16 @@ class _Decoder:
         self._size: tuple[int, int] | None = None
 
     def decode(self, ranks: list[int]) -> None:
-        """Fill ``pictures`` with the frames of these ranks; damaged ones are missing."""
+        """Decode the frames of these ranks into ``pictures``, except damaged ones."""
         if not self._track.timed:
             self._by_counting(ranks)
             return
         self._by_time(ranks)
         if missing := [rank for rank in ranks if rank not in self.pictures]:
-            self._by_time(missing, groups=2)  # with gradual refresh, frames become intact after a key frame
+            self._by_time(missing, groups=2)  # with gradual refresh, frames are intact only after a while
 
     def _by_counting(self, ranks: list[int]) -> None:
-        """Decode from the start. A video without times may have packets without a frame: the last frame stands in."""
+        """Decode from the start. Without times, packets may have no frame: then the previous frame is repeated."""
         count, last = 0, None
         for frame in (frame for packet in chain(self._track.packets, [None]) for frame in self._frames(packet)):
             if count in ranks:
@@ -254,7 +254,7 @@ class _Decoder:
 
 
 def _colours(frame: VideoFrame) -> dict[str, Any]:
-    """The frame's own colour matrix and range for the conversion to RGB; PyAV before 17 ignores them."""
+    """Arguments to convert to RGB with the frame's own colour matrix and range, which PyAV before 17 ignores."""
     if not frame.format.name.startswith(("yuv", "nv", "p0")):
         return {}
     full = int(frame.color_range) == _FULL or frame.format.name.startswith("yuvj")
@@ -268,7 +268,7 @@ def _colours(frame: VideoFrame) -> dict[str, Any]:
 
 
 def _upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
-    """``pixels`` turned and mirrored as the display matrix says: one of eight orientations.
+    """Rotate and mirror ``pixels`` by the frame's display matrix (one of eight orientations).
 
     FFmpeg's matrix ``a b . c d`` moves pixel (x, y) to (a x + c y, b x + d y).
     """
