@@ -1,4 +1,4 @@
-"""LAVIS processors of ChatBridge: image, video, audio and text. Importing this registers them."""
+"""LAVIS processors of ChatBridge: image, video, audio and text. Importing this package registers them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """``chatbridge_audio_train`` and ``chatbridge_audio_eval``: a sound, or a video's audio track -> `AudioClips`.
 
-BEATs gets clips of its filterbank; other encoders get the features of their own transformers extractor.
+BEATs reads filterbank clips; other encoders read the features of their own transformers extractor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AudioSettings(Settings):
     """How sounds are prepared."""
 
     mel_bins: int = 128
-    """128 as BEATs was pre-trained, 64 as the released ChatBridge was trained."""
+    """128 as in BEATs' pre-training, 64 as in the released ChatBridge."""
     clip_frames: int = 1024
     """Length of a clip in frames of 10 ms."""
     max_clips: int = 3
@@ -103,12 +103,12 @@ def _extracted(
     clips = [samples[clip * length : (clip + 1) * length] for clip in chosen]
     built = _extractor(json.dumps(dict(extractor), sort_keys=True))
     each = [next(iter(built(clip, sampling_rate=rate, return_tensors="pt").values()))[0] for clip in clips]
-    features = pad_sequence(each, batch_first=True)  # waveforms differ in length, other features do not
+    features = pad_sequence(each, batch_first=True)  # waveforms differ in length; other features are equally long
     return AudioClips(features, _valid(features, clips, getattr(built, "hop_length", 1)))
 
 
 def _valid(features: Tensor, clips: list[np.ndarray], hop: int) -> Tensor:
-    """``[N]`` number of steps of each clip that are sound; all steps if the encoder was trained on padded windows."""
+    """``[N]`` number of valid steps of each clip; all steps if the encoder was trained on padded windows."""
     lengths = torch.tensor([len(clip) for clip in clips])
     if features.dim() == 2:  # [N, S] waveforms
         return lengths

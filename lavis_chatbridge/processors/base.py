@@ -1,4 +1,4 @@
-"""The base class of processors, and all processors of a model from the ``preprocess`` section of its YAML."""
+"""The base class of processors, and a function that builds all processors of a ``preprocess`` section."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, directly
 from lavis_chatbridge.processors import inputs
 
 SECTIONS = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor", "text": "text_processor"}
-"""Modality (or "text") -> its key in the YAML; those of images and text are LAVIS's."""
+"""Modality (or "text") -> its key in the YAML; LAVIS's own for images and text."""
 
 SPLITS = ("train", "eval")
 
@@ -28,11 +28,11 @@ class ChatBridgeProcessor(BaseProcessor):
     Attributes:
         name: Its name in LAVIS's registry.
         settings_class: The class of its settings.
-        revision: A number to raise whenever the output for the same settings changes.
+        revision: Increase it whenever the output for the same settings changes.
         random: Whether its output is random, as in training.
-        encoder: The encoder that takes its output, ``"vision"`` or ``"audio"``.
-        limits: Bounds on opening a medium; a server sets lower ones.
-        opener: Calls the ``media`` package's functions: here, or a `media.pool.DecodingPool` in limited processes.
+        encoder: The encoder that reads its output, ``"vision"`` or ``"audio"``.
+        limits: Limits on opening a medium; a server sets lower ones.
+        opener: Calls the ``media`` package's functions: in this process, or a `media.pool.DecodingPool`.
     """
 
     name: ClassVar[str]
@@ -50,9 +50,9 @@ class ChatBridgeProcessor(BaseProcessor):
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig | None = None) -> ChatBridgeProcessor:
-        """The processor of a YAML section, without its key ``name``, which LAVIS reads.
+        """Build a processor from its YAML section (without LAVIS's key ``name``).
 
-        ``encoder: ${model.vision}`` inserts the settings that this encoder needs; other keys override them.
+        ``encoder: ${model.vision}`` inserts the settings for this encoder; other keys override them.
 
         Raises:
             ConfigError: If a key is unknown or a value does not fit.
@@ -65,7 +65,7 @@ class ChatBridgeProcessor(BaseProcessor):
 
     @property
     def version(self) -> str:
-        """A short string that changes whenever the output for a medium may change."""
+        """A string that changes whenever the output may change."""
         return f"{self.name}-{self.revision}-{hash_of(self.settings.model_dump())[:12]}"
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Any:

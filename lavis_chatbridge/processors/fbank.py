@@ -1,7 +1,8 @@
-"""Mono samples become BEATs' input: sound is cut into clips of equal length, each a normalised log-mel filterbank.
+"""Converts mono samples to BEATs' input: clips of equal length, each a normalised log-mel filterbank.
 
-A frame of the filterbank depends only on its own 25 ms of sound, so each clip is computed alone, and clips that are not
-chosen are not computed. Legend: `S` samples, `N` clips, `F` frames of a clip, `M` mel bins.
+A frame of the filterbank depends only on its own 25 ms of sound, so only the chosen clips are computed.
+
+Legend: `S` samples, `N` clips, `F` frames of a clip, `M` mel bins.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ MEAN, STD = 15.41663, 6.55582
 """BEATs' statistics; features are divided by 2 x STD (BEATs.py, preprocess)."""
 
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
-"""The highest filterbank value of a silent sound, whose samples are below 16-bit rounding."""
+"""The highest filterbank value of a silent sound: its samples are below 16-bit rounding."""
 
 _FFT_SAMPLES = 512
 _SHORTEST_TAIL = 16
-"""A remainder with fewer frames is dropped: BEATs' patches have this side."""
+"""Side of BEATs' patches. A remainder with fewer frames is dropped."""
 
 
 def is_silent(clips: AudioClips) -> bool:
@@ -45,8 +46,8 @@ def cut_clips(
         samples: ``[S]`` at 16 kHz; at least one frame.
         mel_bins: `M`.
         clip_frames: `F`.
-        max_clips: A longer sound is divided into this many equal stretches, and one clip of each is used.
-        rng: Chooses a random clip of each stretch; None chooses the middle one.
+        max_clips: A longer sound is divided into this many equal segments, and one clip of each is used.
+        rng: Chooses a random clip of each segment; None: the middle one.
     """
     total = frame_count(len(samples))
     chosen = clip_indices(total, clip_frames, _SHORTEST_TAIL, max_clips, rng)
@@ -60,8 +61,8 @@ def cut_slices_as_original(
     """Always ``slices`` clips, padded with silence as in the original, for its checkpoints.
 
     The sound is zero-padded to at least ``slices`` clips, and by one more clip if its last one is full; one clip of
-    each of ``slices`` stretches is used. All frames count as sound (original: custom_datasets/valor_data/data.py). The
-    other arguments are those of `cut_clips`.
+    each of ``slices`` segments is used. No frame counts as padding (original: custom_datasets/valor_data/data.py). For
+    the other arguments see `cut_clips`.
     """
     total = frame_count(len(samples))
     stacked = (total + max(slices * clip_frames - total, clip_frames - total % clip_frames)) // clip_frames

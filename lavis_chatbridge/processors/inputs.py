@@ -1,7 +1,7 @@
 """The input that an encoder needs: image size, mean and std, or sample rate and feature extractor.
 
-A processor's ``encoder: ${model.vision}`` is replaced by these settings, which are read from the encoder's own
-``preprocessor_config.json`` or timm's configuration; no weights are loaded.
+These settings replace a processor's ``encoder: ${model.vision}``. They are read from the encoder's own
+``preprocessor_config.json`` or timm's configuration, without loading weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lavis_chatbridge import hub
 
 PREPROCESSOR = "preprocessor_config.json"
 _SECONDS = 10.0
-"""Length of a clip for encoders without a window of their own (wav2vec2, HuBERT)."""
+"""Length of a clip in seconds for encoders without a fixed window (wav2vec2, HuBERT)."""
 
 
 def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
 
     Returns:
         ``image_size``, ``mean`` and ``std``, or ``extractor`` and ``clip_seconds``; empty for BEATs and for
-        encoders that users register.
+        encoders registered by users.
 
     Raises:
         CheckpointError: If the encoder's configuration cannot be read or downloaded.

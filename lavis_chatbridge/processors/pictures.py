@@ -1,4 +1,4 @@
-"""Images and videos become the vision encoder's input: crop, resize, normalise by the encoder's mean and std.
+"""Converts images and videos to the vision encoder's input: crop, resize, normalise by the encoder's mean and std.
 
 Legend: `T` frames, `H` `W` size of the source, `S` size of the result.
 """
@@ -26,7 +26,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _OVERSAMPLING = 2
-"""A large JPEG is decoded at a fraction of its size, with sides of at least this factor times ``image_size``."""
+"""A large JPEG is decoded at reduced size; its sides are at least this factor times ``image_size``."""
 
 
 class PictureSettings(Settings):
@@ -40,13 +40,13 @@ class PictureSettings(Settings):
     antialias: bool = True
     """Whether downscaling averages over all source pixels."""
     arithmetic: Literal["bytes", "pillow", "float"] = "bytes"
-    """``bytes`` resizes bytes with torch, differs from Pillow by at most 1/256, and may decode large JPEGs at a part of
-    their size; ``pillow`` is Pillow itself, as in the original's demo; ``float`` resizes floating-point pixels, as in
-    the original's training reader."""
+    """``bytes``: resize bytes with torch (at most 1/256 from Pillow); large JPEGs may be decoded at reduced size.
+    ``pillow``: Pillow itself, as in the original's demo. ``float``: resize floating-point pixels, as in the original's
+    training reader."""
     mean: tuple[float, float, float] = CLIP_MEAN
-    """Mean of each channel, whose values are in [0, 1]; it is subtracted."""
+    """Mean of each channel (values in [0, 1]), which is subtracted."""
     std: tuple[float, float, float] = CLIP_STD
-    """Standard deviation of each channel; the difference is divided by it."""
+    """Standard deviation of each channel; the result is divided by it."""
 
     def check(self) -> Iterator[str]:
         if self.image_size < 1:
@@ -58,10 +58,10 @@ class PictureSettings(Settings):
 
 
 class TrainPictureSettings(PictureSettings):
-    """How images are prepared in training: cropped mildly, because captions mention positions and sizes."""
+    """How images are prepared in training. Crops are mild, because captions mention positions and sizes."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Least and largest share of the image's area that is kept."""
+    """Smallest and largest share of the image's area to keep."""
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -74,8 +74,8 @@ class VideoSettings(PictureSettings):
 
     num_frames: int = 4
     sampling: Literal["chunks", "uniform"] = "chunks"
-    """``chunks``: one frame of each of ``num_frames`` equal stretches; a shorter video repeats its last frame.
-    ``uniform``: the first frame of each stretch; a shorter video gives fewer frames, as in the original's demo."""
+    """``chunks``: one frame of each of ``num_frames`` equal segments; a shorter video repeats its last frame.
+    ``uniform``: the first frame of each segment; a shorter video gives fewer frames, as in the original's demo."""
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -160,7 +160,7 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
 
 
 def _least_side(settings: PictureSettings) -> int | None:
-    """The shortest side at which a photo may be decoded; None for its full size."""
+    """The shortest side to which decoding may reduce a photo; None: full size."""
     if settings.arithmetic != "bytes" or not settings.antialias:
         return None
     kept = settings.crop_scale[0] if isinstance(settings, TrainPictureSettings) else 1.0
@@ -168,7 +168,7 @@ def _least_side(settings: PictureSettings) -> int | None:
 
 
 def _random_crop(frames: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """A rectangle with the image's aspect ratio, a random share of its area, and a random position."""
+    """A random crop with the image's aspect ratio, and a random share of its area."""
     share = math.sqrt(rng.uniform(*scale))
     height, width = (max(1, round(side * share)) for side in frames.shape[1:3])
     top = int(rng.integers(frames.shape[1] - height + 1))

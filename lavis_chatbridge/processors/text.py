@@ -1,4 +1,4 @@
-"""``chatbridge_text``: a caption or question as the model's text."""
+"""``chatbridge_text``: prepares a caption or question for the prompt."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class TextSettings(Settings):
     """How text is prepared."""
 
     clean: Literal["original", "spaces", "no"] = "original"
-    """``original``: lower case without hyphens, as in the original; ``spaces``: only white space is normalised."""
+    """``original``: lower case without hyphens, as in the original; ``spaces``: only normalise white space."""
     max_words: int | None = None
     """Longer text is cut after this number of words."""
     prompt: str = ""
-    """Put before the text."""
+    """Text to put before it."""
 
     def check(self) -> Iterator[str]:
         if self.max_words is not None and self.max_words < 1:

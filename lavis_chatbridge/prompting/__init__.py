@@ -1,4 +1,4 @@
-"""Conversations, roles, media slots and instruction templates: everything that makes a prompt."""
+"""Conversations, roles, media slots and instruction templates: the parts of prompts."""
 
 from lavis_chatbridge.prompting.conversation import (
     Message,

@@ -1,4 +1,4 @@
-"""The options of a multiple-choice question as text: a line with a letter for each, and the request for a letter."""
+"""The options of a multiple-choice question as text: one line per option, and a request to answer with a letter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def listed(options: Sequence[str]) -> str:
 
 
 def without_letters(options: Sequence[str]) -> list[str]:
-    """Options as publishers write them (``"A. a drum"``), without their letters if all have one."""
+    """Options without their letters, if all have one (``"A. a drum"``)."""
     if all(_LETTERED.match(option) for option in options):
         return [_LETTERED.sub("", option).strip() for option in options]
     return [option.strip() for option in options]

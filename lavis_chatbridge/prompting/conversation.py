@@ -1,6 +1,6 @@
 """Conversations in the paper's format: ``###Human: ...###Assistant: ...###``, media in any turn.
 
-The roles, the words before media, and the end marker of a reply are those of the original ChatBridge (its
+Roles, the text before media, and the end marker of a reply are the original ChatBridge's (its
 ``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data set.
 """
 
@@ -31,7 +31,7 @@ class Message:
     media: tuple[Modality, ...] = ()
     """The modalities of the media in a user's message, in order."""
     ids: tuple[int, ...] | None = None
-    """The token ids of a generated assistant's text, with its end marker; None if unknown."""
+    """The token ids of a generated reply, with its end marker; None if unknown."""
 
 
 class Wording(Protocol):
@@ -52,7 +52,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
     Args:
         turns: Alternating messages of ``user`` and ``assistant``, starting with a user's.
         generate: End with the assistant's role, for a reply to follow; the last message must then be a user's.
-        reply_end: The end marker of a reply: ``"###"``; the original puts a newline before it except in conversations.
+        reply_end: The end marker of a reply: ``"###"``. The original adds a newline before it, except in conversations.
 
     Raises:
         PromptError: If the messages do not alternate, or ``generate`` does not fit the last one.
@@ -64,7 +64,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
     for turn in turns:
         if turn.role == "assistant":
             pieces.append(Text(escape_markers(turn.text) + reply_end, target=True))
-            opening = ""  # the reply's end marker also begins the next turn
+            opening = ""  # the reply's end marker is also the start of the next turn
             continue
         if turn.media:
             pieces.extend(introduce(turn.media, counts, opening + HUMAN))
@@ -76,7 +76,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
 def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: str = "") -> list[Piece]:
     """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop.
 
-    ``counts`` holds the number of media of each modality before these; it is updated.
+    ``counts`` has the number of earlier media of each modality; it is updated.
     """
     pieces: list[Piece] = []
     previous: Modality | None = None
@@ -93,12 +93,12 @@ def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: s
 
 
 def escape_markers(text: str) -> str:
-    """``text`` with spaces in every run of three or more ``#`` (of any width), so that none acts as a turn marker."""
+    """``text`` with spaces in every run of three or more ``#`` (also full-width), which could be a turn marker."""
     return re.sub("[#\N{FULLWIDTH NUMBER SIGN}\N{SMALL NUMBER SIGN}]{3,}", lambda run: " ".join(run.group()), text)
 
 
 def clean_caption(text: str) -> str:
-    """A stage-1 caption cleaned as the original's reader does.
+    """Clean a stage-1 caption like the original's reader.
 
     Lower case, no leading punctuation, spaces for hyphens and slashes, ``person`` for ``<person>``, white space
     collapsed and stripped. (Original: ``pre_caption``.)

@@ -1,7 +1,7 @@
 """A prompt is a sequence of pieces: text, and slots for media.
 
-A slot is an object, never a marker inside a string: ``<image>`` or ``<query>`` in a user's text or in data is plain
-text, because nothing parses text to find slots.
+A slot is an object, not a marker inside a string. Text is never parsed for slots, so ``<image>`` or ``<query>`` in a
+user's text or in data is plain text.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
 @dataclass(frozen=True)
 class Text:
-    """Words of a prompt."""
+    """A text piece of a prompt."""
 
     text: str
     target: bool = False
-    """Whether the model is trained to produce them."""
+    """Whether the model is trained to generate the text."""
     ids: tuple[int, ...] | None = None
-    """Their token ids if a template has encoded them already, else None."""
+    """The token ids, if a template has already encoded the text; else None."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def slots_of(pieces: Sequence[Piece]) -> list[Slot]:
 
 
 def context_of(pieces: Sequence[Piece]) -> list[Piece]:
-    """The prompt before its last target, for generating that target."""
+    """The prompt before its last target, to generate that target."""
     for position in range(len(pieces) - 1, -1, -1):
         piece = pieces[position]
         if isinstance(piece, Text) and piece.target:
@@ -52,7 +52,7 @@ def context_of(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]:
-    """The prompt with some slots replaced by words; the other slots are renumbered."""
+    """The prompt with text instead of some slots; the other slots are renumbered."""
     counts: Counter[Modality] = Counter()
     spelt: list[Piece] = []
     for piece in pieces:

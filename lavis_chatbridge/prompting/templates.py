@@ -1,6 +1,6 @@
-"""Instruction templates: several wordings of the same request per task, read from YAML that users can extend.
+"""Instruction templates: several phrasings of a request per task, read from YAML files that users can add to.
 
-A YAML file has ``styles`` (style -> words) and ``tasks`` (task -> its default style and its templates); see
+A YAML file has ``styles`` (style -> phrases) and ``tasks`` (task -> its default style and its templates); see
 ``prompting/templates/*.yaml``. This module knows no data set and no tokenizer.
 """
 
@@ -20,7 +20,7 @@ QUESTION, STYLE = "{question}", "{style}"
 
 
 class TaskTemplates(Settings):
-    """The wordings of one task."""
+    """The templates of one task."""
 
     templates: list[str]
     """Each may contain ``{question}`` and ``{style}``; either all or none contain ``{question}``."""
@@ -42,11 +42,11 @@ class TaskTemplates(Settings):
 
 
 class Templates(Settings):
-    """All tasks with their wordings, and the words of each style."""
+    """The templates of all tasks, and the phrases of each style."""
 
     tasks: dict[str, TaskTemplates] = {}
     styles: dict[str, list[str]] = {}
-    """Style -> words for it, such as "a word or two"."""
+    """Style -> phrases for it, such as "a word or two"."""
 
     def check(self) -> Iterator[str]:
         for name, task in self.tasks.items():
@@ -56,7 +56,7 @@ class Templates(Settings):
     @classmethod
     @functools.cache
     def load(cls, *paths: str | Path) -> Templates:
-        """The package's templates with those of further YAML files; a later file replaces tasks and styles.
+        """Load the package's templates and further YAML files; tasks and styles of later files replace earlier ones.
 
         Raises:
             ConfigError: If a file cannot be read or is malformed.
@@ -71,10 +71,10 @@ class Templates(Settings):
             task: A task of these templates.
             question: The sample's question; it is the whole request if the task's templates have no ``{question}``.
             style: The sample's style; by default the task's.
-            rng: Chooses template and style words; None takes the first of each.
+            rng: Chooses template and style phrase; None: the first of each.
 
         Raises:
-            PromptError: If the sample lacks a question that the task needs, or the style has no words.
+            PromptError: If the task needs a question and the sample has none, or the style is unknown.
         """
         entry = self.tasks[task]
         template = _choice(entry.templates, rng)
