@@ -1,7 +1,7 @@
-"""Frozen encoders by configuration: ``model.vision.encoder`` and ``model.audio.encoder`` name an entry of a table.
+"""Builds the frozen encoders that ``model.vision.encoder`` and ``model.audio.encoder`` name.
 
-An encoder of your own is a function that takes the settings and returns a module with the members of
-:class:`Encoder`; :func:`register` enters it. ``encoder: my_module:my_name`` imports ``my_module`` first.
+To add your own, write a function that takes the settings and returns a module with the members of
+:class:`Encoder`, and decorate it with :func:`register`. ``encoder: my_module:my_name`` imports ``my_module`` first.
 
 Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
 """
@@ -26,7 +26,7 @@ class Encoder(Protocol):
 
     Attributes:
         width: ``D`` of its tokens.
-        description: All settings that affect its output beside its tensors; part of the hash of cached features.
+        description: All settings (not weights) that affect its output; part of the hash of cached features.
     """
 
     width: int
@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
         Args:
             batch: ``[B, 3, H, W]`` frames, or ``[B, ...]`` clips as the encoder's processor returns them.
-            lengths: ``[B]`` steps in time of each clip that are sound; the rest is padding. None: all.
+            lengths: ``[B]`` number of valid time steps of each clip; the rest is padding. None: all are valid.
 
         Returns:
             ``[B, N, D]`` tokens and ``[B, N]`` bool, false for padding.
@@ -52,7 +52,7 @@ class VisionEncoder(Encoder, Protocol):
 
 
 class AudioEncoder(Encoder, Protocol):
-    """An encoder of clips, whose dimension ``time_axis`` is padded to multiples of ``patch`` steps."""
+    """An encoder of clips; their dimension ``time_axis`` is padded to multiples of ``patch`` steps."""
 
     patch: int
     time_axis: int
@@ -64,7 +64,7 @@ _REGISTERED: dict[str, dict[str, Build]] = {"vision": {}, "audio": {}}
 
 
 def register(part: Literal["vision", "audio"], name: str) -> Callable[[Build], Build]:
-    """Decorator: enters a function from settings to an encoder under a name."""
+    """Decorator that registers a function (settings -> encoder) under a name."""
 
     def enter(build: Build) -> Build:
         _REGISTERED[part][name] = build
@@ -78,7 +78,7 @@ def build_vision(settings: VisionSettings) -> VisionEncoder:
 
     Raises:
         ConfigError: If the settings name an unknown encoder, or do not fit it.
-        CheckpointError: If its weights cannot be had, or do not fit.
+        CheckpointError: If its weights cannot be found or downloaded, or do not fit.
     """
     return cast(VisionEncoder, _builder("vision", settings.encoder)(settings))
 
@@ -89,10 +89,10 @@ def build_audio(settings: AudioSettings) -> AudioEncoder:
 
 
 def tokens_of(grid: Tensor, pool: int, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``[B, D, H, W]`` features averaged over ``pool`` by ``pool`` neighbours, row by row behind prefix tokens.
+    """``[B, D, H, W]`` features averaged over ``pool`` by ``pool`` neighbours, row by row, after the prefix tokens.
 
     Returns:
-        ``[B, N, D]`` tokens, and a mask in which all count.
+        ``[B, N, D]`` tokens, and a mask that is true everywhere.
     """
     grid = functional.avg_pool2d(grid, pool, ceil_mode=True) if pool > 1 else grid
     tokens = grid.flatten(2).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""BEATs, the audio encoder: log-mel filterbank in, one token per 16x16 patch of it out.
+"""BEATs, the audio encoder: maps a log-mel filterbank to one token per 16x16 patch.
 
-The architecture is that of BEATs (arXiv 2212.09058) as ChatBridge uses it: no waveform entry, no classification head,
-no dropout (the encoder is frozen). Parameter names are those of the published checkpoints. This module knows no files.
+This is BEATs (arXiv 2212.09058) as ChatBridge uses it: without waveform input, classification head and dropout (the
+encoder is frozen). Parameter names are those of the published checkpoints. This module knows no files.
 
 Shapes: ``B`` clips, ``F`` frames of 10 ms, ``M`` mel bins, ``n`` tokens (time outer, mel inner), ``D`` width,
 ``H`` heads.
@@ -28,11 +28,11 @@ _FIXED = {
     "layer_norm_first": False, "activation_fn": "gelu", "conv_bias": False, "deep_norm": True,
     "relative_position_embedding": True, "gru_rel_pos": True,
 }  # fmt: skip
-"""The variant of BEATs that is built; all published checkpoints are of it."""
+"""The supported variant of BEATs; all published checkpoints have it."""
 
 
 class BeatsConfig(Settings):
-    """Sizes of a BEATs encoder; field names are those of ``cfg`` in published checkpoints, defaults BEATs_iter3+."""
+    """Sizes of a BEATs encoder; names as in ``cfg`` of published checkpoints, defaults of BEATs_iter3+."""
 
     input_patch_size: PositiveInt = 16
     embed_dim: PositiveInt = 512
@@ -47,7 +47,7 @@ class BeatsConfig(Settings):
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
-        """The configuration in a published checkpoint, or a `ConfigError` if it is a variant that is not built here."""
+        """The configuration in a published checkpoint; a `ConfigError` if its variant is not supported."""
         for key, built in _FIXED.items():
             if cfg.get(key, built) != built:
                 raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
@@ -62,7 +62,7 @@ class BeatsConfig(Settings):
 
 
 def build_audio(settings: AudioSettings) -> Beats:
-    """The BEATs of a file, whose own sizes count, or a randomly initialised one."""
+    """A BEATs from a file (with the file's sizes), or a randomly initialised one."""
     config = parse(BeatsConfig, settings.config or {}, "model.audio.config")
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
@@ -78,7 +78,7 @@ def build_audio(settings: AudioSettings) -> Beats:
 def tensors_of(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     """A BEATs' tensors, from its own file or from a ChatBridge's, without a classification head.
 
-    All layers share the relative-position table; if a file holds it once, it is returned under every layer's name.
+    All layers share the relative-position table; if a file has it once, it is returned under every layer's name.
     """
     own = state_dicts.part(tensors, "audio_encoder.") or dict(tensors)
     kept = {name: tensor for name, tensor in own.items() if not name.startswith("predictor.")}
@@ -113,8 +113,8 @@ class Beats(nn.Module):
 
         Args:
             fbank: ``[B, F, M]`` normalised filterbank.
-            frames: ``[B]`` frames of each clip that are sound; the padding behind them has no influence, and a patch
-                begun counts. None: every whole patch counts, as in the original.
+            frames: ``[B]`` number of valid frames of each clip; the padding after them has no influence, and a partly
+                valid patch is kept. None: all complete patches are valid, as in the original.
 
         Returns:
             ``[B, n, D]`` tokens, zeros for padding, and ``[B, n]`` bool, false for padding.
@@ -137,7 +137,7 @@ class Beats(nn.Module):
         return tokens * mask.unsqueeze(-1), mask
 
     def patches(self, fbank: Tensor) -> Tensor:
-        """``[B, F, M]`` filterbank to ``[B, n, embed_dim]`` normalised patches, time outer and mel inner."""
+        """``[B, F, M]`` filterbank -> ``[B, n, embed_dim]`` normalised patches, time outer and mel inner."""
         return self.layer_norm(self.patch_embedding(fbank.unsqueeze(1)).flatten(2).transpose(1, 2))
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class _Encoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(config, table) for _ in range(config.encoder_layers))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x * mask.unsqueeze(-1)  # otherwise the convolution carries padding into the sound
+        x = x * mask.unsqueeze(-1)  # otherwise the convolution mixes padding into valid tokens
         x = self.layer_norm(x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2))
         bias = self.position_bias(x.shape[1])
         blocked = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, float("-inf"))[:, None, None, :]
@@ -170,7 +170,7 @@ class _Encoder(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """``[H, n, n]`` bias from query (rows) to key before gating.
 
-        It depends on the distance only, so ``2n - 1`` values of the table are looked up and laid out as windows.
+        It depends only on the distance, so ``2n - 1`` values of the table are read, and each row is a window of them.
         """
         table = cast(_Layer, self.layers[0]).self_attn.relative_attention_bias
         distances = torch.arange(1 - length, length, device=table.weight.device)
@@ -180,9 +180,9 @@ class _Encoder(nn.Module):
 
 
 class _PositionConv(nn.Module):
-    """A grouped 1-d convolution with the weight normalised over all but its kernel axis, then GELU.
+    """A grouped 1-d convolution with weight normalisation over all but the kernel axis, then GELU.
 
-    The names ``weight_g`` and ``weight_v`` are those of torch's former weight norm, which checkpoints hold.
+    ``weight_g`` and ``weight_v`` are the parameter names of torch's old weight norm, as in checkpoints.
     """
 
     def __init__(self, width: int, kernel: int, groups: int) -> None:
@@ -198,7 +198,7 @@ class _PositionConv(nn.Module):
         kernel = self.weight_v.shape[-1]
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
         out = functional.conv1d(x, weight, self.bias, padding=kernel // 2, groups=self.groups)
-        return functional.gelu(out[..., : x.shape[-1]])  # an even kernel yields one step too many
+        return functional.gelu(out[..., : x.shape[-1]])  # an even kernel gives one extra step
 
 
 class _Layer(nn.Module):
@@ -223,7 +223,7 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention whose relative-position bias is gated by the query (WavLM, arXiv 2110.13900, equation 3)."""
+    """Self-attention with a relative-position bias that is gated by the query (WavLM, arXiv 2110.13900, equation 3)."""
 
     def __init__(self, config: BeatsConfig, table: nn.Embedding) -> None:
         super().__init__()
@@ -256,8 +256,8 @@ class _Attention(nn.Module):
 def relative_buckets(distances: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """The bucket of each signed distance (key minus query), as in T5 (arXiv 1910.10683, section 2.1), both directions.
 
-    Half of the buckets serve keys after the query; of each half, the first half holds one distance each, the rest grow
-    logarithmically up to ``max_distance``.
+    Half of the buckets are for keys after the query. In each half, the first buckets are for one distance each; the
+    other buckets grow logarithmically up to ``max_distance``.
     """
     half = num_buckets // 2
     exact = half // 2

@@ -1,6 +1,6 @@
-"""EVA-ViT, ChatBridge's own vision encoder: LAVIS's class, built without a download, all tokens and no final norm.
+"""EVA-ViT, ChatBridge's own vision encoder: LAVIS's class, built without a download; all tokens, without a final norm.
 
-The frozen encoder of ChatBridge is EVA-ViT-G of BLIP-2 (39 of its 40 blocks). Parameter names are those of
+ChatBridge's frozen encoder is BLIP-2's EVA-ViT-G (39 of its 40 blocks). Parameter names are those of
 ``eva_vit_g.pth``.
 
 Shapes: ``B`` images, ``N`` tokens (a class token, then patches row by row), ``D`` width.
@@ -24,7 +24,7 @@ from lavis_chatbridge.models.settings import VisionSettings, torch_dtype
 
 
 class EvaVit(VisionTransformer):
-    """LAVIS's EVA-ViT with random weights; attention by torch's fused kernel."""
+    """LAVIS's EVA-ViT with random weights, and with torch's fused attention."""
 
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__(
@@ -45,13 +45,13 @@ class EvaVit(VisionTransformer):
             block.attn.forward = partial(_fused_attention, block.attn)  # a partial can be pickled
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, 3, H, W]`` to ``[B, N, D]``, the tokens of the last block, and their mask."""
+        """``[B, 3, H, W]`` -> the last block's ``[B, N, D]`` tokens, and their mask."""
         tokens = self(batch)
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def build_vision(settings: VisionSettings) -> EvaVit:
-    """The EVA-ViT of a file, or a randomly initialised one."""
+    """An EVA-ViT from a file, or a randomly initialised one."""
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
         return EvaVit(settings).to(dtype)
@@ -68,9 +68,9 @@ def tensors_of(tensors: Mapping[str, Tensor], depth: int, tokens: int, source: o
     """An EVA-ViT's tensors, from its own file, a ChatBridge's, or BLIP-2 in Hugging Face's layout.
 
     Args:
-        tensors: As read. The block after the last one used, heads and final norms are dropped, as in BLIP-2.
-        depth: Blocks of the model to load.
-        tokens: Tokens of an image, for which the positions are interpolated.
+        tensors: All tensors of the file. Further blocks, heads and final norms are dropped, as in BLIP-2.
+        depth: Number of blocks of the model.
+        tokens: Number of tokens per image; positions are interpolated to it.
         source: The file, for messages.
     """
     named = state_dicts.from_huggingface(tensors, source)
@@ -83,7 +83,7 @@ def tensors_of(tensors: Mapping[str, Tensor], depth: int, tokens: int, source: o
 
 
 def fit_positions(table: Tensor, tokens: int) -> Tensor:
-    """A position table for another number of patches, by bicubic interpolation as in BLIP-2.
+    """Resize a position table to another number of patches, by bicubic interpolation as in BLIP-2.
 
     Args:
         table: ``[1, N, D]`` with the class token's position first, then a square of patches.

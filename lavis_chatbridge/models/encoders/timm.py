@@ -32,7 +32,7 @@ class TimmVision(nn.Module):
         self.description = f"timm {architecture}, layer {self.layer}, {self.class_token}, pool {self.pool}"
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, 3, H, W]`` to ``[B, N, D]``: prefix tokens if they are kept, then the grid row by row."""
+        """``[B, 3, H, W]`` -> ``[B, N, D]``: prefix tokens if they are kept, then the grid row by row."""
         prefix = None
         if self.layer == -1:
             features = self.model.forward_features(batch)

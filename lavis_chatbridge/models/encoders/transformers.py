@@ -1,6 +1,6 @@
 """Encoders of transformers: the towers of CLIP, SigLIP, SigLIP2, DINOv2; Whisper, AST, wav2vec2, HuBERT, CLAP.
 
-Any other model that ``AutoModel`` builds and that returns ``last_hidden_state`` works too.
+Other models also work if ``AutoModel`` can build them and they return ``last_hidden_state``.
 
 Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
 """
@@ -24,7 +24,7 @@ _UNSTABLE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "a
 """Keys of a configuration that do not affect the output."""
 
 _NOT_USED = ("pooler.dense.weight", "pooler.dense.bias", "masked_spec_embed")
-"""Parameters that published encoders may lack, and that ``last_hidden_state`` does not depend on."""
+"""Parameters that may be missing in files, because ``last_hidden_state`` does not depend on them."""
 
 
 class TransformersVision(nn.Module):
@@ -39,7 +39,7 @@ class TransformersVision(nn.Module):
         self.description = _description(model, settings)
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, 3, H, W]`` to ``[B, N, D]``: prefix tokens if they are kept, then patches row by row."""
+        """``[B, 3, H, W]`` -> ``[B, N, D]``: prefix tokens if they are kept, then patches row by row."""
         patch = self.model.config.patch_size
         height, width = batch.shape[2] // patch, batch.shape[3] // patch
         naflex = self.model.config.model_type.startswith("siglip2")
@@ -63,7 +63,7 @@ class TransformersAudio(nn.Module):
         self.description = _description(model, settings)
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, ...]`` features of the encoder's own extractor to ``[B, N, D]``, and true where a token is sound."""
+        """``[B, ...]`` features from the encoder's own extractor -> ``[B, N, D]`` tokens, and a mask of valid ones."""
         inputs = {self.model.main_input_name: batch}
         family = self.model.config.model_type
         if family.startswith("clap"):
@@ -87,7 +87,7 @@ class TransformersAudio(nn.Module):
         return tokens * mask.unsqueeze(-1), mask
 
     def _mask(self, tokens: Tensor, batch: Tensor, lengths: Tensor | None) -> Tensor:
-        """``[B, N]``: of encoders of one token after another, those that begin within the sound."""
+        """``[B, N]`` mask for encoders with tokens in time order: true for tokens that begin within the sound."""
         count = tokens.shape[1]
         valid = torch.full((len(tokens),), count, device=tokens.device)
         if lengths is not None and hasattr(self.model, "_get_feat_extract_output_lengths") and batch.dim() == 2:
@@ -97,7 +97,7 @@ class TransformersAudio(nn.Module):
         return torch.arange(count, device=tokens.device) < valid.clamp(1, count)[:, None]
 
     def _pooled_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """AST's tokens: two prefix tokens, then its patches, frequency outer and time inner."""
+        """Pool AST's tokens: two prefix tokens, then patches, frequency outer and time inner."""
         config = self.model.config
         rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         grid = tokens[:, 2:].transpose(1, 2).unflatten(2, (rows, -1))
@@ -105,7 +105,7 @@ class TransformersAudio(nn.Module):
 
 
 def build_vision(settings: VisionSettings) -> TransformersVision:
-    """The vision tower of a folder, of a model with text and vision too, or a randomly initialised one."""
+    """The vision encoder in a folder (for CLIP and the like, the vision tower), or a randomly initialised one."""
     model, folder = _loaded(settings, "vision")
     size = model.config.image_size if hasattr(model.config, "image_size") else settings.image_size
     if folder is not None and (folder / "preprocessor_config.json").is_file():
@@ -114,7 +114,7 @@ def build_vision(settings: VisionSettings) -> TransformersVision:
 
 
 def build_audio(settings: AudioSettings) -> TransformersAudio:
-    """The audio encoder of a folder: of CLAP its audio tower, of Whisper its encoder."""
+    """The audio encoder in a folder (CLAP: its audio tower; Whisper: its encoder)."""
     model, _ = _loaded(settings, "audio")
     if model.config.model_type.startswith("clap") and settings.layer != -1:
         raise ConfigError("model.audio.layer: only -1 works for CLAP, whose stages differ in width")
@@ -122,7 +122,7 @@ def build_audio(settings: AudioSettings) -> TransformersAudio:
 
 
 def _loaded(settings: EncoderSettings, part: str) -> tuple[Any, Path | None]:
-    """The encoder (of a model with text too, its tower) and the folder of its weights."""
+    """The encoder (of a model with a text tower, the other tower) and the folder of its weights."""
     from transformers import MODEL_MAPPING, AutoConfig
 
     where, dtype, folder = f"model.{part}", torch_dtype(settings.dtype), None
@@ -144,7 +144,7 @@ def _loaded(settings: EncoderSettings, part: str) -> tuple[Any, Path | None]:
                 str(folder), config=config, dtype=dtype, local_files_only=True, output_loading_info=True
             )
             missing = [name for name in info["missing_keys"] if not name.endswith(_NOT_USED)]
-    except Exception as error:  # transformers passes on any error of its configurations and readers
+    except Exception as error:  # transformers raises any error of its configurations and readers
         cause = one_line(error)
         raise CheckpointError(f"{where}: no encoder can be built from {folder or 'config'}: {cause}") from error
     if missing:
@@ -153,7 +153,7 @@ def _loaded(settings: EncoderSettings, part: str) -> tuple[Any, Path | None]:
 
 
 def _run(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
-    """The output of a block; of the last one after the model's final norm."""
+    """The output of a block; for the last block, after the model's final norm."""
     output = model(**inputs, output_hidden_states=layer != -1, return_dict=True)
     if layer == -1:
         return output.last_hidden_state
@@ -161,7 +161,7 @@ def _run(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
 
 
 def _as_patches(batch: Tensor, patch: int) -> dict[str, Tensor]:
-    """Frames as SigLIP2 (NaFlex) takes them: flattened patches, channels last."""
+    """Frames in SigLIP2's (NaFlex) input format: flattened patches, channels last."""
     height, width = batch.shape[2] // patch, batch.shape[3] // patch
     grid = batch.unflatten(3, (width, patch)).unflatten(2, (height, patch))  # [B, 3, h, p, w, p]
     pixels = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
