@@ -13,7 +13,7 @@ import pytest
 from lavis_chatbridge.files import PRIVATE, append_lines, atomic_text, read_json, write_json, write_text
 
 
-def test_a_writer_that_fails_leaves_the_former_file_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     write_text(target, "former\n")
     with suppress(RuntimeError), atomic_text(target) as file:

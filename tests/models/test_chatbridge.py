@@ -354,7 +354,7 @@ def plain_scores(model: Any, samples: dict[str, Any], answers: list[str]) -> tup
 
 
 @pytest.mark.parametrize("layout", ["text", "original"])
-def test_answers_are_scored_as_whole_sequences_are_but_the_question_is_read_once(
+def test_answer_scores_with_a_cache_equal_those_of_full_sequences(
     model: Any, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     monkeypatch.setattr(model, "prompt_layout", layout)

@@ -148,7 +148,7 @@ def test_the_table_in_the_guide_is_what_was_measured(measured: dict[str, dict[st
         assert stood.strip() == table, "run UPDATE_DOCS=1 pytest tests/models/test_families.py"
 
 
-def test_only_families_without_such_a_test_are_checked_when_they_are_loaded(golden_dir: Path) -> None:
+def test_only_untested_families_are_checked_when_loaded(golden_dir: Path) -> None:
     assert set(SUPPORTED) == TESTED
     sizes = {key: value for key, value in SIZES.items() if not key.endswith("_id")}
     config = {**sizes, "model_type": "mamba", "vocab_size": 640}

@@ -59,7 +59,7 @@ def test_bos_end_and_padding(tmp_path: Path) -> None:
     assert (codec.bos_id, codec.eos_id, codec.pad_id) == (7, 9, 9)
 
 
-def test_the_originals_sentencepiece_file_is_read_as_sentencepiece_reads_it(golden_dir: Path) -> None:
+def test_the_original_sentencepiece_file_gives_the_ids_of_sentencepiece(golden_dir: Path) -> None:
     codec = load_codec(golden_dir / "tokenizer")
     own = SentencePieceProcessor(model_file=str(golden_dir / "tokenizer" / "tokenizer.model"))
     assert (codec.bos_id, codec.eos_id, codec.pad_id, len(codec)) == (1, 2, 2, 640)

@@ -71,7 +71,7 @@ def test_a_temporary_failure_is_retried(tmp_path: Path, reply: Reply) -> None:
         Reply(b"<html>gateway</html>", headers={"content-type": "text/html"}),
     ],
 )
-def test_an_unusable_answer_costs_its_request_and_the_next_run_asks_again(tmp_path: Path, reply: Reply) -> None:
+def test_an_unusable_response_is_a_failed_request_that_the_next_run_repeats(tmp_path: Path, reply: Reply) -> None:
     with first_fails(reply) as server:
         report = run(tmp_path, server, 3, concurrency=1)
         assert (report.answered, report.failed, server.asked.total()) == (2, 1, 3)

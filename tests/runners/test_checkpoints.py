@@ -95,7 +95,7 @@ def test_a_run_that_ends_around_a_validation_resumes_exactly(tmp_path, cut):
         assert log_lines(tmp_path / "cut", split) == log_lines(tmp_path / "whole", split)
 
 
-def test_a_finished_run_resumes_to_nothing_and_one_from_beyond_the_end_is_refused(tmp_path, caplog):
+def test_a_finished_run_resumes_without_steps_and_a_later_checkpoint_is_refused(tmp_path, caplog):
     runner(tmp_path).train()
     caplog.set_level("INFO")
     again = runner(tmp_path, resume="auto")

@@ -127,7 +127,7 @@ def model_of(world: Path, folder: Path, *options: str) -> Any:
 
 
 @pytest.mark.parametrize(("bits", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
-def test_training_in_fewer_bits_resumes_exactly_and_on_the_same_weights_only(tmp_path, world, bits, other):
+def test_quantised_training_resumes_exactly_and_only_with_the_same_weights(tmp_path, world, bits, other):
     """Validations, which run without gradients, are between the steps; LoRA's matrices are beside the codes."""
     adapters = "model.language_model.lora.target_modules=[q_proj,down_proj]"
     options = (*SAVED, "run.valid_splits=[test]", adapters, "run.gradient_checkpointing=true")

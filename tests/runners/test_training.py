@@ -216,7 +216,7 @@ def _end_of_time(folder):
     one.train()
 
 
-def test_the_end_of_a_jobs_time_saves_although_workers_are_signalled_too(tmp_path):
+def test_sigterm_saves_a_checkpoint_although_workers_receive_it_too(tmp_path):
     process = multiprocessing.get_context("forkserver").Process(target=_end_of_time, args=(tmp_path,))
     with preloaded():
         process.start()

@@ -131,7 +131,7 @@ def test_shuffled_media_are_never_the_samples_own():
     assert [int(same.item(index)["image"][0]) < 3 for index in range(6)] == [False] * 3 + [True] * 3
 
 
-def test_a_picture_is_exchanged_for_one_that_can_be_read_however_few_there_are():
+def test_shuffled_media_are_readable_even_if_there_are_few():
     among_texts = shuffled(Source("a", 60, paths=["0.png", "1.png"] + [""] * 58))
     assert [int(among_texts.item(index)["image"][0]) for index in (0, 1, 2)] == [1, 0, 2]  # the third has none to lose
     unread = shuffled(Source("a", 12, bad=range(2, 12)))

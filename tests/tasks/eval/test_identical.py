@@ -146,7 +146,7 @@ def test_multiple_choice_does_not_depend_on_batches_and_processes(evaluate, data
     assert len({(record["prediction"], *record.get("replies", ())) for record in records}) > 1
 
 
-def test_what_one_process_cannot_do_ends_the_suite_on_both_and_the_next_one_runs(data, tmp_path):
+def test_an_error_on_one_process_ends_the_suite_on_both_and_the_next_suite_runs(data, tmp_path):
     suites, text = tmp_path / "suites", (data / "run.yaml").read_text()
     suites.mkdir()
     for name in ("first", "second"):

@@ -85,7 +85,7 @@ def test_scores_of_captions_say_what_is_missing_without_java(scored):
     assert "<td>clotho</td>" in (folder / "scores.html").read_text()
 
 
-def test_multiple_choice_has_chance_beside_it_and_every_order_in_its_records(scored):
+def test_multiple_choice_reports_chance_and_records_every_order_of_options(scored):
     _, lines, folder = scored
     assert (lines["mmau"]["chance"], lines["avqa"]["chance"], lines["avhbench"]["chance"]) == (50.0, 100 / 3, 50.0)
     [first, *_] = lines_of(folder, "av_odyssey")
