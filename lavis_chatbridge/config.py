@@ -44,7 +44,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_bool_as_number(cls, values: Any) -> Any:
-        """``true`` is no number, although Python counts it as one."""
+        """Reject booleans as numbers: pydantic would accept ``true`` as 1."""
         for name, value in values.items() if isinstance(values, Mapping) else ():
             if isinstance(value, bool) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation):
                 raise ValueError(f"{name}: expected a number, found {value}")

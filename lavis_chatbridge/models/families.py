@@ -128,7 +128,7 @@ def check_family(model: LanguageModel) -> None:
         ConfigError: If it does not accept embeddings, has no cache with selectable rows, or its rows affect each other.
     """
     try:
-        stateful = getattr(model, "_is_stateful", False)  # without its kernels such a model can take gigabytes
+        stateful = getattr(model, "_is_stateful", False)  # without its kernels, such a model can take gigabytes to run
         fault = "it keeps a recurrent state, not keys and values" if stateful else _difference(model)
     except Exception as error:  # an unsupported model fails in its own way
         fault = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"

@@ -61,7 +61,7 @@ NOUNS: dict[Modality, tuple[str, ...]] = {
     "video": ("clip", "video"),
     "audio": ("sound", "audio"),
 }
-"""The words by which questions refer to a medium."""
+"""Modality -> nouns for the medium in questions."""
 
 _WHERE = {
     "left": "on the left",

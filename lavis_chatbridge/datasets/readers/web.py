@@ -1,4 +1,4 @@
-"""Readers of pairs from the web (CC3M, CC12M, SBU, LAION): shards as img2dataset stores them, tables and JSON lists."""
+"""Readers of web pairs (CC3M, CC12M, SBU, LAION): img2dataset's shards, tables and JSON lists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lavis_chatbridge.schema import Medium, Sample
 
 _log = logging.getLogger(__name__)
 _PER_SHARD = 10_000
-"""img2dataset's default number of rows per shard, which its file names follow."""
+"""img2dataset's default number of rows per shard; its file names depend on it."""
 
 
 def pairs_tsv(origin: Origin) -> Iterator[Sample]:
@@ -77,7 +77,7 @@ def _pair(origin: Origin, row: Row, number: int) -> Sample:
 
 
 def webdataset(origin: Origin) -> Iterator[Sample]:
-    """Shards as img2dataset or webdataset write them: media with a ``.txt``, or a ``.json`` that has a ``caption``.
+    """Shards written by img2dataset or webdataset: media with a ``.txt``, or a ``.json`` that has a ``caption``.
 
     Media stay in the shard; a sample stores offset and size, so shards must not be compressed. Keys without a medium or
     a text are left out and counted. macOS' ``._NAME`` members are ignored.
