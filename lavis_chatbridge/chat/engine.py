@@ -320,7 +320,8 @@ class Engine:
             with self._lock:
                 self._ready.append(reply)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._generate, name="chatbridge-generate", daemon=True)
+                    # Not a daemon: Python aborts if such a thread frees tensors while the interpreter ends.
+                    self._thread = threading.Thread(target=self._generate, name="chatbridge-generate")
                     self._thread.start()
         except Exception as error:  # one reply's fault leaves the others alone
             reply.fail(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import threading
 import time
 import weakref
 from typing import Any
@@ -79,6 +80,8 @@ def test_one_of_several_answers_can_be_cancelled(model: Any):
     engine = building.engine(model)
     replies = [engine.reply(Conversation().asking(f"Question {i}?"), ENDLESS) for i in range(3)]
     next(replies[1])
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "chatbridge-generate"]
+    assert not thread.daemon  # Python aborts if a daemon frees tensors while the interpreter ends
     replies[1].cancel()
     assert replies[1].answer.finish == "cancelled"
     for reply in replies:
