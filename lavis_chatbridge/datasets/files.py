@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,8 +113,9 @@ def about_tokens(sample: Sample) -> int:
 def _scan(path: str, root: str, allow_outside: bool) -> dict[str, np.ndarray]:
     index = {"starts": array("Q"), "lines": array("I"), "modality": array("B"), "lengths": array("I")}
     modalities: dict[str, int] = {}
-    position = 0
     with open(path, "rb") as file:
+        position = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0  # as `read_lines`
+        file.seek(position)
         for number, line in enumerate(file, start=1):
             if line.strip():
                 sample = parse_line(line, f"{path}:{number}", root, allow_outside)

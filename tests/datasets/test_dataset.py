@@ -161,15 +161,16 @@ def test_a_file_is_split_by_modality(tmp_path):
     assert list(split_by_modality("own", SampleFile(tmp_path / "a.jsonl"))) == [("own", None)]
 
 
-def test_sample_file_indexes_lines_and_survives_pickling(pictures):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_sample_file_indexes_lines_and_survives_pickling(pictures, encoding):
     text = (pictures / "pictures.jsonl").read_text().splitlines()
-    (pictures / "gaps.jsonl").write_text("\n" + "\n\n".join(text))
+    (pictures / "gaps.jsonl").write_text("\n\n".join(text), encoding=encoding)
     file = SampleFile(pictures / "gaps.jsonl")
     assert [sample.id for sample in file] == [f"s{i}" for i in range(12)]
     assert pickle.loads(pickle.dumps(file))[11].captions[0] == "grey 11"
     assert file.lengths[0] == 32 + len("number 0") // 4 + 1
     for text, fault in (("\n\n{}\n", r"gaps\.jsonl:3: id is missing"), ("\n", "contains no sample")):
-        (pictures / "gaps.jsonl").write_text(text)
+        (pictures / "gaps.jsonl").write_text(text, encoding=encoding)
         with pytest.raises(DataError, match=fault):
             SampleFile(pictures / "gaps.jsonl")
     with pytest.raises(DataError, match="No such file"):
