@@ -26,6 +26,7 @@ from lavis_chatbridge.prompting.pieces import Modality
 from lavis_chatbridge.schema import Medium, Sample, check_inside, folder_of, parse_line, read_jsonl
 
 _SHOWN = 5
+_RATE = 16_000  # of opened sounds, in Hz
 _MALFORMED, _DUPLICATE, _MISSING = "malformed line", "duplicate id", "missing medium"
 _UNREADABLE, _OUTSIDE, _OVERLONG, _EMPTY = "unreadable medium", "medium outside the root", "overlong text", "empty text"
 _SAME_CONTENT, _SAME_NAME = "medium of the evaluation data, by content", "medium of the evaluation data, by name"
@@ -171,7 +172,9 @@ class _Media:
                 check_inside(medium.path, self._root)
             except DataError as error:
                 return _OUTSIDE, str(error)
-        if size == 0 or size < (medium.offset or 0) + (medium.size or 0):
+        if size == 0:
+            return _UNREADABLE, f"{medium.path}: the file is empty"
+        if size < (medium.offset or 0) + (medium.size or 0):
             return _UNREADABLE, f"{medium.path}: {size} bytes are too few"
         if self._decode:
             try:
@@ -208,6 +211,7 @@ def _size(medium: Medium) -> int:
 def _open(medium: Medium) -> None:
     from lavis_chatbridge import media
     from lavis_chatbridge.datasets.dataset import media_content
+    from lavis_chatbridge.media.audio import require_length
 
     content = media_content(medium)
     if medium.modality == "image":
@@ -215,7 +219,7 @@ def _open(medium: Medium) -> None:
     elif medium.modality == "video":
         media.open_video(content, lambda count: sorted({0, count // 2, count - 1}))
     else:
-        media.open_audio(content)
+        require_length(content, media.open_audio(content, _RATE), _RATE)
 
 
 def command(

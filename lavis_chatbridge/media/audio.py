@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.errors import MediaError, TooShortError
 from lavis_chatbridge.media.container import find_stream, first_stream, open_container, packets_of
 from lavis_chatbridge.media.source import (
     DEFAULT_LIMITS,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Channel: TypeAlias = Literal["mean", "first"]
+_SHORTEST = 0.025  # seconds: one frame of a filterbank
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
 _LOUDEST = 16.0  # float samples above 1 are clipped; a higher peak means another scale, such as int16's
 _MOST_CHANNELS = 32  # most channels of an array
@@ -76,6 +77,12 @@ def open_audio(
     with media_errors(sound):
         _check(sound, samples, own_rate, limits)
         return resample(samples.clip(-1.0, 1.0), own_rate, rate)
+
+
+def require_length(source: Any, samples: np.ndarray, rate: int) -> None:
+    """Raise a `TooShortError` if a sound (``[S]`` at ``rate`` Hz) is too short for an encoder."""
+    if len(samples) < _SHORTEST * rate:
+        raise TooShortError(source, f"{1000 * len(samples) / rate:g} ms of sound are less than {1000 * _SHORTEST:g} ms")
 
 
 def rated(source: Any) -> tuple[Any, int | None]:

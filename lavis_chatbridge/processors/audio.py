@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.config import Settings
-from lavis_chatbridge.errors import ConfigError, TooShortError
-from lavis_chatbridge.media.audio import open_audio
+from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.media.audio import open_audio, require_length
 from lavis_chatbridge.media.frames import clip_indices
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.base import ChatBridgeProcessor
@@ -26,7 +26,6 @@ from lavis_chatbridge.processors.fbank import RATE, cut_clips, cut_slices_as_ori
 from lavis_chatbridge.processors.inputs import PREPROCESSOR
 
 _SHORTEST_CLIP = 0.1  # seconds
-_SHORTEST_SOUND = 0.025  # seconds: one frame of a filterbank
 
 
 class AudioSettings(Settings):
@@ -73,8 +72,7 @@ class AudioEvalProcessor(ChatBridgeProcessor):
         settings, rng = self.settings, self._generator(rng)
         rate = RATE if settings.extractor is None else int(settings.extractor["sampling_rate"])
         samples = open_audio(source, rate, settings.channel, limits=self.limits, opener=self.opener)
-        if len(samples) < _SHORTEST_SOUND * rate:
-            raise TooShortError(source, f"{1000 * len(samples) / rate:g} ms of sound are less than 25 ms")
+        require_length(source, samples, rate)
         if settings.extractor is not None:
             return _extracted(samples, settings.extractor, settings.clip_seconds, settings.max_clips, rng)
         cut = cut_slices_as_original if settings.layout == "original" else cut_clips

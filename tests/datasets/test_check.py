@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets.check import check_file
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
@@ -54,7 +60,29 @@ def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
     assert found["examples"]["duplicate id"] == [f"{file}:13: an earlier sample has the id 's0'"]
     assert found["examples"]["missing medium"][0].startswith(f"{file}:4: {pictures}/p3.png")
     without = check_file(file)
-    assert without.faults["unreadable medium"] == 1  # the empty one; the other is there
+    assert without.examples["unreadable medium"] == [f"{file}:3: {pictures}/p2.png: the file is empty"]
+
+
+def test_a_sound_too_short_for_training_is_unreadable(tmp_path):
+    for name, length in (("short", 160), ("long", 1600)):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(length), 16_000)
+    media = {name: (Medium("audio", str(tmp_path / f"{name}.wav")),) for name in ("short", "long")}
+    write_jsonl(tmp_path / "a.jsonl", [Sample(name, files, ("c",)) for name, files in media.items()])
+    report = check_file(tmp_path / "a.jsonl", decode=True)
+    [fault] = report.examples["unreadable medium"]
+    assert fault.endswith("short.wav: 10 ms of sound are less than 25 ms")
+
+
+@pytest.mark.parametrize("name", ["none", "data/none", "../none", "data/none.csv", "data/none/none"])
+@pytest.mark.parametrize("options", [[], ["--reader", "huggingface"]])
+def test_a_missing_path_is_no_id_of_the_hub(tmp_path, monkeypatch, capsys, name, options):
+    (tmp_path / "work" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    assert command(name, *options) == 2
+    assert f"{Path(name).name} does not exist" in capsys.readouterr().err
+    section = DataSettings(reader="huggingface", data_root=str(tmp_path / "work"), splits={"train": name})
+    monkeypatch.chdir(tmp_path)
+    assert section.missing() == [str((tmp_path / "work" / name).resolve())]
 
 
 def test_only_the_first_examples_are_shown_and_warnings_do_not_make_a_file_unusable(tmp_path, capsys):
