@@ -12,6 +12,7 @@ import typer
 
 from lavis_chatbridge import config
 from lavis_chatbridge.datasets import readers
+from lavis_chatbridge.datasets.readers.own import is_hub_id
 from lavis_chatbridge.datasets.settings import OWN_READER, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of, locked, read_json, write_json
@@ -19,7 +20,7 @@ from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, write_jso
 
 _log = logging.getLogger(__name__)
 
-_FILES = (".json", ".jsonl", ".tar", ".parquet", ".arrow", ".csv", ".tsv")
+_TABLES = (".parquet", ".arrow", ".csv", ".tsv")
 _SPLIT = "train"
 
 
@@ -93,7 +94,7 @@ def settings_of(
         raise ConfigError(f"--media {wrong}: expected MODALITY=PATTERN, such as image=pictures/{{file_name}}")
     values = {
         "reader": reader or recognised(source),
-        "splits": {_SPLIT: os.path.abspath(source) if os.path.exists(source) else source},
+        "splits": {_SPLIT: source if is_hub_id(source) else os.path.abspath(source)},
         "data_root": root if root is not None else (source if os.path.isdir(source) else folder_of(source)),
         "media": dict(word.split("=", 1) for word in media),
         "options": config.read_options(options),
@@ -105,12 +106,11 @@ def settings_of(
 def recognised(source: str) -> str:
     """The reader of a source, from its file ending or the keys of its first row."""
     from lavis_chatbridge.datasets.readers.common import object_rows
-    from lavis_chatbridge.datasets.readers.own import is_hub_id
 
     ending = Path(source).suffix.lower()
-    if ending in _FILES and not os.path.exists(source) and not set("*?[") & set(source):
+    if not (os.path.exists(source) or is_hub_id(source) or set("*?[") & set(source)):
         raise DataError(f"{source} does not exist")
-    if os.path.isdir(source) or ending in (".parquet", ".arrow") or (not os.path.exists(source) and is_hub_id(source)):
+    if os.path.isdir(source) or ending in _TABLES or is_hub_id(source):
         return "huggingface"
     if ending == ".tar":
         return "webdataset"
@@ -162,5 +162,7 @@ def command(
     if own.reader == OWN_READER:
         raise ConfigError(f"{source} is a JSONL of our schema already; --shards writes it as shards")
     own.require()
+    if target.exists():
+        raise ConfigError(f"{target} exists: name a new file")
     written, left_out = write_converted(_SPLIT, _SPLIT, own, target, root=str(target.parent))
     print(f"{target}: {written} samples, left out {left_out} without their media")

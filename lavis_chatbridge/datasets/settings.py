@@ -141,7 +141,7 @@ class DataSettings(Settings):
             if "*" in path:
                 paths += sorted(glob.glob(full)) or [full]
             else:
-                on_hub = self.reader == "huggingface" and not os.path.exists(full) and is_hub_id(path)
+                on_hub = self.reader == "huggingface" and not os.path.isdir(os.path.dirname(full)) and is_hub_id(path)
                 paths.append(path if on_hub else full)
         return paths
 

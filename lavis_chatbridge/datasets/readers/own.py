@@ -17,6 +17,7 @@ from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
 _ROWS = 32  # rows of a table in memory
+_NAMED = 5  # files named in an error
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
 _COLUMNS = ("id", *MODALITIES, "captions", "question", "answer", "answers", "messages")
@@ -25,8 +26,9 @@ _MARKER = re.compile(r"\s*<(image|video|audio)>\s*")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this is a data set id of the Hugging Face hub: ``org/name`` without the ending of a file."""
-    return bool(_HUB_ID.fullmatch(name)) and name.rpartition(".")[2].lower() not in _BUILDERS
+    """Whether this is an id of the Hugging Face hub: ``org/name`` without a file's ending, and no folder ``org``."""
+    like_an_id = _HUB_ID.fullmatch(name) and name.rpartition(".")[2].lower() not in _BUILDERS
+    return bool(like_an_id) and not os.path.isdir(os.path.dirname(name))
 
 
 def huggingface(origin: Origin) -> Iterator[Sample]:
@@ -62,9 +64,10 @@ def _table(path: str, origin: Origin) -> Any:
     except ImportError as error:
         raise ConfigError("reader: huggingface needs: pip install 'lavis-chatbridge[data]'") from error
     builder = _BUILDERS.get(path.rpartition(".")[2].lower())
+    _require_table(path)
     try:
         if builder and os.path.isfile(path):
-            more = {"delimiter": "\t"} if path.endswith(".tsv") else {}
+            more = {"delimiter": "\t"} if path.lower().endswith(".tsv") else {}
             table = datasets.load_dataset(builder, data_files=path, split="train", streaming=True, **more)
         else:
             options = {key: origin.options[key] for key in ("name", "revision") if key in origin.options}
@@ -73,6 +76,18 @@ def _table(path: str, origin: Origin) -> Any:
         return (table if table.features else table._resolve_features()).with_format("arrow")
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: datasets cannot read it: {' '.join(str(error).split())[:300]}") from error
+
+
+def _require_table(path: str) -> None:
+    """Raise a `ConfigError` for a folder of media without a table of them: `datasets` would guess what it contains."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    endings = {file.rpartition(".")[2].lower() for file in files}
+    if endings.isdisjoint(ENDINGS) or endings & {"parquet", "arrow"}:
+        return
+    if not any(Path(file).stem == "metadata" for file in files):
+        tables = ", ".join(sorted(file for file in files if file.rpartition(".")[2].lower() in _BUILDERS)[:_NAMED])
+        other = f", or name its annotations instead: {tables}" if tables else ""
+        raise ConfigError(f"{path}: a folder of media needs a metadata.csv or metadata.jsonl{other}")
 
 
 def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:

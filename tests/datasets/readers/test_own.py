@@ -74,6 +74,13 @@ def test_columns_are_checked(tmp_path, table, capsys):
     assert not list(tmp_path.glob("x.*"))
 
 
+def test_an_existing_file_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "chat.jsonl").write_text(content := json.dumps(ALPACA) + "\n")
+    assert convert(tmp_path / "chat.jsonl", tmp_path / "chat.jsonl") == 2
+    assert "chat.jsonl exists: name a new file" in capsys.readouterr().err
+    assert (tmp_path / "chat.jsonl").read_text() == content
+
+
 @pytest.mark.parametrize("name", ["imagefolder", "audiofolder"])
 def test_folders_of_media_are_read(tmp_path, name):
     folder = tmp_path / name
@@ -85,6 +92,24 @@ def test_folders_of_media_are_read(tmp_path, name):
     modality = "image" if name == "imagefolder" else "audio"
     assert (sample.modality, sample.captions) == (modality, ("grey or silent",))
     assert sample.media[0] == Medium(modality, str(folder / f"a.{ending}"))
+
+
+def test_a_folder_of_media_needs_a_table_of_them(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(picture(5))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"id": "1", "captions": ["c"]}\n')
+    assert cli.main(["check-data", str(tmp_path)]) == 2
+    named = f"needs a metadata.csv or metadata.jsonl, or name its annotations instead: {tmp_path}/test.jsonl"
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.tsv", "\t"), ("T.TSV", "\t")])
+def test_tables_of_text_are_detected(tmp_path, capsys, name, delimiter):
+    (tmp_path / "a.png").write_bytes(picture(5))
+    (tmp_path / name).write_text(f"photo{delimiter}words\na.png{delimiter}grey\n")
+    options = ["--options", "columns.image=photo", "columns.captions=words"]
+    assert cli.main(["check-data", str(tmp_path / name), "--decode", *options]) == 0
+    assert "image                                      1" in capsys.readouterr().out
 
 
 def test_questions_and_messages_of_a_table(tmp_path):
