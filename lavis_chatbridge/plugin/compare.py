@@ -71,8 +71,9 @@ class Comparison:
         ]
         if (found := self.difference) is None:
             return [self.name, self.metric, "", *scores, "", "", ""]
-        ends = f"{found.low:+.1f} to {found.high:+.1f}"
-        return [self.name, self.metric, str(found.samples), *scores, f"{found.value:+.1f}", ends, f"{found.p:.4f}"]
+        ends = "-" if found.low is None else f"{found.low:+.1f} to {found.high:+.1f}"
+        p = "-" if found.p is None else f"{found.p:.4f}"
+        return [self.name, self.metric, str(found.samples), *scores, f"{found.value:+.1f}", ends, p]
 
 
 def command(

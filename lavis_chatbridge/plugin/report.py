@@ -52,7 +52,7 @@ class Line:
     stage1: float | None = None
     drop: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, list[float]] = field(default_factory=dict)
+    intervals: dict[str, Sequence[float] | None] = field(default_factory=dict)
     by_type: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     unit: str = "percent"
     remarks: list[str] = field(default_factory=list)
@@ -71,13 +71,14 @@ class Line:
     def cells(self) -> list[str]:
         """The text of each of `COLUMNS`."""
         others = {name: value for name, value in self.scores.items() if name != self.metric}
+        ends = self.intervals.get(self.metric, [])
         return [
             self.suite,
             self.media,
             "" if self.samples is None else str(self.samples),
             self.metric,
             _number(self.score, self.unit) if self.status == "scored" else self.status,
-            " - ".join(_number(end, self.unit) for end in self.intervals.get(self.metric, ())),
+            "-" if ends is None else " - ".join(_number(end, self.unit) for end in ends),
             *(_number(value) for value in (self.chance, self.paper, self.stage1, self.drop)),
             ", ".join(f"{name} {_number(value, self.unit)}" for name, value in others.items()),
         ]

@@ -19,19 +19,22 @@ Values: TypeAlias = Sequence[float] | np.ndarray
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of B minus the mean of A on the same samples, the ends of its 95 % interval, its two-sided p-value."""
+    """The mean of B minus the mean of A on the same samples, the ends of its 95 % interval, its two-sided p-value.
+
+    One cluster has neither interval nor p-value: they are None.
+    """
 
     value: float
-    low: float
-    high: float
-    p: float
+    low: float | None
+    high: float | None
+    p: float | None
     samples: int
 
 
 def interval(
     values: Values, weights: Values | None = None, clusters: Sequence[Hashable] | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """The ends of the 95 % bootstrap interval of a weighted mean.
+) -> tuple[float, float] | None:
+    """The ends of the 95 % bootstrap interval of a weighted mean; None for fewer than two clusters.
 
     Args:
         values: ``[n]``.
@@ -43,7 +46,7 @@ def interval(
 
     sums, totals = _clustered(np.asarray(values, dtype=float), weights, clusters)
     if len(totals) < 2:
-        return (float(sums[0] / totals[0]),) * 2
+        return None
     found = stats.bootstrap(
         (sums, totals),
         lambda some, of, axis: some.sum(axis) / of.sum(axis),
@@ -64,7 +67,9 @@ def paired(
 
     differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     sums, totals = _clustered(differences, weights, clusters)
-    low, high = interval(differences, weights, clusters)
+    value = float(sums.sum() / totals.sum())
+    if (ends := interval(differences, weights, clusters)) is None:
+        return Difference(value, None, None, None, len(differences))
     p = stats.permutation_test(  # of one sample: it changes signs
         (sums,),
         lambda some, axis: some.sum(axis),
@@ -73,7 +78,7 @@ def paired(
         rng=np.random.default_rng(1),
         **_sizes(len(totals)),
     ).pvalue
-    return Difference(float(sums.sum() / totals.sum()), low, high, float(p), len(differences))
+    return Difference(value, *ends, float(p), len(differences))
 
 
 def _clustered(

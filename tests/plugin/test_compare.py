@@ -69,6 +69,18 @@ def test_one_file_can_be_compared_with_itself(tmp_path: Path) -> None:
     assert (one.difference.value, one.difference.p) == (0.0, 1.0)
 
 
+def test_one_medium_has_a_dash_for_interval_and_p(tmp_path: Path) -> None:
+    a, b = evaluation(tmp_path / "a", {1}), evaluation(tmp_path / "b", {1, 2})
+    for run in (a, b):
+        file = run / "gqa/result/test_step0.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    assert cli.main(["compare", str(a), str(b), "--output", str(tmp_path / "out")]) == 0
+    [one] = json.loads((tmp_path / "out/comparison.json").read_text())["comparisons"]
+    assert [one["difference"][key] for key in ("low", "high", "p")] == [None] * 3
+    assert (tmp_path / "out/comparison.html").read_text().count('<td class="n">-</td>') == 2
+    assert (tmp_path / "out/comparison.txt").read_text().splitlines()[2].split()[-3:] == ["+33.3", "-", "-"]
+
+
 def test_runs_without_anything_in_common_are_named(tmp_path: Path) -> None:
     a, b = evaluation(tmp_path / "a", set()), evaluation(tmp_path / "b", set(), source="other")
     with pytest.raises(DataError, match="no data set in common: A has gqa test toy; B has gqa test other"):

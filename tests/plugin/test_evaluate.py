@@ -139,6 +139,8 @@ RUN = EvaluationSettings()
         ({"by_source": {"a": {"samples": 4, "scores": {"exact_match": 75.0, "x": 5.0}, "metric": "exact_match",
                               "headline": 75.0, "chance": 50.0, "intervals": {"exact_match": [25.0, 100.0]}}}}, RUN,
          ["test a", "4", "exact_match", "75.0", "25.0 - 100.0", "50.0", "x 5.0"]),
+        ({"by_source": {"a": {"samples": 1, "scores": {"exact_match": 0.0}, "metric": "exact_match", "headline": 0.0,
+                              "intervals": {"exact_match": None}}}}, RUN, ["test a", "1", "exact_match", "0.0", "-"]),
         ({"by_source": {"a": {"samples": 4}}, "samples": 4}, EvaluationSettings(report_metric=False), ["test a", "4"]),
         ({"agg_metrics": -1.5, "loss": 1.5, "loss_a": 1.0, "loss_b": 2.0, "samples": 9}, RUN,
          ["test", "9", "loss", "1.500", "loss_a 1.000, loss_b 2.000"]),

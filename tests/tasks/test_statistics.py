@@ -14,6 +14,14 @@ def test_equal_values_differ_by_nothing() -> None:
     assert (found.value, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("clusters", [["a"], ["a"] * 3], ids=["one sample", "one medium"])
+def test_one_cluster_has_neither_interval_nor_p(clusters: list[str]) -> None:
+    values = [100.0] * len(clusters)
+    assert statistics.interval(values, clusters=clusters) is None
+    found = statistics.paired([0.0] * len(clusters), values, clusters=clusters)
+    assert (found.value, found.low, found.high, found.p) == (100.0, None, None, None)
+
+
 def test_samples_that_share_a_medium_count_as_one() -> None:
     right = np.random.default_rng(1).random(100) < 0.6
     alone = statistics.interval(100.0 * right)

@@ -120,11 +120,11 @@ def score_records(
     """The result of `measured` as stored in a scores file.
 
     Returns:
-        ``samples``, ``scores`` (metric -> percent), ``intervals`` (metric -> lower and upper end), ``metric`` and
-        ``headline`` (the first metric's name and score, None if it could not be computed), ``by_type`` (`Types`),
-        ``chance`` (of multiple choice), ``tokenizer``, ``left_out`` (metric -> why), ``unscored`` (number of
-        predictions without references, answers, options or facts). Only ``samples`` and ``fault``, the error text, if
-        nothing can be scored, so that other data sets keep their scores.
+        ``samples``, ``scores`` (metric -> percent), ``intervals`` (metric -> lower and upper end, None if all samples
+        share a medium), ``metric`` and ``headline`` (the first metric's name and score, None if it could not be
+        computed), ``by_type`` (`Types`), ``chance`` (of multiple choice), ``tokenizer``, ``left_out`` (metric -> why),
+        ``unscored`` (number of predictions without references, answers, options or facts). Only ``samples`` and
+        ``fault``, the error text, if nothing can be scored, so that other data sets keep their scores.
     """
     try:
         found = measured(records, metrics, normalisation, values)
@@ -136,7 +136,7 @@ def score_records(
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
     result |= {"scores": found.scores, "metric": metric, "headline": found.scores.get(metric)}
     result["intervals"] = {
-        name: list(statistics.interval(each, found.weights.get(name), found.clusters))
+        name: statistics.interval(each, found.weights.get(name), found.clusters)
         for name, each in found.each.items()
     }
     more: dict[str, Any] = {"by_type": _by_type(found), "tokenizer": found.tokenizer, "left_out": found.left_out}
