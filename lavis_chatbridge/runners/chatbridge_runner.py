@@ -139,7 +139,7 @@ class ChatBridgeRunner(RunnerBase):
         self.run.check_splits(data.splits_of(self.datasets))
         parallel.check_trainable(self._model)
         started = time.monotonic()
-        with self.folder.claimed(), worker_deaths():
+        with self.folder.claimed(), worker_deaths(), self._hint_if_interrupted():
             self._start()
             reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
             with reporter, noted_signals() as (stop, save):
@@ -153,7 +153,27 @@ class ChatBridgeRunner(RunnerBase):
             else:
                 self._load_weights(self.output_dir / WEIGHTS)
             self.evaluate()
+        self._warn_of_unreadable()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
+
+    @contextmanager
+    def _hint_if_interrupted(self) -> Iterator[None]:
+        """After Ctrl-C, which saves nothing, log how to resume from the last checkpoint."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if distributed.is_main():
+                newest = checkpoints.newest(self.folder.checkpoints)
+                hint = f"resume from {newest.name} with run.resume=auto" if newest else "there is no checkpoint"
+                _log.info("interrupted after step %d; %s", self.state.step, hint)
+            raise
+
+    def _warn_of_unreadable(self) -> None:
+        """Log the number of unreadable samples, which stop a run only after some tries."""
+        bad = sum(count.skipped for count in self.state.counts.values())
+        tried = bad + sum(count.samples for count in self.state.counts.values())
+        if bad and distributed.is_main():
+            _log.warning("%d of %d samples could not be read (check-data --decode lists them)", bad, tried)
 
     def _train_steps(self, sigterm: threading.Event, sigusr1: threading.Event, reporter: logs.Reporter) -> None:
         """The training loop: steps, validations and checkpoints, until the last step or a SIGTERM."""

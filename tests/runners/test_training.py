@@ -190,6 +190,23 @@ def test_sigterm_saves_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(
+    ("every", "hint"), [(2, "resume from step_00000002 with run.resume=auto"), (100, "there is no checkpoint")]
+)
+def test_an_interrupt_says_how_to_resume(tmp_path, caplog, every, hint):
+    caplog.set_level("INFO")
+    one = runner(tmp_path, max_iters=6, save_every_steps=every)
+    after_step(one, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        one.train()
+    assert f"interrupted after step 3; {hint}" in caplog.text
+
+
+def test_a_few_unreadable_samples_are_counted_at_the_end(tmp_path, caplog):
+    runner(tmp_path, data=pictures(12, bad=tuple(range(6))), max_epoch=1, max_iters=None, batch_size_train=4).train()
+    assert caplog.messages.count("6 of 12 samples could not be read (check-data --decode lists them)") == 1
+
+
 def test_sigusr1_saves_and_continues(tmp_path):
     one, before = runner(tmp_path, max_iters=6, log_every=100), signal.getsignal(signal.SIGUSR1)
     after_step(one, 2, lambda: (os.kill(os.getpid(), signal.SIGUSR1), time.sleep(0.01)))
