@@ -70,26 +70,12 @@ class MissingExtraError(ChatBridgeError, ImportError):
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        packages = " ".join(_requirements(extra)) or package
-        super().__init__(f"{purpose} needs the package {package!r} (extra {extra!r}): pip install {packages}")
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'lavis-chatbridge[{extra}]'")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message, or its class, on one line of at most ``limit`` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
-
-
-def _requirements(extra: str) -> list[str]:
-    """The requirements of an extra, from the installed metadata."""
-    from importlib.metadata import PackageNotFoundError, requires
-
-    try:
-        listed = requires("lavis-chatbridge") or []
-    except PackageNotFoundError:
-        return []
-    halves = (requirement.partition(";") for requirement in listed)
-    chosen = [name.strip() for name, _, marker in halves if marker.replace("'", '"').strip() == f'extra == "{extra}"']
-    return [f"'{name}'" if set(name) & set("<>[") else name for name in chosen]
 
 
 def _describe(source: object) -> str:

@@ -75,7 +75,7 @@ def command(
 
 def _question(words: Sequence[str], given: Sequence[tuple[Modality, str]], talk: TalkOptions) -> Conversation:
     """The question with its media; "-" is read from standard input."""
-    from lavis_chatbridge.chat.attachments import check_modality, media_of, modality_of
+    from lavis_chatbridge.chat.attachments import check_modality, media_of, modality_of, no_file
     from lavis_chatbridge.chat.conversation import Conversation
 
     if not words and not given:
@@ -84,12 +84,14 @@ def _question(words: Sequence[str], given: Sequence[tuple[Modality, str]], talk:
     if os.path.isfile(text):
         raise ConfigError(f'{text} is a file, and the question is missing: ask "what is it?" {text}')
     if missing := [file for file in (*files, *(file for _, file in given)) if file != "-" and not os.path.isfile(file)]:
-        raise ConfigError(f"there is no file {missing[0]}")
+        raise ConfigError(no_file(missing[0]))
+    if text == "-":
+        text = sys.stdin.read()
+    if not text.strip():
+        raise ConfigError('the question is missing: ask "what is it?" a.png')
     for modality, file in given:
         if file != "-":
             check_modality(modality, file)
-    if text == "-":
-        text = sys.stdin.read()
     reads = "-" in (*files, *(file for _, file in given))
     piped = sys.stdin.buffer.read() if reads else b""
     media: list[Any] = [(modality, piped if file == "-" else file) for modality, file in given]

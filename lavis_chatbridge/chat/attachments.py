@@ -32,6 +32,11 @@ Pairs: TypeAlias = "Sequence[tuple[Modality, Sound]] | tuple[Modality, Sound]"
 """Media of any modality; a single pair stands for a list of one."""
 
 
+def no_file(path: str) -> str:
+    """Error text for a path that is not a file."""
+    return f"{path} is a folder, expected a file" if os.path.isdir(path) else f"there is no file {path}"
+
+
 def media_of(
     images: Images = (),
     videos: Images = (),

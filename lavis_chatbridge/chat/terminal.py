@@ -222,9 +222,11 @@ class Terminal:
 def _found(word: str) -> list[str]:
     """The files that a word names: a path, a ``file:`` URL, or a pattern; ConfigError if there is none."""
     path = os.path.expanduser(urllib.parse.unquote(word[7:]) if word.startswith("file://") else word)
-    found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+    found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path)))
     if not found:
-        raise ConfigError(f"there is no file {word}")
+        from lavis_chatbridge.chat.attachments import no_file
+
+        raise ConfigError(no_file(path))
     return found
 
 

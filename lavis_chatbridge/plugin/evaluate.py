@@ -180,7 +180,7 @@ def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path
     if unknown := [name for name in wanted if name not in groups]:
         near = difflib.get_close_matches(unknown[0], groups, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown suite {unknown[0]!r}{hint}; known are {', '.join(groups)}")
+        raise ConfigError(f"unknown suite {unknown[0]!r}{hint}; known in --suite-folder are {', '.join(groups)}")
     return {suite: suites[suite][0] for name in wanted for suite in groups[name]}
 
 

@@ -68,7 +68,10 @@ def test_standard_input(files: Path, loaded: Session, monkeypatch: pytest.Monkey
     ("words", "message"),
     [
         ([], "either a question"),
-        ([" "], "the question is empty"),
+        ([" "], "the question is missing"),
+        (["", __file__], "the question is missing"),
+        (["--image", __file__], "the question is missing"),
+        (["what?", "."], ". is a folder, expected a file"),
         (["what?", "nope.png"], "there is no file nope.png"),
         (["what?", "--image", "nope.png"], "there is no file nope.png"),
         (["hi", "--jsonl", "in", "out"], "in the lines of the file"),

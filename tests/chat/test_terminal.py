@@ -58,6 +58,7 @@ def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
     mistakes = {
         "/edit what?": "there is no message",
         "/image absent.png": "there is no file absent.png",
+        "/image /": "/ is a folder, expected a file",
         f"/image {files}/c.wav": "modality audio, but was given as image",
         "/image": "/image needs FILE",
         "/image 'open": "No closing quotation",

@@ -158,5 +158,5 @@ def test_a_job_id_may_be_a_number_as_slurm_gives_it(yaml_of, written, name):
 @pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
 def test_a_missing_extra_is_named_before_anything_is_loaded(yaml_of, monkeypatch, extra):
     monkeypatch.setitem(sys.modules, extra, None)
-    with pytest.raises(ConfigError, match=rf"run.{extra} .*pip install {extra}"):
+    with pytest.raises(ConfigError, match=rf"run.{extra} .*pip install 'lavis-chatbridge\[{extra}\]'"):
         load_config(yaml_of(), [f"run.{extra}=true"])

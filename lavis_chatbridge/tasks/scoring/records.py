@@ -136,8 +136,7 @@ def score_records(
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
     result |= {"scores": found.scores, "metric": metric, "headline": found.scores.get(metric)}
     result["intervals"] = {
-        name: statistics.interval(each, found.weights.get(name), found.clusters)
-        for name, each in found.each.items()
+        name: statistics.interval(each, found.weights.get(name), found.clusters) for name, each in found.each.items()
     }
     more: dict[str, Any] = {"by_type": _by_type(found), "tokenizer": found.tokenizer, "left_out": found.left_out}
     if "choice" in metrics:
