@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -74,10 +75,11 @@ class ChatBridge(Answering, BaseModel):
         """Number of training samples so far that lost all their targets to ``max_text_length``."""
         self._hashes: dict[str, str] = {}
 
-        self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
-        self.template = load_template(settings.template, self.llama_tokenizer, reply_end=settings.reply_end)
-        self.visual_encoder = build_vision(settings.vision)
-        self.audio_encoder = build_audio(settings.audio)
+        with _bars_on_terminals_only():
+            self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
+            self.template = load_template(settings.template, self.llama_tokenizer, reply_end=settings.reply_end)
+            self.visual_encoder = build_vision(settings.vision)
+            self.audio_encoder = build_audio(settings.audio)
         width = self.visual_encoder.width
         self.ln_vision = nn.LayerNorm(width)
         self.ln_audio = nn.LayerNorm(self.audio_encoder.width)
@@ -327,6 +329,21 @@ class ChatBridge(Answering, BaseModel):
 def _log_small_model() -> None:
     """Log once what the small model knows; a warning, because Python hides lower levels by default."""
     log.warning("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Switch off transformers' progress bars while a model is loaded if stderr is a file or a pipe."""
+    from transformers.utils import logging as bars
+
+    off = not (sys.stderr and sys.stderr.isatty()) and bars.is_progress_bar_enabled()
+    if off:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if off:  # other models of the process are not ours
+            bars.enable_progress_bar()
 
 
 def _random(deviation: float, *shape: int) -> nn.Parameter:
