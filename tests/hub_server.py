@@ -80,7 +80,7 @@ def serving(root: Path) -> Iterator[HubServer]:
 
 def connect(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this process use the server, and an empty cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in {
@@ -88,6 +88,8 @@ def connect(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "DOWNLOAD_CHUNK_SIZE": 1 << 16,
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
+        if hasattr(file_download, name):  # huggingface_hub 0.x copies some of them
+            monkeypatch.setattr(file_download, name, value)
 
 
 def _app(hub: HubServer) -> FastAPI:
