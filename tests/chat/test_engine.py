@@ -18,7 +18,7 @@ from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
 from tests.chat import building
 from tests.chat.building import picture, session, sound, video
 
-ENDLESS = Sampling(max_new_tokens=400, temperature=5.0, top_p=1.0)
+ENDLESS = Sampling(max_new_tokens=400, temperature=5.0, top_p=1.0, ignore_eos=True)
 FIVE = {
     "audio-and-video": {"videos": [video("nothing")], "audios": [sound()]},
     "audio-and-image": {"images": [picture()], "audios": [sound()]},

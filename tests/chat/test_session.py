@@ -16,7 +16,7 @@ from lavis_chatbridge.chat import Sampling
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, PromptError
 from tests.chat.building import picture, session, video
 
-ENDLESS: dict[str, Any] = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0, "seed": 2}
+ENDLESS: dict[str, Any] = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0, "seed": 2, "ignore_eos": True}
 
 
 def test_a_stopped_stream_keeps_its_text(model: Any):

@@ -230,6 +230,7 @@ def test_a_person_at_the_page(served: str, browser: Any, files: Path, width: int
     assert visitor.tab.locator("#conversation form").count() == 0
     [first] = visitor.said("bot")
     assert first.strip()
+    assert visitor.box.get_attribute("aria-label") == "Your message"  # the placeholder is gone by now
     assert visitor.tab.locator("#conversation [aria-label='a b.png']").count() >= 1  # media have names
     with visitor.tab.expect_download() as download:
         visitor.tab.locator("#export").click()

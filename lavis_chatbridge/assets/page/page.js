@@ -10,6 +10,7 @@
   });
   // What gradio leaves for screen readers to stumble over.
   const mend = () => {
+    document.querySelectorAll('#message textarea:not([aria-label])').forEach((one) => { one.ariaLabel = 'Your message'; });
     document.querySelectorAll('.examples[role=list]').forEach((one) => one.removeAttribute('role'));
     document.querySelectorAll('.example-icon[aria-label]:not([role])').forEach((one) => { one.role = 'img'; });
     document.querySelectorAll('#conversation button[aria-label=""]').forEach((one) => { one.ariaLabel = 'Download'; });
