@@ -17,6 +17,7 @@ from lavis_chatbridge.errors import ChatBridgeError, PromptError
 from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
 from tests.chat import building
 from tests.chat.building import picture, session, sound, video
+from tests.chat.test_session import slow_down
 
 ENDLESS = Sampling(max_new_tokens=400, temperature=5.0, top_p=1.0, ignore_eos=True)
 FIVE = {
@@ -76,7 +77,8 @@ def test_answers_together_equal_answers_alone(model: Any):
     assert engine.rows > engine.steps  # some moved forward together
 
 
-def test_one_of_several_answers_can_be_cancelled(model: Any):
+def test_one_of_several_answers_can_be_cancelled(model: Any, monkeypatch: pytest.MonkeyPatch):
+    slow_down(model, monkeypatch, 0.03)
     engine = building.engine(model)
     replies = [engine.reply(Conversation().asking(f"Question {i}?"), ENDLESS) for i in range(3)]
     next(replies[1])

@@ -19,7 +19,15 @@ from tests.chat.building import picture, session, video
 ENDLESS: dict[str, Any] = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0, "seed": 2, "ignore_eos": True}
 
 
-def test_a_stopped_stream_keeps_its_text(model: Any):
+def slow_down(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every step of the language model take this much longer, so that a reply cannot end before a test acts."""
+    forward = model.llama_model.forward
+    slow = functools.wraps(forward)(lambda *args, **more: time.sleep(seconds) or forward(*args, **more))
+    monkeypatch.setattr(model.llama_model, "forward", slow)
+
+
+def test_a_stopped_stream_keeps_its_text(model: Any, monkeypatch: pytest.MonkeyPatch):
+    slow_down(model, monkeypatch, 0.03)
     talk = session(model)
     stream = talk.stream("What is it?", **ENDLESS)
     began = next(stream) + next(stream)
@@ -36,9 +44,7 @@ def test_a_stopped_stream_keeps_its_text(model: Any):
 
 
 def test_calls_of_one_session_wait_for_one_another(model: Any, monkeypatch: pytest.MonkeyPatch):
-    forward = model.llama_model.forward
-    slow = functools.wraps(forward)(lambda *args, **more: time.sleep(0.1) or forward(*args, **more))
-    monkeypatch.setattr(model.llama_model, "forward", slow)
+    slow_down(model, monkeypatch, 0.1)
     talk = session(model)
     stream = talk.stream("First?")
     next(stream)
