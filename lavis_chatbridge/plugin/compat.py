@@ -145,5 +145,5 @@ def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
 
 
 def _get_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, is_attention_chunked: bool = False) -> Any:
-    """No mask for any layer, which is all that LAVIS asks for."""
+    """One None per layer: LAVIS never masks heads."""
     return [None] * num_hidden_layers if head_mask is None else _dropped()

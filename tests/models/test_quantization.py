@@ -74,7 +74,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def frozen(model: Any) -> dict[str, Tensor]:
-    """The language model's tensors: codes and all that is needed to read them."""
+    """The language model's tensors: quantised codes, their scales and tables."""
     own = model.llama_model.state_dict()
     return {name: tensor.clone() for name, tensor in own.items() if not lora.is_adapter(name)}
 
