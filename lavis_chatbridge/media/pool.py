@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
@@ -76,15 +77,19 @@ class DecodingPool:
             return self._run(function, [content, *args], {"limits": replace(limits, timeout=None), **options})
         except TimeoutError:
             raise MediaError(source, f"decoding took longer than {self._seconds:g} s") from None
-        except ProcessExpired as error:
-            raise MediaError(source, f"its decoder ended with status {error.exitcode}") from error
+        except (ProcessExpired, BrokenProcessPool) as error:
+            raise MediaError(source, "its decoder crashed") from error
         except MediaError as error:
             if "MemoryError" not in error.cause:
                 raise
             raise MediaError(source, f"decoding needs more than {self._memory >> 20} MiB of memory") from error
 
     def _run(self, function: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
-        """The function's result. If an idle process has died, the pool is broken; it is then replaced once."""
+        """The function's result.
+
+        A process that dies while it is idle, or as soon as it has taken a medium, breaks its pool. The pool is then
+        replaced and the medium tried once more: it may be another one's process that died.
+        """
         used = self._pool
         try:
             return used.schedule(function, args, options, timeout=self._seconds).result()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def pool() -> Iterator[DecodingPool]:
 
 def dies(source: object, *, limits: Limits) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kills_its_pool(source: object, *, limits: Limits) -> None:
+    """What a process does that dies before its pool knows which medium it has taken."""
+    raise BrokenProcessPool("All workers expired")
 
 
 def number(source: object, *, limits: Limits) -> int:
@@ -85,9 +91,10 @@ def test_errors_are_the_same_as_without_processes(pool: DecodingPool, tmp_path: 
     assert is_answered(pool)
 
 
-def test_a_process_that_dies_costs_its_medium(pool: DecodingPool) -> None:
-    with pytest.raises(MediaError, match="its decoder ended with status -9"):
-        pool(dies, "a.png")
+@pytest.mark.parametrize("function", [dies, kills_its_pool])
+def test_a_process_that_dies_costs_its_medium(pool: DecodingPool, function: Callable[..., None]) -> None:
+    with pytest.raises(MediaError, match="its decoder crashed"):
+        pool(function, "a.png")
     assert is_answered(pool)
 
 
