@@ -156,7 +156,7 @@ def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Genera
         frames = _random_crop(frames, settings.crop_scale, rng)
     mean = torch.tensor(settings.mean, dtype=torch.float32)[:, None, None] * 255.0
     scale = 1.0 / (torch.tensor(settings.std, dtype=torch.float32)[:, None, None] * 255.0)
-    return _resized(frames, settings).float().sub_(mean).mul_(scale).contiguous()
+    return _resized(frames, settings).contiguous().float().sub_(mean).mul_(scale)
 
 
 def _least_side(settings: PictureSettings) -> int | None:
