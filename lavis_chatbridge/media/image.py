@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, Source, file_of, guarded, head_of, is_heif
@@ -126,10 +126,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Rotate a Pillow image of any mode by its EXIF orientation; RGBA if it may be transparent, else RGB."""
+    """Rotate a Pillow image of any mode by its EXIF orientation; RGBA if it may be transparent, else RGB.
+
+    A broken EXIF block counts as none.
+    """
     image.load()
     with suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
-        image = ImageOps.exif_transpose(image)  # ignores a broken EXIF block
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would only copy the pixels
+            image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow also uses its 32-bit modes for 16-bit gray
         values = np.nan_to_num(np.array(image, np.float32), posinf=0.0, neginf=0.0)
         full = 65535 if image.mode != "F" else 255 if values.max() > 1 else 1
