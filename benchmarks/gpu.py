@@ -7,7 +7,7 @@ Needs a GPU that nothing else uses, no weights and no data. ``--size tiny`` show
 The model is that of the shipped YAML with random bf16 weights. A step is the package's own `TrainStep`. Media are on
 the device already, and all captions are the same, so no position is padding. The script first checks that the same step
 from the same weights gives the same finite loss and gradient norm. Then it times steps at the paper's batch of one
-process and at the largest batch that fits.
+process and at larger ones, until one does not fit.
 
 "MFU" is the share of the measured bf16 matmul ceiling that a step's own operations reach, as torch's flop counter
 counts them. Decoding is compared with the measured bandwidth of a copy: a token reads all weights once, and the keys
@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
 class Plan:
     """Sizes of the measurements."""
 
-    batch: int = 32  # samples of one process in the paper
-    most: int = 512  # end of the search for the largest batch
+    batches: tuple[int, ...] = (32, BATCH_GOAL, 128, 256)  # samples of one process: the paper's, the goal and more
     matrix: int = 8192  # rows and columns of the matmuls that give the ceiling
     copied: int = 2 << 30  # bytes of the tensor that is copied for the bandwidth
     decoded: tuple[int, ...] = (1, 8, 32)  # rows that are decoded together
@@ -71,7 +71,7 @@ class Plan:
     clip: int = 1024  # frames of a sound
 
 
-TINY = Plan(batch=2, most=4, matrix=256, copied=1 << 20, decoded=(2,), new_tokens=4, clip=64)
+TINY = Plan(batches=(2, 4), matrix=256, copied=1 << 20, decoded=(2,), new_tokens=4, clip=64)
 
 
 def settings_of(size: str) -> ModelSettings:
@@ -186,39 +186,23 @@ def check(model: ChatBridge, batch: dict, device: torch.device) -> dict[str, flo
 
 def fits(trial: Callable[[], Any]) -> bool:
     """Whether a trial runs in the device's memory; the memory of a failed one is freed."""
-    try:
+    with suppress(torch.OutOfMemoryError):
         trial()
-    except torch.OutOfMemoryError:
-        fitted = False
-    else:
-        fitted = True
-    if not fitted:  # here, where the error no longer holds the trial's frames
-        gc.collect()
-        torch.cuda.empty_cache()
-    return fitted
-
-
-def largest(fitting: Callable[[int], bool], first: int, most: int) -> int:
-    """The largest batch that fits, to a quarter; 0 if ``first`` does not fit."""
-    if not fitting(first):
-        return 0
-    batch = first
-    while 2 * batch <= most and fitting(2 * batch):
-        batch *= 2
-    half = batch + batch // 2
-    return half if half <= most and fitting(half) else batch
+        return True
+    gc.collect()  # here, where the error no longer holds the trial's frames
+    torch.cuda.empty_cache()
+    return False
 
 
 def measure_steps(model: ChatBridge, modality: Modality, plan: Plan, rounds: int, device: torch.device) -> list[dict]:
-    """A row at the paper's batch and one at the largest that fits; none if the first does not fit."""
+    """A row for each batch that fits."""
     checked = check(model, batch_of(modality, 2, model.settings, plan, device), device)
     trainer = Trainer(model, device)
-    most = largest(
-        lambda n: fits(lambda: trainer.step(batch_of(modality, n, model.settings, plan, device))), plan.batch, plan.most
-    )
     rows = []
-    for size in sorted({plan.batch, most}) if most else []:
+    for size in plan.batches:
         batch = batch_of(modality, size, model.settings, plan, device)
+        if not fits(lambda batch=batch: trainer.step(batch)):
+            break
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         taken = seconds_of(lambda batch=batch: trainer.step(batch), rounds, device)

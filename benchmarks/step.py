@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
@@ -81,24 +80,24 @@ def build() -> ChatBridge:
     return ChatBridge(settings).train()
 
 
-def batches_of(kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def batches_of(modality: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The same samples twice: in batches as they are drawn, and in the training plan's batches of similar lengths."""
-    size = BATCHES[kind]
-    media, captions = media_of(kind, STEPS * size), captions_of(STEPS * size)
+    size = BATCHES[modality]
+    media, captions = media_of(modality, STEPS * size), captions_of(STEPS * size)
     lengths = np.array([len(caption.split()) for caption in captions])
-    plan = MixturePlan({kind: len(captions)}, batch_size=size, lengths={kind: lengths}, group=STEPS)
+    plan = MixturePlan({modality: len(captions)}, batch_size=size, lengths={modality: lengths}, group=STEPS)
     grouped = [[index for index, _ in plan.batch(step)[1]] for step in range(STEPS)]
     drawn = np.arange(len(captions)).reshape(STEPS, size).tolist()
-    return tuple([_batch(kind, media, captions, rows) for rows in order] for order in (drawn, grouped))  # type: ignore[return-value]
+    return tuple([_batch(modality, media, captions, rows) for rows in order] for order in (drawn, grouped))  # type: ignore[return-value]
 
 
-def media_of(kind: str, count: int) -> list[Any]:
+def media_of(modality: str, count: int) -> list[Any]:
     """Random media."""
     rng = torch.Generator().manual_seed(1)
-    if kind == "audio":
+    if modality == "audio":
         frames = torch.full((CLIPS,), CLIP)
         return [AudioClips(torch.randn(CLIPS, CLIP, MEL_BINS, generator=rng), frames) for _ in range(count)]
-    shape = (3, 224, 224) if kind == "image" else (FRAMES, 3, 224, 224)
+    shape = (3, 224, 224) if modality == "image" else (FRAMES, 3, 224, 224)
     return [torch.randn(*shape, generator=rng) for _ in range(count)]
 
 
@@ -108,17 +107,22 @@ def captions_of(count: int) -> list[str]:
     return [" ".join(words.choice(WORDS, words.integers(6, 21))) for _ in range(count)]
 
 
-def _batch(kind: str, media: list[Any], captions: list[str], rows: list[int]) -> dict[str, Any]:
-    pieces = [alignment_prompt((kind,), captions[row]) for row in rows]  # type: ignore[arg-type]
-    others: dict[str, Any] = {other: [[]] * len(rows) for other in BATCHES if other != kind}
-    return {"sample_id": [str(row) for row in rows], "pieces": pieces, kind: [[media[row]] for row in rows], **others}
+def _batch(modality: str, media: list[Any], captions: list[str], rows: list[int]) -> dict[str, Any]:
+    pieces = [alignment_prompt((modality,), captions[row]) for row in rows]  # type: ignore[arg-type]
+    others: dict[str, Any] = {other: [[]] * len(rows) for other in BATCHES if other != modality}
+    return {
+        "sample_id": [str(row) for row in rows],
+        "pieces": pieces,
+        modality: [[media[row]] for row in rows],
+        **others,
+    }
 
 
-def cached(model: ChatBridge, batch: dict[str, Any], kind: str) -> dict[str, Any]:
+def cached(model: ChatBridge, batch: dict[str, Any], modality: str) -> dict[str, Any]:
     """The batch as a feature cache gives it."""
-    encoded = model.encode_media(kind, [media[0] for media in batch[kind]])  # type: ignore[arg-type]
+    encoded = model.encode_media(modality, [media[0] for media in batch[modality]])  # type: ignore[arg-type]
     stored = [[EncodedMedium(medium.tokens.half(), medium.mask)] for medium in encoded]
-    return {**batch, kind: stored}
+    return {**batch, modality: stored}
 
 
 class Plain:
@@ -132,18 +136,18 @@ class Plain:
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, foreach=False, fused=False)
 
-    def step(self, batch: dict[str, Any], kind: str) -> float:
+    def step(self, batch: dict[str, Any], modality: str) -> float:
         """One training step."""
-        loss = self.loss(batch, kind)
+        loss = self.loss(batch, modality)
         self.optimizer.zero_grad(set_to_none=False)
         loss.backward()
         self.optimizer.step()
         return loss.item()
 
-    def loss(self, batch: dict[str, Any], kind: str) -> Tensor:
+    def loss(self, batch: dict[str, Any], modality: str) -> Tensor:
         """The loss, from logits at every position."""
         model = self.model
-        embeds, laid = self.embeds(batch, kind)
+        embeds, laid = self.embeds(batch, modality)
         out = model.llama_model(
             inputs_embeds=embeds, attention_mask=laid.attention_mask, return_dict=True, use_cache=False
         )
@@ -151,16 +155,16 @@ class Plain:
         shifted, labels = logits[:, :-1].contiguous(), laid.labels[:, 1:].contiguous()
         return functional.cross_entropy(shifted.view(-1, shifted.shape[-1]), labels.view(-1))
 
-    def embeds(self, batch: dict[str, Any], kind: str) -> tuple[Tensor, Any]:
+    def embeds(self, batch: dict[str, Any], modality: str) -> tuple[Tensor, Any]:
         """The padded rows of a batch, with soft tokens of media encoded frame by frame or clip by clip."""
         model = self.model
-        media = [medium[0] for medium in batch[kind]]
-        tokens = self.hear(media) if kind == "audio" else self.see(media)
-        queries = model.audio_query_tokens if kind == "audio" else model.image_query_tokens
+        media = [medium[0] for medium in batch[modality]]
+        tokens = self.hear(media) if modality == "audio" else self.see(media)
+        queries = model.audio_query_tokens if modality == "audio" else model.image_query_tokens
         mask = torch.ones(tokens.shape[:2], dtype=torch.long)
         soft = model.llama_proj(perceive(model.Qformer, queries, tokens, mask))
         count = soft.shape[1]
-        places: list[Any] = [{(kind, 0): range(i * count, (i + 1) * count)} for i in range(len(media))]
+        places: list[Any] = [{(modality, 0): range(i * count, (i + 1) * count)} for i in range(len(media))]
         laid = layout.lay_out(batch["pieces"], places, model.llama_tokenizer, "text", 150)
         return layout.embed(laid, soft.flatten(0, 1), model.llama_model.get_input_embeddings()), laid
 
@@ -220,7 +224,7 @@ class Ours:
         out = model(samples)
         return out["loss"], out["target_tokens"]
 
-    def step(self, batch: dict[str, Any], kind: str) -> float:
+    def step(self, batch: dict[str, Any], modality: str) -> float:
         """One training step."""
         return self._step(0, [batch]).loss
 
@@ -247,50 +251,53 @@ def ceiling() -> float:
     return max(operations / seconds for seconds, operations in (in_turns([lambda: a @ b], 5)[0] for _ in range(3)))
 
 
-def measure(kind: str, rounds: int) -> list[tuple[str, float, float, float]]:
+def measure(modality: str, rounds: int) -> list[tuple[str, float, float, float]]:
     """Variant, seconds of a step, its share of the ceiling, the difference of its loss to plain's."""
-    drawn, grouped = batches_of(kind)
+    drawn, grouped = batches_of(modality)
     plain, ours = Plain(), Ours()
-    stored = [cached(ours.model, batch, kind) for batch in grouped]
+    stored = [cached(ours.model, batch, modality) for batch in grouped]
     work: dict[str, tuple[Any, list[dict[str, Any]]]] = {"plain": (plain, drawn), "ours": (ours, grouped)}
     work["ours, cached"] = (ours, stored)
     with torch.no_grad():
-        expected = float(torch.stack([plain.loss(batch, kind) for batch in drawn]).mean())
+        expected = float(torch.stack([plain.loss(batch, modality) for batch in drawn]).mean())
         found = float(torch.stack([ours.loss(ours.model, batch)[0] for batch in drawn]).mean())
-        from_cache = float(torch.stack([ours.loss(ours.model, cached(ours.model, b, kind))[0] for b in drawn]).mean())
+        from_cache = float(
+            torch.stack([ours.loss(ours.model, cached(ours.model, b, modality))[0] for b in drawn]).mean()
+        )
     apart = {"plain": 0.0, "ours": found - expected, "ours, cached": from_cache - expected}
-    functions = [lambda s=s, bs=bs: [s.step(batch, kind) for batch in bs] for s, bs in work.values()]  # type: ignore[misc]
+    functions = [lambda s=s, bs=bs: [s.step(batch, modality) for batch in bs] for s, bs in work.values()]  # type: ignore[misc]
     top, rows = ceiling(), []
     for name, (seconds, operations) in zip(work, in_turns(functions, rounds), strict=True):
         rows.append((name, seconds / STEPS, operations / seconds / top, apart[name]))
-        print(kind, *rows[-1], file=sys.stderr, flush=True)
+        print(modality, *rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
 def report(rounds: int) -> str:
     """The table in Markdown."""
     how = circumstances("step.py", f"--rounds {rounds}", modules=(torch, transformers))
-    lines = ["# A training step on one CPU core", "", how, f"One thread of {_cpu()}, fp32; the head of the script says"]
-    lines[-1] += f" what is compared. The core's matmul ceiling is {ceiling() / 1e9:.0f} GFLOP/s."
+    lines = ["# A training step on one CPU core", "", how]
+    lines.append(f"One thread, fp32. The core's matmul ceiling is {ceiling() / 1e9:.0f} GFLOP/s.")
     lines += [
         "",
         "| modality | variant | s/step | ratio to plain | goal | share of the ceiling | goal | loss - plain |",
     ]
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
-    for kind in BATCHES:
-        rows = measure(kind, rounds)
+    for modality in BATCHES:
+        rows = measure(modality, rounds)
         for name, seconds, share, apart in rows:
-            goals = (str(GOALS[kind]), str(SHARE)) if name == "ours" else ("", "")
-            cells = [kind, name, f"{seconds:.2f}", f"{rows[0][1] / seconds:.2f}", goals[0], f"{share:.2f}", goals[1]]
+            goals = (str(GOALS[modality]), str(SHARE)) if name == "ours" else ("", "")
+            cells = [
+                modality,
+                name,
+                f"{seconds:.2f}",
+                f"{rows[0][1] / seconds:.2f}",
+                goals[0],
+                f"{share:.2f}",
+                goals[1],
+            ]
             lines.append("| " + " | ".join([*cells, f"{apart:+.1e}"]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _cpu() -> str:
-    cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in cpu if line.startswith("model name")), platform.machine())
-    flags = next((line.split(":")[1].split() for line in cpu if line.startswith("flags")), [])
-    return f"{name}, {', '.join(unit for unit in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if unit in flags)}"
 
 
 def main() -> None:

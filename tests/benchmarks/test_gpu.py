@@ -38,10 +38,16 @@ def test_real_sizes_are_those_of_the_shipped_model(gpu: Any) -> None:
     assert settings.vision.weights is settings.language_model.weights is settings.checkpoint is None
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(3, 0), (4, 4), (7, 6), (12, 12), (13, 12), (1000, 32)])
-def test_the_largest_batch_that_fits(gpu: Any, limit: int, expected: int) -> None:
-    def trial(batch: int) -> None:
-        if batch > limit:
-            raise torch.OutOfMemoryError
+def test_a_batch_that_does_not_fit_ends_the_search(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = gpu.Trainer.step
 
-    assert gpu.largest(lambda batch: gpu.fits(lambda: trial(batch)), 4, 32) == expected
+    def limited(self: Any, batch: dict[str, Any]) -> Any:
+        if len(batch["pieces"]) > 2:
+            raise torch.OutOfMemoryError
+        return step(self, batch)
+
+    monkeypatch.setattr(gpu.Trainer, "step", limited)
+    gpu.main(["--size", "tiny", "--device", "cpu", "--modalities", "image", "--rounds", "1"])
+    assert re.findall(r"\| image \| (\d+)", capsys.readouterr().out) == ["2"]
