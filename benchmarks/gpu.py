@@ -41,8 +41,7 @@ from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import LanguageModelSettings, ModelSettings
 from lavis_chatbridge.models.weights import model_settings
-from lavis_chatbridge.prompting import alignment_prompt
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import StepResult, TrainStep

@@ -50,7 +50,7 @@ from lavis_chatbridge.models.settings import (
     PerceiverSettings,
     VisionSettings,
 )
-from lavis_chatbridge.prompting import alignment_prompt
+from lavis_chatbridge.prompting.conversation import alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import TrainStep

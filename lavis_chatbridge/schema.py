@@ -20,8 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import atomic_text, read_lines
-from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality
 
 SCHEMA_VERSION = 1
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

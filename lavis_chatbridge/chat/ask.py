@@ -22,7 +22,7 @@ from lavis_chatbridge.models.sampling import Sampling
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.conversation import Conversation
     from lavis_chatbridge.chat.engine import Answer, Engine, Reply
-    from lavis_chatbridge.prompting.pieces import Modality
+    from lavis_chatbridge.prompting.conversation import Modality
 
 Question: TypeAlias = "tuple[Any, Conversation]"
 """The id of a line, and its conversation."""

@@ -22,7 +22,7 @@ from lavis_chatbridge.media import Sound, Source
 from lavis_chatbridge.media.image import upright
 from lavis_chatbridge.media.source import is_file, media_errors
 from lavis_chatbridge.media.video import open_video
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 
 Images: TypeAlias = "Sequence[Source] | Source"
 """Images or videos; a single one stands for a list of one."""

@@ -24,8 +24,7 @@ from lavis_chatbridge.files import PRIVATE, write_text
 from lavis_chatbridge.media.audio import open_audio, rated
 from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.media.source import Sound, is_file
-from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Message, Modality
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.reader import Perceived

@@ -28,8 +28,7 @@ from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.templates import Template, load_template
 from lavis_chatbridge.models.text import TextStream
-from lavis_chatbridge.prompting import Modality, slots_of
-from lavis_chatbridge.prompting.conversation import check_order
+from lavis_chatbridge.prompting.conversation import Modality, check_order, slots_of
 
 if TYPE_CHECKING:
     from torch import Tensor

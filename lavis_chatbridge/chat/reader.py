@@ -23,7 +23,7 @@ from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.source import file_of, media_errors
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.processors.fbank import is_silent
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import MODALITIES
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge

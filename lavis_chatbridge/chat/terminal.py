@@ -19,7 +19,7 @@ from lavis_chatbridge.chat.options import SAMPLED, with_options
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession

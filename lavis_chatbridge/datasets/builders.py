@@ -26,7 +26,7 @@ from lavis_chatbridge.datasets.files import SampleFile, cache_folder
 from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.base import SECTIONS, load_processors
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 
 _log = logging.getLogger(__name__)
 

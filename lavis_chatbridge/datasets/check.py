@@ -22,7 +22,7 @@ from lavis_chatbridge.datasets.readers.common import stem_of
 from lavis_chatbridge.datasets.settings import OWN_READER
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import read_lines
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 from lavis_chatbridge.schema import Medium, Sample, check_inside, folder_of, parse_line, read_jsonl
 
 _SHOWN = 5

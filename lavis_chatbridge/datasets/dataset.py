@@ -19,9 +19,18 @@ from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.processors.base import SECTIONS
-from lavis_chatbridge.prompting import conversation
-from lavis_chatbridge.prompting.conversation import Message, Wording
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality, Piece, Text, slots_of, spell_out, target_text
+from lavis_chatbridge.prompting.conversation import (
+    MODALITIES,
+    Message,
+    Modality,
+    Piece,
+    Text,
+    alignment_prompt,
+    chat_prompt,
+    clean_caption,
+    slots_of,
+    spell_out,
+)
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium, Sample, to_record
 
@@ -54,7 +63,7 @@ class SampleDataset(torch.utils.data.Dataset):
         ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
         seed: Seed of all random choices.
         templates: The instruction templates, or None to use questions unchanged.
-        template: The model's prompt format for conversations; None: the paper's.
+        chat_prompt: Makes the prompt of a conversation: the paper's, or the model's template's.
         features: Store of encoder outputs to use instead of media; None: open the media.
     """
 
@@ -72,7 +81,7 @@ class SampleDataset(torch.utils.data.Dataset):
         self.ratio: float | None = None
         self.seed = 0
         self.templates = settings.instruction_templates()
-        self.template: Wording | None = None
+        self.chat_prompt: Callable[..., list[Piece]] = chat_prompt
         self.features: FeatureStore | None = None
 
     @property
@@ -126,7 +135,7 @@ class SampleDataset(torch.utils.data.Dataset):
             "held_out": sample.held_out,
             "pieces": pieces,
             **media,
-            "text_output": target_text(pieces),
+            "text_output": "".join(piece.text for piece in pieces if isinstance(piece, Text) and piece.target),
             "references": self._references(sample),
             "answers": list(sample.answers),
             "facts": dict(sample.facts),
@@ -145,12 +154,11 @@ class SampleDataset(torch.utils.data.Dataset):
         if self._is_caption(sample):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions; alignment needs one")
-            clean = self.processors.get("text", conversation.clean_caption)
-            pieces = conversation.alignment_prompt(sample.modalities, clean(_choose(sample.captions, chosen)))
+            clean = self.processors.get("text", clean_caption)
+            pieces = alignment_prompt(sample.modalities, clean(_choose(sample.captions, chosen)))
         else:
             turns = self._turns(sample, chosen)
-            word = conversation.chat_prompt if self.template is None else self.template.prompt
-            pieces = word(turns, turns[-1].role == "user", self.settings.reply_end)
+            pieces = self.chat_prompt(turns, turns[-1].role == "user", self.settings.reply_end)
         slots = zip(slots_of(pieces), sample.media, strict=True)
         return spell_out(pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words})
 
@@ -209,10 +217,10 @@ class SplitDataset(torch.utils.data.ConcatDataset):
         for source in self.sources:
             source.features = features
 
-    def set_template(self, template: Wording | None) -> None:
-        """Format the conversations of every source with the model's template."""
+    def set_template(self, template: Any) -> None:
+        """Make the prompts of every source's conversations by the model's template (`models.templates`)."""
         for source in self.sources:
-            source.template = template
+            source.chat_prompt = template.prompt
 
     def collater(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """LAVIS's name for `collate`."""

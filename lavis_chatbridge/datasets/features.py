@@ -26,7 +26,7 @@ from lavis_chatbridge.datasets.shards import PER_SHARD, read_index, tar_file, wr
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.types import EncodedMedium
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.datasets.readers.common import Origin
 from lavis_chatbridge.datasets.readers.own import is_hub_id
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium
 

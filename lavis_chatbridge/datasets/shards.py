@@ -25,7 +25,7 @@ from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import too_many_unreadable
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import atomic_file, atomic_text, hash_of, hash_of_file, read_json, write_json
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 from lavis_chatbridge.schema import Medium, Sample, to_record
 
 _log = logging.getLogger(__name__)

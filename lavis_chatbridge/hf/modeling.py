@@ -29,7 +29,7 @@ from lavis_chatbridge.models.layout import IGNORED, SOFT, Batch, embed
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.text import TextStream
 from lavis_chatbridge.models.tokenizer import Codec
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")

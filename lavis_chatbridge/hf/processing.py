@@ -29,8 +29,7 @@ from lavis_chatbridge.models.text import text_of
 from lavis_chatbridge.models.tokenizer import load_codec
 from lavis_chatbridge.processors import load_processors
 from lavis_chatbridge.processors.fbank import is_silent
-from lavis_chatbridge.prompting import Message, Modality, Piece, Slot
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Piece, Slot
 
 _SOURCES = ("url", "path", "base64", "image", "video", "audio")
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}

@@ -32,8 +32,7 @@ from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template
 from lavis_chatbridge.models.text import TextStream
 from lavis_chatbridge.models.tokenizer import Codec
-from lavis_chatbridge.prompting import Piece, Slot, Text
-from lavis_chatbridge.prompting.conversation import END_OF_CAPTION
+from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, Piece, Slot, Text
 
 log = logging.getLogger(__name__)
 

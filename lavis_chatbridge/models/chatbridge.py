@@ -36,8 +36,7 @@ from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.samples import Media, Medium, media_of, training_prompts
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.models.templates import load_template
-from lavis_chatbridge.prompting import Modality, Piece, slots_of
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, Piece, slots_of
 
 log = logging.getLogger(__name__)
 

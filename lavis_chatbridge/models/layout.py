@@ -20,7 +20,7 @@ from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.models.kept import Element
 from lavis_chatbridge.models.settings import Layout
 from lavis_chatbridge.models.tokenizer import Codec
-from lavis_chatbridge.prompting import Modality, Piece, Slot, Text
+from lavis_chatbridge.prompting.conversation import Modality, Piece, Slot, Text
 
 SOFT = -1
 """Stands for a soft token in ``token_ids``."""

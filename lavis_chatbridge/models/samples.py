@@ -15,9 +15,17 @@ from torch import Tensor
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models.templates import Template
-from lavis_chatbridge.prompting import Message, Modality, Piece, Text, alignment_prompt, context_of
-from lavis_chatbridge.prompting.conversation import END_OF_TURN, HUMAN
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import (
+    END_OF_TURN,
+    HUMAN,
+    MODALITIES,
+    Message,
+    Modality,
+    Piece,
+    Text,
+    alignment_prompt,
+    context_of,
+)
 
 Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
 Media: TypeAlias = dict[Modality, list[list[Medium]]]

@@ -10,14 +10,24 @@ from __future__ import annotations
 import re
 import secrets
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.tokenizer import Codec
-from lavis_chatbridge.prompting import Message, Modality, Piece, Text, chat_prompt, escape_markers
-from lavis_chatbridge.prompting.conversation import END_OF_TURN, check_order, introduce
+from lavis_chatbridge.prompting.conversation import (
+    END_OF_TURN,
+    Message,
+    Modality,
+    Piece,
+    Text,
+    chat_prompt,
+    check_order,
+    escape_markers,
+    introduce,
+)
 
 TEMPLATES = ("human_assistant", "vicuna_v1", "tokenizer")
 
@@ -117,7 +127,7 @@ class VicunaV1(Template):
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         check_order(messages, generate)
         pieces: list[Piece] = [Text(self._front)]
-        counts: dict[Modality, int] = {}
+        counts: Counter[Modality] = Counter()
         for message in messages:
             text = break_up(message.text, self._markers)
             if message.role == "user":
@@ -168,7 +178,7 @@ class TokenizerTemplate(Template):
         check_order(messages, generate)
         opening, *behind = self._fixed(len(messages), generate)
         pieces: list[Piece] = [Text(opening)]
-        counts: dict[Modality, int] = {}
+        counts: Counter[Modality] = Counter()
         front, blank, as_in_chat = self._first, "", False
         for message, closing in zip(messages, behind, strict=True):
             text = self._content(message)
@@ -271,7 +281,7 @@ def break_up(text: str, markers: Iterable[str]) -> str:
     return text
 
 
-def _user(media: Sequence[Modality], text: str, counts: dict[Modality, int], opening: str, closing: str) -> list[Piece]:
+def _user(media: Sequence[Modality], text: str, counts: Counter[Modality], opening: str, closing: str) -> list[Piece]:
     """A user's message: its media in the paper's format, then its text."""
     if not media:
         return [Text(f"{opening}{text}{closing}")]

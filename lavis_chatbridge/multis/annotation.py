@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.datasets.readers.common import object_rows
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 from lavis_chatbridge.schema import media_path
 
 ItemModality = Literal["image", "video", "audio", "video+audio"]

@@ -21,7 +21,7 @@ from lavis_chatbridge.config import unknown_key
 from lavis_chatbridge.datasets.readers.common import is_list, object_rows, read_object
 from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError, one_line
 from lavis_chatbridge.multis.annotation import Region
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 
 RATE = 16_000
 """Sampling rate of sounds in Hz."""

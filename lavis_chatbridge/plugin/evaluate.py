@@ -20,7 +20,7 @@ from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.plugin import report
 from lavis_chatbridge.plugin.launch import Session, is_own_runner, run_command, with_options
 from lavis_chatbridge.plugin.report import Line
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.tasks.settings import MediaSettings
 
 if TYPE_CHECKING:

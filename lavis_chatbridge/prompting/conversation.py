@@ -1,18 +1,24 @@
-"""Conversations in the paper's format: ``###Human: ...###Assistant: ...###``, media in any turn.
+"""Prompts as pieces of text and slots for media, and conversations in the paper's format.
 
-Roles, the text before media, and the end marker of a reply are the original ChatBridge's (its
-``datasets/datasets/valor_data/data_task.py``). This module knows no tokenizer and no data set.
+A slot is an object, not a marker inside a string. Text is never parsed for slots, so ``<image>`` or ``<query>`` in a
+user's text or in data is plain text.
+
+The format is the original ChatBridge's (its ``datasets/datasets/valor_data/data_task.py``):
+``###Human: ...###Assistant: ...###``, with media in any user's turn. This module knows no tokenizer and no data set.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, TypeAlias, get_args
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot, Text
+
+Modality: TypeAlias = Literal["image", "video", "audio"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
 
 END_OF_TURN = "###"
 HUMAN = "Human: "
@@ -20,6 +26,28 @@ ASSISTANT = "###Assistant:"
 END_OF_CAPTION = "\n"
 _LEADING_PUNCTUATION = ",.!?*#:;~"
 _WORD_JOINERS = str.maketrans("-/", "  ")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text piece of a prompt."""
+
+    text: str
+    target: bool = False
+    """Whether the model is trained to generate the text."""
+    ids: tuple[int, ...] | None = None
+    """The token ids, if a template has already encoded the text; else None."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A medium of the prompt: the ``index``-th of ``modality`` among the sample's media, from 0."""
+
+    modality: Modality
+    index: int = 0
+
+
+Piece: TypeAlias = Text | Slot
 
 
 @dataclass(frozen=True)
@@ -34,16 +62,9 @@ class Message:
     """The token ids of a generated reply, with its end marker; None if unknown."""
 
 
-class Wording(Protocol):
-    """Interface of :class:`models.templates.Template`, which turns conversations into prompts."""
-
-    def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
-        """A conversation as pieces; see :func:`chat_prompt`."""
-
-
 def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:
     """Stage 1: the media's slots, then the caption and its end marker as the target (paper, section 3.2)."""
-    return [*_numbered(media, {}), Text(caption + end, target=True)]
+    return [*_numbered(media, Counter()), Text(caption + end, target=True)]
 
 
 def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str = END_OF_TURN) -> list[Piece]:
@@ -59,7 +80,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
     """
     check_order(turns, generate)
     pieces: list[Piece] = []
-    counts: dict[Modality, int] = {}
+    counts: Counter[Modality] = Counter()
     opening = END_OF_TURN
     for turn in turns:
         if turn.role == "assistant":
@@ -73,7 +94,7 @@ def chat_prompt(turns: Sequence[Message], generate: bool = False, reply_end: str
     return pieces
 
 
-def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: str = "") -> list[Piece]:
+def introduce(media: Sequence[Modality], counts: Counter[Modality], opening: str = "") -> list[Piece]:
     """``Given following video: <slot> and its background audio: <slot>`` as pieces, without the final full stop.
 
     ``counts`` has the number of earlier media of each modality; it is updated.
@@ -92,28 +113,8 @@ def introduce(media: Sequence[Modality], counts: dict[Modality, int], opening: s
     return pieces
 
 
-def escape_markers(text: str) -> str:
-    """``text`` with spaces in every run of three or more ``#`` (also full-width), which could be a turn marker."""
-    return re.sub("[#\N{FULLWIDTH NUMBER SIGN}\N{SMALL NUMBER SIGN}]{3,}", lambda run: " ".join(run.group()), text)
-
-
-def clean_caption(text: str) -> str:
-    """Clean a stage-1 caption like the original's reader.
-
-    Lower case, no leading punctuation, spaces for hyphens and slashes, ``person`` for ``<person>``, white space
-    collapsed and stripped. (Original: ``pre_caption``.)
-    """
-    words = text.lower().lstrip(_LEADING_PUNCTUATION).translate(_WORD_JOINERS)
-    words = words.replace("<person>", "person").rstrip("\n")
-    return re.sub(r"\s{2,}", " ", words).strip(" ")
-
-
 def check_order(turns: Sequence[Message], generate: bool) -> None:
-    """Check that messages alternate, and that the last one fits ``generate``.
-
-    Raises:
-        PromptError: With the first fault.
-    """
+    """Raise a `PromptError` if messages do not alternate, or the last one does not fit ``generate``."""
     for position, turn in enumerate(turns):
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:
@@ -126,9 +127,50 @@ def check_order(turns: Sequence[Message], generate: bool) -> None:
         raise PromptError("the conversation must end with a user's turn for the model to answer")
 
 
-def _numbered(media: Sequence[Modality], counts: dict[Modality, int]) -> list[Slot]:
+def escape_markers(text: str) -> str:
+    """``text`` with spaces in every run of three or more ``#`` (also full-width), which could be a turn marker."""
+    return re.sub("[#\N{FULLWIDTH NUMBER SIGN}\N{SMALL NUMBER SIGN}]{3,}", lambda run: " ".join(run.group()), text)
+
+
+def clean_caption(text: str) -> str:
+    """Clean a stage-1 caption like the original's reader (``pre_caption``).
+
+    Lower case, no leading punctuation, spaces for hyphens and slashes, ``person`` for ``<person>``, white space
+    collapsed and stripped.
+    """
+    words = text.lower().lstrip(_LEADING_PUNCTUATION).translate(_WORD_JOINERS)
+    words = words.replace("<person>", "person").rstrip("\n")
+    return re.sub(r"\s{2,}", " ", words).strip(" ")
+
+
+def slots_of(pieces: Sequence[Piece]) -> list[Slot]:
+    """The slots of a prompt, in order."""
+    return [piece for piece in pieces if isinstance(piece, Slot)]
+
+
+def context_of(pieces: Sequence[Piece]) -> list[Piece]:
+    """The prompt before its last target, to generate that target."""
+    targets = [i for i, piece in enumerate(pieces) if isinstance(piece, Text) and piece.target]
+    return list(pieces[: targets[-1]] if targets else pieces)
+
+
+def spell_out(pieces: Sequence[Piece], words: Mapping[Slot, str]) -> list[Piece]:
+    """The prompt with text instead of some slots; the other slots are renumbered."""
+    counts: Counter[Modality] = Counter()
+    spelt: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, Text):
+            spelt.append(piece)
+        elif piece in words:
+            spelt.append(Text(words[piece]))
+        else:
+            spelt += _numbered([piece.modality], counts)
+    return spelt
+
+
+def _numbered(media: Sequence[Modality], counts: Counter[Modality]) -> list[Slot]:
     slots = []
     for modality in media:
-        slots.append(Slot(modality, counts.get(modality, 0)))
-        counts[modality] = counts.get(modality, 0) + 1
+        slots.append(Slot(modality, counts[modality]))
+        counts[modality] += 1
     return slots

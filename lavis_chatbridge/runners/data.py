@@ -20,7 +20,7 @@ from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, M
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.base import load_processors
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import Samples

@@ -11,8 +11,7 @@ from lavis.common.registry import registry
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.choices import listed
-from lavis_chatbridge.prompting.conversation import escape_markers
-from lavis_chatbridge.prompting.pieces import MODALITIES, Piece, Text
+from lavis_chatbridge.prompting.conversation import MODALITIES, Piece, Text, escape_markers
 from lavis_chatbridge.tasks.generation import GenerationTask
 from lavis_chatbridge.tasks.scoring import choices
 

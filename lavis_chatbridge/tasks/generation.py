@@ -16,7 +16,7 @@ from torch import nn
 
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of, read_json
-from lavis_chatbridge.prompting.pieces import Piece, Text, context_of
+from lavis_chatbridge.prompting.conversation import Piece, Text, context_of
 from lavis_chatbridge.tasks.base import ChatBridgeTask, gathered
 from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles
 from lavis_chatbridge.tasks.scoring import CAPTION_METRICS, captions, facts, records

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.tasks.scoring import Metric, Normalisation
 
 

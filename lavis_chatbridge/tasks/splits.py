@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.prompting.conversation import HUMAN
-from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot, Text
+from lavis_chatbridge.prompting.conversation import HUMAN, Modality, Piece, Slot, Text
 from lavis_chatbridge.schema import Medium, Sample
 from lavis_chatbridge.tasks.settings import MediaSettings
 

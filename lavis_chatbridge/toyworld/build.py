@@ -28,7 +28,7 @@ import numpy as np
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import locked, read_json, write_json
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, language, pictures, sounds
 from lavis_chatbridge.toyworld.world import Scene, all_scenes, scenes

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from lavis_chatbridge.prompting import Message
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Message, Modality
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 
 QuestionKind: TypeAlias = Literal["name", "compose", "match", "compare", "conditional"]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 
 _SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 _COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")

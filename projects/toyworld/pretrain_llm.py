@@ -26,7 +26,7 @@ from reading import LEVELS, NAMING, exam, passage, random_scene
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lavis_chatbridge.prompting import Piece, Text
+from lavis_chatbridge.prompting.conversation import Piece, Text
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS, QuestionKind
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lavis_chatbridge.prompting import Message, Piece, Slot, Text, alignment_prompt, chat_prompt
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import (
+    MODALITIES,
+    Message,
+    Modality,
+    Piece,
+    Slot,
+    Text,
+    alignment_prompt,
+    chat_prompt,
+)
 from lavis_chatbridge.toyworld.language import (
     QUESTION_KINDS,
     Asker,

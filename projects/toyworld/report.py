@@ -19,7 +19,7 @@ from typing import Any
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import read_lines, write_json, write_text
 from lavis_chatbridge.pages import render
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 
 TEMPLATE = Path(__file__).with_name("report.html")
 STARTED = ".started"

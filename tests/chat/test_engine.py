@@ -14,7 +14,7 @@ import pytest
 
 from lavis_chatbridge.chat import ChatMessage, Conversation, Sampling, media_of, reader
 from lavis_chatbridge.errors import ChatBridgeError, PromptError
-from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
+from lavis_chatbridge.prompting.conversation import Message, Slot, Text, chat_prompt
 from tests.chat import building
 from tests.chat.building import picture, session, sound, video
 from tests.chat.test_session import slow_down

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lavis_chatbridge.chat import Sampling, Session
-from lavis_chatbridge.prompting import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 from lavis_chatbridge.toyworld import clips, language, pictures, sounds
 from lavis_chatbridge.toyworld.world import Scene, scenes
 

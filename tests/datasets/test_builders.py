@@ -12,7 +12,7 @@ from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin import compat
-from lavis_chatbridge.prompting import Message, Text
+from lavis_chatbridge.prompting.conversation import Message, Text
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 compat.apply()

@@ -12,7 +12,7 @@ import soundfile
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets.check import check_file
 from lavis_chatbridge.datasets.settings import DataSettings
-from lavis_chatbridge.prompting import Message
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
 

@@ -14,7 +14,7 @@ from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
-from lavis_chatbridge.prompting import Message
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample
 from tests.datasets.conftest import PictureProcessor, sample_file
 

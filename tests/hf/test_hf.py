@@ -26,7 +26,7 @@ from lavis_chatbridge.hf import (
 )
 from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.layout import elements_of
-from lavis_chatbridge.prompting import Message, Slot
+from lavis_chatbridge.prompting.conversation import Message, Slot
 from lavis_chatbridge.toyworld import language, pictures
 from lavis_chatbridge.toyworld.world import scenes
 from tests.chat.building import picture, sound, video

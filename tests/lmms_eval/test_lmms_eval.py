@@ -21,7 +21,7 @@ if not os.environ.get("TEST_LMMS_EVAL"):
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmms-eval-test-")  # read when the datasets library is imported
 
 from lavis_chatbridge.plugin.launch import Session
-from lavis_chatbridge.prompting import Message
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, pictures, sounds
 from lavis_chatbridge.toyworld.world import scenes

@@ -20,8 +20,15 @@ from lavis_chatbridge.models import chatbridge
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.layout import Batch
 from lavis_chatbridge.models.settings import ModelSettings
-from lavis_chatbridge.prompting import Message, Slot, Text, alignment_prompt, chat_prompt, context_of
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import (
+    MODALITIES,
+    Message,
+    Slot,
+    Text,
+    alignment_prompt,
+    chat_prompt,
+    context_of,
+)
 from tests.models.building import small_model, small_settings
 from tests.models.folders import STYLES, write_folder
 

@@ -25,7 +25,15 @@ from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import TemporalSettings
 from lavis_chatbridge.models.tokenizer import load_codec
 from lavis_chatbridge.processors.fbank import fbank
-from lavis_chatbridge.prompting import Message, Piece, Slot, Text, alignment_prompt, chat_prompt, clean_caption
+from lavis_chatbridge.prompting.conversation import (
+    Message,
+    Piece,
+    Slot,
+    Text,
+    alignment_prompt,
+    chat_prompt,
+    clean_caption,
+)
 from lavis_chatbridge.runners.optim import learning_rate, original_rate
 from tests.models.building import golden_settings
 from tests.processors.test_golden_processing import (  # noqa: F401 (a golden folder is checked whole by this file)

@@ -10,7 +10,7 @@ import torch
 
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Batch, elements_of, embed, lay_out
-from lavis_chatbridge.prompting import Piece, Slot, Text
+from lavis_chatbridge.prompting.conversation import Piece, Slot, Text
 
 
 class LetterCodec:

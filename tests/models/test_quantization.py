@@ -14,7 +14,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import language_model, lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
-from lavis_chatbridge.prompting import alignment_prompt
+from lavis_chatbridge.prompting.conversation import alignment_prompt
 from lavis_chatbridge.runners import checkpoints, parallel
 from tests.models.building import small_model
 

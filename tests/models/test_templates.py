@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models.templates import TEMPLATES, Template, break_up, load_template
 from lavis_chatbridge.models.tokenizer import Codec, load_codec
-from lavis_chatbridge.prompting import Message, Piece, Text
+from lavis_chatbridge.prompting.conversation import Message, Piece, Text
 from tests.models.folders import STYLES, write_folder
 
 QUESTIONS = ("What is the colour of the car?", "Is it heard twice?", "And the dog?")

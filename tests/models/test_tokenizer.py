@@ -17,7 +17,7 @@ from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.models.tokenizer import load_codec
-from lavis_chatbridge.prompting import Message, Text
+from lavis_chatbridge.prompting.conversation import Message, Text
 from tests.models.folders import STYLES, write_folder
 
 TINY = Path(language_model.__file__).parent.parent / "assets" / "tiny" / "llm"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.toyworld import language
 from lavis_chatbridge.toyworld.build import Sizes, plan, render
 from tests.multis.openai_server import OpenAIServer

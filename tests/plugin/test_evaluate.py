@@ -16,7 +16,7 @@ from lavis_chatbridge.chat import load_model
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin import evaluate, report
-from lavis_chatbridge.prompting import Message
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.tasks.settings import EvaluationSettings

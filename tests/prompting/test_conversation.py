@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.prompting import (
+from lavis_chatbridge.prompting.conversation import (
     Message,
     Slot,
     Text,
@@ -15,7 +15,6 @@ from lavis_chatbridge.prompting import (
     escape_markers,
     slots_of,
     spell_out,
-    target_text,
 )
 
 
@@ -62,7 +61,6 @@ def test_context_ends_before_the_last_target() -> None:
         [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
     )
     assert context_of(pieces) == pieces[:-1]
-    assert target_text(pieces) == "b###d###"
 
 
 @pytest.mark.parametrize(

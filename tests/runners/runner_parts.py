@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.prompting.pieces import Modality, Piece, Slot, Text
+from lavis_chatbridge.prompting.conversation import Modality, Piece, Slot, Text
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
 from lavis_chatbridge.runners.config import Config
 from lavis_chatbridge.runners.settings import RunSettings

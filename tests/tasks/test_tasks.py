@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 
 from lavis_chatbridge.datasets.loader import EvaluationLoader
 from lavis_chatbridge.errors import ConfigError, DataError, MediaError
-from lavis_chatbridge.prompting.conversation import Message, chat_prompt
-from lavis_chatbridge.prompting.pieces import Slot, Text
+from lavis_chatbridge.prompting.conversation import Message, Slot, Text, chat_prompt
 from lavis_chatbridge.schema import Medium, Sample
 from lavis_chatbridge.tasks.alignment import AlignmentTask
 from lavis_chatbridge.tasks.generation import GenerationTask, prompt_text

@@ -13,7 +13,7 @@ import pytest
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.media import open_audio, open_image, open_video
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.schema import Sample, read_jsonl
 from lavis_chatbridge.toyworld import build
 from lavis_chatbridge.toyworld.build import Sizes, build_world

@@ -7,8 +7,7 @@ import re
 
 import pytest
 
-from lavis_chatbridge.prompting import Message, Slot, Text, chat_prompt
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Slot, Text, chat_prompt
 from lavis_chatbridge.toyworld.language import (
     CAPTIONS,
     Question,

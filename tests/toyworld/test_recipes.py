@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lavis_chatbridge
 from lavis_chatbridge.models.encoders.beats import Beats
 from lavis_chatbridge.models.encoders.eva import EvaVit
-from lavis_chatbridge.prompting import Text
+from lavis_chatbridge.prompting.conversation import Text
 from lavis_chatbridge.toyworld.language import QUESTION_KINDS
 
 ASSETS = Path(lavis_chatbridge.__file__).parent / "assets" / "tiny"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lavis_chatbridge.media import has_audio_track, open_audio, open_video
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Modality
 from lavis_chatbridge.toyworld import clips, pictures, sounds
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
 

@@ -21,7 +21,7 @@ import pytest
 from lavis_chatbridge.chat import Conversation, Engine, MediaReader, Session, load_model, media_of
 from lavis_chatbridge.errors import EngineError
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.prompting.pieces import MODALITIES
+from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.toyworld.world import scenes
 from tests.chat.building import TINY_TOKENIZER
 from tests.chat.test_world_chat import FIVE, files_of

@@ -13,8 +13,7 @@ from typing import Any, Literal
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import read_lines
-from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.prompting.pieces import Modality
+from lavis_chatbridge.prompting.conversation import Message, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")

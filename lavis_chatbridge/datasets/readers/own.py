@@ -12,8 +12,7 @@ from typing import Any
 from lavis_chatbridge.config import shown, unknown_key
 from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row, object_rows, question_sample
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
 _ROWS = 32  # rows of a table in memory

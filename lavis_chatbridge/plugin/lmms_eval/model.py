@@ -18,8 +18,7 @@ from lavis_chatbridge.chat.loading import load_model
 from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.plugin.lmms_eval.requests import batches, conversation, decoding, question
-from lavis_chatbridge.prompting import Message
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.container import modality_of
 from lavis_chatbridge.media.source import is_file
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.prompting.pieces import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 
 MAX_NEW_TOKENS = 128
 """The default of lmms-eval's other models."""

@@ -17,7 +17,7 @@ from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.readers import READERS, Origin
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting import Message
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium
 
 

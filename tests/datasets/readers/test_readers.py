@@ -17,8 +17,7 @@ from lavis_chatbridge.datasets.readers import READERS, options
 from lavis_chatbridge.datasets.readers.common import Origin
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting import Message
-from lavis_chatbridge.prompting.pieces import Slot
+from lavis_chatbridge.prompting.conversation import Message, Slot
 from lavis_chatbridge.prompting.templates import TaskTemplates, Templates
 from tests.datasets.conftest import sample_file
 

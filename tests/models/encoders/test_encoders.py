@@ -15,7 +15,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import encoders
 from lavis_chatbridge.models.settings import LoraSettings, VisionSettings
-from lavis_chatbridge.prompting import Modality, alignment_prompt
+from lavis_chatbridge.prompting.conversation import Modality, alignment_prompt
 from tests.models.building import small_model, small_settings
 from tests.models.encoders import architectures
 

@@ -14,8 +14,8 @@ from PIL import Image
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin.launch import Session
-from lavis_chatbridge.prompting import Message
 from lavis_chatbridge.prompting.choices import listed
+from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, write_jsonl
 from tests.runners.runner_parts import in_processes
 from tests.tasks.eval import ranks

@@ -11,7 +11,7 @@ import torch
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.choices import listed, without_letters
-from lavis_chatbridge.prompting.pieces import Slot, Text
+from lavis_chatbridge.prompting.conversation import Slot, Text
 from lavis_chatbridge.tasks.choice import ChoiceTask
 from lavis_chatbridge.tasks.predictions import Prediction
 from lavis_chatbridge.tasks.scoring import choices
