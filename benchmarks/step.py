@@ -42,7 +42,7 @@ from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models import layout
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.encoders.beats import BeatsConfig, relative_buckets
-from lavis_chatbridge.models.perceiver import perceive
+from lavis_chatbridge.models.encoding import perceive
 from lavis_chatbridge.models.settings import (
     AudioSettings,
     LanguageModelSettings,
@@ -50,7 +50,7 @@ from lavis_chatbridge.models.settings import (
     PerceiverSettings,
     VisionSettings,
 )
-from lavis_chatbridge.prompting.conversation import alignment_prompt
+from lavis_chatbridge.prompting.conversation import Slot, alignment_prompt
 from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import TrainStep
@@ -164,7 +164,7 @@ class Plain:
         mask = torch.ones(tokens.shape[:2], dtype=torch.long)
         soft = model.llama_proj(perceive(model.Qformer, queries, tokens, mask))
         count = soft.shape[1]
-        places: list[Any] = [{(modality, 0): range(i * count, (i + 1) * count)} for i in range(len(media))]
+        places: list[Any] = [{Slot(modality): range(i * count, (i + 1) * count)} for i in range(len(media))]
         laid = layout.lay_out(batch["pieces"], places, model.llama_tokenizer, "text", 150)
         return layout.embed(laid, soft.flatten(0, 1), model.llama_model.get_input_embeddings()), laid
 

@@ -21,13 +21,12 @@ from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.chat.reader import MediaReader
 from lavis_chatbridge.errors import ChatBridgeError, PromptError
 from lavis_chatbridge.models import families
-from lavis_chatbridge.models.decoding import Decoder, Finish, Generation, TokenLogprob
-from lavis_chatbridge.models.kept import Element, Prefix
-from lavis_chatbridge.models.layout import elements_of
+from lavis_chatbridge.models.decoding import Decoder
+from lavis_chatbridge.models.generation import Finish, Generation, Prefix, TokenLogprob
+from lavis_chatbridge.models.layout import Element, elements_of
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.templates import Template, load_template
-from lavis_chatbridge.models.text import TextStream
 from lavis_chatbridge.prompting.conversation import Modality, check_order, slots_of
 
 if TYPE_CHECKING:
@@ -334,10 +333,9 @@ class Engine:
                 f"this message alone has {len(prompt.elements)} tokens, but the context holds {self.max_context} with "
                 "the answer: shorten the text or give fewer media"
             )
-        stops = (*(() if sampling.ignore_eos else prompt.stops), *sampling.stop)
-        stream = TextStream(self.codec, stops, sampling.min_new_tokens)
         sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})
-        generation = Generation(prompt.elements, prompt.soft, Prefix(), stream, prompt.end_ids, sampling)
+        ends = prompt.stops, prompt.end_ids
+        generation = Generation(prompt.elements, prompt.soft, self.codec, sampling, *ends, Prefix())
         generation.started = reply.started
         reply.generation = generation
         if reply.cancelled:  # before it had a generation to cancel
@@ -369,8 +367,7 @@ class Engine:
             if medium.perceived is not None and medium.perceived.soft is not None:
                 seen.setdefault(medium.modality, []).append((medium.perceived.key, medium.perceived.soft))
         found = {slot: seen[slot.modality][slot.index] for slot in slots_of(pieces)}
-        lengths = {slot: (key, len(soft)) for slot, (key, soft) in found.items()}
-        return elements_of(pieces, lengths, self.codec), dict(found.values())
+        return elements_of(pieces, found, self.codec), dict(found.values())
 
     def _generate(self) -> None:
         """Generate all ready replies, one token of each per step; the thread ends with the last of them."""

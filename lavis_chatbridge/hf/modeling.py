@@ -25,9 +25,9 @@ from lavis_chatbridge.models import state_dicts, weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import StopTexts
 from lavis_chatbridge.models.families import own_precision
+from lavis_chatbridge.models.generation import TextStream
 from lavis_chatbridge.models.layout import IGNORED, SOFT, Batch, embed
 from lavis_chatbridge.models.settings import ModelSettings
-from lavis_chatbridge.models.text import TextStream
 from lavis_chatbridge.models.tokenizer import Codec
 from lavis_chatbridge.prompting.conversation import Modality
 

@@ -22,10 +22,10 @@ from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.hf.configuration import CONFIG, ChatBridgeConfig
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.models.generation import TextStream
 from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.templates import Template, load_template
-from lavis_chatbridge.models.text import text_of
 from lavis_chatbridge.models.tokenizer import load_codec
 from lavis_chatbridge.processors import load_processors
 from lavis_chatbridge.processors.fbank import is_silent
@@ -176,7 +176,7 @@ class ChatBridgeProcessor(ProcessorMixin):
             return self.codec.decode(known)
         template = self.template("")
         end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
-        return text_of(self.codec, known[:end], template.stops)
+        return TextStream.of(self.codec, known[:end], template.stops).text
 
     def training_features(self, conversations: Sequence[Messages]) -> BatchFeature:
         """Conversations with their replies as labels, in the layout of training (:func:`models.layout.lay_out`)."""
@@ -231,16 +231,16 @@ class ChatBridgeProcessor(ProcessorMixin):
         """The model's inputs: ids with placeholders, masks, labels, and media by modality."""
         prompts, media = zip(*(self._read(messages, hear) for messages in conversations), strict=True)
         by_modality: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
-        places: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
+        ranges: list[dict[Slot, range]] = [{} for _ in prompts]
         start, bounds = 0, []
         for modality in MODALITIES:
             for row, loaded in enumerate(media):
                 for index, medium in enumerate(one for own, one in loaded if own == modality):
-                    places[row][modality, index] = range(start, start := start + self._count(modality, medium))
+                    ranges[row][Slot(modality, index)] = range(start, start := start + self._count(modality, medium))
                     by_modality[modality].append(medium)
             bounds.append(start)
         longest = 1 << 30 if generate else self.settings.max_text_length
-        batch = lay_out(prompts, places, self.codec, "text" if generate else self.settings.prompt_layout, longest)
+        batch = lay_out(prompts, ranges, self.codec, "text" if generate else self.settings.prompt_layout, longest)
         soft = torch.full_like(batch.token_ids, -1).masked_scatter(batch.token_ids == SOFT, batch.soft)
         placeholders = torch.bucketize(soft, torch.tensor(bounds), right=True) + len(self.codec)
         ids = batch.token_ids.masked_fill(batch.token_ids == PADDING, self.codec.pad_id)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models.decoding import Decoder, Generation, padded
+from lavis_chatbridge.models.decoding import Decoder, padded
 from lavis_chatbridge.models.families import (
     LanguageModel,
     cache_argument,
@@ -24,15 +24,15 @@ from lavis_chatbridge.models.families import (
     keys_and_values,
     own_precision,
 )
+from lavis_chatbridge.models.generation import Generation
 from lavis_chatbridge.models.layout import MediaRanges, elements_of, is_alignment
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.samples import Media, contexts, media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template
-from lavis_chatbridge.models.text import TextStream
 from lavis_chatbridge.models.tokenizer import Codec
-from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, Piece, Slot, Text
+from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, Piece, Text
 
 log = logging.getLogger(__name__)
 
@@ -84,16 +84,14 @@ class Answering:
         """
         if sampling is None:
             sampled = {"temperature": temperature, "top_p": top_p}
-            searched = {"num_beams": num_beams, **({"length_penalty": length_penalty} if num_beams > 1 else {})}
+            searched = {"num_beams": num_beams, "length_penalty": length_penalty}
             limits = {"max_new_tokens": max_length, "min_new_tokens": min_length}
             others = {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
             chosen = sampled if use_nucleus_sampling else searched
             sampling = parse(Sampling, {**limits, **others, **chosen}, "generate")
         replies = self.replies(samples, sampling, prompt, stop, bos)
-        if isinstance(self.llama_model, RemoteLanguageModel):
-            self.llama_model.complete(replies)
-        else:
-            Decoder(self.llama_model).complete(replies)
+        llm = self.llama_model
+        (llm if isinstance(llm, RemoteLanguageModel) else Decoder(llm)).complete(replies)
         return [reply.stream.text for reply in replies]
 
     @torch.no_grad()
@@ -122,7 +120,7 @@ class Answering:
         questions = samples.get("text_input")
         if prompt and questions:
             listed = [questions] if isinstance(questions, str) else questions
-            samples = {**samples, "text_input": [prompt.format(q) if "{}" in prompt else prompt for q in listed]}
+            samples = {**samples, "text_input": [prompt.format(q) for q in listed]}
         if inference_method == "generate":
             limits = {"max_length": max_len, "min_length": min_len, "length_penalty": length_penalty}
             return self.generate(samples, num_beams=num_beams, **{**more, **limits})
@@ -143,7 +141,7 @@ class Answering:
         stop: str | None = None,
         bos: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each candidate; prompts and media are read once for all candidates.
+        """``[B, C]`` log-probabilities of candidates, each a sum over its tokens, and ``[C]`` numbers of tokens.
 
         Args:
             samples: A batch; targets in its prompts are ignored.
@@ -151,9 +149,6 @@ class Answering:
             keep: Number of candidates to score per sample, see :func:`candidate_scores`. None scores all.
             stop: The text that closes an answer and is scored with it, in place of the template's end mark.
             bos: See :meth:`generate`.
-
-        Returns:
-            ``[B, C]`` log-probabilities in fp32, each a sum over the candidate's tokens, and ``[C]`` numbers of tokens.
         """
         embeds, mask = padded(self.llama_model, self.replies(samples, Sampling(), bos=bos))
         closed = [Text(answer + stop) if stop is not None else self.template.reply(answer) for answer in answers]
@@ -178,25 +173,20 @@ class Answering:
         opens = self.prompt_layout != "original" if bos is None else bos
         seed = int(torch.randint(1 << 31, ())) if sampling.seed is None and sampling.temperature else sampling.seed
         replies: list[Generation] = []
-        for number, (pieces, spans) in enumerate(zip(prompts, ranges, strict=True)):
-            keys = {Slot(*name): (f"{number}/{name}", len(span)) for name, span in spans.items()}
-            elements = elements_of(pieces, keys, self.llama_tokenizer, opens)
-            parts = (
-                {}
-                if soft is None
-                else {f"{number}/{name}": soft[span.start : span.stop] for name, span in spans.items()}
-            )
+        for pieces, spans in zip(prompts, ranges, strict=True):
+            own = {slot: (str(slot), soft[span.start : span.stop]) for slot, span in spans.items() if soft is not None}
+            elements = elements_of(pieces, own, self.llama_tokenizer, opens)
             stops = (END_OF_CAPTION,) if is_alignment(pieces) else self.template.stops
-            stops = () if sampling.ignore_eos else stops if stop is None else (stop,)
+            stops = stops if stop is None else (stop,)
             room = free_positions(self.llama_model.config, len(elements))
             if room < sampling.max_new_tokens:
                 log.warning("answers end after %d tokens, at the language model's last position", room)
             limit = int(min(room, sampling.max_new_tokens))
             for _ in range(sampling.num_return_sequences):
-                chance = None if seed is None else seed + len(replies)
-                own = sampling.model_copy(update={"max_new_tokens": limit, "seed": chance})
-                stream = TextStream(self.llama_tokenizer, (*stops, *sampling.stop), sampling.min_new_tokens)
-                replies.append(Generation(elements, parts, None, stream, self.template.end_ids, own))
+                changes = {"max_new_tokens": limit, "seed": None if seed is None else seed + len(replies)}
+                how = sampling.model_copy(update=changes)
+                codec, end_ids = self.llama_tokenizer, self.template.end_ids
+                replies.append(Generation(elements, dict(own.values()), codec, how, stops, end_ids))
         return replies
 
 
@@ -210,8 +200,8 @@ def candidate_scores(
         embeds: ``[B, L, D]``, padded on the left.
         mask: ``[B, L]``, zero at padding.
         candidates: ``C`` lists of ids, none of them empty.
-        keep: Number of candidates to score per row: those with the likeliest first token (as in BLIP's ranking); the
-            others get minus infinity.
+        keep: Only this many candidates of a row are scored, those with the likeliest first token (as in BLIP's
+            ranking); the others get minus infinity.
         chunk: Number of candidates to score at once.
     """
     device = embeds.device

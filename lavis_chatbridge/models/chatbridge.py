@@ -8,11 +8,9 @@ Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +18,8 @@ from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.config import parse
@@ -28,15 +28,13 @@ from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.models import encoding, lora, state_dicts, weights
 from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
-from lavis_chatbridge.models.families import own_precision
+from lavis_chatbridge.models.families import LanguageModel, own_precision
 from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.layout import Batch, MediaRanges, embed, lay_out
-from lavis_chatbridge.models.losses import losses_at
-from lavis_chatbridge.models.perceiver import build_perceiver, perceive
 from lavis_chatbridge.models.samples import Media, Medium, media_of, training_prompts
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.models.templates import load_template
-from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, Piece, slots_of
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, Piece, Slot, slots_of
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +49,11 @@ _PARTS = {
     "time": ("visual_temporal_pos_embeds", "audio_temporal_pos_embeds"),
 }
 """Part in ``run.train`` (``lora`` is another one) -> prefixes of its parameters' names."""
+
+MAX_LOGITS = 1 << 24
+"""The most logits in memory at once, 64 MB in fp32: they and their gradients are the largest tensors of a batch."""
+PLAIN_HEADS = frozenset(("llama", "mistral", "qwen2", "qwen3"))
+"""Model types in transformers that return the output layer's results as logits; others may scale or cap them."""
 
 
 @registry.register_model("chatbridge")
@@ -74,21 +77,20 @@ class ChatBridge(Answering, BaseModel):
         """Number of training samples so far that lost all their targets to ``max_text_length``."""
         self._hashes: dict[str, str] = {}
 
-        with _bars_on_terminals_only():
-            self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
-            self.template = load_template(settings.template, self.llama_tokenizer, reply_end=settings.reply_end)
-            self.visual_encoder = build_vision(settings.vision)
-            self.audio_encoder = build_audio(settings.audio)
+        self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
+        self.template = load_template(settings.template, self.llama_tokenizer, reply_end=settings.reply_end)
+        self.visual_encoder = build_vision(settings.vision)
+        self.audio_encoder = build_audio(settings.audio)
         width = self.visual_encoder.width
         self.ln_vision = nn.LayerNorm(width)
         self.ln_audio = nn.LayerNorm(self.audio_encoder.width)
         self.audio_trans = nn.Linear(self.audio_encoder.width, width)
         own = settings.perceiver
         with nullcontext() if own.weights is None else state_dicts.on_meta():
-            self.Qformer = build_perceiver(own, width)
+            self.Qformer = encoding.build_perceiver(own, width)
         self.image_query_tokens = _random(own.initializer_range, 1, own.queries, own.width)
         self.audio_query_tokens = _random(own.initializer_range, 1, own.queries, own.width)
-        self.llama_proj = nn.Linear(settings.perceiver.width, self.llama_model.get_input_embeddings().embedding_dim)
+        self.llama_proj = nn.Linear(own.width, self.llama_model.get_input_embeddings().embedding_dim)
         if (times := settings.temporal_positions) is not None:
             self.visual_temporal_pos_embeds = _random(times.initializer_range, 1, times.frames, 1, width)
             self.audio_temporal_pos_embeds = _random(times.initializer_range, 1, times.clips, 1, width)
@@ -101,7 +103,7 @@ class ChatBridge(Answering, BaseModel):
         """Build the model of a configuration's ``model`` section (a mapping or OmegaConf's)."""
         settings = cls.check_config(cfg)
         if settings.model_type == "tiny":
-            _log_small_model()
+            log.warning("'tiny' is the small model of the embedded world: it knows nothing outside that world")
         model = cls(settings)
         if settings.trained is not None:
             model.load_checkpoint(settings.trained)
@@ -109,13 +111,11 @@ class ChatBridge(Answering, BaseModel):
 
     @classmethod
     def check_config(cls, cfg: Any, where: str = "model") -> ModelSettings:
-        """The settings of a ``model`` section; raises ConfigError with all its faults."""
         values: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
         return parse(ModelSettings, values, where)
 
     @classmethod
     def default_config_path(cls, model_type: str | None = None) -> str:
-        """The YAML of a model type, by default of ``DEFAULT_MODEL_TYPE``."""
         chosen = model_type or cls.DEFAULT_MODEL_TYPE
         if chosen not in cls.PRETRAINED_MODEL_CONFIG_DICT:
             known = ", ".join(cls.PRETRAINED_MODEL_CONFIG_DICT)
@@ -124,7 +124,6 @@ class ChatBridge(Answering, BaseModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the trained parameters are."""
         return self.llama_proj.weight.device
 
     def train(self, mode: bool = True) -> ChatBridge:
@@ -153,9 +152,7 @@ class ChatBridge(Answering, BaseModel):
     def forward(self, samples: Mapping[str, Any], **ignored: Any) -> dict[str, Tensor]:
         """The loss of a batch with targets, see :mod:`lavis_chatbridge.models.samples`.
 
-        Returns:
-            ``loss``: mean cross-entropy over the target tokens in fp32 (zero without targets); ``target_tokens``: the
-            number of these.
+        ``loss`` is the mean cross-entropy over the ``target_tokens`` in fp32, zero without targets.
         """
         media = media_of(samples)
         prompts = training_prompts(samples, media, self.template)
@@ -187,24 +184,18 @@ class ChatBridge(Answering, BaseModel):
 
     def encode_media(self, modality: Modality, media: Sequence[Medium]) -> list[EncodedMedium]:
         """Encode processed media with their frozen encoder and its layer norm; encoded media are returned unchanged."""
-        found = {i: medium for i, medium in enumerate(media) if isinstance(medium, EncodedMedium)}
-        todo = {i: medium for i, medium in enumerate(media) if not isinstance(medium, EncodedMedium)}
-        raw: list[Any] = list(todo.values())
+        raw: list[Any] = [medium for medium in media if not isinstance(medium, EncodedMedium)]
         chunk = self.settings.encoder_batch
         if raw and modality == "audio":
             hide = self.settings.audio.mask_padding
             raw = encoding.encode_clips(self.audio_encoder, self.ln_audio, raw, chunk, hide)
         elif raw:
             raw = encoding.encode_frames(self.visual_encoder, self.ln_vision, raw, chunk)
-        found |= zip(todo, raw, strict=True)
-        return [found[i] for i in range(len(media))]
+        encoded = iter(raw)
+        return [medium if isinstance(medium, EncodedMedium) else next(encoded) for medium in media]
 
     def perceive_media(self, modality: Modality, media: Sequence[EncodedMedium]) -> list[Tensor]:
-        """Turn encoded media of one modality into soft tokens for the language model.
-
-        Returns:
-            For each medium ``[Q, D]``, or ``[T * Q, D]`` for a video with ``video_queries`` ``per_frame``.
-        """
+        """The ``[Q, D]`` soft tokens of each medium; ``[T * Q, D]`` of a video with ``video_queries`` ``per_frame``."""
         if not media:
             return []
         features, mask, counts = encoding.stack(media, self.device)
@@ -222,30 +213,26 @@ class ChatBridge(Answering, BaseModel):
             features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)
             counts = [1] * len(media)
         queries = self.audio_query_tokens if audio else self.image_query_tokens
-        soft = self.llama_proj(perceive(self.Qformer, queries, features, mask))
+        soft = self.llama_proj(encoding.perceive(self.Qformer, queries, features, mask))
         return [part.flatten(0, 1) for part in soft.split(counts)]
 
     def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[MediaRanges]]:
-        """The soft tokens of all media in a batch's prompts.
-
-        Returns:
-            ``[S, D]`` (None without media), and the range of each sample's media among them.
-        """
-        named: dict[Modality, dict[tuple[int, int], Medium]] = {modality: {} for modality in MODALITIES}
+        """``[S, D]`` soft tokens of all media in a batch's prompts (None without), and the ranges of each sample's."""
+        named: dict[Modality, dict[tuple[int, Slot], Medium]] = {modality: {} for modality in MODALITIES}
         for i, pieces in enumerate(prompts):
             for slot in slots_of(pieces):
-                if slot.modality in media and 0 <= slot.index < len(media[slot.modality][i]):
-                    named[slot.modality][i, slot.index] = media[slot.modality][i][slot.index]
+                own = media[slot.modality][i] if slot.modality in media else []
+                if slot.index < len(own):
+                    named[slot.modality][i, slot] = own[slot.index]
         count = len(named["image"])
         frames = self.encode_media("video", [*named["image"].values(), *named["video"].values()])  # in one batch
         sounds = self.encode_media("audio", list(named["audio"].values()))
-        ranges: list[dict[tuple[Modality, int], range]] = [{} for _ in prompts]
+        ranges: list[dict[Slot, range]] = [{} for _ in prompts]
         parts: list[Tensor] = []
         start = 0
         for modality, encoded in zip(MODALITIES, (frames[:count], frames[count:], sounds), strict=True):
-            for (i, index), part in zip(named[modality], self.perceive_media(modality, encoded), strict=True):
-                ranges[i][modality, index] = range(start, start + len(part))
-                start += len(part)
+            for (i, slot), part in zip(named[modality], self.perceive_media(modality, encoded), strict=True):
+                ranges[i][slot] = range(start, start := start + len(part))
                 parts.append(part)
         return (torch.cat(parts) if parts else None), list(ranges)
 
@@ -256,8 +243,7 @@ class ChatBridge(Answering, BaseModel):
     def load_checkpoint(self, url_or_filename: Weights) -> None:
         """Load a trained ChatBridge: its trained tensors or its full state dict, from safetensors or a torch file.
 
-        Raises:
-            CheckpointError: If the file is missing, unsafe or does not fit; the model is then unchanged.
+        The model is unchanged if this raises a `CheckpointError`: the file is missing, unsafe or does not fit.
         """
         file = state_dicts.read(hub.find(url_or_filename, "model.checkpoint"))
         expected = state_dicts.bridge_tensors(self.state_dict())
@@ -267,10 +253,10 @@ class ChatBridge(Answering, BaseModel):
         required = [n for n, p in self.named_parameters() if p.requires_grad and not (new and lora.is_adapter(n))]
         plain = [name for name in found if not lora.is_adapter(name)]
         held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in plain))
-        required += [n for n in expected if held and n.startswith(held) and not lora.is_adapter(n)]
+        required += [n for n in expected if n.startswith(held) and not lora.is_adapter(n)]
         if "llama_model." in held and (how := self.settings.language_model.quantization) is not None:
             raise CheckpointError(
-                f"{file.path} holds a whole language model, but this one's is quantised to {how}: set "
+                f"{file.path} contains a language model, but this model's is quantised to {how}: set "
                 "model.language_model.quantization to null, or keep only the trained tensors in the file"
             )
         state_dicts.check_fit(expected, found, required, file.path, "this model")
@@ -324,26 +310,38 @@ class ChatBridge(Answering, BaseModel):
         self.train(self.training)
 
 
-@functools.cache
-def _log_small_model() -> None:
-    """Log once what the small model knows; a warning, because Python hides lower levels by default."""
-    log.warning("chatbridge 'tiny' is the small model of the embedded world: it knows nothing outside that world")
-
-
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Switch off transformers' progress bars while a model is loaded if stderr is a file or a pipe."""
-    from transformers.utils import logging as bars
-
-    off = not (sys.stderr and sys.stderr.isatty()) and bars.is_progress_bar_enabled()
-    if off:
-        bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if off:  # other models of the process are not ours
-            bars.enable_progress_bar()
-
-
 def _random(deviation: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * deviation)
+
+
+def losses_at(model: LanguageModel, rows: Tensor, columns: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    """``[K]`` negative log-likelihoods in fp32 of ``targets`` at positions (row, column) of the model's ``inputs``.
+
+    The output layer runs on these positions only. Many are computed in chunks, and again in backward.
+    """
+    head = model.get_output_embeddings()
+    plain = model.config.model_type in PLAIN_HEADS
+    chosen: list[Tensor] = []
+
+    def choose(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        chosen.append(arguments[0][rows, columns])
+        return (arguments[0][:0],) if plain else (chosen[0],)
+
+    handle = head.register_forward_pre_hook(choose)
+    try:
+        logits = model(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        handle.remove()
+    if not plain:
+        return _cross_entropy(nn.Identity(), logits, targets)
+    chunk = max(1, MAX_LOGITS // model.config.vocab_size)
+    if len(targets) <= chunk:
+        return _cross_entropy(head, chosen[0], targets)
+    parts = zip(chosen[0].split(chunk), targets.split(chunk), strict=True)
+    each = [checkpoint(_cross_entropy, head, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(each)
+
+
+def _cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden).float()
+    return functional.cross_entropy(logits, targets.to(logits.device), reduction="none")

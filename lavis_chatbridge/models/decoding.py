@@ -1,7 +1,8 @@
 """The token loop of evaluation, chat and server: decodes several replies at once.
 
 A `Decoder` extends any number of `Generation` by one token per step; replies may be added and end while others
-continue. Beam search is transformers' own. This module knows embeddings and token ids, no conversation and no files.
+continue. The key-value cache of a conversation is kept in a `Prefix`, so that its next prompt is read from where it
+differs. Beam search is transformers' own. This module knows embeddings and token ids, no conversation and no files.
 
 Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
 """
@@ -9,155 +10,23 @@ Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
 from __future__ import annotations
 
 import inspect
-import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision
-from lavis_chatbridge.models.kept import Element, Prefix, is_plain, join, select
-from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.text import TextStream
+from lavis_chatbridge.models.generation import Generation, TextStream
 from lavis_chatbridge.models.tokenizer import Codec
 
-Finish: TypeAlias = Literal["stop", "length", "cancelled"]
-
-
-class TokenLogprob(NamedTuple):
-    """The log-probability of a reply's token, and those of the likeliest tokens at its position."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-class Generation:
-    """One reply while it is generated.
-
-    Args:
-        elements: The content of each position of the prompt: a token id or a soft token.
-        media: ``[Q, D]`` soft tokens by the keys in ``elements``.
-        prefix: The key-value cache of earlier turns, updated when this reply ends. None keeps no cache.
-        stream: Decodes the reply's tokens to text; its stop texts end the reply.
-        end_ids: Tokens that end the reply, in addition to ``sampling.stop_token_ids``.
-        sampling: How tokens are chosen.
-    """
-
-    def __init__(
-        self,
-        elements: Sequence[Element],
-        media: Mapping[str, Tensor],
-        prefix: Prefix | None,
-        stream: TextStream,
-        end_ids: frozenset[int],
-        sampling: Sampling,
-    ) -> None:
-        self.elements, self.media, self.prefix = list(elements), media, prefix
-        self.stream, self.sampling = stream, sampling
-        self.end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else end_ids)
-        self.ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.finish: Finish | None = None
-        self.reused = 0
-        """Number of the prompt's positions that came from the cache."""
-        self.started = time.monotonic()
-        self.first_token: float | None = None
-        """Seconds from the start to the first token."""
-        self.cancelled = False
-        self._random = torch.Generator()
-        if sampling.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(sampling.seed)
-
-    @property
-    def done(self) -> bool:
-        """Whether the reply is complete."""
-        return self.finish is not None
-
-    def cancel(self) -> None:
-        """End the reply at its next token. Any thread may call this."""
-        self.cancelled = True
-
-    def choose(self, logits: Tensor) -> int:
-        """The next token, from ``[V]`` logits."""
-        own = self.sampling
-        penalised = own.repetition_penalty != 1 or own.presence_penalty != 0 or own.frequency_penalty != 0
-        too_short = len(self.ids) < own.min_new_tokens
-        if own.temperature == 0 and own.logprobs is None and not penalised and not too_short:
-            return int(logits.argmax())
-        raw = logits.float().cpu()
-        logits = self._penalised(raw)
-        token = int(logits.argmax()) if own.temperature == 0 else self._sampled(logits / own.temperature)
-        if own.logprobs is not None:
-            values = raw.log_softmax(-1)
-            top = values.topk(min(own.logprobs, len(values)))
-            pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            self.logprobs.append(TokenLogprob(token, float(values[token]), pairs))
-        return token
-
-    def accept(self, token: int) -> str:
-        """Add a token to the reply; returns the text that has become final."""
-        if self.first_token is None:
-            self.first_token = time.monotonic() - self.started
-        self.ids.append(token)
-        if token in self.end_ids:
-            return self.end("stop")
-        text = self.stream.push(token)
-        if self.stream.stopped is not None:
-            return text + self.end("stop")
-        return text + self.end("length") if len(self.ids) >= self.sampling.max_new_tokens else text
-
-    def complete(self, ids: Sequence[int]) -> str:
-        """Accept all tokens of a beam search (padding after the reply's end is ignored); returns the text."""
-        text = ""
-        for token in ids:
-            text += self.accept(token)
-            if self.done:
-                return text
-        return text + self.end("length")
-
-    def end(self, finish: Finish) -> str:
-        """Complete the reply; returns the rest of its text."""
-        self.finish = self.finish or finish
-        return self.stream.finish()
-
-    def embeds(self, start: int, table: nn.Embedding, scale: float = 1.0) -> Tensor:
-        """``[N, D]`` embeddings of the prompt from position ``start``; soft tokens are divided by ``scale``."""
-        rest = self.elements[start:]
-        device = table.weight.device
-        embeds = table(torch.tensor([e if isinstance(e, int) else 0 for e in rest], device=device))
-        soft = [self.media[e[0]][e[1]] for e in rest if not isinstance(e, int)]
-        if soft:
-            places = torch.tensor([i for i, e in enumerate(rest) if not isinstance(e, int)], device=device)
-            embeds[places] = torch.stack(soft).to(device, embeds.dtype) / scale
-        return embeds
-
-    def _penalised(self, logits: Tensor) -> Tensor:
-        own = self.sampling
-        counts = torch.bincount(torch.tensor(self.ids, dtype=torch.long), minlength=len(logits))
-        seen = counts > 0
-        scaled = torch.where(logits > 0, logits / own.repetition_penalty, logits * own.repetition_penalty)
-        logits = torch.where(seen, scaled, logits) - own.presence_penalty * seen - own.frequency_penalty * counts
-        if len(self.ids) < own.min_new_tokens and self.end_ids:
-            logits[sorted(i for i in self.end_ids if i < len(logits))] = -math.inf
-        return logits
-
-    def _sampled(self, logits: Tensor) -> int:
-        own = self.sampling
-        likely, tokens = logits.softmax(-1).sort(descending=True, stable=True)
-        kept = (likely.cumsum(0) - likely < own.top_p) & (likely >= own.min_p * likely[0])
-        if own.top_k > 0:
-            kept[own.top_k :] = False
-        kept[0] = True
-        chosen = torch.multinomial(torch.where(kept, likely, 0.0), 1, generator=self._random)
-        return int(tokens[chosen])
+Texts: TypeAlias = list[tuple[Generation, str]]
+"""Replies, each with the text that has become final (often none)."""
 
 
 @dataclass
@@ -173,9 +42,11 @@ class _Group:
         """Number of positions in the cache, with padding, without each row's newest token."""
         return len(self.rows[0].elements) + len(self.rows[0].ids) - 1 + self.pads[0]
 
-
-Texts: TypeAlias = list[tuple[Generation, str]]
-"""Replies, each with the text that has become final (often none)."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer keeps all positions (no sliding window): only such a cache can be cut and joined."""
+        layers = getattr(self.cache, "layers", [])
+        return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 class Decoder:
@@ -217,11 +88,11 @@ class Decoder:
         groups, self._groups = self._groups, []
         for group in groups:
             texts += [(row, row.end("cancelled")) for row in group.rows if row.cancelled]
-            self._drop_complete(group)
+            _drop_complete(group)
             if group.rows:
                 last = torch.tensor([[row.ids[-1]] for row in group.rows], device=self._table.weight.device)
                 logits, group.cache = self._run(group.cache, group.pads, group.read, self._table(last))
-                texts += self._chosen(group, logits)
+                texts += _chosen(group, logits)
             if group.rows:
                 self._groups.append(group)
         return texts
@@ -234,11 +105,11 @@ class Decoder:
         if len(rows) == 1 and prefix is not None:
             rows[0].reused = start = prefix.common(rows[0].elements)
             past = prefix.take(start)
-        parts = [row.embeds(start, self._table, self._model.embedding_scale) for row in rows]
-        pads = [max(map(len, parts)) - len(part) for part in parts]
-        logits, cache = self._run(past, pads, start, pad_sequence(parts, batch_first=True, padding_side="left"))
+        embeds, mask = padded(self._model, rows, start)
+        pads = (1 - mask).sum(1).tolist()
+        logits, cache = self._run(past, pads, start, embeds)
         group = _Group(list(rows), pads, cache)
-        texts = self._chosen(group, logits)
+        texts = _chosen(group, logits)
         if group.rows:
             self._admit(group)
         return texts
@@ -260,42 +131,64 @@ class Decoder:
             )
         return result.logits[:, -1], keys_and_values(result)
 
-    def _chosen(self, group: _Group, logits: Tensor) -> Texts:
-        """Choose each row's token from ``[B, V]`` logits; complete rows are removed."""
-        texts = [(row, row.accept(row.choose(own))) for row, own in zip(group.rows, logits, strict=True)]
-        self._drop_complete(group)
-        return texts
-
     def _admit(self, new: _Group) -> None:
         """Add new rows to the batch: join their cache with an existing one if possible."""
-        group = next((one for one in self._groups if is_plain(one.cache)), None)
-        if group is None or not is_plain(new.cache):
+        group = next((one for one in self._groups if one.is_plain), None)
+        if group is None or not new.is_plain:
             self._groups.append(new)
             return
         longest = max(group.read, new.read)
         pads = [pad + longest - one.read for one in (group, new) for pad in one.pads]
-        group.cache = join(group.cache, new.cache)
+        group.cache = _joined(group.cache, new.cache)
         group.rows, group.pads = [*group.rows, *new.rows], pads
 
-    def _drop_complete(self, group: _Group) -> None:
-        """Remove complete rows from a group, and store their part of the cache in their prefixes."""
-        index = [i for i, row in enumerate(group.rows) if not row.done]
-        if len(index) == len(group.rows):
-            return
-        for i, (row, pad) in enumerate(zip(group.rows, group.pads, strict=True)):
-            if row.done and row.prefix is not None and is_plain(group.cache):
-                row.prefix.put([*row.elements, *row.ids[:-1]], select(group.cache, [i], pad))
-        group.rows, group.pads = [group.rows[i] for i in index], [group.pads[i] for i in index]
-        if index and is_plain(group.cache):
-            cut = min(group.pads)  # columns that only removed rows used
-            group.cache, group.pads = select(group.cache, index, cut), [pad - cut for pad in group.pads]
-        elif index:
-            group.cache.batch_select_indices(torch.tensor(index))
+
+def _chosen(group: _Group, logits: Tensor) -> Texts:
+    """Choose each row's token from ``[B, V]`` logits; complete rows are removed."""
+    texts = [(row, row.accept(row.choose(own))) for row, own in zip(group.rows, logits, strict=True)]
+    _drop_complete(group)
+    return texts
 
 
-def padded(model: LanguageModel, rows: Sequence[Generation]) -> tuple[Tensor, Tensor]:
-    """``[B, L, D]`` embeddings and ``[B, L]`` mask of prompts, padded on the left."""
-    parts = [row.embeds(0, model.get_input_embeddings(), model.embedding_scale) for row in rows]
+def _drop_complete(group: _Group) -> None:
+    """Remove complete rows from a group, and store their part of the cache in their prefixes."""
+    index = [i for i, row in enumerate(group.rows) if not row.done]
+    if len(index) == len(group.rows):
+        return
+    for i, (row, pad) in enumerate(zip(group.rows, group.pads, strict=True)):
+        if row.done and row.prefix is not None and group.is_plain:
+            row.prefix.put([*row.elements, *row.ids[:-1]], _selected(group.cache, [i], pad))
+    group.rows, group.pads = [group.rows[i] for i in index], [group.pads[i] for i in index]
+    if index and group.is_plain:
+        cut = min(group.pads)  # columns that only removed rows used
+        group.cache, group.pads = _selected(group.cache, index, cut), [pad - cut for pad in group.pads]
+    elif index:
+        group.cache.batch_select_indices(torch.tensor(index))
+
+
+def _joined(first: Any, second: Any) -> DynamicCache:
+    """The rows of two plain caches in one; the shorter rows are padded on the left."""
+    length = max(first.get_seq_length(), second.get_seq_length())
+    joined = DynamicCache()
+    for i, layers in enumerate(zip(first.layers, second.layers, strict=True)):
+        pads = [(0, 0, length - layer.keys.shape[-2], 0) for layer in layers]
+        keys = [functional.pad(layer.keys, pad) for layer, pad in zip(layers, pads, strict=True)]
+        values = [functional.pad(layer.values, pad) for layer, pad in zip(layers, pads, strict=True)]
+        joined.update(torch.cat(keys), torch.cat(values), i)
+    return joined
+
+
+def _selected(cache: Any, rows: Sequence[int], start: int) -> DynamicCache:
+    """Some rows of a plain cache, from position ``start`` on."""
+    chosen = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        chosen.update(layer.keys[rows, :, start:], layer.values[rows, :, start:], i)
+    return chosen
+
+
+def padded(model: LanguageModel, rows: Sequence[Generation], start: int = 0) -> tuple[Tensor, Tensor]:
+    """``[B, L, D]`` embeddings and ``[B, L]`` mask of prompts from position ``start``, padded on the left."""
+    parts = [row.embeds(start, model.get_input_embeddings(), model.embedding_scale) for row in rows]
     mask = [torch.ones(len(part), dtype=torch.long, device=part.device) for part in parts]
     return pad_sequence(parts, True, padding_side="left"), pad_sequence(mask, True, padding_side="left")
 

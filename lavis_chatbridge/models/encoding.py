@@ -1,7 +1,7 @@
-"""Encodes media with the frozen encoders, all frames or clips of a batch at once, and stacks the results.
+"""From media to query vectors: frozen encoders over all frames or clips of a batch, then the shared perceiver.
 
 Shapes: ``B`` media, ``T`` frames or clips of a medium, ``N`` tokens of each, ``D`` width; ``F`` frames of a filterbank,
-``M`` mel bins.
+``M`` mel bins; ``Q`` queries, ``W`` width of the perceiver.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models.encoders import AudioEncoder, VisionEncoder
 from lavis_chatbridge.models.families import own_precision
+from lavis_chatbridge.models.settings import PerceiverSettings
 
 
 @torch.no_grad()
@@ -39,14 +40,10 @@ def encode_frames(encoder: VisionEncoder, norm: nn.Module, media: Sequence[Tenso
 def encode_clips(
     encoder: AudioEncoder, norm: nn.Module, media: Sequence[Tensor | AudioClips], chunk: int, mask_padding: bool
 ) -> list[EncodedMedium]:
-    """Encode sounds with the audio encoder and its layer norm.
+    """Encode sounds of clips ``[T, F, ...]`` with the audio encoder and its layer norm, ``chunk`` clips at once.
 
-    Args:
-        encoder: The audio encoder.
-        norm: ``ln_audio``.
-        media: Clips ``[T, F, ...]``; a plain tensor counts as unpadded, and an incomplete last patch is cut off.
-        chunk: Most clips to encode at once.
-        mask_padding: Whether to mask the frames after ``AudioClips.frames``.
+    ``mask_padding`` masks the frames after ``AudioClips.frames``. A plain tensor counts as unpadded, and its incomplete
+    last patch is cut off.
     """
     patch, axis = encoder.patch, encoder.time_axis
     clips, lengths = [], []
@@ -76,11 +73,11 @@ def _encoded(
 ) -> list[EncodedMedium]:
     """Encode media of equal shape; tokens are normalised and in fp32."""
     weight = next(encoder.parameters())
-    flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in media])
-    parts = [None] * len(flat.split(chunk)) if lengths is None else lengths.to(weight.device).split(chunk)
+    flat = torch.cat([medium.to(weight.device, weight.dtype, non_blocking=True) for medium in media]).split(chunk)
+    parts = [None] * len(flat) if lengths is None else lengths.to(weight.device).split(chunk)
     tokens, masks = [], []
     with own_precision(weight):
-        for batch, length in zip(flat.split(chunk), parts, strict=True):
+        for batch, length in zip(flat, parts, strict=True):
             encoded, mask = encoder.encode(batch, length)
             with torch.autocast(weight.device.type, enabled=False):
                 tokens.append(norm(encoded.float()))
@@ -91,11 +88,7 @@ def _encoded(
 
 
 def stack(media: Sequence[EncodedMedium], device: torch.device) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Encoded media of one modality, padded to the longest.
-
-    Returns:
-        ``[B, T, N, D]`` tokens in fp32, ``[B, T, N]`` mask (None without padding), and each medium's ``T``.
-    """
+    """``[B, T, N, D]`` padded tokens in fp32, ``[B, T, N]`` mask (None without padding), and each medium's ``T``."""
     counts = [medium.tokens.shape[0] for medium in media]
     steps, tokens = max(counts), max(medium.tokens.shape[1] for medium in media)
     features, masks = [], []
@@ -108,17 +101,12 @@ def stack(media: Sequence[EncodedMedium], device: torch.device) -> tuple[Tensor,
 
 
 def positions_in_time(table: Tensor, counts: Sequence[int]) -> Tensor:
-    """Temporal position embeddings of each medium's frames or clips.
+    """``[B, T, 1, D]`` temporal position embeddings of each medium's ``T``; zeros after a medium's end.
 
-    Args:
-        table: ``[1, n, 1, D]`` learnt positions. Up to ``n`` frames take its first entries; more take positions
-            interpolated between its first and last entry.
-        counts: Each medium's ``T``.
-
-    Returns:
-        ``[B, T, 1, D]``; zeros after a medium's end.
+    Up to ``n`` frames or clips get the first entries of the learnt ``[1, n, 1, D]`` table; for more, the table is
+    interpolated to their number.
     """
-    return torch.nn.utils.rnn.pad_sequence([_interpolated(table[0], count) for count in counts], batch_first=True)
+    return nn.utils.rnn.pad_sequence([_interpolated(table[0], count) for count in counts], batch_first=True)
 
 
 def _interpolated(table: Tensor, count: int) -> Tensor:
@@ -128,3 +116,48 @@ def _interpolated(table: Tensor, count: int) -> Tensor:
     line = table.permute(1, 2, 0)
     line = functional.interpolate(line, size=count, mode="linear", align_corners=len(table) > 1)
     return line.permute(2, 0, 1)
+
+
+def build_perceiver(config: PerceiverSettings, encoder_width: int) -> nn.Module:
+    """LAVIS's Q-Former with random weights and, as in BLIP-2, only the query branch; it downloads nothing.
+
+    Word and position embeddings, the language-model head and the text branch's feed-forward layers are removed. The
+    cross-attention reads tokens of width ``encoder_width``.
+    """
+    from lavis.models.blip2_models.Qformer import BertLMHeadModel
+    from transformers import BertConfig
+
+    bert = BertConfig(
+        vocab_size=1,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.feed_forward,
+        hidden_act="gelu",
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        layer_norm_eps=config.norm_eps,
+        initializer_range=config.initializer_range,
+    )
+    bert.encoder_width = encoder_width
+    bert.add_cross_attention = True
+    bert.cross_attention_freq = config.cross_attention_every
+    bert.query_length = config.queries
+    perceiver = BertLMHeadModel(bert)
+    perceiver.cls = None
+    perceiver.bert.embeddings.word_embeddings = None
+    perceiver.bert.embeddings.position_embeddings = None
+    for layer in perceiver.bert.encoder.layer:
+        layer.intermediate = None
+        layer.output = None
+    return perceiver
+
+
+def perceive(perceiver: Any, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, Q, W]``: ``[1, Q, W]`` queries after reading ``[B, N, D]`` features where the ``[B, N]`` mask is true."""
+    return perceiver.bert(
+        query_embeds=queries.expand(len(features), -1, -1),
+        encoder_hidden_states=features,
+        encoder_attention_mask=None if mask is None else mask.long(),
+        return_dict=True,
+    ).last_hidden_state

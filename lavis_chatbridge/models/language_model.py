@@ -39,7 +39,6 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel,
 
     Raises:
         CheckpointError: If a folder is missing or incomplete, contains delta weights, or has another model's tokenizer.
-        MissingExtraError: If a package is not installed.
         ConfigError: If the family of the language model is not supported, or a setting does not fit it.
     """
     from transformers import GenerationConfig
@@ -74,14 +73,12 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
 
     if any("delta" in Path(name).name.lower() for name in hub.as_list(settings.weights or ())):
         raise CheckpointError(
-            f"{folder} seems to hold delta weights (by its name), differences to a LLaMA: add them to that LLaMA "
+            f"the name of {folder} suggests delta weights, differences to a LLaMA: add them to that LLaMA "
             "(python3 -m fastchat.model.apply_delta), and use the result"
         )
-    placed: dict[str, Any] = {}
-    if settings.device_map is not None:
-        placed["device_map"] = settings.device_map
-    elif settings.quantization is not None:  # quantised layers are loaded onto their device
-        placed["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    device_map: Any = settings.device_map
+    if device_map is None and settings.quantization is not None:  # quantised layers are loaded onto their device
+        device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -89,20 +86,18 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **placed,
+            device_map=device_map,
             **_quantised(settings),
         )
     except Exception as error:  # safetensors raises subclasses of Exception itself
         raise CheckpointError(
-            f"no language model can be read from {folder}: {one_line(error)}; set model.language_model.weights to a "
+            f"cannot read a language model from {folder}: {one_line(error)}; set model.language_model.weights to a "
             "Hugging Face folder (config.json, tokenizer, weights)"
         ) from error
     model, loading = loaded
     missing = [name for name in loading["missing_keys"] if "inv_freq" not in name]
     if missing:
-        raise CheckpointError(
-            f"the language model in {folder} is incomplete: {len(missing)} tensors are missing, {missing[0]} for one"
-        )
+        raise CheckpointError(f"{len(missing)} tensors are missing from the weights in {folder}, such as {missing[0]}")
     if settings.device_map is not None:  # ChatBridge.to must not move it
         model._apply = lambda function, recurse=True: model
     # on a CPU with AVX512-BF16, bitsandbytes repacks 4-bit layers at their first run without gradients, and the new
@@ -121,15 +116,11 @@ def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
 
     # silence a warning at every matmul: LLM.int8 always rounds inputs to fp16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if settings.quantization == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    chosen = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch_dtype(settings.dtype),
-    )
-    return {"quantization_config": chosen}
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if settings.quantization == "4bit":
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        bits["bnb_4bit_compute_dtype"] = torch_dtype(settings.dtype)
+    return {"quantization_config": BitsAndBytesConfig(**bits)}
 
 
 def _random(settings: LanguageModelSettings) -> Any:

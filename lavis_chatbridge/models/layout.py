@@ -8,7 +8,7 @@ Shapes: ``B`` rows, ``L`` positions, ``S`` soft tokens of the whole batch, ``K``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.models.kept import Element
 from lavis_chatbridge.models.settings import Layout
 from lavis_chatbridge.models.tokenizer import Codec
-from lavis_chatbridge.prompting.conversation import Modality, Piece, Slot, Text
+from lavis_chatbridge.prompting.conversation import Piece, Slot, Text
 
 SOFT = -1
 """Stands for a soft token in ``token_ids``."""
@@ -29,8 +28,10 @@ PADDING = -2
 IGNORED = -100
 """The label of a position without a target."""
 
-MediaRanges: TypeAlias = Mapping[tuple[Modality, int], range]
+MediaRanges: TypeAlias = Mapping[Slot, range]
 """A sample's media -> the range of each in the batch's soft tokens."""
+Element: TypeAlias = int | tuple[str, int]
+"""The content of one position: a token id, or a medium's key and the index of its soft token."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,10 @@ def lay_out(
     layout: Layout,
     max_text_length: int,
 ) -> Batch:
-    """Make a training batch.
+    """Make a training batch; each text piece is tokenised on its own.
 
-    Args:
-        prompts: Each sample's pieces; each text piece is tokenised on its own.
-        ranges: The range of each sample's media in the soft tokens.
-        codec: The tokenizer.
-        layout: See the module's docstring.
-        max_text_length: Most text tokens of a sample in layout ``"text"`` and in the original's stage 1; text and media
-            after them are cut off. In the original's stage 2: most positions.
+    ``max_text_length`` is the most text tokens of a sample in layout ``"text"`` and in the original's stage 1: text and
+    media after them are cut off. In the original's stage 2 it is the most positions.
     """
     rows = [_positions(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, ranges, strict=True))]
     if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
@@ -112,17 +108,18 @@ def lay_out(
 
 
 def elements_of(
-    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, int]], codec: Codec, bos: bool = True
+    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, Sized]], codec: Codec, bos: bool = True
 ) -> list[Element]:
-    """The content of each position of one prompt, for :class:`decoding.Generation`.
+    """The content of each position of one prompt, for :class:`generation.Generation`.
 
-    ``media`` holds the key and the number of soft tokens of each slot's medium. ``bos`` puts BOS first, unless
-    the prompt's own ids start with it.
+    ``media`` has the key and the soft tokens of each slot's medium. ``bos`` puts BOS first, unless the prompt's own
+    ids start with it.
     """
-    ranges = {(slot.modality, slot.index): range(count) for slot, (_, count) in media.items()}
-    row = _positions(pieces, ranges, codec, 0)
-    keys = iter([media[piece][0] for piece in pieces if isinstance(piece, Slot) for _ in range(media[piece][1])])
-    elements: list[Element] = [(next(keys), p.soft) if p.id == SOFT else p.id for p in row]
+    ranges = {slot: range(len(soft)) for slot, (_, soft) in media.items()}
+    elements: list[Element] = []
+    for piece in pieces:
+        row = _positions([piece], ranges, codec, 0)
+        elements += [(media[piece][0], p.soft) if isinstance(piece, Slot) else p.id for p in row]
     if not elements:
         raise PromptError("the prompt is empty: it needs text or a medium")
     return elements if not bos or codec.bos_id is None or _is_encoded(pieces) else [codec.bos_id, *elements]
@@ -141,18 +138,23 @@ def embed(batch: Batch, soft: Tensor | None, table: nn.Embedding, scale: float =
     return embeds.index_put((ids == SOFT).nonzero(as_tuple=True), chosen)
 
 
+def is_alignment(pieces: Sequence[Piece]) -> bool:
+    """Whether a prompt is of stage 1: only media and target captions."""
+    return all(isinstance(piece, Slot) or piece.target for piece in pieces)
+
+
 def _positions(pieces: Sequence[Piece], media: MediaRanges, codec: Codec, sample: int) -> list[_Position]:
     row: list[_Position] = []
     for piece in pieces:
         if isinstance(piece, Text):
             ids = codec.encode(piece.text) if piece.ids is None else piece.ids
             row += [_Position(i, piece.target) for i in ids]
-        elif (place := media.get((piece.modality, piece.index))) is not None:
-            row += [_Position(SOFT, False, i) for i in place]
+        elif piece in media:
+            row += [_Position(SOFT, False, i) for i in media[piece]]
         else:
-            have = ", ".join(f"{modality} {i}" for modality, i in media) or "none"
+            found = ", ".join(f"{slot.modality} {slot.index}" for slot in media) or "no media"
             raise PromptError(
-                f"the prompt of sample {sample} names {piece.modality} {piece.index}, which it lacks (it has: {have})"
+                f"the prompt of sample {sample} refers to {piece.modality} {piece.index}, but the sample has {found}"
             )
     return row
 
@@ -174,21 +176,16 @@ def _original_chat(rows: Sequence[list[_Position]], codec: Codec) -> tuple[Tenso
     return torch.cat([bos, ids], 1), torch.cat([mask[:, :1], mask], 1), torch.cat([untrained, labels], 1)
 
 
-def _has_target(row: Sequence[_Position]) -> bool:
-    return any(position.target for position in row)
-
-
 def _within(row: list[_Position], text_length: int) -> list[_Position]:
     """The positions before the first text token beyond ``text_length``."""
     texts = [i for i, position in enumerate(row) if position.soft < 0]
     return row[: texts[text_length]] if len(texts) > text_length else row
 
 
+def _has_target(row: Sequence[_Position]) -> bool:
+    return any(position.target for position in row)
+
+
 def _is_encoded(pieces: Sequence[Piece]) -> bool:
     """Whether a template has already encoded the prompt to ids, including BOS."""
     return bool(pieces) and isinstance(pieces[0], Text) and pieces[0].ids is not None and not pieces[0].target
-
-
-def is_alignment(pieces: Sequence[Piece]) -> bool:
-    """Whether a prompt is of stage 1: only media and target captions."""
-    return all(isinstance(piece, Slot) or piece.target for piece in pieces)

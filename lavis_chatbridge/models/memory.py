@@ -12,7 +12,7 @@ from torch import nn
 from lavis_chatbridge import hub
 from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import build_audio, build_vision
-from lavis_chatbridge.models.perceiver import build_perceiver
+from lavis_chatbridge.models.encoding import build_perceiver
 from lavis_chatbridge.models.settings import EncoderSettings, LanguageModelSettings, ModelSettings, torch_dtype
 
 _BYTES = {"8bit": 1.01, "4bit": 0.52}
@@ -22,8 +22,7 @@ _BYTES = {"8bit": 1.01, "4bit": 0.52}
 def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = False) -> dict[str, int]:
     """Bytes by part, for micro-batches of ``batch`` samples with one medium and ``max_text_length`` text tokens.
 
-    With ``checkpointing`` the language model's activations are recomputed. A `CheckpointError` is raised if
-    the ``config.json`` of a part cannot be found or downloaded.
+    With ``checkpointing`` the language model's activations are recomputed.
     """
     own, perceiver = settings.language_model, settings.perceiver
     with state_dicts.on_meta():

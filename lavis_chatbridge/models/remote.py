@@ -26,8 +26,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
-from lavis_chatbridge.models.decoding import Generation, TokenLogprob
 from lavis_chatbridge.models.families import LanguageModel
+from lavis_chatbridge.models.generation import Generation, TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Codec
 
@@ -36,24 +36,19 @@ log = logging.getLogger(__name__)
 KEY = "CHATBRIDGE_ENGINE_KEY"
 """The environment variable with the server's API key, if it asks for one."""
 _TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "transformer.wte.weight")
-_RETRIES = 4
+_ATTEMPTS = 4
 _FIRST_WAIT = 0.25  # seconds before the second attempt; each further wait is twice as long
 _BUSY = (429, 502, 503, 504)
-_AT_ONCE = 16
+_CONCURRENT = 16
 _PROBE = "The colour of the picture"
 _HINT = "start it with 'vllm serve FOLDER --enable-prompt-embeds'"
 
 
 class Client:
-    """Client of vLLM's completions API with prompt embeddings; thread-safe.
+    """Thread-safe client of vLLM's completions API at an address such as ``http://HOST:PORT/v1``."""
 
-    Args:
-        url: The address, as ``http://HOST:PORT/v1``.
-        width: ``D``, for error messages.
-    """
-
-    def __init__(self, url: str, width: int) -> None:
-        self.url, self.width = url.rstrip("/"), width
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
         key = os.environ.get(KEY)
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -63,20 +58,20 @@ class Client:
         )
         self._model: str | None = None
 
-    def connect(self, codec: Codec) -> int | None:
-        """Check that the server accepts this language model's embeddings; returns its context length in tokens."""
+    def connect(self, codec: Codec, width: int) -> int | None:
+        """Check that the server accepts embeddings of width ``D``; returns its context length in tokens."""
         try:
             response = self._http.get(f"{self.url}/models")
-            if response.status_code != 200:
+            if response.status_code in (401, 403):
                 self._refuse(response)
             served = response.json()["data"][0]
             self._model, most = str(served["id"]), served.get("max_model_len")
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise EngineError(f"no engine answers at {self.url} ({error}): {_HINT}") from error
         except (ValueError, KeyError, IndexError, TypeError):
-            raise EngineError(f"{self.url}/models does not list a model: is it a vLLM server?") from None
+            raise EngineError(f"{self.url} is not the address of a vLLM server, as http://HOST:PORT/v1") from None
         self._check_tokens(codec)
-        list(self.tokens(torch.zeros(1, self.width), Sampling(max_new_tokens=1), (), ()))
+        list(self.tokens(torch.zeros(1, width), Sampling(max_new_tokens=1), (), ()))
         log.info("the language model %s runs at %s", self._model, self.url)
         return most
 
@@ -102,10 +97,10 @@ class Client:
     def _lines(self, body: dict[str, Any]) -> Iterator[str]:
         """The data of the server's events; a request is repeated if it fails before its first event."""
         begun = False
-        for attempt in range(1, _RETRIES + 1):
+        for attempt in range(_ATTEMPTS):
             try:
                 with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
-                    if response.status_code in _BUSY and attempt < _RETRIES:
+                    if response.status_code in _BUSY and attempt < _ATTEMPTS - 1:
                         raise httpx.ConnectError(f"status {response.status_code}")
                     if response.status_code != 200:
                         response.read()
@@ -118,15 +113,15 @@ class Client:
             except httpx.TransportError as error:
                 if begun:
                     raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
-                if attempt == _RETRIES:
+                if attempt == _ATTEMPTS - 1:
                     raise EngineError(f"no engine answers at {self.url}: {error}") from error
-                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+                time.sleep(_FIRST_WAIT * 2**attempt)
 
     def _check_tokens(self, codec: Codec) -> None:
         """Compare the server's tokenizer with ours, if the server offers one."""
-        asked = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
+        body = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
         try:
-            found = self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json=asked).json()["tokens"]
+            found = self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json=body).json()["tokens"]
         except (httpx.TransportError, ValueError, KeyError, TypeError):
             return
         if found != codec.encode(_PROBE):
@@ -136,22 +131,17 @@ class Client:
             )
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
-        """Raise an error that explains an HTTP error of the server."""
-        status, said = response.status_code, response.text[:500]
+        """Raise an error with the server's message, or how to mend its cause."""
+        message = response.text[:500]
         with suppress(ValueError, KeyError, TypeError):
-            said = str(response.json()["error"]["message"])[:500]
-        lower = said.lower()
-        if "enable-prompt-embeds" in lower:
-            said = f"it does not accept embeddings: {_HINT}"
-        elif "hidden_size" in lower or "hidden size" in lower:
-            said = f"it serves a language model of another width than {self.width} ({said})"
-        elif status in (401, 403):
-            said = f"it asks for an API key: set {KEY}"
-        elif status == 404:
-            said = f"it does not serve {self._model!r}, or is not a vLLM server ({said})"
-        elif "lora" in lower:
-            said = f"merge the LoRA adapters into the served folder ({said})"
-        raise EngineError(f"the engine at {self.url} refuses: {said}")
+            message = str(response.json()["error"]["message"])[:500]
+        if "enable-prompt-embeds" in message:
+            message = f"it does not accept embeddings: {_HINT}"
+        elif response.status_code in (401, 403):
+            message = f"it asks for an API key: set {KEY}"
+        elif "lora" in message.lower():
+            message = f"merge the LoRA adapters into the served folder ({message})"
+        raise EngineError(f"the engine at {self.url} refuses: {message}")
 
 
 class RemoteLanguageModel(LanguageModel):
@@ -164,11 +154,9 @@ class RemoteLanguageModel(LanguageModel):
         self.embed_tokens, self.config, self.client, self.max_context = table, config, client, max_context
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding table."""
         return self.embed_tokens
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise a `ConfigError`: logits need a local language model."""
         raise ConfigError(
             f"model.language_model.engine is {self.client.url}, which only generates: losses, ranking and beam "
             "search need the local language model (set it to null)"
@@ -194,8 +182,7 @@ class RemoteLanguageModel(LanguageModel):
         yield generation.end("stop")
 
     def complete(self, generations: Sequence[Generation]) -> None:
-        """Complete several replies concurrently."""
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_CONCURRENT) as pool:
             list(pool.map(lambda generation: list(self.run(generation)), generations))
 
 
@@ -204,9 +191,9 @@ def load_remote(url: str, folder: Path, codec: Codec, dtype: torch.dtype) -> Rem
     from transformers import AutoConfig
 
     table = _embedding_table(folder).to(dtype)
-    client = Client(url, table.shape[1])
+    client = Client(url)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    most = client.connect(codec)
+    most = client.connect(codec, table.shape[1])
     return RemoteLanguageModel(nn.Embedding.from_pretrained(table, freeze=True), config, client, most)
 
 
@@ -250,9 +237,9 @@ def _fields(sampling: Sampling, stops: Sequence[str], end_ids: Sequence[int]) ->
             "presence_penalty and frequency_penalty work with an engine"
         )
     greedy = sampling.temperature == 0
-    same = ("temperature", "presence_penalty", "frequency_penalty", "seed", "ignore_eos", "logprobs")
+    same = {"temperature", "presence_penalty", "frequency_penalty", "seed", "ignore_eos", "logprobs"}
     return {
-        **{name: getattr(sampling, name) for name in same},
+        **sampling.model_dump(include=same),
         "stream": True,
         "max_tokens": sampling.max_new_tokens,
         "min_tokens": sampling.min_new_tokens,

@@ -36,8 +36,7 @@ _BATCH: dict[Modality, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W
 
 def media_of(samples: Mapping[str, Any]) -> Media:
     """Modality -> for each sample, the list of its media."""
-    given = {modality: samples[modality] for modality in MODALITIES if samples.get(modality) is not None}
-    media: Media = {modality: _by_sample(modality, value) for modality, value in given.items()}
+    media = {name: _by_sample(name, samples[name]) for name in MODALITIES if samples.get(name) is not None}
     sizes = {modality: len(listed) for modality, listed in media.items()}
     if len(set(sizes.values())) > 1:
         raise PromptError(f"the modalities of a batch have different numbers of samples: {sizes}")
@@ -54,14 +53,14 @@ def training_prompts(samples: Mapping[str, Any], media: Media, template: Templat
         return _given_prompts(samples["pieces"], media, template)
     if samples.get("text_input") is None:
         raise PromptError("a training batch needs 'pieces' or 'text_input'")
-    asked = _asked(samples["text_input"], media)
+    questions = _user_messages(samples["text_input"], media)
     answers = _answers(samples)
     if answers is None:
-        return [alignment_prompt(message.media, message.text) for message in asked]
-    if len(answers) != len(asked):
-        raise PromptError(f"{len(asked)} questions in 'text_input', but {len(answers)} answers")
+        return [alignment_prompt(message.media, message.text) for message in questions]
+    if len(answers) != len(questions):
+        raise PromptError(f"{len(questions)} questions in 'text_input', but {len(answers)} answers")
     replies = [Message("assistant", answer) for answer in answers]
-    return [template.prompt(turns) for turns in zip(asked, replies, strict=True)]
+    return [template.prompt(turns) for turns in zip(questions, replies, strict=True)]
 
 
 def contexts(samples: Mapping[str, Any], media: Media, template: Template, question: Any = None) -> list[list[Piece]]:
@@ -73,11 +72,11 @@ def contexts(samples: Mapping[str, Any], media: Media, template: Template, quest
     if samples.get("pieces") is not None:
         return [context_of(pieces) for pieces in _given_prompts(samples["pieces"], media, template)]
     given = question or samples.get("prompt") or samples.get("text_input")
-    if not given and not _size(media):
+    if given:
+        return [template.prompt([message], generate=True) for message in _user_messages(given, media)]
+    if not media:
         raise PromptError("there is nothing to answer: the batch has neither text nor media")
-    if not given:
-        return [list(alignment_prompt(message.media, "")[:-1]) for message in _asked("", media)]
-    return [template.prompt([message], generate=True) for message in _asked(given, media)]
+    return [context_of(alignment_prompt(message.media, "")) for message in _user_messages("", media)]
 
 
 def _by_sample(modality: Modality, given: Any) -> list[list[Medium]]:
@@ -88,22 +87,19 @@ def _by_sample(modality: Modality, given: Any) -> list[list[Medium]]:
                 f"{modality}.unsqueeze(0) makes a batch of one"
             )
         return [[medium] for medium in given]
-    if isinstance(given, Medium) or not isinstance(given, (list, tuple)):
+    if not isinstance(given, (list, tuple)) or isinstance(given, Medium):
         raise PromptError(f"'{modality}' of a batch is a {type(given).__name__}, expected a tensor or a list by sample")
     media = [[one] if isinstance(one, Medium) else list(one or ()) for one in given]
     for i, listed in enumerate(media):
         if wrong := [type(medium).__name__ for medium in listed if not isinstance(medium, Medium)]:
-            raise PromptError(f"'{modality}' of sample {i} holds a {wrong[0]}, expected a processed medium")
+            raise PromptError(f"'{modality}' of sample {i} contains a {wrong[0]}, expected a processed medium")
     return media
 
 
-def _size(media: Media) -> int | None:
-    return next((len(listed) for listed in media.values()), None)
-
-
-def _asked(texts: str | Sequence[Any], media: Media) -> list[Message]:
+def _user_messages(texts: str | Sequence[Any], media: Media) -> list[Message]:
     """One message per sample, its media in the order image, video, audio; a single string is used for all samples."""
-    listed = [texts] * (_size(media) or 1) if isinstance(texts, str) else [str(text) for text in texts]
+    size = max(map(len, media.values()), default=1)
+    listed = [texts] * size if isinstance(texts, str) else [str(text) for text in texts]
     _check_size(len(listed), media, "texts")
     shown = [tuple(modality for modality in media for _ in media[modality][i]) for i in range(len(listed))]
     return [Message("user", text, modalities) for text, modalities in zip(listed, shown, strict=True)]
@@ -125,19 +121,18 @@ def _answers(samples: Mapping[str, Any]) -> list[str] | None:
 def _given_prompts(prompts: Sequence[Sequence[Piece]], media: Media, template: Template) -> list[list[Piece]]:
     """The batch's own prompts; a `PromptError` if they were made for another template."""
     _check_size(len(prompts), media, "prompts")
-    for pieces in prompts:
-        first = pieces[0] if pieces else None
-        human_assistant = isinstance(first, Text) and first.text.startswith(END_OF_TURN + HUMAN)
-        if human_assistant and template.name != "human_assistant":
-            raise PromptError(
-                f"model.template is {template.name}, but the batch's prompts are worded as human_assistant: call "
-                "set_template(model.template) of the data sets (this package's runner does)"
-            )
+    first = next((piece for pieces in prompts for piece in pieces[:1] if isinstance(piece, Text)), Text(""))
+    if template.name != "human_assistant" and first.text.startswith(END_OF_TURN + HUMAN):
+        raise PromptError(
+            f"model.template is {template.name}, but the batch's prompts are worded as human_assistant: call "
+            "set_template(model.template) of the data sets (this package's runner does)"
+        )
     return [list(pieces) for pieces in prompts]
 
 
 def _check_size(count: int, media: Media, what: str) -> None:
-    if _size(media) not in (None, count):
-        raise PromptError(f"the batch has {count} {what}, but media for {_size(media)} samples")
     if not count:
         raise PromptError("the batch is empty")
+    if any(len(listed) != count for listed in media.values()):
+        size = len(next(iter(media.values())))
+        raise PromptError(f"the batch has {count} {what}, but media for {size} samples")

@@ -9,10 +9,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from lavis_chatbridge.config import Settings
 
-MOST = 1000
-"""Most beams, and most results of a prompt: each has its own keys and values."""
-
-Several: TypeAlias = Annotated[int, Field(ge=1, le=MOST)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=1000)]
+"""A number of beams or replies; limited, because each has its own keys and values."""
 Penalty: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -20,7 +18,6 @@ class Sampling(Settings):
     """How the tokens of a reply are chosen."""
 
     max_new_tokens: PositiveInt = 256
-    """Upper limit of a reply's tokens."""
     min_new_tokens: NonNegativeInt = 0
     """A reply does not end before this many tokens."""
     temperature: float = Field(default=0.0, ge=0, le=100)
@@ -37,11 +34,11 @@ class Sampling(Settings):
     """Subtracted from the logits of tokens that the reply already contains."""
     frequency_penalty: Penalty = 0.0
     """Subtracted from a token's logit once per occurrence in the reply."""
-    num_beams: Several = 1
+    num_beams: Count = 1
     """Above 1: beam search for the likeliest reply; no sampling and no streaming."""
     length_penalty: float = Field(default=1.0, ge=-10, le=10)
     """A beam's score is divided by its length to this power."""
-    num_return_sequences: Several = 1
+    num_return_sequences: Count = 1
     """Number of replies to each prompt."""
     seed: int | None = None
     """The same seed samples the same reply; null samples a new one each time."""
@@ -51,7 +48,7 @@ class Sampling(Settings):
     """Token ids that end a reply, in addition to the template's."""
     ignore_eos: bool = False
     """Continue after the language model's end token and the template's end mark."""
-    logprobs: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Report each token's log-probability, and those of this many likeliest tokens; null reports none."""
 
     def check(self) -> Iterable[str]:

@@ -71,11 +71,7 @@ class Template:
 
 
 def load_template(name: str, codec: Codec, system: str = "", reply_end: str = END_OF_TURN) -> Template:
-    """The template with a name; ``reply_end`` ends replies in ``human_assistant``.
-
-    Raises:
-        ConfigError: If there is no such template, or the tokenizer lacks tokens that it needs.
-    """
+    """The template with a name; ``reply_end`` ends replies in ``human_assistant``."""
     if name not in TEMPLATES:
         raise ConfigError(f"model.template is {name!r}; known are {', '.join(TEMPLATES)}")
     if name == "human_assistant":

@@ -50,7 +50,7 @@ def test_lavis_imports_and_knows_the_plugins_names():
 
 @pytest.mark.parametrize("kind", ["image", "video", "audio"])
 def test_qformer_computes_the_golden_numbers(kind, golden_dir, sizes, state):
-    from lavis_chatbridge.models.perceiver import build_perceiver, perceive
+    from lavis_chatbridge.models.encoding import build_perceiver, perceive
     from lavis_chatbridge.models.settings import PerceiverSettings
 
     golden = load_file(golden_dir / "perceiver.safetensors")

@@ -74,7 +74,7 @@ def test_the_ids_equal_those_of_our_own_prompts(processor: ChatBridgeProcessor, 
     pieces = processor.template("").prompt(said, generate=True)
     slots = [piece for piece in pieces if isinstance(piece, Slot)]
     queries = processor.settings.perceiver.queries
-    elements = elements_of(pieces, {slot: (slot.modality, queries) for slot in slots}, processor.codec)
+    elements = elements_of(pieces, {slot: (slot.modality, range(queries)) for slot in slots}, processor.codec)
     ids = [e if isinstance(e, int) else processor.placeholder_ids[e[0]] for e in elements]
     assert inputs["input_ids"].tolist() == [ids]
     assert [len(inputs[name]) for name in ("pixel_values", "pixel_values_videos", "clips")] == [1, 1, 2]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavis_chatbridge.models.decoding import Decoder, Generation
+from lavis_chatbridge.models.decoding import Decoder
 from lavis_chatbridge.models.families import embedding_scale
-from lavis_chatbridge.models.kept import Element, Prefix
+from lavis_chatbridge.models.generation import Generation, Prefix
+from lavis_chatbridge.models.layout import Element
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.text import TextStream
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -58,10 +58,9 @@ def prompt(*lengths: int, seed: int = 0) -> tuple[list[Element], dict[str, torch
 
 
 def reply(elements: list[Element], media: Any, prefix: Prefix | None = None, tokens: int = 6, **how: Any) -> Generation:
-    sampling = Sampling(max_new_tokens=tokens, **how)
     codec: Any = Letters()
-    stream = TextStream(codec, sampling.stop, sampling.min_new_tokens)
-    return Generation(elements, media, prefix, stream, frozenset((2,)), sampling)
+    sampling = Sampling(max_new_tokens=tokens, **how)
+    return Generation(elements, media, codec, sampling, end_ids=frozenset((2,)), prefix=prefix)
 
 
 def answers(model: Any, replies: list[Generation]) -> list[list[int]]:

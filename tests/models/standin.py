@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lavis_chatbridge.models.decoding import Decoder, Generation
+from lavis_chatbridge.models.decoding import Decoder
+from lavis_chatbridge.models.generation import Generation
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.text import TextStream
 
 REFUSED = ("echo", "prompt_logprobs", "use_beam_search")
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
@@ -65,9 +65,9 @@ class StandIn:
         embeds = self.embeds(body)
         same = {name: body[name] for name in (*SAME, "logprobs")}
         own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **same)
-        stream = TextStream(self.codec, body["stop"], body["min_tokens"])
         elements = [("prompt", i) for i in range(len(embeds))]
-        reply = Generation(elements, {"prompt": embeds}, None, stream, frozenset(body["stop_token_ids"]), own)
+        ends = body["stop"], frozenset(body["stop_token_ids"])
+        reply = Generation(elements, {"prompt": embeds}, self.codec, own, *ends)
         with self.lock:  # the decoder is for one thread at a time
             Decoder(self.model).complete([reply])
         for number, token in enumerate(reply.ids):

@@ -1,29 +1,13 @@
-"""Media through frozen encoders: the precision of their output, and stacking with a mask."""
+"""Encoded media: stacking with a mask, and positions in time."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.models.encoding import positions_in_time, stack
-from tests.models.building import small_model, small_settings
 
 ENCODED = EncodedMedium(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
-
-
-def test_encoders_in_half_precision_end_in_a_norm_in_fp32(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
-    settings = small_settings(golden_dir / "tokenizer")
-    halved = {part: getattr(settings, part).model_copy(update={"dtype": "bfloat16"}) for part in ("vision", "audio")}
-    whole, half = small_model(golden_dir / "tokenizer"), small_model(golden_dir / "tokenizer", **halved)
-    for modality, medium in (("image", torch.randn(3, 28, 28)), ("audio", torch.randn(1, 48, 32))):
-        (found,), (expected,) = (model.encode_media(modality, [medium]) for model in (half, whole))
-        assert found.tokens.dtype == torch.float32
-        assert not torch.equal(found.tokens, found.tokens.bfloat16().float())  # the norm's own numbers were not rounded
-        torch.testing.assert_close(found.tokens, expected.tokens, atol=0.2, rtol=0)
 
 
 def test_stacked_media_are_padded_and_masked() -> None:

@@ -58,7 +58,7 @@ def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
     for expected, values in {
         "nowhere does not exist": {"weights": str(tmp_path / "nowhere")},
         "holds no tokenizer": {"weights": str(tmp_path / "empty")},
-        "no language model can be read": {"weights": str(tmp_path / "empty"), "tokenizer": str(folder)},
+        "cannot read a language model": {"weights": str(tmp_path / "empty"), "tokenizer": str(folder)},
         "has 640 tokens, but the language model of the configuration embeds 600": {"config": {"vocab_size": 600}},
         "model.language_model.config": {"config": {"model_type": "no-such-model"}},
     }.items():
@@ -69,7 +69,7 @@ def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     incomplete = faults(LanguageModelSettings(weights=str(folder)))
-    assert "1 tensors are missing, model.layers.1.mlp.up_proj.weight" in incomplete
+    assert "1 tensors are missing" in incomplete
 
 
 def test_a_spread_model_computes_the_same_and_stays_where_it_is() -> None:
@@ -89,6 +89,9 @@ def test_a_spread_model_computes_the_same_and_stays_where_it_is() -> None:
     [
         ({"config": {}, "tokenizer": "t", "device_map": "auto"}, "device_map is auto, but weights is null"),
         ({"config": {}, "tokenizer": "t", "quantization": "8bit"}, "quantization is 8bit, but weights is null"),
+        ({"config": {}, "tokenizer": "t", "engine": "http://e"}, "engine is http://e, but weights is null"),
+        ({"weights": "w", "engine": "http://e", "lora": {}}, "merge the adapters"),
+        ({"weights": "w", "engine": "http://e", "quantization": "8bit"}, "options of the engine"),
         ({"weights": "w", "device_map": "automatic"}, "did you mean 'auto'"),
     ],
 )

@@ -24,7 +24,7 @@ class LetterCodec:
 
 CODEC: Any = LetterCodec()
 IMAGE, SOUND = Slot("image"), Slot("audio")
-PLACES: list[Any] = [{("image", 0): range(2)}, {("image", 0): range(2, 4), ("audio", 0): range(4, 7)}]
+PLACES: list[Any] = [{IMAGE: range(2)}, {IMAGE: range(2, 4), SOUND: range(4, 7)}]
 PROMPTS: list[list[Piece]] = [
     [Text("ab"), IMAGE, Text("c"), Text("de", target=True)],
     [SOUND, Text("f"), IMAGE, Text("g", target=True), Text("h"), Text("ij", target=True)],
@@ -58,7 +58,7 @@ def test_text_layout_by_hand() -> None:
 
 def test_the_elements_of_a_context() -> None:
     pieces = [Text("a"), IMAGE, Text("b", ids=(20, 21)), IMAGE]
-    media = {IMAGE: ("key", 2)}
+    media = {IMAGE: ("key", range(2))}
     assert elements_of(pieces, media, CODEC) == [1, 3, ("key", 0), ("key", 1), 20, 21, ("key", 0), ("key", 1)]
     assert elements_of(pieces, media, CODEC, bos=False)[0] == 3
     assert elements_of([Text("<s>a", ids=(1, 3))], {}, CODEC) == [1, 3]  # it brings its own BOS
@@ -85,7 +85,7 @@ def test_truncation_keeps_slots_whole_and_counts_lost_answers(length: int, kept:
 
 @pytest.mark.parametrize("layout", ["text", "original"])
 def test_slots_of_any_order_number_and_repetition(layout: Any) -> None:
-    places: list[Any] = [{("image", 0): range(2), ("image", 1): range(2, 4), ("video", 0): range(4, 5)}]
+    places: list[Any] = [{IMAGE: range(2), Slot("image", 1): range(2, 4), Slot("video"): range(4, 5)}]
     slots: list[Piece] = [Slot("image", 1), Slot("video"), Slot("image"), Slot("image", 1)]
     batch = lay_out([[*slots, Text("ab", target=True)]], places, CODEC, layout, 50)
     assert batch.soft.tolist() == [2, 3, 4, 0, 1, 2, 3]
@@ -106,7 +106,7 @@ def test_embeddings_carry_gradients_to_soft_tokens_only() -> None:
 
 
 def test_a_missing_medium_is_named() -> None:
-    with pytest.raises(PromptError, match=r"sample 0 names image 1, which it lacks \(it has: image 0\)"):
+    with pytest.raises(PromptError, match="sample 0 refers to image 1, but the sample has image 0"):
         train([[Slot("image", 1), Text("a", target=True)]])
     with pytest.raises(PromptError, match="the prompt is empty"):
         elements_of([], {}, CODEC)

@@ -17,7 +17,7 @@ from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, read_m
 from lavis_chatbridge.chat.engine import Answer, Event
 from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
-from lavis_chatbridge.models.decoding import TokenLogprob
+from lavis_chatbridge.models.generation import TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Codec
 
