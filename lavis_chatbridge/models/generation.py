@@ -109,7 +109,8 @@ class Prefix:
         cache, self._cache, self.elements = self._cache, None, []
         if cache is None or not length:
             return None
-        cache.crop(length)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
         return cache
 
     def put(self, elements: Sequence[Element], cache: Any) -> None:

@@ -9,7 +9,6 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import WhisperFeatureExtractor
 
-from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.processors import load_processors
 
@@ -49,19 +48,6 @@ def test_types_of_published_parts_are_valid(model_type: str, tmp_path: Path, mon
         assert processors["video"][split].settings.num_frames == settings.temporal_positions.frames  # type: ignore[union-attr]
         sound = processors["audio"][split].settings
         assert (sound.extractor["sampling_rate"], sound.clip_seconds, sound.max_clips) == (16_000, 30.0, 2)
-
-
-@pytest.mark.parametrize("model_type", ["vicuna7b", "vicuna13b"])
-def test_missing_weights_are_listed_in_one_line(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CHATBRIDGE_WEIGHTS", raising=False)
-    with pytest.raises(CheckpointError) as caught:
-        ChatBridge.from_config(section(model_type, "model"))
-    message = str(caught.value)
-    assert "\n" not in message
-    for name in ("vision", "audio", "perceiver", "language_model"):
-        assert f"model.{name}.weights: $CHATBRIDGE_WEIGHTS/" in message
-    assert "the environment variable CHATBRIDGE_WEIGHTS is not set" in message
-    assert "eva_vit_g.pth" in message
 
 
 def test_the_tiny_model_with_random_weights(golden_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
