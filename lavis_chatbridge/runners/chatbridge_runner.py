@@ -1,6 +1,6 @@
 """The runner: LAVIS's `RunnerBase` with a training loop that can stop and resume at any step.
 
-It uses tasks, loaders and models through protocols only: it knows no modality, no prompt and no data set.
+It knows no modality, no prompt and no data set.
 """
 
 from __future__ import annotations
@@ -12,51 +12,34 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from lavis.runners.runner_base import RunnerBase
+from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.datasets.loader import MixtureLoader, too_many_unreadable, worker_deaths
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError, one_line
+from lavis_chatbridge.errors import ChatBridgeError, DataError, TrainingError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import checkpoints, data, distributed, logs, optim, parallel
-from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedState
+from lavis_chatbridge.runners import checkpoints, data, distributed, logs, parallel
+from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedState, TrainState
 from lavis_chatbridge.runners.data import Datasets, LavisTrainLoader
 from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import Samples, StepResult, TrainState, TrainStep, autocast, sample_ids, seed_all
+from lavis_chatbridge.runners.step import Samples, StepResult, TrainStep, autocast, learning_rate, sample_ids, seed_all
+from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 _log = logging.getLogger(__name__)
-
-
-class Task(Protocol):
-    """The methods of LAVIS's tasks that the runner calls."""
-
-    def train_step(self, model: nn.Module, samples: Samples) -> Tensor: ...
-    def before_evaluation(self, model: nn.Module, dataset: Any) -> None: ...
-    def evaluation(self, model: nn.Module, data_loader: Iterable[Samples], cuda_enabled: bool = True) -> list[Any]: ...
-    def after_evaluation(self, val_result: list[Any], split_name: str, epoch: Any) -> Mapping[str, Any] | None: ...
-
-
-@runtime_checkable
-class TokenTask(Task, Protocol):
-    """A task of this package: also returns the number of target tokens, and merges a split's data sets."""
-
-    def weighted_loss(self, model: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]: ...
-    def evaluation_split(self, datasets: Mapping[str, Any]) -> Any: ...
 
 
 @registry.register_runner("chatbridge_runner")
@@ -66,17 +49,25 @@ class ChatBridgeRunner(RunnerBase):
     ``cfg`` is a `runners.config.Config` or LAVIS's; ``job_id`` names the run's folder if ``run.job_id`` is null.
     """
 
-    def __init__(self, cfg: Any, task: Task, model: nn.Module, datasets: Datasets, job_id: str = "") -> None:
+    def __init__(self, cfg: Any, task: BaseTask, model: nn.Module, datasets: Datasets, job_id: str = "") -> None:
         self.run: RunSettings = getattr(cfg, "run", None) or parse(RunSettings, cfg.run_cfg, "run")
+        self.run.check_splits({split for splits in datasets.values() for split in splits})
         self.state = TrainState()
         self.bridge = parallel.choose_trained(model, self.run.train)
         device = distributed.init(self.run)
         super().__init__(cfg, task, model, datasets, job_id)
-        self._device, self._rank = device, distributed.rank()
+        self._device = device
         if (template := getattr(model, "template", None)) is not None:  # the prompt format of conversations
             for dataset in (dataset for splits in datasets.values() for dataset in splits.values()):
                 if hasattr(dataset, "set_template"):
                     dataset.set_template(template)
+
+    def setup_output_dir(self) -> None:
+        """Create the run's folder (LAVIS's name)."""
+        self.folder = getattr(self.config, "folder", None) or RunFolder(self.run, str(self.job_id or ""))
+        self.folder.make()
+        self.output_dir, self.result_dir = self.folder.path, self.folder.path / RESULTS
+        registry.mapping["paths"] |= {"output_dir": str(self.output_dir), "result_dir": str(self.result_dir)}
 
     # ---- parts, built on first use
 
@@ -86,8 +77,9 @@ class ChatBridgeRunner(RunnerBase):
         if any(other != self.frozen for other in distributed.gather_everywhere(self.frozen)):
             raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
         parallel.prepare(self._model, self.run, self.device)
-        with parallel.gathered(self._model):
-            data.attach_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
+        if self.run.feature_cache is not None:
+            with parallel.gathered(self._model):
+                data.attach_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
         return self._model
 
     @cached_property
@@ -96,19 +88,14 @@ class ChatBridgeRunner(RunnerBase):
         return checkpoints.frozen_hashes(self._model, self.bridge)
 
     @cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters."""
-        return optim.build_optimizer(self.model, self.run)
-
-    @cached_property
-    def scaler(self) -> torch.amp.GradScaler:
-        """The fp16 loss scaler; disabled in other precisions."""
-        return optim.build_scaler(self.run.precision, self.device)
-
-    @cached_property
     def train_loader(self) -> MixtureLoader | LavisTrainLoader:
         """The training batches of this process."""
         return data.train_loader(self.datasets, self.run, self.device)
+
+    @cached_property
+    def train_step(self) -> TrainStep:
+        """Takes the optimiser steps; has the optimiser and the fp16 loss scaler."""
+        return TrainStep(self.model, self._loss, self.run, self.device)
 
     @property
     def steps(self) -> int:
@@ -122,13 +109,6 @@ class ChatBridgeRunner(RunnerBase):
             return self.train_loader.plan.steps_per_epoch()
         return self.run.eval_every
 
-    def setup_output_dir(self) -> None:
-        """Create the run's folder (LAVIS's name)."""
-        self.folder = getattr(self.config, "folder", None) or RunFolder(self.run, str(self.job_id or ""))
-        self.folder.make()
-        self.output_dir, self.result_dir = self.folder.path, self.folder.path / RESULTS
-        registry.mapping["paths"] |= {"output_dir": str(self.output_dir), "result_dir": str(self.result_dir)}
-
     # ---- training
 
     def train(self) -> None:
@@ -136,82 +116,55 @@ class ChatBridgeRunner(RunnerBase):
         if self.evaluate_only:
             self.evaluate()
             return
-        self.run.check_splits(data.splits_of(self.datasets))
         parallel.check_trainable(self._model)
         started = time.monotonic()
-        with self.folder.claimed(), worker_deaths(), self._hint_if_interrupted():
-            self._start()
-            reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
-            with reporter, noted_signals() as (stop, save):
-                self._train_steps(stop, save, reporter)
-            if not any(count.tokens for count in self.state.counts.values()):
-                raise DataError("nothing was trained: no sample that could be read has a target token")
-            if self.state.nonfinite_steps == self.state.step > 0:
-                raise TrainingError(f"nothing was trained: no loss or gradient was finite in {self.state.step} steps")
+        with self.folder.claimed(), worker_deaths():
+            self._resume()
+            with distributed.together():
+                reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
+            with reporter, noted_sigterm() as sigterm:
+                self._train_steps(sigterm, reporter)
             if self.state.best_step is None:
                 self._write_weights()
             else:
-                self._load_weights(self.output_dir / WEIGHTS)
+                checkpoints.load_weights(self.model, load_file(self.output_dir / WEIGHTS))
             self.evaluate()
-        self._warn_of_unreadable()
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
-    @contextmanager
-    def _hint_if_interrupted(self) -> Iterator[None]:
-        """After Ctrl-C, which saves nothing, log how to resume from the last checkpoint."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if distributed.is_main():
-                newest = checkpoints.newest(self.folder.checkpoints)
-                hint = f"resume from {newest.name} with run.resume=auto" if newest else "there is no checkpoint"
-                _log.info("interrupted after step %d; %s", self.state.step, hint)
-            raise
-
-    def _warn_of_unreadable(self) -> None:
-        """Log the number of unreadable samples, which stop a run only after some tries."""
-        bad = sum(count.skipped for count in self.state.counts.values())
-        tried = bad + sum(count.samples for count in self.state.counts.values())
-        if bad and distributed.is_main():
-            _log.warning("%d of %d samples could not be read (check-data --decode lists them)", bad, tried)
-
-    def _train_steps(self, sigterm: threading.Event, sigusr1: threading.Event, reporter: logs.Reporter) -> None:
+    def _train_steps(self, sigterm: threading.Event, reporter: logs.Reporter) -> None:
         """The training loop: steps, validations and checkpoints, until the last step or a SIGTERM."""
-        schedule = optim.schedule(self.run, self.steps, self.validation_interval)
-        step = TrainStep(self.model, self._loss, self.optimizer, self.scaler, schedule, self.run, self.device)
         batches = self.train_loader.batches(self.state.step, self.steps)
-        self._validate_if_due(reporter)  # if SIGTERM stopped the earlier run before it validated
         self.model.train()
+        self._validate_if_due(reporter)  # if SIGTERM stopped the earlier run before it validated
         saved = time.monotonic()
         while self.state.step < self.steps:
             began = time.monotonic()
-            micro_batches, fault = self._next(batches)
+            micro_batches, fault = self._load(batches)
             waited = time.monotonic() - began
-            save = sigusr1.is_set() or began - saved >= 60 * (self.run.save_every_minutes or math.inf)
+            rate = learning_rate(self.run, self.state.step, self.steps, self.validation_interval)
+            save = began - saved >= 60 * (self.run.save_every_minutes or math.inf)
             stop = sigterm.is_set() or fault is not None  # reaches the other processes at the step's end
-            result = step(self.state.step, micro_batches, save, stop)
+            result = self.train_step(self.state.step, rate, micro_batches, save, stop)
             if result.stop:
                 with distributed.together():
                     if fault is not None:
                         raise fault
             dataset = micro_batches[0]["source"]
             self.state.record(dataset, result)
-            self._check_step(dataset, result)
+            self._check_progress(dataset, result)
             reporter.step(dataset, result, waited)
-            stopped = result.stop and self.state.step < self.steps
-            if not stopped:
+            if not result.stop:
                 self._validate_if_due(reporter)
-            if stopped or result.save or self._must_save():
+            if result.stop or result.save or self._checkpoint_due():
                 self._save_checkpoint(self.state.step)
                 saved = time.monotonic()
-                sigusr1.clear()
-            if stopped:
+            if result.stop:
                 _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", self.state.step)
                 raise SystemExit(128 + signal.SIGTERM)
 
-    def _next(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
+    def _load(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
         """The micro-batches of a step; if the data raise an error, no batches and the error."""
-        seed_all(self.run.seed, self.state.step, self._rank)  # for the random choices of LAVIS's data sets
+        seed_all(self.run.seed, self.state.step, distributed.rank())  # for the random choices of LAVIS's data sets
         try:
             return list(itertools.islice(batches, self.run.accum_grad_iters)), None
         except ChatBridgeError as error:
@@ -220,36 +173,40 @@ class ChatBridgeRunner(RunnerBase):
     def _loss(self, model: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
         """The mean loss of a micro-batch, and its number of target tokens (of samples, for LAVIS's tasks)."""
         samples = prepare_sample(dict(samples), cuda_enabled=self.cuda_enabled)
-        if isinstance(self.task, TokenTask):
+        if isinstance(self.task, ChatBridgeTask):
             return self.task.weighted_loss(model=model, samples=samples)
         loss = self.task.train_step(model=model, samples=samples)
         return loss, torch.tensor(float(max(1, len(sample_ids(samples)))), device=loss.device)
 
-    def _check_step(self, dataset: str, result: StepResult) -> None:
+    def _check_progress(self, dataset: str, result: StepResult) -> None:
         """Raise, before a checkpoint is saved, if too many samples are unreadable or too many steps non-finite."""
-        count = self.state.counts[dataset]
+        count, bad_steps = self.state.counts[dataset], self.state.nonfinite_steps
         tried = count.samples + count.skipped
         if fault := too_many_unreadable(dataset, count.skipped, tried, self.run.max_bad_share):
             raise DataError(fault)
         if result.suspects:
             names = ", ".join(result.suspects)
             _log.info("step %d was not finite and is skipped; its samples: %s", self.state.step, names)
-        self.state.check(self.run)
+        if bad_steps >= self.run.max_nonfinite_steps:
+            raise TrainingError(
+                f"{bad_steps} steps had a non-finite loss or gradient (run.max_nonfinite_steps "
+                f"{self.run.max_nonfinite_steps}): lower run.init_lr, use precision bf16 or fp32, or check the samples "
+                "in the log"
+            )
+        trained = any(counted.tokens for counted in self.state.counts.values()) and bad_steps < self.state.step
+        if self.state.step == self.steps and not trained:
+            raise TrainingError("nothing was trained: no step had a finite loss on a readable target token")
 
-    def _must_save(self) -> bool:
-        """Whether a checkpoint is due at the current step."""
+    def _checkpoint_due(self) -> bool:
         step = self.state.step
-        return step in (self.steps, self.state.validated) or self._is_multiple_of(self.run.save_every_steps)
-
-    def _is_multiple_of(self, interval: int | None) -> bool:
-        return interval is not None and self.state.step % interval == 0
+        return step in (self.steps, self.state.validated) or step % (self.run.save_every_steps or math.inf) == 0
 
     # ---- evaluation
 
     def _validate_if_due(self, reporter: logs.Reporter) -> None:
         """Score ``valid_splits``; write ``model.safetensors`` if ``agg_metrics`` of the first one improves."""
         step = self.state.step
-        due = step == self.steps or self._is_multiple_of(self.validation_interval)
+        due = step == self.steps or step % (self.validation_interval or math.inf) == 0
         if step in (0, self.state.validated) or not due or not self.run.valid_splits:
             return
         for split in self.run.valid_splits:
@@ -266,8 +223,11 @@ class ChatBridgeRunner(RunnerBase):
 
         LAVIS's arguments choose the best weights, which the model has at the end of a training anyway.
         """
-        if self.evaluate_only and self.folder.resumed is not None:
-            self._load_weights(self.folder.resumed / checkpoints.MODEL)
+        if self.evaluate_only and (resumed := self.folder.resumed) is not None:
+            with distributed.together():
+                checkpoint = checkpoints.read(resumed)
+                checkpoints.check_weights(checkpoint, resumed, self.model, self.bridge)
+            checkpoints.load_weights(self.model, checkpoint.weights)
         found: dict[str, Any] = {}
         for split in self.run.test_splits:
             found[split] = self.eval_epoch(split, self.state.step)
@@ -279,7 +239,7 @@ class ChatBridgeRunner(RunnerBase):
     def eval_epoch(self, split_name: str, cur_epoch: str | int) -> Mapping[str, Any] | None:
         """Score one split; the metrics, or a `ChatBridgeError`, are the same on every process."""
         with distributed.together():
-            loader = self._evaluation_loader(split_name)
+            loader = data.evaluation_loader(self.datasets, split_name, self.task, self.run, self.device)
         model = self.model.eval()
         self.task.before_evaluation(model=model, dataset=getattr(loader, "dataset", None))
         with parallel.gathered(model), autocast(self.run.precision, self.device), distributed.together():
@@ -289,23 +249,9 @@ class ChatBridgeRunner(RunnerBase):
             metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
         return distributed.from_main(metrics)
 
-    def _evaluation_loader(self, split: str) -> Any:
-        found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
-        if not found:
-            there = ", ".join(sorted(data.splits_of(self.datasets)))
-            raise ConfigError(f"no data set has the split {split!r}; there are {there}")
-        dataset = next(iter(found.values()))
-        if isinstance(self.task, TokenTask) and all(hasattr(dataset, "sources") for dataset in found.values()):
-            dataset = self.task.evaluation_split(found)
-        elif len(found) > 1:
-            raise ConfigError(
-                f"the split {split!r} is in {', '.join(found)}; LAVIS's tasks score one data set at a time"
-            )
-        return data.evaluation_loader(dataset, self.run, self.device)
-
     # ---- checkpoints
 
-    def _start(self) -> None:
+    def _resume(self) -> None:
         """Load the checkpoint to resume from, if any; delete an earlier run's files if this run overwrites them."""
         model, plan, resumed = self.model, self.train_loader.plan, self.folder.resumed
         checkpoint = None
@@ -327,9 +273,9 @@ class ChatBridgeRunner(RunnerBase):
         plan.resume(*position)
         self.state = saved.progress
         checkpoints.load_weights(model, checkpoint.weights)
-        checkpoints.load_optimizer(model, self.optimizer, checkpoint.optimizer)
-        if saved.scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved.scaler)
+        checkpoints.load_optimizer(model, self.train_step.optimizer, checkpoint.optimizer)
+        if saved.scaler and self.train_step.scaler.is_enabled():
+            self.train_step.scaler.load_state_dict(saved.scaler)
         if checkpoints.step_of(self.output_dir / WEIGHTS) != self.state.best_step:  # of another run, or of a later step
             self.state.best_metric = self.state.best_step = None
         done, left = self.state.step, self.steps - self.state.step
@@ -342,12 +288,13 @@ class ChatBridgeRunner(RunnerBase):
                 state = SavedState(
                     progress=self.state,
                     plan=SavedPlan.of(self.train_loader.plan, self.state.step),
-                    scaler=self.scaler.state_dict(),
+                    scaler=self.train_step.scaler.state_dict(),
                     frozen=self.frozen,
                     adapters=lora.describe(self.model),
                 )
-                tensors = checkpoints.optimizer_tensors(self.model, self.optimizer)
-                checkpoints.save(self.folder.checkpoints, Checkpoint(self._weights(), tensors, state), self.run)
+                tensors = checkpoints.optimizer_tensors(self.model, self.train_step.optimizer)
+                checkpoint = Checkpoint(self._weights(), tensors, state)
+                checkpoints.save(self.folder.checkpoints, checkpoint, self.run.keep_last)
 
     def _weights(self) -> dict[str, Tensor]:
         """The bridge, on the CPU."""
@@ -361,31 +308,13 @@ class ChatBridgeRunner(RunnerBase):
                 checkpoints.write_weights(path, self._weights(), self.state.step, lora.describe(self.model))
         _log.info("the trained weights are in %s", path)
 
-    def _load_weights(self, path: Path) -> None:
-        """Load bridge weights from a file, on every process."""
-        with distributed.together():
-            try:
-                weights = load_file(path)
-            except (OSError, SafetensorError) as error:
-                raise TrainingError(f"cannot read {path}: {one_line(error)}") from error
-            checkpoints.check_weights(weights, path, self.model, self.bridge)
-        _log.info("loading the weights of %s", path)
-        checkpoints.load_weights(self.model, weights)
-
 
 @contextmanager
-def noted_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Yield two events, set by SIGTERM (Slurm's time limit: save and stop) and by SIGUSR1 (save)."""
-    events = {signal.SIGTERM: threading.Event(), getattr(signal, "SIGUSR1", None): threading.Event()}
-    before: dict[Any, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-        for number in filter(None, events):  # Windows has no SIGUSR1
-            before[number] = signal.signal(number, lambda got, _frame: events[got].set())
-    else:
-        _log.warning("training outside the main thread: SIGTERM and SIGUSR1 do not save a checkpoint")
+def noted_sigterm() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM sets, such as Slurm's at its time limit; Python allows this in the main thread."""
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        stop, save = events.values()
-        yield stop, save
+        yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)

@@ -11,13 +11,13 @@ No pickle is read or written. Frozen weights are not saved; their hashes ensure 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,15 +31,50 @@ from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import CheckpointError, TrainingError, one_line
 from lavis_chatbridge.files import atomic_file, hash_of, sync, write_json
-from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import optim
-from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import TrainState
+from lavis_chatbridge.models import lora, state_dicts
+from lavis_chatbridge.runners.step import StepResult, trainable
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")
 _PROBES = 1024
 """Number of evenly spaced values of a frozen tensor in its hash; hashing all 26 GB would take half a minute."""
+
+
+@dataclass
+class Count:
+    """Numbers of samples and target tokens of one data set, over all processes."""
+
+    samples: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+
+
+@dataclass
+class TrainState:
+    """The progress of a run."""
+
+    step: NonNegativeInt = 0  # finished steps
+    counts: dict[str, Count] = field(default_factory=dict)  # by data set
+    nonfinite_steps: NonNegativeInt = 0  # steps skipped because of a non-finite loss or gradient
+    best_metric: float | None = None  # highest `agg_metrics` of the first validation split
+    best_step: NonNegativeInt | None = None  # the step of `best_metric`
+    validated: NonNegativeInt = 0  # the last step whose validation is finished
+
+    def record(self, dataset: str, result: StepResult) -> None:
+        """Count a finished step."""
+        count = self.counts.setdefault(dataset, Count())
+        count.samples += result.samples
+        count.skipped += result.skipped
+        count.tokens += result.tokens
+        self.step += 1
+        self.nonfinite_steps += result.outcome == "nonfinite"
+
+    def improves(self, metric: float) -> bool:
+        """Return whether ``metric`` is the best so far, and if so, record it for the current step."""
+        if self.best_metric is not None and not metric > self.best_metric:
+            return False
+        self.best_metric, self.best_step = metric, self.step
+        return True
 
 
 Position: TypeAlias = tuple[NonNegativeInt, dict[str, NonNegativeInt]]
@@ -90,7 +125,7 @@ class Checkpoint:
     state: SavedState
 
 
-# ---- read, check, apply
+# ---- read, check, load
 
 
 def read(folder: Path) -> Checkpoint:
@@ -98,7 +133,7 @@ def read(folder: Path) -> Checkpoint:
     try:
         state = parse(SavedState, json.loads((folder / STATE).read_text(encoding="utf-8")), STATE)
         return Checkpoint(load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be read: {one_line(error)}; delete it, or set run.resume to an earlier one"
         ) from error
@@ -115,18 +150,14 @@ def check(
 ) -> None:
     """Raise if a checkpoint does not fit the model, its frozen parts, the data, or a run of ``steps``."""
     state = checkpoint.state
-    check_weights(checkpoint.weights, where, model, bridge, state.adapters)
-    expected: dict[str, torch.Size] = {}
-    for name, parameter in optim.trainable(model).items():
+    check_weights(checkpoint, where, model, bridge)
+    expected: dict[str, list[int]] = {}
+    for name, parameter in trainable(model).items():
         if f"{name}|step" in checkpoint.optimizer:  # a parameter that never had a gradient has no state
-            expected |= {f"{name}|{part}": torch.Size() if part == "step" else parameter.shape for part in _ADAMW}
-    for faults, text in (
-        (_misfits(checkpoint.optimizer, expected), "has an optimiser state that does not fit"),
-        (_differences(state.frozen, frozen), "was trained with other frozen parts"),
-        (_differences(state.plan.data, SavedPlan.of(plan, 0).data), "was trained on other data"),
-    ):
-        if faults:
-            raise CheckpointError(f"{where} {text}: {'; '.join(faults[:5])}")
+            expected |= {f"{name}|{part}": [] if part == "step" else list(parameter.shape) for part in _ADAMW}
+    _check_equal(_shapes(checkpoint.optimizer), expected, f"{where} has an optimiser state that does not fit")
+    _check_equal(state.frozen, frozen, f"{where} was trained with other frozen parts")
+    _check_equal(state.plan.data, SavedPlan.of(plan, 0).data, f"{where} was trained on other data")
     if state.progress.step > steps:
         raise CheckpointError(
             f"{where} is of step {state.progress.step}, but this run ends at step {steps}: raise run.max_iters (or "
@@ -134,18 +165,12 @@ def check(
         )
 
 
-def check_weights(
-    weights: Mapping[str, Tensor],
-    where: Path,
-    model: nn.Module,
-    bridge: Sequence[str],
-    adapters: Mapping[str, Any] | None = None,
-) -> None:
-    """Raise if weights do not fit a model's ``bridge``; ``adapters`` describes their LoRA, if the alpha is known."""
-    if misfit := lora.misfit(adapters or lora.described_by(weights), lora.describe(model)):
+def check_weights(checkpoint: Checkpoint, where: Path, model: nn.Module, bridge: Sequence[str]) -> None:
+    """Raise if a checkpoint's weights do not fit a model's ``bridge`` and its LoRA adapters."""
+    if misfit := lora.misfit(checkpoint.state.adapters, lora.describe(model)):
         raise CheckpointError(f"{where} is for another model: {misfit}")
-    if faults := _misfits(weights, {name: model.get_parameter(name).shape for name in bridge}):
-        raise CheckpointError(f"{where} is for another model, or damaged: {'; '.join(faults[:5])}")
+    expected = {name: list(model.get_parameter(name).shape) for name in bridge}
+    _check_equal(_shapes(checkpoint.weights), expected, f"{where} is for another model, or damaged")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -157,7 +182,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load checked tensors into an optimiser; learning rates and decay stay as configured."""
-    names = {parameter: name for name, parameter in optim.trainable(model).items()}
+    names = {parameter: name for name, parameter in trainable(model).items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     states = {
         i: {part: tensors[f"{name}|{part}"] for part in _ADAMW}
@@ -167,18 +192,18 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
-def _misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    faults = _differences(found, {name: list(shape) for name, shape in shapes.items()})
-    return faults + [f"{name} is not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """The differences between two mappings, as sentences."""
+def _check_equal(found: Mapping[str, Any], expected: Mapping[str, Any], message: str) -> None:
+    """Raise a `CheckpointError` that lists the first five differences between two mappings."""
     lines = [f"{key} is missing" for key in expected if key not in found]
     lines += [f"{key} is not expected" for key in found if key not in expected]
     both = [key for key in expected if key in found and found[key] != expected[key]]
-    return lines + [f"{key} is {found[key]}, expected {expected[key]}" for key in both]
+    lines += [f"{key} is {found[key]}, expected {expected[key]}" for key in both]
+    if lines:
+        raise CheckpointError(f"{message}: {'; '.join(lines[:5])}")
 
 
 # ---- write
@@ -186,7 +211,7 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by ``PARAMETER|STATE``, on the CPU; a parameter that never had a gradient has none."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in optim.trainable(model).items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trainable(model).items()}
     return {
         f"{names[parameter]}|{part}": torch.as_tensor(value).detach().cpu().clone()
         for parameter, state in optimizer.state.items()
@@ -194,11 +219,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def save(folder: Path, checkpoint: Checkpoint, run: RunSettings) -> None:
-    """Write a checkpoint into the run's folder of checkpoints, then delete old ones."""
+def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
+    """Write a checkpoint into the run's folder of checkpoints, then delete all but the ``keep_last`` newest."""
     step = checkpoint.state.progress.step
     target = folder / f"step_{step:08d}"
-    partial = target.with_name(f".{target.name}.partial")
+    partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with _written(target):
@@ -210,13 +235,10 @@ def save(folder: Path, checkpoint: Checkpoint, run: RunSettings) -> None:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(partial, target)
             sync(folder)
-    except TrainingError:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    kept = steps(folder)
-    for old in sorted(kept)[: -run.keep_last]:
-        if run.keep_every is None or old % run.keep_every:
-            shutil.rmtree(kept[old], ignore_errors=True)
+    for old in saved(folder)[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
@@ -238,14 +260,14 @@ def _written(target: Path) -> Iterator[None]:
 # ---- find
 
 
-def steps(folder: Path) -> dict[int, Path]:
-    """Step -> its checkpoint in a run's folder of checkpoints."""
-    return {int(path.name.removeprefix("step_")): path for path in folder.glob("step_" + 8 * "[0-9]")}
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder of checkpoints, the newest last."""
+    return sorted(folder.glob("step_" + 8 * "[0-9]"))
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint in a run's folder of checkpoints."""
-    return max(steps(folder).items(), default=(0, None))[1]
+    return max(saved(folder), default=None)
 
 
 def step_of(weights: Path) -> int | None:
@@ -264,24 +286,22 @@ def frozen_hashes(model: nn.Module, bridge: Sequence[str]) -> dict[str, str]:
 
     Values are rounded to bfloat16 first, so that the same weights in another precision have the same hash.
     """
-    kept, hashes = set(bridge), dict[str, Any]()
+    kept = set(bridge)
+    parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if name not in kept:
-            part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
-            part.update(f"{lora.without_base(name)} {tuple(parameter.shape)}".encode())
-            part.update(_some_bytes(parameter))
-    found = {name: part.hexdigest()[:32] for name, part in hashes.items()}
+            key = f"{lora.without_base(name)} {tuple(parameter.shape)}"
+            parts[name.split(".")[0]][key] = _probes(parameter.detach())
+    found = {part: state_dicts.hash_of(probes) for part, probes in parts.items()}
     if (tokenizer := getattr(model, "llama_tokenizer", None)) is not None:
         size = len(tokenizer)
         some = sorted({number * max(1, size - 1) // 256 for number in range(256)} | {size - 1})
-        found["tokenizer"] = hash_of(size, [tokenizer.decode([number]) for number in some])[:32]
+        found["tokenizer"] = hash_of(size, [tokenizer.decode([number]) for number in some])[:16]
     return found
 
 
-def _some_bytes(parameter: Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1)
+def _probes(parameter: Tensor) -> Tensor:
+    flat = parameter.reshape(-1)
     if flat.numel() > _PROBES:
         flat = flat[torch.linspace(0, flat.numel() - 1, _PROBES, dtype=torch.float64).long().to(flat.device)]
-    if flat.is_floating_point():
-        flat = flat.to(torch.bfloat16).view(torch.int16)
-    return flat.cpu().numpy().tobytes()
+    return flat.to(torch.bfloat16) if flat.is_floating_point() else flat

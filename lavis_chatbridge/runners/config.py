@@ -64,22 +64,12 @@ class Config:
         return _plain(self.config)
 
 
-class _Faults(list[str]):
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Collect an error of the block instead of raising it, so that other parts are checked too."""
-        try:
-            yield
-        except (ConfigError, OmegaConfBaseException) as error:
-            self.append(one_line(error, 4000))
-
-
 def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> Config:
     """Read, merge and check a configuration, and register it and its paths with LAVIS.
 
     Args:
         cfg_path: A YAML with the sections ``model``, ``datasets`` and ``run``, as in LAVIS.
-        options: Overrides, as ``["run.seed=1", ...]`` or as LAVIS's pairs ``["run.seed", "1", ...]``.
+        options: Overrides, as ``["run.seed=1", ...]``.
 
     Raises:
         ConfigError: With every fault that was found.
@@ -89,22 +79,22 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     from lavis.common.registry import registry
 
     user = merged(read_yaml(cfg_path), read_options(options or []))
-    faults = _Faults(_unknown("sections of a configuration", key, SECTIONS) for key in user if key not in SECTIONS)
+    faults = [_unknown("sections of a configuration", key, SECTIONS) for key in user if key not in SECTIONS]
     config = OmegaConf.create({section: {} for section in SECTIONS})
     for section in SECTIONS:
-        with faults.collected():
+        with _collected(faults):
             config[section] = _section(user, section)
-    with faults.collected():  # first: data sets look for their files under env.data_root
-        _set_paths(parse(EnvSettings, config.env, "env"))
-    with faults.collected():
+    with _collected(faults):  # first: data sets look for their files under env.data_root
+        _set_paths(config.env)
+    with _collected(faults):
         _merge_model(config)
     if not config.datasets:
         faults.append("datasets is missing: name at least one registered data set")
     for name in list(config.datasets):
-        with faults.collected():
+        with _collected(faults):
             config.datasets[name] = _dataset(str(name), config)
     run = None
-    with faults.collected():
+    with _collected(faults):
         run = _parse_run(config)
         if not faults:
             _check_splits(config.datasets, run)
@@ -122,14 +112,18 @@ def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None 
     import lavis  # noqa: F401  (registers builders)
 
     user = merged(read_yaml(cfg_path), read_options(options or []))
-    _set_paths(parse(EnvSettings, user.get("env") or {}, "env"))
+    _set_paths(user.get("env") or {})
     sections = _section(user, "datasets")
     return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
 
 
-def run_section(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, Any]:
-    """The ``run`` section without defaults, unchecked."""
-    return _plain(_section(merged(read_yaml(cfg_path), read_options(options or [])), "run"))
+@contextmanager
+def _collected(faults: list[str]) -> Iterator[None]:
+    """Collect an error of the block instead of raising it, so that other parts are checked too."""
+    try:
+        yield
+    except (ConfigError, OmegaConfBaseException) as error:
+        faults.append(one_line(error, 4000))
 
 
 def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
@@ -204,7 +198,7 @@ def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
         run.check_splits(set().union(*own.values()))
     scored = {*run.test_splits, *([] if run.evaluate else run.valid_splits)}
     unfit = [name for name, splits in own.items() if scored & splits]
-    if run.task in _ID_KEYS and unfit and registry.get_task_class(run.task).__module__.startswith("lavis."):
+    if run.task in _ID_KEYS and unfit:
         raise ConfigError(
             f"run.task {run.task!r} is LAVIS's own and scores by {_ID_KEYS[run.task]}, which {', '.join(unfit)} does "
             "not have: set run.task=chatbridge_captioning, which scores captions and answers (run.metrics)"
@@ -229,11 +223,11 @@ def _plain(section: DictConfig) -> dict[str, Any]:
         raise ConfigError(one_line(error)) from error
 
 
-def _set_paths(env: EnvSettings) -> None:
-    """Set the folders of data and caches, in LAVIS's mapping itself: it does not let a path be registered twice."""
+def _set_paths(section: Any) -> None:
+    """Check ``env``, and set its paths in LAVIS's mapping itself: a path cannot be registered twice."""
     from lavis.common.registry import registry
 
-    paths = registry.mapping["paths"]
+    env, paths = parse(EnvSettings, section, "env"), registry.mapping["paths"]
     if env.data_root is not None:
         os.environ["CHATBRIDGE_DATA"] = str(Path(env.data_root).expanduser().resolve())
     if env.cache_root is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from lavis.tasks.base_task import BaseTask
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -25,6 +26,7 @@ from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import Samples
 from lavis_chatbridge.schema import Sample
+from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 _log = logging.getLogger(__name__)
 
@@ -45,11 +47,6 @@ def _settings(run: RunSettings, device: torch.device) -> LoaderSettings:
     )
 
 
-def splits_of(datasets: Datasets) -> set[str]:
-    """All splits of all data sets."""
-    return {split for splits in datasets.values() for split in splits}
-
-
 def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> MixtureLoader | LavisTrainLoader:
     """The training batches of this process."""
     chosen = {
@@ -58,18 +55,50 @@ def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> 
         for split in run.train_splits
         if split in splits
     }
-    settings = _settings(run, device)
     own = [hasattr(dataset, "sources") for dataset in chosen.values()]
     if all(own):
-        return MixtureLoader(chosen, settings, distributed.rank(), distributed.world_size())
+        return MixtureLoader(chosen, _settings(run, device), distributed.rank(), distributed.world_size())
     if any(own):
         raise ConfigError(f"cannot mix LAVIS's data sets with this package's in one training: {', '.join(chosen)}")
-    return LavisTrainLoader(chosen, settings)
+    return LavisTrainLoader(chosen, run)
 
 
-def evaluation_loader(dataset: Any, run: RunSettings, device: torch.device) -> Any:
+class LavisTrainLoader(torch.utils.data.Dataset):
+    """Training batches of LAVIS's map-style data sets, in the order of a `MixturePlan`."""
+
+    def __init__(self, datasets: Mapping[str, Any], run: RunSettings) -> None:
+        self.datasets, self.run = datasets, run
+        sizes = {name: len(dataset) for name, dataset in datasets.items()}
+        batch_size = run.batch_size_train * run.accum_grad_iters
+        self.plan = MixturePlan(sizes, run.train_dataset_ratios, batch_size, distributed.world_size(), run.seed)
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The micro-batches of steps ``start`` to ``stop - 1``, in order."""
+        requests = self._requests(start, stop)
+        yield from DataLoader(self, batch_size=None, sampler=requests, num_workers=self.run.num_workers)  # type: ignore[arg-type]
+
+    def _requests(self, start: int, stop: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+        size = self.run.batch_size_train
+        for step in range(start, stop):
+            name, pairs = self.plan.batch(step, distributed.rank())
+            for first in range(0, len(pairs), size):
+                yield name, pairs[first : first + size]
+
+    def __getitem__(self, request: tuple[str, list[tuple[int, int]]]) -> dict[str, Any]:
+        """A micro-batch from a request: a data set's name and ``(index, epoch)`` of each sample."""
+        name, pairs = request
+        collate = getattr(self.datasets[name], "collater", None) or default_collate
+        return {"source": name, "skipped": [], **collate([self.datasets[name][index] for index, _ in pairs])}
+
+
+def evaluation_loader(datasets: Datasets, split: str, task: BaseTask, run: RunSettings, device: torch.device) -> Any:
     """This process's batches of a split; each sample is on exactly one process."""
-    rank, world_size = distributed.rank(), distributed.world_size()
+    found = {name: splits[split] for name, splits in datasets.items() if split in splits}
+    dataset, rank, world_size = next(iter(found.values())), distributed.rank(), distributed.world_size()
+    if isinstance(task, ChatBridgeTask) and all(hasattr(each, "sources") for each in found.values()):
+        dataset = task.evaluation_split(found)
+    elif len(found) > 1:
+        raise ConfigError(f"the split {split!r} is in {', '.join(found)}; LAVIS's tasks score one data set at a time")
     if hasattr(dataset, "sources"):
         return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, _settings(run, device))
     return DataLoader(
@@ -93,41 +122,15 @@ def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
         raise DataError("; ".join(filter(None, faults)))
 
 
-class LavisTrainLoader(torch.utils.data.Dataset):
-    """Training batches of LAVIS's map-style data sets, in the order of a `MixturePlan`."""
-
-    def __init__(self, datasets: Mapping[str, Any], settings: LoaderSettings) -> None:
-        self.datasets, self.size, self.workers = datasets, settings.batch_size, settings.workers
-        sizes = {name: len(dataset) for name, dataset in datasets.items()}
-        size = settings.batch_size * settings.accumulate
-        self.plan = MixturePlan(sizes, settings.ratios, size, distributed.world_size(), settings.seed)
-
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """The micro-batches of steps ``start`` to ``stop - 1``, in order."""
-        sampler = (
-            (name, pairs[first : first + self.size])
-            for name, pairs in (self.plan.batch(step, distributed.rank()) for step in range(start, stop))
-            for first in range(0, len(pairs), self.size)
-        )
-        yield from DataLoader(self, batch_size=None, sampler=sampler, num_workers=self.workers)  # type: ignore[arg-type]
-
-    def __getitem__(self, request: tuple[str, list[tuple[int, int]]]) -> dict[str, Any]:
-        """A micro-batch from a request: a data set's name and ``(index, epoch)`` of each sample."""
-        name, pairs = request
-        collate = getattr(self.datasets[name], "collater", None) or default_collate
-        return {"source": name, "skipped": [], **collate([self.datasets[name][index] for index, _ in pairs])}
-
-
 # ---- features: cached outputs of the frozen encoders (``run.feature_cache``), used instead of media
 
 
 def attach_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> None:
-    """With ``run.feature_cache``: fill the cache, and make the run's splits read features from it."""
-    if run.feature_cache is not None:
-        store = fill_features(model, datasets, run, preprocess)
-        _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
-        for group in _used(datasets, run):
-            group.set_features(store)
+    """Fill ``run.feature_cache``, and make the run's splits read features from it."""
+    store = fill_features(model, datasets, run, preprocess)
+    _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
+    for dataset in _used(datasets, run):
+        dataset.set_features(store)
 
 
 def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
@@ -135,7 +138,7 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
 
     ``model`` is ChatBridge, on its device; ``preprocess`` has the evaluation processors.
     """
-    able = hasattr(model, "encode_media") and all(hasattr(group, "set_features") for group in _used(datasets, run))
+    able = hasattr(model, "encode_media") and all(hasattr(dataset, "set_features") for dataset in _used(datasets, run))
     if run.feature_cache is None or not able:
         raise ConfigError("run.feature_cache needs a folder, ChatBridge and this package's data sets: set it to null")
     loaded = load_processors(preprocess)
@@ -155,11 +158,10 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
 
 def samples(datasets: Datasets, run: RunSettings) -> Iterator[Sample]:
     """All samples of the run's splits."""
-    sources = (source for group in _used(datasets, run) for source in group.sources)
+    sources = (source for dataset in _used(datasets, run) for source in dataset.sources)
     return (source.sample(index) for source in sources for index in range(len(source)))
 
 
 def _used(datasets: Datasets, run: RunSettings) -> list[Any]:
     """The data sets of the run's splits."""
-    names = {*run.valid_splits, *run.test_splits, *(() if run.evaluate else run.train_splits)}
-    return [dataset for splits in datasets.values() for split, dataset in splits.items() if split in names]
+    return [dataset for splits in datasets.values() for split, dataset in splits.items() if split in run.used_splits]

@@ -1,7 +1,6 @@
 """Distributed training: the process group, each process's device, and the exchange of small objects.
 
-Without a launcher there is one process and no group; all functions also work then. The backend is NCCL with CUDA, else
-Gloo.
+Without a launcher there is one process and no group; all functions also work then.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -54,10 +53,10 @@ def choose_device(wanted: str, place: ProcessRank) -> torch.device:
 
 
 def _join(run: RunSettings, place: ProcessRank, device: torch.device) -> None:
-    set_address(os.environ)
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     print(
         f"rank {place.rank} of {place.world_size}, announced by {place.launcher}, waits for the others at "
-        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} for up to {run.timeout_minutes:g} minutes",
+        f"{address}:{port} for up to {run.timeout_minutes:g} minutes",
         file=sys.stderr,
         flush=True,
     )
@@ -72,17 +71,6 @@ def _join(run: RunSettings, place: ProcessRank, device: torch.device) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         cause = str(error).splitlines()[0]
         raise TrainingError(f"rank {place.rank} of {place.world_size} cannot join the others: {cause}") from error
-
-
-def set_address(environment: MutableMapping[str, str]) -> None:
-    """Set MASTER_ADDR and MASTER_PORT, which srun does not set: this machine, and a port derived from the job's id."""
-    if "MASTER_ADDR" not in environment and environment.get("SLURM_NNODES", "1") != "1":
-        raise ConfigError(
-            "MASTER_ADDR is not set, and this job has several machines: put "
-            "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) before srun"
-        )
-    environment.setdefault("MASTER_ADDR", "127.0.0.1")
-    environment.setdefault("MASTER_PORT", str(15000 + int(environment.get("SLURM_JOB_ID", 14500)) % 20000))
 
 
 def close() -> None:

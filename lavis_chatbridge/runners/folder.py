@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.files import locked
 from lavis_chatbridge.runners import checkpoints, distributed
 from lavis_chatbridge.runners.logs import LOG
 from lavis_chatbridge.runners.settings import RunSettings
@@ -41,7 +40,6 @@ class RunFolder:
         self.path = Path(run.output_dir).expanduser().absolute() / name
         self.checkpoints = self.path / CHECKPOINTS
         self.overwrite = run.overwrite
-        self._lock = FileLock(self.path / ".training.lock")
         self.resumed: Path | None = None
         if run.resume == "auto":
             self.resumed = distributed.from_main(checkpoints.newest(self.checkpoints))
@@ -59,41 +57,33 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Lock the folder for one training, and `check` it; may be nested."""
-        self.make()
+        """`check` the folder, and lock it for one training; the lock is a `DataError` for a second one."""
         with ExitStack() as stack:
             with distributed.together():
                 if distributed.is_main():
-                    try:
-                        stack.enter_context(self._lock.acquire(timeout=LOCK_WAIT))
-                    except Timeout as error:
-                        raise ConfigError(
-                            f"another training writes into {self.path}: wait for it, stop it, or set another "
-                            f"run.output_dir (lock {error.lock_file})"
-                        ) from error
-                    self.check()
+                    stack.enter_context(locked(self.path / "training", LOCK_WAIT))
+            self.check()
             yield
 
     def check(self) -> None:
-        """Raise if the folder has files of an earlier run that this run neither resumes nor overwrites."""
-        if self.resumed is not None and not (self.resumed / checkpoints.STATE).is_file():
-            raise ConfigError(
-                f"run.resume: {self.resumed} is not a checkpoint, a folder such as step_00001000; to load a weight "
-                "file, set model.checkpoint"
-            )
-        newest = checkpoints.newest(self.checkpoints)
-        if self.overwrite or (newest is not None and newest.resolve() == self.resumed):
-            return
-        if newest is not None or (self.path / WEIGHTS).exists():
-            raise ConfigError(
-                f"{self.path} has {newest.name if newest else WEIGHTS} of an earlier training: resume it "
-                "(run.resume=auto), set another run.output_dir, or delete its files with run.overwrite=true"
-            )
+        """Raise on every process if the folder has files of a run that this one neither resumes nor overwrites."""
+        with distributed.together():
+            if not distributed.is_main():
+                return
+            if self.resumed is not None and not (self.resumed / checkpoints.STATE).is_file():
+                raise ConfigError(
+                    f"run.resume: {self.resumed} is not a checkpoint, a folder such as step_00001000; to load a weight "
+                    "file, set model.checkpoint"
+                )
+            if not self.overwrite and (found := self._earlier()):
+                raise ConfigError(
+                    f"{self.path} has {found} of an earlier training: resume it (run.resume=auto), set another "
+                    "run.output_dir, or delete its files with run.overwrite=true"
+                )
 
     def clear(self) -> None:
         """With ``run.overwrite``, delete an earlier run's files, unless this run resumes its newest checkpoint."""
-        newest = checkpoints.newest(self.checkpoints)
-        if not self.overwrite or (newest is not None and newest.resolve() == self.resumed):
+        if not self.overwrite or not self._earlier():
             return
         for path in (self.path / name for name in _OF_A_RUN):
             if path.is_dir():
@@ -101,3 +91,10 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
         (self.path / RESULTS).mkdir()
+
+    def _earlier(self) -> str | None:
+        """The name of an earlier run's newest checkpoint or weights, unless this run resumes that checkpoint."""
+        newest = checkpoints.newest(self.checkpoints)
+        if newest is None:
+            return WEIGHTS if (self.path / WEIGHTS).exists() else None
+        return None if self.resumed is not None and newest.samefile(self.resumed) else newest.name

@@ -7,19 +7,21 @@ import json
 import logging
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from lavis_chatbridge.errors import one_line
+from lavis_chatbridge.errors import ConfigError, one_line
 from lavis_chatbridge.files import append_lines, write_text
 from lavis_chatbridge.runners import distributed
+from lavis_chatbridge.runners.checkpoints import TrainState
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import StepResult, TrainState
+from lavis_chatbridge.runners.step import StepResult
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
@@ -32,7 +34,7 @@ class Meter:
     """Means and rates since the last log line."""
 
     def __init__(self) -> None:
-        self.losses: defaultdict[str, float] = defaultdict(float)
+        self.losses: dict[str, float] = {}
         self.tokens: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.waited = 0.0
@@ -41,7 +43,7 @@ class Meter:
     def record(self, dataset: str, result: StepResult, waited: float) -> None:
         """Count a step; ``waited`` is the time in seconds spent waiting for its data."""
         if result.outcome in ("ok", "overflow"):
-            self.losses[dataset] += result.loss * result.tokens
+            self.losses[dataset] = self.losses.get(dataset, 0.0) + result.loss * result.tokens
             self.tokens[dataset] += result.tokens
         self.counts.update(samples=result.samples, tokens=result.tokens, skipped=result.skipped)
         self.waited += waited
@@ -52,7 +54,7 @@ class Meter:
         stats: dict[str, float] = {}
         if total := self.tokens.total():
             stats["loss"] = sum(self.losses.values()) / total
-        stats |= {f"loss_{name}": self.losses[name] / tokens for name, tokens in self.tokens.items() if tokens}
+        stats |= {f"loss_{name}": self.losses[name] / tokens for name, tokens in self.tokens.items()}
         stats["samples_per_second"] = self.counts["samples"] / seconds
         stats["tokens_per_second"] = self.counts["tokens"] / seconds
         stats["data_wait_share"] = min(1.0, self.waited / seconds)
@@ -61,34 +63,26 @@ class Meter:
         return stats | {"skipped": self.counts["skipped"]}
 
 
-class Reporter:
+class Reporter(ExitStack):
     """Sends metrics to console, log file, TensorBoard and W&B. Does nothing on ranks other than 0.
 
-    Args:
-        run: The settings of logs.
-        folder: The run's folder.
-        steps: Steps of the whole run.
-        state: The progress at the start; a resumed run's is not 0.
+    ``steps`` is the length of the whole run, ``state`` its progress; a resumed run's is not 0 at the start.
+
+    Raises:
+        ConfigError: If W&B cannot start.
     """
 
     def __init__(self, run: RunSettings, folder: Path, steps: int, state: TrainState) -> None:
+        super().__init__()
         self.run, self.steps, self.state = run, steps, state
         self.meter = Meter()
         self._sinks: list[Sink] = []
-        self._open = ExitStack()
         self._started, self._first = time.perf_counter(), state.step
         if distributed.is_main():
-            log = folder / LOG
-            drop_after(log, state.step)
-            self._sinks += [lambda *metrics: write(log, *metrics), self._print]
+            drop_after(folder / LOG, state.step)
+            self._sinks += [partial(write, folder / LOG), self._print]
             self._sinks += [self._tensorboard(folder / "tensorboard")] if run.tensorboard else []
             self._sinks += [self._wandb(folder / "wandb")] if run.wandb else []
-
-    def __enter__(self) -> Reporter:
-        return self
-
-    def __exit__(self, *_fault: object) -> None:
-        self._open.close()
 
     def step(self, dataset: str, result: StepResult, waited: float) -> None:
         """Count a step; write means and rates every ``log_every`` steps and at the end."""
@@ -118,7 +112,7 @@ class Reporter:
         """TensorBoard events; a resumed run purges the events of steps that it repeats."""
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = self._open.enter_context(SummaryWriter(str(folder), purge_step=self._first + 1))
+        writer = self.enter_context(SummaryWriter(str(folder), purge_step=self._first + 1))
 
         def write_events(split: str, stats: Mapping[str, Any], step: int) -> None:
             for key, value in _numbers(stats).items():
@@ -132,8 +126,14 @@ class Reporter:
 
         folder.mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("WANDB_MODE", "offline")
-        run = wandb.init(dir=str(folder), config=self.run.model_dump(), mode=mode)
-        self._open.callback(run.finish)
+        try:
+            run = wandb.init(dir=str(folder), config=self.run.model_dump(), mode=mode)
+        except Exception as error:  # W&B raises errors of any class
+            raise ConfigError(
+                f"run.wandb: W&B cannot start (WANDB_MODE={mode}): {one_line(error)}; run `wandb login`, set "
+                "WANDB_MODE=offline, or set run.wandb=false"
+            ) from error
+        self.callback(run.finish)
         return lambda split, stats, step: run.log({f"{split}/{k}": v for k, v in _numbers(stats).items()}, step=step)
 
 
@@ -151,10 +151,10 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int:
-    """The step of a log line (its first value); 0 for lines of another form."""
+    """The step of a log line, its first value; 0 for an incomplete line."""
     try:
-        return int(next(iter(json.loads(line).values())))
-    except (ValueError, TypeError, AttributeError, StopIteration):
+        return next(iter(json.loads(line).values()))
+    except ValueError:
         return 0
 
 

@@ -6,9 +6,9 @@ shards the language model's blocks and gathers each block when it runs.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,21 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import distributed, optim
+from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
-
-_log = logging.getLogger(__name__)
+from lavis_chatbridge.runners.step import trainable
 
 
 @runtime_checkable
 class Bridge(Protocol):
-    """A model with trained parts between frozen ones, such as ChatBridge."""
+    """A model with trained parts between frozen ones, such as ChatBridge.
 
-    def parts(self) -> Mapping[str, list[nn.Parameter]]:
-        """The trained parts by name."""
+    ``parts()`` are the trained ones by name; each of ``blocks()``, the language model's, runs once per forward.
+    """
 
-    def blocks(self) -> list[nn.Module]:
-        """The blocks of the language model; each runs once per forward."""
+    def parts(self) -> Mapping[str, list[nn.Parameter]]: ...
+    def blocks(self) -> list[nn.Module]: ...
 
 
 def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
@@ -41,7 +40,7 @@ def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     Returns:
         Names of the bridge's parameters, trained or not; checkpoints contain these.
     """
-    bridge = list(optim.trainable(model))
+    bridge = list(trainable(model))
     if names is None:
         return bridge
     parts = _as_bridge(model, "run.train").parts()
@@ -51,23 +50,22 @@ def choose_trained(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     for name, parameters in parts.items():
         for parameter in parameters:
             parameter.requires_grad_(name in names)
-    return list(dict.fromkeys([*bridge, *optim.trainable(model)]))
+    return list(dict.fromkeys([*bridge, *trainable(model)]))
 
 
 def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
     """Move a model to its device and make its trained parameters equal on all processes."""
-    if raised := optim.keep_in_fp32(optim.trainable(model).values()):
-        _log.warning("%d trained parameters were in half precision; they are kept in fp32", raised)
+    for parameter in trainable(model).values():
+        if parameter.dtype in (torch.float16, torch.bfloat16):  # they round off an update of 1e-4
+            parameter.data = parameter.data.float()
     if run.gradient_checkpointing:
         for block in _as_bridge(model, "run.gradient_checkpointing").blocks():
-            block.forward = _recomputed(block.forward)
+            block.forward = partial(_recompute, block.forward)
     if run.parallel == "fsdp" and distributed.in_group():
         _shard(_as_bridge(model, "run.parallel fsdp").blocks(), device)
-    elif run.parallel == "fsdp":
-        _log.warning("run.parallel is fsdp, but this is the only process: nothing is sharded")
     model.to(device)
     if distributed.in_group():
-        for parameter in optim.trainable(model).values():
+        for parameter in trainable(model).values():
             dist.broadcast(parameter.data, src=0)
     if run.compile:
         for block in _as_bridge(model, "run.compile").blocks():
@@ -119,15 +117,11 @@ def _shard(blocks: Sequence[nn.Module], device: torch.device) -> None:
         fsdp.fully_shard(block, mesh=mesh, ignored_params=adapters or None)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` with activation checkpointing: only its inputs are kept for backward.
+def _recompute(forward: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
+    """Run ``forward`` with activation checkpointing: only its inputs are kept for backward.
 
     transformers' own switch has no effect in evaluation mode, and frozen parts are always in it.
     """
-
-    def run(*inputs: Any, **more: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*inputs, **more)
-        return checkpoint(forward, *inputs, use_reentrant=False, **more)
-
-    return run
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **more)
+    return checkpoint(forward, *inputs, use_reentrant=False, **more)

@@ -118,8 +118,6 @@ class RunSettings(EvaluationSettings):
     """Minutes between two checkpoints, in addition to ``save_every_steps``."""
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
-    keep_every: PositiveInt | None = None
-    """Also keep checkpoints at multiples of this number of steps."""
 
     # ---- machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -153,31 +151,26 @@ class RunSettings(EvaluationSettings):
         yield from super().check()
         if self.evaluate and not self.test_splits:
             yield "evaluate is set, but test_splits names no split"
-        if not self.evaluate:
-            yield from self._check_training()
+        if not self.evaluate and (self.max_iters is None) == (self.max_epoch is None):
+            yield "give either max_iters (optimiser steps) or max_epoch (passes over the data)"
+        if not self.evaluate and not self.train_splits:
+            yield "train_splits is empty"
+        if not self.evaluate and self.max_iters is not None and self.warmup_steps > self.max_iters:
+            yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
         if self.overwrite and self.resume == "auto":
             yield "overwrite deletes the earlier run that resume: auto would resume: choose one"
         if self.resume == "auto" and self.job_id is None and not self.evaluate:
             yield "resume: auto needs a job_id (empty: output_dir itself); null names a new folder at every start"
 
-    def _check_training(self) -> Iterable[str]:
-        if (self.max_iters is None) == (self.max_epoch is None):
-            yield "give either max_iters (optimiser steps) or max_epoch (passes over the data)"
-        if not self.train_splits:
-            yield "train_splits is empty"
-        if self.max_iters is not None and self.warmup_steps > self.max_iters:
-            yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
-        if self.min_lr > self.init_lr or self.warmup_lr > self.init_lr:
-            yield f"init_lr {self.init_lr} is less than min_lr {self.min_lr} or warmup_lr {self.warmup_lr}"
+    @property
+    def used_splits(self) -> list[str]:
+        """The splits that this run reads."""
+        return [*([] if self.evaluate else [*self.train_splits, *self.valid_splits]), *self.test_splits]
 
     def check_splits(self, known: Collection[str]) -> None:
         """Raise a `ConfigError` if a split of this run is not among the ``known`` ones."""
-        keys = ["test_splits"] if self.evaluate else ["train_splits", "valid_splits", "test_splits"]
-        faults = [
-            f"run.{key}: no data set has the split {split!r}; there are {', '.join(sorted(known))}"
-            for key in keys
-            for split in getattr(self, key)
-            if split not in known
-        ]
-        if faults:
-            raise ConfigError("; ".join(faults))
+        if unknown := [split for split in self.used_splits if split not in known]:
+            raise ConfigError(
+                f"no data set has the split {', '.join(map(repr, unknown))} of run.train_splits, valid_splits or "
+                f"test_splits; there are {', '.join(sorted(known))}"
+            )

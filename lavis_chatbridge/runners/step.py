@@ -1,4 +1,4 @@
-"""One optimiser step, with the same result for one process and several, and the progress of a run.
+"""One optimiser step, with the same result for one process and several.
 
 The loss of a step is the mean over all target tokens of all micro-batches of all processes. Each process therefore runs
 backward on the *sum* over its tokens; gradients are summed over processes and divided by the total number of tokens.
@@ -17,12 +17,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from lavis_chatbridge.errors import TrainingError
 from lavis_chatbridge.models.settings import slow_on_cpu
-from lavis_chatbridge.runners import distributed, optim
+from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 
 Samples: TypeAlias = Mapping[str, Any]
@@ -30,116 +28,51 @@ Samples: TypeAlias = Mapping[str, Any]
 Loss: TypeAlias = Callable[[nn.Module, Samples], tuple[Tensor, Tensor]]
 """(model, batch) -> (mean loss, number of target tokens), both 0-dimensional."""
 
+_FIRST_FP16_SCALE = 2.0**6
+"""Initial loss scale. GradScaler's default 2**16 is for a mean loss; here it is a sum over thousands of tokens."""
+
 
 @dataclass
 class StepResult:
-    """The result of one step, over all processes.
-
-    Attributes:
-        outcome: ``ok``, or why no weight changed: ``empty`` (no target token), ``nonfinite`` (loss or gradient),
-            ``overflow`` (fp16 only: the loss scale was too large and is lowered).
-        loss: Mean over the target tokens.
-        tokens: Number of target tokens.
-        samples: Number of samples trained on.
-        skipped: Number of unreadable samples.
-        rate: Learning rate.
-        save: Whether a process requests a checkpoint.
-        stop: Whether a process requests the end of the training.
-        grad_norm: Norm before clipping.
-        suspects: Ids of the samples of non-finite micro-batches.
-    """
+    """The result of one step, over all processes."""
 
     outcome: Literal["ok", "empty", "nonfinite", "overflow"]
-    loss: float
-    tokens: int
-    samples: int
-    skipped: int
-    rate: float
-    save: bool = False
-    stop: bool = False
-    grad_norm: float = 0.0
-    suspects: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Count:
-    """Numbers of samples and target tokens of one data set, over all processes."""
-
-    samples: NonNegativeInt = 0
-    skipped: NonNegativeInt = 0
-    tokens: NonNegativeInt = 0
-
-
-@dataclass
-class TrainState:
-    """The progress of a run.
-
-    Attributes:
-        step: Number of finished steps.
-        counts: Counts by data set.
-        nonfinite_steps: Number of steps skipped because of a non-finite loss or gradient.
-        best_metric: Highest ``agg_metrics`` of the first validation split; None before the first validation.
-        best_step: The step of ``best_metric``.
-        validated: The last step whose validation is finished.
-    """
-
-    step: NonNegativeInt = 0
-    counts: dict[str, Count] = field(default_factory=dict)
-    nonfinite_steps: NonNegativeInt = 0
-    best_metric: float | None = None
-    best_step: NonNegativeInt | None = None
-    validated: NonNegativeInt = 0
-
-    def record(self, dataset: str, result: StepResult) -> None:
-        """Count a finished step."""
-        count = self.counts.setdefault(dataset, Count())
-        count.samples += result.samples
-        count.skipped += result.skipped
-        count.tokens += result.tokens
-        self.step += 1
-        self.nonfinite_steps += result.outcome == "nonfinite"
-
-    def check(self, run: RunSettings) -> None:
-        """Raise a `TrainingError` after ``max_nonfinite_steps`` non-finite steps."""
-        if self.nonfinite_steps >= run.max_nonfinite_steps:
-            raise TrainingError(
-                f"{self.nonfinite_steps} steps had a non-finite loss or gradient (run.max_nonfinite_steps "
-                f"{run.max_nonfinite_steps}): lower run.init_lr, use precision bf16 or fp32, or check the samples "
-                "in the log"
-            )
-
-    def improves(self, metric: float) -> bool:
-        """Return whether ``metric`` is the best so far, and if so, record it for the current step."""
-        if self.best_metric is not None and not metric > self.best_metric:
-            return False
-        self.best_metric, self.best_step = metric, self.step
-        return True
+    """``ok``, or why no weight changed: ``empty`` (no target token), ``nonfinite`` (loss or gradient), ``overflow``
+    (fp16 only: the loss scale was too large and is lowered)."""
+    loss: float  # mean over the target tokens
+    tokens: int  # target tokens
+    samples: int  # samples trained on
+    skipped: int  # unreadable samples
+    rate: float  # learning rate
+    save: bool = False  # a process requests a checkpoint
+    stop: bool = False  # a process requests the end of the training
+    grad_norm: float = 0.0  # before clipping
+    suspects: list[str] = field(default_factory=list)  # ids of the samples of non-finite micro-batches
 
 
 class TrainStep:
-    """Makes one optimiser step from micro-batches, for a model with trainable parameters on ``device``."""
+    """Makes one optimiser step from micro-batches, for a model with trainable parameters on ``device``.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        schedule: optim.Schedule,
-        run: RunSettings,
-        device: torch.device,
-    ) -> None:
-        self.model, self.loss, self.optimizer, self.scaler, self.schedule = model, loss, optimizer, scaler, schedule
-        self.run, self.device, self.rank = run, device, distributed.rank()
-        self.parameters = list(optim.trainable(model).values())
+    Attributes:
+        optimizer: AdamW over the trainable parameters.
+        scaler: The fp16 loss scaler; disabled in other precisions.
+    """
 
-    def __call__(self, step: int, batch: Sequence[Samples], save: bool = False, stop: bool = False) -> StepResult:
+    def __init__(self, model: nn.Module, loss: Loss, run: RunSettings, device: torch.device) -> None:
+        self.model, self.loss, self.run, self.device = model, loss, run, device
+        self.parameters = list(trainable(model).values())
+        self.optimizer = adamw(self.parameters, run)
+        fp16 = run.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_FP16_SCALE, enabled=fp16)
+
+    def __call__(
+        self, step: int, rate: float, batch: Sequence[Samples], save: bool = False, stop: bool = False
+    ) -> StepResult:
         """Take step ``step`` (from 0) on this process's micro-batches; empty ones (no readable sample) are skipped.
 
         ``save`` and ``stop``: this process requests a checkpoint, or the end of training.
         """
-        seed_all(self.run.seed, step, self.rank)
-        rate = self.schedule(step)
+        seed_all(self.run.seed, step, distributed.rank())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         skipped = sum(len(samples.get("skipped", ())) for samples in batch)
@@ -190,6 +123,34 @@ class TrainStep:
             recoverable = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
             result.outcome = "overflow" if recoverable else "nonfinite"
         self.scaler.update()
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adamw(parameters: Sequence[nn.Parameter], run: RunSettings) -> torch.optim.AdamW:
+    """AdamW: matrices decay, biases and norms only with ``run.decay_all``."""
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (run.weight_decay, 0.0)]
+    for parameter in parameters:
+        groups[parameter.ndim < 2 and not run.decay_all]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=run.init_lr, betas=run.betas, fused=parameters[0].is_cuda or None)
+
+
+def learning_rate(run: RunSettings, step: int, steps: int, epoch: int | None = None) -> float:
+    """The learning rate of step ``step`` (from 0) of ``steps``: linear warm-up, then a cosine over the remaining steps.
+
+    The original's warm-up restarts at every epoch (of ``epoch`` steps) that begins within the warm-up, and its cosine
+    starts at step 0. LAVIS's own cosine changes once per epoch, and its warm-up ends with the first epoch.
+    """
+    original = run.lr_sched == "original"
+    if step < run.warmup_steps:
+        done = step % (epoch or steps) if original else step
+        return run.warmup_lr + (run.init_lr - run.warmup_lr) * done / run.warmup_steps
+    first = 0 if original else run.warmup_steps
+    share = (step - first) / max(1, steps - first)
+    return run.min_lr + (run.init_lr - run.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
 
 
 def _summed(own: Tensor, rate: float) -> StepResult:
