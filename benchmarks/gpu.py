@@ -42,9 +42,8 @@ from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import LanguageModelSettings, ModelSettings
 from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, alignment_prompt
-from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import StepResult, TrainStep
+from lavis_chatbridge.runners.step import StepResult, TrainStep, learning_rate, trainable
 
 CAPTION = "a red circle moves left above two big blue squares and a small green star moves right"
 FRAMES, MEL_BINS = 4, 64
@@ -96,7 +95,8 @@ def build(settings: ModelSettings, device: torch.device) -> ChatBridge:
     model.to(device)
     for norm in (model.ln_vision, model.ln_audio):
         norm.float()
-    optim.keep_in_fp32(optim.trainable(model).values())
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
     return model.train()
 
 
@@ -121,9 +121,8 @@ class Trainer:
 
     def __init__(self, model: ChatBridge, device: torch.device) -> None:
         run = RunSettings(task="chatbridge_alignment", max_iters=100_000, precision="bf16")
-        optimizer = optim.build_optimizer(model, run)
-        scaler, schedule = optim.build_scaler(run.precision, device), optim.schedule(run, 100_000)
-        self._step = TrainStep(model, self._loss, optimizer, scaler, schedule, run, device)
+        self._rate = learning_rate(run, 0, 100_000)
+        self._step = TrainStep(model, self._loss, run, device)
 
     @staticmethod
     def _loss(model: Any, samples: Any) -> tuple[Tensor, Tensor]:
@@ -132,7 +131,7 @@ class Trainer:
 
     def step(self, batch: dict) -> StepResult:
         """One step, with the dropout and the learning rate of step 0."""
-        return self._step(0, [batch])
+        return self._step(0, self._rate, [batch])
 
 
 def seconds_of(function: Callable[[], Any], rounds: int, device: torch.device) -> float:
@@ -167,7 +166,7 @@ def check(model: ChatBridge, batch: dict, device: torch.device) -> dict[str, flo
     Raises:
         RuntimeError: If a loss or gradient is not finite, or the steps differ.
     """
-    parameters = optim.trainable(model)
+    parameters = trainable(model)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     results = []
     for _ in range(2):

@@ -51,9 +51,8 @@ from lavis_chatbridge.models.settings import (
     VisionSettings,
 )
 from lavis_chatbridge.prompting.conversation import Slot, alignment_prompt
-from lavis_chatbridge.runners import optim
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import TrainStep
+from lavis_chatbridge.runners.step import TrainStep, learning_rate
 
 BATCHES = {"image": 8, "video": 4, "audio": 8}
 STEPS = 2
@@ -212,11 +211,9 @@ class Ours:
 
     def __init__(self) -> None:
         self.model = build()
-        device = torch.device("cpu")
         run = RunSettings(task="chatbridge_alignment", max_iters=100_000, clip_grad_norm=None, decay_all=True)
-        optimizer = optim.build_optimizer(self.model, run)
-        scaler, schedule = optim.build_scaler("fp32", device), optim.schedule(run, 100_000)
-        self._step = TrainStep(self.model, self.loss, optimizer, scaler, schedule, run, device)
+        self._rate = learning_rate(run, 0, 100_000)
+        self._step = TrainStep(self.model, self.loss, run, torch.device("cpu"))
 
     @staticmethod
     def loss(model: Any, samples: Any) -> tuple[Tensor, Tensor]:
@@ -226,7 +223,7 @@ class Ours:
 
     def step(self, batch: dict[str, Any], modality: str) -> float:
         """One training step."""
-        return self._step(0, [batch]).loss
+        return self._step(0, self._rate, [batch]).loss
 
 
 def in_turns(functions: list[Callable[[], Any]], rounds: int) -> list[tuple[float, int]]:

@@ -9,7 +9,6 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
@@ -75,23 +74,21 @@ class Session:
         cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
         job_id = distributed.from_main(new_job_id())
         cfg.folder = RunFolder(cfg.run, job_id) if own else None
-        # claiming the folder raises before anything is loaded
-        with nullcontext() if cfg.folder is None or evaluate else cfg.folder.claimed():
-            prepare_world(cfg.datasets_cfg)
-            runner = self._runner(cfg, job_id, evaluate)
-            return runner.evaluate() if evaluate else runner.train()
+        if cfg.folder is not None and not evaluate:
+            cfg.folder.check()  # before anything is loaded
+        prepare_world(cfg.datasets_cfg)
+        runner = self._runner(cfg, job_id, evaluate)
+        return runner.evaluate() if evaluate else runner.train()
 
     def _runner(self, cfg: Config, job_id: str, evaluate: bool) -> Any:
         """The runner of a configuration, with its task, data sets and model, built in LAVIS's order."""
         from lavis.common.registry import registry
 
-        from lavis_chatbridge.runners import data, distributed
+        from lavis_chatbridge.runners import distributed
 
         with distributed.together():
             task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
             datasets = task.build_datasets(cfg)
-            if cfg.folder is not None:
-                cfg.run.check_splits(data.splits_of(datasets))
             model = self._model_of(task, cfg, evaluate)
         return registry.get_runner_class(cfg.run.runner)(
             cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets

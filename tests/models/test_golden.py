@@ -34,7 +34,8 @@ from lavis_chatbridge.prompting.conversation import (
     chat_prompt,
     clean_caption,
 )
-from lavis_chatbridge.runners.optim import learning_rate, original_rate
+from lavis_chatbridge.runners.settings import RunSettings
+from lavis_chatbridge.runners.step import learning_rate
 from tests.models.building import golden_settings
 from tests.processors.test_golden_processing import (  # noqa: F401 (a golden folder is checked whole by this file)
     slices,
@@ -430,12 +431,19 @@ def test_caption_cleaning(facts: Callable) -> None:
         assert clean_caption(case["text"]) == case["cleaned"]
 
 
-def test_learning_rate_ramp(facts: Callable) -> None:
-    """The first epoch's ramp is the original's; it is not begun again with the second epoch, as there it is."""
+def learning_rates(facts: Callable, schedule: str) -> tuple[dict[str, Any], list[float], list[float]]:
+    """The original's settings and rates, and ours with these settings."""
     config, lrs = (facts("data_rules")["lr_schedule"][name] for name in ("config", "lrs"))
+    keys = {"init_lr": "init_lr", "min_lr": "min_lr", "warmup_steps": "warmup_steps", "warmup_lr": "warmup_start_lr"}
+    values = {ours: config[theirs] for ours, theirs in keys.items()}
+    run = RunSettings(task="chatbridge_alignment", max_iters=len(lrs), lr_sched=schedule, **values)
+    return config, lrs, [learning_rate(run, step, len(lrs), config["iters_per_epoch"]) for step in range(len(lrs))]
+
+
+def test_learning_rate_ramp(facts: Callable) -> None:
+    """The first epoch's ramp is the original's; it does not restart with the second epoch, as the original's does."""
+    config, lrs, ours = learning_rates(facts, "linear_warmup_cosine_lr")
     ramp = min(config["iters_per_epoch"], config["warmup_steps"])
-    rest = (config["init_lr"], config["min_lr"], config["warmup_steps"], config["warmup_start_lr"])
-    ours = [learning_rate(step, len(lrs), *rest) for step in range(len(lrs))]
     assert ours[:ramp] == pytest.approx(lrs[:ramp], rel=1e-6)
     assert ours[config["warmup_steps"]] == pytest.approx(config["init_lr"])
     assert all(a < b for a, b in pairwise(ours[: config["warmup_steps"] + 1]))
@@ -443,7 +451,5 @@ def test_learning_rate_ramp(facts: Callable) -> None:
 
 def test_the_originals_learning_rates(facts: Callable) -> None:
     """With ``lr_sched: original`` every rate is the original's, its restarted ramp included."""
-    config, lrs = (facts("data_rules")["lr_schedule"][name] for name in ("config", "lrs"))
-    epoch = config["iters_per_epoch"]
-    rest = (config["init_lr"], config["min_lr"], config["warmup_steps"], config["warmup_start_lr"])
-    assert [original_rate(step, len(lrs), *rest, epoch) for step in range(len(lrs))] == pytest.approx(lrs, rel=1e-9)
+    _, lrs, ours = learning_rates(facts, "original")
+    assert ours == pytest.approx(lrs, rel=1e-9)

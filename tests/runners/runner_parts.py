@@ -187,14 +187,14 @@ def stop_after(one: ChatBridgeRunner, step: int) -> None:
 
 def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object]) -> None:
     """Call ``action`` once a runner has counted ``step``."""
-    check = one._check_step
+    check = one._check_progress
 
     def checked(*arguments: Any) -> None:
         check(*arguments)
         if one.state.step == step:
             action()
 
-    one._check_step = checked  # type: ignore[method-assign]
+    one._check_progress = checked  # type: ignore[method-assign]
 
 
 def weights(one: ChatBridgeRunner) -> dict[str, torch.Tensor]:

@@ -19,15 +19,7 @@ from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.files import SHARED
 from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.checkpoints import MODEL, OPTIMIZER, STATE
-from tests.runners.runner_parts import (
-    Stop,
-    ToyModel,
-    after_step,
-    runner,
-    same,
-    stop_after,
-    weights,
-)
+from tests.runners.runner_parts import Stop, ToyModel, after_step, runner, same, stop_after, weights
 
 
 def log_lines(folder: Path, split: str) -> list[list[object]]:
@@ -59,7 +51,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
     resumed.train()
     assert same(weights(whole), weights(resumed))
     assert resumed.state == whole.state
-    first, second = (checkpoints.optimizer_tensors(one.model, one.optimizer) for one in (whole, resumed))
+    first, second = (checkpoints.optimizer_tensors(one.model, one.train_step.optimizer) for one in (whole, resumed))
     assert same(first, second)
     for split in ("train", "val"):
         found, expected = ([line[::2] for line in log_lines(tmp_path / name, split)] for name in ("cut", "whole"))
@@ -107,28 +99,12 @@ def test_a_finished_run_resumes_without_steps_and_a_later_checkpoint_is_refused(
 
 
 def test_the_kept_checkpoints_can_be_read_by_colleagues(tmp_path):
-    runner(tmp_path, max_iters=9, save_every_steps=1, keep_last=2, keep_every=4).train()
+    runner(tmp_path, max_iters=9, save_every_steps=1, keep_last=2).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000004", "step_00000008", "step_00000009"]
+    assert names == ["step_00000008", "step_00000009"]
     files = [path for path in tmp_path.rglob("*.*") if path.is_file() and not path.name.startswith(".")]
     assert {path.name for path in files} >= {MODEL, OPTIMIZER, STATE}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {SHARED}
-
-
-def test_a_crash_inside_a_save_leaves_the_last_one(tmp_path, monkeypatch):
-    def crash(path, value):
-        raise Stop
-
-    part = runner(tmp_path, max_iters=4, save_every_steps=2)
-    after_step(part, 3, lambda: monkeypatch.setattr(checkpoints, "write_json", crash))
-    with pytest.raises(Stop):
-        part.train()
-    monkeypatch.undo()
-    resumed = runner(tmp_path, max_iters=4, resume="auto")
-    assert resumed.folder.resumed == tmp_path / "checkpoints" / "step_00000002"
-    resumed.train()
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000002", "step_00000004"]
 
 
 def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp_path):
@@ -200,15 +176,12 @@ def state(change):
 
 
 DAMAGES = {
-    "weights with NaN": (MODEL, tensors(lambda t: t["norm.bias"].fill_(float("nan"))), "norm.bias is not finite"),
     "other weights": (MODEL, tensors(lambda t: t.pop("norm.bias")), "for another model, .*norm.bias is missing"),
-    "other shapes": (MODEL, tensors(lambda t: t.update({"norm.bias": torch.ones(3)})), r"norm.bias is \[3\], expected"),
     "another optimiser": (
         OPTIMIZER,
         tensors(lambda t: t.update({"norm.bias|exp_avg": torch.ones(3)})),
         r"norm.bias\|exp_avg is \[3\], expected \[8\]",
     ),
-    "half an optimiser": (OPTIMIZER, tensors(lambda t: t.pop("norm.bias|exp_avg_sq")), "exp_avg_sq is missing"),
     "no scaler": (STATE, state(lambda s: s.pop("scaler")), "scaler is missing"),
     "a word for a step": (STATE, state(lambda s: s["progress"].update(step="x")), "state.json.progress.step"),
     "other data": (
@@ -239,7 +212,7 @@ def test_what_is_refused_leaves_the_run_as_it_was(tmp_path, trained, damage):
     with pytest.raises(CheckpointError, match=message):
         one.train()
     assert same(one.model.state_dict(), before)
-    assert (one.state, one.optimizer.state, one.train_loader.plan.origin[0]) == (progress, {}, 0)
+    assert (one.state, one.train_step.optimizer.state, one.train_loader.plan.origin[0]) == (progress, {}, 0)
     shutil.copy(trained / name, folder / name)
     one.train()
     assert one.state.step == 6

@@ -25,17 +25,8 @@ from tests.runners.runner_parts import (
     in_processes,
     runner,
     same,
-    toy_data,
     weights,
 )
-
-
-def test_the_address_under_srun():
-    environment = {"SLURM_JOB_ID": "123456"}
-    distributed.set_address(environment)
-    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", str(15000 + 123456 % 20000))
-    with pytest.raises(ConfigError, match=r"export MASTER_ADDR=\$\(scontrol show hostnames"):
-        distributed.set_address({"SLURM_NNODES": "2"})
 
 
 def test_a_device_that_is_not_there(monkeypatch):
@@ -197,9 +188,7 @@ def test_all_processes_refuse_alike(tmp_path):
     assert "have loaded different frozen weights" in told(tmp_path / "new", _refused, True)[1]
 
 
-def test_fsdp_needs_processes_a_new_torch_and_a_model_with_blocks(tmp_path, caplog, monkeypatch):
-    runner(tmp_path, parallel="fsdp", max_iters=1, data=toy_data()).train()
-    assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
+def test_fsdp_needs_a_new_torch_and_a_model_with_blocks(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="gradient_checkpointing is for ChatBridge, but the model is Linear"):
         parallel.prepare(torch.nn.Linear(2, 2), config(tmp_path, gradient_checkpointing=True).run, torch.device("cpu"))
     monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward", raising=False)

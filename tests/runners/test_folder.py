@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.plugin import launch, train
 from lavis_chatbridge.runners import folder as folders
-from lavis_chatbridge.runners.folder import WEIGHTS, new_job_id
+from lavis_chatbridge.runners.folder import WEIGHTS
 from tests.runners.runner_parts import runner, same
 
 YAML = """
@@ -110,7 +110,7 @@ def test_two_trainings_do_not_share_a_folder_and_a_killed_one_holds_no_lock(tmp_
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"another training writes into {tmp_path}: wait for it, stop it"):
+        with pytest.raises(DataError, match=f"{tmp_path}/training is in use by another process"):
             runner(tmp_path, max_iters=1, resume="auto").train()
         assert not (tmp_path / "checkpoints").exists()
         runner(tmp_path, evaluate=True, test_splits=["val"]).train()  # which writes other files
@@ -118,6 +118,14 @@ def test_two_trainings_do_not_share_a_folder_and_a_killed_one_holds_no_lock(tmp_
         holder.wait()
     runner(tmp_path, max_iters=1, resume="auto").train()
     assert steps(tmp_path) == [1]
+
+
+def test_auto_resumes_below_a_symbolic_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for steps_of_run in (2, 3):
+        runner(tmp_path / "link", max_iters=steps_of_run, resume="auto").train()
+    assert steps(tmp_path / "real") == [2, 3]
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
@@ -136,7 +144,7 @@ def command(tmp_path: Path, *options: str) -> int:
     ("options", "message"),
     [
         (["run.job_id=''"], r"error: \S+/out has step_00000003 of an earlier training"),
-        (["run.test_splits=[test,tset]"], r"run.test_splits: no data set has the split 'tset'; there are .*heldout"),
+        (["run.test_splits=[test,tset]"], r"no data set has the split 'tset' of run\..*; there are .*heldout"),
     ],
 )
 def test_what_cannot_be_trained_is_named_before_anything_is_loaded(tmp_path, capsys, options, message):
@@ -145,9 +153,3 @@ def test_what_cannot_be_trained_is_named_before_anything_is_loaded(tmp_path, cap
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
     assert not (tmp_path / "world").exists()  # it is built before anything is loaded
-
-
-def test_runs_without_a_name_get_different_ones():
-    names = {new_job_id() for _ in range(50)}
-    assert len(names) == 50
-    assert all(re.fullmatch(r"\d{8}_\d{6}_[0-9a-f]{6}", name) for name in names)

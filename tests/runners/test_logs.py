@@ -8,9 +8,11 @@ import types
 
 import pytest
 
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.runners import logs
+from lavis_chatbridge.runners.checkpoints import TrainState
 from lavis_chatbridge.runners.logs import Meter, Reporter
-from lavis_chatbridge.runners.step import StepResult, TrainState
+from lavis_chatbridge.runners.step import StepResult
 from tests.runners.runner_parts import config
 
 
@@ -91,3 +93,15 @@ def test_weights_and_biases_stays_offline_by_default(tmp_path, monkeypatch):
     assert [words["mode"] for words in asked] == ["offline", "online"]
     assert (asked[0]["dir"], asked[0]["config"]["seed"]) == (str(tmp_path / "wandb"), 42)
     assert logged == [({"train/loss": 1.5}, 3), 0]
+
+
+def test_a_fault_of_wandb_at_the_start_is_one_clear_error(tmp_path, monkeypatch):
+    wandb = types.ModuleType("wandb")
+
+    def init(**_words):
+        raise RuntimeError("api_key not configured")
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ConfigError, match=r"run\.wandb: W&B cannot start .*api_key not configured.*run\.wandb=false"):
+        Reporter(config(tmp_path, wandb=True).run, tmp_path, 4, TrainState())

@@ -1,4 +1,4 @@
-"""One step: the gradients that it gives its optimiser, and what it draws at random."""
+"""One step: its gradients, its random numbers, its learning rate, and the optimiser's parameter groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.runners.runner_parts import ToyModel, runner
+from lavis_chatbridge.runners.step import adamw, learning_rate
+from tests.runners.runner_parts import ToyModel, config, runner
 
 
 class Keeping(ToyModel):
@@ -27,13 +28,14 @@ class Keeping(ToyModel):
 def first_step(folder, **run):
     """The micro-batches of a first step, and the gradients by name that its optimiser is given."""
     one = runner(folder, Keeping(), max_iters=1, **run)
-    found, step = {}, one.optimizer.step
+    found, optimizer = {}, one.train_step.optimizer
+    step = optimizer.step
 
     def look(*arguments, **more):
         found.update({name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None})
         return step(*arguments, **more)
 
-    one.optimizer.step = look
+    optimizer.step = look
     one.train()
     return one.model.seen, found
 
@@ -82,3 +84,32 @@ def test_compiled_and_recomputed_blocks_change_no_weight(tmp_path, monkeypatch, 
     assert all((block._compiled_call_impl is not None) == (option == "compile") for block in other.model.frozen)
     for name, tensor in other._weights().items():
         torch.testing.assert_close(tensor, plain._weights()[name], rtol=0, atol=1e-6)
+
+
+def rates(folder, steps, epoch=None, **run):
+    settings = config(folder, max_iters=steps, **run).run
+    return [learning_rate(settings, step, steps, epoch) for step in range(steps)]
+
+
+def test_warm_up_then_cosine_over_the_whole_run(tmp_path):
+    found = rates(tmp_path, 110, init_lr=1.0, min_lr=0.1, warmup_steps=10, warmup_lr=0.2)
+    assert [found[step] for step in (0, 5, 10, 60)] == pytest.approx([0.2, 0.6, 1.0, 0.55])
+    assert found[109] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.99)))
+    assert found[:11] == sorted(found[:11])
+    assert found[10:] == sorted(found[10:], reverse=True)
+
+
+def test_the_originals_warm_up_restarts_with_an_epoch(tmp_path):
+    options = {"warmup_steps": 4, "init_lr": 0.08, "min_lr": 0.0, "warmup_lr": 0.0}
+    found = rates(tmp_path, 8, epoch=3, lr_sched="original", **options)
+    assert found[:5] == pytest.approx([0.0, 0.02, 0.04, 0.0, 0.04])  # at half of the steps, the cosine is at a half
+    assert rates(tmp_path, 8, **options)[3:5] == pytest.approx([0.06, 0.08])
+
+
+def test_only_matrices_decay_by_default(tmp_path):
+    parameters = list(ToyModel().parameters())
+    matrices, vectors = adamw(parameters, config(tmp_path, weight_decay=0.1).run).param_groups
+    assert {parameter.ndim for parameter in vectors["params"]} == {1}
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    every, none = adamw(parameters, config(tmp_path, decay_all=True).run).param_groups
+    assert (len(every["params"]), len(none["params"])) == (len(parameters), 0)

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -73,9 +72,14 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
     one = runner(tmp_path, data=toy_data(bad=tuple(range(10))), max_iters=30)
     with pytest.raises(DataError, match=r"pictures: .* samples could not be read, more than the 5%"):
         one.train()
-    with pytest.raises(DataError, match="nothing was trained: no sample that could be read has a target token"):
-        runner(tmp_path / "all", data=pictures(5, bad=tuple(range(5))), max_iters=2).train()
-    assert not any((folder / "model.safetensors").exists() for folder in (tmp_path, tmp_path / "all"))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("fault", ["bad", "poison"])
+def test_a_run_that_trains_nothing_writes_no_weights(tmp_path, fault):
+    with pytest.raises(TrainingError, match="nothing was trained"):
+        runner(tmp_path, data=pictures(5, **{fault: tuple(range(5))}), max_iters=2).train()
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog):
@@ -93,8 +97,6 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path):
     with pytest.raises(TrainingError, match="3 steps had a non-finite loss"):
         one.train()
     assert one.state.step == 3
-    with pytest.raises(TrainingError, match="nothing was trained: no loss or gradient was finite in 2 steps"):
-        runner(tmp_path / "all", data=pictures(poison=tuple(range(12))), max_iters=2, max_nonfinite_steps=3).train()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -104,15 +106,15 @@ def test_half_precision_trains_fp32_weights(tmp_path, precision):
     first, last = train_losses(tmp_path)
     assert last < first
     assert {tensor.dtype for tensor in weights(one).values()} == {torch.float32}
-    assert one.scaler.is_enabled() == (precision == "fp16")
+    assert one.train_step.scaler.is_enabled() == (precision == "fp16")
 
 
 def test_an_fp16_overflow_lowers_the_scale_and_is_no_fault(tmp_path):
     one = runner(tmp_path, precision="fp16", max_iters=6)
-    one.scaler._init_scale = 2.0**40
+    one.train_step.scaler._init_scale = 2.0**40
     one.train()
     assert one.state.nonfinite_steps == 0
-    assert one.scaler.get_scale() < 2.0**40
+    assert one.train_step.scaler.get_scale() < 2.0**40
 
 
 def test_a_validation_changes_nothing_that_training_draws(tmp_path):
@@ -179,52 +181,6 @@ def test_a_killed_worker_is_named_and_the_last_checkpoint_resumes(tmp_path):
     assert same(weights(whole), weights(resumed))
 
 
-def test_sigterm_saves_and_stops(tmp_path):
-    one, before = runner(tmp_path, max_iters=6, log_every=100), signal.getsignal(signal.SIGTERM)
-    after_step(one, 2, lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)))
-    with pytest.raises(SystemExit) as caught:
-        one.train()
-    assert caught.value.code == 143
-    assert one.state.step == 3
-    assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize(
-    ("every", "hint"), [(2, "resume from step_00000002 with run.resume=auto"), (100, "there is no checkpoint")]
-)
-def test_an_interrupt_says_how_to_resume(tmp_path, caplog, every, hint):
-    caplog.set_level("INFO")
-    one = runner(tmp_path, max_iters=6, save_every_steps=every)
-    after_step(one, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        one.train()
-    assert f"interrupted after step 3; {hint}" in caplog.text
-
-
-def test_a_few_unreadable_samples_are_counted_at_the_end(tmp_path, caplog):
-    runner(tmp_path, data=pictures(12, bad=tuple(range(6))), max_epoch=1, max_iters=None, batch_size_train=4).train()
-    assert caplog.messages.count("6 of 12 samples could not be read (check-data --decode lists them)") == 1
-
-
-def test_sigusr1_saves_and_continues(tmp_path):
-    one, before = runner(tmp_path, max_iters=6, log_every=100), signal.getsignal(signal.SIGUSR1)
-    after_step(one, 2, lambda: (os.kill(os.getpid(), signal.SIGUSR1), time.sleep(0.01)))
-    one.train()
-    assert one.state.step == 6
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
-    assert signal.getsignal(signal.SIGUSR1) == before
-
-
-def test_a_training_in_a_thread_warns_about_signals(tmp_path, caplog):
-    one = runner(tmp_path, max_iters=2)
-    thread = threading.Thread(target=one.train)
-    thread.start()
-    thread.join(60)
-    assert one.state.step == 2
-    assert "outside the main thread: SIGTERM and SIGUSR1 do not save" in caplog.text
-
-
 def _end_of_time(folder):
     """A training whose process group is signalled, workers included, as Slurm does it."""
     os.setpgid(0, 0)
@@ -240,4 +196,4 @@ def test_sigterm_saves_a_checkpoint_although_workers_receive_it_too(tmp_path):
     process.join(300)
     process.kill()
     assert process.exitcode == 143
-    assert runner(tmp_path, max_iters=500, resume="auto").folder.resumed is not None
+    assert runner(tmp_path, max_iters=500, resume="auto").folder.resumed == tmp_path / "checkpoints" / "step_00000006"
