@@ -36,7 +36,7 @@ FOLDER = "CHATBRIDGE_WEIGHTS"
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[^@]+))?")
 _SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".yaml")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
-_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 _TOKENIZER = (
     *sorted(_VOCABULARIES), "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "merges.txt", "spiece.model",
@@ -73,7 +73,7 @@ class Found(NamedTuple):
     """The location of weights; ``size`` is in bytes, None if unknown."""
 
     state: Literal["local", "cached", "to fetch", "missing"]
-    place: Path | None
+    path: Path | None
     size: int | None
     fault: str = ""
 
@@ -90,20 +90,20 @@ def find(names: str | Sequence[str], what: str, content: Content = "weights", pr
     Raises:
         CheckpointError: If no name works; one line with the file, its URL and a remedy.
     """
-    alternatives = [parsed(text, what, content, prefixes) for text in as_list(names)]
-    present = next((place for name in alternatives if (place := _present(name)) is not None), None)
+    alternatives = [parsed(text, content, prefixes) for text in as_list(names)]
+    present = next((path for name in alternatives if (path := _present(name)) is not None), None)
     return present or _first(alternatives, what, _fetch)
 
 
 def status(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Found:
     """The location of weights, without a download; requests their size from the server. Arguments as in `find`."""
     try:
-        alternatives = [parsed(text, what, content, prefixes) for text in as_list(names)]
+        alternatives = [parsed(text, content, prefixes) for text in as_list(names)]
         for name in alternatives:
-            if (place := _present(name)) is not None:
-                files = [place] if place.is_file() else needed_files(place, content, prefixes)
+            if (path := _present(name)) is not None:
+                files = [path] if path.is_file() else needed_files(path, content, prefixes)
                 local = name.path is not None or _under_folder(name) is not None
-                return Found("local" if local else "cached", place, sum(file.stat().st_size for file in files))
+                return Found("local" if local else "cached", path, sum(file.stat().st_size for file in files))
         return Found("to fetch", None, _first(alternatives, what, _remote_size))
     except CheckpointError as error:
         return Found("missing", None, None, str(error))
@@ -121,10 +121,8 @@ def as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def parsed(text: str, what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Name:
-    """Parse a name; a `CheckpointError` if it is empty."""
-    if not text.strip():
-        raise CheckpointError(f"{what} is empty: name a file, a hub id or a URL, or set it to null")
+def parsed(text: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Name:
+    """Parse a name."""
     if re.match(r"https://|http://(localhost|127\.0\.0\.1)[:/]", text):  # no unencrypted download from other hosts
         return Name(text, content, tuple(prefixes), url=text)
     path = Path(os.path.expandvars(text)).expanduser()
@@ -141,7 +139,7 @@ def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     needed = _needed(there, content, lambda index: folder / index, prefixes, str(folder))
     if missing := [name for name in needed if name not in there]:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing[:4])}: download the folder again")
+        raise CheckpointError(f"{', '.join(missing[:4])} missing in {folder}: download the folder again")
     return [folder / name for name in needed]
 
 
@@ -187,9 +185,9 @@ def _needed(
     if content in ("language_model", "tokenizer"):
         chosen += [name for name in _TOKENIZER if name in there]
     if content == "tokenizer" and not _VOCABULARIES & set(there):
-        raise CheckpointError(f"{where} holds no tokenizer (tokenizer.json or tokenizer.model)")
+        raise CheckpointError(f"{where} does not contain a tokenizer (tokenizer.json or tokenizer.model)")
     if content == "processor" and not chosen:
-        raise CheckpointError(f"{where} has no config.json")
+        raise CheckpointError(f"{where} does not contain config.json")
     if content in ("tokenizer", "processor"):
         return chosen
     for whole in _WHOLE:
@@ -197,18 +195,18 @@ def _needed(
             return [*chosen, whole]
         if (index := f"{whole}.index.json") in there:
             return [*chosen, index, *_shards(index_at(index), prefixes)]
-    raise CheckpointError(f"{where} holds no weights ({' or '.join(_WHOLE)}, or shards of them with an index)")
+    raise CheckpointError(f"{where} does not contain weights ({' or '.join(_WHOLE)}, or shards of them with an index)")
 
 
 def _shards(index: Path, prefixes: Sequence[str]) -> list[str]:
     """The shards with tensors of these prefixes; all shards if there are no prefixes."""
-    places = read_config(index.parent, index.name).get("weight_map") or {}
-    return sorted({file for name, file in places.items() if not prefixes or name.startswith(tuple(prefixes))})
+    weight_map = read_config(index.parent, index.name).get("weight_map") or {}
+    return sorted({file for name, file in weight_map.items() if not prefixes or name.startswith(tuple(prefixes))})
 
 
 def _present(name: Name) -> Path | None:
     """The local file or folder of a name; None if it does not exist."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     if name.path is not None:
@@ -219,8 +217,7 @@ def _present(name: Name) -> Path | None:
         return path if (path := _url_path(name.url)).is_file() else None
     try:
         if name.file:
-            found = try_to_load_from_cache(name.repo, name.file, revision=name.revision)
-            return Path(found) if isinstance(found, str) else None
+            return Path(hf_hub_download(name.repo, name.file, revision=name.revision, local_files_only=True))
         folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
         needed_files(folder, name.content, name.prefixes)
     except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
@@ -234,8 +231,8 @@ def _under_folder(name: Name) -> Path | None:
         return None
     repo = Path(name.repo)
     candidates = [repo / name.file, Path(repo.name) / name.file] if name.repo else []
-    places = (Path(folder).expanduser() / candidate for candidate in [*candidates, Path(name.last)])
-    return next((place for place in places if place.exists()), None)
+    paths = (Path(folder).expanduser() / candidate for candidate in [*candidates, Path(name.last)])
+    return next((path for path in paths if path.exists()), None)
 
 
 def _fetch(name: Name) -> Path:
@@ -246,8 +243,8 @@ def _fetch(name: Name) -> Path:
         return _fetch_url(name)
     sizes = _remote_files(name)
     _check_disk(Path(constants.HF_HUB_CACHE), sum(sizes.values()), name.text)
-    places = {file: _download(name, file) for file in sizes}
-    return places[name.file] if name.file else next(place.parents[file.count("/")] for file, place in places.items())
+    paths = {file: _download(name, file) for file in sizes}
+    return paths[name.file] if name.file else next(path.parents[file.count("/")] for file, path in paths.items())
 
 
 def _download(name: Name, file: str) -> Path:
@@ -281,7 +278,7 @@ def _remote_files(name: Name) -> dict[str, int]:
     info = _ask(name, lambda: HfApi().model_info(name.repo, revision=name.revision, files_metadata=True))
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     if name.file and name.file not in sizes:
-        raise CheckpointError(f"{name.text}: {name.address} has no file {name.file}")
+        raise CheckpointError(f"{name.text}: {name.address} does not contain {name.file}")
     needed = [name.file]
     if not name.file:
         needed = _needed(sizes, name.content, lambda index: _download(name, index), name.prefixes, name.address)

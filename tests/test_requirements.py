@@ -40,7 +40,7 @@ for module in pkgutil.walk_packages(lavis_chatbridge.__path__, "lavis_chatbridge
 
 from lavis_chatbridge.chat import web
 from lavis_chatbridge.chat.server import command
-from lavis_chatbridge.models import language_model, lora
+from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.settings import LanguageModelSettings
 
 def said(act):
@@ -53,7 +53,7 @@ def said(act):
 entries = {
     "serve": command.command,
     "web": web.command,
-    "lora": lora.check_available,
+    "lora": lambda: language_model.check_available(LanguageModelSettings(weights="w", lora={})),
     "quantize": lambda: language_model.check_available(LanguageModelSettings(weights="w", quantization="4bit")),
     "device-map": lambda: language_model.check_available(LanguageModelSettings(weights="w", device_map="auto")),
 }

@@ -84,7 +84,7 @@ class ChatBridgeConfig(PretrainedConfig):
                 f"{folder} is not a ChatBridge: expected {CONFIG} (Hugging Face) or {RUN_CONFIG} (a training run)"
             )
         config = cls._of_yaml(folder / RUN_CONFIG)
-        config.model |= {"checkpoint": str(folder.resolve() / "model.safetensors"), "load_finetuned": False}
+        config.model |= {"checkpoint": str(folder.resolve() / "model.safetensors")}
         config.about["scores"] = _scores(folder / RUN_LOG)
         return config, folder
 
@@ -125,15 +125,15 @@ class ChatBridgeConfig(PretrainedConfig):
         """A copy for saving in ``folder``: relative paths where possible, and the hashes of the frozen parts."""
         copy = type(self)(self.model, self.preprocess, self.frozen, self.about)
         copy.architectures = ["ChatBridgeForConditionalGeneration"]
-        for need in weights.needs(settings.model_copy(update={"checkpoint": None, "pretrained": None})):
+        for need in weights.needs(settings.model_copy(update={"checkpoint": None})):
             _, part, key = need.setting.split(".")
             if (part, key) in FROZEN:
                 references = [_relative(name, folder) for name in hub.as_list(need.names)]
                 copy.model[part] = {**copy.model.get(part, {}), key: references}
-                place = need.status().place
-                copy.frozen[need.setting] = {"source": references, **({"hash": content_hash(place)} if place else {})}
+                path = need.status().path
+                copy.frozen[need.setting] = {"source": references, **({"hash": content_hash(path)} if path else {})}
         copy.model["perceiver"] = {**copy.model.get("perceiver", {}), "weights": None}
-        copy.model |= {"checkpoint": None, "finetuned": None, "load_finetuned": False, "pretrained": None}
+        copy.model |= {"checkpoint": None}
         return copy
 
     def check_frozen(self, settings: ModelSettings) -> None:
@@ -196,7 +196,7 @@ def _absolute(name: str, folder: Path) -> str:
 
 def _relative(name: str, folder: Path) -> str:
     """A local path relative to ``folder``; hub ids, URLs and parts of the package are unchanged."""
-    path = hub.parsed(name, "model").path
+    path = hub.parsed(name).path
     if path is None or name.startswith(hub.PACKAGE):
         return name
     return os.path.relpath(path.resolve(), folder.resolve())

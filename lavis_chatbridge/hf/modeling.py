@@ -24,11 +24,11 @@ from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import state_dicts, weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import StopTexts
-from lavis_chatbridge.models.families import own_precision
+from lavis_chatbridge.models.encoding import own_precision
 from lavis_chatbridge.models.generation import TextStream
 from lavis_chatbridge.models.layout import IGNORED, SOFT, Batch, embed
 from lavis_chatbridge.models.settings import ModelSettings
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import Modality
 
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -285,7 +285,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 class _StopsStreaming:
     """Passes tokens to a streamer, without those of a stop text."""
 
-    def __init__(self, streamer: Any, codec: Codec, stops: Sequence[str]) -> None:
+    def __init__(self, streamer: Any, codec: Tokenizer, stops: Sequence[str]) -> None:
         self._streamer, self._stream = streamer, TextStream(codec, stops)
         self._held: list[Tensor] = []
 
@@ -312,8 +312,8 @@ class _StopsStreaming:
 
 def _built(settings: ModelSettings) -> ChatBridge:
     model = ChatBridge(settings)
-    if settings.trained is not None:
-        model.load_checkpoint(settings.trained)
+    if settings.checkpoint is not None:
+        model.load_checkpoint(settings.checkpoint)
     return model
 
 

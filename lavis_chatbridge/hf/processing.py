@@ -26,7 +26,7 @@ from lavis_chatbridge.models.generation import TextStream
 from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.templates import Template, load_template
-from lavis_chatbridge.models.tokenizer import load_codec
+from lavis_chatbridge.models.tokenizer import load_tokenizer
 from lavis_chatbridge.processors import load_processors
 from lavis_chatbridge.processors.fbank import is_silent
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Piece, Slot
@@ -67,7 +67,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         self.settings: ModelSettings = config.settings(folder)
         named = self.settings.language_model.tokenizer or self.settings.language_model.weights
         place = hub.find(named or (), "model.language_model.tokenizer", "tokenizer")
-        self.codec = load_codec(place)
+        self.codec = load_tokenizer(place)
         super().__init__(tokenizer or _tokenizer(place, self.codec))
         self.processors = load_processors(config.sections(folder).preprocess)
         self.template = lru_cache(maxsize=8)(self._load_template)

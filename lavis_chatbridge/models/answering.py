@@ -17,13 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models.decoding import Decoder, padded
-from lavis_chatbridge.models.families import (
-    LanguageModel,
-    cache_argument,
-    free_positions,
-    keys_and_values,
-    own_precision,
-)
+from lavis_chatbridge.models.encoding import own_precision
+from lavis_chatbridge.models.families import LanguageModel, cache_argument, free_positions, keys_and_values
 from lavis_chatbridge.models.generation import Generation
 from lavis_chatbridge.models.layout import MediaRanges, elements_of, is_alignment
 from lavis_chatbridge.models.remote import RemoteLanguageModel
@@ -31,7 +26,7 @@ from lavis_chatbridge.models.samples import Media, contexts, media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, Piece, Text
 
 log = logging.getLogger(__name__)
@@ -43,7 +38,7 @@ class Answering:
     settings: ModelSettings
     prompt_layout: Layout
     llama_model: LanguageModel
-    llama_tokenizer: Codec
+    llama_tokenizer: Tokenizer
     template: Template
 
     def soft_tokens(self, prompts: Sequence[Sequence[Piece]], media: Media) -> tuple[Tensor | None, list[MediaRanges]]:

@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.config import parse
-from lavis_chatbridge.errors import CheckpointError, ConfigError
+from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.models import encoding, lora, state_dicts, weights
 from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
-from lavis_chatbridge.models.families import LanguageModel, own_precision
+from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.layout import Batch, MediaRanges, embed, lay_out
 from lavis_chatbridge.models.samples import Media, Medium, media_of, training_prompts
@@ -105,8 +105,8 @@ class ChatBridge(Answering, BaseModel):
         if settings.model_type == "tiny":
             log.warning("'tiny' is the small model of the embedded world: it knows nothing outside that world")
         model = cls(settings)
-        if settings.trained is not None:
-            model.load_checkpoint(settings.trained)
+        if settings.checkpoint is not None:
+            model.load_checkpoint(settings.checkpoint)
         return model
 
     @classmethod
@@ -116,11 +116,7 @@ class ChatBridge(Answering, BaseModel):
 
     @classmethod
     def default_config_path(cls, model_type: str | None = None) -> str:
-        chosen = model_type or cls.DEFAULT_MODEL_TYPE
-        if chosen not in cls.PRETRAINED_MODEL_CONFIG_DICT:
-            known = ", ".join(cls.PRETRAINED_MODEL_CONFIG_DICT)
-            raise ConfigError(f"chatbridge has no model_type {chosen!r}; it has {known}")
-        return cls.PRETRAINED_MODEL_CONFIG_DICT[chosen]
+        return str(weights.config_path(model_type or cls.DEFAULT_MODEL_TYPE))
 
     @property
     def device(self) -> torch.device:
@@ -132,8 +128,6 @@ class ChatBridge(Answering, BaseModel):
         for name in FROZEN:
             getattr(self, name).eval()
         lora.set_training(self.llama_model, mode)
-        if self.settings.perceiver.frozen:
-            self.Qformer.eval()
         return self
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -178,7 +172,7 @@ class ChatBridge(Answering, BaseModel):
         if batch.needs_mask:
             inputs["attention_mask"] = batch.attention_mask[:, :end].to(self.device)
             inputs["position_ids"] = batch.position_ids[:, :end].to(self.device)
-        with own_precision(self.llama_model):
+        with encoding.own_precision(self.llama_model):
             losses = losses_at(self.llama_model, rows, columns, targets, **inputs)
         return losses.to(self.device), targets
 
@@ -249,7 +243,10 @@ class ChatBridge(Answering, BaseModel):
         expected = state_dicts.bridge_tensors(self.state_dict())
         own = {lora.without_base(name): name for name in expected}
         found = {own.get(name, name): t for name, t in state_dicts.bridge_tensors(file.tensors).items()}
-        new = self._check_adapters(file, found)
+        new = not any(lora.is_adapter(name) for name in found)  # this model's adapters stay as initialised
+        saved = (file.cfg or {}).get("lora")
+        if not new and saved is not None and (difference := lora.difference(saved, self.llama_model)):
+            raise CheckpointError(f"{file.path} does not fit this model: {difference}")
         required = [n for n, p in self.named_parameters() if p.requires_grad and not (new and lora.is_adapter(n))]
         plain = [name for name in found if not lora.is_adapter(name)]
         held = tuple(f"{part}." for part in FROZEN if any(name.startswith(f"{part}.") for name in plain))
@@ -260,32 +257,19 @@ class ChatBridge(Answering, BaseModel):
                 "model.language_model.quantization to null, or keep only the trained tensors in the file"
             )
         state_dicts.check_fit(expected, found, required, file.path, "this model")
-        state_dicts.check_finite({name: t.to(expected[name].dtype) for name, t in found.items()}, file.path)
         self.load_state_dict(found, strict=False)
         self._hashes.clear()
         log.info("loaded %d tensors from %s", len(found), file.path)
-
-    def _check_adapters(self, file: state_dicts.WeightFile, found: Mapping[str, Tensor]) -> bool:
-        """Raise if a file's adapters do not fit; returns whether the file has none, so that the model keeps its own."""
-        own, held = lora.describe(self.llama_model), lora.described_by(found)
-        if held is not None and file.cfg is not None and isinstance(file.cfg.get("lora"), Mapping):
-            held |= dict(file.cfg["lora"])
-        if fault := lora.misfit(held, own, new_is_fine=True):
-            raise CheckpointError(f"{file.path} does not fit this model: {fault}")
-        if held is None and own is not None:
-            log.info("%s has no LoRA adapters: this model's stay as initialised and have no effect yet", file.path)
-        return held is None
 
     def _load_blip2(self, names: Weights) -> None:
         """Load query tokens, perceiver and ``ln_vision`` of BLIP-2."""
         prefixes = state_dicts.BLIP2_BRIDGE
         file = state_dicts.read(hub.find(names, "model.perceiver.weights", prefixes=prefixes), prefixes)
-        tensors = state_dicts.bridge_tensors(file.tensors, file.path)
+        tensors = state_dicts.bridge_tensors(file.tensors)
         found = {name: tensor for name, tensor in tensors.items() if name.startswith(_BLIP2)}
         expected = state_dicts.bridge_tensors(self.state_dict())
         required = [name for name in expected if name.startswith(_BLIP2)]
         state_dicts.check_fit(expected, found, required, file.path, "model.perceiver")
-        state_dicts.check_finite(found, file.path)
         own = {name: t.to(torch.float32, copy=True).contiguous() for name, t in found.items()}  # trained: not mapped
         self.load_state_dict(own, strict=False, assign=True)
 
@@ -304,9 +288,6 @@ class ChatBridge(Answering, BaseModel):
         for name in FROZEN:
             getattr(self, name).requires_grad_(False)
         lora.thaw(self.llama_model)
-        if self.settings.perceiver.frozen:
-            for trained in (self.Qformer, self.audio_trans, self.image_query_tokens, self.audio_query_tokens):
-                trained.requires_grad_(False)
         self.train(self.training)
 
 

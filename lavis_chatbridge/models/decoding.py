@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values, own_precision
+from lavis_chatbridge.models.encoding import own_precision
+from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values
 from lavis_chatbridge.models.generation import Generation, TextStream
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 
 Texts: TypeAlias = list[tuple[Generation, str]]
 """Replies, each with the text that has become final (often none)."""
@@ -232,7 +233,7 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
 class StopTexts(StoppingCriteria):
     """Ends a row when a stop text is in its reply. transformers passes new ids only, since prompts are embeddings."""
 
-    def __init__(self, codec: Codec, stops: Sequence[Sequence[str]], least: int) -> None:
+    def __init__(self, codec: Tokenizer, stops: Sequence[Sequence[str]], least: int) -> None:
         self._codec, self._stops, self._least = codec, stops, least
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: ``B`` media, ``T`` frames or clips of a medium, ``N`` tokens of each, ``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +17,12 @@ from torch.nn import functional
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.types import AudioClips, EncodedMedium
 from lavis_chatbridge.models.encoders import AudioEncoder, VisionEncoder
-from lavis_chatbridge.models.families import own_precision
 from lavis_chatbridge.models.settings import PerceiverSettings
+
+
+def own_precision(part: Any) -> AbstractContextManager:
+    """Switches autocast off for a frozen part (a model or tensor) in half precision; parts in fp32 follow autocast."""
+    return nullcontext() if part.dtype == torch.float32 else torch.autocast(part.device.type, enabled=False)
 
 
 @torch.no_grad()
@@ -155,9 +160,11 @@ def build_perceiver(config: PerceiverSettings, encoder_width: int) -> nn.Module:
 
 def perceive(perceiver: Any, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
     """``[B, Q, W]``: ``[1, Q, W]`` queries after reading ``[B, N, D]`` features where the ``[B, N]`` mask is true."""
-    return perceiver.bert(
-        query_embeds=queries.expand(len(features), -1, -1),
-        encoder_hidden_states=features,
-        encoder_attention_mask=None if mask is None else mask.long(),
-        return_dict=True,
+    hidden = perceiver.bert.embeddings(query_embeds=queries.expand(len(features), -1, -1))
+    blocked = None  # added to the scores of attention
+    if mask is not None:
+        lowest = torch.finfo(queries.dtype).min
+        blocked = torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, lowest)[:, None, None]
+    return perceiver.bert.encoder(
+        hidden, encoder_hidden_states=features, encoder_attention_mask=blocked, query_length=queries.shape[1]
     ).last_hidden_state

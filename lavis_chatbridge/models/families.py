@@ -5,16 +5,14 @@ Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lavis_chatbridge.errors import ConfigError, PromptError
+from lavis_chatbridge.errors import ConfigError, PromptError, one_line
 
 TESTED = frozenset((
     "bloom", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral",
@@ -114,13 +112,6 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
-def own_precision(part: LanguageModel | Tensor) -> AbstractContextManager:
-    """Switches autocast off for a frozen part in half precision; parts in fp32 follow autocast."""
-    if part.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(part.device.type, enabled=False)
-
-
 def check_family(model: LanguageModel) -> None:
     """Raise if the bridge cannot use a language model: compares logits of a row alone and in a padded batch.
 
@@ -131,7 +122,7 @@ def check_family(model: LanguageModel) -> None:
         stateful = getattr(model, "_is_stateful", False)  # without its kernels, such a model can take gigabytes to run
         fault = "it keeps a recurrent state, not keys and values" if stateful else _difference(model)
     except Exception as error:  # an unsupported model fails in its own way
-        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        fault = f"{type(error).__name__}: {one_line(error, 150)}"
     if fault:
         family = getattr(model.config, "model_type", type(model).__name__)
         raise ConfigError(
@@ -153,23 +144,20 @@ def _difference(model: LanguageModel) -> str:
     mask = torch.ones(padded.shape[:2], dtype=torch.long, device=padded.device)
     mask[1, :2] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with own_precision(model):
-        expected = model(inputs_embeds=alone, use_cache=False, return_dict=True).logits[0, -2:].float()
-        read = model(
-            inputs_embeds=padded, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True
-        )
-        cache = copy.deepcopy(keys_and_values(read))
-        if cache is None or not hasattr(cache, "batch_select_indices"):
-            return "its cache has no selectable rows"
-        cache.batch_select_indices(torch.tensor([1], device=padded.device))
-        behind = model(
-            inputs_embeds=alone[:, -2:],
-            attention_mask=torch.cat([mask[1:], mask.new_ones(1, 2)], 1),
-            position_ids=torch.tensor([[count - 2, count - 1]], device=padded.device),
-            use_cache=True,
-            return_dict=True,
-            **cache_argument(model, cache),
-        )
+    expected = model(inputs_embeds=alone, use_cache=False, return_dict=True).logits[0, -2:].float()
+    read = model(inputs_embeds=padded, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True)
+    cache = keys_and_values(read)
+    if cache is None or not hasattr(cache, "batch_select_indices"):
+        return "the rows of its cache cannot be selected"
+    cache.batch_select_indices(torch.tensor([1], device=padded.device))
+    behind = model(
+        inputs_embeds=alone[:, -2:],
+        attention_mask=torch.cat([mask[1:], mask.new_ones(1, 2)], 1),
+        position_ids=torch.tensor([[count - 2, count - 1]], device=padded.device),
+        use_cache=True,
+        return_dict=True,
+        **cache_argument(model, cache),
+    )
     allowed = _TOLERANCE.get(model.dtype, 0.3) * float(expected.std().clamp(min=1e-6))
     difference = float((behind.logits[0].float() - expected).abs().max())
     quantised = getattr(model.config, "quantization_config", None) is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.models.layout import Element
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
 
@@ -41,7 +41,7 @@ class TextStream:
         least: Ignore stop texts within the first ``least - 1`` tokens.
     """
 
-    def __init__(self, codec: Codec, stops: Sequence[str] = (), least: int = 0) -> None:
+    def __init__(self, codec: Tokenizer, stops: Sequence[str] = (), least: int = 0) -> None:
         self.text = ""
         """The text returned so far."""
         self.stopped: str | None = None
@@ -51,7 +51,7 @@ class TextStream:
         self._least, self._ids = least, list[int]()
 
     @classmethod
-    def of(cls, codec: Codec, ids: Sequence[int], stops: Sequence[str] = (), least: int = 0) -> TextStream:
+    def of(cls, codec: Tokenizer, ids: Sequence[int], stops: Sequence[str] = (), least: int = 0) -> TextStream:
         """A finished stream of these ids."""
         stream = cls(codec, stops, least)
         stream._ids = list(ids)
@@ -134,7 +134,7 @@ class Generation:
         self,
         elements: Sequence[Element],
         media: Mapping[str, Tensor],
-        codec: Codec,
+        codec: Tokenizer,
         sampling: Sampling,
         stops: Sequence[str] = (),
         end_ids: frozenset[int] = frozenset(),

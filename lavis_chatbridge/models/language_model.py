@@ -18,7 +18,7 @@ from lavis_chatbridge.models import families, lora
 from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.remote import load_remote
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
-from lavis_chatbridge.models.tokenizer import Codec, load_codec
+from lavis_chatbridge.models.tokenizer import Tokenizer, load_tokenizer
 
 
 def check_available(settings: LanguageModelSettings) -> None:
@@ -34,7 +34,7 @@ def check_available(settings: LanguageModelSettings) -> None:
             raise MissingExtraError(package, extra, f"model.language_model.{name}")
 
 
-def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel, Codec]:
+def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel, Tokenizer]:
     """The frozen language model, with new adapters if the settings name any, and its tokenizer.
 
     Raises:
@@ -47,7 +47,7 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel,
     where = "model.language_model"
     folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights", "language_model")
     named = settings.tokenizer or settings.weights
-    codec = load_codec(hub.find(named or (), f"{where}.tokenizer", "tokenizer"))
+    codec = load_tokenizer(hub.find(named or (), f"{where}.tokenizer", "tokenizer"))
     if settings.engine is not None and folder is not None:
         return load_remote(settings.engine, folder, codec, torch_dtype(settings.dtype)), codec
     model = _random(settings) if folder is None else _pretrained(folder, settings)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.models.settings import Layout
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import Piece, Slot, Text
 
 SOFT = -1
@@ -81,7 +81,7 @@ class _Position(NamedTuple):
 def lay_out(
     prompts: Sequence[Sequence[Piece]],
     ranges: Sequence[MediaRanges],
-    codec: Codec,
+    codec: Tokenizer,
     layout: Layout,
     max_text_length: int,
 ) -> Batch:
@@ -108,7 +108,7 @@ def lay_out(
 
 
 def elements_of(
-    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, Sized]], codec: Codec, bos: bool = True
+    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, Sized]], codec: Tokenizer, bos: bool = True
 ) -> list[Element]:
     """The content of each position of one prompt, for :class:`generation.Generation`.
 
@@ -143,7 +143,7 @@ def is_alignment(pieces: Sequence[Piece]) -> bool:
     return all(isinstance(piece, Slot) or piece.target for piece in pieces)
 
 
-def _positions(pieces: Sequence[Piece], media: MediaRanges, codec: Codec, sample: int) -> list[_Position]:
+def _positions(pieces: Sequence[Piece], media: MediaRanges, codec: Tokenizer, sample: int) -> list[_Position]:
     row: list[_Position] = []
     for piece in pieces:
         if isinstance(piece, Text):
@@ -167,7 +167,7 @@ def _stacked(rows: Sequence[list[_Position]], padding: int, side: str) -> tuple[
     return ids, mask, pad_sequence(labels, True, IGNORED, side)
 
 
-def _original_chat(rows: Sequence[list[_Position]], codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
+def _original_chat(rows: Sequence[list[_Position]], codec: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
     """The original's stage 2: padding on the left, preceded by a column of BOS with the mask of the next column."""
     ids, mask, labels = _stacked(rows, PADDING, "left")
     if codec.bos_id is None:

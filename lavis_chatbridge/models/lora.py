@@ -6,26 +6,19 @@ Adapters are added in place, so that the language model keeps its class; a check
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lavis_chatbridge.errors import ConfigError, MissingExtraError
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.settings import LoraSettings
 
-_ADAPTER, _A = "default", ".lora_A."
-
-
-def check_available() -> None:
-    """Raise a `MissingExtraError` if peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise MissingExtraError("peft", "lora", "model.language_model.lora")
+_ADAPTER = "default"
 
 
 def inject(model: nn.Module, settings: LoraSettings) -> None:
-    """Add new adapters, which have no effect yet, to a frozen language model. They are trainable and in fp32.
+    """Add new adapters, which have no effect yet, to a frozen language model; `thaw` makes them trainable.
 
     Raises:
         ConfigError: If a target is not a linear layer.
@@ -37,8 +30,8 @@ def inject(model: nn.Module, settings: LoraSettings) -> None:
     layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, linear)}
     if wrong := [name for name in settings.target_modules if name not in layers]:
         raise ConfigError(
-            f"model.language_model.lora.target_modules: {wrong[0]} is no linear layer of this language model; those "
-            f"are named {', '.join(sorted(layers))}"
+            f"model.language_model.lora.target_modules: found {wrong[0]}, expected linear layers of this language "
+            f"model: {', '.join(sorted(layers))}"
         )
     config = LoraConfig(
         r=settings.rank,
@@ -47,7 +40,6 @@ def inject(model: nn.Module, settings: LoraSettings) -> None:
         target_modules=list(settings.target_modules),
     )
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
-    thaw(model)
 
 
 def merge(model: nn.Module) -> None:
@@ -87,49 +79,24 @@ def without_base(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def describe(model: nn.Module) -> dict[str, Any] | None:
-    """Rank, alpha and targets of a model's adapters, or None without adapters."""
+def describe(model: nn.Module) -> str | None:
+    """Rank, alpha and targets of a model's adapters; None without adapters. The alpha is not in the tensors."""
     layers = list(_layers(model))
     if not layers:
         return None
-    return {
-        "rank": max(layer.r[_ADAPTER] for _, layer in layers),
-        "alpha": float(max(layer.lora_alpha[_ADAPTER] for _, layer in layers)),
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
-    }
+    (_, first), targets = layers[0], sorted({name.rpartition(".")[2] for name, _ in layers})
+    return f"rank {first.r[_ADAPTER]}, alpha {first.lora_alpha[_ADAPTER]:g} on {', '.join(targets)}"
 
 
-def described_by(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Rank and targets of the adapters in a checkpoint, or None. The tensors do not tell the alpha."""
-    ranks = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items() if _A in name}
-    if not ranks:
-        return None
-    targets = {name.partition(_A)[0].rpartition(".")[2] for name in ranks}
-    return {"rank": max(ranks.values()), "target_modules": sorted(targets)}
-
-
-def misfit(
-    found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, new_is_fine: bool = False
-) -> str | None:
-    """Error text if a checkpoint's adapters do not fit a model's (both as from `describe`), else None.
-
-    With ``new_is_fine`` a checkpoint without adapters fits a model with new ones.
-    """
-    if found is None and (expected is None or new_is_fine):
-        return None
-    if found is not None and expected is not None and all(found[key] == expected.get(key) for key in found):
-        return None
-    return f"its LoRA adapters: {_words(found)}, the model's: {_words(expected)}; change model.language_model.lora"
+def difference(saved: str | None, model: nn.Module) -> str:
+    """Error text if a checkpoint's adapters (as from `describe`) are not those of a model, else ""."""
+    own = describe(model)
+    if saved == own:
+        return ""
+    return f"its LoRA adapters: {saved or 'none'}, the model's: {own or 'none'}; change model.language_model.lora"
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield name, module
-
-
-def _words(description: Mapping[str, Any] | None) -> str:
-    if description is None:
-        return "none"
-    alpha = f", alpha {description['alpha']:g}" if "alpha" in description else ""
-    return f"rank {description['rank']}{alpha} on {', '.join(description['target_modules'])}"

@@ -13,7 +13,7 @@ from lavis_chatbridge import hub
 from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.encoding import build_perceiver
-from lavis_chatbridge.models.settings import EncoderSettings, LanguageModelSettings, ModelSettings, torch_dtype
+from lavis_chatbridge.models.settings import EncoderSettings, LanguageModelSettings, ModelSettings, Weights, torch_dtype
 
 _BYTES = {"8bit": 1.01, "4bit": 0.52}
 """Bytes per quantised parameter, scales included."""
@@ -52,9 +52,7 @@ def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = F
 def _language_model(own: LanguageModelSettings) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    described = dict(own.config or {})
-    if own.weights is not None:
-        described = hub.read_config(hub.find(own.weights, "model.language_model.weights", "processor"))
+    described = _config_of(own.weights) if own.weights is not None else dict(own.config or {})
     config = AutoConfig.for_model(described.pop("model_type", "llama"), **described)
     return AutoModelForCausalLM.from_config(config.get_text_config())
 
@@ -63,8 +61,12 @@ def _bare(own: EncoderSettings) -> Any:
     """An encoder's settings without weights; its sizes are read from the weights' folder."""
     if own.weights is None or own.encoder not in ("timm", "transformers"):
         return own.model_copy(update={"weights": None})
-    config = hub.read_config(hub.find(own.weights, "weights", "processor"))
+    config = _config_of(own.weights)
     return own.model_copy(update={"weights": None, "config": config, "name": own.name or config.get("architecture")})
+
+
+def _config_of(weights: Weights) -> dict[str, Any]:
+    return hub.read_config(hub.find(weights, "weights", "processor"))
 
 
 def _count(module: nn.Module | Any) -> int:

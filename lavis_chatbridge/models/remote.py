@@ -29,7 +29,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
 from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.generation import Generation, TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Client:
         )
         self._model: str | None = None
 
-    def connect(self, codec: Codec, width: int) -> int | None:
+    def connect(self, codec: Tokenizer, width: int) -> int | None:
         """Check that the server accepts embeddings of width ``D``; returns its context length in tokens."""
         try:
             response = self._http.get(f"{self.url}/models")
@@ -117,7 +117,7 @@ class Client:
                     raise EngineError(f"no engine answers at {self.url}: {error}") from error
                 time.sleep(_FIRST_WAIT * 2**attempt)
 
-    def _check_tokens(self, codec: Codec) -> None:
+    def _check_tokens(self, codec: Tokenizer) -> None:
         """Compare the server's tokenizer with ours, if the server offers one."""
         body = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
         try:
@@ -186,7 +186,7 @@ class RemoteLanguageModel(LanguageModel):
             list(pool.map(lambda generation: list(self.run(generation)), generations))
 
 
-def load_remote(url: str, folder: Path, codec: Codec, dtype: torch.dtype) -> RemoteLanguageModel:
+def load_remote(url: str, folder: Path, codec: Tokenizer, dtype: torch.dtype) -> RemoteLanguageModel:
     """The remote language model of a Hugging Face folder; only its embedding table is read."""
     from transformers import AutoConfig
 

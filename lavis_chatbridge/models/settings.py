@@ -16,11 +16,9 @@ log = logging.getLogger(__name__)
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Layout: TypeAlias = Literal["text", "original"]
-TemplateName: TypeAlias = Literal["human_assistant", "vicuna_v1", "tokenizer"]
-Quantization: TypeAlias = Literal["8bit", "4bit"]
-DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-Weights: TypeAlias = str | tuple[str, ...]
-"""A path, a hub id, an address, or a list of alternatives: see :mod:`lavis_chatbridge.hub`."""
+Name: TypeAlias = Annotated[str, Field(min_length=1)]
+Weights: TypeAlias = Name | tuple[Name, ...]
+"""A path, a hub id, a URL, or a list of alternatives: see :mod:`lavis_chatbridge.hub`."""
 
 Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -29,7 +27,7 @@ class EncoderSettings(Settings):
     """Settings of both the vision and the audio encoder."""
 
     encoder: str
-    """The architecture: a name registered with :func:`lavis_chatbridge.models.encoders.register`."""
+    """``eva``, ``beats``, ``timm``, ``transformers``, or your own ``MODULE:FUNCTION``."""
 
     weights: Weights | None = None
     """The file or folder of the weights. Null: randomly initialised."""
@@ -112,9 +110,6 @@ class PerceiverSettings(Settings):
     initializer_range: float = 0.02
     """Standard deviation of randomly initialised weights and query tokens."""
 
-    frozen: bool = False
-    """Train the projection (and temporal positions) only."""
-
     video_queries: Literal["joint", "per_frame"] = "joint"
     """``joint``: the queries read all frames of a video at once; ``per_frame``: each frame (the original's stage 3)."""
 
@@ -151,11 +146,11 @@ class LanguageModelSettings(Settings):
     dtype: Precision = "float32"
     """The precision that the frozen model runs in."""
 
-    quantization: Quantization | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
     """``8bit`` (LLM.int8) or ``4bit`` (NF4, double quantisation) for the linear layers of the frozen blocks; the rest
     stays in ``dtype``. Uses bitsandbytes (extra ``quantize``), on a CPU or a CUDA device."""
 
-    device_map: DeviceMap | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """How accelerate (extra ``device-map``) distributes the layers over this process's devices; inference only."""
 
     lora: LoraSettings | None = None
@@ -207,7 +202,7 @@ class ModelSettings(Settings):
     temporal_positions: TemporalSettings | None = None
     """Learnt temporal positions of frames and clips; null: none, as in the released checkpoints."""
 
-    template: TemplateName = "human_assistant"
+    template: Literal["human_assistant", "vicuna_v1", "tokenizer"] = "human_assistant"
     """Prompt format of conversations in training, evaluation, chat and server: ``human_assistant`` (the paper's),
     ``vicuna_v1``, or ``tokenizer`` (the language model's own chat template)."""
 
@@ -226,27 +221,9 @@ class ModelSettings(Settings):
     checkpoint: Weights | None = None
     """Weights of a trained ChatBridge; null: the bridge is untrained."""
 
-    load_finetuned: bool = False
-    """LAVIS's switch: load ``finetuned`` instead of ``checkpoint``."""
-
-    finetuned: Weights | None = None
-    load_pretrained: bool = True
-    """LAVIS's switch: load ``pretrained`` if ``checkpoint`` is null."""
-
-    pretrained: Weights | None = None
-
     def check(self) -> Iterable[str]:
         if self.prompt_layout == "original" and self.template != "human_assistant":
             yield f"prompt_layout original needs template human_assistant, found {self.template}"
-        if self.load_finetuned and self.finetuned is None:
-            yield "load_finetuned is true, but finetuned names no checkpoint"
-
-    @property
-    def trained(self) -> Weights | None:
-        """The checkpoint to load, chosen by LAVIS's switches."""
-        if self.load_finetuned:
-            return self.finetuned
-        return self.checkpoint or (self.pretrained if self.load_pretrained else None)
 
 
 def torch_dtype(name: Precision) -> torch.dtype:

@@ -74,7 +74,7 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
         content = dict(content["model"])
     tensors = {str(n).removeprefix("module."): t for n, t in content.items() if isinstance(t, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path} holds no weights by name; it holds {some(content) if content else 'nothing'}")
+        raise CheckpointError(f"{path} contains {shortened(content) or 'nothing'}, expected tensors by name")
     return WeightFile(path, tensors, cfg)
 
 
@@ -85,13 +85,6 @@ def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | Non
     apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
         save_file(apart, temporary, metadata=None if cfg is None else {"cfg": json.dumps(dict(cfg))})
-
-
-def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
-    """Raise a `CheckpointError` if a tensor contains NaN or infinity."""
-    bad = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad:
-        raise CheckpointError(f"{source} holds NaN or infinity in {some(bad)}: download or save the file again")
 
 
 def load_exactly(
@@ -106,10 +99,9 @@ def load_exactly(
         CheckpointError: If a tensor is missing, unexpected, of another shape, or not finite in ``dtype``; the module is
             then unchanged.
     """
-    expected = module.state_dict()
-    check_fit(expected, tensors, expected, source, what)
     converted = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
-    check_finite(converted, source if dtype != torch.float16 else f"in float16, {source}")
+    expected = module.state_dict()
+    check_fit(expected, converted, expected, source, what if dtype == torch.float32 else f"{what} in {dtype}")
     module.load_state_dict(converted, strict=True, assign=True)
 
 
@@ -117,44 +109,44 @@ def check_fit(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], required: Iterable[str], source: object, what: str
 ) -> None:
     """Raise a `CheckpointError` if tensors of ``source`` do not fit ``what``, or a required one is missing."""
+    both = {name: (tensor, expected[name]) for name, tensor in found.items() if name in expected}
     shapes = [
-        f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
-        for name, tensor in found.items()
-        if name in expected and tensor.shape != expected[name].shape
+        f"{name} is {list(tensor.shape)}, expected {list(own.shape)}"
+        for name, (tensor, own) in both.items()
+        if tensor.shape != own.shape
     ]
     missing = [name for name in required if name not in found]
     unexpected = [name for name in found if name not in expected]
-    faults = [("missing: ", missing), ("unexpected: ", unexpected), ("", shapes)]
-    if words := [label + some(names) for label, names in faults if names]:
+    infinite = [name for name, (tensor, own) in both.items() if not tensor.to(own.dtype).isfinite().all()]
+    faults = [("missing: ", missing), ("unexpected: ", unexpected), ("", shapes), ("NaN or infinity in ", infinite)]
+    if words := [label + shortened(names) for label, names in faults if names]:
         raise CheckpointError(f"{source} does not fit {what}: {'; '.join(words)}")
 
 
-def from_huggingface(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+def from_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """BLIP-2's tensors under LAVIS's names; tensors of another layout are returned as they are.
 
-    Hugging Face has one bias vector for queries, keys and values; LAVIS has two, for queries and for values.
+    Hugging Face has one bias vector for queries, keys and values; LAVIS has two. A bias of keys adds the same number to
+    all scores of a query, so it has no effect.
     """
     if not any(name.startswith(("vision_model.", "qformer.")) for name in tensors):
         return dict(tensors)
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        pattern, new = next(((p, n) for p, n in _FROM_HUGGINGFACE if re.match(p, name)), ("", ""))
-        own = re.sub(pattern, new, name) if pattern else name
-        if own.endswith("attn.qkv.bias") and own.startswith("visual_encoder."):
-            query, key, value = tensor.chunk(3)
-            if key.any():
-                raise CheckpointError(f"{source}: {name} has a bias of keys, but EVA-ViT has none")
-            stem = own.removesuffix("qkv.bias")
+        for pattern, replacement in _FROM_HUGGINGFACE:
+            name = re.sub(pattern, replacement, name)
+        if name.startswith("visual_encoder.") and name.endswith("attn.qkv.bias"):
+            query, _, value = tensor.chunk(3)
+            stem = name.removesuffix("qkv.bias")
             named |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
         else:
-            named[own] = tensor
+            named[name] = tensor
     return named
 
 
-def bridge_tensors(tensors: Mapping[str, Tensor], source: object = "") -> dict[str, Tensor]:
+def bridge_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ChatBridge's or BLIP-2's tensors under ChatBridge's names, without constants and the Q-Former's text branch."""
-    named = from_huggingface(tensors, source)
-    kept = {name: tensor for name, tensor in named.items() if not _DROPPED.search(name)}
+    kept = {name: tensor for name, tensor in from_huggingface(tensors).items() if not _DROPPED.search(name)}
     if "query_tokens" in kept and "image_query_tokens" not in kept:
         kept["image_query_tokens"] = kept.pop("query_tokens")
     return kept
@@ -192,7 +184,7 @@ class _RealConstants(TorchFunctionMode):
         return function(*args, **named)
 
 
-def some(names: Iterable[object]) -> str:
+def shortened(names: Iterable[object]) -> str:
     """The first four names, and the number of the rest."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
@@ -218,13 +210,13 @@ def _read_torch(path: Path) -> dict[str, Any]:
         except RuntimeError:  # files written before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {named[1]}" if named else "objects other than tensors and plain values, or is damaged"
-        raise CheckpointError(f"{path} is refused: it holds {what}; only tensors are loaded, never code") from error
+        raise CheckpointError(
+            f"{path} is refused: only tensors are loaded, never code, but it contains other objects or is damaged"
+        ) from error
     except Exception as error:  # torch raises any error of its zip and pickle readers
         raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds no weights by name, but a {type(content).__name__}")
+        raise CheckpointError(f"{path} contains a {type(content).__name__}, expected tensors by name")
     return dict(content)
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import (
     END_OF_TURN,
     Message,
@@ -48,7 +48,7 @@ class Template:
 
     name: str
 
-    def __init__(self, codec: Codec, stops: tuple[str, ...] = ()) -> None:
+    def __init__(self, codec: Tokenizer, stops: tuple[str, ...] = ()) -> None:
         self.codec, self.stops = codec, stops
         self.end_ids: frozenset[int] = frozenset(() if codec.eos_id is None else (codec.eos_id,))
 
@@ -70,7 +70,7 @@ class Template:
         return ids[:-1] if ids and ids[-1] in self.end_ids else ids
 
 
-def load_template(name: str, codec: Codec, system: str = "", reply_end: str = END_OF_TURN) -> Template:
+def load_template(name: str, codec: Tokenizer, system: str = "", reply_end: str = END_OF_TURN) -> Template:
     """The template with a name; ``reply_end`` ends replies in ``human_assistant``."""
     if name not in TEMPLATES:
         raise ConfigError(f"model.template is {name!r}; known are {', '.join(TEMPLATES)}")
@@ -84,7 +84,7 @@ class HumanAssistant(Template):
 
     name = "human_assistant"
 
-    def __init__(self, codec: Codec, system: str = "", reply_end: str = END_OF_TURN) -> None:
+    def __init__(self, codec: Tokenizer, system: str = "", reply_end: str = END_OF_TURN) -> None:
         super().__init__(codec, (END_OF_TURN,))
         self._reply_end = reply_end
         self._front = [Text(escape_markers(system))] if system else []
@@ -113,7 +113,7 @@ class VicunaV1(Template):
 
     name = "vicuna_v1"
 
-    def __init__(self, codec: Codec, system: str = "") -> None:
+    def __init__(self, codec: Tokenizer, system: str = "") -> None:
         super().__init__(codec)
         if codec.eos_id is None:
             raise ConfigError("model.template vicuna_v1 needs a tokenizer with an end token; this one has none")
@@ -148,7 +148,7 @@ class TokenizerTemplate(Template):
 
     name = "tokenizer"
 
-    def __init__(self, codec: Codec, system: str = "") -> None:
+    def __init__(self, codec: Tokenizer, system: str = "") -> None:
         super().__init__(codec)
         self._known: dict[tuple[int, bool], list[str]] = {}
         self._system = ""
@@ -243,7 +243,7 @@ class TokenizerTemplate(Template):
         return " ".join(broken) if caught else broken
 
 
-def _encoded(pieces: Sequence[Piece], codec: Codec) -> list[Piece]:
+def _encoded(pieces: Sequence[Piece], codec: Tokenizer) -> list[Piece]:
     """Add ids to pieces; a text is encoded together with all text since the last medium."""
     merged: list[Piece] = []
     for piece in pieces:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+import tokenizers
+from tokenizers import decoders, models, normalizers
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, one_line
@@ -24,7 +25,7 @@ _SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 _PROBES = ("What is it?", "  two  blanks ", "é 🎈\n\n", "2024: A, B; and <s>")
 
 
-class Codec:
+class Tokenizer:
     """Text to token ids and back.
 
     Args:
@@ -33,7 +34,7 @@ class Codec:
         named: Texts of ``bos_token``, ``eos_token`` and so on, if ``tokenizer_config.json`` has none.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, named: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, named: Mapping[str, str] | None = None) -> None:
         config = {
             **(named or {}),
             **_json(folder / "special_tokens_map.json"),
@@ -45,7 +46,7 @@ class Codec:
         for token in (token for i, token in _added_tokens(folder, config) if i not in present):
             tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
         self._marked = tokenizer
-        self._plain = Tokenizer.from_str(tokenizer.to_str())
+        self._plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
         added = tokenizer.get_added_tokens_decoder().values()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -111,7 +112,7 @@ class Codec:
         return (rendered[0] if isinstance(rendered, tuple) else rendered)[0]
 
 
-def load_codec(folder: Path) -> Codec:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
     Raises:
@@ -119,22 +120,22 @@ def load_codec(folder: Path) -> Codec:
     """
     try:
         if (folder / "tokenizer.json").is_file():
-            return Codec(folder, Tokenizer.from_file(str(folder / "tokenizer.json")))
+            return Tokenizer(folder, tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
         if (folder / "tokenizer.model").is_file():
-            return Codec(folder, *_from_sentencepiece(folder / "tokenizer.model"))
-        if (folder / "merges.txt").is_file() or (folder / "vocab.txt").is_file():
+            return Tokenizer(folder, *_from_sentencepiece(folder / "tokenizer.model"))
+        if (folder / "merges.txt").is_file():
             from transformers import AutoTokenizer
 
             loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            return Codec(folder, loaded.backend_tokenizer)
+            return Tokenizer(folder, loaded.backend_tokenizer)
     except Exception as error:  # the libraries raise plain Exception
         raise CheckpointError(
-            f"no tokenizer can be read from {folder}: {one_line(error)}; save it again as tokenizer.json"
+            f"cannot read the tokenizer in {folder}: {one_line(error)}; save it again as tokenizer.json"
         ) from error
-    raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model)")
+    raise CheckpointError(f"{folder} does not contain a tokenizer (tokenizer.json or tokenizer.model)")
 
 
-def _from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str]]:
+def _from_sentencepiece(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """Convert a sentencepiece BPE (LLaMA's and Vicuna's original folders) to a tokenizer and its named tokens.
 
     Raises:
@@ -154,26 +155,28 @@ def _from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str]]:
     ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     unknown = pieces[own.unk_id()]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     if any(tokenizer.encode(text).ids != own.encode(text) for text in _PROBES):
-        raise ValueError("tokenizer.model is no BPE of LLaMA's settings")
+        raise ValueError("tokenizer.model is not a BPE with LLaMA's settings")
     tokenizer.add_special_tokens(special)
     made = {left + right for left, right in merges}
     symbols = [piece for piece in plain if len(piece) > 1 and piece not in made]  # user-defined symbols
-    tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+    tokenizer.add_tokens([tokenizers.AddedToken(symbol, normalized=False) for symbol in symbols])
     named = {"bos_token": own.bos_id(), "eos_token": own.eos_id(), "pad_token": own.pad_id()}
     return tokenizer, {name: pieces[i] for name, i in named.items() if i >= 0}
 
 
-def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, tokenizers.AddedToken]]:
     """Added tokens by id, in order."""
     found: dict[int, dict[str, Any]] = {i: {"content": text} for text, i in _json(folder / "added_tokens.json").items()}
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         found[int(i)] = {"content": token} if isinstance(token, str) else token
-    return [(i, AddedToken(**{"normalized": False, **found[i]})) for i in sorted(found)]
+    return [(i, tokenizers.AddedToken(**{"normalized": False, **found[i]})) for i in sorted(found)]
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:

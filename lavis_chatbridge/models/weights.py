@@ -11,7 +11,7 @@ import typer
 from tqdm import tqdm
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.config import merged, parse, read_options, read_yaml
+from lavis_chatbridge.config import merged, parse, read_yaml
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 
@@ -21,7 +21,6 @@ _BEATS = "https://github.com/microsoft/unilm/tree/master/beats"
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ModelType = Annotated[str | None, typer.Option("--model-type", help="A shipped model type.")]
 CfgPath = Annotated[str | None, typer.Option("--cfg-path", metavar="YAML", help="A configuration file.")]
-Options = Annotated[list[str] | None, typer.Option("--options", help="Overrides, KEY=VALUE.")]
 
 
 class Need(NamedTuple):
@@ -42,8 +41,7 @@ class Need(NamedTuple):
 
     def with_origin(self, fault: str) -> str:
         """Add to an error text where to get weights that cannot be downloaded."""
-        is_beats = self.setting == "model.audio.weights" and "BEATs" in str(self.names)
-        return f"{fault} (BEATs is published by {_BEATS})" if fault and is_beats else fault
+        return f"{fault} (BEATs is published by {_BEATS})" if "BEATs" in str(self.names) else fault
 
 
 def needs(settings: ModelSettings) -> list[Need]:
@@ -57,7 +55,7 @@ def needs(settings: ModelSettings) -> list[Need]:
         ("model.vision.weights", vision.weights, "weights", BLIP2_VISION if vision.encoder == "eva" else ()),
         ("model.audio.weights", settings.audio.weights, "weights", ()),
         ("model.perceiver.weights", settings.perceiver.weights, "weights", BLIP2_BRIDGE),
-        ("model.checkpoint", settings.trained, "weights", ()),
+        ("model.checkpoint", settings.checkpoint, "weights", ()),
     ]
     return [Need(setting, names, content, p) for setting, names, content, p in named if names is not None]
 
@@ -81,7 +79,9 @@ def model_types() -> list[str]:
 
 
 def config_path(model_type: str) -> Path:
-    """The YAML of a shipped model type."""
+    """The YAML of a shipped model type; a `ConfigError` if there is none."""
+    if model_type not in model_types():
+        raise ConfigError(f"unknown model type {model_type!r}; known are {', '.join(model_types())}")
     return CONFIGS / f"{_PREFIX}{model_type}.yaml"
 
 
@@ -89,13 +89,9 @@ def model_settings(model_type: str | None, cfg_path: str | None = None, changes:
     """The settings of a model type (by default that of ``cfg_path``, or ``tiny``), overridden by the file's ``model``
     section, then by ``changes``; a `ConfigError` names all faults.
     """
-    from omegaconf import OmegaConf
-
     file: Any = read_yaml(cfg_path).get("model") if cfg_path is not None else None
-    own: Any = merged(OmegaConf.create({}) if file is None else file, dict(changes or {}))
+    own: Any = merged(file or {}, dict(changes or {}))
     chosen = model_type or own.get("model_type") or "tiny"
-    if chosen not in model_types():
-        raise ConfigError(f"there is no model type {chosen!r}; there are {', '.join(model_types())}")
     base = read_yaml(config_path(chosen)).model
     return parse(ModelSettings, merged(base, own, {"model_type": chosen}), "model")
 
@@ -103,26 +99,30 @@ def model_settings(model_type: str | None, cfg_path: str | None = None, changes:
 def described(need: Need) -> tuple[hub.Found, str]:
     """The location of weights, and a line that describes it."""
     found = need.status()
+    if found.state == "missing":
+        return found, need.with_origin(found.fault)
     size = "unknown size" if found.size is None else tqdm.format_sizeof(found.size, "B", 1024)
-    place = need.with_origin(found.fault) or found.place or " or ".join(hub.as_list(need.names))
-    return found, str(place) if found.state == "missing" else f"{need.setting:<32}{size:>12}  {place}"
+    return found, f"{need.setting:<32}{size:>12}  {found.path or ' or '.join(hub.as_list(need.names))}"
 
 
 @app.command("list")
 def list_command(
     model_type: ModelType = None,
     cfg_path: CfgPath = None,
-    options: Options = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the weights that a model needs (local, cached, to fetch or missing) with their sizes."""
-    missing, rows = 0, {}
-    for name, settings in _wanted(model_type, cfg_path, options):
-        lines = [(need, *described(need)) for need in needs(settings)]
-        missing += sum(found.state == "missing" for _, found, _ in lines)
-        rows[name] = [{"setting": need.setting, "names": need.names, **found._asdict()} for need, found, _ in lines]
+    missing, rows = False, dict[str, list[dict[str, Any]]]()
+    for name, settings in _wanted(model_type, cfg_path):
+        rows[name] = []
         if not as_json:
-            typer.echo("\n".join([name, *(f"  {found.state:<9}{line}" for _, found, line in lines)]))
+            typer.echo(name)
+        for need in needs(settings):
+            found, line = described(need)
+            missing |= found.state == "missing"
+            rows[name].append({"setting": need.setting, "names": need.names, **found._asdict()})
+            if not as_json:
+                typer.echo(f"  {found.state:<9}{line}")
     if as_json:
         typer.echo(json.dumps(rows, default=str))
     if missing and (model_type or cfg_path) is not None:
@@ -133,14 +133,13 @@ def list_command(
 def download_command(
     model_type: Annotated[str | None, typer.Argument(help="A shipped model type.")] = None,
     cfg_path: CfgPath = None,
-    options: Options = None,
 ) -> None:
     """Download the weights that a model needs and that are not on this machine."""
     if (model_type is None) == (cfg_path is None):
         raise ConfigError("name a model type or --cfg-path")
-    for _, settings in _wanted(model_type, cfg_path, options):
-        for setting, place in find_all(settings).items():
-            typer.echo(f"{setting:<32}{place}")
+    for _, settings in _wanted(model_type, cfg_path):
+        for setting, path in find_all(settings).items():
+            typer.echo(f"{setting:<32}{path}")
 
 
 @app.command("convert")
@@ -154,23 +153,19 @@ def convert_command(
     if out.exists():
         raise CheckpointError(f"{out} exists: name another file")
     file = state_dicts.read(source)
-    named = state_dicts.bridge_tensors(file.tensors, file.path)
+    named = state_dicts.bridge_tensors(file.tensors)
     frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms are kept: results need them
     kept = {name: t for name, t in named.items() if not name.startswith(frozen) or lora.is_adapter(name)}
     if "llama_proj.weight" not in kept:
-        raise CheckpointError(f"{source} is no ChatBridge checkpoint; it holds {state_dicts.some(file.tensors)}")
-    state_dicts.check_finite(kept, source)
+        raise CheckpointError(f"{source} is not a ChatBridge: it contains {state_dicts.shortened(file.tensors)}")
     state_dicts.save(out, kept, {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None)
     typer.echo(f"{out}: {len(kept)} tensors of {len(file.tensors)}")
 
 
-def _wanted(
-    model_type: str | None, cfg_path: str | None, options: list[str] | None
-) -> Iterator[tuple[str, ModelSettings]]:
+def _wanted(model_type: str | None, cfg_path: str | None) -> Iterator[tuple[str, ModelSettings]]:
     """Name and settings of the chosen model, or of every shipped type."""
-    changes = read_options(options or []).get("model")
     if cfg_path is not None:
-        yield cfg_path, model_settings(model_type, cfg_path, changes)
+        yield cfg_path, model_settings(model_type, cfg_path)
         return
     for name in [model_type] if model_type else model_types():
-        yield name, model_settings(name, None, changes)
+        yield name, model_settings(name)

@@ -37,7 +37,7 @@ def command(
         raise CheckpointError(f"{source} contains no configuration: pass its --model-type, such as vicuna13b")
     tensors = state_dicts.read(source).tensors
     if "llama_proj.weight" not in tensors:
-        raise CheckpointError(f"{source} is not a ChatBridge; it contains {state_dicts.some(tensors)}")
+        raise CheckpointError(f"{source} is not a ChatBridge; it contains {state_dicts.shortened(tensors)}")
     if to == "original":
         _write_original(tensors, out)
     else:

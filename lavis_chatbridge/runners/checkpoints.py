@@ -113,7 +113,8 @@ class SavedState(Settings):
     scaler: dict[str, int | float]
     """State of the fp16 loss scaler; empty in other precisions."""
     frozen: dict[str, str]
-    adapters: dict[str, Any] | None
+    adapters: str | None
+    """See `lora.describe`."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def check(
 
 def check_weights(checkpoint: Checkpoint, where: Path, model: nn.Module, bridge: Sequence[str]) -> None:
     """Raise if a checkpoint's weights do not fit a model's ``bridge`` and its LoRA adapters."""
-    if misfit := lora.misfit(checkpoint.state.adapters, lora.describe(model)):
-        raise CheckpointError(f"{where} is for another model: {misfit}")
+    if difference := lora.difference(checkpoint.state.adapters, model):
+        raise CheckpointError(f"{where} is for another model: {difference}")
     expected = {name: list(model.get_parameter(name).shape) for name in bridge}
     _check_equal(_shapes(checkpoint.weights), expected, f"{where} is for another model, or damaged")
 
@@ -241,9 +242,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: Mapping[str, Any] | None) -> None:
+def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: str | None) -> None:
     """Write weights as one file; the LoRA alpha is not a tensor, so it is in the metadata."""
-    about = {"step": str(step)} | ({"cfg": json.dumps({"lora": dict(adapters)})} if adapters else {})
+    about = {"step": str(step)} | ({"cfg": json.dumps({"lora": adapters})} if adapters else {})
     with _written(path), atomic_file(path) as file:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, metadata=about)
 

@@ -168,14 +168,6 @@ def test_what_is_frozen_stays_frozen(golden_dir: Path) -> None:
     assert moved == set(model.trainable_state_dict())
 
 
-def test_only_the_projection_trains_with_a_frozen_perceiver(golden_dir: Path) -> None:
-    perceiver = small_settings(golden_dir).perceiver.model_copy(update={"frozen": True, "dropout": 0.5})
-    model = small_model(golden_dir / "tokenizer", perceiver=perceiver).train()
-    trained = {"llama_proj.weight", "llama_proj.bias", "visual_temporal_pos_embeds", "audio_temporal_pos_embeds"}
-    assert set(model.trainable_state_dict()) == trained
-    assert losses(model, MIXED) == losses(model, MIXED)
-
-
 def test_queries_of_absent_modalities_get_no_gradient(model: Any) -> None:
     model.zero_grad()
     model({"image": image()[None], "text_input": ["a red dog"]})["loss"].backward()
@@ -401,5 +393,3 @@ def test_faults_of_a_configuration_are_named() -> None:
         ConfigError, match=r"language_model is missing; unknown key model\.visoin, did you mean 'vision'"
     ):
         ChatBridge.check_config({"visoin": {}})
-    with pytest.raises(ConfigError, match="no model_type 'huge'; it has qwen3_8b, small, tiny, vicuna13b"):
-        ChatBridge.default_config_path("huge")

@@ -16,7 +16,7 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.decoding import Decoder
 from lavis_chatbridge.models.generation import Generation, Prefix, TextStream
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.tokenizer import load_codec
+from lavis_chatbridge.models.tokenizer import load_tokenizer
 from tests.models.folders import STYLES, write_folder
 from tests.models.replies import Letters, answers, prompt, reply, tiny
 
@@ -252,7 +252,7 @@ def test_streamed_text_is_that_of_all_ids_for_any_vocabulary_of_bytes(text: str,
 
 def test_streamed_text_is_that_of_all_ids_with_byte_tokens(tmp_path_factory: pytest.TempPathFactory):
     """A later byte can turn a whole run of byte tokens into replacement characters."""
-    codec = load_codec(write_folder(tmp_path_factory.mktemp("llama"), STYLES["phi3"]))
+    codec = load_tokenizer(write_folder(tmp_path_factory.mktemp("llama"), STYLES["phi3"]))
     letters = codec.encode("a red car")
 
     @settings(max_examples=300, deadline=None)

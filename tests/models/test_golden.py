@@ -23,7 +23,7 @@ from lavis_chatbridge.models.layout import PADDING, SOFT, Batch, embed, lay_out
 from lavis_chatbridge.models.samples import media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import TemporalSettings
-from lavis_chatbridge.models.tokenizer import load_codec
+from lavis_chatbridge.models.tokenizer import load_tokenizer
 from lavis_chatbridge.processors.fbank import fbank
 from lavis_chatbridge.prompting.conversation import (
     Message,
@@ -418,7 +418,7 @@ def test_a_batch_of_prompts(model: Any, tensors: Callable, facts: Callable) -> N
 
 
 def test_tokenizer(golden_dir: Path) -> None:
-    codec = load_codec(golden_dir / "tokenizer")
+    codec = load_tokenizer(golden_dir / "tokenizer")
     cases = json.loads((golden_dir / "tokenizer" / "cases.json").read_text())
     assert cases
     for case in cases:

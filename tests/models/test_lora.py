@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.models import language_model, lora
+from lavis_chatbridge.models import language_model, lora, state_dicts
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.plugin.export_llm import export
 from tests.models.building import small_model, small_settings
@@ -51,11 +51,9 @@ def test_adapters_alone_are_trained_in_fp32_beside_half_precision(
 
 
 def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(golden_dir: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     tokenizer = golden_dir / "tokenizer"
     plain = small_model(tokenizer, seed=3)
-    save_file(plain.trainable_state_dict(), tmp_path / "bridge.safetensors")
+    state_dicts.save(tmp_path / "bridge.safetensors", plain.trainable_state_dict())
     whole = {name: t.clone() for name, t in plain.state_dict().items()}
     torch.save({"model": whole}, tmp_path / "whole.pth")
     for name in ("bridge.safetensors", "whole.pth"):
@@ -66,36 +64,37 @@ def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(golden_dir:
         assert all(p.abs().max() == 0 for n, p in model.named_parameters() if ".lora_B." in n)
 
 
-def test_other_adapters_are_refused(golden_dir: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "its LoRA adapters: rank 4, alpha 16 on q_proj, v_proj, the model's: none"),
+        ({"rank": 2}, "rank 4, alpha 16 on q_proj, v_proj, the model's: rank 2, alpha 16 on q_proj, v_proj"),
+        ({"rank": 4, "alpha": 8}, "the model's: rank 4, alpha 8"),
+        ({"rank": 4, "target_modules": ("o_proj",)}, "the model's: rank 4, alpha 16 on o_proj"),
+    ],
+)
+def test_other_adapters_are_refused(golden_dir: Path, tmp_path: Path, changes: Any, message: str) -> None:
     tokenizer = golden_dir / "tokenizer"
     model = small_model(tokenizer, language_model=with_lora(tokenizer, rank=4))
-    path = tmp_path / "lora.safetensors"
-    save_file(model.trainable_state_dict(), path)
-    for changes, message in (
-        (None, "its LoRA adapters: rank 4 on q_proj, v_proj, the model's: none"),
-        ({"rank": 2}, "rank 4 on q_proj, v_proj, the model's: rank 2, alpha 16 on q_proj, v_proj"),
-        ({"rank": 4, "target_modules": ("o_proj",)}, "the model's: rank 4, alpha 16 on o_proj"),
-    ):
-        more = {} if changes is None else {"language_model": with_lora(tokenizer, **changes)}
-        with pytest.raises(CheckpointError, match=message):
-            small_model(tokenizer, **more).load_checkpoint(str(path))
+    path, own = tmp_path / "lora.safetensors", {"lora": lora.describe(model)}
+    state_dicts.save(path, model.trainable_state_dict(), own)
+    other = small_model(tokenizer, **({} if changes is None else {"language_model": with_lora(tokenizer, **changes)}))
+    with pytest.raises(CheckpointError, match=message):
+        other.load_checkpoint(str(path))
+    state_dicts.save(path, model.trainable_state_dict())  # without a description, the tensors must fit
+    if changes is None or "alpha" not in changes:
+        with pytest.raises(CheckpointError, match=r"does not fit this model: .*lora_A"):
+            other.load_checkpoint(str(path))
     same = small_model(tokenizer, seed=9, language_model=with_lora(tokenizer, rank=4))
     same.load_checkpoint(str(path))
     assert all(torch.equal(t, same.trainable_state_dict()[n]) for n, t in model.trainable_state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (("query",), r"target_modules: query is no linear layer .* named .*q_proj"),
-        (("q_proj", "embed_tokens"), r"target_modules: embed_tokens is no linear layer"),
-    ],
-)
-def test_layers_that_take_no_adapter(golden_dir: Path, targets: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        language_model.load_language_model(with_lora(golden_dir / "tokenizer", target_modules=targets))
+@pytest.mark.parametrize("target", ["query", "embed_tokens"])
+def test_layers_that_take_no_adapter(golden_dir: Path, target: str) -> None:
+    settings = with_lora(golden_dir / "tokenizer", target_modules=("q_proj", target))
+    with pytest.raises(ConfigError, match=rf"target_modules: found {target}, expected linear layers .*: .*q_proj"):
+        language_model.load_language_model(settings)
 
 
 @pytest.mark.parametrize("tied", [False, True])

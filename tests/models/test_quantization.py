@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.models import language_model, lora
+from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.prompting.conversation import alignment_prompt
 from lavis_chatbridge.runners import checkpoints, parallel
@@ -51,16 +51,9 @@ def tokenizer(golden_dir: Path) -> Path:
     return golden_dir / "tokenizer"
 
 
-def settings(folder: Path, tokenizer: Path, how: Any, dtype: Any = "float32", **more: Any) -> LanguageModelSettings:
-    return LanguageModelSettings(weights=str(folder), tokenizer=str(tokenizer), dtype=dtype, quantization=how, **more)
-
-
-def load(*arguments: Any) -> Any:
-    return language_model.load_language_model(settings(*arguments))[0]
-
-
 def bridge(folder: Path, tokenizer: Path, how: Any, **more: Any) -> Any:
-    return small_model(tokenizer, language_model=settings(folder, tokenizer, how, **more))
+    own = LanguageModelSettings(weights=str(folder), tokenizer=str(tokenizer), quantization=how, **more)
+    return small_model(tokenizer, language_model=own)
 
 
 def logits(model: Any) -> Tensor:
@@ -98,7 +91,8 @@ def test_logits_are_near_those_of_all_bits(folder: Path, tokenizer: Path, how: A
     """A wrong scale or layer gives an error of about 1."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    plain, model = load(folder, tokenizer, None), load(folder, tokenizer, how, dtype)
+    plain = bridge(folder, tokenizer, None).llama_model
+    model = bridge(folder, tokenizer, how, dtype=dtype).llama_model
     nn.ModuleList([model]).to("cpu")  # as a runner and a chat do; bitsandbytes 0.46 quantised 8-bit layers again
     found = logits(model)
     assert 0 < error(found, logits(plain)) < near

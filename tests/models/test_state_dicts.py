@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lavis_chatbridge.errors import CheckpointError
@@ -41,26 +40,23 @@ def same(model: Any, tensors: dict[str, Tensor]) -> bool:
     return all(torch.equal(own[name], t) for name, t in tensors.items())
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "folder", "torch", "under model", "whole", "ddp"])
+@pytest.mark.parametrize("layout", ["safetensors", "folder", "under model", "whole"])
 def test_a_trained_bridge_in_every_layout(tokenizer: Path, tmp_path: Path, layout: str) -> None:
     model = small_model(tokenizer)
     tensors = changed(model)
     path = tmp_path / "model.pth"
-    constants = {"llama_model.model.layers.0.self_attn.rotary_emb.inv_freq", "Qformer.cls.predictions.bias"}
-    constants |= {f"Qformer.bert.{name}" for name in ("embeddings.word_embeddings.w", "encoder.layer.0.output.dense.w")}
     match layout:
         case "safetensors" | "folder":
             state_dicts.save(tmp_path / "model.safetensors", tensors)
             path = tmp_path if layout == "folder" else tmp_path / "model.safetensors"
-        case "torch":
-            torch.save(tensors, path)
-        case "ddp":
-            torch.save({"model": {f"module.{name}": t for name, t in tensors.items()}}, path)
         case "under model":
-            torch.save({"model": tensors, "optimizer": {"state": {}, "lr": 1.0}, "config": {"a": [1]}}, path)
+            module = {f"module.{name}": t for name, t in tensors.items()}  # of DistributedDataParallel
+            torch.save({"model": module, "optimizer": {"lr": 1.0}, "config": {"a": [1]}}, path)
         case "whole":
+            constants = ["llama_model.model.layers.0.self_attn.rotary_emb.inv_freq", "Qformer.cls.predictions.bias"]
+            constants += ["Qformer.bert.embeddings.word_embeddings.w", "Qformer.bert.encoder.layer.0.output.dense.w"]
             tensors = {**{name: t + 1 for name, t in model.state_dict().items()}, **tensors}
-            torch.save({"model": tensors | {name: torch.ones(4) for name in constants}}, path)
+            torch.save({**tensors, **{name: torch.ones(4) for name in constants}}, path)
             tensors.pop("Qformer.bert.embeddings.position_ids")
     assert not same(model, tensors)
     model.load_checkpoint(str(path))
@@ -97,7 +93,10 @@ def test_numbers_too_large_for_float16_are_refused(
     tensors["patch_embed.proj.bias"] += 1e6
     torch.save(tensors, tmp_path / "eva.pth")
     settings = {"weights": str(tmp_path / "eva.pth"), **SIZES}
-    with pytest.raises(CheckpointError, match=r"in float16, .* NaN or infinity in patch_embed\.proj\.bias"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"does not fit model\.vision in torch\.float16: NaN or infinity in patch_embed\.proj\.bias",
+    ):
         build_vision(VisionSettings(dtype="float16", **settings))
     assert build_vision(VisionSettings(dtype="bfloat16", **settings)).cls_token.dtype == torch.bfloat16  # type: ignore[attr-defined]
 
@@ -143,11 +142,11 @@ class _Evil:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
-    """In neither of torch's formats, before 1.6 and since."""
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
+    """In torch's formats since 1.6 and before."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": _Evil()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=not old)
+    torch.save({"model": _Evil()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"refused.*never code"):
         state_dicts.read(tmp_path / "evil.pth")
     assert not (tmp_path / "pwned").exists()
@@ -165,7 +164,7 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=f"cut{suffix} ") as caught:
                 state_dicts.read(tmp_path / f"cut{suffix}")
             assert "\n" not in str(caught.value)
-    for content, message in (([1], "no weights by name, but a list"), ({"epoch": 3}, "by name; it holds epoch")):
+    for content, message in (([1], "contains a list"), ({"epoch": 3}, "contains epoch, expected tensors by name")):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match=message):
             state_dicts.read(tmp_path / "other.pth")
@@ -180,11 +179,10 @@ def test_a_saved_file_has_shared_tensors_and_a_configuration(tmp_path: Path) -> 
 
 
 def test_the_hash_depends_on_values_names_shapes_types_and_more() -> None:
-    a, b = torch.arange(6.0), torch.ones(2)
-    first = state_dicts.hash_of({"a": a, "b": b})
-    assert first == state_dicts.hash_of({"b": b, "a": a.clone()})
-    others = ({"a": a + 1, "b": b}, {"c": a, "b": b}, {"a": a.view(2, 3), "b": b}, {"a": a.half(), "b": b})
-    assert len({first, state_dicts.hash_of({"a": a, "b": b}, 1), *map(state_dicts.hash_of, others)}) == 6
+    a = torch.arange(6.0)
+    assert state_dicts.hash_of({"a": a, "b": a}) == state_dicts.hash_of({"b": a, "a": a.clone()})
+    others = ({"a": a}, {"a": a + 1}, {"c": a}, {"a": a.view(2, 3)}, {"a": a.half()})
+    assert len({state_dicts.hash_of({"a": a}, 1), *map(state_dicts.hash_of, others)}) == 6
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +204,6 @@ def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-        for layer in model.vision_model.encoder.layers:
-            layer.self_attn.qkv.bias[32:64] = 0
     model.save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
@@ -236,9 +232,3 @@ def test_blip2_in_huggingface_layout_gives_the_features_of_lavis_layout(blip2: P
         )
         torch.testing.assert_close(soft.last_hidden_state, wanted.last_hidden_state, atol=1e-5, rtol=0)
     assert torch.equal(model.ln_vision.weight, reference.vision_model.post_layernorm.weight)
-
-
-def test_a_bias_of_keys_is_refused(tmp_path: Path) -> None:
-    save_file({"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(96)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="has a bias of keys"):
-        build_vision(VisionSettings(weights=str(tmp_path / "a.safetensors"), **SIZES))

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.templates import load_template
-from lavis_chatbridge.models.tokenizer import load_codec
+from lavis_chatbridge.models.tokenizer import load_tokenizer
 from lavis_chatbridge.prompting.conversation import Message, Text
 from tests.models.folders import STYLES, write_folder
 
@@ -28,7 +28,7 @@ TEXTS = (" and image: ", "  two  blanks ", "What is it?", "é 🎈\n\n", "x", ""
 @pytest.mark.parametrize("style", ["qwen3", "llama3", "gemma", "phi3"])
 def test_ids_are_those_of_the_file_whatever_class_is_named(tmp_path: Path, style: str, name: str) -> None:
     folder = write_folder(tmp_path, STYLES[style], tokenizer_class=name, legacy=False, add_prefix_space=True)
-    codec, own = load_codec(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    codec, own = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TEXTS:
         ids = own.encode(text, add_special_tokens=False).ids
         assert codec.encode(text) == codec.encode_marked(text) == ids
@@ -38,7 +38,7 @@ def test_ids_are_those_of_the_file_whatever_class_is_named(tmp_path: Path, style
 
 @pytest.mark.parametrize("style", STYLES)
 def test_special_tokens_in_text_are_text(tmp_path: Path, style: str) -> None:
-    codec = load_codec(write_folder(tmp_path, STYLES[style]))
+    codec = load_tokenizer(write_folder(tmp_path, STYLES[style]))
     assert codec.special == set(STYLES[style].special)
     for token in STYLES[style].special:
         (marked,) = codec.encode_marked(token)[-1:]
@@ -48,19 +48,19 @@ def test_special_tokens_in_text_are_text(tmp_path: Path, style: str) -> None:
 
 
 def test_bos_end_and_padding(tmp_path: Path) -> None:
-    qwen, llama = (load_codec(write_folder(tmp_path / name, STYLES[name])) for name in ("qwen3", "llama3"))
+    qwen, llama = (load_tokenizer(write_folder(tmp_path / name, STYLES[name])) for name in ("qwen3", "llama3"))
     assert qwen.bos_id is None
     assert qwen.pad_id == qwen.eos_id == qwen.encode_marked("<|im_end|>")[0]  # it names no padding token
     assert [llama.bos_id] == llama.encode_marked("<|begin_of_text|>")
     bare = write_folder(tmp_path / "bare", STYLES["llama3"])
     (bare / "tokenizer_config.json").unlink()
     (bare / "config.json").write_text(json.dumps({"bos_token_id": 7, "eos_token_id": [9, 8], "pad_token_id": None}))
-    codec = load_codec(bare)
+    codec = load_tokenizer(bare)
     assert (codec.bos_id, codec.eos_id, codec.pad_id) == (7, 9, 9)
 
 
 def test_the_original_sentencepiece_file_gives_the_ids_of_sentencepiece(golden_dir: Path) -> None:
-    codec = load_codec(golden_dir / "tokenizer")
+    codec = load_tokenizer(golden_dir / "tokenizer")
     own = SentencePieceProcessor(model_file=str(golden_dir / "tokenizer" / "tokenizer.model"))
     assert (codec.bos_id, codec.eos_id, codec.pad_id, len(codec)) == (1, 2, 2, 640)
     assert codec.decode([1, *codec.encode("a dog"), 2, 700]) == "a dog"
@@ -81,8 +81,8 @@ def test_a_sentencepiece_file_of_another_algorithm_is_refused(tmp_path: Path) ->
     texts = iter([f"{a} {b} stands beside the {c}" for a in ("one", "two") for b in ["dogs", "cars"] for c in "abc"])
     name = str(tmp_path / "tokenizer")
     SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=name, vocab_size=40, hard_vocab_limit=False)
-    with pytest.raises(CheckpointError, match=r"is no BPE of LLaMA's settings; save it again as tokenizer.json"):
-        load_codec(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is not a BPE with LLaMA's settings; save it again as tokenizer.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: P
         "{% if add_generation_prompt %}assistant: {% endif %}",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    codec = load_codec(tmp_path)
+    codec = load_tokenizer(tmp_path)
     assert (codec.bos_id, codec.eos_id, len(codec)) == (1, 640, 642)
     assert codec.encode("a<obj>")[-1] == 641
     assert codec.decode([*codec.encode("a dog"), 641, 640, *codec.encode("b")]) == "a dog<obj> b"
@@ -107,16 +107,8 @@ def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: P
     assert [p.ids[-1] for p in pieces if isinstance(p, Text) and p.target and p.ids] == [640]
 
 
-def test_added_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
-    size = Tokenizer.from_file(str(write_folder(tmp_path, STYLES["smollm2"]) / "tokenizer.json")).get_vocab_size()
-    added = {str(size): {"content": "<|eot|>", "special": True, "normalized": False}}
-    codec = load_codec(write_folder(tmp_path, STYLES["smollm2"], added_tokens_decoder=added, eos_token="<|eot|>"))
-    assert (codec.eos_id, len(codec)) == (size, size + 1)
-    assert codec.encode_marked("a<|eot|>")[-1] == size
-
-
 def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path) -> None:
-    for codec in (load_codec(golden_dir / "tokenizer"), load_codec(TINY)):
+    for codec in (load_tokenizer(golden_dir / "tokenizer"), load_tokenizer(TINY)):
         assert codec.encode("a\ud800b") == codec.encode("a\N{REPLACEMENT CHARACTER}b")
         assert codec.encode("a\ud83d\ude00") == codec.encode("a\N{GRINNING FACE}")
 
@@ -124,14 +116,14 @@ def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path)
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"config.json": "{}"}, r"holds no tokenizer \(tokenizer.json or tokenizer.model\)"),
-        ({"tokenizer.json": "{"}, "no tokenizer can be read from"),
-        ({"tokenizer.model": "x", "tokenizer_config.json": "{}"}, "no tokenizer can be read from"),
+        ({"config.json": "{}"}, r"does not contain a tokenizer \(tokenizer.json or tokenizer.model\)"),
+        ({"tokenizer.json": "{"}, "cannot read the tokenizer in"),
+        ({"tokenizer.model": "x", "tokenizer_config.json": "{}"}, "cannot read the tokenizer in"),
     ],
 )
 def test_folders_that_cannot_be_read(tmp_path: Path, files: dict[str, Any], message: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_codec(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""``chatbridge weights``, and a shipped type from an empty cache: downloaded by name, built, asked."""
+"""``chatbridge weights``, and the shipped types: valid, and one downloaded by name into an empty cache and asked."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperFeatureExtractor
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.models import state_dicts
+from lavis_chatbridge.models import state_dicts, weights
+from lavis_chatbridge.models.chatbridge import ChatBridge
+from lavis_chatbridge.processors import load_processors
 from tests.hub_server import HubServer, serving
 from tests.media.making import sound_file, video_file
-from tests.models.building import small_model
+from tests.models.building import small_model, small_settings
 from tests.models.encoders import architectures
 from tests.models.folders import STYLES, write_folder
 
@@ -48,22 +52,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     root = tmp_path_factory.mktemp("hub")
     architectures.vision("siglip", root / "google" / "siglip2-base-patch16-224")
     architectures.audio("whisper", root / "openai" / "whisper-small")
-    language_model(root / "HuggingFaceTB" / "SmolLM2-360M-Instruct")
+    folder = write_folder(root / "HuggingFaceTB" / "SmolLM2-360M-Instruct", STYLES["smollm2"])
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=440, **sizes)).save_pretrained(folder)
     with serving(root) as server:
         yield server
 
 
-def language_model(folder: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    write_folder(folder, STYLES["smollm2"])
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=440, **sizes)).save_pretrained(folder)
-
-
 def test_a_shipped_type_from_an_empty_cache_answers_about_every_modality(hub: HubServer, tmp_path: Path) -> None:
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-    environment = {name: value for name, value in os.environ.items() if name != "CHATBRIDGE_WEIGHTS"} | home
+    environment = {name: value for name, value in os.environ.items() if name != "CHATBRIDGE_WEIGHTS"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
 
     def run(*words: str) -> str:
         done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
@@ -101,8 +99,9 @@ def test_list_says_where_weights_are(
     rows = {row["setting"]: row for row in json.loads(capsys.readouterr().out)["vicuna13b"]}
     assert (rows["model.vision.weights"]["state"], rows["model.vision.weights"]["size"]) == ("local", 2048)
     assert rows["model.audio.weights"]["state"] == "missing"
-    options = ["--options", "model.vision.weights=/no/such/file", "model.audio.weights=null"]
-    assert cli.main(["weights", "list", "--model-type", "tiny", *options]) == 1
+    changed = tmp_path / "changed.yaml"
+    changed.write_text("model: {vision: {weights: /no/such/file}, audio: {weights: null}}")
+    assert cli.main(["weights", "list", "--cfg-path", str(changed)]) == 1
     printed = capsys.readouterr().out
     assert "missing  model.vision.weights: /no/such/file does not exist" in printed
     assert "model.audio.weights" not in printed
@@ -113,16 +112,56 @@ def test_download_needs_a_model(capsys: pytest.CaptureFixture) -> None:
     assert "model.checkpoint" in capsys.readouterr().out
     assert cli.main(["weights", "download"]) == 2
     assert cli.main(["weights", "download", "huge"]) == 2
-    assert "there is no model type 'huge'; there are qwen3_8b, small, tiny" in capsys.readouterr().err
+    assert "unknown model type 'huge'; known are qwen3_8b, small, tiny" in capsys.readouterr().err
 
 
-def test_everything_that_is_missing_is_named_before_anything_is_built(golden_dir: Path) -> None:
-    from lavis_chatbridge.models.chatbridge import ChatBridge
+@pytest.mark.parametrize("model_type", ["tiny", "vicuna7b", "vicuna13b"])
+def test_a_type_with_eva_and_beats_is_valid(model_type: str) -> None:
+    whole = OmegaConf.load(weights.config_path(model_type))
+    settings = ChatBridge.check_config(whole.model)
+    assert settings.model_type == model_type
+    processors = load_processors(whole.preprocess)
+    for split in ("train", "eval"):
+        sizes = {processors[modality][split].settings.image_size for modality in ("image", "video")}
+        assert sizes == {settings.vision.image_size}
+        assert processors["audio"][split].settings.mel_bins == 64
 
+
+@pytest.mark.parametrize("model_type", ["small", "qwen3_8b"])
+def test_a_type_of_published_parts_is_valid(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image size, mean, sample rate and extractor are those of the encoders' folders."""
+    monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
+    whole = OmegaConf.load(weights.config_path(model_type))
+    settings = ChatBridge.check_config(whole.model)
+    assert settings.template == "tokenizer"
+    vision, audio = (tmp_path / str(part.weights).rpartition("/")[2] for part in (settings.vision, settings.audio))
+    vision.mkdir()
+    (vision / "preprocessor_config.json").write_text('{"size": {"height": 384}, "image_mean": [0.5, 0.5, 0.5]}')
+    WhisperFeatureExtractor().save_pretrained(audio)
+    processors = load_processors(whole.preprocess)
+    for split in ("train", "eval"):
+        assert {processors[modality][split].settings.image_size for modality in ("image", "video")} == {384}
+        assert processors["video"][split].settings.num_frames == settings.temporal_positions.frames  # type: ignore[union-attr]
+        sound = processors["audio"][split].settings
+        assert (sound.extractor["sampling_rate"], sound.clip_seconds, sound.max_clips) == (16_000, 30.0, 2)
+
+
+def test_all_missing_weights_are_named_before_the_model_is_built() -> None:
     parts = {part: {"weights": f"/no/{part}"} for part in ("vision", "audio", "perceiver", "language_model")}
-    with pytest.raises(CheckpointError) as caught:
+    parts["audio"]["weights"] = "/no/audio/BEATs.pt"
+    with pytest.raises(CheckpointError, match=r"BEATs is published by https://") as caught:
         ChatBridge.from_config(parts)
-    assert all(f"model.{part}.weights: /no/{part} does not exist" in str(caught.value) for part in parts)
+    assert all(f"model.{part}.weights: /no/{part}" in str(caught.value) for part in parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tiny_model_without_weights(golden_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    language_model = small_settings(golden_dir / "tokenizer").language_model.model_dump()
+    bare = {part: {"weights": None} for part in ("vision", "audio")} | {"language_model": language_model}
+    tiny = OmegaConf.load(weights.config_path("tiny")).model
+    model = ChatBridge.from_config(OmegaConf.merge(tiny, bare, {"checkpoint": None}))
+    assert "knows nothing outside that world" in caplog.text
+    assert model.image_query_tokens.shape == (1, 8, 128)
 
 
 def test_conversion_keeps_the_bridge_and_its_norms(golden_dir: Path, tmp_path: Path, capsys: Any) -> None:
@@ -140,12 +179,12 @@ def test_conversion_keeps_the_bridge_and_its_norms(golden_dir: Path, tmp_path: P
     assert set(made) == set(bridge)
     assert all(torch.equal(made[name], bridge[name]) for name in bridge)
 
-    state_dicts.save(tmp_path / "step" / "model.safetensors", bridge, {"lora": {"rank": 2}})
+    state_dicts.save(tmp_path / "step" / "model.safetensors", bridge, {"lora": "rank 2"})
     assert cli.main(["weights", "convert", str(tmp_path / "step"), str(tmp_path / "c.safetensors")]) == 0
-    assert state_dicts.read(tmp_path / "c.safetensors").cfg == {"lora": {"rank": 2}}
+    assert state_dicts.read(tmp_path / "c.safetensors").cfg == {"lora": "rank 2"}
     torch.save({"cls_token": torch.ones(1)}, tmp_path / "eva.pth")
     for source, out, words in (
-        ("eva.pth", "d.safetensors", "is no ChatBridge checkpoint"),
+        ("eva.pth", "d.safetensors", "is not a ChatBridge"),
         ("a.pth", "c.safetensors", "exists"),
     ):
         assert cli.main(["weights", "convert", str(tmp_path / source), str(tmp_path / out)]) == 2

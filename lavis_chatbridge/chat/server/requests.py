@@ -19,7 +19,7 @@ from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
 from lavis_chatbridge.models.generation import TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.models.tokenizer import Codec
+from lavis_chatbridge.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def refusal_of(error: Exception) -> RequestError | None:
 class Response:
     """The JSON of the replies to one request of chat completions (else of completions), whole or in chunks."""
 
-    def __init__(self, model: str, chat: bool, codec: Codec) -> None:
+    def __init__(self, model: str, chat: bool, codec: Tokenizer) -> None:
         self._chat, self._codec = chat, codec
         name = "chat.completion" if chat else "text_completion"
         number = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"

@@ -1,24 +1,25 @@
 """Builds the frozen encoders that ``model.vision.encoder`` and ``model.audio.encoder`` name.
 
-To add your own, write a function that takes the settings and returns a module with the members of
-:class:`Encoder`, and decorate it with :func:`register`. ``encoder: my_module:my_name`` imports ``my_module`` first.
+An encoder of your own is a function that takes the settings and returns a module with the members of :class:`Encoder`;
+``encoder: my_module:my_function`` imports and calls it.
 
 Shapes: ``B`` frames or clips, ``N`` tokens, ``D`` width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from lavis_chatbridge.config import hint
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.settings import AudioSettings, VisionSettings
+
+_OWN = {"vision": ("eva", "timm", "transformers"), "audio": ("beats", "transformers")}
 
 
 class Encoder(Protocol):
@@ -58,21 +59,6 @@ class AudioEncoder(Encoder, Protocol):
     time_axis: int
 
 
-Build = Callable[[Any], nn.Module]
-_OWN = {"vision": ("eva", "timm", "transformers"), "audio": ("beats", "transformers")}
-_REGISTERED: dict[str, dict[str, Build]] = {"vision": {}, "audio": {}}
-
-
-def register(part: Literal["vision", "audio"], name: str) -> Callable[[Build], Build]:
-    """Decorator that registers a function (settings -> encoder) under a name."""
-
-    def enter(build: Build) -> Build:
-        _REGISTERED[part][name] = build
-        return build
-
-    return enter
-
-
 def build_vision(settings: VisionSettings) -> VisionEncoder:
     """The image and video encoder of the settings, with its weights.
 
@@ -80,12 +66,12 @@ def build_vision(settings: VisionSettings) -> VisionEncoder:
         ConfigError: If the settings name an unknown encoder, or do not fit it.
         CheckpointError: If its weights cannot be found or downloaded, or do not fit.
     """
-    return cast(VisionEncoder, _builder("vision", settings.encoder)(settings))
+    return _build("vision", settings)
 
 
 def build_audio(settings: AudioSettings) -> AudioEncoder:
     """The audio encoder of the settings, with its weights; raises as :func:`build_vision`."""
-    return cast(AudioEncoder, _builder("audio", settings.encoder)(settings))
+    return _build("audio", settings)
 
 
 def tokens_of(grid: Tensor, pool: int, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -100,17 +86,16 @@ def tokens_of(grid: Tensor, pool: int, prefix: Tensor | None = None) -> tuple[Te
     return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def _builder(part: str, name: str) -> Build:
-    """The function ``build_vision`` or ``build_audio`` of a module of this folder, or a registered one."""
+def _build(part: str, settings: VisionSettings | AudioSettings) -> Any:
+    """Call ``build_vision`` or ``build_audio`` of a module of this folder, or a user's ``MODULE:FUNCTION``."""
+    name = settings.encoder
+    module, _, function = name.partition(":")
     if name in _OWN[part]:
-        return getattr(import_module(f"{__name__}.{name}"), f"build_{part}")
-    module, _, own = name.rpartition(":")
-    if module:
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"model.{part}.encoder: the module {module!r} cannot be imported ({error})") from error
-    if own not in _REGISTERED[part]:
-        known = [*_OWN[part], *_REGISTERED[part]]
-        raise ConfigError(f"model.{part}.encoder: there is no encoder {own!r}{hint(own, known)}")
-    return _REGISTERED[part][own]
+        module, function = f"{__name__}.{name}", f"build_{part}"
+    elif not function:
+        raise ConfigError(f"model.{part}.encoder: unknown encoder {name!r}{hint(name, _OWN[part])}")
+    try:
+        build = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.{part}.encoder: {name!r} cannot be imported ({error})") from error
+    return build(settings)

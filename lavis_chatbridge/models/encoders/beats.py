@@ -1,7 +1,7 @@
 """BEATs, the audio encoder: maps a log-mel filterbank to one token per 16x16 patch.
 
 This is BEATs (arXiv 2212.09058) as ChatBridge uses it: without waveform input, classification head and dropout (the
-encoder is frozen). Parameter names are those of the published checkpoints. This module knows no files.
+encoder is frozen). Parameter names are those of the published checkpoints.
 
 Shapes: ``B`` clips, ``F`` frames of 10 ms, ``M`` mel bins, ``n`` tokens (time outer, mel inner), ``D`` width,
 ``H`` heads.
@@ -10,7 +10,7 @@ Shapes: ``B`` clips, ``F`` frames of 10 ms, ``M`` mel bins, ``n`` tokens (time o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -23,12 +23,6 @@ from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.settings import AudioSettings, torch_dtype
-
-_FIXED = {
-    "layer_norm_first": False, "activation_fn": "gelu", "conv_bias": False, "deep_norm": True,
-    "relative_position_embedding": True, "gru_rel_pos": True,
-}  # fmt: skip
-"""The supported variant of BEATs; all published checkpoints have it."""
 
 
 class BeatsConfig(Settings):
@@ -47,22 +41,12 @@ class BeatsConfig(Settings):
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
-        """The configuration in a published checkpoint; a `ConfigError` if its variant is not supported."""
-        for key, built in _FIXED.items():
-            if cfg.get(key, built) != built:
-                raise ConfigError(f"BEATs with {key}={cfg[key]!r} is not supported, only {key}={built!r}")
+        """The sizes in a published checkpoint's ``cfg``; its other keys are the same in all published checkpoints."""
         return parse(cls, {key: value for key, value in cfg.items() if key in cls.model_fields}, "BEATs")
-
-    def check(self) -> Iterable[str]:
-        for name in ("encoder_attention_heads", "conv_pos_groups"):
-            if self.encoder_embed_dim % getattr(self, name):
-                yield f"encoder_embed_dim {self.encoder_embed_dim} is not a multiple of {name} {getattr(self, name)}"
-        if self.max_distance <= self.num_buckets // 4:
-            yield f"max_distance {self.max_distance} must exceed a quarter of num_buckets {self.num_buckets}"
 
 
 def build_audio(settings: AudioSettings) -> Beats:
-    """A BEATs from a file (with the file's sizes), or a randomly initialised one."""
+    """A BEATs from its own file (with the file's sizes) or a ChatBridge's, or a randomly initialised one."""
     config = parse(BeatsConfig, settings.config or {}, "model.audio.config")
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
@@ -70,23 +54,13 @@ def build_audio(settings: AudioSettings) -> Beats:
     file = state_dicts.read(hub.find(settings.weights, "model.audio.weights"))
     with torch.device("meta"):
         encoder = Beats(config if file.cfg is None else BeatsConfig.from_dict(file.cfg))
-    tensors = tensors_of(file.tensors, encoder.config.encoder_layers)
+    own = state_dicts.part(file.tensors, "audio_encoder.") or file.tensors
+    tensors = {name: tensor for name, tensor in own.items() if not name.startswith("predictor.")}  # of AudioSet
+    shared = ".self_attn.relative_attention_bias.weight"
+    if (table := tensors.get(f"encoder.layers.0{shared}")) is not None:  # a file may have the shared table once
+        tensors = {f"encoder.layers.{i}{shared}": table for i in range(encoder.config.encoder_layers)} | tensors
     state_dicts.load_exactly(encoder, tensors, file.path, "model.audio", dtype)
     return encoder
-
-
-def tensors_of(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A BEATs' tensors, from its own file or from a ChatBridge's, without a classification head.
-
-    All layers share the relative-position table; if a file has it once, it is returned under every layer's name.
-    """
-    own = state_dicts.part(tensors, "audio_encoder.") or dict(tensors)
-    kept = {name: tensor for name, tensor in own.items() if not name.startswith("predictor.")}
-    table = kept.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
-    if table is not None:
-        for i in range(1, layers):
-            kept.setdefault(f"encoder.layers.{i}.self_attn.relative_attention_bias.weight", table)
-    return kept
 
 
 class Beats(nn.Module):
@@ -101,12 +75,13 @@ class Beats(nn.Module):
         self.description = repr(config)
         self.patch_embedding = nn.Conv2d(1, config.embed_dim, patch, stride=patch, bias=False)
         self.layer_norm = nn.LayerNorm(config.embed_dim)
-        self.post_extract_proj = (
-            nn.Linear(config.embed_dim, config.encoder_embed_dim)
-            if config.embed_dim != config.encoder_embed_dim
-            else nn.Identity()
-        )
+        same = config.embed_dim == self.width
+        self.post_extract_proj = nn.Identity() if same else nn.Linear(config.embed_dim, self.width)
         self.encoder = _Encoder(config)
+
+    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :class:`lavis_chatbridge.models.encoders.Encoder`."""
+        return self(batch, lengths)
 
     def forward(self, fbank: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode clips.
@@ -139,10 +114,6 @@ class Beats(nn.Module):
     def patches(self, fbank: Tensor) -> Tensor:
         """``[B, F, M]`` filterbank -> ``[B, n, embed_dim]`` normalised patches, time outer and mel inner."""
         return self.layer_norm(self.patch_embedding(fbank.unsqueeze(1)).flatten(2).transpose(1, 2))
-
-    def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See :class:`lavis_chatbridge.models.encoders.Encoder`."""
-        return self(batch, lengths)
 
 
 class _Encoder(nn.Module):

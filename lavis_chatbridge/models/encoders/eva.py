@@ -8,13 +8,11 @@ Shapes: ``B`` images, ``N`` tokens (a class token, then patches row by row), ``D
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from lavis.models.eva_vit import VisionTransformer
+from lavis.models.eva_vit import VisionTransformer, interpolate_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,53 +49,24 @@ class EvaVit(VisionTransformer):
 
 
 def build_vision(settings: VisionSettings) -> EvaVit:
-    """An EVA-ViT from a file, or a randomly initialised one."""
+    """An EVA-ViT from its own file, a ChatBridge's or BLIP-2's, or a randomly initialised one.
+
+    Blocks and norms after the last block are dropped; positions are interpolated to the image size.
+    """
     dtype = torch_dtype(settings.dtype)
     if settings.weights is None:
         return EvaVit(settings).to(dtype)
     prefixes = state_dicts.BLIP2_VISION
     file = state_dicts.read(hub.find(settings.weights, "model.vision.weights", prefixes=prefixes), prefixes)
-    tensors = tensors_of(file.tensors, settings.depth, settings.tokens, file.path)
+    named = state_dicts.from_huggingface(file.tensors)
+    own = state_dicts.part(named, "visual_encoder.") or named
+    unused = (f"blocks.{settings.depth}.", "norm.", "fc_norm.", "head.")
+    tensors = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
     with state_dicts.on_meta():
         encoder = EvaVit(settings)
+    interpolate_pos_embed(encoder, tensors)
     state_dicts.load_exactly(encoder, tensors, file.path, "model.vision", dtype)
     return encoder
-
-
-def tensors_of(tensors: Mapping[str, Tensor], depth: int, tokens: int, source: object = "") -> dict[str, Tensor]:
-    """An EVA-ViT's tensors, from its own file, a ChatBridge's, or BLIP-2 in Hugging Face's layout.
-
-    Args:
-        tensors: All tensors of the file. Further blocks, heads and final norms are dropped, as in BLIP-2.
-        depth: Number of blocks of the model.
-        tokens: Number of tokens per image; positions are interpolated to it.
-        source: The file, for messages.
-    """
-    named = state_dicts.from_huggingface(tensors, source)
-    own = state_dicts.part(named, "visual_encoder.") or named
-    unused = (f"blocks.{depth}.", "norm.", "fc_norm.", "head.")
-    kept = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
-    if "pos_embed" in kept:
-        kept["pos_embed"] = fit_positions(kept["pos_embed"], tokens)
-    return kept
-
-
-def fit_positions(table: Tensor, tokens: int) -> Tensor:
-    """Resize a position table to another number of patches, by bicubic interpolation as in BLIP-2.
-
-    Args:
-        table: ``[1, N, D]`` with the class token's position first, then a square of patches.
-        tokens: The number of tokens, one more than a square number.
-
-    Returns:
-        ``[1, tokens, D]``.
-    """
-    have, want = math.isqrt(table.shape[1] - 1), math.isqrt(tokens - 1)
-    if have == want:
-        return table
-    grid = table[:, 1:].float().unflatten(1, (have, have)).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, size=(want, want), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 def _fused_attention(attention: Any, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:

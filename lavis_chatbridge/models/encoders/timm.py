@@ -49,19 +49,19 @@ class TimmVision(nn.Module):
 
 def build_vision(settings: VisionSettings) -> TimmVision:
     """A timm model with the weights of the settings, or a randomly initialised one."""
-    place = None if settings.weights is None else hub.find(settings.weights, "model.vision.weights")
-    described = hub.read_config(place) if place is not None and (place / "config.json").is_file() else {}
+    path = None if settings.weights is None else hub.find(settings.weights, "model.vision.weights")
+    described = hub.read_config(path) if path is not None and (path / "config.json").is_file() else {}
     name = settings.name or described.get("architecture")
     if name is None:
-        raise ConfigError("model.vision.name is null and no config.json names an architecture of timm")
+        raise ConfigError("model.vision.name is null, and config.json does not name an architecture of timm")
     sizes, data = described.get("model_args") or {}, described.get("pretrained_cfg")
     try:
         model: Any = timm.create_model(name, num_classes=0, pretrained_cfg=data, **sizes)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"model.vision.name: timm builds no {name!r}: {error}") from error
+        raise ConfigError(f"model.vision.name: timm cannot build {name!r}: {error}") from error
     dtype = torch_dtype(settings.dtype)
-    if place is not None:
-        file = state_dicts.read(place)
+    if path is not None:
+        file = state_dicts.read(path)
         heads = model.pretrained_cfg.get("classifier") or ()
         head = tuple(f"{part}." for part in ([heads] if isinstance(heads, str) else heads))
         tensors = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(head)}

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import CheckpointError, ConfigError, one_line
+from lavis_chatbridge.models import state_dicts
 from lavis_chatbridge.models.encoders import tokens_of
 from lavis_chatbridge.models.settings import AudioSettings, EncoderSettings, VisionSettings, torch_dtype
 
@@ -27,40 +28,52 @@ _NOT_USED = ("pooler.dense.weight", "pooler.dense.bias", "masked_spec_embed")
 """Parameters that may be missing in files, because ``last_hidden_state`` does not depend on them."""
 
 
-class TransformersVision(nn.Module):
-    """A vision tower for frames of ``size`` by ``size`` pixels; ``settings.layer`` counts blocks."""
+class _Transformers(nn.Module):
+    """A model of transformers; ``settings.layer`` counts its blocks."""
 
-    def __init__(self, model: Any, settings: VisionSettings, size: int) -> None:
+    def __init__(self, model: Any, settings: EncoderSettings) -> None:
         super().__init__()
         self.model = model
         self.layer, self.class_token, self.pool = settings.layer, settings.class_token, settings.pool
         self.width: int = model.config.hidden_size
+        config = {key: value for key, value in model.config.to_dict().items() if key not in _UNSTABLE}
+        options = settings.layer, settings.class_token, settings.pool
+        self.description = f"transformers {json.dumps(config, sort_keys=True, default=str)} {options}"
+
+    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The output of the chosen block; for the last block, after the model's final norm."""
+        output = self.model(**inputs, output_hidden_states=self.layer != -1, return_dict=True)
+        if self.layer == -1:
+            return output.last_hidden_state
+        return output.hidden_states[self.layer if self.layer < 0 else self.layer + 1]
+
+
+class TransformersVision(_Transformers):
+    """A vision tower for frames of ``size`` by ``size`` pixels."""
+
+    def __init__(self, model: Any, settings: VisionSettings, size: int) -> None:
+        super().__init__(model, settings)
         self.frame_shape = (3, size, size)
-        self.description = _description(model, settings)
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``[B, 3, H, W]`` -> ``[B, N, D]``: prefix tokens if they are kept, then patches row by row."""
         patch = self.model.config.patch_size
         height, width = batch.shape[2] // patch, batch.shape[3] // patch
         naflex = self.model.config.model_type.startswith("siglip2")
-        tokens = _run(self.model, _as_patches(batch, patch) if naflex else {"pixel_values": batch}, self.layer)
+        tokens = self.run(_as_patches(batch, patch) if naflex else {"pixel_values": batch})
         count = tokens.shape[1] - height * width
         grid = tokens[:, count:].transpose(1, 2).unflatten(2, (height, width))
         return tokens_of(grid, self.pool, tokens[:, :count] if self.class_token else None)
 
 
-class TransformersAudio(nn.Module):
-    """An audio encoder; ``settings.layer`` counts blocks, ``settings.pool`` shortens Whisper's 1500 tokens."""
+class TransformersAudio(_Transformers):
+    """An audio encoder; ``settings.pool`` shortens Whisper's 1500 tokens."""
 
     patch = 1
 
     def __init__(self, model: Any, settings: AudioSettings) -> None:
-        super().__init__()
-        self.model = model
-        self.layer, self.class_token, self.pool = settings.layer, settings.class_token, settings.pool
-        self.width: int = getattr(model.config, "hidden_size", 0) or model.config.d_model
+        super().__init__(model, settings)
         self.time_axis = 2 if model.config.model_type.startswith(("whisper", "clap")) else 1
-        self.description = _description(model, settings)
 
     def encode(self, batch: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``[B, ...]`` features from the encoder's own extractor -> ``[B, N, D]`` tokens, and a mask of valid ones."""
@@ -71,7 +84,7 @@ class TransformersAudio(nn.Module):
         if batch.dim() == 2 and lengths is not None and self.model.config.feat_extract_norm == "layer":
             steps = torch.arange(batch.shape[1], device=batch.device)
             inputs["attention_mask"] = (steps < lengths[:, None]).long()
-        tokens = _run(self.model, inputs, self.layer)
+        tokens = self.run(inputs)
         if tokens.dim() == 4:  # CLAP: [B, D, frequency, time]
             tokens = tokens.flatten(2).transpose(1, 2)
         if family == "audio-spectrogram-transformer":
@@ -131,7 +144,7 @@ def _loaded(settings: EncoderSettings, part: str) -> tuple[Any, Path | None]:
         folder = hub.find(settings.weights, f"{where}.weights")
         described = hub.read_config(folder)
     if "model_type" not in described:
-        raise ConfigError(f"{where}: no model_type in {folder or 'config, which random weights need'}")
+        raise ConfigError(f"{where}: model_type is missing in {folder or 'config, which random weights need'}")
     try:
         config = AutoConfig.for_model(described.pop("model_type"), **described)
         alone = getattr(config, f"{part}_config", config)
@@ -146,18 +159,10 @@ def _loaded(settings: EncoderSettings, part: str) -> tuple[Any, Path | None]:
             missing = [name for name in info["missing_keys"] if not name.endswith(_NOT_USED)]
     except Exception as error:  # transformers raises any error of its configurations and readers
         cause = one_line(error)
-        raise CheckpointError(f"{where}: no encoder can be built from {folder or 'config'}: {cause}") from error
+        raise CheckpointError(f"{where}: cannot build an encoder from {folder or 'config'}: {cause}") from error
     if missing:
-        raise CheckpointError(f"{where}: {folder} lacks {len(missing)} tensors, {missing[0]} for one")
+        raise CheckpointError(f"{where}: {folder} is incomplete: {state_dicts.shortened(missing)} missing")
     return getattr(model, f"{part}_model", model), folder
-
-
-def _run(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
-    """The output of a block; for the last block, after the model's final norm."""
-    output = model(**inputs, output_hidden_states=layer != -1, return_dict=True)
-    if layer == -1:
-        return output.last_hidden_state
-    return output.hidden_states[layer if layer < 0 else layer + 1]
 
 
 def _as_patches(batch: Tensor, patch: int) -> dict[str, Tensor]:
@@ -168,9 +173,3 @@ def _as_patches(batch: Tensor, patch: int) -> dict[str, Tensor]:
     shapes = torch.tensor([[height, width]] * len(batch), device=batch.device)
     mask = torch.ones(pixels.shape[:2], dtype=torch.long, device=batch.device)
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-
-
-def _description(model: Any, settings: EncoderSettings) -> str:
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _UNSTABLE}
-    options = settings.layer, settings.class_token, settings.pool
-    return f"transformers {json.dumps(config, sort_keys=True, default=str)} {options}"

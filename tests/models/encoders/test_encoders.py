@@ -50,9 +50,10 @@ def batch(part: str, model: Any, folder: Path) -> tuple[Modality, dict[str, Any]
 
 @pytest.mark.parametrize(("part", "name"), ALL)
 def test_a_bridge_with_each_architecture(part: str, name: str, tmp_path: Path, golden_dir: Path) -> None:
-    """One row of the table in docs/weights.md."""
+    """One row of the table in docs/weights.md, with LoRA."""
     tokenizer = golden_dir / "tokenizer"
-    model = bridge(part, name, tmp_path / "a", tokenizer)
+    own = small_settings(tokenizer).language_model.model_copy(update={"lora": LoraSettings(rank=2, dropout=0)})
+    model = bridge(part, name, tmp_path / "a", tokenizer, language_model=own)
     modality, samples = batch(part, model, tmp_path / "a")
     encoder = model.visual_encoder if part == "vision" else model.audio_encoder
 
@@ -63,10 +64,11 @@ def test_a_bridge_with_each_architecture(part: str, name: str, tmp_path: Path, g
     assert tokens.shape[-1] == encoder.width
     assert tokens.isfinite().all()
 
-    own = model.frozen_hash(modality)
-    assert own == bridge(part, name, tmp_path / "a2", tokenizer).frozen_hash(modality)
-    assert own != bridge(part, name, tmp_path / "b", tokenizer, seed=1).frozen_hash(modality)
+    found = model.frozen_hash(modality)
+    assert found == bridge(part, name, tmp_path / "a2", tokenizer).frozen_hash(modality)
+    assert found != bridge(part, name, tmp_path / "b", tokenizer, seed=1).frozen_hash(modality)
 
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
     gradients = torch.autograd.grad(model(samples)["loss"], trained, allow_unused=True)
@@ -75,23 +77,9 @@ def test_a_bridge_with_each_architecture(part: str, name: str, tmp_path: Path, g
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter -= 0.0 if gradient is None else 1e-3 * first / squares * gradient
     assert model.eval()(samples)["loss"].item() < first
-
-
-@pytest.mark.parametrize(("part", "name"), ALL)
-def test_with_lora_a_step_changes_adapters_and_bridge_alone(
-    part: str, name: str, tmp_path: Path, golden_dir: Path
-) -> None:
-    tokenizer = golden_dir / "tokenizer"
-    own = small_settings(tokenizer).language_model.model_copy(update={"lora": LoraSettings(rank=2)})
-    model = bridge(part, name, tmp_path, tokenizer, language_model=own).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    _, samples = batch(part, model, tmp_path)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(samples)["loss"].backward()
-    optimiser.step()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     learns = ("Qformer.", "llama_proj.", "image_query", "audio_query", "audio_trans.", "visual_temp", "audio_temp")
-    assert {key for key in changed if ".lora_B." in key}
+    assert any(".lora_B." in key for key in changed)
     assert {"llama_proj.weight", "image_query_tokens" if part == "vision" else "audio_query_tokens"} <= changed
     assert not {key for key in changed if not key.startswith(learns) and ".lora_" not in key}
 
@@ -151,13 +139,13 @@ def test_options_of_audio(name: str, options: dict[str, Any], tokens: int, valid
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"encoder": "evva"}, ConfigError, "there is no encoder 'evva', did you mean 'eva'"),
-        ({"encoder": "no_module:x"}, ConfigError, "the module 'no_module' cannot be imported"),
+        ({"encoder": "evva"}, ConfigError, "unknown encoder 'evva', did you mean 'eva'"),
+        ({"encoder": "no_module:x"}, ConfigError, "'no_module:x' cannot be imported"),
         ({"encoder": "eva", "pool": 2}, ConfigError, "layer, class_token and pool are for timm and transformers"),
-        ({"encoder": "timm"}, ConfigError, "model.vision.name is null and no config.json names an architecture"),
-        ({"encoder": "timm", "name": "vit_tinny"}, ConfigError, "timm builds no 'vit_tinny'"),
-        ({"encoder": "transformers"}, ConfigError, "no model_type in config, which random weights need"),
-        ({"encoder": "transformers", "config": {"model_type": "no"}}, CheckpointError, "no encoder can be built"),
+        ({"encoder": "timm"}, ConfigError, "name is null, and config.json does not name an architecture"),
+        ({"encoder": "timm", "name": "vit_tinny"}, ConfigError, "timm cannot build 'vit_tinny'"),
+        ({"encoder": "transformers"}, ConfigError, "model_type is missing in config, which random weights need"),
+        ({"encoder": "transformers", "config": {"model_type": "no"}}, CheckpointError, "cannot build an encoder"),
         ({"encoder": "transformers", "weights": "FOLDER"}, CheckpointError, "config.json cannot be read"),
     ],
 )
@@ -170,7 +158,7 @@ def test_refusals(settings: dict[str, Any], error: type, words: str, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "lacking", "words"),
     [
-        ("dinov2", "encoder.layer.0.mlp.fc1.weight", "lacks 1 tensors, encoder.layer.0.mlp.fc1.weight"),
+        ("dinov2", "encoder.layer.0.mlp.fc1.weight", "is incomplete: encoder.layer.0.mlp.fc1.weight missing"),
         ("timm vit", "patch_embed.proj.weight", "missing: patch_embed.proj.weight"),
     ],
 )
@@ -198,7 +186,7 @@ def test_the_encoder_of_the_guide_works(
     assert block is not None
     (tmp_path / "my_encoder.py").write_text(block[1])
     monkeypatch.syspath_prepend(tmp_path)
-    model = small_model(golden_dir / "tokenizer", vision=VisionSettings(encoder="my_encoder:patches", image_size=28))
+    model = small_model(golden_dir / "tokenizer", vision=VisionSettings(encoder="my_encoder:Patches", image_size=28))
     _, samples = batch("vision", model, tmp_path)
     model(samples)["loss"].backward()
     assert model.image_query_tokens.grad.abs().max() > 0

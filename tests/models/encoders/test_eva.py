@@ -7,7 +7,7 @@ import torch
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models.encoders.eva import EvaVit, fit_positions
+from lavis_chatbridge.models.encoders.eva import EvaVit
 from lavis_chatbridge.models.settings import VisionSettings
 
 SMALL = VisionSettings(image_size=28, patch_size=14, width=32, depth=2, heads=4)
@@ -20,16 +20,6 @@ def test_fused_attention_equals_lavis() -> None:
         torch.nn.init.normal_(bias)
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(attention(x), type(attention).forward(attention, x), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("pixels", [28, 70, 56])
-def test_positions_fit_other_image_sizes_as_in_lavis(pixels: int) -> None:
-    from lavis.models.eva_vit import interpolate_pos_embed
-
-    weights = {"pos_embed": (table := torch.randn(1, 1 + 16, 32))}
-    sizes = SMALL.model_copy(update={"image_size": pixels})
-    interpolate_pos_embed(EvaVit(sizes), weights)
-    assert torch.equal(fit_positions(table, sizes.tokens), weights["pos_embed"])
 
 
 def test_sizes_that_do_not_fit_are_all_named() -> None:
