@@ -17,24 +17,21 @@ if TYPE_CHECKING:
     from lavis_chatbridge.chat.session import Session
     from lavis_chatbridge.models.sampling import Sampling
 
+_MODULES = {
+    "chat.attachments": ["media_of"],
+    "chat.conversation": ["ChatMessage", "Conversation"],
+    "chat.engine": ["Answer", "Engine", "Reply"],
+    "chat.loading": ["load_model"],
+    "chat.reader": ["MediaReader"],
+    "chat.session": ["Session"],
+    "models.sampling": ["Sampling"],
+}
 __all__ = ["Answer", "ChatMessage", "Conversation", "Engine", "MediaReader", "Reply", "Sampling", "Session"]
 __all__ += ["load_model", "media_of"]
 
-_MODULES = {
-    "Answer": "chat.engine",
-    "ChatMessage": "chat.conversation",
-    "Conversation": "chat.conversation",
-    "Engine": "chat.engine",
-    "MediaReader": "chat.reader",
-    "Reply": "chat.engine",
-    "Sampling": "models.sampling",
-    "Session": "chat.session",
-    "load_model": "chat.loading",
-    "media_of": "chat.attachments",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lavis_chatbridge.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"lavis_chatbridge.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

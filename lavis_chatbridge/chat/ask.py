@@ -6,14 +6,14 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from lavis_chatbridge.chat.loading import ModelOptions, TalkOptions
-from lavis_chatbridge.chat.options import with_options
+from lavis_chatbridge.chat.options import ModelOptions, TalkOptions, with_options
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.files import hash_of, hash_of_file, read_objects
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Question: TypeAlias = "tuple[Any, Conversation]"
 """The id of a line, and its conversation."""
+_USAGE = 'ask "what is it?" a.png'
 
 
 @with_options
@@ -43,66 +44,66 @@ def command(
     devices: Annotated[list[str], typer.Option(help="With --jsonl: several devices; repeatable.")] = [],  # noqa: B006
 ) -> int:
     """Answer; the exit status is 1 if some lines of a file have no answer."""
-    given: list[tuple[Modality, str]] = [("image", file) for file in image]
+    given: list[tuple[Modality | None, str]] = [("image", file) for file in image]
     given += [("video", file) for file in video]
     given += [("audio", file) for file in audio]
     if jsonl is not None:
         if words or given:
             raise ConfigError("with --jsonl, questions and media are in the lines of the file")
-        source, target = jsonl
-        questions = list(read_questions(source, talk))
-        key = hash_of(hash_of_file(source), *(options.model_dump() for options in (model, talk, sampling)))
-        part = target.with_name(f".{target.name}.{key[:12]}.part")
         places = [model.model_copy(update={"device": device}) for device in devices] or [model]
-        return _answer_file(
-            target,
-            part,
-            questions,
-            lambda rest: _answers(rest, [place.open(keep=0) for place in places], batch_size, sampling),
-        )
+        return _answer_file(*jsonl, places, batch_size, talk, sampling)
     if devices:
         raise ConfigError("--devices is for --jsonl; one question is answered on one --device")
-    asked = _question(words, given, talk)
+    if not words and not given:
+        raise ConfigError(f"ask needs either a question, {_USAGE}, or --jsonl IN OUT")
+    text, *files = words or [""]
+    asked = _question(text, [*given, *((None, file) for file in files)], talk)
     reply = model.open(keep=0).reply(asked, sampling)
-    for piece in reply:
-        if not as_json:
-            print(piece, end="", flush=True)
-    print(json.dumps(_record(reply.answer), ensure_ascii=False) if as_json else "")
-    for warning in reply.answer.warnings:
+    begun = next(reply, "")
+    for warning in reply.prompt.warnings if reply.prompt else ():
         print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(_record(reply.answer), ensure_ascii=False))
+        return 0
+    for piece in chain([begun], reply):
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
-def _question(words: Sequence[str], given: Sequence[tuple[Modality, str]], talk: TalkOptions) -> Conversation:
+def _question(text: str, given: Sequence[tuple[Modality | None, str]], talk: TalkOptions) -> Conversation:
     """The question with its media; "-" is read from standard input."""
-    from lavis_chatbridge.chat.attachments import check_modality, media_of, modality_of, no_file
+    from lavis_chatbridge.chat.attachments import check_file, media_of, modality_of
     from lavis_chatbridge.chat.conversation import Conversation
 
-    if not words and not given:
-        raise ConfigError('ask needs either a question, ask "what is it?" a.png, or --jsonl IN OUT')
-    text, *files = words or [""]
     if os.path.isfile(text):
         raise ConfigError(f'{text} is a file, and the question is missing: ask "what is it?" {text}')
-    if missing := [file for file in (*files, *(file for _, file in given)) if file != "-" and not os.path.isfile(file)]:
-        raise ConfigError(no_file(missing[0]))
-    if text == "-":
-        text = sys.stdin.read()
+    text = sys.stdin.read() if text == "-" else text
     if not text.strip():
-        raise ConfigError('the question is missing: ask "what is it?" a.png')
+        raise ConfigError(f"the question is missing: {_USAGE}")
     for modality, file in given:
         if file != "-":
-            check_modality(modality, file)
-    reads = "-" in (*files, *(file for _, file in given))
-    piped = sys.stdin.buffer.read() if reads else b""
-    media: list[Any] = [(modality, piped if file == "-" else file) for modality, file in given]
-    media += [(modality_of(content), content) for content in (piped if file == "-" else file for file in files)]
-    return Conversation(system=talk.system).asking(text.strip(), media_of(media=media, hear_videos=talk.video_sound))
+            check_file(file, modality)
+    piped = sys.stdin.buffer.read() if any(file == "-" for _, file in given) else b""
+    opened = [(modality, piped if file == "-" else file) for modality, file in given]
+    media = media_of(media=[(m or modality_of(file), file) for m, file in opened], hear_videos=talk.video_sound)
+    return Conversation(system=talk.system).asking(text.strip(), media)
 
 
 def _answer_file(
-    target: Path, part: Path, questions: Sequence[Question], answers: Callable[[Sequence[Question]], Iterator[dict]]
+    source: Path,
+    target: Path,
+    places: Sequence[ModelOptions],
+    batch_size: int,
+    talk: TalkOptions,
+    sampling: Sampling,
 ) -> int:
-    """Write ``target``; an interrupted run leaves its answers in ``part``. The status is 1 if an answer is missing."""
+    """Answer every line of a file; an interrupted run leaves its answers in a file beside ``target``, and resumes."""
+    questions = list(read_questions(source, talk))
+    key = hash_of(
+        hash_of_file(source), places[0].model_dump(exclude={"device"}), talk.model_dump(), sampling.model_dump()
+    )
+    part = target.with_name(f".{target.name}.{key[:12]}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a+b") as file:
@@ -112,7 +113,8 @@ def _answer_file(
             if done:
                 print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
             faults = sum("error" in json.loads(line) for line in done)
-            for record in answers(questions[len(done) :]):
+            engines = [place.open(keep=0) for place in places]
+            for record in _answers(questions[len(done) :], engines, batch_size, sampling):
                 faults += "error" in record
                 file.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
                 file.flush()
@@ -172,7 +174,8 @@ def read_questions(path: Path, talk: TalkOptions) -> Iterator[Question]:
         ChatBridgeError: With ``file:line`` and what is wrong.
     """
     from lavis_chatbridge.chat.attachments import media_of
-    from lavis_chatbridge.chat.conversation import Conversation, read_messages
+    from lavis_chatbridge.chat.conversation import Conversation
+    from lavis_chatbridge.chat.messages import read_messages
     from lavis_chatbridge.chat.urls import Access
 
     folder = path.parent.absolute()

@@ -1,4 +1,4 @@
-"""The media that a caller attaches to a message: files, arrays, tensors, Pillow images and URLs become `Medium`."""
+"""Media in the forms that Python users have: files, arrays, tensors, Pillow images and URLs become `Medium`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lavis_chatbridge import media as opening
-from lavis_chatbridge.chat.conversation import Content, Medium, frames_of
+from lavis_chatbridge.chat.conversation import Medium
+from lavis_chatbridge.chat.messages import frames_of
 from lavis_chatbridge.chat.urls import Access, open_url
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Sound, Source
@@ -28,13 +29,8 @@ Images: TypeAlias = "Sequence[Source] | Source"
 """Images or videos; a single one stands for a list of one."""
 Sounds: TypeAlias = "Sequence[Sound] | Sound"
 """Sounds; a single one stands for a list of one."""
-Pairs: TypeAlias = "Sequence[tuple[Modality, Sound]] | tuple[Modality, Sound]"
-"""Media of any modality; a single pair stands for a list of one."""
-
-
-def no_file(path: str) -> str:
-    """Error text for a path that is not a file."""
-    return f"{path} is a folder, expected a file" if os.path.isdir(path) else f"there is no file {path}"
+Pairs: TypeAlias = "Sequence[tuple[Modality, Sound]]"
+"""Media of any modality."""
 
 
 def media_of(
@@ -51,7 +47,7 @@ def media_of(
         images: Images, or one.
         videos: Videos, or one; a list of still Pillow images is one video.
         audios: Sounds, or one. An array is a sound at 16 kHz; ``(array, rate in Hz)`` one at another rate.
-        media: Pairs of modality and medium in any order, or one pair.
+        media: Pairs of modality and medium in any order.
         hear_videos: Each video is followed by its own sound track.
         access: Which ``http(s)`` URLs may be fetched; by default none.
 
@@ -61,8 +57,11 @@ def media_of(
     given: list[tuple[Modality, Any]] = []
     for modality, listed in zip(MODALITIES, (images, videos, audios), strict=True):
         given += [(modality, one) for one in _listed(modality, listed)]
+    for pair in media:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair[0] not in MODALITIES:
+            raise MediaError(pair, f"expected pairs (modality, medium), with one of {', '.join(MODALITIES)}")
     result: list[Medium] = []
-    for modality, one in [*given, *_pairs(media)]:
+    for modality, one in [*given, *media]:
         content = _content(modality, one, access or Access())
         result += Medium(modality, content, _name(content)).with_track(hear_videos)
     return result
@@ -71,24 +70,29 @@ def media_of(
 def modality_of(file: str | Path | bytes) -> Modality:
     """The modality of a file, by its name or else by its content: a webm or mp4 without a picture is a sound."""
     guessed = "" if isinstance(file, bytes) else mimetypes.guess_type(str(file), strict=False)[0] or ""
-    for modality in ("image", "audio"):
-        if guessed.startswith(f"{modality}/"):
-            return modality  # type: ignore[return-value]
+    if guessed.startswith("image/"):
+        return "image"
+    if guessed.startswith("audio/"):
+        return "audio"
     try:
         return opening.modality_of(file)
     except MediaError:
         return "video"  # opening it raises a clear error
 
 
-def check_modality(modality: Modality, file: str | Path) -> None:
-    """Refuse a file of another modality; a video's sound track is a sound, and an animated image a video.
+def check_file(file: str, modality: Modality | None = None) -> None:
+    """Refuse a path that is not a file, or a file of another modality than the one that it is given as.
+
+    A video's sound track is a sound, and an animated image a video.
 
     Raises:
-        MediaError: If it is one.
+        MediaError: With the reason.
     """
+    if not os.path.isfile(file):
+        raise MediaError(file, "it is a folder" if os.path.isdir(file) else "there is no such file")
     found = modality_of(file)
-    if found != modality and (found, modality) not in (("video", "audio"), ("image", "video")):
-        raise MediaError(str(file), f"it is a file of modality {found}, but was given as {modality}")
+    if modality and found != modality and (found, modality) not in (("video", "audio"), ("image", "video")):
+        raise MediaError(file, f"it is a file of modality {found}, but was given as {modality}")
 
 
 def _listed(modality: Modality, given: Any) -> list[Any]:
@@ -107,19 +111,7 @@ def _listed(modality: Modality, given: Any) -> list[Any]:
     return [listed] if modality == "video" and listed and all(still) else listed
 
 
-def _pairs(media: Any) -> list[tuple[Modality, Any]]:
-    """Modalities and media, checked; a single pair as a list of one."""
-    single = isinstance(media, tuple) and len(media) == 2 and isinstance(media[0], str)
-    pairs = [media] if single else media
-    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
-        raise MediaError(media, "media are given as a list of pairs, each (modality, medium): [('image', 'a.png')]")
-    for modality, medium in pairs:
-        if not isinstance(modality, str) or modality not in MODALITIES:
-            raise MediaError(medium, f"unknown modality {modality!r:.80}; known are {', '.join(MODALITIES)}")
-    return list(pairs)
-
-
-def _content(modality: Modality, given: Any, access: Access) -> Content:
+def _content(modality: Modality, given: Any, access: Access) -> Sound:
     """A medium as a path, bytes or an array."""
     if isinstance(given, str) and given.partition(":")[0].lower() in ("http", "https", "data"):
         return open_url(given, given[:60], access)

@@ -1,4 +1,4 @@
-"""A model with its processors, from a type, a run's folder or a YAML; the options of commands that answer with it."""
+"""A model with its processors, from a model type, a run's folder or a YAML."""
 
 from __future__ import annotations
 
@@ -6,46 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_chatbridge.config import Settings, merged, read_options, read_yaml
+from lavis_chatbridge.config import merged, read_options, read_yaml
 from lavis_chatbridge.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from lavis_chatbridge.chat.engine import Engine
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
-
-class ModelOptions(Settings):
-    """The model that a command answers with."""
-
-    model: str = "tiny"
-    """tiny, small, qwen3_8b, vicuna7b, vicuna13b, a run's folder, or a YAML."""
-    options: tuple[str, ...] = ()
-    """Override the model's YAML: KEY=VALUE."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ..."""
-    template: str | None = None
-    """human_assistant, vicuna_v1 or tokenizer; by default the model's."""
-    engine: str = ""
-    """A vLLM server that runs the language model: http://HOST:PORT/v1."""
-
-    def open(self, **settings: Any) -> Engine:
-        """An engine with a model of its own; ``settings`` are those of `Engine`."""
-        from lavis_chatbridge.chat.engine import Engine
-        from lavis_chatbridge.chat.reader import MediaReader
-
-        built, processors = load_model(self.model, self.options, self.device, self.engine)
-        return Engine(built, MediaReader(built, processors), self.template, **settings)
-
-
-class TalkOptions(Settings):
-    """How a command asks."""
-
-    system: str = ""
-    """System prompt."""
-    video_sound: bool = True
-    """Give the model videos' own sound tracks."""
+_SECTIONS = ["model", "preprocess"]
 
 
 def load_model(
@@ -71,15 +40,20 @@ def load_model(
         model = folder / "config.yaml"
     elif (folder / "config.json").is_file():
         raise ConfigError(f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run")
+    if engine:
+        options = [*options, f"model.language_model.engine={engine}"]
+    if wrong := [option for option in options if "=" not in option or not option.startswith(("model.", "preprocess."))]:
+        raise ConfigError(f"option {wrong[0]!r}: expected model.KEY=VALUE or preprocess.KEY=VALUE")
     from omegaconf import OmegaConf
 
     from lavis_chatbridge.models.chatbridge import ChatBridge
     from lavis_chatbridge.processors import load_processors
 
-    own = [*options, *([f"model.language_model.engine={engine}"] if engine else [])]
-    config, place = _config(str(model), own, ChatBridge), _device(device)
-    preprocess: Any = OmegaConf.to_container(config.get("preprocess") or OmegaConf.create({}), resolve=True)
-    processors = load_processors(preprocess)
+    own: Any = read_yaml(model) if str(model).endswith((".yaml", ".yml")) else OmegaConf.create({})
+    base = read_yaml(ChatBridge.default_config_path(OmegaConf.select(own, "model.model_type") if own else str(model)))
+    config = merged(*(OmegaConf.masked_copy(part, _SECTIONS) for part in (base, own, read_options(options))))
+    place = _device(device)
+    processors = load_processors(config.get("preprocess"))
     return ChatBridge.from_config(config.model).to(place).eval(), processors
 
 
@@ -88,19 +62,6 @@ def default_processors(model: ChatBridge) -> dict[str, dict[str, Any]]:
     from lavis_chatbridge.processors import load_processors
 
     return load_processors(read_yaml(model.default_config_path(model.settings.model_type)).get("preprocess"))
-
-
-def _config(model: str, options: Sequence[str], chatbridge: type[ChatBridge]) -> Any:
-    from omegaconf import OmegaConf
-
-    wrong = [option for option in options if "=" not in option or not option.startswith(("model.", "preprocess."))]
-    if wrong:
-        raise ConfigError(f"option {wrong[0]!r}: expected model.KEY=VALUE or preprocess.KEY=VALUE")
-    own: Any = read_yaml(model) if model.endswith((".yaml", ".yml")) else OmegaConf.create({})
-    named = OmegaConf.select(own, "model.model_type") if len(own) else model
-    base = read_yaml(chatbridge.default_config_path(named))
-    sections = ["model", "preprocess"]
-    return merged(*(OmegaConf.masked_copy(part, sections) for part in (base, own, read_options(options))))
 
 
 def _device(name: str) -> torch.device:

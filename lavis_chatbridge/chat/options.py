@@ -1,4 +1,4 @@
-"""Options of the chat commands: a parameter of a command that is `Settings` becomes one option for each field."""
+"""Options of the commands that answer: a parameter that is `Settings` becomes one option for each field."""
 
 from __future__ import annotations
 
@@ -7,17 +7,61 @@ import inspect
 import typing
 from collections.abc import Callable
 from inspect import Parameter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.models.sampling import Sampling
 
-SAMPLED = (
-    *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_beams", "seed", "stop"),
-)
+if TYPE_CHECKING:
+    from lavis_chatbridge.chat.engine import Engine
+
+SAMPLED = [
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "num_beams",
+    "seed",
+    "stop",
+]
 """The fields of `Sampling` that users of a command may set."""
+
+
+class ModelOptions(Settings):
+    """The model that a command answers with."""
+
+    model: str = "tiny"
+    """tiny, small, qwen3_8b, vicuna7b, vicuna13b, a run's folder, or a YAML."""
+    options: tuple[str, ...] = ()
+    """Override the model's YAML: KEY=VALUE."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ..."""
+    template: str | None = None
+    """human_assistant, vicuna_v1 or tokenizer; by default the model's."""
+    engine: str = ""
+    """A vLLM server that runs the language model: http://HOST:PORT/v1."""
+
+    def open(self, **settings: Any) -> Engine:
+        """An engine with a model of its own; ``settings`` are those of `Engine`."""
+        from lavis_chatbridge.chat.engine import Engine
+        from lavis_chatbridge.chat.loading import load_model
+        from lavis_chatbridge.chat.reader import MediaReader
+
+        model, processors = load_model(self.model, self.options, self.device, self.engine)
+        return Engine(model, MediaReader(model, processors), self.template, **settings)
+
+
+class TalkOptions(Settings):
+    """How a command asks."""
+
+    system: str = ""
+    """System prompt."""
+    video_sound: bool = True
+    """Give the model videos' own sound tracks."""
 
 
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,8 +92,8 @@ def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _fields(cls: type[Settings]) -> tuple[str, ...]:
-    return SAMPLED if cls is Sampling else tuple(cls.model_fields)
+def _fields(cls: type[Settings]) -> list[str]:
+    return SAMPLED if cls is Sampling else list(cls.model_fields)
 
 
 def _option(cls: type[Settings], name: str) -> Parameter:

@@ -1,4 +1,4 @@
-"""Opens, encodes and perceives media, each once. It knows the model and its processors, no messages.
+"""Reads a conversation for the model: opens and perceives its media, each once, and words its prompt.
 
 Shapes: ``Q`` soft tokens, ``D`` width of the language model.
 """
@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavis_chatbridge.chat.conversation import Content, Medium
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.errors import MediaError, TooShortError
 from lavis_chatbridge.files import hash_of_file
-from lavis_chatbridge.media import has_audio_track
+from lavis_chatbridge.media import Sound, has_audio_track
 from lavis_chatbridge.media.audio import rated
 from lavis_chatbridge.media.source import file_of, media_errors
 from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.models.layout import Element, elements_of
+from lavis_chatbridge.models.templates import Template
 from lavis_chatbridge.processors.fbank import is_silent
-from lavis_chatbridge.prompting.conversation import MODALITIES
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, slots_of
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
@@ -48,7 +50,7 @@ class MediaReader:
 
     Args:
         model: The ChatBridge.
-        processors: As `processors.load_processors` gives them.
+        processors: As `processors.load_processors` returns them.
     """
 
     def __init__(self, model: ChatBridge, processors: Mapping[str, Mapping[str, Any]]) -> None:
@@ -68,46 +70,45 @@ class MediaReader:
                 continue
             try:
                 medium.perceived = self._read(medium)
-            except MediaError as error:  # users know its name, and no path of a server
+            except MediaError as error:  # users know its name; a server's paths stay private
                 raise MediaError(medium.name, error.cause.replace(error.source, medium.name)) from error
 
     def _read(self, medium: Medium) -> Perceived:
         key = f"{medium.modality}/{medium.track}/{_hash(medium.content)}"
         if (known := self._known.get(key)) is not None:
             return known
-        prepared, warnings = self._prepare(medium)
-        perceived = Perceived(key, None if prepared is None else self._perceive(medium, prepared), warnings)
+        prepared, *warnings = self._prepare(medium)
+        soft = None if prepared is None else self._perceive(medium.modality, prepared)
         with self._lock:
-            self._known[key] = perceived
+            self._known[key] = perceived = Perceived(key, soft, tuple(warnings))
             if len(self._known) > _REMEMBERED:
                 del self._known[next(iter(self._known))]
         return perceived
 
     @torch.no_grad()
-    def _perceive(self, medium: Medium, prepared: Any) -> Tensor:
-        """Soft tokens in the precision of the language model."""
-        encoded = self._model.encode_media(medium.modality, [prepared])
-        [soft] = self._model.perceive_media(medium.modality, encoded)
+    def _perceive(self, modality: Modality, prepared: Any) -> Tensor:
+        """``[Q, D]`` in the precision of the language model."""
+        [soft] = self._model.perceive_media(modality, self._model.encode_media(modality, [prepared]))
         return soft.to(self._model.llama_model.get_input_embeddings().weight.dtype)
 
-    def _prepare(self, medium: Medium) -> tuple[Any, tuple[str, ...]]:
-        """The encoder's input (None if the medium has nothing for it), and warnings."""
+    def _prepare(self, medium: Medium) -> tuple[Any, ...]:
+        """The encoder's input (None if the medium has nothing for it), then warnings."""
         processor = self.processors[medium.modality]
         try:
             prepared = processor(medium.content)
         except TooShortError as error:
-            return None, (error.cause,)
+            return None, error.cause
         except MediaError as error:
             if not medium.track:
                 raise
             heard = processor.opener(has_audio_track, medium.content, limits=processor.limits)
-            return None, (f"the video's audio track cannot be read: {error.cause}" if heard else NO_TRACK,)
+            return None, f"the video's audio track cannot be read: {error.cause}" if heard else NO_TRACK
         if not isinstance(prepared, AudioClips) or not is_silent(prepared):
-            return prepared, ()
-        return (None, (SILENT_TRACK,)) if medium.track else (prepared, (SILENT,))
+            return (prepared,)
+        return (None, SILENT_TRACK) if medium.track else (prepared, SILENT)
 
 
-def _hash(content: Content) -> str:
+def _hash(content: Sound) -> str:
     """The SHA-256 of a file's bytes, or of an array with its type, shape and sampling rate.
 
     Raises:
@@ -120,3 +121,77 @@ def _hash(content: Content) -> str:
     file = file_of(array)
     with media_errors(array):
         return hash_of_file(file) if isinstance(file, str) else hashlib.sha256(file.getbuffer()).hexdigest()
+
+
+@dataclass(frozen=True)
+class MediaNote:
+    """What became of a medium: its number of soft tokens, and warnings.
+
+    ``new`` media belong to the message that is answered.
+    """
+
+    modality: Modality
+    name: str
+    new: bool
+    tokens: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> bool:
+        """Whether the model got it."""
+        return self.tokens > 0
+
+
+@dataclass
+class Prompt:
+    """A conversation in positions, as the model reads it.
+
+    Attributes:
+        soft: ``[Q, D]`` soft tokens by the keys in ``elements``.
+        dropped: Number of messages at the start of the conversation that did not fit into the context.
+    """
+
+    elements: list[Element]
+    template: Template
+    soft: dict[str, Tensor] = field(default_factory=dict)
+    media: tuple[MediaNote, ...] = ()
+    dropped: int = 0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about new media, and about messages that the model does not get."""
+        about = [f"{note.name}: {warning}" for note in self.media if note.new for warning in note.warnings]
+        if self.dropped:
+            about.append(
+                f"the conversation is longer than the context: its first {self.dropped} messages were left out"
+            )
+        return tuple(about)
+
+
+def word(conversation: Conversation, template: Template, room: int, max_context: int) -> Prompt:
+    """The prompt of as many of the last messages as fit beside ``room`` new tokens; all media have been read."""
+    messages = conversation.messages
+    for start in range(0, len(messages), 2):
+        prompt = _prompt(messages[start:], template)
+        last = start == len(messages) - 1
+        if len(prompt.elements) + (1 if last else room) <= max_context:
+            break
+    prompt.dropped = start
+    return prompt
+
+
+def _prompt(messages: Sequence[ChatMessage], template: Template) -> Prompt:
+    pieces = template.prompt([message.worded for message in messages], generate=True)
+    seen: dict[Modality, list[tuple[str, Tensor]]] = {modality: [] for modality in MODALITIES}
+    notes = []
+    for message in messages:
+        for medium in message.media:
+            perceived = medium.perceived
+            assert perceived is not None
+            if perceived.soft is not None:
+                seen[medium.modality].append((perceived.key, perceived.soft))
+            tokens = 0 if perceived.soft is None else len(perceived.soft)
+            new = message is messages[-1]
+            notes.append(MediaNote(medium.modality, medium.name, new, tokens, perceived.warnings))
+    found = {slot: seen[slot.modality][slot.index] for slot in slots_of(pieces)}
+    return Prompt(elements_of(pieces, found, template.codec), template, dict(found.values()), tuple(notes))

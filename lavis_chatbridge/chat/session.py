@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lavis_chatbridge.chat import messages as files
 from lavis_chatbridge.chat.attachments import Images, Pairs, Sounds, media_of
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.chat.engine import Answer, Engine, Reply
@@ -34,15 +35,14 @@ class Session:
     """A conversation with a model.
 
     Sessions may share an engine, from several threads. A call waits for the answer that the session is generating;
-    `cancel` ends it.
+    `cancel` ends it. A call that fails does not change the conversation.
 
     Args:
         model: A ChatBridge; it is switched to evaluation.
-        processors: As `processors.load_processors` gives them; by default those of the model's type.
+        processors: As `processors.load_processors` returns them; by default those of the model's type.
         template: See `Engine`.
         system: System prompt; the paper's format has none.
         hear_videos: The model gets a video's own sound track with it.
-        max_context: Positions that the model reads at most; by default its own limit.
         sampling: How replies are chosen, unless a call sets it.
         messages: The conversation so far.
         hosts: Host names from which ``http(s)`` URLs are fetched.
@@ -60,35 +60,31 @@ class Session:
         *,
         system: str = "",
         hear_videos: bool = True,
-        max_context: int | None = None,
         sampling: Sampling | None = None,
         messages: Sequence[ChatMessage] = (),
         hosts: Sequence[str] = (),
         engine: Engine | None = None,
     ) -> None:
-        if engine is None:
-            reader = MediaReader(model, processors or default_processors(model))
-            engine = Engine(model, reader, template, max_context=max_context)
-        self.model, self.engine, self.hear_videos = model, engine, hear_videos
+        self.engine = engine or Engine(model, MediaReader(model, processors or default_processors(model)), template)
+        self.model, self.hear_videos = model, hear_videos
         self.sampling = sampling or Sampling()
         self.access = Access(hosts=tuple(hosts))
         self._conversation = Conversation(list(messages), system)
-        self._asked: Conversation | None = None
-        self._reply: Reply | None = None
+        self._asked: tuple[Conversation, Reply] | None = None
         self._lock = threading.RLock()
 
     @classmethod
     def open(
-        cls, model: str | Path = "tiny", template: str | None = None, *, device: str = "auto", **settings: Any
+        cls,
+        model: str | Path = "tiny",
+        template: str | None = None,
+        *,
+        options: Sequence[str] = (),
+        device: str = "auto",
+        **settings: Any,
     ) -> Session:
-        """A session with a model of its own.
-
-        Args:
-            model: See `load_model`, which also explains ``device`` and the errors.
-            **settings: ``options`` override the model's configuration; the rest is for the class.
-        """
-        built, processors = load_model(model, settings.pop("options", ()), device)
-        return cls(built, processors, template, **settings)
+        """A session with a model of its own; see `load_model` for its arguments, the rest is for the class."""
+        return cls(*load_model(model, options, device), template, **settings)
 
     def __repr__(self) -> str:
         media = sum(not medium.track for message in self.messages for medium in message.media)
@@ -106,7 +102,7 @@ class Session:
     def messages(self) -> tuple[ChatMessage, ...]:
         """The conversation so far, without a question that has no answer yet."""
         with self._lock:
-            if self._reply is not None and self._reply.done:
+            if self._asked is not None and self._asked[1].done:
                 self._take()
             return tuple(self._conversation.messages)
 
@@ -123,8 +119,7 @@ class Session:
         Args:
             text: The question.
             images: Images that belong to it, or one: paths, bytes, file objects, URLs, arrays, tensors, Pillow images.
-            videos: Videos, or one; a list of still Pillow images is one video. Each is heard too, unless
-                ``hear_videos`` is off.
+            videos: Videos, or one; see `media_of`. Each is heard too, unless ``hear_videos`` is off.
             audios: Sounds, or one. An array is a sound at 16 kHz, ``(array, rate in Hz)`` one at another rate.
             media: Pairs of modality and medium, in an order of your own.
             **fields: Fields of `Sampling` for this answer (``max_new_tokens``, ``temperature``, ``seed``...).
@@ -133,21 +128,20 @@ class Session:
             MediaError: If a medium cannot be opened.
             PromptError: If there are neither words nor media, the message alone exceeds the context, or the last
                 question still has no answer.
-            ConfigError: If a setting does not fit. After any error the conversation is as before.
+            ConfigError: If a setting does not fit.
         """
-        return _whole(self.stream(text, images, videos, audios, media=media, **fields))
+        return _whole(self.stream(text, images, videos, audios, media, **fields))
 
     def stream(
         self, text: str, images: Images = (), videos: Images = (), audios: Sounds = (), media: Pairs = (), **fields: Any
     ) -> Reply:
-        """Ask something and get the answer as it comes: iterate over it for pieces of its text; see `ask`."""
+        """`ask`, and iterate over the reply for pieces of its text as they come."""
         sampling = self._sampling(fields)
-        _check_text(text)
         attached = media_of(images, videos, audios, media, self.hear_videos, self.access)
-        with self._settled():
-            if len(self._conversation.messages) % 2:
+        with self._settled() as conversation:
+            if len(conversation.messages) % 2:
                 raise PromptError("the last question has no answer yet: call regenerate() or undo()")
-            return self._begin(self._conversation.asking(text, attached), sampling)
+            return self._begin(conversation.asking(text, attached), sampling)
 
     def regenerate(self, **fields: Any) -> Answer:
         """Answer the last question again, or for the first time after `edit`; a greedy answer needs other ``fields``.
@@ -160,92 +154,95 @@ class Session:
     def restream(self, **fields: Any) -> Reply:
         """`regenerate`, as it comes."""
         sampling = self._sampling(fields)
-        with self._settled():
-            messages = self._conversation.messages
+        with self._settled() as conversation:
+            messages = conversation.messages
             if messages and messages[-1].role == "assistant":
                 messages = messages[:-1]
-            return self._begin(replace(self._conversation, messages=messages), sampling)
+            return self._begin(replace(conversation, messages=messages), sampling)
 
     def cancel(self) -> None:
         """End the answer that is being generated at its next token; may be called from any thread."""
-        reply = self._reply
-        if reply is not None:
-            reply.cancel()
+        asked = self._asked
+        if asked is not None:
+            asked[1].cancel()
 
-    def edit(self, turn: int, text: str) -> None:
+    def edit(self, number: int, text: str) -> None:
         """Change the text of a message, whose media stay; later messages are dropped. Then call `regenerate`.
 
         Args:
-            turn: Its number in ``messages``, from 0; negative ones count from the end.
+            number: Its place in ``messages``, from 0; negative ones count from the end.
             text: The new text.
 
         Raises:
             PromptError: If there is no such message.
         """
-        _check_text(text)
-        with self._settled():
-            messages = self._conversation.messages
-            if not -len(messages) <= turn < len(messages):
-                raise PromptError(f"there is no message {turn}: the conversation has {len(messages)}")
-            number = turn % len(messages)
-            self._conversation.messages = [*messages[:number], replace(messages[number], text=text, ids=None)]
+        with self._settled() as conversation:
+            messages = conversation.messages
+            if not -len(messages) <= number < len(messages):
+                raise PromptError(f"there is no message {number}: the conversation has {len(messages)}")
+            number %= len(messages)
+            conversation.messages = [*messages[:number], replace(messages[number], text=text, ids=None)]
 
     def undo(self) -> ChatMessage | None:
         """Remove the last question and its answer; returns the question, or None if there is none."""
-        with self._settled():
-            messages = self._conversation.messages
+        with self._settled() as conversation:
+            messages = conversation.messages
             asked = next((i for i in reversed(range(len(messages))) if messages[i].role == "user"), None)
             if asked is None:
                 return None
-            self._conversation.messages = messages[:asked]
+            conversation.messages = messages[:asked]
             return messages[asked]
 
     def clear(self) -> None:
         """Begin a new conversation."""
-        with self._settled():
-            self._conversation.messages = []
+        with self._settled() as conversation:
+            conversation.messages = []
 
     def save(self, path: str | Path) -> None:
         """Write the conversation to a JSON file of OpenAI's messages."""
-        with self._settled():
-            self._conversation.save(path)
+        with self._settled() as conversation:
+            files.save(conversation, path)
 
     def load(self, path: str | Path) -> None:
         """Replace the conversation by a saved one. Its media are opened when they are needed.
 
         Raises:
-            DataError: If the file cannot be read or holds no conversation.
+            DataError: If the file cannot be read, or is not a conversation.
         """
-        loaded = Conversation.load(path)
+        loaded = files.load(path)
         with self._settled():
             self._conversation = loaded
 
-    def _begin(self, asked: Conversation, sampling: Sampling) -> Reply:
-        self._asked, self._reply = asked, self.engine.reply(asked, sampling)
-        return self._reply
+    def _begin(self, conversation: Conversation, sampling: Sampling) -> Reply:
+        reply = self.engine.reply(conversation, sampling)
+        self._asked = conversation, reply
+        return reply
 
     @contextmanager
-    def _settled(self) -> Iterator[None]:
-        """Hold the session once no answer is being generated."""
+    def _settled(self) -> Iterator[Conversation]:
+        """Hold the conversation once no answer is being generated."""
         with self._lock:
             self._take()
-            yield
+            yield self._conversation
 
     def _take(self) -> None:
-        """Wait for the reply, and add it to the conversation; a failed one, or an empty one, leaves no trace."""
-        reply, asked = self._reply, self._asked
-        self._reply = self._asked = None
+        """Wait for the reply and add it to the conversation, unless it failed, or was cancelled without a token."""
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return
+        conversation, reply = asked
         with suppress(Exception):  # the caller who asked gets it
-            if reply is not None and asked is not None and (reply.answer.tokens or reply.answer.finish != "cancelled"):
-                asked.messages.append(ChatMessage("assistant", reply.answer.text, (), reply.answer.ids))
-                self._conversation = asked
+            answer = reply.answer
+            if answer.tokens or answer.finish != "cancelled":
+                conversation.messages.append(ChatMessage("assistant", answer.text, (), answer.ids))
+                self._conversation = conversation
 
-    def _sampling(self, given: dict[str, Any]) -> Sampling:
-        unknown = [name for name in given if name not in Sampling.model_fields]
-        if unknown:
-            known = [*Sampling.model_fields, "images", "videos", "audios", "media"]
-            raise ConfigError(unknown_key(unknown[0], known, "ask"))
-        return parse(Sampling, {**self.sampling.model_dump(), **given}, "sampling")
+    def _sampling(self, fields: dict[str, Any]) -> Sampling:
+        for name in fields:
+            if name not in Sampling.model_fields:
+                known = [*Sampling.model_fields, "images", "videos", "audios", "media"]
+                raise ConfigError(unknown_key(name, known, "ask"))
+        return parse(Sampling, {**self.sampling.model_dump(), **fields}, "sampling")
 
 
 def _whole(reply: Reply) -> Answer:
@@ -254,11 +251,6 @@ def _whole(reply: Reply) -> Answer:
     except KeyboardInterrupt:
         reply.cancel()
         raise
-
-
-def _check_text(text: Any) -> None:
-    if not isinstance(text, str):
-        raise PromptError(f"a question is a text, found {text!r:.80}; media are given as images=, videos=, audios=")
 
 
 def _shown(medium: Medium) -> str:

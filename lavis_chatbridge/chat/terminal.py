@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from lavis_chatbridge.chat.loading import ModelOptions, TalkOptions
-from lavis_chatbridge.chat.options import SAMPLED, with_options
+from lavis_chatbridge.chat.options import SAMPLED, ModelOptions, TalkOptions, with_options
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError
 from lavis_chatbridge.models.sampling import Sampling
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
-    from lavis_chatbridge.chat.engine import Reply
+    from lavis_chatbridge.chat.engine import Answer, Reply
     from lavis_chatbridge.chat.session import Session
 
 PROMPT = "you> "
-_SETTINGS = tuple(name for name in SAMPLED if name != "stop")
+_SETTINGS = [name for name in SAMPLED if name != "stop"]
 _COMMANDS = {
     "image": "FILE...  attach images to the next question (a path inside a question is attached too)",
     "video": "FILE...  attach videos, which are heard with their sound",
@@ -57,12 +56,13 @@ def command(
     load: Annotated[Path | None, typer.Option(help="Resume a saved conversation.")] = None,
 ) -> None:
     """Talk until the user leaves."""
-    for file in files:
-        _found(file)
     from rich.console import Console
 
+    from lavis_chatbridge.chat.attachments import check_file
     from lavis_chatbridge.chat.session import Session
 
+    for file in files:
+        check_file(file)
     engine = model.open()
     session = Session(engine.model, system=talk.system, hear_videos=talk.video_sound, sampling=sampling, engine=engine)
     if load is not None:
@@ -75,7 +75,7 @@ def command(
 
 
 class Terminal:
-    """A session whose questions and commands are lines, and whose answers are printed."""
+    """A session whose questions and commands are lines; it prints the answers."""
 
     def __init__(self, session: Session, console: Console) -> None:
         self.session, self.console = session, console
@@ -103,20 +103,20 @@ class Terminal:
         self.console.print(_harmless(text), style=style, markup=False, soft_wrap=True)
 
     def attach(self, word: str, modality: Modality | None = None) -> None:
-        """Attach the files that a word names, which may hold wildcards."""
-        from lavis_chatbridge.chat.attachments import check_modality, modality_of
+        """Attach the files that a word names, which may have wildcards."""
+        from lavis_chatbridge.chat.attachments import check_file, modality_of
 
-        for path in _found(word):
-            if modality:
-                check_modality(modality, path)
+        for path in _found(word) or [word]:
+            check_file(path, modality)
             self.attached.append((modality or modality_of(path), path))
             self.say(f"  + {self.attached[-1][0]} {path}")
 
     def _command(self, name: str, rest: str) -> None:
         if name not in _COMMANDS:
             raise ConfigError(f"unknown command /{name}; /help lists them")
-        if name in ("image", "video", "audio", "save", "load", "edit") and not rest:
-            raise ConfigError(f"/{name} needs {_COMMANDS[name].partition(' ')[0]}")
+        needed = _COMMANDS[name].partition(" ")[0]
+        if needed in ("FILE", "FILE...", "TEXT") and not rest:
+            raise ConfigError(f"/{name} needs {needed}")
         if name not in MODALITIES:
             getattr(self, f"_{name}")(rest)
             return
@@ -148,23 +148,22 @@ class Terminal:
             self.session.cancel()
             raise ConfigError("stopped before the answer began; the question was not asked") from None
         try:
-            if not self.console.is_terminal:
-                self.console.print(_harmless(text + "".join(reply)), markup=False, soft_wrap=True)
-            else:
+            if self.console.is_terminal:
                 with Live(Markdown(_harmless(text)), console=self.console, refresh_per_second=12) as live:
                     for piece in reply:
                         text += piece
                         live.update(Markdown(_harmless(text)))
+            else:
+                self.say(text + "".join(reply), "")
         except KeyboardInterrupt:
             reply.cancel()
-        self._report(reply)
+        self._report(reply.answer)
 
-    def _report(self, reply: Reply) -> None:
-        answer = reply.answer
+    def _report(self, answer: Answer) -> None:
         ended = {"cancelled": "(stopped)", "length": "(cut off: raise it with /set max_new_tokens)"}
         if answer.finish in ended:
             self.say(ended[answer.finish])
-        if own := [note for note in answer.media if note.turn == answer.turn]:
+        if own := [note for note in answer.media if note.new]:
             reached = ", ".join(f"{note.modality} {note.name}" for note in own if note.reached) or "none of the media"
             self.say(f"  the model got: {reached}")
         for warning in answer.warnings:
@@ -184,10 +183,12 @@ class Terminal:
 
     def _undo(self, rest: str) -> None:
         taken = self.session.undo()
-        if taken is not None:
-            self.attached = [(m.modality, m.content) for m in taken.media if not m.track] + self.attached
-        again = "" if not self.attached else f" ({len(self.attached)} media are attached again)"
-        self.say("  nothing to take back" if taken is None else f"  taken back: {taken.text}{again}")
+        if taken is None:
+            self.say("  there is no question")
+            return
+        self.attached = [(m.modality, m.content) for m in taken.media if not m.track] + self.attached
+        again = f" ({len(self.attached)} media are attached again)" if self.attached else ""
+        self.say(f"  taken back: {taken.text}{again}")
 
     def _history(self, rest: str) -> None:
         for message in self.session.messages:
@@ -199,8 +200,11 @@ class Terminal:
         if name:
             if name not in _SETTINGS:
                 raise ConfigError(f"there is no setting {name!r}; they are {', '.join(_SETTINGS)}")
-            changed: Any = None if value.strip() in ("", "none") else value.strip()
-            self.session.sampling = parse(Sampling, {**self.session.sampling.model_dump(), name: changed}, "set")
+            value = value.strip()
+            changed = self.session.sampling.model_dump() | {name: value}
+            if value in ("", "none"):
+                del changed[name]  # back to the default
+            self.session.sampling = parse(Sampling, changed, "set")
         self.say("\n".join(f"  {known} {getattr(self.session.sampling, known)}" for known in _SETTINGS))
 
     def _save(self, rest: str) -> None:
@@ -220,14 +224,9 @@ class Terminal:
 
 
 def _found(word: str) -> list[str]:
-    """The files that a word names: a path, a ``file:`` URL, or a pattern; ConfigError if there is none."""
+    """The files that a word names: a path, a ``file:`` URL, or a pattern."""
     path = os.path.expanduser(urllib.parse.unquote(word[7:]) if word.startswith("file://") else word)
-    found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path)))
-    if not found:
-        from lavis_chatbridge.chat.attachments import no_file
-
-        raise ConfigError(no_file(path))
-    return found
+    return [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path)))
 
 
 def _split(line: str) -> tuple[str, list[str]]:
@@ -236,13 +235,9 @@ def _split(line: str) -> tuple[str, list[str]]:
     for match in re.finditer(r"'[^'\n]+'|\"[^\"\n]+\"|(?:\\.|[^\s'\"\\])+", line):
         word = match.group()
         path = word[1:-1] if word[0] in "'\"" else re.sub(r"\\(.)", r"\1", word)
-        looks = "/" in path or re.search(r"\.\w{2,4}$", path)
-        try:
-            if looks and _found(path):
-                files.append(path)
-                text = text.replace(word, "", 1)
-        except (ConfigError, ValueError):
-            continue
+        if ("/" in path or re.search(r"\.\w{2,4}$", path)) and _found(path):
+            files.append(path)
+            text = text.replace(word, "", 1)
     return " ".join(text.split()) if files else line, files
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.chat import Session, ask, load_model, loading
-from lavis_chatbridge.chat.loading import TalkOptions
+from lavis_chatbridge.chat.options import TalkOptions
 from lavis_chatbridge.errors import ChatBridgeError
 from lavis_chatbridge.models import state_dicts
 
@@ -71,9 +71,9 @@ def test_standard_input(files: Path, loaded: Session, monkeypatch: pytest.Monkey
         ([" "], "the question is missing"),
         (["", __file__], "the question is missing"),
         (["--image", __file__], "the question is missing"),
-        (["what?", "."], ". is a folder, expected a file"),
-        (["what?", "nope.png"], "there is no file nope.png"),
-        (["what?", "--image", "nope.png"], "there is no file nope.png"),
+        (["what?", "."], "cannot read .: it is a folder"),
+        (["what?", "nope.png"], "cannot read nope.png: there is no such file"),
+        (["what?", "--image", "nope.png"], "cannot read nope.png"),
         (["hi", "--jsonl", "in", "out"], "in the lines of the file"),
         (["hi", "--model", "absent.yaml"], "no configuration file at absent.yaml"),
         (["hi", "--model", "huge"], "no model_type 'huge'"),
@@ -91,7 +91,7 @@ def test_mistakes_of_the_command_line(words: list[str], message: str, capsys: py
 def test_files_are_checked_before_the_model_is_loaded(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *a: pytest.fail("the model is loaded"))
     for words, message in (
-        (["what?", "nope.png"], "there is no file nope.png"),
+        (["what?", "nope.png"], "cannot read nope.png"),
         (["what?", "--image", f"{files}/c.wav"], "modality audio, but was given as image"),
         ([f"{files}/c.wav"], "c.wav is a file, and the question is missing"),
     ):

@@ -14,6 +14,7 @@ import pytest
 
 from lavis_chatbridge.chat import ChatMessage, Conversation, Sampling, media_of, reader
 from lavis_chatbridge.errors import ChatBridgeError, PromptError
+from lavis_chatbridge.models.decoding import Decoder
 from lavis_chatbridge.prompting.conversation import Message, Slot, Text, chat_prompt
 from tests.chat import building
 from tests.chat.building import picture, session, sound, video
@@ -57,7 +58,9 @@ def test_one_turn_is_what_the_model_generates(model: Any):
     assert [talk.regenerate(num_beams=3).text] == model.generate(samples, max_length=12, bos=True, num_beams=3)
 
 
-def test_answers_together_equal_answers_alone(model: Any):
+def test_answers_together_equal_answers_alone(model: Any, monkeypatch: pytest.MonkeyPatch):
+    sizes, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self: sizes.append(len(self)) or step(self))
     questions = ["What is it?", "Is there anything that looks red to you?", "Why?", "Name it."]
     media = [{"images": [picture()]}, {}, {"audios": [sound()]}, {"images": [picture()[::-1]]}]
     asked = list(zip(questions, media, strict=True))
@@ -74,7 +77,7 @@ def test_answers_together_equal_answers_alone(model: Any):
         again = engine.reply(second, Sampling(max_new_tokens=12)).answer
         assert again.reused_tokens == reply.answer.prompt_tokens + reply.answer.tokens - 1
         assert again.text == session(model, messages=second.messages[:2], keep=0).ask("And now?").text
-    assert engine.rows > engine.steps  # some moved forward together
+    assert max(sizes) > 1  # some moved forward together
 
 
 def test_one_of_several_answers_can_be_cancelled(model: Any, monkeypatch: pytest.MonkeyPatch):

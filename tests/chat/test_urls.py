@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.chat.urls import Access, is_own_name, open_url
+from lavis_chatbridge.chat.urls import Access, open_url
 from lavis_chatbridge.errors import MediaError
 
 
@@ -37,7 +37,7 @@ def test_data_urls(url: str, content: bytes):
         ("data:image/png;base64", "comma"),
         ("data:;base64,", "empty"),
         ("data:," + "a" * 101, "larger than the limit of 100 bytes"),
-        ("data:;base64," + "a" * 301, "larger than the limit of 100 bytes"),
+        ("data:;base64," + "a" * 304, "larger than the limit of 100 bytes"),
         ("ftp://example.org/a.png", "does not begin with data:, file: or http"),
         ("http://127.0.0.1:1/a.png", "'127.0.0.1' is not on the list of allowed hosts"),
         ("http://[half", "not on the list of allowed hosts"),
@@ -110,11 +110,3 @@ def test_urls_of_an_allowed_host_are_fetched(web: str):
     for path, message in refused.items():
         with pytest.raises(MediaError, match=message):
             open_url(f"{web}{path}", "it", access)
-
-
-@pytest.mark.parametrize(
-    ("header", "own"),
-    [("localhost:80", True), ("127.0.0.1", True), ("[::1]:1", True), ("evil.example:80", False), ("", False)],
-)
-def test_names_of_this_machine(header: str, own: bool):
-    assert is_own_name(header, "127.0.0.1") == own

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.chat import Conversation, Session, web
+from lavis_chatbridge.chat import Session, web
 from lavis_chatbridge.chat.attachments import modality_of
+from lavis_chatbridge.chat.messages import load
 from lavis_chatbridge.chat.server import command as server
 from lavis_chatbridge.errors import ConfigError
 from tests.chat import building
@@ -27,8 +28,18 @@ USUAL = ("", 8, 0.0, 0.9, -1, True)
 
 
 @pytest.fixture(scope="module")
-def page(model: Any) -> web.Page:
-    return web.Page(building.engine(model), "ChatBridge small", "It knows nothing.")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The module ``page``, which imports gradio."""
+    web.quiet_gradio(str(tmp_path_factory.mktemp("gradio")))
+    pytest.importorskip("gradio", reason="the page needs the extra 'web'")
+    from lavis_chatbridge.chat import page
+
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(parts: Any, model: Any) -> Any:
+    return parts.Page(building.engine(model), "ChatBridge small", "It knows nothing.")
 
 
 def message(role: str, *parts: Any, title: str | None = None) -> dict[str, Any]:
@@ -40,7 +51,7 @@ def attached(path: str) -> dict[str, Any]:
     return {"type": "file", "file": {"path": path}}
 
 
-def test_an_answer_streams_with_a_note_on_its_media(page: web.Page, model: Any, files: Path):
+def test_an_answer_streams_with_a_note_on_its_media(parts: Any, page: Any, model: Any, files: Path):
     asked = {"text": "What is it?", "files": [str(files / "a b.png"), str(files / "e.mp4")]}
     *states, (text, note) = page.respond(asked, [], *USUAL)
     whole = Session(model, engine=page.engine).ask(
@@ -53,13 +64,13 @@ def test_an_answer_streams_with_a_note_on_its_media(page: web.Page, model: Any, 
     # The second question is asked in the same conversation.
     history = [message("user", attached(str(files / "a b.png")), attached(str(files / "e.mp4")), "What is it?")]
     history += [message("assistant", text), message("assistant", note["content"], title=note["metadata"]["title"])]
-    conversation = web.conversation_of([*history, message("user", "And?")], " S ", hear=True)
+    conversation = parts.conversation_of([*history, message("user", "And?")], " S ", hear=True)
     found = [(m.role, m.text, len(m.media)) for m in conversation.messages]
     assert found == [("user", "What is it?", 3), ("assistant", text, 0), ("user", "And?", 0)]
     assert conversation.system == "S"
 
 
-def test_a_broken_medium_is_told_without_its_path_and_then_left_out(page: web.Page, files: Path):
+def test_a_broken_medium_is_told_without_its_path_and_then_left_out(parts: Any, page: Any, files: Path):
     asked: dict[str, Any] = {"text": "What is it?", "files": [str(files / "broken.png")]}
     *_, (fault,) = page.respond(asked, [], *USUAL)
     assert fault["metadata"]["title"] == "Not answered"
@@ -71,10 +82,10 @@ def test_a_broken_medium_is_told_without_its_path_and_then_left_out(page: web.Pa
         message("user", attached(str(files / "broken.png")), "C"),
     ]
     history += [message("assistant", fault["content"], title="Not answered"), message("user", "D")]
-    assert [m.text for m in web.conversation_of(history, "", hear=True).messages] == ["A", "B", "D"]
+    assert [m.text for m in parts.conversation_of(history, "", hear=True).messages] == ["A", "B", "D"]
 
 
-def test_undo_and_new_say_what_the_next_page_shows(page: web.Page, files: Path):
+def test_undo_and_new_say_what_the_next_page_shows(page: Any, files: Path):
     history = [message("user", "A"), message("assistant", "B"), message("user", attached(str(files / "c.wav")), "C")]
     for shown in (history, [*history, message("assistant", "D")]):  # an answer may not have begun
         left = page.undo(shown, *USUAL)
@@ -85,7 +96,7 @@ def test_undo_and_new_say_what_the_next_page_shows(page: web.Page, files: Path):
     assert page.restore({"messages": history, "box": None, "settings": USUAL}, None)[1] == history
 
 
-def test_a_stopped_answer_shows_nothing_more(page: web.Page):
+def test_a_stopped_answer_shows_nothing_more(page: Any):
     asked = {"text": "Tell me much", "files": []}
     request: Any = SimpleNamespace(session_hash="a page")
     states = page.respond(asked, [], "", 400, 1.9, 1.0, 1, True, request)
@@ -96,10 +107,19 @@ def test_a_stopped_answer_shows_nothing_more(page: web.Page):
     assert page.engine.present == 0
 
 
-def test_an_exported_conversation_can_be_loaded(page: web.Page, files: Path, tmp_path: Path):
+def test_gradio_passes_the_request_so_that_visitors_do_not_stop_each_other(page: Any):
+    from gradio import Request
+    from gradio.helpers import special_args
+
+    request = Request(session_hash="a page")
+    assert special_args(page.respond, [*range(8)], request)[0][-1] is request
+    assert special_args(page.stop, [], request)[0] == [request]
+
+
+def test_an_exported_conversation_can_be_loaded(page: Any, files: Path, tmp_path: Path):
     history = [message("user", attached(str(files / "a b.png")), "C"), message("assistant", "D")]
     (tmp_path / "talk.json").write_text(page.export(history, "S"))
-    loaded = Conversation.load(tmp_path / "talk.json")
+    loaded = load(tmp_path / "talk.json")
     assert (loaded.system, [m.text for m in loaded.messages]) == ("S", ["C", "D"])
     assert loaded.messages[0].media[0].content == (files / "a b.png").read_bytes()
 
@@ -115,21 +135,21 @@ def test_passwords(tmp_path: Path):
         web.command(host="0.0.0.0")
 
 
-def test_the_examples_are_shipped_and_answered():
+def test_the_examples_are_shipped_and_answered(parts: Any):
     session = Session.open("tiny", device="cpu")
     answers = []
-    for text, names in web.QUESTIONS:
+    for text, names in parts.QUESTIONS:
         session.clear()
-        answers.append(session.ask(text, media=[(modality_of(name), str(web.EXAMPLES / name)) for name in names]).text)
+        answers.append(
+            session.ask(text, media=[(modality_of(name), str(parts.EXAMPLES / name)) for name in names]).text
+        )
     # A red star on the left, a blue circle that rises, a rising sound of middle pitch.
     assert answers == ["red", "up", "rising", "middle and red"]
 
 
 @pytest.fixture(scope="module")
-def served(page: web.Page, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(page: Any, model: Any) -> Iterator[str]:
     """The page behind a real port, its model slow enough to be stopped."""
-    web.quiet_gradio(str(tmp_path_factory.mktemp("gradio")))
-    pytest.importorskip("gradio", reason="the page needs the extra 'web'")
     uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'web'")
     forward = model.llama_model.forward
 

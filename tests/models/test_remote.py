@@ -106,8 +106,9 @@ def test_many_at_once_and_a_busy_engine(session: Session, standin: StandIn, loca
 
 
 def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Session, standin: StandIn):
-    with session.stream("hello", ignore_eos=True, max_new_tokens=400) as stream:
-        next(stream)
+    stream = session.stream("hello", ignore_eos=True, max_new_tokens=400)
+    next(stream)
+    stream.cancel()
     assert stream.answer.finish == "cancelled"
     assert stream.answer.tokens < 400
     session.clear()

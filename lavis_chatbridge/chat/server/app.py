@@ -1,7 +1,7 @@
 """The HTTP side: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health`` and ``/metrics``.
 
-It knows requests and the engine, no model. Every fault of a request becomes an answer in OpenAI's form and a line in
-the log; no message names a path of the server.
+Every fault of a request becomes an answer in OpenAI's form and a line in the log; no message names a path of the
+server. This module knows requests and the engine, no model.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -24,39 +24,37 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lavis_chatbridge.chat.engine import Answer, Engine, Event, QueueFullError
+from lavis_chatbridge.chat.engine import Answer, Engine, Event, Reply
 from lavis_chatbridge.chat.server import requests
-from lavis_chatbridge.chat.server.requests import Body, ChatRequest, RequestError, TextRequest
-from lavis_chatbridge.chat.urls import MEBIBYTE, is_own_name
+from lavis_chatbridge.chat.server.command import is_own_name
+from lavis_chatbridge.chat.server.requests import Body, ChatRequest, RequestError, TextRequest, refusal_of
+from lavis_chatbridge.chat.urls import MEBIBYTE
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.server.command import ServerOptions
 
+T = TypeVar("T")
+
 log = logging.getLogger("chatbridge.serve")
 
 _DRAINED = 4
-"""This many times the limit of a body is read before the connection closes: a client that still sends would otherwise
-see a lost connection instead of the refusal."""
+"""A body up to this many times the limit is read and dropped: a client that still sends would otherwise see a lost
+connection instead of the refusal."""
+_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 
 
 class Meters:
     """Counters for Prometheus."""
 
     def __init__(self, engine: Engine) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("chatbridge_requests", "Requests.", ["path", "status"], registry=self.registry)
-        self.tokens = Counter("chatbridge_tokens", "Tokens.", ["kind"], registry=self.registry)
-        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-        self.seconds = Histogram(
-            "chatbridge_reply_seconds", "Seconds of a reply.", buckets=buckets, registry=self.registry
-        )
-        for name, words, value in (
-            ("present", "Replies that wait or are being generated.", lambda: engine.present),
-            ("running", "Replies that are being generated.", lambda: engine.running),
-            ("steps", "Steps of the local decoder.", lambda: engine.steps),
-            ("step_replies", "Replies in all those steps together.", lambda: engine.rows),
-        ):
-            Gauge(f"chatbridge_{name}", words, registry=self.registry).set_function(value)
+        own = self.registry = CollectorRegistry()
+        self.requests = Counter("chatbridge_requests", "Requests.", ["path", "status"], registry=own)
+        self.tokens = Counter("chatbridge_tokens", "Tokens.", ["kind"], registry=own)
+        self.seconds = Histogram("chatbridge_reply_seconds", "Seconds of a reply.", buckets=_BUCKETS, registry=own)
+        present = Gauge("chatbridge_present", "Replies that wait or are being generated.", registry=own)
+        present.set_function(lambda: engine.present)
+        running = Gauge("chatbridge_running", "Replies that are being generated.", registry=own)
+        running.set_function(lambda: engine.running)
 
     def count(self, answer: Answer, seconds: float) -> None:
         """Count a complete reply."""
@@ -72,22 +70,14 @@ def build_app(engine: Engine, options: ServerOptions) -> FastAPI:
     meters, now = Meters(engine), int(time.time())
     about = {"id": options.name, "object": "model", "created": now, "owned_by": "lavis-chatbridge"}
     about["max_model_len"] = engine.max_context
+    app.add_middleware(_Gate, options=options, meters=meters)
     if options.allowed_origins:
         origins = list(options.allowed_origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(_Gate, options=options, meters=meters)
-
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> Response:
-        return _refusal(error, request)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         return _refusal(RequestError(error.status_code, f"{request.url.path}: {error.detail}"), request)
-
-    @app.exception_handler(ClientDisconnect)
-    async def left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)
 
     @app.get("/health")
     async def health() -> Response:
@@ -108,17 +98,17 @@ def build_app(engine: Engine, options: ServerOptions) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await _Exchange(request, engine, options, meters).answer(ChatRequest)
+        return await _Exchange(request, engine, options, meters).respond(ChatRequest)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _Exchange(request, engine, options, meters).answer(TextRequest)
+        return await _Exchange(request, engine, options, meters).respond(TextRequest)
 
     return app
 
 
 class _Gate:
-    """Around every request: access, an id, one log line, a count, and the end of its replies when it is over."""
+    """Around every request: access, an id, one log line, a count, faults, and the end of its replies."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions, meters: Meters) -> None:
         self._app, self._options, self._meters = app, options, meters
@@ -130,8 +120,8 @@ class _Gate:
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
         number = given if given.isascii() and given.isprintable() and 0 < len(given) <= 80 else secrets.token_hex(8)
-        ends: list[Callable[[], object]] = []
-        request.state.id, request.state.ends, request.state.remark = number, ends, ""
+        replies: list[Reply] = []
+        request.state.id, request.state.replies, request.state.remark = number, replies, ""
         status, began = 0, time.monotonic()
 
         async def watched(message: Message) -> None:
@@ -144,15 +134,15 @@ class _Gate:
         try:
             _check_access(request, self._options)
             await self._app(scope, receive, watched)
-        except RequestError as error:
-            await _refusal(error, request)(scope, receive, watched)
-        except Exception:
-            log.exception("%s failed", number)
+        except ClientDisconnect:
+            status = 499
+        except Exception as error:
+            refusal = refusal_of(error, number)
             if not status:
-                await _refusal(_internal(number), request)(scope, receive, watched)
+                await _refusal(refusal, request)(scope, receive, watched)
         finally:
-            for end in ends:
-                end()
+            for reply in replies:
+                reply.cancel()
             path = getattr(scope.get("route"), "path", "other")
             self._meters.requests.labels(path, status).inc()
             if path not in ("/health", "/metrics"):
@@ -161,37 +151,35 @@ class _Gate:
 
 
 class _Exchange:
-    """One request and its replies, whose events arrive in a queue; so do the end of its time and of its connection."""
+    """One request and the replies to it. Their events arrive in a queue, and so does the client's leaving."""
 
     def __init__(self, request: Request, engine: Engine, options: ServerOptions, meters: Meters) -> None:
         self._request, self._engine, self._options, self._meters = request, engine, options, meters
+        self._replies: list[Reply] = request.state.replies
         self._began = time.monotonic()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._answers: dict[int, Answer] = {}
-        self._count = 0
 
-    async def answer(self, cls: type[Body]) -> Response:
+    async def respond(self, cls: type[Body]) -> Response:
         """The whole answer, or the stream of one; RequestError if the request is at fault, or takes too long."""
-        limit = self._options.timeout
-        late = RequestError(504, f"the request took longer than the limit of {limit:g} s", "timeout")
-        try:
-            body = await asyncio.wait_for(self._begin(cls), limit)
-        except asyncio.TimeoutError:
-            raise late from None
-        left = self._began + limit - time.monotonic()
-        timer = asyncio.get_running_loop().call_later(left, self._queue.put_nowait, (0, late))
-        watcher = asyncio.create_task(self._watch())
-        self._request.state.ends += [timer.cancel, watcher.cancel]
+        body = await self._in_time(self._begin(cls))
         response = requests.Response(self._options.name, cls is ChatRequest, self._engine.codec)
         events = self._events()
-        first = await anext(events)
+        first = await anext(events)  # a fault before it still gets a status of its own
         if body.stream:
-            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            usage = bool((body.stream_options or {}).get("include_usage"))
             stream = self._stream(response, first, events, usage)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         async for _ in events:
             pass
         return JSONResponse(response.whole(self._ordered()))
+
+    async def _in_time(self, result: Awaitable[T]) -> T:
+        limit = self._options.timeout
+        try:
+            return await asyncio.wait_for(result, self._began + limit - time.monotonic())
+        except asyncio.TimeoutError:
+            raise RequestError(504, f"the request took longer than the limit of {limit:g} s", "timeout") from None
 
     async def _begin(self, cls: type[Body]) -> Body:
         """Read the request and start every reply that it asks for."""
@@ -201,45 +189,39 @@ class _Exchange:
         content = await _content(self._request, round(self._options.max_body * MEBIBYTE))
         body = await asyncio.to_thread(requests.read_request, cls, content)
         _check_model(body.model or self._options.name, self._options.name)
-        try:
-            prompts = await asyncio.to_thread(body.prompts, self._options.access, self._options.max_media)
-        except Exception as error:
-            raise self._refused(error) from error
+        prompts = await asyncio.to_thread(body.prompts, self._options.access, self._options.max_media)
         loop = asyncio.get_running_loop()
-        for prompt, sampling in product(prompts, body.samplings(self._options.max_tokens)):
+        for index, (prompt, sampling) in enumerate(product(prompts, body.samplings(self._options.max_tokens))):
 
-            def deliver(event: Event, index: int = self._count) -> None:
+            def deliver(event: Event, index: int = index) -> None:
                 with suppress(RuntimeError):  # the server has ended: its loop is closed
                     loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
-            try:
-                reply = self._engine.reply(prompt, sampling, deliver)
-            except QueueFullError as error:
-                raise RequestError(429, str(error), "queue_full", headers={"Retry-After": "1"}) from error
-            self._request.state.ends.append(reply.cancel)
-            self._count += 1
+            self._replies.append(self._engine.reply(prompt, sampling, deliver))
         return body
+
+    async def _events(self) -> AsyncIterator[tuple[int, Event]]:
+        """The events of the replies, with their numbers, until all are complete or one is a fault."""
+        watcher = asyncio.create_task(self._watch())
+        try:
+            while len(self._answers) < len(self._replies):
+                index, event = await self._in_time(self._queue.get())
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Answer):
+                    self._answers[index] = event
+                    self._meters.count(event, time.monotonic() - self._began)
+                    remark = f"{event.prompt_tokens} + {event.tokens} tokens, {len(event.media)} media"
+                    self._request.state.remark = remark
+                yield index, event
+        finally:
+            watcher.cancel()
 
     async def _watch(self) -> None:
         """Wait until the client leaves."""
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
         self._queue.put_nowait((0, ClientDisconnect()))
-
-    async def _events(self) -> AsyncIterator[tuple[int, Event]]:
-        """The events of the replies, with their numbers, until all are complete or one is a fault."""
-        while len(self._answers) < self._count:
-            index, event = await self._queue.get()
-            if isinstance(event, ClientDisconnect):
-                raise event
-            if isinstance(event, Exception):
-                raise self._refused(event) from event
-            if isinstance(event, Answer):
-                self._answers[index] = event
-                self._meters.count(event, time.monotonic() - self._began)
-                remark = f"{event.prompt_tokens} + {event.tokens} tokens, {len(event.media)} media"
-                self._request.state.remark = remark
-            yield index, event
 
     async def _stream(
         self,
@@ -250,43 +232,35 @@ class _Exchange:
     ) -> AsyncIterator[bytes]:
         """The replies as server-sent events. A fault is an event too, since the status has been sent."""
         try:
-            for index in range(self._count):
+            for index in range(len(self._replies)):
                 yield response.opening(index)
             yield response.chunk(*first)
             async for index, event in events:
                 yield response.chunk(index, event)
             if usage:
                 yield response.usage(self._ordered())
-        except RequestError as error:
-            self._request.state.remark = error.message
-            yield requests.server_sent(error.body())
         except ClientDisconnect:
             return
+        except Exception as error:
+            refusal = refusal_of(error, self._request.state.id)
+            self._request.state.remark = refusal.message
+            yield requests.server_sent(refusal.body())
         yield requests.DONE
 
     def _ordered(self) -> list[Answer]:
-        return [self._answers[i] for i in range(self._count)]
-
-    def _refused(self, error: Exception) -> RequestError:
-        known = requests.refusal_of(error)
-        if known is None:
-            log.error("%s failed", self._request.state.id, exc_info=error)
-        return known or _internal(self._request.state.id)
+        return [self._answers[i] for i in range(len(self._replies))]
 
 
 async def _content(request: Request, limit: int) -> bytes:
     """The body of a request; RequestError if it has more bytes than allowed."""
     refused = RequestError(413, f"the request's body is larger than the limit of {limit} bytes", "too_large")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit * _DRAINED:
+    if int(request.headers.get("content-length", 0)) > limit * _DRAINED:
         raise refused
-    content, count = bytearray(), 0
+    content = bytearray()
     async for part in request.stream():
-        count += len(part)
-        if count > limit * _DRAINED:
-            break
-        content = content + part if count <= limit else bytearray()
-    if count > limit:
+        if len(content) <= limit:
+            content += part
+    if len(content) > limit:
         raise refused
     return bytes(content)
 
@@ -295,7 +269,7 @@ def _check_access(request: Request, options: ServerOptions) -> None:
     """Refuse a request without a token, or (where none is needed) one that comes by a foreign name."""
     if not options.tokens and not is_own_name(request.headers.get("host", ""), options.host):
         raise RequestError(403, "this server answers only under the name of its own address", "host_not_allowed")
-    if not options.tokens or request.url.path == "/health" or request.method == "OPTIONS":
+    if not options.tokens or request.url.path == "/health":
         return
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip().encode()
@@ -309,10 +283,6 @@ def _check_access(request: Request, options: ServerOptions) -> None:
 def _check_model(name: str, own: str) -> None:
     if name != own:
         raise RequestError(404, f"there is no model {name[:80]!r}; this server has {own!r}", "model_not_found", "model")
-
-
-def _internal(number: str) -> RequestError:
-    return RequestError(500, f"internal error; the server's log has more under {number}", "internal")
 
 
 def _refusal(error: RequestError, request: Request) -> Response:

@@ -8,17 +8,17 @@ import os
 import signal
 import socket
 import sys
+import urllib.parse
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lavis_chatbridge.chat.loading import ModelOptions
-from lavis_chatbridge.chat.options import with_options
-from lavis_chatbridge.chat.urls import MEBIBYTE, Access, is_loopback
+from lavis_chatbridge.chat.options import ModelOptions, with_options
+from lavis_chatbridge.chat.urls import MEBIBYTE, Access
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
 TOKENS = "CHATBRIDGE_TOKENS"
 """The environment variable with bearer tokens, separated by spaces."""
+_OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 _FRAMES_PER_SECOND = 60
-_KEEP_ALIVE = 75
-"""Seconds until an idle connection is closed. Clients (httpx, and so openai) use one again within 5 seconds: a server
-that closed it at about that time would lose a request."""
 _MAX_BYTES = 512 * MEBIBYTE  # of a decoded medium
 
 
@@ -126,7 +124,7 @@ def command(model: ModelOptions, server: ServerOptions, decode: DecodingOptions)
             server_header=False,
             lifespan="off",
             timeout_graceful_shutdown=5,
-            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_keep_alive=75,  # openai uses a connection again within 5 seconds, uvicorn's own default
         )
         print(f"listening on {address_of(line)}/v1 (model {name})", flush=True)
         uvicorn.Server(config).run(sockets=[line])
@@ -145,27 +143,34 @@ def decoding(engine: Engine, options: DecodingOptions) -> Iterator[None]:
     """Open an engine's media within the limits for those of strangers, in processes of their own."""
     from lavis_chatbridge.media import DEFAULT_LIMITS
     from lavis_chatbridge.media.pool import DecodingPool
+    from lavis_chatbridge.media.source import directly
 
-    processors = list(engine.reader.processors.values())
-    for processor in processors:
-        processor.limits = dataclasses.replace(
-            DEFAULT_LIMITS,
-            max_pixels=min(options.max_pixels, DEFAULT_LIMITS.max_pixels),
-            max_seconds=options.max_seconds,
-            max_frames=round(options.max_seconds * _FRAMES_PER_SECOND),
-            max_bytes=_MAX_BYTES,
-        )
-    if options.decode_workers == 0:
+    limits = dataclasses.replace(
+        DEFAULT_LIMITS,
+        max_pixels=min(options.max_pixels, DEFAULT_LIMITS.max_pixels),
+        max_seconds=options.max_seconds,
+        max_frames=round(options.max_seconds * _FRAMES_PER_SECOND),
+        max_bytes=_MAX_BYTES,
+    )
+    workers, memory = options.decode_workers, options.decode_memory * MEBIBYTE
+    with DecodingPool(workers, memory, options.decode_seconds) if workers else nullcontext(directly) as opener:
+        for processor in engine.reader.processors.values():
+            processor.limits, processor.opener = limits, opener
         yield
-        return
-    with DecodingPool(options.decode_workers, options.decode_memory * MEBIBYTE, options.decode_seconds) as pool:
-        for processor in processors:
-            processor.opener = pool
-        try:
-            yield
-        finally:
-            for processor in processors:
-                del processor.opener  # its class's opener is used again
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    return host.strip("[]").lower() in _OWN_NAMES
+
+
+def is_own_name(header: str, host: str) -> bool:
+    """Whether a Host header names the address that a server listens on, not a name that leads there (DNS rebinding)."""
+    try:
+        name = urllib.parse.urlsplit(f"//{header}").hostname
+    except ValueError:
+        return False
+    return name in (*_OWN_NAMES, host.strip("[]").lower())
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -13,8 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, read_messages
-from lavis_chatbridge.chat.engine import Answer, Event
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
+from lavis_chatbridge.chat.engine import Answer, Event, QueueFullError
+from lavis_chatbridge.chat.messages import read_messages
 from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
 from lavis_chatbridge.models.generation import TokenLogprob
@@ -26,11 +27,16 @@ log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 _logged: set[str] = set()
 _MOST_REPLIES, _MOST_LOGPROBS = 16, 20
-_UNSUPPORTED = (
-    *("tools", "functions", "logit_bias", "guided_json", "structured_outputs", "use_beam_search", "prompt_logprobs"),
-    *("prompt_embeds", "echo", "suffix"),
-)
-"""Fields that are accepted with values that ask for nothing only."""
+_UNSUPPORTED: dict[str, Any] = {
+    **dict.fromkeys(("tools", "functions", "logit_bias", "guided_json", "structured_outputs", "use_beam_search")),
+    **dict.fromkeys(("prompt_logprobs", "prompt_embeds", "echo", "suffix")),
+    "best_of": 1,
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+}
+"""Fields that are accepted only if they are empty or have this value."""
+_SAME = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos")
+"""Fields that `Sampling` has under the same name."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -61,11 +67,6 @@ def _texts(value: Any) -> Any:
 Tokens = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit)]
 
 
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-    include_usage: bool | None = False
-
-
 class Body(BaseModel):
     """Fields that chat completions and completions share. Names and meanings are OpenAI's and vLLM's."""
 
@@ -73,7 +74,7 @@ class Body(BaseModel):
 
     model: str | None = None
     stream: bool | None = False
-    stream_options: _StreamOptions | None = None
+    stream_options: dict[str, Any] | None = None
     n: int | None = Field(1, ge=1, le=_MOST_REPLIES)
     max_tokens: Tokens = None
     max_completion_tokens: Tokens = None
@@ -92,7 +93,7 @@ class Body(BaseModel):
 
     @property
     def reported(self) -> int | None:
-        """How many likeliest tokens are reported with each token; None: no log-probability is."""
+        """How many likeliest tokens are reported with each token; None reports no log-probability."""
         raise NotImplementedError
 
     def prompts(self, access: Access, most_media: int) -> Sequence[Conversation | str | list[int]]:
@@ -100,27 +101,20 @@ class Body(BaseModel):
         raise NotImplementedError
 
     def check(self) -> None:
-        """Refuse what cannot be done by the field's name, and log fields that have no meaning here, once each."""
-        extra = self.model_extra or {}
-        form = extra.get("response_format") or {"type": "text"}
-        form_type = form.get("type", "text") if isinstance(form, dict) else form
-        asked = [name for name in _UNSUPPORTED if extra.get(name)]
-        asked += [f"response_format {form_type!s:.40}"] if form_type != "text" else []
-        asked += ["best_of"] if extra.get("best_of") not in (None, self.n or 1) else []
-        asked += ["modalities"] if extra.get("modalities") not in (None, [], ["text"]) else []
-        if asked:
-            field = asked[0].partition(" ")[0]
-            raise RequestError(400, f"{asked[0]} is not supported by this server", "unsupported_parameter", field)
-        for name in sorted(extra.keys() - _logged - {*_UNSUPPORTED, "response_format", "best_of", "modalities"}):
-            _logged.add(name)
-            log.info("the field %s of a request has no meaning here", name[:80])
+        """Refuse unsupported fields by name, and log fields that have no meaning here, once each."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in _UNSUPPORTED and name not in _logged:
+                _logged.add(name)
+                log.info("the field %s of a request has no meaning here", name[:80])
+            elif value and name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
+                asked = f"{name} {json.dumps(value)[:60]}"
+                raise RequestError(400, f"{asked} is not supported by this server", "unsupported_parameter", name)
 
     def samplings(self, most: int) -> list[Sampling]:
         """How each of the ``n`` replies is chosen; ``most`` is the upper limit of tokens."""
         tokens = min(most, self.max_completion_tokens or self.max_tokens or Sampling().max_new_tokens)
-        same = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         values: dict[str, Any] = {
-            **{name: getattr(self, name) for name in (*same, "seed", "ignore_eos")},
+            **{name: getattr(self, name) for name in _SAME},
             "max_new_tokens": tokens,
             "min_new_tokens": min(self.min_tokens or 0, tokens),
             "top_p": None if self.top_p is None else max(self.top_p, 1e-6),  # 0 leaves the likeliest
@@ -146,12 +140,7 @@ class ChatRequest(Body):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def prompts(self, access: Access, most_media: int) -> Sequence[Conversation]:
-        try:
-            read = read_messages(self.messages, access, self.hear_videos is not False, most_media)
-        except DataError as error:
-            where = str(error).partition(" ")[0]
-            param = where if where.startswith("messages") else "messages"
-            raise RequestError(400, str(error), "invalid_value", param) from error
+        read = read_messages(self.messages, access, self.hear_videos is not False, most_media)
         if not read.messages or read.messages[-1].role == "assistant":
             read.messages.append(ChatMessage("user", ""))
         return [read]
@@ -186,7 +175,9 @@ def read_request(cls: type[B], body: bytes) -> B:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if not first["loc"]:
-            raise RequestError(400, f"the request's body is no JSON object: {first['msg']}", "invalid_json") from error
+            raise RequestError(
+                400, f"the request's body is not a JSON object: {first['msg']}", "invalid_json"
+            ) from error
         names = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)[1:]
         found = json.dumps(first.get("input"), default=str)[:80]
@@ -195,20 +186,28 @@ def read_request(cls: type[B], body: bytes) -> B:
     return request
 
 
-def refusal_of(error: Exception) -> RequestError | None:
-    """The refusal that an exception means; None if the server is at fault."""
+def refusal_of(error: Exception, number: str) -> RequestError:
+    """The refusal that an exception means to a client; the log gets a fault of the server under the request's id."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, QueueFullError):
+        return RequestError(429, str(error), "queue_full", headers={"Retry-After": "1"})
     if isinstance(error, MediaError):  # its source is the position in the request
         where = error.source.removesuffix("'s sound track")
         if "larger than the limit" in error.cause:
             return RequestError(413, f"{where}: {error.cause}", "too_large", where)
         return RequestError(400, f"{where} cannot be read: {error.cause}", "invalid_media", where)
+    if isinstance(error, DataError):  # it begins with the position
+        where = str(error).partition(" ")[0]
+        return RequestError(400, str(error), "invalid_value", where if where.startswith("messages") else "messages")
     if isinstance(error, PromptError):
         return RequestError(400, str(error), "context_length_exceeded", "messages")
     if isinstance(error, EngineError):
         return RequestError(502, str(error), "engine_failed")
-    return RequestError(400, str(error), "invalid_value") if isinstance(error, ConfigError) else None
+    if isinstance(error, ConfigError):
+        return RequestError(400, str(error), "invalid_value")
+    log.error("%s failed", number, exc_info=error)
+    return RequestError(500, f"internal error; the server's log has more under {number}", "internal")
 
 
 class Response:
@@ -226,9 +225,7 @@ class Response:
         choices = []
         for index, answer in enumerate(answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
-            held: dict[str, Any] = {"message": message} if self._chat else {"text": answer.text}
-            logprobs = self._logprobs(answer.logprobs)
-            choices.append({"index": index, **held, "logprobs": logprobs, "finish_reason": _reason(answer)})
+            choices.append(self._choice(index, {"message": message} if self._chat else {"text": answer.text}, answer))
         return {**self._head, "choices": choices, "usage": _usage(answers), "chatbridge": _report(answers[0])}
 
     def opening(self, index: int) -> bytes:
@@ -237,9 +234,9 @@ class Response:
 
     def chunk(self, index: int, event: Event) -> bytes:
         """A chunk of text; or, of the answer, the last chunk, which has log-probabilities and the report."""
-        if not isinstance(event, Answer):
-            return self._chunked(index, {"content": str(event)})
-        return self._chunked(index, {}, event)
+        if isinstance(event, Answer):
+            return self._chunked(index, {}, event)
+        return self._chunked(index, {"content": str(event)})
 
     def usage(self, answers: Sequence[Answer]) -> bytes:
         """The chunk with the numbers of tokens."""
@@ -247,11 +244,14 @@ class Response:
 
     def _chunked(self, index: int, delta: dict[str, str], answer: Answer | None = None) -> bytes:
         held = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
-        choice = {"index": index, **held, "logprobs": None, "finish_reason": None}
-        if answer is None:
-            return server_sent({**self._chunk, "choices": [choice]})
-        choice |= {"logprobs": self._logprobs(answer.logprobs), "finish_reason": _reason(answer)}
-        return server_sent({**self._chunk, "choices": [choice], "chatbridge": _report(answer)})
+        report = {} if answer is None else {"chatbridge": _report(answer)}
+        return server_sent({**self._chunk, "choices": [self._choice(index, held, answer)], **report})
+
+    def _choice(self, index: int, held: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
+        """``held`` as one choice; only a complete ``answer`` has log-probabilities and a reason for its end."""
+        reason = None if answer is None else "length" if answer.finish == "length" else "stop"
+        logprobs = None if answer is None else self._logprobs(answer.logprobs)
+        return {"index": index, **held, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not tokens:
@@ -296,7 +296,3 @@ def _report(answer: Answer) -> dict[str, Any]:
         for n in answer.media
     ]
     return {"media": media, "warnings": list(answer.warnings), "dropped_messages": answer.dropped}
-
-
-def _reason(answer: Answer) -> str:
-    return "length" if answer.finish == "length" else "stop"

@@ -130,7 +130,6 @@ def test_sixteen_clients_get_what_each_alone_gets(client: Any, server: Served):
         together = list(pool.map(lambda question: ask(client, question).choices[0].message.content, questions))
     assert together == alone
     numbers = metrics(server)
-    assert numbers["chatbridge_step_replies"] > numbers["chatbridge_steps"]  # some moved forward together
     assert numbers["chatbridge_present"] == numbers["chatbridge_running"] == 0
 
 

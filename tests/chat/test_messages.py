@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lavis_chatbridge.chat import Conversation
-from lavis_chatbridge.chat.conversation import read_messages
+from lavis_chatbridge.chat.messages import read_messages
 from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.errors import DataError, MediaError
 from tests.chat import building
