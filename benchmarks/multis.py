@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 
 from lavis_chatbridge.multis import generate as stage  # noqa: E402
 from lavis_chatbridge.multis.annotation import Annotation, MediumRef  # noqa: E402
-from lavis_chatbridge.multis.prices import price_of  # noqa: E402
 from lavis_chatbridge.multis.prompts import PromptBook  # noqa: E402
 
 
@@ -62,17 +61,18 @@ def main() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
-        options = stage.GenerateSettings(model="m", base_url=url, kinds=["detail"], concurrency=args.in_flight)
+        only = {"conversation": 0, "reasoning": 0}
+        options = stage.GenerateSettings(model="m", base_url=url, counts=only, concurrency=args.in_flight)
         bell = (MediumRef(type="audio", path="bell.wav"),)
         items = [Annotation(id=str(n), media=bell, sound_captions=(f"{n} bells",)) for n in range(args.requests)]
-        plan = list(stage.plan(lambda: items, PromptBook(), options))
+        plan = list(stage.plan(items, PromptBook(), options))
         with tempfile.TemporaryDirectory() as folder:
-            price = price_of("local")
+            price = stage.price_of("local")
             rows = {
                 "openai client alone": timed(lambda: asyncio.run(bare(plan, url, args.in_flight))),
                 "multis generate": timed(lambda: stage.generate(plan, folder, price, options)),
             }
-            assert sum(1 for _ in stage.read_answers(folder)) == args.requests
+            assert len(stage.read_answers(folder)) == args.requests
         server.terminate()
     ideal = args.requests * args.latency / args.in_flight
     base = rows["openai client alone"][0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,8 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from lavis_chatbridge.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 
 def _left_by_umask(mode: int) -> int:
@@ -95,7 +98,7 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_lines(path: Path | str) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path | str, errors: str = "strict") -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 text file with their numbers from 1; only ``\\n`` ends a line.
 
     Raises:
@@ -105,7 +108,7 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
                 except UnicodeDecodeError as error:
                     raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start} of the line") from error
                 yield number, text.rstrip("\r\n") if text.endswith("\n") else text
@@ -113,18 +116,25 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def read_objects(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_objects(path: Path | str, skip_cut: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``file:line`` and object for each line of a JSONL file; blank lines are skipped.
+
+    Args:
+        path: The file.
+        skip_cut: Skip, with a warning, lines that are not JSON: an interruption can cut off a line of `append_lines`.
 
     Raises:
         DataError: If the file cannot be read, or a line is not a JSON object.
     """
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, "replace" if skip_cut else "strict"):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
+            if skip_cut:
+                _log.warning("%s:%d is cut off; it is skipped", path, number)
+                continue
             raise DataError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: expected an object, found {type(record).__name__}")

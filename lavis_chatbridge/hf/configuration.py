@@ -33,14 +33,10 @@ _LICENCES = {"vicuna": "LLaMA's licence", **dict.fromkeys(("qwen", "smollm", "si
 
 
 class ChatBridgeConfig(PretrainedConfig):
-    """Settings of a ChatBridge.
+    """The sections ``model`` and ``preprocess`` of a configuration (docs/training.md), and transformers' own settings.
 
-    Args:
-        model: The ``model`` section of a configuration (docs/training.md).
-        preprocess: The ``preprocess`` section.
-        frozen: Setting -> ``{"source", "hash"}`` of each frozen part; without a hash if the file is not on this disk.
-        about: Facts for the model card: ``data``, ``recipe``, ``scores``.
-        **more: transformers' own settings.
+    ``frozen`` has ``{"source", "hash"}`` of each frozen part by its setting (no hash if the file is not on this disk);
+    ``about`` has facts for the model card: ``data``, ``recipe``, ``scores``.
     """
 
     model_type = "chatbridge"
@@ -61,16 +57,10 @@ class ChatBridgeConfig(PretrainedConfig):
 
     @classmethod
     def find(cls, name: str | Path, revision: str | None = None) -> tuple[ChatBridgeConfig, Path | None]:
-        """The configuration of a model, and its folder.
-
-        Args:
-            name: A model type of the package (which has no folder), a folder that ``save_pretrained`` or training
-                wrote, or a hub id.
-            revision: Branch, tag or commit of a hub id.
+        """The configuration of a model, and its folder (None for a model type of the package).
 
         Raises:
             CheckpointError: If there is no such folder or repository, or it is not a ChatBridge.
-            ConfigError: If a run's ``config.yaml`` cannot be read.
         """
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -100,12 +90,7 @@ class ChatBridgeConfig(PretrainedConfig):
         return cls(model, preprocess, about={"data": list(sections.get("datasets") or {}), "recipe": recipe})
 
     def sections(self, folder: Path | None = None, changes: Mapping[str, Any] | None = None) -> DictConfig:
-        """The sections ``model`` and ``preprocess``.
-
-        Args:
-            folder: The folder that relative references are relative to.
-            changes: Changes to ``model``.
-        """
+        """The sections; relative references are resolved in ``folder``, ``changes`` are merged into ``model``."""
         model = merged(self.model, dict(changes or {}))
         for part, key in FROZEN:
             names = self.model.get(part, {}).get(key)
@@ -114,11 +99,7 @@ class ChatBridgeConfig(PretrainedConfig):
         return merged({"model": model, "preprocess": self.preprocess})
 
     def settings(self, folder: Path | None = None, changes: Mapping[str, Any] | None = None) -> ModelSettings:
-        """The ``model`` section as settings, with the arguments of `sections`.
-
-        Raises:
-            ConfigError: With all faults of the section.
-        """
+        """The ``model`` section as settings, with the arguments of `sections`."""
         return parse(ModelSettings, self.sections(folder, changes).model, "model")
 
     def with_references(self, folder: Path, settings: ModelSettings) -> ChatBridgeConfig:
@@ -137,11 +118,7 @@ class ChatBridgeConfig(PretrainedConfig):
         return copy
 
     def check_frozen(self, settings: ModelSettings) -> None:
-        """Compare the frozen parts with those used in training.
-
-        Raises:
-            CheckpointError: If a part differs.
-        """
+        """Raise a `CheckpointError` if a frozen part differs from that used in training."""
         for need in weights.needs(settings):
             expected = self.frozen.get(need.setting, {}).get("hash")
             if expected is not None and content_hash(need.find()) != expected:

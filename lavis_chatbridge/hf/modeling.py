@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import ConfigError, PromptError
+from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.hf.configuration import CONFIG, FROZEN, ChatBridgeConfig
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import state_dicts, weights
@@ -31,7 +31,6 @@ from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import Modality
 
-PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 INPUTS = (
     "attention_mask", "soft_index", "pixel_values", "pixel_values_videos", "input_features", "feature_frames", "clips",
@@ -41,11 +40,7 @@ INPUTS = (
 class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """ChatBridge with the interface of transformers' image-text-to-text models.
 
-    Build one with :meth:`from_pretrained`.
-
-    Args:
-        config: Its configuration.
-        chatbridge: The model to wrap; by default one is built from the configuration.
+    Build one with :meth:`from_pretrained`. The constructor wraps ``chatbridge``, or builds one from the configuration.
     """
 
     config_class = ChatBridgeConfig
@@ -90,7 +85,6 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             CheckpointError: If weights are missing, damaged or of other shapes, or a frozen part differs from training.
-            ConfigError: If the configuration is invalid.
         """
         found, folder = ChatBridgeConfig.find(name, revision)
         config = config or found
@@ -114,15 +108,9 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         repo_id: str | None = None,
         **unused: Any,
     ) -> None:
-        """Write the bridge, its configuration and a model card.
+        """Write the bridge, its configuration and a model card; ``unused`` arguments of transformers do not apply.
 
-        Args:
-            save_directory: The folder.
-            save_frozen: Also copy the files of the frozen parts, which makes the folder self-contained.
-            max_shard_size: Largest size of a safetensors shard.
-            push_to_hub: Upload the folder afterwards.
-            repo_id: Repository of the upload; by default the folder's name.
-            **unused: Arguments of transformers' own writer that do not apply.
+        With ``save_frozen`` the files of the frozen parts are copied too, which makes the folder self-contained.
         """
         from huggingface_hub import HfApi, save_torch_state_dict
 
@@ -146,12 +134,9 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _unreferenced(self) -> dict[str, Tensor]:
         """The tensors that are in no weight file of a frozen part: trained ones, layer norms, random parts."""
         own = self.chatbridge.settings
-        parts: dict[str, Any] = {
-            "visual_encoder": own.vision,
-            "audio_encoder": own.audio,
-            "llama_model": own.language_model,
-        }
-        referenced = tuple(f"{name}." for name, part in parts.items() if part.weights is not None)
+        named = {"visual_encoder.": own.vision.weights, "audio_encoder.": own.audio.weights}
+        named["llama_model."] = own.language_model.weights
+        referenced = tuple(prefix for prefix, names in named.items() if names is not None)
         trained = {name for name, parameter in self.chatbridge.named_parameters() if parameter.requires_grad}
         state = state_dicts.bridge_tensors(self.chatbridge.state_dict())
         kept = {name: t for name, t in state.items() if name in trained or not name.startswith(referenced)}
@@ -167,36 +152,31 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        soft_index: Tensor | None = None,
-        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **media: Tensor,
+        **inputs: Tensor,
     ) -> CausalLMOutputWithPast:
         """The loss; without ``labels``, the logits. :class:`ChatBridgeProcessor` makes all arguments.
 
         Args:
             input_ids: ``[B, L]``.
-            attention_mask: ``[B, L]``, one where attention may look.
-            soft_index: ``[B, L]`` index of each position's soft token among those of all images, then videos, then
-                sounds; -1 for text.
-            position_ids: ``[B, L]``.
             labels: ``[B, L]``, -100 where the loss ignores a position.
             num_items_in_batch: Target tokens of all micro-batches of a step; the loss is then their share of the mean.
-            **media: ``pixel_values`` ``[I, 3, H, W]``, ``pixel_values_videos`` ``[V, T, 3, H, W]``, and of sounds
+            **inputs: ``attention_mask`` and ``position_ids`` ``[B, L]``; ``soft_index`` ``[B, L]``, the index of each
+                position's soft token among those of all images, then videos, then sounds, or -1 for text;
+                ``pixel_values`` ``[I, 3, H, W]``, ``pixel_values_videos`` ``[V, T, 3, H, W]``, and of sounds
                 ``input_features`` ``[C, F, M]``, ``feature_frames`` ``[C]`` (how many frames are sound) and ``clips``
                 ``[A]`` (the clips of each).
 
         Raises:
-            PromptError: If the prompts need other soft tokens than the media give.
+            PromptError: If the prompts need more soft tokens than the media give.
         """
-        batch, soft = self._prepared(input_ids, attention_mask, soft_index, position_ids, labels, **media)
+        batch, soft = self._prepared(input_ids, labels, **inputs)
         if labels is None:
             embeds, llm = self._embeds(batch, soft), self.chatbridge.llama_model
-            seen = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+            mask, positions = batch.attention_mask.to(embeds.device), batch.position_ids.to(embeds.device)
             with own_precision(llm):
-                output = llm(inputs_embeds=embeds, **{name: part.to(embeds.device) for name, part in seen.items()})
+                output = llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
             return CausalLMOutputWithPast(logits=output.logits)
         nll, targets = self.chatbridge.token_losses(batch, soft)
         return CausalLMOutputWithPast(loss=nll.sum() / (num_items_in_batch or max(1, len(targets))))
@@ -207,8 +187,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: ``[B, L]``, padded on the left.
-            **more: The processor's further inputs, see :meth:`forward`; all others are arguments of transformers'
-                ``generate`` (``num_beams``, ``do_sample``, ``num_return_sequences``, ``streamer``, ...).
+            **more: The processor's further inputs, see :meth:`forward`, and arguments of transformers' ``generate``.
 
         Returns:
             ``[B * num_return_sequences, N]`` new ids; the processor's ``batch_decode`` cuts them at the reply's end.
@@ -234,10 +213,10 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _prepared(
         self,
         input_ids: Tensor,
+        labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         soft_index: Tensor | None = None,
         position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
         **media: Tensor,
     ) -> tuple[Batch, Tensor | None]:
         """The rows as a `Batch` of :mod:`models.layout`, on the CPU, and the soft tokens ``[S, D]`` of the media."""
@@ -257,28 +236,20 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         llm = self.chatbridge.llama_model
         return embed(batch, soft, llm.get_input_embeddings(), llm.embedding_scale)
 
-    def _soft_tokens(
-        self,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        input_features: Tensor | None = None,
-        feature_frames: Tensor | None = None,
-        clips: Tensor | None = None,
-    ) -> Tensor | None:
+    def _soft_tokens(self, **media: Tensor) -> Tensor | None:
         """``[S, D]`` soft tokens of all images, then videos, then sounds; None without media."""
         given: dict[Modality, list[Any]] = {}
-        if pixel_values is not None:
-            given["image"] = list(pixel_values)
-        if pixel_values_videos is not None:
-            given["video"] = list(pixel_values_videos)
-        if input_features is not None and feature_frames is not None and clips is not None:
-            counts = clips.tolist()
-            sounds = zip(input_features.split(counts), feature_frames.split(counts), strict=True)
+        if "pixel_values" in media:
+            given["image"] = list(media["pixel_values"])
+        if "pixel_values_videos" in media:
+            given["video"] = list(media["pixel_values_videos"])
+        if "input_features" in media:
+            counts = media["clips"].tolist()
+            sounds = zip(media["input_features"].split(counts), media["feature_frames"].split(counts), strict=True)
             given["audio"] = [AudioClips(*sound) for sound in sounds]
         parts: list[Tensor] = []
-        for modality, media in given.items():
-            encoded = self.chatbridge.encode_media(modality, media)
-            parts += self.chatbridge.perceive_media(modality, encoded)
+        for modality, own in given.items():
+            parts += self.chatbridge.perceive_media(modality, self.chatbridge.encode_media(modality, own))
         return torch.cat(parts) if parts else None
 
 
@@ -321,10 +292,7 @@ def _changes(dtype: torch.dtype | str | None, device_map: Any, quantization: Any
     """transformers' loading arguments as changes to the ``model`` section."""
     changes: dict[str, dict[str, Any]] = {"vision": {}, "audio": {}, "language_model": {}}
     if dtype is not None and dtype != "auto":
-        chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if chosen not in PRECISIONS:
-            raise ConfigError(f"dtype {dtype} is none of {', '.join(PRECISIONS.values())}")
-        changes = {part: {"dtype": PRECISIONS[chosen]} for part in changes}
+        changes = {part: {"dtype": str(dtype).removeprefix("torch.")} for part in changes}
     if quantization is not None:
         changes["language_model"]["quantization"] = "4bit" if quantization.load_in_4bit else "8bit"
     if device_map in PLACEMENTS:
@@ -339,13 +307,10 @@ def _with_copies(settings: ModelSettings, folder: Path) -> ModelSettings:
         if (part, key) not in FROZEN:
             continue
         source, target = need.find(), folder / "frozen" / f"{part}_{key}"
-        if source.is_file():
-            target = target.with_suffix(source.suffix)
-        files = [source] if source.is_file() else hub.needed_files(source, need.content, need.prefixes)
-        for file in files:
-            copy = target if source.is_file() else target / file.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        own = getattr(settings, part).model_copy(update={key: str(target)})
+        target.mkdir(parents=True, exist_ok=True)
+        is_file = source.is_file()
+        for file in [source] if is_file else hub.needed_files(source, need.content, need.prefixes):
+            shutil.copyfile(file, target / file.name)
+        own = getattr(settings, part).model_copy(update={key: str(target / source.name if is_file else target)})
         settings = settings.model_copy(update={part: own})
     return settings

@@ -8,6 +8,7 @@ produce one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,6 @@ from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.hf.configuration import CONFIG, ChatBridgeConfig
 from lavis_chatbridge.media import has_audio_track
-from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models.generation import TextStream
 from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
 from lavis_chatbridge.models.settings import ModelSettings
@@ -41,13 +41,7 @@ Loaded = tuple[Modality, Any]
 class ChatBridgeProcessor(ProcessorMixin):
     """Tokenizer, chat template and the processors of images, videos and sounds.
 
-    Build one with :meth:`from_pretrained`.
-
-    Args:
-        tokenizer: transformers' tokenizer, which streamers and pipelines need.
-        config: The model's configuration.
-        folder: The folder that the configuration's relative paths are relative to.
-        hear_videos: Also use the audio track of each video.
+    Build one with :meth:`from_pretrained`. With ``hear_videos`` the audio track of each video is used too.
     """
 
     attributes: ClassVar[list[str]] = ["tokenizer"]
@@ -99,10 +93,9 @@ class ChatBridgeProcessor(ProcessorMixin):
         text: str | Sequence[str] = "",
         videos: Any = None,
         audio: Any = None,
-        return_tensors: str = "pt",
         **unused: Any,
     ) -> BatchFeature:
-        """Prepare one question with its media per row.
+        """Prepare one question with its media per row; rows are padded on the left.
 
         Args:
             images: For one text, an image (path, URL, bytes, PIL image, array) or a list of them; for a list of texts,
@@ -110,12 +103,7 @@ class ChatBridgeProcessor(ProcessorMixin):
             text: One or several questions.
             videos: Videos, likewise. Their audio tracks are used too unless ``audio`` is given.
             audio: Sounds, likewise.
-            return_tensors: Only ``"pt"``.
-            **unused: Padding and truncation arguments of other processors: rows are padded on the left.
-
-        Raises:
-            PromptError: If the numbers of texts and media differ, or a medium is given under another name.
-            MediaError: If a medium cannot be opened.
+            **unused: Arguments of other processors, such as ``return_tensors="pt"``.
         """
         if wrong := next((name for name in ("image", "video", "audios") if name in unused), None):
             raise PromptError(f"the processor takes images=, videos= and audio=, not {wrong}=")
@@ -126,7 +114,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         for number, question in enumerate(texts):
             parts = [{"type": modality, modality: medium} for modality in rows for medium in rows[modality][number]]
             conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
-        return self._features(conversations, hear=self.hear_videos and audio is None)
+        return self.features(conversations, hear=self.hear_videos and audio is None)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -134,7 +122,6 @@ class ChatBridgeProcessor(ProcessorMixin):
         chat_template: str | None = None,
         tokenize: bool = False,
         return_dict: bool = False,
-        hear_videos: bool | None = None,
         **unused: Any,
     ) -> Any:
         """Format one or several conversations with the model's template.
@@ -145,47 +132,36 @@ class ChatBridgeProcessor(ProcessorMixin):
             chat_template: Must be None: ``model.template`` decides.
             tokenize: Return ids instead of text.
             return_dict: With ``tokenize``: return all inputs of the model, not only the ids.
-            hear_videos: Also use the audio track of each video; by default the processor's own setting.
             **unused: Arguments of other processors.
-
-        Raises:
-            PromptError: If messages do not alternate, or a part has an unknown type.
-            MediaError: If a medium cannot be opened.
         """
         if chat_template is not None:
             raise ConfigError("ChatBridge formats conversations with model.template: omit chat_template")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: Any = conversation if batched else [conversation]
         if not tokenize:
-            texts = [_text(self._read(messages, hear=False, open_media=False)[0]) for messages in conversations]
+            texts = [_text(self._read(messages, self.hear_videos)[0]) for messages in conversations]
             return texts if batched else texts[0]
-        features = self._features(conversations, self.hear_videos if hear_videos is None else hear_videos)
+        features = self.features(conversations, self.hear_videos)
         return features if return_dict else features["input_ids"]
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **unused: Any) -> list[str]:
+    def batch_decode(self, sequences: Any, **unused: Any) -> list[str]:
         """The replies in generated ids, each up to its end marker."""
-        return [self.decode(row, skip_special_tokens) for row in sequences]
+        return [self.decode(row) for row in sequences]
 
     post_process_image_text_to_text = post_process_multimodal_output = batch_decode  # type: ignore[assignment]
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = True, **unused: Any) -> str:
-        """The text of ids, without placeholders; with ``skip_special_tokens`` up to the end marker of the reply."""
+    def decode(self, token_ids: Any, **unused: Any) -> str:
+        """The text of ids up to the end marker of the reply, without placeholders and special tokens."""
         listed = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         known = [token for token in listed if token < len(self.codec)]
-        if not skip_special_tokens:
-            return self.codec.decode(known)
         template = self.template("")
         end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
         return TextStream.of(self.codec, known[:end], template.stops).text
 
-    def training_features(self, conversations: Sequence[Messages]) -> BatchFeature:
-        """Conversations with their replies as labels, in the layout of training (:func:`models.layout.lay_out`)."""
-        return self._features(conversations, self.hear_videos, generate=False)
-
     def _load_template(self, system: str) -> Template:
         return load_template(self.settings.template, self.codec, system, self.settings.reply_end)
 
-    def _read(self, messages: Messages, hear: bool, open_media: bool = True) -> tuple[list[Piece], list[Loaded]]:
+    def _read(self, messages: Messages, hear: bool) -> tuple[list[Piece], list[Loaded]]:
         """A conversation as pieces, and its media in order."""
         said: list[Message] = []
         media: list[Loaded] = []
@@ -197,9 +173,7 @@ class ChatBridgeProcessor(ProcessorMixin):
             if message["role"] == "system":
                 system = text
                 continue
-            brought = [part for part in parts if part.get("type") != "text"]
-            unopened: list[Any] = [(part["type"], None) for part in brought]
-            loaded: list[Loaded] = self._load(brought, hear) if open_media else unopened
+            loaded = self._load([part for part in parts if part.get("type") != "text"], hear)
             media += loaded
             said.append(Message(message["role"], text, tuple(modality for modality, _ in loaded)))
         return self.template(system).prompt(said, generate=bool(said) and said[-1].role == "user"), media
@@ -216,19 +190,14 @@ class ChatBridgeProcessor(ProcessorMixin):
                 raise PromptError(f"a part of type {modality!r} has no medium: pass one of {', '.join(_SOURCES)}")
             source = _fetched(source)
             loaded.append((modality, self.processors[modality]["eval"](source)))
-            if modality == "video" and hear and (track := self._track(source)) is not None:
-                loaded.append(("audio", track))
+            if modality == "video" and hear:
+                with suppress(MediaError):
+                    track = self.processors["audio"]["eval"](source) if has_audio_track(source) else None
+                    loaded += [] if track is None or is_silent(track) else [("audio", track)]
         return loaded
 
-    def _track(self, video: Any) -> AudioClips | None:
-        try:
-            clips = self.processors["audio"]["eval"](video) if has_audio_track(video) else None
-        except MediaError:
-            return None
-        return None if clips is None or is_silent(clips) else clips
-
-    def _features(self, conversations: Sequence[Messages], hear: bool, generate: bool = True) -> BatchFeature:
-        """The model's inputs: ids with placeholders, masks, labels, and media by modality."""
+    def features(self, conversations: Sequence[Messages], hear: bool, generate: bool = True) -> BatchFeature:
+        """The model's inputs: ids with placeholders, masks and media; with ``labels`` unless ``generate``."""
         prompts, media = zip(*(self._read(messages, hear) for messages in conversations), strict=True)
         by_modality: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
         ranges: list[dict[Slot, range]] = [{} for _ in prompts]
@@ -260,14 +229,15 @@ class ChatBridgeProcessor(ProcessorMixin):
 
 
 class ChatBridgeCollator:
-    """Makes batches for transformers' ``Trainer`` of samples ``{"messages": [...]}``."""
+    """Makes batches for transformers' ``Trainer`` of samples ``{"messages": [...]}``; every reply is a target."""
 
     def __init__(self, processor: ChatBridgeProcessor) -> None:
         self.processor = processor
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The inputs and labels of a batch; every assistant's message is a target."""
-        return dict(self.processor.training_features([sample["messages"] for sample in samples]))
+        """The inputs and labels of a batch."""
+        conversations = [sample["messages"] for sample in samples]
+        return dict(self.processor.features(conversations, self.processor.hear_videos, generate=False))
 
 
 def _tokenizer(folder: Path, codec: Any) -> PreTrainedTokenizerBase:
@@ -289,11 +259,9 @@ def _fetched(source: Any) -> Any:
     import httpx
 
     try:
-        response = httpx.get(source, follow_redirects=True, timeout=60.0)
-        response.raise_for_status()
+        return httpx.get(source, follow_redirects=True, timeout=60.0).raise_for_status().content
     except httpx.HTTPError as error:
         raise MediaError(source, error) from error
-    return response.content
 
 
 def _rows(media: Any, text: str | Sequence[str], modality: str) -> list[list[Any]]:

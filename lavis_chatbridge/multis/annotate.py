@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lavis_chatbridge import media
-from lavis_chatbridge.datasets.readers.common import object_rows
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.files import append_lines, write_text
+from lavis_chatbridge.files import append_lines, read_objects, write_text
 from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json
 from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
-from lavis_chatbridge.schema import check_inside, media_path
 
 FRAMES_PER_VIDEO = 3
 _SAMPLE_FIELDS = ("turns", "answers", "style", "task", "facts", "held_out", "meta")
@@ -43,7 +42,7 @@ def annotate(
     rank: int = 0,
     world: int = 1,
 ) -> AnnotateReport:
-    """Annotate the items of one rank.
+    """Annotate the items of one rank of ``world`` processes.
 
     Args:
         items: JSONL with ``id``, ``media`` and existing annotations (``captions``, ``sound_captions``, ``tags``,
@@ -53,13 +52,11 @@ def annotate(
         media_root: Folder that media paths are relative to; by default that of ``items``.
         rank: This process.
         world: Number of processes.
-
-    Raises:
-        DataError: If ``items`` is malformed or contains an id twice.
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
     folder.mkdir(parents=True, exist_ok=True)
-    done = {row.values["id"] for file in folder.glob("annotations-*.jsonl") for row in object_rows(str(file))}
+    earlier = sorted(folder.glob("annotations-*.jsonl"))
+    done = {record["id"] for file in earlier for _, record in read_objects(file, skip_cut=True)}
     name = f"{rank:05d}-of-{world:05d}.jsonl"
     annotated = known = 0
     failures = []
@@ -70,12 +67,12 @@ def annotate(
             known += 1
             continue
         try:
-            record = _annotate_item(item, annotators, root).to_json()
+            finished = _annotate_item(item, annotators, root)
         except MediaError as error:
             _log.warning("item %s is left out: %s", item.id, error)
             failures.append(json.dumps({"id": item.id, "reason": str(error)}) + "\n")
             continue
-        append_lines(folder / f"annotations-{name}", [json.dumps(record, ensure_ascii=False)])
+        append_lines(folder / f"annotations-{name}", [finished.model_dump_json(exclude_defaults=True)])
         annotated += 1
     (folder / f"failures-{name}").unlink(missing_ok=True)
     if failures:
@@ -84,16 +81,12 @@ def annotate(
 
 
 def _annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path) -> Annotation:
-    """Add the annotators' findings to one item.
-
-    Raises:
-        MediaError: If a medium cannot be opened or lies outside the media root.
-    """
+    """Add the annotators' findings to one item; raises a `MediaError` if a medium cannot be opened."""
     views = list(_views(item, root, {annotator.modality for annotator in annotators}))
     frames = [view for view in views if view.modality == "image"]
     if frames and not item.frames:
-        count = len(frames)
-        positions = [0.0] if count == 1 else [round((2 * number + 1) / (2 * count), 4) for number in range(count)]
+        middles = [round((2 * number + 1) / (2 * len(frames)), 4) for number in range(len(frames))]
+        positions = [0.0] if len(frames) == 1 else middles
         item = item.model_copy(update={"frames": tuple(Frame(position=position) for position in positions)})
     if frames and len(item.frames) != len(frames):
         raise DataError(f"item {item.id!r} already has {len(item.frames)} frames, expected {len(frames)}")
@@ -109,11 +102,7 @@ def _views(item: Annotation, root: Path, modalities: Container[str]) -> Iterator
 
     Only ``modalities`` are opened."""
     for medium in item.media:
-        try:
-            path = media_path(medium.path, str(root), item.id)
-            check_inside(path, str(root))
-        except DataError as error:
-            raise MediaError(medium.path, error) from error
+        path = os.path.join(root, medium.path)
         if ("audio" if medium.type == "audio" else "image") not in modalities:
             continue
         if medium.type == "audio":
@@ -149,11 +138,10 @@ def _with_findings(item: Annotation, author: str, view: View, found: Findings) -
 
 def _read_items(path: str | Path) -> Iterator[Annotation]:
     seen: set[str] = set()
-    for row in object_rows(str(path)):
-        known = {key: value for key, value in row.values.items() if key not in _SAMPLE_FIELDS}
-        item = from_json(known, row.where)
+    for where, record in read_objects(path):
+        item = from_json({key: value for key, value in record.items() if key not in _SAMPLE_FIELDS}, where)
         if item.id in seen:
-            raise DataError(f"{row.where}: the id {item.id!r} occurs twice")
+            raise DataError(f"{where}: the id {item.id!r} occurs twice")
         seen.add(item.id)
         if {medium.type for medium in item.media} == {"audio"}:
             item = item.model_copy(update={"captions": (), "sound_captions": item.captions + item.sound_captions})

@@ -1,18 +1,18 @@
 """An annotation: a text description of one item's media. The language model reads this instead of the media.
 
-This module stores annotations and turns them into text. It knows neither annotators nor requests.
+This module reads annotations and turns them into text. It knows neither annotators nor requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lavis_chatbridge.config import Settings, parse
-from lavis_chatbridge.datasets.readers.common import object_rows
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.prompting.conversation import Modality
+from lavis_chatbridge.files import read_objects
+from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.schema import media_path
 
 ItemModality = Literal["image", "video", "audio", "video+audio"]
@@ -69,34 +69,19 @@ class Annotation(Settings):
     licence: str = ""
 
     def check(self) -> Iterator[str]:
-        if not self.id or not self.media:
-            yield "an item needs an id and at least one medium"
+        if not self.id or self.modality not in ITEM_MODALITIES:
+            found = self.modality or "no media"
+            yield f"an item needs an id, and {', '.join(ITEM_MODALITIES[:-1])} or {ITEM_MODALITIES[-1]}; found {found}"
 
     @property
     def modality(self) -> ItemModality:
-        """The modalities of its media; they select the prompts.
-
-        Raises:
-            DataError: If the item has a combination of media other than video and sound.
-        """
+        """The modalities of its media; they select the prompts."""
         found = {medium.type for medium in self.media}
-        if found == {"video", "audio"}:
-            return "video+audio"
-        if len(found) == 1:
-            return next(iter(found))
-        raise DataError(f"item {self.id!r} has {' and '.join(sorted(found))}; expected one of {ITEM_MODALITIES}")
-
-    def to_json(self) -> dict[str, Any]:
-        """The annotation as JSON values, without fields at their defaults."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        return cast(ItemModality, "+".join(modality for modality in MODALITIES if modality in found))
 
 
 def from_json(values: Mapping[str, Any], where: str) -> Annotation:
-    """Read an annotation from its JSON form.
-
-    Raises:
-        DataError: With every fault of the record.
-    """
+    """Read an annotation from its JSON form; a `DataError` has every fault of the record."""
     try:
         annotation = parse(Annotation, values, where)
     except ConfigError as error:
@@ -109,6 +94,8 @@ def from_json(values: Mapping[str, Any], where: str) -> Annotation:
 def read_annotations(path: str | Path) -> Iterator[Annotation]:
     """Yield the annotations of a JSONL file, or of all ``annotations*.jsonl`` in a folder.
 
+    In a folder, lines that an interruption of `annotate` cut off are skipped.
+
     Raises:
         DataError: If there is no such file, or a line is not an annotation.
     """
@@ -117,8 +104,8 @@ def read_annotations(path: str | Path) -> Iterator[Annotation]:
     if not files or not files[0].is_file():
         raise DataError(f"no annotations at {path}: expected a JSONL file, or a folder with annotations*.jsonl")
     for file in files:
-        for row in object_rows(str(file)):
-            yield from_json(row.values, row.where)
+        for where, record in read_objects(file, skip_cut=path.is_dir()):
+            yield from_json(record, where)
 
 
 def describe(annotation: Annotation) -> str:
@@ -146,11 +133,3 @@ def _describe_frame(frame: Frame, modality: ItemModality) -> list[str]:
     if frame.semantics:
         lines.append("  Areas: " + ", ".join(f"{name} {round(100 * s)} %" for name, s in frame.semantics.items()))
     return lines
-
-
-def all_words(annotation: Annotation) -> str:
-    """All text of an annotation; an answer may name what occurs in it."""
-    parts = [*annotation.captions, *annotation.sound_captions, *annotation.tags]
-    for frame in annotation.frames:
-        parts += [frame.caption, *(region.text for region in frame.regions), *frame.semantics]
-    return "\n".join(parts)

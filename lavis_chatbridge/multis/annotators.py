@@ -7,17 +7,16 @@ of a model is a folder or a hub id, as in transformers' pipelines.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
-import yaml
 from PIL import Image
+from pydantic import PositiveInt
 
-from lavis_chatbridge.config import unknown_key
+from lavis_chatbridge.config import Settings, parse, unknown_key
 from lavis_chatbridge.datasets.readers.common import is_list, object_rows, read_object
 from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError, one_line
 from lavis_chatbridge.multis.annotation import Region
@@ -33,6 +32,7 @@ _DENSE_CAPTIONS = "<DENSE_REGION_CAPTION>"
 _RECORD_KEYS = ("image_id", "file_name", "image", "audio_id", "id")
 _TEXT_KEYS = ("description", "caption", "object_description", "object_descriptions", "text")
 _LABEL_KEYS = ("class_name", "label", "name")
+Form = Literal["grit", "semantic_sam", "captions", "sound_captions", "tags"]
 
 
 @dataclass
@@ -71,28 +71,34 @@ class Annotator(Protocol):
         ...
 
 
-class ModelAnnotator:
-    """A transformers pipeline; ``largest`` limits the number of regions, classes or tags (default: ``most``).
+class Options(Settings):
+    """The options after an annotator's path."""
 
-    Raises:
-        CheckpointError: If the model cannot be loaded.
-    """
+    device: str = "cpu"
+    """Device of a model."""
+    dtype: str = "float32"
+    """Precision of a model."""
+    largest: PositiveInt | None = None
+    """Maximum number of regions, classes or tags per view; null: 5 tags of a model, else 12."""
+
+
+class ModelAnnotator:
+    """A transformers pipeline; a `CheckpointError` if the model cannot be loaded."""
 
     task: ClassVar[str] = "image-text-to-text"
     most: ClassVar[int] = 12
     modality: Modality = "image"
 
-    def __init__(self, path: str, device: str = "cpu", dtype: str = "float32", largest: int | None = None) -> None:
+    def __init__(self, path: str, options: Options) -> None:
         from transformers import pipeline
 
         build: Any = pipeline
         self.name = f"{type(self).__name__.lower()} {Path(path).name}"
-        self.largest = largest or self.most
+        self.largest = options.largest or self.most
         try:
-            self.run = build(self.task, model=str(path), device=device, dtype=dtype)
+            self.run = build(self.task, model=path, device=options.device, dtype=options.dtype)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
-            reason = one_line(error)
-            raise CheckpointError(f"{path} cannot be loaded for {self.task}: {reason}") from error
+            raise CheckpointError(f"{path} cannot be loaded for {self.task}: {one_line(error)}") from error
 
 
 class Captioner(ModelAnnotator):
@@ -150,20 +156,14 @@ class Imported:
 
     The file is an object ``view -> entries``, or a list of entries, each with its view's name under ``image_id``,
     ``file_name``, ``image``, ``audio_id`` or ``id`` (COCO results). A view's name is ``ITEM/NUMBER``; the first view of
-    an item may also be named by the item's id or file. ``largest`` limits the entries per view to those with the best
-    scores or largest shares, or the first captions.
-
-    Raises:
-        DataError: If the file cannot be read or has another format.
+    an item may also be named by the item's id or file. Entries with the best scores or largest shares are kept.
     """
 
-    def __init__(
-        self, path: str, form: Literal["grit", "semantic_sam", "captions", "sound_captions", "tags"], largest: int = 12
-    ) -> None:
+    def __init__(self, path: str, options: Options, form: Form) -> None:
         self.name = f"{form} import {Path(path).name}"
         self.modality: Modality = "audio" if form in ("sound_captions", "tags") else "image"
-        self._path, self._form, self._largest = path, form, largest
-        self._entries = _by_view(self._path)
+        self._path, self._form, self._largest = path, form, options.largest or 12
+        self._entries = _by_view(path)
 
     def annotate(self, view: View) -> Findings:
         """The view's findings in the file; empty if the file does not contain the view."""
@@ -181,55 +181,39 @@ class Imported:
             return Findings(caption=next((_text(entry, _TEXT_KEYS) for entry in entries), ""))
         if self._form == "sound_captions":
             return Findings(sound_captions=tuple(_text(entry, _TEXT_KEYS) for entry in entries)[: self._largest])
+        height, width = view.content.shape[:2] if self._form != "tags" else (1, 1)
+        if self._form == "semantic_sam":
+            shares: dict[str, float] = {}
+            for entry in entries:
+                label, area = _text(entry, _LABEL_KEYS), float(entry["area"])
+                shares[label] = shares.get(label, 0.0) + (area if area <= 1 else area / (width * height))
+            return Findings(semantics=_largest(shares, self._largest))
+        best = sorted(entries, key=_score, reverse=True)[: self._largest]
         if self._form == "tags":
-            return Findings(tags=tuple(_text(entry, _LABEL_KEYS) for entry in self._best(entries)))
-        height, width = view.content.shape[:2]
-        if self._form == "grit":
-            return Findings(regions=tuple(_region(entry, (width, height)) for entry in self._best(entries)))
-        shares: dict[str, float] = {}
-        for entry in entries:
-            label, area = _text(entry, _LABEL_KEYS), float(entry["area"])
-            shares[label] = shares.get(label, 0.0) + (area if area <= 1 else area / (width * height))
-        return Findings(semantics=_largest(shares, self._largest))
-
-    def _best(self, entries: list[Any]) -> list[Any]:
-        """The entries with the best scores; those without a score come last."""
-        return sorted(entries, key=_score, reverse=True)[: self._largest]
+            return Findings(tags=tuple(_text(entry, _LABEL_KEYS) for entry in best))
+        return Findings(regions=tuple(_region(entry, (width, height)) for entry in best))
 
 
-ANNOTATORS: dict[str, Callable[..., Annotator]] = {
+ANNOTATORS: dict[str, Callable[[str, Options], Annotator]] = {
     "captioner": Captioner,
     "florence2": Florence2,
     "segmenter": Segmenter,
     "audio_tagger": AudioTagger,
-    "grit": functools.partial(Imported, form="grit"),
-    "semantic_sam": functools.partial(Imported, form="semantic_sam"),
-    "captions": functools.partial(Imported, form="captions"),
-    "sound_captions": functools.partial(Imported, form="sound_captions"),
-    "tags": functools.partial(Imported, form="tags"),
+    **{form: functools.partial(Imported, form=form) for form in get_args(Form)},
 }
 """Name -> function that builds an annotator from a path and options. Add an entry to register another annotator."""
 
 
 def build_annotator(text: str) -> Annotator:
-    """Build the annotator of ``NAME=PATH[,option=value...]``.
-
-    Raises:
-        ConfigError: If the name or an option is unknown, or the path is missing.
-    """
+    """Build the annotator of ``NAME=PATH[,option=value...]``; a `ConfigError` if a name or an option is unknown."""
     name, _, rest = text.partition("=")
     if name not in ANNOTATORS:
         raise ConfigError(unknown_key(name, ANNOTATORS, "annotators"))
     path, *pairs = rest.split(",")
     if not path:
         raise ConfigError(f"annotator {name!r} needs a path: {name}=PATH[,option=value...]")
-    known = [key for key in inspect.signature(ANNOTATORS[name]).parameters if key not in ("path", "form")]
-    options: dict[str, Any] = {}
-    for key, _, value in (pair.partition("=") for pair in pairs):
-        if key not in known:
-            raise ConfigError(unknown_key(key, known, f"annotators.{name}"))
-        options[key] = yaml.safe_load(value)
-    return ANNOTATORS[name](path, **options)
+    options = dict(pair.partition("=")[::2] for pair in pairs)
+    return ANNOTATORS[name](path, parse(Options, options, f"annotators.{name}"))
 
 
 def _by_view(file: str) -> Mapping[str, Any]:
@@ -273,11 +257,7 @@ def _largest(shares: Mapping[str, float], count: int) -> dict[str, float]:
 
 
 def _text(entry: str | Mapping[str, Any], keys: Sequence[str]) -> str:
-    """``entry`` itself if it is a text; else the value of the first existing key (its first element, if it is a list).
-
-    Raises:
-        LookupError: If the object has none of them.
-    """
+    """``entry`` itself if it is a text; else the value of the first existing key (of a list its first element)."""
     if isinstance(entry, str):
         return entry.strip()
     for key in keys:

@@ -56,7 +56,6 @@ class SourceSettings(Settings):
     """Task of samples that have none; selects the instruction templates."""
     style: str = ""
     """Answer style of samples that have none."""
-    homepage: str = ""
     limit: int | None = None
     """Most samples."""
 
@@ -68,11 +67,7 @@ class SourceSettings(Settings):
 
     @cached_property
     def row(self) -> DataSettings | None:
-        """The settings of ``dataset`` from ``configs/datasets``; None without one.
-
-        Raises:
-            ConfigError: If there is no such data set, or it has no such split.
-        """
+        """The settings of ``dataset`` from ``configs/datasets``; None without one."""
         if self.dataset is None:
             return None
         rows: dict[str, Any] = {}
@@ -83,9 +78,7 @@ class SourceSettings(Settings):
         row = parse(DataSettings, {**rows[self.dataset], "data_root": self.data_root}, self.dataset)
         if row.reader not in READERS or self.split not in row.used_splits:
             known = ", ".join(row.used_splits) or "none"
-            raise ConfigError(
-                f"source {self.name!r}: {self.dataset} has no split {self.split!r} to read; it has {known}"
-            )
+            raise ConfigError(f"source {self.name!r}: {self.dataset} has no split {self.split!r}; it has {known}")
         return row
 
     @property
@@ -116,10 +109,6 @@ class BuildSettings(Settings):
     """``at_reading``: training samples an instruction template in each epoch; ``fixed``: it is sampled now."""
     templates: list[str] = []
     """Further template files."""
-    per_shard: int = shards.PER_SHARD
-    """Number of samples per shard."""
-    seed: int = 0
-    """Seed for sampling the templates."""
     skip_missing: bool = False
     """Skip and count samples with missing media, instead of raising an error."""
 
@@ -129,11 +118,7 @@ class BuildSettings(Settings):
 
 
 def load_settings(path: str | Path) -> BuildSettings:
-    """Read build settings from YAML; relative paths in it are relative to the file.
-
-    Raises:
-        ConfigError: With every fault.
-    """
+    """Read build settings from YAML; relative paths in it are relative to the file."""
     folder, options = Path(path).parent, parse(BuildSettings, read_yaml(path), "build")
     sources = []
     for source in options.sources:
@@ -167,7 +152,7 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
     manifest = {
         "format": 2,
         "made_by": f"lavis-chatbridge {__version__}",
-        **options.model_dump(include={"seed", "media", "wording"}),
+        **options.model_dump(include={"media", "wording"}),
         "samples": sum(entry["samples"] for entry in entries.values()),
         "sources": entries,
     }
@@ -183,7 +168,7 @@ def _missing_media(sources: list[SourceSettings]) -> list[str]:
 
 def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict[str, Any]:
     """Write a source to its folder, and return its entry for the manifest."""
-    rng = np.random.default_rng([options.seed, *source.name.encode()])
+    rng = np.random.default_rng([0, *source.name.encode()])
     # The questions of a row without templates are already complete instructions.
     complete = source.row is not None and source.row.templates is False
     templates = Templates() if complete else Templates.load(*options.templates)
@@ -193,13 +178,13 @@ def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict
         raise DataError(f"{source.name}: the id {repeated[0]!r} occurs twice")
     samples = [_with_instruction(sample, templates, options.wording == "fixed", rng) for sample in present]
     if options.media == "pack":
-        shards.write(folder, samples, "annotations", options.per_shard)
+        shards.write(folder, samples, "annotations")
     else:
         write_jsonl(folder / "annotations.jsonl", samples)
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     tasks = Counter(str(sample.task or sample.meta.get("task") or "none") for sample in samples)
     return {
-        **source.model_dump(include={"licence", "homepage", "dataset"}),
+        **source.model_dump(include={"licence", "dataset"}),
         "samples": len(samples),
         "skipped": len(found) - len(present),
         "by_task": dict(sorted(tasks.items())),

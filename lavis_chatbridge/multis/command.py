@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from lavis_chatbridge.config import merged, parse, read_options, read_yaml
-from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.launchers import share_of
 
 STOPPED_EARLY = 3
@@ -59,21 +58,14 @@ def generate(
     out: Out,
     model: Annotated[str, typer.Option(help="The model's name on the server.")],
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; default: OpenAI's.")] = None,
-    api_key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = "OPENAI_API_KEY",
-    kinds: Annotated[
-        str, typer.Option(metavar="A,B", help="Kinds of data; default: all.")
-    ] = "conversation,detail,reasoning",
     counts: Annotated[str, typer.Option(metavar="KIND=N,...", help="Maximum number of requests per kind.")] = "",
     prompts: Prompts = None,
     shots: Annotated[int, typer.Option(help="Seed examples per prompt.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed for sampling items and examples.")] = 0,
     temperature: float = 0.7,
-    top_p: float = 1.0,
     concurrency: Annotated[int, typer.Option(help="Number of concurrent requests.")] = 16,
     retries: Annotated[int, typer.Option(help="Retries per request.")] = 5,
     timeout: Annotated[float, typer.Option(help="Seconds for one attempt.")] = 120.0,
     requests_per_minute: float | None = None,
-    tokens_per_minute: float | None = None,
     max_cost: Annotated[float | None, typer.Option(metavar="USD", help="Limit over all runs with this --out.")] = None,
     prices: Annotated[str | None, typer.Option(help="YAML: MODEL: {input, output}, USD per million tokens.")] = None,
     price_of: Annotated[str | None, typer.Option(help="Entry of the price table to use; `local` is free.")] = None,
@@ -86,24 +78,20 @@ def generate(
     """Query a language model for chat data. Run again to resume."""
     from lavis_chatbridge.multis import generate as stage
     from lavis_chatbridge.multis.annotation import read_annotations
-    from lavis_chatbridge.multis.prices import price_of as find_price
     from lavis_chatbridge.multis.prompts import PromptBook
 
     values: dict[str, Any] = {k: v for k, v in locals().items() if k in stage.GenerateSettings.model_fields}
-    values["kinds"] = kinds.split(",")
-    values["counts"] = _pairs("--counts", counts.split(",") if counts else [])
-    values["extra_body"] = _pairs("--extra-body", extra_body)
+    values["counts"] = dict(pair.partition("=")[::2] for pair in counts.split(",") if pair)
+    values["extra_body"] = read_options(extra_body)
     options = parse(stage.GenerateSettings, merged(values), "generate")
-    book = PromptBook(prompts)
-    priced = max_cost is not None or dry_run or prices or price_of
-    price = find_price(price_of or (model if priced else "local"), prices)
-    requests = stage.plan(lambda: read_annotations(annotations), book, options)
+    free = base_url is not None and max_cost is None and not dry_run
+    price = stage.price_of(price_of or model, prices, or_free=free)
+    requests = stage.plan(list(read_annotations(annotations)), PromptBook(prompts), options)
     if dry_run:
-        found = stage.estimate(requests, book, price, out)
+        found = stage.estimate(requests, price, out)
         print(f"requests to send:      {found.requests} ({found.known} have an answer)")
-        print(f"prompt tokens, about:  {found.prompt_tokens}")
-        print(f"answer tokens, about:  {found.completion_tokens}")
-        print(f"cost, about:           ${found.cost:.2f}, at most ${found.bound:.2f}, spent so far ${found.spent:.2f}")
+        print(f"tokens, about:         {found.tokens}")
+        print(f"cost, about:           ${found.cost:.2f}; spent so far ${found.spent:.2f}")
         return
     report = stage.generate(requests, out, price, options)
     print(f"answered {report.answered}, known {report.known}, failed {report.failed}; ${report.spent:.4f} spent: {out}")
@@ -118,16 +106,15 @@ def check(
     annotations: Annotated[str, typer.Option(help="The annotations that `generate` used.")],
     out: Out,
     prompts: Prompts = None,
-    config: Annotated[str | None, typer.Option(help="YAML: limits, duplicate_from, unsafe, language, things.")] = None,
-    unsafe: Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Text -> reason or None.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML: limits, duplicate_from, language, things.")] = None,
 ) -> None:
     """Accept or reject the answers by rules."""
     from lavis_chatbridge.multis import check as stage
     from lavis_chatbridge.multis.prompts import PromptBook
+    from lavis_chatbridge.multis.rules import Checker, CheckSettings
 
-    values = merged(read_yaml(config) if config else {}, {"unsafe": unsafe} if unsafe else {})
-    options = parse(stage.CheckSettings, values, "check")
-    print(stage.table(stage.check(generated, annotations, out, stage.Checker(options, PromptBook(prompts)))))
+    options = parse(CheckSettings, read_yaml(config) if config else {}, "check")
+    print(stage.table(stage.check(generated, annotations, out, Checker(options, PromptBook(prompts)))))
 
 
 @app.command()
@@ -148,7 +135,7 @@ def page(
     rejected: int = 20,
 ) -> None:
     """Write an HTML page of samples with their media."""
-    from lavis_chatbridge.multis.page import write_page
+    from lavis_chatbridge.multis.check import write_page
 
     print(f"{write_page(checked, media_root, out, accepted, rejected, annotations)} samples: {out}")
 
@@ -166,9 +153,3 @@ def build(
         skipped = f", {source['skipped']} skipped" if source["skipped"] else ""
         print(f"{name:30}{source['samples']:9} samples{skipped}  ({source['licence']})")
     print(f"{manifest['samples']} samples: {out}/manifest.json")
-
-
-def _pairs(option: str, words: list[str]) -> Any:
-    if wrong := [word for word in words if "=" not in word]:
-        raise ConfigError(f"{option}: expected KEY=VALUE, found {wrong[0]!r}")
-    return read_options(words)

@@ -7,43 +7,38 @@ requests that have an answer. The openai client retries and honours ``Retry-Afte
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import heapq
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lavis_chatbridge.config import Settings
+from lavis_chatbridge.config import Settings, parse, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraError
-from lavis_chatbridge.files import append_lines, hash_of, locked, read_lines
+from lavis_chatbridge.files import append_lines, hash_of, locked, read_objects
 from lavis_chatbridge.multis.annotation import Annotation
-from lavis_chatbridge.multis.prices import Price
-from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, PromptBook
+from lavis_chatbridge.multis.prompts import DATA_KINDS, SHOTS, DataKind, PromptBook
 
 ANSWERS = "answers.jsonl"
 STOP_AFTER = 20
 """Number of consecutive failed requests after which a run stops."""
 _CHARACTERS_PER_TOKEN = 4
 _TOKENS_PER_MESSAGE = 8
-_UNLIMITED = 1e12
 _log = logging.getLogger(__name__)
 
 
 class GenerateSettings(Settings):
-    """Server, requests and limits of a generation; ``chatbridge multis generate --help`` explains them."""
+    """Server, requests and limits of a generation."""
 
     model: str
-    base_url: str | None = None
+    base_url: Annotated[str, Field(pattern="^https?://")] | None = None
     """URL of the server; null: OpenAI's."""
-    api_key_env: str = "OPENAI_API_KEY"
     temperature: float = 0.7
-    top_p: float = 1.0
     timeout: PositiveFloat = 120.0
     """Time limit of one attempt in seconds."""
     retries: NonNegativeInt = 5
@@ -51,22 +46,43 @@ class GenerateSettings(Settings):
     """The request's field for the token limit; newer OpenAI models need ``max_completion_tokens``."""
     extra_body: dict[str, Any] = {}
     """Additional fields of each request."""
-    kinds: list[DataKind] = list(DATA_KINDS)
-    counts: dict[DataKind, int] = {}
-    """Maximum number of requests per kind, sampled with ``seed``; other kinds use all items."""
-    shots: NonNegativeInt = 3
+    counts: dict[DataKind, NonNegativeInt] = {}
+    """Maximum number of requests per kind; a kind without a number uses all items."""
+    shots: NonNegativeInt = SHOTS
     """Number of seed examples per prompt."""
-    seed: int = 0
     concurrency: PositiveInt = 16
     requests_per_minute: PositiveFloat | None = None
-    tokens_per_minute: PositiveFloat | None = None
-    """Limit per minute on the prompts' tokens (estimated) plus the answers' token limits."""
     max_cost: float | None = None
     """Limit in US dollars, over all runs with this output folder. A request that might exceed it is not sent."""
 
-    def check(self) -> Iterator[str]:
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            yield f"base_url must begin with http:// or https://, found {self.base_url!r}"
+
+class Price(Settings):
+    """US dollars per million tokens."""
+
+    input: float
+    output: float
+
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """Cost of a request in US dollars."""
+        return (prompt_tokens * self.input + completion_tokens * self.output) / 1_000_000
+
+
+def price_of(model: str, table: str | Path | None = None, or_free: bool = False) -> Price:
+    """The price of the longest entry of a table (by default ``prices.yaml``) that is a prefix of the model's name.
+
+    A model without an entry is a `ConfigError`, or costs nothing if ``or_free``.
+    """
+    prices = {str(name): price for name, price in read_yaml(table or Path(__file__).with_name("prices.yaml")).items()}
+    known = [name for name in prices if model == name or model.startswith(f"{name}-")]
+    if known:
+        name = max(known, key=len)
+        return parse(Price, prices[name], name)
+    if or_free:
+        return Price(input=0.0, output=0.0)
+    raise ConfigError(
+        f"no price for the model {model!r} (known: {', '.join(prices)}): pass --prices with "
+        f"'{model}: {{input: ..., output: ...}}' in US dollars per million tokens, or --price-of local"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,77 +102,63 @@ class Request:
         return sum(len(m["content"]) // _CHARACTERS_PER_TOKEN + _TOKENS_PER_MESSAGE for m in self.messages)
 
     @property
-    def most_prompt_tokens(self) -> int:
-        """Upper bound of the number of prompt tokens: every token has at least one byte."""
-        return sum(len(m["content"].encode()) + _TOKENS_PER_MESSAGE for m in self.messages)
+    def answer_tokens(self) -> int:
+        """Estimated number of answer tokens: the mean of the examples in the prompt."""
+        lengths = [len(m["content"]) for m in self.messages if m["role"] == "assistant"]
+        return sum(lengths) // len(lengths) // _CHARACTERS_PER_TOKEN if lengths else self.max_tokens
+
+    def greatest_cost(self, price: Price) -> float:
+        """Upper bound of the cost in US dollars: every token of the prompt has at least one byte."""
+        prompt_tokens = sum(len(m["content"].encode()) + _TOKENS_PER_MESSAGE for m in self.messages)
+        return price.cost(prompt_tokens, self.max_tokens)
 
 
-def plan(
-    annotations: Callable[[], Iterable[Annotation]], book: PromptBook, options: GenerateSettings
-) -> Iterator[Request]:
-    """Yield all requests, in the order of the annotations.
-
-    ``annotations`` is a function that opens the annotations; it is called again for each kind in ``options.counts``.
-    """
-    chosen = {kind: _sampled(annotations(), kind, count, options.seed) for kind, count in options.counts.items()}
-    for annotation in annotations():
-        for kind in options.kinds:
-            if kind in chosen and annotation.id not in chosen[kind]:
-                continue
-            messages = book.messages(kind, annotation, options.shots, options.seed)
-            limit = book.kinds[kind].max_tokens
-            shape = (options.model, options.temperature, options.top_p, limit, annotation.id, kind, messages)
-            yield Request(hash_of(*shape)[:32], annotation.id, kind, annotation.modality, messages, limit)
+def plan(annotations: Sequence[Annotation], book: PromptBook, options: GenerateSettings) -> Iterator[Request]:
+    """Yield all requests, in the order of the annotations."""
+    chosen = {kind: _sampled(annotations, kind, count) for kind, count in options.counts.items()}
+    shared = (options.model, options.temperature, options.extra_body)
+    for annotation in annotations:
+        for kind in DATA_KINDS:
+            if kind not in chosen or annotation.id in chosen[kind]:
+                messages, limit = book.messages(kind, annotation, options.shots), book.kinds[kind].max_tokens
+                name = hash_of(*shared, limit, annotation.id, kind, messages)[:32]
+                yield Request(name, annotation.id, kind, annotation.modality, messages, limit)
 
 
-def _sampled(annotations: Iterable[Annotation], kind: str, count: int, seed: int) -> set[str]:
+def _sampled(annotations: Iterable[Annotation], kind: str, count: int) -> set[str]:
     """The ids of the ``count`` items with the smallest hashes."""
-    ids = (annotation.id for annotation in annotations)
-    return set(heapq.nsmallest(count, ids, key=lambda i: hashlib.sha256(f"{seed}/{kind}/{i}".encode()).digest()))
+    return set(heapq.nsmallest(count, (a.id for a in annotations), key=lambda name: hash_of(kind, name)))
 
 
-def read_answers(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the answers in an output folder, one per request; an incomplete line of a killed run is skipped."""
+def read_answers(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Request id -> the answer in an output folder; a line that an interruption cut off is skipped."""
     file = Path(folder) / ANSWERS
-    seen: set[str] = set()
-    for _, line in read_lines(file) if file.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["id"] not in seen:
-            seen.add(record["id"])
-            yield record
+    return {record["id"]: record for _, record in read_objects(file, skip_cut=True)} if file.is_file() else {}
 
 
 class Estimate(NamedTuple):
-    """Numbers of requests without and with an answer, and US dollars: expected, maximum, spent by earlier runs."""
+    """Numbers of requests without and with an answer, tokens and US dollars of the former, and US dollars spent."""
 
     requests: int
     known: int
-    prompt_tokens: int
-    completion_tokens: int
+    tokens: int
     cost: float
-    bound: float
     spent: float
 
 
-def estimate(requests: Iterable[Request], book: PromptBook, price: Price, folder: str | Path) -> Estimate:
+def estimate(requests: Iterable[Request], price: Price, folder: str | Path) -> Estimate:
     """Estimate the cost without sending a request. Answers are assumed to be as long as the seed examples."""
-    before = {record["id"]: record["cost"] for record in read_answers(folder)}
-    known = count = prompt = 0
-    completion = bound = 0.0
+    answers = read_answers(folder)
+    known = count = prompt = answer = 0
     for request in requests:
-        if request.id in before:
+        if request.id in answers:
             known += 1
             continue
-        lengths = [len(answer) for _, answer in book.examples[request.kind, request.modality]]
         count += 1
         prompt += request.prompt_tokens
-        completion += sum(lengths) / len(lengths) / _CHARACTERS_PER_TOKEN
-        bound += price.cost(request.most_prompt_tokens, request.max_tokens)
-    cost = price.cost(prompt, completion)
-    return Estimate(count, known, prompt, round(completion), cost, bound, sum(before.values()))
+        answer += request.answer_tokens
+    spent = sum(record["cost"] for record in answers.values())
+    return Estimate(count, known, prompt + answer, price.cost(prompt, answer), spent)
 
 
 @dataclass
@@ -192,7 +194,7 @@ class _Run:
     options: GenerateSettings
     report: Report = field(default_factory=Report)
     in_flight: float = 0.0
-    """Upper bound of the cost of unanswered requests, in US dollars."""
+    """Greatest cost of unanswered requests, in US dollars."""
     failed_in_a_row: int = 0
 
     async def work(self, requests: Iterator[Request]) -> Report:
@@ -201,19 +203,18 @@ class _Run:
             from openai import AsyncOpenAI
         except ImportError as error:
             raise MissingExtraError(error.name or "openai", "multis", "chatbridge multis generate") from error
-        options = self.options
-        key = os.environ.get(options.api_key_env)
-        if key is None and options.base_url is None:
-            raise ConfigError(f"set {options.api_key_env} to your key, or name a server with --base-url")
-        costs = {record["id"]: record["cost"] for record in read_answers(self.file.parent)}
-        self.done, self.report.spent = set(costs), sum(costs.values())
-        rates = (options.requests_per_minute or _UNLIMITED, options.tokens_per_minute or _UNLIMITED)
-        # Allow bursts of one second's requests, and at least one.
-        self.limits = [AsyncLimiter(max(1.0, rate / 60), max(1.0, 60 / rate)) for rate in rates]
+        own, key = self.options, os.environ.get("OPENAI_API_KEY")
+        if key is None and own.base_url is None:
+            raise ConfigError("set OPENAI_API_KEY to your key, or name a server with --base-url")
+        answers = read_answers(self.file.parent)
+        self.done = set(answers)
+        self.report.spent = sum(record["cost"] for record in answers.values())
+        rate = own.requests_per_minute or 1e12
+        self.limiter = AsyncLimiter(max(1.0, rate / 60), max(1.0, 60 / rate))  # bursts of a second's requests
         async with AsyncOpenAI(
-            api_key=key or "none", base_url=options.base_url, timeout=options.timeout, max_retries=options.retries
+            api_key=key or "none", base_url=own.base_url, timeout=own.timeout, max_retries=own.retries
         ) as self.client:
-            await asyncio.gather(*(self._worker(requests) for _ in range(options.concurrency)))
+            await asyncio.gather(*(self._worker(requests) for _ in range(own.concurrency)))
         return self.report
 
     async def _worker(self, requests: Iterator[Request]) -> None:
@@ -224,32 +225,24 @@ class _Run:
                 self.report.known += 1
                 continue
             self.done.add(request.id)
-            bound = self.price.cost(request.most_prompt_tokens, request.max_tokens)
-            limit = self.options.max_cost
-            if limit is not None and self.report.spent + self.in_flight + bound > limit:
-                self.report.stopped = (
-                    f"the next request may cost ${bound:.4f}; ${self.report.spent:.4f} of ${limit} is spent and "
-                    f"${self.in_flight:.4f} is in flight"
-                )
+            limit, bound = self.options.max_cost, request.greatest_cost(self.price)
+            taken = self.report.spent + self.in_flight
+            if limit is not None and taken + bound > limit:
+                self.report.stopped = f"${taken:.4f} of ${limit} is spent, and the next request may cost ${bound:.4f}"
                 return
             self.in_flight += bound
-            try:
-                await self._send(request)
-            finally:
-                self.in_flight -= bound
+            await self._send(request)
+            self.in_flight -= bound
 
     async def _send(self, request: Request) -> None:
         import openai
 
-        requests, tokens = self.limits
-        await requests.acquire()
-        await tokens.acquire(min(request.prompt_tokens + request.max_tokens, tokens.max_rate))
+        await self.limiter.acquire()
         try:
             answer = await self.client.chat.completions.create(
                 model=self.options.model,
                 messages=request.messages,
                 temperature=self.options.temperature,
-                top_p=self.options.top_p,
                 extra_body={self.options.token_limit_field: request.max_tokens, **self.options.extra_body},
                 extra_headers={"Idempotency-Key": request.id},
             )
@@ -261,10 +254,8 @@ class _Run:
                     f"{self.options.base_url or 'OpenAI'} refuses the model {self.options.model!r}: {error.message}"
                 ) from error
             self._failed(request, f"HTTP {error.status_code}: {error.message}")
-        except openai.APIConnectionError as error:
-            self._failed(request, f"{error}: {error.__cause__ or 'no cause given'}")
         except (openai.APIError, ValueError, TypeError, AttributeError, IndexError) as error:
-            self._failed(request, f"unreadable answer: {error}")
+            self._failed(request, f"{type(error).__name__}: {error.__cause__ or error}")
         else:
             self._answered(request, answer, text, finish)
 
@@ -276,15 +267,17 @@ class _Run:
             self.report.stopped = f"{self.failed_in_a_row} requests in a row failed, the last one: {reason[:300]}"
 
     def _answered(self, request: Request, answer: Any, text: str, finish: str) -> None:
-        usage = answer.usage
-        prompt = usage.prompt_tokens if usage else request.most_prompt_tokens
-        completion = usage.completion_tokens if usage else request.max_tokens
-        cost = self.price.cost(prompt, completion)
-        record = {
-            "id": request.id, "item": request.item, "kind": request.kind, "modality": request.modality, "text": text,
-            "finish": finish, "model": answer.model or self.options.model, "prompt_tokens": prompt,
-            "completion_tokens": completion, "cost": round(cost, 9),
-        }  # fmt: skip
+        cost, usage = request.greatest_cost(self.price), {}
+        if answer.usage:
+            usage = answer.usage.model_dump(include={"prompt_tokens", "completion_tokens"})
+            cost = self.price.cost(**usage)
+        record: dict[str, Any] = {
+            "id": request.id,
+            "item": request.item,
+            "kind": request.kind,
+            "modality": request.modality,
+        }
+        record |= {"text": text, "finish": finish, "model": answer.model, "cost": round(cost, 9), **usage}
         append_lines(self.file, [json.dumps(record)])
         self.report.answered += 1
         self.report.spent += cost

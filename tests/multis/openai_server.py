@@ -28,7 +28,6 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     cut: float = 1.0
-    finish: str = "stop"
 
 
 Script = Callable[[int, dict[str, Any]], Reply]
@@ -61,21 +60,11 @@ def write_answer(messages: list[dict[str, str]]) -> str:
 
 
 class OpenAIServer:
-    """The server, running in threads while the context is open.
-
-    Attributes:
-        asked: Number of requests by id.
-        answered: Number of complete answers by id.
-        bodies: The requests.
-        times: When they came.
-        keys: The values of ``Authorization``.
-        most_at_once: The largest number of simultaneous requests.
-    """
+    """The server, running in threads while the context is open; ``asked`` counts requests by their id."""
 
     def __init__(self, script: Script | None = None, latency: float = 0.0) -> None:
         self.script, self.latency = script or (lambda number, body: Reply()), latency
         self.asked: Counter[str] = Counter()
-        self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.keys: set[str] = set()
@@ -120,9 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             owner.most_at_once = max(owner.most_at_once, owner.at_once)
         reply = owner.script(number, body)
         owner.closing.wait(owner.latency + reply.delay)
-        content = reply.body if reply.body is not None else json.dumps(completion(body, reply.finish)).encode()
+        content = reply.body if reply.body is not None else json.dumps(completion(body)).encode()
         with owner.lock:
-            owner.answered[name] += reply.body is None and reply.cut == 1
             owner.at_once -= 1
         self.send_response(reply.status)
         for key, value in {"content-type": "application/json", **reply.headers}.items():
@@ -136,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def completion(body: dict[str, Any], finish: str) -> dict[str, Any]:
+def completion(body: dict[str, Any]) -> dict[str, Any]:
     message = {"role": "assistant", "content": write_answer(body["messages"])}
     tokens = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}
     return {
@@ -144,7 +132,7 @@ def completion(body: dict[str, Any], finish: str) -> dict[str, Any]:
         "object": "chat.completion",
         "created": 0,
         "model": body["model"],
-        "choices": [{"index": 0, "finish_reason": finish, "message": message}],
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
         "usage": {**tokens, "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS},
     }
 

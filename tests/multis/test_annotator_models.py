@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.multis.annotators import AudioTagger, Captioner, Florence2, Segmenter, View
+from lavis_chatbridge.multis.annotators import AudioTagger, Captioner, Florence2, Options, Segmenter, View
 
 SIDE = 32
 BART = {
@@ -60,7 +60,7 @@ def test_blip2_captions_a_frame(tmp_path: Path) -> None:
     transformers.Blip2ForConditionalGeneration(config).save_pretrained(tmp_path)
     pictures = image_processor(transformers.BlipImageProcessor)
     transformers.Blip2Processor(pictures, words, num_query_tokens=4).save_pretrained(tmp_path)
-    captioner = Captioner(str(tmp_path))
+    captioner = Captioner(str(tmp_path), Options())
     captioner.max_tokens = 5
     assert "<s>" not in captioner.annotate(FRAME).caption
     assert captioner.annotate(FRAME) == captioner.annotate(FRAME)
@@ -82,7 +82,7 @@ def test_florence2_gives_regions_with_boxes(tmp_path: Path, monkeypatch: pytest.
     pictures.image_seq_length = 2
     forms = {"description_with_bboxes": {}}
     transformers.Florence2Processor(pictures, words, post_processor_config=forms).save_pretrained(tmp_path)
-    annotator = Florence2(str(tmp_path))
+    annotator = Florence2(str(tmp_path), Options())
     annotator.max_tokens = 8
     annotator.annotate(FRAME)  # random weights run through the whole path
     written = "</s><s>a red ball<loc_0><loc_250><loc_500><loc_999>the sky<loc_100><loc_0><loc_900><loc_300></s>"
@@ -106,7 +106,7 @@ def test_a_segmentation_gives_the_share_of_a_class(tmp_path: Path) -> None:
         model.decode_head.classifier.bias.copy_(torch.tensor([0.0, -1.0, -1.0]))
     model.save_pretrained(tmp_path)
     image_processor(transformers.SegformerImageProcessor).save_pretrained(tmp_path)
-    assert Segmenter(str(tmp_path)).annotate(FRAME).semantics == {"wall": 1.0}
+    assert Segmenter(str(tmp_path), Options()).annotate(FRAME).semantics == {"wall": 1.0}
 
 
 def test_an_audio_classifier_gives_tags(tmp_path: Path) -> None:
@@ -121,11 +121,14 @@ def test_an_audio_classifier_gives_tags(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=64).save_pretrained(tmp_path)
     sound = View("s", "audio", "s.wav", np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32))
-    assert AudioTagger(str(tmp_path)).annotate(sound).tags == ("Rain", "Dog")  # 0.95 and 0.5; speech is below 0.1
+    assert AudioTagger(str(tmp_path), Options()).annotate(sound).tags == (
+        "Rain",
+        "Dog",
+    )  # 0.95 and 0.5; speech is below 0.1
 
 
 def test_absent_and_wrong_weights_are_named(tmp_path: Path) -> None:
     transformers.BertConfig().save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match=f"{path} cannot be loaded for image-segmentation"):
-            Segmenter(str(path))
+            Segmenter(str(path), Options())

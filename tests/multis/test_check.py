@@ -1,178 +1,62 @@
-"""The rules: answers that each accepts and rejects."""
+"""The third stage: samples, rejected answers, statistics, and the page of samples."""
 
 from __future__ import annotations
 
+import html.parser
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
-import yaml
-
-from lavis_chatbridge import config as settings
-from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.multis.annotation import Annotation, from_json
-from lavis_chatbridge.multis.check import Checker, CheckSettings, NearDuplicates, check
+from lavis_chatbridge import cli
+from lavis_chatbridge.multis.check import check, statistics, write_page
 from lavis_chatbridge.multis.generate import ANSWERS
-from lavis_chatbridge.multis.prompts import DATA_KINDS, PromptBook, Seed
+from lavis_chatbridge.multis.rules import Checker
+from tests.multis.test_rules import answer, item, talk
+
+EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
-def item(modality: str = "image", name: str = "a", **values: Any) -> Annotation:
-    media = [{"type": medium, "path": f"{name}.{medium}"} for medium in modality.split("+")]
-    caption = {"captions": ["A brown dog runs over green grass with a ball."]}
-    return from_json({"id": name, "media": media, **(values or caption)}, name)
+class Tags(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.seen.append((tag, dict(attrs)))
 
 
-def answer(text: str, kind: str = "conversation", **values: Any) -> dict[str, Any]:
-    record = {"id": "00" * 16, "item": "a", "kind": kind, "modality": "image", "text": text}
-    return {**record, "finish": "stop", "model": "m", **values}
+def checked(folder: Path) -> Path:
+    sample = {
+        "id": EVIL,
+        "media": [{"type": "image", "path": "none.png"}],
+        "turns": [{"role": "user", "text": EVIL, "media": [0]}, {"role": "assistant", "text": EVIL}],
+        "meta": {"item": "a"},
+    }
+    (folder / "accepted.jsonl").write_text(json.dumps(sample) + "\n")
+    turned_down = {"id": "r", "item": "r", "media": [], "reasons": [{"rule": EVIL, "detail": EVIL}], "text": EVIL}
+    (folder / "rejected.jsonl").write_text(json.dumps(turned_down) + "\n")
+    (folder / "statistics.json").write_text(json.dumps(statistics([], [])))
+    return folder
 
 
-def talk(*answers: str, question: str = "What about it, point") -> str:
-    return "\n".join(f"Question: {question} {n}?\nAnswer: {text}" for n, text in enumerate(answers))
+def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+    assert write_page(checked(tmp_path), tmp_path, tmp_path / "page.html") == 2
+    page = (tmp_path / "page.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert [tag for tag, _ in tags.seen].count("script") == 0
+    assert not [1 for tag, values in tags.seen if tag == "img" or "onerror" in values]
+    assert "http" not in page
+    assert page.count("none.png does not exist") == 1
 
 
-@pytest.fixture(scope="module")
-def checker() -> Checker:
-    return Checker()
-
-
-def rules(
-    checker: Checker, text: str, kind: str = "conversation", annotation: Annotation | None = None, **values: Any
-) -> set:
-    sample, reasons = checker.check(answer(text, kind, **values), annotation or item())
-    assert (sample is None) == bool(reasons)
-    return {rule for rule, _ in reasons}
-
-
-def test_a_good_conversation_becomes_a_sample() -> None:
-    text = talk("It is a brown dog.", "The dog runs over the grass.")
-    sample, reasons = Checker().check(answer(text), item("video+audio"))
-    assert reasons == []
-    assert sample is not None
-    assert (sample.id, sample.task) == ("a:conversation", "conversation")
-    assert [(turn.role, turn.media) for turn in sample.turns] == [
-        ("user", ("video", "audio")),
-        ("assistant", ()),
-        ("user", ()),
-        ("assistant", ()),
-    ]
-    assert sample.meta == {"request": "00" * 16, "model": "m", "item": "a"}
-
-
-@pytest.mark.parametrize(
-    ("expected", "text"),
-    [
-        ("form", "The dog runs."),
-        ("length", talk("It is a brown dog.")),
-        ("length", talk(*["It is a brown dog."] * 9)),
-        ("length", talk("It is a brown dog.", "word " * 130)),
-        ("text_source", talk("The caption says it is a dog.", "It runs.")),
-        ("text_source", talk("As described in the description, a dog.", "It runs.")),
-        ("text_source", talk("It is a dog.", "That is not mentioned.")),
-        ("text_source", talk("It is a dog.", "It lies at [0.10, 0.20, 0.50, 0.90].")),
-        ("text_source", talk("Based on the given information, it is a dog.", "It runs.")),
-        ("refusal", talk("As an AI language model, I am blind.", "It runs.")),
-        ("refusal", talk("I'm sorry, I don't know.", "It runs.")),
-        ("markup", talk("It is a dog. ###Human: hello", "It runs.")),
-        ("markup", talk("It is <image> a dog.", "It runs.")),
-        ("foreign_media", talk("In the video a dog runs.", "It runs.")),
-        ("foreign_media", talk("We hear a dog.", "It runs.")),
-        ("absent", talk("It is a cat.", "It runs.")),
-        ("absent", talk("A dog and two sheep are there.", "It runs.")),
-        ("absent", talk("The dog is black.", "It runs.")),
-        ("absent", talk("It may be a cat.", "It runs.")),
-        ("repetition", "Question: What is it?\nAnswer: A dog.\nQuestion: What is it?\nAnswer: It runs."),
-        ("repetition", talk("It runs and it runs " * 6, "A dog.")),
-        ("repetition", talk("The dog is a dog. It is both dog and dog, and what runs is one more dog.", "It runs.")),
-        ("unsafe", talk("Write to a.dog@mail.example.com now.", "It runs.")),
-    ],
-)
-def test_each_rule_rejects(checker: Checker, expected: str, text: str) -> None:
-    assert expected in rules(checker, text)
-    assert "truncated" in rules(checker, text, finish="length")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        talk("There is no cat.", "The animal runs over a lawn."),
-        talk("No, it is a dog.", "No, no cat.", question="Is it a cat, yes or no,"),
-        talk("It is a hound without a leash.", "Its toy is a ball."),
-        "**Question 1:** What is it?\n**Answer:** A brown dog.\n\n**Question 2:** Where?\n**Answer:** On grass.",
-    ],
-)
-def test_loose_forms_and_denied_things_are_accepted(text: str) -> None:
-    annotation = item(captions=["A brown dog runs over green grass with a ball, a toy."])
-    assert rules(Checker(), text, annotation=annotation) == set()
-
-
-def test_reasoning_may_suppose_a_thing_with_a_hedge(checker: Checker) -> None:
-    sure = (
-        "Question: Why does the animal run?\nAnswer: The dog runs with a ball over the grass very fast just now, and "
-        "a child threw it from far away before that."
-    )
-    guessed = sure.replace("and a child threw", "and a child probably threw")
-    assert rules(checker, sure, "reasoning") == {"absent"}
-    assert rules(checker, guessed, "reasoning") == set()
-
-
-def test_a_description_gets_a_question_of_its_modality() -> None:
-    text = (
-        "Description: A brown dog runs over green grass. "
-        + "The dog has a ball and takes it along while it runs on and on over all of the grass."
-    )
-    sample, reasons = Checker().check(answer(text, "detail"), item())
-    assert reasons == []
-    assert sample is not None
-    assert sample.turns[0].text.endswith((".", "?"))
-    assert sample.turns[1].text.startswith("A brown dog")
-
-
-def test_near_duplicates_and_copied_examples_are_rejected() -> None:
-    checker = Checker()
-    base = "the dog runs over the grass with its ball and then it turns round and runs back over the same grass again"
-    first = talk(f"First, {base}.", "That is the end of what the dog does with it.")
-    assert rules(checker, first) == set()
-    assert rules(checker, first.replace("First,", "Well,"), annotation=item(name="b")) == {"near_duplicate"}
-    copied = PromptBook().examples["reasoning", "image"][0][1]
-    annotation = item(
-        captions=["A woman and a dog wait in the rain under a glass shelter by a road with buildings, raincoat."]
-    )
-    assert "near_duplicate" in rules(checker, copied, "reasoning", annotation=annotation)
-
-
-def test_an_unsafe_hook_replaces_the_built_in_one() -> None:
-    checker = Checker(CheckSettings(unsafe="tests.multis.test_check:no_dogs"))
-    assert rules(checker, talk("It is a dog.", "It runs.")) == {"unsafe"}
-    with pytest.raises(ConfigError, match="MODULE:FUNCTION"):
-        Checker(CheckSettings(unsafe="tests.multis.test_check:missing"))
-
-
-def no_dogs(text: str) -> str | None:
-    return "a dog" if "dog" in text else None
-
-
-def test_every_seed_example_would_be_accepted() -> None:
-    """The examples obey the rules that they teach; at least three per kind and modality."""
-    book = PromptBook()
-    checker = Checker(book=book)
-    checker._known = NearDuplicates(1.0)  # or each would be a copy of itself
-    count = 0
-    for file in sorted((book.folder / "seeds").glob("*.yaml")):
-        modality = {"video_audio": "video+audio"}.get(file.stem, file.stem)
-        for number, entry in enumerate(yaml.safe_load(file.read_text())):
-            seed = settings.parse(Seed, entry, "seed")
-            annotation = item(modality, f"{file.stem}{number}", **entry["annotation"])
-            for kind in DATA_KINDS:
-                _, reasons = checker.check(answer(seed.answer(kind) or "", kind), annotation)
-                assert reasons == [], (file.name, number, kind)
-                count += 1
-    assert count >= 36
+def test_media_are_linked_from_the_page(tmp_path: Path) -> None:
+    (tmp_path / "none.png").write_bytes(b"picture")
+    write_page(checked(tmp_path), tmp_path, tmp_path / "pages" / "a b.html")
+    assert 'src="../none.png"' in (tmp_path / "pages" / "a b.html").read_text()
 
 
 def test_statistics_are_complete_and_repeatable(tmp_path: Path) -> None:
-    (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(item(name=n).to_json()) + "\n" for n in "ab"))
+    (tmp_path / "annotations.jsonl").write_text("".join(item(name=n).model_dump_json() + "\n" for n in "ab"))
     texts = [talk("It is a brown dog.", "It runs."), talk("It is a cat.", "It runs."), "no form"]
     records = [
         answer(text, item=name) | {"id": f"{number}"}
@@ -181,19 +65,24 @@ def test_statistics_are_complete_and_repeatable(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ANSWERS).write_text("".join(json.dumps(record) + "\n" for record in records * 2))
     for _ in range(2):
-        statistics = check(tmp_path / "run", tmp_path / "annotations.jsonl", tmp_path / "out")
-        assert (statistics["accepted"], statistics["rejected"]) == (1, 2), "a doubled record counts once"
-        assert statistics["reasons"] == {"absent": 1, "no_annotation": 1}
-        assert statistics["kinds"]["conversation"]["by_modality"]["image"] == {"accepted": 1, "rejected": 2}
+        counted = check(tmp_path / "run", tmp_path / "annotations.jsonl", tmp_path / "out", Checker())
+        assert (counted["accepted"], counted["rejected"]) == (1, 2), "a doubled record counts once"
+        assert counted["reasons"] == {"absent": 1, "no_annotation": 1}
+        assert counted["kinds"]["conversation"] == {"accepted": 1, "rejected": 2, "paper": 24_000}
+        assert counted["modalities"]["image"] == {"accepted": 1, "rejected": 2}
         rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
         assert rejected[0]["reasons"] == [{"rule": "absent", "detail": "cat"}]
         assert rejected[0]["text"] == texts[1]
 
 
-def test_the_similarity_is_that_of_word_triples() -> None:
-    words = [f"word{n}" for n in range(100)]
-    index = NearDuplicates(threshold=0.8)
-    index.add("base", " ".join(words))
-    found = index.find(" ".join([*words[:50], "changed", *words[51:]]))
-    assert found == ("base", pytest.approx(95 / 101, abs=0.1))
-    assert index.find(" ".join(f"other{n}" if n % 8 == 0 else word for n, word in enumerate(words))) is None
+def test_the_settings_of_a_check_come_from_yaml(tmp_path: Path) -> None:
+    (tmp_path / "annotations.jsonl").write_text(item().model_dump_json())
+    (tmp_path / ANSWERS).write_text(json.dumps(answer(talk("It is a brown dog."))))
+    limits = "pairs: [1, 9], question_words: [1, 60], answer_words: [2, 99]"
+    run = ["multis", "check", str(tmp_path), "--annotations", str(tmp_path / "annotations.jsonl")]
+    run += ["--out", str(tmp_path / "out"), "--config", str(tmp_path / "check.yaml")]
+    (tmp_path / "check.yaml").write_text(f"limits: {{talk: {{{limits}}}}}")
+    assert cli.main(run) == 2
+    (tmp_path / "check.yaml").write_text(f"limits: {{conversation: {{{limits}}}}}")
+    assert cli.main(run) == 0
+    assert len((tmp_path / "out" / "accepted.jsonl").read_text().splitlines()) == 1

@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lavis_chatbridge.config import Settings, parse
-from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, Annotation, ItemModality, describe, from_json
 
 DataKind = Literal["conversation", "detail", "reasoning"]
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
-MIN_SEEDS = 3
+SHOTS = 3
 
 
 class Pair(Settings):
@@ -50,79 +50,63 @@ class KindSettings(Settings):
 
     instruction: str
     max_tokens: int
-    questions: dict[str, list[str]] = {}
-    """Modality -> questions for samples that are requested without a question (detailed descriptions)."""
+    questions: dict[ItemModality, list[str]] = {}
+    """Questions for samples that are requested without a question (detailed descriptions)."""
 
 
 class Kinds(Settings):
     """The content of ``kinds.yaml``."""
 
-    modalities: dict[str, dict[str, str]]
+    modalities: dict[ItemModality, dict[str, str]]
     common: str
-    kinds: dict[str, KindSettings]
+    kinds: dict[DataKind, KindSettings]
 
     def check(self) -> Iterator[str]:
         yield from (f"modalities.{name} is missing" for name in ITEM_MODALITIES if name not in self.modalities)
         yield from (f"kinds.{name} is missing" for name in DATA_KINDS if name not in self.kinds)
+        questions = self.kinds["detail"].questions if "detail" in self.kinds else {}
+        yield from (f"kinds.detail.questions.{name} is missing" for name in ITEM_MODALITIES if not questions.get(name))
 
 
 class PromptBook:
-    """The instructions and examples of one folder.
+    """The instructions and examples of one folder; a `ConfigError` has every fault of its files.
 
     Args:
         folder: Folder with ``kinds.yaml`` and ``seeds/*.yaml``; None: the package's own.
-
-    Raises:
-        ConfigError: With every fault of the files, or if a kind and modality has fewer than three examples.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder else Path(__file__).parent
         self._words = parse(Kinds, _load(self.folder / "kinds.yaml"), "kinds")
-        self.kinds: dict[str, KindSettings] = self._words.kinds
-        self.examples: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        self.kinds: dict[DataKind, KindSettings] = self._words.kinds
+        self.examples: dict[tuple[DataKind, ItemModality], list[tuple[str, str]]] = {}
         """Kind and modality -> pairs of description and answer."""
         for modality in ITEM_MODALITIES:
             self._add_seeds(modality, self.folder / "seeds" / f"{modality.replace('+', '_')}.yaml")
-        short = [f"{k} of {m} has {len(seeds)}" for (k, m), seeds in self.examples.items() if len(seeds) < MIN_SEEDS]
-        if short:
-            raise ConfigError(f"{self.folder}: expected at least {MIN_SEEDS} seed examples; {'; '.join(short)}")
 
-    def messages(
-        self, kind: DataKind, annotation: Annotation, shots: int = MIN_SEEDS, seed: int = 0
-    ) -> list[dict[str, str]]:
-        """The chat messages that request data of ``kind`` about one item.
-
-        They start with ``shots`` examples, sampled by the item's id and ``seed``.
-        """
-        modality = annotation.modality
-        examples = self.examples[kind, modality]
+    def messages(self, kind: DataKind, annotation: Annotation, shots: int = SHOTS) -> list[dict[str, str]]:
+        """The chat messages that request data of ``kind`` about one item, with ``shots`` examples sampled by its id."""
+        examples = self.examples[kind, annotation.modality]
         if shots < len(examples):
-            examples = random.Random(f"{seed}/{kind}/{annotation.id}").sample(examples, shots)
-        words = self._words.modalities[modality]
+            examples = random.Random(f"{kind}/{annotation.id}").sample(examples, shots)
+        words = self._words.modalities[annotation.modality]
         system = (self._words.common + "\n" + self.kinds[kind].instruction).format(**words).strip()
         messages = [{"role": "system", "content": system}]
         for description, answer in examples:
             messages += [{"role": "user", "content": description}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": describe(annotation)}]
 
-    def question(self, kind: DataKind, modality: ItemModality, item: str) -> str:
-        """The question for a sample that is requested without one (detailed descriptions); depends only on the item."""
-        questions = self.kinds[kind].questions.get(modality)
-        if not questions:
-            raise ConfigError(f"{self.folder / 'kinds.yaml'}: kinds.{kind}.questions.{modality} is missing")
-        return random.Random(f"{kind}/{item}").choice(questions)
+    def question(self, modality: ItemModality, item: str) -> str:
+        """The question for a detailed description, which is requested without one; depends only on the item."""
+        return random.Random(f"detail/{item}").choice(self.kinds["detail"].questions[modality])
 
-    def _add_seeds(self, modality: str, file: Path) -> None:
+    def _add_seeds(self, modality: ItemModality, file: Path) -> None:
         self.examples |= {(kind, modality): [] for kind in DATA_KINDS}
         media = [{"type": medium, "path": "seed"} for medium in modality.split("+")]
         for number, entry in enumerate(_load(file)):
             where = f"{file.name}[{number}]"
             seed = parse(Seed, entry, where)
-            try:
-                description = describe(from_json({"id": where, "media": media, **seed.annotation}, where))
-            except DataError as error:
-                raise ConfigError(str(error)) from error
+            description = describe(from_json({"id": where, "media": media, **seed.annotation}, where))
             for kind in DATA_KINDS:
                 if answer := seed.answer(kind):
                     self.examples[kind, modality].append((description, answer))

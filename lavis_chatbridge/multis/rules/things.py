@@ -1,6 +1,6 @@
 """Finds the things, sounds and colours that a text mentions, and those that an annotation supports.
 
-The vocabulary is a tree of names (``rules/things.yaml``). Other words are ignored.
+The vocabulary is a tree of names (``things.yaml``). Other words are ignored.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _IRREGULAR = {
 
 
 class Things:
-    """The vocabulary: a YAML tree, by default ``rules/things.yaml``.
+    """The vocabulary: a YAML tree, by default ``things.yaml``.
 
     Raises:
         ConfigError: If the file is not such a tree.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        file = Path(path) if path else Path(__file__).parent / "rules" / "things.yaml"
+        file = Path(path) if path else Path(__file__).parent / "things.yaml"
         self._supports: dict[str, set[str]] = {}
         try:
             for group in yaml.safe_load(file.read_text(encoding="utf-8")).values():

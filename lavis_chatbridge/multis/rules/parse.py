@@ -1,14 +1,12 @@
 """Parses a language model's answer into questions and answers.
 
-Models vary the requested format (``Question: ...`` / ``Answer: ...``): numbers, bold labels, other labels, JSON. An
+Models vary the requested format (``Question: ...`` / ``Answer: ...``): numbers, bold labels, other labels. An
 ambiguous answer raises a `DataError` with the reason.
 """
 
 from __future__ import annotations
 
 import re
-
-from pydantic import TypeAdapter, ValidationError
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.prompts import Pair
@@ -22,18 +20,11 @@ _LABEL = re.compile(
 )
 _FENCE = re.compile(r"\A\s*```[a-zA-Z]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _TITLE = re.compile(r"\A(?:\*\*)?(?:detailed )?description(?:\*\*)?[ \t]*[:\uFF1A](?:\*\*)?\s*", re.IGNORECASE)
-_PAIRS = TypeAdapter(list[Pair])
 
 
 def read_pairs(text: str) -> list[Pair]:
-    """Parse a conversation.
-
-    Raises:
-        DataError: If there is no question, or questions and answers do not alternate.
-    """
+    """Parse a conversation: questions and answers that alternate."""
     text = _unfenced(text)
-    if text.startswith(("{", "[")):
-        return _from_json(text)
     marks = list(_LABEL.finditer(text))
     if not marks:
         raise DataError("no line begins with 'Question:' or 'Answer:'")
@@ -53,11 +44,7 @@ def read_pairs(text: str) -> list[Pair]:
 
 
 def read_description(text: str) -> str:
-    """Parse a description that was requested without a question.
-
-    Raises:
-        DataError: If it is empty, or is a list of questions and answers.
-    """
+    """Parse a description that was requested without a question."""
     text = _TITLE.sub("", _unfenced(text)).strip()
     if not text:
         raise DataError("the answer is empty")
@@ -70,14 +57,3 @@ def _unfenced(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     fence = _FENCE.match(text)
     return (fence[1] if fence else text).strip()
-
-
-def _from_json(text: str) -> list[Pair]:
-    """The pairs of a JSON answer: a list of objects with question and answer, or one such object."""
-    try:
-        pairs = _PAIRS.validate_json(text if text.startswith("[") else f"[{text}]")
-    except ValidationError as error:
-        raise DataError("JSON, but no list of objects with 'question' and 'answer'") from error
-    if not pairs or not all(pair.question.strip() and pair.answer.strip() for pair in pairs):
-        raise DataError("JSON without questions and answers")
-    return [Pair(question=pair.question.strip(), answer=pair.answer.strip()) for pair in pairs]
