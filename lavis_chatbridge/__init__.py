@@ -26,10 +26,6 @@ def activate() -> None:
     try:
         if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
             sys.meta_path.insert(0, _ImportFinder())
-        if "lavis" in sys.modules:
-            from lavis_chatbridge.plugin import autoload
-
-            autoload.catch_up()
     except Exception as fault:
         import logging
 

@@ -2,31 +2,34 @@
 
 A subcommand's module has either a function ``command``, with arguments annotated for typer, or a typer application
 ``app``. A command raises `ChatBridgeError` for a user's mistake and returns an exit status or None.
+
+``plugin/autoload.py`` serves this file also as ``lavis.train`` and ``lavis.evaluate``.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import ModuleType
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from lavis_chatbridge import __version__
 from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError
-from lavis_chatbridge.launchers import calm_threads
-from lavis_chatbridge.plugin.launch import exit_status, returning_status, spread
+from lavis_chatbridge.launchers import set_thread_defaults
+from lavis_chatbridge.plugin import quick
 
 
 class Command(NamedTuple):
-    """One subcommand: its name, its module in this package, and one line of help."""
+    """One subcommand: its name, its module in this package, one line of help, and whether it only answers."""
 
     name: str
     module: str
     help: str
+    answers: bool = False
 
 
 COMMANDS = (
@@ -42,23 +45,37 @@ COMMANDS = (
     Command("shard", "plugin.shard", "Write data sets as webdataset shards."),
     Command("cache-features", "plugin.cache_features", "Store the frozen encoders' outputs."),
     Command("doctor", "plugin.doctor", "Check packages, devices, files and memory before a run."),
-    Command("chat", "chat.terminal", "Talk with a model about images, videos and sounds."),
-    Command("ask", "chat.ask", "Ask one question, or a file of them."),
-    Command("serve", "chat.server.command", "Answer over HTTP like OpenAI's chat completions."),
-    Command("web", "chat.web", "Chat in the browser."),
+    Command("chat", "chat.terminal", "Talk with a model about images, videos and sounds.", True),
+    Command("ask", "chat.ask", "Ask one question, or a file of them.", True),
+    Command("serve", "chat.server.command", "Answer over HTTP like OpenAI's chat completions.", True),
+    Command("web", "chat.web", "Chat in the browser.", True),
     Command("multis", "multis.command", "Make chat data: annotate, generate, check, build."),
 )
 
-ANSWERING = ("chat", "ask", "serve", "web")
-"""Commands that load a model for inference and should start quickly."""
+SERVED_AS = __spec__.name.rpartition(".")[2] if __spec__ is not None and __spec__.name.startswith("lavis.") else ""
+"""The subcommand, if this file runs as ``lavis.train`` or ``lavis.evaluate``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 2 after a user's mistake, or the subcommand's own."""
     if argv is None:  # called as a program
-        calm_threads(os.environ)
-    words = list(sys.argv[1:] if argv is None else argv)
+        set_thread_defaults(os.environ)
+    words = [*([SERVED_AS] if SERVED_AS else []), *(sys.argv[1:] if argv is None else argv)]
     return exit_status(lambda: _run(words))
+
+
+def exit_status(action: Callable[[], int | None]) -> int:
+    """The status that ``action`` returns or exits with; for a user's mistake, print ``error: ...`` and return 2."""
+    try:
+        return action() or 0
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except ChatBridgeError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(words: Sequence[str]) -> int | None:
@@ -69,6 +86,7 @@ def _run(words: Sequence[str]) -> int | None:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
+        result_callback=_exit,
     )
     app.callback()(_version)
     try:
@@ -76,11 +94,13 @@ def _run(words: Sequence[str]) -> int | None:
             if words[:1] != [entry.name]:  # not requested: its import may take seconds
                 app.command(entry.name, help=entry.help)(lambda: None)
                 continue
-            module = _imported(entry)
+            if entry.answers:
+                quick.start()
+            module = import_module(f"lavis_chatbridge.{entry.module}")
             if hasattr(module, "app"):
                 app.add_typer(module.app, name=entry.name, help=entry.help)
             else:
-                app.command(entry.name, help=entry.help)(returning_status(module.command))
+                app.command(entry.name, help=entry.help)(module.command)
         return app(spread(words), prog_name="chatbridge")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "lavis":
@@ -88,12 +108,10 @@ def _run(words: Sequence[str]) -> int | None:
         raise
 
 
-def _imported(entry: Command) -> ModuleType:
-    if entry.name in ANSWERING:
-        from lavis_chatbridge.plugin import quick
-
-        quick.start()
-    return import_module(f"lavis_chatbridge.{entry.module}")
+def _exit(status: Any, **options: Any) -> None:
+    """Exit with the status that a subcommand returns, which typer ignores."""
+    if status:
+        raise typer.Exit(status)
 
 
 def _print_version(wanted: bool) -> None:
@@ -108,6 +126,41 @@ def _version(
     ] = False,
 ) -> None:
     """Options of ``chatbridge`` itself."""
+
+
+_LISTS = ("--options", "--ablate", "--splits", "--against")
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """Rewrite LAVIS's lists for typer: ``--options A=1 B 2`` becomes ``--options A=1 --options B=2``.
+
+    ``--ablate`` without a value becomes ``--ablate all``.
+    """
+    result: list[str] = []
+    waiting = list(words)
+    while waiting:
+        option = waiting.pop(0)
+        if option not in _LISTS:
+            result.append(option)
+            continue
+        values = list(itertools.takewhile(lambda word: not word.startswith("-"), waiting))
+        del waiting[: len(values)]
+        if option == "--options":
+            values = _assignments(values)
+        if option == "--ablate":
+            values = values or ["all"]
+        result += [word for value in values for word in (option, value)] or [option]
+    return result
+
+
+def _assignments(words: Sequence[str]) -> list[str]:
+    """``KEY=VALUE`` for each ``KEY=VALUE`` or ``KEY VALUE``."""
+    result = []
+    rest = iter(words)
+    for word in rest:
+        value = [] if "=" in word else list(itertools.islice(rest, 1))
+        result.append("=".join([word, *value]))
+    return result
 
 
 if __name__ == "__main__":

@@ -90,21 +90,16 @@ def read_yaml(path: str | os.PathLike) -> DictConfig:
 
 
 def read_options(options: Sequence[str]) -> DictConfig:
-    """``--options`` in either of LAVIS's two forms: ``KEY=VALUE ...``, or ``KEY VALUE KEY VALUE ...``."""
+    """The mapping of options ``KEY=VALUE``."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    words = list(options)
-    if words and "=" not in words[0]:
-        if mixed := [key for key in words[::2] if "=" in key]:
-            raise ConfigError(f"--options: {mixed[0]!r} is mixed with pairs KEY VALUE; write all as KEY=VALUE")
-        words = ["=".join(words[first : first + 2]) for first in range(0, len(words), 2)]
-    if without := [word for word in words if "=" not in word]:
+    if without := [word for word in options if "=" not in word]:
         raise ConfigError(f"--options: {without[0]!r} has no value; write KEY=VALUE")
     try:
-        read = OmegaConf.from_dotlist(words)
-        for key, _, text in (word.partition("=") for word in words):
+        read = OmegaConf.from_dotlist(list(options))
+        for key, _, text in (word.partition("=") for word in options):
             if key == "run.job_id" and isinstance(OmegaConf.select(read, key), (int, float)):
                 OmegaConf.update(read, key, text)  # Slurm's 123_4 is the number 1234 in YAML
     except (YAMLError, OmegaConfBaseException) as error:

@@ -26,13 +26,28 @@ class ProcessRank:
     local_rank: int = 0
     launcher: str = ""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank {self.rank} is not one of {self.world_size} processes (counted from 0)")
 
-def announced(environment: Mapping[str, str]) -> ProcessRank:
-    """This process, from torchrun's (RANK, ...) or srun's variables (SLURM_PROCID, ...); without them, rank 0 of 1."""
+
+def current_rank(environment: Mapping[str, str]) -> ProcessRank:
+    """This process, from torchrun's (RANK, ...) or srun's variables (SLURM_PROCID, ...); without them, rank 0 of 1.
+
+    Raises:
+        ConfigError: If a variable is not a whole number, or srun did not start the processes that Slurm announces.
+    """
+
+    def number(name: str, default: int = 0) -> int:
+        text = environment.get(name, str(default))
+        if not text.isdecimal():
+            raise ConfigError(f"the environment variable {name} is {text!r}, expected a whole number: set or unset it")
+        return int(text)
+
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        return ProcessRank(rank, world_size, int(environment.get("LOCAL_RANK", rank)), "torchrun (RANK, WORLD_SIZE)")
-    tasks = int(environment.get("SLURM_NTASKS", 1))
+        rank = number("RANK")
+        return ProcessRank(rank, number("WORLD_SIZE"), number("LOCAL_RANK", rank), "torchrun (RANK, WORLD_SIZE)")
+    tasks = number("SLURM_NTASKS", 1)
     if tasks == 1 or "SLURM_PROCID" not in environment:
         return ProcessRank()
     if "SLURM_STEP_ID" not in environment and "SLURM_STEPID" not in environment:
@@ -40,7 +55,7 @@ def announced(environment: Mapping[str, str]) -> ProcessRank:
             f"Slurm announces {tasks} processes (SLURM_NTASKS), but srun did not start this one: it would wait for "
             f"{tasks - 1} others that nobody starts. Write srun before the command, or unset SLURM_NTASKS to run alone"
         )
-    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment.get("SLURM_LOCALID", 0))
+    rank, local_rank = number("SLURM_PROCID"), number("SLURM_LOCALID")
     return ProcessRank(rank, tasks, local_rank, "Slurm (SLURM_PROCID, SLURM_NTASKS)")
 
 
@@ -48,14 +63,11 @@ def share_of(rank: int | None, world: int | None, environment: Mapping[str, str]
     """This process, from ``--rank`` and ``--world``, else from a launcher's variables."""
     if (rank is None) != (world is None):
         raise ConfigError("--rank and --world belong together: give both or none")
-    place = announced(environment) if rank is None or world is None else ProcessRank(rank, world)
-    if not 0 <= place.rank < place.world_size:
-        raise ConfigError(f"rank {place.rank} is not one of {place.world_size} processes (counted from 0)")
-    return place
+    return current_rank(environment) if rank is None or world is None else ProcessRank(rank, world)
 
 
-def calm_threads(environment: MutableMapping[str, str]) -> None:
-    """Limit compute threads to this process's cores, and make idle ones sleep instead of spin.
+def set_thread_defaults(environment: MutableMapping[str, str]) -> None:
+    """Limit compute threads to this process's cores, and let idle ones sleep instead of spin.
 
     Spinning threads slow down all other processes. Call this before torch is imported: OpenMP reads the variables only
     once. Values that the user has set are kept.

@@ -54,10 +54,10 @@ def run(monkeypatch):
 
 def test_laviss_options_are_lists_and_the_exit_status_is_the_commands(run):
     def command(options: Annotated[list[str], typer.Option("--options")], seed: int = 0) -> int:
-        assert options == ["a=1", "b=-2", "c=3"]
+        assert options == ["a=1", "b=-2", "c=3", "d=4"]
         return seed
 
-    assert run(command, "--options", "a=1", "b=-2", "--seed", "7", "--options", "c=3") == 7
+    assert run(command, "--options", "a=1", "b=-2", "--seed", "7", "--options", "c", "3", "d", "4") == 7
     assert run(command, "--no-such-option") == 2
 
 

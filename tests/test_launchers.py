@@ -1,4 +1,4 @@
-"""The rank of a process, as torchrun and srun announce it, and as a user may set it instead."""
+"""The rank of a process, from torchrun, srun or the user; its threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from lavis_chatbridge import launchers
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.launchers import ProcessRank, announced, share_of
+from lavis_chatbridge.launchers import ProcessRank, current_rank, set_thread_defaults, share_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SBATCH = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
@@ -23,18 +23,18 @@ SRUN = {**SBATCH, "SLURM_STEP_ID": "0"}
         ({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4"}, (0, 1, 0)),
     ],
 )
-def test_what_launchers_announce(environment: dict[str, str], place: tuple[int, int, int]) -> None:
-    found = announced(environment)
+def test_the_rank_is_the_launchers(environment: dict[str, str], place: tuple[int, int, int]) -> None:
+    found = current_rank(environment)
     assert (found.rank, found.world_size, found.local_rank) == place
 
 
-def test_inside_sbatch_without_srun_nothing_waits_and_no_share_is_made() -> None:
-    for ask in (announced, lambda environment: share_of(None, None, environment)):
+def test_sbatch_without_srun_is_an_error() -> None:
+    for ask in (current_rank, lambda environment: share_of(None, None, environment)):
         with pytest.raises(ConfigError, match=r"Slurm announces 16 processes \(SLURM_NTASKS\), but srun did not start"):
             ask(SBATCH)
 
 
-def test_a_share_is_set_by_the_user_else_announced_else_everything() -> None:
+def test_a_share_is_set_by_the_user_or_the_launcher() -> None:
     assert share_of(1, 4, SBATCH) == ProcessRank(1, 4)
     assert share_of(None, None, SRUN).rank == 9
     assert share_of(None, None, {}) == ProcessRank(0, 1)
@@ -48,9 +48,11 @@ def test_a_share_is_set_by_the_user_else_announced_else_everything() -> None:
         (2, 2, {}, "rank 2 is not one of 2 processes"),
         (-1, 2, {}, "rank -1 is not one of 2 processes"),
         (None, None, {"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 is not one of 2 processes"),
+        (None, None, {"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', expected a whole number"),
+        (None, None, {"SLURM_NTASKS": ""}, "SLURM_NTASKS is '', expected a whole number"),
     ],
 )
-def test_shares_that_there_are_not(rank: int, world: int, environment: dict[str, str], message: str) -> None:
+def test_impossible_ranks_are_errors(rank: int, world: int, environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         share_of(rank, world, environment)
 
@@ -58,7 +60,7 @@ def test_shares_that_there_are_not(rank: int, world: int, environment: dict[str,
 def test_threads_wait_asleep_and_fit_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     environment: dict[str, str] = {}
-    launchers.calm_threads(environment)
+    set_thread_defaults(environment)
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert int(environment["OMP_NUM_THREADS"]) <= 3
     monkeypatch.setattr(launchers.Path, "read_text", lambda path: "150000 100000\n")
@@ -66,5 +68,5 @@ def test_threads_wait_asleep_and_fit_the_cores(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launchers.Path, "read_text", lambda path: "max 100000\n")
     assert launchers.cores() == 3
     own = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
-    launchers.calm_threads(own)
+    set_thread_defaults(own)
     assert own == {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}

@@ -14,7 +14,7 @@ import typer
 
 from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.files import atomic_file
-from lavis_chatbridge.plugin.launch import Session, load, prepare_world
+from lavis_chatbridge.plugin.launch import CfgPath, Options, Session, load, prepare_world
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.features import FeatureStore
@@ -25,15 +25,15 @@ _SOFT_FORMATS = (".npz", ".safetensors")
 
 
 def command(
-    cfg_path: Annotated[str, typer.Option("--cfg-path", help="the configuration file")],
-    options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings that override the file's")] = [],  # noqa: B006
-    soft: Annotated[Path | None, typer.Option(help="also write soft tokens to this .npz or .safetensors")] = None,
+    cfg_path: CfgPath,
+    options: Options = None,
+    soft: Annotated[Path | None, typer.Option(help="Also write soft tokens to this .npz or .safetensors.")] = None,
 ) -> None:
-    """Encode the media that the cache lacks, and say what it contains; each process of a launcher does its share."""
+    """Encode the media that are not in the cache yet; each process of a launcher encodes its share."""
     if soft is not None and soft.suffix not in _SOFT_FORMATS:
         raise ConfigError(f"--soft {soft}: expected a file {' or '.join(_SOFT_FORMATS)}")
     with Session():
-        cfg = load(cfg_path, options)
+        cfg = load(cfg_path, options or [])
         if cfg.run.feature_cache is None:
             raise ConfigError("run.feature_cache names no folder: set it, as in run.feature_cache=output/features")
         from lavis.common.registry import registry
@@ -49,15 +49,16 @@ def command(
         store = data.fill_features(model, datasets, cfg.run, cfg.get_config().get("preprocess"))
         if not distributed.is_main():
             return
-        media = distinct_media(data.samples(datasets, cfg.run))
-        stored = Counter(medium.modality for medium in media if _is_stored(medium, store))
-        counts = ", ".join(f"{count} {modality} files" for modality, count in sorted(stored.items())) or "no files"
-        print(f"{store.folder}: features of {counts} for this configuration")
-        if lost := len(media) - stored.total():
+        every = distinct_media(data.samples(datasets, cfg.run))
+        media = [medium for medium in every if _is_stored(medium, store)]
+        counts = Counter(medium.modality for medium in media)
+        found = ", ".join(f"{count} {modality} files" for modality, count in sorted(counts.items())) or "no files"
+        print(f"{store.folder}: features of {found} for this configuration")
+        if lost := len(every) - len(media):
             print(f"{lost} files cannot be read: training skips their samples")
         if soft is not None:
-            _write_soft_tokens(model, store, [medium for medium in media if _is_stored(medium, store)], soft)
-            print(f"{soft}: soft tokens of {stored.total()} files")
+            _write_soft_tokens(model, store, media, soft)
+            print(f"{soft}: soft tokens of {len(media)} files")
 
 
 def _write_soft_tokens(model: ChatBridge, store: FeatureStore, media: Sequence[Medium], target: Path) -> None:

@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-
-import typer
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, one_line
+from lavis_chatbridge.plugin.launch import CfgPath, Options, load
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.settings import ModelSettings
@@ -26,6 +23,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "lavis-chatbridge"
 SHOWN = ("torch", "torchvision", "torchaudio", "transformers", "salesforce-lavis", "decord", "av", "timm", "numpy")
 IMPORTED = {
+    "lavis": f"If it is not installed: {INSTALL_LAVIS}",
     "torchvision": "LAVIS imports it: install the release that belongs to your torch",
     "torchaudio": "LAVIS imports it: install the release of your torch (2.11 is the last; it needs torch<2.15)",
     "decord": "LAVIS imports it: pip install decord, or eva-decord on platforms without a wheel of it (macOS, ARM)",
@@ -45,15 +43,8 @@ class Finding(NamedTuple):
     text: str
 
 
-def command(
-    cfg_path: Annotated[
-        str | None, typer.Option("--cfg-path", metavar="YAML", help="a configuration: also check its files and memory")
-    ] = None,
-    options: Annotated[
-        list[str] | None, typer.Option("--options", metavar="KEY=VALUE", help="settings that override the file's")
-    ] = None,
-) -> int:
-    """Print all findings; return 1 if there are faults, else 0."""
+def command(cfg_path: CfgPath | None = None, options: Options = None) -> int:
+    """Print all findings, with a configuration also about its files and memory; return 1 if there are faults."""
     sections = {"packages": packages(), "devices": devices(), "scores": scores()}
     if cfg_path is not None:
         sections[cfg_path] = configuration(cfg_path, options or [])
@@ -91,8 +82,6 @@ def packages() -> Iterator[Finding]:
         except Exception as error:  # a broken binary may raise anything
             cause = f"{type(error).__name__}: {one_line(error)}"
             yield Finding("FAULT", f"{name} cannot be imported ({cause}). {remedy}")
-    if find_spec("lavis") is None:
-        yield Finding("FAULT", f"LAVIS is not installed: {INSTALL_LAVIS}")
 
 
 def devices() -> Iterator[Finding]:
@@ -123,39 +112,29 @@ def scores() -> Iterator[Finding]:
 
 
 def configuration(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """A configuration's faults and missing files, its weights, its data and its memory."""
+    """A configuration's faults and missing files, its weights and its memory."""
     try:
-        from lavis_chatbridge.runners.config import load_config
-        from lavis_chatbridge.runners.folder import RunFolder
-
-        cfg = load_config(cfg_path, options)
-    except ChatBridgeError as error:
+        cfg = load(cfg_path, options)
+    except (ChatBridgeError, ImportError) as error:
         yield Finding("FAULT", str(error))
-        with suppress(ChatBridgeError):  # the model's files, if the fault lies elsewhere
+        with suppress(ChatBridgeError, ImportError):  # the model's files, if the fault lies elsewhere
             from lavis_chatbridge.config import read_options
             from lavis_chatbridge.models.weights import model_settings
 
             yield from _weights(model_settings(None, cfg_path, read_options(options).get("model")))
         return
-    except ImportError as error:
-        yield Finding("FAULT", f"LAVIS cannot be imported ({error}): {INSTALL_LAVIS}")
-        return
+    from lavis_chatbridge.runners.folder import RunFolder
+
     if cfg.model_cfg.arch == "chatbridge":
-        yield from _model(cfg)
-    for name, section in cfg.datasets_cfg.items():
-        yield from _data(str(name), section)
+        from lavis_chatbridge.models.chatbridge import ChatBridge
+        from lavis_chatbridge.models.language_model import check_available
+
+        settings = ChatBridge.check_config(cfg.model_cfg)
+        yield from _weights(settings)
+        yield from _fault_of(lambda: check_available(settings.language_model))
+        yield _memory(cfg, settings)
     if not cfg.run.evaluate and cfg.run.job_id is not None:  # else the run gets a folder of its own
         yield from _fault_of(RunFolder(cfg.run).check)
-
-
-def _model(cfg: Config) -> Iterator[Finding]:
-    from lavis_chatbridge.models.chatbridge import ChatBridge
-    from lavis_chatbridge.models.language_model import check_available
-
-    settings = ChatBridge.check_config(cfg.model_cfg)
-    yield from _weights(settings)
-    yield from _fault_of(lambda: check_available(settings.language_model))
-    yield _memory(cfg, settings)
 
 
 def _weights(settings: ModelSettings) -> Iterator[Finding]:
@@ -165,17 +144,6 @@ def _weights(settings: ModelSettings) -> Iterator[Finding]:
         found, line = weights.described(need)
         level: Level = "FAULT" if found.state == "missing" else "warning" if found.state == "to fetch" else "ok"
         yield Finding(level, line)
-
-
-def _data(name: str, section: Any) -> Iterator[Finding]:
-    """The annotation files of a data set that exist; missing ones are faults of the configuration."""
-    from lavis.common.registry import registry
-
-    own = getattr(registry.get_builder_class(name)(section), "settings", None)  # LAVIS's own data sets have none
-    files = [path for split in own.used_splits for path in own.every_file(split)] if own else []
-    for path in filter(os.path.isfile, dict.fromkeys(files)):
-        size = tqdm.format_sizeof(os.path.getsize(path), "B", 1024)
-        yield Finding("ok", f"{'datasets.' + name:<32}{size:>12}  {path}")
 
 
 def _memory(cfg: Config, settings: ModelSettings) -> Finding:
@@ -190,10 +158,9 @@ def _memory(cfg: Config, settings: ModelSettings) -> Finding:
         parts = training_memory(settings, batch, cfg.run.gradient_checkpointing)
     except (ChatBridgeError, AttributeError) as error:  # the latter: no LLaMA-like configuration
         return Finding("warning", f"GPU memory is not estimated: {error}")
-    total = sum(parts.values())
-    largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
-    text = f"GPU memory of a training process, estimated: {_gib(total)} with batches of {batch} ("
-    text += ", ".join(f"{name} {_gib(size)}" for name, size in largest) + " ...)"
+    total, largest = sum(parts.values()), sorted(parts.items(), key=lambda part: -part[1])[:4]
+    shares = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
+    text = f"GPU memory of a training process, estimated: {_gib(total)} with batches of {batch} ({shares} ...)"
     if cfg.run.parallel == "fsdp":
         return Finding("ok", f"{text}; fsdp shards the language model over the processes")
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]

@@ -1,24 +1,24 @@
 """``python -m lavis.evaluate`` and ``chatbridge evaluate``: evaluate a model on configuration files.
 
-The model is scored on every configuration (one file, or a set of benchmarks) in every condition (all media, then those
-of ``--ablate``), with one table at the end. ``--rescore`` scores a file of predictions again, without a model.
+Every configuration (one file, or a set of benchmarks) is scored in every condition (all media, then those of
+``--ablate``), with one table at the end. ``--rescore`` scores a file of predictions again, without a model.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from omegaconf import OmegaConf
 
-from lavis_chatbridge.config import PROJECTS, read_yaml
+from lavis_chatbridge.config import PROJECTS, hint, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.plugin import report
-from lavis_chatbridge.plugin.launch import Session, is_own_runner, run_command, with_options
+from lavis_chatbridge.plugin.launch import Options, Session
 from lavis_chatbridge.plugin.report import Line
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.tasks.settings import MediaSettings
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 ALL = "all"
 MODES = ("withheld", "shuffled")
 WORDS = ("removed", "told")
-"""Alternatives to keeping the words before a medium that ``withheld`` removes."""
+"""What may happen to the words before a withheld medium, which are kept otherwise."""
 
 
 def command(
@@ -57,30 +57,74 @@ def command(
     ] = PROJECTS / "eval",
     output: Annotated[Path, typer.Option(help="Folder of the table of --suite.")] = Path("output/eval"),
     engine: Annotated[str, typer.Option(help="A vLLM server that runs the language model: http://HOST:PORT/v1.")] = "",
-    options: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Settings that override the file's; repeatable.")
-    ] = None,
+    options: Options = None,
 ) -> int:
     """Score a model on a configuration file or benchmarks."""
     if [cfg_path, suite, rescore].count(None) != 2:
         raise ConfigError("give one of --cfg-path YAML, --suite NAMES and --rescore FILE")
     conditions = None if ablate is None else parse_conditions(ablate)
-    options = with_options(options or [], {"model.language_model.engine": engine} if engine else {})
+    options = [*(options or []), *([f"model.language_model.engine={engine}"] if engine else [])]
     if rescore is not None:
         if conditions is not None:
             raise ConfigError("--ablate needs a model: use it with --cfg-path or --suite, not with --rescore")
         return report.rescore(rescore, options)
-    if suite is not None:
-        return _suites(choose(suite, find(suite_folder)), output, options, conditions)
+    paths = {"": Path(str(cfg_path))} if suite is None else choose(suite, find(suite_folder))
     with Session() as session:
-        lines = _conditions(session, str(cfg_path), options, conditions)
-        _print_on_main(report.summary(lines))
-    return int(any(line.status == "failed" for line in lines))
+        lines = score(session, paths, options, conditions)
+        text = report.text_table(lines) if suite else report.summary(lines)
+        from lavis_chatbridge.runners import distributed
+
+        if distributed.is_main():
+            print(text, flush=True)
+            if suite:
+                _write(lines, output, session)
+    states = {line.status for line in lines}
+    return 1 if "failed" in states else 0 if "scored" in states else 2
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of ``lavis.evaluate``: returns the exit status."""
-    return run_command("lavis.evaluate", command, argv)
+def score(
+    session: Session, paths: Mapping[str, Path], options: Sequence[str], asked: Sequence[MediaSettings] | None = None
+) -> list[Line]:
+    """Score configurations, each with all media, then in the conditions of ``--ablate``; equal models are built once.
+
+    Args:
+        session: Runs the evaluations.
+        paths: Suite -> its configuration file; a single configuration is the suite ``""``.
+        options: Settings that override the files'.
+        asked: The conditions; None: only all media; empty: see `ablations`.
+    """
+    lines: list[Line] = []
+    for suite, path in paths.items():
+        found: list[Line] = []
+        with _errors_as_lines(found, suite):
+            found += _missing_data(path, options) if suite else []
+            for label, changes in [] if found else _conditions(session, asked):
+                with _errors_as_lines(found, suite, label):
+                    scores = session.run(str(path), [*options, *changes], evaluate=True) or {}
+                    found += report.lines_of(scores, session.cfg.run)
+                if all(line.status == "failed" for line in found):
+                    break  # nothing to compare with
+        lines += report.completed(found, suite)
+    return lines
+
+
+@contextmanager
+def _errors_as_lines(lines: list[Line], suite: str, label: str = "") -> Iterator[None]:
+    """Append an error of the block as a line; the error of a single configuration without scores is raised."""
+    try:
+        yield
+    except ChatBridgeError as error:
+        if not suite and not lines:
+            raise
+        _log.error("%s %s failed: %s", suite, label, error)
+        lines.append(Line("", label).fail(" ".join(str(error).split())))
+
+
+def _conditions(session: Session, asked: Sequence[MediaSettings] | None) -> Iterator[tuple[str, list[str]]]:
+    """Label and options of each condition: first all media; then, if asked, the ablations that suit the last run."""
+    yield "", []
+    for condition, splits in [] if asked is None else ablations(asked, session.cfg):
+        yield condition.label, [*condition.options, f"run.test_splits=[{','.join(splits)}]"]
 
 
 def parse_conditions(words: Sequence[str]) -> list[MediaSettings]:
@@ -90,125 +134,78 @@ def parse_conditions(words: Sequence[str]) -> list[MediaSettings]:
 
 def _condition(word: str) -> MediaSettings:
     mode, colon, rest = word.partition(":")
-    named = rest.split(",") if colon else []
-    manner = [name for name in named if name in WORDS]
-    asked = [name for name in named if name not in WORDS]
-    if mode not in MODES or not set(asked) <= set(MODALITIES) or len(manner) > (mode == "withheld"):
+    named = set(rest.split(",")) if colon else set()
+    modalities = [modality for modality in MODALITIES if modality in named]
+    words = [name for name in WORDS if name in named]
+    if mode not in MODES or len(named) > len(modalities) + len(words) or len(words) > (mode == "withheld"):
         raise ConfigError(
             f"--ablate {word}: write withheld or shuffled, and after a colon any of {', '.join(MODALITIES)}; withheld "
             f"takes removed or told, too"
         )
-    modalities = [modality for modality in MODALITIES if modality in (asked or MODALITIES)]
-    return _replacing(mode, modalities, *manner)
+    return _replacing(mode, modalities or MODALITIES, *words)
 
 
 def _replacing(mode: str, modalities: Sequence[Modality], words: str = "kept") -> MediaSettings:
-    values = {"media": mode, "media_modalities": modalities, "withheld_words": words}
-    return MediaSettings.model_validate(values)
+    return MediaSettings.model_validate({"media": mode, "media_modalities": modalities, "withheld_words": words})
 
 
-def _suites(
-    paths: Mapping[str, Path], output: Path, options: Sequence[str], conditions: Sequence[MediaSettings] | None
-) -> int:
-    """Score suites, print and write the table; 1 if a suite failed, 2 if the data of all suites are missing."""
-    lines: list[Line] = []
-    with Session() as session:
-        for name, path in paths.items():
-            try:
-                missing = _missing_data(path, options)
-                own = [missing] if missing else _conditions(session, path, options, conditions)
-            except ChatBridgeError as error:
-                own = [report.failed(name, "", error)]
-            alone = len({line.suite for line in own}) == 1
-            for line in own:
-                line.suite = name if alone else f"{name} {line.suite}"
-            lines += own
-        model = str(session.cfg.model_cfg.get("model_type") or "") if hasattr(session, "cfg") else ""
-        _print_on_main(report.text_table(lines), lines, output / model, model)
-    states = {line.status for line in lines}
-    return 1 if "failed" in states else 0 if "scored" in states else 2
+def ablations(asked: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSettings, list[str]]]:
+    """The conditions that apply to a configuration's data, with the splits that have such media.
 
+    If none is asked for, each modality of the data is withheld, and shuffled.
 
-def _conditions(
-    session: Session, path: str | Path, options: Sequence[str], conditions: Sequence[MediaSettings] | None
-) -> list[Line]:
-    """The lines of a configuration with all media, then for each condition; equal models are built only once."""
-    if conditions is not None:
-        _check_ablation(path, options)
-    lines = whole = _score(session, path, options)
-    for condition, splits in [] if conditions is None else suitable(conditions, session.cfg):
-        try:
-            changes = condition.options | {"run.test_splits": f"[{','.join(splits)}]"}
-            own = _score(session, path, with_options(options, changes))
-        except ChatBridgeError as error:
-            own = [report.failed(Path(path).stem, condition.label, error)]
-        before = {line.suite: line.score for line in whole if line.score is not None}
-        for line in own:
-            if line.score is not None and line.suite in before:
-                line.drop = before[line.suite] - line.score
-        lines = lines + own
-    return lines
-
-
-def _score(session: Session, path: str | Path, options: Sequence[str]) -> list[Line]:
-    _log.info("evaluating %s %s", path, " ".join(options))
-    found = session.run(str(path), options, evaluate=True) or {}
-    return report.lines_of(found, session.cfg.run)
-
-
-def find(folder: Path = PROJECTS / "eval") -> dict[str, tuple[Path, Any]]:
-    """Name -> path and ``run`` section of the suites: the configuration files of a folder that name metrics."""
-    suites = {}
-    for path in sorted(folder.glob("*.yaml")):
-        run = read_yaml(path).get("run") or {}
-        if not hasattr(run, "get"):
-            raise ConfigError(f"{path}: expected a configuration file, with a mapping under run")
-        if run.get("metrics"):
-            suites[path.stem] = (path, run)
-    if not suites:
-        raise ConfigError(f"{folder} has no suite: a suite is a YAML file with run.metrics")
-    return suites
-
-
-def choose(names: str, suites: Mapping[str, tuple[Path, Any]]) -> dict[str, Path]:
-    """Name -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites."""
-    groups: dict[str, list[str]] = {ALL: list(suites)} | {name: [name] for name in suites}
-    for suite, (_, run) in suites.items():
-        for group in run.get("groups") or ():
-            groups.setdefault(str(group), []).append(suite)
-    wanted = [name.strip() for name in names.split(",")]
-    if unknown := [name for name in wanted if name not in groups]:
-        near = difflib.get_close_matches(unknown[0], groups, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown suite {unknown[0]!r}{hint}; known in --suite-folder are {', '.join(groups)}")
-    return {suite: suites[suite][0] for name in wanted for suite in groups[name]}
-
-
-def suitable(conditions: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSettings, list[str]]]:
-    """The conditions that apply to the data, with the splits that have such media.
-
-    By default, each modality of the data is withheld, and shuffled.
+    Raises:
+        ConfigError: If a data set is LAVIS's own, whose media cannot be replaced.
     """
     from lavis.common.registry import registry
 
     present: dict[str, set[Modality]] = {split: set() for split in cfg.run.test_splits}
     for name, section in cfg.datasets_cfg.items():
-        for split, modalities in registry.get_builder_class(name)(section).media_of(cfg.run.test_splits).items():
+        builder = registry.get_builder_class(name)
+        if not hasattr(builder, "media_of"):
+            raise ConfigError(f"datasets.{name} is LAVIS's own, which --ablate does not support")
+        for split, modalities in builder(section).media_of(cfg.run.test_splits).items():
             present[split] |= modalities
     every = [modality for modality in MODALITIES if any(modality in own for own in present.values())]
     found = []
-    for asked in conditions or [_replacing(mode, [modality]) for modality in every for mode in MODES]:
-        one = asked.model_copy(update={"media_modalities": [m for m in asked.media_modalities if m in every]})
-        splits = [split for split, own in present.items() if own.intersection(one.media_modalities)]
+    for condition in asked or [_replacing(mode, [modality]) for modality in every for mode in MODES]:
+        used = [modality for modality in condition.media_modalities if modality in every]
+        one = condition.model_copy(update={"media_modalities": used})
+        splits = [split for split, own in present.items() if own.intersection(used)]
         if not splits:
-            _log.warning("%s: no such media in splits %s", asked.label, ", ".join(present))
+            _log.warning("%s: no such media in splits %s", condition.label, ", ".join(present))
         elif (one, splits) not in found:
             found.append((one, splits))
     return found
 
 
-def _missing_data(path: Path, options: Sequence[str]) -> Line | None:
-    """The line of a suite whose data files are not there, else None."""
+def find(folder: Path = PROJECTS / "eval") -> dict[str, tuple[Path, list[str]]]:
+    """Suite -> path and groups, of the configuration files in a folder that name metrics (``run.metrics``)."""
+    configs = {path: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
+    suites = {
+        path.stem: (path, list(OmegaConf.select(config, "run.groups") or ()))
+        for path, config in configs.items()
+        if OmegaConf.select(config, "run.metrics")
+    }
+    if not suites:
+        raise ConfigError(f"{folder} has no suite: a suite is a YAML file with run.metrics")
+    return suites
+
+
+def choose(names: str, suites: Mapping[str, tuple[Path, list[str]]]) -> dict[str, Path]:
+    """Suite -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites."""
+    members: dict[str, list[str]] = {ALL: list(suites)} | {name: [name] for name in suites}
+    for suite, (_, groups) in suites.items():
+        for group in groups:
+            members.setdefault(group, []).append(suite)
+    wanted = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in members]:
+        raise ConfigError(f"unknown suite {unknown[0]!r} in --suite-folder{hint(unknown[0], members)}")
+    return {suite: suites[suite][0] for name in wanted for suite in members[name]}
+
+
+def _missing_data(path: Path, options: Sequence[str]) -> list[Line]:
+    """The line of a suite whose data files are missing; empty if they are there."""
     from lavis_chatbridge.datasets.builders import require_files
     from lavis_chatbridge.runners.config import dataset_sections
 
@@ -216,39 +213,14 @@ def _missing_data(path: Path, options: Sequence[str]) -> Line | None:
     try:
         require_files(sections)
     except DataError as error:
-        return Line(path.stem, status="missing", remarks=[str(error)])
-    return None
+        return [Line("", status="missing", remarks=[str(error)])]
+    return []
 
 
-def _check_ablation(path: str | Path, options: Sequence[str]) -> None:
-    """Check, before scoring, that ``--ablate`` can replace media: LAVIS's own parts would score them all the same."""
-    from lavis.common.registry import registry
-
-    from lavis_chatbridge.runners.config import dataset_sections, run_section
-    from lavis_chatbridge.tasks.base import ChatBridgeTask
-
-    run, names = run_section(path, options), dataset_sections(path, options)
-    if run.get("media", "normal") != "normal":
-        raise ConfigError(f"--ablate scores with all media first, but run.media is {run['media']!r}: remove one")
-    task = registry.get_task_class(str(run.get("task"))) or ChatBridgeTask
-    # unknown names are reported with all other faults of the configuration
-    builders = filter(None, map(registry.get_builder_class, names))
-    ours = issubclass(task, ChatBridgeTask) and all(hasattr(builder, "media_of") for builder in builders)
-    if not ours or not is_own_runner(str(run.get("runner"))):
-        raise ConfigError(f"{path}: LAVIS's own data sets, tasks and runners do not support --ablate")
-
-
-def _print_on_main(text: str, lines: Sequence[Line] = (), folder: Path | None = None, model: str = "") -> None:
-    """Print a table on the main process, and write it if a folder is given."""
-    from lavis_chatbridge.runners import distributed
+def _write(lines: Sequence[Line], output: Path, session: Session) -> None:
+    """Write the table of suites to a folder of the model type, if at least one suite was run."""
     from lavis_chatbridge.tasks.scoring.records import versions
 
-    if distributed.is_main():
-        print(text, flush=True)
-        if folder is not None:
-            files = report.write(folder, lines, {"model": model, "versions": versions()})
-            print(f"\nwritten to {', '.join(map(str, files))}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    model = str(session.cfg.model_cfg.get("model_type") or "") if hasattr(session, "cfg") else ""
+    files = report.write(output / model, lines, {"model": model, "versions": versions()})
+    print(f"\nwritten to {', '.join(map(str, files))}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.plugin.launch import Options
 
 _TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "chat_template.jinja", "merges.txt", "vocab.*")
 
@@ -18,9 +19,7 @@ _TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "chat_template.jinja", "merge
 def command(
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     model: Annotated[str, typer.Option(help="tiny, small, qwen3_8b, vicuna7b, vicuna13b, or a YAML.")] = "tiny",
-    options: Annotated[
-        list[str] | None, typer.Option("--options", help="Override the YAML: model.checkpoint=FILE.")
-    ] = None,
+    options: Options = None,
 ) -> None:
     """Write the language model in Hugging Face's layout, with LoRA adapters merged into its weights."""
     from lavis_chatbridge.chat.loading import load_model

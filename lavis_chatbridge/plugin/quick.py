@@ -81,10 +81,6 @@ class _Table(dict):
             _complete_lavis()
         return super().get(name, default)
 
-    def __missing__(self, name: Any) -> Any:
-        _complete_lavis()
-        return dict(self)[name]
-
     def keys(self) -> Any:
         _complete_lavis()
         return super().keys()
@@ -97,17 +93,10 @@ def _complete_lavis() -> None:
 class _Finder:
     """Wraps the loaders of `USERS` and of transformers' modules, which the finders behind it find."""
 
-    def __init__(self) -> None:
-        self._asking: set[str] = set()
-
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        if name in self._asking or not (name in USERS or name.startswith("transformers.")):
+        if name not in USERS and not name.startswith("transformers."):
             return None
-        self._asking.add(name)  # a finder behind this one may ask all finders
-        try:
-            spec = next((s for f in sys.meta_path if f is not self and (s := f.find_spec(name, path, target))), None)
-        finally:
-            self._asking.remove(name)
+        spec = next((s for f in sys.meta_path if f is not self and (s := f.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module

@@ -5,7 +5,6 @@ It knows the metrics of this package's tasks; LAVIS's own tasks return other met
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +16,7 @@ from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import read_json, write_json, write_text
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
-_log = logging.getLogger(__name__)
-
-COLUMNS = ("suite", "media", "samples", "metric", "score", "95 %", "chance", "paper", "stage 1", "drop", "other scores")
+COLUMNS = ("data", "media", "samples", "metric", "score", "95 %", "chance", "paper", "stage 1", "drop", "other scores")
 _MOST_TYPES = 12
 """Score breakdowns with more types than this are only in the JSON and the page."""
 _UNSCORABLE = "no accepted answers and no facts to compare with: set run.metrics, such as run.metrics=[CIDEr]"
@@ -27,16 +24,15 @@ _UNSCORABLE = "no accepted answers and no facts to compare with: set run.metrics
 
 @dataclass
 class Line:
-    """One line of the table: the scores of a source, or the reason why there are none.
+    """One line of the table: the scores of a data set, or the reason why there are none.
 
     ``score``, ``chance``, the ``paper``'s figure, the paper's after ``stage1`` only, and the ``drop`` from the score
-    with all media are those of the suite's main ``metric``.
+    with all media are those of the suite's main ``metric``. Scores are in percent, unless ``unit`` is empty.
 
     Attributes:
-        media: ``""`` as they are, else the condition (``"image withheld"``).
-        status: ``"scored"``, ``"missing"`` (its data are not there) or ``"failed"`` (nothing could be scored).
-        by_type: Kind of type -> type -> number of samples and scores.
-        unit: Unit of the scores: ``"percent"``, or ``""`` for a loss and scores of LAVIS's tasks.
+        media: The condition (``"image withheld"``); empty for all media.
+        status: ``"scored"``, ``"missing"`` (its data are not there) or ``"failed"``.
+        by_type: Axis -> type -> number of samples and scores.
         remarks: Caveats of the score.
         written: The files of predictions and scores.
     """
@@ -61,7 +57,7 @@ class Line:
     @property
     def name(self) -> str:
         """The suite with the condition of its media."""
-        return f"{self.suite} ({self.media})" if self.media else self.suite
+        return f"{self.suite} ({self.media})".strip() if self.media else self.suite
 
     def fail(self, why: str) -> Line:
         """This line, marked as not scored."""
@@ -84,23 +80,28 @@ class Line:
         ]
 
 
-def failed(name: str, media: str, error: Exception) -> Line:
-    """The line of a benchmark that could not be scored."""
-    line = Line(name, media).fail(" ".join(str(error).split()))
-    _log.error("%s failed: %s", line.name, error)
-    return line
+def completed(lines: Sequence[Line], suite: str) -> Sequence[Line]:
+    """The lines of one configuration: named after its suite, if it has a name, with each condition's drop."""
+    whole = {line.suite: line.score for line in lines if not line.media}
+    several = len({line.suite for line in lines} - {""}) > 1
+    for line in lines:
+        if line.media and line.score is not None and (before := whole.get(line.suite)) is not None:
+            line.drop = before - line.score
+        if suite:
+            line.suite = f"{suite} {line.suite}".strip() if several else suite
+    return lines
 
 
 def lines_of(found: Mapping[str, Any], run: EvaluationSettings) -> list[Line]:
     """A line for each source of each split; ``found`` has each split's metrics, as tasks return them."""
     lines = []
-    for split, scores in found.items():
-        if by_source := (scores or {}).get("by_source"):
-            own = [_of_source(f"{split} {source}".strip(), scored, run) for source, scored in by_source.items()]
-        else:
-            own = [_of_numbers(split, scores or {})]
+    for split, metrics in found.items():
+        scores = metrics or {}
+        by_source = scores.get("by_source") or {}
+        own = [_of_source(f"{split} {source}".strip(), scored, run) for source, scored in by_source.items()]
+        own = own or [_of_numbers(split, scores)]
         for line in own:
-            line.media, line.written = run.label, list((scores or {}).get("written", ()))
+            line.media, line.written = run.label, list(scores.get("written", ()))
         lines += own
     return lines
 
@@ -133,7 +134,7 @@ def _of_source(name: str, found: Mapping[str, Any], run: EvaluationSettings) -> 
 
 
 def _of_numbers(split: str, found: Mapping[str, Any]) -> Line:
-    """The line of a loss, or of what a task of LAVIS returns: some numbers, or none if it only writes answers."""
+    """The line of a loss, or of the numbers that a task of LAVIS returns, if any."""
     line = Line(split, samples=found.get("samples"), unit="", remarks=_unread(found))
     ours = ("samples", "not_predicted", *(["agg_metrics"] if "loss" in found else []))
     line.scores = {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and k not in ours}
@@ -150,8 +151,8 @@ def _unread(found: Mapping[str, Any]) -> list[str]:
     return [f"{count} {'sample' if count == 1 else 'samples'} unreadable, the log has the reasons"] if count else []
 
 
-def summary(lines: Sequence[Line], first: str = "split and data set") -> str:
-    """The final text of an evaluation: the scores of every split, and their files.
+def summary(lines: Sequence[Line]) -> str:
+    """The final text of an evaluation: the table, and the files of predictions and scores.
 
     Raises:
         DataError: If nothing could be scored.
@@ -160,14 +161,14 @@ def summary(lines: Sequence[Line], first: str = "split and data set") -> str:
         why = dict.fromkeys(f"{line.suite}: {remark}" for line in lines for remark in line.remarks)
         raise DataError(f"nothing could be scored. {'; '.join(why)}")
     written = dict.fromkeys(path for line in lines for path in line.written)
-    return text_table(lines, first) + (f"\n\nwritten to {', '.join(written)}" if written else "")
+    return text_table(lines) + (f"\n\nwritten to {', '.join(written)}" if written else "")
 
 
-def text_table(lines: Sequence[Line], first: str = COLUMNS[0]) -> str:
+def text_table(lines: Sequence[Line]) -> str:
     """The table as text, followed by scores by type and remarks."""
     rows = [line.cells() for line in lines]
     used = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
-    text = [aligned([[first, *(COLUMNS[i] for i in used[1:])], *([row[i] for i in used] for row in rows)])]
+    text = [aligned([[row[i] for i in used] for row in [COLUMNS, *rows]])]
     for line in lines:
         for axis, types in line.by_type.items():
             if len(types) <= _MOST_TYPES:
@@ -216,7 +217,7 @@ def rescore(file: str, options: Sequence[str]) -> int:
     }
     target = path.with_name(f"{path.stem}_rescored.json")
     lines = lines_of({"": {"by_source": by_source, "written": [str(target)]}}, how)
-    printed = summary(lines, "data set")
+    printed = summary(lines)
     scoring = {"metrics": how.metrics, "normalisation": how.normalisation}
     write_json(target, {"by_source": by_source, **scoring, "versions": versions()})
     print(printed)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.launchers import share_of
-from lavis_chatbridge.plugin.launch import load, prepare_world
+from lavis_chatbridge.plugin.launch import CfgPath, Options, load, prepare_world
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.dataset import SplitDataset
@@ -29,17 +29,17 @@ _FROM_SHARDS = {"reader": "jsonl", "media": None, "media_root": None, "limit": N
 
 
 def command(
-    output: Annotated[Path, typer.Option(help="where the shards go")],
-    jsonl: Annotated[Path | None, typer.Argument(help="a JSONL of the schema in docs/data.md")] = None,
-    cfg_path: Annotated[str | None, typer.Option("--cfg-path", help="instead: a configuration")] = None,
-    options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings that override the configuration's")] = [],  # noqa: B006
-    splits: Annotated[list[str], typer.Option(help="with --cfg-path: a split; may repeat")] = ["train"],  # noqa: B006
-    root: Annotated[str | None, typer.Option(help="of a JSONL: what media are relative to; default its folder")] = None,
-    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="of a JSONL: media outside the root")] = False,
-    per_shard: Annotated[int, typer.Option(min=1, help="samples of a shard")] = 1000,
-    rank: Annotated[int | None, typer.Option(help="this process, from 0; default: from the launcher")] = None,
-    world: Annotated[int | None, typer.Option(help="number of processes; default: from the launcher")] = None,
-    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="accepted share of unreadable samples")] = 0.05,
+    output: Annotated[Path, typer.Option(help="Where the shards go.")],
+    jsonl: Annotated[Path | None, typer.Argument(help="A JSONL of the schema in docs/data.md.")] = None,
+    cfg_path: CfgPath | None = None,
+    options: Options = None,
+    splits: Annotated[list[str], typer.Option(help="With --cfg-path: a split; repeatable.")] = ["train"],  # noqa: B006
+    root: Annotated[str | None, typer.Option(help="Of a JSONL: the folder of its media; default: its own.")] = None,
+    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="Of a JSONL: media outside the root.")] = False,
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    rank: Annotated[int | None, typer.Option(help="This process, from 0; default: from the launcher.")] = None,
+    world: Annotated[int | None, typer.Option(help="Number of processes; default: from the launcher.")] = None,
+    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Accepted share of unreadable samples.")] = 0.05,
 ) -> None:
     """Write this process's shards, and say which data sets are complete."""
     place = share_of(rank, world, os.environ)
@@ -52,7 +52,7 @@ def command(
     if jsonl is not None:
         targets = {(output, jsonl.stem): SampleFile(jsonl, root, allow_outside)}
     else:
-        targets, sections = _from_configuration(str(cfg_path), options, splits, output, place.world_size)
+        targets, sections = _from_configuration(str(cfg_path), options or [], splits, output, place.world_size)
     waiting = 0
     for (folder, stem), samples in targets.items():
         written = write(folder, samples, stem, per_shard, place.rank, place.world_size, max_bad_share)

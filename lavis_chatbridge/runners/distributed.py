@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, TrainingError
-from lavis_chatbridge.launchers import ProcessRank, announced
+from lavis_chatbridge.launchers import ProcessRank, current_rank
 from lavis_chatbridge.runners.settings import RunSettings
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 def init(run: RunSettings) -> torch.device:
     """Join the process group if a launcher started several processes; returns this process's device."""
-    place = announced(os.environ) if run.distributed else ProcessRank()
+    place = current_rank(os.environ) if run.distributed else ProcessRank()
     device = choose_device(run.device, place)
     if place.world_size > 1 and not dist.is_initialized():
         _join(run, place, device)

@@ -44,10 +44,10 @@ class MediaSettings(Settings):
         return f"{' and '.join(self.media_modalities)} {self.media}{words}"
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> list[str]:
         """The options that set this condition in a configuration."""
-        modalities = f"[{','.join(self.media_modalities)}]"
-        return {"run.media": self.media, "run.media_modalities": modalities, "run.withheld_words": self.withheld_words}
+        modalities = f"run.media_modalities=[{','.join(self.media_modalities)}]"
+        return [f"run.media={self.media}", modalities, f"run.withheld_words={self.withheld_words}"]
 
 
 class EvaluationSettings(MediaSettings):

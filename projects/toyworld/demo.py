@@ -17,9 +17,10 @@ from pathlib import Path
 
 from report import STARTED, summary, write_report
 
-from lavis_chatbridge.launchers import announced
+from lavis_chatbridge.cli import exit_status
+from lavis_chatbridge.launchers import current_rank
 from lavis_chatbridge.plugin.evaluate import parse_conditions
-from lavis_chatbridge.plugin.launch import Session, exit_status, with_options
+from lavis_chatbridge.plugin.launch import Session
 
 WORLD = Path("output/world")
 
@@ -59,7 +60,7 @@ PARTS = (
 
 def main(folder: Path) -> int:
     """Run all parts; returns the exit status."""
-    place = announced(os.environ)
+    place = current_rank(os.environ)
     first = place.rank == 0
     if first:
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +90,7 @@ def _run(session: Session, part: Part, folder: Path, processes: int) -> None:
     path = f"projects/chatbridge/{part.configuration}.yaml"
     session.run(path, options, evaluate=not part.batch)
     for condition in parse_conditions(part.conditions):
-        session.run(path, with_options(options, {"run.test_splits": "[test]"} | condition.options), evaluate=True)
+        session.run(path, [*options, "run.test_splits=[test]", *condition.options], evaluate=True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ import pytest
 from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.plugin import compat
 from lavis_chatbridge.prompting.conversation import Message, Text
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 
-compat.apply()
 registry = pytest.importorskip("lavis.common.registry").registry
 builders = pytest.importorskip("lavis_chatbridge.datasets.builders")
 

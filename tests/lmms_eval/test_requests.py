@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis_chatbridge.errors import ConfigError, DataError, MediaError
+from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media import open_audio
-from lavis_chatbridge.plugin import lmms_eval
 from lavis_chatbridge.plugin.lmms_eval.requests import (
     batches,
     conversation,
@@ -124,10 +122,3 @@ def test_decoding_is_greedy_unless_a_temperature_is_given(kwargs, sampling):
 
 def test_batches_hold_requests_of_one_key_the_longest_first():
     assert list(batches(["a", "b", "a", "a"], [1, 5, 3, 2], 2)) == [[2, 3], [0], [1]]
-
-
-def test_without_lmms_eval_the_error_names_the_command(monkeypatch):
-    for name in ("lmms_eval", "lmms_eval.models.registry_v2"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match="pip install 'lmms-eval"):
-        lmms_eval.manifests()

@@ -10,58 +10,46 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "lavis_chatbridge")
-PROCESSES_AT_ONCE = 2
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@dataclass
-class Probe:
-    """A process to run.
+@pytest.fixture
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
+    """A function that runs a program of an install in an empty folder; ``startup`` is a ``sitecustomize.py``."""
 
-    Args:
-        words: The words after the interpreter, or after a script's name.
-        wheel: Whether it runs in the wheel's environment.
-        script: An installed script that runs instead of the interpreter.
-        environment: Changes to this process's own; a PYTHONPATH is relative to the working directory.
-        files: Files of its working directory, which is otherwise empty.
-    """
-
-    words: list[str]
-    wheel: bool = False
-    script: str = "python"
-    environment: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def python(cls, facts: str, **options) -> Probe:
-        """A piece of Python that fills a dictionary ``facts``, which is printed."""
-        return cls(["-c", f"import json\nfacts = {{}}\n{facts}\nprint(json.dumps(facts))"], **options)
-
-    def run(self, scripts: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-        """Run it with ``folder`` as its working directory."""
-        for name, text in self.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
+    def run(program: str, *words: str, wheel: bool = False, startup: str = "", **environment: str):
+        scripts = request.getfixturevalue("wheel") if wheel else Path(sys.executable).parent
+        (tmp_path / "sitecustomize.py").write_text(startup)
         # A PYTHONPATH to the checkout would stand in for the install under test.
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment = {**inherited, **self.environment}
-        if "PYTHONPATH" in self.environment:
-            environment["PYTHONPATH"] = str(folder / self.environment["PYTHONPATH"])
-        command = [scripts / self.script, *self.words]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        path = {"PYTHONPATH": str(tmp_path)} if startup else {}
+        return subprocess.run(
+            [scripts / program, *words],
+            cwd=tmp_path,
+            env=inherited | path | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
 
 
-def facts_of(ran: subprocess.CompletedProcess[str]) -> dict:
-    """The dictionary that a probe has printed."""
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
+@pytest.fixture
+def facts_of(run: Run) -> Callable[..., tuple[dict, str]]:
+    """A function that runs Python which fills a dictionary ``facts``: the dictionary, and what it wrote to stderr."""
+
+    def facts_of(code: str, **options) -> tuple[dict, str]:
+        ran = run("python", "-c", f"import json\nfacts = {{}}\n{code}\nprint(json.dumps(facts))", **options)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout.splitlines()[-1]), ran.stderr
+
+    return facts_of
 
 
 @pytest.fixture(scope="session")
@@ -90,22 +78,6 @@ def wheel(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Path(own, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     _pip("--python", python, "install", "--no-deps", "--no-index", "--ignore-installed", wheel_file)
     return python.parent
-
-
-@pytest.fixture(scope="session")
-def run_all(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
-    """A function that starts a table of probes in the background; its result waits for one of them, by name."""
-    pool = ThreadPoolExecutor(PROCESSES_AT_ONCE)
-
-    def start(probes: dict[str, Probe]) -> Callable[[str], subprocess.CompletedProcess[str]]:
-        futures: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
-        for name, probe in sorted(probes.items(), key=lambda item: item[1].wheel):  # the wheel needs building
-            scripts = request.getfixturevalue("wheel") if probe.wheel else Path(sys.executable).parent
-            futures[name] = pool.submit(probe.run, scripts, tmp_path_factory.mktemp("cwd"))
-        return lambda name: futures[name].result()
-
-    yield start
-    pool.shutdown(cancel_futures=True)
 
 
 def _pip(*arguments: object) -> None:

@@ -1,18 +1,25 @@
-"""The door into LAVIS in real processes: any order of imports, autoload on and off, both installs."""
+"""The plugin in real processes: any order of imports, autoload on and off, both installs."""
 
 from __future__ import annotations
 
+import os
+import zipfile
+from pathlib import Path
+
 import pytest
 
-from tests.plugin.conftest import Probe, facts_of
-
-NO_AUTOLOAD = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+TYPES = ["qwen3_8b", "small", "tiny", "vicuna13b", "vicuna7b"]
 
 LAVIS_FIRST = """
 from lavis.models import load_model_and_preprocess, model_zoo
 import sys
 facts["zoo"] = dict(model_zoo).get("chatbridge")
-facts["stand-ins left"] = [name for name in ("spacy", "ftfy") if name in sys.modules and not sys.modules[name].__spec__]
+facts["stand-in left"] = "spacy" in sys.modules
+from lavis.models.img2prompt_models import img2prompt_vqa
+try:
+    img2prompt_vqa.spacy.load("en_core_web_sm")
+except ImportError as error:
+    facts["needs"] = str(error)
 from lavis.common.registry import registry
 facts["task"] = "chatbridge_alignment" in registry.list_tasks()
 facts["runner"] = "chatbridge_runner" in registry.list_runners()
@@ -104,66 +111,40 @@ from lavis.common.registry import registry
 facts["runner"] = "chatbridge_runner" in registry.list_runners()
 """
 
-PROBES = {
-    "lavis first, editable": Probe.python(LAVIS_FIRST),
-    "lavis first, wheel": Probe.python(LAVIS_FIRST, wheel=True),
-    "torch first": Probe.python(TORCH_FIRST),
-    "switched off": Probe.python(SWITCHED_OFF, environment=NO_AUTOLOAD),
-    "spawned": Probe.python(SPAWNED),
-    "quick": Probe.python(QUICK),
-    "failing hook": Probe.python(
-        "import torch\nfacts['sum'] = torch.ones(2).sum().item()",
-        environment={"PYTHONPATH": "."},
-        files={"sitecustomize.py": FAILING_HOOK},
-    ),
-    "failing model": Probe.python(
-        WITH_FAILURE, environment={"PYTHONPATH": "."}, files={"sitecustomize.py": FAILING_MODEL}
-    ),
-    "evaluate fault, wheel": Probe(["-m", "lavis.evaluate", "--cfg-path", "absent.yaml"], wheel=True),
-    "shipped, wheel": Probe(["doctor", "--cfg-path", "align"], wheel=True, script="chatbridge"),
-    "command, switched off": Probe(
-        ["train", "--cfg-path", "absent.yaml"], wheel=True, script="chatbridge", environment=NO_AUTOLOAD
-    ),
-}
-TYPES = ["qwen3_8b", "small", "tiny", "vicuna13b", "vicuna7b"]
 
-
-@pytest.fixture(scope="module")
-def ran(run_all):
-    return run_all(PROBES)
-
-
-@pytest.mark.parametrize("install", ["editable", "wheel"])
-def test_lavis_alone_knows_chatbridge(ran, install, repository):
-    result = ran(f"lavis first, {install}")
-    facts = facts_of(result)
-    assert facts.pop("file").startswith(str(repository)) == (install == "editable")
+@pytest.mark.parametrize("wheel", [False, True], ids=["editable", "wheel"])
+def test_lavis_alone_knows_chatbridge(facts_of, wheel, repository):
+    facts, stderr = facts_of(LAVIS_FIRST, wheel=wheel)
+    assert facts.pop("file").startswith(str(repository)) is not wheel
     assert facts == {
         "zoo": TYPES,
-        "stand-ins left": [],
+        "stand-in left": False,
+        "needs": "this LAVIS model needs the package 'spacy': pip install spacy",
         "task": True,
         "runner": True,
         "loaded": ["ChatBridge", "eval", "train", "eval", "train"],
     }
-    assert "does not know" not in result.stderr
-    assert result.stderr.count("it knows nothing outside that world") == 1
-    assert "Importing from timm" not in result.stderr
+    assert "does not know" not in stderr
+    assert stderr.count("it knows nothing outside that world") == 1
+    assert "Importing from timm" not in stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "facts"),
-    [
-        ("torch first", {"loaded by torch": ["lavis_chatbridge"], "same class": True, "runner": True, "zoo": TYPES}),
-        ("switched off", {"loaded by torch": [], "zoo": TYPES, "train": "lavis.train"}),
-        ("spawned", {"main": "__mp_main__", "class": "ChatBridge", "zoo": TYPES}),
-    ],
-)
-def test_the_plugin_is_active_however_it_is_imported(ran, name, facts):
-    assert facts_of(ran(name)) == facts
+def test_the_plugins_class_can_be_imported_first(facts_of):
+    facts, _ = facts_of(TORCH_FIRST)
+    assert facts == {"loaded by torch": ["lavis_chatbridge"], "same class": True, "runner": True, "zoo": TYPES}
 
 
-def test_a_quick_start_imports_the_rest_when_it_is_used(ran):
-    assert facts_of(ran("quick")) == {
+def test_importing_the_package_activates_it_where_autoload_is_off(facts_of):
+    facts, _ = facts_of(SWITCHED_OFF, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert facts == {"loaded by torch": [], "zoo": TYPES, "train": "lavis.train"}
+
+
+def test_a_spawned_child_of_lavis_train_has_the_plugin(facts_of):
+    assert facts_of(SPAWNED)[0] == {"main": "__mp_main__", "class": "ChatBridge", "zoo": TYPES}
+
+
+def test_a_quick_start_imports_the_rest_when_it_is_used(facts_of):
+    assert facts_of(QUICK)[0] == {
         "status": 0,
         "imported": [],
         "another processor": "BlipImageEvalProcessor",
@@ -173,26 +154,41 @@ def test_a_quick_start_imports_the_rest_when_it_is_used(ran):
     }
 
 
-def test_a_failing_hook_does_not_break_torch(ran):
-    result = ran("failing hook")
-    assert facts_of(result) == {"sum": 2.0}
-    assert "lavis-chatbridge is not active: RuntimeError: no finder today" in result.stderr
+def test_a_failing_hook_does_not_break_torch(facts_of):
+    facts, stderr = facts_of("import torch\nfacts['sum'] = torch.ones(2).sum().item()", startup=FAILING_HOOK)
+    assert facts == {"sum": 2.0}
+    assert "lavis-chatbridge is not active: RuntimeError: no finder today" in stderr
 
 
-def test_a_failing_module_costs_its_own_classes_only(ran):
-    result = ran("failing model")
-    assert facts_of(result) == {"zoo": None, "others": True, "runner": True}
-    why = "does not know the classes of lavis_chatbridge.models.chatbridge: RuntimeError: a broken model"
-    assert why in result.stderr
+def test_of_a_failing_module_only_its_own_classes_are_missing(facts_of):
+    facts, stderr = facts_of(WITH_FAILURE, startup=FAILING_MODEL)
+    assert facts == {"zoo": None, "others": True, "runner": True}
+    assert "does not know the classes of lavis_chatbridge.models.chatbridge: RuntimeError: a broken model" in stderr
 
 
-def test_the_wheel_has_the_shipped_configurations(ran):
-    assert "model.vision.weights" in ran("shipped, wheel").stdout
+@pytest.mark.parametrize(
+    ("program", "words", "environment"),
+    [
+        ("python", ["-m", "lavis.evaluate"], {}),
+        ("chatbridge", ["train"], {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
+    ],
+)
+def test_an_error_is_one_line_and_status_2(run, program, words, environment):
+    ran = run(program, *words, "--cfg-path", "absent.yaml", wheel=True, **environment)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == "error: no configuration file at absent.yaml"
+    assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize("name", ["evaluate fault, wheel", "command, switched off"])
-def test_a_fault_is_one_line_and_status_2(ran, name):
-    result = ran(name)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == "error: no configuration file at absent.yaml"
-    assert "Traceback" not in result.stderr
+def test_the_wheel_has_the_package_and_all_its_data(run, wheel_file: Path, repository: Path):
+    with zipfile.ZipFile(wheel_file) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    walked = os.walk(repository / "lavis_chatbridge", followlinks=True)  # configs/projects is a link
+    sources = {Path(folder, name).relative_to(repository).as_posix() for folder, _, files in walked for name in files}
+    assert packed == {name for name in sources if "__pycache__" not in name}
+    assert "model.vision.weights" in run("chatbridge", "doctor", "--cfg-path", "align", wheel=True).stdout
+
+
+def test_the_files_that_are_packed_with_the_code_are_small(repository: Path):
+    assets = repository / "lavis_chatbridge" / "assets"
+    assert 0 < sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) <= 12_000_000

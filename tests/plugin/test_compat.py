@@ -1,53 +1,28 @@
-"""LAVIS on today's libraries: what the shims compute, and that they replace nothing and may be applied again."""
+"""LAVIS's models on today's transformers: the attributes that the plugin adds."""
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
-
-import pytest
 import torch
-
-from lavis_chatbridge.plugin import compat
-
-lavis_models = pytest.importorskip("lavis.models")
+from lavis.models.blip2_models.Qformer import BertLMHeadModel
+from transformers import BertConfig
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inverted_mask_adds_nothing_where_tokens_count(dtype):
-    model = SimpleNamespace(dtype=dtype)
-    lowest = torch.finfo(dtype).min
-    inverted = compat._invert_attention_mask(model, torch.tensor([[1, 1, 0]]))
-    assert inverted.shape == (1, 1, 1, 3)
-    assert inverted.flatten().tolist() == [0.0, 0.0, lowest]
-    assert compat._invert_attention_mask(model, torch.ones(2, 4, 3)).shape == (2, 1, 4, 3)
+def test_laviss_q_former_ignores_masked_tokens() -> None:
+    config = BertConfig(vocab_size=5, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    config.encoder_width, config.add_cross_attention = 6, True
+    config.cross_attention_freq, config.query_length = 1, 3
+    torch.manual_seed(0)
+    bert = BertLMHeadModel(config).eval().bert
+    queries, features, mask = torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
 
+    def read(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return bert(
+            query_embeds=queries, encoder_hidden_states=features, encoder_attention_mask=mask, return_dict=True
+        ).last_hidden_state
 
-def test_applying_again_changes_nothing():
-    from transformers import modeling_utils
-
-    before = modeling_utils.apply_chunking_to_forward, lavis_models.load_model.__defaults__
-    compat.apply()
-    assert (modeling_utils.apply_chunking_to_forward, lavis_models.load_model.__defaults__) == before
-    assert lavis_models.load_model.__defaults__ == (None, False, "cpu", None)
-    assert lavis_models.load_model_and_preprocess.__defaults__ == (None, False, "cpu")
-
-
-def test_model_zoo_shows_the_registry_as_it_is(monkeypatch):
-    from lavis.common.registry import registry
-
-    late = SimpleNamespace(PRETRAINED_MODEL_CONFIG_DICT={"small": "", "large": ""})
-    count = len(lavis_models.model_zoo)
-    monkeypatch.setitem(registry.mapping["model_name_mapping"], "late_model", late)
-    assert dict(lavis_models.model_zoo)["late_model"] == ["small", "large"]
-    assert len(lavis_models.model_zoo) == count + 2
-    assert "late_model" in str(type(lavis_models.model_zoo)())
-
-
-def test_a_stand_in_imports_and_says_what_is_missing_when_used():
-    with compat._stand_ins(("no_such_package_of_lavis",)):
-        import no_such_package_of_lavis as absent
-
-        with pytest.raises(ImportError, match="pip install no_such_package_of_lavis"):
-            absent.load("en_core_web_sm")
-    assert "no_such_package_of_lavis" not in sys.modules
+    changed = features.clone()
+    changed[:, 3] += 1
+    before, after = read(features, mask), read(changed, mask)
+    torch.testing.assert_close(after[0], before[0], atol=0, rtol=0)
+    assert (after[1] - before[1]).abs().max() > 1e-3
+    torch.testing.assert_close(read(features, mask[:, None].expand(-1, 3, -1)), before, atol=0, rtol=0)

@@ -58,8 +58,8 @@ def config(tmp_path_factory):
     return path
 
 
-def evaluated(config, *options, main=cli.main, words=("evaluate",)):
-    return main([*words, "--cfg-path", str(config), *(["--options", *options] if options else [])])
+def evaluated(config, *options, words=("evaluate",)):
+    return cli.main([*words, "--cfg-path", str(config), *(["--options", *options] if options else [])])
 
 
 def rows(printed):
@@ -68,13 +68,13 @@ def rows(printed):
 
 
 def test_the_scores_and_their_files_are_printed(config, capsys):
-    assert evaluated(config, main=evaluate.main, words=()) == 0  # as python -m lavis.evaluate does
+    assert evaluated(config) == 0
     result = config.parent / "out/result"
     found = json.loads((result / "test_step0_metrics.json").read_text())
     own = found["by_source"]["chatbridge_jsonl"]
     assert (found["samples"], found["not_predicted"]) == (own["samples"], own["not_predicted"]) == (2, 1)
     printed = rows(capsys.readouterr().out)
-    assert printed[0] == ["split and data set", "samples", "metric", "score", "95 %"]
+    assert printed[0] == ["data", "samples", "metric", "score", "95 %"]
     score = f"{own['headline']:.1f}"
     assert printed[2] == ["test chatbridge_jsonl", "2", "exact_match", score, "0.0 - 0.0"]
     assert printed[4] == ["test chatbridge_jsonl: 1 sample unreadable, the log has the reasons"]
@@ -98,7 +98,7 @@ def test_one_configuration_is_scored_again_without_its_media(config, capsys, mon
     assert evaluated(config, "run.output_dir=" + str(config.parent / "ablated"), words=words) == 0
     result = config.parent / "ablated/result"
     printed = rows(capsys.readouterr().out)
-    assert printed[0] == ["split and data set", "media", "samples", "metric", "score", "95 %", "drop"]
+    assert printed[0] == ["data", "media", "samples", "metric", "score", "95 %", "drop"]
     whole, withheld, shuffled = printed[2:5]
     assert whole[:3] == ["test chatbridge_jsonl", "2", "exact_match"]
     assert withheld[1:4] == ["image withheld", "2", "exact_match"]  # of the same samples
@@ -168,19 +168,23 @@ def test_what_is_no_score_is_an_error(found, why):
         report.summary(lines)
 
 
-def test_laviss_tasks_train_on_data_sets_of_ours_but_do_not_score_them(config, capsys):
-    assert evaluated(config, "run.task=captioning") == 2
-    said = capsys.readouterr().err
-    assert "run.task 'captioning' is LAVIS's own and scores by image_id, which chatbridge_jsonl does not have" in said
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("run.task=captioning", "run.task 'captioning' is LAVIS's own and scores by image_id, which chatbridge_jsonl"),
+        ("run.runner=runner_base", "run.runner 'runner_base' is LAVIS's own, which needs a CUDA device"),
+    ],
+)
+def test_tasks_and_runners_of_lavis_that_cannot_score_are_errors(config, capsys, option, why):
+    assert evaluated(config, option) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_tasks_of_lavis_can_train_on_our_data_sets(config):
     options = [f"run.{key}" for key in ("task=vqa", "evaluate=false", "max_iters=1", "train_splits=[test]")]
     assert load_config(config, [*options, "run.test_splits=[]"]).run.task == "vqa"
     with pytest.raises(ConfigError, match=r"run.task 'vqa' is LAVIS's own .*question_id, which chatbridge_jsonl"):
         load_config(config, [*options, "run.test_splits=[]", "run.valid_splits=[test]"])
-
-
-def test_laviss_runner_is_refused_where_it_cannot_run(config, capsys):
-    assert evaluated(config, "run.runner=runner_base") == 2
-    assert "run.runner 'runner_base' is LAVIS's own, which needs a CUDA device" in capsys.readouterr().err
 
 
 # --- conditions
@@ -204,9 +208,7 @@ def test_words_are_conditions():
     assert [one.label for one in (every, shuffled, both, told)] == [
         "image and video and audio withheld", "audio shuffled", "image and audio withheld", "audio withheld, told",
     ]  # fmt: skip
-    assert both.options == {
-        "run.media": "withheld", "run.media_modalities": "[image,audio]", "run.withheld_words": "kept",
-    }  # fmt: skip
+    assert both.options == ["run.media=withheld", "run.media_modalities=[image,audio]", "run.withheld_words=kept"]
     assert told.file_suffix == "withheld_audio_told"
 
 
@@ -221,99 +223,81 @@ def test_other_words_are_refused(word, capsys):
 
 def test_conditions_suit_the_data(tmp_path, caplog):
     cfg = configuration(tmp_path, seen=["image"], both=["image", "audio"], words=[])
-    assert [(one.label, splits) for one, splits in evaluate.suitable([], cfg)] == [
+    assert [(one.label, splits) for one, splits in evaluate.ablations([], cfg)] == [
         ("image withheld", ["seen", "both"]), ("image shuffled", ["seen", "both"]),
         ("audio withheld", ["both"]), ("audio shuffled", ["both"]),
     ]  # fmt: skip
     asked = evaluate.parse_conditions(["withheld", "shuffled:video", "withheld:image,audio"])
-    [(one, splits)] = evaluate.suitable(asked, cfg)
+    [(one, splits)] = evaluate.ablations(asked, cfg)
     assert (one.label, splits) == ("image and audio withheld", ["seen", "both"])
     assert "video shuffled: no such media in splits seen, both, words" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("name", "option", "why"),
-    [
-        ("coco_caption", "run.seed=1", "LAVIS's own data sets, tasks and runners do not support --ablate"),
-        ("chatbridge_jsonl", "run.media=withheld", "--ablate scores with all media first, but run.media is 'withheld'"),
-        ("chatbridge_jsonl", "run.task=vqa", "LAVIS's own data sets, tasks and runners do not support --ablate"),
-        ("chatbridge_jsonll", "run.seed=1", "unknown name 'chatbridge_jsonll', did you mean 'chatbridge_jsonl'"),
-    ],
-)
-def test_what_cannot_be_ablated_is_named(tmp_path, name, option, why, capsys):
-    path = tmp_path / "run.yaml"
-    run = "{task: chatbridge_captioning}"
-    path.write_text(f"model: {{arch: chatbridge, model_type: tiny}}\ndatasets: {{{name}: {{}}}}\nrun: {run}\n")
-    assert cli.main(["evaluate", "--cfg-path", str(path), "--ablate", "--options", option]) == 2
-    assert why in capsys.readouterr().err
+def test_data_sets_of_lavis_cannot_be_ablated():
+    run = SimpleNamespace(test_splits=["test"])
+    with pytest.raises(ConfigError, match=r"datasets.coco_caption is LAVIS's own, which --ablate does not support"):
+        evaluate.ablations([], SimpleNamespace(run=run, datasets_cfg={"coco_caption": {}}))
 
 
 # --- scoring again
 
-AGAIN = ("--options", "run.metrics=[exact_match]")
+
+@pytest.fixture
+def rescore(tmp_path):
+    """Writes predictions and an evaluation's settings, and scores them again: status, and scores by data set."""
+
+    def rescore(content, **settings):
+        path = tmp_path / "test_step0.jsonl"
+        path.write_text(content)
+        path.with_name("test_step0_metrics.json").write_text(json.dumps(settings))
+        status = cli.main(["evaluate", "--rescore", str(path), "--options", "run.metrics=[exact_match]"])
+        written = path.with_name("test_step0_rescored.json")
+        return status, json.loads(written.read_text())["by_source"] if written.exists() else None
+
+    return rescore
 
 
-def record(number, **change):
-    answers = {"answers": ["red"], "references": []}
-    return {"source": "a", "index": number, "sample_id": f"s{number}", "prediction": "red", **answers, **change}
-
-
-def lines(*records):
-    return "".join(json.dumps(one) + "\n" for one in records)
-
-
-def rescored(path, *words):
-    return cli.main(["evaluate", "--rescore", str(path), *words])
+def lines(*changes):
+    """Predictions, right ones unless a field is changed."""
+    right = {"source": "a", "prediction": "red", "answers": ["red"], "references": []}
+    records = [right | {"index": n, "sample_id": f"s{n}"} | change for n, change in enumerate(changes)]
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (lines(record(0), record(1))[:-9], "test_step0.jsonl:2: not JSON"),
+        (lines({}, {})[:-9], "test_step0.jsonl:2: not JSON"),
         ("", "has no prediction"),
-        ("[1]", "test_step0.jsonl:1: expected an object"),
         ('{"image_id": 1, "caption": "a"}', "test_step0.jsonl:1.sample_id is missing"),
-        (lines(record(0), record(0)), "sample 's0' was predicted twice"),
-        (lines(record(0, answers=[])), "none of 1 predictions has references or answers"),
+        (lines({}, {"sample_id": "s0", "index": 0}), "sample 's0' was predicted twice"),
+        (lines({"answers": []}), "none of 1 predictions has references or answers"),
     ],
 )
-def test_what_is_no_file_of_predictions_is_named(tmp_path, capsys, content, why):
-    path = tmp_path / "test_step0.jsonl"
-    path.write_text(content)
-    assert rescored(path, *AGAIN) == 2
+def test_other_files_than_predictions_are_errors(rescore, capsys, content, why):
+    assert rescore(content) == (2, None)
     assert why in capsys.readouterr().err
-    assert not (tmp_path / "test_step0_rescored.json").exists()
 
 
-def test_a_source_without_answers_does_not_take_the_scores_of_the_others(tmp_path, capsys):
-    path = tmp_path / "test_step0.jsonl"
-    path.write_text(lines(record(0, meta={"type": 7}), record(1, source="b", answers=[])))
-    assert rescored(path, *AGAIN) == 1
+def test_a_data_set_without_answers_does_not_affect_the_others(rescore, capsys):
+    status, found = rescore(lines({"meta": {"type": 7}}, {"source": "b", "answers": []}))
+    assert status == 1
     assert "b: none of 1 predictions has references" in capsys.readouterr().out
-    found = json.loads((tmp_path / "test_step0_rescored.json").read_text())["by_source"]
     assert found["a"]["by_type"] == {"type": {"7": {"samples": 1, "exact_match": 100.0}}}
     assert "fault" in found["b"]
 
 
-def test_the_figure_of_the_paper_stands_beside_whole_media_only(tmp_path, capsys):
-    path = tmp_path / "test_step0.jsonl"
-    path.write_text(lines(record(0)))
-    said = {"metrics": ["exact_match"], "published": {"exact_match": 45.2}}
-    (tmp_path / "test_step0_metrics.json").write_text(json.dumps(said))
-    assert rescored(path) == 0
+def test_the_papers_figure_is_only_beside_the_score_with_all_media(rescore, capsys):
+    published = {"published": {"exact_match": 45.2}}
+    assert rescore(lines({}), **published)[0] == 0
     assert "45.2" in capsys.readouterr().out
-    said |= {"media": "withheld", "media_modalities": ["audio"]}
-    (tmp_path / "test_step0_metrics.json").write_text(json.dumps(said))
-    assert rescored(path) == 0
-    out = capsys.readouterr().out
-    assert "audio withheld" in out
-    assert "45.2" not in out
+    assert rescore(lines({}), **published, media="withheld", media_modalities=["audio"])[0] == 0
+    printed = capsys.readouterr().out
+    assert "audio withheld" in printed
+    assert "45.2" not in printed
 
 
-def test_only_newlines_end_a_line_and_halves_of_characters_are_replaced(tmp_path):
-    path = tmp_path / "test_step0.jsonl"
-    first = json.dumps(record(0, prediction="red\u2028"), ensure_ascii=False) + "\n"
-    path.write_text(first + lines(record(1, prediction="\ud800")))
-    assert rescored(path, *AGAIN) == 0
-    found = json.loads((tmp_path / "test_step0_rescored.json").read_text())
-    assert found["by_source"]["a"]["scores"] == {"exact_match": 50.0}
+def test_only_newlines_end_a_line_and_halves_of_characters_are_replaced(rescore):
+    separator = lines({"prediction": "red\u2028"}).replace("\\u2028", "\u2028")
+    _, found = rescore(separator + lines({"sample_id": "s1", "index": 1, "prediction": "\ud800"}))
+    assert found["a"]["scores"] == {"exact_match": 50.0}

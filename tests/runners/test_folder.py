@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from lavis_chatbridge import cli
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.plugin import launch, train
 from lavis_chatbridge.runners import folder as folders
 from lavis_chatbridge.runners.folder import WEIGHTS
 from tests.runners.runner_parts import runner, same
@@ -135,9 +135,9 @@ def test_an_output_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
 
 
 def command(tmp_path: Path, *options: str) -> int:
-    """The status of ``lavis.train`` for a configuration of the embedded world."""
+    """The status of ``chatbridge train`` for a configuration of the embedded world."""
     (tmp_path / "run.yaml").write_text(YAML.format(folder=tmp_path))
-    return train.main(["--cfg-path", str(tmp_path / "run.yaml"), "--options", "run.device=cpu", *options])
+    return cli.main(["train", "--cfg-path", str(tmp_path / "run.yaml"), "--options", "run.device=cpu", *options])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def command(tmp_path: Path, *options: str) -> int:
 )
 def test_what_cannot_be_trained_is_named_before_anything_is_loaded(tmp_path, capsys, options, message):
     (tmp_path / "out" / "checkpoints" / "step_00000003").mkdir(parents=True)
-    assert command(tmp_path, *options) == launch.USER_ERROR
+    assert command(tmp_path, *options) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
     assert not (tmp_path / "world").exists()  # it is built before anything is loaded

@@ -27,10 +27,7 @@ Read = tuple[list[Any], dict[Modality, list[Any]]]
 
 
 class Score(GenerationResult):
-    """A continuation's mean loss, and whether greedy decoding gives it.
-
-    lmms-eval 0.7 makes text of every answer that is no ``GenerationResult``.
-    """
+    """A continuation's mean loss, and whether greedy decoding gives it; lmms-eval 0.7 makes text of other classes."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.text)
@@ -85,10 +82,9 @@ class ChatBridge(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Score]:
-        """The mean loss of each continuation's tokens, and whether greedy decoding gives it.
+        """The mean loss of each continuation's tokens, the smallest of which lmms-eval takes for the choice.
 
-        lmms-eval takes the smallest number for the choice, since its models return losses. The media and the question
-        of several continuations are read once.
+        The media and the question of several continuations are read once.
         """
         results = [Score((math.inf, False))] * len(requests)
         together: dict[str, list[int]] = {}

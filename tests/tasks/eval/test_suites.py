@@ -148,20 +148,14 @@ def test_suites_are_chosen_by_name():
     assert set(evaluate.choose("image,video", found)) == set(NAMES[:10])
     assert {"avsd", "worldsense"} < set(evaluate.choose("av", found))
     assert list(evaluate.choose("clotho, gqa", found)) == ["clotho", "gqa"]
-    with pytest.raises(ConfigError, match=r"unknown suite 'clothoo', did you mean 'clotho'.*--suite-folder"):
+    with pytest.raises(ConfigError, match=r"unknown suite 'clothoo' in --suite-folder, did you mean 'clotho'"):
         evaluate.choose("clothoo", found)
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("run: 3", "expected a configuration file, with a mapping under run"),
-        ("run: {metrics: []}", "has no suite"),
-    ],
-)
-def test_a_file_that_is_no_suite_is_named(tmp_path, text, why):
+@pytest.mark.parametrize("text", ["run: 3", "run: {metrics: []}"])
+def test_a_folder_without_suites_is_an_error(tmp_path, text):
     (tmp_path / "odd.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=why):
+    with pytest.raises(ConfigError, match="has no suite"):
         evaluate.find(tmp_path)
 
 
