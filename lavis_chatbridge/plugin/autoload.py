@@ -29,8 +29,7 @@ _to_register = [
     "lavis_chatbridge.processors",
     "lavis_chatbridge.models.chatbridge",
     "lavis_chatbridge.datasets.builders",
-    "lavis_chatbridge.tasks.alignment",
-    "lavis_chatbridge.tasks.choice",  # and generation
+    "lavis_chatbridge.tasks.choice",  # and the other tasks
     "lavis_chatbridge.runners",
 ]
 """Modules whose import registers their classes; if one fails, only its classes are missing, with a warning."""

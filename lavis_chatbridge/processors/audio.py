@@ -21,7 +21,7 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.media.audio import open_audio, require_length
 from lavis_chatbridge.media.frames import clip_indices
 from lavis_chatbridge.media.types import AudioClips
-from lavis_chatbridge.processors.base import ChatBridgeProcessor
+from lavis_chatbridge.processors.base import Processor
 from lavis_chatbridge.processors.fbank import RATE, cut_clips, cut_slices_as_original
 from lavis_chatbridge.processors.inputs import PREPROCESSOR
 
@@ -59,7 +59,7 @@ class AudioSettings(Settings):
 
 
 @registry.register_processor("chatbridge_audio_eval")
-class AudioEvalProcessor(ChatBridgeProcessor):
+class AudioEvalProcessor(Processor):
     """Deterministic clips of a sound."""
 
     name = "chatbridge_audio_eval"
@@ -74,7 +74,7 @@ class AudioEvalProcessor(ChatBridgeProcessor):
         samples = open_audio(source, rate, settings.channel, limits=self.limits, opener=self.opener)
         require_length(source, samples, rate)
         if settings.extractor is not None:
-            return _extracted(samples, settings.extractor, settings.clip_seconds, settings.max_clips, rng)
+            return _extracted(samples, settings, settings.extractor, rng)
         cut = cut_slices_as_original if settings.layout == "original" else cut_clips
         return cut(torch.from_numpy(samples), settings.mel_bins, settings.clip_frames, settings.max_clips, rng)
 
@@ -88,16 +88,12 @@ class AudioTrainProcessor(AudioEvalProcessor):
 
 
 def _extracted(
-    samples: np.ndarray,
-    extractor: Mapping[str, Any],
-    clip_seconds: float,
-    max_clips: int,
-    rng: np.random.Generator | None,
+    samples: np.ndarray, settings: AudioSettings, extractor: Mapping[str, Any], rng: np.random.Generator | None
 ) -> AudioClips:
     """Clips of a sound (``[S]`` at the extractor's rate) as the features of a transformers extractor."""
     rate = int(extractor["sampling_rate"])
-    length = int(clip_seconds * rate)
-    chosen = clip_indices(len(samples), length, _SHORTEST_CLIP * rate, max_clips, rng)
+    length = int(settings.clip_seconds * rate)
+    chosen = clip_indices(len(samples), length, _SHORTEST_CLIP * rate, settings.max_clips, rng)
     clips = [samples[clip * length : (clip + 1) * length] for clip in chosen]
     built = _extractor(json.dumps(dict(extractor), sort_keys=True))
     each = [next(iter(built(clip, sampling_rate=rate, return_tensors="pt").values()))[0] for clip in clips]

@@ -1,9 +1,9 @@
-"""The base class of processors, and a function that builds all processors of a ``preprocess`` section."""
+"""The base class of processors, the text processor, and the processors of a ``preprocess`` section."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from lavis.common.registry import registry
@@ -15,6 +15,7 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, directly
 from lavis_chatbridge.processors import inputs
+from lavis_chatbridge.prompting.conversation import clean_caption
 
 SECTIONS = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor", "text": "text_processor"}
 """Modality (or "text") -> its key in the YAML; LAVIS's own for images and text."""
@@ -22,7 +23,7 @@ SECTIONS = {"image": "vis_processor", "video": "video_processor", "audio": "audi
 SPLITS = ("train", "eval")
 
 
-class ChatBridgeProcessor(BaseProcessor):
+class Processor(BaseProcessor):
     """A LAVIS processor with typed settings.
 
     Attributes:
@@ -41,21 +42,18 @@ class ChatBridgeProcessor(BaseProcessor):
     random: ClassVar[bool] = False
     encoder: ClassVar[str] = "vision"
     opener: Callable[..., Any] = staticmethod(directly)
+    limits: Limits = DEFAULT_LIMITS
     settings: Any
 
-    def __init__(self, settings: Any = None, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, settings: Any = None) -> None:
         super().__init__()
         self.settings = self.settings_class() if settings is None else settings
-        self.limits = limits
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any] | DictConfig | None = None) -> ChatBridgeProcessor:
-        """Build a processor from its YAML section (without LAVIS's key ``name``).
+    def from_config(cls, cfg: Mapping[str, Any] | DictConfig | None = None) -> Processor:
+        """Build a processor from its YAML section (without LAVIS's key ``name``); a wrong key is a `ConfigError`.
 
         ``encoder: ${model.vision}`` inserts the settings for this encoder; other keys override them.
-
-        Raises:
-            ConfigError: If a key is unknown or a value does not fit.
         """
         given = _as_dict(cfg)
         given.pop("name", None)
@@ -85,23 +83,38 @@ class ChatBridgeProcessor(BaseProcessor):
         return (rng or np.random.default_rng()) if self.random else None
 
 
-Processors: TypeAlias = dict[str, dict[str, ChatBridgeProcessor]]
+class TextSettings(Settings):
+    """How a caption is prepared for the prompt."""
+
+    clean: Literal["original", "spaces", "no"] = "original"
+    """``original``: lower case without hyphens, as in the original; ``spaces``: only normalise white space."""
+
+
+@registry.register_processor("chatbridge_text")
+class TextProcessor(Processor):
+    """Text to text."""
+
+    name = "chatbridge_text"
+    settings_class = TextSettings
+    settings: TextSettings
+
+    def __call__(self, source: Any, rng: np.random.Generator | None = None) -> str:
+        if self.settings.clean == "original":
+            return clean_caption(source)
+        return " ".join(source.split()) if self.settings.clean == "spaces" else source
+
+
+Processors: TypeAlias = dict[str, dict[str, Processor]]
 """Modality (or "text") -> split -> processor."""
 
 
 def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None) -> Processors:
-    """The processors of all modalities and of text.
+    """The processors of all modalities and of text, or a `ConfigError` with all faults at once.
 
     Args:
         preprocess_cfg: ``vis_processor``, ``video_processor``, ``audio_processor``, ``text_processor``, each with
             ``train`` and ``eval``, each with ``name`` and that processor's settings. Missing ones are
             ChatBridge's own processors with default settings.
-
-    Returns:
-        ``{"image": {"train": ..., "eval": ...}, "video": ..., "audio": ..., "text": ...}``.
-
-    Raises:
-        ConfigError: With all faults at once.
     """
     sections = _as_dict(preprocess_cfg)
     faults = [unknown_key(key, SECTIONS.values(), "preprocess") for key in sections if key not in SECTIONS.values()]
@@ -119,7 +132,7 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
     return processors
 
 
-def _load(modality: str, split: str, values: dict[str, Any], where: str) -> ChatBridgeProcessor:
+def _load(modality: str, split: str, values: dict[str, Any], where: str) -> Processor:
     name = values.get("name") or ("chatbridge_text" if modality == "text" else f"chatbridge_{modality}_{split}")
     processor = registry.get_processor_class(name)
     if processor is None:

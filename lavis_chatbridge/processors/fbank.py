@@ -58,11 +58,10 @@ def cut_clips(
 def cut_slices_as_original(
     samples: Tensor, mel_bins: int, clip_frames: int, slices: int, rng: np.random.Generator | None = None
 ) -> AudioClips:
-    """Always ``slices`` clips, padded with silence as in the original, for its checkpoints.
+    """Always ``slices`` clips, as the original's checkpoints need them (original: custom_datasets/valor_data/data.py).
 
     The sound is zero-padded to at least ``slices`` clips, and by one more clip if its last one is full; one clip of
-    each of ``slices`` segments is used. No frame counts as padding (original: custom_datasets/valor_data/data.py). For
-    the other arguments see `cut_clips`.
+    each of ``slices`` segments is used. No frame counts as padding.
     """
     total = frame_count(len(samples))
     stacked = (total + max(slices * clip_frames - total, clip_frames - total % clip_frames)) // clip_frames
@@ -88,16 +87,10 @@ def frame_count(samples: int) -> int:
 
 
 def fbank(samples: Tensor, mel_bins: int) -> Tensor:
-    """Normalised log-mel filterbank: ``torchaudio.compliance.kaldi.fbank``, with window and mel banks cached.
+    """Normalised log-mel filterbank ``[frame_count(S), M]`` of ``[S]`` samples in [-1, 1] at 16 kHz.
 
-    The operations are in torchaudio's order: for nearly silent sound, the logarithm amplifies rounding differences.
-
-    Args:
-        samples: ``[S]`` at 16 kHz, in [-1, 1]; at least one frame.
-        mel_bins: `M`.
-
-    Returns:
-        ``[frame_count(S), M]``.
+    The same as ``torchaudio.compliance.kaldi.fbank``, but faster: window and mel banks are cached. The operations are
+    in torchaudio's order: for nearly silent sound, the logarithm amplifies rounding differences.
     """
     frames = samples.unfold(0, FRAME_SAMPLES, SHIFT_SAMPLES) * 32768.0
     frames -= frames.mean(1, keepdim=True)

@@ -1,6 +1,6 @@
-"""The input that an encoder needs: image size, mean and std, or sample rate and feature extractor.
+"""The processor settings that an encoder needs: image size, mean and std, or feature extractor and clip length.
 
-These settings replace a processor's ``encoder: ${model.vision}``. They are read from the encoder's own
+They replace a processor's ``encoder: ${model.vision}``, and are read from the encoder's own
 ``preprocessor_config.json`` or timm's configuration, without loading weights.
 """
 
@@ -17,47 +17,41 @@ _SECONDS = 10.0
 
 
 def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
-    """The processor settings that an encoder needs.
+    """The settings for the section ``model.vision`` or ``model.audio`` (``modality``).
 
-    Args:
-        encoder: The section ``model.vision`` or ``model.audio``.
-        modality: ``"vision"`` or ``"audio"``.
-
-    Returns:
-        ``image_size``, ``mean`` and ``std``, or ``extractor`` and ``clip_seconds``; empty for BEATs and for
-        encoders registered by users.
-
-    Raises:
-        CheckpointError: If the encoder's configuration cannot be read or downloaded.
+    Empty for BEATs and for encoders registered by users.
     """
-    name, weights = encoder.get("encoder", "eva" if modality == "vision" else "beats"), encoder.get("weights")
+    name = encoder.get("encoder", "eva" if modality == "vision" else "beats")
     if name == "eva":
         return {"image_size": encoder["image_size"]} if "image_size" in encoder else {}
     if name == "timm":
         return _of_timm(encoder)
-    if name != "transformers" or weights is None:
+    if name != "transformers":
         return {}
-    folder = hub.find(weights, f"model.{modality}.weights", "processor")
-    if not (folder / PREPROCESSOR).is_file():
+    read = _read(encoder, modality, PREPROCESSOR)
+    if not read:
         return {}
-    read = hub.read_config(folder, PREPROCESSOR)
     if modality == "vision":
         found = {"image_size": hub.image_size(read), "mean": read.get("image_mean"), "std": read.get("image_std")}
         return {key: value for key, value in found.items() if value is not None}
     return {"extractor": read, "clip_seconds": _clip_seconds(read)}
 
 
+def _read(encoder: Mapping[str, Any], modality: str, name: str) -> dict[str, Any]:
+    """A configuration file of the encoder's weights, or an empty mapping if there is none."""
+    if encoder.get("weights") is None:
+        return {}
+    folder = hub.find(encoder["weights"], f"model.{modality}.weights", "processor")
+    return hub.read_config(folder, name) if (folder / name).is_file() else {}
+
+
 def _of_timm(encoder: Mapping[str, Any]) -> dict[str, Any]:
     import timm
 
-    described: Mapping[str, Any] = {}
-    if encoder.get("weights") is not None:
-        folder = hub.find(encoder["weights"], "model.vision.weights", "processor")
-        if (folder / "config.json").is_file():
-            described = hub.read_config(folder).get("pretrained_cfg") or {}
+    described = _read(encoder, "vision", "config.json").get("pretrained_cfg")
     if not described and encoder.get("name"):
         known = timm.get_pretrained_cfg(encoder["name"], allow_unregistered=True)
-        described = {} if known is None else known.to_dict()
+        described = None if known is None else known.to_dict()
     if not described:
         return {}
     data = timm.data.resolve_data_config({}, pretrained_cfg=dict(described))

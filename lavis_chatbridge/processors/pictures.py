@@ -1,4 +1,4 @@
-"""Converts images and videos to the vision encoder's input: crop, resize, normalise by the encoder's mean and std.
+"""Images and videos to the vision encoder's input: squashed into a square, normalised by the encoder's mean and std.
 
 Legend: `T` frames, `H` `W` size of the source, `S` size of the result.
 """
@@ -20,7 +20,7 @@ from torch.nn import functional
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.media import open_image, open_video
 from lavis_chatbridge.media.frames import frame_indices, uniform_frame_indices
-from lavis_chatbridge.processors.base import ChatBridgeProcessor
+from lavis_chatbridge.processors.base import Processor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,8 +34,6 @@ class PictureSettings(Settings):
 
     image_size: int = 224
     """Side of the result, in pixels."""
-    resize: Literal["squash", "crop"] = "squash"
-    """Squash the whole image into the square, or crop its central square first."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True
     """Whether downscaling averages over all source pixels."""
@@ -88,7 +86,7 @@ class TrainVideoSettings(TrainPictureSettings, VideoSettings):
 
 
 @registry.register_processor("chatbridge_image_eval")
-class ImageEvalProcessor(ChatBridgeProcessor):
+class ImageEvalProcessor(Processor):
     """An image -> float32 ``[3,S,S]``, deterministic."""
 
     name = "chatbridge_image_eval"
@@ -110,7 +108,7 @@ class ImageTrainProcessor(ImageEvalProcessor):
 
 
 @registry.register_processor("chatbridge_video_eval")
-class VideoEvalProcessor(ChatBridgeProcessor):
+class VideoEvalProcessor(Processor):
     """A video -> float32 ``[T,3,S,S]``, deterministic."""
 
     name = "chatbridge_video_eval"
@@ -137,21 +135,10 @@ class VideoTrainProcessor(VideoEvalProcessor):
 
 
 def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Generator | None = None) -> Tensor:
-    """Images of one size as the encoder's input.
+    """Images of one size (uint8 ``[T,H,W,3]``) as the encoder's input: float32 ``[T,3,S,S]``.
 
-    Args:
-        frames: uint8 ``[T,H,W,3]``. All are cropped alike.
-        settings: `TrainPictureSettings` crops them at random if ``rng`` is given.
-        rng: Random generator.
-
-    Returns:
-        float32 ``[T,3,S,S]``.
+    `TrainPictureSettings` crop them at random if ``rng`` is given, all alike.
     """
-    if settings.resize == "crop":
-        height, width = frames.shape[1:3]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        frames = frames[:, top : top + side, left : left + side]
     if rng is not None and isinstance(settings, TrainPictureSettings):
         frames = _random_crop(frames, settings.crop_scale, rng)
     mean = torch.tensor(settings.mean, dtype=torch.float32)[:, None, None] * 255.0

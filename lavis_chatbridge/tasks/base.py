@@ -1,15 +1,17 @@
-"""The base class of tasks, on LAVIS's `BaseTask`: weighted losses, evaluation, gathering over processes.
+"""The base class of tasks, on LAVIS's `BaseTask`: the next-token loss, evaluation, gathering over processes.
 
 A task knows batches and the model's interface; it knows no data set by name and no training loop.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_dist_avail_and_initialized
+from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
@@ -22,8 +24,13 @@ from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
 T = TypeVar("T")
 
 
+@registry.register_task("chatbridge_alignment")
+@registry.register_task("chatbridge_instruction")
 class ChatBridgeTask(BaseTask):
-    """Base of this package's tasks.
+    """Trains with the mean loss per target token, and validates with it.
+
+    The data set marks the targets in the prompt: captions in stage 1 (alignment; paper, section 3.2), the assistant's
+    turns in stage 2 (instruction tuning).
 
     Args:
         settings: How answers are decoded and which media are replaced.
@@ -32,7 +39,6 @@ class ChatBridgeTask(BaseTask):
 
     def __init__(self, settings: EvaluationSettings | None = None, seed: int = 0) -> None:
         super().__init__()
-        self.inst_id_key = "sample_id"
         self.settings = settings or EvaluationSettings()
         self.seed = seed
         self.datasets: Mapping[str, Mapping[str, Any]] = {}
@@ -55,10 +61,6 @@ class ChatBridgeTask(BaseTask):
         output = model(samples)
         return output["loss"], output["target_tokens"]
 
-    def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> Tensor:
-        """The mean loss of a batch, for LAVIS's own training loop."""
-        return self.weighted_loss(model, samples)[0]
-
     def evaluation_split(self, datasets: Mapping[str, Any]) -> EvaluationSplit:
         """The data sets of a split as one, with media kept or replaced according to ``run.media``."""
         sources = [source for dataset in datasets.values() for source in dataset.sources]
@@ -75,6 +77,34 @@ class ChatBridgeTask(BaseTask):
             if samples.get("sample_id", True):  # empty if no sample of the batch was readable
                 results.extend(self.valid_step(model=model, samples=prepare_sample(samples, cuda_enabled=cuda_enabled)))
         return results
+
+    def valid_step(self, model: Any, samples: Mapping[str, Any]) -> list[Any]:
+        """The loss of a batch, summed over its target tokens."""
+        loss, count = self.weighted_loss(model, samples)
+        total = float(loss) * int(count) if count else 0.0
+        names = samples["sample_id"]
+        return [{"source": samples["source"], "samples": len(names), "tokens": int(count), "loss": total}]
+
+    def after_evaluation(self, val_result: list[Any], split_name: str, epoch: Any, **_unused: Any) -> Any:
+        """The mean loss per target token, over all sources and of each; ``agg_metrics`` is its negative.
+
+        Returns:
+            The metrics on the main process, None on the others. Without target tokens there is no loss.
+        """
+        results = gathered(val_result)
+        if results is None:
+            return None
+        read, tokens, losses = Counter[str](), Counter[str](), Counter[str]()
+        for record in results:
+            read[record["source"]] += record["samples"]
+            tokens[record["source"]] += record["tokens"]
+            losses[record["source"]] += record["loss"]
+        counts = {"samples": read.total(), "not_predicted": sum(self.unread(read).values())}
+        if not tokens.total():
+            return counts
+        loss = sum(losses[name] for name in sorted(losses)) / tokens.total()
+        each = {f"loss_{name}": losses[name] / max(1, tokens[name]) for name in sorted(tokens)}
+        return {"agg_metrics": -loss, "loss": loss, **(each if len(each) > 1 else {}), **counts}
 
     def unread(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Source -> number of samples without a result, given the number with one; only of sources that lack some."""

@@ -19,7 +19,7 @@ from lavis_chatbridge.files import hash_of, read_json
 from lavis_chatbridge.prompting.conversation import Piece, Text, context_of
 from lavis_chatbridge.tasks.base import ChatBridgeTask, gathered
 from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles
-from lavis_chatbridge.tasks.scoring import CAPTION_METRICS, captions, facts, records
+from lavis_chatbridge.tasks.scoring import records
 from lavis_chatbridge.tasks.settings import EvaluationSettings, MediaSettings
 from lavis_chatbridge.tasks.splits import Source
 
@@ -41,24 +41,17 @@ class GenerationTask(ChatBridgeTask):
     immediately, so that an interrupted evaluation can resume.
     """
 
-    ranks_a_list = True
-    """With ``inference_method: rank``, ``answer_list`` has the candidates."""
-
     def __init__(self, settings: EvaluationSettings | None = None, seed: int = 0) -> None:
         super().__init__(settings, seed)
-        ranks = self.ranks_a_list and self.settings.inference_method == "rank"
-        self._answers = _answer_list(self.settings.answer_list) if ranks else []
+        path = self.settings.answer_list
+        self._answers = [] if path is None else _answer_list(path)
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
         """Raise a `DataError` if official metrics are requested and no sample has references, answers or options."""
         super().before_evaluation(model, dataset)
-        self._open_files({})
+        self._files = _files({})
         if not (self.settings.report_metric and self.settings.metrics):
             return
-        named = [metric for metric in self.settings.metrics if metric in CAPTION_METRICS]
-        for name, reason in (captions.unavailable(named) if named and get_rank() == 0 else {}).items():
-            what = "the official tokenizer of captions" if name == "ptb" else name
-            _log.warning("%s is not available here: %s; the other scores will be computed", what, reason)
         samples = [source.sample(index) for source in self.sources for index in range(len(source))]
         if samples and not any(s.answers or s.captions or (s.turns and s.turns[-1].role != "user") for s in samples):
             raise DataError(
@@ -69,7 +62,7 @@ class GenerationTask(ChatBridgeTask):
 
     def evaluation(self, model: nn.Module, data_loader: Any, cuda_enabled: bool = True) -> list[Prediction]:
         """One prediction per sample of this process: from disk if an earlier run made it, else from the model."""
-        self._open_files(self._dependencies(model))
+        self._files = _files(self._dependencies(model))
         known = self._files.read()
         shares = [(source, index) for source, share in data_loader.shares for index in share]
         own = {key: known[key] for key in shares if key in known}
@@ -78,8 +71,8 @@ class GenerationTask(ChatBridgeTask):
             _log.info("%d of %d predictions are read from %s", len(own), len(shares), self._files.folder)
         return [*own.values(), *super().evaluation(model, data_loader, cuda_enabled)]
 
-    def valid_step(self, model: Answering, samples: Mapping[str, Any]) -> list[Prediction]:
-        """One prediction per sample, with its prompt."""
+    def valid_step(self, model: Answering, samples: Mapping[str, Any]) -> list[Any]:
+        """One `Prediction` per sample, with its prompt."""
         source = next(source for source in self.sources if source.name == samples["source"])
         predictions = []
         for number, reply in enumerate(self.predict(model, samples)):
@@ -114,12 +107,11 @@ class GenerationTask(ChatBridgeTask):
         results = gathered(val_result)
         if results is None:
             return None
-        unique = {record.key: record for record in results}
-        predictions = [unique[key] for key in sorted(unique)]
+        predictions = sorted(results, key=lambda record: record.key)
         scores = self.score(predictions)
         name = "_".join(filter(None, [split_name, self.settings.file_suffix, f"step{epoch}"]))
         scoring = {"metrics", "normalisation", "published", "published_stage1", "published_in", "groups"}
-        about = self._depends_on | self.settings.model_dump(include=scoring)
+        about = self.settings.model_dump(include=scoring)
         return scores | {"written": self._files.finish(name, predictions, scores | about)}
 
     def score(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -137,16 +129,10 @@ class GenerationTask(ChatBridgeTask):
         return {**mean, "by_source": by_source, **counts}
 
     def _score_source(self, name: str, group: Sequence[Prediction]) -> dict[str, Any]:
-        if not self.settings.report_metric:
+        how = self.settings
+        if not how.report_metric:
             return {"samples": len(group)}
-        learnt, seen = self._facts_in_training(name), [record.facts for record in group if record.facts]
-        values = facts.values_of([*learnt, *seen])
-        found = records.score_records(group, self.settings.metrics, self.settings.normalisation, values)
-        return found | ({"chance": 100.0 * facts.text_prior(learnt, seen)} if learnt and seen else {})
-
-    def _open_files(self, depends_on: dict[str, Any]) -> None:
-        self._depends_on = depends_on
-        self._files = PredictionFiles(Path(registry.get_path("result_dir")), hash_of(depends_on), get_rank())
+        return records.score_records(group, how.metrics, how.normalisation, self._facts_in_training(name))
 
     def _dependencies(self, model: nn.Module) -> dict[str, Any]:
         """Everything that affects the predictions."""
@@ -157,10 +143,6 @@ class GenerationTask(ChatBridgeTask):
             "decoding": self.settings.sampling(self.seed).model_dump() | how | {"answers": hash_of(self._answers)},
             **self.settings.model_dump(include=set(MediaSettings.model_fields)),
             "data": {name: {"samples": len(one), "sha256": data_hash(one)} for name, one in sources.items()},
-            "processing": {
-                name: {modality: str(getattr(p, "version", "")) for modality, p in sorted(one.processors.items())}
-                for name, one in sources.items()
-            },
             "model": model_hash(model),
             "versions": records.versions(),
         }
@@ -172,10 +154,12 @@ class GenerationTask(ChatBridgeTask):
         return [s.sample(i).facts for s in found if s.sample(0).facts for i in range(len(s))]
 
 
-def _answer_list(path: str | None) -> list[str]:
+def _files(depends_on: dict[str, Any]) -> PredictionFiles:
+    return PredictionFiles(Path(registry.get_path("result_dir")), depends_on, get_rank())
+
+
+def _answer_list(path: str) -> list[str]:
     """The candidates of ``rank``."""
-    if path is None:
-        raise ConfigError("run.inference_method is rank, but run.answer_list names no JSON file with the answers")
     listed = read_json(Path(path).expanduser())
     if not isinstance(listed, list) or not listed or not all(isinstance(text, str) for text in listed):
         raise ConfigError(f"run.answer_list: {path} is not a readable JSON list of answers")
@@ -188,9 +172,11 @@ def prompt_text(pieces: Sequence[Piece]) -> str:
 
 
 def data_hash(source: Source) -> str:
-    """A hash of all samples of a source: their text, their media by name and size, and their prompts."""
+    """A hash of a source's processors and of all samples: their text, their media by name and size, their prompts."""
+    versions = {modality: getattr(processor, "version", "") for modality, processor in source.processors.items()}
     samples = range(len(source))
-    return hash_of([[source.sample_hash(i), prompt_text(source.pieces(source.sample(i), None))] for i in samples])
+    prompts = [[source.sample_hash(i), prompt_text(source.pieces(source.sample(i), None))] for i in samples]
+    return hash_of(versions, prompts)
 
 
 def model_hash(model: nn.Module) -> str:

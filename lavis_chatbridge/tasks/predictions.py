@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from pydantic import BeforeValidator, ConfigDict
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import append_lines, atomic_text, read_json, read_objects, write_json
+from lavis_chatbridge.files import append_lines, hash_of, read_json, read_objects, write_json, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class Prediction(Settings):
 
     @property
     def truth(self) -> list[str]:
-        """The reference texts: the accepted answers, else the references."""
+        """The accepted answers, else the references."""
         return self.answers or self.references
 
     @property
@@ -73,12 +72,7 @@ class Prediction(Settings):
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The records of a predictions file.
-
-    Raises:
-        DataError: If it cannot be read, is not JSONL, or has no prediction.
-        ConfigError: If a line is not a prediction, with all its faults.
-    """
+    """The records of a predictions file, at least one."""
     records = [parse(Prediction, record, where) for where, record in read_objects(path)]
     if not records:
         raise DataError(f"{path} has no prediction")
@@ -86,16 +80,16 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 class PredictionFiles:
-    """The predictions of a split on disk; ``depends_on`` is a hash of data, prompts, decoding, weights and versions."""
+    """The predictions of a split on disk; ``depends_on`` is everything that affects them."""
 
-    def __init__(self, folder: Path, depends_on: str, rank: int) -> None:
-        self.folder, self.depends_on = folder, depends_on
-        self._own = folder / f".{depends_on[:16]}.rank{rank}.jsonl"
+    def __init__(self, folder: Path, depends_on: Mapping[str, Any], rank: int) -> None:
+        self.folder, self.depends_on, self.hash = folder, depends_on, hash_of(depends_on)
+        self._own = folder / f".{self.hash[:16]}.rank{rank}.jsonl"
 
     def read(self) -> dict[tuple[str, int], Prediction]:
         """Predictions of earlier evaluations with the same hash; a line that an interruption cut off is skipped."""
         found: dict[tuple[str, int], Prediction] = {}
-        for path in chain(self._finished(), self._parts()):
+        for path in [*self._finished(), *self._parts()]:
             for line in path.read_bytes().splitlines():
                 try:
                     record = Prediction.model_validate_json(line)
@@ -111,25 +105,23 @@ class PredictionFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             append_lines(self._own, [record.line() for record in records])
 
-    def finish(self, name: str, records: Iterable[Prediction], scores: dict[str, Any]) -> list[str]:
+    def finish(self, name: str, records: Iterable[Prediction], scores: Mapping[str, Any]) -> list[str]:
         """Write ``NAME.jsonl`` and ``NAME_metrics.json``, remove the processes' own files; returns the two paths."""
         path, target = self.folder / f"{name}.jsonl", self.folder / f"{name}_metrics.json"
         with self._writable():
-            with atomic_text(path) as file:
-                file.writelines(f"{record.line()}\n" for record in records)
-            write_json(target, scores | {"depends_on": self.depends_on})
+            write_text(path, "".join(f"{record.line()}\n" for record in records))
+            write_json(target, {**scores, **self.depends_on, "depends_on": self.hash})
         for part in self._parts():
             part.unlink(missing_ok=True)
         return [str(path), str(target)]
 
     def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob(f".{self.depends_on[:16]}.rank*.jsonl"))
+        return sorted(self.folder.glob(f".{self.hash[:16]}.rank*.jsonl"))
 
-    def _finished(self) -> Iterator[Path]:
-        for scores in sorted(self.folder.glob("*_metrics.json")):
-            predictions = scores.with_name(scores.name.removesuffix("_metrics.json") + ".jsonl")
-            if (read_json(scores) or {}).get("depends_on") == self.depends_on and predictions.is_file():
-                yield predictions
+    def _finished(self) -> list[Path]:
+        scores = [p for p in self.folder.glob("*_metrics.json") if (read_json(p) or {}).get("depends_on") == self.hash]
+        files = [path.with_name(path.name.removesuffix("_metrics.json") + ".jsonl") for path in sorted(scores)]
+        return [path for path in files if path.is_file()]
 
     @contextmanager
     def _writable(self) -> Iterator[None]:

@@ -6,14 +6,18 @@ These keys are in the ``run`` section of a YAML, together with the runner's own,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 from pydantic import Field
 
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
-from lavis_chatbridge.tasks.scoring import Metric, Normalisation
+
+CaptionMetric: TypeAlias = Literal["BLEU", "METEOR", "ROUGE_L", "CIDEr", "SPICE"]
+Metric: TypeAlias = CaptionMetric | Literal["vqa_accuracy", "exact_match", "yes_no", "choice"]
+CAPTION_METRICS: tuple[str, ...] = get_args(CaptionMetric)
+"""Metrics of pycocoevalcap, against reference captions."""
 
 
 class MediaSettings(Settings):
@@ -83,8 +87,8 @@ class EvaluationSettings(MediaSettings):
     """Score the predictions; false only writes them."""
     metrics: list[Metric] = []
     """Official metrics; the first is the suite's main one. Empty: exact match and attribute accuracy."""
-    normalisation: Normalisation = "plain"
-    """How ``exact_match`` normalises answers: ``plain``, ``squad``, ``vqa`` or ``vocabulary``."""
+    normalisation: Literal["plain", "squad", "vqa", "vocabulary"] = "plain"
+    """How ``exact_match`` normalises answers."""
     published: dict[str, float] = {}
     """The paper's figures, metric -> percent, shown beside the scores."""
     published_stage1: dict[str, float] = {}

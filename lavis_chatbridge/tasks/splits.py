@@ -40,17 +40,12 @@ class Source(Protocol):
 class EvaluationSource:
     """A source whose items have their position as ``index``, and possibly other media.
 
-    Args:
-        source: The original source.
-        replacement: ``shuffled``: every sample has another sample's media, the same ones in every run; ``withheld``:
-            none, and the prompt has no slot for them.
-        seed: Of the shuffling.
+    Shuffled media are another sample's, the same ones in every run with this ``seed``.
     """
 
     def __init__(self, source: Source, replacement: MediaSettings, seed: int = 0) -> None:
         self.source, self.replacement, self.seed = source, replacement, seed
-        self.name, self.lengths = source.name, source.lengths
-        self.sample, self.pieces = source.sample, source.pieces
+        self.name, self.lengths, self.sample = source.name, source.lengths, source.sample
 
     def __len__(self) -> int:
         return len(self.source)
@@ -64,24 +59,24 @@ class EvaluationSource:
         item = self.source.item(index, epoch) | {"index": index}
         if self.replacement.media == "withheld":
             none: dict[str, list] = {modality: [] for modality in self.replacement.media_modalities}
-            return item | {"pieces": self._withheld(index, item)} | none
+            return item | {"pieces": self._withheld(index, item["pieces"])} | none
         if self.replacement.media == "shuffled" and (own := self._media(index)):
             return item | self._media_of_another(index, own, epoch)
         return item
 
-    def _withheld(self, index: int, item: dict[str, Any]) -> list[Piece]:
+    def _withheld(self, index: int, pieces: list[Piece]) -> list[Piece]:
         """The prompt of a sample without its media."""
         gone = self.replacement.media_modalities
         if self.replacement.withheld_words == "kept":
-            return [piece for piece in item["pieces"] if not (isinstance(piece, Slot) and piece.modality in gone)]
+            return [piece for piece in pieces if not (isinstance(piece, Slot) and piece.modality in gone)]
         sample = self.source.sample(index)
-        lost = [medium.modality for medium in sample.files if medium.modality in gone]
         media = tuple(medium for medium in sample.media if medium.words or medium.modality not in gone)
         spelt = {medium.modality for medium in sample.media if medium.words}
         turns = tuple(
             replace(turn, media=tuple(m for m in turn.media if m in spelt or m not in gone)) for turn in sample.turns
         )
         pieces = self.source.pieces(replace(sample, media=media, turns=turns), None)
+        lost = [medium.modality for medium in self._media(index)]
         return told(pieces, lost) if self.replacement.withheld_words == "told" and lost else pieces
 
     def _media_of_another(self, index: int, own: list[Medium], epoch: int) -> dict[str, list]:
@@ -112,11 +107,7 @@ class EvaluationSource:
 
 
 class EvaluationSplit:
-    """The sources of a split for evaluation, without those that have no media to withhold or exchange.
-
-    Raises:
-        DataError: If no source has such media.
-    """
+    """The sources of a split for evaluation, without those that have no media to withhold or exchange."""
 
     def __init__(self, sources: Sequence[Source], replacement: MediaSettings | None = None, seed: int = 0) -> None:
         how = replacement or MediaSettings()
@@ -127,15 +118,11 @@ class EvaluationSplit:
             raise DataError(f"run.media is {how.media}, but {names} have no {' and no '.join(how.media_modalities)}")
         self.sources = [EvaluationSource(source, how, seed) for source in concerned]
 
-    def __len__(self) -> int:
-        return sum(map(len, self.sources))
-
 
 def told(pieces: Sequence[Piece], lost: Sequence[Modality]) -> list[Piece]:
     """A prompt that says which media are ``lost``, at the beginning of the first request after the others."""
     names = [f"the {modality}" for modality in dict.fromkeys(lost)]
-    note = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing. "
-    note = note[0].upper() + note[1:]
+    note = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing. ".capitalize()
     first = max((i + 1 for i, piece in enumerate(pieces) if isinstance(piece, Slot)), default=0)
     for position, piece in enumerate(pieces[first:], start=first):
         if isinstance(piece, Text) and not piece.target:

@@ -36,11 +36,8 @@ def interval(
 ) -> tuple[float, float] | None:
     """The ends of the 95 % bootstrap interval of a weighted mean; None for fewer than two clusters.
 
-    Args:
-        values: ``[n]``.
-        weights: ``[n]`` weights of the mean; equal by default.
-        clusters: ``[n]``, the medium that samples share; each sample is its own cluster by default.
-        seed: Seed of the resampling.
+    ``values``, ``weights`` and ``clusters`` are ``[n]``. Samples with the same cluster share a medium; by default, none
+    do.
     """
     from scipy import stats
 

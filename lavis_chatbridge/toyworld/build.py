@@ -89,20 +89,18 @@ class Pair:
 def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, processes: int = 2) -> Path:
     """Build the embedded world in ``folder``, unless it is already there with these settings; returns the folder.
 
-    A world with other settings is replaced as soon as the new one is complete.
-
-    Raises:
-        DataError: If the folder contains other files, or rendering fails.
+    A world with other settings is replaced as soon as the new one is complete. Other files in the folder are a
+    `DataError`.
     """
     folder, sizes = Path(folder).absolute(), sizes or Sizes()
     wanted = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
     with locked(folder):
-        found = _settings_in(folder)
+        found = read_json(folder / INFO) or {}
         if wanted.items() <= found.items():
             log.info("the embedded world in %s is complete", folder)
             return folder
         if not found and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-            raise DataError(f"{folder} contains files of no embedded world; choose another folder, or empty this one")
+            raise DataError(f"{folder} has other files than an embedded world: choose another folder, or empty it")
         began = time.monotonic()
         items, pairs = plan(sizes, seed)
         log.info("building the embedded world in %s: %d files, about a minute by default", folder, len(items))
@@ -124,12 +122,7 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
 
 def is_world(folder: str | Path) -> bool:
     """Whether a folder contains a complete world of the current version (any size and seed)."""
-    return _settings_in(Path(folder)).get("version") == VERSION
-
-
-def _settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of the world in ``folder``; empty if there is no complete world."""
-    return read_json(folder / INFO) or {}
+    return (read_json(Path(folder) / INFO) or {}).get("version") == VERSION
 
 
 # --- The plan ---

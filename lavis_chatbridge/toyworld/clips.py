@@ -85,13 +85,6 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
     return file.getvalue()
 
 
-def decode(file: bytes) -> Pixels:
-    """All frames of an encoded clip: uint8 ``[T, S, S, 3]``, as the lossy codec gives them."""
-    with av.open(io.BytesIO(file)) as container:
-        container.streams.video[0].thread_count = 1
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def _course(motion: str, count: int, rng: np.random.Generator) -> list[Placement]:
     tilt = pictures.tilt(rng)
     steps = np.linspace(0.0, 1.0, count) ** rng.uniform(0.85, 1.18)  # a slight acceleration or deceleration

@@ -83,7 +83,6 @@ _OWN: dict[str, tuple[str, ...]] = {
     "pitch": ("at which pitch is it?", "which pitch does it have?"),
     "pattern": ("how does the sound go on?", "which pattern does it have?"),
 }
-_ONE = ("what is {first}?", "name {first}", "tell me {first}", "which {name} does {thing} have?")
 _NAME = ("what is {first} and {second}?", "name {first} and {second}", "tell me {first} and {second}")
 _COMPOSE = ("describe {things} in short", "in short, what is {things}?", "sum up {things}")
 _MATCH = ("which of these words fit {things}: {words}?", "of these words, which fit {things}: {words}?")
@@ -192,13 +191,6 @@ class Asker:
     def ask(self, kind: QuestionKind) -> Question:
         """A question of the given kind."""
         return getattr(self, f"_{kind}")()
-
-    def one(self) -> Question:
-        """A question for one value of one of the scenes."""
-        fact = self.fact(self.rng.randrange(len(self.scenes)))
-        wording = self.rng.choice(_ONE)
-        text = wording.format(first=self.attribute(fact), name=fact.attribute, thing=self._thing(fact.medium))
-        return Question(text, fact.value, "name", (fact,))
 
     def fact(self, medium: int) -> Fact:
         """A random fact of a scene."""

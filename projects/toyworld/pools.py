@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavis_chatbridge.media.audio import open_audio
 from lavis_chatbridge.media.image import open_image
+from lavis_chatbridge.media.video import open_video
 from lavis_chatbridge.processors.fbank import fbank
 from lavis_chatbridge.processors.pictures import PictureSettings, prepare
 from lavis_chatbridge.toyworld import clips, pictures, sounds
@@ -165,6 +166,6 @@ def _pictures(rng: np.random.Generator) -> Iterator[tuple[Scene, Pixels, Placeme
 def _frames(rng: np.random.Generator) -> Iterator[tuple[Scene, Pixels, Placement]]:
     for scene in itertools.cycle(all_scenes("video")):
         clip = clips.render(scene, rng)
-        decoded = clips.decode(clips.encode(clip, rng))
+        decoded = open_video(clips.encode(clip, rng), range)
         for index in rng.choice(len(decoded), STILLS_PER_CLIP, replace=False):
             yield scene, decoded[index], clip.placements[index]

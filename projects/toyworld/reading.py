@@ -40,6 +40,7 @@ _PAIRS: tuple[tuple[Modality, Modality], ...] = (("image", "audio"), ("video", "
 
 _NAMING = (1, 1, 1, 1, 0, 0, 0, 0)
 _JUDGING = (0.5, 0.7, 0.5, 0.7, 2, 2.5, 2, 0.7)
+_ONE = ("what is {first}?", "name {first}", "tell me {first}", "which {name} does {thing} have?")
 _CHECK = (
     "is {first} {one}?",
     "is it true that {first} is {one}?",
@@ -84,6 +85,13 @@ class Teacher(Asker):
 
     def _both_go(self) -> Question | None:
         return super()._both_go() if self.asked is None else None
+
+    def one(self) -> Question:
+        """A question for one value of one of the scenes."""
+        fact = self.fact(self.rng.randrange(len(self.scenes)))
+        thing = self._things([fact.medium])
+        text = self.rng.choice(_ONE).format(first=self.attribute(fact), name=fact.attribute, thing=thing)
+        return Question(text, fact.value, "name", (fact,))
 
     def check(self) -> Question:
         """A yes/no question about one value of one of the scenes."""

@@ -149,7 +149,7 @@ def test_a_quick_start_imports_the_rest_when_it_is_used(facts_of):
         "imported": [],
         "another processor": "BlipImageEvalProcessor",
         "another model": "BlipCaption",
-        "task": "AlignmentTask",
+        "task": "ChatBridgeTask",
         "model": "ChatBridge",
     }
 

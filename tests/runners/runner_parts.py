@@ -25,7 +25,7 @@ from lavis_chatbridge.prompting.conversation import Modality, Piece, Slot, Text
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
 from lavis_chatbridge.runners.config import Config
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.tasks.alignment import AlignmentTask
+from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 WIDTH, WORDS = 8, 12
 COLOURS = ("red", "green", "blue")
@@ -167,7 +167,7 @@ def runner(
 ) -> ChatBridgeRunner:
     """A runner over the toy parts."""
     cfg = config(folder, **run)
-    task = task or AlignmentTask.setup_task(cfg)
+    task = task or ChatBridgeTask.setup_task(cfg)
     task.datasets = data or toy_data()
     return ChatBridgeRunner(cfg=cfg, job_id="job", task=task, model=model or ToyModel(), datasets=task.datasets)
 

@@ -122,7 +122,7 @@ def test_an_incomplete_world_is_never_seen(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match="contains files of no embedded world"):
+    with pytest.raises(DataError, match="has other files than an embedded world"):
         build_world(tmp_path, SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 

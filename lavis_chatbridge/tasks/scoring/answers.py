@@ -1,4 +1,4 @@
-"""Answer scores: the official VQA accuracy, exact match after the benchmark's own normalisation, yes or no."""
+"""Scores of single texts: official VQA accuracy, exact match after a normalisation, yes or no, and facts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import contextlib
 import io
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
+
+Facts = Mapping[str, str]
+"""Attribute -> value of a medium."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TEENS = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
 _NUMBERS = f"zero one two three four five six seven eight nine ten {_TEENS}".split()
 _NUMERALS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+_WORD = re.compile(r"[^\W_]+")
+
+
+# --- Answers ---
 
 
 def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
@@ -73,6 +81,20 @@ def yes_no(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tupl
     return scores, each
 
 
+def _first_word(text: str) -> str:
+    found = re.match(r"\W*([a-z]+)", text.lower())
+    return found.group(1) if found else ""
+
+
+def _evaluator(*arguments: Any) -> Any:
+    from lavis.common.vqa_tools.vqa_eval import VQAEval
+
+    return VQAEval(*arguments)
+
+
+# --- Normalisations ---
+
+
 def plain(text: str) -> str:
     """Lower case, outer white space and a final full stop dropped: MSRVTT-QA, MSVD-QA and GQA compare single words."""
     return " ".join(text.lower().split()).rstrip(".").strip()
@@ -96,15 +118,36 @@ def vqa(text: str) -> str:
 
 
 NORMALISATIONS: dict[str, Callable[[str], str]] = {"plain": plain, "squad": squad, "vqa": vqa, "vocabulary": vocabulary}
-"""Name to normalisation of an answer before it is compared."""
 
 
-def _first_word(text: str) -> str:
-    found = re.match(r"\W*([a-z]+)", text.lower())
-    return found.group(1) if found else ""
+# --- Facts ---
 
 
-def _evaluator(*arguments: Any) -> Any:
-    from lavis.common.vqa_tools.vqa_eval import VQAEval
+def names_exactly(text: str, value: str, values: Iterable[str]) -> bool:
+    """Whether ``text`` names ``value`` and no other of ``values``; whole words, in any case."""
+    words = f" {' '.join(_WORD.findall(text.lower()))} "
+    named = {candidate for candidate in {value, *values} if f" {' '.join(_WORD.findall(candidate.lower()))} " in words}
+    # "light blue" also holds the word "blue": a value inside a longer mentioned one does not count
+    return {name for name in named if not any(name != other and name in other for other in named)} == {value}
 
-    return VQAEval(*arguments)
+
+def text_prior(train: Iterable[Facts], test: Iterable[Facts]) -> float:
+    """The share of right attributes that random training captions would have.
+
+    The mean over attributes of the sum over values of p_train(value) p_test(value).
+    """
+    before, after = frequencies(train), frequencies(test)
+    shared = [name for name in after if name in before]
+    if not shared:
+        return 0.0
+    agreement = (sum(p * before[name].get(value, 0.0) for value, p in after[name].items()) for name in shared)
+    return sum(agreement) / len(shared)
+
+
+def frequencies(facts: Iterable[Facts]) -> dict[str, dict[str, float]]:
+    """Attribute -> value -> its share, in the order of appearance."""
+    counts: dict[str, Counter[str]] = {}
+    for truth in facts:
+        for name, value in truth.items():
+            counts.setdefault(name, Counter())[value] += 1
+    return {name: {value: n / count.total() for value, n in count.items()} for name, count in counts.items()}

@@ -12,12 +12,13 @@ import re
 import shutil
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
+import numpy as np
+
 from lavis_chatbridge.errors import DataError, one_line
-from lavis_chatbridge.tasks.scoring import CAPTION_METRICS
+from lavis_chatbridge.tasks.scoring import Measured
 
 _log = logging.getLogger(__name__)
 
@@ -36,73 +37,49 @@ _PUNCTUATION = re.compile(r"[.,!?;:\"`()\[\]{}]|''|--+|(?<!\w)'|'(?!\w)|(?<!\w)-
 Texts = dict[int, list[str]]
 
 
-@dataclass
-class CaptionScores:
-    """Scores of the corpus and of each caption, as fractions (``BLEU_1`` to ``BLEU_4``); reasons for missing metrics.
-
-    ``tokenizer`` is ``"ptb"`` (official, Java) or ``"python"`` (a rule): their scores are not comparable.
-    """
-
-    overall: dict[str, float] = field(default_factory=dict)
-    each: dict[str, list[float]] = field(default_factory=dict)
-    tokenizer: str = "ptb"
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def add(self, metric: str, truth: Texts, said: Texts) -> None:
-        """Add one metric, or the reason why its scorer failed."""
-        try:
-            corpus, single = (_meteor if metric == "METEOR" else _scored)(metric, truth, said)
-        except Exception as error:  # an external scorer may raise anything; only its own metric is lost
-            self.left_out[metric] = f"its scorer failed: {type(error).__name__}: {one_line(error)}"
-            _log.warning("%s is left out: %s", metric, self.left_out[metric])
-            return
-        if metric == "BLEU":
-            named = {f"BLEU_{n}": values for n, values in enumerate(zip(corpus, single, strict=True), start=1)}
-        else:
-            named = {metric: (corpus, [item["All"]["f"] for item in single] if metric == "SPICE" else single)}
-        self.overall |= {name: float(value) for name, (value, _) in named.items()}
-        self.each |= {name: [float(value) for value in values] for name, (_, values) in named.items()}
-
-
-def unavailable(metrics: Sequence[str] = CAPTION_METRICS) -> dict[str, str]:
+def unavailable() -> dict[str, str]:
     """The metrics (and ``"ptb"``, the official tokenizer) that cannot be computed on this machine -> the reason."""
     if not shutil.which("java"):
         java = "Java is not installed (Debian: apt-get install default-jre-headless)"
-        reasons = {name: java for name in ("METEOR", "SPICE") if name in metrics}
-        return {"ptb": f"{java}; captions are tokenised by a Python rule instead", **reasons}
+        return {"ptb": f"{java}; captions are tokenised by a Python rule instead", "METEOR": java, "SPICE": java}
     folder = importlib.resources.files("pycocoevalcap") / "spice" / "lib"
-    missing = [name for name in _SPICE_JARS if not (folder / name).is_file()]  # SPICE would download them
-    if "SPICE" in metrics and missing:
+    if missing := [name for name in _SPICE_JARS if not (folder / name).is_file()]:  # SPICE would download them
         return {"SPICE": f"SPICE's {' and '.join(missing)} are not in lib/ of pycocoevalcap's spice folder"}
     return {}
 
 
-def score_captions(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] = CAPTION_METRICS
-) -> CaptionScores:
-    """Score one predicted caption per sample against its references.
-
-    Args:
-        predictions: ``[n]`` captions.
-        references: ``[n]`` one or more reference captions each.
-        metrics: Names of `CAPTION_METRICS`.
-
-    Raises:
-        DataError: If no reference has a word.
-    """
-    missing = unavailable(metrics)
-    found = CaptionScores(left_out={name: reason for name, reason in missing.items() if name != "ptb"})
-    truth: Texts = {number: list(texts) for number, texts in enumerate(references)}
-    said: Texts = {number: [text] for number, text in enumerate(predictions)}
+def score(found: Measured, metrics: Sequence[str]) -> None:
+    """Add caption metrics to the scores of predictions; a `DataError` if no reference has a word."""
+    truth: Texts = {number: list(record.truth) for number, record in enumerate(found.records)}
+    said: Texts = {number: [record.prediction] for number, record in enumerate(found.records)}
+    missing = unavailable()
     truth, said, found.tokenizer = _tokenised(truth, said, official="ptb" not in missing)
     if not any(text for texts in truth.values() for text in texts):
-        raise DataError(f"the references of all {len(predictions)} predictions are empty")
-    if len(predictions) == 1 and "CIDEr" in metrics:
-        found.left_out["CIDEr"] = "it needs two samples or more: words are weighted by how many samples have them"
+        raise DataError(f"the references of all {len(said)} predictions are empty")
+    if len(said) == 1:
+        missing["CIDEr"] = "it needs two samples or more: words are weighted by how many samples have them"
     for metric in metrics:
-        if metric not in found.left_out:
-            found.add(metric, truth, said)
-    return found
+        if metric in missing:
+            found.left_out[metric] = missing[metric]
+        else:
+            _add(found, metric, truth, said)
+
+
+def _add(found: Measured, metric: str, truth: Texts, said: Texts) -> None:
+    """Add one metric, or the reason why its scorer failed."""
+    try:
+        corpus, each = (_meteor if metric == "METEOR" else _scored)(metric, truth, said)
+    except Exception as error:  # an external scorer may raise anything; only its own metric is lost
+        found.left_out[metric] = f"its scorer failed: {type(error).__name__}: {one_line(error)}"
+        _log.warning("%s is left out: %s", metric, found.left_out[metric])
+        return
+    if metric == "BLEU":
+        found.scores |= {f"BLEU_{n}": 100.0 * float(value) for n, value in enumerate(corpus, start=1)}
+        return
+    found.scores[metric] = 100.0 * float(corpus)
+    if metric != "METEOR":  # the others are means over samples
+        single = [item["All"]["f"] for item in each] if metric == "SPICE" else each
+        found.each[metric] = 100.0 * np.asarray(single, dtype=float)
 
 
 def _scored(metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -18,64 +17,29 @@ import numpy as np
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.tasks import statistics
 from lavis_chatbridge.tasks.predictions import Prediction
-from lavis_chatbridge.tasks.scoring import CAPTION_METRICS, HEADLINES, answers, captions, choices, facts
+from lavis_chatbridge.tasks.scoring import Measured, answers, captions
+from lavis_chatbridge.tasks.settings import CAPTION_METRICS
 
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("lavis-chatbridge", "salesforce-lavis", "pycocoevalcap", "torch", "transformers")
-_MEANS = ("ROUGE_L", "CIDEr", "SPICE")
-"""Caption metrics whose corpus score is the mean of the samples' scores."""
-
 Types = dict[str, dict[str, dict[str, float]]]
 """Kind of type -> type -> ``samples`` and the mean of each metric."""
-
-
-@dataclass
-class Measured:
-    """Scores of some predictions, in total and of each.
-
-    Attributes:
-        records: The predictions that have references, answers, options or facts.
-        scores: Metric -> percent.
-        each: Metric -> ``[n]`` percent; only metrics that are means over samples.
-        weights: Metric -> ``[n]``, for means that are weighted.
-        by_attribute: Attribute -> number of samples and accuracy, for captions that are scored by facts.
-        tokenizer: The tokenizer of captions.
-        left_out: Metric -> the reason why it was not computed.
-    """
-
-    records: Sequence[Prediction]
-    scores: dict[str, float] = field(default_factory=dict)
-    each: dict[str, np.ndarray] = field(default_factory=dict)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-    by_attribute: dict[str, dict[str, float]] = field(default_factory=dict)
-    tokenizer: str = ""
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def add(self, metric: str, each: Sequence[float], score: float | None = None) -> None:
-        """Add a metric that is a mean over samples."""
-        self.each[metric] = np.asarray(each, dtype=float)
-        self.scores[metric] = float(self.each[metric].mean()) if score is None else score
-
-    @property
-    def clusters(self) -> list[Any]:
-        """The cluster of each sample, for resampling: its media, else only itself."""
-        return [tuple(record.media) or number for number, record in enumerate(self.records)]
 
 
 def measured(
     records: Sequence[Prediction],
     metrics: Sequence[str] = (),
     normalisation: str = "plain",
-    values: facts.Values | None = None,
+    learnt: Sequence[answers.Facts] = (),
 ) -> Measured:
     """Score predictions.
 
     Args:
         records: One per sample.
-        metrics: Names of `scoring.Metric`; if empty: exact match of questions, or else attribute accuracy of captions.
+        metrics: Names of `settings.Metric`; if empty: exact match of questions, or else attribute accuracy of captions.
         normalisation: For ``exact_match``.
-        values: All values of each attribute, for the attribute accuracy; by default those in the records.
+        learnt: The facts of the training samples, whose values a caption may confuse with the right one.
 
     Raises:
         DataError: If a sample occurs twice, or no record can be scored.
@@ -87,16 +51,13 @@ def measured(
     if metrics and not usable:
         raise DataError(f"none of {len(records)} predictions has references or answers to compare with")
     if not usable:
-        return _by_facts([record for record in records if record.facts], values)
+        return _by_facts([record for record in records if record.facts], learnt)
     if not metrics:
         metrics, normalisation = ["exact_match"], "squad"
     found = Measured(usable)
     said, truth = [record.prediction for record in usable], [record.truth for record in usable]
     if named := [metric for metric in metrics if metric in CAPTION_METRICS]:
-        scored = captions.score_captions(said, truth, named)
-        found.scores |= {name: 100.0 * value for name, value in scored.overall.items()}
-        found.each |= {name: 100.0 * np.asarray(scored.each[name]) for name in _MEANS if name in scored.each}
-        found.tokenizer, found.left_out = scored.tokenizer, scored.left_out
+        captions.score(found, named)
     if "vqa_accuracy" in metrics:
         score, each = answers.vqa_accuracy(said, truth)
         found.add("vqa_accuracy", each, score)
@@ -107,7 +68,7 @@ def measured(
         found.add("yes_no", each)
         found.scores |= scores
     if "choice" in metrics:
-        found.add("choice", [choices.right(record) for record in usable])
+        found.add("choice", [_share_right(record) for record in usable])
     return found
 
 
@@ -115,34 +76,31 @@ def score_records(
     records: Sequence[Prediction],
     metrics: Sequence[str] = (),
     normalisation: str = "plain",
-    values: facts.Values | None = None,
+    learnt: Sequence[answers.Facts] = (),
 ) -> dict[str, Any]:
     """The result of `measured` as stored in a scores file.
 
     Returns:
         ``samples``, ``scores`` (metric -> percent), ``intervals`` (metric -> lower and upper end, None if all samples
         share a medium), ``metric`` and ``headline`` (the first metric's name and score, None if it could not be
-        computed), ``by_type`` (`Types`), ``chance`` (of multiple choice), ``tokenizer``, ``left_out`` (metric -> why),
-        ``unscored`` (number of predictions without references, answers, options or facts). Only ``samples`` and
+        computed), ``by_type`` (`Types`), ``chance`` (the score of guessing), ``tokenizer``, ``left_out`` (metric ->
+        why), ``unscored`` (number of predictions without references, answers, options or facts). Only ``samples`` and
         ``fault``, the error text, if nothing can be scored, so that other data sets keep their scores.
     """
     try:
-        found = measured(records, metrics, normalisation, values)
+        found = measured(records, metrics, normalisation, learnt)
     except DataError as error:
         _log.error("not scored: %s", error)
         return {"samples": len(records), "fault": str(error)}
     first = metrics[0] if metrics else next(iter(found.scores), "")
-    metric = HEADLINES.get(first, first)
+    metric = "BLEU_4" if first == "BLEU" else first
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
     result |= {"scores": found.scores, "metric": metric, "headline": found.scores.get(metric)}
     result["intervals"] = {
         name: statistics.interval(each, found.weights.get(name), found.clusters) for name, each in found.each.items()
     }
     more: dict[str, Any] = {"by_type": _by_type(found), "tokenizer": found.tokenizer, "left_out": found.left_out}
-    if "choice" in metrics:
-        more["chance"] = float(np.mean([choices.chance(record) for record in found.records]))
-    elif "yes_no" in metrics:
-        more["chance"] = 50.0
+    more["chance"] = _chance(found.records, metrics, learnt)
     return result | {key: value for key, value in more.items() if value}
 
 
@@ -168,17 +126,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _by_facts(records: Sequence[Prediction], values: facts.Values | None) -> Measured:
+def _share_right(record: Prediction) -> float:
+    """Percent of the asked orders of the options in which the right one was chosen."""
+    return 100.0 * record.chosen.count(record.meta.get("correct", -1)) / max(1, len(record.chosen))
+
+
+def _chance(records: Sequence[Prediction], metrics: Sequence[str], learnt: Sequence[answers.Facts]) -> float | None:
+    """The score of guessing in percent, if it is known."""
+    if learnt and (seen := [record.facts for record in records if record.facts]):
+        return 100.0 * answers.text_prior(learnt, seen)
+    if "choice" in metrics:
+        return float(np.mean([100.0 / max(1, len(record.meta.get("options") or ())) for record in records]))
+    return 50.0 if "yes_no" in metrics else None
+
+
+def _by_facts(records: Sequence[Prediction], learnt: Sequence[answers.Facts]) -> Measured:
     """Attribute accuracy: the share of all pairs of a caption and an attribute in which the caption is right."""
     found = Measured(records)
     if not records:
         return found
-    known = values or facts.values_of(record.facts for record in records)
-    rights = [facts.attributes_right(record.prediction, record.facts, known) for record in records]
+    values = answers.frequencies([*learnt, *(record.facts for record in records)])
+    rights = [
+        {name: answers.names_exactly(record.prediction, value, values[name]) for name, value in record.facts.items()}
+        for record in records
+    ]
     counts = np.array([len(right) for right in rights], dtype=float)
     each = 100.0 * np.array([sum(right.values()) for right in rights]) / counts
     found.weights["attribute_accuracy"] = counts
-    found.add("attribute_accuracy", each.tolist(), float((each * counts).sum() / counts.sum()))
+    found.add("attribute_accuracy", each, float((each * counts).sum() / counts.sum()))
     found.add("all_attributes_right", [100.0 * all(right.values()) for right in rights])
     for name in dict.fromkeys(name for right in rights for name in right):
         own = [100.0 * right[name] for right in rights if name in right]

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-import soundfile
 from PIL import Image
+
+from tests.media.making import sound_file, tone, video_file
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 NAMES = list(COLOURS)
@@ -43,9 +43,10 @@ def build(root: Path) -> Path:
     pool.mkdir(parents=True)
     for number, name in enumerate(NAMES):
         Image.new("RGB", (64, 56), COLOURS[name]).save(pool / f"{number}.jpg")
-        seconds = np.arange(int(1.5 * 16000)) / 16000
-        soundfile.write(pool / f"{number}.wav", 0.4 * np.sin(2 * np.pi * 220 * (number + 1) * seconds), 16000)
-        _video(pool / f"{number}.mp4", COLOURS[name], 220.0 * (number + 1))
+        (pool / f"{number}.wav").write_bytes(sound_file(tone(1.5, 16_000, 220.0 * (number + 1)), 16_000))
+        sound = tone(1.5, 48_000, 220.0 * (number + 1))
+        drawn = Image.new("RGB", (64, 48), COLOURS[name])
+        (pool / f"{number}.mp4").write_bytes(video_file(38, sound=sound, drawn=lambda *_, drawn=drawn: np.array(drawn)))
     for write in (_vqa, _gqa, _captioned_pictures, _videos, _sounds, _seen_and_heard, _choices, _other_questions):
         write(root)
     for n, (ending, paths) in itertools.product(range(3), MEDIA.items()):
@@ -57,34 +58,26 @@ def build(root: Path) -> Path:
 
 def _vqa(root: Path) -> None:
     for folder, prefix in (("vqav2", "v2_"), ("okvqa", "")):
-        questions = [
-            {"image_id": n, "question": f"What colour is picture {n}?", "question_id": 10 * n} for n in range(3)
-        ]
         top = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
-        _json(root, f"{folder}/{prefix}OpenEnded_mscoco_val2014_questions.json", top | {"questions": questions})
-        said = [[NAMES[n]] * 7 + ["grey"] * 3 for n in range(3)]
-        marks = [[{"answer": a, "answer_id": i, "answer_confidence": "yes"} for i, a in enumerate(s, 1)] for s in said]
-        annotations = [
-            {"question_id": 10 * n, "image_id": n, "answers": marks[n], "answer_type": "other", "question_type": "what"}
-            for n in range(3)
-        ]
-        if folder == "vqav2":  # OKVQA has no such field
-            annotations = [a | {"multiple_choice_answer": NAMES[n]} for n, a in enumerate(annotations)]
-        _json(root, f"{folder}/{prefix}mscoco_val2014_annotations.json", top | {"annotations": annotations})
+        questions, annotations = [], []
+        for n, name in enumerate(NAMES):
+            ids = {"image_id": n, "question_id": 10 * n}
+            questions.append(ids | {"question": f"What colour is picture {n}?"})
+            said = [{"answer": text, "answer_id": i} for i, text in enumerate([name] * 7 + ["grey"] * 3, 1)]
+            annotations.append(ids | {"answers": said, "answer_type": "other", "question_type": "what"})
+        files = {"OpenEnded_mscoco_val2014_questions": {"questions": questions},
+                 "mscoco_val2014_annotations": {"annotations": annotations}}  # fmt: skip
+        for name, content in files.items():
+            _json(root, f"{folder}/{prefix}{name}.json", top | content)
 
 
 def _gqa(root: Path) -> None:
+    types = [{"structural": "choose"}, {"structural": "verify"}, {"structural": "verify"}]
     entries = {
-        f"2013{n}": {
-            "question": f"Is it {NAMES[n]}?",
-            "imageId": f"n{n}",
-            "answer": "yes",
-            "fullAnswer": "Yes, it is.",
-            "isBalanced": True,
-            "types": {"structural": "verify" if n else "choose", "semantic": "attr", "detailed": "verifyAttr"},
-        }
-        for n in range(3)
-    }
+        f"2013{n}": {"question": f"Is it {name}?", "imageId": f"n{n}", "answer": "yes", "fullAnswer": "Yes, it is.",
+                     "isBalanced": True, "types": types[n] | {"semantic": "attr", "detailed": "verifyAttr"}}
+        for n, name in enumerate(NAMES)
+    }  # fmt: skip
     _json(root, "gqa/testdev_balanced_questions.json", entries)
 
 
@@ -131,29 +124,18 @@ def _sounds(root: Path) -> None:
 
 
 def _seen_and_heard(root: Path) -> None:
-    dialog = [
-        {"question": "What is shown?", "answer": "A colour."},
-        {"question": "Which one?", "answer": "It is plain."},
-    ]
+    said = {"What is shown?": "A colour.", "Which one?": "It is plain."}
+    dialog = [{"question": question, "answer": answer} for question, answer in said.items()]
     dialogs = [{"image_id": f"CH{n}", "dialog": dialog, "caption": "c", "summary": "s"} for n in range(3)]
     _json(root, "avsd/lbl_test_set4DSTC7-AVSD.json", {"type": "test", "version": "0.1", "dialogs": dialogs})
-    _json(
-        root,
-        "valor/desc_test.json",
-        [{"video_id": f"v{n}_0_10", "desc": f"A {NAMES[n]} screen hums."} for n in range(3)],
-    )
+    texts = [{"video_id": f"v{n}_0_10", "desc": f"A {NAMES[n]} screen hums."} for n in range(3)]
+    _json(root, "valor/desc_test.json", texts)
     questions = [
-        {
-            "video_id": f"0000{n}",
-            "question_id": n,
-            "type": '["Audio-Visual", "Location"]' if n else '["Audio", "Counting"]',
-            "question_content": "Is the <Object> louder than the <Object>?",
-            "templ_values": '["flute", "drum"]',
-            "question_deleted": 0,
-            "anser": "no",
-        }
+        {"video_id": f"0000{n}", "question_id": n, "question_deleted": 0, "anser": "no",
+         "type": '["Audio-Visual", "Location"]' if n else '["Audio", "Counting"]', "templ_values": '["flute", "drum"]',
+         "question_content": "Is the <Object> louder than the <Object>?"}
         for n in range(3)
-    ]
+    ]  # fmt: skip
     _json(root, "music_avqa/avqa-test.json", questions)
 
 
@@ -180,7 +162,7 @@ def _choices(root: Path) -> None:
          "audio content": "a tone", "image content": "a colour"}
         for n in range(3)
     ]  # fmt: skip
-    _jsonl(root, "omnibench/dataset/batch-5_1142_20240817.jsonl", rows)
+    _json(root, "omnibench/dataset/batch-5_1142_20240817.jsonl", rows)
     rows = [
         {"Question": "What is shown?", "Choice": lettered, "Answer": "ABC"[n], "video_id": f"do{n}",
          "Type": "AV Event Alignment", "content_parent_category": "Music", "content_fine_category": "Tones",
@@ -236,28 +218,9 @@ def _other_questions(root: Path) -> None:
     _csv(root, "charades_ego/CharadesEgo_v1_test.csv", head, clips)
 
 
-def _video(path: Path, colour: tuple[int, int, int], pitch: float) -> None:
-    with av.open(str(path), "w") as out:
-        pictures, sound = out.add_stream("mpeg4", rate=8), out.add_stream("aac", rate=16000, layout="mono")
-        pictures.width, pictures.height, pictures.pix_fmt = 64, 56, "yuv420p"
-        for _ in range(12):
-            frame = av.VideoFrame.from_ndarray(np.full((56, 64, 3), colour, np.uint8), format="rgb24")
-            out.mux(pictures.encode(frame))
-        out.mux(pictures.encode(None))
-        wave = (0.4 * np.sin(2 * np.pi * pitch * np.arange(24000) / 16000)).astype(np.float32)
-        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 16000, 0
-        out.mux(sound.encode(frame))
-        out.mux(sound.encode(None))
-
-
 def _json(root: Path, name: str, content: Any) -> None:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text(json.dumps(content))
-
-
-def _jsonl(root: Path, name: str, rows: list[Any]) -> None:
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    rows = content if name.endswith(".jsonl") else [content]
     (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

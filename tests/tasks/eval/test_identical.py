@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from lavis_chatbridge import cli
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin.launch import Session
@@ -18,7 +21,6 @@ from lavis_chatbridge.prompting.choices import listed
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, write_jsonl
 from tests.runners.runner_parts import in_processes
-from tests.tasks.eval import ranks
 
 pytestmark = pytest.mark.usefixtures("cached")
 QUESTIONS = ["What is it?", "Which colour does the whole picture have, if it has only one?", "Is it red or blue? " * 4]
@@ -30,13 +32,13 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     samples = []
     for n in range(11):
-        kind, path = ("image", root / f"{n}.png") if n < 7 else ("audio", root / f"{n}.wav")
-        if kind == "image":
+        modality, path = ("image", root / f"{n}.png") if n < 7 else ("audio", root / f"{n}.wav")
+        if modality == "image":
             Image.fromarray(np.random.default_rng(n).integers(0, 255, (56, 56, 3), np.uint8)).save(path)
         else:
             soundfile.write(path, np.random.default_rng(n).uniform(-0.3, 0.3, 16000), 16000)
-        turns = (Message("user", QUESTIONS[n % 3], (kind,)), Message("assistant", "red"))
-        samples.append(Sample(f"s{n}", (Medium(kind, str(path)),), turns=turns))
+        turns = (Message("user", QUESTIONS[n % 3], (modality,)), Message("assistant", "red"))
+        samples.append(Sample(f"s{n}", (Medium(modality, str(path)),), turns=turns))
     write_jsonl(root / "test.jsonl", samples)
     (root / "run.yaml").write_text(
         "model: {arch: chatbridge, model_type: tiny, checkpoint: null}\n"
@@ -71,9 +73,7 @@ def test_batches_and_beams(evaluate):
         one = evaluate(f"one{beams}", "run.batch_size_eval=1", *options)
         assert one == evaluate(f"eight{beams}", "run.batch_size_eval=8", *options)
     records = [json.loads(line) for line in one.splitlines()]
-    assert [record["sample_id"] for record in records] == sorted(
-        (f"s{n}" for n in range(11)), key=lambda name: (int(name[1:]) < 7, int(name[1:]))
-    )
+    assert [record["sample_id"] for record in records] == [f"s{n}" for n in (*range(7, 11), *range(7))]
     assert len({record["prediction"] for record in records}) > 1
 
 
@@ -116,16 +116,24 @@ def test_only_what_changes_predictions_is_predicted_again(evaluate, calls):
     assert sum(calls.sizes) == 11
 
 
+def evaluate_as(rank: int, words: list[str], folder: Path) -> None:
+    """``chatbridge evaluate`` as one of several processes; keep what is printed and the exit status."""
+    with open(folder / f"printed{rank}.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        status = cli.main(["evaluate", *words])
+    (folder / f"status{rank}.txt").write_text(str(status), encoding="utf-8")
+
+
 def test_two_processes_write_the_file_of_one(evaluate, data, tmp_path):
     one = evaluate("one")
-    in_processes(ranks.evaluate, 2, str(data / "run.yaml"), [f"run.output_dir={tmp_path / 'two'}"], str(tmp_path))
+    words = ["--cfg-path", str(data / "run.yaml"), "--options", f"run.output_dir={tmp_path / 'two'}"]
+    in_processes(evaluate_as, 2, words, tmp_path)
     assert (tmp_path / "two/result/test_step0.jsonl").read_text() == one
     assert "test chatbridge_jsonl/image  7        exact_match" in (tmp_path / "printed0.txt").read_text()
     assert (tmp_path / "printed1.txt").read_text() == ""
 
 
 @pytest.mark.parametrize("method", ["generate", "rank"])
-def test_multiple_choice_does_not_depend_on_batches_and_processes(evaluate, data, tmp_path, method):
+def test_multiple_choice_does_not_depend_on_batches(evaluate, data, method):
     samples = []
     for n, sample in enumerate(read_jsonl(data / "test.jsonl", data)):
         options = ["red", "blue", "a large circle", "nothing"][: 2 + n % 3]
@@ -139,9 +147,6 @@ def test_multiple_choice_does_not_depend_on_batches_and_processes(evaluate, data
     ]  # fmt: skip
     one = evaluate("one", "run.batch_size_eval=1", *options)
     assert one == evaluate("sixteen", "run.batch_size_eval=16", *options)
-    options.append(f"run.output_dir={tmp_path / 'two'}")
-    in_processes(ranks.evaluate, 2, str(data / "run.yaml"), options, str(tmp_path))
-    assert (tmp_path / "two/result/test_step0.jsonl").read_text() == one
     records = [json.loads(line) for line in one.splitlines()]
     assert len({(record["prediction"], *record.get("replies", ())) for record in records}) > 1
 
@@ -153,7 +158,7 @@ def test_an_error_on_one_process_ends_the_suite_on_both_and_the_next_suite_runs(
         (suites / f"{name}.yaml").write_text(text + f"  output_dir: {tmp_path / name}\n")
     (tmp_path / "first/result/test_step0.jsonl").mkdir(parents=True)  # the main process cannot write there
     words = ["--suite", "all", "--suite-folder", str(suites), "--output", str(tmp_path / "table")]
-    in_processes(ranks.evaluate_suites, 2, words, str(tmp_path))
+    in_processes(evaluate_as, 2, words, tmp_path)
     assert [(tmp_path / f"status{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
     table = json.loads((tmp_path / "table/tiny/scores.json").read_text())["suites"]
     assert [(line["suite"], line["status"]) for line in table] == [
@@ -173,7 +178,7 @@ def test_answers_are_chosen_from_a_list(evaluate, tmp_path):
     assert {json.loads(line)["prediction"] for line in one.splitlines()} <= {"red", "a large blue circle", "yes"}
     with pytest.raises(ConfigError, match=r"run.answer_list: nowhere.json is not a readable JSON list"):
         evaluate("none", "run.inference_method=rank", "run.answer_list=nowhere.json")
-    with pytest.raises(ConfigError, match=r"run.answer_list names no JSON file"):
+    with pytest.raises(ConfigError, match="needs answer_list, the candidates"):
         evaluate("none", "run.inference_method=rank")
     two = evaluate("two", *options, "run.num_ans_candidates=2")
     (tmp_path / "answers.json").write_text(json.dumps(["red", "red", "a large blue circle", "yes", "red"]))

@@ -15,7 +15,7 @@ from lavis_chatbridge.cli import main
 from lavis_chatbridge.config import PROJECTS
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin import evaluate
-from tests.tasks.eval.conftest import SHORT
+from tests.tasks.eval import layouts
 
 pytestmark = pytest.mark.usefixtures("cached")
 
@@ -30,6 +30,15 @@ ZERO_SHOT = {"okvqa", "gqa", "flickr30k", "nocaps", "msvd_qa", "vatex", "clotho"
 PUBLISHED = {"okvqa": 45.2, "gqa": 41.8, "avsd": 75.4, "valor": 24.7,
              "flickr30k": 82.5, "nocaps": 115.7, "msvd_qa": 45.3, "vatex": 48.9,
              "clotho": 26.2, "music_avqa": 43.0}  # fmt: skip
+
+SHORT = ["run.num_workers=0", "run.max_len=6", "run.min_len=1", "run.device=cpu", "model.checkpoint=null"]
+"""Overrides that make a run of the tiny model quick; its bridge is then random."""
+
+
+@pytest.fixture(scope="module")
+def benchmark_data(tmp_path_factory) -> Path:
+    """A data root with three samples of every benchmark."""
+    return layouts.build(tmp_path_factory.mktemp("benchmarks"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from lavis_chatbridge.tasks.scoring import captions
+from lavis_chatbridge.tasks.predictions import Prediction
+from lavis_chatbridge.tasks.scoring import Measured, captions
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official tokenizer and METEOR need Java")
 
@@ -26,8 +27,15 @@ def make_captions(count: int = 60, seed: int = 5) -> tuple[list[str], list[list[
     return [rng.choice(texts) if rng.random() < 0.3 else sentence() for texts in references], references
 
 
+def scored(predictions: list[str], references: list[list[str]], *metrics: str) -> Measured:
+    pairs = zip(predictions, references, strict=True)
+    found = Measured([Prediction(sample_id="x", prediction=said, references=texts) for said, texts in pairs])
+    captions.score(found, metrics)
+    return found
+
+
 def official(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """The steps of pycocoevalcap's COCOEvalCap.evaluate, without SPICE."""
+    """The steps of pycocoevalcap's COCOEvalCap.evaluate, without SPICE; in percent."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -38,17 +46,18 @@ def official(predictions: list[str], references: list[list[str]]) -> dict[str, f
     truth = tokenizer.tokenize({n: [{"caption": text} for text in texts] for n, texts in enumerate(references)})
     said = tokenizer.tokenize({n: [{"caption": text}] for n, text in enumerate(predictions)})
     scores = {f"BLEU_{n}": value for n, value in enumerate(Bleu(4).compute_score(truth, said, verbose=0)[0], 1)}
-    more = {"ROUGE_L": Rouge(), "CIDEr": Cider(), "METEOR": Meteor()}
-    return scores | {name: scorer.compute_score(truth, said)[0] for name, scorer in more.items()}
+    for name, scorer in {"ROUGE_L": Rouge(), "CIDEr": Cider(), "METEOR": Meteor()}.items():
+        scores[name] = scorer.compute_score(truth, said)[0]
+    return {name: 100.0 * value for name, value in scores.items()}
 
 
 @needs_java
 def test_scores_equal_the_official_ones_to_the_last_digit() -> None:
     predictions, references = make_captions()
-    scored = captions.score_captions(predictions, references, ("BLEU", "ROUGE_L", "CIDEr", "METEOR"))
-    assert scored.overall == official(predictions, references)
-    assert scored.tokenizer == "ptb"
-    assert len(scored.each["CIDEr"]) == len(predictions)
+    found = scored(predictions, references, "BLEU", "ROUGE_L", "CIDEr", "METEOR")
+    assert found.scores == official(predictions, references)
+    assert found.tokenizer == "ptb"
+    assert found.each["CIDEr"].mean() == pytest.approx(found.scores["CIDEr"])
 
 
 @needs_java
@@ -64,9 +73,9 @@ def test_a_meteor_that_dies_costs_meteor_only(fault: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(Meteor, "_stat", killed)
     monkeypatch.setattr(captions, "METEOR_SECONDS", 1.0)
     began = time.monotonic()
-    scored = captions.score_captions(["a dog runs", "a cat"], [["a dog runs"], ["a cat"]], ("METEOR", "ROUGE_L"))
-    assert scored.overall == {"ROUGE_L": 1.0}
-    assert "its Java process ended with status -9" in scored.left_out["METEOR"]
+    found = scored(["a dog runs", "a cat"], [["a dog runs"], ["a cat"]], "METEOR", "ROUGE_L")
+    assert found.scores == {"ROUGE_L": 100.0}
+    assert "its Java process ended with status -9" in found.left_out["METEOR"]
     assert time.monotonic() - began < 60
 
 
@@ -74,16 +83,15 @@ def test_a_meteor_that_dies_costs_meteor_only(fault: str, monkeypatch: pytest.Mo
 def test_an_empty_or_broken_caption_shifts_no_other() -> None:
     predictions = ["a dog runs", "", "a cat\u2028sits\r\non a mat", ""]
     references = [["a dog runs"], ["a bird"], ["a cat sits on a mat"], ["x"]]
-    scored = captions.score_captions(predictions, references, ("ROUGE_L",))
-    assert scored.each["ROUGE_L"] == [1.0, 0.0, 1.0, 0.0]
+    assert scored(predictions, references, "ROUGE_L").each["ROUGE_L"].tolist() == [100.0, 0.0, 100.0, 0.0]
 
 
 def test_without_java_the_reason_is_logged_and_the_rest_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions.shutil, "which", lambda name: None)
-    scored = captions.score_captions(["A dog runs."], [["a dog runs"]])
-    assert scored.tokenizer == "python"
-    assert "Java is not installed" in scored.left_out["METEOR"]
-    assert "it needs two samples or more" in scored.left_out["CIDEr"]
-    assert set(scored.left_out) == {"METEOR", "SPICE", "CIDEr"}
-    assert scored.overall["ROUGE_L"] == 1.0
+    found = scored(["A dog runs."], [["a dog runs"]], "BLEU", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
+    assert found.tokenizer == "python"
+    assert "Java is not installed" in found.left_out["METEOR"]
+    assert "it needs two samples or more" in found.left_out["CIDEr"]
+    assert set(found.left_out) == {"METEOR", "SPICE", "CIDEr"}
+    assert found.scores["ROUGE_L"] == 100.0
     assert set(captions.unavailable()) == {"ptb", "METEOR", "SPICE"}
