@@ -148,12 +148,17 @@ def parse(cls: type[M], values: Any, where: str) -> M:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        sentences: dict[str, str] = {}  # one fault per key: a union has one per branch
-        for fault in error.errors(include_url=False):
-            place = _place(values, fault, where)
-            key = f"{place} {fault['msg']}" if fault["type"] == "value_error" else place
-            sentences.setdefault(key, _sentence(cls, fault, place))
-        raise ConfigError("; ".join(sentences.values())) from error
+        raise ConfigError(explained(cls, values, error, where)) from error
+
+
+def explained(cls: type[BaseModel], values: Any, error: ValidationError, where: str) -> str:
+    """The error text with all faults of values; ``where`` is their section's name."""
+    sentences: dict[str, str] = {}  # one fault per key: a union has one per branch
+    for fault in error.errors(include_url=False):
+        place = _place(values, fault, where)
+        key = f"{place} {fault['msg']}" if fault["type"] == "value_error" else place
+        sentences.setdefault(key, _sentence(cls, fault, place))
+    return "; ".join(sentences.values())
 
 
 def _place(values: Any, fault: Any, where: str) -> str:

@@ -6,23 +6,28 @@ This module opens no medium.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
+from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lavis_chatbridge.config import shown
+from lavis_chatbridge.config import explained, shown
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import atomic_text, read_lines
+from lavis_chatbridge.files import atomic_file, atomic_text, hash_of, read_lines
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality
 
 SCHEMA_VERSION = 1
+CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_MEDIUM = 32
+_CACHED_FROM = 1 << 20  # bytes; a smaller file is indexed faster than a stored index is loaded
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -106,7 +111,7 @@ class _MediumRecord(_Strict):
     path: str | None = None
     offset: Annotated[int, Field(ge=0)] | None = None
     size: Annotated[int, Field(ge=0)] | None = None
-    words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    words: list[str] | None = None
 
 
 class _TurnRecord(_Strict):
@@ -116,7 +121,7 @@ class _TurnRecord(_Strict):
 
 
 class _Record(_Strict):
-    id: Annotated[str, Field(min_length=1)] | int
+    id: str | int
     source: str | None = None
     media: list[_MediumRecord] | None = None
     captions: list[str] | None = None
@@ -129,14 +134,92 @@ class _Record(_Strict):
     meta: dict[str, Any] | None = None
 
 
-def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: bool = False) -> Iterator[Sample]:
-    """The samples of a JSONL file, in order; empty lines are skipped. A `DataError` names ``file:line`` and the fault.
+class SampleFile(Sequence[Sample]):
+    """The samples of one JSONL file: their offsets are in memory, the text stays on disk.
+
+    Opening a file checks every line once, and raises a `DataError` for the first faulty one.
 
     Args:
-        path: The file, UTF-8.
-        root: The folder that media paths are relative to; by default the file's own folder.
-        allow_outside: Accept absolute paths and paths that leave the root.
+        path: The file.
+        root: The folder that media paths are relative to; by default the file's own.
+        allow_outside: Accept media outside the root.
+        cache: Folder to store the index of a large file in until the file changes; None does not store it.
+        limit: Use only this number of samples.
+
+    Attributes:
+        modalities: The modalities that occur, ``"image"``, ``"video+audio"``, ``"text"`` ...
+        modality: ``[n]`` uint8, each sample's index in ``modalities``.
+        lengths: ``[n]`` uint32, approximate number of tokens of each sample, with 32 per medium.
     """
+
+    def __init__(
+        self,
+        path: str | Path,
+        root: str | Path | None = None,
+        allow_outside: bool = False,
+        cache: str | Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.path, self.root, self.allow_outside = str(path), folder_of(path, root), allow_outside
+        index = self._index(cache)
+        self._starts, self._lines = index["starts"][:limit], index["lines"][:limit]
+        self.modality, self.lengths = index["modality"][:limit], index["lengths"][:limit]
+        self.modalities = [str(name) for name in index["modalities"]]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        start = int(self._starts[index])
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return parse_line(file.readline(), f"{self.path}:{self._lines[index]}", self.root, self.allow_outside)
+
+    def _index(self, cache: str | Path | None) -> dict[str, np.ndarray]:
+        """The arrays of the index, from the cache if possible."""
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if cache is None or status.st_size < _CACHED_FROM:
+            return self._scan()
+        file_state = (os.path.abspath(self.path), status.st_size, status.st_mtime_ns)
+        stored = Path(cache, "indexes", f"{hash_of(SCHEMA_VERSION, *file_state, self.allow_outside)[:24]}.npz")
+        if not stored.exists():
+            index = self._scan()
+            with atomic_file(stored) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **index)  # type: ignore[arg-type]
+        with np.load(stored) as arrays:
+            return dict(arrays)
+
+    def _scan(self) -> dict[str, np.ndarray]:
+        index = {"starts": array("Q"), "lines": array("I"), "modality": array("B"), "lengths": array("I")}
+        modalities: dict[str, int] = {}
+        with open(self.path, "rb") as file:
+            position = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+            file.seek(position)
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    sample = parse_line(line, f"{self.path}:{number}", self.root, self.allow_outside)
+                    modality = modalities.setdefault(sample.modality, len(modalities))
+                    values = (position, number, modality, about_tokens(sample))
+                    for column, value in zip(index.values(), values, strict=True):
+                        column.append(value)
+                position += len(line)
+        if not modalities:
+            raise DataError(f"{self.path}: contains no sample")
+        return {name: np.array(column) for name, column in index.items()} | {"modalities": np.array([*modalities])}
+
+
+def about_tokens(sample: Sample) -> int:
+    """Approximate number of tokens of a sample, to group samples of similar length."""
+    text = sum(len(turn.text) for turn in sample.turns) or max(map(len, sample.captions), default=0)
+    text += sum(max(map(len, medium.words)) for medium in sample.media if medium.words)
+    return text // CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) + 1
+
+
+def read_jsonl(path: str | Path, root: str | Path | None = None, allow_outside: bool = False) -> Iterator[Sample]:
+    """The samples of a JSONL file, in order; arguments and errors as in `SampleFile`."""
     for number, line in read_lines(path):
         if line.strip():
             yield parse_line(line, f"{path}:{number}", folder_of(path, root), allow_outside)
@@ -164,36 +247,23 @@ def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = F
     try:
         record = _Record.model_validate_json(line)
     except ValidationError as error:
-        raise DataError(f"{where}: {_fault(error)}") from error
-    items = enumerate(record.media or ())
-    media = [_medium(item, f"{where}: media[{i}]", root, allow_outside) for i, item in items]
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "json_invalid":
+            raise DataError(f"{where}: not JSON: {first['msg'].removeprefix('Invalid JSON: ')}") from error
+        raise DataError(f"{where}: {explained(_Record, json.loads(line), error, 'sample')}") from error
+    media = [_medium(m, f"{where}: media[{i}]", root, allow_outside) for i, m in enumerate(record.media or ())]
     turns, order = _turns(record.turns or (), media, where)
     if not record.captions and not turns:
         raise DataError(f"{where}: has neither 'captions' (alignment) nor 'turns' (instructions)")
-    return Sample(
-        id=str(record.id),
-        media=tuple(media[i] for i in order),
-        captions=tuple(record.captions or ()),
-        turns=turns,
-        answers=tuple(record.answers or ()),
-        source=record.source or "",
-        style=record.style or "",
-        task=record.task or "",
-        facts=record.facts or {},
-        held_out=record.held_out or False,
-        meta=record.meta or {},
-    )
-
-
-def parse_record(record: Mapping[str, Any], where: str, root: str, allow_outside: bool = False) -> Sample:
-    """Convert a decoded JSON object to a sample; see `parse_line`."""
-    return parse_line(json.dumps(record), where, root, allow_outside)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record if value is not None}
+    values |= {"id": str(record.id), "media": tuple(media[i] for i in order), "turns": turns}
+    return Sample(**values)
 
 
 def media_path(path: str | None, root: str, where: str, allow_outside: bool = False) -> str:
     """The path of a medium below the root, for every annotation format; a `DataError` for URLs and paths outside.
 
-    The message begins with ``where``. Symbolic links are checked by `check_inside`.
+    The message begins with ``where``. Symbolic links are followed.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}: path is {shown(path)}, expected the path of a file")
@@ -206,29 +276,13 @@ def media_path(path: str | None, root: str, where: str, allow_outside: bool = Fa
     return os.path.join(root, path)
 
 
-def check_inside(path: str, root: str) -> None:
-    """Raise a `DataError` if a path's symbolic links lead outside ``root``.
-
-    A folder directly below the root may be a link, for a data set on another disk; its files must be inside it.
-    """
-    folder = os.path.relpath(path, root).split(os.sep)[0]
-    linked = os.path.join(root, folder)
-    bases = [root, linked] if folder != os.pardir and os.path.isdir(linked) else [root]
-    real = os.path.realpath(path)
-    if not any(os.path.commonpath([real, base]) == base for base in map(os.path.realpath, bases)):
-        raise DataError(f"{path} leads out of the media root {root} to {real}; set allow_outside: true to accept it")
-
-
 def to_record(sample: Sample, root: str = "") -> dict[str, Any]:
     """A sample as a JSONL record, without empty fields; media paths below ``root`` are made relative."""
     turns, used = [], 0
     for turn in sample.turns:
         shows = list(range(used, used := used + len(turn.media)))
         turns.append({"role": turn.role, "text": turn.text} | ({"media": shows} if shows else {}))
-    record: dict[str, Any] = {"id": sample.id, "source": sample.source}
-    record |= {"media": [_medium_record(medium, root) for medium in sample.media], "captions": list(sample.captions)}
-    record |= {"turns": turns, "answers": list(sample.answers), "style": sample.style, "task": sample.task}
-    record |= {"facts": dict(sample.facts), "held_out": sample.held_out, "meta": dict(sample.meta)}
+    record = vars(sample) | {"media": [_medium_record(medium, root) for medium in sample.media], "turns": turns}
     return {key: value for key, value in record.items() if value or key == "id"}
 
 
@@ -244,7 +298,7 @@ def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
 
 
 def _medium(item: _MediumRecord, where: str, root: str, allow_outside: bool) -> Medium:
-    if item.words is not None:
+    if item.words:
         if item.path is not None:
             raise DataError(f"{where}: a medium has either words or a path, found both")
         return Medium(item.type, words=tuple(item.words))
@@ -277,24 +331,3 @@ def _turns(
     if sorted(order) != list(every):
         raise DataError(f"{where}: each of the {len(media)} media belongs to one turn, the turns have {shown(order)}")
     return tuple(turns), order
-
-
-def _fault(error: ValidationError) -> str:
-    """The error text for the first fault."""
-    first = error.errors(include_url=False)[0]
-    if first["type"] == "json_invalid":
-        return f"not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
-    keys = first["loc"]
-    name = "".join(f"[{key}]" if isinstance(key, int) else f".{str(key)[:60]}" for key in keys).lstrip(".")
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    if keys[:1] == ("id",):
-        return f"id is {shown(first['input'])}, expected a string or a whole number"
-    if first["type"] == "extra_forbidden":
-        models: dict[str, type[_Strict]] = {"media": _MediumRecord, "turns": _TurnRecord}
-        known = models.get(str(keys[0]), _Record).model_fields
-        near = difflib.get_close_matches(str(keys[-1])[:60], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}; put your own under 'meta'"
-        return f"unknown key {name!r}, {hint}"
-    expected = first["msg"].replace("Input should be", "expected").replace("valid array", "list").replace("valid ", "")
-    return f"{name or 'the line'}: {expected}, found {shown(first['input'])}"

@@ -1,8 +1,8 @@
 """LAVIS builders: one class for each data set in ``configs/datasets/*.yaml``.
 
-An entry ("row") of these files names the reader, the paths under the data root, and the use of the data set.
-Annotations in other formats are converted to our schema once, into the cache folder. Only tables of the Hugging Face
-hub are downloaded.
+These files have the default values of a data set's section: the reader, the paths under the data root, and the use of
+the data set. Annotations in other formats are converted to our schema once, into the cache folder. Only tables of the
+Hugging Face hub are downloaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,34 +21,35 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_chatbridge import config
 from lavis_chatbridge.datasets.convert import converted
-from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset, split_by_modality
-from lavis_chatbridge.datasets.files import SampleFile, cache_folder
-from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings
+from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
+from lavis_chatbridge.datasets.settings import DATA_VARIABLE, OWN_READER, WORLD_PREFIX, DataSettings, cache_folder
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.base import SECTIONS, load_processors
 from lavis_chatbridge.prompting.conversation import Modality
+from lavis_chatbridge.schema import SampleFile
 
 _log = logging.getLogger(__name__)
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 _SHARED_WITH_PARTS = ("data_root", "limit", "allow_outside", "skip_missing", "reply_end", "templates")
+_FIRST = 64  # samples of a source that are compared with its settings
 
 
 class ChatBridgeBuilder(BaseDatasetBuilder):
     """Builds the splits of one data set as `SplitDataset`.
 
     Args:
-        cfg: The data set's section, with the row as defaults. None: only the row.
+        cfg: The data set's section, merged over `DEFAULTS`. None: only these.
     """
 
     NAME: ClassVar[str] = ""
-    ROW: ClassVar[Mapping[str, Any]] = {}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, cfg: DictConfig | Mapping[str, Any] | str | None = None) -> None:
         if isinstance(cfg, str):
             cfg = OmegaConf.load(cfg).datasets[self.NAME]
-        self.config = config.merged(OmegaConf.create(dict(self.ROW)), cfg or {})
-        self.settings = self._parse(self.config, f"datasets.{self.NAME}")
+        self.config = config.merged(OmegaConf.create(dict(self.DEFAULTS)), cfg or {})
+        self.settings = _parse(self.config, f"datasets.{self.NAME}")
         self.data_type = self.settings.data_type
 
     @classmethod
@@ -57,20 +58,20 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
 
         The files of the embedded world are checked later: a run may build the world first.
         """
-        parsed = cls._parse(cfg, where)
-        if not cls.NAME.startswith(WORLD_PREFIX) and (missing := _missing(parsed)):
-            raise ConfigError(_report(where, missing, parsed))
+        parsed = _parse(cfg, where)
+        if not cls.NAME.startswith(WORLD_PREFIX) and (fault := _missing(where, parsed)):
+            raise ConfigError(fault)
 
     @classmethod
     def split_names(cls, cfg: Mapping[str, Any]) -> list[str]:
         """The splits of a section's data set; a mixture has only a training split."""
-        parsed = cls._parse(cfg, f"datasets.{cls.NAME}")
+        parsed = _parse(cfg, f"datasets.{cls.NAME}")
         return ["train"] if parsed.parts else parsed.used_splits
 
     def build_datasets(self) -> dict[str, SplitDataset]:
         """All splits; a `DataError` names all missing files."""
-        if missing := _missing(self.settings):
-            raise DataError(_report(f"datasets.{self.NAME}", missing, self.settings))
+        if fault := _missing(f"datasets.{self.NAME}", self.settings):
+            raise DataError(fault)
         return self.build()
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, SplitDataset]:
@@ -90,6 +91,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
                     for name, indices in self._parts_of(file)
                 ]
                 _make_names_unique(sources)
+                self._check_task(sources)
                 found[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
                 sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
                 _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(found[split]), sizes)
@@ -99,15 +101,6 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         """Split -> the modalities of its media, for the given splits that exist."""
         built = self.build(splits)
         return {name: set().union(*(source.modalities for source in split.sources)) for name, split in built.items()}
-
-    @classmethod
-    def _parse(cls, cfg: Any, where: str) -> DataSettings:
-        parsed = config.parse(DataSettings, cfg, where)
-        if not parsed.parts and not parsed.used_splits:
-            raise ConfigError(
-                f"{where}: splits is missing: name the annotation file of each split, such as {{train: my.jsonl}}"
-            )
-        return parsed
 
     def _files(self, split: str) -> list[SampleFile]:
         """The split's samples; files in other formats are first converted to one JSONL of our schema."""
@@ -123,7 +116,22 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return opened
 
     def _parts_of(self, file: SampleFile) -> Iterable[tuple[str, np.ndarray | None]]:
-        return split_by_modality(self.NAME, file) if self.settings.split_modalities else [(self.NAME, None)]
+        """The name and the indices of each source of a file: one per modality, so that a batch has one modality."""
+        present = {file.modalities[number]: number for number in np.unique(file.modality).tolist()}
+        if len(present) == 1 or not self.settings.split_modalities:
+            return [(self.NAME, None)]
+        return [(f"{self.NAME}/{name}", np.flatnonzero(file.modality == present[name])) for name in sorted(present)]
+
+    def _check_task(self, sources: Iterable[SampleDataset]) -> None:
+        """Log a warning if ``stage: auto`` reads captions for alignment, which has no task, although a task is set."""
+        for source in sources if self.settings.stage == "auto" and self.settings.task else ():
+            if any(not source.sample(index).turns for index in range(min(len(source), _FIRST))):
+                _log.warning(
+                    "%s: samples with captions and no turns are for alignment, which ignores task: %s; set stage: "
+                    "instruction to train on them with its templates",
+                    source.name,
+                    self.settings.task,
+                )
 
     def _mixture(self) -> SplitDataset:
         own = self.settings
@@ -142,13 +150,13 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
 
 
 def register_builders() -> None:
-    """Register a builder for every row of ``configs/datasets/*.yaml`` that has none yet."""
+    """Register a builder for every data set of ``configs/datasets/*.yaml`` that has none yet."""
     for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
-        rows: Any = OmegaConf.to_container(OmegaConf.load(path))
-        for name, row in rows["datasets"].items():
+        sections: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for name, defaults in sections["datasets"].items():
             if name in registry.mapping["builder_name_mapping"]:
                 continue
-            fields = {"NAME": name, "ROW": row or {}, "DATASET_CONFIG_DICT": {"default": str(path)}}
+            fields = {"NAME": name, "DEFAULTS": defaults or {}, "DATASET_CONFIG_DICT": {"default": str(path)}}
             class_name = "".join(word.capitalize() for word in name.split("_")) + "Builder"
             builder = type(class_name, (ChatBridgeBuilder,), {**fields, "__module__": __name__})
             registry.register_builder(name)(builder)
@@ -156,31 +164,34 @@ def register_builders() -> None:
 
 def require_files(datasets_cfg: Mapping[str, Any]) -> None:
     """Raise a `DataError` that names the missing files of all data sets in a configuration."""
-    missing: list[str] = []
-    for name, section in datasets_cfg.items():
-        builder = registry.get_builder_class(name)
-        if issubclass(builder or object, ChatBridgeBuilder):
-            own = builder(section).settings
-            if absent := _missing(own):
-                missing.append(_report(f"datasets.{name}", absent, own))
-    if missing:
-        raise DataError("; ".join(missing))
+    builders = {name: registry.get_builder_class(name) for name in datasets_cfg}
+    own = {name: b(datasets_cfg[name]) for name, b in builders.items() if issubclass(b or object, ChatBridgeBuilder)}
+    faults = (_missing(f"datasets.{name}", builder.settings) for name, builder in own.items())
+    if missing := "; ".join(filter(None, faults)):
+        raise DataError(missing)
+
+
+def _parse(cfg: Any, where: str) -> DataSettings:
+    parsed = config.parse(DataSettings, cfg, where)
+    if not parsed.parts and not parsed.used_splits:
+        raise ConfigError(
+            f"{where}: splits is missing: name the annotation file of each split, such as {{train: my.jsonl}}"
+        )
+    return parsed
 
 
 def _parts(own: DataSettings) -> dict[str, ChatBridgeBuilder]:
-    """The builders of a mixture's parts: their rows, overridden by the mixture's shared settings."""
+    """The builders of a mixture's parts: their defaults, overridden by the mixture's shared settings."""
     if own.ratios and (without := sorted(set(own.parts) - set(own.ratios))):
         raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
-    default = DataSettings()
-    shared = {name: getattr(own, name) for name in (*_SHARED_WITH_PARTS, *SECTIONS.values())}
-    shared = {name: value for name, value in shared.items() if value != getattr(default, name)}
+    shared = own.model_dump(include={*_SHARED_WITH_PARTS, *SECTIONS.values()}, exclude_defaults=True)
     known = [n for n in registry.list_datasets() if issubclass(registry.get_builder_class(n), ChatBridgeBuilder)]
     parts = {}
     for name in own.parts:
         if name not in known:
             raise ConfigError(f"parts: {config.unknown_key(name, known, 'datasets')}")
         builder = registry.get_builder_class(name)
-        complete = {"templates": False} if builder.ROW.get("templates") is False else {}  # complete instructions
+        complete = {"templates": False} if builder.DEFAULTS.get("templates") is False else {}  # complete instructions
         parts[name] = builder({**shared, **complete})
     return parts
 
@@ -190,23 +201,18 @@ def _is_absent(own: DataSettings) -> bool:
     return own.optional and not any(map(os.path.isfile, own.every_file("train")))
 
 
-def _missing(own: DataSettings) -> list[str]:
-    if not own.parts:
-        return own.missing()
+def _missing(where: str, own: DataSettings) -> str:
+    """The error text for missing files, with the data root and the keys that set it; "" if none is missing."""
     parts = [part.settings for part in _parts(own).values()]
-    return list(dict.fromkeys(path for part in parts if not _is_absent(part) for path in part.missing(["train"])))
-
-
-def _report(where: str, missing: Sequence[str], own: DataSettings) -> str:
-    """The error text for missing files, with the data root and the keys that set it."""
+    missing = own.missing() + [path for part in parts if not _is_absent(part) for path in part.missing(["train"])]
+    if not missing:
+        return ""
     root = f"data root {os.path.abspath(own.root)}; {where}.data_root, env.data_root or ${DATA_VARIABLE} sets another"
-    files = ", ".join(missing)
-    return (
-        f"{where}: {len(missing)} of its files and folders are missing ({root}): {files}. docs/data.md has the layout"
-    )
+    files = ", ".join(names := list(dict.fromkeys(missing)))
+    return f"{where}: {len(names)} of its files and folders are missing ({root}): {files}. docs/data.md has the layout"
 
 
-def _make_names_unique(sources: Sequence[SampleDataset]) -> None:
+def _make_names_unique(sources: list[SampleDataset]) -> None:
     """Make the sources' names unique: append the modality, or if that is not enough, the file's name."""
     counts = Counter(source.name for source in sources)
     equal = [source for source in sources if counts[source.name] > 1]

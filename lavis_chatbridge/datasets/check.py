@@ -13,24 +13,26 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, TypeAlias
 
 import typer
 
-from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN
+from lavis_chatbridge.datasets import convert
+from lavis_chatbridge.datasets.convert import AllowOutside, MediaPatterns, ReaderName, ReaderOptions, Root
 from lavis_chatbridge.datasets.readers.common import stem_of
 from lavis_chatbridge.datasets.settings import OWN_READER
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.conversation import Modality
-from lavis_chatbridge.schema import Medium, Sample, check_inside, folder_of, parse_line, read_jsonl
+from lavis_chatbridge.schema import Medium, Sample, folder_of, parse_line, read_jsonl
 
 _SHOWN = 5
 _RATE = 16_000  # of opened sounds, in Hz
-_MALFORMED, _DUPLICATE, _MISSING = "malformed line", "duplicate id", "missing medium"
-_UNREADABLE, _OUTSIDE, _OVERLONG, _EMPTY = "unreadable medium", "medium outside the root", "overlong text", "empty text"
+_MALFORMED, _DUPLICATE, _EMPTY = "malformed line", "duplicate id", "empty text"
+_MISSING, _UNREADABLE = "missing medium", "unreadable medium"
 _SAME_CONTENT, _SAME_NAME = "medium of the evaluation data, by content", "medium of the evaluation data, by name"
-_WARNINGS = (_OVERLONG, _EMPTY, _SAME_NAME)
+_WARNINGS = (_EMPTY, _SAME_NAME)
 _Fault: TypeAlias = tuple[str, str] | None  # cause and message
 
 
@@ -51,7 +53,7 @@ class Report:
 
     @property
     def usable(self) -> bool:
-        """Whether training can use the data. Overlong texts, empty texts and equal names are only warnings."""
+        """Whether training can use the data. Empty texts and equal names are only warnings."""
         return self.lines > 0 and set(self.faults) <= set(_WARNINGS)
 
     def add_fault(self, cause: str, example: str) -> None:
@@ -81,24 +83,19 @@ def check_file(
     root: str | Path | None = None,
     decode: bool = False,
     allow_outside: bool = False,
-    max_tokens: int = 512,
     against: Iterable[Sample] = (),
 ) -> Report:
-    """Check a JSONL file of our schema.
+    """Check a JSONL file of our schema; a `DataError` if the file itself cannot be read.
 
     Args:
         path: The file.
         root: The folder that media paths are relative to; by default the file's own.
         decode: Open every medium.
         allow_outside: Accept media outside the root.
-        max_tokens: Report longer texts (at 4 characters per token), which training would truncate.
-        against: Files of evaluation data; report media that are also in these.
-
-    Raises:
-        DataError: If the file itself cannot be read.
+        against: Evaluation data; report media that are also in these.
     """
     base, report, ids = folder_of(path, root), Report(), set()
-    media = _Media(None if allow_outside else base, decode, against)
+    media = _Media(decode, against)
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -112,36 +109,20 @@ def check_file(
         if (key := hash((sample.source, sample.id))) in ids:
             report.add_fault(_DUPLICATE, f"{where}: an earlier sample has the id {sample.id!r}")
         ids.add(key)
-        _count(report, sample, where, max_tokens)
+        report.modalities[sample.modality] += 1
+        report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
+        report.sources.update([sample.source] if sample.source else [])
+        if not all(text.strip() for text in (*sample.captions, *(turn.text for turn in sample.turns))):
+            report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
         media.check(report, sample, where)
     return report
 
 
-def _count(report: Report, sample: Sample, where: str, max_tokens: int) -> None:
-    """Count a sample and the faults of its texts."""
-    report.modalities[sample.modality] += 1
-    report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
-    if sample.source:
-        report.sources[sample.source] += 1
-    said = [turn.text for turn in sample.turns]
-    longest = max(len("".join(said)), *map(len, sample.captions), 0)
-    if (tokens := longest // CHARACTERS_PER_TOKEN) > max_tokens:
-        report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {tokens} tokens")
-    if any(not text.strip() for text in (*sample.captions, *said)):
-        report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
-
-
 class _Media:
-    """Checks each medium once, and compares it with the media of evaluation data.
+    """Checks each medium once, and compares it with the media of evaluation data."""
 
-    Args:
-        root: The folder that the media must be in; None accepts all.
-        decode: Open every medium.
-        against: Evaluation data.
-    """
-
-    def __init__(self, root: str | None, decode: bool, against: Iterable[Sample]) -> None:
-        self._root, self._decode = root, decode
+    def __init__(self, decode: bool, against: Iterable[Sample]) -> None:
+        self._decode = decode
         self._known: dict[Medium, _Fault] = {}
         self._names: dict[tuple[Modality, str], str] = {}
         self._sizes: dict[int, list[Medium]] = defaultdict(list)
@@ -167,11 +148,6 @@ class _Media:
             size = os.stat(medium.path).st_size
         except OSError as error:
             return _MISSING, f"{medium.path}: {error.strerror}"
-        if self._root is not None:
-            try:
-                check_inside(medium.path, self._root)
-            except DataError as error:
-                return _OUTSIDE, str(error)
         if size == 0:
             return _UNREADABLE, f"{medium.path}: the file is empty"
         if size < (medium.offset or 0) + (medium.size or 0):
@@ -224,32 +200,25 @@ def _open(medium: Medium) -> None:
 
 def command(
     file: Annotated[str, typer.Argument(help="annotations: a file, a folder of media, or a hub id ORG/NAME")],
-    reader: Annotated[str | None, typer.Option(help="the format; by default detected")] = None,
-    root: Annotated[str | None, typer.Option(help="the folder of relative media paths; default: the file's")] = None,
-    media: Annotated[list[str], typer.Option(help="image=PATTERN: where media are, with fields in braces")] = [],  # noqa: B006
-    options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings of the reader")] = [],  # noqa: B006
+    reader: ReaderName = None,
+    root: Root = None,
+    media: MediaPatterns = [],  # noqa: B006
+    options: ReaderOptions = [],  # noqa: B006
     decode: Annotated[bool, typer.Option("--decode", help="open every medium")] = False,
-    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="accept media outside the root")] = False,
+    allow_outside: AllowOutside = False,
     against: Annotated[list[str], typer.Option(help="evaluation data that must not share media; repeatable")] = [],  # noqa: B006
-    max_tokens: Annotated[int, typer.Option(help="longest text")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> int:
     """Check annotations, and count their samples."""
-    from tempfile import TemporaryDirectory
-
-    from lavis_chatbridge.datasets import convert
-
     with TemporaryDirectory() as folder:
         other: list[Sample] = []
         for number, path in enumerate(against):
-            one = convert.settings_of(path, None, None, [], [], True)
+            one = convert.settings_of(path, allow_outside=True)
             other += read_jsonl(convert.our_jsonl(one, Path(folder, str(number))), one.root, allow_outside=True)
         own = convert.settings_of(file, reader, root, media, options, allow_outside)
-        own.require()
         try:
             jsonl = convert.our_jsonl(own, Path(folder, "data"))
-            outside = allow_outside or own.reader != OWN_READER
-            report = check_file(jsonl, own.root, decode, outside, max_tokens, other)
+            report = check_file(jsonl, own.root, decode, allow_outside or own.reader != OWN_READER, other)
         except DataError as error:
             report = Report()
             report.add_fault(_MALFORMED, str(error))

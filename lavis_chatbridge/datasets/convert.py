@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, TypeAlias
 
 import typer
 
 from lavis_chatbridge import config
 from lavis_chatbridge.datasets import readers
+from lavis_chatbridge.datasets.readers.common import object_rows
 from lavis_chatbridge.datasets.readers.own import is_hub_id
 from lavis_chatbridge.datasets.settings import OWN_READER, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of, locked, read_json, write_json
-from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, folder_of, write_jsonl
+from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, SampleFile, folder_of, write_jsonl
 
 _log = logging.getLogger(__name__)
 
 _TABLES = (".parquet", ".arrow", ".csv", ".tsv")
 _SPLIT = "train"
+
+ReaderName: TypeAlias = Annotated[str | None, typer.Option(help="the format; by default detected")]
+Root: TypeAlias = Annotated[str | None, typer.Option(help="the folder of relative media paths; default: the file's")]
+MediaPatterns: TypeAlias = Annotated[
+    list[str], typer.Option(help="image=PATTERN: where media are, with fields in braces")
+]
+ReaderOptions: TypeAlias = Annotated[list[str], typer.Option(help="KEY=VALUE: settings of the reader")]
+AllowOutside: TypeAlias = Annotated[bool, typer.Option("--allow-outside", help="accept media outside the root")]
 
 
 def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
@@ -87,9 +97,14 @@ def _key(name: str, split: str, own: DataSettings) -> str:
 
 
 def settings_of(
-    source: str, reader: str | None, root: str | None, media: list[str], options: list[str], allow_outside: bool
+    source: str,
+    reader: str | None = None,
+    root: str | None = None,
+    media: Sequence[str] = (),
+    options: Sequence[str] = (),
+    allow_outside: bool = False,
 ) -> DataSettings:
-    """The settings for a file, folder or hub id of the command line; arguments as in `command`."""
+    """The settings for existing annotations of the command line; arguments as in `command`."""
     if wrong := next((word for word in media if "=" not in word), None):
         raise ConfigError(f"--media {wrong}: expected MODALITY=PATTERN, such as image=pictures/{{file_name}}")
     values = {
@@ -100,15 +115,16 @@ def settings_of(
         "options": config.read_options(options),
         "allow_outside": allow_outside,
     }
-    return config.parse(DataSettings, values, "source")
+    own = config.parse(DataSettings, values, "source")
+    if missing := own.missing():
+        raise DataError(f"{', '.join(missing)} does not exist")
+    return own
 
 
 def recognised(source: str) -> str:
     """The reader of a source, from its file ending or the keys of its first row."""
-    from lavis_chatbridge.datasets.readers.common import object_rows
-
     ending = Path(source).suffix.lower()
-    if not (os.path.exists(source) or is_hub_id(source) or set("*?[") & set(source)):
+    if not (os.path.exists(source) or is_hub_id(source) or "*" in source):
         raise DataError(f"{source} does not exist")
     if os.path.isdir(source) or ending in _TABLES or is_hub_id(source):
         return "huggingface"
@@ -126,11 +142,12 @@ def recognised(source: str) -> str:
 
 def our_jsonl(own: DataSettings, folder: Path) -> Path:
     """The source of `settings_of` as a JSONL of our schema, converted into ``folder`` if needed."""
-    own.require()
-    [source] = own.every_file(_SPLIT)
+    first, *others = own.every_file(_SPLIT)
     if own.reader == OWN_READER:
-        return Path(source)
-    target = folder / f"{Path(source).stem}.jsonl"
+        if others:
+            raise ConfigError(f"{first} and {len(others)} more: name one JSONL of our schema")
+        return Path(first)
+    target = folder / f"{Path(first).stem}.jsonl"
     write_converted(_SPLIT, _SPLIT, own, target)
     return target
 
@@ -138,18 +155,15 @@ def our_jsonl(own: DataSettings, folder: Path) -> Path:
 def command(
     source: Annotated[str, typer.Argument(help="annotations: a file, a folder, or a hub id ORG/NAME")],
     target: Annotated[Path, typer.Argument(help="a .jsonl, or with --shards a folder")],
-    reader: Annotated[str | None, typer.Option(help="the format; by default detected")] = None,
-    root: Annotated[str | None, typer.Option(help="the folder of relative media paths; default: the source's")] = None,
-    media: Annotated[list[str], typer.Option(help="image=PATTERN: where media are, with fields in braces")] = [],  # noqa: B006
-    options: Annotated[list[str], typer.Option(help="KEY=VALUE: settings of the reader")] = [],  # noqa: B006
+    reader: ReaderName = None,
+    root: Root = None,
+    media: MediaPatterns = [],  # noqa: B006
+    options: ReaderOptions = [],  # noqa: B006
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="leave out samples without their media")] = False,
-    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="accept media outside the root")] = False,
+    allow_outside: AllowOutside = False,
     shards: Annotated[bool, typer.Option("--shards", help="write shards with the media instead")] = False,
 ) -> None:
     """Write annotations of any format as our JSONL, or as shards."""
-    from tempfile import TemporaryDirectory
-
-    from lavis_chatbridge.datasets.files import SampleFile
     from lavis_chatbridge.datasets.shards import write
 
     own = settings_of(source, reader, root, media, options, allow_outside)
@@ -161,8 +175,8 @@ def command(
         return
     if own.reader == OWN_READER:
         raise ConfigError(f"{source} is a JSONL of our schema already; --shards writes it as shards")
-    own.require()
-    if target.exists():
-        raise ConfigError(f"{target} exists: name a new file")
+    tar = [target.with_suffix(".tar")] if own.reader == "huggingface" else []  # for media that a table contains
+    if taken := [path for path in (target, *tar) if path.exists()]:
+        raise ConfigError(f"{taken[0]} exists: name a new file")
     written, left_out = write_converted(_SPLIT, _SPLIT, own, target, root=str(target.parent))
     print(f"{target}: {written} samples, left out {left_out} without their media")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lavis_chatbridge.datasets.files import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, SampleFile, about_tokens
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
@@ -32,7 +31,15 @@ from lavis_chatbridge.prompting.conversation import (
     spell_out,
 )
 from lavis_chatbridge.prompting.templates import Templates
-from lavis_chatbridge.schema import Medium, Sample, to_record
+from lavis_chatbridge.schema import (
+    CHARACTERS_PER_TOKEN,
+    TOKENS_PER_MEDIUM,
+    Medium,
+    Sample,
+    SampleFile,
+    about_tokens,
+    to_record,
+)
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.features import FeatureStore
@@ -109,18 +116,17 @@ class SampleDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.item(index)
-
     def sample(self, index: int) -> Sample:
         """The ``index``-th sample, without opening its media."""
         return self.samples[index if self.indices is None else int(self.indices[index])]
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(index)
+
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """The ``index``-th sample as the model's input, with the keys `ITEM_KEYS` and ``source``.
 
-        An unreadable medium is a `MediaError`; a sample that does not fit the stage, or a medium outside the root, a
-        `DataError`.
+        An unreadable medium is a `MediaError`, a sample that does not fit the stage a `DataError`.
         """
         sample = self.sample(index)
         pieces = self.pieces(sample, self._rng(index, epoch, _TEXT_STREAM))
@@ -190,7 +196,6 @@ class SampleDataset(torch.utils.data.Dataset):
         return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
 
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
-        self.samples.check_inside(medium)
         if self.features is not None and (found := self.features.find(medium)) is not None:
             return found
         if medium.modality not in self.processors:
@@ -237,19 +242,6 @@ def collate(items: Sequence[Mapping[str, Any]], source: str = "") -> dict[str, A
         raise DataError(f"items of one batch come from different sources: {', '.join(sorted(sources))}")
     keys = [key for key in items[0] if key != "source"] if items else ITEM_KEYS  # evaluation adds ``index``
     return {key: [item[key] for item in items] for key in keys} | {"source": sources.pop()}
-
-
-def split_by_modality(name: str, samples: SampleFile) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yield a source's name and its samples' indices for each modality of a file, so that a batch has one modality.
-
-    The source of a file with only one modality is called ``name``; otherwise ``name/image``, ``name/video+audio``.
-    """
-    present = {samples.modalities[number]: number for number in np.unique(samples.modality).tolist()}
-    if len(present) == 1:
-        yield name, None
-        return
-    for modality, number in sorted(present.items()):
-        yield f"{name}/{modality}", np.flatnonzero(samples.modality == number)
 
 
 def media_content(medium: Medium) -> str | bytes:

@@ -24,14 +24,12 @@ from lavis_chatbridge.datasets.dataset import media_content
 from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.datasets.shards import PER_SHARD, read_index, tar_file, write_index
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.files import hash_of
+from lavis_chatbridge.files import hash_of, hash_of_file
 from lavis_chatbridge.media.types import EncodedMedium
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample
 
 _log = logging.getLogger(__name__)
-
-_BLOCK = 1 << 20
 
 
 class Encoder(Protocol):
@@ -49,7 +47,7 @@ class FeatureStore:
 
     Args:
         folder: The folder of the shards; created when features are added.
-        encoders: Modality -> hash of encoder and processor, a part of the key; see `encoder_hashes`.
+        encoders: The part of the key that `encoder_hashes` returns.
     """
 
     def __init__(self, folder: str | Path, encoders: Mapping[Modality, str] | None = None) -> None:
@@ -104,15 +102,14 @@ class FeatureStore:
         key = self.key(medium)
         return self.get(key) if key in self._locations else None
 
-    def add(self, features: Iterable[tuple[Medium, EncodedMedium]]) -> int:
-        """Write features to a new shard, and return their number."""
+    def add(self, features: Iterable[tuple[str, Medium, EncodedMedium]]) -> int:
+        """Write features (with the key and the medium) to a new shard, and return their number."""
         shard = self.folder / f"features-{uuid.uuid4().hex}.tar"
         locations: dict[str, tuple[int, int]] = {}
         files: dict[str, list[Any]] = {}
         try:
             with tar_file(shard) as add:
-                for medium, encoded in features:
-                    key = self.key(medium)
+                for key, medium, encoded in features:
                     tensors = {"tokens": encoded.tokens.half(), "mask": encoded.mask.bool()}
                     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
                     locations[key] = add(f"{key}.safetensors", content)
@@ -142,32 +139,33 @@ def build_features(
 ) -> FeatureStore:
     """Encode every distinct medium of the samples that is not in the store.
 
+    Unreadable media are logged and skipped; training counts them when it reads them.
+
     Args:
         model: The model, on its device.
         samples: The samples.
         processors: Modality -> evaluation processor (without random augmentation).
-        folder: The store.
+        folder: The store's.
         batch: Media per forward pass.
         workers: Processes that open media.
         rank: This process; it encodes its share. When all are done, call `FeatureStore.refresh`.
         world_size: Number of processes.
-
-    Returns:
-        The store. Unreadable media are logged and skipped; training counts them when it reads them.
     """
     store = FeatureStore(folder, encoder_hashes(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
     for medium in distinct_media(samples):
-        key = _key(store, medium)
-        if key and key not in store and int(key, 16) % world_size == rank:
+        try:
+            key = store.key(medium)
+        except MediaError as error:
+            _log.warning("no features: %s", error)
+            continue
+        if key not in store and int(key, 16) % world_size == rank:
             missing[medium.modality][key] = medium
     for modality, media in missing.items():
-        every = list(media.values())
+        every = list(media.items())
         for first in range(0, len(every), PER_SHARD):
             part = every[first : first + PER_SHARD]
-            encoded = _encode(model, modality, part, processors[modality], batch, workers)
-            # a file that changes meanwhile gets another key
-            count = store.add(pair for pair in encoded if media.get(_key(store, pair[0])) == pair[0])
+            count = store.add(_encode(model, modality, part, processors[modality], batch, workers))
             _log.info("stored features of %d %s files in %s", count, modality, folder)
     return store
 
@@ -179,13 +177,8 @@ def distinct_media(samples: Iterable[Sample]) -> list[Medium]:
 
 def content_hash(medium: Medium) -> str:
     """The SHA-256 of a medium's bytes."""
-    hasher, left = hashlib.sha256(), medium.size
-    with open(medium.path, "rb") as file:
-        file.seek(medium.offset or 0)
-        while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
-            hasher.update(block)
-            left = None if left is None else left - len(block)
-    return hasher.hexdigest()
+    content = media_content(medium)
+    return hash_of_file(content) if isinstance(content, str) else hashlib.sha256(content).hexdigest()
 
 
 def _name(medium: Medium) -> str:
@@ -194,32 +187,24 @@ def _name(medium: Medium) -> str:
     return path if medium.offset is None else f"{path}@{medium.offset}+{medium.size}"
 
 
-def _key(store: FeatureStore, medium: Medium) -> str:
-    """The key of a medium; "" if its file cannot be read."""
-    try:
-        return store.key(medium)
-    except MediaError as error:
-        _log.warning("no features: %s", error)
-        return ""
-
-
 def _encode(
-    model: Encoder, modality: Modality, media: list[Medium], processor: Any, batch: int, workers: int
-) -> Iterator[tuple[Medium, EncodedMedium]]:
+    model: Encoder, modality: Modality, media: Sequence[tuple[str, Medium]], processor: Any, batch: int, workers: int
+) -> Iterator[tuple[str, Medium, EncodedMedium]]:
     opening = functools.partial(_opened, processor)  # runs in the workers
     loader: DataLoader = DataLoader(media, batch, num_workers=workers, collate_fn=opening)  # type: ignore[arg-type]
     with worker_deaths():
         for opened in loader:
-            if opened:
-                yield from zip(opened, model.encode_media(modality, list(opened.values())), strict=True)
+            encoded = model.encode_media(modality, [content for _, _, content in opened]) if opened else []
+            for (key, medium, _), features in zip(opened, encoded, strict=True):
+                yield key, medium, features
 
 
-def _opened(processor: Any, media: Sequence[Medium]) -> dict[Medium, Any]:
-    """The processed media; unreadable ones are logged and left out."""
-    found = {}
-    for medium in media:
+def _opened(processor: Any, media: Sequence[tuple[str, Medium]]) -> list[tuple[str, Medium, Any]]:
+    """The media with their keys and processed contents; unreadable ones are logged and left out."""
+    found = []
+    for key, medium in media:
         try:
-            found[medium] = processor(media_content(medium))
+            found.append((key, medium, processor(media_content(medium))))
         except MediaError as error:
             _log.warning("no features: %s", error)
     return found

@@ -81,19 +81,14 @@ class MixtureLoader:
     """
 
     def __init__(
-        self,
-        splits: Mapping[str, SplitDataset],
-        settings: LoaderSettings,
-        rank: int = 0,
-        world_size: int = 1,
+        self, splits: Mapping[str, SplitDataset], settings: LoaderSettings, rank: int = 0, world_size: int = 1
     ) -> None:
         self.sources = {source.name: source for split in splits.values() for source in split.sources}
         if len(self.sources) < sum(len(split.sources) for split in splits.values()):
             raise ConfigError("two sources of the mixture have the same name")
         for source in self.sources.values():
             source.seed = settings.seed
-        self.settings = settings
-        self.rank = rank
+        self.settings, self.rank = settings, rank
         self.skipped: Counter[str] = Counter()
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
@@ -137,8 +132,7 @@ class MixtureLoader:
 class EvaluationLoader:
     """A rank's shard of a split: every sample is on exactly one rank.
 
-    A batch has samples of one source and of similar length, the longest first (so that an out-of-memory error occurs
-    immediately). The last batch of each source may be smaller, and ranks may differ by a batch.
+    A batch has samples of one source and of similar length, the longest first: an out-of-memory error occurs at once.
 
     Attributes:
         shares: Source -> the indices of this rank's samples.
@@ -153,10 +147,8 @@ class EvaluationLoader:
         world_size: int = 1,
         settings: LoaderSettings | None = None,
     ) -> None:
-        self.dataset = dataset
-        self.settings = settings or LoaderSettings()
+        self.dataset, self.batch_size, self.settings = dataset, batch_size, settings or LoaderSettings()
         self.skipped: Counter[str] = Counter()
-        self.batch_size = batch_size
         self.shares: list[tuple[str, list[int]]] = []
         before = 0
         for source in dataset.sources:
@@ -184,10 +176,7 @@ class EvaluationLoader:
         return _load(sources, lambda done: self._requests[done:], self.settings, self.skipped)
 
 
-def source_ratios(
-    splits: Mapping[str, SplitDataset],
-    ratios: Mapping[str, float] | None = None,
-) -> dict[str, float]:
+def source_ratios(splits: Mapping[str, SplitDataset], ratios: Mapping[str, float] | None = None) -> dict[str, float]:
     """Source name -> share of the steps: the data set's ratio, divided among its sources.
 
     A data set's ratio is the one in ``ratios``, else the one of its configuration, else its number of samples; its
@@ -219,43 +208,35 @@ class _Mixture(torch.utils.data.Dataset):
     """
 
     def __init__(self, sources: Mapping[str, SampleDataset], workers: int) -> None:
-        self._sources = sources
-        self._numbers = {name: number for number, name in enumerate(sources)}
+        self._sources, self._names = sources, list(sources)
         self.hung: set[tuple[str, int]] = set()
         self.busy = torch.zeros(max(1, workers), 4, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
         name, pairs = request
         source = self._sources[name]
+        worker = torch.utils.data.get_worker_info()
+        busy = self.busy[worker.id if worker else 0]
         items, skipped = [], []
         for index, epoch in pairs:
             if (name, index) in self.hung:
                 skipped.append((source.sample(index).id, "its decoder did not return in time"))
                 continue
+            busy[:] = torch.tensor([os.getpid(), self._names.index(name), index, time.monotonic_ns()])
             try:
-                with self._busy(name, index):
-                    items.append(source.item(index, epoch))
+                items.append(source.item(index, epoch))
             except MediaError as error:
                 skipped.append((source.sample(index).id, str(error)))
             except ChatBridgeError as error:
                 return {_FATAL: error}
+            finally:
+                busy[3] = 0
         return collate(items, name) | {"skipped": skipped}
-
-    @contextmanager
-    def _busy(self, source: str, index: int) -> Iterator[None]:
-        worker = torch.utils.data.get_worker_info()
-        row = self.busy[worker.id if worker else 0]
-        row[:] = torch.tensor([os.getpid(), self._numbers[source], index, time.monotonic_ns()])
-        try:
-            yield
-        finally:
-            row[3] = 0
 
     def stuck(self, seconds: float) -> dict[int, tuple[str, int]]:
         """Process id -> the sample that a worker has been loading for longer than ``seconds``."""
-        since, names = time.monotonic_ns() - int(seconds * 1e9), list(self._sources)
-        rows = [row for row in self.busy.tolist() if 0 < row[3] < since]
-        return {pid: (names[number], index) for pid, number, index, _ in rows}
+        since = time.monotonic_ns() - int(seconds * 1e9)
+        return {pid: (self._names[n], index) for pid, n, index, start in self.busy.tolist() if 0 < start < since}
 
 
 def _load(
@@ -265,8 +246,7 @@ def _load(
     skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """The batches of ``remaining(0)``; if a worker is stuck after ``n`` batches, new workers load ``remaining(n)``."""
-    dataset = _Mixture(sources, settings.workers)
-    done = 0
+    dataset, done = _Mixture(sources, settings.workers), 0
     with worker_deaths():
         while True:
             for batch in _until_stuck(dataset, remaining(done), settings):

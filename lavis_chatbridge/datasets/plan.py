@@ -42,13 +42,12 @@ class KeyedPermutation:
     def _scramble(self, values: np.ndarray) -> np.ndarray:
         """One pass of the Feistel network over ``low + high`` bits; the halves swap in every round."""
         one = np.uint64(1)
-        widths = (self._low, self._high)
-        for round_, key in enumerate(self._keys):
-            right_bits, left_bits = widths[round_ % 2], widths[(round_ + 1) % 2]
-            right = values & ((one << right_bits) - one)
-            left = values >> right_bits
+        right_bits, left_bits = self._low, self._high
+        for key in self._keys:
+            right, left = values & ((one << right_bits) - one), values >> right_bits
             mixed = _mix(right ^ key) & ((one << left_bits) - one)
             values = (right << left_bits) | (left ^ mixed)
+            right_bits, left_bits = left_bits, right_bits
         return values
 
 
@@ -73,8 +72,7 @@ class _Schedule:
     def at(self, step: int) -> tuple[int, list[int]]:
         """The source of a step, and the number of earlier steps of each source."""
         number, inside = divmod(step, self._block)
-        before = self._counts(number * self._block)
-        after = self._counts((number + 1) * self._block)
+        before, after = (self._counts(block * self._block) for block in (number, number + 1))
         members = [source for source, (a, b) in enumerate(zip(before, after, strict=True)) for _ in range(b - a)]
         order = sorted(range(self._block), key=lambda i: _hash(self._seed, number, i))
         sources = [members[i] for i in order]
@@ -117,19 +115,14 @@ class MixturePlan:
         lengths: Mapping[str, np.ndarray] | None = None,
         group: int = 32,
     ) -> None:
-        if not sizes or min(sizes.values()) < 1:
-            raise ConfigError(f"a mixture needs sources that have samples, found {dict(sizes)}")
         ratios = sizes if ratios is None else ratios
-        if set(ratios) != set(sizes) or min(ratios.values()) <= 0:
-            raise ConfigError(f"a mixture needs a positive ratio for each of {', '.join(sizes)}, found {dict(ratios)}")
-        self.names = list(sizes)
-        self.sizes = dict(sizes)
+        if set(ratios) != set(sizes):
+            raise ConfigError(f"a mixture needs a ratio for each of {', '.join(sizes)}, found {dict(ratios)}")
+        self.names, self.sizes = list(sizes), dict(sizes)
         self.ratios = {name: float(ratios[name]) for name in sizes}
         self.batch_sizes = dict.fromkeys(sizes, batch_size) if isinstance(batch_size, int) else dict(batch_size)
-        self.world_size = world_size
-        self.seed = seed
-        self.lengths = dict(lengths or {})
-        self.group = group
+        self.world_size, self.seed = world_size, seed
+        self.lengths, self.group = dict(lengths or {}), group
         self._schedule = _Schedule(list(self.ratios.values()), _hash(seed, 0))
         self.resume(0, dict.fromkeys(sizes, 0))
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from lavis_chatbridge.config import Settings
+from lavis_chatbridge.config import Settings, hint
 from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.datasets.readers.common import Origin
 from lavis_chatbridge.datasets.readers.own import is_hub_id
-from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.prompting.conversation import Modality
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
+CACHE_VARIABLE = "CHATBRIDGE_CACHE"
 WORLD_PREFIX = "chatbridge_world"
 """Name prefix of the embedded world's data sets; a run builds the world if it does not exist."""
 OWN_READER = "jsonl"
@@ -29,7 +29,7 @@ Share: TypeAlias = Annotated[float, Field(gt=0)]
 
 
 class DataSettings(Settings):
-    """The keys of a data set's section; the shipped rows are in ``configs/datasets/*.yaml``."""
+    """The keys of a data set's section; those of the shipped data sets are in ``configs/datasets/*.yaml``."""
 
     reader: str = OWN_READER
     """Format of the annotation files: ``jsonl`` is our own schema."""
@@ -85,21 +85,21 @@ class DataSettings(Settings):
     @field_validator("splits", "media", "options", "ratios", mode="before")
     @classmethod
     def _null_is_empty(cls, value: Any) -> Any:
-        """A null section removes the row's values under this key."""
+        """Null removes the shipped values of this key."""
         return {} if value is None else value
 
     def check(self) -> Iterable[str]:
         """Yields contradictions between keys."""
         if self.reader not in (known := [OWN_READER, *READERS]):
-            yield f"unknown reader {self.reader!r}{_hint(self.reader, known)}"
+            yield f"unknown reader {self.reader!r}{hint(self.reader, known)}"
         if self.reader == OWN_READER and self.media:
             yield "media is for readers of other formats; a jsonl file contains the paths of its media"
         templates = self.instruction_templates() if self.task else None
         if templates is not None and self.task not in templates.tasks:
-            hint = _hint(self.task, sorted(templates.tasks))
-            yield f"task: no instruction template is for {self.task!r}{hint} (templates: false accepts any name)"
+            nearest = hint(self.task, templates.tasks)
+            yield f"task {self.task!r} has no instruction template{nearest} (templates: false accepts any name)"
         if unknown := sorted(set(self.ratios) - set(self.parts)):
-            yield f"ratios name {', '.join(unknown)}, missing in parts"
+            yield f"ratios has {', '.join(unknown)}, which parts does not have"
 
     def instruction_templates(self) -> Templates | None:
         """The instruction templates; None to use questions unchanged."""
@@ -155,19 +155,14 @@ class DataSettings(Settings):
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
         """The annotation files of some splits (default: all) and the media folders, as far as they do not exist."""
-        names = self.used_splits if splits is None else splits
-        files = [path for split in names for path in self.every_file(split)]
+        files = [path for split in splits or self.used_splits for path in self.every_file(split)]
         tables = self.reader == "huggingface"
         absent = [p for p in files if not (os.path.isfile(p) or (tables and (os.path.isdir(p) or is_hub_id(p))))]
         folders = [os.path.join(self.root, os.path.dirname(path.split("{")[0])) for path in self.media.values()]
         return list(dict.fromkeys([*absent, *(folder + os.sep for folder in folders if not os.path.isdir(folder))]))
 
-    def require(self) -> None:
-        """Raise a `DataError` that names the missing files and folders."""
-        if missing := self.missing():
-            raise DataError(f"{', '.join(missing)} does not exist")
 
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+def cache_folder() -> Path:
+    """``$CHATBRIDGE_CACHE``, or by default ``lavis-chatbridge`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lavis-chatbridge")
+    return Path(os.environ.get(CACHE_VARIABLE) or default).expanduser()

@@ -7,26 +7,25 @@ The JSONL is written last, and removed before a shard is rewritten. This module 
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import json
 import logging
 import os
-import re
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lavis_chatbridge.datasets.dataset import media_content
-from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import too_many_unreadable
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import atomic_file, atomic_text, hash_of, hash_of_file, read_json, write_json
 from lavis_chatbridge.prompting.conversation import Modality
-from lavis_chatbridge.schema import Medium, Sample, to_record
+from lavis_chatbridge.schema import Medium, Sample, SampleFile, to_record
 
 _log = logging.getLogger(__name__)
 
@@ -58,17 +57,14 @@ def media_file(target: Path) -> Iterator[Callable[[Modality, bytes, str], Medium
 
     The tar file ``target`` is written atomically, and only if a medium is stored.
     """
-    with tar_file(target) as add:
-        count = 0
+    numbers = itertools.count()
+    with ExitStack() as stack:
+        tar = functools.cache(lambda: stack.enter_context(tar_file(target)))
 
         def keep(modality: Modality, content: bytes, ending: str) -> Medium:
-            nonlocal count
-            count += 1
-            return Medium(modality, str(target), *add(f"{count - 1:09d}.{ending}", content))
+            return Medium(modality, str(target), *tar()(f"{next(numbers):09d}.{ending}", content))
 
         yield keep
-    if not count:
-        target.unlink()
 
 
 def write_index(shard: Path, content: dict[str, Any]) -> None:
@@ -103,7 +99,7 @@ def write(
 
     Args:
         folder: The output folder.
-        samples: The samples; media of a `SampleFile` must be in its root.
+        samples: The samples.
         stem: Prefix of the file names.
         per_shard: Number of samples per shard.
         rank: This process; it writes every ``world_size``-th shard, from shard ``rank``.
@@ -122,7 +118,7 @@ def write(
         for number in range(rank, target.count, world_size):
             index = _shard(target, number)
             left_out = index["left_out"]
-            tried, bad = tried + index["samples"] + len(left_out), bad + len(left_out)
+            tried, bad = tried + len(index["records"]) + len(left_out), bad + len(left_out)
             if fault := too_many_unreadable(stem, bad, tried, max_bad_share, left_out[-1][1] if left_out else ""):
                 raise DataError(fault)
         return _finish(target)
@@ -164,50 +160,40 @@ def _shard(target: _Target, number: int) -> dict[str, Any]:
         return index
     for outdated in (target.jsonl, _index_of(shard)):
         outdated.unlink(missing_ok=True)
-    index = {"samples_hash": target.hash, "key": key, **_fill(shard, target.samples, part)}
+    index = {"samples_hash": target.hash, "key": key, **_fill(shard, part)}
     write_index(shard, index)
-    _log.info("wrote %s: %d samples, left out %d", shard, index["samples"], len(index["left_out"]))
+    _log.info("wrote %s: %d samples, left out %d", shard, len(index["records"]), len(index["left_out"]))
     return index
 
 
-def _fill(shard: Path, samples: Sequence[Sample], part: Iterable[tuple[int, Sample]]) -> dict[str, Any]:
+def _fill(shard: Path, part: Iterable[tuple[int, Sample]]) -> dict[str, Any]:
     """Write a shard; returns its samples as records. A medium of several samples is stored once."""
     records: list[dict[str, Any]] = []
     left_out: list[tuple[str, str]] = []
-    modalities: Counter[str] = Counter()
-    stored: dict[_Content, tuple[str, int, int]] = {}  # name in the tar, offset, size
-
-    def by_name(medium: Medium) -> Medium:
-        return Medium(medium.modality, stored[_key(medium)][0])
-
-    def by_offset(medium: Medium) -> Medium:
-        return Medium(medium.modality, shard.name, *stored[_key(medium)][1:])
-
+    members: dict[_Content, tuple[Any, ...]] = {}  # path in the tar
+    places: dict[_Content, tuple[Any, ...]] = {}  # the tar, offset and size
     with tar_file(shard) as add:
         for position, sample in part:
             try:
-                new = {_key(m): _content(m, samples) for m in sample.files if _key(m) not in stored}
+                new = {_key(m): _content(m) for m in sample.files if _key(m) not in places}
             except MediaError as error:
                 left_out.append((sample.id, str(error)))
                 continue
             for number, (key, (ending, data)) in enumerate(new.items()):
                 name = f"{position:09d}.{ending if len(new) == 1 else f'{number}.{ending}'}"
-                stored[key] = (name, *add(name, data))
-            record = json.dumps(_moved(sample, by_name), ensure_ascii=False)
+                members[key], places[key] = (name,), (shard.name, *add(name, data))
+            record = json.dumps(_moved(sample, members), ensure_ascii=False)
             add(f"{position:09d}.json", record.encode())
-            records.append(_moved(sample, by_offset))
-            modalities[sample.modality] += 1
-    return {"samples": len(records), "modalities": modalities, "left_out": left_out, "records": records}
+            records.append(_moved(sample, places))
+    return {"left_out": left_out, "records": records}
 
 
 def _key(medium: Medium) -> _Content:
     return medium.path, medium.offset, medium.size
 
 
-def _content(medium: Medium, samples: Sequence[Sample]) -> tuple[str, bytes]:
+def _content(medium: Medium) -> tuple[str, bytes]:
     """File ending and bytes of a medium."""
-    if isinstance(samples, SampleFile):
-        samples.check_inside(medium)
     found = media_content(medium)
     try:
         data = Path(found).read_bytes() if isinstance(found, str) else found
@@ -219,37 +205,35 @@ def _content(medium: Medium, samples: Sequence[Sample]) -> tuple[str, bytes]:
     return ending if ending.isalnum() and ending != "json" else medium.modality, data
 
 
-def _moved(sample: Sample, move: Callable[[Medium], Medium]) -> dict[str, Any]:
-    """A sample as a JSONL record, with its media's locations in the shards."""
-    media = tuple(medium if medium.words else move(medium) for medium in sample.media)
-    return to_record(replace(sample, media=media))
+def _moved(sample: Sample, places: Mapping[_Content, tuple[Any, ...]]) -> dict[str, Any]:
+    """A sample as a JSONL record, with its media in other places."""
+    media = (m if m.words else Medium(m.modality, *places[_key(m)]) for m in sample.media)
+    return to_record(replace(sample, media=tuple(media)))
 
 
 def _finish(target: _Target) -> str | None:
     """If every shard is complete, write the JSONL, and delete further shards of an earlier, longer set."""
-    counts: Counter[str] = Counter()
+    count = 0
     left_out: list[tuple[str, str]] = []
-    size = 0
     for number in range(target.count):
         index = read_index(target.shard(number))
         if index is None or index["samples_hash"] != target.hash:
             return None
-        counts.update(index["modalities"])
+        count += len(index["records"])
         left_out += index["left_out"]
-        size += index["bytes"]
-    if not counts:
+    if not count:
         raise DataError(f"{target.jsonl}: none of {len(target.samples)} samples has readable media")
     if not target.jsonl.exists():
         with atomic_text(target.jsonl) as out:
             for number in range(target.count):
                 for record in (read_index(target.shard(number)) or {})["records"]:
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    named = re.compile(rf"{re.escape(target.stem)}-(\d{{5,}})\.(tar|index\.json)")
-    for path in target.folder.iterdir():
-        if (match := named.fullmatch(path.name)) and int(match[1]) >= target.count:
-            path.unlink()
-    modalities = ", ".join(f"{count} {modality}" for modality, count in sorted(counts.items()))
-    text = f"{target.jsonl}: {counts.total()} samples ({modalities}) in {target.count} shards, {size / 2**20:.1f} MiB"
+    extra = target.count
+    while target.shard(extra).exists():
+        _index_of(target.shard(extra)).unlink(missing_ok=True)
+        target.shard(extra).unlink()
+        extra += 1
+    text = f"{target.jsonl}: {count} samples in {target.count} shards"
     if left_out:
         name, cause = left_out[0]
         text += f"; left out {len(left_out)} whose media cannot be read (first {name}: {cause})"

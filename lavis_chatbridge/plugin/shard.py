@@ -20,7 +20,7 @@ from lavis_chatbridge.plugin.launch import CfgPath, Options, load, prepare_world
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.dataset import SplitDataset
-    from lavis_chatbridge.datasets.files import SampleFile
+    from lavis_chatbridge.schema import SampleFile
 
 _SHARED = ("templates", "reply_end", "data_root")  # settings that a mixture shares with its parts
 _KEPT = (*_SHARED, "stage", "task", "style", "split_modalities")
@@ -45,8 +45,8 @@ def command(
     place = share_of(rank, world, os.environ)
     if (jsonl is None) == (cfg_path is None):
         raise ConfigError("name either a JSONL or a configuration (--cfg-path)")
-    from lavis_chatbridge.datasets.files import SampleFile
     from lavis_chatbridge.datasets.shards import write
+    from lavis_chatbridge.schema import SampleFile
 
     sections: dict[str, dict[str, Any]] = {}
     if jsonl is not None:
@@ -118,10 +118,10 @@ def _section(section: DictConfig, builder: Any, of_mixture: bool) -> dict[str, A
 
     given: Any = OmegaConf.to_container(section, resolve=True)
     names = (*(_SHARED if of_mixture else _KEPT), *SECTIONS.values())
-    kept = {name: given[name] for name in names if name in given and given[name] != builder.ROW.get(name)}
-    if of_mixture and builder.ROW.get("templates") is False:  # its questions are whole instructions
+    kept = {name: given[name] for name in names if name in given and given[name] != builder.DEFAULTS.get(name)}
+    if of_mixture and builder.DEFAULTS.get("templates") is False:  # its questions are whole instructions
         kept.pop("templates", None)
-    splits = [*(builder.ROW.get("splits") or {}), *({} if of_mixture else given.get("splits") or {})]
+    splits = [*(builder.DEFAULTS.get("splits") or {}), *({} if of_mixture else given.get("splits") or {})]
     return kept | _FROM_SHARDS | {"splits": dict.fromkeys(splits)}
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.schema import Medium, Sample, write_jsonl
+from lavis_chatbridge.schema import Medium, Sample, SampleFile, write_jsonl
 
 _FOLDERS: list[tempfile.TemporaryDirectory] = []
 

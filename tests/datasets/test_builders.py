@@ -1,4 +1,4 @@
-"""The builders' table: names, files looked for before anything starts, conversion, mixtures."""
+"""The builders: names, files looked for before anything starts, conversion, mixtures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import soundfile
 from PIL import Image
 
+from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Message, Text
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
+from tests.test_guides import ROOT, blocks
 
 registry = pytest.importorskip("lavis.common.registry").registry
 builders = pytest.importorskip("lavis_chatbridge.datasets.builders")
@@ -72,14 +75,14 @@ def test_own_data_becomes_one_source_per_modality(pictures, monkeypatch):
     assert [source.name for source in group.sources] == ["chatbridge_jsonl/own", "chatbridge_jsonl/pictures"]
 
 
-def test_the_worlds_layout(tmp_path):
-    for modality in ("image", "video", "audio"):
-        for split in ("train", "test", "heldout"):
-            sample = Sample(split, (Medium(modality, str(tmp_path / "x")),), ("c",))
-            write_jsonl(tmp_path / f"annotations/{modality}_{split}.jsonl", [sample], root=tmp_path)
-    groups = builder("chatbridge_world_caption", data_root=str(tmp_path)).build_datasets()
-    assert sorted(groups) == ["heldout", "test", "train"]
-    assert [s.name.split("/")[1] for s in groups["train"].sources] == ["image", "video", "audio"]
+def test_a_task_that_captions_ignore_is_named(pictures, caplog):
+    section = {"splits": {"train": str(pictures / "pictures.jsonl")}, "task": "image_caption"}
+    train("chatbridge_jsonl", **section)
+    [message] = [message for message in caplog.messages if "task" in message]
+    assert "which ignores task: image_caption; set stage: instruction" in message
+    caplog.clear()
+    train("chatbridge_jsonl", **section, stage="instruction")
+    assert "ignores task" not in caplog.text
 
 
 def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):
@@ -98,7 +101,7 @@ def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):
         with pytest.raises(ConfigError, match=fault):
             check(section, "datasets.x")
     world = registry.get_builder_class("chatbridge_world_caption")
-    world.check_config({**world.ROW, "data_root": str(tmp_path)}, "datasets.world")
+    world.check_config({**world.DEFAULTS, "data_root": str(tmp_path)}, "datasets.world")
 
 
 def test_all_missing_files_are_named_at_once(tmp_path):
@@ -213,11 +216,34 @@ def test_templates_of_ones_own_and_unknown_tasks(pictures):
     group = train("chatbridge_jsonl", **section, templates=[str(mine)])
     assert group[0]["pieces"][0] == Text("###Human: Hi, who?###Assistant:")
     for own, fault in (
-        ({"task": "image_captoin"}, r"task: no instruction template is for 'image_captoin', did you mean 'im"),
-        ({"task": "greet"}, r"for 'greet'; known are audio_caption"),
+        ({"task": "image_captoin"}, r"task 'image_captoin' has no instruction template, did you mean 'im"),
+        ({"task": "greet"}, r"task 'greet' has no instruction template; known are audio_caption"),
         ({"task": "greet", "templates": ["none.yaml"]}, r"none\.yaml"),
     ):
         with pytest.raises(ConfigError, match=fault):
             builder("chatbridge_jsonl", **section, **own)
     for templates in ([str(mine)], False):
         assert builder("chatbridge_jsonl", **section, task="greet", templates=templates).settings.task == "greet"
+
+
+def test_the_guides_reader_of_ten_lines_and_its_section_make_a_data_set(tmp_path, monkeypatch):
+    page = blocks(ROOT / "docs" / "data.md")
+    python = next(text for language, text in page if language == "python")
+    section = next(text for _, text in page if "align_birds" in text)
+    body = python[python.index("def birds") : python.index("READERS[")]
+    assert len(body.strip().splitlines()) <= 10
+    monkeypatch.setitem(READERS, "birds", None)
+    exec(compile(python, "data.md", "exec"), {"__name__": "guide"})
+    write(tmp_path / "sections" / "birds.yaml", section)
+    monkeypatch.setattr(builders, "CONFIG_FOLDER", tmp_path / "sections")
+    monkeypatch.setitem(registry.mapping["builder_name_mapping"], "align_birds", None)
+    registry.mapping["builder_name_mapping"].pop("align_birds")
+    builders.register_builders()
+    (tmp_path / "birds" / "audio").mkdir(parents=True)
+    soundfile.write(tmp_path / "birds" / "audio" / "a.wav", [0.0, 0.1] * 8000, 16_000)
+    write(tmp_path / "birds" / "train.csv", "file,song\na.wav,two falling notes\n")
+    [source] = train("align_birds", data_root=str(tmp_path)).sources
+    assert source[0]["text_output"] == "two falling notes\n"
+    assert len(source[0]["audio"]) == 1
+    assert source.name == "align_birds"
+    assert Path(source.sample(0).media[0].path) == tmp_path / "birds" / "audio" / "a.wav"

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
-from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.schema import Medium, Sample
+from lavis_chatbridge.schema import Medium, Sample, SampleFile
 from tests.datasets.conftest import PictureProcessor, sample_file
 
 

@@ -12,8 +12,7 @@ import webdataset as wds
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets import shards
 from lavis_chatbridge.datasets.dataset import media_content
-from lavis_chatbridge.datasets.files import SampleFile
-from lavis_chatbridge.schema import Medium, Sample, to_record, write_jsonl
+from lavis_chatbridge.schema import Medium, Sample, SampleFile, to_record, write_jsonl
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def contents(path, root=None):
 
 def test_shards_are_plain_webdataset_and_store_each_medium_once(tmp_path, mine, capsys):
     assert shard(mine, "--output", tmp_path / "out", "--per-shard", 6) == 0
-    assert "mine.jsonl: 12 samples (10 image, 1 image+audio, 1 text) in 2 shards" in capsys.readouterr().out
+    assert "mine.jsonl: 12 samples in 2 shards" in capsys.readouterr().out
     assert contents(tmp_path / "out" / "mine.jsonl") == contents(mine)
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
     records = list(wds.WebDataset(tars, shardshuffle=False))
@@ -84,9 +83,9 @@ def test_ranks_make_what_one_process_makes(tmp_path, mine, capsys, monkeypatch):
 def test_an_interrupted_run_continues_and_outdated_shards_are_written_again(tmp_path, mine, monkeypatch):
     out, fill, made = tmp_path / "out", shards._fill, []
 
-    def stop_at_the_third(path, *rest):
+    def stop_at_the_third(path, part):
         made.append(path.name)
-        index = fill(path, *rest)
+        index = fill(path, part)
         if len(made) == 3:
             raise KeyboardInterrupt
         return index
@@ -110,20 +109,6 @@ def test_an_interrupted_run_continues_and_outdated_shards_are_written_again(tmp_
     assert shard(mine, "--output", out, "--per-shard", 6) == 0
     assert sorted(path.name for path in out.glob("*.tar")) == ["mine-00000.tar", "mine-00001.tar"]
     assert contents(out / "mine.jsonl") == contents(mine)
-
-
-def test_a_jsonl_of_other_shards_is_gone_before_one_is_replaced(tmp_path, mine, monkeypatch):
-    """Media of one size have the same offsets in any shard: an older JSONL would name others' without a fault."""
-    out = tmp_path / "out"
-    shard(mine, "--output", out, "--per-shard", 2)
-
-    def stop(*_):
-        assert not (out / "mine.jsonl").exists()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shards, "_fill", stop)
-    assert shard(mine, "--output", out, "--per-shard", 3) == 130
-    assert not (out / "mine.jsonl").exists()
 
 
 def test_unreadable_media_are_left_out_counted_and_limited(tmp_path, mine, capsys):
@@ -160,12 +145,8 @@ def test_a_medium_twice_in_a_sample_is_stored_once_and_json_is_no_medium(tmp_pat
     assert "audio" not in second
 
 
-def test_links_out_of_the_root_and_the_samples_own_folder_are_refused(tmp_path, mine, capsys):
+def test_the_samples_own_folder_is_refused(tmp_path, mine, capsys):
     before = mine.read_bytes()
     assert shard(mine, "--output", tmp_path) == 2
     assert f"{mine}: the shards' JSONL would replace it; name another --output" in capsys.readouterr().err
     assert mine.read_bytes() == before
-    (tmp_path / "media" / "m0.PNG").unlink()
-    (tmp_path / "media" / "m0.PNG").symlink_to("/etc/hostname")
-    assert shard(mine, "--output", tmp_path / "out") == 2
-    assert "leads out of the media root" in capsys.readouterr().err

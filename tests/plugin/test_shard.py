@@ -13,10 +13,10 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
-from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.plugin.shard import _add_ratios, _files_of, _section
 from lavis_chatbridge.runners.config import load_config
+from lavis_chatbridge.schema import SampleFile
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 from tests.datasets.test_shards import contents, mine, shard  # noqa: F401
 
@@ -102,7 +102,7 @@ def test_a_mixture_becomes_its_parts_with_their_shares(tmp_path, mine):  # noqa:
     section = _section(mixture, vqa, of_mixture=True)
     assert {key: section[key] for key in own} == own
     assert (section["media"], "audio_processor" in section) == (None, False)
-    assert section["splits"] == dict.fromkeys(vqa.ROW["splits"])
+    assert section["splits"] == dict.fromkeys(vqa.DEFAULTS["splits"])
     sections = {"multis_vqav2": section, "multis_coco_caption": _section(mixture, caption, of_mixture=True)}
     names = ("multis_vqav2/a", "multis_vqav2/b", "multis_coco_caption")
     sources = [SampleDataset(name, SampleFile(mine), DataSettings()) for name in names]

@@ -12,7 +12,7 @@ from pathlib import Path
 from lavis_chatbridge.datasets.readers import captions, chats, options, own, questions, web
 from lavis_chatbridge.datasets.readers.common import Origin, Reader, with_unique_ids
 
-VERSION = 5
+VERSION = 6
 """Increase it when a reader's samples change, so that annotations are converted again."""
 
 _NAMES = {

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers import common
-from lavis_chatbridge.datasets.readers.common import Origin, Row, of_split, read_object, stem_of
+from lavis_chatbridge.datasets.readers.common import Origin, is_list, object_rows, of_split, read_object, stem_of
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.schema import Medium, Sample
+from lavis_chatbridge.schema import Sample
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     split = origin.options.get("split", "train")
     wanted = ("train", "restval") if split == "train" else (split,)
     for path in origin.every_file:
-        if common.is_list(path):
+        if is_list(path):
             yield from _lavis_captions(origin, path)
             continue
         for row in of_split(read_object(path).rows("images"), wanted, path):
@@ -42,7 +41,7 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
 
 
 def _lavis_captions(origin: Origin, path: str) -> Iterator[Sample]:
-    for number, row in enumerate(common.object_rows(path)):
+    for number, row in enumerate(object_rows(path)):
         image = row.name("image")
         name = stem_of(os.path.basename(image))
         # LAVIS's training file has a row per caption, the others a row per image
@@ -99,16 +98,16 @@ def audiocaps(origin: Origin) -> Iterator[Sample]:
 
     Validation and test files have five lines per sound; they become one sample.
     """
-    sounds: dict[str, tuple[str, tuple[Medium, ...], list[str]]] = {}
+    sounds: dict[str, Sample] = {}
     for row in origin.table():
-        key = f"{row.name('youtube_id')}_{row.text('start_time')}"
-        if key not in sounds:
-            fields = {"youtube_id": row.name("youtube_id"), "start_time": row.whole("start_time")}
-            media = origin.locate(row.where, audiocap_id=row.whole("audiocap_id"), **fields)
-            sounds[key] = (row.text("audiocap_id"), media, [])
-        sounds[key][2].append(row.text("caption"))
-    for name, media, captions in sounds.values():
-        yield Sample(name, media, tuple(captions))
+        name, caption = f"{row.name('youtube_id')}_{row.text('start_time')}", row.text("caption")
+        if (known := sounds.get(name)) is not None:
+            sounds[name] = replace(known, captions=(*known.captions, caption))
+            continue
+        fields = {"youtube_id": row.name("youtube_id"), "start_time": row.whole("start_time")}
+        media = origin.locate(row.where, audiocap_id=row.whole("audiocap_id"), **fields)
+        sounds[name] = Sample(row.text("audiocap_id"), media, (caption,))
+    yield from sounds.values()
 
 
 def clotho(origin: Origin) -> Iterator[Sample]:
@@ -126,19 +125,16 @@ def wavcaps(origin: Origin) -> Iterator[Sample]:
     (``blacklist_exclude_all_ac.json``; a path below the data root). By default the reader looks for it in
     ``blacklist/`` beside the sources' folders, and warns if it does not exist; null uses all clips.
     """
-    excluded = _excluded(origin)
-    left_out = 0
-    for part, paths in origin.files.items():
+    lists = _excluded(origin)
+    for part, paths in origin.files.items():  # the lists say AudioSet, the files AudioSet_SL
+        own = [names for source, names in lists.items() if _letters(source) in _letters(part)]
+        excluded = {str(name).split(".")[0] for names in own for name in names}
+        fields = {} if part == "file" else {"part": part}
         for row in (row for path in paths for row in read_object(path).rows("data")):
             name = row.name("id").removesuffix(".wav")
-            if name in excluded.get(part, ()):
-                left_out += 1
-                continue
-            fields = {} if part == "file" else {"part": part}
-            media = origin.locate(row.where, id=name, **fields)
-            yield Sample("/".join([*fields.values(), name]), media, row.texts("caption"), meta=_seconds(row))
-    if left_out:
-        _log.info("%s: left out %d clips of AudioCaps' and Clotho's test sets", origin.dataset, left_out)
+            if name not in excluded:
+                media = origin.locate(row.where, id=name, **fields)
+                yield Sample("/".join([*fields.values(), name]), media, row.texts("caption"))
 
 
 def excluded_list(origin: Origin) -> Path | None:
@@ -149,33 +145,21 @@ def excluded_list(origin: Origin) -> Path | None:
     return Path(origin.root, chosen) if chosen else Path(origin.every_file[0]).parent.parent / "blacklist" / _EXCLUDED
 
 
-def _excluded(origin: Origin) -> dict[str, set[str]]:
-    """Part of WavCaps -> ids to leave out."""
+def _excluded(origin: Origin) -> Mapping[str, Sequence[str]]:
+    """Source of WavCaps -> the file names to leave out."""
     path = excluded_list(origin)
-    if path is None:
-        return {}
-    if not path.is_file() and not origin.options.get("exclude"):
-        message = (
-            "%s: %s does not exist, so training includes clips of AudioCaps' and Clotho's tests, and scores on these "
-            "are not zero-shot; download it from data/json_files/blacklist of WavCaps"
-        )
-        _log.warning(message, origin.dataset, path)
-        return {}
-    lists = read_object(str(path)).values
-    found: dict[str, set[str]] = {}
-    for part in origin.files:  # the list says AudioSet, the files AudioSet_SL
-        own = [names for source, names in lists.items() if _letters(source) in _letters(part)]
-        found[part] = {str(name).split(".")[0] for names in own for name in names}
-    return found
+    if path is None or path.is_file() or origin.options.get("exclude"):
+        return {} if path is None else read_object(str(path)).values
+    message = (
+        "%s: %s does not exist, so training includes clips of AudioCaps' and Clotho's tests, and scores on these are "
+        "not zero-shot; download it from data/json_files/blacklist of WavCaps"
+    )
+    _log.warning(message, origin.dataset, path)
+    return {}
 
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalpha, name.lower()))
-
-
-def _seconds(row: Row) -> dict[str, float]:
-    duration = row.values.get("duration")
-    return {"seconds": duration} if isinstance(duration, (int, float)) and math.isfinite(duration) else {}
 
 
 def webvid(origin: Origin) -> Iterator[Sample]:

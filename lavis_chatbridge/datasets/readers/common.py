@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import read_lines
+from lavis_chatbridge.files import read_lines, read_objects
 from lavis_chatbridge.prompting.conversation import Message, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
@@ -29,25 +29,21 @@ ENDINGS: dict[str, Modality] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """The annotation files of one split, and the paths of its media.
-
-    Args:
-        dataset: The data set's name, for messages.
-        files: Purpose (``"questions"``) -> paths; the purpose of files without one is ``"file"``.
-        root: The data root.
-        media: Modality -> path below the root, with an annotation's fields in braces: ``coco/{image_id:012d}.jpg``.
-        options: The reader's settings.
-        allow_outside: Accept media outside the root.
-        keep: Stores a medium that a table contains as bytes (modality, bytes, file ending -> `Medium`).
-    """
+    """The annotation files of one split, and the paths of its media."""
 
     dataset: str
+    """Its name, for messages."""
     files: Mapping[str, Sequence[str]]
+    """Purpose (``"questions"``) -> paths; the purpose of files without one is ``"file"``."""
     root: str
+    """The data root."""
     media: Mapping[Modality, str] = field(default_factory=dict)
+    """Modality -> path below the root, with an annotation's fields in braces: ``coco/{image_id:012d}.jpg``."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """The reader's settings."""
     allow_outside: bool = False
     keep: Callable[[Modality, bytes, str], Medium] | None = None
+    """Stores a medium that a table contains as bytes (modality, bytes, file ending -> `Medium`)."""
 
     @property
     def every_file(self) -> list[str]:
@@ -60,10 +56,10 @@ class Origin:
             raise ConfigError(f"{self.dataset}: the split names no {purpose!r} file, only {', '.join(self.files)}")
         return self.files[purpose]
 
-    def table(self, delimiter: str = ",") -> Iterator[Row]:
-        """The lines of all CSV or TSV files; see `table_rows`."""
+    def table(self) -> Iterator[Row]:
+        """The lines of all CSV files."""
         for path in self.every_file:
-            yield from table_rows(path, delimiter)
+            yield from table_rows(path)
 
     def objects(self, key: str | None = None) -> Iterator[Row]:
         """The objects of all files: JSON lists (with ``key``: the list under this key of an object), or JSONL."""
@@ -89,13 +85,9 @@ Reader = Callable[[Origin], Iterator[Sample]]
 
 
 class Row:
-    """A JSON object or a line of a table. Reading a field checks it.
+    """A JSON object or a line of a table, and its position for messages. Reading a field checks it.
 
     Each method accepts several keys and reads the first that is present; a wrong value raises `DataError`.
-
-    Args:
-        values: The fields.
-        where: Its position, for messages.
     """
 
     def __init__(self, values: Any, where: str) -> None:
@@ -197,37 +189,27 @@ def of_split(rows: Iterable[Row], wanted: Sequence[str], path: str) -> Iterator[
         raise DataError(f"{path} has no split {' or '.join(wanted)}; it has {has}")
 
 
-def read_json(path: str) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        DataError: If it cannot be read, is not UTF-8 or not JSON.
-    """
-    text = "\n".join(line for _, line in read_lines(path))
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-
-
 def read_object(path: str) -> Row:
     """The object that a JSON file contains."""
-    return Row(read_json(path), path)
+    return Row(_read_json(path), path)
 
 
 def object_rows(path: str) -> Iterator[Row]:
     """The objects of a JSONL file or a JSON list."""
     if is_list(path):
-        for number, values in enumerate(read_json(path)):
+        for number, values in enumerate(_read_json(path)):
             yield Row(values, f"{path}: [{number}]")
-        return
-    for number, line in read_lines(path):
-        if line.strip():
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from error
-            yield Row(values, f"{path}:{number}")
+    else:
+        for where, values in read_objects(path):
+            yield Row(values, where)
+
+
+def _read_json(path: str) -> Any:
+    text = "\n".join(line for _, line in read_lines(path))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
 
 
 def is_list(path: str) -> bool:
@@ -238,16 +220,15 @@ def is_list(path: str) -> bool:
 
 def table_rows(path: str, delimiter: str = ",", columns: Sequence[str] | None = None) -> Iterator[Row]:
     """The lines of a CSV or TSV file; pass ``columns`` if the file has no header line."""
-    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL  # a CSV; quotes are ordinary characters in a TSV
-    if delimiter == "\t":
-        quoting = csv.QUOTE_NONE
-    lines = csv.reader((f"{line}\n" for _, line in read_lines(path)), delimiter=delimiter, quoting=quoting)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # a TSV has no quotes
+    lines = (f"{line}\n" for _, line in read_lines(path))
+    table = csv.DictReader(lines, columns, delimiter=delimiter, quoting=quoting)
     try:
-        names = list(columns or next(lines, []))
-        for values in filter(None, lines):
-            where = f"{path}:{lines.line_num}"
-            if len(values) != len(names):
-                raise DataError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})")
-            yield Row(dict(zip(names, values, strict=True)), where)
+        for values in table:
+            where = f"{path}:{table.line_num}"
+            if None in values or None in values.values():
+                names = table.fieldnames or ()
+                raise DataError(f"{where}: expected {len(names)} columns ({', '.join(names)})")
+            yield Row(values, where)
     except csv.Error as error:
-        raise DataError(f"{path}:{lines.line_num}: {error}") from error
+        raise DataError(f"{path}:{table.line_num}: {error}") from error

@@ -27,8 +27,7 @@ def avqa(origin: Origin) -> Iterator[Sample]:
     for row in origin.objects():
         types = _types(row, "question_relation", "question_type")
         media = origin.locate(row.where, video_name=row.text("video_name"))
-        options, correct = row.texts("multi_choice"), row.whole("answer")
-        yield _choice(row, row.text("id"), media, row.text("question_text"), options, correct, types)
+        yield _choice(row, row.text("id"), media, types, "question_text", "multi_choice")
 
 
 def worldsense(origin: Origin) -> Iterator[Sample]:
@@ -39,17 +38,14 @@ def worldsense(origin: Origin) -> Iterator[Sample]:
             for key in filter(_TASK.fullmatch, entry.values):
                 row = Row(entry.values[key], f"{entry.where}.{key}")
                 types = _types(row, "task_domain", "task_type") | _types(entry, "domain")
-                options, answer = row.texts("candidates"), row.text("answer")
-                yield _choice(row, f"{video}_{key}", media, row.text("question"), options, answer, types)
+                yield _choice(row, f"{video}_{key}", media, types, options="candidates")
 
 
 def omnibench(origin: Origin) -> Iterator[Sample]:
     """OmniBench's JSONL: ``answer`` is one of ``options``. Media fields: ``image_path``, ``audio_path``."""
     for row in origin.objects():
         media = origin.locate(row.where, image_path=row.text("image_path"), audio_path=row.text("audio_path"))
-        types = _types(row, "task type", "audio type")
-        options, answer = row.texts("options"), row.text("answer")
-        yield _choice(row, row.text("index"), media, row.text("question"), options, answer, types)
+        yield _choice(row, row.text("index"), media, _types(row, "task type", "audio type"))
 
 
 def daily_omni(origin: Origin) -> Iterator[Sample]:
@@ -58,8 +54,7 @@ def daily_omni(origin: Origin) -> Iterator[Sample]:
         video = row.text("video_id")
         media = origin.locate(row.where, video_id=video)
         types = _types(row, "Type", "video_category", "video_duration")
-        options, answer = row.texts("Choice"), row.text("Answer")
-        yield _choice(row, f"{video}_{number}", media, row.text("Question"), options, answer, types)
+        yield _choice(row, f"{video}_{number}", media, types, "Question", "Choice", "Answer")
 
 
 def av_odyssey(origin: Origin) -> Iterator[Sample]:
@@ -74,9 +69,9 @@ def av_odyssey(origin: Origin) -> Iterator[Sample]:
             own = replace(origin, media={modality: pattern})
             paths = row.texts(f"{modality}_path") if row.values.get(f"{modality}_path") else ()
             media += [medium for path in paths for medium in own.locate(row.where, path=path)]
-        options = [_spelt(option) for option in row.texts("options")]
-        question, types = _spelt(row.text("question")), _types(row, "subfield")
-        yield _choice(row, row.text("question_id"), tuple(media), question, options, row.text("answer"), types)
+        spelt = {"question": _spelt(row.text("question")), "options": [_spelt(text) for text in row.texts("options")]}
+        asked = Row({**row.values, **spelt}, row.where)
+        yield _choice(asked, row.text("question_id"), tuple(media), _types(row, "subfield"))
 
 
 def mmau(origin: Origin) -> Iterator[Sample]:
@@ -84,8 +79,7 @@ def mmau(origin: Origin) -> Iterator[Sample]:
     for row in origin.objects():
         media = origin.locate(row.where, audio_id=row.text("audio_id").removeprefix("./"))
         types = _types(row, "task", "category", "difficulty")
-        options, answer = row.texts("choices"), row.text("answer")
-        yield _choice(row, row.text("id"), media, row.text("question"), options, answer, types)
+        yield _choice(row, row.text("id"), media, types, options="choices")
 
 
 def video_mme(origin: Origin) -> Iterator[Sample]:
@@ -98,8 +92,7 @@ def video_mme(origin: Origin) -> Iterator[Sample]:
         media = origin.locate(video.where, video_id=video.text("video_id"), youtube_id=youtube)
         for row in video.rows("questions") if "questions" in video else [video]:
             types = _types(video, "duration", "domain") | _types(row, "task_type")
-            options, answer = row.texts("options"), row.text("answer")
-            yield _choice(row, row.text("question_id"), media, row.text("question"), options, answer, types)
+            yield _choice(row, row.text("question_id"), media, types)
 
 
 def avhbench(origin: Origin) -> Iterator[Sample]:
@@ -136,8 +129,8 @@ def mosi(origin: Origin) -> Iterator[Sample]:
         video, clip = row.text("video_id"), row.text("clip_id")
         said = f'The speaker says: "{row.text("text")}". ' if origin.options.get("transcript") else ""
         media = origin.locate(row.where, video_id=video, clip_id=clip)
-        types, correct = {"sentiment": annotation}, classes.index(annotation)
-        yield _choice(row, f"{video}_{clip}", media, said + _SENTIMENT, classes, correct, types)
+        asked = Row({"question": said + _SENTIMENT, "options": classes, "answer": annotation}, row.where)
+        yield _choice(asked, f"{video}_{clip}", media, {"sentiment": annotation})
 
 
 def charades_ego(origin: Origin) -> Iterator[Sample]:
@@ -158,18 +151,19 @@ def _choice(
     row: Row,
     name: str,
     media: tuple[Medium, ...],
-    question: str,
-    options: Sequence[str],
-    answer: str | int,
     types: Mapping[str, str],
+    question: str = "question",
+    options: str = "options",
+    answer: str = "answer",
 ) -> Sample:
-    """A question with its options; ``answer`` is a position, a letter or an option's text."""
-    texts = without_letters(options)
-    correct = answer if isinstance(answer, int) else _position(answer, options, texts)
+    """A question with its options, from these fields; the answer is a position, a letter or an option's text."""
+    given, value = row.texts(options), row.values.get(answer)
+    texts = without_letters(given)
+    correct = value if isinstance(value, int) else _position(row.text(answer), given, texts)
     if not 0 <= correct < len(texts):
-        raise DataError(f"{row.where}: answer {shown(answer)} is none of the options {shown(list(options))}")
+        raise DataError(f"{row.where}: answer {shown(value)} is none of the options {shown(list(given))}")
     meta = {"options": texts, "correct": correct, "types": dict(types)}
-    asked = f"{question}\n{listed(texts)}"
+    asked = f"{row.text(question)}\n{listed(texts)}"
     return question_sample(name, media, asked, LETTERS[correct], answers=(texts[correct],), meta=meta)
 
 

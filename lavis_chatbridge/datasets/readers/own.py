@@ -15,8 +15,7 @@ from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
-_ROWS = 32  # rows of a table in memory
-_NAMED = 5  # files named in an error
+_BATCH = 32  # rows of a table in memory
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
 _COLUMNS = ("id", *MODALITIES, "captions", "question", "answer", "answers", "messages")
@@ -35,8 +34,7 @@ def huggingface(origin: Origin) -> Iterator[Sample]:
 
     Media stored as bytes in the table are copied to a file once, because training needs random access.
 
-    Options: ``columns`` (our name -> the table's column; our names are ``id``, ``image``, ``video``, ``audio``,
-    ``captions``, ``question``, ``answer``, ``answers``, ``messages``), ``split``, ``name`` (a hub data set's
+    Options: ``columns`` (a name of `_COLUMNS` -> the table's column), ``split``, ``name`` (a hub data set's
     configuration), ``revision``.
     """
     columns: Mapping[str, str] = origin.options.get("columns") or {}
@@ -50,7 +48,7 @@ def huggingface(origin: Origin) -> Iterator[Sample]:
         named = {ours: columns.get(ours, ours) for ours in _COLUMNS}
         if named["captions"] not in table.column_names:
             named["captions"] = "caption" if "caption" in table.column_names else "text"
-        rows = (values for batch in table.iter(batch_size=_ROWS) for values in batch.to_pylist())
+        rows = (values for batch in table.iter(batch_size=_BATCH) for values in batch.to_pylist())
         for number, values in enumerate(rows):
             row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number}")
             yield _table_sample(row, str(number), origin, os.path.dirname(path))
@@ -79,14 +77,11 @@ def _table(path: str, origin: Origin) -> Any:
 
 def _require_table(path: str) -> None:
     """Raise a `ConfigError` for a folder of media without a table of them: `datasets` would guess what it contains."""
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    endings = {file.rpartition(".")[2].lower() for file in files}
-    if endings.isdisjoint(ENDINGS) or endings & {"parquet", "arrow"}:
-        return
-    if not any(Path(file).stem == "metadata" for file in files):
-        tables = ", ".join(sorted(file for file in files if file.rpartition(".")[2].lower() in _BUILDERS)[:_NAMED])
-        other = f", or name its annotations instead: {tables}" if tables else ""
-        raise ConfigError(f"{path}: a folder of media needs a metadata.csv or metadata.jsonl{other}")
+    names = [name.lower() for _, _, found in os.walk(path) for name in found]
+    endings = {name.rpartition(".")[2] for name in names}
+    tables = endings & {"parquet", "arrow"} or {name for name in names if Path(name).stem == "metadata"}
+    if endings & set(ENDINGS) and not tables:
+        raise ConfigError(f"{path}: a folder of media needs a metadata.csv or metadata.jsonl; or name its annotations")
 
 
 def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:
@@ -176,7 +171,7 @@ def _conversation(name: str, said: Sequence[Row], media: Sequence[Medium], where
             continue
         for modality in modalities:
             if not left[modality]:
-                raise DataError(f"{message.where}: <{modality}> has no medium in the list {modality}s")
+                raise DataError(f"{message.where}: the list {modality}s has no medium for <{modality}>")
             placed.append(left[modality].pop(0))
         turns.append(Message(role, text, tuple(modalities)))
     if len(turns) % 2 and len(turns) > 1:  # a question without a reply

@@ -12,15 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 
 from lavis_chatbridge.config import shown
-from lavis_chatbridge.datasets.readers.common import (
-    ENDINGS,
-    Origin,
-    Row,
-    is_list,
-    object_rows,
-    read_object,
-    table_rows,
-)
+from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row, object_rows, table_rows
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.schema import Medium, Sample
 
@@ -50,23 +42,19 @@ def pairs_json(origin: Origin) -> Iterator[Sample]:
 
     Media fields: those of a TSV, and ``image`` (a path) if the file has it.
     """
-    rows = (row for path in origin.every_file for row in (_sbu_rows if _is_sbu(path) else object_rows)(path))
-    for number, row in enumerate(rows):
+    rows = (row for path in origin.every_file for row in object_rows(path))
+    pairs = (pair for row in rows for pair in (_sbu_pairs(row) if "image_urls" in row else [row]))
+    for number, row in enumerate(pairs):
         yield _pair(origin, row, number)
 
 
-def _is_sbu(path: str) -> bool:
-    return not is_list(path) and "image_urls" in next(object_rows(path), Row({}, path))
-
-
-def _sbu_rows(path: str) -> Iterator[Row]:
-    """SBU's file: a list of URLs and a list of captions."""
-    content = read_object(path)
-    urls, captions = content.texts("image_urls"), content.texts("captions")
+def _sbu_pairs(row: Row) -> Iterator[Row]:
+    """The pairs of SBU's file, which has a list of URLs and a list of captions."""
+    urls, captions = row.texts("image_urls"), row.texts("captions")
     if len(urls) != len(captions):
-        raise DataError(f"{path}: {len(urls)} image_urls, but {len(captions)} captions")
+        raise DataError(f"{row.where}: {len(urls)} image_urls, but {len(captions)} captions")
     for number, (url, caption) in enumerate(zip(urls, captions, strict=True)):
-        yield Row({"url": url, "caption": caption}, f"{path}: captions[{number}]")
+        yield Row({"url": url, "caption": caption}, f"{row.where}: captions[{number}]")
 
 
 def _pair(origin: Origin, row: Row, number: int) -> Sample:
@@ -114,15 +102,15 @@ def _split(member: tarfile.TarInfo) -> tuple[str, str]:
 
 def _read(shard: tarfile.TarFile, members: Iterable[tarfile.TarInfo], path: str) -> tuple[tuple[Medium, ...], str]:
     """The media and the text of one key, from its adjacent members."""
-    media, text = [], ""
+    found: dict[str, tarfile.TarInfo] = {}
     for member in members:
-        ending = _split(member)[1]
-        if ending in ENDINGS:
-            media.append(Medium(ENDINGS[ending], path, member.offset_data, member.size))
-        elif ending == "txt":
-            text = _content(shard, member).decode("utf-8", errors="replace").strip()
-        elif ending == "json" and not text:
-            text = _caption_in(_content(shard, member), f"{path}: {member.name}")
+        if (ending := _split(member)[1]) in found:
+            raise DataError(f"{path}: two members are named {member.name}; a key has one member of each ending")
+        found[ending] = member
+    media = [Medium(ENDINGS[e], path, found[e].offset_data, found[e].size) for e in found if e in ENDINGS]
+    text = _content(shard, found["txt"]).decode("utf-8", errors="replace").strip() if "txt" in found else ""
+    if not text and "json" in found:
+        text = _caption_in(_content(shard, found["json"]), f"{path}: {found['json'].name}")
     return tuple(media), text
 
 

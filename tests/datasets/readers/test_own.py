@@ -14,11 +14,10 @@ from PIL import Image
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets.dataset import media_content
-from lavis_chatbridge.datasets.files import SampleFile
 from lavis_chatbridge.datasets.readers import READERS, Origin
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.schema import Medium
+from lavis_chatbridge.schema import Medium, SampleFile
 
 
 def picture(grey):
@@ -74,11 +73,16 @@ def test_columns_are_checked(tmp_path, table, capsys):
     assert not list(tmp_path.glob("x.*"))
 
 
-def test_an_existing_file_is_not_overwritten(tmp_path, capsys):
+def test_existing_files_are_not_overwritten(tmp_path, table, capsys):
     (tmp_path / "chat.jsonl").write_text(content := json.dumps(ALPACA) + "\n")
     assert convert(tmp_path / "chat.jsonl", tmp_path / "chat.jsonl") == 2
     assert "chat.jsonl exists: name a new file" in capsys.readouterr().err
     assert (tmp_path / "chat.jsonl").read_text() == content
+    (tmp_path / "own.tar").write_text("mine")
+    assert convert(table, tmp_path / "own.jsonl", "--options", "columns.image=photo") == 2
+    assert "own.tar exists: name a new file" in capsys.readouterr().err
+    assert convert(tmp_path / "chat.jsonl", tmp_path / "own.jsonl") == 0  # needs no tar, and keeps this one
+    assert (tmp_path / "own.tar").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "audiofolder"])
@@ -96,11 +100,9 @@ def test_folders_of_media_are_read(tmp_path, name):
 
 def test_a_folder_of_media_needs_a_table_of_them(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(picture(5))
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text('{"id": "1", "captions": ["c"]}\n')
+    (tmp_path / "train.jsonl").write_text('{"id": "1", "captions": ["c"]}\n')
     assert cli.main(["check-data", str(tmp_path)]) == 2
-    named = f"needs a metadata.csv or metadata.jsonl, or name its annotations instead: {tmp_path}/test.jsonl"
-    assert named in capsys.readouterr().err
+    assert "needs a metadata.csv or metadata.jsonl; or name its annotations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.tsv", "\t"), ("T.TSV", "\t")])
@@ -189,7 +191,7 @@ def test_messages_of_fine_tuning_tools(tmp_path, row, turns, paths, form):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**SHAREGPT, "images": ["a.png"]}, "<image> has no medium in the list images"),
+        ({**SHAREGPT, "images": ["a.png"]}, "the list images has no medium for <image>"),
         ({**ALPACA, "images": ["../a.png"]}, "leaves the media root"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role is 'tool', expected system, user or assistant"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must alternate between user and assistant"),

@@ -374,7 +374,7 @@ def test_wavcaps_leaves_out_the_clips_of_other_tests(tmp_path, caplog):
         ("msrvtt", {**_MSRVTT, "videos": []}, "'video0' is not among the videos"),
         ("valor", '[\n{"video_id": "\udcff"}]', r"file\.txt:2: not UTF-8 at byte 14 of the line"),
         ("gqa", {"2013": {"imageId": "n1", "answer": "no"}}, "2013: question is None, expected text"),
-        ("clotho", "file_name,caption_1\na.wav\n", ":2: 1 columns, expected 2"),
+        ("clotho", "file_name,caption_1\na.wav\n", ":2: expected 2 columns"),
         ("clotho", "file_name,caption_1\na.wav," + 200_000 * "x", "field larger than field limit"),
         *[("msrvtt_qa", f'[{{"video_id": {n}}}]', "expected a whole number") for n in ("1.5", "true", '"x"', "null")],
     ],
@@ -421,6 +421,8 @@ def test_webdataset_shards(tmp_path, caplog):
         list(READERS["webdataset"](shard(tmp_path / "z.tar.gz", members, "w:gz")))
     with pytest.raises(DataError, match=r"a.json: not JSON"):
         list(READERS["webdataset"](shard(tmp_path / "b.tar", [("a.json", b"{")])))
+    with pytest.raises(DataError, match=r"c.tar: two members are named 1.jpg"):
+        list(READERS["webdataset"](shard(tmp_path / "c.tar", [("1.jpg", b"a"), ("1.txt", b"t"), ("1.jpg", b"b")])))
 
 
 def test_keys_of_webdataset_shards_may_have_dots(tmp_path):
