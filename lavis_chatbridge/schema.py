@@ -255,7 +255,9 @@ def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = F
     turns, order = _turns(record.turns or (), media, where)
     if not record.captions and not turns:
         raise DataError(f"{where}: has neither 'captions' (alignment) nor 'turns' (instructions)")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record if value is not None}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record if value is not None
+    }
     values |= {"id": str(record.id), "media": tuple(media[i] for i in order), "turns": turns}
     return Sample(**values)
 
