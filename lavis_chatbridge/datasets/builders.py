@@ -91,7 +91,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
                     for name, indices in self._parts_of(file)
                 ]
                 _make_names_unique(sources)
-                self._check_task(sources)
+                self._warn_of_unused_task(sources)
                 found[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
                 sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
                 _log.info("%s, split %s: %d samples (%s)", self.NAME, split, len(found[split]), sizes)
@@ -122,16 +122,11 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             return [(self.NAME, None)]
         return [(f"{self.NAME}/{name}", np.flatnonzero(file.modality == present[name])) for name in sorted(present)]
 
-    def _check_task(self, sources: Iterable[SampleDataset]) -> None:
-        """Log a warning if ``stage: auto`` reads captions for alignment, which has no task, although a task is set."""
+    def _warn_of_unused_task(self, sources: Iterable[SampleDataset]) -> None:
+        message = "%s: with stage: auto, samples without turns are for alignment, which ignores task: %s"
         for source in sources if self.settings.stage == "auto" and self.settings.task else ():
             if any(not source.sample(index).turns for index in range(min(len(source), _FIRST))):
-                _log.warning(
-                    "%s: samples with captions and no turns are for alignment, which ignores task: %s; set stage: "
-                    "instruction to train on them with its templates",
-                    source.name,
-                    self.settings.task,
-                )
+                _log.warning(f"{message}; set stage: instruction to use its templates", source.name, self.settings.task)
 
     def _mixture(self) -> SplitDataset:
         own = self.settings

@@ -248,15 +248,15 @@ def media_content(medium: Medium) -> str | bytes:
     """A processor's input: the path, or the bytes of a medium inside a shard."""
     if medium.offset is None or medium.size is None:
         return medium.path
-    end = medium.offset + medium.size
     try:
         with open(medium.path, "rb") as shard:
-            if end > os.fstat(shard.fileno()).st_size:
-                raise MediaError(medium.path, f"ends before byte {end}, the end of a medium")
             shard.seek(medium.offset)
-            return shard.read(medium.size)
+            content = shard.read(medium.size)
     except OSError as error:
         raise MediaError(medium.path, error.strerror or error) from error
+    if len(content) < medium.size:
+        raise MediaError(medium.path, f"ends before byte {medium.offset + medium.size}, the end of a medium")
+    return content
 
 
 def _choose(texts: Sequence[str], rng: np.random.Generator | None) -> str:
