@@ -41,18 +41,14 @@ def media_of(
     hear_videos: bool = True,
     access: Access | None = None,
 ) -> list[Medium]:
-    """The media of one message: images, videos, sounds, then ``media`` in their own order.
+    """The media of one message, in the forms of `Session.ask`; ``media`` come last, in their own order.
 
     Args:
-        images: Images, or one.
-        videos: Videos, or one; a list of still Pillow images is one video.
-        audios: Sounds, or one. An array is a sound at 16 kHz; ``(array, rate in Hz)`` one at another rate.
-        media: Pairs of modality and medium in any order.
         hear_videos: Each video is followed by its own sound track.
         access: Which ``http(s)`` URLs may be fetched; by default none.
 
     Raises:
-        MediaError: If a modality or a medium has no known form.
+        MediaError: If a modality or the form of a medium is unknown.
     """
     given: list[tuple[Modality, Any]] = []
     for modality, listed in zip(MODALITIES, (images, videos, audios), strict=True):
@@ -81,12 +77,9 @@ def modality_of(file: str | Path | bytes) -> Modality:
 
 
 def check_file(file: str, modality: Modality | None = None) -> None:
-    """Refuse a path that is not a file, or a file of another modality than the one that it is given as.
+    """Raise `MediaError` for a path that is not a file, or a file of another modality than it is given as.
 
     A video's sound track is a sound, and an animated image a video.
-
-    Raises:
-        MediaError: With the reason.
     """
     if not os.path.isfile(file):
         raise MediaError(file, "it is a folder" if os.path.isdir(file) else "there is no such file")

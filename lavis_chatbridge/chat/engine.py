@@ -98,7 +98,7 @@ class Reply(Iterator[str]):
         event = self._events.get()
         if isinstance(event, str):
             return event
-        self._events.put(event)  # whoever iterates again gets the end again
+        self._events.put(event)  # for another iteration
         if isinstance(event, Exception):
             raise event
         raise StopIteration

@@ -78,7 +78,7 @@ def read_messages(
     read = [_read(record, f"messages[{number}]") for number, record in enumerate(records)]
     count = sum(len(part.urls) for _, parts in read for part in parts)
     if most_media is not None and count > most_media:
-        raise DataError(f"messages bring {count} media, the limit is {most_media}")
+        raise DataError(f"the messages have {count} media, the limit is {most_media}")
     result, late = Conversation(), list[str]()
     for message, parts in read:
         if message.role in ("system", "developer"):

@@ -242,7 +242,7 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 def _wire(page: Page, blocks: gr.Blocks, talk: gr.ChatInterface, settings: list[Any]) -> None:
     """Undo, new, export, and the memory of the browser.
 
-    Undo and new load the page again from what they leave: an answer in the making cannot write into a new page.
+    Undo and new load the page again from what they leave: an unfinished answer cannot write into a new page.
     """
     kept = gr.BrowserState(None, storage_key="chatbridge")
     left = gr.BrowserState(None, storage_key="chatbridge-left")

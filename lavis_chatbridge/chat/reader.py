@@ -109,11 +109,7 @@ class MediaReader:
 
 
 def _hash(content: Sound) -> str:
-    """The SHA-256 of a file's bytes, or of an array with its type, shape and sampling rate.
-
-    Raises:
-        MediaError: If there is no such file.
-    """
+    """The SHA-256 of a file's bytes, or of an array with its type, shape and sampling rate."""
     array, rate = rated(content)
     if isinstance(array, np.ndarray):
         head = f"array {array.dtype} {array.shape} {rate} ".encode()
@@ -125,7 +121,7 @@ def _hash(content: Sound) -> str:
 
 @dataclass(frozen=True)
 class MediaNote:
-    """What became of a medium: its number of soft tokens, and warnings.
+    """A medium of an answered conversation: its number of soft tokens, and warnings.
 
     ``new`` media belong to the message that is answered.
     """

@@ -119,7 +119,8 @@ class Session:
         Args:
             text: The question.
             images: Images that belong to it, or one: paths, bytes, file objects, URLs, arrays, tensors, Pillow images.
-            videos: Videos, or one; see `media_of`. Each is heard too, unless ``hear_videos`` is off.
+            videos: Videos, or one; a list of still Pillow images is one video. Each is heard too, unless
+                ``hear_videos`` is off.
             audios: Sounds, or one. An array is a sound at 16 kHz, ``(array, rate in Hz)`` one at another rate.
             media: Pairs of modality and medium, in an order of your own.
             **fields: Fields of `Sampling` for this answer (``max_new_tokens``, ``temperature``, ``seed``...).
@@ -144,11 +145,7 @@ class Session:
             return self._begin(conversation.asking(text, attached), sampling)
 
     def regenerate(self, **fields: Any) -> Answer:
-        """Answer the last question again, or for the first time after `edit`; a greedy answer needs other ``fields``.
-
-        Raises:
-            PromptError: If nothing was asked yet.
-        """
+        """Answer the last question, again or after `edit`; only other ``fields`` change a greedy answer."""
         return _whole(self.restream(**fields))
 
     def restream(self, **fields: Any) -> Reply:
@@ -167,14 +164,9 @@ class Session:
             asked[1].cancel()
 
     def edit(self, number: int, text: str) -> None:
-        """Change the text of a message, whose media stay; later messages are dropped. Then call `regenerate`.
+        """Change the text of message ``number``; its media stay, later messages are dropped. Then call `regenerate`.
 
-        Args:
-            number: Its place in ``messages``, from 0; negative ones count from the end.
-            text: The new text.
-
-        Raises:
-            PromptError: If there is no such message.
+        Messages count from 0, negative numbers from the end.
         """
         with self._settled() as conversation:
             messages = conversation.messages
@@ -204,11 +196,7 @@ class Session:
             files.save(conversation, path)
 
     def load(self, path: str | Path) -> None:
-        """Replace the conversation by a saved one. Its media are opened when they are needed.
-
-        Raises:
-            DataError: If the file cannot be read, or is not a conversation.
-        """
+        """Replace the conversation by a saved one. Its media are opened when they are needed."""
         loaded = files.load(path)
         with self._settled():
             self._conversation = loaded

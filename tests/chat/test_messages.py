@@ -143,7 +143,7 @@ def test_messages_of_any_order_are_read():
         ([user({"image_url": [PICTURE, PICTURE]})], r"content\[0\].image_url is a list of 2 URLs"),
         ([user({"type": "text", "text": 3})], r"content\[0\].text is 3"),
         ([{"role": "assistant", "content": [{"image_url": PICTURE}]}], r"content\[0\] is a medium"),
-        ([user(*[{"image_url": PICTURE}] * 3)], "bring 3 media, the limit is 2"),
+        ([user(*[{"image_url": PICTURE}] * 3)], "have 3 media, the limit is 2"),
     ],
 )
 def test_faults_of_messages_are_named(records: list[Any], message: str):

@@ -290,7 +290,7 @@ def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _report(answer: Answer) -> dict[str, Any]:
-    """What OpenAI's format has no field for: what became of the media, and what the user should know."""
+    """The field of a reply beside OpenAI's: notes on media, and warnings."""
     media = [
         {"type": n.modality, "part": n.name, "reached": n.reached, "tokens": n.tokens, "warnings": list(n.warnings)}
         for n in answer.media

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from PIL import Image
 
 from lavis_chatbridge.chat.server.command import ServerOptions
 from tests.chat import building
-from tests.chat.serving import MAX_BODY, MODEL, TOKEN, Served, asked, audio, clip, data_url, image, png, serving, text
+from tests.chat.serving import MAX_BODY, MODEL, TOKEN, Served, asked, audio, clip, data_url, image, serving, text
 from tests.media.making import encoded
 
 httpx = pytest.importorskip("httpx", reason="the server's tests need the extra 'test'")
@@ -66,8 +65,6 @@ def chat(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 PARTS = {
     "text": [text("What can you see?")],
-    "image": [text("What is it?"), image()],
-    "audio": [audio(), text("What is it?")],
     "video": [clip("nothing"), text("What is it?")],
     "heard video": [clip(), text("What is it?")],
     "image and audio": [image(), audio(), text("Do they fit?")],
@@ -123,16 +120,6 @@ def test_the_guides_python_is_answered(server: Served, monkeypatch: pytest.Monke
         assert names["reply"].usage.completion_tokens >= 1
 
 
-def test_sixteen_clients_get_what_each_alone_gets(client: Any, server: Served):
-    questions = [asked(*([image()] if i % 4 == 0 else []), text(f"What is number {i}?")) for i in range(16)]
-    alone = [ask(client, question).choices[0].message.content for question in questions]
-    with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda question: ask(client, question).choices[0].message.content, questions))
-    assert together == alone
-    numbers = metrics(server)
-    assert numbers["chatbridge_present"] == numbers["chatbridge_running"] == 0
-
-
 def metrics(server: Served) -> dict[str, float]:
     page = get(server, "/metrics").text
     lines = [line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#")]
@@ -154,13 +141,8 @@ def test_models_health_and_metrics(client: Any, server: Served):
 LARGE = encoded(Image.new("1", (9000, 9000)), "PNG")
 BROKEN = {
     "no picture": (image(data_url(b"this is no picture", "image/png")), 400, "invalid_media"),
-    "half a picture": (image(data_url(png()[: len(png()) // 2], "image/png")), 400, "invalid_media"),
-    "no base64": (image("data:image/png;base64,$$$"), 400, "invalid_media"),
-    "a picture as a sound": ({"type": "input_audio", "input_audio": {"data": "iVBORw0KGgo="}}, 400, "invalid_media"),
-    "no video": ({"type": "video_url", "video_url": {"url": data_url(b"\0" * 999, "video/mp4")}}, 400, "invalid_media"),
     "a web page": (image("http://127.0.0.1:1/a.png"), 400, "invalid_media"),
     "a server's file": (image("file:///etc/passwd"), 400, "invalid_media"),
-    "a way out": (image("file:../secret.png"), 400, "invalid_media"),
     "a link out": (image("file:link.png"), 400, "invalid_media"),
     "too large": (image("data:image/png;base64," + "A" * 1_600_000), 413, "too_large"),
     "too many pixels": (image(data_url(LARGE, "image/png")), 400, "invalid_media"),
@@ -207,6 +189,8 @@ def test_pages_of_allowed_origins_may_call(server: Served):
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
     other = httpx.options(url, headers={"Origin": "https://x.example", **ask_first})
     assert "access-control-allow-origin" not in other.headers
+    refused = httpx.post(url, headers={"Origin": "https://page.example"})  # the page can read why
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://page.example")
 
 
 def test_completions_continue_a_text(client: Any):
