@@ -47,17 +47,16 @@ class Medium:
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """A message of ``"user"`` or ``"assistant"``; ``ids`` are the token ids of a generated reply with its end."""
+    """A message of ``"user"`` or ``"assistant"``."""
 
     role: str
     text: str
     media: tuple[Medium, ...] = ()
-    ids: tuple[int, ...] | None = None
 
     @property
     def worded(self) -> Message:
         """The message for a template, with the media that reach the model."""
-        return Message(self.role, self.text, tuple(m.modality for m in self.media if m.reached), self.ids)
+        return Message(self.role, self.text, tuple(m.modality for m in self.media if m.reached))
 
 
 @dataclass

@@ -58,7 +58,7 @@ class Answer:
         dropped: Messages at the start of the conversation that did not fit into the context.
         warnings: What the user should know about this message's media and the dropped messages.
         first_token_seconds: From the request to the first token, the opening of media included.
-        ids: The reply's token ids; None if they are not exactly its text and end.
+        ids: The reply's token ids.
         logprobs: For each token its id, its log-probability, and those of the likeliest tokens, if requested.
     """
 
@@ -71,7 +71,7 @@ class Answer:
     dropped: int
     warnings: tuple[str, ...]
     first_token_seconds: float
-    ids: tuple[int, ...] | None = field(default=None, repr=False)
+    ids: tuple[int, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
@@ -136,21 +136,17 @@ class Reply(Iterator[str]):
 
 
 def _answer(generation: Generation, prompt: Prompt) -> Answer:
-    stream, ids = generation.stream, generation.ids
-    whole = stream.stopped is None or (
-        stream.stopped in prompt.template.stops and stream.codec.decode(ids).endswith(stream.stopped)
-    )
     return Answer(
-        text=stream.text,
+        text=generation.stream.text,
         finish=generation.finish or "stop",
-        tokens=len(ids),
+        tokens=len(generation.ids),
         prompt_tokens=len(prompt.elements),
         reused_tokens=generation.reused,
         media=prompt.media,
         dropped=prompt.dropped,
         warnings=prompt.warnings,
         first_token_seconds=generation.first_token or 0.0,
-        ids=tuple(ids) if whole else None,
+        ids=tuple(generation.ids),
         logprobs=tuple(generation.logprobs),
     )
 

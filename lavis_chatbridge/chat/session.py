@@ -173,7 +173,7 @@ class Session:
             if not -len(messages) <= number < len(messages):
                 raise PromptError(f"there is no message {number}: the conversation has {len(messages)}")
             number %= len(messages)
-            conversation.messages = [*messages[:number], replace(messages[number], text=text, ids=None)]
+            conversation.messages = [*messages[:number], replace(messages[number], text=text)]
 
     def undo(self) -> ChatMessage | None:
         """Remove the last question and its answer; returns the question, or None if there is none."""
@@ -222,7 +222,7 @@ class Session:
         with suppress(Exception):  # the caller who asked gets it
             answer = reply.answer
             if answer.tokens or answer.finish != "cancelled":
-                conversation.messages.append(ChatMessage("assistant", answer.text, (), answer.ids))
+                conversation.messages.append(ChatMessage("assistant", answer.text))
                 self._conversation = conversation
 
     def _sampling(self, fields: dict[str, Any]) -> Sampling:

@@ -8,7 +8,6 @@ blank, so that a text cannot start or end a turn. This module knows tokenizers, 
 from __future__ import annotations
 
 import re
-import secrets
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -36,6 +35,8 @@ VICUNA_SYSTEM = (
     "and polite answers to the user's questions."
 )
 """The system prompt that the Vicuna models were trained with."""
+_CONTENT = "content-of-a-message"
+"""Stands for every message while a template's own text is found."""
 
 
 class Template:
@@ -64,10 +65,8 @@ class Template:
 
     def reply(self, text: str) -> Text:
         """A reply with its end mark, as in :meth:`prompt`."""
-        raise NotImplementedError
-
-    def _without_end(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        return ids[:-1] if ids and ids[-1] in self.end_ids else ids
+        pieces = self.prompt([Message("user", "x"), Message("assistant", text)])
+        return next(piece for piece in pieces if isinstance(piece, Text) and piece.target)
 
 
 def load_template(name: str, codec: Tokenizer, system: str = "", reply_end: str = END_OF_TURN) -> Template:
@@ -90,22 +89,7 @@ class HumanAssistant(Template):
         self._front = [Text(escape_markers(system))] if system else []
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
-        end = self._reply_end if reply_end is None else reply_end
-        replies = iter([message for message in messages if message.role == "assistant"])
-        pieces: list[Piece] = list(self._front)
-        for piece in chat_prompt(messages, generate, end):
-            reply = next(replies) if isinstance(piece, Text) and piece.target else None
-            if reply is None or reply.ids is None:
-                pieces.append(piece)
-                continue
-            ids = self._without_end(reply.ids)  # as it was generated
-            pieces.append(Text(reply.text, True, ids))
-            if not self.codec.decode(ids).endswith(self.stops):
-                pieces.append(Text(end, target=True))
-        return pieces
-
-    def reply(self, text: str) -> Text:
-        return Text(escape_markers(text) + self._reply_end, target=True)
+        return [*self._front, *chat_prompt(messages, generate, self._reply_end if reply_end is None else reply_end)]
 
 
 class VicunaV1(Template):
@@ -129,13 +113,8 @@ class VicunaV1(Template):
             if message.role == "user":
                 pieces += _user(message.media, text, counts, "USER: ", " ASSISTANT:")
             else:
-                ids = self.codec.encode(text) if message.ids is None else self._without_end(message.ids)
-                pieces.append(Text(text, True, (*ids, self._eos)))
+                pieces.append(Text(text, True, (*self.codec.encode(text), self._eos)))
         return pieces
-
-    def reply(self, text: str) -> Text:
-        broken = break_up(text, self._markers)
-        return Text(broken, True, (*self.codec.encode(broken), self._eos))
 
 
 class TokenizerTemplate(Template):
@@ -190,17 +169,12 @@ class TokenizerTemplate(Template):
                 pieces.append(Text(closing[cut:]))
         return _encoded(pieces, self.codec)
 
-    def reply(self, text: str) -> Text:
-        said = self.prompt([Message("user", "x"), Message("assistant", text)])
-        return next(piece for piece in said if isinstance(piece, Text) and piece.target)
-
     def _fixed(self, count: int, generate: bool) -> list[str]:
         """The template's own text before, between and after ``count`` messages."""
         if (count, generate) not in self._known:
-            marks = [f"content-{secrets.token_hex(12)}" for _ in range(count)]
-            said = [{"role": "assistant" if i % 2 else "user", "content": mark} for i, mark in enumerate(marks)]
+            said = [{"role": "assistant" if i % 2 else "user", "content": _CONTENT} for i in range(count)]
             front = [{"role": "system", "content": self._system}] if self._system else []
-            parts = re.split("|".join(marks), self.codec.render([*front, *said], generate))
+            parts = self.codec.render([*front, *said], generate).split(_CONTENT)
             if len(parts) != count + 1:
                 raise ConfigError(
                     "the tokenizer's chat template drops or repeats messages: choose another model.template"

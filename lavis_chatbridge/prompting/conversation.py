@@ -58,8 +58,6 @@ class Message:
     text: str
     media: tuple[Modality, ...] = ()
     """The modalities of the media in a user's message, in order."""
-    ids: tuple[int, ...] | None = None
-    """The token ids of a generated reply, with its end marker; None if unknown."""
 
 
 def alignment_prompt(media: Sequence[Modality], caption: str, end: str = END_OF_CAPTION) -> list[Piece]:

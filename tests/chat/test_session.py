@@ -65,7 +65,7 @@ def test_edit_and_undo_and_regenerate_crop_the_cache(model: Any):
     with pytest.raises(PromptError, match="has no answer yet"):
         talk.ask("Hello?")
     other = talk.regenerate()
-    assert first.prompt_tokens + first.tokens < other.reused_tokens < other.prompt_tokens
+    assert first.prompt_tokens <= other.reused_tokens < other.prompt_tokens
     fresh = session(model, keep=0)
     fresh.ask("What is it?", images=[picture()])
     assert fresh.ask("And what more?").text == other.text
@@ -110,7 +110,6 @@ def test_stop_texts_of_the_caller(model: Any):
     cut = talk.regenerate(max_new_tokens=30, stop=[middle])
     assert cut.text == whole[: whole.index(middle)].strip()
     assert cut.finish == "stop"
-    assert talk.messages[-1].ids is None
     assert talk.ask("And?").text == session(model, messages=talk.messages[:2]).ask("And?").text
 
 

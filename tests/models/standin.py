@@ -18,7 +18,6 @@ from lavis_chatbridge.models.decoding import Decoder
 from lavis_chatbridge.models.generation import Generation
 from lavis_chatbridge.models.sampling import Sampling
 
-REFUSED = ("echo", "prompt_logprobs", "use_beam_search")
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 
 
@@ -47,13 +46,8 @@ class StandIn:
         """The message with which vLLM refuses a request, or ""."""
         if not self.takes_embeds:
             return "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
-        if wrong := [field for field in REFUSED if body.get(field)]:
-            return f"`{wrong[0]}` is not supported"
-        shape = self.embeds(body).shape
-        if len(shape) != 2:
-            return "`prompt_embeds` must be a 2D tensor of a floating-point type."
-        if shape[1] != self.width:
-            return f"`prompt_embeds` hidden_size {shape[1]} does not match the model's hidden_size {self.width}."
+        if (width := self.embeds(body).shape[1]) != self.width:
+            return f"`prompt_embeds` hidden_size {width} does not match the model's hidden_size {self.width}."
         return ""
 
     def embeds(self, body: dict[str, Any]) -> torch.Tensor:

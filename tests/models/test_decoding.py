@@ -227,12 +227,6 @@ def test_what_only_begins_like_a_stop_text_is_kept():
     assert stream.stopped is None
 
 
-def test_spaces_around_the_text_are_left_out_as_they_come():
-    texts, _ = deltas(Bytes(), b"  a  b \n")
-    assert "".join(texts) == "a  b"
-    assert TextStream.of(Bytes(), b" one STOP two ### three", ["###", "STOP"]).text == "one"
-
-
 TEXT = st.text(st.sampled_from("a é€🎈你好\N{ZERO WIDTH JOINER}👨👩 #\n"), max_size=12)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Batch, elements_of, embed, lay_out
+from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Batch, elements_of, lay_out
 from lavis_chatbridge.prompting.conversation import Piece, Slot, Text
 
 
@@ -81,28 +81,6 @@ def test_truncation_keeps_slots_whole_and_counts_lost_answers(length: int, kept:
     assert batch.lost == lost
     without_answer: list[list[Piece]] = [[Text("abc")], [IMAGE, Text("d", target=True)]]
     assert lay_out(without_answer, [{}, *PLACES[:1]], CODEC, "text", 1).lost == 0
-
-
-@pytest.mark.parametrize("layout", ["text", "original"])
-def test_slots_of_any_order_number_and_repetition(layout: Any) -> None:
-    places: list[Any] = [{IMAGE: range(2), Slot("image", 1): range(2, 4), Slot("video"): range(4, 5)}]
-    slots: list[Piece] = [Slot("image", 1), Slot("video"), Slot("image"), Slot("image", 1)]
-    batch = lay_out([[*slots, Text("ab", target=True)]], places, CODEC, layout, 50)
-    assert batch.soft.tolist() == [2, 3, 4, 0, 1, 2, 3]
-    assert (batch.token_ids == SOFT).sum() == 7
-
-
-def test_embeddings_carry_gradients_to_soft_tokens_only() -> None:
-    table = torch.nn.Embedding(29, 4).requires_grad_(False)
-    soft = torch.randn(7, 4, requires_grad=True)
-    batch = train(PROMPTS, layout="original")
-    embeds = embed(batch, soft, table)
-    assert torch.equal(embeds[0, 1:4], torch.zeros(3, 4))
-    assert torch.equal(embeds[1, 1:4], soft[4:7])
-    assert torch.equal(embeds[0, 4], table.weight[3])
-    embeds[0].sum().backward()
-    assert soft.grad is not None
-    assert soft.grad.sum(1).tolist() == [4.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_missing_medium_is_named() -> None:
