@@ -41,15 +41,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_as_number(cls, values: Any) -> Any:
-        """Reject booleans as numbers: pydantic would accept ``true`` as 1."""
-        for name, value in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(value, bool) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation):
-                raise ValueError(f"{name}: expected a number, found {value}")
-        return values
-
     @model_validator(mode="after")
     def _without_contradictions(self) -> Settings:
         if faults := list(self.check()):
@@ -193,11 +184,6 @@ def _sentence(cls: type[BaseModel], fault: Any, place: str) -> str:
         return f"{place} is {bare}, expected {limit}"
     expected = _EXPECTED.get(fault["type"].split("_")[0])
     return f"{place}: expected {expected}, found {found}" if expected else f"{place}: {fault['msg']}, found {found}"
-
-
-def _is_number(annotation: Any) -> bool:
-    branches = {getattr(branch, "__origin__", branch) for branch in typing.get_args(annotation) or (annotation,)}
-    return bool({int, float} & branches) and bool not in branches
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

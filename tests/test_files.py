@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_chatbridge.files import PRIVATE, append_lines, atomic_text, read_json, write_json, write_text
+from lavis_chatbridge.files import append_lines, atomic_text, read_json, write_json, write_text
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -29,15 +29,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path
     assert target.read_text() == "?b"
 
 
-def test_folders_are_made_and_who_may_read_is_the_writers_choice(tmp_path: Path) -> None:
-    write_json(tmp_path / "x" / "y" / "shared.json", {"ü": [1, 2]})
-    write_text(tmp_path / "private.txt", "a", mode=PRIVATE)
-    assert read_json(tmp_path / "x" / "y" / "shared.json") == {"ü": [1, 2]}
-    assert stat.S_IMODE((tmp_path / "private.txt").stat().st_mode) == 0o600
-
-
 @pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
-def test_others_may_use_files_as_the_umask_has_it(tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     """Also those that safetensors writes, which keeps them private."""
     program = (
         "import sys, pathlib; from safetensors.numpy import save_file; from lavis_chatbridge.files import atomic_file\n"
@@ -57,8 +50,10 @@ def test_lines_are_appended_behind_half_a_line(tmp_path: Path, found: str | None
     assert (tmp_path / "a.log").read_text(encoding="utf-8") == f"{kept}ü\nb\n"
 
 
-@pytest.mark.parametrize("content", [None, "{", "[" * 100_000])
-def test_what_is_no_json_is_none(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "a.json").write_text(content)
-    assert read_json(tmp_path / "a.json") is None
+def test_json_is_read_and_damaged_json_is_none(tmp_path: Path) -> None:
+    write_json(tmp_path / "x" / "a.json", {"ü": [1, 2]})
+    assert read_json(tmp_path / "x" / "a.json") == {"ü": [1, 2]}
+    assert read_json(tmp_path / "none.json") is None
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "a.json").write_text(damaged)
+        assert read_json(tmp_path / "a.json") is None

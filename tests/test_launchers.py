@@ -6,7 +6,7 @@ import pytest
 
 from lavis_chatbridge import launchers
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.launchers import ProcessRank, current_rank, set_thread_defaults, share_of
+from lavis_chatbridge.launchers import set_thread_defaults, share_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SBATCH = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
@@ -14,42 +14,31 @@ SRUN = {**SBATCH, "SLURM_STEP_ID": "0"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("rank", "world", "environment", "place"),
     [
-        ({}, (0, 1, 0)),
-        (TORCHRUN, (3, 8, 1)),
-        (SRUN, (9, 16, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0)),
-        ({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4"}, (0, 1, 0)),
+        (None, None, {}, (0, 1, 0)),
+        (None, None, TORCHRUN, (3, 8, 1)),
+        (None, None, SRUN, (9, 16, 1)),
+        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0)),
+        (None, None, {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4"}, (0, 1, 0)),
+        (1, 4, SBATCH, (1, 4, 0)),
     ],
 )
-def test_the_rank_is_the_launchers(environment: dict[str, str], place: tuple[int, int, int]) -> None:
-    found = current_rank(environment)
+def test_the_rank_is_the_users_or_the_launchers(rank, world, environment, place) -> None:
+    found = share_of(rank, world, environment)
     assert (found.rank, found.world_size, found.local_rank) == place
-
-
-def test_sbatch_without_srun_is_an_error() -> None:
-    for ask in (current_rank, lambda environment: share_of(None, None, environment)):
-        with pytest.raises(ConfigError, match=r"Slurm announces 16 processes \(SLURM_NTASKS\), but srun did not start"):
-            ask(SBATCH)
-
-
-def test_a_share_is_set_by_the_user_or_the_launcher() -> None:
-    assert share_of(1, 4, SBATCH) == ProcessRank(1, 4)
-    assert share_of(None, None, SRUN).rank == 9
-    assert share_of(None, None, {}) == ProcessRank(0, 1)
 
 
 @pytest.mark.parametrize(
     ("rank", "world", "environment", "message"),
     [
         (1, None, {}, "--rank and --world belong together"),
-        (None, 2, TORCHRUN, "--rank and --world belong together"),
         (2, 2, {}, "rank 2 is not one of 2 processes"),
         (-1, 2, {}, "rank -1 is not one of 2 processes"),
         (None, None, {"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 is not one of 2 processes"),
         (None, None, {"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', expected a whole number"),
         (None, None, {"SLURM_NTASKS": ""}, "SLURM_NTASKS is '', expected a whole number"),
+        (None, None, SBATCH, r"Slurm announces 16 processes \(SLURM_NTASKS\), but srun did not start"),
     ],
 )
 def test_impossible_ranks_are_errors(rank: int, world: int, environment: dict[str, str], message: str) -> None:

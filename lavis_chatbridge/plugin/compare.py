@@ -49,8 +49,8 @@ class Comparison:
     """One metric of one data set, in percent.
 
     ``a`` and ``b`` are means over seeds, with standard deviations if there are several. ``difference`` is None for
-    metrics that are not means over samples. ``flips`` has the samples whose score by the suite's main metric changed,
-    the largest changes first. ``only_a`` and ``only_b`` count samples that are not compared.
+    metrics that are not means over samples. ``flips`` has the samples whose main score changed, the largest changes
+    first. ``only_a`` and ``only_b`` count samples that are not compared.
     """
 
     name: str

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from lavis_chatbridge.errors import CheckpointError
+from lavis_chatbridge.files import atomic_file, write_text
 
 FORMATS = ("huggingface", "run", "original")
 
@@ -22,11 +23,7 @@ def command(
     to: Annotated[str, typer.Option(help="huggingface, run or original.")] = "huggingface",
     model_type: Annotated[str | None, typer.Option(help="Model type of a checkpoint file, such as vicuna13b.")] = None,
 ) -> None:
-    """Convert a trained ChatBridge between its three formats.
-
-    Raises:
-        CheckpointError: If ``out`` exists, the source is not a ChatBridge, or the model type of a file is not given.
-    """
+    """Convert a trained ChatBridge between its three formats."""
     from lavis_chatbridge.models import state_dicts
 
     if to not in FORMATS:
@@ -39,26 +36,19 @@ def command(
     if "llama_proj.weight" not in tensors:
         raise CheckpointError(f"{source} is not a ChatBridge; it contains {state_dicts.shortened(tensors)}")
     if to == "original":
-        _write_original(tensors, out)
+        import torch
+
+        with atomic_file(out) as temporary:
+            torch.save({"model": tensors}, temporary)
     else:
         _write_folder(tensors, source if source.is_dir() else str(model_type), out, to)
     typer.echo(f"{out}: {len(tensors)} tensors")
-
-
-def _write_original(tensors: dict, out: Path) -> None:
-    import torch
-
-    from lavis_chatbridge.files import atomic_file
-
-    with atomic_file(out) as temporary:
-        torch.save({"model": tensors}, temporary)
 
 
 def _write_folder(tensors: dict, name: Path | str, out: Path, to: str) -> None:
     from huggingface_hub import save_torch_state_dict
     from omegaconf import OmegaConf
 
-    from lavis_chatbridge.files import write_text
     from lavis_chatbridge.hf import ChatBridgeConfig
     from lavis_chatbridge.models import state_dicts
 

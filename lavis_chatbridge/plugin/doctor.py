@@ -37,8 +37,6 @@ Level = Literal["ok", "warning", "FAULT"]
 
 
 class Finding(NamedTuple):
-    """The result of one check."""
-
     level: Level
     text: str
 

@@ -85,13 +85,9 @@ def command(
 def score(
     session: Session, paths: Mapping[str, Path], options: Sequence[str], asked: Sequence[MediaSettings] | None = None
 ) -> list[Line]:
-    """Score configurations, each with all media, then in the conditions of ``--ablate``; equal models are built once.
+    """Score configurations by suite (a single one is the suite ``""``), each with all media, then in each condition.
 
-    Args:
-        session: Runs the evaluations.
-        paths: Suite -> its configuration file; a single configuration is the suite ``""``.
-        options: Settings that override the files'.
-        asked: The conditions; None: only all media; empty: see `ablations`.
+    ``asked`` are the conditions of ``--ablate``; None: only all media; empty: see `ablations`.
     """
     lines: list[Line] = []
     for suite, path in paths.items():
@@ -153,9 +149,6 @@ def ablations(asked: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSe
     """The conditions that apply to a configuration's data, with the splits that have such media.
 
     If none is asked for, each modality of the data is withheld, and shuffled.
-
-    Raises:
-        ConfigError: If a data set is LAVIS's own, whose media cannot be replaced.
     """
     from lavis.common.registry import registry
 

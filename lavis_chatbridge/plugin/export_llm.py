@@ -32,11 +32,7 @@ def command(
 
 
 def export(model: Any, out: Path) -> None:
-    """Write a ChatBridge's language model and tokenizer to a new folder; its adapters are merged in place.
-
-    Raises:
-        ConfigError: If its layers are quantised or on a server.
-    """
+    """Write a ChatBridge's language model and tokenizer to a new folder; its adapters are merged in place."""
     from lavis_chatbridge.models import lora
 
     llm, settings = model.llama_model, model.settings.language_model

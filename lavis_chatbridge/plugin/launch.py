@@ -107,11 +107,7 @@ class Session:
 
 
 def prepare_world(datasets_cfg: Mapping[str, Any]) -> None:
-    """Build the embedded world in the data roots of its data sets that have none yet; the main process does it.
-
-    Raises:
-        DataError: If a data root holds something else.
-    """
+    """Build the embedded world in the data roots of its data sets that have none yet; the main process does it."""
     from lavis_chatbridge.datasets.settings import WORLD_PREFIX, DataSettings
     from lavis_chatbridge.runners import distributed
     from lavis_chatbridge.toyworld.build import build_world, is_world

@@ -118,9 +118,9 @@ def _of_source(name: str, found: Mapping[str, Any], run: EvaluationSettings) -> 
         first = run.metrics[0] if run.metrics else line.metric
         line.paper = run.published.get(first, run.published.get(line.metric))
         line.stage1 = run.published_stage1.get(first, run.published_stage1.get(line.metric))
+        if line.paper is not None and run.published_in:
+            line.remarks.append(f"paper: {run.published_in}")
     line.remarks += [f"{metric}: {why}" for metric, why in found.get("left_out", {}).items()]
-    if line.paper is not None and run.published_in:
-        line.remarks.append(f"paper: {run.published_in}")
     if found.get("tokenizer") == "python":
         line.remarks.append("no official tokenizer of captions (Java) here: not comparable with published scores")
     if not run.report_metric:
@@ -152,11 +152,7 @@ def _unread(found: Mapping[str, Any]) -> list[str]:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """The final text of an evaluation: the table, and the files of predictions and scores.
-
-    Raises:
-        DataError: If nothing could be scored.
-    """
+    """The table and the files of predictions and scores; a `DataError` if nothing could be scored."""
     if all(line.status == "failed" for line in lines):
         why = dict.fromkeys(f"{line.suite}: {remark}" for line in lines for remark in line.remarks)
         raise DataError(f"nothing could be scored. {'; '.join(why)}")
@@ -196,14 +192,9 @@ def write(folder: Path, lines: Sequence[Line], about: Mapping[str, Any]) -> list
 
 
 def rescore(file: str, options: Sequence[str]) -> int:
-    """``--rescore``: score a predictions file again, write ``..._rescored.json`` beside it and print the table.
+    """``--rescore``: score an evaluation's ``result/SPLIT_stepN.jsonl`` again with other metrics or normalisation.
 
-    Args:
-        file: An evaluation's ``result/SPLIT_stepN.jsonl``.
-        options: ``run.metrics=[...]`` and ``run.normalisation=...`` to replace those of that evaluation.
-
-    Returns:
-        0; 1 if a source could not be scored.
+    Prints the table and writes ``..._rescored.json`` beside the file; returns 1 if a data set could not be scored.
     """
     from lavis_chatbridge.tasks.predictions import read_predictions
     from lavis_chatbridge.tasks.scoring.records import score_records, versions
@@ -217,10 +208,9 @@ def rescore(file: str, options: Sequence[str]) -> int:
     }
     target = path.with_name(f"{path.stem}_rescored.json")
     lines = lines_of({"": {"by_source": by_source, "written": [str(target)]}}, how)
-    printed = summary(lines)
+    print(summary(lines))
     scoring = {"metrics": how.metrics, "normalisation": how.normalisation}
     write_json(target, {"by_source": by_source, **scoring, "versions": versions()})
-    print(printed)
     return int(any(line.status == "failed" for line in lines))
 
 

@@ -13,6 +13,7 @@ from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.plugin.compare import compare
 
 SAMPLES = 60
+RIGHT = {"a": {1}, "b": {1, 2}}
 
 
 def evaluation(folder: Path, right: set[int], missing: int = -1, source: str = "toy") -> Path:
@@ -61,27 +62,18 @@ def test_seeds_have_a_mean_and_a_deviation(tmp_path: Path) -> None:
     assert f"{one.a:.1f} ± 16.7" in one.cells()
 
 
-def test_one_file_can_be_compared_with_itself(tmp_path: Path) -> None:
-    file = str(evaluation(tmp_path / "a", {1, 2}) / "gqa/result/test_step0.jsonl")
-    [one] = compare([file], [file])
-    assert (one.name, one.flips) == ("test toy", [])
-    assert one.difference is not None
-    assert (one.difference.value, one.difference.p) == (0.0, 1.0)
-
-
 def test_one_medium_has_a_dash_for_interval_and_p(tmp_path: Path) -> None:
-    a, b = evaluation(tmp_path / "a", {1}), evaluation(tmp_path / "b", {1, 2})
-    for run in (a, b):
-        file = run / "gqa/result/test_step0.jsonl"
+    files = [evaluation(tmp_path / name, right) / "gqa/result/test_step0.jsonl" for name, right in RIGHT.items()]
+    for file in files:
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
-    assert cli.main(["compare", str(a), str(b), "--output", str(tmp_path / "out")]) == 0
+    assert cli.main(["compare", *map(str, files), "--output", str(tmp_path / "out")]) == 0
     [one] = json.loads((tmp_path / "out/comparison.json").read_text())["comparisons"]
-    assert [one["difference"][key] for key in ("low", "high", "p")] == [None] * 3
+    assert (one["name"], [one["difference"][key] for key in ("low", "high", "p")]) == ("test toy", [None] * 3)
     assert (tmp_path / "out/comparison.html").read_text().count('<td class="n">-</td>') == 2
     assert (tmp_path / "out/comparison.txt").read_text().splitlines()[2].split()[-3:] == ["+33.3", "-", "-"]
 
 
-def test_runs_without_anything_in_common_are_named(tmp_path: Path) -> None:
+def test_runs_without_a_common_data_set_are_an_error(tmp_path: Path) -> None:
     a, b = evaluation(tmp_path / "a", set()), evaluation(tmp_path / "b", set(), source="other")
     with pytest.raises(DataError, match="no data set in common: A has gqa test toy; B has gqa test other"):
         compare([str(a)], [str(b)])

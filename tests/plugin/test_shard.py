@@ -7,15 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.settings import DataSettings
+from lavis_chatbridge.plugin.launch import Session
 from lavis_chatbridge.plugin.shard import _add_ratios, _files_of, _section
-from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.schema import SampleFile
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 from tests.datasets.test_shards import contents, mine, shard  # noqa: F401
@@ -49,13 +48,10 @@ def config(tmp_path, world):
 
 
 def train(path, *options):
-    cfg = load_config(path, list(options))
-    torch.manual_seed(cfg.run.seed)
-    task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
-    datasets = task.build_datasets(cfg)
-    runner_class = registry.get_runner_class(cfg.run.runner)
-    runner_class(cfg=cfg, job_id="job", task=task, model=task.build_model(cfg), datasets=datasets).train()
-    lines = [json.loads(line) for line in Path(cfg.run.output_dir, "log.txt").read_text().splitlines()]
+    """The losses of each step."""
+    with Session() as session:
+        session.run(str(path), ["run.device=cpu", *options], evaluate=False)
+    lines = [json.loads(line) for line in Path(session.cfg.run.output_dir, "log.txt").read_text().splitlines()]
     return [line["train_loss"] for line in lines if "train_loss" in line]
 
 

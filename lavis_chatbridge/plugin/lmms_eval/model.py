@@ -69,7 +69,6 @@ class ChatBridge(lmms):
         self._processors = {modality: processors[modality]["eval"] for modality in MODALITIES}
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer to each request."""
         kwargs = [self._kwargs(request) for request in requests]
         answers = [""] * len(requests)
         keys = [json.dumps(given, sort_keys=True, default=str) for given in kwargs]
@@ -121,7 +120,7 @@ class ChatBridge(lmms):
         return self.task_dict[task][split][number]
 
     def _read(self, request: Any) -> Read | None:
-        """A request's prompt and media; None if a medium cannot be read."""
+        """None if a medium cannot be read."""
         media: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
         messages = []
         try:
@@ -155,6 +154,5 @@ class ChatBridgeChat(ChatBridge):
 
 
 def _samples(read: Sequence[Read]) -> dict[str, Any]:
-    """A batch as the model takes it."""
     media: dict[str, Any] = {modality: [own[modality] for _, own in read] for modality in MODALITIES}
     return {"pieces": [pieces for pieces, _ in read], **media}

@@ -27,20 +27,13 @@ _FIELDS = ("bytes", "path", "url", "video", "image", "audio")
 
 
 def question(text: str, visuals: Any, hear_videos: bool = False) -> list[ChatMessage]:
-    """A question of lmms-eval's plain tasks: media first, as ChatBridge was trained, without markers ``<image>``.
-
-    ``visuals`` are what the task's ``doc_to_visual`` returned: media, lists of them, or None.
-    """
+    """A question of lmms-eval's plain tasks: media first, as ChatBridge was trained, without markers ``<image>``."""
     media = [medium_of(visual) for visual in _flat(visuals)]
     return [ChatMessage("user", text.replace("<image>", "").strip(), tuple(heard(media) if hear_videos else media))]
 
 
 def conversation(messages: Iterable[Mapping[str, Any]], hear_videos: bool = False) -> list[ChatMessage]:
-    """The messages of lmms-eval's chat tasks; a system prompt opens the first one, neighbours of one role are joined.
-
-    Raises:
-        DataError: If the last message is not the user's, or a role is unknown.
-    """
+    """The messages of lmms-eval's chat tasks; a system prompt opens the first, neighbours of one role are joined."""
     joined: list[ChatMessage] = []
     opening = ""
     for message in messages:
@@ -63,16 +56,9 @@ def conversation(messages: Iterable[Mapping[str, Any]], hear_videos: bool = Fals
 
 
 def medium_of(given: Any, modality: str = "", more: Mapping[str, Any] | None = None) -> Medium:
-    """One medium, from whatever form it has.
+    """One medium, from any form: see the module's docstring; or a torchcodec decoder of sound.
 
-    Args:
-        given: A path, the bytes of a file, a Pillow image, an array, a dictionary of the ``datasets`` library
-            (``array`` and ``sampling_rate``, or ``bytes`` and ``path``), or a torchcodec decoder of sound.
-        modality: The type in a chat message; lmms-eval itself calls any dictionary a video.
-        more: The message's other fields.
-
-    Raises:
-        MediaError: If only a part of a video is requested, its form is unknown, or its file cannot be opened.
+    ``modality`` is the type in a chat message (lmms-eval calls any dictionary a video), ``more`` its other fields.
     """
     fields = {**(more or {}), **(given if isinstance(given, Mapping) else {})}
     if cuts := [key for key in _CUTS if fields.get(key) is not None]:
