@@ -79,10 +79,13 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
     device_map: Any = settings.device_map
     if device_map is None and settings.quantization is not None:  # quantised layers are loaded onto their device
         device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    dtype = torch_dtype(settings.dtype)
+    if settings.quantization == "8bit" and dtype == torch.float16 and not torch.cuda.is_available():
+        dtype = torch.float32  # on a CPU, LLM.int8 overwrites its fp16 inputs, which backward needs
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
-            dtype=torch_dtype(settings.dtype),
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -57,7 +57,7 @@ def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for expected, values in {
         "nowhere does not exist": {"weights": str(tmp_path / "nowhere")},
-        "holds no tokenizer": {"weights": str(tmp_path / "empty")},
+        "does not contain a tokenizer": {"weights": str(tmp_path / "empty")},
         "cannot read a language model": {"weights": str(tmp_path / "empty"), "tokenizer": str(folder)},
         "has 640 tokens, but the language model of the configuration embeds 600": {"config": {"vocab_size": 600}},
         "model.language_model.config": {"config": {"model_type": "no-such-model"}},
