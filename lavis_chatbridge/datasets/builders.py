@@ -118,7 +118,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
     def _parts_of(self, file: SampleFile) -> Iterable[tuple[str, np.ndarray | None]]:
         """The name and the indices of each source of a file: one per modality, so that a batch has one modality."""
         present = {file.modalities[number]: number for number in np.unique(file.modality).tolist()}
-        if len(present) == 1 or not self.settings.split_modalities:
+        if len(present) == 1:
             return [(self.NAME, None)]
         return [(f"{self.NAME}/{name}", np.flatnonzero(file.modality == present[name])) for name in sorted(present)]
 

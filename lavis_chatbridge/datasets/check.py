@@ -74,7 +74,7 @@ class Report:
             if count > _SHOWN:
                 lines.append(f"      ... and {count - _SHOWN} more")
         if not self.lines:
-            lines.append("  FAULT: there is no sample in it")
+            lines.append("  FAULT: the file has no sample")
         return "\n".join([*lines, "usable" if self.usable else "NOT usable"])
 
 

@@ -67,9 +67,9 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
             count = 0
             for sample in readers.READERS[own.reader](origin):
                 files = [m.path for m in sample.files if m.offset is None]  # others: in an unfinished tar
-                lacks = [path for path in files if own.skip_missing and not os.path.exists(path)]
-                absent.extend(lacks[:1])
-                if not lacks:
+                missing = [path for path in files if own.skip_missing and not os.path.exists(path)]
+                absent.extend(missing[:1])
+                if not missing:
                     count += 1
                     yield sample
             named = ", ".join(origin.every_file)

@@ -200,7 +200,7 @@ class SampleDataset(torch.utils.data.Dataset):
             return found
         if medium.modality not in self.processors:
             section = SECTIONS[medium.modality]
-            raise DataError(f"{self.name}: there is no {medium.modality} processor; set {section}")
+            raise DataError(f"{self.name}: {section} is not set, so {medium.modality} cannot be read")
         return self.processors[medium.modality](media_content(medium), rng=rng if self.train else None)
 
     def _rng(self, index: int, epoch: int, stream: int) -> np.random.Generator:

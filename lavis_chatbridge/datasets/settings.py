@@ -57,8 +57,6 @@ class DataSettings(Settings):
     """Put questions into instruction templates; a list adds your own YAML files; false leaves questions unchanged."""
     reply_end: str = "###"
     """The text that ends a reply."""
-    split_modalities: bool = True
-    """Make one source per modality, so that a batch has one modality."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first samples of each file."""
     ratio: Share | None = None

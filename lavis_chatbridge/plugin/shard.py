@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lavis_chatbridge.schema import SampleFile
 
 _SHARED = ("templates", "reply_end", "data_root")  # settings that a mixture shares with its parts
-_KEPT = (*_SHARED, "stage", "task", "style", "split_modalities")
+_KEPT = (*_SHARED, "stage", "task", "style")
 _HEAD = "# Made by `chatbridge shard`: a configuration with this section datasets reads the shards.\n"
 _FROM_SHARDS = {"reader": "jsonl", "media": None, "media_root": None, "limit": None, "skip_missing": False}
 

@@ -97,7 +97,7 @@ def test_unsuitable_samples_are_named(pictures):
     odd = evaluated(Sample("x", captions=("c",), task="image_qaa"))
     with pytest.raises(DataError, match="task 'image_qaa' has no template"):
         odd[0]
-    with pytest.raises(DataError, match="there is no image processor; set vis_processor"):
+    with pytest.raises(DataError, match="vis_processor is not set"):
         source(pictures, {})[0]
 
 

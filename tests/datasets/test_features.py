@@ -6,8 +6,6 @@ import os
 
 import pytest
 import torch
-import webdataset as wds
-from safetensors.torch import load
 
 from lavis_chatbridge.datasets import features
 from lavis_chatbridge.datasets.features import FeatureStore, build_features, encoder_hashes
@@ -87,26 +85,14 @@ def test_equal_files_are_encoded_once_and_unreadable_ones_left_out(pictures, pro
     assert store.find(picture(pictures, 1)) is not None
 
 
-def test_shards_are_webdataset_tars_and_are_cut_by_number(pictures, processors, monkeypatch):
-    monkeypatch.setattr(features, "PER_SHARD", 7)
-    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
-    shards = sorted(str(path) for path in (pictures / "store").glob("*.tar"))
-    assert len(shards) == 2
-    records = list(wds.WebDataset(shards, shardshuffle=False))
-    assert {record["__key__"] for record in records} == {
-        store.key(medium) for s in samples(pictures) for medium in s.files
-    }
-    for record in records:
-        assert torch.equal(load(record["safetensors"])["tokens"], store.get(record["__key__"]).tokens)
-
-
-def test_ranks_share_the_work(pictures, processors):
-    models = [Encoder(), Encoder(), Encoder()]
+def test_ranks_share_the_work(pictures, processors, monkeypatch):
+    monkeypatch.setattr(features, "PER_SHARD", 3)
+    models = [Encoder(), Encoder()]
     for rank, model in enumerate(models):
-        build_features(model, samples(pictures), processors, pictures / "store", rank=rank, world_size=3)
-    assert sum(sum(model.batches) for model in models) == 12
+        build_features(model, samples(pictures), processors, pictures / "store", rank=rank, world_size=2)
+    assert sum(sum(model.batches) for model in models) == len(FeatureStore(pictures / "store")) == 12
     assert all(model.batches for model in models)
-    assert len(FeatureStore(pictures / "store")) == 12
+    assert len(list((pictures / "store").glob("*.tar"))) >= 4
 
 
 def test_media_inside_shards_have_their_own_keys(pictures, processors):
