@@ -50,13 +50,11 @@ class ChatBridgeProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        config: ChatBridgeConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: ChatBridgeConfig,
         folder: Path | None = None,
         hear_videos: bool = True,
     ) -> None:
-        if config is None:
-            raise ConfigError("ChatBridgeProcessor needs a config: use ChatBridgeProcessor.from_pretrained(NAME)")
         self.config, self.hear_videos = config, hear_videos
         self.settings: ModelSettings = config.settings(folder)
         named = self.settings.language_model.tokenizer or self.settings.language_model.weights

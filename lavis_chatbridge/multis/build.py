@@ -32,7 +32,6 @@ from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Sample, read_jsonl, write_jsonl
 
 _ROWS = Path(__file__).parents[1] / "configs" / "datasets"
-_NAMED_FAULTS = 10
 
 
 class SourceSettings(Settings):
@@ -131,19 +130,16 @@ def load_settings(path: str | Path) -> BuildSettings:
 
 
 def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
-    """Build MULTIS, and return the manifest. ``folder`` is written atomically; it must not exist.
-
-    Raises:
-        DataError: If the folder exists, a file is malformed, or media are missing (all are named).
-        PromptError: If a task's templates need a question and a sample has none.
-    """
+    """Build MULTIS, and return the manifest. ``folder`` is written atomically; it must not exist."""
     folder = Path(folder)
     if folder.exists():
         raise DataError(f"{folder} exists; remove it, or choose another folder")
     if absent := [str(file) for source in options.sources for file in source.files if not file.is_file()]:
         raise DataError(f"{len(absent)} annotation files are missing: {', '.join(absent)}")
-    if not options.skip_missing and (missing := _missing_media(options.sources)):
-        named = "; ".join(missing[:_NAMED_FAULTS]) + (" ..." if len(missing) > _NAMED_FAULTS else "")
+    media = [(one.name, file.path) for one in options.sources for sample in one.read() for file in sample.files]
+    missing = [f"{name}: {path}" for name, path in dict.fromkeys(media) if not os.path.isfile(path)]
+    if missing and not options.skip_missing:
+        named = "; ".join(missing[:10])
         raise DataError(f"{len(missing)} media are missing: {named}; correct the paths, or set skip_missing: true")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -159,11 +155,6 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
     write_json(unfinished / "manifest.json", manifest)
     os.replace(unfinished, folder)
     return manifest
-
-
-def _missing_media(sources: list[SourceSettings]) -> list[str]:
-    media = ((source.name, medium.path) for source in sources for sample in source.read() for medium in sample.files)
-    return [f"{name}: {path}" for name, path in dict.fromkeys(media) if not os.path.isfile(path)]
 
 
 def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict[str, Any]:

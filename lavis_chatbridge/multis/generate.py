@@ -271,14 +271,9 @@ class _Run:
         if answer.usage:
             usage = answer.usage.model_dump(include={"prompt_tokens", "completion_tokens"})
             cost = self.price.cost(**usage)
-        record: dict[str, Any] = {
-            "id": request.id,
-            "item": request.item,
-            "kind": request.kind,
-            "modality": request.modality,
-        }
-        record |= {"text": text, "finish": finish, "model": answer.model, "cost": round(cost, 9), **usage}
-        append_lines(self.file, [json.dumps(record)])
+        about = {"id": request.id, "item": request.item, "kind": request.kind, "modality": request.modality}
+        found = {"text": text, "finish": finish, "model": answer.model, "cost": round(cost, 9), **usage}
+        append_lines(self.file, [json.dumps({**about, **found})])
         self.report.answered += 1
         self.report.spent += cost
         self.failed_in_a_row = 0

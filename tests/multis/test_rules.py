@@ -159,15 +159,6 @@ def test_every_seed_example_would_be_accepted() -> None:
     assert count >= 36
 
 
-def test_the_similarity_is_that_of_word_triples() -> None:
-    words = [f"word{n}" for n in range(100)]
-    index = NearDuplicates(threshold=0.8)
-    index.add("base", " ".join(words))
-    found = index.find(" ".join([*words[:50], "changed", *words[51:]]))
-    assert found == ("base", pytest.approx(95 / 101, abs=0.1))
-    assert index.find(" ".join(f"other{n}" if n % 8 == 0 else word for n, word in enumerate(words))) is None
-
-
 PAIRS = [Pair(question="What is it?", answer="A dog."), Pair(question="Where?", answer="On grass,\nnear a tree.")]
 
 

@@ -24,11 +24,7 @@ _IRREGULAR = {
 
 
 class Things:
-    """The vocabulary: a YAML tree, by default ``things.yaml``.
-
-    Raises:
-        ConfigError: If the file is not such a tree.
-    """
+    """The vocabulary: a YAML tree, by default ``things.yaml``."""
 
     def __init__(self, path: str | Path | None = None) -> None:
         file = Path(path) if path else Path(__file__).parent / "things.yaml"
