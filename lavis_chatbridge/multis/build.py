@@ -136,9 +136,9 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
         raise DataError(f"{folder} exists; remove it, or choose another folder")
     if absent := [str(file) for source in options.sources for file in source.files if not file.is_file()]:
         raise DataError(f"{len(absent)} annotation files are missing: {', '.join(absent)}")
-    media = [(one.name, file.path) for one in options.sources for sample in one.read() for file in sample.files]
-    missing = [f"{name}: {path}" for name, path in dict.fromkeys(media) if not os.path.isfile(path)]
-    if missing and not options.skip_missing:
+    checked = [] if options.skip_missing else options.sources
+    media = ((one.name, file.path) for one in checked for sample in one.read() for file in sample.files)
+    if missing := [f"{name}: {path}" for name, path in dict.fromkeys(media) if not os.path.isfile(path)]:
         named = "; ".join(missing[:10])
         raise DataError(f"{len(missing)} media are missing: {named}; correct the paths, or set skip_missing: true")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
