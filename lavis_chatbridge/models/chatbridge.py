@@ -96,7 +96,10 @@ class ChatBridge(Answering, BaseModel):
             self.audio_temporal_pos_embeds = _random(times.initializer_range, 1, times.clips, 1, width)
         if own.weights is not None:
             self._load_blip2(own.weights)
-        self._freeze()
+        for name in FROZEN:
+            getattr(self, name).requires_grad_(False)
+        lora.thaw(self.llama_model)
+        self.train()
 
     @classmethod
     def from_config(cls, cfg: Any) -> ChatBridge:
@@ -283,12 +286,6 @@ class ChatBridge(Answering, BaseModel):
             tensors = {**encoder.state_dict(), **{f"norm.{name}": t for name, t in norm.state_dict().items()}}
             self._hashes[part] = state_dicts.hash_of(tensors, part, hide, encoder.description)
         return self._hashes[part]
-
-    def _freeze(self) -> None:
-        for name in FROZEN:
-            getattr(self, name).requires_grad_(False)
-        lora.thaw(self.llama_model)
-        self.train(self.training)
 
 
 def _random(deviation: float, *shape: int) -> nn.Parameter:

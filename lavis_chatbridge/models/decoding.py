@@ -227,7 +227,11 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
             stopping_criteria=StoppingCriteriaList([stops]),
             logits_processor=LogitsProcessorList([penalty] if own.repetition_penalty != 1 else []),
         )
-    return [(row, row.complete(ids)) for row, ids in zip(rows, found.tolist(), strict=False)]
+    texts: Texts = []
+    for row, ids in zip(rows, found.tolist(), strict=False):
+        text = "".join(row.accept(token) for token in ids if not row.done)  # padding follows a reply's end
+        texts.append((row, text + row.end("length")))
+    return texts
 
 
 class StopTexts(StoppingCriteria):

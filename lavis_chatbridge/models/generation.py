@@ -196,14 +196,6 @@ class Generation:
             return text + self.end("stop")
         return text + self.end("length") if len(self.ids) >= self.sampling.max_new_tokens else text
 
-    def complete(self, ids: Sequence[int]) -> str:
-        """Accept all tokens of a beam search (padding after the reply's end is ignored); returns the text."""
-        text = ""
-        for token in ids:
-            if not self.done:
-                text += self.accept(token)
-        return text + self.end("length")
-
     def end(self, finish: Finish) -> str:
         """Complete the reply; returns the rest of its text."""
         self.finish = self.finish or finish

@@ -29,6 +29,10 @@ SMALL_BEATS = BeatsConfig(
     num_buckets=16,
     max_distance=40,
 )
+SMALL_LLM = {
+    "model_type": "llama", "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
 
 
 def small_settings(tokenizer: Path, vocabulary: int = 640, **changes: Any) -> ModelSettings:
@@ -40,16 +44,7 @@ def small_settings(tokenizer: Path, vocabulary: int = 640, **changes: Any) -> Mo
             width=32, layers=2, heads=4, feed_forward=48, queries=3, dropout=0.0, initializer_range=0.5
         ),
         "language_model": LanguageModelSettings(
-            tokenizer=str(tokenizer),
-            config={
-                "model_type": "llama",
-                "vocab_size": vocabulary,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "initializer_range": 0.3,
-            },
+            tokenizer=str(tokenizer), config={**SMALL_LLM, "vocab_size": vocabulary, "initializer_range": 0.3}
         ),
         "temporal_positions": TemporalSettings(frames=3, clips=2),
         "max_text_length": 100,

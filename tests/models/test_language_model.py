@@ -15,24 +15,16 @@ from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models.language_model import load_language_model
 from lavis_chatbridge.models.settings import LanguageModelSettings
+from tests.models.building import SMALL_LLM
 
 TINY = "package:assets/tiny/llm"
-
-SIZES = {
-    "model_type": "llama",
-    "vocab_size": 640,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 
 
 @pytest.fixture
 def folder(golden_dir: Path, tmp_path: Path) -> Path:
     """A Hugging Face folder with random weights and a sentencepiece tokenizer."""
     shutil.copytree(golden_dir / "tokenizer", tmp_path / "llm")
-    settings = LanguageModelSettings(tokenizer=str(tmp_path / "llm"), config=SIZES)
+    settings = LanguageModelSettings(tokenizer=str(tmp_path / "llm"), config=SMALL_LLM)
     load_language_model(settings)[0].save_pretrained(tmp_path / "llm")
     return tmp_path / "llm"
 
@@ -63,7 +55,7 @@ def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
         "model.language_model.config": {"config": {"model_type": "no-such-model"}},
     }.items():
         if "config" in values:
-            values = {"tokenizer": str(folder), "config": {**SIZES, **values["config"]}}
+            values = {"tokenizer": str(folder), "config": {**SMALL_LLM, **values["config"]}}
         assert expected in faults(LanguageModelSettings(**values))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
