@@ -73,9 +73,8 @@ class Session:
         cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.in_group(), distributed.world_size()
         cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
         job_id = distributed.from_main(new_job_id())
-        cfg.folder = RunFolder(cfg.run, job_id) if own else None
-        if cfg.folder is not None and not evaluate:
-            cfg.folder.check()  # before anything is loaded
+        if own and not evaluate:
+            RunFolder(cfg.run, job_id).check()  # before anything is loaded
         prepare_world(cfg.datasets_cfg)
         runner = self._runner(cfg, job_id, evaluate)
         return runner.evaluate() if evaluate else runner.train()

@@ -64,7 +64,7 @@ class ChatBridgeRunner(RunnerBase):
 
     def setup_output_dir(self) -> None:
         """Create the run's folder (LAVIS's name)."""
-        self.folder = getattr(self.config, "folder", None) or RunFolder(self.run, str(self.job_id or ""))
+        self.folder = RunFolder(self.run, self.job_id)
         self.folder.make()
         self.output_dir, self.result_dir = self.folder.path, self.folder.path / RESULTS
         registry.mapping["paths"] |= {"output_dir": str(self.output_dir), "result_dir": str(self.result_dir)}

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,9 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_chatbridge.config import Settings, hint, merged, parse, read_options, read_yaml, shown
 from lavis_chatbridge.errors import ConfigError, MissingExtraError, one_line
 from lavis_chatbridge.runners.settings import RunSettings
-
-if TYPE_CHECKING:
-    from lavis_chatbridge.runners.folder import RunFolder
 
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
 _ID_KEYS = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
@@ -45,10 +42,7 @@ class Config:
         config: All sections, merged; each also as an attribute: ``run_cfg`` (with all defaults), ``model_cfg``,
             ``datasets_cfg`` and ``preprocess_cfg``.
         run: The ``run`` section, typed.
-        folder: The run's folder, if it is chosen before the runner is built.
     """
-
-    folder: RunFolder | None = None
 
     def __init__(self, config: DictConfig, run: RunSettings) -> None:
         self.config, self.run = config, run
@@ -148,7 +142,8 @@ def _merge_model(config: DictConfig) -> None:
     config.model = merged(_section(defaults, "model"), config.model, {"model_type": model_type})
     config.preprocess = merged(_section(defaults, "preprocess"), config.preprocess)
     config.preprocess = _plain(config.preprocess)  # resolves `encoder: ${model.vision}`
-    _check_by(model_class, config.model, "model")
+    if hasattr(model_class, "check_config"):  # LAVIS's own models have none
+        model_class.check_config(_plain(config.model), "model")
 
 
 def _dataset(name: str, config: DictConfig) -> DictConfig:
@@ -163,14 +158,9 @@ def _dataset(name: str, config: DictConfig) -> DictConfig:
     defaults = read_yaml(builder.default_config_path(type=variant)).datasets
     # The section in LAVIS's YAML of video captions has another name (`msvd_cap`) than the builder: take the first one.
     section = merged(dict(config.preprocess.items()), defaults.get(name) or next(iter(defaults.values())), user)
-    _check_by(builder, section, where)
+    if hasattr(builder, "check_config"):
+        builder.check_config(_plain(section), where)
     return section
-
-
-def _check_by(owner: type, section: DictConfig, where: str) -> None:
-    """Call ``check_config(cfg, where)`` of the class that reads a section, if it has this method."""
-    if (check := getattr(owner, "check_config", None)) is not None:
-        check(_plain(section), where)
 
 
 def _parse_run(config: DictConfig) -> RunSettings:
@@ -180,8 +170,6 @@ def _parse_run(config: DictConfig) -> RunSettings:
     run = parse(RunSettings, _plain(config.run), "run")
     _registered(registry.get_task_class, "run.task", run.task, registry.list_tasks())
     _registered(registry.get_runner_class, "run.runner", run.runner, registry.list_runners())
-    if unknown := [name for name in run.train_dataset_ratios or () if name not in config.datasets]:
-        raise ConfigError(_unknown("run.train_dataset_ratios", unknown[0], list(config.datasets)))
     for extra in ("tensorboard", "wandb"):
         if getattr(run, extra) and not run.evaluate and find_spec(extra) is None:
             raise ConfigError(str(MissingExtraError(extra, extra, f"run.{extra}")))

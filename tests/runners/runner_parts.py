@@ -32,7 +32,7 @@ COLOURS = ("red", "green", "blue")
 
 
 class ToySource:
-    """A source of ``size`` vectors; the target is ``1 + index % 5`` tokens. Ids in ``bad`` cannot be read."""
+    """A source of ``size`` vectors, with ``1 + index % 5`` targets; ``bad`` ones are unreadable, ``poison`` NaN."""
 
     ratio = None
 
@@ -176,17 +176,13 @@ class Stop(Exception):
     """Stands for a machine that goes away."""
 
 
-def stop_after(one: ChatBridgeRunner, step: int) -> None:
-    """Let a run end once ``step`` is counted and before it is saved, as a machine that goes away does."""
-
-    def stop() -> None:
-        raise Stop
-
-    after_step(one, step, stop)
+def stop() -> None:
+    """End a run as a machine that goes away does."""
+    raise Stop
 
 
-def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object]) -> None:
-    """Call ``action`` once a runner has counted ``step``."""
+def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object] = stop) -> None:
+    """Call ``action`` once a runner has counted ``step``, before it is saved."""
     check = one._check_progress
 
     def checked(*arguments: Any) -> None:

@@ -19,7 +19,7 @@ from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.files import SHARED
 from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.checkpoints import MODEL, OPTIMIZER, STATE
-from tests.runners.runner_parts import Stop, ToyModel, after_step, runner, same, stop_after, weights
+from tests.runners.runner_parts import Stop, ToyModel, after_step, runner, same, weights
 
 
 def log_lines(folder: Path, split: str) -> list[list[object]]:
@@ -44,7 +44,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
     whole = runner(tmp_path / "whole", ToyModel(0.3), **options)
     whole.train()
     part = runner(tmp_path / "cut", ToyModel(0.3), **options)
-    stop_after(part, 7)
+    after_step(part, 7)
     with pytest.raises(Stop):
         part.train()
     resumed = runner(tmp_path / "cut", ToyModel(0.3), **options | {"resume": "auto", "num_workers": 0})
@@ -148,7 +148,7 @@ def test_frozen_hashes_ignore_precision_and_notice_changes_of_weights_and_vocabu
 def test_passes_over_the_data_are_complete_although_the_batch_changes(tmp_path):
     """40 samples: 10 steps of 4 are a pass; after 5 of the 20 steps of two passes, batches of 2 need 30 more."""
     part = runner(tmp_path, max_iters=None, max_epoch=2, save_every_steps=5, keep_last=9)
-    stop_after(part, 6)
+    after_step(part, 6)
     with pytest.raises(Stop):
         part.train()
     resumed = runner(tmp_path, max_iters=None, max_epoch=2, batch_size_train=2, resume="auto")

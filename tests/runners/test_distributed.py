@@ -53,12 +53,19 @@ def test_a_process_that_waits_says_for_what(tmp_path, monkeypatch, capfd):
     assert distributed.init(config(tmp_path, distributed=False).run) == torch.device("cpu")
 
 
-def _train(rank: int, folder: Path, options: dict[str, Any], stop_at: int | None = None) -> None:
-    one = runner(folder, ToyModel(0.3 if "max_iters" in options else 0.0), **options)
-    if stop_at is not None:
-        after_step(one, stop_at, lambda: os._exit(0))
-    one.train()
-    torch.save(weights(one), folder / f"weights{rank}.pt")
+def told(folder: Path, work: Any, *arguments: Any) -> list[str]:
+    """What ``work(rank, folder, *arguments)`` returns or raises on two processes, as text."""
+    folder.mkdir(exist_ok=True)
+    in_processes(_tell, 2, folder, work, arguments)
+    return [(folder / f"told{rank}").read_text() for rank in (0, 1)]
+
+
+def _tell(rank: int, folder: Path, work: Any, arguments: tuple) -> None:
+    try:
+        answer = work(rank, folder, *arguments)
+    except ChatBridgeError as error:
+        answer = error
+    (folder / f"told{rank}").write_text(str(answer))
     distributed.close()
 
 
@@ -67,49 +74,33 @@ def both(folder: Path) -> list[dict[str, torch.Tensor]]:
     return [torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+def _train(rank: int, folder: Path, options: dict[str, Any], stop_at: int | None = None) -> Any:
+    one = runner(folder, ToyModel(0.3), **options)
+    if stop_at is not None:
+        after_step(one, stop_at, lambda: os._exit(0))
+    one.train()
+    torch.save(weights(one), folder / f"weights{rank}.pt")
+    return one.state
+
+
 def test_two_processes_resume_exactly(tmp_path):
     options = {"max_iters": 9, "save_every_steps": 2}
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    in_processes(_train, 2, tmp_path / "whole", options)
+    told(tmp_path / "whole", _train, options)
+    (tmp_path / "cut").mkdir()
     in_processes(_train, 2, tmp_path / "cut", options, 5)
-    in_processes(_train, 2, tmp_path / "cut", options | {"resume": "auto"})
+    told(tmp_path / "cut", _train, options | {"resume": "auto"})
     for first, second in zip(both(tmp_path / "whole"), both(tmp_path / "cut"), strict=True):
         assert same(first, second)
-
-
-def _tell(rank: int, folder: Path, work: Any, arguments: tuple) -> None:
-    """Write what ``work`` returns, or the error that it raises."""
-    try:
-        told = work(rank, folder, *arguments)
-    except ChatBridgeError as error:
-        told = error
-    (folder / f"told{rank}").write_text(str(told))
-    distributed.close()
-
-
-def told(folder: Path, work: Any, *arguments: Any) -> list[str]:
-    """What two processes tell."""
-    folder.mkdir(exist_ok=True)
-    in_processes(_tell, 2, folder, work, arguments)
-    return [(folder / f"told{rank}").read_text() for rank in (0, 1)]
 
 
 def pictures(size: int, bad: tuple[int, ...] = (), split: str = "train", source: type = ToySource) -> Any:
     return {"pictures": {split: ToyGroup([source("pictures", "image", size, bad=bad)])}}
 
 
-def _half_unreadable(rank: int, folder: Path, more: dict[str, Any]) -> Any:
-    data = pictures(40, bad=tuple(range(0, 40, 2)))
-    one = runner(folder, data=data, batch_size_train=1, max_bad_share=1.0, **more)
-    one.train()
-    torch.save(weights(one), folder / f"weights{rank}.pt")
-    return one.state
-
-
 @pytest.mark.parametrize("parallel_by", ["ddp", "fsdp"])
 def test_processes_stay_together_when_one_has_nothing_to_read(tmp_path, parallel_by):
-    first, second = told(tmp_path, _half_unreadable, {"parallel": parallel_by})
+    options = {"data": pictures(40, bad=tuple(range(0, 40, 2))), "batch_size_train": 1, "max_bad_share": 1.0}
+    first, second = told(tmp_path, _train, options | {"parallel": parallel_by})
     assert first == second
     assert 0 < int(re.search(r"skipped=(\d+)", first)[1]) < 16
     assert same(*both(tmp_path))
@@ -124,34 +115,28 @@ class Malformed(ToySource):
         return super().item(index, epoch)
 
 
-def _malformed(rank: int, folder: Path, more: dict[str, Any]) -> None:
+def _malformed(rank: int, folder: Path, parallel_by: str) -> None:
     data = pictures(40, source=Malformed if rank == 1 else ToySource)
-    runner(folder, data=data, max_iters=12, save_every_steps=1, **more).train()
+    runner(folder, data=data, max_iters=12, save_every_steps=1, parallel=parallel_by).train()
 
 
-@pytest.mark.parametrize("more", [{}, {"parallel": "fsdp"}], ids=["ddp", "fsdp"])
-def test_data_that_fail_on_one_process_end_the_training_of_all(tmp_path, more):
-    first, second = told(tmp_path, _malformed, more)
+@pytest.mark.parametrize("parallel_by", ["ddp", "fsdp"])
+def test_data_that_fail_on_one_process_end_the_training_of_all(tmp_path, parallel_by):
+    first, second = told(tmp_path, _malformed, parallel_by)
     assert second.endswith("has no text")
     assert first == f"process 1: {second}"
-
-
-def _partly_unreadable(_rank: int, folder: Path, bad: tuple[int, ...]) -> Any:
-    one = runner(folder, data=pictures(400, bad), max_iters=10, save_every_steps=1, keep_last=20)
-    one.train()
-    return one.state.counts["pictures"]
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_share_of_unreadable_samples_is_that_of_all_processes(tmp_path, count):
     """All of them are in the fifth batch of process 1, whose own share is then 10 or 15 %."""
     fifth = MixturePlan({"pictures": 400}, batch_size=4, world_size=2, seed=42).batch(4, 1)[1]
-    bad = tuple(index for index, _ in fifth[:count])
-    first, second = told(tmp_path, _partly_unreadable, bad)
+    data = pictures(400, tuple(index for index, _ in fifth[:count]))
+    first, second = told(tmp_path, _train, {"data": data, "max_iters": 10, "save_every_steps": 1, "keep_last": 20})
     assert first == second
     newest = max(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     if count == 2:
-        assert first.startswith("Count(samples=78, skipped=2,")
+        assert "Count(samples=78, skipped=2," in first
         assert newest == "step_00000010"
     else:
         assert first.startswith("pictures: 3 of 40 samples could not be read, more than the 5% that max_bad_share")
@@ -168,24 +153,23 @@ def _evaluated(_rank: int, folder: Path, bad: tuple[int, ...]) -> Any:
     [((0, 5, 10), "57"), ((0, 5, 10, 1), "pictures: 4 of 60 samples could not be read, more than the 5%")],
     ids=["as many as allowed", "one more"],
 )
-def test_an_evaluation_lacks_what_its_processes_lack_together(tmp_path, bad, expected):
+def test_the_share_of_unreadable_samples_of_an_evaluation_is_that_of_all_processes(tmp_path, bad, expected):
     assert all(text.startswith(expected) for text in told(tmp_path, _evaluated, bad))
 
 
-def _refused(rank: int, folder: Path, other: bool) -> None:
+def _other_frozen_weights(rank: int, folder: Path) -> None:
     model = ToyModel()
-    if other and rank == 1:
-        with torch.no_grad():
-            model.frozen[0][0].weight[0, 0] += 0.5
+    with torch.no_grad():
+        model.frozen[0][0].weight[0, 0] += rank
     runner(folder, model, max_iters=2).train()
 
 
 def test_all_processes_refuse_alike(tmp_path):
     runner(tmp_path / "used", max_iters=2).train()
-    first, second = told(tmp_path / "used", _refused, False)
+    first, second = told(tmp_path / "used", _train, {"max_iters": 2})
     assert "has step_00000002 of an earlier training" in first
     assert second == f"process 0: {first}"
-    assert "have loaded different frozen weights" in told(tmp_path / "new", _refused, True)[1]
+    assert all("have loaded different frozen weights" in text for text in told(tmp_path / "new", _other_frozen_weights))
 
 
 def test_fsdp_needs_a_new_torch_and_a_model_with_blocks(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +64,6 @@ def logged(folder: Path, key: str) -> list[float]:
     """The values of a key in the log of a run into ``folder/out``, in their order."""
     lines = map(json.loads, (folder / "out" / "log.txt").read_text().splitlines())
     return [line[key] for line in lines if key in line]
-
-
-def equal_on_two_processes(folder: Path, world: Path, options: Sequence[str], alone: dict, atol: float) -> None:
-    """Train on two processes; both end with the same weights, which are those of a single one to ``atol``."""
-    in_processes(_on_a_rank, 2, folder, world, options)
-    first, second = (torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, tensor in alone.items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=atol, msg=name)
-
-
-def _on_a_rank(rank: int, folder: Path, world: Path, options: Sequence[str]) -> None:
-    trained = run(folder, world, "run.batch_size_train=1", *options)
-    torch.save(weights(trained), folder / f"weights{rank}.pt")
-    distributed.close()
 
 
 LORA = (
@@ -145,11 +129,21 @@ def alone(tmp_path_factory, world):
     return folder, weights(run(folder, world, *EXACT, "run.gradient_checkpointing=true"))
 
 
+def _on_a_rank(rank: int, folder: Path, world: Path, parallel: str) -> None:
+    trained = run(folder, world, *EXACT, "run.batch_size_train=1", f"run.parallel={parallel}")
+    torch.save(weights(trained), folder / f"weights{rank}.pt")
+    distributed.close()
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one(tmp_path, world, alone, parallel):
     """Also where every process has only a part of the language model, and adapters beside it."""
     folder, expected = alone
-    equal_on_two_processes(tmp_path, world, (*EXACT, f"run.parallel={parallel}"), expected, atol=1e-3)
+    in_processes(_on_a_rank, 2, tmp_path, world, parallel)
+    first, second = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert same(first, second)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-3, msg=name)
     for key in ("train_loss", "val_loss"):
         assert logged(folder, key) == pytest.approx(logged(tmp_path, key), abs=1e-4)
 

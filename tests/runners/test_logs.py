@@ -77,31 +77,25 @@ def test_tensorboard_and_the_console(tmp_path, caplog):
     assert any(line.startswith("train step 3/4 loss 1.5 eta 0:00:0") for line in caplog.messages)
 
 
-def test_weights_and_biases_stays_offline_by_default(tmp_path, monkeypatch):
+def test_weights_and_biases_is_offline_by_default_and_a_failed_start_is_one_clear_error(tmp_path, monkeypatch):
     """With a stand-in for the package, whose arguments decide whether anything is sent."""
     asked, logged = [], []
-    wandb = types.ModuleType("wandb")
-    run = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: logged.append(0))
-    wandb.init = lambda **words: asked.append(words) or run
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def init(**words):
+        asked.append(words)
+        if words["mode"] == "online":
+            raise RuntimeError("api_key not configured")
+        return types.SimpleNamespace(
+            log=lambda values, step: logged.append((values, step)), finish=lambda: logged.append(0)
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     settings = config(tmp_path, wandb=True).run
     with Reporter(settings, tmp_path, 4, TrainState(step=3)) as reporter:
         reporter.write("train", {"loss": 1.5, "note": "text"})
-    monkeypatch.setenv("WANDB_MODE", "online")
-    Reporter(settings, tmp_path, 4, TrainState())
-    assert [words["mode"] for words in asked] == ["offline", "online"]
-    assert (asked[0]["dir"], asked[0]["config"]["seed"]) == (str(tmp_path / "wandb"), 42)
+    assert (asked[0]["mode"], asked[0]["dir"], asked[0]["config"]["seed"]) == ("offline", str(tmp_path / "wandb"), 42)
     assert logged == [({"train/loss": 1.5}, 3), 0]
-
-
-def test_a_fault_of_wandb_at_the_start_is_one_clear_error(tmp_path, monkeypatch):
-    wandb = types.ModuleType("wandb")
-
-    def init(**_words):
-        raise RuntimeError("api_key not configured")
-
-    wandb.init = init
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ConfigError, match=r"run\.wandb: W&B cannot start .*api_key not configured.*run\.wandb=false"):
-        Reporter(config(tmp_path, wandb=True).run, tmp_path, 4, TrainState())
+        Reporter(settings, tmp_path, 4, TrainState())
