@@ -297,8 +297,7 @@ class ChatBridgeRunner(RunnerBase):
                 checkpoints.save(self.folder.checkpoints, checkpoint, self.run.keep_last)
 
     def _weights(self) -> dict[str, Tensor]:
-        """The bridge, on the CPU."""
-        return {name: self.model.get_parameter(name).detach().cpu().clone() for name in self.bridge}
+        return {name: self.model.get_parameter(name).detach() for name in self.bridge}
 
     def _write_weights(self) -> None:
         """Write ``model.safetensors`` in the run's folder."""

@@ -23,14 +23,14 @@ from typing import Any, TypeAlias
 
 import torch
 from pydantic import NonNegativeInt
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import CheckpointError, TrainingError, one_line
-from lavis_chatbridge.files import atomic_file, hash_of, sync, write_json
+from lavis_chatbridge.files import hash_of, sync, write_json
 from lavis_chatbridge.models import lora, state_dicts
 from lavis_chatbridge.runners.step import StepResult, trainable
 
@@ -152,13 +152,15 @@ def check(
     """Raise if a checkpoint does not fit the model, its frozen parts, the data, or a run of ``steps``."""
     state = checkpoint.state
     check_weights(checkpoint, where, model, bridge)
-    expected: dict[str, list[int]] = {}
+    expected: dict[str, Tensor] = {}
     for name, parameter in trainable(model).items():
         if f"{name}|step" in checkpoint.optimizer:  # a parameter that never had a gradient has no state
-            expected |= {f"{name}|{part}": [] if part == "step" else list(parameter.shape) for part in _ADAMW}
-    _check_equal(_shapes(checkpoint.optimizer), expected, f"{where} has an optimiser state that does not fit")
-    _check_equal(state.frozen, frozen, f"{where} was trained with other frozen parts")
-    _check_equal(state.plan.data, SavedPlan.of(plan, 0).data, f"{where} was trained on other data")
+            expected |= {f"{name}|{part}": torch.empty(()) if part == "step" else parameter for part in _ADAMW}
+    state_dicts.check_fit(expected, checkpoint.optimizer, expected, where, "this run's optimiser")
+    if differences := _differences(state.frozen, frozen):
+        raise CheckpointError(f"{where} was trained with other frozen parts: {differences}")
+    if differences := _differences(state.plan.data, SavedPlan.of(plan, 0).data):
+        raise CheckpointError(f"{where} was trained on other data: {differences}")
     if state.progress.step > steps:
         raise CheckpointError(
             f"{where} is of step {state.progress.step}, but this run ends at step {steps}: raise run.max_iters (or "
@@ -170,8 +172,13 @@ def check_weights(checkpoint: Checkpoint, where: Path, model: nn.Module, bridge:
     """Raise if a checkpoint's weights do not fit a model's ``bridge`` and its LoRA adapters."""
     if difference := lora.difference(checkpoint.state.adapters, model):
         raise CheckpointError(f"{where} is for another model: {difference}")
-    expected = {name: list(model.get_parameter(name).shape) for name in bridge}
-    _check_equal(_shapes(checkpoint.weights), expected, f"{where} is for another model, or damaged")
+    expected = {name: model.get_parameter(name) for name in bridge}
+    state_dicts.check_fit(expected, checkpoint.weights, expected, where, "this model")
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    changed = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+    return "; ".join(f"{key} is {found.get(key)}, expected {expected.get(key)}" for key in changed)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -193,31 +200,13 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _check_equal(found: Mapping[str, Any], expected: Mapping[str, Any], message: str) -> None:
-    """Raise a `CheckpointError` that lists the first five differences between two mappings."""
-    lines = [f"{key} is missing" for key in expected if key not in found]
-    lines += [f"{key} is not expected" for key in found if key not in expected]
-    both = [key for key in expected if key in found and found[key] != expected[key]]
-    lines += [f"{key} is {found[key]}, expected {expected[key]}" for key in both]
-    if lines:
-        raise CheckpointError(f"{message}: {'; '.join(lines[:5])}")
-
-
 # ---- write
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by ``PARAMETER|STATE``, on the CPU; a parameter that never had a gradient has none."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in trainable(model).items()}
-    return {
-        f"{names[parameter]}|{part}": torch.as_tensor(value).detach().cpu().clone()
-        for parameter, state in optimizer.state.items()
-        for part, value in state.items()
-    }
+    """The optimiser's state by ``PARAMETER|STATE``; a parameter that never had a gradient has none."""
+    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in trainable(model).items())
+    return {f"{name}|{part}": torch.as_tensor(value) for name, state in states for part, value in state.items()}
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
@@ -230,8 +219,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
         with _written(target):
             partial.mkdir(parents=True)
             write_weights(partial / MODEL, checkpoint.weights, step, checkpoint.state.adapters)
-            with atomic_file(partial / OPTIMIZER) as file:
-                save_file(checkpoint.optimizer, file)
+            state_dicts.save(partial / OPTIMIZER, checkpoint.optimizer)
             write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
             shutil.rmtree(target, ignore_errors=True)
             os.rename(partial, target)
@@ -244,9 +232,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], step: int, adapters: str | None) -> None:
     """Write weights as one file; the LoRA alpha is not a tensor, so it is in the metadata."""
-    about = {"step": str(step)} | ({"cfg": json.dumps({"lora": adapters})} if adapters else {})
-    with _written(path), atomic_file(path) as file:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, metadata=about)
+    with _written(path):
+        state_dicts.save(path, weights, {"step": step} | ({"lora": adapters} if adapters else {}))
 
 
 @contextmanager
@@ -273,10 +260,7 @@ def newest(folder: Path) -> Path | None:
 
 def step_of(weights: Path) -> int | None:
     """The step of a file from `write_weights`; None if it does not exist."""
-    if not weights.is_file():
-        return None
-    with safe_open(weights, "pt") as file:
-        return int((file.metadata() or {}).get("step", -1))
+    return (state_dicts.read(weights).cfg or {}).get("step") if weights.is_file() else None
 
 
 # ---- hashes of the frozen parts

@@ -176,11 +176,11 @@ def state(change):
 
 
 DAMAGES = {
-    "other weights": (MODEL, tensors(lambda t: t.pop("norm.bias")), "for another model, .*norm.bias is missing"),
+    "other weights": (MODEL, tensors(lambda t: t.pop("norm.bias")), "does not fit this model: missing: norm.bias"),
     "another optimiser": (
         OPTIMIZER,
         tensors(lambda t: t.update({"norm.bias|exp_avg": torch.ones(3)})),
-        r"norm.bias\|exp_avg is \[3\], expected \[8\]",
+        r"this run's optimiser: norm.bias\|exp_avg is \[3\], expected \[8\]",
     ),
     "no scaler": (STATE, state(lambda s: s.pop("scaler")), "scaler is missing"),
     "a word for a step": (STATE, state(lambda s: s["progress"].update(step="x")), "state.json.progress.step"),
