@@ -21,8 +21,7 @@ from lavis_chatbridge.files import write_json, write_text
 from lavis_chatbridge.plugin.report import aligned, settings_of
 from lavis_chatbridge.tasks import statistics
 from lavis_chatbridge.tasks.predictions import Prediction, read_predictions
-from lavis_chatbridge.tasks.scoring import Measured
-from lavis_chatbridge.tasks.scoring.records import measured
+from lavis_chatbridge.tasks.scoring.records import Measured, measured
 
 COLUMNS = ("data set", "metric", "samples", "A", "B", "B - A", "95 %", "p")
 _IN_TEXT, _ON_PAGE = 5, 60

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lavis.common.registry import registry
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -31,31 +32,23 @@ _SHORTEST_CLIP = 0.1  # seconds
 class AudioSettings(Settings):
     """How sounds are prepared."""
 
-    mel_bins: int = 128
+    mel_bins: int = Field(default=128, ge=16, multiple_of=16)
     """128 as in BEATs' pre-training, 64 as in the released ChatBridge."""
-    clip_frames: int = 1024
-    """Length of a clip in frames of 10 ms."""
-    max_clips: int = 3
+    clip_frames: int = Field(default=1024, ge=16, multiple_of=16)
+    """Length of a clip in frames of 10 ms; like ``mel_bins``, a multiple of the side of BEATs' patches."""
+    max_clips: PositiveInt = 3
     channel: Literal["mean", "first"] = "mean"
     """Mean of the channels, or the first channel, as in the original."""
     layout: Literal["clips", "original"] = "clips"
     """``clips``: as many clips as the sound fills. ``original``: always ``max_clips``, padded with silence."""
     extractor: dict[str, Any] | None = None
     """A transformers feature extractor (content of ``preprocessor_config.json``) that replaces BEATs' filterbank."""
-    clip_seconds: float = 10.0
+    clip_seconds: float = Field(default=10.0, ge=_SHORTEST_CLIP)
     """Length of a clip in seconds, with ``extractor``."""
 
     def check(self) -> Iterator[str]:
-        for name in ("mel_bins", "clip_frames"):
-            value = getattr(self, name)
-            if value < 16 or value % 16:
-                yield f"{name} is {value}, expected a multiple of 16, the side of BEATs' patches"
-        if self.max_clips < 1:
-            yield f"max_clips is {self.max_clips}, expected at least 1"
         if self.extractor is not None and not isinstance(self.extractor.get("sampling_rate"), int):
             yield "extractor has no sampling_rate"
-        if self.clip_seconds < _SHORTEST_CLIP:
-            yield f"clip_seconds is {self.clip_seconds:g}, expected at least {_SHORTEST_CLIP:g}"
 
 
 @registry.register_processor("chatbridge_audio_eval")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lavis.common.registry import registry
 from PIL import Image
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,7 +33,7 @@ _OVERSAMPLING = 2
 class PictureSettings(Settings):
     """How images are prepared."""
 
-    image_size: int = 224
+    image_size: PositiveInt = 224
     """Side of the result, in pixels."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True
@@ -43,16 +44,12 @@ class PictureSettings(Settings):
     training reader."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Mean of each channel (values in [0, 1]), which is subtracted."""
-    std: tuple[float, float, float] = CLIP_STD
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = CLIP_STD
     """Standard deviation of each channel; the result is divided by it."""
 
     def check(self) -> Iterator[str]:
-        if self.image_size < 1:
-            yield f"image_size is {self.image_size}, expected at least 1"
         if self.arithmetic == "pillow" and not self.antialias:
             yield "arithmetic 'pillow' always antialiases; choose 'float' or 'bytes' for antialias: false"
-        if min(self.std) <= 0.0:
-            yield f"std is {list(self.std)}, expected values above 0"
 
 
 class TrainPictureSettings(PictureSettings):
@@ -70,15 +67,10 @@ class TrainPictureSettings(PictureSettings):
 class VideoSettings(PictureSettings):
     """How videos are prepared."""
 
-    num_frames: int = 4
+    num_frames: PositiveInt = 4
     sampling: Literal["chunks", "uniform"] = "chunks"
     """``chunks``: one frame of each of ``num_frames`` equal segments; a shorter video repeats its last frame.
     ``uniform``: the first frame of each segment; a shorter video gives fewer frames, as in the original's demo."""
-
-    def check(self) -> Iterator[str]:
-        yield from super().check()
-        if self.num_frames < 1:
-            yield f"num_frames is {self.num_frames}, expected at least 1"
 
 
 class TrainVideoSettings(TrainPictureSettings, VideoSettings):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
 from lavis_chatbridge.config import Settings, merged, parse, read_yaml
 from lavis_chatbridge.errors import PromptError
@@ -22,14 +23,12 @@ QUESTION, STYLE = "{question}", "{style}"
 class TaskTemplates(Settings):
     """The templates of one task."""
 
-    templates: list[str]
+    templates: list[str] = Field(min_length=1)
     """Each may contain ``{question}`` and ``{style}``; either all or none contain ``{question}``."""
     style: str = ""
     """The default style of samples."""
 
     def check(self) -> Iterator[str]:
-        if not self.templates:
-            yield "templates is empty"
         if len({QUESTION in template for template in self.templates}) > 1:
             yield "some templates contain {question} and some do not"
         if not self.style and any(STYLE in template for template in self.templates):
@@ -56,25 +55,15 @@ class Templates(Settings):
     @classmethod
     @functools.cache
     def load(cls, *paths: str | Path) -> Templates:
-        """Load the package's templates and further YAML files; tasks and styles of later files replace earlier ones.
-
-        Raises:
-            ConfigError: If a file cannot be read or is malformed.
-        """
+        """Load the package's templates and further YAML files; tasks and styles of later files replace earlier ones."""
         files = [read_yaml(path) for path in [*sorted(FOLDER.glob("*.yaml")), *paths]]
         return parse(cls, merged(*files), " ".join(["templates", *(Path(path).name for path in paths)]))
 
     def apply(self, task: str, question: str = "", style: str = "", rng: np.random.Generator | None = None) -> str:
-        """The request for one sample.
+        """The request for a sample of ``task``, with its question and style.
 
-        Args:
-            task: A task of these templates.
-            question: The sample's question; it is the whole request if the task's templates have no ``{question}``.
-            style: The sample's style; by default the task's.
-            rng: Chooses template and style phrase; None: the first of each.
-
-        Raises:
-            PromptError: If the task needs a question and the sample has none, or the style is unknown.
+        A question is the whole request if the task's templates have no ``{question}``. ``rng`` chooses the template and
+        the style's phrase; without it, the first ones are used.
         """
         entry = self.tasks[task]
         template = _choice(entry.templates, rng)

@@ -1,4 +1,4 @@
-"""The uncertainty of scores: bootstrap intervals of means, and paired comparisons, by scipy.
+"""Scores and their uncertainty: bootstrap intervals of means, and paired comparisons, by scipy.
 
 Samples that share a medium are resampled together (cluster bootstrap). The p-value is that of a permutation test that
 swaps the two values of a cluster.
@@ -7,14 +7,49 @@ swaps the two values of a cluster.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
+
+from lavis_chatbridge.tasks.predictions import Prediction
 
 _RESAMPLES, _FEWEST = 2000, 500  # more than 10,000 clusters get fewer, since their intervals need no more
 _AT_ONCE = 5_000_000  # entries of a block of resamples
 Values: TypeAlias = Sequence[float] | np.ndarray
+
+
+@dataclass
+class Measured:
+    """Scores of some predictions, in total and of each.
+
+    Attributes:
+        records: The predictions that have references, answers, options or facts.
+        scores: Metric -> percent.
+        each: Metric -> ``[n]`` percent; only metrics that are means over samples.
+        weights: Metric -> ``[n]``, for means that are weighted.
+        by_attribute: Attribute -> number of samples and accuracy, for captions that are scored by facts.
+        tokenizer: Of captions: ``"ptb"`` (official, Java) or ``"python"`` (a rule); their scores are not comparable.
+        left_out: Metric -> the reason why it was not computed.
+    """
+
+    records: Sequence[Prediction]
+    scores: dict[str, float] = field(default_factory=dict)
+    each: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    by_attribute: dict[str, dict[str, float]] = field(default_factory=dict)
+    tokenizer: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, metric: str, each: Sequence[float] | np.ndarray, score: float | None = None) -> None:
+        """Add a metric that is a mean over samples."""
+        self.each[metric] = np.asarray(each, dtype=float)
+        self.scores[metric] = float(self.each[metric].mean()) if score is None else score
+
+    @property
+    def clusters(self) -> list[Any]:
+        """The cluster of each sample, for resampling: its media, else only itself."""
+        return [tuple(record.media) or number for number, record in enumerate(self.records)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lavis_chatbridge.errors import DataError, one_line
-from lavis_chatbridge.tasks.scoring import Measured
+from lavis_chatbridge.tasks.statistics import Measured
 
 _log = logging.getLogger(__name__)
 

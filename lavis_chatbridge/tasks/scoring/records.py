@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.tasks import statistics
 from lavis_chatbridge.tasks.predictions import Prediction
-from lavis_chatbridge.tasks.scoring import Measured, answers, captions
+from lavis_chatbridge.tasks.scoring import answers, captions
 from lavis_chatbridge.tasks.settings import CAPTION_METRICS
+from lavis_chatbridge.tasks.statistics import Measured, interval
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def score_records(
     result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
     result |= {"scores": found.scores, "metric": metric, "headline": found.scores.get(metric)}
     result["intervals"] = {
-        name: statistics.interval(each, found.weights.get(name), found.clusters) for name, each in found.each.items()
+        name: interval(each, found.weights.get(name), found.clusters) for name, each in found.each.items()
     }
     more: dict[str, Any] = {"by_type": _by_type(found), "tokenizer": found.tokenizer, "left_out": found.left_out}
     more["chance"] = _chance(found.records, metrics, learnt)

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from lavis_chatbridge.tasks.predictions import Prediction
-from lavis_chatbridge.tasks.scoring import Measured, captions
+from lavis_chatbridge.tasks.scoring import captions
+from lavis_chatbridge.tasks.statistics import Measured
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official tokenizer and METEOR need Java")
 
