@@ -53,7 +53,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ChatBridgeConfig, chatbridge: ChatBridge | None = None) -> None:
         super().__init__(config)
-        self.chatbridge = _built(config.settings()) if chatbridge is None else chatbridge
+        self.chatbridge = ChatBridge.from_config(config.sections().model) if chatbridge is None else chatbridge
         codec, template = self.chatbridge.llama_tokenizer, self.chatbridge.template
         self.generation_config = GenerationConfig(
             max_new_tokens=256, eos_token_id=sorted(template.end_ids) or None, pad_token_id=codec.pad_id
@@ -88,11 +88,11 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         found, folder = ChatBridgeConfig.find(name, revision)
         config = config or found
-        settings = config.settings(folder, _changes(dtype, device_map, quantization_config))
+        changes = _changes(dtype, device_map, quantization_config)
         if folder is not None and (folder / CONFIG).is_file():
-            config.check_frozen(settings)
-            settings = settings.model_copy(update={"checkpoint": str(folder)})
-        model = cls(config, _built(settings))
+            config.check_frozen(config.settings(folder, changes))
+            changes["checkpoint"] = str(folder)
+        model = cls(config, ChatBridge.from_config(config.sections(folder, changes).model))
         device = device_map.get("") if isinstance(device_map, dict) else device_map
         if device is not None and device not in PLACEMENTS:
             cast(Any, model).to(device)
@@ -239,13 +239,13 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _soft_tokens(self, **media: Tensor) -> Tensor | None:
         """``[S, D]`` soft tokens of all images, then videos, then sounds; None without media."""
         given: dict[Modality, list[Any]] = {}
-        if "pixel_values" in media:
-            given["image"] = list(media["pixel_values"])
-        if "pixel_values_videos" in media:
-            given["video"] = list(media["pixel_values_videos"])
-        if "input_features" in media:
+        if (images := media.get("pixel_values")) is not None:
+            given["image"] = list(images)
+        if (videos := media.get("pixel_values_videos")) is not None:
+            given["video"] = list(videos)
+        if (fbanks := media.get("input_features")) is not None:
             counts = media["clips"].tolist()
-            sounds = zip(media["input_features"].split(counts), media["feature_frames"].split(counts), strict=True)
+            sounds = zip(fbanks.split(counts), media["feature_frames"].split(counts), strict=True)
             given["audio"] = [AudioClips(*sound) for sound in sounds]
         parts: list[Tensor] = []
         for modality, own in given.items():
@@ -281,16 +281,9 @@ class _StopsStreaming:
         self._held = []
 
 
-def _built(settings: ModelSettings) -> ChatBridge:
-    model = ChatBridge(settings)
-    if settings.checkpoint is not None:
-        model.load_checkpoint(settings.checkpoint)
-    return model
-
-
-def _changes(dtype: torch.dtype | str | None, device_map: Any, quantization: Any) -> dict[str, dict[str, Any]]:
+def _changes(dtype: torch.dtype | str | None, device_map: Any, quantization: Any) -> dict[str, Any]:
     """transformers' loading arguments as changes to the ``model`` section."""
-    changes: dict[str, dict[str, Any]] = {"vision": {}, "audio": {}, "language_model": {}}
+    changes: dict[str, Any] = {"vision": {}, "audio": {}, "language_model": {}}
     if dtype is not None and dtype != "auto":
         changes = {part: {"dtype": str(dtype).removeprefix("torch.")} for part in changes}
     if quantization is not None:

@@ -69,7 +69,9 @@ def generate(
     max_cost: Annotated[float | None, typer.Option(metavar="USD", help="Limit over all runs with this --out.")] = None,
     prices: Annotated[str | None, typer.Option(help="YAML: MODEL: {input, output}, USD per million tokens.")] = None,
     price_of: Annotated[str | None, typer.Option(help="Entry of the price table to use; `local` is free.")] = None,
-    token_limit_field: str = "max_tokens",
+    token_limit_field: Annotated[
+        str, typer.Option(help="`max_completion_tokens` for new OpenAI models.")
+    ] = "max_tokens",
     extra_body: Annotated[
         list[str], typer.Option(metavar="KEY=VALUE", help="An additional field of each request. Repeatable.")
     ] = [],  # noqa: B006

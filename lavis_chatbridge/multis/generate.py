@@ -33,27 +33,22 @@ _log = logging.getLogger(__name__)
 
 
 class GenerateSettings(Settings):
-    """Server, requests and limits of a generation."""
+    """Server, requests and limits of a generation; ``chatbridge multis generate --help`` explains them."""
 
     model: str
     base_url: Annotated[str, Field(pattern="^https?://")] | None = None
-    """URL of the server; null: OpenAI's."""
     temperature: float = 0.7
     timeout: PositiveFloat = 120.0
-    """Time limit of one attempt in seconds."""
     retries: NonNegativeInt = 5
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """The request's field for the token limit; newer OpenAI models need ``max_completion_tokens``."""
     extra_body: dict[str, Any] = {}
-    """Additional fields of each request."""
     counts: dict[DataKind, NonNegativeInt] = {}
     """Maximum number of requests per kind; a kind without a number uses all items."""
     shots: NonNegativeInt = SHOTS
-    """Number of seed examples per prompt."""
     concurrency: PositiveInt = 16
     requests_per_minute: PositiveFloat | None = None
     max_cost: float | None = None
-    """Limit in US dollars, over all runs with this output folder. A request that might exceed it is not sent."""
+    """A request that might exceed it is not sent."""
 
 
 class Price(Settings):
