@@ -79,20 +79,18 @@ class Found(NamedTuple):
 
 
 def find(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Path:
-    """The local file or folder of weights, downloaded if necessary.
+    """The local file or folder of weights (a name, or alternatives), downloaded if necessary.
 
-    Args:
-        names: A name, or alternatives.
-        what: The setting's name, for messages.
-        content: The required files of a folder.
-        prefixes: Prefixes of the required tensors' names; of a sharded model, only their shards are downloaded.
+    With ``prefixes`` of tensors' names, only the shards with such tensors are downloaded.
 
     Raises:
-        CheckpointError: If no name works; one line with the file, its URL and a remedy.
+        CheckpointError: If no name works; one line with the setting (``what``), the file, its URL and a remedy.
     """
     alternatives = [parsed(text, content, prefixes) for text in as_list(names)]
-    present = next((path for name in alternatives if (path := _present(name)) is not None), None)
-    return present or _first(alternatives, what, _fetch)
+    for name in alternatives:
+        if (path := _present(name)) is not None:
+            return path
+    return _first(alternatives, what, _fetch)
 
 
 def status(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Found:

@@ -43,8 +43,9 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         present = tokenizer.get_added_tokens_decoder()
-        for token in (token for i, token in _added_tokens(folder, config) if i not in present):
-            tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
+        for i, token in _added_tokens(folder, config):
+            if i not in present:
+                (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         self._marked = tokenizer
         self._plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True

@@ -76,7 +76,7 @@ def test_standard_input(files: Path, loaded: Session, monkeypatch: pytest.Monkey
         (["what?", "--image", "nope.png"], "cannot read nope.png"),
         (["hi", "--jsonl", "in", "out"], "in the lines of the file"),
         (["hi", "--model", "absent.yaml"], "no configuration file at absent.yaml"),
-        (["hi", "--model", "huge"], "no model_type 'huge'"),
+        (["hi", "--model", "huge"], "unknown model type 'huge'"),
         (["hi", "--options", "run.seed=1"], "expected model.KEY=VALUE"),
         (["hi", "--device", "abacus"], "abacus"),
         (["hi", "--top-p", "2", "--max-new-tokens", "0"], "max_new_tokens is 0, expected more than 0; options.top_p"),

@@ -184,7 +184,6 @@ def test_positions(own: int | None, rope: dict[str, Any] | None, positions: floa
     assert positions_of(SimpleNamespace(n_positions=own, rope_parameters=rope)) == positions
 
 
-def test_factors_that_depend_on_the_length_never_change() -> None:
-    """A reply of Phi-3's longrope ends before it, so it depends neither on other rows nor on kept keys."""
+def test_the_positions_of_a_longrope_end_where_its_factors_change() -> None:
     config = AutoConfig.for_model("phi3", **{**SIZES, "original_max_position_embeddings": 16}, rope_scaling=LONG)
     assert positions_of(config) == 16

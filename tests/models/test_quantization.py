@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, modules
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import AudioClips
@@ -34,8 +36,6 @@ SAMPLES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA as its makers publish one; some features are large, which LLM.int8 computes apart."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(7)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=LAYERS, initializer_range=0.06))
     for layer in model.model.layers:
@@ -54,16 +54,6 @@ def tokenizer(golden_dir: Path) -> Path:
 def bridge(folder: Path, tokenizer: Path, how: Any, **more: Any) -> Any:
     own = LanguageModelSettings(weights=str(folder), tokenizer=str(tokenizer), quantization=how, **more)
     return small_model(tokenizer, language_model=own)
-
-
-def logits(model: Any) -> Tensor:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        return model(inputs_embeds=torch.randn(3, 9, 64).to(model.dtype)).logits.float()
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def frozen(model: Any) -> dict[str, Tensor]:
@@ -85,23 +75,6 @@ def gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), found
 
 
-@pytest.mark.parametrize(("how", "near"), [("8bit", 0.02), ("4bit", 0.12)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_are_near_those_of_all_bits(folder: Path, tokenizer: Path, how: Any, near: float, dtype: Any) -> None:
-    """A wrong scale or layer gives an error of about 1."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    plain = bridge(folder, tokenizer, None).llama_model
-    model = bridge(folder, tokenizer, how, dtype=dtype).llama_model
-    nn.ModuleList([model]).to("cpu")  # as a runner and a chat do; bitsandbytes 0.46 quantised 8-bit layers again
-    found = logits(model)
-    assert 0 < error(found, logits(plain)) < near
-    nn.ModuleList([model]).to("cpu")
-    assert torch.equal(logits(model), found)
-    assert sum(isinstance(layer, (Linear4bit, Linear8bitLt)) for layer in model.modules()) == 7 * LAYERS
-    assert model.lm_head.weight.dtype == model.model.norm.weight.dtype == model.dtype
-
-
 @pytest.mark.parametrize(
     ("how", "dtype", "near"), [("8bit", "float32", 0.1), ("8bit", "float16", 0.1), ("4bit", "float32", 0.3)]
 )
@@ -110,11 +83,14 @@ def test_loss_and_gradients_are_near_those_of_all_bits(
 ) -> None:
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
     plain, model = bridge(folder, tokenizer, None), bridge(folder, tokenizer, how, dtype=dtype)
+    quantised = (Linear4bit, Linear8bitLt)
+    assert sum(isinstance(layer, quantised) for layer in model.llama_model.modules()) == 7 * LAYERS
     (loss, expected), (own_loss, found) = gradients(plain), gradients(model)
     assert own_loss == pytest.approx(loss, rel=0.02)
     assert own_loss != loss
     assert found.keys() == expected.keys()
-    assert error(*(torch.cat([t[name].flatten() for name in expected]) for t in (found, expected))) < near
+    ours, theirs = (torch.cat([t[name].flatten() for name in expected]) for t in (found, expected))
+    assert (ours - theirs).norm() / theirs.norm() < near  # a wrong scale or layer gives an error of about 1
     own, again, other = (checkpoints.frozen_hashes(m, []) for m in (model, bridge(folder, tokenizer, how), plain))
     assert own == again
     assert {part for part in own if own[part] != other[part]} == {"llama_model"}
@@ -124,8 +100,6 @@ def test_a_validation_leaves_gradients_whole_on_a_cpu_with_bf16(
     folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bitsandbytes repacks 4-bit layers there as soon as they run without gradients, which they then no longer have."""
-    from bitsandbytes.nn import modules
-
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
     model = bridge(folder, tokenizer, "4bit")
     loss, expected = gradients(model)

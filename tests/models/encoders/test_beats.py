@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models.encoders.beats import Beats, relative_buckets
+from lavis_chatbridge.models.encoders.beats import Beats
 from tests.models.building import SMALL_BEATS
 
 
@@ -35,11 +35,6 @@ def test_without_frames_a_rest_is_dropped(beats: Beats) -> None:
     assert tokens.shape == (1, 10, 32)
     assert mask.all()
     torch.testing.assert_close(tokens, beats(fbank[:, :80])[0])
-
-
-def test_buckets_by_hand() -> None:
-    buckets = relative_buckets(torch.tensor([-3, 0, 3, 4, 40, 1000, -1000]), num_buckets=16, max_distance=40)
-    assert buckets.tolist() == [3, 0, 11, 12, 15, 15, 7]
 
 
 def test_bins_that_do_not_fit_are_named(beats: Beats) -> None:

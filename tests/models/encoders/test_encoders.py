@@ -14,6 +14,7 @@ from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import encoders
+from lavis_chatbridge.models.encoders.eva import EvaVit
 from lavis_chatbridge.models.settings import LoraSettings, VisionSettings
 from lavis_chatbridge.prompting.conversation import Modality, alignment_prompt
 from tests.models.building import small_model, small_settings
@@ -108,6 +109,14 @@ def test_options_of_vision(name: str, options: dict[str, Any], tokens: int, tmp_
     assert (changed.description != plain.description) == bool(options)
 
 
+def test_evas_fused_attention_equals_that_of_lavis() -> None:
+    attention = EvaVit(VisionSettings(image_size=28, width=32, depth=2, heads=4)).blocks[1].attn
+    for bias in (attention.q_bias, attention.v_bias):
+        torch.nn.init.normal_(bias)
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(attention(x), type(attention).forward(attention, x), atol=1e-6, rtol=1e-5)
+
+
 def test_pooling_averages_neighbours_in_the_grid(tmp_path: Path) -> None:
     settings, frames = architectures.vision("siglip", tmp_path), torch.randn(1, 3, 32, 32)
     both = [encoders.build_vision(settings.model_copy(update={"pool": pool})).encode(frames)[0] for pool in (1, 2)]
@@ -142,6 +151,11 @@ def test_options_of_audio(name: str, options: dict[str, Any], tokens: int, valid
         ({"encoder": "evva"}, ConfigError, "unknown encoder 'evva', did you mean 'eva'"),
         ({"encoder": "no_module:x"}, ConfigError, "'no_module:x' cannot be imported"),
         ({"encoder": "eva", "pool": 2}, ConfigError, "layer, class_token and pool are for timm and transformers"),
+        (
+            {"image_size": 225, "heads": 5},
+            ConfigError,
+            "225 is not a multiple of patch_size 14; .*width 1408 .* heads 5",
+        ),
         ({"encoder": "timm"}, ConfigError, "name is null, and config.json does not name an architecture"),
         ({"encoder": "timm", "name": "vit_tinny"}, ConfigError, "timm cannot build 'vit_tinny'"),
         ({"encoder": "transformers"}, ConfigError, "model_type is missing in config, which random weights need"),
