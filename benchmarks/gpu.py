@@ -222,7 +222,7 @@ def measure_decoding(model: ChatBridge, plan: Plan, rounds: int, device: torch.d
         batch = batch_of("image", count, model.settings, plan, device)
 
         def reply(tokens: int, batch: dict = batch) -> Any:
-            return model.generate(batch, sampling=Sampling(max_new_tokens=tokens, ignore_eos=True), stop="")
+            return model.generate(batch, sampling=Sampling(max_new_tokens=tokens, ignore_eos=True))
 
         one = seconds_of(lambda reply=reply: reply(1), rounds, device)
         many = seconds_of(lambda reply=reply: reply(plan.new_tokens), rounds, device)

@@ -27,7 +27,7 @@ from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template
 from lavis_chatbridge.models.tokenizer import Tokenizer
-from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, Piece, Text
+from lavis_chatbridge.prompting.conversation import END_OF_CAPTION, Piece
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +60,12 @@ class Answering:
         temperature: float = 1.0,
         *,
         prompt: str | Sequence[str] | None = None,
-        stop: str | None = None,
-        bos: bool | None = None,
         sampling: Sampling | None = None,
     ) -> list[str]:
         """Captions or answers: ``num_captions`` consecutive texts for each sample.
 
         The positional arguments are LAVIS's; ``sampling`` replaces them. ``temperature`` and ``top_p`` have an effect
-        only with ``use_nucleus_sampling``.
-
-        Args:
-            prompt: The question, for a batch without one.
-            stop: The text that ends a result, in place of the template's; ``""`` for none.
-            bos: Whether the prompt starts with BOS. Default: not in layout ``original``, as the original evaluates.
+        only with ``use_nucleus_sampling``. ``prompt`` is the question, for a batch without one.
 
         Raises:
             PromptError: If prompts and media do not fit together, or a prompt exceeds the language model's positions.
@@ -84,7 +77,7 @@ class Answering:
             others = {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
             chosen = sampled if use_nucleus_sampling else searched
             sampling = parse(Sampling, {**limits, **others, **chosen}, "generate")
-        replies = self.replies(samples, sampling, prompt, stop, bos)
+        replies = self.replies(samples, sampling, prompt)
         llm = self.llama_model
         (llm if isinstance(llm, RemoteLanguageModel) else Decoder(llm)).complete(replies)
         return [reply.stream.text for reply in replies]
@@ -101,7 +94,6 @@ class Answering:
         answer_list: Sequence[str] | None = None,
         prompt: str = "",
         length_penalty: float = 0.0,
-        **more: Any,
     ) -> list[str]:
         """Answers to questions, with LAVIS's arguments.
 
@@ -110,43 +102,31 @@ class Answering:
             num_ans_candidates: Number of candidates per question to rank: those with the likeliest first token.
             prompt: A template with ``{}`` for the question.
             length_penalty: A score is divided by the number of tokens to this power.
-            **more: For :meth:`generate` or :meth:`answer_scores` (``stop``, ``bos``).
         """
         questions = samples.get("text_input")
         if prompt and questions:
             listed = [questions] if isinstance(questions, str) else questions
             samples = {**samples, "text_input": [prompt.format(q) for q in listed]}
         if inference_method == "generate":
-            limits = {"max_length": max_len, "min_length": min_len, "length_penalty": length_penalty}
-            return self.generate(samples, num_beams=num_beams, **{**more, **limits})
+            limits: dict[str, Any] = {"max_length": max_len, "min_length": min_len, "length_penalty": length_penalty}
+            return self.generate(samples, num_beams=num_beams, **limits)
         if inference_method != "rank":
             raise ConfigError(f"inference_method {inference_method!r} is neither 'generate' nor 'rank'")
         if not answer_list:
             raise ConfigError("inference_method 'rank' needs answer_list, the candidates")
-        scores, lengths = self.answer_scores(samples, answer_list, num_ans_candidates, **more)
+        scores, lengths = self.answer_scores(samples, answer_list, num_ans_candidates)
         return [answer_list[i] for i in (scores / lengths**length_penalty).argmax(1).tolist()]
 
     @torch.no_grad()
     def answer_scores(
-        self,
-        samples: Mapping[str, Any],
-        answers: Sequence[str],
-        keep: int | None = None,
-        *,
-        stop: str | None = None,
-        bos: bool | None = None,
+        self, samples: Mapping[str, Any], answers: Sequence[str], keep: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``[B, C]`` log-probabilities of candidates, each a sum over its tokens, and ``[C]`` numbers of tokens.
+        """``[B, C]`` log-probabilities of candidates as replies, each with its end mark, and ``[C]`` numbers of tokens.
 
-        Args:
-            samples: A batch; targets in its prompts are ignored.
-            answers: The ``C`` candidates.
-            keep: Number of candidates to score per sample, see :func:`candidate_scores`. None scores all.
-            stop: The text that closes an answer and is scored with it, in place of the template's end mark.
-            bos: See :meth:`generate`.
+        Targets in the prompts are ignored. ``keep`` is that of :func:`candidate_scores`; None scores all candidates.
         """
-        embeds, mask = padded(self.llama_model, self.replies(samples, Sampling(), bos=bos))
-        closed = [Text(answer + stop) if stop is not None else self.template.reply(answer) for answer in answers]
+        embeds, mask = padded(self.llama_model, self.replies(samples, Sampling()))
+        closed = [self.template.reply(answer) for answer in answers]
         candidates = [self.llama_tokenizer.encode(text.text) if text.ids is None else text.ids for text in closed]
         most = len(candidates) if keep is None else keep
         with own_precision(self.llama_model):
@@ -154,25 +134,19 @@ class Answering:
         return scores, torch.tensor([len(ids) for ids in candidates], device=scores.device)
 
     def replies(
-        self,
-        samples: Mapping[str, Any],
-        sampling: Sampling,
-        question: str | Sequence[str] | None = None,
-        stop: str | None = None,
-        bos: bool | None = None,
+        self, samples: Mapping[str, Any], sampling: Sampling, question: str | Sequence[str] | None = None
     ) -> list[Generation]:
         """``num_return_sequences`` replies to each sample, to be run by a :class:`Decoder`; see :meth:`generate`."""
         media = media_of(samples)
         prompts = contexts(samples, media, self.template, question)
         soft, ranges = self.soft_tokens(prompts, media)
-        opens = self.prompt_layout != "original" if bos is None else bos
+        bos = self.prompt_layout != "original"  # the original evaluates without it
         seed = int(torch.randint(1 << 31, ())) if sampling.seed is None and sampling.temperature else sampling.seed
         replies: list[Generation] = []
         for pieces, spans in zip(prompts, ranges, strict=True):
             own = {slot: (str(slot), soft[span.start : span.stop]) for slot, span in spans.items() if soft is not None}
-            elements = elements_of(pieces, own, self.llama_tokenizer, opens)
+            elements = elements_of(pieces, own, self.llama_tokenizer, bos)
             stops = (END_OF_CAPTION,) if is_alignment(pieces) else self.template.stops
-            stops = stops if stop is None else (stop,)
             room = free_positions(self.llama_model.config, len(elements))
             if room < sampling.max_new_tokens:
                 log.warning("answers end after %d tokens, at the language model's last position", room)

@@ -53,8 +53,8 @@ def test_one_turn_is_what_the_model_generates(model: Any):
     answer = talk.ask("What is it?", images=[picture()])
     pieces = chat_prompt([Message("user", "What is it?", ("image",))], generate=True)
     samples = {"image": [[building.processors()["image"]["eval"](picture())]], "pieces": [pieces]}
-    assert [answer.text] == model.generate(samples, max_length=12, bos=True)
-    assert [talk.regenerate(num_beams=3).text] == model.generate(samples, max_length=12, bos=True, num_beams=3)
+    assert [answer.text] == model.generate(samples, max_length=12)
+    assert [talk.regenerate(num_beams=3).text] == model.generate(samples, max_length=12, num_beams=3)
 
 
 def test_answers_together_equal_answers_alone(model: Any, monkeypatch: pytest.MonkeyPatch):

@@ -96,6 +96,7 @@ def _defaults(request: pytest.FixtureRequest) -> Any:
     if "model" in request.fixturenames:
         shared = request.getfixturevalue("model")
         shared.max_text_length, shared.video_queries = shared.settings.max_text_length, "joint"
+        shared.prompt_layout = "original"
         shared.zero_grad(set_to_none=True)
 
 
@@ -393,9 +394,10 @@ def test_greedy_tokens(model: Any, tensors: Callable, facts: Callable) -> None:
     cases = {name: case for name, case in facts("generate").items() if "greedy_ids" in case}
     assert cases
     for name, case in cases.items():
-        samples, bos = asked(tensors, name, case["prompt"]), name.startswith("chat_")
+        samples = asked(tensors, name, case["prompt"])
+        model.prompt_layout = "text" if name.startswith("chat_") else "original"  # with BOS, without
         sampling = Sampling(max_new_tokens=len(case["greedy_ids"]), ignore_eos=True)
-        (reply,) = model.replies(samples, sampling, stop="", bos=bos)
+        (reply,) = model.replies(samples, sampling)
         embeds = reply.embeds(0, model.llama_model.get_input_embeddings())
         near(embeds[None], golden[f"{name}.inputs_embeds"], LAYERED, name)
         near(model.llama_model(inputs_embeds=embeds[None]).logits[:, -1], golden[f"{name}.first_logits"], LAYERED, name)
@@ -411,7 +413,7 @@ def test_a_batch_of_prompts(model: Any, tensors: Callable, facts: Callable) -> N
         [Text(before), Slot("image"), Text(after.replace("<question>", question))] for question in case["questions"]
     ]
     modality, values = inputs(tensors, case["images"].split(":")[1])
-    replies = model.replies({"pieces": prompts, modality: values[: len(prompts)]}, Sampling(), bos=False)
+    replies = model.replies({"pieces": prompts, modality: values[: len(prompts)]}, Sampling())
     embeds, mask = padded(model.llama_model, replies)
     assert torch.equal(mask, golden["batch_prompt.attention_mask"])
     near(embeds, golden["batch_prompt.inputs_embeds"], LAYERED)
