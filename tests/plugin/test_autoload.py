@@ -112,10 +112,10 @@ facts["runner"] = "chatbridge_runner" in registry.list_runners()
 """
 
 
-@pytest.mark.parametrize("wheel", [False, True], ids=["editable", "wheel"])
-def test_lavis_alone_knows_chatbridge(facts_of, wheel, repository):
-    facts, stderr = facts_of(LAVIS_FIRST, wheel=wheel)
-    assert facts.pop("file").startswith(str(repository)) is not wheel
+@pytest.mark.parametrize("packed", [False, True], ids=["editable", "wheel"])
+def test_lavis_alone_knows_chatbridge(facts_of, packed, repository):
+    facts, stderr = facts_of(LAVIS_FIRST, wheel=packed)
+    assert facts.pop("file").startswith(str(repository)) is not packed
     assert facts == {
         "zoo": TYPES,
         "stand-in left": False,

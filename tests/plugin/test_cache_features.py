@@ -21,16 +21,11 @@ run:
 """
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return build_world(tmp_path_factory.mktemp("world") / "w", Sizes(6, 3, 3, 2, 1, 1), processes=1)
-
-
 @pytest.fixture
-def config(tmp_path, world):
-    path = tmp_path / "run.yaml"
-    path.write_text(YAML.format(world=world, output=tmp_path / "out"))
-    return str(path)
+def config(tmp_path):
+    world = build_world(tmp_path / "world", Sizes(6, 3, 3, 2, 1, 1), processes=1)
+    (tmp_path / "run.yaml").write_text(YAML.format(world=world, output=tmp_path / "out"))
+    return str(tmp_path / "run.yaml")
 
 
 def test_the_cache_is_filled_once_and_training_finds_it(tmp_path, config, capsys, monkeypatch):
@@ -59,8 +54,13 @@ def test_the_cache_is_filled_once_and_training_finds_it(tmp_path, config, capsys
     assert np.abs(image - other).max() > 1e-3
 
 
-def test_a_folder_and_a_known_format_are_needed(config, capsys):
-    assert cli.main(["cache-features", "--cfg-path", config]) == 2
-    assert "run.feature_cache names no folder" in capsys.readouterr().err
-    assert cli.main(["cache-features", "--cfg-path", config, "--soft", "soft.txt"]) == 2
-    assert "expected a file .npz or .safetensors" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--options", "run.feature_cache=null"], "run.feature_cache names no folder"),
+        (["--soft", "soft.txt"], "expected a file .npz or .safetensors"),
+    ],
+)
+def test_a_folder_and_a_known_format_are_needed(capsys, words, why):
+    assert cli.main(["cache-features", "--cfg-path", "align", *words]) == 2
+    assert why in capsys.readouterr().err

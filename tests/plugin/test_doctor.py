@@ -21,9 +21,8 @@ run: {{task: chatbridge_alignment, max_iters: 1, batch_size_train: 4}}
 @pytest.fixture
 def config(tmp_path):
     def write(model_type="tiny"):
-        path = tmp_path / "run.yaml"
-        path.write_text(YAML.format(model_type=model_type, folder=tmp_path))
-        return str(path)
+        (tmp_path / "run.yaml").write_text(YAML.format(model_type=model_type, folder=tmp_path))
+        return str(tmp_path / "run.yaml")
 
     return write
 
@@ -60,12 +59,8 @@ def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch
     monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
     found = list(doctor.configuration(config("vicuna13b"), []))
     faults = [text for level, text in found if level == "FAULT"]
-    assert [text.split(":")[0] for text in faults] == [
-        "model.language_model.weights",
-        "model.vision.weights",
-        "model.audio.weights",
-        "model.perceiver.weights",
-    ]
+    parts = ("language_model", "vision", "audio", "perceiver")
+    assert [text.split(":")[0] for text in faults] == [f"model.{part}.weights" for part in parts]
     assert "published by https://github.com/microsoft/unilm" in faults[2]
     fault, *others = doctor.configuration(config(), ["run.max_itres=3"])
     assert "did you mean 'max_iters'" in fault.text

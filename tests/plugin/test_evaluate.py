@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lavis.common.registry import registry
 from PIL import Image
 
 from lavis_chatbridge import cli
@@ -190,18 +191,6 @@ def test_tasks_of_lavis_can_train_on_our_data_sets(config):
 # --- conditions
 
 
-def configuration(root, **modalities_of):
-    """Of a JSONL data set whose splits have media of these modalities, as it is after a run."""
-    for split, modalities in modalities_of.items():
-        turns = (Message("user", "What?", tuple(modalities)), Message("assistant", "this"))
-        media = tuple(Medium(modality, str(root / "x")) for modality in modalities)
-        write_jsonl(root / f"{split}.jsonl", [Sample("s", media, turns=turns)])
-    splits = {split: f"{split}.jsonl" for split in modalities_of}
-    section = {"data_root": str(root), "splits": splits, "templates": False}
-    run = SimpleNamespace(test_splits=list(modalities_of))
-    return SimpleNamespace(run=run, datasets_cfg={"chatbridge_jsonl": section})
-
-
 def test_words_are_conditions():
     words = ["withheld", "shuffled:audio", "withheld:audio,image", "shuffled:audio", "withheld:told,audio", "all"]
     every, shuffled, both, told = evaluate.parse_conditions(words)
@@ -221,8 +210,11 @@ def test_other_words_are_refused(word, capsys):
     assert why in capsys.readouterr().err
 
 
-def test_conditions_suit_the_data(tmp_path, caplog):
-    cfg = configuration(tmp_path, seen=["image"], both=["image", "audio"], words=[])
+def test_conditions_suit_the_data(monkeypatch, caplog):
+    present = {"seen": {"image"}, "both": {"image", "audio"}, "words": set()}
+    ours, laviss = {"chatbridge_jsonl": {"splits": dict.fromkeys(present, "x.jsonl")}}, {"coco_caption": {}}
+    monkeypatch.setattr(registry.get_builder_class("chatbridge_jsonl"), "media_of", lambda self, splits: present)
+    cfg = SimpleNamespace(run=SimpleNamespace(test_splits=list(present)), datasets_cfg=ours)
     assert [(one.label, splits) for one, splits in evaluate.ablations([], cfg)] == [
         ("image withheld", ["seen", "both"]), ("image shuffled", ["seen", "both"]),
         ("audio withheld", ["both"]), ("audio shuffled", ["both"]),
@@ -231,12 +223,8 @@ def test_conditions_suit_the_data(tmp_path, caplog):
     [(one, splits)] = evaluate.ablations(asked, cfg)
     assert (one.label, splits) == ("image and audio withheld", ["seen", "both"])
     assert "video shuffled: no such media in splits seen, both, words" in caplog.text
-
-
-def test_data_sets_of_lavis_cannot_be_ablated():
-    run = SimpleNamespace(test_splits=["test"])
     with pytest.raises(ConfigError, match=r"datasets.coco_caption is LAVIS's own, which --ablate does not support"):
-        evaluate.ablations([], SimpleNamespace(run=run, datasets_cfg={"coco_caption": {}}))
+        evaluate.ablations([], SimpleNamespace(run=cfg.run, datasets_cfg=laviss))
 
 
 # --- scoring again
