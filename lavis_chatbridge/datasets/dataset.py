@@ -18,28 +18,10 @@ from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.processors.base import SECTIONS
-from lavis_chatbridge.prompting.conversation import (
-    MODALITIES,
-    Message,
-    Modality,
-    Piece,
-    Text,
-    alignment_prompt,
-    chat_prompt,
-    clean_caption,
-    slots_of,
-    spell_out,
-)
+from lavis_chatbridge.prompting import conversation
+from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Piece, Text
 from lavis_chatbridge.prompting.templates import Templates
-from lavis_chatbridge.schema import (
-    CHARACTERS_PER_TOKEN,
-    TOKENS_PER_MEDIUM,
-    Medium,
-    Sample,
-    SampleFile,
-    about_tokens,
-    to_record,
-)
+from lavis_chatbridge.schema import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, Medium, Sample, SampleFile, to_record
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.features import FeatureStore
@@ -88,7 +70,7 @@ class SampleDataset(torch.utils.data.Dataset):
         self.ratio: float | None = None
         self.seed = 0
         self.templates = settings.instruction_templates()
-        self.chat_prompt: Callable[..., list[Piece]] = chat_prompt
+        self.chat_prompt: Callable[..., list[Piece]] = conversation.chat_prompt
         self.features: FeatureStore | None = None
 
     @property
@@ -110,7 +92,7 @@ class SampleDataset(torch.utils.data.Dataset):
             sample = self.sample(index)
             pieces = self.pieces(sample, self._rng(index, 0, _TEXT_STREAM))
             text = sum(len(piece.text) for piece in pieces if isinstance(piece, Text))
-            added.append(text / CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) - about_tokens(sample))
+            added.append(text / CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) - int(self.lengths[index]))
         return float(np.mean(added))
 
     def __len__(self) -> int:
@@ -160,13 +142,15 @@ class SampleDataset(torch.utils.data.Dataset):
         if self._is_caption(sample):
             if not sample.captions:
                 raise DataError(f"{self.name}: sample {sample.id!r} has no captions; alignment needs one")
-            clean = self.processors.get("text", clean_caption)
-            pieces = alignment_prompt(sample.modalities, clean(_choose(sample.captions, chosen)))
+            clean = self.processors.get("text", conversation.clean_caption)
+            pieces = conversation.alignment_prompt(sample.modalities, clean(_choose(sample.captions, chosen)))
         else:
             turns = self._turns(sample, chosen)
             pieces = self.chat_prompt(turns, turns[-1].role == "user", self.settings.reply_end)
-        slots = zip(slots_of(pieces), sample.media, strict=True)
-        return spell_out(pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words})
+        slots = zip(conversation.slots_of(pieces), sample.media, strict=True)
+        return conversation.spell_out(
+            pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words}
+        )
 
     def _is_caption(self, sample: Sample) -> bool:
         return self.settings.stage == "alignment" or (self.settings.stage == "auto" and not sample.turns)

@@ -16,7 +16,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -109,61 +109,82 @@ def write(
     Returns:
         A line that describes the complete set; None if other processes have not finished yet.
     """
-    content = hash_of_file(samples.path) if isinstance(samples, SampleFile) else [to_record(s) for s in samples]
-    target = _Target(Path(folder), stem, samples, per_shard, hash_of(_FORMAT, content, len(samples), per_shard))
-    if isinstance(samples, SampleFile) and os.path.realpath(target.jsonl) == os.path.realpath(samples.path):
-        raise DataError(f"{samples.path}: the shards' JSONL would replace it; name another --output")
+    target = _ShardSet(Path(folder), stem, samples, per_shard)
     bad = tried = 0
     try:
         for number in range(rank, target.count, world_size):
-            index = _shard(target, number)
+            index = target.write(number)
             left_out = index["left_out"]
             tried, bad = tried + len(index["records"]) + len(left_out), bad + len(left_out)
             if fault := too_many_unreadable(stem, bad, tried, max_bad_share, left_out[-1][1] if left_out else ""):
                 raise DataError(fault)
-        return _finish(target)
+        return target.finish()
     except OSError as error:
         raise DataError(
             f"{folder}: shards cannot be written there: {error.strerror or error}; the same command continues"
         ) from error
 
 
-@dataclass(frozen=True)
-class _Target:
-    folder: Path
-    stem: str
-    samples: Sequence[Sample]
-    per_shard: int
-    hash: str
+class _ShardSet:
+    """The shards and the JSONL of one set of samples."""
 
-    @property
-    def count(self) -> int:
-        return -(-len(self.samples) // self.per_shard)
-
-    @property
-    def jsonl(self) -> Path:
-        return self.folder / f"{self.stem}.jsonl"
+    def __init__(self, folder: Path, stem: str, samples: Sequence[Sample], per_shard: int) -> None:
+        self.folder, self.stem, self.samples, self.per_shard = folder, stem, samples, per_shard
+        self.count = -(-len(samples) // per_shard)
+        self.jsonl = folder / f"{stem}.jsonl"
+        content = hash_of_file(samples.path) if isinstance(samples, SampleFile) else [to_record(s) for s in samples]
+        if isinstance(samples, SampleFile) and os.path.realpath(self.jsonl) == os.path.realpath(samples.path):
+            raise DataError(f"{samples.path}: the shards' JSONL would replace it; name another --output")
+        self.hash = hash_of(_FORMAT, content, len(samples), per_shard)
 
     def shard(self, number: int) -> Path:
+        """The path of a shard."""
         return self.folder / f"{self.stem}-{number:05d}.tar"
 
-
-def _shard(target: _Target, number: int) -> dict[str, Any]:
-    """Write a shard, unless it already exists with the same samples and media; returns its index."""
-    first = number * target.per_shard
-    part = [(i, target.samples[i]) for i in range(first, min(first + target.per_shard, len(target.samples)))]
-    status = [os.stat(m.path) for _, sample in part for m in sample.files if os.path.exists(m.path)]
-    key = hash_of(target.hash, number, [(one.st_size, one.st_mtime_ns) for one in status])
-    shard = target.shard(number)
-    index = read_index(shard)
-    if index is not None and index["key"] == key:
+    def write(self, number: int) -> dict[str, Any]:
+        """Write a shard, unless it already exists with the same samples and media; returns its index."""
+        first = number * self.per_shard
+        part = [(i, self.samples[i]) for i in range(first, min(first + self.per_shard, len(self.samples)))]
+        status = [os.stat(m.path) for _, sample in part for m in sample.files if os.path.exists(m.path)]
+        key = hash_of(self.hash, number, [(one.st_size, one.st_mtime_ns) for one in status])
+        shard = self.shard(number)
+        index = read_index(shard)
+        if index is not None and index["key"] == key:
+            return index
+        for outdated in (self.jsonl, _index_of(shard)):
+            outdated.unlink(missing_ok=True)
+        index = {"samples_hash": self.hash, "key": key, **_fill(shard, part)}
+        write_index(shard, index)
+        _log.info("wrote %s: %d samples, left out %d", shard, len(index["records"]), len(index["left_out"]))
         return index
-    for outdated in (target.jsonl, _index_of(shard)):
-        outdated.unlink(missing_ok=True)
-    index = {"samples_hash": target.hash, "key": key, **_fill(shard, part)}
-    write_index(shard, index)
-    _log.info("wrote %s: %d samples, left out %d", shard, len(index["records"]), len(index["left_out"]))
-    return index
+
+    def finish(self) -> str | None:
+        """If every shard is complete, write the JSONL, and delete further shards of an earlier, longer set."""
+        count = 0
+        left_out: list[tuple[str, str]] = []
+        for number in range(self.count):
+            index = read_index(self.shard(number))
+            if index is None or index["samples_hash"] != self.hash:
+                return None
+            count += len(index["records"])
+            left_out += index["left_out"]
+        if not count:
+            raise DataError(f"{self.jsonl}: none of {len(self.samples)} samples has readable media")
+        if not self.jsonl.exists():
+            with atomic_text(self.jsonl) as out:
+                for number in range(self.count):
+                    for record in (read_index(self.shard(number)) or {})["records"]:
+                        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        extra = self.count
+        while self.shard(extra).exists():
+            _index_of(self.shard(extra)).unlink(missing_ok=True)
+            self.shard(extra).unlink()
+            extra += 1
+        text = f"{self.jsonl}: {count} samples in {self.count} shards"
+        if left_out:
+            name, cause = left_out[0]
+            text += f"; left out {len(left_out)} whose media cannot be read (first {name}: {cause})"
+        return text
 
 
 def _fill(shard: Path, part: Iterable[tuple[int, Sample]]) -> dict[str, Any]:
@@ -209,32 +230,3 @@ def _moved(sample: Sample, places: Mapping[_Content, tuple[Any, ...]]) -> dict[s
     """A sample as a JSONL record, with its media in other places."""
     media = (m if m.words else Medium(m.modality, *places[_key(m)]) for m in sample.media)
     return to_record(replace(sample, media=tuple(media)))
-
-
-def _finish(target: _Target) -> str | None:
-    """If every shard is complete, write the JSONL, and delete further shards of an earlier, longer set."""
-    count = 0
-    left_out: list[tuple[str, str]] = []
-    for number in range(target.count):
-        index = read_index(target.shard(number))
-        if index is None or index["samples_hash"] != target.hash:
-            return None
-        count += len(index["records"])
-        left_out += index["left_out"]
-    if not count:
-        raise DataError(f"{target.jsonl}: none of {len(target.samples)} samples has readable media")
-    if not target.jsonl.exists():
-        with atomic_text(target.jsonl) as out:
-            for number in range(target.count):
-                for record in (read_index(target.shard(number)) or {})["records"]:
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    extra = target.count
-    while target.shard(extra).exists():
-        _index_of(target.shard(extra)).unlink(missing_ok=True)
-        target.shard(extra).unlink()
-        extra += 1
-    text = f"{target.jsonl}: {count} samples in {target.count} shards"
-    if left_out:
-        name, cause = left_out[0]
-        text += f"; left out {len(left_out)} whose media cannot be read (first {name}: {cause})"
-    return text
