@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,41 +38,31 @@ _TEXT_STREAM, _MEDIA_STREAM = 0, 1
 _SOME = 64  # number of samples to estimate the length of templates from
 
 
+@dataclass(eq=False)
 class SampleDataset(torch.utils.data.Dataset):
-    """One source of a mixture: makes the model's input from samples, usually of one modality.
+    """One source of a mixture: makes the model's input from samples, usually of one modality."""
 
-    Args:
-        name: The source's name in mixtures, batches and logs.
-        samples: The samples of the file.
-        settings: How prompts are made: stage, task, style, templates, text after a reply.
-        train: Choose captions, templates and augmentations at random; otherwise use the first caption and template.
-        processors: The split's processors.
-        indices: ``[n]`` indices of this source's samples; None: all.
+    name: str
+    """The source's name in mixtures, batches and logs."""
+    samples: SampleFile
+    settings: DataSettings
+    """How prompts are made: stage, task, style, templates, text after a reply."""
+    train: bool = True
+    """Choose captions, templates and augmentations at random; otherwise use the first caption and template."""
+    processors: Processors = field(default_factory=dict)
+    indices: np.ndarray | None = None
+    """``[n]`` indices of this source's samples in ``samples``; None: all."""
+    ratio: float | None = None
+    """Share of the steps within its data set, in any unit; None: its share of the samples."""
+    seed: int = 0
+    """Seed of all random choices."""
+    features: FeatureStore | None = None
+    """Store of encoder outputs to use instead of media; None: open the media."""
+    chat_prompt: Callable[..., list[Piece]] = conversation.chat_prompt
+    """Makes the prompt of a conversation: the paper's, or the model's template's."""
 
-    Attributes:
-        ratio: Share of the steps within its data set, in any unit; None: its share of the samples.
-        seed: Seed of all random choices.
-        templates: The instruction templates, or None to use questions unchanged.
-        chat_prompt: Makes the prompt of a conversation: the paper's, or the model's template's.
-        features: Store of encoder outputs to use instead of media; None: open the media.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        samples: SampleFile,
-        settings: DataSettings,
-        train: bool = True,
-        processors: Processors | None = None,
-        indices: np.ndarray | None = None,
-    ) -> None:
-        self.name, self.samples, self.settings, self.train, self.indices = name, samples, settings, train, indices
-        self.processors: Processors = processors or {}
-        self.ratio: float | None = None
-        self.seed = 0
-        self.templates = settings.instruction_templates()
-        self.chat_prompt: Callable[..., list[Piece]] = conversation.chat_prompt
-        self.features: FeatureStore | None = None
+    def __post_init__(self) -> None:
+        self.templates = self.settings.instruction_templates()  # None uses questions unchanged
 
     @property
     def modalities(self) -> set[Modality]:
@@ -148,9 +139,8 @@ class SampleDataset(torch.utils.data.Dataset):
             turns = self._turns(sample, chosen)
             pieces = self.chat_prompt(turns, turns[-1].role == "user", self.settings.reply_end)
         slots = zip(conversation.slots_of(pieces), sample.media, strict=True)
-        return conversation.spell_out(
-            pieces, {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words}
-        )
+        words = {slot: _choose(medium.words, chosen) for slot, medium in slots if medium.words}
+        return conversation.spell_out(pieces, words)
 
     def _is_caption(self, sample: Sample) -> bool:
         return self.settings.stage == "alignment" or (self.settings.stage == "auto" and not sample.turns)

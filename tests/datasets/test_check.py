@@ -51,12 +51,9 @@ def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
 
 
 def test_a_sound_too_short_for_training_is_unreadable(tmp_path):
-    for name, length in (("short", 160), ("long", 1600)):
-        soundfile.write(tmp_path / f"{name}.wav", np.zeros(length), 16_000)
-    media = {name: (Medium("audio", str(tmp_path / f"{name}.wav")),) for name in ("short", "long")}
-    write_jsonl(tmp_path / "a.jsonl", [Sample(name, files, ("c",)) for name, files in media.items()])
-    report = check_file(tmp_path / "a.jsonl", decode=True)
-    [fault] = report.examples["unreadable medium"]
+    soundfile.write(tmp_path / "short.wav", np.zeros(160), 16_000)
+    write_jsonl(tmp_path / "a.jsonl", [Sample("a", (Medium("audio", str(tmp_path / "short.wav")),), ("c",))])
+    [fault] = check_file(tmp_path / "a.jsonl", decode=True).examples["unreadable medium"]
     assert fault.endswith("short.wav: 10 ms of sound are less than 25 ms")
 
 

@@ -82,23 +82,8 @@ FORMATS: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, str, list[st
         {"file": {"1": {"imageId": "n5", "question": "q?", "answer": "a", "types": {"structural": "query"}}}},
         ("1", "n5.jpg", ["q?", "a"]),
     ),
-    "llava": (
-        {"image": "coco/{image}"},
-        {"file": [{"id": "1", "image": "1.jpg", "conversations": _TALK}]},
-        ("1#0", "coco/1.jpg", ["What is it?", "A bus."]),
-    ),
     "msrvtt": ({"video": "{video_id}.mp4"}, {"file": _MSRVTT}, ("video0", "video0.mp4", ["x"])),
     "multis": ({"video": "{id}.mp4"}, {"file": _MULTIS}, ("v1#0", "v1.mp4", ["What is it?", "A bus."])),
-    "pairs_json": (
-        {"image": "{image}"},
-        {"file": [{"image": "a/b.jpg", "caption": "a dog"}]},
-        ("0", "a/b.jpg", ["a dog"]),
-    ),
-    "pairs_tsv": (
-        {"image": "{shard:05d}/{inner:04d}.jpg"},
-        {"file": "caption\turl\na dog\thttp://x/1\n"},
-        ("0", "00000/0000.jpg", ["a dog"]),
-    ),
     "valor": (
         {"video": "{video_id}.mp4"},
         {"file": [{"video_id": "ab", "desc": ["A man plays.", "x"]}]},
