@@ -79,7 +79,7 @@ class ChatBridgeRunner(RunnerBase):
         parallel.prepare(self._model, self.run, self.device)
         if self.run.feature_cache is not None:
             with parallel.gathered(self._model):
-                data.attach_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
+                data.fill_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
         return self._model
 
     @cached_property

@@ -125,20 +125,13 @@ def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
 # ---- features: cached outputs of the frozen encoders (``run.feature_cache``), used instead of media
 
 
-def attach_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> None:
-    """Fill ``run.feature_cache``, and make the run's splits read features from it."""
-    store = fill_features(model, datasets, run, preprocess)
-    _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
-    for dataset in _used(datasets, run):
-        dataset.set_features(store)
-
-
 def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
-    """Encode all media of a run's splits that are not in the cache; every process encodes its share.
+    """Encode all media of a run's splits that are not in the cache, and make the splits read features from it.
 
-    ``model`` is ChatBridge, on its device; ``preprocess`` has the evaluation processors.
+    Every process encodes its share. ``model`` is ChatBridge, on its device.
     """
-    able = hasattr(model, "encode_media") and all(hasattr(dataset, "set_features") for dataset in _used(datasets, run))
+    used = _used(datasets, run)
+    able = hasattr(model, "encode_media") and all(hasattr(dataset, "set_features") for dataset in used)
     if run.feature_cache is None or not able:
         raise ConfigError("run.feature_cache needs a folder, ChatBridge and this package's data sets: set it to null")
     loaded = load_processors(preprocess)
@@ -153,6 +146,9 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
             world_size=distributed.world_size(),
         )
     store.refresh()
+    _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
+    for dataset in used:
+        dataset.set_features(store)
     return store
 
 
