@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Annotated, Any
 
@@ -17,13 +16,6 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 Out = Annotated[str, typer.Option("--out", help="The folder to write.")]
 Checked = Annotated[str, typer.Argument(help="The output folder of `check`.")]
 Prompts = Annotated[str | None, typer.Option(help="A folder with kinds.yaml and seeds/ that replaces the package's.")]
-
-
-@app.callback()
-def _logging() -> None:
-    """Make chat data: annotate, generate, check, build."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @app.command()

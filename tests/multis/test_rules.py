@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -182,21 +183,6 @@ def test_every_usual_form_gives_the_same_pairs(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("A dog.", "no line begins with 'Question:' or 'Answer:'"),
-        ("Answer: A dog.\nQuestion: What is it?", "part 1 is an answer, expected the other"),
-        ("Question: What?\nQuestion: Where?\nAnswer: Here.", "part 2 is a question, expected the other"),
-        ("Question: What is it?\nAnswer: **\nQuestion: Where?\nAnswer: Here.", "part 2 is empty"),
-        ("Question: What is it?\nAnswer: A dog.\nQuestion: Where?", "the last question has no answer"),
-    ],
-)
-def test_ambiguous_answers_are_rejected(text: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_pairs(text)
-
-
-@pytest.mark.parametrize(
     "text", ["A dog: it runs.", "**Detailed Description:** A dog: it runs.\n", "```\nA dog: it runs.\n```"]
 )
 def test_a_description_is_read_without_its_title(text: str) -> None:
@@ -204,15 +190,20 @@ def test_a_description_is_read_without_its_title(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("read", "text", "message"),
     [
-        (" \n", "the answer is empty"),
-        ("Question: What is it?\nAnswer: A dog.", "questions and answers, expected a description"),
+        (read_pairs, "A dog.", "no line begins with 'Question:' or 'Answer:'"),
+        (read_pairs, "Answer: A dog.\nQuestion: What is it?", "part 1 is an answer, expected the other"),
+        (read_pairs, "Question: What?\nQuestion: Where?\nAnswer: Here.", "part 2 is a question, expected the other"),
+        (read_pairs, "Question: What is it?\nAnswer: **\nQuestion: Where?\nAnswer: Here.", "part 2 is empty"),
+        (read_pairs, "Question: What is it?\nAnswer: A dog.\nQuestion: Where?", "the last question has no answer"),
+        (read_description, " \n", "the answer is empty"),
+        (read_description, "Question: What?\nAnswer: A dog.", "questions and answers, expected a description"),
     ],
 )
-def test_other_answers_are_no_description(text: str, message: str) -> None:
+def test_answers_of_another_form_are_rejected(read: Callable[[str], Any], text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read_description(text)
+        read(text)
 
 
 @pytest.mark.parametrize(
