@@ -38,7 +38,7 @@ _COMMANDS = {
     "edit": "TEXT  replace the text of the last question and answer it",
     "undo": "  take back the last question and its answer; its media are attached again",
     "history": "  show the conversation",
-    "set": "NAME VALUE  change a setting; alone: show all",
+    "set": "NAME VALUE  change a setting (none: its default); alone: show all",
     "save": "FILE  save the conversation",
     "load": "FILE  resume a saved conversation",
     "new": "  begin a new conversation",

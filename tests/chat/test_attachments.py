@@ -46,12 +46,6 @@ def test_pillow_images_keep_their_pixels_and_frames():
     assert shown.tell() == 0
 
 
-def test_media_are_remembered_by_their_content(reader: MediaReader):
-    first, second, third = seen(reader, images=[picture(), picture()[::-1], picture()])
-    assert not torch.equal(first, second)
-    assert third is first
-
-
 def test_a_single_medium_is_a_list_of_one(tmp_path: Path):
     path = tmp_path / "a.png"
     array, samples = picture(), tone(0.1, 8000)

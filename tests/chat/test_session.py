@@ -78,14 +78,6 @@ def test_edit_and_undo_and_regenerate_crop_the_cache(model: Any):
         talk.edit(0, "x")
 
 
-def test_a_videos_sound_can_be_switched_off(model: Any):
-    heard = session(model).ask("What is it?", videos=[video()])
-    unheard = session(model, hear_videos=False).ask("What is it?", videos=[video()])
-    assert [note.modality for note in heard.media] == ["video", "audio"]
-    assert [note.modality for note in unheard.media] == ["video"]
-    assert heard.prompt_tokens > unheard.prompt_tokens + 3
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
