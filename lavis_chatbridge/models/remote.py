@@ -13,7 +13,6 @@ import io
 import json
 import logging
 import os
-import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -36,9 +35,7 @@ log = logging.getLogger(__name__)
 KEY = "CHATBRIDGE_ENGINE_KEY"
 """The environment variable with the server's API key, if it asks for one."""
 _TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "transformer.wte.weight")
-_ATTEMPTS = 4
-_FIRST_WAIT = 0.25  # seconds before the second attempt; each further wait is twice as long
-_BUSY = (429, 502, 503, 504)
+_RETRIES = 3
 _CONCURRENT = 16
 _PROBE = "The colour of the picture"
 _HINT = "start it with 'vllm serve FOLDER --enable-prompt-embeds'"
@@ -50,10 +47,12 @@ class Client:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         key = os.environ.get(KEY)
+        # vLLM closes idle connections after 5 seconds: do not reuse one that it may be closing
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(300.0, connect=5.0),
-            limits=httpx.Limits(max_connections=None),
+            transport=httpx.HTTPTransport(retries=_RETRIES, limits=limits),
             trust_env=False,
         )
         self._model: str | None = None
@@ -95,27 +94,19 @@ class Client:
         raise EngineError(f"the engine at {self.url} ended the reply early")
 
     def _lines(self, body: dict[str, Any]) -> Iterator[str]:
-        """The data of the server's events; a request is repeated if it fails before its first event."""
-        begun = False
-        for attempt in range(_ATTEMPTS):
-            try:
-                with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
-                    if response.status_code in _BUSY and attempt < _ATTEMPTS - 1:
-                        raise httpx.ConnectError(f"status {response.status_code}")
-                    if response.status_code != 200:
-                        response.read()
-                        self._refuse(response)
-                    for line in response.iter_lines():
-                        if line.startswith("data: "):
-                            begun = True
-                            yield line.removeprefix("data: ")
-                return
-            except httpx.TransportError as error:
-                if begun:
-                    raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
-                if attempt == _ATTEMPTS - 1:
-                    raise EngineError(f"no engine answers at {self.url}: {error}") from error
-                time.sleep(_FIRST_WAIT * 2**attempt)
+        """The data of the server's events."""
+        try:
+            with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    self._refuse(response)
+                for line in response.iter_lines():
+                    if line.startswith("data: "):
+                        yield line.removeprefix("data: ")
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise EngineError(f"no engine answers at {self.url}: {error}") from error
+        except httpx.TransportError as error:
+            raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
 
     def _check_tokens(self, codec: Tokenizer) -> None:
         """Compare the server's tokenizer with ours, if the server offers one."""

@@ -26,7 +26,7 @@ class StandIn:
 
     Attributes:
         takes_embeds: Whether it was started with ``--enable-prompt-embeds``.
-        busy: This many requests get status 503 first.
+        busy: Whether requests get status 503.
         dies_after: It closes the connection after this many tokens.
         key: The API key that it asks for.
         width: The width of the model that it serves.
@@ -36,7 +36,7 @@ class StandIn:
 
     def __init__(self, model: Any, codec: Any) -> None:
         self.model, self.codec = model, codec
-        self.takes_embeds, self.busy, self.dies_after, self.key = True, 0, 10**9, ""
+        self.takes_embeds, self.busy, self.dies_after, self.key = True, False, 10**9, ""
         self.width = model.get_input_embeddings().embedding_dim
         self.tokens: list[int] | None = None
         self.requests: list[dict[str, Any]] = []
@@ -93,7 +93,6 @@ def serving(standin: StandIn) -> Iterator[str]:
             if standin.key and self.headers.get("Authorization") != f"Bearer {standin.key}":
                 self.answer(401, {"error": "Unauthorized"})
             elif standin.busy:
-                standin.busy -= 1
                 self.answer(503, {"error": {"message": "busy"}})
             elif fault := standin.fault(body):
                 self.answer(400, {"error": {"message": fault}})
