@@ -172,9 +172,9 @@ class TokenizerTemplate(Template):
     def _fixed(self, count: int, generate: bool) -> list[str]:
         """The template's own text before, between and after ``count`` messages."""
         if (count, generate) not in self._known:
-            said = [{"role": "assistant" if i % 2 else "user", "content": _CONTENT} for i in range(count)]
+            turns = [{"role": "assistant" if i % 2 else "user", "content": _CONTENT} for i in range(count)]
             front = [{"role": "system", "content": self._system}] if self._system else []
-            parts = self.codec.render([*front, *said], generate).split(_CONTENT)
+            parts = self.codec.render([*front, *turns], generate).split(_CONTENT)
             if len(parts) != count + 1:
                 raise ConfigError(
                     "the tokenizer's chat template drops or repeats messages: choose another model.template"
@@ -195,13 +195,13 @@ class TokenizerTemplate(Template):
 
     def _shown(self, role: str, content: str) -> str:
         """A rendered conversation; the first message of ``role`` has this content."""
-        said = [{"role": r, "content": content if r == role else "y"} for r in ("user", "assistant")]
-        return self.codec.render([*said, {"role": "user", "content": "z"}], True)
+        turns = [{"role": r, "content": content if r == role else "y"} for r in ("user", "assistant")]
+        return self.codec.render([*turns, {"role": "user", "content": "z"}], True)
 
     def _takes_system(self, system: str) -> bool:
-        said = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
         with suppress(ConfigError):
-            return system in self.codec.render(said, True)
+            return system in self.codec.render(turns, True)
         return False
 
     def _content(self, message: Message) -> str:
