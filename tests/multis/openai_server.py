@@ -34,9 +34,9 @@ Script = Callable[[int, dict[str, Any]], Reply]
 """From the number of the request (from 0) and its body to the reply."""
 
 
-def failure(status: int, message: str = "no", code: str | None = None, **headers: str) -> Reply:
+def failure(status: int, message: str = "no", **headers: str) -> Reply:
     """An error in OpenAI's form."""
-    body = json.dumps({"error": {"message": message, "type": "error", "code": code}}).encode()
+    body = json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode()
     return Reply(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
@@ -44,11 +44,8 @@ def write_answer(messages: list[dict[str, str]]) -> str:
     """Chat data in the requested form, taken word for word from the notes of the last message."""
     system, notes = messages[0]["content"], messages[-1]["content"]
     said = [line[2:].strip().rstrip(".") for line in notes.splitlines() if line.startswith("- ")]
-    said = list(dict.fromkeys(said)) or ["nothing is known"]
     if "Write a conversation" in system:
-        pairs = [
-            f"Question: What is the matter here, seen from side {n}?\nAnswer: {text}." for n, text in enumerate(said)
-        ]
+        pairs = [f"Question: What is the matter, seen from side {n}?\nAnswer: {text}." for n, text in enumerate(said)]
         return "\n".join([*pairs, f"Question: Anything else?\nAnswer: It is as before: {said[-1]}."])
     if "detailed description" in system:
         end = "That is all of it, from the first moment to the last one, with none left out."
@@ -126,15 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def completion(body: dict[str, Any]) -> dict[str, Any]:
     message = {"role": "assistant", "content": write_answer(body["messages"])}
-    tokens = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}
-    return {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": body["model"],
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-        "usage": {**tokens, "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS},
-    }
+    usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS, "total_tokens": 0}
+    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+    head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": body["model"]}
+    return {**head, "choices": choices, "usage": usage}
 
 
 if __name__ == "__main__":  # serves until killed; the first line of the output is the base URL
