@@ -330,7 +330,7 @@ def _explained(error: Exception, name: Name) -> str:
         case errors.RepositoryNotFoundError():
             return "does not exist or is private (401/404): check the name, or set HF_TOKEN"
         case errors.RevisionNotFoundError():
-            return f"has no revision {name.revision!r} (404)"
+            return f"does not have the revision {name.revision!r} (404)"
         case errors.HFValidationError():
             return f"is neither a path that exists nor a hub id: {one_line(error)}"
     return f"cannot be fetched ({one_line(error)}); try again"

@@ -123,7 +123,7 @@ def test_a_broken_connection_is_resumed(server: HubServer, monkeypatch: pytest.M
     [
         ("org/secret", r"org/secret \(http.*/org/secret\) is gated \(403\): accept its terms .* set HF_TOKEN"),
         ("org/nobody", r"http.*/org/nobody\) does not exist or is private \(401/404\): check the name"),
-        ("org/encoder@v9", r"has no revision 'v9' \(404\)"),
+        ("org/encoder@v9", r"does not have the revision 'v9' \(404\)"),
         ("org/empty", "does not contain weights"),
         ("org/empty/no/file", "does not contain no/file"),
         ("URL/none.pth", r"http.*/none\.pth cannot be fetched \(.*404.*try again, or put it into"),

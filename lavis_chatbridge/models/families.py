@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class LanguageModel(nn.Module):
     embedding_scale: float
     """See :func:`embedding_scale`; set when a model is loaded."""
 
+    get_output_embeddings: Callable[[], nn.Module]
+    generate: Callable[..., Tensor]
+    """transformers' own generation, which does the beam search."""
+
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the embedding table."""
@@ -43,14 +48,6 @@ class LanguageModel(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding table."""
-        raise NotImplementedError
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The output layer."""
-        raise NotImplementedError
-
-    def generate(self, **inputs: Any) -> Tensor:
-        """transformers' own generation, which does the beam search."""
         raise NotImplementedError
 
 
@@ -116,7 +113,7 @@ def check_family(model: LanguageModel) -> None:
     """Raise if the bridge cannot use a language model: compares logits of a row alone and in a padded batch.
 
     Raises:
-        ConfigError: If it does not accept embeddings, has no cache with selectable rows, or its rows affect each other.
+        ConfigError: If it does not accept embeddings, the rows of its cache cannot be selected or affect each other.
     """
     try:
         stateful = getattr(model, "_is_stateful", False)  # without its kernels, such a model can take gigabytes to run

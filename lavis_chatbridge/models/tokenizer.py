@@ -29,9 +29,9 @@ class Tokenizer:
     """Text to token ids and back.
 
     Args:
-        folder: The tokenizer's folder, for the JSON files beside it.
-        tokenizer: The tokenizer.
-        named: Texts of ``bos_token``, ``eos_token`` and so on, if ``tokenizer_config.json`` has none.
+        folder: The folder of the JSON files with the end token, added tokens and chat template.
+        tokenizer: The tokenizer itself.
+        named: Texts of ``bos_token``, ``eos_token`` and so on, if the JSON files do not name them.
     """
 
     def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, named: Mapping[str, str] | None = None) -> None:
