@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -123,8 +124,10 @@ def settings_of(
 
 def recognised(source: str) -> str:
     """The reader of a source, from its file ending or the keys of its first row."""
+    if "*" in source:
+        source = min(glob.glob(source), default=source)
     ending = Path(source).suffix.lower()
-    if not (os.path.exists(source) or is_hub_id(source) or "*" in source):
+    if not (os.path.exists(source) or is_hub_id(source)):
         raise DataError(f"{source} does not exist")
     if os.path.isdir(source) or ending in _TABLES or is_hub_id(source):
         return "huggingface"

@@ -90,6 +90,8 @@ def test_a_pattern_of_shards(pictures, monkeypatch, capsys):
             tar.add(f"{number}.txt")
     assert command("tars/*.tar", "--decode") == 0
     assert "tars/*.tar: 2 samples" in capsys.readouterr().out
+    assert command("none/*.tar") == 2
+    assert "none/*.tar does not exist" in capsys.readouterr().err
 
 
 def test_a_sound_file_and_media_relative_to_another_folder(pictures, tmp_path, capsys):
