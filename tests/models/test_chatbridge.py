@@ -16,7 +16,6 @@ from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.types import AudioClips
 from lavis_chatbridge.models import chatbridge
 from lavis_chatbridge.models.chatbridge import ChatBridge, losses_at
-from lavis_chatbridge.models.layout import Batch
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.prompting.conversation import (
@@ -85,22 +84,6 @@ def test_unequal_media_in_one_batch_change_nothing(model: Any) -> None:
         count += int(alone["target_tokens"])
     assert int(whole["target_tokens"]) == count
     assert whole["loss"].item() == pytest.approx(total / count, abs=1e-5)
-
-
-def test_padding_behind_the_rows_needs_no_mask(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The language model attends by flash attention's rule, causal and without a mask, and finds the same losses."""
-    layers, real, flags = len(model.llama_model.model.layers), functional.scaled_dot_product_attention, []
-
-    def attention(*inputs: Any, attn_mask: Any = None, is_causal: bool = False, **more: Any) -> Tensor:
-        flags.append((is_causal, attn_mask is not None))
-        return real(*inputs, attn_mask=attn_mask, is_causal=is_causal, **more)
-
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
-    found = losses(model, MIXED)
-    assert flags[-layers:] == [(True, False)] * layers
-    monkeypatch.setattr(Batch, "needs_mask", True)
-    assert losses(model, MIXED) == pytest.approx(found, abs=1e-6)
-    assert flags[-layers:] == [(False, True)] * layers
 
 
 def test_a_setting_shows_padding_as_the_original_does(golden_dir: Path) -> None:
