@@ -19,12 +19,7 @@ class ConfigError(ChatBridgeError, ValueError):
 
 
 class MediaError(ChatBridgeError):
-    """A medium cannot be opened or decoded.
-
-    Args:
-        source: The path, or the bytes, array or tensor itself.
-        cause: What is wrong with it.
-    """
+    """A medium (its path, or the bytes, array or tensor itself) cannot be opened or decoded."""
 
     def __init__(self, source: object, cause: object) -> None:
         self.source = source if isinstance(source, str) else _describe(source)
@@ -61,13 +56,7 @@ class EngineError(ChatBridgeError):
 
 
 class MissingExtraError(ChatBridgeError, ImportError):
-    """An optional package is not installed.
-
-    Args:
-        package: The package that could not be imported.
-        extra: The extra of ``lavis-chatbridge`` that lists it.
-        purpose: The feature that needs it.
-    """
+    """A package of one of the extras is not installed; ``purpose`` is the feature that needs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'lavis-chatbridge[{extra}]'")

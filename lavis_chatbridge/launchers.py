@@ -12,14 +12,7 @@ from lavis_chatbridge.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """The position of a process among those of its launcher.
-
-    Attributes:
-        rank: Its rank among all processes, from 0.
-        world_size: Number of processes.
-        local_rank: Its rank on its machine, from 0; also its CUDA device.
-        launcher: The launcher and its variables, for messages.
-    """
+    """A process among those of its launcher, whose name is for messages; ``local_rank`` is also its CUDA device."""
 
     rank: int = 0
     world_size: int = 1

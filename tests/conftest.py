@@ -25,7 +25,7 @@ def golden_dir() -> Path:
     """The folder of golden numbers: ``GOLDEN_DIR``, or the copy beside the tests."""
     folder = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
     if not (folder / "config.json").is_file():
-        pytest.fail(f"GOLDEN_DIR: {folder} holds no config.json, so it is no folder of golden numbers")
+        pytest.fail(f"GOLDEN_DIR: {folder} does not have the golden numbers: config.json is missing")
     return folder
 
 

@@ -35,7 +35,7 @@ def command(
     with Session():
         cfg = load(cfg_path, options or [])
         if cfg.run.feature_cache is None:
-            raise ConfigError("run.feature_cache names no folder: set it, as in run.feature_cache=output/features")
+            raise ConfigError("run.feature_cache is null: name a folder, as in run.feature_cache=output/features")
         from lavis.common.registry import registry
 
         from lavis_chatbridge.datasets.features import distinct_media

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, one_line
-from lavis_chatbridge.plugin.launch import CfgPath, Options, load
+from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, load
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.settings import ModelSettings
@@ -41,7 +41,7 @@ class Finding(NamedTuple):
     text: str
 
 
-def command(cfg_path: CfgPath | None = None, options: Options = None) -> int:
+def command(cfg_path: CfgPathOrNone = None, options: Options = None) -> int:
     """Print all findings, with a configuration also about its files and memory; return 1 if there are faults."""
     sections = {"packages": packages(), "devices": devices(), "scores": scores()}
     if cfg_path is not None:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from lavis_chatbridge.config import PROJECTS, hint, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.plugin import report
-from lavis_chatbridge.plugin.launch import Options, Session
+from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, Session
 from lavis_chatbridge.plugin.report import Line
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.tasks.settings import MediaSettings
@@ -35,26 +35,22 @@ WORDS = ("removed", "told")
 
 
 def command(
-    cfg_path: Annotated[str | None, typer.Option("--cfg-path", help="Score on this configuration file.")] = None,
+    cfg_path: CfgPathOrNone = None,
     suite: Annotated[
-        str | None,
-        typer.Option(help="Benchmarks: paper, modern, zero-shot, image, video, audio, av, all, or their names."),
+        str | None, typer.Option(help="Benchmarks: paper, modern, zero-shot, image, video, audio, av, all, or names.")
     ] = None,
     rescore: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Score this file of predictions again, without a model.")
+        str | None, typer.Option(metavar="FILE", help="Score predictions again, without a model.")
     ] = None,
     ablate: Annotated[
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help="Score again without media (withheld) or with other samples' (shuffled), for some modalities only "
-            "(withheld:image,video), with words that state what is missing (withheld:told). Without CONDITION, each "
-            "modality of the data is withheld, and shuffled.",
+            help="Score again without media (withheld) or with other samples' (shuffled): withheld:image,video, "
+            "withheld:told, ... Without CONDITION, each modality of the data is withheld, and shuffled.",
         ),
     ] = None,
-    suite_folder: Annotated[
-        Path, typer.Option(help="Folder of the suites' YAML files; default: the shipped ones.")
-    ] = PROJECTS / "eval",
+    suite_folder: Annotated[Path, typer.Option(help="Folder of the suites' YAML files.")] = PROJECTS / "eval",
     output: Annotated[Path, typer.Option(help="Folder of the table of --suite.")] = Path("output/eval"),
     engine: Annotated[str, typer.Option(help="A vLLM server that runs the language model: http://HOST:PORT/v1.")] = "",
     options: Options = None,

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 
-CfgPath = Annotated[str, typer.Option("--cfg-path", metavar="YAML", help="The configuration file.")]
+_CFG_PATH = typer.Option("--cfg-path", metavar="YAML", help="The configuration file.")
+CfgPath = Annotated[str, _CFG_PATH]
+CfgPathOrNone = Annotated[str | None, _CFG_PATH]
 Options = Annotated[
     list[str] | None,
     typer.Option("--options", metavar="KEY=VALUE", help="Settings that override the file's; repeatable."),

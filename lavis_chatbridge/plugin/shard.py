@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.launchers import share_of
-from lavis_chatbridge.plugin.launch import CfgPath, Options, load, prepare_world
+from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, load, prepare_world
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.dataset import SplitDataset
@@ -31,7 +31,7 @@ _FROM_SHARDS = {"reader": "jsonl", "media": None, "media_root": None, "limit": N
 def command(
     output: Annotated[Path, typer.Option(help="Where the shards go.")],
     jsonl: Annotated[Path | None, typer.Argument(help="A JSONL of the schema in docs/data.md.")] = None,
-    cfg_path: CfgPath | None = None,
+    cfg_path: CfgPathOrNone = None,
     options: Options = None,
     splits: Annotated[list[str], typer.Option(help="With --cfg-path: a split; repeatable.")] = ["train"],  # noqa: B006
     root: Annotated[str | None, typer.Option(help="Of a JSONL: the folder of its media; default: its own.")] = None,

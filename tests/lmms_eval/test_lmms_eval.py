@@ -165,7 +165,7 @@ def test_written_answers_are_those_of_our_own_task(
     assert all(sample["right"] == (said([sample])[0] == CHOICES[0]) for samples in found.values() for sample in samples)
 
 
-def test_a_videos_own_sound_is_heard_where_that_is_asked_for(world: Path, ours: dict[str, list[str]]) -> None:
+def test_a_videos_own_sound_is_used_on_request(world: Path, ours: dict[str, list[str]]) -> None:
     found = evaluate(world, ["track"], batch_size=4, model_args="hear_videos=True")
     assert said(found["track"]) == ours["track"]
     deaf = evaluate(world, ["track"], batch_size=4)

@@ -57,7 +57,7 @@ def test_the_cache_is_filled_once_and_training_finds_it(tmp_path, config, capsys
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--options", "run.feature_cache=null"], "run.feature_cache names no folder"),
+        (["--options", "run.feature_cache=null"], "run.feature_cache is null: name a folder"),
         (["--soft", "soft.txt"], "expected a file .npz or .safetensors"),
     ],
 )

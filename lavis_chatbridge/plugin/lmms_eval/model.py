@@ -41,7 +41,7 @@ class ChatBridge(lmms):
     Args:
         pretrained: A model type (``tiny``, ``vicuna7b``, ``vicuna13b``) or a YAML with ``model`` and ``preprocess``.
         batch_size: Requests answered at once.
-        device: Torch's name of a device; by default this process's CUDA device, or the CPU.
+        device: By default this process's CUDA device, or the CPU.
         max_batch_size: Ignored: lmms-eval passes it to every model.
         hear_videos: The model hears a video's own sound track, if a task brings no sound of its own.
         **options: Settings that override the model's, under their full names: ``model.checkpoint=file``.

@@ -29,7 +29,9 @@ _FIELDS = ("bytes", "path", "url", "video", "image", "audio")
 def question(text: str, visuals: Any, hear_videos: bool = False) -> list[ChatMessage]:
     """A question of lmms-eval's plain tasks: media first, as ChatBridge was trained, without markers ``<image>``."""
     media = [medium_of(visual) for visual in _flat(visuals)]
-    return [ChatMessage("user", text.replace("<image>", "").strip(), tuple(heard(media) if hear_videos else media))]
+    return [
+        ChatMessage("user", text.replace("<image>", "").strip(), tuple(with_sounds(media) if hear_videos else media))
+    ]
 
 
 def conversation(messages: Iterable[Mapping[str, Any]], hear_videos: bool = False) -> list[ChatMessage]:
@@ -44,7 +46,7 @@ def conversation(messages: Iterable[Mapping[str, Any]], hear_videos: bool = Fals
         if role == "system":
             opening = f"{opening}\n{text}".strip()
             continue
-        said = ChatMessage(role, text, tuple(heard(media) if hear_videos else media))
+        said = ChatMessage(role, text, tuple(with_sounds(media) if hear_videos else media))
         if joined and joined[-1].role == role:
             last = joined.pop()
             said = ChatMessage(role, f"{last.text}\n{text}".strip(), last.media + said.media)
@@ -77,7 +79,7 @@ def medium_of(given: Any, modality: str = "", more: Mapping[str, Any] | None = N
     return medium_of(inner, named if named in MODALITIES else "")
 
 
-def heard(media: Sequence[Medium]) -> Iterator[Medium]:
+def with_sounds(media: Sequence[Medium]) -> Iterator[Medium]:
     """The media, each video followed by its own sound, unless they have sounds already."""
     alone = not any(medium.modality == "audio" for medium in media)
     for medium in media:
