@@ -22,21 +22,14 @@ from tests.media.making import ORIENTATIONS, cut, number_of, numbered, stored_as
 
 os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder is silent
 STEADY = {"libx264": {"sc_threshold": "0"}, "libx265": {"x265-params": "scenecut=0:log-level=none"}}
-FORMATS = [
-    ("mp4", "libx264"),
-    ("mp4", "libx265"),
-    ("mp4", "libsvtav1"),
-    ("mov", "libx264"),
-    ("mov", "libx265"),
-    ("matroska", "libx264"),
-    ("matroska", "libx265"),
-    ("matroska", "libvpx-vp9"),
-    ("webm", "libvpx-vp9"),
-    ("webm", "libsvtav1"),
-    ("avi", "libx264"),
-    ("avi", "mpeg4"),
-]
-AVAILABLE = [(form, codec) for form, codec in FORMATS if codec in av.codecs_available]
+FORMATS = {
+    "mp4": ("libx264", "libx265", "libsvtav1"),
+    "mov": ("libx264", "libx265"),
+    "matroska": ("libx264", "libx265", "libvpx-vp9"),
+    "webm": ("libvpx-vp9", "libsvtav1"),
+    "avi": ("libx264", "mpeg4"),
+}
+AVAILABLE = [(form, codec) for form, codecs in FORMATS.items() for codec in codecs if codec in av.codecs_available]
 
 
 @dataclass(frozen=True)
