@@ -118,7 +118,7 @@ class ChatBridgeRunner(RunnerBase):
             return
         parallel.check_trainable(self._model)
         started = time.monotonic()
-        with self.folder.claimed(), worker_deaths():
+        with self.folder.claimed(), worker_deaths(), self._resume_hint():
             self._resume()
             with distributed.together():
                 reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
@@ -129,7 +129,21 @@ class ChatBridgeRunner(RunnerBase):
             else:
                 checkpoints.load_weights(self.model, load_file(self.output_dir / WEIGHTS))
             self.evaluate()
+        bad = sum(count.skipped for count in self.state.counts.values())
+        if bad and distributed.is_main():
+            _log.warning("%d samples could not be read (check-data --decode lists them)", bad)
         _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
+
+    @contextmanager
+    def _resume_hint(self) -> Iterator[None]:
+        """After Ctrl-C, which saves nothing, log how to resume from the last checkpoint."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            newest = checkpoints.newest(self.folder.checkpoints)
+            hint = f"resume from {newest.name} with run.resume=auto" if newest else "there is no checkpoint"
+            _log.info("interrupted after step %d; %s", self.state.step, hint)
+            raise
 
     def _train_steps(self, sigterm: threading.Event, reporter: logs.Reporter) -> None:
         """The training loop: steps, validations and checkpoints, until the last step or a SIGTERM."""

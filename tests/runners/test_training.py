@@ -75,6 +75,11 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_few_unreadable_samples_are_counted_at_the_end(tmp_path, caplog):
+    runner(tmp_path, data=pictures(12, bad=tuple(range(6))), max_epoch=1, max_iters=None, batch_size_train=4).train()
+    assert caplog.messages.count("6 samples could not be read (check-data --decode lists them)") == 1
+
+
 @pytest.mark.parametrize("fault", ["bad", "poison"])
 def test_a_run_that_trains_nothing_writes_no_weights(tmp_path, fault):
     with pytest.raises(TrainingError, match="nothing was trained"):
@@ -187,6 +192,18 @@ def _end_of_time(folder):
     one = runner(folder, num_workers=2, max_iters=500)
     after_step(one, 5, lambda: os.killpg(0, signal.SIGTERM))
     one.train()
+
+
+@pytest.mark.parametrize(
+    ("every", "hint"), [(2, "resume from step_00000002 with run.resume=auto"), (100, "there is no checkpoint")]
+)
+def test_an_interrupt_says_how_to_resume(tmp_path, caplog, every, hint):
+    caplog.set_level("INFO")
+    one = runner(tmp_path, max_iters=6, save_every_steps=every)
+    after_step(one, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        one.train()
+    assert f"interrupted after step 3; {hint}" in caplog.text
 
 
 def test_sigterm_saves_a_checkpoint_although_workers_receive_it_too(tmp_path):
