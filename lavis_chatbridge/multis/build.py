@@ -31,7 +31,7 @@ from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Sample, read_jsonl, write_jsonl
 
-_ROWS = Path(__file__).parents[1] / "configs" / "datasets"
+_SECTIONS = Path(__file__).parents[1] / "configs" / "datasets"
 
 
 class SourceSettings(Settings):
@@ -65,33 +65,33 @@ class SourceSettings(Settings):
             yield f"{self.name!r} cannot name a folder"
 
     @cached_property
-    def row(self) -> DataSettings | None:
+    def section(self) -> DataSettings | None:
         """The settings of ``dataset`` from ``configs/datasets``; None without one."""
         if self.dataset is None:
             return None
-        rows: dict[str, Any] = {}
-        for file in sorted(_ROWS.glob("*.yaml")):
-            rows |= yaml.safe_load(file.read_text(encoding="utf-8"))["datasets"]
-        if self.dataset not in rows:
-            raise ConfigError(unknown_key(self.dataset, rows, "datasets"))
-        row = parse(DataSettings, {**rows[self.dataset], "data_root": self.data_root}, self.dataset)
-        if row.reader not in READERS or self.split not in row.used_splits:
-            known = ", ".join(row.used_splits) or "none"
+        sections: dict[str, Any] = {}
+        for file in sorted(_SECTIONS.glob("*.yaml")):
+            sections |= yaml.safe_load(file.read_text(encoding="utf-8"))["datasets"]
+        if self.dataset not in sections:
+            raise ConfigError(unknown_key(self.dataset, sections, "datasets"))
+        section = parse(DataSettings, {**sections[self.dataset], "data_root": self.data_root}, self.dataset)
+        if section.reader not in READERS or self.split not in section.used_splits:
+            known = ", ".join(section.used_splits) or "none"
             raise ConfigError(f"source {self.name!r}: {self.dataset} has no split {self.split!r}; it has {known}")
-        return row
+        return section
 
     @property
     def files(self) -> list[Path]:
         """The source's annotation files."""
-        files = self.samples if self.row is None else itertools.chain(*self.row.files(self.split).values())
+        files = self.samples if self.section is None else itertools.chain(*self.section.files(self.split).values())
         return [Path(file) for file in files]
 
     def read(self) -> Iterator[Sample]:
         """The source's samples; those without task or style get the source's."""
         task, style = self.task, self.style
-        if self.row is not None:
-            task, style = task or self.row.task, style or self.row.style
-            every = READERS[self.row.reader](self.row.origin(str(self.dataset), self.split))
+        if self.section is not None:
+            task, style = task or self.section.task, style or self.section.style
+            every = READERS[self.section.reader](self.section.origin(str(self.dataset), self.split))
         else:
             every = itertools.chain.from_iterable(read_jsonl(file, self.media_root) for file in self.samples)
         for sample in itertools.islice(every, self.limit):
@@ -160,8 +160,8 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
 def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict[str, Any]:
     """Write a source to its folder, and return its entry for the manifest."""
     rng = np.random.default_rng([0, *source.name.encode()])
-    # The questions of a row without templates are already complete instructions.
-    complete = source.row is not None and source.row.templates is False
+    # The questions of a section without templates are already complete instructions.
+    complete = source.section is not None and source.section.templates is False
     templates = Templates() if complete else Templates.load(*options.templates)
     found = list(source.read())
     present = [sample for sample in found if all(os.path.isfile(medium.path) for medium in sample.files)]
