@@ -181,7 +181,7 @@ class Engine:
         keep: int = 8,
     ) -> None:
         self.model, self.reader, self.template = model.eval(), reader, template or model.settings.template
-        self.codec = model.llama_tokenizer
+        self.tokenizer = model.llama_tokenizer
         self.max_context = max_context or _context_of(model)
         self.load_template("")  # raises now, not at the first message
         self._batch, self._keep, self._most = batch, keep, batch + waiting
@@ -195,7 +195,7 @@ class Engine:
 
     def load_template(self, system: str) -> Template:
         """The conversation's format with a system prompt."""
-        return load_template(self.template, self.codec, system, self.model.settings.reply_end)
+        return load_template(self.template, self.tokenizer, system, self.model.settings.reply_end)
 
     def reply(
         self, asked: Asked, sampling: Sampling | None = None, deliver: Callable[[Event], None] | None = None
@@ -260,7 +260,7 @@ class Engine:
         sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})
         stops = prompt.template.stops if isinstance(asked, Conversation) else ()
         ends = stops, prompt.template.end_ids
-        generation = Generation(prompt.elements, prompt.soft, self.codec, sampling, *ends, Prefix())
+        generation = Generation(prompt.elements, prompt.soft, self.tokenizer, sampling, *ends, Prefix())
         generation.started = reply.started
         reply.generation = generation
         if reply.cancelled:  # before it had a generation to cancel
@@ -272,8 +272,8 @@ class Engine:
             check_order([message.worded for message in asked.messages], generate=True)
             self.reader.read([medium for message in asked.messages for medium in message.media])
             return word(asked, self.load_template(asked.system), room, self.max_context)
-        front = [] if self.codec.bos_id is None else [self.codec.bos_id]
-        ids = [*front, *self.codec.encode(asked)] if isinstance(asked, str) else [*asked]
+        front = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids = [*front, *self.tokenizer.encode(asked)] if isinstance(asked, str) else [*asked]
         return Prompt([*ids], self.load_template(""))
 
     def _generate(self) -> None:

@@ -190,4 +190,4 @@ def _prompt(messages: Sequence[ChatMessage], template: Template) -> Prompt:
             new = message is messages[-1]
             notes.append(MediaNote(medium.modality, medium.name, new, tokens, perceived.warnings))
     found = {slot: seen[slot.modality][slot.index] for slot in slots_of(pieces)}
-    return Prompt(elements_of(pieces, found, template.codec), template, dict(found.values()), tuple(notes))
+    return Prompt(elements_of(pieces, found, template.tokenizer), template, dict(found.values()), tuple(notes))

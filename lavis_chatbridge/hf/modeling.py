@@ -54,9 +54,9 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ChatBridgeConfig, chatbridge: ChatBridge | None = None) -> None:
         super().__init__(config)
         self.chatbridge = ChatBridge.from_config(config.sections().model) if chatbridge is None else chatbridge
-        codec, template = self.chatbridge.llama_tokenizer, self.chatbridge.template
+        tokenizer, template = self.chatbridge.llama_tokenizer, self.chatbridge.template
         self.generation_config = GenerationConfig(
-            max_new_tokens=256, eos_token_id=sorted(template.end_ids) or None, pad_token_id=codec.pad_id
+            max_new_tokens=256, eos_token_id=sorted(template.end_ids) or None, pad_token_id=tokenizer.pad_id
         )
 
     @classmethod
@@ -194,12 +194,16 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         batch, soft = self._prepared(input_ids, **{name: more.pop(name) for name in INPUTS if name in more})
         embeds = self._embeds(batch, soft)
-        llm, codec, stops = self.chatbridge.llama_model, self.chatbridge.llama_tokenizer, self.chatbridge.template.stops
+        llm, tokenizer, stops = (
+            self.chatbridge.llama_model,
+            self.chatbridge.llama_tokenizer,
+            self.chatbridge.template.stops,
+        )
         criteria = StoppingCriteriaList(more.pop("stopping_criteria", None) or [])
         if stops:
-            criteria.append(StopTexts(codec, [stops] * len(input_ids), 0))
+            criteria.append(StopTexts(tokenizer, [stops] * len(input_ids), 0))
         if more.get("streamer") is not None:
-            more["streamer"] = _StopsStreaming(more["streamer"], codec, stops)
+            more["streamer"] = _StopsStreaming(more["streamer"], tokenizer, stops)
         config = more.pop("generation_config", None) or self.generation_config
         with own_precision(llm):
             return llm.generate(
@@ -256,8 +260,8 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 class _StopsStreaming:
     """Passes tokens to a streamer, without those of a stop text."""
 
-    def __init__(self, streamer: Any, codec: Tokenizer, stops: Sequence[str]) -> None:
-        self._streamer, self._stream = streamer, TextStream(codec, stops)
+    def __init__(self, streamer: Any, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._streamer, self._stream = streamer, TextStream(tokenizer, stops)
         self._held: list[Tensor] = []
 
     def put(self, value: Tensor) -> None:

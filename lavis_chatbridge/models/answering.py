@@ -154,8 +154,8 @@ class Answering:
             for _ in range(sampling.num_return_sequences):
                 changes = {"max_new_tokens": limit, "seed": None if seed is None else seed + len(replies)}
                 how = sampling.model_copy(update=changes)
-                codec, end_ids = self.llama_tokenizer, self.template.end_ids
-                replies.append(Generation(elements, dict(own.values()), codec, how, stops, end_ids))
+                tokenizer, end_ids = self.llama_tokenizer, self.template.end_ids
+                replies.append(Generation(elements, dict(own.values()), tokenizer, how, stops, end_ids))
         return replies
 
 

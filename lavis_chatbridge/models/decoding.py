@@ -205,7 +205,7 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
     own = rows[0].sampling
     first = rows[:: own.num_return_sequences]
     embeds, mask = padded(model, first)
-    codec, limit = first[0].stream.codec, min(row.sampling.max_new_tokens for row in rows)
+    tokenizer, limit = first[0].stream.tokenizer, min(row.sampling.max_new_tokens for row in rows)
     config = GenerationConfig(
         max_new_tokens=limit,
         min_new_tokens=min(own.min_new_tokens, limit),
@@ -214,11 +214,11 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
         num_return_sequences=own.num_return_sequences,
         length_penalty=float(own.length_penalty),
         eos_token_id=sorted(first[0].end_ids) or None,
-        pad_token_id=codec.pad_id,
+        pad_token_id=tokenizer.pad_id,
     )
     # set in the config, the penalty would ignore as many new tokens as a row has padding positions
     penalty = RepetitionPenaltyLogitsProcessor(float(own.repetition_penalty))
-    stops = StopTexts(codec, [row.stream.stops for row in first], own.min_new_tokens)
+    stops = StopTexts(tokenizer, [row.stream.stops for row in first], own.min_new_tokens)
     with own_precision(model):
         found = model.generate(
             inputs_embeds=embeds,
@@ -237,13 +237,13 @@ def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:
 class StopTexts(StoppingCriteria):
     """Ends a row when a stop text is in its reply. transformers passes new ids only, since prompts are embeddings."""
 
-    def __init__(self, codec: Tokenizer, stops: Sequence[Sequence[str]], least: int) -> None:
-        self._codec, self._stops, self._least = codec, stops, least
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[Sequence[str]], least: int) -> None:
+        self._tokenizer, self._stops, self._least = tokenizer, stops, least
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         beams = len(input_ids) // len(self._stops)
         ended = [
-            TextStream.of(self._codec, ids, self._stops[i // beams], self._least).stopped is not None
+            TextStream.of(self._tokenizer, ids, self._stops[i // beams], self._least).stopped is not None
             for i, ids in enumerate(input_ids.tolist())
         ]
         return torch.tensor(ended, device=input_ids.device)

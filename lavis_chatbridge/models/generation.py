@@ -36,24 +36,24 @@ class TextStream:
     Stop texts are searched in the text, so they are found even if they begin or end inside a token.
 
     Args:
-        codec: The tokenizer.
+        tokenizer: The tokenizer.
         stops: Texts that end the text and are not part of it.
         least: Ignore stop texts within the first ``least - 1`` tokens.
     """
 
-    def __init__(self, codec: Tokenizer, stops: Sequence[str] = (), least: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), least: int = 0) -> None:
         self.text = ""
         """The text returned so far."""
         self.stopped: str | None = None
         """The stop text that was found, or None."""
-        self.codec = codec
+        self.tokenizer = tokenizer
         self.stops = tuple(stop for stop in stops if stop)
         self._least, self._ids = least, list[int]()
 
     @classmethod
-    def of(cls, codec: Tokenizer, ids: Sequence[int], stops: Sequence[str] = (), least: int = 0) -> TextStream:
+    def of(cls, tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str] = (), least: int = 0) -> TextStream:
         """A finished stream of these ids."""
-        stream = cls(codec, stops, least)
+        stream = cls(tokenizer, stops, least)
         stream._ids = list(ids)
         stream.finish()
         return stream
@@ -63,19 +63,19 @@ class TextStream:
         self._ids.append(token)
         # an incomplete character, or a run of bytes, may still change
         certain = len(self._ids)
-        while certain and self._ids[certain - 1] in self.codec.byte_ids:
+        while certain and self._ids[certain - 1] in self.tokenizer.byte_ids:
             certain -= 1
-        return self._advance(self.codec.decode(self._ids[:certain]).rstrip(_BROKEN), final=False)
+        return self._advance(self.tokenizer.decode(self._ids[:certain]).rstrip(_BROKEN), final=False)
 
     def finish(self) -> str:
         """Return the rest of the text; no more tokens follow."""
-        return self._advance(self.codec.decode(self._ids), final=True)
+        return self._advance(self.tokenizer.decode(self._ids), final=True)
 
     def _advance(self, whole: str, final: bool) -> str:
         if self.stopped is not None:
             return ""
         whole = whole.lstrip()
-        exempt = len(self.codec.decode(self._ids[: self._least - 1]).lstrip()) if self._least > 1 else 0
+        exempt = len(self.tokenizer.decode(self._ids[: self._least - 1]).lstrip()) if self._least > 1 else 0
         found = [(i, stop) for stop in self.stops if (i := whole.find(stop, exempt)) >= 0]
         if found:
             offset, self.stopped = min(found)
@@ -123,7 +123,7 @@ class Generation:
     Args:
         elements: The content of each position of the prompt: a token id or a soft token.
         media: ``[Q, D]`` soft tokens by the keys in ``elements``.
-        codec: The tokenizer.
+        tokenizer: The tokenizer.
         sampling: How tokens are chosen; its ``stop`` and ``stop_token_ids`` end the reply.
         stops: Texts of the template that end the reply, unless ``sampling.ignore_eos``.
         end_ids: Tokens of the template that end the reply, unless ``sampling.ignore_eos``.
@@ -134,7 +134,7 @@ class Generation:
         self,
         elements: Sequence[Element],
         media: Mapping[str, Tensor],
-        codec: Tokenizer,
+        tokenizer: Tokenizer,
         sampling: Sampling,
         stops: Sequence[str] = (),
         end_ids: frozenset[int] = frozenset(),
@@ -142,7 +142,7 @@ class Generation:
     ) -> None:
         self.elements, self.media, self.sampling, self.prefix = list(elements), media, sampling, prefix
         ends: tuple[Sequence[str], frozenset[int]] = ((), frozenset()) if sampling.ignore_eos else (stops, end_ids)
-        self.stream = TextStream(codec, (*ends[0], *sampling.stop), sampling.min_new_tokens)
+        self.stream = TextStream(tokenizer, (*ends[0], *sampling.stop), sampling.min_new_tokens)
         self.end_ids = ends[1] | frozenset(sampling.stop_token_ids)
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []

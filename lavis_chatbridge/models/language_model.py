@@ -47,25 +47,25 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel,
     where = "model.language_model"
     folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights", "language_model")
     named = settings.tokenizer or settings.weights
-    codec = load_tokenizer(hub.find(named or (), f"{where}.tokenizer", "tokenizer"))
+    tokenizer = load_tokenizer(hub.find(named or (), f"{where}.tokenizer", "tokenizer"))
     if settings.engine is not None and folder is not None:
-        return load_remote(settings.engine, folder, codec, torch_dtype(settings.dtype)), codec
+        return load_remote(settings.engine, folder, tokenizer, torch_dtype(settings.dtype)), tokenizer
     model = _random(settings) if folder is None else _pretrained(folder, settings)
     rows = model.get_input_embeddings().num_embeddings
-    if len(codec) > rows:
+    if len(tokenizer) > rows:
         raise CheckpointError(
-            f"the tokenizer of {named} has {len(codec)} tokens, but the language model of "
+            f"the tokenizer of {named} has {len(tokenizer)} tokens, but the language model of "
             f"{settings.weights or 'the configuration'} embeds {rows}: they are of different models"
         )
     # ignore the folder's own generation settings: only the caller's arguments apply
-    model.generation_config = GenerationConfig(bos_token_id=codec.bos_id, pad_token_id=codec.pad_id)
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_id, pad_token_id=tokenizer.pad_id)
     model.requires_grad_(False).eval()
     if model.config.model_type not in families.TESTED:
         families.check_family(model)
     model.embedding_scale = families.embedding_scale(model)
     if settings.lora is not None:
         lora.inject(model, settings.lora)
-    return model, codec
+    return model, tokenizer
 
 
 def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:

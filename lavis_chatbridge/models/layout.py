@@ -81,7 +81,7 @@ class _Position(NamedTuple):
 def lay_out(
     prompts: Sequence[Sequence[Piece]],
     ranges: Sequence[MediaRanges],
-    codec: Tokenizer,
+    tokenizer: Tokenizer,
     layout: Layout,
     max_text_length: int,
 ) -> Batch:
@@ -90,15 +90,17 @@ def lay_out(
     ``max_text_length`` is the most text tokens of a sample in layout ``"text"`` and in the original's stage 1: text and
     media after them are cut off. In the original's stage 2 it is the most positions.
     """
-    rows = [_positions(pieces, media, codec, i) for i, (pieces, media) in enumerate(zip(prompts, ranges, strict=True))]
+    rows = [
+        _positions(pieces, media, tokenizer, i) for i, (pieces, media) in enumerate(zip(prompts, ranges, strict=True))
+    ]
     if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
         kept = [row[:max_text_length] for row in rows]
-        ids, mask, labels = _original_chat(kept, codec)
+        ids, mask, labels = _original_chat(kept, tokenizer)
     else:
         kept = [_within(row, max_text_length) for row in rows]
-        bos = [] if codec.bos_id is None else [_Position(codec.bos_id)]
+        bos = [] if tokenizer.bos_id is None else [_Position(tokenizer.bos_id)]
         opened = [row if _is_encoded(pieces) else [*bos, *row] for row, pieces in zip(kept, prompts, strict=True)]
-        padding = codec.eos_id if layout == "original" and codec.eos_id is not None else codec.pad_id
+        padding = tokenizer.eos_id if layout == "original" and tokenizer.eos_id is not None else tokenizer.pad_id
         ids, mask, labels = _stacked(opened, padding, "right")
         if layout == "original":  # the original pads with EOS, and has no targets at EOS
             labels = labels.masked_fill(ids == padding, IGNORED)
@@ -108,7 +110,7 @@ def lay_out(
 
 
 def elements_of(
-    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, Sized]], codec: Tokenizer, bos: bool = True
+    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, Sized]], tokenizer: Tokenizer, bos: bool = True
 ) -> list[Element]:
     """The content of each position of one prompt, for :class:`generation.Generation`.
 
@@ -118,11 +120,11 @@ def elements_of(
     ranges = {slot: range(len(soft)) for slot, (_, soft) in media.items()}
     elements: list[Element] = []
     for piece in pieces:
-        row = _positions([piece], ranges, codec, 0)
+        row = _positions([piece], ranges, tokenizer, 0)
         elements += [(media[piece][0], p.soft) if isinstance(piece, Slot) else p.id for p in row]
     if not elements:
         raise PromptError("the prompt is empty: it needs text or a medium")
-    return elements if not bos or codec.bos_id is None or _is_encoded(pieces) else [codec.bos_id, *elements]
+    return elements if not bos or tokenizer.bos_id is None or _is_encoded(pieces) else [tokenizer.bos_id, *elements]
 
 
 def embed(batch: Batch, soft: Tensor | None, table: nn.Embedding, scale: float = 1.0) -> Tensor:
@@ -143,11 +145,11 @@ def is_alignment(pieces: Sequence[Piece]) -> bool:
     return all(isinstance(piece, Slot) or piece.target for piece in pieces)
 
 
-def _positions(pieces: Sequence[Piece], media: MediaRanges, codec: Tokenizer, sample: int) -> list[_Position]:
+def _positions(pieces: Sequence[Piece], media: MediaRanges, tokenizer: Tokenizer, sample: int) -> list[_Position]:
     row: list[_Position] = []
     for piece in pieces:
         if isinstance(piece, Text):
-            ids = codec.encode(piece.text) if piece.ids is None else piece.ids
+            ids = tokenizer.encode(piece.text) if piece.ids is None else piece.ids
             row += [_Position(i, piece.target) for i in ids]
         elif piece in media:
             row += [_Position(SOFT, False, i) for i in media[piece]]
@@ -167,12 +169,12 @@ def _stacked(rows: Sequence[list[_Position]], padding: int, side: str) -> tuple[
     return ids, mask, pad_sequence(labels, True, IGNORED, side)
 
 
-def _original_chat(rows: Sequence[list[_Position]], codec: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+def _original_chat(rows: Sequence[list[_Position]], tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
     """The original's stage 2: padding on the left, preceded by a column of BOS with the mask of the next column."""
     ids, mask, labels = _stacked(rows, PADDING, "left")
-    if codec.bos_id is None:
+    if tokenizer.bos_id is None:
         return ids, mask, labels
-    bos, untrained = torch.full_like(ids[:, :1], codec.bos_id), torch.full_like(ids[:, :1], IGNORED)
+    bos, untrained = torch.full_like(ids[:, :1], tokenizer.bos_id), torch.full_like(ids[:, :1], IGNORED)
     return torch.cat([bos, ids], 1), torch.cat([mask[:, :1], mask], 1), torch.cat([untrained, labels], 1)
 
 

@@ -57,7 +57,7 @@ class Client:
         )
         self._model: str | None = None
 
-    def connect(self, codec: Tokenizer, width: int) -> int | None:
+    def connect(self, tokenizer: Tokenizer, width: int) -> int | None:
         """Check that the server accepts embeddings of width ``D``; returns its context length in tokens."""
         try:
             response = self._http.get(f"{self.url}/models")
@@ -69,7 +69,7 @@ class Client:
             raise EngineError(f"no engine answers at {self.url} ({error}): {_HINT}") from error
         except (ValueError, KeyError, IndexError, TypeError):
             raise EngineError(f"{self.url} is not the address of a vLLM server, as http://HOST:PORT/v1") from None
-        self._check_tokens(codec)
+        self._check_tokens(tokenizer)
         list(self.tokens(torch.zeros(1, width), Sampling(max_new_tokens=1), (), ()))
         log.info("the language model %s runs at %s", self._model, self.url)
         return most
@@ -108,14 +108,14 @@ class Client:
         except httpx.TransportError as error:
             raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
 
-    def _check_tokens(self, codec: Tokenizer) -> None:
+    def _check_tokens(self, tokenizer: Tokenizer) -> None:
         """Compare the server's tokenizer with ours, if the server offers one."""
         body = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
         try:
             found = self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json=body).json()["tokens"]
         except (httpx.TransportError, ValueError, KeyError, TypeError):
             return
-        if found != codec.encode(_PROBE):
+        if found != tokenizer.encode(_PROBE):
             raise EngineError(
                 f"the engine at {self.url} serves {self._model}, whose tokenizer gives other ids than "
                 "model.language_model: use the same folder for both"
@@ -177,14 +177,14 @@ class RemoteLanguageModel(LanguageModel):
             list(pool.map(lambda generation: list(self.run(generation)), generations))
 
 
-def load_remote(url: str, folder: Path, codec: Tokenizer, dtype: torch.dtype) -> RemoteLanguageModel:
+def load_remote(url: str, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype) -> RemoteLanguageModel:
     """The remote language model of a Hugging Face folder; only its embedding table is read."""
     from transformers import AutoConfig
 
     table = _embedding_table(folder).to(dtype)
     client = Client(url)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    most = client.connect(codec, table.shape[1])
+    most = client.connect(tokenizer, table.shape[1])
     return RemoteLanguageModel(nn.Embedding.from_pretrained(table, freeze=True), config, client, most)
 
 

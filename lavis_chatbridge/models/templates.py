@@ -49,9 +49,9 @@ class Template:
 
     name: str
 
-    def __init__(self, codec: Tokenizer, stops: tuple[str, ...] = ()) -> None:
-        self.codec, self.stops = codec, stops
-        self.end_ids: frozenset[int] = frozenset(() if codec.eos_id is None else (codec.eos_id,))
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.end_ids: frozenset[int] = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         """A conversation as pieces, without BOS; replies with their end mark are targets.
@@ -69,13 +69,13 @@ class Template:
         return next(piece for piece in pieces if isinstance(piece, Text) and piece.target)
 
 
-def load_template(name: str, codec: Tokenizer, system: str = "", reply_end: str = END_OF_TURN) -> Template:
+def load_template(name: str, tokenizer: Tokenizer, system: str = "", reply_end: str = END_OF_TURN) -> Template:
     """The template with a name; ``reply_end`` ends replies in ``human_assistant``."""
     if name not in TEMPLATES:
         raise ConfigError(f"model.template is {name!r}; known are {', '.join(TEMPLATES)}")
     if name == "human_assistant":
-        return HumanAssistant(codec, system, reply_end)
-    return VicunaV1(codec, system) if name == "vicuna_v1" else TokenizerTemplate(codec, system)
+        return HumanAssistant(tokenizer, system, reply_end)
+    return VicunaV1(tokenizer, system) if name == "vicuna_v1" else TokenizerTemplate(tokenizer, system)
 
 
 class HumanAssistant(Template):
@@ -83,8 +83,8 @@ class HumanAssistant(Template):
 
     name = "human_assistant"
 
-    def __init__(self, codec: Tokenizer, system: str = "", reply_end: str = END_OF_TURN) -> None:
-        super().__init__(codec, (END_OF_TURN,))
+    def __init__(self, tokenizer: Tokenizer, system: str = "", reply_end: str = END_OF_TURN) -> None:
+        super().__init__(tokenizer, (END_OF_TURN,))
         self._reply_end = reply_end
         self._front = [Text(escape_markers(system))] if system else []
 
@@ -97,11 +97,11 @@ class VicunaV1(Template):
 
     name = "vicuna_v1"
 
-    def __init__(self, codec: Tokenizer, system: str = "") -> None:
-        super().__init__(codec)
-        if codec.eos_id is None:
+    def __init__(self, tokenizer: Tokenizer, system: str = "") -> None:
+        super().__init__(tokenizer)
+        if tokenizer.eos_id is None:
             raise ConfigError("model.template vicuna_v1 needs a tokenizer with an end token; this one has none")
-        self._eos, self._markers = codec.eos_id, ("USER:", "ASSISTANT:")
+        self._eos, self._markers = tokenizer.eos_id, ("USER:", "ASSISTANT:")
         self._front = f"{break_up(system, self._markers) or VICUNA_SYSTEM} "
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
@@ -113,7 +113,7 @@ class VicunaV1(Template):
             if message.role == "user":
                 pieces += _user(message.media, text, counts, "USER: ", " ASSISTANT:")
             else:
-                pieces.append(Text(text, True, (*self.codec.encode(text), self._eos)))
+                pieces.append(Text(text, True, (*self.tokenizer.encode(text), self._eos)))
         return pieces
 
 
@@ -127,18 +127,18 @@ class TokenizerTemplate(Template):
 
     name = "tokenizer"
 
-    def __init__(self, codec: Tokenizer, system: str = "") -> None:
-        super().__init__(codec)
+    def __init__(self, tokenizer: Tokenizer, system: str = "") -> None:
+        super().__init__(tokenizer)
         self._known: dict[tuple[int, bool], list[str]] = {}
         self._system = ""
         self._opening = self._fixed(1, True)[1]
         closing = self._fixed(2, False)[2].strip()
-        longest_first = sorted(codec.special | codec.added, key=len, reverse=True)
+        longest_first = sorted(tokenizer.special | tokenizer.added, key=len, reverse=True)
         token = next((word for word in longest_first if closing.startswith(word)), "")
         self._end = token or closing
-        self._added_end = "" if self._end else codec.eos_token
+        self._added_end = "" if self._end else tokenizer.eos_token
         self.stops = (closing,) if closing and not token else ()
-        self.end_ids |= frozenset(codec.encode_marked(token)[:1])
+        self.end_ids |= frozenset(tokenizer.encode_marked(token)[:1])
         self._find_markers(self._fixed(3, True)[1:])
         self._trims = {role: "  x  " not in self._shown(role, "  x  ") for role in ("user", "assistant")}
         self._forgets = "thought" not in self._shown("assistant", "<think>\nthought\n</think>\n\nx")
@@ -167,14 +167,14 @@ class TokenizerTemplate(Template):
                 cut = closing.index(self._end) + len(self._end) if ends else 0
                 pieces.append(Text(f"{blank}{text}{closing[:cut]}{self._added_end}", target=as_in_chat))
                 pieces.append(Text(closing[cut:]))
-        return _encoded(pieces, self.codec)
+        return _encoded(pieces, self.tokenizer)
 
     def _fixed(self, count: int, generate: bool) -> list[str]:
         """The template's own text before, between and after ``count`` messages."""
         if (count, generate) not in self._known:
             turns = [{"role": "assistant" if i % 2 else "user", "content": _CONTENT} for i in range(count)]
             front = [{"role": "system", "content": self._system}] if self._system else []
-            parts = self.codec.render([*front, *turns], generate).split(_CONTENT)
+            parts = self.tokenizer.render([*front, *turns], generate).split(_CONTENT)
             if len(parts) != count + 1:
                 raise ConfigError(
                     "the tokenizer's chat template drops or repeats messages: choose another model.template"
@@ -184,24 +184,26 @@ class TokenizerTemplate(Template):
 
     def _find_markers(self, fixed: Sequence[str]) -> None:
         """Find the role markers: special tokens, and words of the template."""
-        codec = self.codec
-        tokens = codec.special | {word for word in codec.added if word.strip() and word in codec.chat_template}
+        tokenizer = self.tokenizer
+        tokens = tokenizer.special | {
+            word for word in tokenizer.added if word.strip() and word in tokenizer.chat_template
+        }
         longest_first = "|".join(re.escape(word) for word in sorted(tokens, key=len, reverse=True))
         words = {word for text in fixed for word in re.sub(longest_first or "$^", " ", text).split()}
         self._markers = tokens | {word for word in words if not word.isalnum()}
         if not any(token in text for token in tokens for text in fixed):
             self._markers |= words
-        self._forbidden = {ids[0] for ids in map(codec.encode_marked, tokens) if len(ids) == 1}
+        self._forbidden = {ids[0] for ids in map(tokenizer.encode_marked, tokens) if len(ids) == 1}
 
     def _shown(self, role: str, content: str) -> str:
         """A rendered conversation; the first message of ``role`` has this content."""
         turns = [{"role": r, "content": content if r == role else "y"} for r in ("user", "assistant")]
-        return self.codec.render([*turns, {"role": "user", "content": "z"}], True)
+        return self.tokenizer.render([*turns, {"role": "user", "content": "z"}], True)
 
     def _takes_system(self, system: str) -> bool:
         turns = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
         with suppress(ConfigError):
-            return system in self.codec.render(turns, True)
+            return system in self.tokenizer.render(turns, True)
         return False
 
     def _content(self, message: Message) -> str:
@@ -213,11 +215,11 @@ class TokenizerTemplate(Template):
 
     def _broken(self, text: str) -> str:
         broken = break_up(text, self._markers)
-        caught = self._forbidden.intersection(self.codec.encode_marked(broken))
+        caught = self._forbidden.intersection(self.tokenizer.encode_marked(broken))
         return " ".join(broken) if caught else broken
 
 
-def _encoded(pieces: Sequence[Piece], codec: Tokenizer) -> list[Piece]:
+def _encoded(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Piece]:
     """Add ids to pieces; a text is encoded together with all text since the last medium."""
     merged: list[Piece] = []
     for piece in pieces:
@@ -231,9 +233,9 @@ def _encoded(pieces: Sequence[Piece], codec: Tokenizer) -> list[Piece]:
         if not isinstance(piece, Text):
             read, ids = "", []
             continue
-        whole = codec.encode_marked(read + piece.text)
+        whole = tokenizer.encode_marked(read + piece.text)
         if whole[: len(ids)] != ids:  # a token would span both texts: encode this one alone
-            read, ids, whole = "", [], codec.encode_marked(piece.text)
+            read, ids, whole = "", [], tokenizer.encode_marked(piece.text)
         merged[i] = replace(piece, ids=tuple(whole[len(ids) :]))
         read, ids = read + piece.text, whole
     return [piece for piece in merged if not isinstance(piece, Text) or piece.text]

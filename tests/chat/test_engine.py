@@ -111,9 +111,9 @@ def test_a_full_engine_refuses_and_an_unused_one_is_collected(model: Any):
 
 
 def test_a_text_is_continued_as_it_is(model: Any):
-    engine, codec = building.engine(model), model.llama_tokenizer
+    engine, tokenizer = building.engine(model), model.llama_tokenizer
     answer = engine.reply("One two", Sampling(max_new_tokens=5)).answer
-    ids = [codec.bos_id, *codec.encode("One two")]
+    ids = [tokenizer.bos_id, *tokenizer.encode("One two")]
     assert answer.prompt_tokens == len(ids)
     assert engine.reply(ids, Sampling(max_new_tokens=5)).answer.text == answer.text
 
@@ -135,10 +135,10 @@ def test_user_text_forges_no_turn_and_no_slot(model: Any, template: str):
         assert (texts.count("###Human:"), texts.count("###Assistant:")) == (3, 2)
     else:
         assert (texts.count("USER:"), texts.count("ASSISTANT:")) == (2, 2)
-    codec = model.llama_tokenizer
-    ids = codec.encode(FORGED)
-    assert not {codec.eos_id, codec.bos_id} & set(ids)
-    assert codec.decode(ids) == FORGED
+    tokenizer = model.llama_tokenizer
+    ids = tokenizer.encode(FORGED)
+    assert not {tokenizer.eos_id, tokenizer.bos_id} & set(ids)
+    assert tokenizer.decode(ids) == FORGED
 
 
 def test_the_oldest_turns_are_left_out_in_pairs_with_a_warning(model: Any):

@@ -58,9 +58,9 @@ def prompt(*lengths: int, seed: int = 0) -> tuple[list[Element], dict[str, torch
 
 
 def reply(elements: list[Element], media: Any, prefix: Prefix | None = None, tokens: int = 6, **how: Any) -> Generation:
-    codec: Any = Letters()
+    tokenizer: Any = Letters()
     sampling = Sampling(max_new_tokens=tokens, **how)
-    return Generation(elements, media, codec, sampling, end_ids=frozenset((2,)), prefix=prefix)
+    return Generation(elements, media, tokenizer, sampling, end_ids=frozenset((2,)), prefix=prefix)
 
 
 def answers(model: Any, replies: list[Generation]) -> list[list[int]]:

@@ -34,8 +34,8 @@ class StandIn:
         requests: The bodies of the completions so far.
     """
 
-    def __init__(self, model: Any, codec: Any) -> None:
-        self.model, self.codec = model, codec
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.takes_embeds, self.busy, self.dies_after, self.key = True, False, 10**9, ""
         self.width = model.get_input_embeddings().embedding_dim
         self.tokens: list[int] | None = None
@@ -61,7 +61,7 @@ class StandIn:
         own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **same)
         elements = [("prompt", i) for i in range(len(embeds))]
         ends = body["stop"], frozenset(body["stop_token_ids"])
-        reply = Generation(elements, {"prompt": embeds}, self.codec, own, *ends)
+        reply = Generation(elements, {"prompt": embeds}, self.tokenizer, own, *ends)
         with self.lock:  # the decoder is for one thread at a time
             Decoder(self.model).complete([reply])
         for number, token in enumerate(reply.ids):
@@ -86,7 +86,7 @@ def serving(standin: StandIn) -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/tokenize":
-                ids = standin.codec.encode(body["prompt"]) if standin.tokens is None else standin.tokens
+                ids = standin.tokenizer.encode(body["prompt"]) if standin.tokens is None else standin.tokens
                 self.answer(200, {"tokens": ids})
                 return
             standin.requests.append(body)

@@ -107,7 +107,7 @@ def test_what_ends_a_reply(model: Any) -> None:
     assert late.stream.text == plain.stream.text
     for ignore_eos, count in ((False, 2), (True, 8)):
         sampling = Sampling(max_new_tokens=8, ignore_eos=ignore_eos)
-        ended = Generation(elements, media, plain.stream.codec, sampling, end_ids=frozenset((end,)))
+        ended = Generation(elements, media, plain.stream.tokenizer, sampling, end_ids=frozenset((end,)))
         assert len(answers(model, [ended])[0]) == count
 
 
@@ -194,8 +194,8 @@ class Bytes:
         return b"".join(bytes([i]) if i < 256 else self.words[i - 256] for i in ids).decode(errors="replace")
 
 
-def deltas(codec: Any, ids: Sequence[int], *stops: str) -> tuple[list[str], TextStream]:
-    stream = TextStream(codec, stops)
+def deltas(tokenizer: Any, ids: Sequence[int], *stops: str) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer, stops)
     texts = []
     for token in ids:
         texts.append(stream.push(token))
@@ -220,8 +220,8 @@ def test_a_stop_text_is_found_however_it_is_cut(cut: list[str]):
 
 
 def test_what_only_begins_like_a_stop_text_is_kept():
-    codec = Bytes("## ", "two marks", " and #")
-    texts, stream = deltas(codec, [256, 257, 258], "###", "END")
+    tokenizer = Bytes("## ", "two marks", " and #")
+    texts, stream = deltas(tokenizer, [256, 257, 258], "###", "END")
     assert "".join(texts) == "## two marks and #"
     assert texts[0] == "##"  # followed by a space, it cannot be the beginning of ###
     assert stream.stopped is None
@@ -238,23 +238,23 @@ def test_streamed_text_is_that_of_all_ids_for_any_vocabulary_of_bytes(text: str,
     while whole:
         size = cuts[len(tokens) % len(cuts)]
         tokens, whole = [*tokens, whole[:size]], whole[size:]
-    codec = Bytes(*tokens)
+    tokenizer = Bytes(*tokens)
     ids = [256 + i for i in range(len(tokens))]
-    texts, stream = deltas(codec, ids)
-    assert "".join(texts) == stream.text == codec.decode(ids).strip()
+    texts, stream = deltas(tokenizer, ids)
+    assert "".join(texts) == stream.text == tokenizer.decode(ids).strip()
 
 
 def test_streamed_text_is_that_of_all_ids_with_byte_tokens(tmp_path_factory: pytest.TempPathFactory):
     """A later byte can turn a whole run of byte tokens into replacement characters."""
-    codec = load_tokenizer(write_folder(tmp_path_factory.mktemp("llama"), STYLES["phi3"]))
-    letters = codec.encode("a red car")
+    tokenizer = load_tokenizer(write_folder(tmp_path_factory.mktemp("llama"), STYLES["phi3"]))
+    letters = tokenizer.encode("a red car")
 
     @settings(max_examples=300, deadline=None)
-    @given(st.lists(st.one_of(st.sampled_from(sorted(codec.byte_ids)), st.sampled_from(letters)), max_size=24))
+    @given(st.lists(st.one_of(st.sampled_from(sorted(tokenizer.byte_ids)), st.sampled_from(letters)), max_size=24))
     def check(ids: list[int]) -> None:
-        texts, stream = deltas(codec, ids)
-        assert "".join(texts) == stream.text == codec.decode(ids).strip()
+        texts, stream = deltas(tokenizer, ids)
+        assert "".join(texts) == stream.text == tokenizer.decode(ids).strip()
 
     check()
-    texts, _ = deltas(codec, [*codec.encode("a 🎈"), *letters])
+    texts, _ = deltas(tokenizer, [*tokenizer.encode("a 🎈"), *letters])
     assert sum(bool(text) for text in texts) > 3  # it does not wait for the end

@@ -420,12 +420,12 @@ def test_a_batch_of_prompts(model: Any, tensors: Callable, facts: Callable) -> N
 
 
 def test_tokenizer(golden_dir: Path) -> None:
-    codec = load_tokenizer(golden_dir / "tokenizer")
+    tokenizer = load_tokenizer(golden_dir / "tokenizer")
     cases = json.loads((golden_dir / "tokenizer" / "cases.json").read_text())
     assert cases
     for case in cases:
-        assert codec.encode(case["text"]) == case["ids"], case["text"]
-        assert [codec.bos_id, *codec.encode(case["text"])] == case["ids_with_bos"], case["text"]
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert [tokenizer.bos_id, *tokenizer.encode(case["text"])] == case["ids_with_bos"], case["text"]
 
 
 def test_caption_cleaning(facts: Callable) -> None:

@@ -30,11 +30,11 @@ def folder(golden_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_loaded_frozen_and_in_its_precision(folder: Path) -> None:
-    model, codec = load_language_model(LanguageModelSettings(weights=str(folder), dtype="bfloat16"))
+    model, tokenizer = load_language_model(LanguageModelSettings(weights=str(folder), dtype="bfloat16"))
     assert model.dtype == torch.bfloat16
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert (codec.bos_id, codec.eos_id, len(codec)) == (1, 2, 640)
+    assert (tokenizer.bos_id, tokenizer.eos_id, len(tokenizer)) == (1, 2, 640)
     assert model.generation_config.do_sample is not True
 
 
@@ -65,9 +65,9 @@ def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_spread_model_computes_the_same_and_stays_where_it_is() -> None:
-    whole, codec = load_language_model(LanguageModelSettings(weights=TINY))
+    whole, tokenizer = load_language_model(LanguageModelSettings(weights=TINY))
     spread, _ = load_language_model(LanguageModelSettings(weights=TINY, device_map="auto"))
-    ids = torch.tensor([codec.encode("what is the colour of the picture?")])
+    ids = torch.tensor([tokenizer.encode("what is the colour of the picture?")])
     with torch.no_grad():
         logits = [model(ids.to(model.device)).logits.cpu() for model in (whole, spread)]
     torch.testing.assert_close(logits[1], logits[0])

@@ -13,7 +13,7 @@ from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Batch, elemen
 from lavis_chatbridge.prompting.conversation import Piece, Slot, Text
 
 
-class LetterCodec:
+class LetterTokenizer:
     """One id for each letter, from 3 on."""
 
     bos_id, eos_id, pad_id = 1, 2, 0
@@ -22,7 +22,7 @@ class LetterCodec:
         return [ord(letter) - ord("a") + 3 for letter in text]
 
 
-CODEC: Any = LetterCodec()
+TOKENIZER: Any = LetterTokenizer()
 IMAGE, SOUND = Slot("image"), Slot("audio")
 PLACES: list[Any] = [{IMAGE: range(2)}, {IMAGE: range(2, 4), SOUND: range(4, 7)}]
 PROMPTS: list[list[Piece]] = [
@@ -32,7 +32,7 @@ PROMPTS: list[list[Piece]] = [
 
 
 def train(prompts: list[list[Piece]], length: int = 100, layout: Any = "text") -> Batch:
-    return lay_out(prompts, PLACES[: len(prompts)], CODEC, layout, length)
+    return lay_out(prompts, PLACES[: len(prompts)], TOKENIZER, layout, length)
 
 
 def test_text_layout_by_hand() -> None:
@@ -59,10 +59,10 @@ def test_text_layout_by_hand() -> None:
 def test_the_elements_of_a_context() -> None:
     pieces = [Text("a"), IMAGE, Text("b", ids=(20, 21)), IMAGE]
     media = {IMAGE: ("key", range(2))}
-    assert elements_of(pieces, media, CODEC) == [1, 3, ("key", 0), ("key", 1), 20, 21, ("key", 0), ("key", 1)]
-    assert elements_of(pieces, media, CODEC, bos=False)[0] == 3
-    assert elements_of([Text("<s>a", ids=(1, 3))], {}, CODEC) == [1, 3]  # it brings its own BOS
-    assert lay_out([[Text("<s>a", ids=(1, 3))]], [{}], CODEC, "text", 9).token_ids.tolist() == [[1, 3]]
+    assert elements_of(pieces, media, TOKENIZER) == [1, 3, ("key", 0), ("key", 1), 20, 21, ("key", 0), ("key", 1)]
+    assert elements_of(pieces, media, TOKENIZER, bos=False)[0] == 3
+    assert elements_of([Text("<s>a", ids=(1, 3))], {}, TOKENIZER) == [1, 3]  # it brings its own BOS
+    assert lay_out([[Text("<s>a", ids=(1, 3))]], [{}], TOKENIZER, "text", 9).token_ids.tolist() == [[1, 3]]
 
 
 def test_only_padding_in_front_needs_a_mask() -> None:
@@ -76,15 +76,15 @@ def test_only_padding_in_front_needs_a_mask() -> None:
 
 @pytest.mark.parametrize(("length", "kept", "lost"), [(1, 7, 1), (2, 8, 0), (4, 10, 0)])
 def test_truncation_keeps_slots_whole_and_counts_lost_answers(length: int, kept: int, lost: int) -> None:
-    batch = lay_out(PROMPTS[1:], PLACES[1:], CODEC, "text", length)
+    batch = lay_out(PROMPTS[1:], PLACES[1:], TOKENIZER, "text", length)
     assert batch.token_ids.tolist() == [[1, SOFT, SOFT, SOFT, 8, SOFT, SOFT, 9, 10, 11, 12][:kept]]
     assert batch.lost == lost
     without_answer: list[list[Piece]] = [[Text("abc")], [IMAGE, Text("d", target=True)]]
-    assert lay_out(without_answer, [{}, *PLACES[:1]], CODEC, "text", 1).lost == 0
+    assert lay_out(without_answer, [{}, *PLACES[:1]], TOKENIZER, "text", 1).lost == 0
 
 
 def test_a_missing_medium_is_named() -> None:
     with pytest.raises(PromptError, match="sample 0 refers to image 1, but the sample has image 0"):
         train([[Slot("image", 1), Text("a", target=True)]])
     with pytest.raises(PromptError, match="the prompt is empty"):
-        elements_of([], {}, CODEC)
+        elements_of([], {}, TOKENIZER)

@@ -36,7 +36,7 @@ def shared(local: Session) -> Iterator[tuple[StandIn, str]]:
 @pytest.fixture
 def standin(shared: tuple[StandIn, str]) -> StandIn:
     """The stand-in as it was."""
-    shared[0].__init__(shared[0].model, shared[0].codec)  # type: ignore[misc]
+    shared[0].__init__(shared[0].model, shared[0].tokenizer)  # type: ignore[misc]
     return shared[0]
 
 

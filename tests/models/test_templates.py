@@ -30,11 +30,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_folder(root / name, style) for name, style in STYLES.items()}
 
 
-def ids_of(pieces: Sequence[Piece], codec: Tokenizer) -> list[int]:
+def ids_of(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
     found: list[int] = []
     for piece in pieces:
         assert isinstance(piece, Text)
-        found += codec.encode(piece.text) if piece.ids is None else piece.ids
+        found += tokenizer.encode(piece.text) if piece.ids is None else piece.ids
     return found
 
 
@@ -51,8 +51,8 @@ def rendered(folder: Path, messages: Sequence[Message], generate: bool) -> list[
 
 
 def test_human_assistant(golden_dir: Path) -> None:
-    codec = load_tokenizer(golden_dir / "tokenizer")
-    template = load_template("human_assistant", codec, "Be brief.")
+    tokenizer = load_tokenizer(golden_dir / "tokenizer")
+    template = load_template("human_assistant", tokenizer, "Be brief.")
     assert shown(template.prompt(MEDIA, generate=True)) == (
         "Be brief.###Human: Given following video: [video 0] and its background audio: [audio 0] and image: "
         "[image 0].###Human: What is it?###Assistant:A red car.###Human: Given following image: [image 1]."
@@ -63,54 +63,58 @@ def test_human_assistant(golden_dir: Path) -> None:
 
 
 def test_vicuna_v1(golden_dir: Path) -> None:
-    codec = load_tokenizer(golden_dir / "tokenizer")
-    template = load_template("vicuna_v1", codec)
+    tokenizer = load_tokenizer(golden_dir / "tokenizer")
+    template = load_template("vicuna_v1", tokenizer)
     pieces = template.prompt(MEDIA, generate=True)
     assert shown(pieces).endswith(
         "to the user's questions. USER: Given following video: [video 0] and its background audio: [audio 0] and "
         "image: [image 0]. What is it? ASSISTANT:A red car.USER: Given following image: [image 1]. And? ASSISTANT:"
     )
-    assert [p.ids for p in pieces if isinstance(p, Text) and p.target] == [(*codec.encode("A red car."), codec.eos_id)]
-    assert template.end_ids == {codec.eos_id}
+    assert [p.ids for p in pieces if isinstance(p, Text) and p.target] == [
+        (*tokenizer.encode("A red car."), tokenizer.eos_id)
+    ]
+    assert template.end_ids == {tokenizer.eos_id}
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_conversation_has_the_ids_of_the_tokenizers_own_rendering(folders: dict[str, Path], style: str) -> None:
-    codec = load_tokenizer(folders[style])
-    template = load_template("tokenizer", codec)
+    tokenizer = load_tokenizer(folders[style])
+    template = load_template("tokenizer", tokenizer)
     for count in (1, 3, 5):
-        assert ids_of(template.prompt(TALK[:count], generate=True), codec) == rendered(
+        assert ids_of(template.prompt(TALK[:count], generate=True), tokenizer) == rendered(
             folders[style], TALK[:count], True
         )
     if style != "phi3":  # whose template appends the end of text to a training conversation
-        assert ids_of(template.prompt(TALK), codec) == rendered(folders[style], TALK, False)
+        assert ids_of(template.prompt(TALK), tokenizer) == rendered(folders[style], TALK, False)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_reply_is_trained_behind_the_very_prompt_that_a_chat_gives(folders: dict[str, Path], style: str) -> None:
-    codec = load_tokenizer(folders[style])
-    template = load_template("tokenizer", codec)
+    tokenizer = load_tokenizer(folders[style])
+    template = load_template("tokenizer", tokenizer)
     pieces = template.prompt(TALK)
     targets = [i for i, piece in enumerate(pieces) if isinstance(piece, Text) and piece.target]
     assert len(targets) == (1 if style == "qwen3" else 3)  # its earlier replies follow other words than in a chat
     for i, turn in zip(targets, (5,) if style == "qwen3" else (1, 3, 5), strict=True):
         target = pieces[i]
         assert isinstance(target, Text)
-        assert ids_of(pieces[:i], codec) == ids_of(template.prompt(TALK[:turn], generate=True), codec)
+        assert ids_of(pieces[:i], tokenizer) == ids_of(template.prompt(TALK[:turn], generate=True), tokenizer)
         assert target.text == TALK[turn].text + STYLES[style].end
         assert target.ids is not None
         assert target.ids[-1] in template.end_ids
-        assert codec.decode(target.ids).strip() == TALK[turn].text
+        assert tokenizer.decode(target.ids).strip() == TALK[turn].text
         assert template.reply(TALK[turn].text).ids == target.ids
-    assert codec.encode_marked(STYLES[style].end) == [*set(codec.encode_marked(STYLES[style].end)) & template.end_ids]
+    assert tokenizer.encode_marked(STYLES[style].end) == [
+        *set(tokenizer.encode_marked(STYLES[style].end)) & template.end_ids
+    ]
     again = pickle.loads(pickle.dumps(template))
     assert again.prompt(TALK) == pieces
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_media_and_texts_of_the_tokenizers_template(folders: dict[str, Path], style: str) -> None:
-    codec = load_tokenizer(folders[style])
-    pieces = load_template("tokenizer", codec, "Be brief.").prompt(MEDIA, generate=True)
+    tokenizer = load_tokenizer(folders[style])
+    pieces = load_template("tokenizer", tokenizer, "Be brief.").prompt(MEDIA, generate=True)
     assert all(piece.ids is not None for piece in pieces if isinstance(piece, Text))
     text = shown(pieces)
     assert "Given following video: [video 0] and its background audio: [audio 0] and image: [image 0]. What" in text
@@ -121,11 +125,11 @@ def test_media_and_texts_of_the_tokenizers_template(folders: dict[str, Path], st
 
 
 def test_thoughts_and_dates_are_rendered_as_in_every_later_chat(folders: dict[str, Path], tmp_path: Path) -> None:
-    codec = load_tokenizer(folders["qwen3"])
+    tokenizer = load_tokenizer(folders["qwen3"])
     talk = [TALK[0], Message("assistant", "<think>\nhm\n</think>\n\nA red car."), TALK[2]]
-    ids = ids_of(load_template("tokenizer", codec).prompt(talk, generate=True), codec)
+    ids = ids_of(load_template("tokenizer", tokenizer).prompt(talk, generate=True), tokenizer)
     assert ids == rendered(folders["qwen3"], talk, True)
-    assert "hm" not in codec.decode(ids)
+    assert "hm" not in tokenizer.decode(ids)
     style = STYLES["smollm2"]
     dated = style._replace(template="{{ 'Today: ' + strftime_now('%d %b %Y') }}" + style.template)
     text = shown(load_template("tokenizer", load_tokenizer(write_folder(tmp_path, dated))).prompt(TALK[:1], True))
@@ -142,28 +146,28 @@ def forgery(template: Template) -> str:
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("style", STYLES)
 def test_a_text_forges_no_turn(folders: dict[str, Path], style: str, name: str) -> None:
-    codec = load_tokenizer(folders[style])
-    template = load_template(name, codec)
+    tokenizer = load_tokenizer(folders[style])
+    template = load_template(name, tokenizer)
     forged = forgery(template)
     if name == "vicuna_v1":
         forged = forged.replace("car.USER", f"car.{STYLES[style].eos}USER")
-    honest = ids_of(template.prompt(TALK[:3], generate=True), codec)
+    honest = ids_of(template.prompt(TALK[:3], generate=True), tokenizer)
     wide = "".join(chr(ord(c) + 0xFEE0) if 32 < ord(c) < 127 else c for c in forged)
-    marks = {i for word in codec.special for i in codec.encode_marked(word)}
-    benign = ids_of(template.prompt([Message("user", "x")], generate=True), codec)
+    marks = {i for word in tokenizer.special for i in tokenizer.encode_marked(word)}
+    benign = ids_of(template.prompt([Message("user", "x")], generate=True), tokenizer)
     for text in (forged, forged.upper(), wide):
-        found = ids_of(template.prompt([Message("user", text)], generate=True), codec)
+        found = ids_of(template.prompt([Message("user", text)], generate=True), tokenizer)
         assert found != honest
         assert [i for i in found if i in marks] == [i for i in benign if i in marks]
-    said = ids_of(template.prompt([TALK[0], Message("assistant", forged), TALK[2]], generate=True), codec)
+    said = ids_of(template.prompt([TALK[0], Message("assistant", forged), TALK[2]], generate=True), tokenizer)
     assert sum(i in template.end_ids for i in said) == sum(i in template.end_ids for i in honest)
 
 
 @pytest.mark.parametrize("style", ["qwen3", "gemma", "words"])
 def test_no_text_at_all_forges_a_mark(folders: dict[str, Path], style: str) -> None:
-    codec = load_tokenizer(folders[style])
-    template = load_template("tokenizer", codec)
-    marks = {i for word in codec.special for i in codec.encode_marked(word)}
+    tokenizer = load_tokenizer(folders[style])
+    template = load_template("tokenizer", tokenizer)
+    marks = {i for word in tokenizer.special for i in tokenizer.encode_marked(word)}
     words = [
         "[INST]",
         "[/INST]",
@@ -174,13 +178,13 @@ def test_no_text_at_all_forges_a_mark(folders: dict[str, Path], style: str) -> N
         "|>",
         "\N{FULLWIDTH LESS-THAN SIGN}",
     ]
-    benign = ids_of(template.prompt([Message("user", "x")], generate=True), codec)
+    benign = ids_of(template.prompt([Message("user", "x")], generate=True), tokenizer)
 
     @settings(max_examples=150, deadline=None)
     @given(st.lists(st.sampled_from(words), max_size=12).map("".join))
     def check(text: str) -> None:
         pieces = template.prompt([Message("user", text)], generate=True)
-        assert sum(i in marks for i in ids_of(pieces, codec)) == sum(i in marks for i in benign)
+        assert sum(i in marks for i in ids_of(pieces, tokenizer)) == sum(i in marks for i in benign)
         assert style != "words" or shown(pieces).count("[INST]") == 1
 
     check()
@@ -211,11 +215,11 @@ def test_templates_that_cannot_be_used_are_refused(tmp_path: Path, template: Any
 
 
 def test_order_of_messages_and_names_of_templates(folders: dict[str, Path]) -> None:
-    codec = load_tokenizer(folders["smollm2"])
+    tokenizer = load_tokenizer(folders["smollm2"])
     for name in TEMPLATES:
         with pytest.raises(PromptError, match="expected 'user'"):
-            load_template(name, codec).prompt(TALK[1:2])
+            load_template(name, tokenizer).prompt(TALK[1:2])
         with pytest.raises(PromptError, match="must end with a user's"):
-            load_template(name, codec).prompt(TALK[:2], generate=True)
+            load_template(name, tokenizer).prompt(TALK[:2], generate=True)
     with pytest.raises(ConfigError, match=r"model\.template is 'llama'; known are human_assistant"):
-        load_template("llama", codec)
+        load_template("llama", tokenizer)

@@ -28,23 +28,23 @@ TEXTS = (" and image: ", "  two  blanks ", "What is it?", "é 🎈\n\n", "x", ""
 @pytest.mark.parametrize("style", ["qwen3", "llama3", "gemma", "phi3"])
 def test_ids_are_those_of_the_file_whatever_class_is_named(tmp_path: Path, style: str, name: str) -> None:
     folder = write_folder(tmp_path, STYLES[style], tokenizer_class=name, legacy=False, add_prefix_space=True)
-    codec, own = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer, own = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TEXTS:
         ids = own.encode(text, add_special_tokens=False).ids
-        assert codec.encode(text) == codec.encode_marked(text) == ids
-        assert codec.decode(ids) == own.decode(ids)
-    assert len(codec) == own.get_vocab_size()
+        assert tokenizer.encode(text) == tokenizer.encode_marked(text) == ids
+        assert tokenizer.decode(ids) == own.decode(ids)
+    assert len(tokenizer) == own.get_vocab_size()
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_special_tokens_in_text_are_text(tmp_path: Path, style: str) -> None:
-    codec = load_tokenizer(write_folder(tmp_path, STYLES[style]))
-    assert codec.special == set(STYLES[style].special)
+    tokenizer = load_tokenizer(write_folder(tmp_path, STYLES[style]))
+    assert tokenizer.special == set(STYLES[style].special)
     for token in STYLES[style].special:
-        (marked,) = codec.encode_marked(token)[-1:]
-        assert marked not in codec.encode(f"a {token} b")
-        assert codec.decode(codec.encode(f"a {token} b")).strip() == f"a {token} b"
-        assert codec.decode([marked]) == ""
+        (marked,) = tokenizer.encode_marked(token)[-1:]
+        assert marked not in tokenizer.encode(f"a {token} b")
+        assert tokenizer.decode(tokenizer.encode(f"a {token} b")).strip() == f"a {token} b"
+        assert tokenizer.decode([marked]) == ""
 
 
 def test_bos_end_and_padding(tmp_path: Path) -> None:
@@ -55,24 +55,24 @@ def test_bos_end_and_padding(tmp_path: Path) -> None:
     bare = write_folder(tmp_path / "bare", STYLES["llama3"])
     (bare / "tokenizer_config.json").unlink()
     (bare / "config.json").write_text(json.dumps({"bos_token_id": 7, "eos_token_id": [9, 8], "pad_token_id": None}))
-    codec = load_tokenizer(bare)
-    assert (codec.bos_id, codec.eos_id, codec.pad_id) == (7, 9, 9)
+    tokenizer = load_tokenizer(bare)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (7, 9, 9)
 
 
 def test_the_original_sentencepiece_file_gives_the_ids_of_sentencepiece(golden_dir: Path) -> None:
-    codec = load_tokenizer(golden_dir / "tokenizer")
+    tokenizer = load_tokenizer(golden_dir / "tokenizer")
     own = SentencePieceProcessor(model_file=str(golden_dir / "tokenizer" / "tokenizer.model"))
-    assert (codec.bos_id, codec.eos_id, codec.pad_id, len(codec)) == (1, 2, 2, 640)
-    assert codec.decode([1, *codec.encode("a dog"), 2, 700]) == "a dog"
-    assert codec.encode_marked("a</s>")[-1] == 2
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, len(tokenizer)) == (1, 2, 2, 640)
+    assert tokenizer.decode([1, *tokenizer.encode("a dog"), 2, 700]) == "a dog"
+    assert tokenizer.encode_marked("a</s>")[-1] == 2
     words = ["</s>", "<s>", "<0x0A>", "###Human:", "the", "ing ", "2024", "é", "🎈", "你", "▁", *" \n\tabdginorst.,?"]
 
     @settings(max_examples=400, deadline=None)
     @given(st.lists(st.sampled_from(words), max_size=16).map("".join))
     def check(text: str) -> None:
-        ids = codec.encode(text)
+        ids = tokenizer.encode(text)
         assert ids == own.encode(text)
-        assert codec.decode(ids) == own.decode(ids)
+        assert tokenizer.decode(ids) == own.decode(ids)
 
     check()
 
@@ -96,21 +96,21 @@ def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: P
         "{% if add_generation_prompt %}assistant: {% endif %}",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    codec = load_tokenizer(tmp_path)
-    assert (codec.bos_id, codec.eos_id, len(codec)) == (1, 640, 642)
-    assert codec.encode("a<obj>")[-1] == 641
-    assert codec.decode([*codec.encode("a dog"), 641, 640, *codec.encode("b")]) == "a dog<obj> b"
-    assert 640 not in codec.encode("a<|end|>")
-    template = load_template("tokenizer", codec)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, len(tokenizer)) == (1, 640, 642)
+    assert tokenizer.encode("a<obj>")[-1] == 641
+    assert tokenizer.decode([*tokenizer.encode("a dog"), 641, 640, *tokenizer.encode("b")]) == "a dog<obj> b"
+    assert 640 not in tokenizer.encode("a<|end|>")
+    template = load_template("tokenizer", tokenizer)
     assert template.end_ids == {640}
     pieces = template.prompt([Message("user", "a<|end|>"), Message("assistant", "b")])
     assert [p.ids[-1] for p in pieces if isinstance(p, Text) and p.target and p.ids] == [640]
 
 
 def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path) -> None:
-    for codec in (load_tokenizer(golden_dir / "tokenizer"), load_tokenizer(TINY)):
-        assert codec.encode("a\ud800b") == codec.encode("a\N{REPLACEMENT CHARACTER}b")
-        assert codec.encode("a\ud83d\ude00") == codec.encode("a\N{GRINNING FACE}")
+    for tokenizer in (load_tokenizer(golden_dir / "tokenizer"), load_tokenizer(TINY)):
+        assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\N{REPLACEMENT CHARACTER}b")
+        assert tokenizer.encode("a\ud83d\ude00") == tokenizer.encode("a\N{GRINNING FACE}")
 
 
 @pytest.mark.parametrize(

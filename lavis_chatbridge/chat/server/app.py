@@ -163,7 +163,7 @@ class _Exchange:
     async def respond(self, cls: type[Body]) -> Response:
         """The whole answer, or the stream of one; RequestError if the request is at fault, or takes too long."""
         body = await self._in_time(self._begin(cls))
-        response = requests.Response(self._options.name, cls is ChatRequest, self._engine.codec)
+        response = requests.Response(self._options.name, cls is ChatRequest, self._engine.tokenizer)
         events = self._events()
         first = await anext(events)  # a fault before it still gets a status of its own
         if body.stream:

@@ -213,8 +213,8 @@ def refusal_of(error: Exception, number: str) -> RequestError:
 class Response:
     """The JSON of the replies to one request of chat completions (else of completions), whole or in chunks."""
 
-    def __init__(self, model: str, chat: bool, codec: Tokenizer) -> None:
-        self._chat, self._codec = chat, codec
+    def __init__(self, model: str, chat: bool, tokenizer: Tokenizer) -> None:
+        self._chat, self._tokenizer = chat, tokenizer
         name = "chat.completion" if chat else "text_completion"
         number = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._head = {"id": number, "object": name, "created": int(time.time()), "model": model}
@@ -266,7 +266,7 @@ class Response:
         }
 
     def _entry(self, id: int, value: float) -> dict[str, Any]:
-        text = self._codec.decode([id])
+        text = self._tokenizer.decode([id])
         return {"token": text, "logprob": float(value), "bytes": list(text.encode())}
 
 
