@@ -9,8 +9,9 @@ Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,10 +78,11 @@ class ChatBridge(Answering, BaseModel):
         """Number of training samples so far that lost all their targets to ``max_text_length``."""
         self._hashes: dict[str, str] = {}
 
-        self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
+        with _bars_on_terminals_only():
+            self.llama_model, self.llama_tokenizer = load_language_model(settings.language_model)
+            self.visual_encoder = build_vision(settings.vision)
+            self.audio_encoder = build_audio(settings.audio)
         self.template = load_template(settings.template, self.llama_tokenizer, reply_end=settings.reply_end)
-        self.visual_encoder = build_vision(settings.vision)
-        self.audio_encoder = build_audio(settings.audio)
         width = self.visual_encoder.width
         self.ln_vision = nn.LayerNorm(width)
         self.ln_audio = nn.LayerNorm(self.audio_encoder.width)
@@ -290,6 +292,21 @@ class ChatBridge(Answering, BaseModel):
 
 def _random(deviation: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * deviation)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Switch off transformers' progress bars if stderr is a file or a pipe."""
+    from transformers.utils import logging as bars
+
+    off = not (sys.stderr and sys.stderr.isatty()) and bars.is_progress_bar_enabled()
+    if off:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if off:  # other models of the process are not ours
+            bars.enable_progress_bar()
 
 
 def losses_at(model: LanguageModel, rows: Tensor, columns: Tensor, targets: Tensor, **inputs: Any) -> Tensor:

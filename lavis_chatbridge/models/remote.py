@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 KEY = "CHATBRIDGE_ENGINE_KEY"
 """The environment variable with the server's API key, if it asks for one."""
 _TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "transformer.wte.weight")
-_RETRIES = 3
+_WAITS = (0.25, 0.5, 1.0)  # seconds before further attempts
+_BUSY = (429, 502, 503, 504)  # also a load balancer's answers while a server restarts
 _CONCURRENT = 16
 _PROBE = "The colour of the picture"
 _HINT = "start it with 'vllm serve FOLDER --enable-prompt-embeds'"
@@ -52,7 +54,7 @@ class Client:
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(300.0, connect=5.0),
-            transport=httpx.HTTPTransport(retries=_RETRIES, limits=limits),
+            limits=limits,
             trust_env=False,
         )
         self._model: str | None = None
@@ -94,19 +96,28 @@ class Client:
         raise EngineError(f"the engine at {self.url} ended the reply early")
 
     def _lines(self, body: dict[str, Any]) -> Iterator[str]:
-        """The data of the server's events."""
-        try:
-            with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
-                if response.status_code != 200:
-                    response.read()
-                    self._refuse(response)
-                for line in response.iter_lines():
-                    if line.startswith("data: "):
-                        yield line.removeprefix("data: ")
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise EngineError(f"no engine answers at {self.url}: {error}") from error
-        except httpx.TransportError as error:
-            raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
+        """The data of the server's events. While none has come, a busy or lost server is asked again."""
+        begun = False
+        for wait in (*_WAITS, None):
+            try:
+                with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
+                    if response.status_code in _BUSY and wait is not None:
+                        time.sleep(wait)
+                        continue
+                    if response.status_code != 200:
+                        response.read()
+                        self._refuse(response)
+                    for line in response.iter_lines():
+                        if line.startswith("data: "):
+                            begun = True
+                            yield line.removeprefix("data: ")
+                return
+            except httpx.TransportError as error:
+                if begun:
+                    raise EngineError(f"the engine at {self.url} was lost in the middle of a reply: {error}") from error
+                if wait is None:
+                    raise EngineError(f"no engine answers at {self.url}: {error}") from error
+                time.sleep(wait)
 
     def _check_tokens(self, tokenizer: Tokenizer) -> None:
         """Compare the server's tokenizer with ours, if the server offers one."""

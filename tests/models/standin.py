@@ -26,7 +26,7 @@ class StandIn:
 
     Attributes:
         takes_embeds: Whether it was started with ``--enable-prompt-embeds``.
-        busy: Whether requests get status 503.
+        busy: Number of requests that get status 503.
         dies_after: It closes the connection after this many tokens.
         key: The API key that it asks for.
         width: The width of the model that it serves.
@@ -36,11 +36,17 @@ class StandIn:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.takes_embeds, self.busy, self.dies_after, self.key = True, False, 10**9, ""
+        self.takes_embeds, self.busy, self.dies_after, self.key = True, 0, 10**9, ""
         self.width = model.get_input_embeddings().embedding_dim
         self.tokens: list[int] | None = None
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
+
+    def is_busy(self) -> bool:
+        """Whether this request gets status 503."""
+        with self.lock:
+            self.busy -= 1
+            return self.busy >= 0
 
     def fault(self, body: dict[str, Any]) -> str:
         """The message with which vLLM refuses a request, or ""."""
@@ -92,7 +98,7 @@ def serving(standin: StandIn) -> Iterator[str]:
             standin.requests.append(body)
             if standin.key and self.headers.get("Authorization") != f"Bearer {standin.key}":
                 self.answer(401, {"error": "Unauthorized"})
-            elif standin.busy:
+            elif standin.is_busy():
                 self.answer(503, {"error": {"message": "busy"}})
             elif fault := standin.fault(body):
                 self.answer(400, {"error": {"message": fault}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils import logging as bars
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
@@ -35,6 +37,18 @@ from tests.models.replies import tiny
 @pytest.fixture(scope="module")
 def model(golden_dir: Path) -> Any:
     return small_model(golden_dir / "tokenizer")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bars_are_for_terminals(terminal: bool, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_settings: Any) -> None:
+        raise ConfigError(str(bars.is_progress_bar_enabled()))
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(chatbridge, "load_language_model", load)
+    with pytest.raises(ConfigError, match=str(terminal)):
+        ChatBridge(small_settings(golden_dir / "tokenizer"))
+    assert bars.is_progress_bar_enabled()
 
 
 def image(seed: int = 0) -> Tensor:

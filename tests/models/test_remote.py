@@ -34,8 +34,9 @@ def shared(local: Session) -> Iterator[tuple[StandIn, str]]:
 
 
 @pytest.fixture
-def standin(shared: tuple[StandIn, str]) -> StandIn:
-    """The stand-in as it was."""
+def standin(shared: tuple[StandIn, str], monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The stand-in as it was; the client waits for nothing."""
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01, 0.01))
     shared[0].__init__(shared[0].model, shared[0].tokenizer)  # type: ignore[misc]
     return shared[0]
 
@@ -95,12 +96,13 @@ def test_generate_of_the_model_uses_the_engine(session: Session, local: Session)
         session.model.predict_answers(samples, inference_method="rank", answer_list=["a", "b"])
 
 
-def test_many_at_once(session: Session, standin: StandIn, local: Session):
+def test_many_at_once_and_a_busy_engine(session: Session, standin: StandIn, local: Session):
+    standin.busy = 3
     asked = [Conversation().asking(f"what is number {i}?") for i in range(16)]
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda one: session.engine.reply(one).answer.text, asked))
     assert found == [local.engine.reply(one).answer.text for one in asked]
-    assert len(standin.requests) == 16
+    assert len(standin.requests) == 16 + 3
 
 
 def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Session, standin: StandIn):
@@ -124,7 +126,7 @@ def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Se
         ("takes_embeds", False, "start it with 'vllm serve FOLDER --enable-prompt-embeds'"),
         ("tokens", [1, 2, 3], "whose tokenizer gives other ids"),
         ("key", "secret", "asks for an API key: set CHATBRIDGE_ENGINE_KEY"),
-        ("busy", True, "refuses: busy"),
+        ("busy", 9, "refuses: busy"),
         ("width", 64, r"hidden_size \d+ does not match the model's hidden_size 64"),
     ],
 )
