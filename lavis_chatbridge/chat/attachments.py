@@ -53,8 +53,8 @@ def media_of(
     given: list[tuple[Modality, Any]] = []
     for modality, listed in zip(MODALITIES, (images, videos, audios), strict=True):
         given += [(modality, one) for one in _listed(modality, listed)]
-    for pair in media:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair[0] not in MODALITIES:
+    for pair in media if isinstance(media, (list, tuple)) else [media]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or str(pair[0]) not in MODALITIES:
             raise MediaError(pair, f"expected pairs (modality, medium), with one of {', '.join(MODALITIES)}")
     result: list[Medium] = []
     for modality, one in [*given, *media]:

@@ -59,6 +59,7 @@ class Page:
         files = [{"path": str(file)} for file in message.get("files") or []]
         asked = {"role": "user", "content": [*files, message.get("text") or ""]}
         own_seed = None if seed is None or seed < 0 else int(seed)
+        reply: Reply | None = None
         try:
             sampling = Sampling(max_new_tokens=int(tokens), temperature=temperature, top_p=top_p, seed=own_seed)
             conversation = conversation_of([*history, asked], system, hear)
@@ -74,8 +75,8 @@ class Page:
         except ChatBridgeError as error:
             yield [{"role": "assistant", "content": str(error), "metadata": {"title": _ERROR}}]
         finally:
-            if key in self._replies:
-                self._replies[key].cancel()
+            if reply is not None:
+                reply.cancel()
 
     def stop(self, request: gr.Request | None = None) -> None:
         """End the answer of a page at its next token; nothing more of it is shown."""

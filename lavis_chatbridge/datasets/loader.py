@@ -317,9 +317,8 @@ def worker_deaths() -> Iterator[None]:
 
 def _ignore_signals(_worker: int) -> None:
     """Clusters and terminals signal all processes, but the main process must stop the workers, after its checkpoint."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -91,6 +91,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         text: str | Sequence[str] = "",
         videos: Any = None,
         audio: Any = None,
+        hear_videos: bool | None = None,
         **unused: Any,
     ) -> BatchFeature:
         """Prepare one question with its media per row; rows are padded on the left.
@@ -101,6 +102,7 @@ class ChatBridgeProcessor(ProcessorMixin):
             text: One or several questions.
             videos: Videos, likewise. Their audio tracks are used too unless ``audio`` is given.
             audio: Sounds, likewise.
+            hear_videos: Overrides the processor's own setting.
             **unused: Arguments of other processors, such as ``return_tensors="pt"``.
         """
         if wrong := next((name for name in ("image", "video", "audios") if name in unused), None):
@@ -112,7 +114,8 @@ class ChatBridgeProcessor(ProcessorMixin):
         for number, question in enumerate(texts):
             parts = [{"type": modality, modality: medium} for modality in rows for medium in rows[modality][number]]
             conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
-        return self.features(conversations, hear=self.hear_videos and audio is None)
+        hear = self.hear_videos if hear_videos is None else hear_videos
+        return self.features(conversations, hear and audio is None)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -120,6 +123,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         chat_template: str | None = None,
         tokenize: bool = False,
         return_dict: bool = False,
+        hear_videos: bool | None = None,
         **unused: Any,
     ) -> Any:
         """Format one or several conversations with the model's template.
@@ -130,28 +134,32 @@ class ChatBridgeProcessor(ProcessorMixin):
             chat_template: Must be None: ``model.template`` decides.
             tokenize: Return ids instead of text.
             return_dict: With ``tokenize``: return all inputs of the model, not only the ids.
+            hear_videos: Overrides the processor's own setting.
             **unused: Arguments of other processors.
         """
         if chat_template is not None:
             raise ConfigError("ChatBridge formats conversations with model.template: omit chat_template")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: Any = conversation if batched else [conversation]
+        hear = self.hear_videos if hear_videos is None else hear_videos
         if not tokenize:
-            texts = [_text(self._read(messages, self.hear_videos)[0]) for messages in conversations]
+            texts = [_text(self._read(messages, hear)[0]) for messages in conversations]
             return texts if batched else texts[0]
-        features = self.features(conversations, self.hear_videos)
+        features = self.features(conversations, hear)
         return features if return_dict else features["input_ids"]
 
-    def batch_decode(self, sequences: Any, **unused: Any) -> list[str]:
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **unused: Any) -> list[str]:
         """The replies in generated ids, each up to its end marker."""
-        return [self.decode(row) for row in sequences]
+        return [self.decode(row, skip_special_tokens) for row in sequences]
 
     post_process_image_text_to_text = post_process_multimodal_output = batch_decode  # type: ignore[assignment]
 
-    def decode(self, token_ids: Any, **unused: Any) -> str:
-        """The text of ids up to the end marker of the reply, without placeholders and special tokens."""
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True, **unused: Any) -> str:
+        """The text of ids without placeholders; with ``skip_special_tokens`` up to the end marker of the reply."""
         listed = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         known = [token for token in listed if token < len(self.codec)]
+        if not skip_special_tokens:
+            return self.codec.decode(known)
         template = self.template("")
         end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
         return TextStream.of(self.codec, known[:end], template.stops).text

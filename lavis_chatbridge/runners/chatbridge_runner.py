@@ -324,8 +324,12 @@ class ChatBridgeRunner(RunnerBase):
 
 @contextmanager
 def noted_sigterm() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets, such as Slurm's at its time limit; Python allows this in the main thread."""
+    """Yield an event that SIGTERM sets, such as Slurm's at its time limit."""
     received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        _log.warning("training outside the main thread: SIGTERM does not save a checkpoint")
+        yield received
+        return
     before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
         yield received

@@ -170,6 +170,8 @@ def _parse_run(config: DictConfig) -> RunSettings:
     run = parse(RunSettings, _plain(config.run), "run")
     _registered(registry.get_task_class, "run.task", run.task, registry.list_tasks())
     _registered(registry.get_runner_class, "run.runner", run.runner, registry.list_runners())
+    if unknown := [name for name in run.train_dataset_ratios or () if name not in config.datasets]:
+        raise ConfigError(_unknown("run.train_dataset_ratios", unknown[0], list(config.datasets)))
     for extra in ("tensorboard", "wandb"):
         if getattr(run, extra) and not run.evaluate and find_spec(extra) is None:
             raise ConfigError(str(MissingExtraError(extra, extra, f"run.{extra}")))

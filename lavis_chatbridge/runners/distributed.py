@@ -54,6 +54,11 @@ def choose_device(wanted: str, place: ProcessRank) -> torch.device:
 
 def _join(run: RunSettings, place: ProcessRank, device: torch.device) -> None:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        raise ConfigError(
+            "MASTER_ADDR or MASTER_PORT is not set: before srun, put export MASTER_ADDR=$(scontrol show hostnames "
+            "$SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
+        )
     print(
         f"rank {place.rank} of {place.world_size}, announced by {place.launcher}, waits for the others at "
         f"{address}:{port} for up to {run.timeout_minutes:g} minutes",

@@ -6,6 +6,7 @@ shards the language model's blocks and gathers each block when it runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,8 @@ from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import trainable
+
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -63,6 +66,8 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
             block.forward = partial(_recompute, block.forward)
     if run.parallel == "fsdp" and distributed.in_group():
         _shard(_as_bridge(model, "run.parallel fsdp").blocks(), device)
+    elif run.parallel == "fsdp":
+        _log.warning("run.parallel is fsdp, but this is the only process: nothing is sharded")
     model.to(device)
     if distributed.in_group():
         for parameter in trainable(model).values():
@@ -73,7 +78,9 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise if the language model is spread over several devices, which supports only inference."""
+    """Raise if no parameter is trainable, or the language model is spread over devices, which is only for inference."""
+    if not trainable(model):
+        raise ConfigError("the model has no trainable parameters: name parts of it in run.train, or set it to null")
     settings = getattr(getattr(model, "settings", None), "language_model", None)
     if (chosen := getattr(settings, "device_map", None)) is not None:
         raise ConfigError(

@@ -157,6 +157,8 @@ class RunSettings(EvaluationSettings):
             yield "train_splits is empty"
         if not self.evaluate and self.max_iters is not None and self.warmup_steps > self.max_iters:
             yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
+        if not self.evaluate and max(self.min_lr, self.warmup_lr) > self.init_lr:
+            yield f"init_lr {self.init_lr} is less than min_lr {self.min_lr} or warmup_lr {self.warmup_lr}"
         if self.overwrite and self.resume == "auto":
             yield "overwrite deletes the earlier run that resume: auto would resume: choose one"
         if self.resume == "auto" and self.job_id is None and not self.evaluate:

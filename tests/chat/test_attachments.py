@@ -67,6 +67,8 @@ def test_a_single_medium_is_a_list_of_one(tmp_path: Path):
         ({"videos": {"a.mp4": 1}}, "not a dict"),
         ({"media": ["image", "a.png"]}, "expected pairs"),
         ({"media": [("smell", "a.png")]}, "one of image, video, audio"),
+        ({"media": [(np.zeros(9), 16_000)]}, "expected pairs"),
+        ({"media": Path("a.png")}, "expected pairs"),
         ({"images": io.StringIO("text")}, "binary mode"),
         ({"images": "https://example.org/a.png"}, "not on the list of allowed hosts"),
     ],

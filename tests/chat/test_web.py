@@ -107,6 +107,17 @@ def test_a_stopped_answer_shows_nothing_more(page: Any):
     assert page.engine.present == 0
 
 
+def test_a_new_question_is_answered_although_the_last_answer_is_still_being_closed(page: Any):
+    request: Any = SimpleNamespace(session_hash="a page")
+    first = page.respond({"text": "Tell me much", "files": []}, [], "", 400, 1.9, 1.0, 1, True, request)
+    next(first)
+    second = page.respond({"text": "What is it?", "files": []}, [], "", 40, 1.9, 1.0, 2, True, request)
+    next(second)
+    list(first)
+    alone = page.respond({"text": "What is it?", "files": []}, [], "", 40, 1.9, 1.0, 2, True)
+    assert list(second)[-1] == list(alone)[-1]
+
+
 def test_gradio_passes_the_request_so_that_visitors_do_not_stop_each_other(page: Any):
     from gradio import Request
     from gradio.helpers import special_args

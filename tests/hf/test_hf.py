@@ -80,6 +80,23 @@ def test_the_ids_equal_those_of_our_own_prompts(processor: ChatBridgeProcessor, 
     assert [len(inputs[name]) for name in ("pixel_values", "pixel_values_videos", "clips")] == [1, 1, 2]
 
 
+def test_a_call_can_leave_out_the_sound_of_its_videos(processor: ChatBridgeProcessor, talk: list) -> None:
+    for unheard in (False, None):
+        heard = processor.apply_chat_template(talk, tokenize=True, return_dict=True, hear_videos=unheard)
+        assert len(heard["clips"]) == (1 if unheard is False else 2)
+        text = processor.apply_chat_template(talk, hear_videos=unheard)
+        assert text.count("<audio>") == len(heard["clips"])
+        assert ("clips" in processor(videos=video(), text="Why?", hear_videos=unheard)) == (unheard is None)
+
+
+def test_special_tokens_are_kept_on_request(processor: ChatBridgeProcessor) -> None:
+    ids = [*processor.codec.encode("red"), processor.codec.eos_id, *processor.codec.encode("blue")]
+    assert processor.batch_decode([ids]) == ["red"]
+    [whole] = processor.batch_decode([ids], skip_special_tokens=False)
+    assert whole.startswith("red")
+    assert whole.endswith("blue")
+
+
 def test_a_typed_placeholder_is_text(processor: ChatBridgeProcessor) -> None:
     ids = processor(text="<image> <video> <audio>")["input_ids"]
     assert int(ids.max()) < len(processor.codec)

@@ -116,7 +116,9 @@ def test_every_fault_is_reported_at_once(yaml_of):
         ("  overwrite: true\n  resume: auto\n  job_id: ''\n", "overwrite deletes the earlier run"),
         ("  resume: auto\n", "resume: auto needs a job_id"),
         ("  init_lr: .inf\n", "run.init_lr: Input should be a finite number, found inf"),
+        ("  min_lr: 1\n", "init_lr 0.0001 is less than min_lr 1.0 or warmup_lr 0.0"),
         ("  num_beams: 3\n  use_nucleus_sampling: true\n", "choose one"),
+        ("  train_dataset_ratios: {toy_data: 1, toydata: 2}\n", "run.train_dataset_ratios: unknown name 'toydata'"),
         (
             "  runner: chatbridge_runer\n",
             "run.runner: unknown name 'chatbridge_runer', did you mean 'chatbridge_runner'?",

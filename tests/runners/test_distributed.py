@@ -51,6 +51,9 @@ def test_a_process_that_waits_says_for_what(tmp_path, monkeypatch, capfd):
     said = "rank 1 of 4, announced by torchrun (RANK, WORLD_SIZE), waits for the others at gpu1:9 for up to 30 minutes"
     assert said in capfd.readouterr().err
     assert distributed.init(config(tmp_path, distributed=False).run) == torch.device("cpu")
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(ConfigError, match=r"export MASTER_ADDR=\$\(scontrol show hostnames .* MASTER_PORT=29500"):
+        distributed.init(config(tmp_path).run)
 
 
 def told(folder: Path, work: Any, *arguments: Any) -> list[str]:
@@ -172,7 +175,9 @@ def test_all_processes_refuse_alike(tmp_path):
     assert all("have loaded different frozen weights" in text for text in told(tmp_path / "new", _other_frozen_weights))
 
 
-def test_fsdp_needs_a_new_torch_and_a_model_with_blocks(tmp_path, monkeypatch):
+def test_fsdp_needs_processes_a_new_torch_and_a_model_with_blocks(tmp_path, caplog, monkeypatch):
+    runner(tmp_path, parallel="fsdp", max_iters=1).train()
+    assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
     with pytest.raises(ConfigError, match="gradient_checkpointing is for ChatBridge, but the model is Linear"):
         parallel.prepare(torch.nn.Linear(2, 2), config(tmp_path, gradient_checkpointing=True).run, torch.device("cpu"))
     monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward", raising=False)

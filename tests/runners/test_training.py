@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
 def test_a_few_unreadable_samples_are_counted_at_the_end(tmp_path, caplog):
     runner(tmp_path, data=pictures(12, bad=tuple(range(6))), max_epoch=1, max_iters=None, batch_size_train=4).train()
     assert caplog.messages.count("6 samples could not be read (check-data --decode lists them)") == 1
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no trainable parameters"):
+        runner(tmp_path, ToyModel().requires_grad_(False), max_iters=2).train()
 
 
 @pytest.mark.parametrize("fault", ["bad", "poison"])
@@ -204,6 +210,15 @@ def test_an_interrupt_says_how_to_resume(tmp_path, caplog, every, hint):
     with pytest.raises(KeyboardInterrupt):
         one.train()
     assert f"interrupted after step 3; {hint}" in caplog.text
+
+
+def test_a_training_in_a_thread_warns_about_sigterm(tmp_path, caplog):
+    one = runner(tmp_path, max_iters=2)
+    thread = threading.Thread(target=one.train)
+    thread.start()
+    thread.join(60)
+    assert one.state.step == 2
+    assert "outside the main thread: SIGTERM does not save" in caplog.text
 
 
 def test_sigterm_saves_a_checkpoint_although_workers_receive_it_too(tmp_path):
