@@ -14,13 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
 
+from lavis_chatbridge.config import Settings
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset, collate
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, TrainingError
@@ -36,29 +37,28 @@ Request: TypeAlias = tuple[str, Sequence[tuple[int, int]]]
 """A batch to load: a source, and ``(index, epoch)`` of each sample."""
 
 
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How batches are made.
+class LoaderSettings(Settings):
+    """How batches are made: keys of the ``run`` section."""
 
-    Args:
-        batch_size: Samples per micro-batch and rank.
-        batch_tokens: Approximate tokens per micro-batch, instead of ``batch_size``; each source's batch size is fixed.
-        accumulate: Micro-batches per step, all of one source.
-        ratios: Data set -> share of the steps, in any unit; by default by number of samples.
-        seed: Seed of the order, and of each sample's random choices (caption, template, augmentation).
-        workers: Number of processes that load data; 0 loads in this process.
-        hang_seconds: Time limit for loading one sample, which is then skipped; no limit without workers.
-    """
-
-    batch_size: int = 1
-    batch_tokens: int | None = None
-    accumulate: int = 1
-    ratios: Mapping[str, float] | None = None
+    batch_size_train: PositiveInt = 32
+    """Samples per micro-batch and process."""
+    batch_tokens: PositiveInt | None = None
+    """Approximate tokens of a micro-batch, instead of ``batch_size_train``; each data set's batch size is fixed."""
+    accum_grad_iters: PositiveInt = 1
+    """Micro-batches per optimiser step; all of them, on all processes, are from one data set."""
+    train_dataset_ratios: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    """Each data set's share of the steps; null: proportional to the number of samples."""
     group_by_length: bool = False
-    seed: int = 0
-    workers: int = 0
-    pin_memory: bool = False
-    hang_seconds: float = 300.0
+    """Make batches of samples of similar length."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of weights, order, augmentation and dropout."""
+    num_workers: NonNegativeInt = 2
+    """Data workers per training process; 0 loads in the training process itself."""
+    hang_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
+    """Seconds for loading one sample, which is then skipped; without data workers there is no limit."""
+
+
+_IN_THIS_PROCESS = LoaderSettings(num_workers=0)
 
 
 def too_many_unreadable(source: str, bad: int, tried: int, share: float, last: str = "") -> str:
@@ -92,8 +92,8 @@ class MixtureLoader:
         self.skipped: Counter[str] = Counter()
         self.plan = MixturePlan(
             {name: len(source) for name, source in self.sources.items()},
-            source_ratios(splits, settings.ratios),
-            {name: self._batch_size(source) * settings.accumulate for name, source in self.sources.items()},
+            source_ratios(splits, settings.train_dataset_ratios),
+            {name: self._batch_size(source) * settings.accum_grad_iters for name, source in self.sources.items()},
             world_size,
             settings.seed,
             {n: source.lengths for n, source in self.sources.items()} if settings.group_by_length else None,
@@ -103,7 +103,7 @@ class MixtureLoader:
         """Samples per micro-batch. With ``batch_tokens``, as many as fit if all have the 95th percentile of lengths."""
         budget = self.settings.batch_tokens
         if budget is None:
-            return self.settings.batch_size
+            return self.settings.batch_size_train
         lengths = source.lengths[:_LENGTHS_LOOKED_AT] + source.added_tokens()
         return max(1, int(budget // np.quantile(lengths, 0.95)))
 
@@ -116,7 +116,7 @@ class MixtureLoader:
         """
 
         def remaining(done: int) -> Iterator[Request]:
-            steps, part = divmod(done, self.settings.accumulate)
+            steps, part = divmod(done, self.settings.accum_grad_iters)
             return itertools.islice(self._requests(start + steps, stop), part, None)
 
         return _load(self.sources, remaining, self.settings, self.skipped)
@@ -124,7 +124,7 @@ class MixtureLoader:
     def _requests(self, start: int, stop: int | None) -> Iterator[Request]:
         for step in itertools.count(start) if stop is None else range(start, stop):
             source, pairs = self.plan.batch(step, self.rank)
-            size = len(pairs) // self.settings.accumulate
+            size = len(pairs) // self.settings.accum_grad_iters
             for first in range(0, len(pairs), size):
                 yield source, pairs[first : first + size]
 
@@ -145,9 +145,9 @@ class EvaluationLoader:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        settings: LoaderSettings | None = None,
+        settings: LoaderSettings = _IN_THIS_PROCESS,
     ) -> None:
-        self.dataset, self.batch_size, self.settings = dataset, batch_size, settings or LoaderSettings()
+        self.dataset, self.batch_size, self.settings = dataset, batch_size, settings
         self.skipped: Counter[str] = Counter()
         self.shares: list[tuple[str, list[int]]] = []
         before = 0
@@ -246,7 +246,7 @@ def _load(
     skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """The batches of ``remaining(0)``; if a worker is stuck after ``n`` batches, new workers load ``remaining(n)``."""
-    dataset, done = _Mixture(sources, settings.workers), 0
+    dataset, done = _Mixture(sources, settings.num_workers), 0
     with worker_deaths():
         while True:
             for batch in _until_stuck(dataset, remaining(done), settings):
@@ -278,11 +278,11 @@ def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: Loade
         dataset,
         batch_size=None,  # a request is a batch
         sampler=requests,  # type: ignore[arg-type]
-        num_workers=settings.workers,
-        pin_memory=settings.pin_memory and torch.cuda.is_available(),
+        num_workers=settings.num_workers,
+        pin_memory=torch.cuda.is_available(),
         collate_fn=_unchanged,
         worker_init_fn=_ignore_signals,
-        timeout=min(5.0, settings.hang_seconds) if settings.workers else 0,
+        timeout=min(5.0, settings.hang_seconds) if settings.num_workers else 0,
     )
     batches = iter(loader)
     while True:

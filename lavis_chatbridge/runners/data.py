@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 from lavis_chatbridge.datasets.features import FeatureStore, build_features
-from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, too_many_unreadable
+from lavis_chatbridge.datasets.loader import EvaluationLoader, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.processors.base import load_processors
@@ -34,19 +34,6 @@ Datasets: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Data set name -> split name -> data set, as tasks build them."""
 
 
-def _settings(run: RunSettings, device: torch.device) -> LoaderSettings:
-    return LoaderSettings(
-        batch_size=run.batch_size_train,
-        batch_tokens=run.batch_tokens,
-        accumulate=run.accum_grad_iters,
-        ratios=run.train_dataset_ratios,
-        group_by_length=run.group_by_length,
-        seed=run.seed,
-        workers=run.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-
-
 def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> MixtureLoader | LavisTrainLoader:
     """The training batches of this process."""
     chosen = {
@@ -57,7 +44,7 @@ def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> 
     }
     own = [hasattr(dataset, "sources") for dataset in chosen.values()]
     if all(own):
-        return MixtureLoader(chosen, _settings(run, device), distributed.rank(), distributed.world_size())
+        return MixtureLoader(chosen, run, distributed.rank(), distributed.world_size())
     if any(own):
         raise ConfigError(f"cannot mix LAVIS's data sets with this package's in one training: {', '.join(chosen)}")
     return LavisTrainLoader(chosen, run)
@@ -100,7 +87,7 @@ def evaluation_loader(datasets: Datasets, split: str, task: BaseTask, run: RunSe
     elif len(found) > 1:
         raise ConfigError(f"the split {split!r} is in {', '.join(found)}; LAVIS's tasks score one data set at a time")
     if hasattr(dataset, "sources"):
-        return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, _settings(run, device))
+        return EvaluationLoader(dataset, run.batch_size_eval, rank, world_size, run)
     return DataLoader(
         dataset,
         batch_size=run.batch_size_eval,

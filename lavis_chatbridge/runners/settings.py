@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from lavis_chatbridge.datasets.loader import LoaderSettings
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
@@ -23,8 +24,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class RunSettings(EvaluationSettings):
-    """All keys of the ``run`` section; those of evaluation are in `EvaluationSettings`."""
+class RunSettings(LoaderSettings, EvaluationSettings):
+    """All keys of the ``run`` section; those of batches and of evaluation are in the classes that it extends."""
 
     task: str
     """Registered name of the task."""
@@ -36,24 +37,10 @@ class RunSettings(EvaluationSettings):
     """Length of training in optimiser steps; give this or ``max_epoch``."""
     max_epoch: PositiveInt | None = None
     """Length of training in epochs; one has as many samples as all data sets together."""
-    batch_size_train: PositiveInt = 32
-    """Samples per micro-batch and process."""
     batch_size_eval: PositiveInt = 32
     """Samples per evaluation batch and process."""
-    accum_grad_iters: PositiveInt = 1
-    """Micro-batches per optimiser step; all of them, on all processes, are from one data set."""
-    train_dataset_ratios: dict[str, Positive] | None = None
-    """Each data set's share of the steps; null: proportional to the number of samples."""
-    num_workers: NonNegativeInt = 2
-    """Data workers per training process; 0 loads in the training process itself."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of weights, order, augmentation and dropout."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Stop with an error if more than this share of a data set's samples is unreadable."""
-    batch_tokens: PositiveInt | None = None
-    """Size of a micro-batch in tokens, instead of ``batch_size_train``."""
-    group_by_length: bool = False
-    """Make batches of samples of similar length."""
     feature_cache: str | None = None
     """Folder that caches the frozen encoders' outputs, filled on first use; null: no cache."""
 

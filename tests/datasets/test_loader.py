@@ -24,6 +24,10 @@ def group(folder, processors, name="grey", indices=None):
     return SplitDataset(name, [SampleDataset(name, samples, settings, True, processors, indices)])
 
 
+def loading(**settings):
+    return LoaderSettings(**{"num_workers": 0, **settings})
+
+
 def same(first, second):
     assert [b["sample_id"] for b in first] == [b["sample_id"] for b in second]
     assert [b["text_output"] for b in first] == [b["text_output"] for b in second]
@@ -33,15 +37,15 @@ def same(first, second):
 
 def test_batches_do_not_depend_on_workers_and_resume_anywhere(pictures, processors):
     groups = {"grey": group(pictures, processors)}
-    whole = list(MixtureLoader(groups, LoaderSettings(batch_size=5)).batches(0, 6))
+    whole = list(MixtureLoader(groups, loading(batch_size_train=5)).batches(0, 6))
     assert {i for b in whole[:3] for i in b["sample_id"]} == {f"s{i}" for i in range(12)}
-    same(whole[2:], list(MixtureLoader(groups, LoaderSettings(batch_size=5, workers=2)).batches(2, 6)))
+    same(whole[2:], list(MixtureLoader(groups, loading(batch_size_train=5, num_workers=2)).batches(2, 6)))
 
 
 def test_accumulation_divides_a_step(pictures, processors):
     groups = {"a": group(pictures, processors, "a"), "b": group(pictures, processors, "b")}
-    big = list(MixtureLoader(groups, LoaderSettings(batch_size=4)).batches(0, 4))
-    parts = list(MixtureLoader(groups, LoaderSettings(batch_size=2, accumulate=2)).batches(0, 4))
+    big = list(MixtureLoader(groups, loading(batch_size_train=4)).batches(0, 4))
+    parts = list(MixtureLoader(groups, loading(batch_size_train=2, accum_grad_iters=2)).batches(0, 4))
     assert [b["source"] for b in parts] == [b["source"] for b in big for _ in range(2)]
     assert [parts[2 * i]["sample_id"] + parts[2 * i + 1]["sample_id"] for i in range(4)] == [
         b["sample_id"] for b in big
@@ -50,7 +54,7 @@ def test_accumulation_divides_a_step(pictures, processors):
 
 def test_unreadable_media_are_skipped_counted_and_named(pictures, processors, caplog):
     (pictures / "p4.png").write_bytes(b"no picture")
-    loader = MixtureLoader({"grey": group(pictures, processors)}, LoaderSettings(batch_size=6))
+    loader = MixtureLoader({"grey": group(pictures, processors)}, loading(batch_size_train=6))
     with caplog.at_level(logging.WARNING):
         batches = list(loader.batches(0, 6))
     assert sorted(len(b["sample_id"]) for b in batches) == [5, 5, 5, 6, 6, 6]
@@ -62,14 +66,14 @@ def test_unreadable_media_are_skipped_counted_and_named(pictures, processors, ca
 def test_a_batch_without_readable_samples_is_empty(pictures, processors):
     (pictures / "p4.png").unlink()
     groups = {"grey": group(pictures, processors, indices=[4])}
-    [batch] = MixtureLoader(groups, LoaderSettings(batch_size=2)).batches(0, 1)
+    [batch] = MixtureLoader(groups, loading(batch_size_train=2)).batches(0, 1)
     assert (batch["sample_id"], batch["pieces"], batch["source"], len(batch["skipped"])) == ([], [], "grey", 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_malformed_sample_ends_with_its_own_message(workers):
     data = SampleDataset("s", sample_file(Sample("x", turns=(Message("user", "q"),))), DataSettings(stage="alignment"))
-    loader = MixtureLoader({"s": SplitDataset("s", [data])}, LoaderSettings(workers=workers))
+    loader = MixtureLoader({"s": SplitDataset("s", [data])}, loading(num_workers=workers))
     with pytest.raises(DataError, match=r"^s: sample 'x' has no captions; alignment needs one$"):
         next(loader.batches())
 
@@ -80,7 +84,7 @@ class _Dies:
 
 
 def test_a_dead_worker_is_named(pictures):
-    loader = MixtureLoader({"grey": group(pictures, {"image": _Dies()})}, LoaderSettings(workers=1))
+    loader = MixtureLoader({"grey": group(pictures, {"image": _Dies()})}, loading(num_workers=1))
     with pytest.raises(TrainingError, match=r"a data worker died.*run\.num_workers"):
         next(loader.batches())
 
@@ -95,7 +99,7 @@ class _Hangs(PictureProcessor):
 
 
 def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processors):
-    settings = LoaderSettings(batch_size=3, workers=2, hang_seconds=1.0)
+    settings = loading(batch_size_train=3, num_workers=2, hang_seconds=1.0)
     loader = MixtureLoader({"grey": group(pictures, {"image": _Hangs()})}, settings)
     begun = time.monotonic()
     found = list(loader.batches(0, 8))
@@ -104,7 +108,7 @@ def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processor
         [("s4", "its decoder did not return in time")]
     ] * 2
     assert loader.skipped == {"grey": 2}
-    plain = list(MixtureLoader({"grey": group(pictures, processors)}, LoaderSettings(batch_size=3)).batches(0, 8))
+    plain = list(MixtureLoader({"grey": group(pictures, processors)}, loading(batch_size_train=3)).batches(0, 8))
     for batch, expected in zip(found, plain, strict=True):
         assert batch["sample_id"] == [name for name in expected["sample_id"] if name != "s4"]
     split = EvaluationLoader(group(pictures, {"image": _Hangs()}), 4, settings=settings)
@@ -128,7 +132,7 @@ def test_a_token_budget_counts_the_conversations_format():
     turns = (Message("user", "is it a dog?", ("image",)), Message("assistant", "yes"))
     samples = [Sample(str(i), (Medium("image", "a.png"),), turns=turns) for i in range(600)]
     source = SampleDataset("qa", sample_file(*samples), DataSettings(task="image_qa"))
-    loader = MixtureLoader({"qa": SplitDataset("qa", [source])}, LoaderSettings(batch_tokens=2000), world_size=2)
+    loader = MixtureLoader({"qa": SplitDataset("qa", [source])}, loading(batch_tokens=2000), world_size=2)
     assert 28 < loader.plan.batch_sizes["qa"] < 36  # about 36 tokens without the format, which would make 55
 
 
