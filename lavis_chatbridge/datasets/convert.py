@@ -61,11 +61,11 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
     from lavis_chatbridge.datasets.shards import media_file
 
     absent: list[str] = []
-    with media_file(target.with_suffix(".tar")) as keep:
-        origin = own.origin(name, split, keep)
 
-        def usable() -> Iterator[Sample]:
-            count = 0
+    def usable() -> Iterator[Sample]:
+        count = 0
+        with media_file(target.with_suffix(".tar")) as keep:  # complete before the JSONL that refers to it
+            origin = own.origin(name, split, keep)
             for sample in readers.READERS[own.reader](origin):
                 files = [m.path for m in sample.files if m.offset is None]  # others: in an unfinished tar
                 missing = [path for path in files if own.skip_missing and not os.path.exists(path)]
@@ -82,8 +82,7 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
                     f"path is {absent[0]}"
                 )
 
-        written = write_jsonl(target, usable(), own.root if root is None else root)
-    return written, len(absent)
+    return write_jsonl(target, usable(), own.root if root is None else root), len(absent)
 
 
 def _key(name: str, split: str, own: DataSettings) -> str:

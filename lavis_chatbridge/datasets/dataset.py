@@ -225,7 +225,7 @@ def media_content(medium: Medium) -> str | bytes:
     try:
         with open(medium.path, "rb") as shard:
             shard.seek(medium.offset)
-            content = shard.read(medium.size)
+            content = shard.read(min(medium.size, os.fstat(shard.fileno()).st_size))  # a wrong size may exceed memory
     except OSError as error:
         raise MediaError(medium.path, error.strerror or error) from error
     if len(content) < medium.size:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from lavis_chatbridge.config import PROJECTS, hint, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.plugin import report
-from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, Session
+from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, Session, load
 from lavis_chatbridge.plugin.report import Line
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.tasks.settings import MediaSettings
@@ -90,7 +90,7 @@ def score(
         found: list[Line] = []
         with _errors_as_lines(found, suite):
             found += _missing_data(path, options) if suite else []
-            for label, changes in [] if found else _conditions(session, asked):
+            for label, changes in [] if found else _conditions(session, path, options, asked):
                 with _errors_as_lines(found, suite, label):
                     scores = session.run(str(path), [*options, *changes], evaluate=True) or {}
                     found += report.lines_of(scores, session.cfg.run)
@@ -112,8 +112,12 @@ def _errors_as_lines(lines: list[Line], suite: str, label: str = "") -> Iterator
         lines.append(Line("", label).fail(" ".join(str(error).split())))
 
 
-def _conditions(session: Session, asked: Sequence[MediaSettings] | None) -> Iterator[tuple[str, list[str]]]:
+def _conditions(
+    session: Session, path: Path, options: Sequence[str], asked: Sequence[MediaSettings] | None
+) -> Iterator[tuple[str, list[str]]]:
     """Label and options of each condition: first all media; then, if asked, the ablations that suit the last run."""
+    if asked is not None:
+        _check_ablation(load(str(path), options))
     yield "", []
     for condition, splits in [] if asked is None else ablations(asked, session.cfg):
         yield condition.label, [*condition.options, f"run.test_splits=[{','.join(splits)}]"]
@@ -141,6 +145,17 @@ def _replacing(mode: str, modalities: Sequence[Modality], words: str = "kept") -
     return MediaSettings.model_validate({"media": mode, "media_modalities": modalities, "withheld_words": words})
 
 
+def _check_ablation(cfg: Config) -> None:
+    """Raise, before the first score, if ``--ablate`` cannot compare all media with fewer."""
+    from lavis.common.registry import registry
+
+    if cfg.run.media != "normal":
+        raise ConfigError(f"--ablate scores with all media first, but run.media is {cfg.run.media!r}: remove one")
+    for name in cfg.datasets_cfg:
+        if not hasattr(registry.get_builder_class(name), "media_of"):
+            raise ConfigError(f"datasets.{name} is LAVIS's own, which --ablate does not support")
+
+
 def ablations(asked: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSettings, list[str]]]:
     """The conditions that apply to a configuration's data, with the splits that have such media.
 
@@ -150,10 +165,7 @@ def ablations(asked: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSe
 
     present: dict[str, set[Modality]] = {split: set() for split in cfg.run.test_splits}
     for name, section in cfg.datasets_cfg.items():
-        builder = registry.get_builder_class(name)
-        if not hasattr(builder, "media_of"):
-            raise ConfigError(f"datasets.{name} is LAVIS's own, which --ablate does not support")
-        for split, modalities in builder(section).media_of(cfg.run.test_splits).items():
+        for split, modalities in registry.get_builder_class(name)(section).media_of(cfg.run.test_splits).items():
             present[split] |= modalities
     every = [modality for modality in MODALITIES if any(modality in own for own in present.values())]
     found = []

@@ -10,6 +10,7 @@ from lavis_chatbridge.datasets.dataset import (
     SampleDataset,
     SplitDataset,
     collate,
+    media_content,
 )
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
@@ -122,6 +123,8 @@ def test_media_inside_a_shard(pictures, processors):
     assert torch.equal(data[0]["image"][0], torch.full((3, 4, 4), 7 / 255))
     with pytest.raises(MediaError, match="ends before byte"):
         data[1]
+    with pytest.raises(MediaError, match="ends before byte"):
+        media_content(Medium("image", str(pictures / "s.tar"), 0, 10**15))
 
 
 def test_stored_features_stand_in_for_media(pictures, processors):

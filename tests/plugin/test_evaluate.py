@@ -212,7 +212,7 @@ def test_other_words_are_refused(word, capsys):
 
 def test_conditions_suit_the_data(monkeypatch, caplog):
     present = {"seen": {"image"}, "both": {"image", "audio"}, "words": set()}
-    ours, laviss = {"chatbridge_jsonl": {"splits": dict.fromkeys(present, "x.jsonl")}}, {"coco_caption": {}}
+    ours = {"chatbridge_jsonl": {"splits": dict.fromkeys(present, "x.jsonl")}}
     monkeypatch.setattr(registry.get_builder_class("chatbridge_jsonl"), "media_of", lambda self, splits: present)
     cfg = SimpleNamespace(run=SimpleNamespace(test_splits=list(present)), datasets_cfg=ours)
     assert [(one.label, splits) for one, splits in evaluate.ablations([], cfg)] == [
@@ -223,8 +223,22 @@ def test_conditions_suit_the_data(monkeypatch, caplog):
     [(one, splits)] = evaluate.ablations(asked, cfg)
     assert (one.label, splits) == ("image and audio withheld", ["seen", "both"])
     assert "video shuffled: no such media in splits seen, both, words" in caplog.text
-    with pytest.raises(ConfigError, match=r"datasets.coco_caption is LAVIS's own, which --ablate does not support"):
-        evaluate.ablations([], SimpleNamespace(run=cfg.run, datasets_cfg=laviss))
+
+
+@pytest.mark.parametrize(
+    ("own", "option", "why"),
+    [
+        (True, "run.media=withheld", "--ablate scores with all media first, but run.media is 'withheld': remove one"),
+        (False, "run.seed=1", "datasets.coco_caption is LAVIS's own, which --ablate does not support"),
+    ],
+)
+def test_what_cannot_be_ablated_is_an_error_before_the_first_score(config, own, option, why, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    text = config.read_text()
+    section = next(line for line in text.splitlines() if "chatbridge_jsonl" in line)
+    path.write_text(text if own else text.replace(section, "  coco_caption: {}"))
+    assert evaluated(path, option, words=("evaluate", "--ablate")) == 2
+    assert why in capsys.readouterr().err
 
 
 # --- scoring again

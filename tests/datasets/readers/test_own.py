@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from io import BytesIO
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_existing_files_are_not_overwritten(tmp_path, table, capsys):
     assert "own.tar exists: name a new file" in capsys.readouterr().err
     assert convert(tmp_path / "chat.jsonl", tmp_path / "own.jsonl") == 0  # needs no tar, and keeps this one
     assert (tmp_path / "own.tar").read_text() == "mine"
+
+
+def test_a_conversion_that_ends_between_its_two_files_leaves_no_jsonl(tmp_path, table, monkeypatch):
+    replace, written = os.replace, []
+
+    def only_once(source, target):
+        if written:
+            raise KeyboardInterrupt
+        written.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", only_once)
+    assert convert(table, tmp_path / "own.jsonl", "--options", "columns.image=photo") == 130
+    assert written == ["own.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.tar", "photos.parquet"]
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "audiofolder"])
