@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 KEY = "CHATBRIDGE_ENGINE_KEY"
 """The environment variable with the server's API key, if it asks for one."""
-_TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "transformer.wte.weight")
+_TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")  # ends of names
 _WAITS = (0.25, 0.5, 1.0)  # seconds before further attempts
 _BUSY = (429, 502, 503, 504)  # also a load balancer's answers while a server restarts
 _CONCURRENT = 16
@@ -147,13 +147,19 @@ class Client:
 
 
 class RemoteLanguageModel(LanguageModel):
-    """A causal language model that runs on a server with a context of ``max_context`` tokens."""
+    """A causal language model that runs on a server with a context of ``max_context`` tokens.
 
-    embedding_scale = 1.0
+    vLLM multiplies Gemma's embeddings by their factor only where it looks up words itself, so ``table`` is multiplied
+    here; Granite's it multiplies in the forward pass.
+    """
 
-    def __init__(self, table: nn.Embedding, config: Any, client: Client, max_context: int | None) -> None:
+    def __init__(self, table: Tensor, config: Any, client: Client, max_context: int | None) -> None:
         super().__init__()
-        self.embed_tokens, self.config, self.client, self.max_context = table, config, client, max_context
+        if config.model_type.startswith("gemma"):
+            table = table * torch.tensor(config.hidden_size**0.5, dtype=table.dtype)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=True)
+        self.embedding_scale = float(getattr(config, "embedding_multiplier", 1.0))
+        self.config, self.client, self.max_context = config, client, max_context
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -169,7 +175,7 @@ class RemoteLanguageModel(LanguageModel):
     def run(self, generation: Generation) -> Iterator[str]:
         """Yields a reply's text as it becomes final."""
         own = generation.sampling
-        embeds = generation.embeds(0, self.embed_tokens)
+        embeds = generation.embeds(0, self.embed_tokens, self.embedding_scale)
         # Closing this generator closes the connection, and then the server stops generating.
         with closing(self.client.tokens(embeds, own, generation.stream.stops, sorted(generation.end_ids))) as tokens:
             for token, logprob in tokens:
@@ -196,7 +202,7 @@ def load_remote(url: str, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype
     client = Client(url)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     most = client.connect(tokenizer, table.shape[1])
-    return RemoteLanguageModel(nn.Embedding.from_pretrained(table, freeze=True), config, client, most)
+    return RemoteLanguageModel(table, config, client, most)
 
 
 def _embedding_table(folder: Path) -> Tensor:
@@ -205,14 +211,14 @@ def _embedding_table(folder: Path) -> Tensor:
     files = {"model.safetensors"}
     if index.is_file():
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file for name, file in weight_map.items() if name in _TABLES}
+        files = {file for name, file in weight_map.items() if name.endswith(_TABLES)}
     for file in filter(Path.is_file, (folder / file for file in files)):
         with safe_open(file, framework="pt") as opened:
-            for name in set(_TABLES).intersection(opened.keys()):
+            for name in filter(lambda name: name.endswith(_TABLES), opened.keys()):
                 return opened.get_tensor(name)
     raise CheckpointError(
-        f"{folder} has no embedding table ({_TABLES[0]}) in safetensors, which a remote engine needs: convert its "
-        "weights with save_pretrained"
+        f"{folder} has no embedding table (model.{_TABLES[0]}) in safetensors, which a remote engine needs: "
+        "convert its weights with save_pretrained"
     )
 
 

@@ -67,7 +67,8 @@ class StandIn:
         own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **same)
         elements = [("prompt", i) for i in range(len(embeds))]
         ends = body["stop"], frozenset(body["stop_token_ids"])
-        reply = Generation(elements, {"prompt": embeds}, self.tokenizer, own, *ends)
+        prompt = {"prompt": embeds * self.model.embedding_scale}  # vLLM does not divide embeddings by it
+        reply = Generation(elements, prompt, self.tokenizer, own, *ends)
         with self.lock:  # the decoder is for one thread at a time
             Decoder(self.model).complete([reply])
         for number, token in enumerate(reply.ids):

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from lavis_chatbridge.chat import Conversation, Session, load_model
 from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
 from lavis_chatbridge.models import remote
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.models.remote import RemoteLanguageModel
+from lavis_chatbridge.models.remote import RemoteLanguageModel, load_remote
+from lavis_chatbridge.models.tokenizer import Tokenizer
 from tests.chat.building import picture, sound
+from tests.models.replies import Letters, answers, prompt, reply, tiny
 from tests.models.standin import StandIn, serving
+from tests.models.test_families import SUPPORTED
 
 OPTIONS = ("model.checkpoint=null",)
 ASKED = {"images": [picture()], "audios": [sound()]}
@@ -142,3 +146,21 @@ def test_a_key_is_sent(shared: tuple[StandIn, str], standin: StandIn, monkeypatc
     standin.key = "secret"
     monkeypatch.setenv(remote.KEY, "secret")
     assert Session(*load_model("tiny", OPTIONS, "cpu", shared[1])).ask("hello").tokens >= 1
+
+
+class Words(Letters):
+    """A tokenizer of which only the ids of one text are known."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma3_text", "granite", "gpt2", "gpt_neox", "opt", "bloom"])
+def test_a_family_replies_alike_here_and_on_the_engine(name: str, tmp_path: Path) -> None:
+    model = tiny(name, **SUPPORTED[name], **({"embedding_multiplier": 12.0} if name == "granite" else {}))
+    model.save_pretrained(tmp_path)
+    with serving(StandIn(model, Words())) as url:
+        engine = load_remote(url, tmp_path, cast(Tokenizer, Words()), torch.float32)
+        asked = reply(*prompt(4, 3))
+        engine.complete([asked])
+    assert asked.ids == answers(model, [reply(*prompt(4, 3))])[0]

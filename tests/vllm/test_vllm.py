@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,14 +18,18 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from lavis_chatbridge.chat import Conversation, Engine, MediaReader, Session, load_model, media_of
 from lavis_chatbridge.errors import EngineError
+from lavis_chatbridge.models.remote import load_remote
 from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.tokenizer import load_tokenizer
 from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.toyworld.world import scenes
 from tests.chat.building import TINY_TOKENIZER
 from tests.chat.test_world_chat import FIVE, files_of
+from tests.models.replies import answers, prompt, reply, tiny
 
 COMMAND = os.environ.get("CHATBRIDGE_VLLM", "")
 pytestmark = pytest.mark.skipif(not COMMAND, reason="make test-vllm has an environment with vLLM")
@@ -37,7 +42,8 @@ OPTIONS = f"{SERVE} --enforce-eager --enable-prompt-embeds --generation-config v
 class Vllm:
     """A server process, started and killed by the tests."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: Path = TINY_TOKENIZER) -> None:
+        self.model = model
         self._log = open(folder / "vllm.log", "w")  # noqa: SIM115  (open as long as the process)
         with socket.socket() as line:
             line.bind(("127.0.0.1", 0))
@@ -50,7 +56,7 @@ class Vllm:
         words = [
             COMMAND,
             "serve",
-            str(TINY_TOKENIZER),
+            str(self.model),
             "--host",
             "127.0.0.1",
             "--port",
@@ -145,3 +151,24 @@ def test_a_killed_engine_costs_its_replies_and_the_next_request_works(remote: En
         _ = remote.reply(asked).answer
     vllm.start()
     assert remote.reply(asked).answer.tokens >= 1
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_a_family_with_scaled_embeddings_replies_alike(family: str, tmp_path: Path):
+    """vLLM multiplies the embeddings of words, of a prompt or of both by the family's factor."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "max_position_embeddings": 512}
+    more = {"sliding_window": 256} if family == "gemma2" else {"embedding_multiplier": 12.0}
+    model = tiny(family, **sizes, **more, vocab_size=640, num_key_value_heads=1)
+    model.save_pretrained(tmp_path / "llm")
+    for file in TINY_TOKENIZER.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "llm")
+    server = Vllm(tmp_path, tmp_path / "llm")
+    try:
+        engine = load_remote(server.url, tmp_path / "llm", load_tokenizer(tmp_path / "llm"), torch.float32)
+        elements, _ = prompt(5, 7)
+        media = {"m0": 0.2 * torch.randn(3, 64, generator=torch.Generator().manual_seed(3))}
+        asked = reply(elements, media, tokens=16)
+        engine.complete([asked])
+    finally:
+        server.kill()
+    assert asked.ids == answers(model, [reply(elements, media, tokens=16)])[0]
