@@ -14,9 +14,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from lavis_chatbridge.config import Settings, parse, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraError
@@ -36,7 +36,7 @@ class GenerateSettings(Settings):
     """Server, requests and limits of a generation; ``chatbridge multis generate --help`` explains them."""
 
     model: str
-    base_url: Annotated[str, Field(pattern="^https?://")] | None = None
+    base_url: str | None = None
     temperature: float = 0.7
     timeout: PositiveFloat = 120.0
     retries: NonNegativeInt = 5
@@ -49,6 +49,10 @@ class GenerateSettings(Settings):
     requests_per_minute: PositiveFloat | None = None
     max_cost: float | None = None
     """A request that might exceed it is not sent."""
+
+    def check(self) -> Iterator[str]:
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            yield f"base_url is {self.base_url!r}, expected http://... or https://..."
 
 
 class Price(Settings):

@@ -75,7 +75,7 @@ class Session:
         cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.in_group(), distributed.world_size()
         cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
         job_id = distributed.from_main(new_job_id())
-        if own and not evaluate:
+        if own and not evaluate and not cfg.run.evaluate:
             RunFolder(cfg.run, job_id).check()  # before anything is loaded
         prepare_world(cfg.datasets_cfg)
         runner = self._runner(cfg, job_id, evaluate)
