@@ -159,7 +159,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         listed = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         known = [token for token in listed if token < len(self.codec)]
         if not skip_special_tokens:
-            return self.codec.decode(known)
+            return self.tokenizer.decode(known)
         template = self.template("")
         end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
         return TextStream.of(self.codec, known[:end], template.stops).text
