@@ -78,7 +78,11 @@ def _question(text: str, given: Sequence[tuple[Modality | None, str]], talk: Tal
 
     if os.path.isfile(text):
         raise ConfigError(f'{text} is a file, and the question is missing: ask "what is it?" {text}')
-    text = sys.stdin.read() if text == "-" else text
+    try:
+        text = sys.stdin.read() if text == "-" else text
+        text.encode()  # in some locales Python keeps bytes that are not UTF-8 as surrogates
+    except UnicodeError as error:
+        raise ConfigError("the question is not UTF-8 text") from error
     if not text.strip():
         raise ConfigError(f"the question is missing: {_USAGE}")
     for modality, file in given:
@@ -180,8 +184,8 @@ def read_questions(path: Path, talk: TalkOptions) -> Iterator[Question]:
 
     folder = path.parent.absolute()
     for where, record in read_objects(path):
-        line = parse(_Question, record, where)
         try:
+            line = parse(_Question, record, "question")
             if line.messages is not None:
                 conversation = read_messages(line.messages, Access(own_folder=folder), talk.video_sound)
             else:

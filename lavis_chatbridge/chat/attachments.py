@@ -97,7 +97,7 @@ def _listed(modality: Modality, given: Any) -> list[Any]:
         raise MediaError(
             given,
             f"{modality}s are given as paths, bytes, file objects, URLs, arrays, tensors or Pillow images, "
-            f"one or a list of them, not a {type(given).__name__}",
+            f"one or a list of them, not {type(given).__name__}",
         )
     listed = list(given)
     still = [isinstance(one, Image) and getattr(one, "n_frames", 1) == 1 for one in listed]

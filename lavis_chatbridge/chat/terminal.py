@@ -36,7 +36,7 @@ _COMMANDS = {
     "media": "  list what is attached; '/media none' detaches it",
     "retry": "  answer the last question again",
     "edit": "TEXT  replace the text of the last question and answer it",
-    "undo": "  take back the last question and its answer; its media are attached again",
+    "undo": "  remove the last question and its answer; its media are attached again",
     "history": "  show the conversation",
     "set": "NAME VALUE  change a setting (none: its default); alone: show all",
     "save": "FILE  save the conversation",
@@ -187,7 +187,7 @@ class Terminal:
             self.say("  there is no question")
             return
         self.attached = [(m.modality, m.content) for m in taken.media if not m.track] + self.attached
-        again = f" ({len(self.attached)} media are attached again)" if self.attached else ""
+        again = f" (attached again: {len(self.attached)})" if self.attached else ""
         self.say(f"  taken back: {taken.text}{again}")
 
     def _history(self, rest: str) -> None:

@@ -6,6 +6,7 @@ Without a launcher there is one process and no group; all functions also work th
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import socket
@@ -34,8 +35,14 @@ def init(run: RunSettings) -> torch.device:
     where = f" rank {rank()}" if in_group() else ""
     logging.basicConfig(format=f"%(asctime)s [%(levelname)s]{where} %(message)s")
     logging.getLogger().setLevel(logging.INFO if is_main() else logging.WARNING)
-    _log.info("process %d of %d on %s, device %s", rank(), world_size(), socket.gethostname(), device)
+    _log_place(rank(), world_size(), device)
     return device
+
+
+@functools.cache
+def _log_place(rank: int, world_size: int, device: torch.device) -> None:
+    """Once per process: a command and its runner both call `init`."""
+    _log.info("process %d of %d on %s, device %s", rank, world_size, socket.gethostname(), device)
 
 
 def choose_device(wanted: str, place: ProcessRank) -> torch.device:

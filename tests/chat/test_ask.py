@@ -64,6 +64,13 @@ def test_standard_input(files: Path, loaded: Session, monkeypatch: pytest.Monkey
         assert json.loads(capsys.readouterr().out)["answer"] == expected["answer"]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_question_that_is_not_utf_8(errors: str, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?"), "utf-8", errors))
+    assert cli.main(["ask", "-"]) == 2
+    assert "the question is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

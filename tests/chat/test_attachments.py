@@ -63,8 +63,8 @@ def test_a_single_medium_is_a_list_of_one(tmp_path: Path):
 @pytest.mark.parametrize(
     ("media", "message"),
     [
-        ({"images": 3}, "images are given as paths.*, not a int"),
-        ({"videos": {"a.mp4": 1}}, "not a dict"),
+        ({"images": 3}, "images are given as paths.*, not int"),
+        ({"videos": {"a.mp4": 1}}, "not dict"),
         ({"media": ["image", "a.png"]}, "expected pairs"),
         ({"media": [("smell", "a.png")]}, "one of image, video, audio"),
         ({"media": [(np.zeros(9), 16_000)]}, "expected pairs"),

@@ -80,7 +80,7 @@ def test_retry_edit_undo_save_and_load(opened: Session, files: Path, tmp_path: P
     file = tmp_path / "talk.json"
     lines = ["one?", "two?", "/edit deux?", "/retry", f"dos {files}/c.wav ?", "/undo", "/media", f"/save {file}"]
     shown = typed(opened, *lines, "/new", "/history", f"/load {file}", "/unknown/path is it?")
-    assert "taken back: dos ? (1 media are attached again)" in shown
+    assert "taken back: dos ? (attached again: 1)" in shown
     assert f"audio {files}/c.wav" in shown.partition("taken back")[2]
     assert shown.count("you> deux?") == 1  # shown by /load; /history after /new shows nothing
     assert [message["content"] for message in json.loads(file.read_text())["messages"][::2]] == ["one?", "deux?"]

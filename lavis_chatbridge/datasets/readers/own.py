@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
 _BATCH = 32  # rows of a table in memory
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_log = logging.getLogger(__name__)
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
 _COLUMNS = ("id", *MODALITIES, "captions", "question", "answer", "answers", "messages")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -48,6 +50,9 @@ def huggingface(origin: Origin) -> Iterator[Sample]:
         named = {ours: columns.get(ours, ours) for ours in _COLUMNS}
         if named["captions"] not in table.column_names:
             named["captions"] = "caption" if "caption" in table.column_names else "text"
+        if path == origin.every_file[0] and not {named[modality] for modality in MODALITIES} & set(table.column_names):
+            found = ", ".join(table.column_names)
+            _log.warning("%s: no column of media; set it, as in options.columns.image=NAME; found %s", path, found)
         rows = (values for batch in table.iter(batch_size=_BATCH) for values in batch.to_pylist())
         for number, values in enumerate(rows):
             row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number}")

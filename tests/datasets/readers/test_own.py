@@ -130,6 +130,13 @@ def test_tables_of_text_are_detected(tmp_path, capsys, name, delimiter):
     assert "image                                      1" in capsys.readouterr().out
 
 
+def test_a_table_without_a_known_column_of_media_is_a_warning(tmp_path, caplog):
+    (tmp_path / "t.csv").write_text("photo,text\na.png,grey\n")
+    [sample] = READERS["huggingface"](Origin("own", {"file": [str(tmp_path / "t.csv")]}, str(tmp_path)))
+    assert sample.media == ()
+    assert "no column of media; set it, as in options.columns.image=NAME; found photo, text" in caplog.text
+
+
 def test_questions_and_messages_of_a_table(tmp_path):
     talk = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "Grey."}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": talk, "image": "a.png"}) + "\n")
