@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: the circumstances of a measurement as a line of text, and printing a table to a file too.
+"""Shared by the benchmarks: a training step, the circumstances of a measurement, printing a table to a file too.
 
 ``python benchmarks/NAME.py`` finds this module, since a script's own folder is first on the path.
 """
@@ -11,6 +11,7 @@ import platform
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lavis_chatbridge.files import write_text
 
@@ -31,3 +32,27 @@ def write_table(text: str, file: Path | None) -> None:
     sys.stdout.write(text)
     if file is not None:
         write_text(file, text)
+
+
+class Trainer:
+    """The package's own step over a model of stage 1; each is the first of a run, of which ``settings`` are more."""
+
+    def __init__(self, model: Any, device: str, **settings: Any) -> None:
+        import torch
+
+        from lavis_chatbridge.runners.settings import RunSettings
+        from lavis_chatbridge.runners.step import TrainStep, learning_rate
+
+        run = RunSettings(task="chatbridge_alignment", max_iters=100_000, **settings)
+        self._rate, self.model = learning_rate(run, 0, 100_000), model
+        self._step = TrainStep(model, self.loss, run, torch.device(device))
+
+    @staticmethod
+    def loss(model: Any, samples: Any) -> tuple[Any, Any]:
+        """The mean loss, and its number of target tokens."""
+        out = model(samples)
+        return out["loss"], out["target_tokens"]
+
+    def step(self, batch: dict[str, Any], *_: Any) -> Any:
+        """One training step: a `StepResult`."""
+        return self._step(0, self._rate, [batch])

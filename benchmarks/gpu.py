@@ -4,14 +4,11 @@ Needs a GPU that nothing else uses, no weights and no data. ``--size tiny`` show
 
     python benchmarks/gpu.py [--size 13b] [--modalities image video audio] [--rounds 5] [--write benchmarks/gpu.md]
 
-The model is that of the shipped YAML with random bf16 weights. A step is the package's own `TrainStep`. Media are on
-the device already, and all captions are the same, so no position is padding. The script first checks that the same step
-from the same weights gives the same finite loss and gradient norm. Then it times steps at the paper's batch of one
-process and at larger ones, until one does not fit.
-
-"MFU" is the share of the measured bf16 matmul ceiling that a step's own operations reach, as torch's flop counter
-counts them. Decoding is compared with the measured bandwidth of a copy: a token reads all weights once, and the keys
-and values of every row. Goals: an MFU of 0.55, decoding at 0.6 of the bandwidth, a batch of 64 on 141 GB with 13B.
+The model is that of the shipped YAML with random bf16 weights, its step the package's own. Media are on the device
+already, and all captions are the same, so no position is padding. First, a step taken twice from the same weights must
+give the same finite loss and gradient norm. "MFU" is the share of the measured bf16 matmul ceiling that a step's own
+operations reach, as torch's flop counter counts them. Decoding is compared with the measured bandwidth of a copy: a
+token reads all weights once, and the keys and values of every row.
 """
 
 from __future__ import annotations
@@ -30,8 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import circumstances, write_table
-from torch import Tensor
+from common import Trainer, circumstances, write_table
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,8 +38,7 @@ from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import LanguageModelSettings, ModelSettings
 from lavis_chatbridge.models.weights import model_settings
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, alignment_prompt
-from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import StepResult, TrainStep, learning_rate, trainable
+from lavis_chatbridge.runners.step import trainable
 
 CAPTION = "a red circle moves left above two big blue squares and a small green star moves right"
 FRAMES, MEL_BINS = 4, 64
@@ -116,24 +111,6 @@ def batch_of(modality: Modality, size: int, settings: ModelSettings, plan: Plan,
     return {"sample_id": [str(i) for i in range(size)], "pieces": pieces, modality: [[m] for m in media], **others}
 
 
-class Trainer:
-    """The package's step over a model; every step is the first of a run."""
-
-    def __init__(self, model: ChatBridge, device: torch.device) -> None:
-        run = RunSettings(task="chatbridge_alignment", max_iters=100_000, precision="bf16")
-        self._rate = learning_rate(run, 0, 100_000)
-        self._step = TrainStep(model, self._loss, run, device)
-
-    @staticmethod
-    def _loss(model: Any, samples: Any) -> tuple[Tensor, Tensor]:
-        out = model(samples)
-        return out["loss"], out["target_tokens"]
-
-    def step(self, batch: dict) -> StepResult:
-        """One step, with the dropout and the learning rate of step 0."""
-        return self._step(0, self._rate, [batch])
-
-
 def seconds_of(function: Callable[[], Any], rounds: int, device: torch.device) -> float:
     """Median of the rounds, after one call to warm up."""
     taken = []
@@ -170,7 +147,7 @@ def check(model: ChatBridge, batch: dict, device: torch.device) -> dict[str, flo
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     results = []
     for _ in range(2):
-        results.append(Trainer(model, device).step(batch))
+        results.append(Trainer(model, device.type, precision="bf16").step(batch))
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(before[name])
@@ -195,7 +172,7 @@ def fits(trial: Callable[[], Any]) -> bool:
 def measure_steps(model: ChatBridge, modality: Modality, plan: Plan, rounds: int, device: torch.device) -> list[dict]:
     """A row for each batch that fits."""
     checked = check(model, batch_of(modality, 2, model.settings, plan, device), device)
-    trainer = Trainer(model, device)
+    trainer = Trainer(model, device.type, precision="bf16")
     rows = []
     for size in plan.batches:
         batch = batch_of(modality, size, model.settings, plan, device)

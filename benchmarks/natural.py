@@ -5,15 +5,11 @@ Run from the repository's root, with a network for pip and apt, on Debian; it is
     OMP_NUM_THREADS=1 python benchmarks/natural.py output/natural [--steps 120] [--write benchmarks/natural.md]
 
 Parts, all from packages: EfficientNet-Lite0 (ImageNet) as vision encoder ``timm``, SmolLM2-135M-Instruct, and the
-pictures with captions of Debian's tuxpaint-stamps-default. Pictures are split by the head noun of their captions: of a
-noun with three pictures or more, every third is in the test, so at least two are in training. The table shows the share
-of test pictures whose noun is named
-
-- by the nearest training picture in the encoder's pooled features, and by a ridge regression from these features to the
-  language model's embeddings of the nouns, in closed form (minutes, no training);
-- by the bridge: its soft tokens first learn the nouns' embeddings without the language model, then the runner trains it
-  on captions; beside the commonest noun, and beside the bridge's answers to pictures of other nouns;
-- by the noun whose embedding is nearest to the bridge's mean soft token: what the bridge knows, whoever reads it.
+pictures with captions of Debian's tuxpaint-stamps-default. Of a noun with three pictures or more, every third is in the
+test. The table shows the share of test pictures whose noun is named by the nearest training picture in the encoder's
+pooled features, by a ridge regression from these to the language model's embeddings of the nouns, and by the bridge:
+its soft tokens first learn the nouns' embeddings, then the runner trains it on captions. Beside it: the commonest noun,
+the noun nearest to the mean soft token, and the bridge's answers to exchanged pictures.
 """
 
 from __future__ import annotations
@@ -259,7 +255,6 @@ def main() -> None:
         rows["bridge's soft tokens, before the language model's steps"] = named(
             nearest_nouns(model, media["test"], own), wanted
         )
-        rows["bridge, before the language model's steps"] = named(answers(model, media["test"]), wanted)
         options = [f"model.checkpoint={folder / 'aligned.safetensors'}"]
         shutil.rmtree(folder / "run", ignore_errors=True)
         image = f"preprocess.vis_processor.eval.encoder={{encoder: timm, weights: {parts / 'encoder'}}}"

@@ -7,10 +7,9 @@ LLaMA 12 x 512 with a vocabulary of 32,000; random weights, no dropout. Batches:
 sounds of 2 clips, each with a caption of 6 to 20 words. Two steps are timed together: plain takes their samples in
 order, ours in batches of similar lengths, by the training's own plan (`run.group_by_length`, here over 2 batches).
 
-The plain reference works as the original's code does: frames and clips pass their encoder one after the other,
-attention is two matmuls and a softmax, logits of every position are computed, AdamW takes one parameter after the
-other. It has the same weights and samples; only the perceiver (LAVIS's) is the same code. "ours" is the package's
-`TrainStep`, "cached" reads encoded media. The variants take turns; medians of processor time count.
+The plain reference works as the original's code does: one frame or clip after the other, attention of two matmuls and
+a softmax, logits of every position, AdamW by parameter. Weights, samples and the perceiver (LAVIS's) are the same.
+"ours" is the package's `TrainStep`, "cached" reads encoded media. Medians of processor time, in turns.
 
 The ceiling is the best rate of a square fp32 matmul on the same core; a step's share of it is its floating-point
 operations (`torch.utils.flop_counter`) divided by its seconds and the ceiling.
@@ -32,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
-from common import circumstances, write_table
+from common import Trainer, circumstances, write_table
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,8 +50,6 @@ from lavis_chatbridge.models.settings import (
     VisionSettings,
 )
 from lavis_chatbridge.prompting.conversation import Slot, alignment_prompt
-from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import TrainStep, learning_rate
 
 BATCHES = {"image": 8, "video": 4, "audio": 8}
 STEPS = 2
@@ -160,7 +157,7 @@ class Plain:
         media = [medium[0] for medium in batch[modality]]
         tokens = self.hear(media) if modality == "audio" else self.see(media)
         queries = model.audio_query_tokens if modality == "audio" else model.image_query_tokens
-        mask = torch.ones(tokens.shape[:2], dtype=torch.long)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
         soft = model.llama_proj(perceive(model.Qformer, queries, tokens, mask))
         count = soft.shape[1]
         places: list[Any] = [{Slot(modality): range(i * count, (i + 1) * count)} for i in range(len(media))]
@@ -206,26 +203,6 @@ def _plain_attention(own: Any, x: Tensor, bias: Tensor) -> Tensor:
     return own.out_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-class Ours:
-    """The package's own step."""
-
-    def __init__(self) -> None:
-        self.model = build()
-        run = RunSettings(task="chatbridge_alignment", max_iters=100_000, clip_grad_norm=None, decay_all=True)
-        self._rate = learning_rate(run, 0, 100_000)
-        self._step = TrainStep(self.model, self.loss, run, torch.device("cpu"))
-
-    @staticmethod
-    def loss(model: Any, samples: Any) -> tuple[Tensor, Tensor]:
-        """The mean loss, and its number of target tokens."""
-        out = model(samples)
-        return out["loss"], out["target_tokens"]
-
-    def step(self, batch: dict[str, Any], modality: str) -> float:
-        """One training step."""
-        return self._step(0, self._rate, [batch]).loss
-
-
 def in_turns(functions: list[Callable[[], Any]], rounds: int) -> list[tuple[float, int]]:
     """Median seconds of processor time of each function, in turns, and its operations, counted in a first call."""
     seconds: list[list[float]] = [[] for _ in functions]
@@ -251,7 +228,7 @@ def ceiling() -> float:
 def measure(modality: str, rounds: int) -> list[tuple[str, float, float, float]]:
     """Variant, seconds of a step, its share of the ceiling, the difference of its loss to plain's."""
     drawn, grouped = batches_of(modality)
-    plain, ours = Plain(), Ours()
+    plain, ours = Plain(), Trainer(build(), "cpu", clip_grad_norm=None, decay_all=True)
     stored = [cached(ours.model, batch, modality) for batch in grouped]
     work: dict[str, tuple[Any, list[dict[str, Any]]]] = {"plain": (plain, drawn), "ours": (ours, grouped)}
     work["ours, cached"] = (ours, stored)
