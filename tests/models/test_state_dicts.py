@@ -116,13 +116,14 @@ def test_blip2_gives_queries_perceiver_and_norm(tokenizer: Path, tmp_path: Path)
         small_model(tokenizer, perceiver=own)
 
 
-def test_eva_drops_the_last_block_and_fits_positions(tmp_path: Path) -> None:
+def test_eva_drops_the_last_block_and_fits_positions(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     large = EvaVit(VisionSettings(**SIZES | {"image_size": 56, "depth": 3}))
     torch.save({**large.state_dict(), "norm.weight": torch.ones(32)}, tmp_path / "eva.pth")
     vision: Any = build_vision(VisionSettings(weights=str(tmp_path / "eva.pth"), **SIZES))
     assert torch.equal(vision.blocks[1].mlp.fc1.weight, large.blocks[1].mlp.fc1.weight)
     assert torch.equal(vision.pos_embed[:, 0], large.pos_embed[:, 0])
     assert vision.pos_embed.shape == (1, 5, 32)
+    assert capsys.readouterr().out == ""  # only answers go to stdout
     with pytest.raises(CheckpointError, match=r"does not fit model\.vision: unexpected: blocks\.2\."):
         build_vision(VisionSettings(weights=str(tmp_path / "eva.pth"), **SIZES | {"depth": 1}))
 

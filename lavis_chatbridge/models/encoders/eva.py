@@ -8,6 +8,8 @@ Shapes: ``B`` images, ``N`` tokens (a class token, then patches row by row), ``D
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -64,7 +66,8 @@ def build_vision(settings: VisionSettings) -> EvaVit:
     tensors = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
     with state_dicts.on_meta():
         encoder = EvaVit(settings)
-    interpolate_pos_embed(encoder, tensors)
+    with redirect_stdout(sys.stderr):  # it prints what it does; answers go to stdout
+        interpolate_pos_embed(encoder, tensors)
     state_dicts.load_exactly(encoder, tensors, file.path, "model.vision", dtype)
     return encoder
 
