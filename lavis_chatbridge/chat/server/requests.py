@@ -30,7 +30,6 @@ _MOST_REPLIES, _MOST_LOGPROBS = 16, 20
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("tools", "functions", "logit_bias", "guided_json", "structured_outputs", "use_beam_search")),
     **dict.fromkeys(("prompt_logprobs", "prompt_embeds", "echo", "suffix")),
-    "best_of": 1,
     "modalities": ["text"],
     "response_format": {"type": "text"},
 }
@@ -102,11 +101,12 @@ class Body(BaseModel):
 
     def check(self) -> None:
         """Refuse unsupported fields by name, and log fields that have no meaning here, once each."""
+        neutral = {**_UNSUPPORTED, "best_of": self.n or 1}
         for name, value in (self.model_extra or {}).items():
-            if name not in _UNSUPPORTED and name not in _logged:
+            if name not in neutral and name not in _logged:
                 _logged.add(name)
                 log.info("the field %s of a request has no meaning here", name[:80])
-            elif value and name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
+            elif value and name in neutral and value != neutral[name]:
                 asked = f"{name} {json.dumps(value)[:60]}"
                 raise RequestError(400, f"{asked} is not supported by this server", "unsupported_parameter", name)
 

@@ -68,6 +68,7 @@ def test_neutral_and_unknown_fields_are_accepted_and_logged_once(caplog: pytest.
         for _ in range(2):
             chat(**neutral, odd_field=3, reasoning_effort="low")
     assert caplog.text.count("odd_field") == 1
+    chat(n=3, best_of=3)
 
 
 def test_fields_become_a_sampling():
