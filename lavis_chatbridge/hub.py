@@ -134,6 +134,8 @@ def parsed(text: str, content: Content = "weights", prefixes: Sequence[str] = ()
 
 def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -> list[Path]:
     """The required files of a folder in Hugging Face's layout; a `CheckpointError` if one is missing."""
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist")
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     needed = _needed(there, content, lambda index: folder / index, prefixes, str(folder))
     if missing := [name for name in needed if name not in there]:

@@ -105,6 +105,11 @@ def test_only_the_tokenizer_or_the_shards_with_the_wanted_tensors_are_fetched(se
     assert (folder / "model-2.safetensors").is_file()
 
 
+def test_an_absent_folder_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent\.pth does not exist$"):
+        hub.needed_files(tmp_path / "absent.pth", "weights")
+
+
 @pytest.mark.parametrize("address", [False, True])
 def test_a_broken_connection_is_resumed(server: HubServer, monkeypatch: pytest.MonkeyPatch, address: bool) -> None:
     server.broken.add("model.safetensors")

@@ -193,7 +193,7 @@ def lines_of(file: str) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
+        raise ConfigError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not found:
         raise ConfigError(f"{file} is empty")
