@@ -33,6 +33,13 @@ def model() -> Any:
     return Session.open("tiny", device="cpu")
 
 
+def about_one(scene: tuple[Scene, ...], words: random.Random) -> language.Question:
+    """A question for one value of one of the scenes."""
+    asker = language.Asker(scene, words)
+    fact = asker.fact(words.randrange(len(scene)))
+    return language.Question(f"what is {asker.attribute(fact)}?", fact.value, "name", (fact,))
+
+
 def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[tuple[str, str, str]]:
     """A conversation of three questions about new renderings: question, right answer, the model's answer."""
     rng, words = np.random.default_rng([7, number]), random.Random(f"chat {number}")
@@ -41,9 +48,9 @@ def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[
         asked = language.questions(scene[0], words)[:3]
     else:
         asked = [
-            language.Asker(scene, words).one(),
+            about_one(scene, words),
             language.joint(scene[0], scene[1], words, "name"),
-            language.Asker(scene, words).one(),
+            about_one(scene, words),
         ]
     found = []
     for i, question in enumerate(asked):
