@@ -17,7 +17,7 @@ from urllib.parse import quote
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import atomic_text, read_json, read_objects, write_json, write_text
 from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, Annotation, describe, read_annotations
-from lavis_chatbridge.multis.generate import read_answers
+from lavis_chatbridge.multis.generate import ANSWERS, read_answers
 from lavis_chatbridge.multis.prompts import DATA_KINDS
 from lavis_chatbridge.multis.rules import Checker, Reason
 from lavis_chatbridge.pages import render
@@ -34,6 +34,8 @@ def check(generated: str | Path, annotations: str | Path, folder: str | Path, ch
     Writes ``accepted.jsonl`` (samples), ``rejected.jsonl`` (reasons and text) and ``statistics.json`` to ``folder``.
     """
     folder = Path(folder)
+    if not (Path(generated) / ANSWERS).is_file():
+        raise DataError(f"{generated} has no {ANSWERS}: expected the output folder of `chatbridge multis generate`")
     known = {annotation.id: annotation for annotation in read_annotations(annotations)}
     accepted: list[Sample] = []
     rejected: list[dict[str, Any]] = []

@@ -83,6 +83,7 @@ def test_the_settings_of_a_check_come_from_yaml(tmp_path: Path) -> None:
     run += ["--out", str(tmp_path / "out"), "--config", str(tmp_path / "check.yaml")]
     (tmp_path / "check.yaml").write_text(f"limits: {{talk: {{{limits}}}}}")
     assert cli.main(run) == 2
+    assert cli.main([*run[:2], str(tmp_path / "typo"), *run[3:-2]]) == 2
     (tmp_path / "check.yaml").write_text(f"limits: {{conversation: {{{limits}}}}}")
     assert cli.main(run) == 0
     assert len((tmp_path / "out" / "accepted.jsonl").read_text().splitlines()) == 1
