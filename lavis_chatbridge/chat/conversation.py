@@ -53,6 +53,12 @@ class ChatMessage:
     text: str
     media: tuple[Medium, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise PromptError(
+                f"a message is a text, found {self.text!r:.80}; media are given as images=, videos=, audios="
+            )
+
     @property
     def worded(self) -> Message:
         """The message for a template, with the media that reach the model."""
@@ -72,11 +78,10 @@ class Conversation:
         Raises:
             PromptError: If the text is not a string, or there are neither words nor media.
         """
-        if not isinstance(text, str):
-            raise PromptError(f"a question is a text, found {text!r:.80}; media are given as images=, videos=, audios=")
+        message = ChatMessage("user", text, tuple(media))
         if not text.strip() and not media:
             raise PromptError("the question is empty, and there is no medium to speak about")
-        return replace(self, messages=[*self.messages, ChatMessage("user", text, tuple(media))])
+        return replace(self, messages=[*self.messages, message])
 
     def add(self, message: ChatMessage) -> None:
         """Append a message. Roles alternate: neighbours of one role are joined, and the user begins."""

@@ -69,6 +69,8 @@ def test_edit_and_undo_and_regenerate_crop_the_cache(model: Any):
     fresh = session(model, keep=0)
     fresh.ask("What is it?", images=[picture()])
     assert fresh.ask("And what more?").text == other.text
+    with pytest.raises(PromptError, match="a message is a text, found 5"):
+        talk.edit(0, 5)
     assert talk.undo().text == "And what more?"
     assert talk.undo().media[0].modality == "image"
     assert (talk.undo(), talk.messages) == (None, ())
@@ -115,7 +117,7 @@ def test_a_failure_leaves_the_session_as_it_was(model: Any, monkeypatch: pytest.
     with pytest.raises(ChatBridgeError):
         talk.ask("And this?", images=[picture(), 3])
     for words in (3, None, ["hi"]):
-        with pytest.raises(PromptError, match="a question is a text"):
+        with pytest.raises(PromptError, match="a message is a text"):
             talk.ask(words)  # type: ignore[arg-type]
     with pytest.raises(PromptError, match="the question is empty"):
         talk.ask(" \n")
