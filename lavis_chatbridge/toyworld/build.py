@@ -103,7 +103,8 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
             raise DataError(f"{folder} has other files than an embedded world: choose another folder, or empty it")
         began = time.monotonic()
         items, pairs = plan(sizes, seed)
-        log.info("building the embedded world in %s: %d files, about a minute by default", folder, len(items))
+        # a warning, because commands that do not set up logging show nothing else
+        log.warning("building the embedded world in %s: %d files, about a minute by default", folder, len(items))
         draft = folder.with_name(f".{folder.name}.draft")
         try:
             shutil.rmtree(draft, ignore_errors=True)

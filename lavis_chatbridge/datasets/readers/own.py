@@ -12,11 +12,12 @@ from typing import Any
 
 from lavis_chatbridge.config import shown, unknown_key
 from lavis_chatbridge.datasets.readers.common import ENDINGS, Origin, Row, object_rows, question_sample
-from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.errors import ConfigError, DataError, one_line
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality
 from lavis_chatbridge.schema import Medium, Sample, media_path, modalities_of
 
 _BATCH = 32  # rows of a table in memory
+_UNREADABLE = (OSError, RuntimeError, TypeError, ValueError)  # of datasets, pyarrow and pandas
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _log = logging.getLogger(__name__)
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
@@ -53,8 +54,7 @@ def huggingface(origin: Origin) -> Iterator[Sample]:
         if path == origin.every_file[0] and not {named[modality] for modality in MODALITIES} & set(table.column_names):
             found = ", ".join(table.column_names)
             _log.warning("%s: no column of media; set it, as in options.columns.image=NAME; found %s", path, found)
-        rows = (values for batch in table.iter(batch_size=_BATCH) for values in batch.to_pylist())
-        for number, values in enumerate(rows):
+        for number, values in enumerate(_rows(table, path)):
             row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number}")
             yield _table_sample(row, str(number), origin, os.path.dirname(path))
 
@@ -76,8 +76,17 @@ def _table(path: str, origin: Origin) -> Any:
             table = datasets.load_dataset(path, split=origin.options.get("split", "train"), streaming=True, **options)
         # in Arrow's format, `datasets` does not decode media and needs no packages for it
         return (table if table.features else table._resolve_features()).with_format("arrow")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: datasets cannot read it: {' '.join(str(error).split())[:300]}") from error
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: datasets cannot read it: {one_line(error)}") from error
+
+
+def _rows(table: Any, path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table; a `DataError` for a damaged one, or a cell that does not have its column's type."""
+    try:
+        for batch in table.iter(batch_size=_BATCH):
+            yield from batch.to_pylist()
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: datasets cannot read it: {one_line(error)}") from error
 
 
 def _require_table(path: str) -> None:

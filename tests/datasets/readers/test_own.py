@@ -86,6 +86,13 @@ def test_existing_files_are_not_overwritten(tmp_path, table, capsys):
     assert (tmp_path / "own.tar").read_text() == "mine"
 
 
+def test_a_table_with_a_cell_of_another_type_is_one_line(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("image,captions\na.png\n")
+    assert convert(tmp_path / "t.csv", tmp_path / "x.jsonl") == 2
+    assert "t.csv: datasets cannot read it: Couldn't cast array of type double" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*x.*"))
+
+
 def test_a_conversion_that_ends_between_its_two_files_leaves_no_jsonl(tmp_path, table, monkeypatch):
     replace, written = os.replace, []
 
