@@ -168,4 +168,4 @@ def locked(target: Path, wait_seconds: float = -1) -> Iterator[None]:
         with FileLock(lock, timeout=wait_seconds):
             yield
     except Timeout as error:
-        raise DataError(f"{target} is in use by another process (lock {lock}): wait for it, or stop it") from error
+        raise DataError(f"another process uses {target.parent} (it holds {lock}): wait for it, or stop it") from error

@@ -149,7 +149,7 @@ def test_the_id_changes_with_everything_that_affects_the_answer() -> None:
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path, server: OpenAIServer) -> None:
-    with locked(tmp_path / ANSWERS), pytest.raises(DataError, match="in use by another process"):
+    with locked(tmp_path / ANSWERS), pytest.raises(DataError, match="another process uses"):
         run(tmp_path, server, 1)
 
 
