@@ -15,7 +15,7 @@ from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 
 CaptionMetric: TypeAlias = Literal["BLEU", "METEOR", "ROUGE_L", "CIDEr", "SPICE"]
-Metric: TypeAlias = CaptionMetric | Literal["vqa_accuracy", "exact_match", "yes_no", "choice"]
+Metric: TypeAlias = Literal[CaptionMetric, "vqa_accuracy", "exact_match", "yes_no", "choice"]
 CAPTION_METRICS: tuple[str, ...] = get_args(CaptionMetric)
 """Metrics of pycocoevalcap, against reference captions."""
 
