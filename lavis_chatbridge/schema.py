@@ -175,6 +175,11 @@ class SampleFile(Sequence[Sample]):
             file.seek(start)
             return parse_line(file.readline(), f"{self.path}:{self._lines[index]}", self.root, self.allow_outside)
 
+    def check_inside(self, medium: Medium) -> None:
+        """Raise a `DataError` if symbolic links in a medium's path lead outside the root."""
+        if not self.allow_outside:
+            check_inside(medium.path, self.root)
+
     def _index(self, cache: str | Path | None) -> dict[str, np.ndarray]:
         """The arrays of the index, from the cache if possible."""
         try:
@@ -265,7 +270,7 @@ def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = F
 def media_path(path: str | None, root: str, where: str, allow_outside: bool = False) -> str:
     """The path of a medium below the root, for every annotation format; a `DataError` for URLs and paths outside.
 
-    The message begins with ``where``. Symbolic links are followed.
+    The message begins with ``where``. Symbolic links are checked by `check_inside`, when a medium is opened.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}: path is {shown(path)}, expected the path of a file")
@@ -276,6 +281,19 @@ def media_path(path: str | None, root: str, where: str, allow_outside: bool = Fa
             f"{where}: {shown(path)} leaves the media root {root}; use a path below it, or set allow_outside: true"
         )
     return os.path.join(root, path)
+
+
+def check_inside(path: str, root: str) -> None:
+    """Raise a `DataError` if symbolic links in a path lead outside ``root``.
+
+    A folder directly below the root may be a link, for a data set on another disk; its files must be inside it.
+    """
+    folder = os.path.relpath(path, root).split(os.sep)[0]
+    linked = os.path.join(root, folder)
+    bases = [root, linked] if folder != os.pardir and os.path.isdir(linked) else [root]
+    real = os.path.realpath(path)
+    if not any(os.path.commonpath([real, base]) == base for base in map(os.path.realpath, bases)):
+        raise DataError(f"{path} leads out of the media root {root} to {real}; set allow_outside: true to accept it")
 
 
 def to_record(sample: Sample, root: str = "") -> dict[str, Any]:

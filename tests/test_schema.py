@@ -10,7 +10,7 @@ import pytest
 from lavis_chatbridge import schema
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.schema import Medium, Sample, SampleFile, read_jsonl, to_record, write_jsonl
+from lavis_chatbridge.schema import Medium, Sample, SampleFile, check_inside, read_jsonl, to_record, write_jsonl
 
 
 def write(path, *records):
@@ -147,3 +147,20 @@ def test_the_index_of_a_large_file_is_kept_until_it_changes(tmp_path, monkeypatc
     assert not parsed
     assert len(SampleFile(write(file, *records, records[0]), cache=cache)) == 4
     assert len(parsed) == 1
+
+
+def test_symbolic_links_may_not_lead_out(tmp_path):
+    """A folder directly below the root may be a link to another disk; its files may not."""
+    root, disk = tmp_path / "root", tmp_path / "disk"
+    root.mkdir()
+    disk.mkdir()
+    for file in (tmp_path / "secret", root / "fine", disk / "a.png"):
+        file.write_text("x")
+    (root / "link").symlink_to(tmp_path / "secret")
+    (disk / "out").symlink_to(tmp_path / "secret")
+    (root / "coco").symlink_to(disk)
+    for inside in ("fine", "coco/a.png"):
+        check_inside(str(root / inside), str(root))
+    for outside in ("link", "coco/out", "../secret"):
+        with pytest.raises(DataError, match="leads out of the media root"):
+            check_inside(str(root / outside), str(root))

@@ -25,14 +25,23 @@ from lavis_chatbridge.datasets.settings import OWN_READER
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.conversation import Modality
-from lavis_chatbridge.schema import Medium, Sample, folder_of, parse_line, read_jsonl
+from lavis_chatbridge.schema import (
+    CHARACTERS_PER_TOKEN,
+    Medium,
+    Sample,
+    check_inside,
+    folder_of,
+    parse_line,
+    read_jsonl,
+)
 
 _SHOWN = 5
 _RATE = 16_000  # of opened sounds, in Hz
 _MALFORMED, _DUPLICATE, _EMPTY = "malformed line", "duplicate id", "empty text"
-_MISSING, _UNREADABLE = "missing medium", "unreadable medium"
+_MISSING, _UNREADABLE, _OUTSIDE = "missing medium", "unreadable medium", "medium outside the root"
+_OVERLONG, _MOST_TOKENS = "overlong text", 512
 _SAME_CONTENT, _SAME_NAME = "medium of the evaluation data, by content", "medium of the evaluation data, by name"
-_WARNINGS = (_EMPTY, _SAME_NAME)
+_WARNINGS = (_OVERLONG, _EMPTY, _SAME_NAME)
 _Fault: TypeAlias = tuple[str, str] | None  # cause and message
 
 
@@ -53,7 +62,7 @@ class Report:
 
     @property
     def usable(self) -> bool:
-        """Whether training can use the data. Empty texts and equal names are only warnings."""
+        """Whether training can use the data. Overlong and empty texts and equal names are only warnings."""
         return self.lines > 0 and set(self.faults) <= set(_WARNINGS)
 
     def add_fault(self, cause: str, example: str) -> None:
@@ -95,7 +104,7 @@ def check_file(
         against: Evaluation data; report media that are also in these.
     """
     base, report, ids = folder_of(path, root), Report(), set()
-    media = _Media(decode, against)
+    media = _Media(None if allow_outside else base, decode, against)
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -112,7 +121,13 @@ def check_file(
         report.modalities[sample.modality] += 1
         report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
         report.sources.update([sample.source] if sample.source else [])
-        if not all(text.strip() for text in (*sample.captions, *(turn.text for turn in sample.turns))):
+        said = [turn.text for turn in sample.turns]
+        longest = max(sum(map(len, said)), *map(len, sample.captions), 0)
+        if longest > _MOST_TOKENS * CHARACTERS_PER_TOKEN:
+            report.add_fault(
+                _OVERLONG, f"{where}: {longest} characters, about {longest // CHARACTERS_PER_TOKEN} tokens"
+            )
+        if not all(text.strip() for text in (*sample.captions, *said)):
             report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
         media.check(report, sample, where)
     return report
@@ -121,8 +136,8 @@ def check_file(
 class _Media:
     """Checks each medium once, and compares it with the media of evaluation data."""
 
-    def __init__(self, decode: bool, against: Iterable[Sample]) -> None:
-        self._decode = decode
+    def __init__(self, root: str | None, decode: bool, against: Iterable[Sample]) -> None:
+        self._root, self._decode = root, decode
         self._known: dict[Medium, _Fault] = {}
         self._names: dict[tuple[Modality, str], str] = {}
         self._sizes: dict[int, list[Medium]] = defaultdict(list)
@@ -152,6 +167,11 @@ class _Media:
             return _UNREADABLE, f"{medium.path}: the file is empty"
         if size < (medium.offset or 0) + (medium.size or 0):
             return _UNREADABLE, f"{medium.path}: {size} bytes are too few"
+        if self._root is not None:
+            try:
+                check_inside(medium.path, self._root)
+            except DataError as error:
+                return _OUTSIDE, str(error)
         if self._decode:
             try:
                 _open(medium)

@@ -145,6 +145,9 @@ class _ShardSet:
         """Write a shard, unless it already exists with the same samples and media; returns its index."""
         first = number * self.per_shard
         part = [(i, self.samples[i]) for i in range(first, min(first + self.per_shard, len(self.samples)))]
+        if isinstance(self.samples, SampleFile):
+            for medium in (medium for _, sample in part for medium in sample.files):
+                self.samples.check_inside(medium)
         status = [os.stat(m.path) for _, sample in part for m in sample.files if os.path.exists(m.path)]
         key = hash_of(self.hash, number, [(one.st_size, one.st_mtime_ns) for one in status])
         shard = self.shard(number)

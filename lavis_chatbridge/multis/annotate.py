@@ -19,6 +19,7 @@ from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import append_lines, read_objects, write_text
 from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json
 from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
+from lavis_chatbridge.schema import check_inside
 
 FRAMES_PER_VIDEO = 3
 _SAMPLE_FIELDS = ("turns", "answers", "style", "task", "facts", "held_out", "meta")
@@ -103,6 +104,10 @@ def _views(item: Annotation, root: Path, modalities: Container[str]) -> Iterator
     Only ``modalities`` are opened."""
     for medium in item.media:
         path = os.path.join(root, medium.path)
+        try:
+            check_inside(path, str(root))
+        except DataError as error:
+            raise MediaError(medium.path, error) from error
         if ("audio" if medium.type == "audio" else "image") not in modalities:
             continue
         if medium.type == "audio":

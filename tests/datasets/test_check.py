@@ -25,10 +25,12 @@ def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
     (pictures / "p1.png").write_bytes(b"no picture at all")
     (pictures / "p2.png").write_bytes(b"")
     (pictures / "p3.png").unlink()
+    (pictures / "p4.png").unlink()
+    (pictures / "p4.png").symlink_to("/etc/hostname")
     file = pictures / "pictures.jsonl"
     lines = file.read_text().splitlines()
-    empty = Sample("empty", turns=(Message("user", "q"), Message("assistant", " ")), task="text_qa", source="mine")
-    write_jsonl(pictures / "more.jsonl", [empty])
+    long = Sample("long", turns=(Message("user", "q" * 3000), Message("assistant", " ")), task="text_qa", source="mine")
+    write_jsonl(pictures / "more.jsonl", [long])
     lines += [lines[0], "{", '{"id": "x"}', (pictures / "more.jsonl").read_text().strip()]
     file.write_text("\n".join(lines) + "\n")
     assert command(file, "--json", "--decode") == 1
@@ -36,8 +38,10 @@ def test_every_kind_of_fault_is_counted_and_placed(pictures, capsys):
     assert found["faults"] == {
         "unreadable medium": 2,
         "missing medium": 1,
+        "medium outside the root": 1,
         "duplicate id": 1,
         "malformed line": 2,
+        "overlong text": 1,
         "empty text": 1,
     }
     assert found["lines"] == 16

@@ -22,7 +22,8 @@ from tests.datasets.conftest import sample_file
 
 def source(folder, processors, train=True, seed=0, **settings):
     chosen = DataSettings(**{"stage": "instruction", **settings})
-    data = SampleDataset("grey", SampleFile(folder / "pictures.jsonl"), chosen, train, processors)
+    samples = SampleFile(folder / "pictures.jsonl", allow_outside=chosen.allow_outside)
+    data = SampleDataset("grey", samples, chosen, train, processors)
     data.seed = seed
     return data
 
@@ -102,15 +103,17 @@ def test_unsuitable_samples_are_named(pictures):
         source(pictures, {})[0]
 
 
-def test_missing_media_and_links(pictures, processors, tmp_path):
+def test_missing_media_and_links_out_of_the_root(pictures, processors, tmp_path):
     (pictures / "p1.png").unlink()
     data = source(pictures, processors)
     with pytest.raises(MediaError, match=r"p1\.png"):
         data[1]
-    elsewhere = tmp_path.parent / f"{tmp_path.name}-blob"
-    (pictures / "p0.png").rename(elsewhere)
-    (pictures / "p0.png").symlink_to(elsewhere)  # as a snapshot of the hub's cache
-    assert data[0]["image"]
+    outside = tmp_path.parent / f"{tmp_path.name}-secret.png"
+    (pictures / "p0.png").rename(outside)
+    (pictures / "p0.png").symlink_to(outside)
+    with pytest.raises(DataError, match="leads out of the media root"):
+        data[0]
+    assert source(pictures, processors, allow_outside=True)[0]["image"]
 
 
 def test_media_inside_a_shard(pictures, processors):

@@ -172,14 +172,17 @@ def test_unreadable_media_are_named_and_left_out(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (root / "bad.jpg").write_bytes(b"no picture")
-    names = ["bad.jpg", "none.jpg"]
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ["bad.jpg", "none.jpg", "link.png"]
     items = [{"id": name, "media": [{"type": "image", "path": name}]} for name in names]
     (root / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     report = annotate(root / "items.jsonl", tmp_path / "out", [Counting()])
-    assert (report.annotated, report.failed) == (0, 2)
+    assert (report.annotated, report.failed) == (0, 3)
     failures = [json.loads(line) for file in (tmp_path / "out").glob("failures*") for line in file.open()]
     assert [failure["id"] for failure in failures] == names
     assert "none.jpg" in failures[1]["reason"]
+    assert "leads out of the media root" in failures[2]["reason"]
 
 
 @pytest.mark.parametrize(
