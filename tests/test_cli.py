@@ -87,3 +87,9 @@ def test_an_interrupt_is_status_130_and_a_missing_lavis_one_line(run, capsys):
     assert run(without_lavis) == 2
     message = "error: LAVIS is not installed: pip install --no-deps salesforce-lavis==1.0.2\n"
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("command", ["chat", "web", "serve"])
+def test_a_line_says_at_once_what_is_loaded(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--model", "nope"]) == 2
+    assert capsys.readouterr().err.startswith("loading nope ...\nerror: unknown model type 'nope'")

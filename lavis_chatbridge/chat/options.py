@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from inspect import Parameter
@@ -44,6 +45,10 @@ class ModelOptions(Settings):
     """human_assistant, vicuna_v1 or tokenizer; by default the model's."""
     engine: str = ""
     """A vLLM server that runs the language model: http://HOST:PORT/v1."""
+
+    def announce(self) -> None:
+        """Say on stderr what is loaded, before the imports that take seconds."""
+        print(f"loading {self.model} ...", file=sys.stderr, flush=True)
 
     def open(self, **settings: Any) -> Engine:
         """An engine with a model of its own; ``settings`` are those of `Engine`."""

@@ -56,6 +56,7 @@ def command(
     load: Annotated[Path | None, typer.Option(help="Resume a saved conversation.")] = None,
 ) -> None:
     """Talk until the user leaves."""
+    model.announce()
     from rich.console import Console
 
     from lavis_chatbridge.chat.attachments import check_file

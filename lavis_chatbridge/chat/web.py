@@ -56,6 +56,7 @@ class WebOptions(Settings):
 def command(model: ModelOptions, page: WebOptions) -> None:
     """Show the page until interrupted."""
     password = passwords(page.password_file)
+    model.announce()
     server.log_to_stderr()
     with tempfile.TemporaryDirectory(prefix="chatbridge-gradio-", ignore_cleanup_errors=True) as uploads:
         quiet_gradio(uploads)

@@ -103,6 +103,7 @@ class DecodingOptions(Settings):
 @with_options
 def command(model: ModelOptions, server: ServerOptions, decode: DecodingOptions) -> None:
     """Serve until interrupted."""
+    model.announce()
     try:
         import uvicorn
 
