@@ -170,8 +170,7 @@ class SampleDataset(torch.utils.data.Dataset):
         return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
 
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
-        if isinstance(self.samples, SampleFile):
-            self.samples.check_inside(medium)
+        self.samples.check_inside(medium)
         if self.features is not None and (found := self.features.find(medium)) is not None:
             return found
         if medium.modality not in self.processors:
