@@ -38,6 +38,13 @@ def test_a_device_that_is_not_there(monkeypatch):
         distributed.choose_device("auto", ProcessRank(3, 4, 3))
 
 
+def test_one_announced_process_meets_nobody(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.init(config(tmp_path).run) == torch.device("cpu")
+    assert not distributed.in_group()
+
+
 def test_a_process_that_waits_says_for_what(tmp_path, monkeypatch, capfd):
     for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu1", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)
