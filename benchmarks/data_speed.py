@@ -40,10 +40,9 @@ from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from lavis_chatbridge.media import open_image
-from lavis_chatbridge.media.frames import frame_indices
 from lavis_chatbridge.processors import AudioEvalProcessor, ImageEvalProcessor, VideoEvalProcessor
-from lavis_chatbridge.processors.fbank import MEAN, STD
-from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD
+from lavis_chatbridge.processors.audio import MEAN, STD
+from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, frame_indices
 
 SIZE, FRAMES, MEL_BINS, CLIP = 224, 4, 128, 1024
 

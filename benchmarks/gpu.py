@@ -31,12 +31,12 @@ from common import Trainer, circumstances, write_table
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.models.memory import training_memory
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import LanguageModelSettings, ModelSettings
 from lavis_chatbridge.models.weights import model_settings
+from lavis_chatbridge.plugin.doctor import training_memory
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, alignment_prompt
 from lavis_chatbridge.runners.step import trainable
 

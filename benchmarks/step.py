@@ -37,7 +37,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_chatbridge.datasets.plan import MixturePlan
-from lavis_chatbridge.media.types import AudioClips, EncodedMedium
+from lavis_chatbridge.media.source import AudioClips, EncodedMedium
 from lavis_chatbridge.models import layout
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.encoders.beats import BeatsConfig, relative_buckets

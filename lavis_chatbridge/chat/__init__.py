@@ -12,18 +12,16 @@ if TYPE_CHECKING:
     from lavis_chatbridge.chat.attachments import media_of
     from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
     from lavis_chatbridge.chat.engine import Answer, Engine, Reply
-    from lavis_chatbridge.chat.loading import load_model
     from lavis_chatbridge.chat.reader import MediaReader
-    from lavis_chatbridge.chat.session import Session
+    from lavis_chatbridge.chat.session import Session, load_model
     from lavis_chatbridge.models.sampling import Sampling
 
 _MODULES = {
     "chat.attachments": ["media_of"],
     "chat.conversation": ["ChatMessage", "Conversation"],
     "chat.engine": ["Answer", "Engine", "Reply"],
-    "chat.loading": ["load_model"],
     "chat.reader": ["MediaReader"],
-    "chat.session": ["Session"],
+    "chat.session": ["Session", "load_model"],
     "models.sampling": ["Sampling"],
 }
 __all__ = ["Answer", "ChatMessage", "Conversation", "Engine", "MediaReader", "Reply", "Sampling", "Session"]

@@ -179,8 +179,7 @@ def read_questions(path: Path, talk: TalkOptions) -> Iterator[Question]:
     """
     from lavis_chatbridge.chat.attachments import media_of
     from lavis_chatbridge.chat.conversation import Conversation
-    from lavis_chatbridge.chat.messages import read_messages
-    from lavis_chatbridge.chat.urls import Access
+    from lavis_chatbridge.chat.messages import Access, read_messages
 
     folder = path.parent.absolute()
     for where, record in read_objects(path):

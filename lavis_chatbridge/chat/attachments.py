@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lavis_chatbridge import media as opening
 from lavis_chatbridge.chat.conversation import Medium
-from lavis_chatbridge.chat.messages import frames_of
-from lavis_chatbridge.chat.urls import Access, open_url
+from lavis_chatbridge.chat.messages import Access, frames_of, open_url
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Sound, Source
 from lavis_chatbridge.media.image import upright

@@ -20,8 +20,7 @@ from lavis_chatbridge.chat.conversation import Conversation
 from lavis_chatbridge.chat.reader import MediaNote, MediaReader, Prompt, word
 from lavis_chatbridge.errors import ChatBridgeError, PromptError
 from lavis_chatbridge.models import families
-from lavis_chatbridge.models.decoding import Decoder
-from lavis_chatbridge.models.generation import Finish, Generation, Prefix, TokenLogprob
+from lavis_chatbridge.models.decoding import Decoder, Finish, Generation, Prefix, TokenLogprob
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.templates import Template, load_template

@@ -19,12 +19,10 @@ from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.errors import MediaError, TooShortError
 from lavis_chatbridge.files import hash_of_file
 from lavis_chatbridge.media import Sound, has_audio_track
-from lavis_chatbridge.media.audio import rated
-from lavis_chatbridge.media.source import file_of, media_errors
-from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.media.source import AudioClips, file_of, media_errors, rated
 from lavis_chatbridge.models.layout import Element, elements_of
 from lavis_chatbridge.models.templates import Template
-from lavis_chatbridge.processors.fbank import is_silent
+from lavis_chatbridge.processors.audio import is_silent
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, slots_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from pydantic import Field, PositiveFloat
 
 from lavis_chatbridge.chat.options import ModelOptions, with_options
 from lavis_chatbridge.chat.server import command as server
-from lavis_chatbridge.chat.urls import MEBIBYTE
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 
@@ -114,7 +113,7 @@ def build_app(page: Page, options: WebOptions, password: Sequence[tuple[str, str
         auth=list(password) or None,
         footer_links=[],
         show_error=False,
-        max_file_size=round(options.max_medium * MEBIBYTE),
+        max_file_size=round(options.max_medium * server.MEBIBYTE),
         ssr_mode=False,
         theme=gr.themes.Default(**fonts).set(**light, **dark),  # type: ignore[arg-type]
         css=asset("page.css"),

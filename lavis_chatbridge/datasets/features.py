@@ -25,7 +25,7 @@ from lavis_chatbridge.datasets.loader import worker_deaths
 from lavis_chatbridge.datasets.shards import PER_SHARD, read_index, tar_file, write_index
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of, hash_of_file
-from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.media.source import EncodedMedium
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.schema import Medium, Sample
 

@@ -20,12 +20,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import PromptError
 from lavis_chatbridge.hf.configuration import CONFIG, FROZEN, ChatBridgeConfig
-from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models import state_dicts, weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.models.decoding import StopTexts
+from lavis_chatbridge.models.decoding import StopTexts, TextStream
 from lavis_chatbridge.models.encoding import own_precision
-from lavis_chatbridge.models.generation import TextStream
 from lavis_chatbridge.models.layout import IGNORED, SOFT, Batch, embed
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.tokenizer import Tokenizer

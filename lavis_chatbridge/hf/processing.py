@@ -22,13 +22,13 @@ from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.hf.configuration import CONFIG, ChatBridgeConfig
 from lavis_chatbridge.media import has_audio_track
-from lavis_chatbridge.models.generation import TextStream
+from lavis_chatbridge.models.decoding import TextStream
 from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.templates import Template, load_template
 from lavis_chatbridge.models.tokenizer import load_tokenizer
 from lavis_chatbridge.processors import load_processors
-from lavis_chatbridge.processors.fbank import is_silent
+from lavis_chatbridge.processors.audio import is_silent
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Piece, Slot
 
 _SOURCES = ("url", "path", "base64", "image", "video", "audio")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -27,6 +26,7 @@ from lavis_chatbridge.media.source import (
     head_of,
     is_picture,
     media_errors,
+    rated,
 )
 
 if TYPE_CHECKING:
@@ -83,22 +83,6 @@ def require_length(source: Any, samples: np.ndarray, rate: int) -> None:
     """Raise a `TooShortError` if a sound (``[S]`` at ``rate`` Hz) is too short for an encoder."""
     if len(samples) < _SHORTEST * rate:
         raise TooShortError(source, f"{1000 * len(samples) / rate:g} ms of sound are less than {1000 * _SHORTEST:g} ms")
-
-
-def rated(source: Any) -> tuple[Any, int | None]:
-    """Split ``(samples, rate in Hz)``; the rate of any other source is None.
-
-    Raises:
-        MediaError: If a pair is not an array and a rate.
-    """
-    if not isinstance(source, tuple):
-        return source, None
-    samples, rate = source if len(source) == 2 else (None, None)
-    if not isinstance(samples, np.ndarray):
-        raise MediaError(source, "expected a sound as a pair of an array and its sampling rate in Hz")
-    if not isinstance(rate, numbers.Real) or not float(rate).is_integer() or rate < 1:
-        raise MediaError(samples, f"its sampling rate is {rate!r}, expected a whole number of Hz")
-    return samples, int(float(rate))
 
 
 @guarded

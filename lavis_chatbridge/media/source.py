@@ -1,9 +1,10 @@
-"""The types of a medium's source, the limits on opening it, and the conversion of all errors to `MediaError`."""
+"""The types of media, opened and encoded; the limits on opening them; the conversion of all errors to `MediaError`."""
 
 from __future__ import annotations
 
 import functools
 import io
+import numbers
 import os
 import queue
 import stat
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,26 @@ from lavis_chatbridge.errors import MediaError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+    from torch import Tensor
+
+
+class AudioClips(NamedTuple):
+    """One sound as filterbank clips."""
+
+    fbank: Tensor
+    """``[N, F, M]`` normalised log-mel filterbank: clips, frames of 10 ms, mel bins."""
+    frames: Tensor
+    """``[N]`` number of valid frames of each clip; the rest of its ``F`` frames is padding."""
+
+
+class EncodedMedium(NamedTuple):
+    """The output of frozen encoder and layer norm for one medium, as stored in feature caches."""
+
+    tokens: Tensor
+    """``[T, N, D]``: frames or clips, tokens of each, encoder width."""
+    mask: Tensor
+    """``[T, N]`` bool, true where a token represents content (false for padded audio)."""
+
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | PILImage"
 """A path, the bytes of a file, a decoded array, or a Pillow image."""
@@ -169,3 +190,19 @@ def _cause(error: Exception) -> str:
         return "it is damaged, or not an audio or video file of a known format"
     text = " ".join(str(error).split())
     return f"{name}: {text[:300]}" if text else name
+
+
+def rated(source: Any) -> tuple[Any, int | None]:
+    """Split ``(samples, rate in Hz)``; the rate of any other source is None.
+
+    Raises:
+        MediaError: If a pair is not an array and a rate.
+    """
+    if not isinstance(source, tuple):
+        return source, None
+    samples, rate = source if len(source) == 2 else (None, None)
+    if not isinstance(samples, np.ndarray):
+        raise MediaError(source, "expected a sound as a pair of an array and its sampling rate in Hz")
+    if not isinstance(rate, numbers.Real) or not float(rate).is_integer() or rate < 1:
+        raise MediaError(samples, f"its sampling rate is {rate!r}, expected a whole number of Hz")
+    return samples, int(float(rate))

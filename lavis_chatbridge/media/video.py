@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -282,3 +282,32 @@ def _upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
     if abs(a) + abs(d) < abs(b) + abs(c):
         pixels, a, d = pixels.transpose(1, 0, 2), c, b
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def frame_indices(count: int, frames: int, rng: np.random.Generator | None = None) -> list[int]:
+    """``frames`` indices into a video of ``count`` frames, evenly spaced and in order.
+
+    A shorter video repeats its last frame (original: ``data.py`` of the training reader). Each index is a random one of
+    its segment with ``rng`` (training), and the middle one without (evaluation).
+    """
+    lengthened = list(range(count)) + [count - 1] * (frames - count)
+    return one_of_each(lengthened, frames, rng)
+
+
+def uniform_frame_indices(count: int, frames: int) -> list[int]:
+    """The first frame of each of ``frames`` equal segments, at most ``count`` (original: the demo's processor)."""
+    taken = min(count, frames)
+    return [index * count // taken for index in range(taken)]
+
+
+def one_of_each(items: Sequence[int], chunks: int, rng: np.random.Generator | None = None) -> list[int]:
+    """Split ``items`` into ``chunks`` runs and take one item of each: a random one with ``rng``, else the middle one.
+
+    There must be at least ``chunks`` items. The runs' lengths differ by at most one; longer runs come first.
+    """
+    length, surplus = divmod(len(items), chunks)
+    ends = [length * chunk + min(chunk, surplus) for chunk in range(chunks + 1)]
+    runs = [items[start:end] for start, end in pairwise(ends)]
+    if rng is None:
+        return [run[(len(run) + 1) // 2 - 1] for run in runs]
+    return [run[int(rng.integers(len(run)))] for run in runs]

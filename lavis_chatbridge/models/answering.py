@@ -16,13 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models.decoding import Decoder, padded
+from lavis_chatbridge.models.decoding import Decoder, Generation, padded
 from lavis_chatbridge.models.encoding import own_precision
 from lavis_chatbridge.models.families import LanguageModel, cache_argument, free_positions, keys_and_values
-from lavis_chatbridge.models.generation import Generation
-from lavis_chatbridge.models.layout import MediaRanges, elements_of, is_alignment
+from lavis_chatbridge.models.layout import Media, MediaRanges, contexts, elements_of, is_alignment, media_of
 from lavis_chatbridge.models.remote import RemoteLanguageModel
-from lavis_chatbridge.models.samples import Media, contexts, media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import Layout, ModelSettings
 from lavis_chatbridge.models.templates import Template

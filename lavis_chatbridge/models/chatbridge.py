@@ -1,7 +1,7 @@
 """ChatBridge (arXiv 2305.16103): frozen encoders, one shared perceiver, a projection, a frozen language model.
 
 Parameter names are those of the original's checkpoints. The model reads batches of LAVIS's tasks
-(:mod:`lavis_chatbridge.models.samples`). It knows no data sets and no processes, and reads no files except weights.
+(:mod:`lavis_chatbridge.models.layout`). It knows no data sets and no processes, and reads no files except weights.
 
 Shapes: ``B`` samples or media, ``T`` frames or clips, ``N`` tokens, ``Q`` query tokens, ``D`` width, ``L`` positions.
 """
@@ -25,14 +25,13 @@ from torch.utils.checkpoint import checkpoint
 from lavis_chatbridge import hub
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.media.source import EncodedMedium
 from lavis_chatbridge.models import encoding, lora, state_dicts, weights
 from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.language_model import load_language_model
-from lavis_chatbridge.models.layout import Batch, MediaRanges, embed, lay_out
-from lavis_chatbridge.models.samples import Media, Medium, media_of, training_prompts
+from lavis_chatbridge.models.layout import Batch, Media, MediaRanges, Medium, embed, lay_out, media_of, training_prompts
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, Piece, Slot, slots_of
@@ -149,7 +148,7 @@ class ChatBridge(Answering, BaseModel):
         return list(largest)
 
     def forward(self, samples: Mapping[str, Any], **ignored: Any) -> dict[str, Tensor]:
-        """The loss of a batch with targets, see :mod:`lavis_chatbridge.models.samples`.
+        """The loss of a batch with targets, see :mod:`lavis_chatbridge.models.layout`.
 
         ``loss`` is the mean cross-entropy over the ``target_tokens`` in fp32, zero without targets.
         """

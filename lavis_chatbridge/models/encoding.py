@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.media.types import AudioClips, EncodedMedium
+from lavis_chatbridge.media.source import AudioClips, EncodedMedium
 from lavis_chatbridge.models.encoders import AudioEncoder, VisionEncoder
 from lavis_chatbridge.models.settings import PerceiverSettings
 

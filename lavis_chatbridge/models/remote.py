@@ -26,8 +26,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
+from lavis_chatbridge.models.decoding import Generation, TokenLogprob
 from lavis_chatbridge.models.families import LanguageModel
-from lavis_chatbridge.models.generation import Generation, TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ def command(
     options: Options = None,
 ) -> None:
     """Write the language model in Hugging Face's layout, with LoRA adapters merged into its weights."""
-    from lavis_chatbridge.chat.loading import load_model
+    from lavis_chatbridge.chat.session import load_model
 
     if out.exists():
         raise ConfigError(f"{out} exists: name a new folder")

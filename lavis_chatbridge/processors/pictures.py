@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.media import open_image, open_video
-from lavis_chatbridge.media.frames import frame_indices, uniform_frame_indices
+from lavis_chatbridge.media.video import frame_indices, uniform_frame_indices
 from lavis_chatbridge.processors.base import Processor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

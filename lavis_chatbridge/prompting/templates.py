@@ -7,6 +7,7 @@ A YAML file has ``styles`` (style -> phrases) and ``tasks`` (task -> its default
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,28 @@ from pydantic import Field
 
 from lavis_chatbridge.config import Settings, merged, parse, read_yaml
 from lavis_chatbridge.errors import PromptError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+REQUEST = "Answer with the letter of the right option."
+_LETTERED = re.compile(r"^\s*[(\[]?[A-Z][)\].:]\s*")
+
+
+def listed(options: Sequence[str]) -> str:
+    """One line with a letter per option, and the request to answer with a letter.
+
+    Args:
+        options: Their texts, without letters.
+    """
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([*lines, REQUEST])
+
+
+def without_letters(options: Sequence[str]) -> list[str]:
+    """Options without their letters, if all have one (``"A. a drum"``)."""
+    if all(_LETTERED.match(option) for option in options):
+        return [_LETTERED.sub("", option).strip() for option in options]
+    return [option.strip() for option in options]
+
 
 FOLDER = Path(__file__).with_name("templates")
 QUESTION, STYLE = "{question}", "{style}"

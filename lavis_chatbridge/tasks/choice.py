@@ -11,8 +11,8 @@ from lavis.common.registry import registry
 
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.choices import LETTERS, listed
 from lavis_chatbridge.prompting.conversation import MODALITIES, Piece, Text, escape_markers
+from lavis_chatbridge.prompting.templates import LETTERS, listed
 from lavis_chatbridge.tasks.generation import GenerationTask
 from lavis_chatbridge.tasks.scoring.answers import squad
 

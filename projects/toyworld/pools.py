@@ -19,7 +19,7 @@ from torch import Tensor
 from lavis_chatbridge.media.audio import open_audio
 from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.media.video import open_video
-from lavis_chatbridge.processors.fbank import fbank
+from lavis_chatbridge.processors.audio import fbank
 from lavis_chatbridge.processors.pictures import PictureSettings, prepare
 from lavis_chatbridge.toyworld import clips, pictures, sounds
 from lavis_chatbridge.toyworld.pictures import Pixels, Placement

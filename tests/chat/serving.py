@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lavis_chatbridge.chat.urls import data_url
+from lavis_chatbridge.chat.messages import data_url
 from tests.chat.building import picture, sound, video
 from tests.media.making import encoded
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.chat import Session, ask, load_model, loading
+from lavis_chatbridge.chat import Session, ask, load_model, session
 from lavis_chatbridge.chat.options import TalkOptions
 from lavis_chatbridge.errors import ChatBridgeError
 from lavis_chatbridge.models import state_dicts
@@ -30,10 +30,10 @@ def loaded(opened: Session, monkeypatch: pytest.MonkeyPatch) -> Session:
     processors = {modality: {"eval": one} for modality, one in opened.engine.reader.processors.items()}
 
     def load(model: str, options: tuple[str, ...], device: str, engine: str) -> Any:
-        loading._device(device)
+        session._device(device)
         return opened.model, processors
 
-    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", load)
+    monkeypatch.setattr("lavis_chatbridge.chat.session.load_model", load)
     return opened
 
 
@@ -96,7 +96,7 @@ def test_mistakes_of_the_command_line(words: list[str], message: str, capsys: py
 
 
 def test_files_are_checked_before_the_model_is_loaded(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("lavis_chatbridge.chat.session.load_model", lambda *a: pytest.fail("the model is loaded"))
     for words, message in (
         (["what?", "nope.png"], "cannot read nope.png"),
         (["what?", "--image", f"{files}/c.wav"], "modality audio, but was given as image"),

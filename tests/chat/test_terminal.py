@@ -170,6 +170,6 @@ def test_the_terminal_reads_a_pipe(files: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_missing_files_are_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr("lavis_chatbridge.chat.loading.load_model", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("lavis_chatbridge.chat.session.load_model", lambda *a: pytest.fail("the model is loaded"))
     assert cli.main(["chat", "nope.png"]) == 2
     assert "cannot read nope.png: there is no such file" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from lavis_chatbridge.datasets.dataset import (
 )
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.media.source import EncodedMedium
 from lavis_chatbridge.prompting.conversation import Message, Slot, Text
 from lavis_chatbridge.schema import Medium, Sample, SampleFile
 from tests.datasets.conftest import sample_file

@@ -10,7 +10,7 @@ import torch
 from lavis_chatbridge.datasets import features
 from lavis_chatbridge.datasets.features import FeatureStore, build_features, encoder_hashes
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.media.source import EncodedMedium
 from lavis_chatbridge.schema import Medium, Sample, SampleFile
 
 

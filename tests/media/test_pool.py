@@ -17,9 +17,9 @@ from PIL import Image
 from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media import Limits, has_audio_track, open_audio, open_image, open_video
 from lavis_chatbridge.media.audio import decode_audio
-from lavis_chatbridge.media.frames import uniform_frame_indices
 from lavis_chatbridge.media.pool import DecodingPool
 from lavis_chatbridge.media.source import directly
+from lavis_chatbridge.media.video import uniform_frame_indices
 from tests.media.making import encoded, photo, tone, video_file
 
 MEMORY = 96 << 20

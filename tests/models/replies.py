@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavis_chatbridge.models.decoding import Decoder
+from lavis_chatbridge.models.decoding import Decoder, Generation, Prefix
 from lavis_chatbridge.models.families import embedding_scale
-from lavis_chatbridge.models.generation import Generation, Prefix
 from lavis_chatbridge.models.layout import Element
 from lavis_chatbridge.models.sampling import Sampling
 

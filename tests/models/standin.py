@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from lavis_chatbridge.models.decoding import Decoder
-from lavis_chatbridge.models.generation import Generation
+from lavis_chatbridge.models.decoding import Decoder, Generation
 from lavis_chatbridge.models.sampling import Sampling
 
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")

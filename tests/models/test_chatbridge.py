@@ -15,7 +15,7 @@ from transformers.utils import logging as bars
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models import chatbridge
 from lavis_chatbridge.models.chatbridge import ChatBridge, losses_at
 from lavis_chatbridge.models.sampling import Sampling

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.models.decoding import Decoder
-from lavis_chatbridge.models.generation import Generation, Prefix, TextStream
+from lavis_chatbridge.models.decoding import Decoder, Generation, Prefix, TextStream
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import load_tokenizer
 from tests.models.folders import STYLES, write_folder

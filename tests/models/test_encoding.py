@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lavis_chatbridge.media.types import EncodedMedium
+from lavis_chatbridge.media.source import EncodedMedium
 from lavis_chatbridge.models.encoding import positions_in_time, stack
 
 ENCODED = EncodedMedium(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))

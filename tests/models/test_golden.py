@@ -19,12 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_chatbridge.models.decoding import Decoder, padded
-from lavis_chatbridge.models.layout import PADDING, SOFT, Batch, embed, lay_out
-from lavis_chatbridge.models.samples import media_of
+from lavis_chatbridge.models.layout import PADDING, SOFT, Batch, embed, lay_out, media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import TemporalSettings
 from lavis_chatbridge.models.tokenizer import load_tokenizer
-from lavis_chatbridge.processors.fbank import fbank
+from lavis_chatbridge.processors.audio import fbank
 from lavis_chatbridge.prompting.conversation import (
     Message,
     Piece,

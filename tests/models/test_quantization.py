@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.prompting.conversation import alignment_prompt

@@ -12,8 +12,7 @@ from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.multis.annotation import Annotation, from_json
 from lavis_chatbridge.multis.prompts import DATA_KINDS, Pair, PromptBook, Seed
-from lavis_chatbridge.multis.rules import Checker, NearDuplicates
-from lavis_chatbridge.multis.rules.parse import read_description, read_pairs
+from lavis_chatbridge.multis.rules import Checker, NearDuplicates, read_description, read_pairs
 from lavis_chatbridge.multis.rules.things import Things
 
 

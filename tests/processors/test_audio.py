@@ -9,7 +9,7 @@ from torchaudio.compliance import kaldi
 
 from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.processors import AudioEvalProcessor, AudioTrainProcessor
-from lavis_chatbridge.processors.fbank import cut_clips, fbank, frame_count
+from lavis_chatbridge.processors.audio import cut_clips, fbank, frame_count
 from tests.media.making import sound_file, tone
 
 

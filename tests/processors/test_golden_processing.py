@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from lavis_chatbridge.media import open_audio, open_image
-from lavis_chatbridge.media.frames import frame_indices, uniform_frame_indices
-from lavis_chatbridge.processors.fbank import cut_slices_as_original, fbank, frame_count
-from lavis_chatbridge.processors.pictures import PictureSettings, prepare
+from lavis_chatbridge.processors.audio import cut_slices_as_original, fbank, frame_count
+from lavis_chatbridge.processors.pictures import PictureSettings, frame_indices, prepare, uniform_frame_indices
 
 TOLERANCE = 2e-4
 """Of a filterbank: on some CPUs torchaudio's own is 1.6e-4 away from the stored one."""

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError
-from lavis_chatbridge.media.frames import frame_indices
 from lavis_chatbridge.processors import ImageEvalProcessor, ImageTrainProcessor, VideoEvalProcessor, VideoTrainProcessor
-from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, TrainPictureSettings, prepare
+from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, TrainPictureSettings, frame_indices, prepare
 from tests.media.making import encoded, level, photo, video_file
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.choices import listed, without_letters
 from lavis_chatbridge.prompting.conversation import Slot, Text
+from lavis_chatbridge.prompting.templates import listed, without_letters
 from lavis_chatbridge.tasks.choice import ChoiceTask, chosen
 from lavis_chatbridge.tasks.predictions import Prediction
 from lavis_chatbridge.tasks.scoring.records import score_records

@@ -26,9 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis_chatbridge.chat.engine import Answer, Engine, Event, Reply
 from lavis_chatbridge.chat.server import requests
-from lavis_chatbridge.chat.server.command import is_own_name
+from lavis_chatbridge.chat.server.command import MEBIBYTE, is_own_name
 from lavis_chatbridge.chat.server.requests import Body, ChatRequest, RequestError, TextRequest, refusal_of
-from lavis_chatbridge.chat.urls import MEBIBYTE
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.server.command import ServerOptions

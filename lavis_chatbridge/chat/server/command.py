@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lavis_chatbridge.chat.options import ModelOptions, with_options
-from lavis_chatbridge.chat.urls import MEBIBYTE, Access
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.engine import Engine
+    from lavis_chatbridge.chat.messages import Access
 
+MEBIBYTE = 1 << 20
 TOKENS = "CHATBRIDGE_TOKENS"
 """The environment variable with bearer tokens, separated by spaces."""
 _OWN_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -82,6 +83,8 @@ class ServerOptions(Settings):
     @property
     def access(self) -> Access:
         """Which URLs of media are opened."""
+        from lavis_chatbridge.chat.messages import Access
+
         return Access(folders=self.files, hosts=self.allowed_hosts, max_bytes=round(self.max_medium * MEBIBYTE))
 
 

@@ -15,10 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
 from lavis_chatbridge.chat.engine import Answer, Event, QueueFullError
-from lavis_chatbridge.chat.messages import read_messages
-from lavis_chatbridge.chat.urls import Access
+from lavis_chatbridge.chat.messages import Access, read_messages
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
-from lavis_chatbridge.models.generation import TokenLogprob
+from lavis_chatbridge.models.decoding import TokenLogprob
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Tokenizer
 

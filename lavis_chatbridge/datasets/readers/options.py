@@ -14,7 +14,7 @@ from dataclasses import replace
 from lavis_chatbridge.config import shown
 from lavis_chatbridge.datasets.readers.common import Origin, Row, question_sample, read_object
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.prompting.choices import LETTERS, listed, without_letters
+from lavis_chatbridge.prompting.templates import LETTERS, listed, without_letters
 from lavis_chatbridge.schema import Medium, Sample
 
 _TASK = re.compile(r"task\d+")

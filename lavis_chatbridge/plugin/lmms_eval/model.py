@@ -14,7 +14,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 
 from lavis_chatbridge.chat.conversation import ChatMessage, Medium
-from lavis_chatbridge.chat.loading import load_model
+from lavis_chatbridge.chat.session import load_model
 from lavis_chatbridge.errors import ConfigError, MediaError
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.plugin.lmms_eval.requests import batches, conversation, decoding, question

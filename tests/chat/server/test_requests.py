@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from lavis_chatbridge.chat.messages import Access
 from lavis_chatbridge.chat.server import command
 from lavis_chatbridge.chat.server.command import ServerOptions
 from lavis_chatbridge.chat.server.requests import ChatRequest, RequestError, TextRequest, read_request, refusal_of
-from lavis_chatbridge.chat.urls import Access
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, DataError
 from tests.chat.serving import asked, image, text

@@ -12,7 +12,7 @@ import torch
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
-from lavis_chatbridge.media.types import AudioClips
+from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models import encoders
 from lavis_chatbridge.models.encoders.eva import EvaVit
 from lavis_chatbridge.models.settings import LoraSettings, VisionSettings

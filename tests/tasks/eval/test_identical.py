@@ -17,8 +17,8 @@ from lavis_chatbridge import cli
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin.launch import Session
-from lavis_chatbridge.prompting.choices import listed
 from lavis_chatbridge.prompting.conversation import Message
+from lavis_chatbridge.prompting.templates import listed
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, write_jsonl
 from tests.runners.runner_parts import in_processes
 
