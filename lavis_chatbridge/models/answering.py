@@ -18,7 +18,7 @@ from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models.decoding import Decoder, Generation, padded
 from lavis_chatbridge.models.encoding import own_precision
-from lavis_chatbridge.models.families import LanguageModel, cache_argument, free_positions, keys_and_values
+from lavis_chatbridge.models.families import LanguageModel, cache_name, free_positions
 from lavis_chatbridge.models.layout import Media, MediaRanges, contexts, elements_of, is_alignment, media_of
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
@@ -183,7 +183,7 @@ def candidate_scores(
     chosen = openings.topk(min(keep, len(candidates)), dim=1).indices
     rows = torch.arange(len(embeds), device=device).repeat_interleave(chosen.shape[1])
     for row, candidate in zip(rows.split(chunk), chosen.flatten().split(chunk), strict=True):
-        rest = _rest_scores(model, keys_and_values(read), mask[row], ids[candidate], lengths[candidate], row)
+        rest = _rest_scores(model, read[cache_name(model)], mask[row], ids[candidate], lengths[candidate], row)
         scores[row, candidate] = openings[row, candidate] + rest
     return scores
 
@@ -202,7 +202,7 @@ def _rest_scores(model: LanguageModel, cache: Any, mask: Tensor, ids: Tensor, le
         position_ids=mask.sum(1, keepdim=True) + torch.arange(steps, device=ids.device),
         use_cache=True,
         return_dict=True,
-        **cache_argument(model, own),
+        **{cache_name(model): own},
     ).logits
     values = logits.float().log_softmax(-1).gather(-1, ids[:, 1 : steps + 1, None]).squeeze(-1)
     return (values * counts).sum(1)

@@ -24,7 +24,7 @@ from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lavis_chatbridge.models.encoding import own_precision
-from lavis_chatbridge.models.families import LanguageModel, cache_argument, keys_and_values
+from lavis_chatbridge.models.families import LanguageModel, cache_name
 from lavis_chatbridge.models.layout import Element
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Tokenizer
@@ -279,6 +279,7 @@ class Decoder:
         self._table = language_model.get_input_embeddings()
         parameters = inspect.signature(language_model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._cache_name = cache_name(language_model)
         self._groups: list[_Group] = []
 
     def __len__(self) -> int:
@@ -346,9 +347,9 @@ class Decoder:
                 use_cache=True,
                 return_dict=True,
                 **self._last_only,
-                **cache_argument(self._model, cache),
+                **{self._cache_name: cache},
             )
-        return result.logits[:, -1], keys_and_values(result)
+        return result.logits[:, -1], result[self._cache_name]
 
     def _admit(self, new: _Group) -> None:
         """Add new rows to the batch: join their cache with an existing one if possible."""

@@ -97,16 +97,9 @@ def embedding_scale(model: LanguageModel) -> float:
     return float(getattr(model.config, "embedding_multiplier", 1.0))  # Granite
 
 
-def keys_and_values(result: Any) -> Any:
-    """The cache in a language model's result: ``cache``, or ``past_key_values`` in older transformers."""
-    return result.cache if "cache" in result else getattr(result, "past_key_values", None)
-
-
-def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The keyword argument for a cache; its name depends on the version of transformers."""
-    if cache is None:
-        return {}
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+def cache_name(model: nn.Module) -> str:
+    """The name of the cache among a model's arguments and in its result; it depends on the version of transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def check_family(model: LanguageModel) -> None:
@@ -143,7 +136,7 @@ def _difference(model: LanguageModel) -> str:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     expected = model(inputs_embeds=alone, use_cache=False, return_dict=True).logits[0, -2:].float()
     read = model(inputs_embeds=padded, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True)
-    cache = keys_and_values(read)
+    cache = read.get(name := cache_name(model))
     if cache is None or not hasattr(cache, "batch_select_indices"):
         return "the rows of its cache cannot be selected"
     cache.batch_select_indices(torch.tensor([1], device=padded.device))
@@ -153,7 +146,7 @@ def _difference(model: LanguageModel) -> str:
         position_ids=torch.tensor([[count - 2, count - 1]], device=padded.device),
         use_cache=True,
         return_dict=True,
-        **cache_argument(model, cache),
+        **{name: cache},
     )
     allowed = _TOLERANCE.get(model.dtype, 0.3) * float(expected.std().clamp(min=1e-6))
     difference = float((behind.logits[0].float() - expected).abs().max())
