@@ -51,13 +51,13 @@ def train(rank: int, port: int, config: str, output: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     import torch
 
-    from lavis_chatbridge.plugin.launch import Session
+    from lavis_chatbridge.plugin.launch import Runs
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a process that torchrun starts
     sys.stderr = open(f"{output}.log{rank}", "a", encoding="utf-8")  # noqa: SIM115  (until the process ends)
-    with Session() as session:
-        session.run(config, [f"run.output_dir={output}"], evaluate=False)
+    with Runs() as runs:
+        runs.run(config, [f"run.output_dir={output}"], evaluate=False)
 
 
 def start(context: ForkServerContext, config: Path, output: Path) -> list[Any]:

@@ -14,7 +14,8 @@ class _ImportFinder:
     """An import finder that passes LAVIS's modules and this package's to ``plugin/autoload.py``, and ignores others."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if not name.startswith("lavis") or name.startswith("lavis_chatbridge.plugin"):
+        # The package itself and its plugin folder are what the next line imports.
+        if not name.startswith(("lavis.", "lavis_chatbridge.")) or name.startswith("lavis_chatbridge.plugin"):
             return None
         from lavis_chatbridge.plugin import autoload
 

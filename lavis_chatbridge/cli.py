@@ -33,7 +33,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "plugin.train", "Train with a configuration file (as python -m lavis.train)."),
+    Command("train", "plugin.launch", "Train with a configuration file (as python -m lavis.train)."),
     Command("evaluate", "plugin.evaluate", "Score a model on test splits (as python -m lavis.evaluate)."),
     Command("compare", "plugin.compare", "Compare two evaluations sample by sample."),
     Command("world", "toyworld.command", "Build the embedded world, a small synthetic data set."),

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from lavis_chatbridge.config import PROJECTS, hint, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.plugin import report
-from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, Session, load
+from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, Runs, load
 from lavis_chatbridge.plugin.report import Line
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 from lavis_chatbridge.tasks.settings import MediaSettings
@@ -65,21 +65,21 @@ def command(
             raise ConfigError("--ablate needs a model: use it with --cfg-path or --suite, not with --rescore")
         return report.rescore(rescore, options)
     paths = {"": Path(str(cfg_path))} if suite is None else choose(suite, find(suite_folder))
-    with Session() as session:
-        lines = score(session, paths, options, conditions)
+    with Runs() as runs:
+        lines = score(runs, paths, options, conditions)
         text = report.text_table(lines) if suite else report.summary(lines)
         from lavis_chatbridge.runners import distributed
 
         if distributed.is_main():
             print(text, flush=True)
             if suite:
-                _write(lines, output, session)
+                _write(lines, output, runs)
     states = {line.status for line in lines}
     return 1 if "failed" in states else 0 if "scored" in states else 2
 
 
 def score(
-    session: Session, paths: Mapping[str, Path], options: Sequence[str], asked: Sequence[MediaSettings] | None = None
+    runs: Runs, paths: Mapping[str, Path], options: Sequence[str], asked: Sequence[MediaSettings] | None = None
 ) -> list[Line]:
     """Score configurations by suite (a single one is the suite ``""``), each with all media, then in each condition.
 
@@ -90,10 +90,10 @@ def score(
         found: list[Line] = []
         with _errors_as_lines(found, suite):
             found += _missing_data(path, options) if suite else []
-            for label, changes in [] if found else _conditions(session, path, options, asked):
+            for label, changes in [] if found else _conditions(runs, path, options, asked):
                 with _errors_as_lines(found, suite, label):
-                    scores = session.run(str(path), [*options, *changes], evaluate=True) or {}
-                    found += report.lines_of(scores, session.cfg.run)
+                    scores = runs.run(str(path), [*options, *changes], evaluate=True) or {}
+                    found += report.lines_of(scores, runs.cfg.run)
                 if all(line.status == "failed" for line in found):
                     break  # nothing to compare with
         lines += report.completed(found, suite)
@@ -113,13 +113,13 @@ def _errors_as_lines(lines: list[Line], suite: str, label: str = "") -> Iterator
 
 
 def _conditions(
-    session: Session, path: Path, options: Sequence[str], asked: Sequence[MediaSettings] | None
+    runs: Runs, path: Path, options: Sequence[str], asked: Sequence[MediaSettings] | None
 ) -> Iterator[tuple[str, list[str]]]:
     """Label and options of each condition: first all media; then, if asked, the ablations that suit the last run."""
     if asked is not None:
         _check_ablation(load(str(path), options))
     yield "", []
-    for condition, splits in [] if asked is None else ablations(asked, session.cfg):
+    for condition, splits in [] if asked is None else ablations(asked, runs.cfg):
         yield condition.label, [*condition.options, f"run.test_splits=[{','.join(splits)}]"]
 
 
@@ -218,10 +218,10 @@ def _missing_data(path: Path, options: Sequence[str]) -> list[Line]:
     return []
 
 
-def _write(lines: Sequence[Line], output: Path, session: Session) -> None:
+def _write(lines: Sequence[Line], output: Path, runs: Runs) -> None:
     """Write the table of suites to a folder of the model type, if at least one suite was run."""
     from lavis_chatbridge.tasks.scoring.records import versions
 
-    model = str(session.cfg.model_cfg.get("model_type") or "") if hasattr(session, "cfg") else ""
+    model = str(runs.cfg.model_cfg.get("model_type") or "") if hasattr(runs, "cfg") else ""
     files = report.write(output / model, lines, {"model": model, "versions": versions()})
     print(f"\nwritten to {', '.join(map(str, files))}")

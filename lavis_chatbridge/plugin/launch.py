@@ -1,13 +1,13 @@
-"""A run of a configuration file, for training, evaluation and the commands that read its data.
+"""Runs of configuration files: ``chatbridge train`` (also ``python -m lavis.train``), and what other commands share.
 
-It builds LAVIS's four parts in LAVIS's order: task, data sets, model, runner.
+A run builds LAVIS's four parts in LAVIS's order: task, data sets, model, runner.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,11 +16,11 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.launchers import cores
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lavis_chatbridge.runners.config import Config
     from lavis_chatbridge.tasks.base import ChatBridgeTask
-
 
 _CFG_PATH = typer.Option("--cfg-path", metavar="YAML", help="The configuration file.")
 CfgPath = Annotated[str, _CFG_PATH]
@@ -31,7 +31,13 @@ Options = Annotated[
 ]
 
 
-class Session:
+def command(cfg_path: CfgPath, options: Options = None) -> None:
+    """Train as a configuration file says."""
+    with Runs() as runs:
+        runs.run(cfg_path, options or [], evaluate=False)
+
+
+class Runs(ExitStack):
     """Runs configurations one after the other in one process group; evaluations with equal models share one.
 
     Attributes:
@@ -41,59 +47,58 @@ class Session:
     cfg: Config
 
     def __init__(self) -> None:
+        super().__init__()
         self._model: nn.Module | None = None
         self._built_from: dict[str, Any] | None = None
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if "lavis_chatbridge.runners.distributed" in sys.modules:
-            from lavis_chatbridge.runners import distributed
-
-            distributed.close()
 
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
         """Train as a configuration file and options say, or score ``run.test_splits``: split -> its metrics."""
         self.cfg = cfg = load(cfg_path, [*options, "run.evaluate=true"] if evaluate else options)
-        import numpy
-        import torch
         from lavis.common.registry import registry
 
         from lavis_chatbridge.runners import ChatBridgeRunner, distributed
         from lavis_chatbridge.runners.folder import RunFolder, new_job_id
 
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch does not know the quota of a container
-        device = distributed.init(cfg.run)
-        own = issubclass(registry.get_runner_class(cfg.run.runner), ChatBridgeRunner)
+        device = self.start(cfg)
+        runner_class = registry.get_runner_class(cfg.run.runner)
+        own = issubclass(runner_class, ChatBridgeRunner)
         if device.type == "cpu" and not own:
             raise ConfigError(
                 f"run.runner {cfg.run.runner!r} is LAVIS's own, which needs a CUDA device: use chatbridge_runner"
             )
-        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-            seed(cfg.run.seed)  # equally on every process, so that all initialise the same weights
         cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.in_group(), distributed.world_size()
         cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
         job_id = distributed.from_main(new_job_id())
         if own and not evaluate and not cfg.run.evaluate:
             RunFolder(cfg.run, job_id).check()  # before anything is loaded
-        prepare_world(cfg.datasets_cfg)
-        runner = self._runner(cfg, job_id, evaluate)
+        task, datasets, model = self.build(cfg, evaluate)
+        runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
         return runner.evaluate() if evaluate else runner.train()
 
-    def _runner(self, cfg: Config, job_id: str, evaluate: bool) -> Any:
-        """The runner, with its task, data sets and model."""
+    def start(self, cfg: Config) -> torch.device:
+        """Join the process group, which ends with this object, and seed this process; returns its device."""
+        import numpy
+        import torch
+
+        from lavis_chatbridge.runners import distributed
+
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch does not know the quota of a container
+        self.callback(distributed.close)
+        device = distributed.init(cfg.run)
+        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+            seed(cfg.run.seed)  # equally on every process, so that all initialise the same weights
+        return device
+
+    def build(self, cfg: Config, evaluate: bool = False) -> tuple[ChatBridgeTask, dict[str, Any], nn.Module]:
+        """The task, data sets and model of a configuration; builds the embedded world if it needs it."""
         from lavis.common.registry import registry
 
         from lavis_chatbridge.runners import distributed
 
+        prepare_world(cfg.datasets_cfg)
         with distributed.together():
             task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
-            datasets = task.build_datasets(cfg)
-            model = self._model_of(task, cfg, evaluate)
-        return registry.get_runner_class(cfg.run.runner)(
-            cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets
-        )
+            return task, task.build_datasets(cfg), self._model_of(task, cfg, evaluate)
 
     def _model_of(self, task: ChatBridgeTask, cfg: Config, evaluate: bool) -> nn.Module:
         """The model: the previous run's if its settings are equal and nothing has changed it."""

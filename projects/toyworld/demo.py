@@ -20,7 +20,7 @@ from report import STARTED, summary, write_report
 from lavis_chatbridge.cli import exit_status
 from lavis_chatbridge.launchers import current_rank
 from lavis_chatbridge.plugin.evaluate import parse_conditions
-from lavis_chatbridge.plugin.launch import Session
+from lavis_chatbridge.plugin.launch import Runs
 
 WORLD = Path("output/world")
 
@@ -67,30 +67,30 @@ def main(folder: Path) -> int:
         folder.mkdir(parents=True)
         (folder / STARTED).touch()
     began = time.monotonic()
-    with Session() as session:
+    with Runs() as runs:
         for number, part in enumerate(PARTS, 1):
             if first:
                 left = sum(part.seconds for part in PARTS[number - 1 :])
                 done = time.monotonic() - began
                 print(f"\n[{number}/{len(PARTS)}] {part.title}: about {part.seconds} s", end="")
                 print(f" ({done:.0f} s done, about {left:.0f} s left)", flush=True)
-            _run(session, part, folder, place.world_size)
+            _run(runs, part, folder, place.world_size)
     if first:
         report = write_report(folder, WORLD)
         print(f"\n{summary(report)}\n\n{report['seconds']:.0f} seconds in all\nreport: {folder / 'report.html'}")
     return 0
 
 
-def _run(session: Session, part: Part, folder: Path, processes: int) -> None:
+def _run(runs: Runs, part: Part, folder: Path, processes: int) -> None:
     options = [f"run.output_dir={folder / part.folder}"]
     if part.model:
         options.append(f"model.checkpoint={folder / part.model}/model.safetensors")
     if part.batch:
         options.append(f"run.batch_size_train={part.batch // processes}")
     path = f"projects/chatbridge/{part.configuration}.yaml"
-    session.run(path, options, evaluate=not part.batch)
+    runs.run(path, options, evaluate=not part.batch)
     for condition in parse_conditions(part.conditions):
-        session.run(path, [*options, "run.test_splits=[test]", *condition.options], evaluate=True)
+        runs.run(path, [*options, "run.test_splits=[test]", *condition.options], evaluate=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if not os.environ.get("TEST_LMMS_EVAL"):
     pytest.skip("lmms-eval has an environment of its own: make test-lmms-eval", allow_module_level=True)
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmms-eval-test-")  # read when the datasets library is imported
 
-from lavis_chatbridge.plugin.launch import Session
+from lavis_chatbridge.plugin.launch import Runs
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
 from lavis_chatbridge.toyworld import clips, pictures, sounds
@@ -119,7 +119,7 @@ def ours(world: Path) -> dict[str, list[str]]:
     """What our own task predicts for each set of questions, and of the pictures' what it chooses from a list."""
     found = {}
     chosen = ["run.inference_method=rank", f"run.answer_list={world / 'choices.json'}", "run.length_penalty=1.0"]
-    with Session() as session:
+    with Runs() as runs:
         for name in [*MODALITIES, "image_choice"]:
             config = world / f"ours_{name}.yaml"
             config.write_text(
@@ -129,7 +129,7 @@ def ours(world: Path) -> dict[str, list[str]]:
                 "run:\n  task: chatbridge_captioning\n  evaluate: true\n  test_splits: [test]\n  num_workers: 0\n"
                 f"  max_len: 12\n  batch_size_eval: 4\n  device: cpu\n  job_id: ''\n  output_dir: {world}/out_{name}\n"
             )
-            session.run(str(config), chosen if name == "image_choice" else [], evaluate=True)
+            runs.run(str(config), chosen if name == "image_choice" else [], evaluate=True)
             lines = (world / f"out_{name}/result/test_step0.jsonl").read_text().splitlines()
             records = [json.loads(line) for line in lines]
             assert len(records) == COUNT

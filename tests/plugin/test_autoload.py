@@ -44,6 +44,10 @@ SWITCHED_OFF = """
 import sys
 import torch
 facts["loaded by torch"] = sorted(name for name in sys.modules if name.startswith("lavis"))
+import importlib.util
+importlib.util.find_spec("lavis_chatbridge.files")  # as `coverage run --source` does, which then forgets the package
+for name in [name for name in sys.modules if name.startswith("lavis_chatbridge")]:
+    del sys.modules[name]
 import lavis_chatbridge
 import lavis.train
 from lavis.models import model_zoo

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.settings import DataSettings
-from lavis_chatbridge.plugin.launch import Session
+from lavis_chatbridge.plugin.launch import Runs
 from lavis_chatbridge.plugin.shard import _add_ratios, _files_of, _section
 from lavis_chatbridge.schema import SampleFile
 from lavis_chatbridge.toyworld.build import Sizes, build_world
@@ -49,9 +49,9 @@ def config(tmp_path, world):
 
 def train(path, *options):
     """The losses of each step."""
-    with Session() as session:
-        session.run(str(path), ["run.device=cpu", *options], evaluate=False)
-    lines = [json.loads(line) for line in Path(session.cfg.run.output_dir, "log.txt").read_text().splitlines()]
+    with Runs() as runs:
+        runs.run(str(path), ["run.device=cpu", *options], evaluate=False)
+    lines = [json.loads(line) for line in Path(runs.cfg.run.output_dir, "log.txt").read_text().splitlines()]
     return [line["train_loss"] for line in lines if "train_loss" in line]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.chatbridge import ChatBridge
-from lavis_chatbridge.plugin.launch import Session
+from lavis_chatbridge.plugin.launch import Runs
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.prompting.templates import listed
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, write_jsonl
@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def session():
     """One model for all tests of the file."""
-    with Session() as one:
+    with Runs() as one:
         yield one
 
 

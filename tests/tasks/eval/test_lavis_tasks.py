@@ -8,7 +8,7 @@ import pytest
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 from PIL import Image
 
-from lavis_chatbridge.plugin.launch import Session
+from lavis_chatbridge.plugin.launch import Runs
 from tests.media.making import video_file
 
 COLOURS = [(220, 30, 30), (30, 200, 40), (40, 60, 220)]
@@ -20,7 +20,7 @@ VIDEO_PROCESSORS = {split: {"name": f"chatbridge_video_{split}", "num_frames": 4
 
 @pytest.fixture(scope="module")
 def session():
-    with Session() as one:
+    with Runs() as one:
         yield one
 
 
