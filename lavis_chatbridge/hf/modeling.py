@@ -25,7 +25,7 @@ from lavis_chatbridge.models import state_dicts, weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import StopTexts, TextStream
 from lavis_chatbridge.models.encoding import own_precision
-from lavis_chatbridge.models.layout import IGNORED, SOFT, Batch, embed
+from lavis_chatbridge.models.layout import IGNORED, SOFT, Rows, embed
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import Modality
@@ -170,14 +170,14 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             PromptError: If the prompts need more soft tokens than the media give.
         """
-        batch, soft = self._prepared(input_ids, labels, **inputs)
+        rows, soft = self._prepared(input_ids, labels, **inputs)
         if labels is None:
-            embeds, llm = self._embeds(batch, soft), self.chatbridge.llama_model
-            mask, positions = batch.attention_mask.to(embeds.device), batch.position_ids.to(embeds.device)
+            embeds, llm = self._embeds(rows, soft), self.chatbridge.llama_model
+            mask, positions = rows.attention_mask.to(embeds.device), rows.position_ids.to(embeds.device)
             with own_precision(llm):
                 output = llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
             return CausalLMOutputWithPast(logits=output.logits)
-        nll, targets = self.chatbridge.token_losses(batch, soft)
+        nll, targets = self.chatbridge.token_losses(rows, soft)
         return CausalLMOutputWithPast(loss=nll.sum() / (num_items_in_batch or max(1, len(targets))))
 
     @torch.no_grad()
@@ -191,8 +191,8 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             ``[B * num_return_sequences, N]`` new ids; the processor's ``batch_decode`` cuts them at the reply's end.
         """
-        batch, soft = self._prepared(input_ids, **{name: more.pop(name) for name in INPUTS if name in more})
-        embeds = self._embeds(batch, soft)
+        rows, soft = self._prepared(input_ids, **{name: more.pop(name) for name in INPUTS if name in more})
+        embeds = self._embeds(rows, soft)
         llm, tokenizer, stops = (
             self.chatbridge.llama_model,
             self.chatbridge.llama_tokenizer,
@@ -207,7 +207,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with own_precision(llm):
             return llm.generate(
                 inputs_embeds=embeds,
-                attention_mask=batch.attention_mask.to(embeds.device),
+                attention_mask=rows.attention_mask.to(embeds.device),
                 generation_config=config,
                 stopping_criteria=criteria,
                 **more,
@@ -221,8 +221,8 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         soft_index: Tensor | None = None,
         position_ids: Tensor | None = None,
         **media: Tensor,
-    ) -> tuple[Batch, Tensor | None]:
-        """The rows as a `Batch` of :mod:`models.layout`, on the CPU, and the soft tokens ``[S, D]`` of the media."""
+    ) -> tuple[Rows, Tensor | None]:
+        """The `Rows` of :mod:`models.layout`, on the CPU, and the soft tokens ``[S, D]`` of the media."""
         soft = self._soft_tokens(**media)
         ids = input_ids.cpu()
         index = torch.full_like(ids, -1) if soft_index is None else soft_index.cpu()
@@ -233,11 +233,11 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         positions = (mask.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids.cpu()
         labels = torch.full_like(ids, IGNORED) if labels is None else labels.cpu()
         is_soft = index >= 0
-        return Batch(ids.masked_fill(is_soft, SOFT), index[is_soft], mask, positions, labels), soft
+        return Rows(ids.masked_fill(is_soft, SOFT), index[is_soft], mask, positions, labels), soft
 
-    def _embeds(self, batch: Batch, soft: Tensor | None) -> Tensor:
+    def _embeds(self, rows: Rows, soft: Tensor | None) -> Tensor:
         llm = self.chatbridge.llama_model
-        return embed(batch, soft, llm.get_input_embeddings(), llm.embedding_scale)
+        return embed(rows, soft, llm.get_input_embeddings(), llm.embedding_scale)
 
     def _soft_tokens(self, **media: Tensor) -> Tensor | None:
         """``[S, D]`` soft tokens of all images, then videos, then sounds; None without media."""

@@ -215,16 +215,16 @@ class ChatBridgeProcessor(ProcessorMixin):
                     by_modality[modality].append(medium)
             bounds.append(start)
         longest = 1 << 30 if generate else self.settings.max_text_length
-        batch = lay_out(prompts, ranges, self.codec, "text" if generate else self.settings.prompt_layout, longest)
-        soft = torch.full_like(batch.token_ids, -1).masked_scatter(batch.token_ids == SOFT, batch.soft)
+        rows = lay_out(prompts, ranges, self.codec, "text" if generate else self.settings.prompt_layout, longest)
+        soft = torch.full_like(rows.token_ids, -1).masked_scatter(rows.token_ids == SOFT, rows.soft)
         placeholders = torch.bucketize(soft, torch.tensor(bounds), right=True) + len(self.codec)
-        ids = batch.token_ids.masked_fill(batch.token_ids == PADDING, self.codec.pad_id)
+        ids = rows.token_ids.masked_fill(rows.token_ids == PADDING, self.codec.pad_id)
         ids = torch.where(soft >= 0, placeholders, ids)
-        columns = {"input_ids": ids, "attention_mask": batch.attention_mask, "soft_index": soft}
+        columns = {"input_ids": ids, "attention_mask": rows.attention_mask, "soft_index": soft}
         if generate:
             columns = _padded_left(columns, {"input_ids": self.codec.pad_id, "attention_mask": 0, "soft_index": -1})
         else:
-            columns |= {"position_ids": batch.position_ids, "labels": batch.labels}
+            columns |= {"position_ids": rows.position_ids, "labels": rows.labels}
         return BatchFeature({**columns, **_media_tensors(by_modality)})
 
     def _count(self, modality: Modality, medium: Any) -> int:

@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models.decoding import Decoder, Generation, padded
+from lavis_chatbridge.models.decoding import Decoder, Generation, padded, read
 from lavis_chatbridge.models.encoding import own_precision
-from lavis_chatbridge.models.families import LanguageModel, cache_name, free_positions
+from lavis_chatbridge.models.families import LanguageModel, free_positions
 from lavis_chatbridge.models.layout import Media, MediaRanges, contexts, elements_of, is_alignment, media_of
 from lavis_chatbridge.models.remote import RemoteLanguageModel
 from lavis_chatbridge.models.sampling import Sampling
@@ -123,12 +123,13 @@ class Answering:
 
         Targets in the prompts are ignored. ``keep`` is that of :func:`candidate_scores`; None scores all candidates.
         """
-        embeds, mask = padded(self.llama_model, self.replies(samples, Sampling()))
+        llm = self.llama_model
+        embeds, mask = padded(llm, self.replies(samples, Sampling()))
         closed = [self.template.reply(answer) for answer in answers]
         candidates = [self.llama_tokenizer.encode(text.text) if text.ids is None else text.ids for text in closed]
-        most = len(candidates) if keep is None else keep
-        with own_precision(self.llama_model):
-            scores = candidate_scores(self.llama_model, embeds, mask, candidates, most, self.settings.encoder_batch)
+        with own_precision(llm):
+            most = keep or len(candidates)
+            scores = candidate_scores(llm, embeds, mask, candidates, most, self.settings.encoder_batch)
         return scores, torch.tensor([len(ids) for ids in candidates], device=scores.device)
 
     def replies(
@@ -176,33 +177,28 @@ def candidate_scores(
     if (room := free_positions(model.config, int(mask.sum(1).max()))) < (longest := int(lengths.max())):
         raise PromptError(f"a candidate has {longest} tokens, but the longest prompt leaves {room:g} positions")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    read = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True)
+    logits, cache = read(model, None, mask, positions, last_only=True, inputs_embeds=embeds)
     ids = pad_sequence([torch.tensor(list(candidate)) for candidate in candidates], batch_first=True).to(device)
-    openings = read.logits[:, -1].float().log_softmax(-1)[:, ids[:, 0]]
+    openings = logits[:, -1].float().log_softmax(-1)[:, ids[:, 0]]
     scores = torch.full_like(openings, float("-inf"))
     chosen = openings.topk(min(keep, len(candidates)), dim=1).indices
     rows = torch.arange(len(embeds), device=device).repeat_interleave(chosen.shape[1])
     for row, candidate in zip(rows.split(chunk), chosen.flatten().split(chunk), strict=True):
-        rest = _rest_scores(model, read[cache_name(model)], mask[row], ids[candidate], lengths[candidate], row)
+        own = copy.deepcopy(cache)
+        own.batch_select_indices(row)
+        rest = _rest_scores(model, own, mask[row], ids[candidate], lengths[candidate])
         scores[row, candidate] = openings[row, candidate] + rest
     return scores
 
 
-def _rest_scores(model: LanguageModel, cache: Any, mask: Tensor, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-    """``[P]`` log-probabilities of ``P`` candidates without their first token, each after its row."""
+def _rest_scores(model: LanguageModel, cache: Any, mask: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """``[P]`` log-probabilities of ``P`` candidates without their first token, each after its row of the cache."""
     steps = int(lengths.max()) - 1
     if not steps:
         return torch.zeros(len(ids), device=ids.device)
-    own = copy.deepcopy(cache)
-    own.batch_select_indices(rows)
-    counts = torch.arange(1, steps + 1, device=ids.device) < lengths[:, None]
-    logits = model(
-        input_ids=ids[:, :steps],
-        attention_mask=torch.cat([mask, torch.ones_like(ids[:, :steps])], dim=1),
-        position_ids=mask.sum(1, keepdim=True) + torch.arange(steps, device=ids.device),
-        use_cache=True,
-        return_dict=True,
-        **{cache_name(model): own},
-    ).logits
+    steps_mask = torch.cat([mask, torch.ones_like(ids[:, :steps])], dim=1)
+    positions = mask.sum(1, keepdim=True) + torch.arange(steps, device=ids.device)
+    logits, _ = read(model, cache, steps_mask, positions, input_ids=ids[:, :steps])
     values = logits.float().log_softmax(-1).gather(-1, ids[:, 1 : steps + 1, None]).squeeze(-1)
+    counts = torch.arange(1, steps + 1, device=ids.device) < lengths[:, None]
     return (values * counts).sum(1)

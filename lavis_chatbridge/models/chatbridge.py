@@ -31,7 +31,7 @@ from lavis_chatbridge.models.answering import Answering
 from lavis_chatbridge.models.encoders import build_audio, build_vision
 from lavis_chatbridge.models.families import LanguageModel
 from lavis_chatbridge.models.language_model import load_language_model
-from lavis_chatbridge.models.layout import Batch, Media, MediaRanges, Medium, embed, lay_out, media_of, training_prompts
+from lavis_chatbridge.models.layout import Media, MediaRanges, Medium, Rows, embed, lay_out, media_of, training_prompts
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality, Piece, Slot, slots_of
@@ -73,8 +73,8 @@ class ChatBridge(Answering, BaseModel):
         self.prompt_layout = settings.prompt_layout
         self.max_text_length = settings.max_text_length
         self.video_queries = settings.perceiver.video_queries
-        self.lost_answers = 0
-        """Number of training samples so far that lost all their targets to ``max_text_length``."""
+        self.samples_without_targets = 0
+        """Number of training samples so far whose targets were all cut off by ``max_text_length``."""
         self._hashes: dict[str, str] = {}
 
         with _bars_on_terminals_only():
@@ -155,29 +155,30 @@ class ChatBridge(Answering, BaseModel):
         media = media_of(samples)
         prompts = training_prompts(samples, media, self.template)
         soft, ranges = self.soft_tokens(prompts, media)
-        batch = lay_out(prompts, ranges, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
-        if batch.lost and not self.lost_answers:
-            log.warning("max_text_length %d cut off all targets of a sample; see lost_answers", self.max_text_length)
-        self.lost_answers += batch.lost
-        nll, targets = self.token_losses(batch, soft)
+        rows = lay_out(prompts, ranges, self.llama_tokenizer, self.prompt_layout, self.max_text_length)
+        if rows.without_targets and not self.samples_without_targets:
+            cut = "max_text_length %d cut off all targets of a sample; samples_without_targets counts such samples"
+            log.warning(cut, self.max_text_length)
+        self.samples_without_targets += rows.without_targets
+        nll, targets = self.token_losses(rows, soft)
         loss = nll.mean() if len(targets) else nll.sum()
         return {"loss": loss, "target_tokens": torch.tensor(len(targets), device=loss.device)}
 
-    def token_losses(self, batch: Batch, soft: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``[K]`` negative log-likelihoods in fp32 of the batch's targets, row by row, and the targets."""
-        rows, columns, targets = (index.to(self.device) for index in batch.supervised())
+    def token_losses(self, rows: Rows, soft: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[K]`` negative log-likelihoods in fp32 of the rows' targets, row by row, and the targets."""
+        numbers, columns, targets = (index.to(self.device) for index in rows.supervised())
         end = int(columns.max()) + 1 if len(columns) else 1  # tokens after the last target cannot affect the loss
         table = self.llama_model.get_input_embeddings()
-        embeds = embed(batch, soft, table, self.llama_model.embedding_scale)[:, :end]
+        embeds = embed(rows, soft, table, self.llama_model.embedding_scale)[:, :end]
         if torch.is_grad_enabled() and not embeds.requires_grad:
             # batch without media: backward must still run through the language model, which may be sharded over ranks
             embeds = embeds + 0.0 * self.llama_proj.bias.sum().to(embeds.dtype)
         inputs = {"inputs_embeds": embeds}
-        if batch.needs_mask:
-            inputs["attention_mask"] = batch.attention_mask[:, :end].to(self.device)
-            inputs["position_ids"] = batch.position_ids[:, :end].to(self.device)
+        if rows.needs_mask:
+            inputs["attention_mask"] = rows.attention_mask[:, :end].to(self.device)
+            inputs["position_ids"] = rows.position_ids[:, :end].to(self.device)
         with encoding.own_precision(self.llama_model):
-            losses = losses_at(self.llama_model, rows, columns, targets, **inputs)
+            losses = losses_at(self.llama_model, numbers, columns, targets, **inputs)
         return losses.to(self.device), targets
 
     def encode_media(self, modality: Modality, media: Sequence[Medium]) -> list[EncodedMedium]:

@@ -1,11 +1,7 @@
-"""Differences between families of language models, and the check that a family is supported.
-
-Shapes: ``B`` rows, ``L`` positions, ``D`` width, ``V`` vocabulary.
-"""
+"""What this package uses of transformers' language models, and facts in which their families differ."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,42 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavis_chatbridge.errors import ConfigError, PromptError, one_line
-
-TESTED = frozenset((
-    "bloom", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral",
-    "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
-))  # fmt: skip
-"""Families (``model_type``) that pass every stage in tests/models/test_families.py; others are checked when loaded."""
-
-_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1}
-"""Largest accepted difference between a row's logits alone and in a padded batch, in standard deviations."""
+from lavis_chatbridge.errors import PromptError
 
 
 class LanguageModel(nn.Module):
     """The part of transformers' ``PreTrainedModel`` that this package uses; such models are cast to it."""
 
     config: Any
+    dtype: torch.dtype
+    device: torch.device
     embedding_scale: float
     """See :func:`embedding_scale`; set when a model is loaded."""
-
+    get_input_embeddings: Callable[[], nn.Embedding]
     get_output_embeddings: Callable[[], nn.Module]
     generate: Callable[..., Tensor]
     """transformers' own generation, which does the beam search."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the embedding table."""
-        return self.get_input_embeddings().weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the embedding table."""
-        return self.get_input_embeddings().weight.device
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding table."""
-        raise NotImplementedError
 
 
 def positions_of(config: Any) -> float:
@@ -95,60 +70,3 @@ def embedding_scale(model: LanguageModel) -> float:
     if model.config.model_type in ("gemma", "gemma2") and not hasattr(model.get_input_embeddings(), "embed_scale"):
         return math.sqrt(model.config.hidden_size)
     return float(getattr(model.config, "embedding_multiplier", 1.0))  # Granite
-
-
-def cache_name(model: nn.Module) -> str:
-    """The name of the cache among a model's arguments and in its result; it depends on the version of transformers."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def check_family(model: LanguageModel) -> None:
-    """Raise if the bridge cannot use a language model: compares logits of a row alone and in a padded batch.
-
-    Raises:
-        ConfigError: If it does not accept embeddings, the rows of its cache cannot be selected or affect each other.
-    """
-    try:
-        stateful = getattr(model, "_is_stateful", False)  # without its kernels, such a model can take gigabytes to run
-        fault = "it keeps a recurrent state, not keys and values" if stateful else _difference(model)
-    except Exception as error:  # an unsupported model fails in its own way
-        fault = f"{type(error).__name__}: {one_line(error, 150)}"
-    if fault:
-        family = getattr(model.config, "model_type", type(model).__name__)
-        raise ConfigError(
-            f"language models of family {family!r} are not supported ({fault}); docs/weights.md lists supported ones"
-        )
-
-
-@torch.no_grad()
-def _difference(model: LanguageModel) -> str:
-    """Error text for an unsupported model, or "".
-
-    A row of a padded batch, continued from a selection of its cache, must get the same logits as alone.
-    """
-    table = model.get_input_embeddings()
-    ids = torch.arange(3, 11, device=table.weight.device) * 7 % model.config.vocab_size
-    count = len(ids)
-    alone = table(ids[None])
-    padded = torch.cat([alone.flip(1), torch.cat([torch.zeros_like(alone[:, :2]), alone[:, :-2]], 1)])
-    mask = torch.ones(padded.shape[:2], dtype=torch.long, device=padded.device)
-    mask[1, :2] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    expected = model(inputs_embeds=alone, use_cache=False, return_dict=True).logits[0, -2:].float()
-    read = model(inputs_embeds=padded, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True)
-    cache = read.get(name := cache_name(model))
-    if cache is None or not hasattr(cache, "batch_select_indices"):
-        return "the rows of its cache cannot be selected"
-    cache.batch_select_indices(torch.tensor([1], device=padded.device))
-    behind = model(
-        inputs_embeds=alone[:, -2:],
-        attention_mask=torch.cat([mask[1:], mask.new_ones(1, 2)], 1),
-        position_ids=torch.tensor([[count - 2, count - 1]], device=padded.device),
-        use_cache=True,
-        return_dict=True,
-        **{name: cache},
-    )
-    allowed = _TOLERANCE.get(model.dtype, 0.3) * float(expected.std().clamp(min=1e-6))
-    difference = float((behind.logits[0].float() - expected).abs().max())
-    quantised = getattr(model.config, "quantization_config", None) is not None
-    return "" if quantised or difference <= allowed else "a row's logits depend on the padding, the batch or the cache"

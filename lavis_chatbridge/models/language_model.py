@@ -1,6 +1,6 @@
-"""The language model and its tokenizer: any causal language model of transformers, from a folder, offline and frozen.
+"""Loads the frozen language model and its tokenizer from a folder, offline: any causal one of transformers that fits.
 
-It knows embeddings and token ids, no media and no conversation format.
+This module knows embeddings and token ids, no media and no conversation format.
 """
 
 from __future__ import annotations
@@ -13,25 +13,22 @@ from typing import Any
 import torch
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import CheckpointError, MissingExtraError, one_line
-from lavis_chatbridge.models import families, lora
-from lavis_chatbridge.models.families import LanguageModel
+from lavis_chatbridge.errors import CheckpointError, ConfigError, MissingExtraError, one_line
+from lavis_chatbridge.models import lora
+from lavis_chatbridge.models.decoding import read
+from lavis_chatbridge.models.families import LanguageModel, embedding_scale
 from lavis_chatbridge.models.remote import load_remote
 from lavis_chatbridge.models.settings import LanguageModelSettings, torch_dtype
 from lavis_chatbridge.models.tokenizer import Tokenizer, load_tokenizer
 
+TESTED = frozenset((
+    "bloom", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral",
+    "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+))  # fmt: skip
+"""Families (``model_type``) that pass every stage in tests/models/test_families.py; others are checked when loaded."""
 
-def check_available(settings: LanguageModelSettings) -> None:
-    """Raise a `MissingExtraError` if the settings need a package that is not installed."""
-    needs = (
-        ("lora", "peft", "lora"),
-        ("device_map", "accelerate", "device-map"),
-        ("quantization", "bitsandbytes", "quantize"),
-        ("quantization", "accelerate", "quantize"),
-    )
-    for name, package, extra in needs:
-        if getattr(settings, name) is not None and importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, extra, f"model.language_model.{name}")
+_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1}
+"""Largest accepted difference between a row's logits alone and in a padded batch, in standard deviations."""
 
 
 def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel, Tokenizer]:
@@ -60,12 +57,67 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel,
     # ignore the folder's own generation settings: only the caller's arguments apply
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_id, pad_token_id=tokenizer.pad_id)
     model.requires_grad_(False).eval()
-    if model.config.model_type not in families.TESTED:
-        families.check_family(model)
-    model.embedding_scale = families.embedding_scale(model)
+    if model.config.model_type not in TESTED:
+        check_family(model)
+    model.embedding_scale = embedding_scale(model)
     if settings.lora is not None:
         lora.inject(model, settings.lora)
     return model, tokenizer
+
+
+def check_available(settings: LanguageModelSettings) -> None:
+    """Raise a `MissingExtraError` if the settings need a package that is not installed."""
+    needs = (
+        ("lora", "peft", "lora"),
+        ("device_map", "accelerate", "device-map"),
+        ("quantization", "bitsandbytes", "quantize"),
+        ("quantization", "accelerate", "quantize"),
+    )
+    for name, package, extra in needs:
+        if getattr(settings, name) is not None and importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra, f"model.language_model.{name}")
+
+
+def check_family(model: LanguageModel) -> None:
+    """Raise a `ConfigError` if the bridge cannot use a language model.
+
+    It must accept embeddings, and have a cache whose rows can be selected and do not affect each other.
+    """
+    try:
+        stateful = getattr(model, "_is_stateful", False)  # without its kernels, such a model can take gigabytes to run
+        fault = "it keeps a recurrent state, not keys and values" if stateful else _difference(model)
+    except Exception as error:  # an unsupported model fails in its own way
+        fault = f"{type(error).__name__}: {one_line(error, 150)}"
+    if fault:
+        family = getattr(model.config, "model_type", type(model).__name__)
+        raise ConfigError(
+            f"language models of family {family!r} are not supported ({fault}); docs/weights.md lists supported ones"
+        )
+
+
+@torch.no_grad()
+def _difference(model: LanguageModel) -> str:
+    """Error text for an unsupported model, or "".
+
+    A row of a padded batch, continued from a selection of its cache, must get the same logits as alone.
+    """
+    table = model.get_input_embeddings()
+    device = table.weight.device
+    alone = table(torch.arange(3, 11, device=device)[None] * 7 % model.config.vocab_size)
+    expected = model(inputs_embeds=alone, use_cache=False, return_dict=True).logits[0, -2:].float()
+    padded = torch.cat([alone.flip(1), torch.cat([torch.zeros_like(alone[:, :2]), alone[:, :-2]], 1)])
+    mask = torch.ones(2, 10, dtype=torch.long, device=device)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    _, cache = read(model, None, mask[:, :8], positions[:, :8], inputs_embeds=padded)
+    if cache is None or not hasattr(cache, "batch_select_indices"):
+        return "the rows of its cache cannot be selected"
+    cache.batch_select_indices(torch.tensor([1], device=device))
+    logits, _ = read(model, cache, mask[1:], positions[1:, 8:], inputs_embeds=alone[:, -2:])
+    allowed = _TOLERANCE.get(model.dtype, 0.3) * float(expected.std().clamp(min=1e-6))
+    difference = float((logits[0].float() - expected).abs().max())
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    return "" if quantised or difference <= allowed else "a row's logits depend on the padding, the batch or the cache"
 
 
 def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:

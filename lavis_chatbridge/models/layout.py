@@ -1,15 +1,15 @@
 """From a batch of LAVIS's tasks to rows of positions: its prompts and media, then ids, mask, position ids and labels.
 
-``samples`` is a dict. ``image``, ``video`` and ``audio`` are tensors with a batch axis, or lists with one medium or a
-list of media per sample. ``pieces`` are the prompts; without them, a template makes prompts from LAVIS's text keys. An
-inconsistent batch raises a `PromptError`.
+A batch (``samples``) is a dict. ``image``, ``video`` and ``audio`` are tensors with a batch axis, or lists with one
+medium or a list of media per sample. ``pieces`` are the prompts; without them, a template makes prompts from LAVIS's
+text keys. An inconsistent batch raises a `PromptError`.
 
-Pieces and soft tokens become rows in one of two layouts.
+Prompts and soft tokens become rows in one of two layouts. ``"text"``: BOS, then the pieces, padding on the right.
+``"original"``: the rows of the original ChatBridge, for its checkpoints (its ``models/chatbridge.py``, 249-295 and
+361-437). This module runs no language model.
 
-``"text"``: BOS, then the pieces, padding on the right. ``"original"``: the batches of the original ChatBridge, for its
-checkpoints (its ``models/chatbridge.py``, 249-295 and 361-437). This module knows no language model.
-
-Shapes: ``B`` rows, ``L`` positions, ``S`` soft tokens of the whole batch, ``K`` positions that hold one, ``D`` width.
+Shapes: ``B`` rows, ``L`` positions, ``S`` soft tokens of the batch, ``K`` positions of a soft token or target, ``D``
+width.
 """
 
 from __future__ import annotations
@@ -42,13 +42,24 @@ from lavis_chatbridge.prompting.conversation import (
 
 Medium: TypeAlias = Tensor | AudioClips | EncodedMedium
 Media: TypeAlias = dict[Modality, list[list[Medium]]]
+"""Modality -> for each sample, the list of its media."""
+MediaRanges: TypeAlias = Mapping[Slot, range]
+"""A sample's media -> the range of each in the batch's soft tokens."""
+Element: TypeAlias = int | tuple[str, int]
+"""The content of one position: a token id, or a medium's key and the index of its soft token."""
 
-_BATCH: dict[Modality, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W]", "audio": "[B, T, F, M]"}
-"""The shape of a modality's tensor: ``F`` frames of ``M`` mel bins in each of a sound's ``T`` clips."""
+SOFT = -1
+"""Stands for a soft token in ``token_ids``."""
+PADDING = -2
+"""Stands for padding in ``token_ids``; its embedding is zero."""
+IGNORED = -100
+"""The label of a position without a target."""
+_SHAPES: dict[Modality, str] = {"image": "[B, 3, H, W]", "video": "[B, T, 3, H, W]", "audio": "[B, T, F, M]"}
+"""The shape of a batch's tensor: ``F`` frames of ``M`` mel bins in each of a sound's ``T`` clips."""
 
 
 def media_of(samples: Mapping[str, Any]) -> Media:
-    """Modality -> for each sample, the list of its media."""
+    """The media of a batch."""
     media = {name: _by_sample(name, samples[name]) for name in MODALITIES if samples.get(name) is not None}
     sizes = {modality: len(listed) for modality, listed in media.items()}
     if len(set(sizes.values())) > 1:
@@ -92,11 +103,112 @@ def contexts(samples: Mapping[str, Any], media: Media, template: Template, quest
     return [context_of(alignment_prompt(message.media, "")) for message in _user_messages("", media)]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows ready for the language model, on the CPU.
+
+    Attributes:
+        token_ids: ``[B, L]`` ids, ``SOFT`` or ``PADDING``.
+        soft: ``[K]`` index of the soft token at each ``SOFT`` position, row by row.
+        attention_mask: ``[B, L]`` zero where attention is masked.
+        position_ids: ``[B, L]``.
+        labels: ``[B, L]`` ids of targets, else ``IGNORED``.
+        without_targets: Number of rows whose targets were all cut off by ``max_text_length``.
+    """
+
+    token_ids: Tensor
+    soft: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    without_targets: int = 0
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether padding precedes any row's text.
+
+        Padding after a row cannot affect it, because attention is causal; without a mask, flash attention is possible.
+        """
+        ends_only = (self.attention_mask[:, 1:] <= self.attention_mask[:, :-1]).all()
+        counted = (self.position_ids == torch.arange(self.position_ids.shape[1])).all()
+        return not bool(ends_only & counted)
+
+    def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``[K]`` rows, columns and targets of the loss; the position at a column predicts the next one."""
+        rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        return rows, columns, self.labels[rows, columns + 1]
+
+
+def lay_out(
+    prompts: Sequence[Sequence[Piece]],
+    ranges: Sequence[MediaRanges],
+    tokenizer: Tokenizer,
+    layout: Layout,
+    max_text_length: int,
+) -> Rows:
+    """The rows of a training batch; each text piece is tokenised on its own.
+
+    ``max_text_length`` is the most text tokens of a sample in layout ``"text"`` and in the original's stage 1: text and
+    media after them are cut off. In the original's stage 2 it is the most positions.
+    """
+    full = [_positions(pieces, own, tokenizer, i) for i, (pieces, own) in enumerate(zip(prompts, ranges, strict=True))]
+    if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
+        kept = [row[:max_text_length] for row in full]
+        ids, mask, labels = _original_chat(kept, tokenizer)
+    else:
+        kept = [_within(row, max_text_length) for row in full]
+        bos = [] if tokenizer.bos_id is None else [_Position(tokenizer.bos_id)]
+        opened = [row if _is_encoded(pieces) else [*bos, *row] for row, pieces in zip(kept, prompts, strict=True)]
+        padding = tokenizer.eos_id if layout == "original" and tokenizer.eos_id is not None else tokenizer.pad_id
+        ids, mask, labels = _stacked(opened, padding, "right")
+        if layout == "original":  # the original pads with EOS, and has no targets at EOS
+            labels = labels.masked_fill(ids == padding, IGNORED)
+    soft = torch.tensor([p.soft for row in kept for p in row if p.id == SOFT], dtype=torch.long)
+    without = sum(any(p.target for p in row) for row in full) - sum(any(p.target for p in row) for row in kept)
+    return Rows(ids, soft, mask, torch.arange(ids.shape[1]).expand_as(ids), labels, without)
+
+
+def embed(rows: Rows, soft: Tensor | None, table: nn.Embedding, scale: float = 1.0) -> Tensor:
+    """The rows as ``[B, L, D]`` embeddings of a language model's table; gradients reach the ``[S, D]`` soft tokens.
+
+    ``scale`` is that of :func:`families.embedding_scale`.
+    """
+    ids = rows.token_ids.to(table.weight.device)
+    embeds = table(ids.clamp(min=0)) * (ids != PADDING).unsqueeze(-1)
+    if soft is None or not len(rows.soft):
+        return embeds
+    chosen = (soft / scale).to(embeds.dtype)[rows.soft.to(embeds.device)]
+    return embeds.index_put((ids == SOFT).nonzero(as_tuple=True), chosen)
+
+
+def elements_of(
+    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, Sized]], tokenizer: Tokenizer, bos: bool = True
+) -> list[Element]:
+    """The content of each position of one prompt, for :class:`decoding.Generation`.
+
+    ``media`` has the key and the soft tokens of each slot's medium. ``bos`` puts BOS first, unless the prompt's own
+    ids start with it.
+    """
+    ranges = {slot: range(len(soft)) for slot, (_, soft) in media.items()}
+    elements: list[Element] = []
+    for piece in pieces:
+        row = _positions([piece], ranges, tokenizer, 0)
+        elements += [(media[piece][0], p.soft) if isinstance(piece, Slot) else p.id for p in row]
+    if not elements:
+        raise PromptError("the prompt is empty: it needs text or a medium")
+    return elements if not bos or tokenizer.bos_id is None or _is_encoded(pieces) else [tokenizer.bos_id, *elements]
+
+
+def is_alignment(pieces: Sequence[Piece]) -> bool:
+    """Whether a prompt is of stage 1: only media and target captions."""
+    return all(isinstance(piece, Slot) or piece.target for piece in pieces)
+
+
 def _by_sample(modality: Modality, given: Any) -> list[list[Medium]]:
     if isinstance(given, Tensor):
-        if given.dim() < len(_BATCH[modality].split(",")):
+        if given.dim() < len(_SHAPES[modality].split(",")):
             raise PromptError(
-                f"'{modality}' is a tensor of shape {list(given.shape)}, expected a batch {_BATCH[modality]}: "
+                f"'{modality}' is a tensor of shape {list(given.shape)}, expected a batch {_SHAPES[modality]}: "
                 f"{modality}.unsqueeze(0) makes a batch of one"
             )
         return [[medium] for medium in given]
@@ -151,128 +263,12 @@ def _check_size(count: int, media: Media, what: str) -> None:
         raise PromptError(f"the batch has {count} {what}, but media for {size} samples")
 
 
-SOFT = -1
-"""Stands for a soft token in ``token_ids``."""
-PADDING = -2
-"""Stands for padding in ``token_ids``; its embedding is zero."""
-IGNORED = -100
-"""The label of a position without a target."""
-
-MediaRanges: TypeAlias = Mapping[Slot, range]
-"""A sample's media -> the range of each in the batch's soft tokens."""
-Element: TypeAlias = int | tuple[str, int]
-"""The content of one position: a token id, or a medium's key and the index of its soft token."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows ready for the language model, on the CPU.
-
-    Attributes:
-        token_ids: ``[B, L]`` ids, ``SOFT`` or ``PADDING``.
-        soft: ``[K]`` index of the soft token at each ``SOFT`` position, row by row.
-        attention_mask: ``[B, L]`` zero where attention is masked.
-        position_ids: ``[B, L]``.
-        labels: ``[B, L]`` ids of targets, else ``IGNORED``.
-        lost: Number of rows that lost all their targets to ``max_text_length``.
-    """
-
-    token_ids: Tensor
-    soft: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor
-    lost: int = 0
-
-    @property
-    def needs_mask(self) -> bool:
-        """Whether padding precedes any row's text.
-
-        Padding after a row cannot affect it, because attention is causal; without a mask, flash attention is possible.
-        """
-        ends_only = (self.attention_mask[:, 1:] <= self.attention_mask[:, :-1]).all()
-        counted = (self.position_ids == torch.arange(self.position_ids.shape[1])).all()
-        return not bool(ends_only & counted)
-
-    def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``[K]`` rows, columns and targets of the loss; the position at a column predicts the next one."""
-        rows, columns = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        return rows, columns, self.labels[rows, columns + 1]
-
-
 class _Position(NamedTuple):
     """A token id or ``SOFT``, whether it is a target, and the index of its soft token."""
 
     id: int
     target: bool = False
     soft: int = -1
-
-
-def lay_out(
-    prompts: Sequence[Sequence[Piece]],
-    ranges: Sequence[MediaRanges],
-    tokenizer: Tokenizer,
-    layout: Layout,
-    max_text_length: int,
-) -> Batch:
-    """Make a training batch; each text piece is tokenised on its own.
-
-    ``max_text_length`` is the most text tokens of a sample in layout ``"text"`` and in the original's stage 1: text and
-    media after them are cut off. In the original's stage 2 it is the most positions.
-    """
-    rows = [
-        _positions(pieces, media, tokenizer, i) for i, (pieces, media) in enumerate(zip(prompts, ranges, strict=True))
-    ]
-    if layout == "original" and not all(is_alignment(pieces) for pieces in prompts):
-        kept = [row[:max_text_length] for row in rows]
-        ids, mask, labels = _original_chat(kept, tokenizer)
-    else:
-        kept = [_within(row, max_text_length) for row in rows]
-        bos = [] if tokenizer.bos_id is None else [_Position(tokenizer.bos_id)]
-        opened = [row if _is_encoded(pieces) else [*bos, *row] for row, pieces in zip(kept, prompts, strict=True)]
-        padding = tokenizer.eos_id if layout == "original" and tokenizer.eos_id is not None else tokenizer.pad_id
-        ids, mask, labels = _stacked(opened, padding, "right")
-        if layout == "original":  # the original pads with EOS, and has no targets at EOS
-            labels = labels.masked_fill(ids == padding, IGNORED)
-    soft = torch.tensor([p.soft for row in kept for p in row if p.id == SOFT], dtype=torch.long)
-    lost = sum(_has_target(row) and not _has_target(cut) for row, cut in zip(rows, kept, strict=True))
-    return Batch(ids, soft, mask, torch.arange(ids.shape[1]).expand_as(ids), labels, lost)
-
-
-def elements_of(
-    pieces: Sequence[Piece], media: Mapping[Slot, tuple[str, Sized]], tokenizer: Tokenizer, bos: bool = True
-) -> list[Element]:
-    """The content of each position of one prompt, for :class:`generation.Generation`.
-
-    ``media`` has the key and the soft tokens of each slot's medium. ``bos`` puts BOS first, unless the prompt's own
-    ids start with it.
-    """
-    ranges = {slot: range(len(soft)) for slot, (_, soft) in media.items()}
-    elements: list[Element] = []
-    for piece in pieces:
-        row = _positions([piece], ranges, tokenizer, 0)
-        elements += [(media[piece][0], p.soft) if isinstance(piece, Slot) else p.id for p in row]
-    if not elements:
-        raise PromptError("the prompt is empty: it needs text or a medium")
-    return elements if not bos or tokenizer.bos_id is None or _is_encoded(pieces) else [tokenizer.bos_id, *elements]
-
-
-def embed(batch: Batch, soft: Tensor | None, table: nn.Embedding, scale: float = 1.0) -> Tensor:
-    """The rows as ``[B, L, D]`` embeddings of a language model's table; gradients reach the ``[S, D]`` soft tokens.
-
-    ``scale`` is that of :func:`families.embedding_scale`.
-    """
-    ids = batch.token_ids.to(table.weight.device)
-    embeds = table(ids.clamp(min=0)) * (ids != PADDING).unsqueeze(-1)
-    if soft is None or not len(batch.soft):
-        return embeds
-    chosen = (soft / scale).to(embeds.dtype)[batch.soft.to(embeds.device)]
-    return embeds.index_put((ids == SOFT).nonzero(as_tuple=True), chosen)
-
-
-def is_alignment(pieces: Sequence[Piece]) -> bool:
-    """Whether a prompt is of stage 1: only media and target captions."""
-    return all(isinstance(piece, Slot) or piece.target for piece in pieces)
 
 
 def _positions(pieces: Sequence[Piece], media: MediaRanges, tokenizer: Tokenizer, sample: int) -> list[_Position]:
@@ -293,10 +289,13 @@ def _positions(pieces: Sequence[Piece], media: MediaRanges, tokenizer: Tokenizer
 
 def _stacked(rows: Sequence[list[_Position]], padding: int, side: str) -> tuple[Tensor, Tensor, Tensor]:
     """``[B, L]`` ids, mask and labels, padded on one side."""
-    ids = pad_sequence([torch.tensor([p.id for p in row], dtype=torch.long) for row in rows], True, padding, side)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
-    labels = [torch.tensor([p.id if p.target else IGNORED for p in row], dtype=torch.long) for row in rows]
-    return ids, mask, pad_sequence(labels, True, IGNORED, side)
+
+    def stack(values: Sequence[list[int]], fill: int) -> Tensor:
+        return pad_sequence([torch.tensor(row, dtype=torch.long) for row in values], True, fill, side)
+
+    ids = stack([[p.id for p in row] for row in rows], padding)
+    labels = stack([[p.id if p.target else IGNORED for p in row] for row in rows], IGNORED)
+    return ids, stack([[1] * len(row) for row in rows], 0), labels
 
 
 def _original_chat(rows: Sequence[list[_Position]], tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,10 +311,6 @@ def _within(row: list[_Position], text_length: int) -> list[_Position]:
     """The positions before the first text token beyond ``text_length``."""
     texts = [i for i, position in enumerate(row) if position.soft < 0]
     return row[: texts[text_length]] if len(texts) > text_length else row
-
-
-def _has_target(row: Sequence[_Position]) -> bool:
-    return any(position.target for position in row)
 
 
 def _is_encoded(pieces: Sequence[Piece]) -> bool:

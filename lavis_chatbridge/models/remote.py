@@ -158,6 +158,7 @@ class RemoteLanguageModel(LanguageModel):
         if config.model_type.startswith("gemma"):
             table = table * torch.tensor(config.hidden_size**0.5, dtype=table.dtype)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=True)
+        self.dtype, self.device = table.dtype, table.device
         self.embedding_scale = float(getattr(config, "embedding_multiplier", 1.0))
         self.config, self.client, self.max_context = config, client, max_context
 

@@ -165,15 +165,15 @@ def test_text_alone_has_a_loss_that_can_be_stepped(model: Any) -> None:
     model.zero_grad()
 
 
-def test_a_lost_answer_is_counted_and_costs_nothing(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sample_without_targets_is_counted_and_costs_nothing(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     samples = {"image": image()[None], "pieces": [[Slot("image"), Text("what is it"), Text("a dog", target=True)]]}
-    before = model.lost_answers
+    before = model.samples_without_targets
     model.max_text_length = 2
     out = model(samples)
     model.max_text_length = 100
     out["loss"].backward()
     assert (out["loss"].item(), int(out["target_tokens"])) == (0.0, 0)
-    assert model.lost_answers == before + 1
+    assert model.samples_without_targets == before + 1
     assert "max_text_length 2 cut off all targets" in caplog.text
     model.zero_grad()
 

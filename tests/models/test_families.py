@@ -14,8 +14,8 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.answering import candidate_scores
 from lavis_chatbridge.models.chatbridge import losses_at
 from lavis_chatbridge.models.decoding import Decoder, Prefix, padded
-from lavis_chatbridge.models.families import TESTED, check_family, positions_of
-from lavis_chatbridge.models.language_model import load_language_model
+from lavis_chatbridge.models.families import positions_of
+from lavis_chatbridge.models.language_model import TESTED, check_family, load_language_model
 from lavis_chatbridge.models.settings import LanguageModelSettings
 from tests.models.replies import SIZES, answers, prompt, reply, tiny
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_chatbridge.models.decoding import Decoder, padded
-from lavis_chatbridge.models.layout import PADDING, SOFT, Batch, embed, lay_out, media_of
+from lavis_chatbridge.models.layout import PADDING, SOFT, Rows, embed, lay_out, media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import TemporalSettings
 from lavis_chatbridge.models.tokenizer import load_tokenizer
@@ -228,12 +228,12 @@ def modalities_of(case: dict[str, Any]) -> list[Any]:
     return [*([case["image"]] if "image" in case else []), *(["audio"] if "audio" in case else [])]
 
 
-def laid_out(model: Any, samples: dict[str, Any]) -> tuple[Batch, Tensor]:
+def laid_out(model: Any, samples: dict[str, Any]) -> tuple[Rows, Tensor]:
     soft, places = model.soft_tokens(samples["pieces"], media_of(samples))
     return lay_out(samples["pieces"], places, model.llama_tokenizer, "original", model.max_text_length), soft
 
 
-def check_losses(model: Any, batch: Batch, soft: Tensor, golden: dict[str, Tensor], name: str) -> None:
+def check_losses(model: Any, batch: Rows, soft: Tensor, golden: dict[str, Tensor], name: str) -> None:
     assert torch.equal(batch.labels, golden[f"{name}.labels"]), name
     assert torch.equal(batch.attention_mask, golden[f"{name}.attention_mask"]), name
     if f"{name}.inputs_embeds" in golden:

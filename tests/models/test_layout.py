@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Batch, elements_of, lay_out
+from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Rows, elements_of, lay_out
 from lavis_chatbridge.prompting.conversation import Piece, Slot, Text
 
 
@@ -31,7 +31,7 @@ PROMPTS: list[list[Piece]] = [
 ]
 
 
-def train(prompts: list[list[Piece]], length: int = 100, layout: Any = "text") -> Batch:
+def train(prompts: list[list[Piece]], length: int = 100, layout: Any = "text") -> Rows:
     return lay_out(prompts, PLACES[: len(prompts)], TOKENIZER, layout, length)
 
 
@@ -74,13 +74,13 @@ def test_only_padding_in_front_needs_a_mask() -> None:
     assert dataclasses.replace(unmasked, position_ids=batch.position_ids + torch.tensor([[0], [1]])).needs_mask
 
 
-@pytest.mark.parametrize(("length", "kept", "lost"), [(1, 7, 1), (2, 8, 0), (4, 10, 0)])
-def test_truncation_keeps_slots_whole_and_counts_lost_answers(length: int, kept: int, lost: int) -> None:
+@pytest.mark.parametrize(("length", "kept", "without"), [(1, 7, 1), (2, 8, 0), (4, 10, 0)])
+def test_truncation_keeps_slots_whole_and_counts_rows_without_targets(length: int, kept: int, without: int) -> None:
     batch = lay_out(PROMPTS[1:], PLACES[1:], TOKENIZER, "text", length)
     assert batch.token_ids.tolist() == [[1, SOFT, SOFT, SOFT, 8, SOFT, SOFT, 9, 10, 11, 12][:kept]]
-    assert batch.lost == lost
+    assert batch.without_targets == without
     without_answer: list[list[Piece]] = [[Text("abc")], [IMAGE, Text("d", target=True)]]
-    assert lay_out(without_answer, [{}, *PLACES[:1]], TOKENIZER, "text", 1).lost == 0
+    assert lay_out(without_answer, [{}, *PLACES[:1]], TOKENIZER, "text", 1).without_targets == 0
 
 
 def test_a_missing_medium_is_named() -> None:
