@@ -182,7 +182,7 @@ def _sentence(cls: type[BaseModel], fault: Any, place: str) -> str:
     if limit := next((f"{words} {context[key]}" for key, words in _LIMITS.items() if key in context), ""):
         bare = found.strip("'")
         return f"{place} is {bare}, expected {limit}"
-    expected = _EXPECTED.get(fault["type"].split("_")[0])
+    expected = None if fault["type"].endswith("too_short") else _EXPECTED.get(fault["type"].split("_")[0])
     return f"{place}: expected {expected}, found {found}" if expected else f"{place}: {fault['msg']}, found {found}"
 
 

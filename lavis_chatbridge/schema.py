@@ -14,7 +14,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -102,6 +102,9 @@ def modalities_of(media: Iterable[Medium]) -> tuple[Modality, ...]:
     return tuple(medium.modality for medium in media)
 
 
+_NotEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -111,7 +114,7 @@ class _MediumRecord(_Strict):
     path: str | None = None
     offset: Annotated[int, Field(ge=0)] | None = None
     size: Annotated[int, Field(ge=0)] | None = None
-    words: list[str] | None = None
+    words: list[_NotEmpty] | None = None
 
 
 class _TurnRecord(_Strict):
@@ -121,7 +124,7 @@ class _TurnRecord(_Strict):
 
 
 class _Record(_Strict):
-    id: str | int
+    id: _NotEmpty | int
     source: str | None = None
     media: list[_MediumRecord] | None = None
     captions: list[str] | None = None

@@ -43,12 +43,7 @@ class Encoder(Protocol):
 
 
 class FeatureStore:
-    """The features of media, by key.
-
-    Args:
-        folder: The folder of the shards; created when features are added.
-        encoders: The part of the key that `encoder_hashes` returns.
-    """
+    """The features of media, by key, in the shards of a folder; ``encoders`` are the `encoder_hashes`."""
 
     def __init__(self, folder: str | Path, encoders: Mapping[Modality, str] | None = None) -> None:
         self.folder = Path(folder)
@@ -139,7 +134,8 @@ def build_features(
 ) -> FeatureStore:
     """Encode every distinct medium of the samples that is not in the store.
 
-    Unreadable media are logged and skipped; training counts them when it reads them.
+    Unreadable media are logged and skipped; training counts them when it reads them. A rank encodes its share; when all
+    have finished, call `FeatureStore.refresh`.
 
     Args:
         model: The model, on its device.
@@ -148,8 +144,8 @@ def build_features(
         folder: The store's.
         batch: Media per forward pass.
         workers: Processes that open media.
-        rank: This process; it encodes its share. When all are done, call `FeatureStore.refresh`.
-        world_size: Number of processes.
+        rank: The rank of this process.
+        world_size: Number of ranks.
     """
     store = FeatureStore(folder, encoder_hashes(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
@@ -164,9 +160,12 @@ def build_features(
     for modality, media in missing.items():
         every = list(media.items())
         for first in range(0, len(every), PER_SHARD):
-            part = every[first : first + PER_SHARD]
-            count = store.add(_encode(model, modality, part, processors[modality], batch, workers))
-            _log.info("stored features of %d %s files in %s", count, modality, folder)
+            opening = functools.partial(_opened, store, processors[modality])  # runs in the workers
+            part: Any = every[first : first + PER_SHARD]
+            loader: DataLoader = DataLoader(part, batch, num_workers=workers, collate_fn=opening)
+            _log.info(
+                "stored features of %d %s files in %s", store.add(_encode(model, modality, loader)), modality, folder
+            )
     return store
 
 
@@ -188,10 +187,8 @@ def _name(medium: Medium) -> str:
 
 
 def _encode(
-    model: Encoder, modality: Modality, media: Sequence[tuple[str, Medium]], processor: Any, batch: int, workers: int
+    model: Encoder, modality: Modality, loader: Iterable[Sequence[tuple[str, Medium, Any]]]
 ) -> Iterator[tuple[str, Medium, EncodedMedium]]:
-    opening = functools.partial(_opened, processor)  # runs in the workers
-    loader: DataLoader = DataLoader(media, batch, num_workers=workers, collate_fn=opening)  # type: ignore[arg-type]
     with worker_deaths():
         for opened in loader:
             encoded = model.encode_media(modality, [content for _, _, content in opened]) if opened else []
@@ -199,12 +196,15 @@ def _encode(
                 yield key, medium, features
 
 
-def _opened(processor: Any, media: Sequence[tuple[str, Medium]]) -> list[tuple[str, Medium, Any]]:
-    """The media with their keys and processed contents; unreadable ones are logged and left out."""
+def _opened(store: FeatureStore, processor: Any, media: Sequence[tuple[str, Medium]]) -> list[tuple[str, Medium, Any]]:
+    """The media with their keys and processed contents; unreadable and changed ones are logged and left out."""
     found = []
     for key, medium in media:
         try:
-            found.append((key, medium, processor(media_content(medium))))
+            content = processor(media_content(medium))
+            if store.key(medium) != key:
+                raise MediaError(medium.path, "changed while it was encoded")
+            found.append((key, medium, content))
         except MediaError as error:
             _log.warning("no features: %s", error)
     return found

@@ -44,11 +44,9 @@ def pictures(tmp_path):
     """Twelve captioned pictures, ``tmp_path/pictures.jsonl``; picture ``i`` has grey value ``i``."""
     samples = []
     for i in range(12):
-        path = tmp_path / f"p{i}.png"
-        Image.new("RGB", (4, 4), (i, i, i)).save(path)
-        samples.append(
-            Sample(f"s{i}", (Medium("image", str(path)),), (f"grey {i}", f"number {i}"), facts={"n": str(i)})
-        )
+        medium = Medium("image", str(tmp_path / f"p{i}.png"))
+        Image.new("RGB", (4, 4), (i, i, i)).save(medium.path)
+        samples.append(Sample(f"s{i}", (medium,), (f"grey {i}", f"number {i}"), facts={"n": str(i)}))
     write_jsonl(tmp_path / "pictures.jsonl", samples)
     return tmp_path
 

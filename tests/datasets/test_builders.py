@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,6 @@ from tests.test_guides import ROOT, blocks
 registry = pytest.importorskip("lavis.common.registry").registry
 builders = pytest.importorskip("lavis_chatbridge.datasets.builders")
 
-STAGE_1 = ["coco_caption", "sbu", "cc3m", "cc12m", "laion115m", "webvid10m", "wavcaps"]
-STAGE_2 = ["vqav2", "vgqa", "coco_caption", "msrvtt_qa", "msrvtt_caption", "audiocaps"]
-STAGE_2 += [
-    f"{s}_{k}" for s in ("llava", "msrvtt", "audiocaps", "valor") for k in ("conversation", "detail", "reasoning")
-]
 AUDIOCAPS = "audiocap_id,youtube_id,start_time,caption\n"
 
 
@@ -46,9 +42,12 @@ def write(path, content):
 
 def test_every_data_set_is_registered():
     known = registry.list_datasets()
-    assert {f"align_{name}" for name in STAGE_1} <= set(known)
-    assert {f"multis_{name}" for name in STAGE_2} | {"multis", "chatbridge_jsonl"} <= set(known)
-    assert list(builder("multis").settings.parts) == [f"multis_{name}" for name in STAGE_2]
+    alignment = ("coco_caption", "sbu", "cc3m", "cc12m", "laion115m", "webvid10m", "wavcaps")
+    parts = ["vqav2", "vgqa", "coco_caption", "msrvtt_qa", "msrvtt_caption", "audiocaps"]
+    chats = product(("llava", "msrvtt", "audiocaps", "valor"), ("conversation", "detail", "reasoning"))
+    parts = [f"multis_{name}" for name in (*parts, *map("_".join, chats))]
+    assert {*(f"align_{name}" for name in alignment), *parts, "multis", "chatbridge_jsonl"} <= set(known)
+    assert list(builder("multis").settings.parts) == parts
     names = registry.get_builder_class("chatbridge_jsonl").split_names
     assert names({"splits": {"train": "a.jsonl", "val": None, "test": ["b.jsonl"]}}) == ["train", "test"]
     for name in known:
@@ -72,14 +71,11 @@ def test_own_data_becomes_one_source_per_modality(pictures, monkeypatch):
     assert [source.name for source in group.sources] == ["chatbridge_jsonl/own", "chatbridge_jsonl/pictures"]
 
 
-def test_a_task_that_captions_ignore_is_named(pictures, caplog):
+def test_a_task_that_captions_ignore_is_named_once(pictures, caplog):
     section = {"splits": {"train": str(pictures / "pictures.jsonl")}, "task": "image_caption"}
-    train("chatbridge_jsonl", **section)
-    [message] = [message for message in caplog.messages if "task" in message]
-    assert "which ignores task: image_caption; set stage: instruction" in message
-    caplog.clear()
     train("chatbridge_jsonl", **section, stage="instruction")
-    assert "ignores task" not in caplog.text
+    train("chatbridge_jsonl", **section)
+    assert caplog.text.count("which ignores task: image_caption; set stage: instruction") == 1
 
 
 def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):
@@ -102,14 +98,13 @@ def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):
 
 
 def test_all_missing_files_are_named_at_once(tmp_path):
+    root = {"data_root": str(tmp_path)}
     with pytest.raises(DataError) as caught:
-        builders.require_files(
-            {"align_webvid10m": {"data_root": str(tmp_path)}, "multis": {"data_root": str(tmp_path)}}
-        )
+        builders.require_files({"align_webvid10m": root, "multis": root})
     for part in ("results_10M_train.csv", "v2_mscoco_train2014_annotations.json", "videos/"):
         assert part in str(caught.value)
     with pytest.raises(DataError, match=r"align_cc3m: 1 of its files .*\*\.tar"):
-        train("align_cc3m", data_root=str(tmp_path))
+        train("align_cc3m", **root)
 
 
 def test_other_formats_are_converted_once(tmp_path, caplog):
@@ -148,8 +143,7 @@ def test_missing_web_media_are_left_out(tmp_path, caplog):
 
     def ids():
         caplog.clear()
-        group = train("align_webvid10m", data_root=str(tmp_path))
-        return [group.sources[0].sample(i).id for i in range(len(group))]
+        return [sample.id for sample in train("align_webvid10m", data_root=str(tmp_path)).sources[0].samples]
 
     for _ in range(2):  # an empty result is not cached
         with pytest.raises(DataError, match=r"none of the 2 samples of .*train\.csv has its media; the first path is"):
@@ -171,29 +165,27 @@ def test_a_mixture_of_parts(tmp_path, caplog):
     talk = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "A dog runs."}]
     write(tmp_path / "multis/video_detail_10k.json", [{"video_id": "video1", "conversations": talk}])
     parts = ["multis_msrvtt_qa", "multis_msrvtt_detail", "multis_msrvtt_reasoning"]
-    group = train("multis", parts=parts, data_root=str(tmp_path))
-    assert [(source.name, len(source), source.ratio) for source in group.sources] == [
-        ("multis_msrvtt_qa", 3, None),
-        ("multis_msrvtt_detail", 1, None),
-    ]
+    root = {"data_root": str(tmp_path)}
+    group = train("multis", parts=parts, **root)
+    sources = [(source.name, len(source), source.ratio) for source in group.sources]
+    assert sources == [("multis_msrvtt_qa", 3, None), ("multis_msrvtt_detail", 1, None)]
     assert "left out multis_msrvtt_reasoning, whose files do not exist" in caplog.text
     with pytest.raises(DataError, match=r"video_complex_reasoning\*\.json"):
-        train("multis_msrvtt_reasoning", data_root=str(tmp_path))
+        train("multis_msrvtt_reasoning", **root)
     asked = [source.pieces(source.sample(0), None)[2].text.partition("Human: ")[2] for source in group.sources]
     assert asked == ["what is it? Answer in a word or two.###Assistant:", "What happens?###Assistant:"]
-    shared = train("multis", parts=parts, ratios=dict.fromkeys(parts, 2.0), data_root=str(tmp_path), limit=2)
+    shared = train("multis", parts=parts, ratios=dict.fromkeys(parts, 2.0), **root, limit=2)
     assert [(len(source), source.ratio) for source in shared.sources] == [(2, 2.0), (1, 2.0)]
     with pytest.raises(ConfigError, match="multis_msrvtt_detail, multis_msrvtt_reasoning has none"):
-        train("multis", parts=parts, ratios={"multis_msrvtt_qa": 1}, data_root=str(tmp_path))
+        train("multis", parts=parts, ratios={"multis_msrvtt_qa": 1}, **root)
     with pytest.raises(ConfigError, match="did you mean 'multis_vgqa'"):
-        train("multis", parts=["multis_vqga"], data_root=str(tmp_path))
+        train("multis", parts=["multis_vqga"], **root)
 
 
 def test_templates_of_ones_own_and_unknown_tasks(pictures):
     mine = pictures / "mine.yaml"
     write(mine, "tasks: {greet: {templates: ['Hi, {question}']}}\n")
-    talk = (Message("user", "who?"), Message("assistant", "I"))
-    write_jsonl(pictures / "t.jsonl", [Sample("t", turns=talk, task="greet")])
+    write_jsonl(pictures / "t.jsonl", [Sample("t", turns=(Message("user", "who?"),), task="greet")])
     section = {"splits": {"train": str(pictures / "t.jsonl")}}
     group = train("chatbridge_jsonl", **section, templates=[str(mine)])
     assert group[0]["pieces"][0] == Text("###Human: Hi, who?###Assistant:")
@@ -218,14 +210,11 @@ def test_the_guides_reader_of_ten_lines_and_its_section_make_a_data_set(tmp_path
     exec(compile(python, "data.md", "exec"), {"__name__": "guide"})
     write(tmp_path / "sections" / "birds.yaml", section)
     monkeypatch.setattr(builders, "CONFIG_FOLDER", tmp_path / "sections")
-    monkeypatch.setitem(registry.mapping["builder_name_mapping"], "align_birds", None)
-    registry.mapping["builder_name_mapping"].pop("align_birds")
+    monkeypatch.setitem(registry.mapping, "builder_name_mapping", dict(registry.mapping["builder_name_mapping"]))
     builders.register_builders()
     (tmp_path / "birds" / "audio").mkdir(parents=True)
     soundfile.write(tmp_path / "birds" / "audio" / "a.wav", [0.0, 0.1] * 8000, 16_000)
     write(tmp_path / "birds" / "train.csv", "file,song\na.wav,two falling notes\n")
     [source] = train("align_birds", data_root=str(tmp_path)).sources
-    assert source[0]["text_output"] == "two falling notes\n"
-    assert len(source[0]["audio"]) == 1
-    assert source.name == "align_birds"
+    assert (source.name, source[0]["text_output"], len(source[0]["audio"])) == ("align_birds", "two falling notes\n", 1)
     assert Path(source.sample(0).media[0].path) == tmp_path / "birds" / "audio" / "a.wav"

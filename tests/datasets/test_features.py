@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -29,21 +30,19 @@ class Encoder:
         return [EncodedMedium(picture.mean((1, 2)).expand(1, 2, 3), torch.tensor([[True, False]])) for picture in media]
 
 
-def samples(folder):
-    return SampleFile(folder / "pictures.jsonl")
-
-
 def picture(folder, number):
     return Medium("image", str(folder / f"p{number}.png"))
 
 
-def grey(store, medium):
-    return round(store.find(medium).tokens[0, 0, 0].item() * 255)
+def build(folder, processors, model=None, **settings):
+    """The store of the folder's twelve pictures."""
+    samples = SampleFile(folder / "pictures.jsonl")
+    return build_features(model or Encoder(), samples, processors, folder / "store", **settings)
 
 
 def test_features_come_back_and_are_made_once(pictures, processors):
     model = Encoder()
-    store = build_features(model, samples(pictures), processors, pictures / "store", batch=5)
+    store = build(pictures, processors, model, batch=5)
     assert model.batches == [5, 5, 2]
     assert len(store) == 12
     reopened = FeatureStore(pictures / "store", encoder_hashes(model, processors))
@@ -51,13 +50,13 @@ def test_features_come_back_and_are_made_once(pictures, processors):
     assert found.tokens.dtype == torch.float16
     assert torch.allclose(found.tokens.float(), torch.full((1, 2, 3), 9 / 255), atol=1e-4)
     assert found.mask.tolist() == [[True, False]]
-    build_features(model, samples(pictures), processors, pictures / "store", batch=5)
+    build(pictures, processors, model, batch=5)
     assert model.batches == [5, 5, 2]
 
 
 def test_changed_content_weights_or_processor_are_other_features(pictures, processors):
     medium = picture(pictures, 9)
-    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    store = build(pictures, processors)
     other = FeatureStore(pictures / "store", encoder_hashes(Encoder("weights-2"), processors))
     assert other.find(medium) is None
     (pictures / "p9.png").write_bytes((pictures / "p2.png").read_bytes())
@@ -79,7 +78,7 @@ def test_equal_files_are_encoded_once_and_unreadable_ones_left_out(pictures, pro
     (pictures / "p1.png").write_bytes((pictures / "p0.png").read_bytes())
     (pictures / "p2.png").write_bytes(b"broken")
     (pictures / "p3.png").unlink()
-    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    store = build(pictures, processors)
     assert len(store) == 9
     assert sum("no features: cannot read" in message for message in caplog.messages) == 2
     assert store.find(picture(pictures, 1)) is not None
@@ -89,7 +88,7 @@ def test_ranks_share_the_work(pictures, processors, monkeypatch):
     monkeypatch.setattr(features, "PER_SHARD", 3)
     models = [Encoder(), Encoder()]
     for rank, model in enumerate(models):
-        build_features(model, samples(pictures), processors, pictures / "store", rank=rank, world_size=2)
+        build(pictures, processors, model, rank=rank, world_size=2)
     assert sum(sum(model.batches) for model in models) == len(FeatureStore(pictures / "store")) == 12
     assert all(model.batches for model in models)
     assert len(list((pictures / "store").glob("*.tar"))) >= 4
@@ -102,24 +101,31 @@ def test_media_inside_shards_have_their_own_keys(pictures, processors):
     places = ((0, half), (half, len(content) - half))
     media = [Medium("image", str(pictures / "s.tar"), *place) for place in places]
     store = build_features(Encoder(), [Sample("x", tuple(media), ("c",))], processors, pictures / "store")
-    assert [grey(store, medium) for medium in media] == [1, 2]
+    assert [round(store.find(medium).tokens[0, 0, 0].item() * 255) for medium in media] == [1, 2]
     assert store.key(media[0]) == store.key(picture(pictures, 1))
 
 
 def test_a_damaged_shard_is_made_again_or_named(pictures, processors):
-    store = build_features(Encoder(), samples(pictures), processors, pictures / "store")
+    store = build(pictures, processors)
     [shard] = (pictures / "store").glob("*.tar")
     shard.write_bytes(shard.read_bytes().replace(b'"mask"', b'"musk"'))
     with pytest.raises(DataError, match=r"features cannot be read .*delete this file"):
         store.find(picture(pictures, 1))
     os.truncate(shard, 3000)
-    assert len(FeatureStore(pictures / "store", encoder_hashes(Encoder(), processors))) == 0
     model = Encoder()
-    assert len(build_features(model, samples(pictures), processors, pictures / "store")) == 12
-    assert sum(model.batches) == 12
+    assert len(build(pictures, processors, model)) == sum(model.batches) == 12
+    shutil.rmtree(pictures / "store")
+    (pictures / "store").write_text("")
+    with pytest.raises(DataError, match=r"features cannot be written there: (Not a directory|File exists)"):
+        build(pictures, processors)
 
 
-def test_a_folder_that_cannot_be_written_is_named(pictures, processors):
-    (pictures / "file").write_text("")
-    with pytest.raises(DataError, match=r"features cannot be written there: Not a directory"):
-        build_features(Encoder(), samples(pictures), processors, pictures / "file" / "store")
+def test_a_medium_that_changes_while_it_is_encoded_has_no_features(pictures, processors, caplog):
+    def changing(content):
+        (pictures / "p3.png").write_bytes((pictures / "p2.png").read_bytes())
+        return processors["image"](content)
+
+    changing.version = "picture-1"
+    store = build(pictures, {"image": changing}, batch=1)
+    assert len(store) == 11
+    assert "p3.png: changed while it was encoded" in caplog.text

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
+from itertools import chain
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
 from lavis_chatbridge.datasets.settings import DataSettings
-from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, SampleFile
 from tests.datasets.conftest import PictureProcessor, sample_file
@@ -28,18 +28,18 @@ def loading(**settings):
     return LoaderSettings(**{"num_workers": 0, **settings})
 
 
-def same(first, second):
-    assert [b["sample_id"] for b in first] == [b["sample_id"] for b in second]
-    assert [b["text_output"] for b in first] == [b["text_output"] for b in second]
-    for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(x[0], y[0]) for x, y in zip(a["image"], b["image"], strict=True))
+def ids(batches):
+    return [batch["sample_id"] for batch in batches]
 
 
 def test_batches_do_not_depend_on_workers_and_resume_anywhere(pictures, processors):
     groups = {"grey": group(pictures, processors)}
     whole = list(MixtureLoader(groups, loading(batch_size_train=5)).batches(0, 6))
-    assert {i for b in whole[:3] for i in b["sample_id"]} == {f"s{i}" for i in range(12)}
-    same(whole[2:], list(MixtureLoader(groups, loading(batch_size_train=5, num_workers=2)).batches(2, 6)))
+    assert set(chain(*ids(whole[:3]))) == {f"s{i}" for i in range(12)}
+    rest = list(MixtureLoader(groups, loading(batch_size_train=5, num_workers=2)).batches(2, 6))
+    for batch, expected in zip(rest, whole[2:], strict=True):
+        assert all(batch[key] == expected[key] for key in ("sample_id", "text_output"))
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(batch["image"], expected["image"], strict=True))
 
 
 def test_accumulation_divides_a_step(pictures, processors):
@@ -47,9 +47,7 @@ def test_accumulation_divides_a_step(pictures, processors):
     big = list(MixtureLoader(groups, loading(batch_size_train=4)).batches(0, 4))
     parts = list(MixtureLoader(groups, loading(batch_size_train=2, accum_grad_iters=2)).batches(0, 4))
     assert [b["source"] for b in parts] == [b["source"] for b in big for _ in range(2)]
-    assert [parts[2 * i]["sample_id"] + parts[2 * i + 1]["sample_id"] for i in range(4)] == [
-        b["sample_id"] for b in big
-    ]
+    assert [first + second for first, second in zip(ids(parts[::2]), ids(parts[1::2]), strict=True)] == ids(big)
 
 
 def test_unreadable_media_are_skipped_counted_and_named(pictures, processors, caplog):
@@ -61,12 +59,8 @@ def test_unreadable_media_are_skipped_counted_and_named(pictures, processors, ca
     assert all(len(b["image"]) == len(b["sample_id"]) for b in batches)
     assert loader.skipped == {"grey": 3}
     assert sum("grey: skipped sample s4: cannot read" in message for message in caplog.messages) == 3
-
-
-def test_a_batch_without_readable_samples_is_empty(pictures, processors):
-    (pictures / "p4.png").unlink()
-    groups = {"grey": group(pictures, processors, indices=[4])}
-    [batch] = MixtureLoader(groups, loading(batch_size_train=2)).batches(0, 1)
+    alone = {"grey": group(pictures, processors, indices=[4])}
+    [batch] = MixtureLoader(alone, loading(batch_size_train=2)).batches(0, 1)
     assert (batch["sample_id"], batch["pieces"], batch["source"], len(batch["skipped"])) == ([], [], "grey", 2)
 
 
@@ -75,17 +69,6 @@ def test_a_malformed_sample_ends_with_its_own_message(workers):
     data = SampleDataset("s", sample_file(Sample("x", turns=(Message("user", "q"),))), DataSettings(stage="alignment"))
     loader = MixtureLoader({"s": SplitDataset("s", [data])}, loading(num_workers=workers))
     with pytest.raises(DataError, match=r"^s: sample 'x' has no captions; alignment needs one$"):
-        next(loader.batches())
-
-
-class _Dies:
-    def __call__(self, source, rng=None):
-        os._exit(3)
-
-
-def test_a_dead_worker_is_named(pictures):
-    loader = MixtureLoader({"grey": group(pictures, {"image": _Dies()})}, loading(num_workers=1))
-    with pytest.raises(TrainingError, match=r"a data worker died.*run\.num_workers"):
         next(loader.batches())
 
 
@@ -104,17 +87,13 @@ def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processor
     begun = time.monotonic()
     found = list(loader.batches(0, 8))
     assert time.monotonic() - begun < 60
-    assert [batch["skipped"] for batch in found if batch["skipped"]] == [
-        [("s4", "its decoder did not return in time")]
-    ] * 2
+    skipped = [("s4", "its decoder did not return in time")]
+    assert [batch["skipped"] for batch in found if batch["skipped"]] == [skipped, skipped]
     assert loader.skipped == {"grey": 2}
-    plain = list(MixtureLoader({"grey": group(pictures, processors)}, loading(batch_size_train=3)).batches(0, 8))
-    for batch, expected in zip(found, plain, strict=True):
-        assert batch["sample_id"] == [name for name in expected["sample_id"] if name != "s4"]
+    plain = MixtureLoader({"grey": group(pictures, processors)}, loading(batch_size_train=3)).batches(0, 8)
+    assert ids(found) == [[name for name in batch if name != "s4"] for batch in ids(plain)]
     split = EvaluationLoader(group(pictures, {"image": _Hangs()}), 4, settings=settings)
-    assert sorted(name for batch in split for name in batch["sample_id"]) == sorted(
-        f"s{i}" for i in range(12) if i != 4
-    )
+    assert sorted(chain(*ids(split))) == sorted(f"s{i}" for i in range(12) if i != 4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 5, 16])
@@ -122,9 +101,7 @@ def test_evaluation_is_divided_exactly(pictures, processors, world):
     split = SplitDataset("x", [*group(pictures, processors, "a").sources, *group(pictures, processors, "b").sources])
     loaders = [EvaluationLoader(split, 3, rank, world) for rank in range(world)]
     shares = [[(batch["source"], i) for batch in loader for i in batch["sample_id"]] for loader in loaders]
-    assert sorted(pair for share in shares for pair in share) == sorted(
-        (name, f"s{i}") for name in "ab" for i in range(12)
-    )
+    assert sorted(chain(*shares)) == sorted((name, f"s{i}") for name in "ab" for i in range(12))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -158,4 +135,4 @@ def test_leaving_out_predicted_samples_does_not_change_the_sharding(pictures, pr
     loader = EvaluationLoader(group(pictures, processors), 2, rank=1, world_size=2)
     [(_, share)] = loader.shares
     loader.leave_out({("grey", index) for index in range(3)})
-    assert sorted(i for b in loader for i in b["sample_id"]) == sorted(f"s{i}" for i in share if i >= 3)
+    assert sorted(chain(*ids(loader))) == sorted(f"s{i}" for i in share if i >= 3)

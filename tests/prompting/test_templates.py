@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.prompting.templates import STYLE, Templates
 
 SNAPSHOT = Path(__file__).with_name("templates_snapshot.json")
-MODALITIES = ("image", "video", "audio", "video_audio")
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,9 @@ def templates():
 
 
 def test_sixteen_tasks_with_ten_to_fifteen_wordings_each(templates):
-    tasks = {f"{modality}_{task}" for modality in MODALITIES for task in ("caption", "qa", "detail", "reasoning")}
-    assert tasks == set(templates.tasks)
-    for task in tasks:
-        entry = templates.tasks[task]
+    asking = product(("image", "video", "audio", "video_audio"), ("caption", "qa", "detail", "reasoning"))
+    assert set(templates.tasks) == {"_".join(words) for words in asking}
+    for task, entry in templates.tasks.items():
         assert 10 <= len(set(entry.templates)) == len(entry.templates) <= 15
         assert all(STYLE in text for text in entry.templates)
         assert entry.asks == task.endswith(("_qa", "_reasoning"))
@@ -36,12 +35,13 @@ def test_sixteen_tasks_with_ten_to_fifteen_wordings_each(templates):
 
 def test_exact_prompts(templates):
     asked = {task: "What is it?" * templates.tasks[task].asks for task in sorted(templates.tasks)}
-    drawn = {
-        task: [templates.apply(task, question, rng=np.random.default_rng(n)) for n in range(4)]
-        for task, question in asked.items()
+    found = {
+        "first": {task: templates.apply(task, question) for task, question in asked.items()},
+        "drawn": {
+            task: [templates.apply(task, question, rng=np.random.default_rng(n)) for n in range(4)]
+            for task, question in asked.items()
+        },
     }
-    first = {task: templates.apply(task, question) for task, question in asked.items()}
-    found = {"first": first, "drawn": drawn}
     if os.environ.get("UPDATE_SNAPSHOTS"):
         SNAPSHOT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     assert found == json.loads(SNAPSHOT.read_text())
@@ -52,14 +52,11 @@ def test_text_of_the_data_is_never_read_as_a_template(templates):
     assert templates.apply("image_qa", question) == f"{question} Answer in a word or two."
 
 
-def test_a_style_of_the_sample_wins(templates):
+def test_the_samples_style_and_question_win(templates):
     assert templates.apply("image_qa", "Who?", "sentence") == "Who? Answer in a sentence."
+    assert templates.apply("image_caption", "Describe it as a poem.") == "Describe it as a poem."
     with pytest.raises(PromptError, match="no words for style 'shrt'; known are detail, reasons, sentence, short"):
         templates.apply("image_qa", "Who?", "shrt")
-
-
-def test_questions_are_never_lost_and_never_made_up(templates):
-    assert templates.apply("image_caption", "Describe it as a poem.") == "Describe it as a poem."
     with pytest.raises(PromptError, match="task 'image_qa' has no question"):
         templates.apply("image_qa")
 

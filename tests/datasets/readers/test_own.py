@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from io import BytesIO
 
 import numpy as np
@@ -27,19 +28,25 @@ def picture(grey):
     return out.getvalue()
 
 
-def tone():
-    out = BytesIO()
-    soundfile.write(out, np.zeros(1600, np.float32), 16_000, format="WAV")
-    return out.getvalue()
-
-
 def convert(*words):
     return cli.main(["convert-data", *map(str, words)])
 
 
-def opened(medium):
-    source = media_content(medium)
-    return np.asarray(Image.open(BytesIO(source) if isinstance(source, bytes) else source))[0, 0, 0]
+def check(*words):
+    return cli.main(["check-data", *map(str, words)])
+
+
+def read(reader, path, row=None):
+    """The samples of a file, which is first written with one row."""
+    if row is not None:
+        path.write_text(json.dumps(row) + "\n" if path.suffix == ".jsonl" else json.dumps([row]))
+    return list(READERS[reader](Origin("own", {"file": [str(path)]}, str(path.parent))))
+
+
+def greys(path):
+    """The grey values of the pictures that a JSONL's shards contain."""
+    pictures = (Image.open(BytesIO(media_content(sample.media[0]))) for sample in SampleFile(path))
+    return [np.asarray(picture)[0, 0, 0] for picture in pictures]
 
 
 @pytest.fixture
@@ -57,21 +64,22 @@ def test_a_table_of_bytes_becomes_a_jsonl_and_a_tar(tmp_path, table, capsys):
     assert "3 samples" in capsys.readouterr().out
     samples = list(SampleFile(tmp_path / "out" / "own.jsonl"))
     assert [(s.id, s.captions) for s in samples] == [("7", ("grey 0",)), ("8", ("grey 1",)), ("9", ("grey 2",))]
-    assert [opened(s.media[0]) for s in samples] == [0, 1, 2]
     assert {s.media[0].path for s in samples} == {str(tmp_path / "out" / "own.tar")}
     assert convert(table, tmp_path / "shards", "--shards", *columns) == 0
-    assert [opened(s.media[0]) for s in SampleFile(tmp_path / "shards" / "photos.jsonl")] == [0, 1, 2]
+    assert greys(tmp_path / "out" / "own.jsonl") == greys(tmp_path / "shards" / "photos.jsonl") == [0, 1, 2]
 
 
-def test_columns_are_checked(tmp_path, table, capsys):
+def test_faults_of_a_table_are_one_line(tmp_path, table, capsys):
+    (tmp_path / "cells.csv").write_text("image,captions\na.png\n")
     for name, option, fault in (
-        ("photos", "columns.imge=photo", "unknown key options.columns.imge, did you mean 'image'?"),
-        ("photos", "columns.image=foto", "has no column 'foto'; it has photo, text, number"),
-        ("none", "columns.image=photo", "none.parquet does not exist"),
+        ("photos.parquet", "columns.imge=photo", "unknown key options.columns.imge, did you mean 'image'?"),
+        ("photos.parquet", "columns.image=foto", "has no column 'foto'; it has photo, text, number"),
+        ("none.parquet", "columns.image=photo", "none.parquet does not exist"),
+        ("cells.csv", "columns.image=image", "cells.csv: datasets cannot read it: Couldn't cast array of type double"),
     ):
-        assert convert(tmp_path / f"{name}.parquet", tmp_path / "x.jsonl", "--options", option) == 2
+        assert convert(tmp_path / name, tmp_path / "x.jsonl", "--options", option) == 2
         assert fault in capsys.readouterr().err
-    assert not list(tmp_path.glob("x.*"))
+    assert not list(tmp_path.glob("*x.*"))
 
 
 def test_existing_files_are_not_overwritten(tmp_path, table, capsys):
@@ -84,13 +92,6 @@ def test_existing_files_are_not_overwritten(tmp_path, table, capsys):
     assert "own.tar exists: name a new file" in capsys.readouterr().err
     assert convert(tmp_path / "chat.jsonl", tmp_path / "own.jsonl") == 0  # needs no tar, and keeps this one
     assert (tmp_path / "own.tar").read_text() == "mine"
-
-
-def test_a_table_with_a_cell_of_another_type_is_one_line(tmp_path, capsys):
-    (tmp_path / "t.csv").write_text("image,captions\na.png\n")
-    assert convert(tmp_path / "t.csv", tmp_path / "x.jsonl") == 2
-    assert "t.csv: datasets cannot read it: Couldn't cast array of type double" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*x.*"))
 
 
 def test_a_conversion_that_ends_between_its_two_files_leaves_no_jsonl(tmp_path, table, monkeypatch):
@@ -108,90 +109,66 @@ def test_a_conversion_that_ends_between_its_two_files_leaves_no_jsonl(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.tar", "photos.parquet"]
 
 
-@pytest.mark.parametrize("name", ["imagefolder", "audiofolder"])
-def test_folders_of_media_are_read(tmp_path, name):
-    folder = tmp_path / name
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_folders_of_media_are_read(tmp_path, modality):
+    folder = tmp_path / f"{modality}folder"
     folder.mkdir()
-    ending, content = ("png", picture(5)) if name == "imagefolder" else ("wav", tone())
-    (folder / f"a.{ending}").write_bytes(content)
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": f"a.{ending}", "text": "grey or silent"}) + "\n")
-    [sample] = READERS["huggingface"](Origin("own", {"file": [str(folder)]}, str(folder)))
-    modality = "image" if name == "imagefolder" else "audio"
-    assert (sample.modality, sample.captions) == (modality, ("grey or silent",))
-    assert sample.media[0] == Medium(modality, str(folder / f"a.{ending}"))
+    medium = folder / {"image": "a.png", "audio": "a.wav"}[modality]
+    medium.write_bytes(picture(5))
+    if modality == "audio":
+        soundfile.write(medium, np.zeros(1600, np.float32), 16_000)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": medium.name, "text": "grey or silent"}) + "\n")
+    [sample] = read("huggingface", folder)
+    assert (sample.media, sample.captions) == ((Medium(modality, str(medium)),), ("grey or silent",))
 
 
 def test_a_folder_of_media_needs_a_table_of_them(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(picture(5))
     (tmp_path / "train.jsonl").write_text('{"id": "1", "captions": ["c"]}\n')
-    assert cli.main(["check-data", str(tmp_path)]) == 2
+    assert check(tmp_path) == 2
     assert "needs a metadata.csv or metadata.jsonl; or name its annotations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.tsv", "\t"), ("T.TSV", "\t")])
-def test_tables_of_text_are_detected(tmp_path, capsys, name, delimiter):
+def test_tables_of_text_are_detected(tmp_path, capsys, caplog, name, delimiter):
     (tmp_path / "a.png").write_bytes(picture(5))
-    (tmp_path / name).write_text(f"photo{delimiter}words\na.png{delimiter}grey\n")
-    options = ["--options", "columns.image=photo", "columns.captions=words"]
-    assert cli.main(["check-data", str(tmp_path / name), "--decode", *options]) == 0
+    (tmp_path / name).write_text(f"photo{delimiter}text\na.png{delimiter}grey\n")
+    assert check(tmp_path / name, "--decode", "--options", "columns.image=photo") == 0
     assert "image                                      1" in capsys.readouterr().out
-
-
-def test_a_table_without_a_known_column_of_media_is_a_warning(tmp_path, caplog):
-    (tmp_path / "t.csv").write_text("photo,text\na.png,grey\n")
-    [sample] = READERS["huggingface"](Origin("own", {"file": [str(tmp_path / "t.csv")]}, str(tmp_path)))
+    [sample] = read("huggingface", tmp_path / name)
     assert sample.media == ()
     assert "no column of media; set it, as in options.columns.image=NAME; found photo, text" in caplog.text
 
 
 def test_questions_and_messages_of_a_table(tmp_path):
     talk = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "Grey."}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": talk, "image": "a.png"}) + "\n")
-    (tmp_path / "ask.jsonl").write_text(
-        json.dumps({"question": "What?", "answers": ["a", "b"], "image": "a.png"}) + "\n"
-    )
+    [chat] = read("huggingface", tmp_path / "chat.jsonl", {"messages": talk, "image": "a.png"})
+    assert chat.turns == (Message("user", "What is it?", ("image",)), Message("assistant", "Grey."))
+    [ask] = read("huggingface", tmp_path / "a.jsonl", {"question": "What?", "answers": ["a", "b"], "image": "a.png"})
+    assert (ask.turns[1], ask.answers) == (Message("assistant", "a"), ("a", "b"))
+    assert ask.media == chat.media == (Medium("image", str(tmp_path / "a.png")),)
 
-    def read(name):
-        [sample] = READERS["huggingface"](Origin("own", {"file": [str(tmp_path / name)]}, str(tmp_path)))
-        assert sample.media == (Medium("image", str(tmp_path / "a.png")),)
-        return sample
 
-    assert read("chat.jsonl").turns == (Message("user", "What is it?", ("image",)), Message("assistant", "Grey."))
-    assert read("ask.jsonl").turns == (Message("user", "What?", ("image",)), Message("assistant", "a"))
-    assert read("ask.jsonl").answers == ("a", "b")
+def said(*contents, role="role", content="content", speakers=("user", "assistant")):
+    return [{role: speakers[i % 2], content: text} for i, text in enumerate(contents)]
 
 
 SHAREGPT = {
-    "conversations": [
-        {"from": "human", "value": "<image>What is it?"},
-        {"from": "gpt", "value": "A bus."},
-        {"from": "human", "value": "And here?\n<image>"},
-        {"from": "gpt", "value": "A dog."},
-    ],
+    "conversations": said(
+        "<image>What is it?", "A bus.", "And here?\n<image>", "A dog.",
+        role="from", content="value", speakers=("human", "gpt"),
+    ),
     "images": ["a.png", "b.png"],
-}
+}  # fmt: skip
 MESSAGES = {
-    "messages": [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "<video>What sounds?"},
-        {"role": "assistant", "content": "A bell."},
-    ],
+    "messages": [{"role": "system", "content": "Be short."}, *said("<video>What sounds?", "A bell.")],
     "videos": ["c.mp4"],
     "audios": [{"path": "d.wav"}],
 }
-TYPED = {
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]},
-    ],
-    "images": ["a.png"],
-}
+_ASKED = [{"type": "text", "text": "What is it?"}, {"type": "image"}]
+TYPED = {"messages": said(_ASKED, [{"type": "text", "text": "A bus."}]), "images": ["a.png"]}
 ALPACA = {"instruction": "Name the colour.", "input": "<image>", "output": "Red.", "images": ["a.png"]}
-COMPLETION = {
-    "prompt": [{"role": "user", "content": "Name <it> <image>"}],
-    "completion": [{"role": "assistant", "content": "Red."}],
-    "images": ["a.png"],
-}
+COMPLETION = {"prompt": said("Name <it> <image>"), "completion": said("Red.", speakers=["assistant"])}
 
 
 @pytest.mark.parametrize(
@@ -205,14 +182,12 @@ COMPLETION = {
         (MESSAGES, [("Be short.\nWhat sounds?", ("audio", "video")), ("A bell.", ())], ["d.wav", "c.mp4"]),
         (TYPED, [("What is it?", ("image",)), ("A bus.", ())], ["a.png"]),
         (ALPACA, [("Name the colour.", ("image",)), ("Red.", ())], ["a.png"]),
-        (COMPLETION, [("Name <it>", ("image",)), ("Red.", ())], ["a.png"]),
+        (COMPLETION | {"images": ["a.png"]}, [("Name <it>", ("image",)), ("Red.", ())], ["a.png"]),
     ],
 )
 @pytest.mark.parametrize("form", ["jsonl", "json"])
 def test_messages_of_fine_tuning_tools(tmp_path, row, turns, paths, form):
-    path = tmp_path / f"chat.{form}"
-    path.write_text(json.dumps(row) + "\n" if form == "jsonl" else json.dumps([row]))
-    [sample] = READERS["messages"](Origin("own", {"file": [str(path)]}, str(tmp_path)))
+    [sample] = read("messages", tmp_path / f"chat.{form}", row)
     assert [(turn.text, turn.media) for turn in sample.turns] == turns
     assert [turn.role for turn in sample.turns] == ["user", "assistant"] * (len(turns) // 2)
     assert [medium.path for medium in sample.media] == [str(tmp_path / name) for name in paths]
@@ -230,22 +205,21 @@ def test_messages_of_fine_tuning_tools(tmp_path, row, turns, paths, form):
     ],
 )
 def test_faults_of_messages_are_named(tmp_path, row, message):
-    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=message):
-        list(READERS["messages"](Origin("own", {"file": [str(tmp_path / "chat.jsonl")]}, str(tmp_path))))
+        read("messages", tmp_path / "chat.jsonl", row)
 
 
 def test_messages_are_accepted_by_check_data(tmp_path, capsys):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(picture(1))
-    (tmp_path / "chat.jsonl").write_text(json.dumps(SHAREGPT) + "\n")
-    assert cli.main(["check-data", str(tmp_path / "chat.jsonl"), "--decode"]) == 0
+    read("messages", tmp_path / "chat.jsonl", SHAREGPT)
+    assert check(tmp_path / "chat.jsonl", "--decode") == 0
     (tmp_path / "chat.jsonl").write_text(json.dumps(SHAREGPT | {"images": []}) + "\n")
-    assert cli.main(["check-data", str(tmp_path / "chat.jsonl")]) == 1
+    assert check(tmp_path / "chat.jsonl") == 1
     assert "FAULT: malformed line: 1" in capsys.readouterr().out
 
 
 def test_without_the_package_datasets_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'lavis-chatbridge\[data\]'"):
         list(READERS["huggingface"](Origin("own", {"file": ["org/name"]}, str(tmp_path))))
