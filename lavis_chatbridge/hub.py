@@ -35,7 +35,7 @@ PACKAGE = "package:"
 FOLDER = "CHATBRIDGE_WEIGHTS"
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[^@]+))?")
 _SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".yaml")
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 _TOKENIZER = (
     *sorted(_VOCABULARIES), "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -73,8 +73,8 @@ class Found(NamedTuple):
     """The location of weights; ``size`` is in bytes, None if unknown."""
 
     state: Literal["local", "cached", "to fetch", "missing"]
-    path: Path | None
-    size: int | None
+    path: Path | None = None
+    size: int | None = None
     fault: str = ""
 
 
@@ -88,23 +88,24 @@ def find(names: str | Sequence[str], what: str, content: Content = "weights", pr
     """
     alternatives = [parsed(text, content, prefixes) for text in as_list(names)]
     for name in alternatives:
-        if (path := _present(name)) is not None:
+        if (path := _local(name) or _cached(name)) is not None:
             return path
     return _first(alternatives, what, _fetch)
 
 
 def status(names: str | Sequence[str], what: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Found:
     """The location of weights, without a download; requests their size from the server. Arguments as in `find`."""
+    alternatives = [parsed(text, content, prefixes) for text in as_list(names)]
     try:
-        alternatives = [parsed(text, content, prefixes) for text in as_list(names)]
         for name in alternatives:
-            if (path := _present(name)) is not None:
-                files = [path] if path.is_file() else needed_files(path, content, prefixes)
-                local = name.path is not None or _under_folder(name) is not None
+            local = _local(name)
+            if (path := local or _cached(name)) is not None:
+                files = [path] if path.is_file() else require_files(path, content, prefixes)
                 return Found("local" if local else "cached", path, sum(file.stat().st_size for file in files))
-        return Found("to fetch", None, _first(alternatives, what, _remote_size))
+        sizes = _first(alternatives, what, _remote_sizes)
+        return Found("to fetch", size=sum(sizes.values()) or None)
     except CheckpointError as error:
-        return Found("missing", None, None, str(error))
+        return Found("missing", fault=str(error))
 
 
 def snapshot(repo: str, revision: str | None = None) -> Path:
@@ -121,26 +122,27 @@ def as_list(names: str | Sequence[str]) -> list[str]:
 
 def parsed(text: str, content: Content = "weights", prefixes: Sequence[str] = ()) -> Name:
     """Parse a name."""
+    name = Name(text, content, tuple(prefixes))
     if re.match(r"https://|http://(localhost|127\.0\.0\.1)[:/]", text):  # no unencrypted download from other hosts
-        return Name(text, content, tuple(prefixes), url=text)
+        return name._replace(url=text)
     path = Path(os.path.expandvars(text)).expanduser()
     if text.startswith(PACKAGE):
         path = Path(__file__).resolve().parent / text[len(PACKAGE) :]
     found = _HUB_ID.fullmatch(text)
     if found is None or (not found["file"] and text.endswith(_SUFFIXES)) or path.exists():
-        return Name(text, content, tuple(prefixes), path)
-    return Name(text, content, tuple(prefixes), None, found["repo"], found["file"] or "", found["revision"])
+        return name._replace(path=path)
+    return name._replace(repo=found["repo"], file=found["file"] or "", revision=found["revision"])
 
 
-def needed_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -> list[Path]:
+def require_files(folder: Path, content: Content, prefixes: Sequence[str] = ()) -> list[Path]:
     """The required files of a folder in Hugging Face's layout; a `CheckpointError` if one is missing."""
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist")
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    needed = _needed(there, content, lambda index: folder / index, prefixes, str(folder))
-    if missing := [name for name in needed if name not in there]:
+    required = _required(there, content, prefixes, str(folder), folder.joinpath)
+    if missing := [name for name in required if name not in there]:
         raise CheckpointError(f"{', '.join(missing[:4])} missing in {folder}: download the folder again")
-    return [folder / name for name in needed]
+    return [folder / name for name in required]
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -167,18 +169,14 @@ def _first(alternatives: Sequence[Name], what: str, attempt: Callable[[Name], T]
     faults = []
     for name in alternatives:
         try:
-            if name.path is None:
-                return attempt(name)
-            unset = [variable for variable in re.findall(r"\$\{?(\w+)", name.text) if variable not in os.environ]
-            because = "".join(f"; the environment variable {variable} is not set" for variable in unset)
-            faults.append(f"{name.path} does not exist{because}")
+            return attempt(name)
         except CheckpointError as error:
             faults.append(str(error))
     raise CheckpointError(f"{what}: {'; '.join(faults)}")
 
 
-def _needed(
-    there: Collection[str], content: Content, index_at: Callable[[str], Path], prefixes: Sequence[str], where: str
+def _required(
+    there: Collection[str], content: Content, prefixes: Sequence[str], where: str, index_at: Callable[[str], Path]
 ) -> list[str]:
     """The required names of ``there``; prefers safetensors to torch's format, and one file to shards."""
     chosen = [name for name in _CONFIGS if name in there]
@@ -190,61 +188,62 @@ def _needed(
         raise CheckpointError(f"{where} does not contain config.json")
     if content in ("tokenizer", "processor"):
         return chosen
-    for whole in _WHOLE:
-        if whole in there:
-            return [*chosen, whole]
-        if (index := f"{whole}.index.json") in there:
-            return [*chosen, index, *_shards(index_at(index), prefixes)]
-    raise CheckpointError(f"{where} does not contain weights ({' or '.join(_WHOLE)}, or shards of them with an index)")
+    for single in _SINGLE:
+        if single in there:
+            return [*chosen, single]
+        if (index := f"{single}.index.json") in there:
+            shard_of = read_config(index_at(index).parent, index).get("weight_map") or {}
+            shards = {shard_of[name] for name in shard_of if not prefixes or name.startswith(tuple(prefixes))}
+            return [*chosen, index, *sorted(shards)]
+    raise CheckpointError(f"{where} does not contain weights ({' or '.join(_SINGLE)}, or shards of them with an index)")
 
 
-def _shards(index: Path, prefixes: Sequence[str]) -> list[str]:
-    """The shards with tensors of these prefixes; all shards if there are no prefixes."""
-    weight_map = read_config(index.parent, index.name).get("weight_map") or {}
-    return sorted({file for name, file in weight_map.items() if not prefixes or name.startswith(tuple(prefixes))})
+def _local(name: Name) -> Path | None:
+    """An existing path, or a copy in the folder of ``CHATBRIDGE_WEIGHTS``.
 
-
-def _present(name: Name) -> Path | None:
-    """The local file or folder of a name; None if it does not exist."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
+    The copy is ``org/name/file``, ``name/file``, ``name`` or only the file.
+    """
     if name.path is not None:
         return name.path if name.path.exists() else None
-    if (own := _under_folder(name)) is not None:
-        return own
-    if name.url:
-        return path if (path := _url_path(name.url)).is_file() else None
-    try:
-        if name.file:
-            return Path(hf_hub_download(name.repo, name.file, revision=name.revision, local_files_only=True))
-        folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
-        needed_files(folder, name.content, name.prefixes)
-    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
-        return None
-    return folder
-
-
-def _under_folder(name: Name) -> Path | None:
-    """A copy in the folder of ``CHATBRIDGE_WEIGHTS``: ``org/name/file``, ``name/file``, ``name`` or only the file."""
     if not (folder := os.environ.get(FOLDER)):
         return None
     repo = Path(name.repo)
-    candidates = [repo / name.file, Path(repo.name) / name.file] if name.repo else []
-    paths = (Path(folder).expanduser() / candidate for candidate in [*candidates, Path(name.last)])
+    copies = [repo / name.file, Path(repo.name) / name.file] if name.repo else []
+    paths = (Path(folder).expanduser() / copy for copy in [*copies, Path(name.last)])
     return next((path for path in paths if path.exists()), None)
+
+
+def _cached(name: Name) -> Path | None:
+    """The file or complete folder of an earlier download."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not name.repo:
+        return path if name.url and (path := _url_path(name.url)).is_file() else None
+    files = [name.file] if name.file else [*_CONFIGS, *_SINGLE]
+    cached = (try_to_load_from_cache(name.repo, file, revision=name.revision) for file in files)
+    first = next((Path(path) for path in cached if isinstance(path, str)), None)
+    if first is None or name.file:
+        return first
+    try:
+        require_files(first.parent, name.content, name.prefixes)
+    except CheckpointError:
+        return None
+    return first.parent
 
 
 def _fetch(name: Name) -> Path:
     """Download in one process; others wait for its locks, and then use the cached files."""
     from huggingface_hub import constants
 
-    if name.url:
-        return _fetch_url(name)
-    sizes = _remote_files(name)
-    _check_disk(Path(constants.HF_HUB_CACHE), sum(sizes.values()), name.text)
-    paths = {file: _download(name, file) for file in sizes}
-    return paths[name.file] if name.file else next(path.parents[file.count("/")] for file, path in paths.items())
+    sizes, target = _remote_sizes(name), _url_path(name.url)
+    _check_disk(target.parent if name.url else Path(constants.HF_HUB_CACHE), sum(sizes.values()), name.text)
+    if name.repo:
+        paths = [_download(name, file) for file in sizes]
+        return paths[0] if name.file else paths[0].parent
+    with locked(target):
+        if not target.is_file():
+            _download_url(name, target, sizes[name.url])
+    return target
 
 
 def _download(name: Name, file: str) -> Path:
@@ -253,42 +252,33 @@ def _download(name: Name, file: str) -> Path:
     return Path(_ask(name, lambda: hf_hub_download(name.repo, file, revision=name.revision)))
 
 
-def _fetch_url(name: Name) -> Path:
+def _download_url(name: Name, target: Path, size: int) -> None:
     """Download a file; huggingface_hub resumes it after a broken connection."""
     from huggingface_hub.file_download import http_get
 
-    target, size = _url_path(name.url), _url_size(name)
-    _check_disk(target.parent, size or 0, name.url)
-    with locked(target):
-        if not target.is_file():
-            with atomic_file(target) as temporary, open(temporary, "wb") as file:
-                whole = {"Accept-Encoding": "identity"}
-                _ask(name, lambda: http_get(name.url, file, headers=whole, expected_size=size))
-    return target
+    uncompressed = {"Accept-Encoding": "identity"}
+    with atomic_file(target) as temporary, open(temporary, "wb") as file:
+        _ask(name, lambda: http_get(name.url, file, headers=uncompressed, expected_size=size or None))
 
 
-def _remote_size(name: Name) -> int | None:
-    return _url_size(name) if name.url else sum(_remote_files(name).values())
+def _remote_sizes(name: Name) -> dict[str, int]:
+    """The files to download -> their sizes in bytes, 0 if unknown."""
+    from huggingface_hub import HfApi, get_hf_file_metadata
 
-
-def _remote_files(name: Name) -> dict[str, int]:
-    """The files to download from a hub repository -> their sizes in bytes."""
-    from huggingface_hub import HfApi
-
+    if name.path is not None:
+        unset = [variable for variable in re.findall(r"\$\{?(\w+)", name.text) if variable not in os.environ]
+        because = "".join(f"; the environment variable {variable} is not set" for variable in unset)
+        raise CheckpointError(f"{name.path} does not exist{because}")
+    if name.url:
+        return {name.url: _ask(name, lambda: get_hf_file_metadata(name.url, token=False).size) or 0}
     info = _ask(name, lambda: HfApi().model_info(name.repo, revision=name.revision, files_metadata=True))
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    if name.file and name.file not in sizes:
-        raise CheckpointError(f"{name.text}: {name.address} does not contain {name.file}")
-    needed = [name.file]
+    required = [name.file]
     if not name.file:
-        needed = _needed(sizes, name.content, lambda index: _download(name, index), name.prefixes, name.address)
-    return {file: sizes.get(file, 0) for file in needed}
-
-
-def _url_size(name: Name) -> int | None:
-    from huggingface_hub import get_hf_file_metadata
-
-    return _ask(name, lambda: get_hf_file_metadata(name.url, token=False).size)
+        required = _required(sizes, name.content, name.prefixes, name.address, lambda i: _download(name, i))
+    if missing := [file for file in required if file not in sizes]:
+        raise CheckpointError(f"{name.text}: {name.address} does not contain {', '.join(missing[:4])}")
+    return {file: sizes[file] for file in required}
 
 
 def _url_path(url: str) -> Path:

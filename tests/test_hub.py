@@ -86,6 +86,15 @@ def test_only_needed_files_are_fetched_and_then_cached(server: HubServer, monkey
     assert server.requests == []
 
 
+def test_files_that_another_program_fetched_are_found(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as ``hf download org/encoder --include ...``; huggingface_hub 2 records what such a download left out."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download("org/encoder", allow_patterns=["*.json", "*.safetensors"])
+    offline(monkeypatch)
+    assert (hub.find("org/encoder", "it") / "model.safetensors").read_bytes() == BIG
+
+
 def test_a_file_of_a_repository(server: HubServer) -> None:
     assert hub.find("org/encoder/sub/part.pth@main", "it").read_bytes() == b"part"
     assert server.downloads() == ["part.pth"]
@@ -98,7 +107,7 @@ def test_only_the_tokenizer_or_the_shards_with_the_wanted_tensors_are_fetched(se
     hub.find("org/llm", "it", prefixes=("vision_model.",))
     assert [path.name for path in folder.glob("*.safetensors")] == ["model-1.safetensors"]
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors missing in"):
-        hub.needed_files(folder, "weights")
+        hub.require_files(folder, "weights")
     assert hub.status("org/llm", "it", "language_model").state == "to fetch"
     hub.find("org/llm", "it", "language_model")
     assert server.downloads().count("model-1.safetensors") == 1
@@ -107,7 +116,7 @@ def test_only_the_tokenizer_or_the_shards_with_the_wanted_tensors_are_fetched(se
 
 def test_an_absent_folder_is_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent\.pth does not exist$"):
-        hub.needed_files(tmp_path / "absent.pth", "weights")
+        hub.require_files(tmp_path / "absent.pth", "weights")
 
 
 @pytest.mark.parametrize("address", [False, True])

@@ -22,7 +22,9 @@ from lavis_chatbridge.models import weights
 from lavis_chatbridge.models.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
     from omegaconf import DictConfig
+    from torch import Tensor
 
 CONFIG, RUN_CONFIG, RUN_LOG = "config.json", "config.yaml", "log.txt"
 FROZEN = (("vision", "weights"), ("audio", "weights"), ("language_model", "weights"), ("language_model", "tokenizer"))
@@ -121,19 +123,28 @@ class ChatBridgeConfig(PretrainedConfig):
         """Raise a `CheckpointError` if a frozen part differs from that used in training."""
         for need in weights.needs(settings):
             expected = self.frozen.get(need.setting, {}).get("hash")
-            if expected is not None and content_hash(need.find()) != expected:
+            if expected is not None and content_hash(path := need.find()) != expected:
                 raise CheckpointError(
-                    f"{need.setting}: {need.find()} is not what this bridge was trained with (its hash is not "
+                    f"{need.setting}: {path} is not what this bridge was trained with (its hash is not "
                     f"{expected[:12]}...): use {' or '.join(hub.as_list(need.names))} as published"
                 )
 
-    def write_card(self, folder: Path) -> None:
-        """Write the model card (``README.md``): the parts and their licences, data, recipe and scores."""
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
+        """Write a Hugging Face folder: the configuration, the tensors and a model card."""
+        from huggingface_hub import save_torch_state_dict
+
+        self.save_pretrained(folder)
+        apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_torch_state_dict(apart, folder, max_shard_size=max_shard_size)
+        self._card().save(folder / "README.md")
+
+    def _card(self) -> ModelCard:
+        """The model card: the parts and their licences, data, recipe and scores."""
         from huggingface_hub import ModelCard, ModelCardData
 
         tags = ["chatbridge", "image-text-to-text", "video-text-to-text", "audio-text-to-text"]
         sources = [(setting, " or ".join(entry["source"])) for setting, entry in self.frozen.items()]
-        card = ModelCard.from_template(
+        return ModelCard.from_template(
             ModelCardData(library_name="transformers", pipeline_tag="any-to-any", tags=tags),
             template_path=str(Path(__file__).with_name("card.md")),
             name=self.model.get("model_type", "own parts"),
@@ -143,14 +154,13 @@ class ChatBridgeConfig(PretrainedConfig):
             recipe=list(self.about.get("recipe", {}).items()),
             scores=list(self.about.get("scores", {}).items()),
         )
-        card.save(folder / "README.md")
 
 
-def content_hash(place: Path) -> str:
+def content_hash(path: Path) -> str:
     """A hash of weights: of a file's bytes, or of a folder's small files and the names and sizes of its large ones."""
-    if place.is_file():
-        return hash_of_file(place)
-    listed = sorted(file for file in place.iterdir() if file.is_file() and file.suffix != ".md")
+    if path.is_file():
+        return hash_of_file(path)
+    listed = sorted(file for file in path.iterdir() if file.is_file() and file.suffix != ".md")
     sizes = {file.name: file.stat().st_size for file in listed}
     return hash_of({f.name: hash_of_file(f) if sizes[f.name] < _HASHED_WHOLE else sizes[f.name] for f in listed})
 

@@ -30,10 +30,10 @@ from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import Modality
 
+PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""Modality -> the model's input."""
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
-INPUTS = (
-    "attention_mask", "soft_index", "pixel_values", "pixel_values_videos", "input_features", "feature_frames", "clips",
-)  # fmt: skip
+INPUTS = ("attention_mask", "soft_index", *PIXELS.values(), "input_features", "feature_frames", "clips")
 
 
 class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -111,16 +111,13 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         With ``save_frozen`` the files of the frozen parts are copied too, which makes the folder self-contained.
         """
-        from huggingface_hub import HfApi, save_torch_state_dict
+        from huggingface_hub import HfApi
 
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         settings = self.chatbridge.settings
         config = self.config.with_references(folder, _with_copies(settings, folder) if save_frozen else settings)
-        config.save_pretrained(folder)
-        config.write_card(folder)
+        config.write(folder, self._unreferenced(), max_shard_size)
         self.generation_config.save_pretrained(folder)
-        save_torch_state_dict(self._unreferenced(), folder, max_shard_size=max_shard_size)
         if push_to_hub:
             created = HfApi().create_repo(repo_id or folder.name, exist_ok=True)
             HfApi().upload_folder(repo_id=created.repo_id, folder_path=folder)
@@ -138,8 +135,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         referenced = tuple(prefix for prefix, names in named.items() if names is not None)
         trained = {name for name, parameter in self.chatbridge.named_parameters() if parameter.requires_grad}
         state = state_dicts.bridge_tensors(self.chatbridge.state_dict())
-        kept = {name: t for name, t in state.items() if name in trained or not name.startswith(referenced)}
-        return {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
+        return {name: t for name, t in state.items() if name in trained or not name.startswith(referenced)}
 
     def get_input_embeddings(self) -> Any:
         """The language model's embedding layer."""
@@ -193,25 +189,16 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         rows, soft = self._prepared(input_ids, **{name: more.pop(name) for name in INPUTS if name in more})
         embeds = self._embeds(rows, soft)
-        llm, tokenizer, stops = (
-            self.chatbridge.llama_model,
-            self.chatbridge.llama_tokenizer,
-            self.chatbridge.template.stops,
-        )
+        tokenizer, stops = self.chatbridge.llama_tokenizer, self.chatbridge.template.stops
         criteria = StoppingCriteriaList(more.pop("stopping_criteria", None) or [])
         if stops:
             criteria.append(StopTexts(tokenizer, [stops] * len(input_ids), 0))
         if more.get("streamer") is not None:
             more["streamer"] = _StopsStreaming(more["streamer"], tokenizer, stops)
-        config = more.pop("generation_config", None) or self.generation_config
+        more["generation_config"] = more.get("generation_config") or self.generation_config
+        mask, llm = rows.attention_mask.to(embeds.device), self.chatbridge.llama_model
         with own_precision(llm):
-            return llm.generate(
-                inputs_embeds=embeds,
-                attention_mask=rows.attention_mask.to(embeds.device),
-                generation_config=config,
-                stopping_criteria=criteria,
-                **more,
-            )
+            return llm.generate(inputs_embeds=embeds, attention_mask=mask, stopping_criteria=criteria, **more)
 
     def _prepared(
         self,
@@ -241,11 +228,9 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _soft_tokens(self, **media: Tensor) -> Tensor | None:
         """``[S, D]`` soft tokens of all images, then videos, then sounds; None without media."""
-        given: dict[Modality, list[Any]] = {}
-        if (images := media.get("pixel_values")) is not None:
-            given["image"] = list(images)
-        if (videos := media.get("pixel_values_videos")) is not None:
-            given["video"] = list(videos)
+        given: dict[Modality, list[Any]] = {
+            m: list(media[name]) for m, name in PIXELS.items() if media.get(name) is not None
+        }
         if (fbanks := media.get("input_features")) is not None:
             counts = media["clips"].tolist()
             sounds = zip(fbanks.split(counts), media["feature_frames"].split(counts), strict=True)
@@ -269,19 +254,17 @@ class _StopsStreaming:
             self._streamer.put(value)
             return
         self._held.append(value)
-        if self._stream.push(int(value)) and self._stream.stopped is None:
+        if self._stream.push(int(value)):
             self._pass_on()
 
     def end(self) -> None:
         """Pass on held ids that are not part of a stop text, and end the stream."""
-        if self._stream.stopped is None:
-            self._pass_on()
+        self._pass_on()
         self._streamer.end()
 
     def _pass_on(self) -> None:
-        for held in self._held:
-            self._streamer.put(held)
-        self._held = []
+        while self._held and self._stream.stopped is None:
+            self._streamer.put(self._held.pop(0))
 
 
 def _changes(dtype: torch.dtype | str | None, device_map: Any, quantization: Any) -> dict[str, Any]:
@@ -302,11 +285,10 @@ def _with_copies(settings: ModelSettings, folder: Path) -> ModelSettings:
         part, _, key = need.setting.removeprefix("model.").partition(".")
         if (part, key) not in FROZEN:
             continue
-        source, target = need.find(), folder / "frozen" / f"{part}_{key}"
+        path, target = need.find(), folder / "frozen" / f"{part}_{key}"
         target.mkdir(parents=True, exist_ok=True)
-        is_file = source.is_file()
-        for file in [source] if is_file else hub.needed_files(source, need.content, need.prefixes):
-            shutil.copyfile(file, target / file.name)
-        own = getattr(settings, part).model_copy(update={key: str(target / source.name if is_file else target)})
+        files = [path] if path.is_file() else hub.require_files(path, need.content, need.prefixes)
+        copies = [shutil.copyfile(file, target / file.name) for file in files]
+        own = getattr(settings, part).model_copy(update={key: str(copies[0] if path.is_file() else target)})
         settings = settings.model_copy(update={part: own})
     return settings

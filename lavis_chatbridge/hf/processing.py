@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,18 +21,18 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.hf.configuration import CONFIG, ChatBridgeConfig
+from lavis_chatbridge.hf.modeling import PIXELS
 from lavis_chatbridge.media import has_audio_track
 from lavis_chatbridge.models.decoding import TextStream
 from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
 from lavis_chatbridge.models.settings import ModelSettings
-from lavis_chatbridge.models.templates import Template, load_template
+from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.models.tokenizer import load_tokenizer
 from lavis_chatbridge.processors import load_processors
 from lavis_chatbridge.processors.audio import is_silent
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Piece, Slot
 
 _SOURCES = ("url", "path", "base64", "image", "video", "audio")
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Messages = Sequence[Mapping[str, Any]]
 Loaded = tuple[Modality, Any]
 """A modality and a processed medium."""
@@ -58,11 +58,13 @@ class ChatBridgeProcessor(ProcessorMixin):
         self.config, self.hear_videos = config, hear_videos
         self.settings: ModelSettings = config.settings(folder)
         named = self.settings.language_model.tokenizer or self.settings.language_model.weights
-        place = hub.find(named or (), "model.language_model.tokenizer", "tokenizer")
-        self.codec = load_tokenizer(place)
-        super().__init__(tokenizer or _tokenizer(place, self.codec))
+        path = hub.find(named or (), "model.language_model.tokenizer", "tokenizer")
+        self.codec = load_tokenizer(path)
+        super().__init__(tokenizer or _tokenizer(path, self.codec))
         self.processors = load_processors(config.sections(folder).preprocess)
-        self.template = lru_cache(maxsize=8)(self._load_template)
+        load = partial(load_template, self.settings.template, self.codec, reply_end=self.settings.reply_end)
+        self.template = lru_cache(maxsize=8)(load)
+        """The template with a system prompt."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -88,7 +90,7 @@ class ChatBridgeProcessor(ProcessorMixin):
     def __call__(
         self,
         images: Any = None,
-        text: str | Sequence[str] = "",
+        text: str | Sequence[str] | None = None,
         videos: Any = None,
         audio: Any = None,
         hear_videos: bool | None = None,
@@ -99,7 +101,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         Args:
             images: For one text, an image (path, URL, bytes, PIL image, array) or a list of them; for a list of texts,
                 a list with one such entry for each.
-            text: One or several questions.
+            text: One or several questions; None: only media.
             videos: Videos, likewise. Their audio tracks are used too unless ``audio`` is given.
             audio: Sounds, likewise.
             hear_videos: Overrides the processor's own setting.
@@ -107,15 +109,14 @@ class ChatBridgeProcessor(ProcessorMixin):
         """
         if wrong := next((name for name in ("image", "video", "audios") if name in unused), None):
             raise PromptError(f"the processor takes images=, videos= and audio=, not {wrong}=")
-        texts = [text] if isinstance(text, str) else list(text)
-        conversations: list[Messages] = []
+        texts = [text or ""] if text is None or isinstance(text, str) else list(text)
         given = {"image": images, "video": videos, "audio": audio}
         rows = {m: _rows(media, text, m) for m, media in given.items() if media is not None}
+        conversations: list[Messages] = []
         for number, question in enumerate(texts):
             parts = [{"type": modality, modality: medium} for modality in rows for medium in rows[modality][number]]
             conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
-        hear = self.hear_videos if hear_videos is None else hear_videos
-        return self.features(conversations, hear and audio is None)
+        return self.features(conversations, hear_videos if audio is None else False)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -141,11 +142,11 @@ class ChatBridgeProcessor(ProcessorMixin):
             raise ConfigError("ChatBridge formats conversations with model.template: omit chat_template")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations: Any = conversation if batched else [conversation]
-        hear = self.hear_videos if hear_videos is None else hear_videos
         if not tokenize:
-            texts = [_text(self._read(messages, hear)[0]) for messages in conversations]
+            prompts = [self._read(messages, hear_videos)[0] for messages in conversations]
+            texts = ["".join(f"<{p.modality}>" if isinstance(p, Slot) else p.text for p in own) for own in prompts]
             return texts if batched else texts[0]
-        features = self.features(conversations, hear)
+        features = self.features(conversations, hear_videos)
         return features if return_dict else features["input_ids"]
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **unused: Any) -> list[str]:
@@ -164,10 +165,7 @@ class ChatBridgeProcessor(ProcessorMixin):
         end = next((i for i, token in enumerate(known) if token in template.end_ids), len(known))
         return TextStream.of(self.codec, known[:end], template.stops).text
 
-    def _load_template(self, system: str) -> Template:
-        return load_template(self.settings.template, self.codec, system, self.settings.reply_end)
-
-    def _read(self, messages: Messages, hear: bool) -> tuple[list[Piece], list[Loaded]]:
+    def _read(self, messages: Messages, hear_videos: bool | None) -> tuple[list[Piece], list[Loaded]]:
         """A conversation as pieces, and its media in order."""
         said: list[Message] = []
         media: list[Loaded] = []
@@ -179,13 +177,14 @@ class ChatBridgeProcessor(ProcessorMixin):
             if message["role"] == "system":
                 system = text
                 continue
-            loaded = self._load([part for part in parts if part.get("type") != "text"], hear)
+            loaded = self._load([part for part in parts if part.get("type") != "text"], hear_videos)
             media += loaded
             said.append(Message(message["role"], text, tuple(modality for modality, _ in loaded)))
         return self.template(system).prompt(said, generate=bool(said) and said[-1].role == "user"), media
 
-    def _load(self, parts: Sequence[Mapping[str, Any]], hear: bool) -> list[Loaded]:
+    def _load(self, parts: Sequence[Mapping[str, Any]], hear_videos: bool | None) -> list[Loaded]:
         """Open media; each video is followed by its audio track unless that is silent or absent."""
+        hear = self.hear_videos if hear_videos is None else hear_videos
         loaded: list[Loaded] = []
         for part in parts:
             modality = part.get("type")
@@ -202,9 +201,11 @@ class ChatBridgeProcessor(ProcessorMixin):
                     loaded += [] if track is None or is_silent(track) else [("audio", track)]
         return loaded
 
-    def features(self, conversations: Sequence[Messages], hear: bool, generate: bool = True) -> BatchFeature:
+    def features(
+        self, conversations: Sequence[Messages], hear_videos: bool | None = None, generate: bool = True
+    ) -> BatchFeature:
         """The model's inputs: ids with placeholders, masks and media; with ``labels`` unless ``generate``."""
-        prompts, media = zip(*(self._read(messages, hear) for messages in conversations), strict=True)
+        prompts, media = zip(*(self._read(messages, hear_videos) for messages in conversations), strict=True)
         by_modality: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
         ranges: list[dict[Slot, range]] = [{} for _ in prompts]
         start, bounds = 0, []
@@ -242,8 +243,7 @@ class ChatBridgeCollator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The inputs and labels of a batch."""
-        conversations = [sample["messages"] for sample in samples]
-        return dict(self.processor.features(conversations, self.processor.hear_videos, generate=False))
+        return dict(self.processor.features([sample["messages"] for sample in samples], generate=False))
 
 
 def _tokenizer(folder: Path, codec: Any) -> PreTrainedTokenizerBase:
@@ -270,18 +270,14 @@ def _fetched(source: Any) -> Any:
         raise MediaError(source, error) from error
 
 
-def _rows(media: Any, text: str | Sequence[str], modality: str) -> list[list[Any]]:
+def _rows(media: Any, text: str | Sequence[str] | None, modality: str) -> list[list[Any]]:
     """The media of each text."""
-    if isinstance(text, str):
-        media, text = [media], [text]
+    if text is None or isinstance(text, str):
+        media, text = [media], [""]
     found = len(media) if isinstance(media, list) else 1
     if not isinstance(media, list) or found != len(text):
         raise PromptError(f"{len(text)} texts, but {modality}s for {found} rows: pass a list with one entry per text")
     return [own if isinstance(own, list) else [own] for own in media]
-
-
-def _text(pieces: Sequence[Piece]) -> str:
-    return "".join(f"<{piece.modality}>" if isinstance(piece, Slot) else piece.text for piece in pieces)
 
 
 def _padded_left(columns: Mapping[str, Tensor], padding: Mapping[str, int]) -> dict[str, Tensor]:
@@ -292,7 +288,7 @@ def _padded_left(columns: Mapping[str, Tensor], padding: Mapping[str, int]) -> d
 
 
 def _media_tensors(by_modality: Mapping[Modality, Sequence[Any]]) -> dict[str, Tensor]:
-    tensors = {name: torch.stack(list(by_modality[m])) for m, name in _PIXELS.items() if by_modality[m]}  # type: ignore[index]
+    tensors = {name: torch.stack(list(by_modality[m])) for m, name in PIXELS.items() if by_modality[m]}
     if sounds := by_modality["audio"]:
         tensors["input_features"] = torch.cat([sound.fbank for sound in sounds])
         tensors["feature_frames"] = torch.cat([torch.as_tensor(sound.frames) for sound in sounds])

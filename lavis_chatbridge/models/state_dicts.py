@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
     Raises:
         CheckpointError: If it cannot be read, contains objects other than tensors and plain values, or has no tensors.
     """
-    files = [path] if path.is_file() else hub.needed_files(path, "weights", prefixes)
+    files = [path] if path.is_file() else hub.require_files(path, "weights", prefixes)
     content: dict[str, Any] = {}
     for file in (file for file in files if file.suffix != ".json"):
         content |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
@@ -76,6 +77,16 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
     if not tensors:
         raise CheckpointError(f"{path} contains {shortened(content) or 'nothing'}, expected tensors by name")
     return WeightFile(path, tensors, cfg)
+
+
+def read_chatbridge(path: Path, out: Path) -> WeightFile:
+    """Read a ChatBridge's weights to convert them into ``out``; a `CheckpointError` if that exists."""
+    if out.exists():
+        raise CheckpointError(f"{out} exists: choose another path")
+    file = read(path)
+    if "llama_proj.weight" not in file.tensors:
+        raise CheckpointError(f"{path} is not a ChatBridge: it contains {shortened(file.tensors)}")
+    return file
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> None:
@@ -196,8 +207,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as opened:
             content: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            metadata = opened.metadata() or {}
-        return content | ({"cfg": json.loads(metadata["cfg"])} if "cfg" in metadata else {})
+            if (cfg := (opened.metadata() or {}).get("cfg")) is not None:
+                content["cfg"] = json.loads(cfg)
+        return content
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(_damaged(path, error)) from error
 
@@ -205,10 +217,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_torch(path: Path) -> dict[str, Any]:
     """The mapping in a ``torch.save`` file, memory-mapped if the format allows; no code in it is run."""
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files written before torch 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        zipped = is_zipfile(path)  # files of torch before 1.6 are not, and cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: only tensors are loaded, never code, but it contains other objects or is damaged"

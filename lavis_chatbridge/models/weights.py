@@ -16,7 +16,6 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.models.settings import ModelSettings, Weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
-_PREFIX = "chatbridge_"
 _BEATS = "https://github.com/microsoft/unilm/tree/master/beats"
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ModelType = Annotated[str | None, typer.Option("--model-type", help="A shipped model type.")]
@@ -49,15 +48,15 @@ def needs(settings: ModelSettings) -> list[Need]:
     from lavis_chatbridge.models.state_dicts import BLIP2_BRIDGE, BLIP2_VISION
 
     llm, vision = settings.language_model, settings.vision
-    named: list[tuple[str, Weights | None, hub.Content, tuple[str, ...]]] = [
-        ("model.language_model.weights", llm.weights, "language_model", ()),
-        ("model.language_model.tokenizer", llm.tokenizer, "tokenizer", ()),
-        ("model.vision.weights", vision.weights, "weights", BLIP2_VISION if vision.encoder == "eva" else ()),
-        ("model.audio.weights", settings.audio.weights, "weights", ()),
-        ("model.perceiver.weights", settings.perceiver.weights, "weights", BLIP2_BRIDGE),
-        ("model.checkpoint", settings.checkpoint, "weights", ()),
+    possible = [
+        Need("model.language_model.weights", llm.weights or (), "language_model"),
+        Need("model.language_model.tokenizer", llm.tokenizer or (), "tokenizer"),
+        Need("model.vision.weights", vision.weights or (), prefixes=BLIP2_VISION if vision.encoder == "eva" else ()),
+        Need("model.audio.weights", settings.audio.weights or ()),
+        Need("model.perceiver.weights", settings.perceiver.weights or (), prefixes=BLIP2_BRIDGE),
+        Need("model.checkpoint", settings.checkpoint or ()),
     ]
-    return [Need(setting, names, content, p) for setting, names, content, p in named if names is not None]
+    return [need for need in possible if need.names]
 
 
 def find_all(settings: ModelSettings) -> dict[str, Path]:
@@ -75,14 +74,14 @@ def find_all(settings: ModelSettings) -> dict[str, Path]:
 
 def model_types() -> list[str]:
     """The shipped model types."""
-    return sorted(path.stem.removeprefix(_PREFIX) for path in CONFIGS.glob(f"{_PREFIX}*.yaml"))
+    return sorted(path.stem.removeprefix("chatbridge_") for path in CONFIGS.glob("chatbridge_*.yaml"))
 
 
 def config_path(model_type: str) -> Path:
     """The YAML of a shipped model type; a `ConfigError` if there is none."""
     if model_type not in model_types():
         raise ConfigError(f"unknown model type {model_type!r}; known are {', '.join(model_types())}")
-    return CONFIGS / f"{_PREFIX}{model_type}.yaml"
+    return CONFIGS / f"chatbridge_{model_type}.yaml"
 
 
 def model_settings(model_type: str | None, cfg_path: str | None = None, changes: Any = None) -> ModelSettings:
@@ -112,19 +111,18 @@ def list_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the weights that a model needs (local, cached, to fetch or missing) with their sizes."""
-    missing, rows = False, dict[str, list[dict[str, Any]]]()
+    report: dict[str, list[dict[str, Any]]] = {}
     for name, settings in _wanted(model_type, cfg_path):
-        rows[name] = []
-        if not as_json:
-            typer.echo(name)
+        report[name], lines = [], [name]
         for need in needs(settings):
             found, line = described(need)
-            missing |= found.state == "missing"
-            rows[name].append({"setting": need.setting, "names": need.names, **found._asdict()})
-            if not as_json:
-                typer.echo(f"  {found.state:<9}{line}")
+            report[name].append({"setting": need.setting, "names": need.names, **found._asdict()})
+            lines.append(f"  {found.state:<9}{line}")
+        if not as_json:
+            typer.echo("\n".join(lines))
     if as_json:
-        typer.echo(json.dumps(rows, default=str))
+        typer.echo(json.dumps(report, default=str))
+    missing = any(row["state"] == "missing" for rows in report.values() for row in rows)
     if missing and (model_type or cfg_path) is not None:
         raise typer.Exit(1)
 
@@ -150,22 +148,15 @@ def convert_command(
     """Write the bridge of a ChatBridge checkpoint (any layout) as safetensors, without the frozen models."""
     from lavis_chatbridge.models import lora, state_dicts
 
-    if out.exists():
-        raise CheckpointError(f"{out} exists: name another file")
-    file = state_dicts.read(source)
+    file = state_dicts.read_chatbridge(source, out)
     named = state_dicts.bridge_tensors(file.tensors)
     frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms are kept: results need them
     kept = {name: t for name, t in named.items() if not name.startswith(frozen) or lora.is_adapter(name)}
-    if "llama_proj.weight" not in kept:
-        raise CheckpointError(f"{source} is not a ChatBridge: it contains {state_dicts.shortened(file.tensors)}")
     state_dicts.save(out, kept, {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None)
     typer.echo(f"{out}: {len(kept)} tensors of {len(file.tensors)}")
 
 
 def _wanted(model_type: str | None, cfg_path: str | None) -> Iterator[tuple[str, ModelSettings]]:
     """Name and settings of the chosen model, or of every shipped type."""
-    if cfg_path is not None:
-        yield cfg_path, model_settings(model_type, cfg_path)
-        return
-    for name in [model_type] if model_type else model_types():
-        yield name, model_settings(name)
+    for name in [model_type] if model_type or cfg_path else model_types():
+        yield cfg_path or str(name), model_settings(name, cfg_path)

@@ -7,12 +7,15 @@ original's checkpoint is a torch file with the tensors under ``model``. All use 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.files import atomic_file, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = ("huggingface", "run", "original")
 
@@ -28,13 +31,9 @@ def command(
 
     if to not in FORMATS:
         raise typer.BadParameter(f"{to!r} is none of {', '.join(FORMATS)}", param_hint="--to")
-    if out.exists():
-        raise CheckpointError(f"{out} exists; choose another path")
     if source.is_file() and to != "original" and model_type is None:
         raise CheckpointError(f"{source} contains no configuration: pass its --model-type, such as vicuna13b")
-    tensors = state_dicts.read(source).tensors
-    if "llama_proj.weight" not in tensors:
-        raise CheckpointError(f"{source} is not a ChatBridge; it contains {state_dicts.shortened(tensors)}")
+    tensors = state_dicts.read_chatbridge(source, out).tensors
     if to == "original":
         import torch
 
@@ -45,20 +44,16 @@ def command(
     typer.echo(f"{out}: {len(tensors)} tensors")
 
 
-def _write_folder(tensors: dict, name: Path | str, out: Path, to: str) -> None:
-    from huggingface_hub import save_torch_state_dict
+def _write_folder(tensors: dict[str, Tensor], name: Path | str, out: Path, to: str) -> None:
     from omegaconf import OmegaConf
 
     from lavis_chatbridge.hf import ChatBridgeConfig
     from lavis_chatbridge.models import state_dicts
 
     config, folder = ChatBridgeConfig.find(name)
-    out.mkdir(parents=True)
     saved = config.with_references(out, config.settings(folder))
     if to == "huggingface":
-        save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
-        saved.save_pretrained(out)
-        saved.write_card(out)
+        saved.write(out, tensors)
         return
     state_dicts.save(out / "model.safetensors", tensors)
     sections = {"model": saved.settings(out).model_dump(exclude_unset=True), "preprocess": saved.preprocess}

@@ -14,79 +14,14 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import nn
-
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, one_line
-from lavis_chatbridge.models import state_dicts
-from lavis_chatbridge.models.encoders import build_audio, build_vision
-from lavis_chatbridge.models.encoding import build_perceiver
-from lavis_chatbridge.models.settings import EncoderSettings, LanguageModelSettings, ModelSettings, Weights, torch_dtype
 from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, load
 
 if TYPE_CHECKING:
-    from lavis_chatbridge.models.settings import ModelSettings
+    from lavis_chatbridge.models.settings import EncoderSettings, ModelSettings, Weights
     from lavis_chatbridge.runners.config import Config
 
-_BYTES = {"8bit": 1.01, "4bit": 0.52}
-"""Bytes per quantised parameter, scales included."""
-
-
-def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = False) -> dict[str, int]:
-    """Bytes by part, for micro-batches of ``batch`` samples with one medium and ``max_text_length`` text tokens.
-
-    With ``checkpointing`` the language model's activations are recomputed.
-    """
-    own, perceiver = settings.language_model, settings.perceiver
-    with state_dicts.on_meta():
-        llm = _language_model(own)
-        vision, audio = build_vision(_bare(settings.vision)), build_audio(_bare(settings.audio))
-        trained = _count(build_perceiver(perceiver, vision.width))
-    config, half = llm.config, torch_dtype(own.dtype).itemsize
-    embeddings = llm.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
-    trained += audio.width * vision.width + perceiver.width * (config.hidden_size + 2 * perceiver.queries)
-    blocks = (_count(llm) - embeddings) * _BYTES.get(own.quantization or "", half)
-    positions = batch * (perceiver.queries + settings.max_text_length)
-    layer = positions * (8 * config.hidden_size + 3 * config.intermediate_size) * half
-    kept = positions * config.hidden_size * half
-    layers = config.num_hidden_layers
-    parts = {
-        "vision encoder": _count(vision) * torch_dtype(settings.vision.dtype).itemsize,
-        "audio encoder": _count(audio) * torch_dtype(settings.audio.dtype).itemsize,
-        "language model": int(blocks) + embeddings * half,
-        "trained weights, gradients, AdamW": trained * 16,
-        "activations": layers * kept + layer if checkpointing else layers * layer,
-        "logits": min(positions, 1024) * config.vocab_size * 8,
-        "CUDA": 600 << 20,
-    }
-    return parts | {"slack": sum(parts.values()) // 10}
-
-
-def _language_model(own: LanguageModelSettings) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    described = _config_of(own.weights) if own.weights is not None else dict(own.config or {})
-    config = AutoConfig.for_model(described.pop("model_type", "llama"), **described)
-    return AutoModelForCausalLM.from_config(config.get_text_config())
-
-
-def _bare(own: EncoderSettings) -> Any:
-    """An encoder's settings without weights; its sizes are read from the weights' folder."""
-    if own.weights is None or own.encoder not in ("timm", "transformers"):
-        return own.model_copy(update={"weights": None})
-    config = _config_of(own.weights)
-    return own.model_copy(update={"weights": None, "config": config, "name": own.name or config.get("architecture")})
-
-
-def _config_of(weights: Weights) -> dict[str, Any]:
-    return hub.read_config(hub.find(weights, "weights", "processor"))
-
-
-def _count(module: nn.Module | Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-DISTRIBUTION = "lavis-chatbridge"
 SHOWN = ("torch", "torchvision", "torchaudio", "transformers", "salesforce-lavis", "decord", "av", "timm", "numpy")
 IMPORTED = {
     "lavis": f"If it is not installed: {INSTALL_LAVIS}",
@@ -98,6 +33,9 @@ IMPORTED = {
     "transformers": "pip install 'transformers>=4.57'",
 }
 """Package -> remedy if it cannot be imported."""
+
+_QUANTIZED = {"8bit": 1.01, "4bit": 0.52}
+"""Bytes per quantised parameter, scales included."""
 
 Level = Literal["ok", "warning", "FAULT"]
 
@@ -129,10 +67,10 @@ def packages() -> Iterator[Finding]:
     yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("ok", ", ".join(f"{name} {own}" for name in SHOWN if (own := _version(name))))
     try:
-        requirements = [Requirement(text) for text in requires(DISTRIBUTION) or []]
+        requirements = [Requirement(text) for text in requires("lavis-chatbridge") or []]
     except PackageNotFoundError:
         requirements = []
-        yield Finding("FAULT", f"{DISTRIBUTION} is not installed, so LAVIS cannot find it: pip install its wheel")
+        yield Finding("FAULT", "lavis-chatbridge is not installed, so LAVIS cannot find it: pip install its wheel")
     for requirement in requirements:
         own = _version(requirement.name)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -213,8 +151,6 @@ def _weights(settings: ModelSettings) -> Iterator[Finding]:
 def _memory(cfg: Config, settings: ModelSettings) -> Finding:
     import torch
 
-    from lavis_chatbridge.plugin.doctor import training_memory
-
     batch = cfg.run.batch_size_train
     if cfg.run.batch_tokens is not None:  # of the longest samples
         batch = -(-cfg.run.batch_tokens // (settings.perceiver.queries + settings.max_text_length))
@@ -232,6 +168,61 @@ def _memory(cfg: Config, settings: ModelSettings) -> Finding:
         remedy = "lower run.batch_size_train or batch_tokens, or set run.gradient_checkpointing or run.parallel=fsdp"
         return Finding("warning", f"{text}; the smallest GPU has {_gib(min(gpus))}: {remedy}")
     return Finding("ok", text)
+
+
+def training_memory(settings: ModelSettings, batch: int, checkpointing: bool = False) -> dict[str, int]:
+    """Bytes by part, for micro-batches of ``batch`` samples with one medium and ``max_text_length`` text tokens.
+
+    With ``checkpointing`` the language model's activations are recomputed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lavis_chatbridge.models import encoders, encoding, state_dicts
+    from lavis_chatbridge.models.settings import torch_dtype
+
+    own, perceiver = settings.language_model, settings.perceiver
+    described = _config_of(own.weights) if own.weights is not None else dict(own.config or {})
+    config = AutoConfig.for_model(described.pop("model_type", "llama"), **described).get_text_config()
+    with state_dicts.on_meta():
+        llm = AutoModelForCausalLM.from_config(config)
+        vision = encoders.build_vision(_without_weights(settings.vision))
+        audio = encoders.build_audio(_without_weights(settings.audio))
+        trained = _count(encoding.build_perceiver(perceiver, vision.width))
+    half = torch_dtype(own.dtype).itemsize
+    embeddings = llm.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
+    trained += audio.width * vision.width + perceiver.width * (config.hidden_size + 2 * perceiver.queries)
+    blocks = (_count(llm) - embeddings) * _QUANTIZED.get(own.quantization or "", half)
+    positions = batch * (perceiver.queries + settings.max_text_length)
+    layer = positions * (8 * config.hidden_size + 3 * config.intermediate_size) * half
+    kept = positions * config.hidden_size * half
+    layers = config.num_hidden_layers
+    parts = {
+        "vision encoder": _count(vision) * torch_dtype(settings.vision.dtype).itemsize,
+        "audio encoder": _count(audio) * torch_dtype(settings.audio.dtype).itemsize,
+        "language model": int(blocks) + embeddings * half,
+        "trained weights, gradients, AdamW": trained * 16,
+        "activations": layers * kept + layer if checkpointing else layers * layer,
+        "logits": min(positions, 1024) * config.vocab_size * 8,
+        "CUDA": 600 << 20,
+    }
+    return parts | {"slack": sum(parts.values()) // 10}
+
+
+def _without_weights(own: EncoderSettings) -> Any:
+    """An encoder's settings for random weights, with the sizes in the weights' folder."""
+    changes: dict[str, Any] = {"weights": None}
+    if own.weights is not None and own.encoder in ("timm", "transformers"):
+        config = _config_of(own.weights)
+        changes |= {"config": config, "name": own.name or config.get("architecture")}
+    return own.model_copy(update=changes)
+
+
+def _config_of(weights: Weights) -> dict[str, Any]:
+    return hub.read_config(hub.find(weights, "weights", "processor"))
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _fault_of(check: Callable[[], object]) -> Iterator[Finding]:

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin.launch import Options
-
-_TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "chat_template.jinja", "merges.txt", "vocab.*")
 
 
 def command(
@@ -42,9 +41,9 @@ def export(model: Any, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         target = Path(folder) / out.name
+        target.mkdir()
+        for file in hub.require_files(model.llama_tokenizer.folder, "tokenizer"):
+            shutil.copy(file, target)
         llm.generation_config.eos_token_id = sorted(model.template.end_ids) or None
-        llm.save_pretrained(target)
-        for pattern in _TOKENIZER_FILES:
-            for file in model.llama_tokenizer.folder.glob(pattern):
-                shutil.copy(file, target)
+        llm.save_pretrained(target)  # replaces the model's configurations, which stand beside the tokenizer
         os.replace(target, out)

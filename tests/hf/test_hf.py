@@ -96,6 +96,13 @@ def test_special_tokens_are_kept_on_request(processor: ChatBridgeProcessor) -> N
     assert whole.strip() == f"red{processor.tokenizer.eos_token} blue"
 
 
+def test_media_alone_are_a_question(model, processor) -> None:
+    """transformers' own processors accept ``text=None`` too."""
+    asked = [processor(images=picture(), text=text) for text in (None, "")]
+    assert asked[0]["input_ids"].tolist() == asked[1]["input_ids"].tolist()
+    assert processor.batch_decode(model.generate(**asked[0], max_new_tokens=5))[0]
+
+
 def test_a_typed_placeholder_is_text(processor: ChatBridgeProcessor) -> None:
     ids = processor(text="<image> <video> <audio>")["input_ids"]
     assert int(ids.max()) < len(processor.codec)

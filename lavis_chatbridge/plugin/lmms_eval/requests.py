@@ -11,16 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
-from lavis_chatbridge.chat.conversation import ChatMessage, Medium
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.container import modality_of
 from lavis_chatbridge.media.source import is_file
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
-
-MAX_NEW_TOKENS = 128
-"""The default of lmms-eval's other models."""
 
 _CUTS = ("video_start", "video_end", "start_time", "end_time")
 _FIELDS = ("bytes", "path", "url", "video", "image", "audio")
@@ -29,32 +27,26 @@ _FIELDS = ("bytes", "path", "url", "video", "image", "audio")
 def question(text: str, visuals: Any, hear_videos: bool = False) -> list[ChatMessage]:
     """A question of lmms-eval's plain tasks: media first, as ChatBridge was trained, without markers ``<image>``."""
     media = [medium_of(visual) for visual in _flat(visuals)]
-    return [
-        ChatMessage("user", text.replace("<image>", "").strip(), tuple(with_sounds(media) if hear_videos else media))
-    ]
+    return [ChatMessage("user", text.replace("<image>", "").strip(), _heard(media, hear_videos))]
 
 
 def conversation(messages: Iterable[Mapping[str, Any]], hear_videos: bool = False) -> list[ChatMessage]:
     """The messages of lmms-eval's chat tasks; a system prompt opens the first, neighbours of one role are joined."""
-    joined: list[ChatMessage] = []
-    opening = ""
+    talk = Conversation()
     for message in messages:
         role, content = message["role"], message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         text = "\n".join(str(part["text"]) for part in parts if part["type"] == "text").strip()
         media = [medium_of(part["url"], part["type"], part) for part in parts if part["type"] != "text"]
         if role == "system":
-            opening = f"{opening}\n{text}".strip()
-            continue
-        said = ChatMessage(role, text, tuple(with_sounds(media) if hear_videos else media))
-        if joined and joined[-1].role == role:
-            last = joined.pop()
-            said = ChatMessage(role, f"{last.text}\n{text}".strip(), last.media + said.media)
-        joined.append(said)
-    roles = [said.role for said in joined]
+            talk.system = f"{talk.system}\n{text}".strip()
+        else:
+            talk.add(ChatMessage(role, text, _heard(media, hear_videos)))
+    roles = [said.role for said in talk.messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise DataError(f"messages of the roles {roles}: expected user ... user, with assistant between them")
-    return [ChatMessage("user", f"{opening}\n{joined[0].text}".strip(), joined[0].media), *joined[1:]]
+    first, *rest = talk.messages
+    return [ChatMessage("user", f"{talk.system}\n{first.text}".strip(), first.media), *rest]
 
 
 def medium_of(given: Any, modality: str = "", more: Mapping[str, Any] | None = None) -> Medium:
@@ -79,19 +71,12 @@ def medium_of(given: Any, modality: str = "", more: Mapping[str, Any] | None = N
     return medium_of(inner, named if named in MODALITIES else "")
 
 
-def with_sounds(media: Sequence[Medium]) -> Iterator[Medium]:
-    """The media, each video followed by its own sound, unless they have sounds already."""
-    alone = not any(medium.modality == "audio" for medium in media)
-    for medium in media:
-        yield from medium.with_track(alone)
-
-
 def decoding(kwargs: Mapping[str, Any]) -> Sampling:
     """A task's ``generation_kwargs``; keys that ChatBridge does not know are left out."""
     temperature = float(kwargs.get("temperature") or 0.0) if kwargs.get("do_sample", True) else 0.0
     until = kwargs.get("until") or ()
     return Sampling(
-        max_new_tokens=int(kwargs.get("max_new_tokens") or kwargs.get("max_gen_toks") or MAX_NEW_TOKENS),
+        max_new_tokens=int(kwargs.get("max_new_tokens") or kwargs.get("max_gen_toks") or 128),  # lmms-eval's default
         min_new_tokens=int(kwargs.get("min_new_tokens") or 1),
         temperature=temperature,
         top_p=float(kwargs.get("top_p") or 1.0),
@@ -118,6 +103,12 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
     return file.getvalue()
 
 
+def _heard(media: Sequence[Medium], hear_videos: bool) -> tuple[Medium, ...]:
+    """The media; with ``hear_videos`` each video is followed by its own sound, unless there are sounds already."""
+    tracks = hear_videos and not any(medium.modality == "audio" for medium in media)
+    return tuple(heard for medium in media for heard in medium.with_track(tracks))
+
+
 def _flat(visuals: Any) -> Iterator[Any]:
     if isinstance(visuals, (list, tuple)):
         for visual in visuals:
@@ -130,10 +121,8 @@ def _modality(given: Any) -> Modality:
     """The modality of a medium whose type is not given: by its form, or its file's content."""
     if is_file(given):
         return modality_of(given)
-    if isinstance(given, np.ndarray):
-        return "video" if given.ndim == 4 else "image"
-    if hasattr(given, "tobytes") and hasattr(given, "mode"):
-        return "image"
+    if isinstance(given, (np.ndarray, Image)):
+        return "video" if getattr(given, "ndim", 3) == 4 else "image"
     raise MediaError(_name(given), f"a {type(given).__name__} is not a medium that ChatBridge knows")
 
 
