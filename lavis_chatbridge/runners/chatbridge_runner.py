@@ -31,7 +31,7 @@ from lavis_chatbridge.datasets.loader import MixtureLoader, too_many_unreadable,
 from lavis_chatbridge.errors import ChatBridgeError, DataError, TrainingError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.models import lora
-from lavis_chatbridge.runners import checkpoints, data, distributed, logs, parallel
+from lavis_chatbridge.runners import checkpoints, data, distributed, logs
 from lavis_chatbridge.runners.checkpoints import Checkpoint, SavedPlan, SavedState, TrainState
 from lavis_chatbridge.runners.data import Datasets, LavisTrainLoader
 from lavis_chatbridge.runners.folder import CONFIG, RESULTS, WEIGHTS, RunFolder
@@ -53,7 +53,7 @@ class ChatBridgeRunner(RunnerBase):
         self.run: RunSettings = getattr(cfg, "run", None) or parse(RunSettings, cfg.run_cfg, "run")
         self.run.check_splits({split for splits in datasets.values() for split in splits})
         self.state = TrainState()
-        self.bridge = parallel.choose_trained(model, self.run.train)
+        self.bridge = distributed.choose_trained(model, self.run.train)
         device = distributed.init(self.run)
         super().__init__(cfg, task, model, datasets, job_id)
         self._device = device
@@ -76,9 +76,9 @@ class ChatBridgeRunner(RunnerBase):
         """The model on its device, without a DDP wrapper."""
         if any(other != self.frozen for other in distributed.gather_everywhere(self.frozen)):
             raise TrainingError("the processes have loaded different frozen weights: give all of them the same files")
-        parallel.prepare(self._model, self.run, self.device)
+        distributed.prepare(self._model, self.run, self.device)
         if self.run.feature_cache is not None:
-            with parallel.gathered(self._model):
+            with distributed.gathered(self._model):
                 data.fill_features(self._model, self.datasets, self.run, self.config.get_config().get("preprocess"))
         return self._model
 
@@ -116,7 +116,7 @@ class ChatBridgeRunner(RunnerBase):
         if self.evaluate_only:
             self.evaluate()
             return
-        parallel.check_trainable(self._model)
+        distributed.check_trainable(self._model)
         started = time.monotonic()
         with self.folder.claimed(), worker_deaths(), self._resume_hint():
             self._resume()
@@ -178,7 +178,7 @@ class ChatBridgeRunner(RunnerBase):
 
     def _load(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
         """The micro-batches of a step; if the data raise an error, no batches and the error."""
-        seed_all(self.run.seed, self.state.step, distributed.rank())  # for the random choices of LAVIS's data sets
+        seed_all(self.run.seed, self.state.step, self.train_step.rank)  # for the random choices of LAVIS's data sets
         try:
             return list(itertools.islice(batches, self.run.accum_grad_iters)), None
         except ChatBridgeError as error:
@@ -188,7 +188,8 @@ class ChatBridgeRunner(RunnerBase):
         """The mean loss of a micro-batch, and its number of target tokens (of samples, for LAVIS's tasks)."""
         samples = prepare_sample(dict(samples), cuda_enabled=self.cuda_enabled)
         if isinstance(self.task, ChatBridgeTask):
-            return self.task.weighted_loss(model=model, samples=samples)
+            output = model(samples)
+            return output["loss"], output["target_tokens"]
         loss = self.task.train_step(model=model, samples=samples)
         return loss, torch.tensor(float(max(1, len(sample_ids(samples)))), device=loss.device)
 
@@ -198,8 +199,8 @@ class ChatBridgeRunner(RunnerBase):
         tried = count.samples + count.skipped
         if fault := too_many_unreadable(dataset, count.skipped, tried, self.run.max_bad_share):
             raise DataError(fault)
-        if result.suspects:
-            names = ", ".join(result.suspects)
+        if result.outcome == "nonfinite":
+            names = ", ".join(itertools.chain(*distributed.gather_everywhere(result.suspects)))
             _log.info("step %d was not finite and is skipped; its samples: %s", self.state.step, names)
         if bad_steps >= self.run.max_nonfinite_steps:
             raise TrainingError(
@@ -240,7 +241,7 @@ class ChatBridgeRunner(RunnerBase):
         if self.evaluate_only and (resumed := self.folder.resumed) is not None:
             with distributed.together():
                 checkpoint = checkpoints.read(resumed)
-                checkpoints.check_weights(checkpoint, resumed, self.model, self.bridge)
+                checkpoints.check_weights(checkpoint, self.model, self.bridge)
             checkpoints.load_weights(self.model, checkpoint.weights)
         found: dict[str, Any] = {}
         for split in self.run.test_splits:
@@ -256,7 +257,7 @@ class ChatBridgeRunner(RunnerBase):
             loader = data.evaluation_loader(self.datasets, split_name, self.task, self.run, self.device)
         model = self.model.eval()
         self.task.before_evaluation(model=model, dataset=getattr(loader, "dataset", None))
-        with parallel.gathered(model), autocast(self.run.precision, self.device), distributed.together():
+        with distributed.gathered(model), autocast(self.run.precision, self.device), distributed.together():
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled) if len(loader) else []
         data.check_readable(loader, self.run)
         with distributed.together():
@@ -270,12 +271,13 @@ class ChatBridgeRunner(RunnerBase):
         model, plan, resumed = self.model, self.train_loader.plan, self.folder.resumed
         checkpoint = None
         with distributed.together():
-            _log.info("training on %d samples of %s", sum(plan.sizes.values()), ", ".join(plan.sizes))
+            size, processes = sum(plan.sizes.values()), distributed.world_size()
+            _log.info("training on %d samples of %s, %d x %s", size, ", ".join(plan.sizes), processes, self.device)
             if resumed is not None:
                 checkpoint = checkpoints.read(resumed)
                 position = checkpoint.state.plan.position_for(plan)
                 steps = self.run.max_iters or plan.steps_of(self.run.max_epoch or 0, *position)
-                checkpoints.check(checkpoint, resumed, model, self.bridge, self.frozen, plan, steps)
+                checkpoints.check(checkpoint, model, self.bridge, self.frozen, plan, steps)
             if distributed.is_main():
                 self.folder.clear()
                 write_text(self.output_dir / CONFIG, OmegaConf.to_yaml(self.config.get_config(), resolve=True))
@@ -306,9 +308,9 @@ class ChatBridgeRunner(RunnerBase):
                     frozen=self.frozen,
                     adapters=lora.describe(self.model),
                 )
+                folder = self.folder.checkpoints / f"step_{self.state.step:08d}"
                 tensors = checkpoints.optimizer_tensors(self.model, self.train_step.optimizer)
-                checkpoint = Checkpoint(self._weights(), tensors, state)
-                checkpoints.save(self.folder.checkpoints, checkpoint, self.run.keep_last)
+                checkpoints.save(Checkpoint(folder, self._weights(), tensors, state), self.run.keep_last)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: self.model.get_parameter(name).detach() for name in self.bridge}

@@ -121,6 +121,7 @@ class SavedState(Settings):
 class Checkpoint:
     """A checkpoint in memory: the bridge by parameter name, AdamW's tensors by ``PARAMETER|STATE``, and the rest."""
 
+    folder: Path
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: SavedState
@@ -133,7 +134,7 @@ def read(folder: Path) -> Checkpoint:
     """Read a checkpoint; a `CheckpointError` if a file is missing or damaged."""
     try:
         state = parse(SavedState, json.loads((folder / STATE).read_text(encoding="utf-8")), STATE)
-        return Checkpoint(load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
+        return Checkpoint(folder, load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be read: {one_line(error)}; delete it, or set run.resume to an earlier one"
@@ -142,7 +143,6 @@ def read(folder: Path) -> Checkpoint:
 
 def check(
     checkpoint: Checkpoint,
-    where: Path,
     model: nn.Module,
     bridge: Sequence[str],
     frozen: Mapping[str, str],
@@ -150,30 +150,30 @@ def check(
     steps: int,
 ) -> None:
     """Raise if a checkpoint does not fit the model, its frozen parts, the data, or a run of ``steps``."""
-    state = checkpoint.state
-    check_weights(checkpoint, where, model, bridge)
+    folder, state = checkpoint.folder, checkpoint.state
+    check_weights(checkpoint, model, bridge)
     expected: dict[str, Tensor] = {}
     for name, parameter in trainable(model).items():
         if f"{name}|step" in checkpoint.optimizer:  # a parameter that never had a gradient has no state
             expected |= {f"{name}|{part}": torch.empty(()) if part == "step" else parameter for part in _ADAMW}
-    state_dicts.check_fit(expected, checkpoint.optimizer, expected, where, "this run's optimiser")
+    state_dicts.check_fit(expected, checkpoint.optimizer, expected, folder, "this run's optimiser")
     if differences := _differences(state.frozen, frozen):
-        raise CheckpointError(f"{where} was trained with other frozen parts: {differences}")
+        raise CheckpointError(f"{folder} was trained with other frozen parts: {differences}")
     if differences := _differences(state.plan.data, SavedPlan.of(plan, 0).data):
-        raise CheckpointError(f"{where} was trained on other data: {differences}")
+        raise CheckpointError(f"{folder} was trained on other data: {differences}")
     if state.progress.step > steps:
         raise CheckpointError(
-            f"{where} is of step {state.progress.step}, but this run ends at step {steps}: raise run.max_iters (or "
+            f"{folder} is of step {state.progress.step}, but this run ends at step {steps}: raise run.max_iters (or "
             "run.max_epoch), or set run.resume to a checkpoint of an earlier step"
         )
 
 
-def check_weights(checkpoint: Checkpoint, where: Path, model: nn.Module, bridge: Sequence[str]) -> None:
+def check_weights(checkpoint: Checkpoint, model: nn.Module, bridge: Sequence[str]) -> None:
     """Raise if a checkpoint's weights do not fit a model's ``bridge`` and its LoRA adapters."""
     if difference := lora.difference(checkpoint.state.adapters, model):
-        raise CheckpointError(f"{where} is for another model: {difference}")
+        raise CheckpointError(f"{checkpoint.folder} is for another model: {difference}")
     expected = {name: model.get_parameter(name) for name in bridge}
-    state_dicts.check_fit(expected, checkpoint.weights, expected, where, "this model")
+    state_dicts.check_fit(expected, checkpoint.weights, expected, checkpoint.folder, "this model")
 
 
 def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -209,24 +209,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {f"{name}|{part}": torch.as_tensor(value) for name, state in states for part, value in state.items()}
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
-    """Write a checkpoint into the run's folder of checkpoints, then delete all but the ``keep_last`` newest."""
-    step = checkpoint.state.progress.step
-    target = folder / f"step_{step:08d}"
-    partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with _written(target):
-            partial.mkdir(parents=True)
-            write_weights(partial / MODEL, checkpoint.weights, step, checkpoint.state.adapters)
-            state_dicts.save(partial / OPTIMIZER, checkpoint.optimizer)
-            write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
-            sync(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in saved(folder)[:-keep_last]:
+def save(checkpoint: Checkpoint, keep_last: int) -> None:
+    """Write a checkpoint, then delete all but the ``keep_last`` newest beside it."""
+    target = checkpoint.folder
+    partial = target.with_name(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a write that was interrupted
+    with _written(target):
+        partial.mkdir(parents=True)
+        write_weights(partial / MODEL, checkpoint.weights, checkpoint.state.progress.step, checkpoint.state.adapters)
+        state_dicts.save(partial / OPTIMIZER, checkpoint.optimizer)
+        write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        sync(target.parent)
+    for old in saved(target.parent)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lavis_chatbridge.errors import ConfigError, one_line
-from lavis_chatbridge.files import append_lines, write_text
+from lavis_chatbridge.files import append_lines, read_objects, write_text
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.checkpoints import TrainState
 from lavis_chatbridge.runners.settings import RunSettings
@@ -146,16 +146,11 @@ def write(path: Path, split: str, stats: Mapping[str, Any], step: int) -> None:
 def drop_after(path: Path, step: int) -> None:
     """Remove the lines of later steps from a ``log.txt``: a resumed run repeats these steps."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # drops an incomplete last line
-        write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
-
-
-def _step_of(line: str) -> int:
-    """The step of a log line, its first value; 0 for an incomplete line."""
-    try:
-        return next(iter(json.loads(line).values()))
-    except ValueError:
-        return 0
+        records = (record for _, record in read_objects(path, skip_cut=True))
+        kept = [
+            json.dumps(record) for record in records if next(iter(record.values())) <= step
+        ]  # the first is the step
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _numbers(stats: Mapping[str, Any]) -> dict[str, float]:

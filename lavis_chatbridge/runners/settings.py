@@ -136,19 +136,21 @@ class RunSettings(LoaderSettings, EvaluationSettings):
     def check(self) -> Iterable[str]:
         """Yield the contradictions between keys."""
         yield from super().check()
-        if self.evaluate and not self.test_splits:
-            yield "evaluate is set, but test_splits names no split"
-        if not self.evaluate and (self.max_iters is None) == (self.max_epoch is None):
+        if self.evaluate:
+            if not self.test_splits:
+                yield "evaluate is set, but test_splits names no split"
+            return
+        if (self.max_iters is None) == (self.max_epoch is None):
             yield "give either max_iters (optimiser steps) or max_epoch (passes over the data)"
-        if not self.evaluate and not self.train_splits:
+        if not self.train_splits:
             yield "train_splits is empty"
-        if not self.evaluate and self.max_iters is not None and self.warmup_steps > self.max_iters:
+        if self.max_iters is not None and self.warmup_steps > self.max_iters:
             yield f"warmup_steps {self.warmup_steps} is more than max_iters {self.max_iters}"
-        if not self.evaluate and max(self.min_lr, self.warmup_lr) > self.init_lr:
+        if max(self.min_lr, self.warmup_lr) > self.init_lr:
             yield f"init_lr {self.init_lr} is less than min_lr {self.min_lr} or warmup_lr {self.warmup_lr}"
         if self.overwrite and self.resume == "auto":
             yield "overwrite deletes the earlier run that resume: auto would resume: choose one"
-        if self.resume == "auto" and self.job_id is None and not self.evaluate:
+        if self.resume == "auto" and self.job_id is None:
             yield "resume: auto needs a job_id (empty: output_dir itself); null names a new folder at every start"
 
     @property

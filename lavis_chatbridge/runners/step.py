@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lavis_chatbridge.models.settings import slow_on_cpu
-from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 
 Samples: TypeAlias = Mapping[str, Any]
@@ -34,7 +33,7 @@ _FIRST_FP16_SCALE = 2.0**6
 
 @dataclass
 class StepResult:
-    """The result of one step, over all processes."""
+    """The result of one step, summed over all processes."""
 
     outcome: Literal["ok", "empty", "nonfinite", "overflow"]
     """``ok``, or why no weight changed: ``empty`` (no target token), ``nonfinite`` (loss or gradient), ``overflow``
@@ -47,7 +46,7 @@ class StepResult:
     save: bool = False  # a process requests a checkpoint
     stop: bool = False  # a process requests the end of the training
     grad_norm: float = 0.0  # before clipping
-    suspects: list[str] = field(default_factory=list)  # ids of the samples of non-finite micro-batches
+    suspects: list[str] = field(default_factory=list)  # ids of this process's samples in non-finite micro-batches
 
 
 class TrainStep:
@@ -60,6 +59,7 @@ class TrainStep:
 
     def __init__(self, model: nn.Module, loss: Loss, run: RunSettings, device: torch.device) -> None:
         self.model, self.loss, self.run, self.device = model, loss, run, device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.parameters = list(trainable(model).values())
         self.optimizer = adamw(self.parameters, run)
         fp16 = run.precision == "fp16"
@@ -72,13 +72,15 @@ class TrainStep:
 
         ``save`` and ``stop``: this process requests a checkpoint, or the end of training.
         """
-        seed_all(self.run.seed, step, distributed.rank())
+        seed_all(self.run.seed, step, self.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         skipped = sum(len(samples.get("skipped", ())) for samples in batch)
         batch = [samples for samples in batch if samples.get("sample_id", True)]
-        if self.run.parallel == "fsdp" and distributed.in_group():  # each forward gathers weights from all ranks
-            batch = batch[: min(distributed.gather_everywhere(len(batch)))]
+        if self.run.parallel == "fsdp" and dist.is_initialized():  # each forward gathers weights from all ranks
+            fewest = torch.tensor(len(batch), device=self.device)
+            dist.all_reduce(fewest, dist.ReduceOp.MIN)
+            batch = batch[: int(fewest)]
         ids = [sample_ids(samples) for samples in batch]
         own = torch.zeros(len(batch), 2, dtype=torch.float64, device=self.device)  # read at the end
         for number, samples in enumerate(batch):
@@ -90,8 +92,7 @@ class TrainStep:
             self._update(result)
         if result.outcome == "nonfinite":
             bad = [names for names, (loss, _) in zip(ids, own.tolist(), strict=True) if not math.isfinite(loss)]
-            suspects = [name for names in bad or ids for name in names]  # all samples if only a gradient is not finite
-            result.suspects = [name for names in distributed.gather_everywhere(suspects) for name in names]
+            result.suspects = [name for names in bad or ids for name in names]  # all if only a gradient is not finite
         self.optimizer.zero_grad(set_to_none=True)
         return result
 

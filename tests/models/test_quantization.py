@@ -17,7 +17,7 @@ from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.prompting.conversation import alignment_prompt
-from lavis_chatbridge.runners import checkpoints, parallel
+from lavis_chatbridge.runners import checkpoints, distributed
 from tests.models.building import small_model
 
 LAYERS = 2
@@ -153,6 +153,6 @@ def test_a_bridge_loads_into_any_precision(folder: Path, tokenizer: Path, tmp_pa
 
 def test_a_quantised_model_is_not_sharded(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bridge(folder, tokenizer, "8bit")
-    monkeypatch.setattr(parallel.dist, "init_device_mesh", lambda *_arguments: None)
+    monkeypatch.setattr(distributed.dist, "init_device_mesh", lambda *_arguments: None)
     with pytest.raises(ConfigError, match="fsdp cannot shard a quantised language model"):
-        parallel._shard(model.blocks(), torch.device("cpu"))
+        distributed._shard(model.blocks(), torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch.distributed import fsdp
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
 from lavis_chatbridge.launchers import ProcessRank
-from lavis_chatbridge.runners import distributed, parallel
+from lavis_chatbridge.runners import distributed
 from tests.runners.runner_parts import (
     ToyGroup,
     ToyModel,
@@ -186,7 +186,9 @@ def test_fsdp_needs_processes_a_new_torch_and_a_model_with_blocks(tmp_path, capl
     runner(tmp_path, parallel="fsdp", max_iters=1).train()
     assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
     with pytest.raises(ConfigError, match="gradient_checkpointing is for ChatBridge, but the model is Linear"):
-        parallel.prepare(torch.nn.Linear(2, 2), config(tmp_path, gradient_checkpointing=True).run, torch.device("cpu"))
+        distributed.prepare(
+            torch.nn.Linear(2, 2), config(tmp_path, gradient_checkpointing=True).run, torch.device("cpu")
+        )
     monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward", raising=False)
     with pytest.raises(ConfigError, match=r"run.parallel fsdp needs torch 2.8 or newer, found .*: use ddp"):
-        parallel._shard([torch.nn.Linear(2, 2)], torch.device("cpu"))
+        distributed._shard([torch.nn.Linear(2, 2)], torch.device("cpu"))
