@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lavis_chatbridge.errors import ConfigError, one_line
 
@@ -40,6 +40,16 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Raise for YAML's ``true`` where a number is expected; pydantic would convert it to 1."""
+        if isinstance(value, bool):
+            types = _types_in(cls.model_fields[str(info.field_name)].annotation)
+            if bool not in types and (int in types or float in types):
+                raise ValueError(f"expected a number, found {str(value).lower()}")
+        return value
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> Settings:
@@ -146,13 +156,13 @@ def explained(cls: type[BaseModel], values: Any, error: ValidationError, where: 
     """The error text with all faults of values; ``where`` is their section's name."""
     sentences: dict[str, str] = {}  # one fault per key: a union has one per branch
     for fault in error.errors(include_url=False):
-        place = _place(values, fault, where)
-        key = f"{place} {fault['msg']}" if fault["type"] == "value_error" else place
-        sentences.setdefault(key, _sentence(cls, fault, place))
+        key = _key_of(values, fault, where)
+        distinct = f"{key} {fault['msg']}" if fault["type"] == "value_error" else key
+        sentences.setdefault(distinct, _sentence(cls, fault, key))
     return "; ".join(sentences.values())
 
 
-def _place(values: Any, fault: Any, where: str) -> str:
+def _key_of(values: Any, fault: Any, where: str) -> str:
     """The dotted key of a fault, without pydantic's names of a union's branches, which are not keys."""
     for part in fault["loc"]:
         if isinstance(values, Mapping) and part in values:
@@ -164,30 +174,30 @@ def _place(values: Any, fault: Any, where: str) -> str:
     return where
 
 
-def _sentence(cls: type[BaseModel], fault: Any, place: str) -> str:
+def _sentence(cls: type[BaseModel], fault: Any, key: str) -> str:
     found, context = shown(fault["input"]), fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
         owner = cls
         for part in fault["loc"][:-1]:
-            owner = (part in owner.model_fields and _model_in(owner.model_fields[part].annotation)) or owner
-        return unknown_key(str(fault["loc"][-1]), owner.model_fields, place.rpartition(".")[0])
+            types = _types_in(owner.model_fields[part].annotation) if part in owner.model_fields else []
+            owner = next((one for one in types if isinstance(one, type) and issubclass(one, BaseModel)), owner)
+        return unknown_key(str(fault["loc"][-1]), owner.model_fields, key.rpartition(".")[0])
     if fault["type"] == "missing":
-        return f"{place} is missing"
+        return f"{key} is missing"
     if fault["type"] == "literal_error":
         choices = str(context["expected"]).replace(" or ", ", ")
         near = difflib.get_close_matches(found.strip("'"), [c.strip("'") for c in choices.split(", ")], n=1)
-        return f"{place}: {found} is not one of {choices}" + (f", did you mean {near[0]!r}?" if near else "")
+        return f"{key}: {found} is not one of {choices}" + (f", did you mean {near[0]!r}?" if near else "")
     if fault["type"] == "value_error":
-        return f"{place}: {fault['msg'].removeprefix('Value error, ')}"
-    if limit := next((f"{words} {context[key]}" for key, words in _LIMITS.items() if key in context), ""):
+        return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
+    if limit := next((f"{words} {context[kind]}" for kind, words in _LIMITS.items() if kind in context), ""):
         bare = found.strip("'")
-        return f"{place} is {bare}, expected {limit}"
+        return f"{key} is {bare}, expected {limit}"
     expected = None if fault["type"].endswith("too_short") else _EXPECTED.get(fault["type"].split("_")[0])
-    return f"{place}: expected {expected}, found {found}" if expected else f"{place}: {fault['msg']}, found {found}"
+    return f"{key}: expected {expected}, found {found}" if expected else f"{key}: {fault['msg']}, found {found}"
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The settings class in an annotation, also inside ``X | None``, ``list[X]`` and ``dict[str, X]``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for part in typing.get_args(annotation) if (m := _model_in(part)) is not None), None)
+def _types_in(annotation: Any) -> list[Any]:
+    """The types in an annotation, also inside ``X | None``, ``list[X]`` and ``dict[str, X]``."""
+    inner = typing.get_args(annotation)
+    return [found for part in inner for found in _types_in(part)] if inner else [annotation]

@@ -54,6 +54,7 @@ def test_all_faults_come_together_with_the_nearest_key() -> None:
         ({"maybe": {"ratee": 1}}, "unknown key run.maybe.ratee, did you mean 'rate'?"),
         ({"entry": 3}, "run.entry: expected str, found 3"),
         ({"limit": 2}, "run: limit 2 is below steps 3"),
+        ({"limit": True}, "run.limit: expected a number, found true"),
         ({"inner": 7}, "run.inner: expected a mapping, found 7"),
         ({"inner": {"names": ["a", 7]}}, "run.inner.names[1]: expected str, found 7"),
     ],

@@ -39,8 +39,8 @@ def annotate(
     from lavis_chatbridge.multis.annotate import annotate as run
     from lavis_chatbridge.multis.annotators import build_annotator
 
-    place = share_of(rank, world, os.environ)
-    report = run(items, out, [build_annotator(text) for text in with_], media_root, place.rank, place.world_size)
+    process = share_of(rank, world, os.environ)
+    report = run(items, out, [build_annotator(text) for text in with_], media_root, process.rank, process.world_size)
     print(f"annotated {report.annotated}, finished before {report.known}, unreadable {report.failed}: {out}")
 
 

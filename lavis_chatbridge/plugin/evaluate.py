@@ -207,11 +207,12 @@ def choose(names: str, suites: Mapping[str, tuple[Path, list[str]]]) -> dict[str
 
 def _missing_data(path: Path, options: Sequence[str]) -> list[Line]:
     """The line of a suite whose data files are missing; empty if they are there."""
-    cfg = load(str(path), [*options, "run.evaluate=true"])
     from lavis_chatbridge.datasets.builders import require_files
+    from lavis_chatbridge.runners.config import dataset_sections
 
+    sections = dataset_sections(path, options)
     try:
-        require_files(cfg.datasets_cfg)
+        require_files(sections)
     except DataError as error:
         return [Line("", status="missing", remarks=[str(error)])]
     return []

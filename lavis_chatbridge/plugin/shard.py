@@ -42,7 +42,7 @@ def command(
     max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Accepted share of unreadable samples.")] = 0.05,
 ) -> None:
     """Write this process's shards, and say which data sets are complete."""
-    place = share_of(rank, world, os.environ)
+    process = share_of(rank, world, os.environ)
     if (jsonl is None) == (cfg_path is None):
         raise ConfigError("name either a JSONL or a configuration (--cfg-path)")
     from lavis_chatbridge.datasets.shards import write
@@ -52,15 +52,16 @@ def command(
     if jsonl is not None:
         targets = {(output, jsonl.stem): SampleFile(jsonl, root, allow_outside)}
     else:
-        targets, sections = _from_configuration(str(cfg_path), options or [], splits, output, place.world_size)
+        targets, sections = _from_configuration(str(cfg_path), options or [], splits, output, process.world_size)
     waiting = 0
     for (folder, stem), samples in targets.items():
-        written = write(folder, samples, stem, per_shard, place.rank, place.world_size, max_bad_share)
+        written = write(folder, samples, stem, per_shard, process.rank, process.world_size, max_bad_share)
         waiting += written is None
         if written is not None:
             print(written)
     if waiting:
-        print(f"process {place.rank} of {place.world_size}: {waiting} of {len(targets)} files wait for other processes")
+        own = f"process {process.rank} of {process.world_size}"
+        print(f"{own}: {waiting} of {len(targets)} files wait for other processes")
     elif sections:
         write_text(output / "datasets.yaml", _HEAD + OmegaConf.to_yaml({"datasets": sections}))
         print(f"{output / 'datasets.yaml'} has the section 'datasets' that reads them")
@@ -113,7 +114,7 @@ def _files_of(group: SplitDataset) -> dict[tuple[str, str], SampleFile]:
 
 
 def _section(section: DictConfig, builder: Any, of_mixture: bool) -> dict[str, Any]:
-    """The section of a data set that reads shards: the user's settings for it, and a place for every split."""
+    """The section of a data set that reads shards: the user's settings for it, and a key for every split."""
     from lavis_chatbridge.processors.base import SECTIONS
 
     given: Any = OmegaConf.to_container(section, resolve=True)

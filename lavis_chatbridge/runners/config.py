@@ -101,6 +101,16 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     return loaded
 
 
+def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """The ``datasets`` section without defaults, unchecked. Sets the data root to ``env.data_root``."""
+    import lavis  # noqa: F401  (registers builders)
+
+    user = merged(read_yaml(cfg_path), read_options(options or []))
+    _set_paths(user.get("env") or {})
+    sections = _section(user, "datasets")
+    return {str(name): _plain(_section(sections, str(name), "datasets.")) for name in sections}
+
+
 @contextmanager
 def _collected(faults: list[str]) -> Iterator[None]:
     """Collect an error of the block instead of raising it, so that other parts are checked too."""
