@@ -60,7 +60,7 @@ class Sample:
         captions: One or several descriptions of the media.
         turns: A conversation; the first turn is the user's.
         answers: All accepted answers to the last question, if there are several (ten in VQAv2).
-        source: The data set it comes from.
+        source: The data set it comes from, for reports; not the source of a mixture (`datasets.loader`).
         style: The requested answer style, a key of the templates' styles (``"short"``, ``"sentence"``).
         task: The task, which selects the instruction templates.
         facts: Attribute -> value: ground truth about the media, for scores that do not depend on phrasing.

@@ -1,5 +1,8 @@
 """Batches for training and evaluation: data workers, unreadable samples, exact sharding over ranks.
 
+A *source* of a mixture is a `SampleDataset`: the samples of one modality in an annotation file. `Sample.source`, the
+data set's name in that file, is not used here.
+
 The plan determines the samples of each step, so the loader's only state is the step number. torch's DataLoader runs the
 workers. If the decoder of a sample hangs, the worker is replaced and the sample is skipped like an unreadable one.
 """
@@ -34,7 +37,7 @@ _LENGTHS_LOOKED_AT = 20_000
 _FATAL = "fatal"  # a batch's key for an error; raised in a worker it would print a traceback
 
 Request: TypeAlias = tuple[str, Sequence[tuple[int, int]]]
-"""A batch to load: a source, and ``(index, epoch)`` of each sample."""
+"""A batch to load: the name of a source, and ``(index, epoch)`` of each sample."""
 
 
 class LoaderSettings(Settings):
@@ -77,7 +80,7 @@ class MixtureLoader:
 
     Attributes:
         plan: Determines the samples of each step.
-        skipped: Source -> number of unreadable samples so far.
+        skipped: Name of a source -> number of unreadable samples so far.
     """
 
     def __init__(
@@ -135,8 +138,8 @@ class EvaluationLoader:
     A batch has samples of one source and of similar length, the longest first: an out-of-memory error occurs at once.
 
     Attributes:
-        shares: Source -> the indices of this rank's samples.
-        skipped: Source -> number of unreadable samples.
+        shares: Name of a source, and the indices of this rank's samples.
+        skipped: Name of a source -> number of unreadable samples.
     """
 
     def __init__(

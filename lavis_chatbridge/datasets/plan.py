@@ -2,7 +2,8 @@
 
 A schedule gives the source of a step; its counts have a closed form. A keyed permutation of ``0..size-1`` (a Feistel
 network with cycle-walking) gives the samples, without a shuffled array. Therefore 130 million samples need no memory,
-and step 100,000 costs as much as step 0. This module knows indices, but no samples.
+and step 100,000 costs as much as step 0. This module uses indices, but no samples. A *source*
+is one of a mixture (see `datasets.loader`), not `Sample.source`.
 """
 
 from __future__ import annotations

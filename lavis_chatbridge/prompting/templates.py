@@ -1,7 +1,8 @@
-"""Instruction templates: several phrasings of a request per task, read from YAML files that users can add to.
+"""The wording of requests: instruction templates of each task, and the lines of a multiple-choice question's options.
 
-A YAML file has ``styles`` (style -> phrases) and ``tasks`` (task -> its default style and its templates); see
-``prompting/templates/*.yaml``. This module knows no data set and no tokenizer.
+Templates are read from YAML files, which users can add to. A file has ``styles`` (style -> phrases) and ``tasks``
+(task -> its default style and its templates); see ``prompting/templates/*.yaml``. This module uses no data set and no
+tokenizer.
 """
 
 from __future__ import annotations
@@ -18,28 +19,8 @@ from lavis_chatbridge.config import Settings, merged, parse, read_yaml
 from lavis_chatbridge.errors import PromptError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-REQUEST = "Answer with the letter of the right option."
 _LETTERED = re.compile(r"^\s*[(\[]?[A-Z][)\].:]\s*")
-
-
-def listed(options: Sequence[str]) -> str:
-    """One line with a letter per option, and the request to answer with a letter.
-
-    Args:
-        options: Their texts, without letters.
-    """
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([*lines, REQUEST])
-
-
-def without_letters(options: Sequence[str]) -> list[str]:
-    """Options without their letters, if all have one (``"A. a drum"``)."""
-    if all(_LETTERED.match(option) for option in options):
-        return [_LETTERED.sub("", option).strip() for option in options]
-    return [option.strip() for option in options]
-
-
-FOLDER = Path(__file__).with_name("templates")
+_FOLDER = Path(__file__).with_name("templates")
 QUESTION, STYLE = "{question}", "{style}"
 
 
@@ -79,7 +60,7 @@ class Templates(Settings):
     @functools.cache
     def load(cls, *paths: str | Path) -> Templates:
         """Load the package's templates and further YAML files; tasks and styles of later files replace earlier ones."""
-        files = [read_yaml(path) for path in [*sorted(FOLDER.glob("*.yaml")), *paths]]
+        files = [read_yaml(path) for path in [*sorted(_FOLDER.glob("*.yaml")), *paths]]
         return parse(cls, merged(*files), " ".join(["templates", *(Path(path).name for path in paths)]))
 
     def apply(self, task: str, question: str = "", style: str = "", rng: np.random.Generator | None = None) -> str:
@@ -102,6 +83,19 @@ class Templates(Settings):
 
     def _unknown_style(self, style: str) -> str:
         return f"no words for style {style!r}; known are {', '.join(sorted(self.styles))}"
+
+
+def listed(options: Sequence[str]) -> str:
+    """One line with a letter per option (texts without letters), and the request to answer with a letter."""
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([*lines, "Answer with the letter of the right option."])
+
+
+def without_letters(options: Sequence[str]) -> list[str]:
+    """Options without their letters, if all have one (``"A. a drum"``)."""
+    if all(_LETTERED.match(option) for option in options):
+        return [_LETTERED.sub("", option).strip() for option in options]
+    return [option.strip() for option in options]
 
 
 def _choice(items: Sequence[str], rng: np.random.Generator | None) -> str:
