@@ -36,7 +36,7 @@ COMMANDS = (
     Command("train", "plugin.launch", "Train with a configuration file (as python -m lavis.train)."),
     Command("evaluate", "plugin.evaluate", "Score a model on test splits (as python -m lavis.evaluate)."),
     Command("compare", "plugin.compare", "Compare two evaluations sample by sample."),
-    Command("world", "toyworld.command", "Build the embedded world, a small synthetic data set."),
+    Command("world", "toyworld.build", "Build the embedded world, a small synthetic data set."),
     Command("weights", "models.weights", "List, download and convert weights."),
     Command("export-llm", "plugin.export_llm", "Write the language model with LoRA merged."),
     Command("convert", "plugin.convert", "Convert a run, a Hugging Face folder or a checkpoint."),

@@ -15,18 +15,16 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lavis_chatbridge import pages
 from lavis_chatbridge.errors import DataError
-from lavis_chatbridge.files import write_json, write_text
-from lavis_chatbridge.plugin.report import aligned, settings_of
+from lavis_chatbridge.plugin.report import aligned, settings_of, write
 from lavis_chatbridge.tasks import statistics
 from lavis_chatbridge.tasks.predictions import Prediction, read_predictions
-from lavis_chatbridge.tasks.scoring.records import Measured, measured
+from lavis_chatbridge.tasks.scoring.scores import Measured, measured
 
 COLUMNS = ("data set", "metric", "samples", "A", "B", "B - A", "95 %", "p")
 _IN_TEXT, _ON_PAGE = 5, 60
 
-Records = dict[tuple[str, int], Prediction]
+Predictions = dict[tuple[str, int], Prediction]
 """The predictions of one data set by sample id and index."""
 
 
@@ -85,14 +83,10 @@ def command(
 ) -> None:
     """Compare two evaluations of the same samples."""
     found = compare(run_a.split(","), run_b.split(","))
-    text = table(found)
-    about = {"a": run_a, "b": run_b}
-    page = pages.render(
-        "comparison.html", title="Comparison", columns=COLUMNS, comparisons=found, most=_ON_PAGE, **about
-    )
-    write_text(output / "comparison.txt", text + "\n")
-    write_json(output / "comparison.json", {**about, "comparisons": [asdict(one) for one in found]})
-    write_text(output / "comparison.html", page)
+    text, about = table(found), {"a": run_a, "b": run_b}
+    content = {**about, "comparisons": [asdict(one) for one in found]}
+    page = {**about, "columns": COLUMNS, "comparisons": found, "most": _ON_PAGE}
+    write(output, "comparison", text, content, page)
     print(f"{text}\n\nwritten to {output}/comparison.{{txt,json,html}}")
 
 
@@ -122,31 +116,28 @@ def table(found: Sequence[Comparison]) -> str:
     return "\n".join(text)
 
 
-def _load(run: Path) -> dict[str, tuple[Path, Records]]:
+def _load(run: Path) -> dict[str, tuple[Path, Predictions]]:
     """Evaluation and source -> the file and predictions of a run."""
     files = [run] if run.is_file() else sorted(p for p in run.rglob("*.jsonl") if not p.name.startswith("."))
     if not files:
         raise DataError(f"{run} is neither a predictions file nor a folder of them (result/SPLIT_stepN.jsonl)")
-    found: dict[str, tuple[Path, Records]] = {}
+    found: dict[str, tuple[Path, Predictions]] = {}
     for file in files:
         folder = "" if run.is_file() else str(file.parent.relative_to(run)).removesuffix("result").strip("/.")
         split = re.sub(r"_step[^_]*$", "", file.stem)
-        for record in read_predictions(file):
-            name = " ".join(filter(None, [folder, split, record.source]))
-            found.setdefault(name, (file, {}))[1][record.sample_id, record.index] = record
+        for prediction in read_predictions(file):
+            name = " ".join(filter(None, [folder, split, prediction.source]))
+            found.setdefault(name, (file, {}))[1][prediction.sample_id, prediction.index] = prediction
     return found
 
 
-def _compared(name: str, file: Path, runs_a: Sequence[Records], runs_b: Sequence[Records]) -> list[Comparison]:
+def _compared(name: str, file: Path, runs_a: Sequence[Predictions], runs_b: Sequence[Predictions]) -> list[Comparison]:
     """The comparisons of one data set, its main metric first."""
-    shared = [key for key in runs_a[0] if all(key in records for records in [*runs_a, *runs_b])]
+    shared = [key for key in runs_a[0] if all(key in run for run in [*runs_a, *runs_b])]
     if not shared:
         raise DataError(f"{name}: the runs have no sample in common")
     how = settings_of(file)
-    a, b = (
-        [measured([records[key] for key in shared], how.metrics, how.normalisation) for records in runs]
-        for runs in (runs_a, runs_b)
-    )
+    a, b = ([measured([run[key] for key in shared], how) for run in runs] for runs in (runs_a, runs_b))
     left_out = len(runs_a[0]) - len(shared), len(runs_b[0]) - len(shared)
     found: list[Comparison] = []
     for metric in (name for name in a[0].scores if all(name in run.scores for run in (*a, *b))):
@@ -167,5 +158,5 @@ def _over_seeds(scores: Sequence[float]) -> tuple[float, float | None]:
 
 def _flips(a: Measured, b: Measured, changes: np.ndarray) -> list[Flip]:
     order = np.argsort(-np.abs(changes), kind="stable").tolist()
-    pairs = [(a.records[n], b.records[n], float(changes[n])) for n in order if changes[n]]
+    pairs = [(a.predictions[n], b.predictions[n], float(changes[n])) for n in order if changes[n]]
     return [Flip(x.sample_id, x.prompt, x.truth, x.media, x.prediction, y.prediction, c) for x, y, c in pairs]

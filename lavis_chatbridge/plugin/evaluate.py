@@ -64,7 +64,7 @@ def command(
         if conditions is not None:
             raise ConfigError("--ablate needs a model: use it with --cfg-path or --suite, not with --rescore")
         return report.rescore(rescore, options)
-    paths = {"": Path(str(cfg_path))} if suite is None else choose(suite, find(suite_folder))
+    paths = {"": Path(str(cfg_path))} if suite is None else choose(suite, suite_folder)
     with Runs() as runs:
         lines = score(runs, paths, options, conditions)
         text = report.text_table(lines) if suite else report.summary(lines)
@@ -73,7 +73,8 @@ def command(
         if distributed.is_main():
             print(text, flush=True)
             if suite:
-                _write(lines, output, runs)
+                model = str(runs.cfg.model_cfg.get("model_type") or "") if hasattr(runs, "cfg") else ""
+                print(f"\nwritten to {', '.join(map(str, report.write_scores(output / model, lines, model)))}")
     states = {line.status for line in lines}
     return 1 if "failed" in states else 0 if "scored" in states else 2
 
@@ -138,11 +139,8 @@ def _condition(word: str) -> MediaSettings:
             f"--ablate {word}: write withheld or shuffled, and after a colon any of {', '.join(MODALITIES)}; withheld "
             f"takes removed or told, too"
         )
-    return _replacing(mode, modalities or MODALITIES, *words)
-
-
-def _replacing(mode: str, modalities: Sequence[Modality], words: str = "kept") -> MediaSettings:
-    return MediaSettings.model_validate({"media": mode, "media_modalities": modalities, "withheld_words": words})
+    settings = {"media": mode, "media_modalities": modalities or MODALITIES, "withheld_words": (*words, "kept")[0]}
+    return MediaSettings.model_validate(settings)
 
 
 def _check_ablation(cfg: Config) -> None:
@@ -169,7 +167,7 @@ def ablations(asked: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSe
             present[split] |= modalities
     every = [modality for modality in MODALITIES if any(modality in own for own in present.values())]
     found = []
-    for condition in asked or [_replacing(mode, [modality]) for modality in every for mode in MODES]:
+    for condition in asked or parse_conditions([f"{mode}:{modality}" for modality in every for mode in MODES]):
         used = [modality for modality in condition.media_modalities if modality in every]
         one = condition.model_copy(update={"media_modalities": used})
         splits = [split for split, own in present.items() if own.intersection(used)]
@@ -180,29 +178,23 @@ def ablations(asked: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSe
     return found
 
 
-def find(folder: Path = PROJECTS / "eval") -> dict[str, tuple[Path, list[str]]]:
-    """Suite -> path and groups, of the configuration files in a folder that name metrics (``run.metrics``)."""
-    configs = {path: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
-    suites = {
-        path.stem: (path, list(OmegaConf.select(config, "run.groups") or ()))
-        for path, config in configs.items()
-        if OmegaConf.select(config, "run.metrics")
-    }
-    if not suites:
+def choose(names: str, folder: Path = PROJECTS / "eval") -> dict[str, Path]:
+    """Suite -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites.
+
+    A suite is a configuration file of the folder with ``run.metrics``.
+    """
+    members: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        config = read_yaml(path)
+        if OmegaConf.select(config, "run.metrics"):
+            for name in (ALL, path.stem, *(OmegaConf.select(config, "run.groups") or ())):
+                members.setdefault(name, []).append(path)
+    if not members:
         raise ConfigError(f"{folder} has no suite: a suite is a YAML file with run.metrics")
-    return suites
-
-
-def choose(names: str, suites: Mapping[str, tuple[Path, list[str]]]) -> dict[str, Path]:
-    """Suite -> path of the suites that ``--suite`` names: ``all``, groups (``run.groups``) and suites."""
-    members: dict[str, list[str]] = {ALL: list(suites)} | {name: [name] for name in suites}
-    for suite, (_, groups) in suites.items():
-        for group in groups:
-            members.setdefault(group, []).append(suite)
     wanted = [name.strip() for name in names.split(",")]
     if unknown := [name for name in wanted if name not in members]:
         raise ConfigError(f"unknown suite {unknown[0]!r} in --suite-folder{hint(unknown[0], members)}")
-    return {suite: suites[suite][0] for name in wanted for suite in members[name]}
+    return {path.stem: path for name in wanted for path in members[name]}
 
 
 def _missing_data(path: Path, options: Sequence[str]) -> list[Line]:
@@ -210,18 +202,9 @@ def _missing_data(path: Path, options: Sequence[str]) -> list[Line]:
     from lavis_chatbridge.datasets.builders import require_files
     from lavis_chatbridge.runners.config import dataset_sections
 
-    sections = dataset_sections(path, options)
+    sections = dataset_sections(path, options)  # its errors are not about missing data
     try:
         require_files(sections)
     except DataError as error:
         return [Line("", status="missing", remarks=[str(error)])]
     return []
-
-
-def _write(lines: Sequence[Line], output: Path, runs: Runs) -> None:
-    """Write the table of suites to a folder of the model type, if at least one suite was run."""
-    from lavis_chatbridge.tasks.scoring.records import versions
-
-    model = str(runs.cfg.model_cfg.get("model_type") or "") if hasattr(runs, "cfg") else ""
-    files = report.write(output / model, lines, {"model": model, "versions": versions()})
-    print(f"\nwritten to {', '.join(map(str, files))}")

@@ -182,13 +182,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
-def write(folder: Path, lines: Sequence[Line], about: Mapping[str, Any]) -> list[Path]:
-    """Write ``scores.txt``, ``scores.json`` and ``scores.html``; ``about`` has the model and the versions."""
-    page = pages.render("scores.html", title="Scores", columns=COLUMNS, lines=lines, about=about, number=_number)
-    write_text(folder / "scores.txt", text_table(lines) + "\n")
-    write_json(folder / "scores.json", {**about, "suites": [asdict(line) for line in lines]})
-    write_text(folder / "scores.html", page)
-    return [folder / f"scores.{ending}" for ending in ("txt", "json", "html")]
+def write_scores(folder: Path, lines: Sequence[Line], model: str) -> list[Path]:
+    """Write the table of suites with the model's type and the versions; returns the paths."""
+    from lavis_chatbridge.tasks.scoring.scores import versions
+
+    about = {"model": model, "versions": versions()}
+    content = about | {"suites": [asdict(line) for line in lines]}
+    page = about | {"columns": COLUMNS, "lines": lines, "number": _number}
+    return write(folder, "scores", text_table(lines), content, page)
+
+
+def write(folder: Path, name: str, text: str, content: Any, page: Mapping[str, Any]) -> list[Path]:
+    """Write ``NAME.txt``, ``NAME.json`` and, by the template of this name, ``NAME.html``; returns the paths."""
+    paths = [folder / f"{name}.{ending}" for ending in ("txt", "json", "html")]
+    write_text(paths[0], text + "\n")
+    write_json(paths[1], content)
+    write_text(paths[2], pages.render(f"{name}.html", title=name.capitalize(), **page))
+    return paths
 
 
 def rescore(file: str, options: Sequence[str]) -> int:
@@ -197,15 +207,13 @@ def rescore(file: str, options: Sequence[str]) -> int:
     Prints the table and writes ``..._rescored.json`` beside the file; returns 1 if a data set could not be scored.
     """
     from lavis_chatbridge.tasks.predictions import read_predictions
-    from lavis_chatbridge.tasks.scoring.records import score_records, versions
+    from lavis_chatbridge.tasks.scoring.scores import scored, versions
 
     path = Path(file)
-    records = read_predictions(path)
+    predictions = read_predictions(path)
     how = settings_of(path, options)
-    by_source = {
-        name: score_records([r for r in records if r.source == name], how.metrics, how.normalisation)
-        for name in dict.fromkeys(record.source for record in records)
-    }
+    names = dict.fromkeys(prediction.source for prediction in predictions)
+    by_source = {name: scored([one for one in predictions if one.source == name], how) for name in names}
     target = path.with_name(f"{path.stem}_rescored.json")
     lines = lines_of({"": {"by_source": by_source, "written": [str(target)]}}, how)
     print(summary(lines))

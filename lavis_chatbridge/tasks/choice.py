@@ -45,15 +45,13 @@ class ChoiceTask(GenerationTask):
                 replaced(pieces, listed(options[n]), listed(orders[n]))
                 for n, pieces in zip(asked, batch["pieces"], strict=True)
             ]
-            said = model.generate(batch, sampling=self.settings.sampling(self.seed))
-            for n, reply in zip(asked, said, strict=True):
+            generated = model.generate(batch, sampling=self.settings.sampling(self.seed))
+            for n, reply in zip(asked, generated, strict=True):
                 position = chosen(reply, orders[n])
                 replies[n].append(reply)
                 positions[n].append(-1 if position < 0 else (position + shift) % len(options[n]))
-        return [
-            {"prediction": _most_frequent(own, picked), "replies": own_replies, "chosen": picked}
-            for own, picked, own_replies in zip(options, positions, replies, strict=True)
-        ]
+        columns = zip(options, replies, positions, strict=True)
+        return [{"prediction": _most_frequent(o, p), "replies": r, "chosen": p} for o, r, p in columns]
 
 
 def chosen(reply: str, options: Sequence[str]) -> int:
@@ -76,8 +74,8 @@ def chosen(reply: str, options: Sequence[str]) -> int:
     if letter := leading or stated:
         return letters.index(letter.group(1).upper())
     words = f" {squad(reply)} "
-    held = [number for number, text in enumerate(texts) if text and f" {text} " in words]
-    return held[0] if len(held) == 1 else -1
+    named = [number for number, text in enumerate(texts) if text and f" {text} " in words]
+    return named[0] if len(named) == 1 else -1
 
 
 def replaced(pieces: Sequence[Piece], block: str, by: str) -> list[Piece]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from lavis_chatbridge.files import hash_of, read_json
 from lavis_chatbridge.prompting.conversation import Piece, Text, context_of
 from lavis_chatbridge.tasks.base import ChatBridgeTask, gathered
 from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles
-from lavis_chatbridge.tasks.scoring import records
+from lavis_chatbridge.tasks.scoring import scores
 from lavis_chatbridge.tasks.settings import EvaluationSettings, MediaSettings
 from lavis_chatbridge.tasks.splits import Source
 
@@ -50,10 +51,9 @@ class GenerationTask(ChatBridgeTask):
         """Raise a `DataError` if official metrics are requested and no sample has references, answers or options."""
         super().before_evaluation(model, dataset)
         self._files = _files({})
-        if not (self.settings.report_metric and self.settings.metrics):
-            return
-        samples = [source.sample(index) for source in self.sources for index in range(len(source))]
-        if samples and not any(s.answers or s.captions or (s.turns and s.turns[-1].role != "user") for s in samples):
+        scored = self.settings.report_metric and self.settings.metrics and any(map(len, self.sources))
+        samples = (source.sample(index) for source in self.sources for index in range(len(source)))
+        if scored and not any(s.answers or s.captions or (s.turns and s.turns[-1].role != "user") for s in samples):
             raise DataError(
                 f"{', '.join(source.name for source in self.sources)}: no sample has an answer or a reference to "
                 "compare with. Nothing was predicted: use a file with labels, or predict without scores "
@@ -74,19 +74,24 @@ class GenerationTask(ChatBridgeTask):
     def valid_step(self, model: Answering, samples: Mapping[str, Any]) -> list[Any]:
         """One `Prediction` per sample, with its prompt."""
         source = next(source for source in self.sources if source.name == samples["source"])
+        prompts = [prompt_text(pieces) for pieces in samples["pieces"]]
+        if "" in prompts and self.settings.media == "withheld":
+            raise DataError(
+                f"{source.name}: the prompt of sample {samples['sample_id'][prompts.index('')]!r} is only its media, "
+                "and run.media=withheld leaves nothing to answer: use run.withheld_words=told or run.media=shuffled"
+            )
         predictions = []
         for number, reply in enumerate(self.predict(model, samples)):
             own = {key: samples[key][number] for key in _COPIED if key in samples}
             own["media"] = [(medium.modality, medium.path) for medium in source.sample(own["index"]).files]
-            prompt = prompt_text(samples["pieces"][number])
-            predictions.append(Prediction(source=source.name, prompt=prompt, **own, **reply))
+            predictions.append(Prediction(source=source.name, prompt=prompts[number], **own, **reply))
         self._files.append(predictions)
         return predictions
 
     def predict(self, model: Answering, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Fields of a `Prediction` for each sample of a batch."""
         if self.settings.inference_method == "rank":
-            said = model.predict_answers(
+            texts = model.predict_answers(
                 samples,
                 inference_method="rank",
                 num_ans_candidates=self.settings.num_ans_candidates,
@@ -94,8 +99,8 @@ class GenerationTask(ChatBridgeTask):
                 length_penalty=self.settings.length_penalty,
             )
         else:
-            said = model.generate(samples, sampling=self.settings.sampling(self.seed))
-        return [{"prediction": text} for text in said]
+            texts = model.generate(samples, sampling=self.settings.sampling(self.seed))
+        return [{"prediction": text} for text in texts]
 
     def after_evaluation(self, val_result: list[Prediction], split_name: str, epoch: Any, **_unused: Any) -> Any:
         """Write the predictions and the scores of a split.
@@ -107,44 +112,37 @@ class GenerationTask(ChatBridgeTask):
         results = gathered(val_result)
         if results is None:
             return None
-        predictions = sorted(results, key=lambda record: record.key)
-        scores = self.score(predictions)
+        predictions = sorted(results, key=lambda prediction: prediction.key)
+        metrics = self.score(predictions)
         name = "_".join(filter(None, [split_name, self.settings.file_suffix, f"step{epoch}"]))
         scoring = {"metrics", "normalisation", "published", "published_stage1", "published_in", "groups"}
         about = self.settings.model_dump(include=scoring)
-        return scores | {"written": self._files.finish(name, predictions, scores | about)}
+        return metrics | {"written": self._files.finish(name, predictions, metrics | about)}
 
     def score(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """Scores and numbers of samples per source; ``agg_metrics`` is the mean over sources of the first metric."""
-        groups: dict[str, list[Prediction]] = {}
-        for record in predictions:
-            groups.setdefault(record.source, []).append(record)
-        by_source = {name: self._score_source(name, group) for name, group in groups.items()}
-        unread = self.unread({name: len(group) for name, group in groups.items()})
+        counts = Counter(prediction.source for prediction in predictions)
+        by_source: dict[str, dict[str, Any]] = {name: {"samples": count} for name, count in counts.items()}
+        for name in counts if self.settings.report_metric else ():
+            own = [prediction for prediction in predictions if prediction.source == name]
+            by_source[name] = scores.scored(own, self.settings, self._facts_in_training(name))
+        unread = self.unread(counts)
         for name, count in unread.items():
             by_source.setdefault(name, {"samples": 0})["not_predicted"] = count
         heads = [found["headline"] for found in by_source.values() if found.get("headline") is not None]
         mean = {"agg_metrics": sum(heads) / len(heads)} if heads else {}
-        counts = {"samples": len(predictions), "not_predicted": sum(unread.values())}
-        return {**mean, "by_source": by_source, **counts}
-
-    def _score_source(self, name: str, group: Sequence[Prediction]) -> dict[str, Any]:
-        how = self.settings
-        if not how.report_metric:
-            return {"samples": len(group)}
-        return records.score_records(group, how.metrics, how.normalisation, self._facts_in_training(name))
+        return mean | {"by_source": by_source, "samples": counts.total(), "not_predicted": sum(unread.values())}
 
     def _dependencies(self, model: nn.Module) -> dict[str, Any]:
         """Everything that affects the predictions."""
         how = self.settings.model_dump(include={"inference_method", "option_orders", "num_ans_candidates"})
-        sources = {source.name: source.source for source in self.sources}
         return {
             "task": type(self).__name__,
             "decoding": self.settings.sampling(self.seed).model_dump() | how | {"answers": hash_of(self._answers)},
             **self.settings.model_dump(include=set(MediaSettings.model_fields)),
-            "data": {name: {"samples": len(one), "sha256": data_hash(one)} for name, one in sources.items()},
+            "data": {s.name: {"samples": len(s), "sha256": data_hash(s.source)} for s in self.sources},
             "model": model_hash(model),
-            "versions": records.versions(),
+            "versions": scores.versions(),
         }
 
     def _facts_in_training(self, name: str) -> list[Mapping[str, str]]:

@@ -8,7 +8,6 @@ reads the predictions instead of generating them.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,6 @@ from pydantic import BeforeValidator, ConfigDict
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import append_lines, hash_of, read_json, read_objects, write_json, write_text
-
-_log = logging.getLogger(__name__)
 
 
 def _without_surrogates(value: Any) -> Any:
@@ -67,16 +64,16 @@ class Prediction(Settings):
         return self.source, self.index
 
     def line(self) -> str:
-        """The record as a line of JSONL, without empty fields."""
+        """A line of JSONL, without empty fields."""
         return json.dumps(self.model_dump(exclude_defaults=True), ensure_ascii=False)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The records of a predictions file, at least one."""
-    records = [parse(Prediction, record, where) for where, record in read_objects(path)]
-    if not records:
+    """The predictions of a file, at least one."""
+    predictions = [parse(Prediction, fields, line) for line, fields in read_objects(path)]
+    if not predictions:
         raise DataError(f"{path} has no prediction")
-    return records
+    return predictions
 
 
 class PredictionFiles:
@@ -88,28 +85,20 @@ class PredictionFiles:
 
     def read(self) -> dict[tuple[str, int], Prediction]:
         """Predictions of earlier evaluations with the same hash; a line that an interruption cut off is skipped."""
-        found: dict[tuple[str, int], Prediction] = {}
-        for path in [*self._finished(), *self._parts()]:
-            for line in path.read_bytes().splitlines():
-                try:
-                    record = Prediction.model_validate_json(line)
-                except ValueError:
-                    _log.warning("%s: skipped a line that is cut off", path)
-                else:
-                    found[record.key] = record
-        return found
+        lines = (line for path in [*self._finished(), *self._parts()] for line in read_objects(path, skip_cut=True))
+        return {(found := parse(Prediction, fields, line)).key: found for line, fields in lines}
 
-    def append(self, records: Iterable[Prediction]) -> None:
-        """Add records to this process's file."""
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Add predictions to this process's file."""
         with self._writable():
             self.folder.mkdir(parents=True, exist_ok=True)
-            append_lines(self._own, [record.line() for record in records])
+            append_lines(self._own, [prediction.line() for prediction in predictions])
 
-    def finish(self, name: str, records: Iterable[Prediction], scores: Mapping[str, Any]) -> list[str]:
+    def finish(self, name: str, predictions: Iterable[Prediction], scores: Mapping[str, Any]) -> list[str]:
         """Write ``NAME.jsonl`` and ``NAME_metrics.json``, remove the processes' own files; returns the two paths."""
         path, target = self.folder / f"{name}.jsonl", self.folder / f"{name}_metrics.json"
         with self._writable():
-            write_text(path, "".join(f"{record.line()}\n" for record in records))
+            write_text(path, "".join(f"{prediction.line()}\n" for prediction in predictions))
             write_json(target, {**scores, **self.depends_on, "depends_on": self.hash})
         for part in self._parts():
             part.unlink(missing_ok=True)

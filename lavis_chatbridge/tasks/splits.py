@@ -1,7 +1,4 @@
-"""Splits for evaluation: items with their index and, if requested, with another sample's media or none.
-
-This module opens no media; it rearranges the items of a data set's sources.
-"""
+"""Splits for evaluation: items with their index and, if requested, with another sample's media or none."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _TRIES = 16
 
 
 class Source(Protocol):
-    """The interface of a data set's source; see `datasets.dataset.SampleDataset`."""
+    """A data set's source: `datasets.dataset.SampleDataset`, which this floor cannot import."""
 
     name: str
     modalities: Collection[Modality]
@@ -38,10 +35,7 @@ class Source(Protocol):
 
 
 class EvaluationSource:
-    """A source whose items have their position as ``index``, and possibly other media.
-
-    Shuffled media are another sample's, the same ones in every run with this ``seed``.
-    """
+    """A source whose items have their position as ``index``, and possibly other media: the same ones for a ``seed``."""
 
     def __init__(self, source: Source, replacement: MediaSettings, seed: int = 0) -> None:
         self.source, self.replacement, self.seed = source, replacement, seed
@@ -59,25 +53,23 @@ class EvaluationSource:
         item = self.source.item(index, epoch) | {"index": index}
         if self.replacement.media == "withheld":
             none: dict[str, list] = {modality: [] for modality in self.replacement.media_modalities}
-            return item | {"pieces": self._withheld(index, item["pieces"])} | none
+            return item | {"pieces": self._without_media(index, item["pieces"])} | none
         if self.replacement.media == "shuffled" and (own := self._media(index)):
             return item | self._media_of_another(index, own, epoch)
         return item
 
-    def _withheld(self, index: int, pieces: list[Piece]) -> list[Piece]:
+    def _without_media(self, index: int, pieces: list[Piece]) -> list[Piece]:
         """The prompt of a sample without its media."""
-        gone = self.replacement.media_modalities
-        if self.replacement.withheld_words == "kept":
-            return [piece for piece in pieces if not (isinstance(piece, Slot) and piece.modality in gone)]
+        withheld, words = self.replacement.media_modalities, self.replacement.withheld_words
+        if words == "kept":
+            return [piece for piece in pieces if not (isinstance(piece, Slot) and piece.modality in withheld)]
         sample = self.source.sample(index)
-        media = tuple(medium for medium in sample.media if medium.words or medium.modality not in gone)
-        spelt = {medium.modality for medium in sample.media if medium.words}
-        turns = tuple(
-            replace(turn, media=tuple(m for m in turn.media if m in spelt or m not in gone)) for turn in sample.turns
-        )
+        media = tuple(medium for medium in sample.media if medium.words or medium.modality not in withheld)
+        shown = {medium.modality for medium in media}
+        turns = tuple(replace(turn, media=tuple(m for m in turn.media if m in shown)) for turn in sample.turns)
         pieces = self.source.pieces(replace(sample, media=media, turns=turns), None)
-        lost = [medium.modality for medium in self._media(index)]
-        return told(pieces, lost) if self.replacement.withheld_words == "told" and lost else pieces
+        missing = [medium.modality for medium in self._media(index)]
+        return with_notice(pieces, missing) if words == "told" and missing else pieces
 
     def _media_of_another(self, index: int, own: list[Medium], epoch: int) -> dict[str, list]:
         for partner in itertools.islice(self._partners(index, own), _TRIES):
@@ -119,9 +111,9 @@ class EvaluationSplit:
         self.sources = [EvaluationSource(source, how, seed) for source in concerned]
 
 
-def told(pieces: Sequence[Piece], lost: Sequence[Modality]) -> list[Piece]:
-    """A prompt that says which media are ``lost``, at the beginning of the first request after the others."""
-    names = [f"the {modality}" for modality in dict.fromkeys(lost)]
+def with_notice(pieces: Sequence[Piece], missing: Sequence[Modality]) -> list[Piece]:
+    """A prompt with the notice that media are missing, at the beginning of the first request after the other media."""
+    names = [f"the {modality}" for modality in dict.fromkeys(missing)]
     note = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing. ".capitalize()
     first = max((i + 1 for i, piece in enumerate(pieces) if isinstance(piece, Slot)), default=0)
     for position, piece in enumerate(pieces[first:], start=first):

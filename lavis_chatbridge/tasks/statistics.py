@@ -24,7 +24,7 @@ class Measured:
     """Scores of some predictions, in total and of each.
 
     Attributes:
-        records: The predictions that have references, answers, options or facts.
+        predictions: Those with references, answers, options or facts.
         scores: Metric -> percent.
         each: Metric -> ``[n]`` percent; only metrics that are means over samples.
         weights: Metric -> ``[n]``, for means that are weighted.
@@ -33,7 +33,7 @@ class Measured:
         left_out: Metric -> the reason why it was not computed.
     """
 
-    records: Sequence[Prediction]
+    predictions: Sequence[Prediction]
     scores: dict[str, float] = field(default_factory=dict)
     each: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Measured:
     @property
     def clusters(self) -> list[Any]:
         """The cluster of each sample, for resampling: its media, else only itself."""
-        return [tuple(record.media) or number for number, record in enumerate(self.records)]
+        return [tuple(prediction.media) or number for number, prediction in enumerate(self.predictions)]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,11 @@ class Difference:
 
 
 def interval(
-    values: Values, weights: Values | None = None, clusters: Sequence[Hashable] | None = None, seed: int = 0
+    values: Values, weights: Values | None, clusters: Sequence[Hashable], seed: int = 0
 ) -> tuple[float, float] | None:
     """The ends of the 95 % bootstrap interval of a weighted mean; None for fewer than two clusters.
 
-    ``values``, ``weights`` and ``clusters`` are ``[n]``. Samples with the same cluster share a medium; by default, none
-    do.
+    ``values``, ``weights`` (None: equal) and ``clusters`` are ``[n]``. Samples with the same cluster share a medium.
     """
     from scipy import stats
 
@@ -91,9 +90,7 @@ def interval(
     return float(found.low), float(found.high)
 
 
-def paired(
-    a: Values, b: Values, weights: Values | None = None, clusters: Sequence[Hashable] | None = None
-) -> Difference:
+def paired(a: Values, b: Values, weights: Values | None, clusters: Sequence[Hashable]) -> Difference:
     """The difference of the means of ``b`` and ``a``, which are ``[n]`` values of the same samples."""
     from scipy import stats
 
@@ -114,12 +111,10 @@ def paired(
 
 
 def _clustered(
-    values: np.ndarray, weights: Values | None, clusters: Sequence[Hashable] | None
+    values: np.ndarray, weights: Values | None, clusters: Sequence[Hashable]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weighted sums and total weights of the clusters."""
     each = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
-    if clusters is None:
-        return values * each, each
     numbers: dict[Hashable, int] = {}
     order = [numbers.setdefault(name, len(numbers)) for name in clusters]
     return np.bincount(order, values * each), np.bincount(order, each)

@@ -1,4 +1,4 @@
-"""Writes the embedded world to a folder: media, annotations, and ``world.json`` with settings and counts.
+"""``chatbridge world build``: writes the embedded world to a folder, with settings and counts in ``world.json``.
 
 The same seed gives the same bytes. ``images/``, ``videos/`` and ``sounds/`` have a sub-folder per split: ``train``;
 ``test`` (new renderings of the combinations in training); ``heldout`` (combinations that are not in training); and
@@ -19,12 +19,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import locked, read_json, write_json
@@ -81,7 +83,6 @@ class Item:
 class Pair:
     """Two media of the joint test, in the order of the prompt; a clip and its own audio track have the same path."""
 
-    number: int
     scenes: tuple[Scene, Scene]
     paths: tuple[str, str]
 
@@ -121,6 +122,34 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
     return folder
 
 
+app = typer.Typer(no_args_is_help=True)
+_OF_ONE = typer.Option(min=0, metavar="N", help="number of media")
+_OF_EACH = typer.Option(min=0, metavar="N", help="number of media of each modality")
+
+
+@app.callback()
+def _group() -> None:
+    """The embedded world."""
+
+
+@app.command("build")
+def command(
+    folder: Path,
+    images: Annotated[int, _OF_ONE] = Sizes.images,
+    videos: Annotated[int, _OF_ONE] = Sizes.videos,
+    sounds: Annotated[int, _OF_ONE] = Sizes.sounds,
+    test: Annotated[int, _OF_EACH] = Sizes.test,
+    heldout: Annotated[int, _OF_EACH] = Sizes.heldout,
+    joint: Annotated[int, typer.Option(min=0, metavar="N", help="number of pairs")] = Sizes.joint,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="another seed gives another world")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="processes that render")] = 2,
+) -> None:
+    """Write the world to a folder."""
+    build_world(folder, Sizes(images, videos, sounds, test, heldout, joint), seed, processes)
+    counts = read_json(folder / INFO)["counts"]
+    print(f"{folder}: {sum(counts.values())} samples in {len(counts)} annotation files")
+
+
 def is_world(folder: str | Path) -> bool:
     """Whether a folder contains a complete world of the current version (any size and seed)."""
     return (read_json(Path(folder) / INFO) or {}).get("version") == VERSION
@@ -158,12 +187,12 @@ def _joint_pair(number: int, seen: Scene, heard: Scene, seed: int) -> tuple[Pair
     """The pair and its files. Every second clip has the sound as its audio track."""
     path = _path(seen.modality, "joint", number, seed)
     if seen.modality == "video" and number % 4 == 1:
-        return Pair(number, (seen, heard), (path, path)), [Item(path, "joint", number, seen, heard)]
+        return Pair((seen, heard), (path, path)), [Item(path, "joint", number, seen, heard)]
     other = _path("audio", "joint", number, seed)
     files = [Item(path, "joint", number, seen), Item(other, "joint", number, heard)]
     if number // 2 % 2:
-        return Pair(number, (heard, seen), (other, path)), files
-    return Pair(number, (seen, heard), (path, other)), files
+        return Pair((heard, seen), (other, path)), files
+    return Pair((seen, heard), (path, other)), files
 
 
 # --- Rendering in several processes ---
@@ -196,15 +225,16 @@ def _render_all(draft: Path, sizes: Sizes, seed: int, processes: int) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     program = f"import json, sys; from {__name__} import _render_share; _render_share(*json.loads(sys.argv[1]))"
-    workers = []
-    for first in range(processes):
+
+    def work(first: int) -> None:
         command = [sys.executable, "-c", program, json.dumps([str(draft), asdict(sizes), seed, first, processes])]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    outputs = [worker.communicate()[1].strip() for worker in workers]
-    for worker, output in zip(workers, outputs, strict=True):
-        if worker.returncode:
-            last = output.splitlines()[-1] if output else f"exit status {worker.returncode}"
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            last = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
             raise DataError(f"rendering the embedded world into {draft.parent} failed: {last}")
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(work, range(processes)))
 
 
 def _render_share(folder: str, sizes: dict[str, int], seed: int, first: int, step: int) -> None:
@@ -231,12 +261,13 @@ def _annotate(draft: Path, items: Iterable[Item], pairs: Iterable[Pair], seed: i
         files[name].append(Sample(**_base(draft, item), captions=tuple(captions), source="toyworld"))
         instructions = _conversations if item.split == "train" else _questions
         files[f"instruct_{name}"] += instructions(draft, item, rng)
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
         media = [Medium(scene.modality, str(draft / path)) for scene, path in zip(pair.scenes, pair.paths, strict=True)]
-        rng = random.Random(f"{seed}/joint words/{pair.number}")
+        rng = random.Random(f"{seed}/joint words/{number}")
         words = [Medium(scene.modality, words=(language.caption(scene, rng),)) for scene in pair.scenes]
         for name, shown in (("joint_test", media), ("joint_words", words)):
-            files[name] += _joint_questions(pair, tuple(shown), random.Random(f"{seed}/joint/{pair.number}"))
+            rng = random.Random(f"{seed}/joint/{number}")
+            files[name] += _joint_questions(f"joint_{number:05d}", pair.scenes, tuple(shown), rng)
     folder = draft / "annotations"
     return {name: write_jsonl(folder / f"{name}.jsonl", samples, root=draft) for name, samples in files.items()}
 
@@ -265,7 +296,7 @@ def _conversations(draft: Path, item: Item, rng: random.Random) -> Iterator[Samp
         shown.reverse()
         media.reverse()
     kinds = rng.choices(language.QUESTION_KINDS, k=_QUESTIONS_ABOUT_TWO)
-    asked = [language.joint(shown[0], shown[1], rng, kind) for kind in kinds]
+    asked = [language.Asker(shown, rng).ask(kind) for kind in kinds]
     base = _base(draft, item, "_and_words") | {"media": tuple(media)}
     yield Sample(**base, turns=tuple(language.conversation(shown, asked)), source="toyworld_instruct")
 
@@ -283,15 +314,17 @@ def _questions(draft: Path, item: Item, rng: random.Random) -> Iterator[Sample]:
         )
 
 
-def _joint_questions(pair: Pair, media: tuple[Medium, ...], rng: random.Random) -> Iterator[Sample]:
+def _joint_questions(
+    name: str, scenes: Sequence[Scene], media: tuple[Medium, ...], rng: random.Random
+) -> Iterator[Sample]:
     """One question of each kind about both media of a pair."""
-    facts = {name: value for scene in pair.scenes for name, value in scene.facts.items()}
+    facts = {attribute: value for scene in scenes for attribute, value in scene.facts.items()}
     for kind in language.QUESTION_KINDS:
-        question = language.joint(*pair.scenes, rng, kind)
+        question = language.Asker(scenes, rng).ask(kind)
         yield Sample(
-            id=f"joint_{pair.number:05d}_{kind}",
+            id=f"{name}_{kind}",
             media=media,
-            turns=tuple(language.conversation(pair.scenes, [question])),
+            turns=tuple(language.conversation(scenes, [question])),
             answers=(question.answer,),
             source="toyworld_joint",
             facts=facts,

@@ -72,15 +72,16 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
         picture.codec_context.thread_count = 1  # more threads change the bytes, and are not faster at this size
         if codec == "mpeg4":
             picture.bit_rate = int(rng.integers(300_000, 900_000))
-        sound = None
-        if track is not None:
-            quiet = {"aac_coder": "fast", "flags": "+bitexact"}
-            sound = container.add_stream("aac", rate=track.rate, layout=_layout(track), bit_rate=64_000, options=quiet)
+        audio = None if track is None else _audio_frame(track)
+        if audio is not None:
+            fast = {"aac_coder": "fast", "flags": "+bitexact"}
+            rate, layout = audio.sample_rate, audio.layout
+            sound = container.add_stream("aac", rate=rate, layout=layout, bit_rate=64_000, options=fast)
         for frame in clip.frames:
             container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(picture.encode())
-        if track is not None and sound is not None:
-            container.mux(sound.encode(_audio_frame(track)))
+        if audio is not None:
+            container.mux(sound.encode(audio))
             container.mux(sound.encode())
     return file.getvalue()
 
@@ -102,13 +103,9 @@ def _course(motion: str, count: int, rng: np.random.Generator) -> list[Placement
     return [Placement(x, y, radius, tilt) for radius in radii]
 
 
-def _layout(track: Sound) -> str:
-    return "stereo" if track.samples.ndim == 2 else "mono"
-
-
 def _audio_frame(track: Sound) -> av.AudioFrame:
     planes = np.ascontiguousarray(np.atleast_2d(track.samples.T))
-    frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=_layout(track))
+    frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout="stereo" if len(planes) == 2 else "mono")
     frame.sample_rate = track.rate
     frame.time_base = Fraction(1, track.rate)
     frame.pts = 0

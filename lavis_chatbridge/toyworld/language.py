@@ -69,7 +69,7 @@ _WHERE = {
     "bottom": "at the bottom",
     "centre": "in the centre",
 }
-_ACT = {"left": "move left", "right": "move right", "up": "move up", "down": "move down"}
+_DIRECTIONS = ("left", "right", "up", "down")
 _ORDINALS = ("first", "second")
 _DESCRIBE = ("describe {it}", "what does {it} hold?", "tell me about {it}", "describe {it} in a sentence")
 _PLAIN = ("what is the {name}?", "name the {name}", "what is the {name} of {it}?", "tell me the {name} of {it}")
@@ -130,7 +130,7 @@ def fill(template: str, scene: Scene) -> str:
     """Fill a template with the scene's words, and use ``an`` before a vowel."""
     facts = scene.facts
     where, act = _WHERE.get(facts.get("place", ""), ""), facts.get("motion", "")
-    sentence = template.format(**facts, where=where, act=_ACT.get(act, act))
+    sentence = template.format(**facts, where=where, act=f"move {act}" if act in _DIRECTIONS else act)
     return re.sub(r"\ba (?=[aeiou])", "an ", sentence)
 
 
@@ -157,27 +157,19 @@ class Question:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """One question for each attribute of a scene, in random order."""
-    attributes = list(scene.facts)
-    rng.shuffle(attributes)
-    return [attribute_question(scene, attribute, rng) for attribute in attributes]
-
-
-def attribute_question(scene: Scene, attribute: str, rng: random.Random) -> Question:
-    """A question for the value of one attribute: ``what colour is it?``."""
-    wording = rng.choice(_PLAIN + _OWN[attribute])
-    text = wording.format(name=attribute, it=f"the {rng.choice(NOUNS[scene.modality])}")
-    value = scene.facts[attribute]
-    return Question(text, value, "name", (Fact(0, attribute, value),))
-
-
-def joint(scene_a: Scene, scene_b: Scene, rng: random.Random, kind: QuestionKind) -> Question:
-    """A question that needs both media, which are in this order in the prompt."""
-    return Asker((scene_a, scene_b), rng).ask(kind)
+    """One question for each attribute of a scene, in random order: ``what colour is it?``."""
+    facts = list(scene.values)
+    rng.shuffle(facts)
+    found = []
+    for attribute, value in facts:
+        wording = rng.choice(_PLAIN + _OWN[attribute])
+        text = wording.format(name=attribute, it=f"the {rng.choice(NOUNS[scene.modality])}")
+        found.append(Question(text, value, "name", (Fact(0, attribute, value),)))
+    return found
 
 
 class Asker:
-    """Asks questions about one or two scenes."""
+    """Asks questions about one scene, or questions that need both of two, which are in this order in the prompt."""
 
     def __init__(self, scenes: Sequence[Scene], rng: random.Random) -> None:
         self.scenes, self.rng = scenes, rng
@@ -278,13 +270,12 @@ class Asker:
         tested = self.rng.randrange(len(self.scenes))
         named = len(self.scenes) - 1 - tested
         test = self.fact(tested)
-        names = [name for name in self.scenes[named].facts if (named, name) != (tested, test.attribute)]
-        then, otherwise = (Fact(named, name, self.scenes[named].facts[name]) for name in self.rng.sample(names, 2))
+        others = [fact for fact in self.scenes[named].values if (named, fact[0]) != (tested, test.attribute)]
+        then, otherwise = (Fact(named, *fact) for fact in self.rng.sample(others, 2))
         value = self.claim(test, self.rng.random() < 0.5)
-        names_of = {"test": test, "then": then, "otherwise": otherwise}
-        text = self.rng.choice(_CONDITIONAL).format(
-            value=value, **{name: self.attribute(fact) for name, fact in names_of.items()}
-        )
+        wording = self.rng.choice(_CONDITIONAL)
+        names = {"test": self.attribute(test), "then": self.attribute(then), "otherwise": self.attribute(otherwise)}
+        text = wording.format(value=value, **names)
         verdict, chosen = ("yes", then) if value == test.value else ("no", otherwise)
         return Question(text, f"{verdict}, {chosen.value}", "conditional", (test, chosen))
 
@@ -301,7 +292,7 @@ class Asker:
         if len(self.scenes) == 2:
             first, second = self._order()
             return self.fact(first), self.fact(second)
-        one, other = self.rng.sample(list(self.scenes[0].facts.items()), 2)
+        one, other = self.rng.sample(self.scenes[0].values, 2)
         return Fact(0, *one), Fact(0, *other)
 
     def _thing(self, medium: int) -> str:

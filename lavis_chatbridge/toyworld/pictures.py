@@ -178,10 +178,12 @@ _DISTANCES: dict[str, Callable[[Floats, Floats], Floats]] = {
 # --- Backgrounds: patterns of about -1 to 1, [side, side]. ---
 
 
-def _gradient(rng: np.random.Generator, side: int) -> Floats:
-    ramp = np.linspace(-1, 1, side, dtype=np.float32)
-    angle = rng.uniform(0, 2 * np.pi)
+def _slope(angle: float, ramp: Floats) -> Floats:
     return np.float32(np.cos(angle)) * ramp[None, :] + np.float32(np.sin(angle)) * ramp[:, None]
+
+
+def _gradient(rng: np.random.Generator, side: int) -> Floats:
+    return _slope(rng.uniform(0, 2 * np.pi), np.linspace(-1, 1, side, dtype=np.float32))
 
 
 def _blobs(rng: np.random.Generator, side: int) -> Floats:
@@ -192,10 +194,7 @@ def _blobs(rng: np.random.Generator, side: int) -> Floats:
 
 def _stripes(rng: np.random.Generator, side: int) -> Floats:
     angle, waves, phase = rng.uniform(0, np.pi), rng.uniform(2, 7), rng.uniform(0, 2 * np.pi)
-    ramp = np.linspace(0, 2 * np.pi * waves, side, dtype=np.float32)
-    return np.sin(
-        np.float32(np.cos(angle)) * ramp[None, :] + np.float32(np.sin(angle)) * ramp[:, None] + np.float32(phase)
-    )
+    return np.sin(_slope(angle, np.linspace(0, 2 * np.pi * waves, side, dtype=np.float32)) + np.float32(phase))
 
 
 def _checks(rng: np.random.Generator, side: int) -> Floats:

@@ -32,11 +32,7 @@ ATTRIBUTES: dict[Modality, dict[str, tuple[str, ...]]] = {
 }
 """Modality -> attribute -> its values."""
 
-TRIPLES: dict[Modality, tuple[str, str, str]] = {
-    "image": ("shape", "colour", "place"),
-    "video": ("shape", "colour", "motion"),
-    "audio": ("timbre", "pitch", "pattern"),
-}
+TRIPLES = {modality: tuple(name for name in values if name != "size") for modality, values in ATTRIBUTES.items()}
 """Modality -> the three attributes that define held-out combinations (triples)."""
 
 HELD_OUT_SHARE = 0.12

@@ -30,7 +30,6 @@ from lavis_chatbridge.toyworld.language import (
     conversation,
     describe,
     describe_turns,
-    joint,
     questions,
 )
 from lavis_chatbridge.toyworld.world import ATTRIBUTES, Scene
@@ -200,5 +199,5 @@ def _typed(text: str, rng: random.Random) -> str:
 
 def exam(kind: QuestionKind, scenes: Sequence[Scene], rng: random.Random) -> list[Piece]:
     """A prompt with one joint question about two descriptions, and its answer; used by the gate."""
-    question = joint(scenes[0], scenes[1], rng, kind)
+    question = Asker(scenes, rng).ask(kind)
     return in_words(chat_prompt(conversation(scenes, [question])), slots_for(scenes), rng)

@@ -49,7 +49,7 @@ def talk_about(session: Session, scene: tuple[Scene, ...], number: int) -> list[
     else:
         asked = [
             about_one(scene, words),
-            language.joint(scene[0], scene[1], words, "name"),
+            language.Asker(scene, words).ask("name"),
             about_one(scene, words),
         ]
     found = []

@@ -14,7 +14,7 @@ from lavis_chatbridge.prompting.conversation import Slot, Text
 from lavis_chatbridge.prompting.templates import listed, without_letters
 from lavis_chatbridge.tasks.choice import ChoiceTask, chosen
 from lavis_chatbridge.tasks.predictions import Prediction
-from lavis_chatbridge.tasks.scoring.records import score_records
+from lavis_chatbridge.tasks.scoring.scores import scored
 from lavis_chatbridge.tasks.settings import EvaluationSettings
 
 OPTIONS = ["a drum", "an oboe", "a bass drum", "none"]
@@ -32,7 +32,7 @@ def test_a_reply_names_an_option_by_letter_or_words(reply: str, position: int) -
     assert chosen(reply, OPTIONS) == position
 
 
-def test_letters_of_the_publisher_are_taken_off() -> None:
+def test_letters_of_the_publisher_are_removed() -> None:
     assert without_letters(["A. red", "(B) blue", "C: U.S."]) == ["red", "blue", "U.S."]
     assert without_letters(["A. red", "blue"]) == ["A. red", "blue"]
 
@@ -53,14 +53,15 @@ class Model:
 
 
 def asked(model, count: int = 40, **settings) -> dict:
-    rng = np.random.default_rng(0)
+    rng, how = np.random.default_rng(0), EvaluationSettings(metrics=["choice"], **settings)
     options = [OPTIONS[: rng.integers(2, 5)] for _ in range(count)]
     meta = [{"options": own, "correct": int(rng.integers(len(own)))} for own in options]
     pieces = [[Slot("audio"), Text(f"What plays?\n{listed(own)}")] for own in options]
     samples = {"sample_id": [f"s{n}" for n in range(count)], "pieces": pieces, "meta": meta, "source": "toy"}
-    replies = ChoiceTask(EvaluationSettings(**settings)).predict(model, samples)
-    records = [Prediction(sample_id=f"s{n}", meta=meta[n], answers=["x"], **reply) for n, reply in enumerate(replies)]
-    return score_records(records, ["choice"])
+    replies = ChoiceTask(how).predict(model, samples)
+    return scored(
+        [Prediction(sample_id=f"s{n}", meta=meta[n], answers=["x"], **reply) for n, reply in enumerate(replies)], how
+    )
 
 
 def oboe(lettered: dict[str, str]) -> str:

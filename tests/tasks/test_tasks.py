@@ -1,4 +1,4 @@
-"""Tasks as runners use them: losses with weights, predictions merged exactly, media shuffled or withheld."""
+"""Tasks as runners use them: losses with weights, predictions on disk, media shuffled or withheld."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from lavis_chatbridge.datasets.loader import EvaluationLoader
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.prompting.conversation import Message, Slot, Text, chat_prompt
+from lavis_chatbridge.prompting.conversation import Message, Slot, Text, alignment_prompt, chat_prompt
 from lavis_chatbridge.schema import Medium, Sample
 from lavis_chatbridge.tasks.base import ChatBridgeTask
 from lavis_chatbridge.tasks.generation import GenerationTask, prompt_text
@@ -23,7 +23,7 @@ COLOURS = ("red", "green", "blue")
 
 
 class Source:
-    """``size`` pictures, each a number that says its colour; every question asks for it."""
+    """``size`` pictures, each a number that stands for its colour; every question asks for it."""
 
     ratio = None
     modalities = ("image",)
@@ -65,7 +65,7 @@ class Source:
 
 
 class Seer(torch.nn.Module):
-    """Says the colour of the picture it is given; without one it says red."""
+    """Answers with the colour of its picture; without one, with red."""
 
     def generate(self, samples, sampling):
         return [COLOURS[int(media[0]) % 3] if media else "red" for media in samples["image"]]
@@ -99,12 +99,10 @@ def test_a_model_that_sees_is_right_and_its_predictions_are_written(results):
     assert "chance" not in scores["by_source"]["b"]
     records = lines(results / "test_step5.jsonl")
     assert [record["sample_id"] for record in records] == [f"a{i}" for i in range(9)] + [f"b{i}" for i in range(6)]
-    assert records[1]["prompt"] == "[image 0]colour?"
-    assert records[1]["media"] == [["image", "1.png"]]
+    assert (records[1]["prompt"], records[1]["media"]) == ("[image 0]colour?", [["image", "1.png"]])
     assert (records[1]["prediction"], records[1]["references"]) == ("green", ["a green thing"])
     written = json.loads((results / "test_step5_metrics.json").read_text())
-    assert written["agg_metrics"] == 100.0
-    assert written["decoding"]["max_new_tokens"] == 7
+    assert (written["agg_metrics"], written["decoding"]["max_new_tokens"]) == (100.0, 7)
 
 
 @pytest.mark.parametrize(("mode", "low", "high"), [("shuffled", 10, 60), ("withheld", 33.3, 33.4)])
@@ -117,22 +115,30 @@ def test_a_model_that_sees_is_wrong_without_its_media(results, mode, low, high):
     assert evaluate(task, [Source("a", 60)]) == scores
 
 
+def test_a_prompt_of_media_only_cannot_be_answered_without_them():
+    captions = Source("a", 3)
+    captions.pieces = lambda sample, rng: alignment_prompt(sample.modalities if sample else ("image",), "a thing")
+    for words in ("kept", "removed"):
+        task = GenerationTask(EvaluationSettings(media="withheld", withheld_words=words))
+        with pytest.raises(DataError, match=r"a: the prompt of sample 'a\d' is only its media, and run.media=withheld"):
+            evaluate(task, [captions])
+    told = GenerationTask(EvaluationSettings(media="withheld", withheld_words="told"))
+    assert evaluate(told, [captions])["samples"] == 3
+
+
 def shuffled(source, modality="image", seed=0):
     return EvaluationSource(source, MediaSettings(media="shuffled", media_modalities=[modality]), seed)
 
 
-def test_shuffled_media_are_never_the_samples_own():
+def test_shuffled_media_are_those_of_another_readable_sample():
     pictures = shuffled(Source("a", 10), seed=1)
     assert all(int(pictures.item(index)["image"][0]) != index for index in range(10))
     assert pictures.item(3)["facts"] == {"colour": "red"}
     assert int(shuffled(Source("a", 10), "audio").item(3)["image"][0]) == 3
     same = shuffled(Source("a", 6, paths=["x.png"] * 3 + ["y.png"] * 3))
     assert [int(same.item(index)["image"][0]) < 3 for index in range(6)] == [False] * 3 + [True] * 3
-
-
-def test_shuffled_media_are_readable_even_if_there_are_few():
     among_texts = shuffled(Source("a", 60, paths=["0.png", "1.png"] + [""] * 58))
-    assert [int(among_texts.item(index)["image"][0]) for index in (0, 1, 2)] == [1, 0, 2]  # the third has none to lose
+    assert [int(among_texts.item(index)["image"][0]) for index in (0, 1, 2)] == [1, 0, 2]  # the third has no picture
     unread = shuffled(Source("a", 12, bad=range(2, 12)))
     assert [int(unread.item(index)["image"][0]) for index in (0, 1)] == [1, 0]
     with pytest.raises(MediaError, match="another sample's media for 'a0': a has no other readable sample"):
@@ -151,7 +157,7 @@ def test_sources_without_such_media_are_left_out():
 
 
 class Loser:
-    """A loss that depends on the sample, over as many tokens as its index says."""
+    """A loss that depends on the sample, over as many tokens as its index."""
 
     def __call__(self, samples):
         numbers = torch.stack([media[0] for media in samples["image"]]).flatten()
@@ -172,9 +178,8 @@ def test_validation_loss_is_the_mean_over_tokens_in_any_batches(batch_size):
 
 
 def test_laviss_contract_setup_and_train_step():
-    run = OmegaConf.create(
-        {"task": "chatbridge_captioning", "num_beams": 3, "max_len": 12, "seed": 9, "media_modalities": ["audio"]}
-    )
+    own = {"num_beams": 3, "max_len": 12, "seed": 9, "media_modalities": ["audio"]}
+    run = OmegaConf.create({"task": "chatbridge_captioning", **own})
     task = registry.get_task_class("chatbridge_captioning").setup_task(cfg=SimpleNamespace(run_cfg=run))
     assert (task.settings.num_beams, task.settings.max_len, task.seed) == (3, 12, 9)
     assert task.settings.media_modalities == ["audio"]
@@ -199,7 +204,7 @@ class Asked(Source):
 
 
 @pytest.mark.parametrize(
-    ("words", "lost", "prompt"),
+    ("words", "withheld", "prompt"),
     [
         ("kept", ["video"], "Given following video:  and its background audio: [audio 0].###Human: What is it?"),
         ("removed", ["video"], "Given following audio: [audio 0].###Human: What is it?"),
@@ -208,14 +213,14 @@ class Asked(Source):
         ("told", ["video", "audio"], "The video and the audio are missing. What is it?"),
     ],
 )
-def test_the_prompt_keeps_or_loses_the_words_of_a_withheld_medium_or_says_that_it_is_missing(words, lost, prompt):
-    how = MediaSettings(media="withheld", media_modalities=lost, withheld_words=words)
+def test_the_prompt_without_a_medium(words, withheld, prompt):
+    how = MediaSettings(media="withheld", media_modalities=withheld, withheld_words=words)
     item = EvaluationSource(Asked("a", 1), how).item(0)
     assert prompt_text(item["pieces"]) == f"###Human: {prompt}###Assistant:"
-    assert all(item[modality] == [] for modality in lost)
+    assert all(item[modality] == [] for modality in withheld)
 
 
-def test_nothing_is_predicted_where_nothing_can_be_compared(results):
+def test_nothing_is_predicted_where_nothing_can_be_compared():
     bare = Asked("a", 3)
     bare.sample = lambda index: Sample("s", turns=(Message("user", "What?"),))
     with pytest.raises(DataError, match="a: no sample has an answer or a reference to compare with"):

@@ -9,7 +9,6 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 Facts = Mapping[str, str]
 """Attribute -> value of a medium."""
@@ -34,6 +33,8 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     Returns:
         The accuracy in percent and each question's, rounded to two digits as the evaluator does.
     """
+    from lavis.common.vqa_tools.vqa_eval import VQAEval
+
     types = {"question_type": "all", "answer_type": "all"}
     truth = {
         number: {"answers": [{"answer": text, "answer_id": i} for i, text in enumerate(texts, start=1)], **types}
@@ -41,7 +42,7 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     }
     said = {number: {"answer": text} for number, text in enumerate(predictions)}
     questions = (SimpleNamespace(qa=qa, getQuesIds=lambda: list(truth)) for qa in (truth, said))
-    evaluator = _evaluator(*questions, 2)
+    evaluator = VQAEval(*questions, 2)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.evaluate()
     return float(evaluator.accuracy["overall"]), [float(evaluator.evalQA[number]) for number in said]
@@ -86,12 +87,6 @@ def _first_word(text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _evaluator(*arguments: Any) -> Any:
-    from lavis.common.vqa_tools.vqa_eval import VQAEval
-
-    return VQAEval(*arguments)
-
-
 # --- Normalisations ---
 
 
@@ -113,7 +108,9 @@ def vocabulary(text: str) -> str:
 
 def vqa(text: str) -> str:
     """The official VQA evaluator's normalisation of one answer."""
-    evaluator = _evaluator()
+    from lavis.common.vqa_tools.vqa_eval import VQAEval
+
+    evaluator = VQAEval()
     return evaluator.processDigitArticle(evaluator.processPunctuation(" ".join(text.split())))
 
 
@@ -127,7 +124,7 @@ def names_exactly(text: str, value: str, values: Iterable[str]) -> bool:
     """Whether ``text`` names ``value`` and no other of ``values``; whole words, in any case."""
     words = f" {' '.join(_WORD.findall(text.lower()))} "
     named = {candidate for candidate in {value, *values} if f" {' '.join(_WORD.findall(candidate.lower()))} " in words}
-    # "light blue" also holds the word "blue": a value inside a longer mentioned one does not count
+    # "light blue" contains the word "blue": a value inside a longer named one does not count
     return {name for name in named if not any(name != other and name in other for other in named)} == {value}
 
 

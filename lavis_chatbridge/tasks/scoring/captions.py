@@ -50,8 +50,8 @@ def unavailable() -> dict[str, str]:
 
 def score(found: Measured, metrics: Sequence[str]) -> None:
     """Add caption metrics to the scores of predictions; a `DataError` if no reference has a word."""
-    truth: Texts = {number: list(record.truth) for number, record in enumerate(found.records)}
-    said: Texts = {number: [record.prediction] for number, record in enumerate(found.records)}
+    truth: Texts = {number: one.truth for number, one in enumerate(found.predictions)}
+    said: Texts = {number: [one.prediction] for number, one in enumerate(found.predictions)}
     missing = unavailable()
     truth, said, found.tokenizer = _tokenised(truth, said, official="ptb" not in missing)
     if not any(text for texts in truth.values() for text in texts):

@@ -17,66 +17,61 @@ import numpy as np
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.tasks.predictions import Prediction
 from lavis_chatbridge.tasks.scoring import answers, captions
-from lavis_chatbridge.tasks.settings import CAPTION_METRICS
+from lavis_chatbridge.tasks.settings import CAPTION_METRICS, EvaluationSettings
 from lavis_chatbridge.tasks.statistics import Measured, interval
 
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("lavis-chatbridge", "salesforce-lavis", "pycocoevalcap", "torch", "transformers")
 Types = dict[str, dict[str, dict[str, float]]]
-"""Kind of type -> type -> ``samples`` and the mean of each metric."""
+"""Axis -> type -> ``samples`` and the mean of each metric."""
 
 
 def measured(
-    records: Sequence[Prediction],
-    metrics: Sequence[str] = (),
-    normalisation: str = "plain",
-    learnt: Sequence[answers.Facts] = (),
+    predictions: Sequence[Prediction], how: EvaluationSettings, learnt: Sequence[answers.Facts] = ()
 ) -> Measured:
     """Score predictions.
 
     Args:
-        records: One per sample.
-        metrics: Names of `settings.Metric`; if empty: exact match of questions, or else attribute accuracy of captions.
-        normalisation: For ``exact_match``.
+        predictions: One per sample.
+        how: Its metrics, by default exact match of questions, or else attribute accuracy of captions.
         learnt: The facts of the training samples, whose values a caption may confuse with the right one.
 
     Raises:
-        DataError: If a sample occurs twice, or no record can be scored.
+        DataError: If a sample occurs twice, or no prediction can be scored.
     """
-    for (name, _), count in Counter((record.sample_id, record.index) for record in records).items():
+    metrics, normalisation = how.metrics, how.normalisation
+    for (name, _), count in Counter((one.sample_id, one.index) for one in predictions).items():
         if count > 1:
             raise DataError(f"sample {name!r} was predicted twice")
-    usable = [record for record in records if (record.truth if metrics else record.answers)]
+    usable = [one for one in predictions if (one.truth if metrics else one.answers)]
     if metrics and not usable:
-        raise DataError(f"none of {len(records)} predictions has references or answers to compare with")
+        raise DataError(f"none of {len(predictions)} predictions has references or answers to compare with")
     if not usable:
-        return _by_facts([record for record in records if record.facts], learnt)
+        return _by_facts([one for one in predictions if one.facts], learnt)
     if not metrics:
         metrics, normalisation = ["exact_match"], "squad"
     found = Measured(usable)
-    said, truth = [record.prediction for record in usable], [record.truth for record in usable]
+    texts, truth = [one.prediction for one in usable], [one.truth for one in usable]
     if named := [metric for metric in metrics if metric in CAPTION_METRICS]:
         captions.score(found, named)
     if "vqa_accuracy" in metrics:
-        score, each = answers.vqa_accuracy(said, truth)
+        score, each = answers.vqa_accuracy(texts, truth)
         found.add("vqa_accuracy", each, score)
     if "exact_match" in metrics:
-        found.add("exact_match", answers.exact_match(said, truth, normalisation))
+        found.add("exact_match", answers.exact_match(texts, truth, normalisation))
     if "yes_no" in metrics:
-        scores, each = answers.yes_no(said, truth)
+        scores, each = answers.yes_no(texts, truth)
         found.add("yes_no", each)
         found.scores |= scores
-    if "choice" in metrics:
-        found.add("choice", [_share_right(record) for record in usable])
+    if "choice" in metrics:  # the share of the asked orders of the options in which the right one was chosen
+        right = [(one.chosen.count(one.meta.get("correct", -1)), len(one.chosen)) for one in usable]
+        found.add("choice", [100.0 * count / max(1, orders) for count, orders in right])
     return found
 
 
-def score_records(
-    records: Sequence[Prediction],
-    metrics: Sequence[str] = (),
-    normalisation: str = "plain",
-    learnt: Sequence[answers.Facts] = (),
+def scored(
+    predictions: Sequence[Prediction], how: EvaluationSettings, learnt: Sequence[answers.Facts] = ()
 ) -> dict[str, Any]:
     """The result of `measured` as stored in a scores file.
 
@@ -88,25 +83,31 @@ def score_records(
         ``fault``, the error text, if nothing can be scored, so that other data sets keep their scores.
     """
     try:
-        found = measured(records, metrics, normalisation, learnt)
+        found = measured(predictions, how, learnt)
     except DataError as error:
         _log.error("not scored: %s", error)
-        return {"samples": len(records), "fault": str(error)}
-    first = metrics[0] if metrics else next(iter(found.scores), "")
+        return {"samples": len(predictions), "fault": str(error)}
+    first = how.metrics[0] if how.metrics else next(iter(found.scores), "")
     metric = "BLEU_4" if first == "BLEU" else first
-    result: dict[str, Any] = {"samples": len(records), "unscored": len(records) - len(found.records)}
-    result |= {"scores": found.scores, "metric": metric, "headline": found.scores.get(metric)}
-    result["intervals"] = {
-        name: interval(each, found.weights.get(name), found.clusters) for name, each in found.each.items()
+    optional = {
+        "by_type": _by_type(found),
+        "tokenizer": found.tokenizer,
+        "left_out": found.left_out,
+        "chance": _chance(found.predictions, how.metrics, learnt),
     }
-    more: dict[str, Any] = {"by_type": _by_type(found), "tokenizer": found.tokenizer, "left_out": found.left_out}
-    more["chance"] = _chance(found.records, metrics, learnt)
-    return result | {key: value for key, value in more.items() if value}
+    return {
+        "samples": len(predictions),
+        "unscored": len(predictions) - len(found.predictions),
+        "scores": found.scores,
+        "metric": metric,
+        "headline": found.scores.get(metric),
+        "intervals": {m: interval(each, found.weights.get(m), found.clusters) for m, each in found.each.items()},
+    } | {key: value for key, value in optional.items() if value}
 
 
-def types_of(record: Prediction) -> dict[str, str]:
-    """Kind of type -> type of a question: ``meta.type``, ``turn`` and ``question_type``, and all of ``meta.types``."""
-    meta = record.meta
+def types_of(prediction: Prediction) -> dict[str, str]:
+    """Axis -> type of a question: ``meta.type``, ``turn`` and ``question_type``, and all of ``meta.types``."""
+    meta = prediction.meta
     found = {"type": meta.get("type"), "turn": meta.get("turn"), "question type": meta.get("question_type")}
     if found["question type"] == found["type"]:
         del found["question type"]
@@ -126,29 +127,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _share_right(record: Prediction) -> float:
-    """Percent of the asked orders of the options in which the right one was chosen."""
-    return 100.0 * record.chosen.count(record.meta.get("correct", -1)) / max(1, len(record.chosen))
-
-
-def _chance(records: Sequence[Prediction], metrics: Sequence[str], learnt: Sequence[answers.Facts]) -> float | None:
+def _chance(predictions: Sequence[Prediction], metrics: Sequence[str], learnt: Sequence[answers.Facts]) -> float | None:
     """The score of guessing in percent, if it is known."""
-    if learnt and (seen := [record.facts for record in records if record.facts]):
-        return 100.0 * answers.text_prior(learnt, seen)
+    if learnt and (facts := [one.facts for one in predictions if one.facts]):
+        return 100.0 * answers.text_prior(learnt, facts)
     if "choice" in metrics:
-        return float(np.mean([100.0 / max(1, len(record.meta.get("options") or ())) for record in records]))
+        return float(np.mean([100.0 / max(1, len(one.meta.get("options") or ())) for one in predictions]))
     return 50.0 if "yes_no" in metrics else None
 
 
-def _by_facts(records: Sequence[Prediction], learnt: Sequence[answers.Facts]) -> Measured:
+def _by_facts(predictions: Sequence[Prediction], learnt: Sequence[answers.Facts]) -> Measured:
     """Attribute accuracy: the share of all pairs of a caption and an attribute in which the caption is right."""
-    found = Measured(records)
-    if not records:
+    found = Measured(predictions)
+    if not predictions:
         return found
-    values = answers.frequencies([*learnt, *(record.facts for record in records)])
+    values = answers.frequencies([*learnt, *(one.facts for one in predictions)])
     rights = [
-        {name: answers.names_exactly(record.prediction, value, values[name]) for name, value in record.facts.items()}
-        for record in records
+        {name: answers.names_exactly(one.prediction, value, values[name]) for name, value in one.facts.items()}
+        for one in predictions
     ]
     counts = np.array([len(right) for right in rights], dtype=float)
     each = 100.0 * np.array([sum(right.values()) for right in rights]) / counts
@@ -163,8 +159,8 @@ def _by_facts(records: Sequence[Prediction], learnt: Sequence[answers.Facts]) ->
 
 def _by_type(found: Measured) -> Types:
     members: dict[str, dict[str, list[int]]] = {}
-    for number, record in enumerate(found.records):
-        for axis, name in types_of(record).items():
+    for number, prediction in enumerate(found.predictions):
+        for axis, name in types_of(prediction).items():
             members.setdefault(axis, {}).setdefault(name, []).append(number)
     result: Types = {
         axis: {
