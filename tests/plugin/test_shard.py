@@ -1,4 +1,4 @@
-"""``chatbridge shard``: training from shards is training from files; which data sets become which sections."""
+"""``chatbridge shard`` and ``cache-features``: training from shards is training from files; media are encoded once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import yaml
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
+from lavis_chatbridge import cli
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.settings import DataSettings
+from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.plugin.launch import Runs
 from lavis_chatbridge.plugin.shard import _add_ratios, _files_of, _section
 from lavis_chatbridge.schema import SampleFile
@@ -72,6 +74,19 @@ def test_training_from_shards_is_training_from_files_and_resumes_it(tmp_path, co
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_00000004")
     assert train(tmp_path / "sharded.yaml", "run.resume=auto") == files
     assert f"{tmp_path / 'out' / 'checkpoints' / 'step_00000002'}" in caplog.text
+
+
+def test_the_cache_of_features_is_filled_once(tmp_path, config, capsys, monkeypatch):
+    folder, command = tmp_path / "features", ["cache-features", "--cfg-path", str(config), "--options"]
+    assert cli.main([*command, f"run.feature_cache={folder}"]) == 0
+    assert f"{folder} has the features of 17 media" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    shards = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr(ChatBridge, "encode_media", None)
+    assert cli.main([*command, f"run.feature_cache={folder}"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == shards
+    assert cli.main([*command, "run.feature_cache=null"]) == 2
+    assert "run.feature_cache is null: name a folder" in capsys.readouterr().err
 
 
 def test_a_jsonl_or_a_configuration_is_needed(capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lavis_chatbridge.runners.step import adamw, learning_rate
-from tests.runners.runner_parts import ToyModel, config, runner, weights
+from tests.runners.runner_parts import ToyModel, config, runner
 
 
 class Keeping(ToyModel):
@@ -71,15 +71,6 @@ def test_what_a_step_draws_is_a_function_of_seed_and_step(tmp_path):
     assert len(set(found[0])) == 3
     assert found[0] == found[1]
     assert not set(found[0]) & set(found[2])
-
-
-def test_recomputed_blocks_change_no_weight(tmp_path):
-    plain = runner(tmp_path / "a", max_iters=3)
-    recomputed = runner(tmp_path / "b", max_iters=3, gradient_checkpointing=True)
-    plain.train()
-    recomputed.train()
-    for name, tensor in weights(plain).items():
-        torch.testing.assert_close(tensor, weights(recomputed)[name], rtol=0, atol=1e-6)
 
 
 def rates(folder, steps, epoch=None, **run):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
+from lavis_chatbridge.errors import ConfigError, TrainingError
 from lavis_chatbridge.runners.checkpoints import step_of
 from tests.runners.runner_parts import (
     ToyGroup,
@@ -67,13 +67,6 @@ def test_unknown_parts_are_named(tmp_path):
     for names, fault in ((["audio"], "found audio"), ([], "found none")):
         with pytest.raises(ConfigError, match=f"run.train: expected some of images, sounds, bridge, {fault}"):
             runner(tmp_path, train=names)
-
-
-def test_too_many_unreadable_samples_stop_the_run(tmp_path):
-    one = runner(tmp_path, data=toy_data(bad=tuple(range(10))), max_iters=30)
-    with pytest.raises(DataError, match=r"pictures: .* samples could not be read, more than the 5%"):
-        one.train()
-    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_few_unreadable_samples_are_counted_at_the_end(tmp_path, caplog):
@@ -200,16 +193,13 @@ def _end_of_time(folder):
     one.train()
 
 
-@pytest.mark.parametrize(
-    ("every", "hint"), [(2, "resume from step_00000002 with run.resume=auto"), (100, "there is no checkpoint")]
-)
-def test_an_interrupt_says_how_to_resume(tmp_path, caplog, every, hint):
+def test_an_interrupt_says_how_to_resume(tmp_path, caplog):
     caplog.set_level("INFO")
-    one = runner(tmp_path, max_iters=6, save_every_steps=every)
+    one = runner(tmp_path, max_iters=6, save_every_steps=2)
     after_step(one, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         one.train()
-    assert f"interrupted after step 3; {hint}" in caplog.text
+    assert "interrupted after step 3; resume from step_00000002 with run.resume=auto" in caplog.text
 
 
 def test_a_training_in_a_thread_warns_about_sigterm(tmp_path, caplog):
