@@ -173,20 +173,17 @@ def runner(
 
 
 class Stop(Exception):
-    """Stands for a machine that goes away."""
+    """Ends a run as a machine that goes away does."""
 
 
-def stop() -> None:
-    """End a run as a machine that goes away does."""
-    raise Stop
-
-
-def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object] = stop) -> None:
-    """Call ``action`` once a runner has counted ``step``, before it is saved."""
+def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object] | None = None) -> None:
+    """Call ``action``, or raise `Stop`, once a runner has counted ``step``, before it is saved."""
     check = one._check_progress
 
     def checked(*arguments: Any) -> None:
         check(*arguments)
+        if one.state.step == step and action is None:
+            raise Stop
         if one.state.step == step:
             action()
 

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import stat
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ import safetensors.torch
 import torch
 
 from lavis_chatbridge.errors import CheckpointError, TrainingError
-from lavis_chatbridge.files import SHARED
 from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.checkpoints import MODEL, OPTIMIZER, STATE
 from tests.runners.runner_parts import Stop, ToyModel, after_step, runner, same, weights
@@ -37,7 +35,6 @@ def log_lines(folder: Path, split: str) -> list[list[object]]:
         {"precision": "fp16", "eval_every": 3, "valid_splits": ["val"], "init_lr": 0.5},
         {"save_every_steps": 2, "train": ["bridge"], "group_by_length": True},
     ],
-    ids=["steps are repeated", "fewer workers", "fp16, validations", "some parts, sorted"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
     options = {"max_iters": 14, **options}
@@ -98,27 +95,18 @@ def test_a_finished_run_resumes_without_steps_and_a_later_checkpoint_is_refused(
         runner(tmp_path, max_iters=6, resume="auto").train()
 
 
-def test_the_kept_checkpoints_can_be_read_by_colleagues(tmp_path):
-    runner(tmp_path, max_iters=9, save_every_steps=1, keep_last=2).train()
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000008", "step_00000009"]
-    files = [path for path in tmp_path.rglob("*.*") if path.is_file() and not path.name.startswith(".")]
-    assert {path.name for path in files} >= {MODEL, OPTIMIZER, STATE}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {SHARED}
-
-
-def test_a_file_size_limit_ends_the_run_with_the_cause_and_the_last_good_one(tmp_path):
-    one = runner(tmp_path, max_iters=2)
+def test_a_full_disk_ends_the_run_with_the_cause_and_the_last_good_checkpoints(tmp_path):
+    one = runner(tmp_path, max_iters=9, save_every_steps=1, keep_last=2)
     one.train()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    one.state.step = 3
+    one.state.step = 10
     try:
         with pytest.raises(TrainingError, match=r"cannot write .*File too large.*older checkpoints are intact"):
-            one._save_checkpoint(3)
+            one._save_checkpoint(10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000002"]
+    assert [path.name[-1] for path in checkpoints.saved(tmp_path / "checkpoints")] == ["8", "9"]
 
 
 class Words(tuple):
@@ -157,39 +145,16 @@ def test_passes_over_the_data_are_complete_although_the_batch_changes(tmp_path):
     assert sum(resumed.train_loader.plan.positions(35).values()) == 80
 
 
-def tensors(change):
-    def changed(content):
-        found = safetensors.torch.load(content)
-        change(found)
-        return safetensors.torch.save(found)
-
-    return changed
-
-
-def state(change):
-    def changed(content):
-        found = json.loads(content)
-        change(found)
-        return json.dumps(found).encode()
-
-    return changed
-
-
 DAMAGES = {
-    "other weights": (MODEL, tensors(lambda t: t.pop("norm.bias")), "does not fit this model: missing: norm.bias"),
+    "other weights": (MODEL, lambda tensors: tensors.pop("norm.bias"), "does not fit this model: missing: norm.bias"),
     "another optimiser": (
         OPTIMIZER,
-        tensors(lambda t: t.update({"norm.bias|exp_avg": torch.ones(3)})),
+        lambda tensors: tensors.update({"norm.bias|exp_avg": torch.ones(3)}),
         r"this run's optimiser: norm.bias\|exp_avg is \[3\], expected \[8\]",
     ),
-    "no scaler": (STATE, state(lambda s: s.pop("scaler")), "scaler is missing"),
-    "a word for a step": (STATE, state(lambda s: s["progress"].update(step="x")), "state.json.progress.step"),
-    "other data": (
-        STATE,
-        state(lambda s: s["plan"]["data"]["sizes"].update(sounds=99)),
-        "on other data: sizes is .*99",
-    ),
-    "other frozen parts": (STATE, state(lambda s: s["frozen"].update(frozen="x")), "frozen is x, expected"),
+    "no scaler": (STATE, lambda state: state.pop("scaler"), "scaler is missing"),
+    "other data": (STATE, lambda state: state["plan"]["data"]["sizes"].update(sounds=99), "other data: sizes is .*99"),
+    "other frozen parts": (STATE, lambda state: state["frozen"].update(frozen="x"), "frozen is x, expected"),
 }
 
 
@@ -206,7 +171,12 @@ def test_what_is_refused_leaves_the_run_as_it_was(tmp_path, trained, damage):
     folder = tmp_path / "step_00000002"
     shutil.copytree(trained, folder)
     name, change, message = DAMAGES[damage]
-    (folder / name).write_bytes(change((trained / name).read_bytes()))
+    content = json.loads((trained / name).read_text()) if name == STATE else safetensors.torch.load_file(trained / name)
+    change(content)
+    if name == STATE:
+        (folder / name).write_text(json.dumps(content))
+    else:
+        safetensors.torch.save_file(content, folder / name)
     one = runner(tmp_path / "out", max_iters=6, resume=str(folder))
     before, progress = copy.deepcopy(one.model.state_dict()), copy.deepcopy(one.state)
     with pytest.raises(CheckpointError, match=message):
