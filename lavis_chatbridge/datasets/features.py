@@ -48,7 +48,8 @@ class FeatureStore:
     def __init__(self, folder: str | Path, encoders: Mapping[Modality, str] | None = None) -> None:
         self.folder = Path(folder)
         self._encoders = encoders or {}
-        self._locations: dict[str, tuple[Path, int, int]] = {}
+        self.locations: dict[str, tuple[Path, int, int]] = {}
+        """Key -> a shard, and the offset and size of the features in it."""
         self._files: dict[str, list[Any]] = {}
         """Name of a medium -> its file's size, mtime and ctime in ns, and its content's hash."""
         self.refresh()
@@ -58,13 +59,10 @@ class FeatureStore:
         for shard in sorted(self.folder.glob("*.tar")):
             if (index := read_index(shard)) is not None:
                 self._files |= index["files"]
-                self._locations |= {key: (shard, *location) for key, location in index["locations"].items()}
+                self.locations |= {key: (shard, *location) for key, location in index["locations"].items()}
 
     def __len__(self) -> int:
-        return len(self._locations)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._locations
+        return len(self.locations)
 
     def key(self, medium: Medium) -> str:
         """The key of a medium: 40 hexadecimal digits; a `MediaError` if the file cannot be read.
@@ -81,9 +79,17 @@ class FeatureStore:
             raise MediaError(medium.path, error.strerror or error) from error
         return hash_of(medium.modality, self._encoders.get(medium.modality, ""), self._files[name][3])[:40]
 
-    def get(self, key: str) -> EncodedMedium:
-        """The stored features, tokens in float16; a `DataError` if the shard is damaged."""
-        shard, offset, size = self._locations[key]
+    def find(self, medium: Medium) -> EncodedMedium | None:
+        """The stored features of a medium, tokens in float16; None if there are none.
+
+        Raises:
+            MediaError: The medium's file cannot be read.
+            DataError: The shard is damaged.
+        """
+        location = self.locations.get(self.key(medium))
+        if location is None:
+            return None
+        shard, offset, size = location
         try:
             with open(shard, "rb") as file:
                 file.seek(offset)
@@ -91,11 +97,6 @@ class FeatureStore:
             return EncodedMedium(stored["tokens"], stored["mask"])
         except (OSError, KeyError, safetensors.SafetensorError) as error:
             raise DataError(f"{shard}: features cannot be read ({error}); delete this file") from error
-
-    def find(self, medium: Medium) -> EncodedMedium | None:
-        """The stored features of a medium, or None; a `MediaError` if the file cannot be read."""
-        key = self.key(medium)
-        return self.get(key) if key in self._locations else None
 
     def add(self, features: Iterable[tuple[str, Medium, EncodedMedium]]) -> int:
         """Write features (with the key and the medium) to a new shard, and return their number."""
@@ -112,7 +113,7 @@ class FeatureStore:
             write_index(shard, {"locations": locations, "files": files})
         except OSError as error:
             raise DataError(f"{self.folder}: features cannot be written there: {error.strerror or error}") from error
-        self._locations |= {key: (shard, *location) for key, location in locations.items()}
+        self.locations |= {key: (shard, *location) for key, location in locations.items()}
         return len(locations)
 
 
@@ -149,13 +150,13 @@ def build_features(
     """
     store = FeatureStore(folder, encoder_hashes(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
-    for medium in distinct_media(samples):
+    for medium in dict.fromkeys(medium for sample in samples for medium in sample.files):
         try:
             key = store.key(medium)
         except MediaError as error:
             _log.warning("no features: %s", error)
             continue
-        if key not in store and int(key, 16) % world_size == rank:
+        if key not in store.locations and int(key, 16) % world_size == rank:
             missing[medium.modality][key] = medium
     for modality, media in missing.items():
         every = list(media.items())
@@ -163,15 +164,9 @@ def build_features(
             opening = functools.partial(_opened, store, processors[modality])  # runs in the workers
             part: Any = every[first : first + PER_SHARD]
             loader: DataLoader = DataLoader(part, batch, num_workers=workers, collate_fn=opening)
-            _log.info(
-                "stored features of %d %s files in %s", store.add(_encode(model, modality, loader)), modality, folder
-            )
+            number = store.add(_encode(model, modality, loader))
+            _log.info("stored features of %d %s files in %s", number, modality, folder)
     return store
-
-
-def distinct_media(samples: Iterable[Sample]) -> list[Medium]:
-    """The distinct media files of all samples."""
-    return list(dict.fromkeys(medium for sample in samples for medium in sample.files))
 
 
 def content_hash(medium: Medium) -> str:

@@ -121,9 +121,6 @@ def test_other_formats_are_converted_once(tmp_path, caplog):
     assert pieces[2].text == ".###Human: Describe the sound in a sentence.###Assistant:"
     write(table, AUDIOCAPS + "1,ab,30,A dog\n2,cd,0,A bell\n3,ef,5,A car\n")
     assert len(train("multis_audiocaps", **section)) == 3
-    write(table, AUDIOCAPS + "1,../../x,30,A dog\n")
-    with pytest.raises(DataError, match=r"train\.csv:2: .* leaves the media root"):
-        train("multis_audiocaps", **section)
 
 
 def test_lists_and_patterns_of_any_format_are_read(tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +23,9 @@ def templates():
     return Templates.load()
 
 
-def test_sixteen_tasks_with_ten_to_fifteen_wordings_each(templates):
-    asking = product(("image", "video", "audio", "video_audio"), ("caption", "qa", "detail", "reasoning"))
-    assert set(templates.tasks) == {"_".join(words) for words in asking}
-    for task, entry in templates.tasks.items():
-        assert 10 <= len(set(entry.templates)) == len(entry.templates) <= 15
-        assert all(STYLE in text for text in entry.templates)
-        assert entry.asks == task.endswith(("_qa", "_reasoning"))
+def test_each_task_has_twelve_wordings_that_contain_the_style(templates):
+    for entry in templates.tasks.values():
+        assert len({text for text in entry.templates if STYLE in text}) == len(entry.templates) == 12
 
 
 def test_exact_prompts(templates):
@@ -47,11 +42,6 @@ def test_exact_prompts(templates):
     assert found == json.loads(SNAPSHOT.read_text())
 
 
-def test_text_of_the_data_is_never_read_as_a_template(templates):
-    question = "What is {style} and {question} in <image>?"
-    assert templates.apply("image_qa", question) == f"{question} Answer in a word or two."
-
-
 def test_the_samples_style_and_question_win(templates):
     assert templates.apply("image_qa", "Who?", "sentence") == "Who? Answer in a sentence."
     assert templates.apply("image_caption", "Describe it as a poem.") == "Describe it as a poem."
@@ -62,14 +52,10 @@ def test_the_samples_style_and_question_win(templates):
 
 
 def test_users_extend_and_replace(tmp_path):
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(
-        "styles: {poem: [a poem]}\n"
-        "tasks:\n"
-        "  rhyme: {style: poem, templates: ['Write of it in {style}.']}\n"
-        "  image_caption: {templates: ['Caption?']}\n"
-    )
-    templates = Templates.load(mine)
+    tasks = {"rhyme": {"style": "poem", "templates": ["Write of it in {style}."]}}
+    tasks["image_caption"] = {"templates": ["Caption?"]}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"styles": {"poem": ["a poem"]}, "tasks": tasks}))
+    templates = Templates.load(tmp_path / "mine.yaml")
     assert templates.apply("rhyme") == "Write of it in a poem."
     assert templates.apply("image_caption") == "Caption?"
     assert templates.apply("video_caption", style="poem") == "Describe the video in a poem."

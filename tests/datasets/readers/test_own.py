@@ -210,12 +210,13 @@ def test_faults_of_messages_are_named(tmp_path, row, message):
 
 
 def test_messages_are_accepted_by_check_data(tmp_path, capsys):
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(picture(1))
-    read("messages", tmp_path / "chat.jsonl", SHAREGPT)
-    assert check(tmp_path / "chat.jsonl", "--decode") == 0
-    (tmp_path / "chat.jsonl").write_text(json.dumps(SHAREGPT | {"images": []}) + "\n")
-    assert check(tmp_path / "chat.jsonl") == 1
+    chat = tmp_path / "chat.jsonl"
+    (tmp_path / "a.png").write_bytes(picture(1))
+    read("messages", chat, ALPACA)
+    assert check(chat, "--decode") == 0
+    with pytest.raises(DataError):
+        read("messages", chat, ALPACA | {"images": []})
+    assert check(chat) == 1
     assert "FAULT: malformed line: 1" in capsys.readouterr().out
 
 
