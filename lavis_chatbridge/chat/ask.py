@@ -16,7 +16,7 @@ import typer
 from lavis_chatbridge.chat.options import ModelOptions, TalkOptions, with_options
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
-from lavis_chatbridge.files import hash_of, hash_of_file, read_objects
+from lavis_chatbridge.files import hash_of, hash_of_file, read_lines
 from lavis_chatbridge.models.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lavis_chatbridge.chat.engine import Answer, Engine, Reply
     from lavis_chatbridge.prompting.conversation import Modality
 
-Question: TypeAlias = "tuple[Any, Conversation]"
-"""The id of a line, and its conversation."""
+Question: TypeAlias = "tuple[Any, Conversation | ChatBridgeError]"
+"""The id of a line, and its conversation, or what is wrong with the line."""
 _USAGE = 'ask "what is it?" a.png'
 
 
@@ -40,20 +40,15 @@ def command(
     audio: Annotated[list[str], typer.Option(help="A sound; repeatable.")] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its details as JSON.")] = False,
     jsonl: Annotated[tuple[Path, Path] | None, typer.Option(metavar="IN OUT", help="Answer each line of IN.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --jsonl: answers at once on each device.")] = 8,
-    devices: Annotated[list[str], typer.Option(help="With --jsonl: several devices; repeatable.")] = [],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="With --jsonl: answers at once.")] = 8,
 ) -> int:
     """Answer; the exit status is 1 if some lines of a file have no answer."""
-    given: list[tuple[Modality | None, str]] = [("image", file) for file in image]
-    given += [("video", file) for file in video]
-    given += [("audio", file) for file in audio]
+    named: dict[Modality, list[str]] = {"image": image, "video": video, "audio": audio}
+    given: list[tuple[Modality | None, str]] = [(modality, file) for modality in named for file in named[modality]]
     if jsonl is not None:
         if words or given:
             raise ConfigError("with --jsonl, questions and media are in the lines of the file")
-        places = [model.model_copy(update={"device": device}) for device in devices] or [model]
-        return _answer_file(*jsonl, places, batch_size, talk, sampling)
-    if devices:
-        raise ConfigError("--devices is for --jsonl; one question is answered on one --device")
+        return _answer_file(*jsonl, model, batch_size, talk, sampling)
     if not words and not given:
         raise ConfigError(f"ask needs either a question, {_USAGE}, or --jsonl IN OUT")
     text, *files = words or [""]
@@ -95,19 +90,14 @@ def _question(text: str, given: Sequence[tuple[Modality | None, str]], talk: Tal
 
 
 def _answer_file(
-    source: Path,
-    target: Path,
-    places: Sequence[ModelOptions],
-    batch_size: int,
-    talk: TalkOptions,
-    sampling: Sampling,
+    source: Path, target: Path, model: ModelOptions, batch_size: int, talk: TalkOptions, sampling: Sampling
 ) -> int:
     """Answer every line of a file; an interrupted run leaves its answers in a file beside ``target``, and resumes."""
     questions = list(read_questions(source, talk))
-    key = hash_of(
-        hash_of_file(source), places[0].model_dump(exclude={"device"}), talk.model_dump(), sampling.model_dump()
-    )
-    part = target.with_name(f".{target.name}.{key[:12]}.part")
+    if faulty := [f"{name}: {asked}" for name, asked in questions if isinstance(asked, ChatBridgeError)]:
+        print(f"{source}: {len(faulty)} lines are not questions; first {faulty[0]}", file=sys.stderr)
+    settings = [part.model_dump(exclude={"device"}) for part in (model, talk, sampling)]
+    part = target.with_name(f".{target.name}.{hash_of(hash_of_file(source), *settings)[:12]}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a+b") as file:
@@ -117,8 +107,8 @@ def _answer_file(
             if done:
                 print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
             faults = sum("error" in json.loads(line) for line in done)
-            engines = [place.open(keep=0) for place in places]
-            for record in _answers(questions[len(done) :], engines, batch_size, sampling):
+            engine = model.open(batch=batch_size, keep=0)
+            for record in _answers(questions[len(done) :], engine, batch_size, sampling):
                 faults += "error" in record
                 file.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
                 file.flush()
@@ -130,20 +120,22 @@ def _answer_file(
 
 
 def _answers(
-    questions: Sequence[Question], engines: Sequence[Engine], batch_size: int, sampling: Sampling
+    questions: Sequence[Question], engine: Engine, batch_size: int, sampling: Sampling
 ) -> Iterator[dict[str, Any]]:
-    """Answers in the order of the questions; each engine generates ``batch_size`` of them at once."""
-    running: deque[tuple[Any, Reply]] = deque()
-    for number, (name, conversation) in enumerate(questions):
-        running.append((name, engines[number % len(engines)].reply(conversation, sampling)))
-        if len(running) >= batch_size * len(engines):
+    """Answers in the order of the questions; ``batch_size`` of them are generated at once."""
+    running: deque[tuple[Any, Reply | ChatBridgeError]] = deque()
+    for name, asked in questions:
+        running.append((name, asked if isinstance(asked, ChatBridgeError) else engine.reply(asked, sampling)))
+        if len(running) >= batch_size:
             yield _line(*running.popleft())
     while running:
         yield _line(*running.popleft())
 
 
-def _line(name: Any, reply: Reply) -> dict[str, Any]:
+def _line(name: Any, reply: Reply | ChatBridgeError) -> dict[str, Any]:
     try:
+        if isinstance(reply, ChatBridgeError):
+            raise reply
         return {"id": name, **_record(reply.answer)}
     except ChatBridgeError as error:
         return {"id": name, "error": " ".join(str(error).split())}
@@ -172,25 +164,31 @@ class _Question(Settings):
 
 
 def read_questions(path: Path, talk: TalkOptions) -> Iterator[Question]:
-    """The questions of a JSONL file with their ids; docs/chat.md has the form of a line.
+    """The lines of a JSONL file, each with its id or number; docs/chat.md has the form of a line."""
+    for number, text in read_lines(path, "surrogateescape"):
+        if not text.strip():
+            continue
+        name: Any = str(number)
+        asked: Conversation | ChatBridgeError
+        try:
+            record = json.loads(text.encode())
+            if isinstance(record, dict) and record.get("id") is not None:
+                name = record["id"]
+            asked = _conversation(parse(_Question, record, "question"), path.parent.absolute(), talk)
+        except ChatBridgeError as error:
+            asked = error
+        except (ValueError, RecursionError) as error:
+            asked = DataError(f"not JSON in UTF-8: {error}")
+        yield name, asked
 
-    Raises:
-        ChatBridgeError: With ``file:line`` and what is wrong.
-    """
+
+def _conversation(line: _Question, folder: Path, talk: TalkOptions) -> Conversation:
     from lavis_chatbridge.chat.attachments import media_of
     from lavis_chatbridge.chat.conversation import Conversation
     from lavis_chatbridge.chat.messages import Access, read_messages
 
-    folder = path.parent.absolute()
-    for where, record in read_objects(path):
-        try:
-            line = parse(_Question, record, "question")
-            if line.messages is not None:
-                conversation = read_messages(line.messages, Access(own_folder=folder), talk.video_sound)
-            else:
-                listed = {key: [folder / file for file in getattr(line, key)] for key in ("images", "videos", "audios")}
-                media = media_of(**listed, hear_videos=talk.video_sound)  # type: ignore[arg-type]
-                conversation = Conversation(system=talk.system).asking(line.text or "", media)
-        except ChatBridgeError as error:
-            raise DataError(f"{where}: {error}") from error
-        yield where.rpartition(":")[2] if line.id is None else line.id, conversation
+    if line.messages is not None:
+        return read_messages(line.messages, Access(own_folder=folder), talk.video_sound)
+    listed = {key: [folder / file for file in getattr(line, key)] for key in ("images", "videos", "audios")}
+    media = media_of(**listed, hear_videos=talk.video_sound)  # type: ignore[arg-type]
+    return Conversation(system=talk.system).asking(line.text or "", media)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _USUAL_CONTEXT = 2048
+"""Positions of a language model without a limit of its own."""
 _LEAST_SHARE = 0.5
 """Keys and values of an earlier conversation are used if at least this share of it begins the new one."""
 _READERS = 2  # conversations that are read at once
@@ -122,32 +123,30 @@ class Reply(Iterator[str]):
         """Deliver text (by the engine), and the answer if the generation is complete."""
         if text:
             self._deliver(text)
-        if self.generation is not None and self.prompt is not None and self.generation.done:
-            answer = _answer(self.generation, self.prompt)
-            self._result.set_result(answer)
-            self._deliver(answer)
+        generation, prompt = self.generation, self.prompt
+        if generation is None or prompt is None or not generation.done:
+            return
+        answer = Answer(
+            text=generation.stream.text,
+            finish=generation.finish or "stop",
+            tokens=len(generation.ids),
+            prompt_tokens=len(prompt.elements),
+            reused_tokens=generation.reused,
+            media=prompt.media,
+            dropped=prompt.dropped,
+            warnings=prompt.warnings,
+            first_token_seconds=generation.first_token or 0.0,
+            ids=tuple(generation.ids),
+            logprobs=tuple(generation.logprobs),
+        )
+        self._result.set_result(answer)
+        self._deliver(answer)
 
     def fail(self, error: Exception) -> None:
         """Deliver the fault that ends it (by the engine)."""
         if not self.done:
             self._result.set_exception(error)
             self._deliver(error)
-
-
-def _answer(generation: Generation, prompt: Prompt) -> Answer:
-    return Answer(
-        text=generation.stream.text,
-        finish=generation.finish or "stop",
-        tokens=len(generation.ids),
-        prompt_tokens=len(prompt.elements),
-        reused_tokens=generation.reused,
-        media=prompt.media,
-        dropped=prompt.dropped,
-        warnings=prompt.warnings,
-        first_token_seconds=generation.first_token or 0.0,
-        ids=tuple(generation.ids),
-        logprobs=tuple(generation.logprobs),
-    )
 
 
 class Engine:
@@ -181,10 +180,14 @@ class Engine:
     ) -> None:
         self.model, self.reader, self.template = model.eval(), reader, template or model.settings.template
         self.tokenizer = model.llama_tokenizer
-        self.max_context = max_context or _context_of(model)
+        own = model.llama_model.max_context if isinstance(model.llama_model, RemoteLanguageModel) else None
+        positions = own or families.positions_of(model.llama_model.config)
+        self.max_context = max_context or (int(positions) if math.isfinite(positions) else _USUAL_CONTEXT)
         self.load_template("")  # raises now, not at the first message
         self._batch, self._keep, self._most = batch, keep, batch + waiting
         self._remote = isinstance(model.llama_model, RemoteLanguageModel)
+        if not self._remote:
+            self._decoder = Decoder(model.llama_model)
         self._lock = threading.Lock()
         self._present: set[Reply] = set()
         self._ready: list[Reply] = []
@@ -277,7 +280,7 @@ class Engine:
 
     def _generate(self) -> None:
         """Generate all ready replies, one token of each per step; the thread ends with the last of them."""
-        decoder, active = Decoder(self.model.llama_model), list[Reply]()
+        active: list[Reply] = []
         while True:
             with self._lock:
                 room = self._batch - len(active)
@@ -285,24 +288,24 @@ class Engine:
                 if not arrivals and not active:
                     self._thread = None
                     return
-            active += [reply for reply in arrivals if self._admit(decoder, reply)]
+            active += [reply for reply in arrivals if self._admit(reply)]
             try:
-                texts = {id(generation): text for generation, text in decoder.step()}
+                texts = {id(generation): text for generation, text in self._decoder.step()}
                 for reply in active:
                     self._send(reply, texts.get(id(reply.generation), ""))
             except Exception as error:
                 log.exception("generation failed; %d replies are lost", len(active))
-                decoder = Decoder(self.model.llama_model)
+                self._decoder = Decoder(self.model.llama_model)
                 for reply in active:
                     reply.fail(error)
             active = [reply for reply in active if not reply.done]
 
-    def _admit(self, decoder: Decoder, reply: Reply) -> bool:
+    def _admit(self, reply: Reply) -> bool:
         """Let the model read a prompt; whether its reply is still incomplete."""
         assert reply.generation is not None
         try:
             self._lend(reply.generation)
-            self._send(reply, decoder.add(reply.generation))
+            self._send(reply, self._decoder.add(reply.generation))
         except Exception as error:
             if not isinstance(error, ChatBridgeError):
                 log.exception("a prompt could not be read")
@@ -323,10 +326,3 @@ class Engine:
         if generation.done and self._keep and generation.prefix is not None and generation.prefix.elements:
             self._prefixes = [*self._prefixes, generation.prefix][-self._keep :]
         reply.send(text)
-
-
-def _context_of(model: ChatBridge) -> int:
-    if isinstance(model.llama_model, RemoteLanguageModel) and (most := model.llama_model.max_context):
-        return most
-    positions = families.positions_of(model.llama_model.config)
-    return int(positions) if math.isfinite(positions) else _USUAL_CONTEXT

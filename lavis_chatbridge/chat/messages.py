@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
-from lavis_chatbridge.config import Settings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import PRIVATE, write_text
 from lavis_chatbridge.media.audio import open_audio
@@ -29,120 +28,7 @@ from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.media.source import is_file, rated
 from lavis_chatbridge.prompting.conversation import Modality
 
-_REDIRECTS = 3
-
-
-class Access(Settings):
-    """Which URLs may be opened, and how much may come from them."""
-
-    own_folder: Path | None = None
-    """If set, ``file:`` URLs are the user's own: any file, by a path relative to this folder."""
-    folders: tuple[Path, ...] = ()
-    """Folders below which ``file:`` URLs of strangers may lie."""
-    hosts: tuple[str, ...] = ()
-    """Host names from which ``http:`` and ``https:`` URLs may be fetched."""
-    max_bytes: int = 48 << 20
-    """Bytes of one medium."""
-    seconds: float = 60.0
-    """Seconds that fetching one may take."""
-
-
-def data_url(content: bytes, mime_type: str = "") -> str:
-    """Bytes as a URL."""
-    return f"data:{mime_type};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def open_url(url: str, where: str, access: Access) -> Path | bytes:
-    """The path of a ``file:`` URL, the bytes of any other; messages call it ``where`` and name no path.
-
-    Raises:
-        MediaError: If it may not be opened, is too large, or cannot be read.
-    """
-    scheme, _, rest = url.partition(":")
-    if scheme.lower() == "file":
-        return _file(rest, where, access)
-    if scheme.lower() == "data":
-        content = _decoded(rest, where, access.max_bytes)
-    elif scheme.lower() in ("http", "https"):
-        content = _fetched(url, where, access)
-    else:
-        raise MediaError(where, f"the URL {url[:40]!r} does not begin with data:, file: or http(s):")
-    if not content:
-        raise MediaError(where, "it is empty")
-    return content
-
-
-def _decoded(rest: str, where: str, limit: int) -> bytes:
-    head, comma, data = rest.partition(",")
-    if not comma:
-        raise MediaError(where, "a data: URL needs a comma before its data")
-    content = urllib.parse.unquote_to_bytes(data)
-    if head.lower().endswith(";base64"):
-        try:
-            plain = b"".join(content.split())  # clients break lines and omit padding
-            content = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
-        except ValueError:
-            raise MediaError(where, "the data is not base64") from None
-    if len(content) > limit:
-        raise _too_large(where, limit)
-    return content
-
-
-def _file(rest: str, where: str, access: Access) -> Path:
-    """A file below an allowed folder, links resolved. Every refusal has the same text: it reveals no file."""
-    path = urllib.parse.unquote(rest).removeprefix("//localhost").removeprefix("//")
-    if access.own_folder is not None:
-        return access.own_folder.absolute() / path
-    for folder in access.folders:
-        try:
-            root = folder.resolve()
-            found = (root / path).resolve()
-            if found.is_relative_to(root) and found.is_file():
-                return found
-        except (OSError, ValueError):
-            continue
-    raise MediaError(where, "no such file is offered")
-
-
-def _fetched(url: str, where: str, access: Access) -> bytes:
-    import httpx
-
-    def check(request: httpx.Request) -> None:
-        if request.url.scheme not in ("http", "https") or request.url.host not in access.hosts:
-            raise MediaError(where, f"the host {request.url.host!r} is not on the list of allowed hosts")
-
-    end = time.monotonic() + access.seconds
-    content = bytearray()
-    try:
-        with (
-            httpx.Client(
-                event_hooks={"request": [check]},  # called for every redirect too
-                follow_redirects=True,
-                max_redirects=_REDIRECTS,
-                timeout=min(10.0, access.seconds),
-                trust_env=False,
-            ) as client,
-            client.stream("GET", url) as response,
-        ):
-            response.raise_for_status()
-            for block in response.iter_bytes():
-                content += block
-                if len(content) > access.max_bytes:
-                    raise _too_large(where, access.max_bytes)
-                if time.monotonic() > end:
-                    raise MediaError(where, f"fetching took longer than {access.seconds:g} s")
-    except httpx.HTTPStatusError as error:
-        raise MediaError(where, f"the host answers with status {error.response.status_code}") from None
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
-        raise MediaError(where, f"the URL cannot be fetched ({type(error).__name__})") from error
-    return bytes(content)
-
-
-def _too_large(where: str, limit: int) -> MediaError:
-    return MediaError(where, f"it is larger than the limit of {limit} bytes")
-
-
-ROLES = ("system", "developer", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant")
 _MODALITIES: dict[str, Modality] = {
     "image_url": "image",
     "input_image": "image",
@@ -158,21 +44,20 @@ _FRAMES = "data:video/jpeg;base64,"
 _RATE = 16_000  # Hz, of a sound that is a bare array
 
 
-@dataclass
-class _Part:
-    """A medium of a message before it is opened; several URLs are the frames of a video."""
+@dataclass(frozen=True)
+class Access:
+    """Which URLs may be opened, and how much may come from them."""
 
-    where: str
-    modality: Modality
-    urls: Sequence[str]
-    name: str
-    heard: bool | None
-
-    def open(self, access: Access, hear_videos: bool) -> list[Medium]:
-        opened = [open_url(url, self.where, access) for url in self.urls]
-        content = opened[0] if len(opened) == 1 else frames_of(opened)
-        medium = Medium(self.modality, content, self.name or self.where)
-        return medium.with_track(hear_videos if self.heard is None else self.heard)
+    own_folder: Path | None = None
+    """If set, ``file:`` URLs are the user's own: any file, by a path relative to this folder."""
+    folders: tuple[Path, ...] = ()
+    """Folders below which ``file:`` URLs of strangers may lie."""
+    hosts: tuple[str, ...] = ()
+    """Host names from which ``http:`` and ``https:`` URLs may be fetched."""
+    max_bytes: int = 48 << 20
+    """Bytes of one medium."""
+    seconds: float = 60.0
+    """Seconds that fetching one may take."""
 
 
 def read_messages(
@@ -215,11 +100,94 @@ def read_messages(
     return result
 
 
+def save(conversation: Conversation, path: str | Path) -> None:
+    """Write a conversation as JSON, or raise `DataError`. Files keep their path, other media are stored inside."""
+    try:
+        write_text(Path(path), to_json(conversation, os.path.abspath(Path(path).parent)), mode=PRIVATE)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def load(path: str | Path) -> Conversation:
+    """A saved conversation; `DataError` if the file cannot be read, or is not one."""
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))["messages"]
+        return read_messages(records, Access(own_folder=Path(path).parent))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError, RecursionError, MediaError) as error:
+        raise DataError(f"{path} is not a saved conversation: {' '.join(str(error).split())[:300]}") from error
+
+
+def to_json(conversation: Conversation, folder: str = "") -> str:
+    """A conversation as OpenAI's messages; files below ``folder`` get paths relative to it."""
+    records = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    records += [_record(message, folder) for message in conversation.messages]
+    return json.dumps({"messages": records}, ensure_ascii=False, indent=1) + "\n"
+
+
+def open_url(url: str, where: str, access: Access) -> Path | bytes:
+    """The path of a ``file:`` URL, the bytes of any other; messages call it ``where`` and name no path.
+
+    Raises:
+        MediaError: If it may not be opened, is too large, or cannot be read.
+    """
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() == "file":
+        return _file(rest, where, access)
+    if scheme.lower() == "data":
+        content = _decoded(rest, where)
+    elif scheme.lower() in ("http", "https"):
+        content = _fetched(url, where, access)
+    else:
+        raise MediaError(where, f"the URL {url[:40]!r} does not begin with data:, file: or http(s):")
+    if not content:
+        raise MediaError(where, "it is empty")
+    if len(content) > access.max_bytes:
+        raise MediaError(where, f"it is larger than the limit of {access.max_bytes} bytes")
+    return content
+
+
+def data_url(content: bytes, mime_type: str = "") -> str:
+    """Bytes as a URL."""
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def png_url(picture: Image.Image) -> str:
+    """A Pillow image as the URL of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return data_url(file.getvalue(), "image/png")
+
+
+def frames_of(images: Sequence[Any]) -> np.ndarray:
+    """``[T, H, W, 3]``: images as the frames of a video, in the size of the first."""
+    frames = [Image.fromarray(open_image(image)) for image in images]
+    return np.stack([np.asarray(frame.resize(frames[0].size)) for frame in frames])
+
+
+@dataclass
+class _Part:
+    """A medium of a message before it is opened; several URLs are the frames of a video."""
+
+    where: str
+    modality: Modality
+    urls: Sequence[str]
+    name: str
+    heard: bool | None
+
+    def open(self, access: Access, hear_videos: bool) -> list[Medium]:
+        opened = [open_url(url, self.where, access) for url in self.urls]
+        content = opened[0] if len(opened) == 1 else frames_of(opened)
+        medium = Medium(self.modality, content, self.name or self.where)
+        return medium.with_track(hear_videos if self.heard is None else self.heard)
+
+
 def _read(record: Any, where: str) -> tuple[ChatMessage, list[_Part]]:
     """A message without its media, and these."""
     role = record.get("role") if isinstance(record, Mapping) else record
-    if role not in ROLES:
-        raise DataError(f"{where}.role is {role!r:.60}, expected {', '.join(ROLES)}")
+    if role not in _ROLES:
+        raise DataError(f"{where}.role is {role!r:.60}, expected {', '.join(_ROLES)}")
     content = record.get("content")
     if content is None and role == "assistant":
         content = ""
@@ -261,30 +229,64 @@ def _read_part(part: Any, where: str) -> str | _Part:
     return _Part(where, _MODALITIES[form], urls, str(part.get("name", "")), part.get("heard"))
 
 
-def save(conversation: Conversation, path: str | Path) -> None:
-    """Write a conversation as JSON, or raise `DataError`. Files keep their path, other media are stored inside."""
+def _decoded(rest: str, where: str) -> bytes:
+    head, comma, data = rest.partition(",")
+    if not comma:
+        raise MediaError(where, "a data: URL needs a comma before its data")
+    content = urllib.parse.unquote_to_bytes(data)
+    if head.lower().endswith(";base64"):
+        try:
+            plain = b"".join(content.split())  # clients break lines and omit padding
+            content = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
+        except ValueError:
+            raise MediaError(where, "the data is not base64") from None
+    return content
+
+
+def _file(rest: str, where: str, access: Access) -> Path:
+    """A file below an allowed folder, links resolved. Every refusal has the same text: it reveals no file."""
+    path = urllib.parse.unquote(rest).removeprefix("//localhost").removeprefix("//")
+    if access.own_folder is not None:
+        return access.own_folder.absolute() / path
+    for folder in access.folders:
+        try:
+            root = folder.resolve()
+            found = (root / path).resolve()
+            if found.is_relative_to(root) and found.is_file():
+                return found
+        except (OSError, ValueError):
+            continue
+    raise MediaError(where, "no such file is offered")
+
+
+def _fetched(url: str, where: str, access: Access) -> bytes:
+    import httpx
+
+    def check(request: httpx.Request) -> None:
+        if request.url.scheme not in ("http", "https") or request.url.host not in access.hosts:
+            raise MediaError(where, f"the host {request.url.host!r} is not on the list of allowed hosts")
+
+    end = time.monotonic() + access.seconds
+    content = bytearray()
+    hooks = {"request": [check]}  # called for every redirect too
+    timeout = min(10.0, access.seconds)
     try:
-        write_text(Path(path), to_json(conversation, os.path.abspath(Path(path).parent)), mode=PRIVATE)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def load(path: str | Path) -> Conversation:
-    """A saved conversation; `DataError` if the file cannot be read, or is not one."""
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))["messages"]
-        return read_messages(records, Access(own_folder=Path(path).parent))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, RecursionError, MediaError) as error:
-        raise DataError(f"{path} is not a saved conversation: {' '.join(str(error).split())[:300]}") from error
-
-
-def to_json(conversation: Conversation, folder: str = "") -> str:
-    """A conversation as OpenAI's messages; files below ``folder`` get paths relative to it."""
-    records = [{"role": "system", "content": conversation.system}] if conversation.system else []
-    records += [_record(message, folder) for message in conversation.messages]
-    return json.dumps({"messages": records}, ensure_ascii=False, indent=1) + "\n"
+        with (
+            httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=timeout, trust_env=False) as client,
+            client.stream("GET", url) as response,
+        ):
+            response.raise_for_status()
+            for block in response.iter_bytes():
+                content += block
+                if len(content) > access.max_bytes:
+                    break
+                if time.monotonic() > end:
+                    raise MediaError(where, f"fetching took longer than {access.seconds:g} s")
+    except httpx.HTTPStatusError as error:
+        raise MediaError(where, f"the host answers with status {error.response.status_code}") from None
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+        raise MediaError(where, f"the URL cannot be fetched ({type(error).__name__})") from error
+    return bytes(content)
 
 
 def _record(message: ChatMessage, folder: str) -> dict[str, Any]:
@@ -313,21 +315,10 @@ def _urls(medium: Medium, folder: str) -> list[str]:
     if is_file(content):
         return [data_url(bytes(content))]
     if medium.modality != "audio":
-        return [data_url(_png(frame)) for frame in (content if medium.modality == "video" else [content])]
+        frames = content if medium.modality == "video" else [content]
+        return [png_url(Image.fromarray(open_image(frame))) for frame in frames]
     import soundfile
 
     file, rate = io.BytesIO(), rate or _RATE
     soundfile.write(file, open_audio(content, rate), rate, format="WAV", subtype="FLOAT")
     return [data_url(file.getvalue())]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(open_image(pixels)).save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def frames_of(images: Sequence[Any]) -> np.ndarray:
-    """``[T, H, W, 3]``: images as the frames of a video, in the size of the first."""
-    frames = [Image.fromarray(open_image(image)) for image in images]
-    return np.stack([np.asarray(frame.resize(frames[0].size)) for frame in frames])

@@ -156,9 +156,8 @@ class Prompt:
         """What the user should know about new media, and about messages that the model does not get."""
         about = [f"{note.name}: {warning}" for note in self.media if note.new for warning in note.warnings]
         if self.dropped:
-            about.append(
-                f"the conversation is longer than the context: its first {self.dropped} messages were left out"
-            )
+            words = f"its first {self.dropped} messages were left out"
+            about.append(f"the conversation is longer than the context: {words}")
         return tuple(about)
 
 
@@ -180,12 +179,11 @@ def _prompt(messages: Sequence[ChatMessage], template: Template) -> Prompt:
     notes = []
     for message in messages:
         for medium in message.media:
-            perceived = medium.perceived
-            assert perceived is not None
-            if perceived.soft is not None:
-                seen[medium.modality].append((perceived.key, perceived.soft))
-            tokens = 0 if perceived.soft is None else len(perceived.soft)
-            new = message is messages[-1]
-            notes.append(MediaNote(medium.modality, medium.name, new, tokens, perceived.warnings))
+            own = medium.perceived
+            assert own is not None
+            if own.soft is not None:
+                seen[medium.modality].append((own.key, own.soft))
+            tokens = 0 if own.soft is None else len(own.soft)
+            notes.append(MediaNote(medium.modality, medium.name, message is messages[-1], tokens, own.warnings))
     found = {slot: seen[slot.modality][slot.index] for slot in slots_of(pieces)}
     return Prompt(elements_of(pieces, found, template.tokenizer), template, dict(found.values()), tuple(notes))

@@ -1,100 +1,31 @@
-"""A conversation in Python: `Session` has a `Conversation` and asks an `Engine`; `load_model` builds its model."""
+"""A conversation in Python: `Session` asks an `Engine` about its `Conversation`; `load_model` builds the model."""
 
 from __future__ import annotations
 
 import html
-import io
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_chatbridge.chat import messages as files
 from lavis_chatbridge.chat.attachments import Images, Pairs, Sounds, media_of
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
 from lavis_chatbridge.chat.engine import Answer, Engine, Reply
-from lavis_chatbridge.chat.messages import Access, data_url
+from lavis_chatbridge.chat.messages import Access, png_url
 from lavis_chatbridge.chat.reader import MediaReader
 from lavis_chatbridge.config import merged, parse, read_options, read_yaml, unknown_key
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.media import open_image
+from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.sampling import Sampling
-
-if TYPE_CHECKING:
-    import torch
-
-    from lavis_chatbridge.models.chatbridge import ChatBridge
-
-
-_SECTIONS = ["model", "preprocess"]
-
-
-def load_model(
-    model: str | Path = "tiny", options: Sequence[str] = (), device: str = "auto", engine: str = ""
-) -> tuple[ChatBridge, dict[str, dict[str, Any]]]:
-    """Build a ChatBridge for answering, and its processors.
-
-    Args:
-        model: A model type (``tiny``, ``vicuna7b``, ``vicuna13b``), a run's folder, or a YAML with ``model``
-            and ``preprocess``; keys that it leaves out come from its ``model.model_type``.
-        options: Settings that override the YAML's, ``model.checkpoint=file`` for example.
-        device: ``"auto"`` takes CUDA if there is a device; else torch's name of one.
-        engine: The address of a vLLM server that runs the language model; empty for a local one.
-
-    Raises:
-        ConfigError: If there is no such type, file or device, or a setting does not fit.
-        CheckpointError: If a weight file is missing or does not fit.
-        EngineError: If the server does not answer or serves another model.
-    """
-    folder = Path(model)
-    if (folder / "config.yaml").is_file():
-        options = [f"model.checkpoint={folder}/model.safetensors", *options]
-        model = folder / "config.yaml"
-    elif (folder / "config.json").is_file():
-        raise ConfigError(f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run")
-    if engine:
-        options = [*options, f"model.language_model.engine={engine}"]
-    if wrong := [option for option in options if "=" not in option or not option.startswith(("model.", "preprocess."))]:
-        raise ConfigError(f"option {wrong[0]!r}: expected model.KEY=VALUE or preprocess.KEY=VALUE")
-    from omegaconf import OmegaConf
-
-    from lavis_chatbridge.models.chatbridge import ChatBridge
-    from lavis_chatbridge.processors import load_processors
-
-    own: Any = read_yaml(model) if str(model).endswith((".yaml", ".yml")) else OmegaConf.create({})
-    base = read_yaml(ChatBridge.default_config_path(OmegaConf.select(own, "model.model_type") if own else str(model)))
-    config = merged(*(OmegaConf.masked_copy(part, _SECTIONS) for part in (base, own, read_options(options))))
-    place = _device(device)
-    processors = load_processors(config.get("preprocess"))
-    return ChatBridge.from_config(config.model).to(place).eval(), processors
-
-
-def default_processors(model: ChatBridge) -> dict[str, dict[str, Any]]:
-    """The processors of a model's type."""
-    from lavis_chatbridge.processors import load_processors
-
-    return load_processors(read_yaml(model.default_config_path(model.settings.model_type)).get("preprocess"))
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"torch knows no device {name!r}: use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name}: torch finds {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
-_THUMBNAIL = (160, 160)  # pixels of an image in a notebook
+from lavis_chatbridge.processors import load_processors
 
 
 class Session:
@@ -131,7 +62,10 @@ class Session:
         hosts: Sequence[str] = (),
         engine: Engine | None = None,
     ) -> None:
-        self.engine = engine or Engine(model, MediaReader(model, processors or default_processors(model)), template)
+        if engine is None and processors is None:
+            config = read_yaml(model.default_config_path(model.settings.model_type))
+            processors = load_processors(config.get("preprocess"))
+        self.engine = engine or Engine(model, MediaReader(model, processors), template)
         self.model, self.hear_videos = model, hear_videos
         self.sampling = sampling or Sampling()
         self.access = Access(hosts=tuple(hosts))
@@ -225,8 +159,7 @@ class Session:
 
     def cancel(self) -> None:
         """End the answer that is being generated at its next token; may be called from any thread."""
-        asked = self._asked
-        if asked is not None:
+        if (asked := self._asked) is not None:
             asked[1].cancel()
 
     def edit(self, number: int, text: str) -> None:
@@ -299,6 +232,53 @@ class Session:
         return parse(Sampling, {**self.sampling.model_dump(), **fields}, "sampling")
 
 
+def load_model(
+    model: str | Path = "tiny", options: Sequence[str] = (), device: str = "auto", engine: str = ""
+) -> tuple[ChatBridge, dict[str, dict[str, Any]]]:
+    """Build a ChatBridge for answering, and its processors.
+
+    Args:
+        model: A model type (``tiny``, ``vicuna7b``, ``vicuna13b``), a run's folder, or a YAML with ``model``
+            and ``preprocess``; keys that it leaves out come from its ``model.model_type``.
+        options: Settings that override the YAML's, ``model.checkpoint=file`` for example.
+        device: ``"auto"`` takes CUDA if there is a device; else torch's name of one.
+        engine: The address of a vLLM server that runs the language model; empty for a local one.
+
+    Raises:
+        ConfigError: If there is no such type, file or device, or a setting does not fit.
+        CheckpointError: If a weight file is missing or does not fit.
+        EngineError: If the server does not answer or serves another model.
+    """
+    folder = Path(model)
+    if (folder / "config.yaml").is_file():
+        options = [f"model.checkpoint={folder}/model.safetensors", *options]
+        model = folder / "config.yaml"
+    elif (folder / "config.json").is_file():
+        raise ConfigError(f"--model {model} is a Hugging Face folder: first chatbridge convert {model} OUT --to run")
+    if engine:
+        options = [*options, f"model.language_model.engine={engine}"]
+    if wrong := [option for option in options if "=" not in option or not option.startswith(("model.", "preprocess."))]:
+        raise ConfigError(f"option {wrong[0]!r}: expected model.KEY=VALUE or preprocess.KEY=VALUE")
+    own: Any = read_yaml(model) if str(model).endswith((".yaml", ".yml")) else OmegaConf.create({})
+    base = read_yaml(ChatBridge.default_config_path(OmegaConf.select(own, "model.model_type") if own else str(model)))
+    parts = [OmegaConf.masked_copy(part, ["model", "preprocess"]) for part in (base, own, read_options(options))]
+    config, found = merged(*parts), _device(device)
+    processors = load_processors(config.get("preprocess"))
+    return ChatBridge.from_config(config.model).to(found).eval(), processors
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"torch knows no device {name!r}: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name}: torch finds {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
 def _whole(reply: Reply) -> Answer:
     try:
         return reply.answer
@@ -313,8 +293,6 @@ def _shown(medium: Medium) -> str:
     if medium.modality == "image":
         with suppress(MediaError):
             picture = Image.fromarray(open_image(medium.content))  # type: ignore[arg-type]
-            picture.thumbnail(_THUMBNAIL)
-            file = io.BytesIO()
-            picture.save(file, "PNG")
-            return f'<img src="{data_url(file.getvalue(), "image/png")}" alt="{name}"> '
+            picture.thumbnail((160, 160))
+            return f'<img src="{png_url(picture)}" alt="{name}"> '
     return f"[{medium.modality}: {name}] "

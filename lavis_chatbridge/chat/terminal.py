@@ -90,7 +90,7 @@ class Terminal:
                 head, _, rest = words.partition(" ")
                 if head == "/quit":
                     return
-                if head.startswith("/") and "/" not in head[1:] and not os.path.isfile(head):
+                if re.fullmatch("/[^/]*", head) and (head[1:] in _COMMANDS or not os.path.exists(head)):
                     self._command(head[1:], rest.strip())
                 elif words:
                     self._ask(words)
@@ -107,7 +107,7 @@ class Terminal:
         """Attach the files that a word names, which may have wildcards."""
         from lavis_chatbridge.chat.attachments import check_file, modality_of
 
-        for path in _found(word) or [word]:
+        for path in _found(word) or [_path(word)]:
             check_file(path, modality)
             self.attached.append((modality or modality_of(path), path))
             self.say(f"  + {self.attached[-1][0]} {path}")
@@ -224,15 +224,24 @@ class Terminal:
         self.say("\n".join(f"  /{name} {words}".rstrip() for name, words in _COMMANDS.items()))
 
 
+def _path(word: str) -> str:
+    return os.path.expanduser(urllib.parse.unquote(word[7:]) if word.startswith("file://") else word)
+
+
 def _found(word: str) -> list[str]:
     """The files that a word names: a path, a ``file:`` URL, or a pattern."""
-    path = os.path.expanduser(urllib.parse.unquote(word[7:]) if word.startswith("file://") else word)
+    path = _path(word)
     return [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path)))
 
 
 def _split(line: str) -> tuple[str, list[str]]:
-    """A question, and the files whose paths were typed or dropped into it (with quotes or backslashes, as a shell)."""
+    """A question, and the files whose paths were typed or dropped into it (with quotes or backslashes, as a shell).
+
+    A line that is only a folder's path counts as a file: attaching it raises a clear error.
+    """
     files, text = [], line
+    if os.path.isdir(_path(whole := re.sub(r"\\(.)", r"\1", line.strip("'\"")))):
+        return "", [whole]
     for match in re.finditer(r"'[^'\n]+'|\"[^\"\n]+\"|(?:\\.|[^\s'\"\\])+", line):
         word = match.group()
         path = word[1:-1] if word[0] in "'\"" else re.sub(r"\\(.)", r"\1", word)

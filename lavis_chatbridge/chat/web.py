@@ -121,11 +121,13 @@ def build_app(page: Page, options: WebOptions, password: Sequence[tuple[str, str
         allowed_paths=[str(EXAMPLES)],
     )
 
+    own_names = server.own_names(options.host)
+
     async def guard(request: Request, respond: Callable[[Request], Any]) -> Response:
         """Refuse foreign pages and, where no password protects from DNS rebinding, foreign names."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin", "")
         foreign = origin and urllib.parse.urlsplit(origin).netloc != host
-        if foreign or not (password or server.is_own_name(host, options.host)):
+        if foreign or not (password or own_names.fullmatch(host)):
             return fastapi.responses.PlainTextResponse("This page answers only under its own address.", 403)
         response = await respond(request)
         response.headers["content-security-policy"] = POLICY

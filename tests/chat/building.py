@@ -1,32 +1,32 @@
-"""A small chat for tests: random weights, the real code path, media built on the spot."""
+"""A small chat for tests: random weights, the real code path, media and requests built on the spot."""
 
 from __future__ import annotations
 
+import base64
+import functools
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from lavis_chatbridge.chat import Engine, MediaReader, Sampling, Session
+from lavis_chatbridge.chat.messages import data_url
 from lavis_chatbridge.processors import load_processors
-from tests.media.making import photo, sound_file, tone, video_file
+from tests.media.making import encoded, photo, sound_file, tone, video_file
 
 TINY_TOKENIZER = Path(__file__).resolve().parents[2] / "lavis_chatbridge" / "assets" / "tiny" / "llm"
 
 
 def processors() -> Any:
     """Those of the small model: 28-pixel images, two frames of a video, 32 mel bins."""
-    return load_processors(
-        {
-            "vis_processor": {"eval": {"name": "chatbridge_image_eval", "image_size": 28}},
-            "video_processor": {"eval": {"name": "chatbridge_video_eval", "image_size": 28, "num_frames": 2}},
-            "audio_processor": {"eval": {"name": "chatbridge_audio_eval", "mel_bins": 32}},
-        }
-    )
+    settings = {"vis": {"image_size": 28}, "video": {"image_size": 28, "num_frames": 2}, "audio": {"mel_bins": 32}}
+    return load_processors({f"{name}_processor": {"eval": values} for name, values in settings.items()})
 
 
 def engine(model: Any, **settings: Any) -> Engine:
-    """An engine of that model."""
     return Engine(model, MediaReader(model, processors()), **settings)
 
 
@@ -38,9 +38,19 @@ def session(model: Any, **settings: Any) -> Session:
     return Session(model, engine=own, **settings)
 
 
+def slow_down(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every step of the language model take this much longer, so that a reply cannot end before a test acts."""
+    forward = model.llama_model.forward
+    slow = functools.wraps(forward)(lambda *args, **more: time.sleep(seconds) or forward(*args, **more))
+    monkeypatch.setattr(model.llama_model, "forward", slow)
+
+
 def picture() -> np.ndarray:
-    """A picture of four colours."""
     return photo()
+
+
+def png() -> bytes:
+    return encoded(Image.fromarray(picture()), "PNG")
 
 
 def sound(seconds: float = 1.0, loudness: float = 0.5, pitch: float = 440.0) -> bytes:
@@ -50,6 +60,21 @@ def sound(seconds: float = 1.0, loudness: float = 0.5, pitch: float = 440.0) -> 
 
 def video(heard: str = "tone") -> bytes:
     """A short mp4 with a ``"tone"``, ``"silence"`` or ``"nothing"`` as its sound track."""
-    if heard == "nothing":
-        return video_file(6)
-    return video_file(6, sound=tone(0.5, 48_000, loudness=0.5 if heard == "tone" else 0.0))
+    track = tone(0.5, 48_000, loudness=0.5 if heard == "tone" else 0.0)
+    return video_file(6, sound=None if heard == "nothing" else track)
+
+
+def image_part(url: str = "") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url or data_url(png(), "image/png")}}
+
+
+def audio_part() -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound()).decode(), "format": "wav"}}
+
+
+def video_part(heard: str = "tone") -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": data_url(video(heard), "video/mp4")}}
+
+
+def asked(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]

@@ -1,35 +1,30 @@
-"""Sessions: editing, streams, calls from threads, faults that change nothing."""
+"""Sessions: editing, streams, calls from threads, faults that change nothing, and every form of attached media."""
 
 from __future__ import annotations
 
-import functools
+import io
 import threading
-import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from lavis_chatbridge.chat import Sampling
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, PromptError
-from tests.chat.building import picture, session, video
-
-ENDLESS: dict[str, Any] = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0, "seed": 2, "ignore_eos": True}
-
-
-def slow_down(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let every step of the language model take this much longer, so that a reply cannot end before a test acts."""
-    forward = model.llama_model.forward
-    slow = functools.wraps(forward)(lambda *args, **more: time.sleep(seconds) or forward(*args, **more))
-    monkeypatch.setattr(model.llama_model, "forward", slow)
+from lavis_chatbridge.chat import MediaReader, Sampling, media_of
+from lavis_chatbridge.chat.attachments import check_file, modality_of
+from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
+from lavis_chatbridge.media import open_image, open_video
+from tests.chat.building import picture, png, processors, session, slow_down, sound, video
+from tests.media.making import sound_alone, sound_file, tone
 
 
 def test_a_stopped_stream_keeps_its_text(model: Any, monkeypatch: pytest.MonkeyPatch):
     slow_down(model, monkeypatch, 0.03)
     talk = session(model)
-    stream = talk.stream("What is it?", **ENDLESS)
+    stream = talk.stream("What is it?", max_new_tokens=400, temperature=5.0, top_p=1.0, seed=2, ignore_eos=True)
     began = next(stream) + next(stream)
     talk.cancel()
     assert stream.answer.finish == "cancelled"
@@ -85,7 +80,6 @@ def test_edit_and_undo_and_regenerate_crop_the_cache(model: Any):
     [
         ({"temprature": 1.0}, "did you mean 'temperature'"),
         ({"image": "a.png"}, "did you mean 'images'"),
-        ({"top_p": 0.0, "max_new_tokens": 0}, "max_new_tokens is 0.*top_p is 0.0"),
         ({"stop": "###"}, "stop: expected a list"),
         ({"num_beams": 2, "temperature": 1.0}, "asks for sampling"),
     ],
@@ -97,36 +91,21 @@ def test_wrong_settings_are_named(model: Any, setting: dict[str, Any], message: 
         session(model, template="llama")
 
 
-def test_stop_texts_of_the_caller(model: Any):
-    talk = session(model)
-    whole = talk.ask("What is it?", max_new_tokens=30).text
-    middle = whole[len(whole) // 2 :][:3]
-    cut = talk.regenerate(max_new_tokens=30, stop=[middle])
-    assert cut.text == whole[: whole.index(middle)].strip()
-    assert cut.finish == "stop"
-    assert talk.ask("And?").text == session(model, messages=talk.messages[:2]).ask("And?").text
-
-
 def test_a_failure_leaves_the_session_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     talk = session(model, sampling=Sampling(max_new_tokens=2))
     before = talk.ask("Hi.")
     assert before.tokens == 2
-    for broken in (tmp_path / "absent.png", b"no picture", np.zeros((3, 4, 5, 6, 7)), (picture(), 3)):
+    broken: tuple[Any, ...] = (tmp_path / "absent.png", b"no picture", np.zeros((3, 4, 5, 6, 7)), (picture(), 3), 3)
+    for one in broken:
         with pytest.raises(MediaError):
-            talk.ask("And this?", images=[broken])
-    with pytest.raises(ChatBridgeError):
-        talk.ask("And this?", images=[picture(), 3])
+            talk.ask("And this?", images=[picture(), one])
     for words in (3, None, ["hi"]):
         with pytest.raises(PromptError, match="a message is a text"):
             talk.ask(words)  # type: ignore[arg-type]
     with pytest.raises(PromptError, match="the question is empty"):
         talk.ask(" \n")
-
-    def out_of_memory(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("no memory")
-
     with monkeypatch.context() as patched:
-        patched.setattr(model.llama_model, "forward", out_of_memory)
+        patched.setattr(model.llama_model, "forward", Mock(side_effect=torch.OutOfMemoryError("no memory")))
         with pytest.raises(torch.OutOfMemoryError):
             talk.ask("And?")
     assert [turn.text for turn in talk.messages] == ["Hi.", before.text]
@@ -143,3 +122,96 @@ def test_how_it_shows_itself(model: Any):
     shown = talk._repr_html_()
     assert '<img src="data:image/png;base64,' in shown
     assert "What is &lt;b&gt;it&lt;/b&gt;?" in shown
+
+
+@pytest.fixture(scope="module")
+def reader(model: Any) -> MediaReader:
+    """One for all: what it remembers must never stand for something else."""
+    return MediaReader(model, processors())
+
+
+def seen(reader: MediaReader, **media: Any) -> list[torch.Tensor]:
+    attached = media_of(**media, hear_videos=False)
+    reader.read(attached)
+    return [medium.perceived.soft for medium in attached]  # type: ignore[union-attr, misc]
+
+
+def test_pillow_images_keep_their_pixels_and_frames():
+    paletted = Image.fromarray(picture()).convert("P")
+    [medium] = media_of(images=paletted)
+    np.testing.assert_array_equal(open_image(medium.content), open_image(paletted))  # type: ignore[arg-type]
+    file = io.BytesIO()
+    frames = [Image.new("L", (40, 40), level) for level in (10, 200, 200, 90)]
+    frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:])
+    shown = Image.open(file)
+    [medium] = media_of(videos=shown)
+    np.testing.assert_array_equal(medium.content, open_video(shown, range))
+    assert shown.tell() == 0
+
+
+def test_a_single_medium_is_a_list_of_one(tmp_path: Path):
+    path = tmp_path / "a.png"
+    array, samples = picture(), tone(0.1, 8000)
+    for given in (str(path), path, b"bytes", bytearray(b"bytes"), memoryview(b"bytes"), array):
+        for name in ("images", "videos", "audios"):
+            [medium] = media_of(**{name: given}, hear_videos=False)  # type: ignore[arg-type]
+            assert medium.content is given
+    pair = (samples, np.int64(8000))
+    assert [m.content for m in media_of(audios=pair)] == [pair]  # type: ignore[arg-type]
+    assert [m.content for m in media_of(audios=("a.wav", "b.wav"))] == ["a.wav", "b.wav"]
+    assert [m.name for m in media_of(videos="a/b.mp4")] == ["b.mp4", "b.mp4's sound track"]
+    assert len(media_of(videos=np.zeros((4, 28, 28, 3), np.uint8))) == 1
+
+
+@pytest.mark.parametrize(
+    ("media", "message"),
+    [
+        ({"images": 3}, "images are given as paths.*, not int"),
+        ({"videos": {"a.mp4": 1}}, "not dict"),
+        ({"media": ["image", "a.png"]}, "expected pairs"),
+        ({"media": [("smell", "a.png")]}, "one of image, video, audio"),
+        ({"media": [(np.zeros(9), 16_000)]}, "expected pairs"),
+        ({"images": io.StringIO("text")}, "binary mode"),
+        ({"images": "https://example.org/a.png"}, "not on the list of allowed hosts"),
+    ],
+)
+def test_unknown_forms_are_refused(media: dict[str, Any], message: str):
+    with pytest.raises(MediaError, match=message):
+        media_of(**media)
+
+
+def test_a_sound_with_its_rate_is_heard_as_its_file(reader: MediaReader):
+    samples = tone(0.5, 44_100)
+    [file] = seen(reader, audios=sound_file(samples, 44_100, subtype="FLOAT"))
+    pair, stereo, wrong = seen(reader, audios=[(samples, 44_100), (np.stack([samples] * 2, axis=1), 44_100), samples])
+    torch.testing.assert_close(pair, file, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stereo, file, rtol=1e-3, atol=1e-3)
+    assert (wrong - file).abs().max() > 10 * (pair - file).abs().max()
+
+
+def test_tensors_file_objects_and_lists_of_frames(reader: MediaReader):
+    array, tensor = picture(), torch.from_numpy(picture())
+    images = [array, tensor, tensor.movedim(-1, 0), tensor.movedim(-1, 0) / 255, io.BytesIO(png())]
+    first, *others = seen(reader, images=images)
+    for other in others:
+        torch.testing.assert_close(other, first)
+    samples = torch.from_numpy(tone(0.5, 8000))
+    assert torch.equal(*seen(reader, audios=[(samples, 8000), (samples.numpy(), 8000)]))
+    frames = [Image.fromarray(array), Image.fromarray(array[::-1]).resize((20, 20))]
+    [clip] = media_of(videos=frames)
+    assert clip.content.shape == (2, *array.shape)  # type: ignore[union-attr]
+    channels_first = torch.from_numpy(clip.content).movedim(-1, 1)  # type: ignore[arg-type]
+    assert torch.equal(*seen(reader, videos=[clip.content, channels_first]))
+
+
+def test_modalities(tmp_path: Path):
+    contents = {"nameless": png(), "sound": sound(), "clip": video(), "a.JPG": b"", "b.mp3": b"", "c.webm": b""}
+    contents["voice.webm"] = sound_alone()
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    found = [modality_of(tmp_path / name) for name in (*contents, "missing")]
+    assert found == ["image", "audio", "video", "image", "audio", "video", "audio", "video"]
+    assert modality_of(png()) == "image"
+    with pytest.raises(MediaError, match=r"modality audio, but was given as image"):
+        check_file(str(tmp_path / "b.mp3"), "image")
+    check_file(str(tmp_path / "clip"), "audio")  # its sound track

@@ -25,7 +25,6 @@ from lavis_chatbridge.chat import Session, terminal
 
 
 def typed(opened: Session, *lines: str) -> str:
-    """The output of a conversation."""
     out = io.StringIO()
     sampling = opened.sampling.model_copy(update={"max_new_tokens": 8})
     session = Session(opened.model, engine=opened.engine, sampling=sampling)
@@ -42,16 +41,15 @@ def test_a_conversation_with_files(opened: Session, files: Path):
     assert "no" not in shown.splitlines()
 
 
-@pytest.mark.parametrize("form", ["'{}'", '"{}"', "escaped", "file://{}"], ids=["quotes", "double", "backslash", "url"])
+@pytest.mark.parametrize("form", ["'{}'", '"{}"', "backslash", "file://{}"])
 def test_paths_in_a_question_are_attached(opened: Session, files: Path, form: str):
     path = str(files / "a b.png")
-    escaped = path.replace(" ", "%20" if "file" in form else "\\ ")
-    word = escaped if form == "escaped" else form.format(escaped if "file" in form else path)
-    shown = typed(opened, f"what is in {word} please?", "/history")
-    assert "the model got: image a b.png" in shown
+    forms = {"file://{}": path.replace(" ", "%20"), "backslash": path.replace(" ", "\\ ")}
+    word = forms[form] if form == "backslash" else form.format(forms.get(form, path))
+    shown = typed(opened, f"what is in {word} please?", word, "what is it?", "/history")
+    assert shown.count("the model got: image a b.png") == 2
     assert "you> [image a b.png] what is in please?" in shown
-    alone = typed(opened, word, "what is it?", "/history")  # dropped on its own: it waits for the question
-    assert "you> [image a b.png] what is it?" in alone
+    assert "you> [image a b.png] what is it?" in shown  # dropped on its own: it waits for the question
 
 
 def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
@@ -59,6 +57,8 @@ def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
         "/edit what?": "there is no message",
         "/image absent.png": "cannot read absent.png: there is no such file",
         "/image /": "cannot read /: it is a folder",
+        "/tmp": "cannot read /tmp: it is a folder",
+        f"'{files}'": f"cannot read {files}: it is a folder",
         f"/image {files}/c.wav": "modality audio, but was given as image",
         "/image": "/image needs FILE",
         "/image 'open": "No closing quotation",
@@ -74,6 +74,7 @@ def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
     for message in mistakes.values():
         assert message in shown
     assert "you> what is heard?" in shown
+    assert str(files) not in shown.rpartition("you>")[2]
 
 
 def test_retry_edit_undo_save_and_load(opened: Session, files: Path, tmp_path: Path):
@@ -88,12 +89,11 @@ def test_retry_edit_undo_save_and_load(opened: Session, files: Path, tmp_path: P
 
 
 def test_settings_and_help(opened: Session):
+    assert terminal._harmless("a\x1b[2J\x07b\n\tc\x9bd") == "a[2Jb\n\tcd"  # no character that a terminal obeys
     shown = typed(opened, "/set temperature 0.5", "/set seed 3", "/set seed none", "/set temperature none", "/help")
     assert "  temperature 0.5" in shown
     last = shown.rpartition("  max_new_tokens")[2]
-    assert "  seed None" in last
-    assert "  temperature 0.0" in last
-    assert "/undo" in shown
+    assert all(line in last for line in ("  seed None", "  temperature 0.0", "/undo"))
 
 
 SLOW = """
@@ -141,10 +141,6 @@ def test_ctrl_c_keeps_the_text_and_the_program(files: Path, tmp_path: Path):
             os.close(slave)
 
 
-def test_characters_that_a_terminal_obeys_are_not_written():
-    assert terminal._harmless("a\x1b[2J\x07b\n\tc\x9bd") == "a[2Jb\n\tcd"
-
-
 def test_a_pasted_text_of_several_lines_is_one_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "found.png").touch()
@@ -162,14 +158,11 @@ def test_a_pasted_text_of_several_lines_is_one_question(tmp_path: Path, monkeypa
         assert terminal.editor().prompt(terminal.PROMPT) == "/image ./found.png"
 
 
-def test_the_terminal_reads_a_pipe(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_terminal_reads_a_pipe_and_checks_files_first(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr("sys.stdin", io.StringIO("what is it?\n"))
     command = ["chat", f"{files}/a b.png", "--model", f"{files}/small.yaml", "--max-new-tokens", "4"]
     assert cli.main(command) == 0
     assert "the model got: image a b.png" in capsys.readouterr().out
-
-
-def test_missing_files_are_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr("lavis_chatbridge.chat.session.load_model", lambda *a: pytest.fail("the model is loaded"))
     assert cli.main(["chat", "nope.png"]) == 2
     assert "cannot read nope.png: there is no such file" in capsys.readouterr().err

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import re
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from lavis_chatbridge.chat import Session, web
@@ -22,6 +21,7 @@ from lavis_chatbridge.chat.messages import load
 from lavis_chatbridge.chat.server import command as server
 from lavis_chatbridge.errors import ConfigError
 from tests.chat import building
+from tests.chat.building import slow_down
 
 USUAL = ("", 8, 0.0, 0.9, -1, True)
 """The page's settings: system prompt, tokens, temperature, top-p, seed, hearing."""
@@ -54,9 +54,7 @@ def attached(path: str) -> dict[str, Any]:
 def test_an_answer_streams_with_a_note_on_its_media(parts: Any, page: Any, model: Any, files: Path):
     asked = {"text": "What is it?", "files": [str(files / "a b.png"), str(files / "e.mp4")]}
     *states, (text, note) = page.respond(asked, [], *USUAL)
-    whole = Session(model, engine=page.engine).ask(
-        "What is it?", str(files / "a b.png"), str(files / "e.mp4"), max_new_tokens=8
-    )
+    whole = Session(model, engine=page.engine).ask("What is it?", *asked["files"], max_new_tokens=8)
     assert text == whole.text == states[-1]
     assert states[0] == ""
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(states))
@@ -76,11 +74,7 @@ def test_a_broken_medium_is_told_without_its_path_and_then_left_out(parts: Any, 
     assert fault["metadata"]["title"] == "Not answered"
     assert "broken.png: it is not an image" in fault["content"]
     assert str(files) not in fault["content"]
-    history = [
-        message("user", "A"),
-        message("assistant", "B"),
-        message("user", attached(str(files / "broken.png")), "C"),
-    ]
+    history = [message("user", "A"), message("assistant", "B"), message("user", attached(str(files / "broken.png")))]
     history += [message("assistant", fault["content"], title="Not answered"), message("user", "D")]
     assert [m.text for m in parts.conversation_of(history, "", hear=True).messages] == ["A", "B", "D"]
 
@@ -96,26 +90,23 @@ def test_undo_and_new_say_what_the_next_page_shows(page: Any, files: Path):
     assert page.restore({"messages": history, "box": None, "settings": USUAL}, None)[1] == history
 
 
-def test_a_stopped_answer_shows_nothing_more(page: Any):
-    asked = {"text": "Tell me much", "files": []}
+def test_a_stopped_answer_shows_nothing_more_and_the_next_question_is_answered(page: Any):
+    def ask(text: str, tokens: int, request: Any = None) -> Iterator[Any]:
+        return page.respond({"text": text, "files": []}, [], "", tokens, 1.9, 1.0, 1, True, request)
+
     request: Any = SimpleNamespace(session_hash="a page")
-    states = page.respond(asked, [], "", 400, 1.9, 1.0, 1, True, request)
-    assert next(states) == ""
-    next(states)
+    stopped = ask("Tell me much", 400, request)
+    assert next(stopped) == ""
+    next(stopped)
     page.stop(request)
-    assert list(states) == []
+    assert list(stopped) == []
     assert page.engine.present == 0
-
-
-def test_a_new_question_is_answered_although_the_last_answer_is_still_being_closed(page: Any):
-    request: Any = SimpleNamespace(session_hash="a page")
-    first = page.respond({"text": "Tell me much", "files": []}, [], "", 400, 1.9, 1.0, 1, True, request)
+    first = ask("Tell me much", 400, request)
     next(first)
-    second = page.respond({"text": "What is it?", "files": []}, [], "", 40, 1.9, 1.0, 2, True, request)
+    second = ask("What is it?", 40, request)  # although the first is still being closed
     next(second)
     list(first)
-    alone = page.respond({"text": "What is it?", "files": []}, [], "", 40, 1.9, 1.0, 2, True)
-    assert list(second)[-1] == list(alone)[-1]
+    assert list(second)[-1] == list(ask("What is it?", 40))[-1]
 
 
 def test_gradio_passes_the_request_so_that_visitors_do_not_stop_each_other(page: Any):
@@ -137,8 +128,8 @@ def test_an_exported_conversation_can_be_loaded(page: Any, files: Path, tmp_path
 
 def test_passwords(tmp_path: Path):
     (tmp_path / "good").write_text("# who\nme:a:b\n")
-    assert web.passwords(str(tmp_path / "good")) == [("me", "a:b")]
     (tmp_path / "bad").write_text("me\n")
+    assert web.passwords(str(tmp_path / "good")) == [("me", "a:b")]
     for name in ("bad", "missing"):
         with pytest.raises(ConfigError, match=name):
             web.passwords(str(tmp_path / name))
@@ -151,9 +142,8 @@ def test_the_examples_are_shipped_and_answered(parts: Any):
     answers = []
     for text, names in parts.QUESTIONS:
         session.clear()
-        answers.append(
-            session.ask(text, media=[(modality_of(name), str(parts.EXAMPLES / name)) for name in names]).text
-        )
+        media = [(modality_of(name), str(parts.EXAMPLES / name)) for name in names]
+        answers.append(session.ask(text, media=media).text)
     # A red star on the left, a blue circle that rises, a rising sound of middle pitch.
     assert answers == ["red", "up", "rising", "middle and red"]
 
@@ -162,27 +152,19 @@ def test_the_examples_are_shipped_and_answered(parts: Any):
 def served(page: Any, model: Any) -> Iterator[str]:
     """The page behind a real port, its model slow enough to be stopped."""
     uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'web'")
-    forward = model.llama_model.forward
-
-    @functools.wraps(forward)
-    def slowly(*args: Any, **more: Any) -> Any:
-        time.sleep(0.05)
-        return forward(*args, **more)
-
-    model.llama_model.forward = slowly
     line = server.listen("127.0.0.1", 0)
     app = web.build_app(page, web.WebOptions(max_medium=1))
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=lambda: running.run(sockets=[line]), daemon=True)
-    thread.start()
-    yield server.address_of(line)
-    running.should_exit = True
-    thread.join(20)
-    del model.llama_model.forward
+    with pytest.MonkeyPatch.context() as patched:
+        slow_down(model, patched, 0.05)
+        thread.start()
+        yield server.address_of(line)
+        running.should_exit = True
+        thread.join(20)
 
 
 def test_the_page_names_nothing_elsewhere_and_answers_its_own_address_only(served: str):
-    httpx = pytest.importorskip("httpx")
     found = httpx.get(served, timeout=60)
     assert found.status_code == 200
     assert "connect-src 'self'" in found.headers["content-security-policy"]
@@ -194,13 +176,10 @@ def test_the_page_names_nothing_elsewhere_and_answers_its_own_address_only(serve
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
+    if (chromium := shutil.which("chromium")) is None:
         pytest.skip("the browser test needs Debian's chromium")
     with playwright.sync_playwright() as tools:
-        started = tools.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
+        yield tools.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
 class Visitor:
@@ -210,8 +189,7 @@ class Visitor:
         self.context = browser.new_context(viewport={"width": width, "height": 844})
         self.tab = self.context.new_page()
         self.tab.set_default_timeout(60_000)
-        self.faults: list[str] = []
-        self.requested: list[str] = []
+        self.faults, self.requested = list[str](), list[str]()
         self.tab.on("pageerror", lambda error: self.faults.append(str(error)))
         self.tab.on("request", lambda request: self.requested.append(request.url))
         self.tab.goto(address)
@@ -222,7 +200,6 @@ class Visitor:
         return self.tab.locator("#message textarea")
 
     def ready(self) -> None:
-        """Wait until nothing is being answered."""
         self.tab.locator("#message button[aria-label=Submit]").wait_for()
         self.tab.wait_for_timeout(700)
 
@@ -234,12 +211,10 @@ class Visitor:
         self.box.press("Enter")
 
     def begun(self) -> None:
-        """Wait until an answer is under way."""
         self.tab.locator("#message button[aria-label=Stop]").wait_for()
         self.tab.wait_for_timeout(300)
 
     def press(self, name: str) -> None:
-        """Press Undo or New, and wait for the page that comes of it."""
         with self.tab.expect_navigation():
             self.tab.locator(f"#{name}").click()
         self.ready()

@@ -28,7 +28,7 @@ from lavis_chatbridge.models.tokenizer import load_tokenizer
 from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.toyworld.world import scenes
 from tests.chat.building import TINY_TOKENIZER
-from tests.chat.test_world_chat import FIVE, files_of
+from tests.chat.test_engine import FIVE, files_of
 from tests.models.replies import answers, prompt, reply, tiny
 
 COMMAND = os.environ.get("CHATBRIDGE_VLLM", "")
@@ -109,7 +109,7 @@ def questions(count: int) -> list[Conversation]:
     drawn = {modality: scenes(modality, False, 77) for modality in MODALITIES}
     for number in range(count):
         rng = np.random.default_rng([11, number])
-        found = [next(drawn[modality]) for modality in list(FIVE.values())[number % len(FIVE)]]
+        found = [next(drawn[modality]) for modality in FIVE[number % len(FIVE)]]
         media = media_of(media=files_of(tuple(found), rng))
         result.append(Conversation().asking(f"what is the colour or the sound of number {number}?", media))
     return result

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from itertools import product
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis_chatbridge.chat.engine import Answer, Engine, Event, Reply
 from lavis_chatbridge.chat.server import requests
-from lavis_chatbridge.chat.server.command import MEBIBYTE, is_own_name
+from lavis_chatbridge.chat.server.command import MEBIBYTE, own_names
 from lavis_chatbridge.chat.server.requests import Body, ChatRequest, RequestError, TextRequest, refusal_of
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ _DRAINED = 4
 """A body up to this many times the limit is read and dropped: a client that still sends would otherwise see a lost
 connection instead of the refusal."""
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
+Events: TypeAlias = "AsyncIterator[tuple[int, Event]]"
+"""The events of several replies, with the replies' numbers."""
 
 
 class Meters:
@@ -110,7 +112,8 @@ class _Gate:
     """Around every request: access, an id, one log line, a count, faults, and the end of its replies."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions, meters: Meters) -> None:
-        self._app, self._options, self._meters = app, options, meters
+        self._app, self._meters, self._tokens = app, meters, options.tokens
+        self._own_names = own_names(options.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,7 +134,7 @@ class _Gate:
             await send(message)
 
         try:
-            _check_access(request, self._options)
+            self._check_access(request)
             await self._app(scope, receive, watched)
         except ClientDisconnect:
             status = 499
@@ -147,6 +150,20 @@ class _Gate:
             if path not in ("/health", "/metrics"):
                 seconds = time.monotonic() - began
                 log.info("%s %s %s %d %.2f s %s", number, request.method, path, status, seconds, request.state.remark)
+
+    def _check_access(self, request: Request) -> None:
+        """Refuse a request without a token, or (where none is needed) one that comes by a foreign name."""
+        if not self._tokens and not self._own_names.fullmatch(request.headers.get("host", "")):
+            raise RequestError(403, "this server answers only under the name of its own address", "host_not_allowed")
+        if not self._tokens or request.url.path == "/health":
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = token.strip().encode()
+        # All are compared in constant time, so that the time reveals nothing about them.
+        right = [hmac.compare_digest(given, known.encode()) for known in self._tokens]
+        if scheme.lower() != "bearer" or not any(right):
+            message = "the bearer token is not valid" if token else "a bearer token is needed"
+            raise RequestError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 class _Exchange:
@@ -171,7 +188,7 @@ class _Exchange:
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         async for _ in events:
             pass
-        return JSONResponse(response.whole(self._ordered()))
+        return JSONResponse(response.whole(self._complete()))
 
     async def _in_time(self, result: Awaitable[T]) -> T:
         limit = self._options.timeout
@@ -199,8 +216,8 @@ class _Exchange:
             self._replies.append(self._engine.reply(prompt, sampling, deliver))
         return body
 
-    async def _events(self) -> AsyncIterator[tuple[int, Event]]:
-        """The events of the replies, with their numbers, until all are complete or one is a fault."""
+    async def _events(self) -> Events:
+        """The replies' events, until all are complete or one is a fault."""
         watcher = asyncio.create_task(self._watch())
         try:
             while len(self._answers) < len(self._replies):
@@ -223,11 +240,7 @@ class _Exchange:
         self._queue.put_nowait((0, ClientDisconnect()))
 
     async def _stream(
-        self,
-        response: requests.Response,
-        first: tuple[int, Event],
-        events: AsyncIterator[tuple[int, Event]],
-        usage: bool,
+        self, response: requests.Response, first: tuple[int, Event], events: Events, usage: bool
     ) -> AsyncIterator[bytes]:
         """The replies as server-sent events. A fault is an event too, since the status has been sent."""
         try:
@@ -237,7 +250,7 @@ class _Exchange:
             async for index, event in events:
                 yield response.chunk(index, event)
             if usage:
-                yield response.usage(self._ordered())
+                yield response.usage(self._complete())
         except ClientDisconnect:
             return
         except Exception as error:
@@ -246,7 +259,7 @@ class _Exchange:
             yield requests.server_sent(refusal.body())
         yield requests.DONE
 
-    def _ordered(self) -> list[Answer]:
+    def _complete(self) -> list[Answer]:
         return [self._answers[i] for i in range(len(self._replies))]
 
 
@@ -262,21 +275,6 @@ async def _content(request: Request, limit: int) -> bytes:
     if len(content) > limit:
         raise refused
     return bytes(content)
-
-
-def _check_access(request: Request, options: ServerOptions) -> None:
-    """Refuse a request without a token, or (where none is needed) one that comes by a foreign name."""
-    if not options.tokens and not is_own_name(request.headers.get("host", ""), options.host):
-        raise RequestError(403, "this server answers only under the name of its own address", "host_not_allowed")
-    if not options.tokens or request.url.path == "/health":
-        return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = token.strip().encode()
-    # All are compared in constant time, so that the time reveals nothing about them.
-    right = [hmac.compare_digest(given, known.encode()) for known in options.tokens]
-    if scheme.lower() != "bearer" or not any(right):
-        message = "the bearer token is not valid" if token else "a bearer token is needed"
-        raise RequestError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _check_model(name: str, own: str) -> None:

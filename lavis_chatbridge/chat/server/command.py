@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import signal
 import socket
 import sys
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
@@ -80,7 +80,7 @@ class ServerOptions(Settings):
         """Bearer tokens, one of which a request must have; none asks for no token."""
         return (*os.environ.get(TOKENS, "").split(), *(lines_of(self.token_file) if self.token_file else ()))
 
-    @property
+    @cached_property
     def access(self) -> Access:
         """Which URLs of media are opened."""
         from lavis_chatbridge.chat.messages import Access
@@ -168,13 +168,10 @@ def is_loopback(host: str) -> bool:
     return host.strip("[]").lower() in _OWN_NAMES
 
 
-def is_own_name(header: str, host: str) -> bool:
-    """Whether a Host header names the address that a server listens on, not a name that leads there (DNS rebinding)."""
-    try:
-        name = urllib.parse.urlsplit(f"//{header}").hostname
-    except ValueError:
-        return False
-    return name in (*_OWN_NAMES, host.strip("[]").lower())
+def own_names(host: str) -> re.Pattern[str]:
+    """Matches the Host header of a request to the address ``host``, not by a name that leads there (DNS rebinding)."""
+    names = map(re.escape, (*_OWN_NAMES, host.strip("[]")))
+    return re.compile(rf"\[?({'|'.join(names)})\]?(:\d*)?", re.IGNORECASE)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 _logged: set[str] = set()
 _MOST_REPLIES, _MOST_LOGPROBS = 16, 20
+_USUAL = Sampling()
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("tools", "functions", "logit_bias", "guided_json", "structured_outputs", "use_beam_search")),
     **dict.fromkeys(("prompt_logprobs", "prompt_embeds", "echo", "suffix")),
@@ -111,7 +112,7 @@ class Body(BaseModel):
 
     def samplings(self, most: int) -> list[Sampling]:
         """How each of the ``n`` replies is chosen; ``most`` is the upper limit of tokens."""
-        tokens = min(most, self.max_completion_tokens or self.max_tokens or Sampling().max_new_tokens)
+        tokens = min(most, self.max_completion_tokens or self.max_tokens or _USUAL.max_new_tokens)
         values: dict[str, Any] = {
             **{name: getattr(self, name) for name in _SAME},
             "max_new_tokens": tokens,
@@ -121,9 +122,9 @@ class Body(BaseModel):
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "logprobs": self.reported,
         }
-        first = Sampling(**{name: value for name, value in values.items() if value is not None})
+        given = {name: value for name, value in values.items() if value is not None}
         seeds = [None if self.seed is None else self.seed + i for i in range(self.n or 1)]
-        return [first.model_copy(update={"seed": seed}) for seed in seeds]
+        return [_USUAL.model_copy(update={**given, "seed": seed}) for seed in seeds]
 
 
 class ChatRequest(Body):
@@ -174,9 +175,8 @@ def read_request(cls: type[B], body: bytes) -> B:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if not first["loc"]:
-            raise RequestError(
-                400, f"the request's body is not a JSON object: {first['msg']}", "invalid_json"
-            ) from error
+            message = f"the request's body is not a JSON object: {first['msg']}"
+            raise RequestError(400, message, "invalid_json") from error
         names = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)[1:]
         found = json.dumps(first.get("input"), default=str)[:80]
@@ -229,28 +229,27 @@ class Response:
 
     def opening(self, index: int) -> bytes:
         """The first chunk of a reply."""
-        return self._chunked(index, {"role": "assistant", "content": ""})
+        return self._sent(index, {"role": "assistant", "content": ""})
 
     def chunk(self, index: int, event: Event) -> bytes:
         """A chunk of text; or, of the answer, the last chunk, which has log-probabilities and the report."""
-        if isinstance(event, Answer):
-            return self._chunked(index, {}, event)
-        return self._chunked(index, {"content": str(event)})
+        answer = event if isinstance(event, Answer) else None
+        return self._sent(index, {} if answer else {"content": str(event)}, answer)
 
     def usage(self, answers: Sequence[Answer]) -> bytes:
         """The chunk with the numbers of tokens."""
         return server_sent({**self._chunk, "choices": [], "usage": _usage(answers)})
 
-    def _chunked(self, index: int, delta: dict[str, str], answer: Answer | None = None) -> bytes:
-        held = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
-        report = {} if answer is None else {"chatbridge": _report(answer)}
-        return server_sent({**self._chunk, "choices": [self._choice(index, held, answer)], **report})
+    def _sent(self, index: int, delta: dict[str, str], answer: Answer | None = None) -> bytes:
+        content = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+        report = {"chatbridge": _report(answer)} if answer else {}
+        return server_sent({**self._chunk, "choices": [self._choice(index, content, answer)], **report})
 
-    def _choice(self, index: int, held: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
-        """``held`` as one choice; only a complete ``answer`` has log-probabilities and a reason for its end."""
+    def _choice(self, index: int, content: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
+        """One choice; only a complete ``answer`` has log-probabilities and a reason for its end."""
         reason = None if answer is None else "length" if answer.finish == "length" else "stop"
         logprobs = None if answer is None else self._logprobs(answer.logprobs)
-        return {"index": index, **held, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not tokens:
