@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import socket
@@ -138,6 +139,17 @@ def toy_data(**bad: tuple[int, ...]) -> dict[str, dict[str, ToyGroup]]:
     }
     sounds = {"train": ToyGroup([ToySource("sounds", "audio", 17)]), "val": ToyGroup([ToySource("sounds", "audio", 6)])}
     return {"pictures": pictures, "sounds": sounds}
+
+
+def pictures(size: int = 12, split: str = "train", source: type = ToySource, **more: Any) -> dict[str, Any]:
+    """One data set with one split."""
+    return {"pictures": {split: ToyGroup([source("pictures", "image", size, **more)])}}
+
+
+def logged(folder: Path, key: str) -> list[Any]:
+    """The values of a key in a run's log, in their order."""
+    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
 
 
 def config(folder: Path, **run: Any) -> Config:

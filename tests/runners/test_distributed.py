@@ -16,8 +16,17 @@ from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
 from lavis_chatbridge.launchers import ProcessRank
 from lavis_chatbridge.runners import distributed
-from tests.runners import runner_parts
-from tests.runners.runner_parts import ToyModel, ToySource, after_step, config, in_processes, runner, same, weights
+from tests.runners.runner_parts import (
+    ToyModel,
+    ToySource,
+    after_step,
+    config,
+    in_processes,
+    pictures,
+    runner,
+    same,
+    weights,
+)
 
 
 def test_a_device_that_is_not_there(monkeypatch):
@@ -94,10 +103,6 @@ def test_two_processes_resume_exactly(tmp_path):
         assert same(first, second)
 
 
-def pictures(size: int, bad: tuple[int, ...] = (), split: str = "train", source: type = ToySource) -> Any:
-    return {"pictures": {split: runner_parts.ToyGroup([source("pictures", "image", size, bad=bad)])}}
-
-
 @pytest.mark.parametrize("parallel_by", ["ddp", "fsdp"])
 def test_processes_stay_together_when_one_has_nothing_to_read(tmp_path, parallel_by):
     options = {"data": pictures(40, bad=tuple(range(0, 40, 2))), "batch_size_train": 1, "max_bad_share": 1.0}
@@ -132,7 +137,7 @@ def test_data_that_fail_on_one_process_end_the_training_of_all(tmp_path, paralle
 def test_the_share_of_unreadable_samples_is_that_of_all_processes(tmp_path, count):
     """All of them are in the fifth batch of process 1, whose own share is then 10 or 15 %."""
     fifth = MixturePlan({"pictures": 400}, batch_size=4, world_size=2, seed=42).batch(4, 1)[1]
-    data = pictures(400, tuple(index for index, _ in fifth[:count]))
+    data = pictures(400, bad=tuple(index for index, _ in fifth[:count]))
     first, second = told(tmp_path, _train, {"data": data, "max_iters": 10, "save_every_steps": 1, "keep_last": 20})
     assert first == second
     newest = max(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
@@ -145,7 +150,7 @@ def test_the_share_of_unreadable_samples_is_that_of_all_processes(tmp_path, coun
 
 
 def _evaluated(_rank: int, folder: Path, bad: tuple[int, ...]) -> Any:
-    one = runner(folder, data=pictures(60, bad, "test"), evaluate=True, test_splits=["test"])
+    one = runner(folder, data=pictures(60, "test", bad=bad), evaluate=True, test_splits=["test"])
     return one.evaluate()["test"]["samples"]
 
 

@@ -18,7 +18,7 @@ from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.checkpoints import MODEL, STATE
 from lavis_chatbridge.runners.config import Config, load_config
-from tests.runners.runner_parts import in_processes, same, weights
+from tests.runners.runner_parts import in_processes, logged, same, weights
 
 YAML = """
 model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
@@ -60,12 +60,6 @@ def run(folder: Path, world: Path, *options: str, task: str = "chatbridge_alignm
     return runner
 
 
-def logged(folder: Path, key: str) -> list[float]:
-    """The values of a key in the log of a run into ``folder/out``, in their order."""
-    lines = map(json.loads, (folder / "out" / "log.txt").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
-
-
 LORA = (
     "model.language_model.lora.rank=4",
     "model.language_model.lora.dropout=0.1",
@@ -84,7 +78,7 @@ def resumed_from_step_2(folder: Path, world: Path, *options: str) -> Any:
 
 def test_train_resume_and_score(tmp_path, world):
     whole = run(tmp_path / "whole", world, *SAVED, "run.valid_splits=[test]")
-    losses = logged(tmp_path / "whole", "train_loss")
+    losses = logged(tmp_path / "whole" / "out", "train_loss")
     assert len(losses) == 4
     assert all(0 < loss < 10 for loss in losses)
     newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
@@ -145,7 +139,7 @@ def test_two_processes_equal_one(tmp_path, world, alone, parallel):
     for name, tensor in expected.items():
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-3, msg=name)
     for key in ("train_loss", "val_loss"):
-        assert logged(folder, key) == pytest.approx(logged(tmp_path, key), abs=1e-4)
+        assert logged(folder / "out", key) == pytest.approx(logged(tmp_path / "out", key), abs=1e-4)
 
 
 def test_adapters_with_features_sorted_batches_and_compilation_resume_exactly(tmp_path, world, monkeypatch):
@@ -157,7 +151,7 @@ def test_adapters_with_features_sorted_batches_and_compilation_resume_exactly(tm
     torch.compiler.reset()
     resumed = resumed_from_step_2(tmp_path / "whole", world, *options)
     assert same(weights(whole), weights(resumed))
-    assert logged(tmp_path / "cut", "train_loss") == logged(tmp_path / "whole", "train_loss")
+    assert logged(tmp_path / "cut/out", "train_loss") == logged(tmp_path / "whole/out", "train_loss")
     assert all(block._compiled_call_impl is not None for block in resumed.model.llama_model.model.layers)
     ups = [tensor for name, tensor in weights(whole).items() if ".lora_B." in name]
     assert len(ups) == 2 * whole.model.llama_model.config.num_hidden_layers

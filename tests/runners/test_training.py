@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 
 from lavis_chatbridge.errors import ConfigError, TrainingError
 from lavis_chatbridge.runners.checkpoints import step_of
+from tests.runners import runner_parts
 from tests.runners.runner_parts import (
-    ToyGroup,
     ToyModel,
     ToySource,
     after_step,
-    preloaded,
+    logged,
+    pictures,
     runner,
     same,
     toy_data,
@@ -32,14 +33,6 @@ from tests.runners.runner_parts import (
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def train_losses(folder: Path) -> list[float]:
-    return [line["train_loss"] for line in log_of(folder) if "train_loss" in line]
-
-
-def pictures(size: int = 12, **more: Any) -> dict[str, dict[str, ToyGroup]]:
-    return {"pictures": {"train": ToyGroup([ToySource("pictures", "image", size, **more)])}}
 
 
 def test_the_loss_falls_and_the_log_is_lavis_own(tmp_path):
@@ -107,7 +100,7 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path):
 def test_half_precision_trains_fp32_weights(tmp_path, precision):
     one = runner(tmp_path, ToyModel().half(), precision=precision, max_iters=40, log_every=20)
     one.train()
-    first, last = train_losses(tmp_path)
+    first, last = logged(tmp_path, "train_loss")
     assert last < first
     assert {tensor.dtype for tensor in weights(one).values()} == {torch.float32}
     assert one.train_step.scaler.is_enabled() == (precision == "fp16")
@@ -213,7 +206,7 @@ def test_a_training_in_a_thread_warns_about_sigterm(tmp_path, caplog):
 
 def test_sigterm_saves_a_checkpoint_although_workers_receive_it_too(tmp_path):
     process = multiprocessing.get_context("forkserver").Process(target=_end_of_time, args=(tmp_path,))
-    with preloaded():
+    with runner_parts.preloaded():
         process.start()
     process.join(300)
     process.kill()
