@@ -1,10 +1,8 @@
-"""A hub on loopback: redirects, ranges, gated repositories, broken connections, and uploads with LFS."""
+"""A hub on loopback: redirects, ranges, gated repositories, broken connections, and new repositories."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +25,6 @@ class HubServer:
         gated: Repositories that need the token ``secret``.
         broken: Files (by their last name) whose next download breaks in the middle.
         requests: Method, path and range of every request.
-        objects: Uploaded LFS objects by hash.
     """
 
     def __init__(self, root: Path) -> None:
@@ -35,7 +32,6 @@ class HubServer:
         self.gated: set[str] = set()
         self.broken: set[str] = set()
         self.requests: list[tuple[str, str, str]] = []
-        self.objects: dict[str, bytes] = {}
 
     def downloads(self) -> list[str]:
         """Names of the files that were sent, in order; of a redirected file the last request counts."""
@@ -95,7 +91,12 @@ def connect(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def _app(hub: HubServer) -> FastAPI:
     app = FastAPI()
     _add_downloads(app, hub)
-    _add_uploads(app, hub)
+
+    @app.post("/api/repos/create")
+    def create(named: dict[str, Any]) -> dict[str, str]:
+        repo = f"{named['organization']}/{named['name']}"
+        (hub.root / repo).mkdir(parents=True)
+        return {"url": f"{hub.url}/{repo}"}
 
     @app.middleware("http")
     async def record(request: Request, answer: Any) -> Response:
@@ -130,44 +131,6 @@ def _add_downloads(app: FastAPI, hub: HubServer) -> None:
     @app.api_route("/cdn/{file:path}", methods=["GET", "HEAD"])
     def cdn(request: Request, file: str) -> Response:
         return hub.send(request, hub.root / file)
-
-
-def _add_uploads(app: FastAPI, hub: HubServer) -> None:
-    @app.post("/api/repos/create")
-    def create(named: dict[str, Any]) -> dict[str, str]:
-        repo = f"{named['organization']}/{named['name']}"
-        (hub.root / repo).mkdir(parents=True)
-        return {"url": f"{hub.url}/{repo}"}
-
-    @app.post("/api/validate-yaml")
-    def validate() -> dict[str, str]:
-        return {}
-
-    @app.post("/api/models/{org}/{name}/preupload/main")
-    def preupload(body: dict[str, Any]) -> dict[str, Any]:
-        paths = [file["path"] for file in body["files"]]
-        modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
-        files = zip(paths, modes, strict=True)
-        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in files]}
-
-    @app.post("/{org}/{name}.git/info/lfs/objects/batch")
-    def batch(org: str, name: str, request: Request, body: dict[str, Any]) -> Response:
-        objects = [{**o, "actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}} for o in body["objects"]]
-        return JSONResponse({"transfer": "basic", "objects": objects})
-
-    @app.put("/lfs/{oid}")
-    async def upload(oid: str, request: Request) -> None:
-        hub.objects[oid] = await request.body()
-
-    @app.post("/api/models/{org}/{name}/commit/main")
-    async def commit(org: str, name: str, request: Request) -> dict[str, Any]:
-        for line in map(json.loads, (await request.body()).splitlines()):
-            if line["key"] in ("file", "lfsFile"):
-                value, target = line["value"], hub.root / org / name / line["value"]["path"]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                whole = line["key"] == "file"
-                target.write_bytes(base64.b64decode(value["content"]) if whole else hub.objects[value["oid"]])
-        return {"success": True, "commitOid": COMMIT, "commitUrl": f"{hub.url}/{org}/{name}/commit/{COMMIT}"}
 
 
 def _is_redirected(path: str) -> bool:

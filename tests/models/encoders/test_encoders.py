@@ -14,10 +14,11 @@ from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import CheckpointError, ConfigError
 from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models import encoders
+from lavis_chatbridge.models.encoders.beats import Beats
 from lavis_chatbridge.models.encoders.eva import EvaVit
 from lavis_chatbridge.models.settings import LoraSettings, VisionSettings
 from lavis_chatbridge.prompting.conversation import Modality, alignment_prompt
-from tests.models.building import small_model, small_settings
+from tests.models.building import SMALL_BEATS, small_model, small_settings
 from tests.models.encoders import architectures
 
 ALL = [("vision", name) for name in architectures.VISION] + [("audio", name) for name in architectures.AUDIO]
@@ -115,6 +116,31 @@ def test_evas_fused_attention_equals_that_of_lavis() -> None:
         torch.nn.init.normal_(bias)
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(attention(x), type(attention).forward(attention, x), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 75, 80])
+def test_padding_does_not_change_beats(frames: int) -> None:
+    """BEATs' numbers are in test_golden."""
+    beats = Beats(SMALL_BEATS).eval()
+    fbank = torch.randn(3, 160, 32)
+    lengths = torch.tensor([frames, 160, 0])
+    tokens, mask = beats(fbank, lengths)
+    alone, mask_alone = beats(fbank[:1, :frames], lengths[:1])
+    assert mask_alone.all()
+    assert mask.sum(1).tolist() == [-(-frames // 16) * 2, 20, 2]  # a clip without sound still has a patch to look at
+    torch.testing.assert_close(tokens[0, mask[0]], alone[0], atol=1e-5, rtol=0)
+    assert not tokens[0, ~mask[0]].any()
+    assert tokens.isfinite().all()
+
+
+def test_beats_drops_a_rest_of_frames_and_refuses_a_rest_of_bins() -> None:
+    beats, fbank = Beats(SMALL_BEATS).eval(), torch.randn(1, 90, 32)
+    tokens, mask = beats(fbank)
+    assert tokens.shape == (1, 10, 32)
+    assert mask.all()
+    torch.testing.assert_close(tokens, beats(fbank[:, :80])[0])
+    with pytest.raises(ConfigError, match="multiples of 16 and at least 16 frames, found 40 bins and 64 frames"):
+        beats(torch.zeros(1, 64, 40))
 
 
 def test_pooling_averages_neighbours_in_the_grid(tmp_path: Path) -> None:
