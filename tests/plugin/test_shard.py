@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,21 +19,7 @@ from lavis_chatbridge.plugin.shard import _add_ratios, _files_of, _section
 from lavis_chatbridge.schema import SampleFile
 from lavis_chatbridge.toyworld.build import Sizes, build_world
 from tests.datasets.test_shards import contents, mine, shard  # noqa: F401
-
-YAML = """
-model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
-datasets:
-  chatbridge_world_caption: {{data_root: {world}}}
-run:
-  task: chatbridge_alignment
-  max_iters: 4
-  batch_size_train: 2
-  init_lr: 1e-3
-  num_workers: 0
-  log_every: 1
-  output_dir: {output}
-  job_id: ""
-"""
+from tests.runners.runner_parts import YAML, logged
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +30,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def config(tmp_path, world):
     path = tmp_path / "run.yaml"
-    path.write_text(YAML.format(world=world, output=tmp_path / "out"))
+    path.write_text(YAML.format(world=world, output=tmp_path / "out", task="chatbridge_alignment"))
     return path
 
 
@@ -53,8 +38,7 @@ def train(path, *options):
     """The losses of each step."""
     with Runs() as runs:
         runs.run(str(path), ["run.device=cpu", *options], evaluate=False)
-    lines = [json.loads(line) for line in Path(runs.cfg.run.output_dir, "log.txt").read_text().splitlines()]
-    return [line["train_loss"] for line in lines if "train_loss" in line]
+    return logged(Path(runs.cfg.run.output_dir), "train_loss")
 
 
 def test_training_from_shards_is_training_from_files_and_resumes_it(tmp_path, config, world, caplog):

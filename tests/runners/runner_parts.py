@@ -30,6 +30,23 @@ from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 WIDTH, WORDS = 8, 12
 COLOURS = ("red", "green", "blue")
+YAML = """
+model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
+datasets:
+  chatbridge_world_caption: {{data_root: {world}}}
+run:
+  task: {task}
+  max_iters: 4
+  batch_size_train: 2
+  batch_size_eval: 4
+  accum_grad_iters: 2
+  init_lr: 1e-3
+  num_workers: 0
+  log_every: 1
+  output_dir: {output}
+  job_id: ""
+"""
+"""A short run of the tiny ChatBridge on an embedded world."""
 
 
 class ToySource:

@@ -18,24 +18,7 @@ from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.checkpoints import MODEL, STATE
 from lavis_chatbridge.runners.config import Config, load_config
-from tests.runners.runner_parts import in_processes, logged, same, weights
-
-YAML = """
-model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
-datasets:
-  chatbridge_world_caption: {{data_root: {world}}}
-run:
-  task: {task}
-  max_iters: 4
-  batch_size_train: 2
-  batch_size_eval: 4
-  accum_grad_iters: 2
-  init_lr: 1e-3
-  num_workers: 0
-  log_every: 1
-  output_dir: {output}
-  job_id: ""
-"""
+from tests.runners.runner_parts import YAML, in_processes, logged, same, weights
 
 
 def configured(folder: Path, world: Path, *options: str, task: str = "chatbridge_alignment") -> Config:
