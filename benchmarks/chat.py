@@ -12,7 +12,6 @@ small constant); no file is left; the log has no error.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -38,7 +37,7 @@ import psutil
 import soundfile
 import torch
 import transformers
-from common import circumstances, write_table
+from common import circumstances, command_line, write_table
 from PIL import Image
 
 MODEL, TOKEN = "chatbridge-tiny", "a-token-for-the-benchmark"
@@ -324,13 +323,12 @@ def throughput(clients: Sequence[int], requests: int, seed: int, engines: dict[s
 
 def main() -> int:
     """Print the tables and, of a soak, the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--engine", default="", help="a vLLM server of the tiny model's language model")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file for the tables")
     args = parser.parse_args()
     faults: list[str] = []
     if args.soak:

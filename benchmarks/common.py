@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -25,6 +26,13 @@ def circumstances(script: str, *options: str, modules: tuple[ModuleType, ...] = 
         [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", f"benchmarks/{script}", *options]
     )
     return f"{datetime.date.today()}, {cores} CPU core(s), {', '.join(versions)}; `{command}`.\n"
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark, with ``--write``."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file for the table")
+    return made
 
 
 def write_table(text: str, file: Path | None) -> None:

@@ -13,12 +13,11 @@ times as fast for pictures, 2.0 for videos, 1.4 for sounds.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ import soundfile
 import torch
 import torchaudio
 import torchvision
-from common import circumstances, write_table
+from common import circumstances, command_line, write_table
 from PIL import Image
 from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -59,16 +58,17 @@ def plain_video(path: Path) -> torch.Tensor:
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    picked = [frames[index] for index in frame_indices(len(frames), FRAMES)]
-    return torch.stack([PLAIN_TRANSFORM(Image.fromarray(frame)) for frame in picked])
+    return _transformed([frames[index] for index in frame_indices(len(frames), FRAMES)])
 
 
 def decord_video(path: Path) -> torch.Tensor:
     """Frames picked by decord, one thread; each frame transformed separately."""
     reader = decord.VideoReader(str(path), num_threads=1)
-    batch = reader.get_batch(frame_indices(len(reader), FRAMES))
-    picked = np.asarray(batch)
-    return torch.stack([PLAIN_TRANSFORM(Image.fromarray(frame)) for frame in picked])
+    return _transformed(np.asarray(reader.get_batch(frame_indices(len(reader), FRAMES))))
+
+
+def _transformed(frames: Iterable[np.ndarray]) -> torch.Tensor:
+    return torch.stack([PLAIN_TRANSFORM(Image.fromarray(frame)) for frame in frames])
 
 
 def plain_audio(path: Path) -> torch.Tensor:
@@ -96,12 +96,6 @@ def scenery(width: int, height: int, seed: int) -> np.ndarray:
             plane = Image.fromarray(np.ascontiguousarray(coarse[..., channel]))
             picture[..., channel] += np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
     return (picture + 128).clip(0, 255).astype(np.uint8)
-
-
-def make_image(path: Path, width: int, height: int) -> Path:
-    """A picture file of the type of its ending."""
-    Image.fromarray(scenery(width, height, 1)).save(path, quality=90)
-    return path
 
 
 def make_video(path: Path, width: int, height: int, group: int, frames: int = 250) -> Path:
@@ -175,7 +169,8 @@ def measure(folder: Path, seconds: float) -> tuple[list[str], str]:
     rows = []
     image, video, audio = ImageEvalProcessor(), VideoEvalProcessor(), AudioEvalProcessor()
     for name, width, height in (("a.jpg", 640, 480), ("b.jpg", 1920, 1080), ("c.jpg", 4000, 3000), ("d.png", 640, 480)):
-        path = make_image(folder / name, width, height)
+        path = folder / name
+        Image.fromarray(scenery(width, height, 1)).save(path, quality=90)
         what = f"{path.suffix[1:]} {width} x {height}"
         plain = {"Pillow, torchvision": partial(plain_image, path)}
         rows += compare("image", what, partial(image, path), plain, 1.7, seconds)
@@ -196,9 +191,8 @@ def measure(folder: Path, seconds: float) -> tuple[list[str], str]:
 
 def main() -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each pipeline and file")
-    parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,6 @@ token reads all weights once, and the keys and values of every row.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import platform
 import statistics
@@ -22,12 +21,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import Trainer, circumstances, write_table
+from common import Trainer, circumstances, command_line, write_table
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -240,12 +238,11 @@ def report(how: str, device: torch.device, limits: tuple[float, float], steps: l
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--size", default="13b", choices=list(LLAMAS))
     parser.add_argument("--modalities", nargs="+", default=list(MODALITIES), choices=list(MODALITIES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="measured repetitions")
-    parser.add_argument("--write", type=Path, help="file for the tables")
     arguments = parser.parse_args(words)
     device = torch.device(arguments.device)
     if device.type != "cuda" and arguments.size != "tiny":

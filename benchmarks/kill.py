@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from common import circumstances, write_table
+from common import circumstances, command_line, write_table
 
 RANKS = 2
 CONFIG = """
@@ -140,11 +140,10 @@ def main() -> int:
     """Run the benchmark."""
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help="a Markdown file for the table")
     args = parser.parse_args()
     root = str(Path(__file__).resolve().parent.parent)
     sys.path.insert(0, root)
@@ -160,9 +159,8 @@ def main() -> int:
         inside = "yes" if in_save else "no"
         lines.append(f"| {number} | {seconds:.2f} | step {step} | {inside} | {'yes' if same else 'NO'} |")
     right, inside = sum(row[3] for row in rows), sum(row[2] for row in rows)
-    write_table(
-        "\n".join([*lines, "", f"{right} of {len(rows)} identical ({inside} kills inside a save).", ""]), args.write
-    )
+    lines += ["", f"{right} of {len(rows)} identical ({inside} kills inside a save).", ""]
+    write_table("\n".join(lines), args.write)
     return 0 if right == len(rows) else 1
 
 

@@ -14,7 +14,6 @@ the noun nearest to the mean soft token, and the bridge's answers to exchanged p
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import re
@@ -28,7 +27,7 @@ from typing import Any
 import timm
 import torch
 import transformers
-from common import circumstances, write_table
+from common import circumstances, command_line, write_table
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -222,10 +221,9 @@ def answers(model: ChatBridge, media: list[Any]) -> list[str]:
 
 def main() -> None:
     """Fetch, measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=120, help="steps with the language model; 0 leaves the bridge out")
-    parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args()
     folder, packages = arguments.folder.absolute(), arguments.folder.absolute() / "packages"
     parts, data = folder / "parts", folder / "pictures"

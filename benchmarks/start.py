@@ -9,7 +9,6 @@ until they have printed something, and until they are ready.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import circumstances, write_table
+from common import circumstances, command_line, write_table
 
 import lavis_chatbridge
 
@@ -81,9 +80,8 @@ def hook_cost() -> float:
 
 def main(words: list[str] | None = None) -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measured starts of each row")
-    parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args(words)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -96,10 +94,8 @@ def main(words: list[str] | None = None) -> None:
     for command, ready in COMMANDS.items():
         first, last = (min(each) for each in zip(*(shown_after(command, ready) for _ in range(2)), strict=True))
         lines.append(f"| {command}: first line, ready | {first:.2f}, {last:.2f} | | |")
-    lines += [
-        "",
-        f"The plugin adds {min(hook_cost() for _ in range(3)):.1f} ms to `import torch` (limit {LIMIT_MS:g} ms).",
-    ]
+    added = min(hook_cost() for _ in range(3))
+    lines += ["", f"The plugin adds {added:.1f} ms to `import torch` (limit {LIMIT_MS:g} ms)."]
     write_table("\n".join(lines) + "\n", arguments.write)
 
 

@@ -17,13 +17,11 @@ operations (`torch.utils.flop_counter`) divided by its seconds and the ceiling.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
-from common import Trainer, circumstances, write_table
+from common import Trainer, circumstances, command_line, write_table
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -260,25 +258,18 @@ def report(rounds: int) -> str:
     for modality in BATCHES:
         rows = measure(modality, rounds)
         for name, seconds, share, apart in rows:
-            goals = (str(GOALS[modality]), str(SHARE)) if name == "ours" else ("", "")
-            cells = [
-                modality,
-                name,
-                f"{seconds:.2f}",
-                f"{rows[0][1] / seconds:.2f}",
-                goals[0],
-                f"{share:.2f}",
-                goals[1],
-            ]
-            lines.append("| " + " | ".join([*cells, f"{apart:+.1e}"]) + " |")
+            goal, top = (GOALS[modality], SHARE) if name == "ours" else ("", "")
+            lines.append(
+                f"| {modality} | {name} | {seconds:.2f} | {rows[0][1] / seconds:.2f} | {goal} | {share:.2f} | {top} "
+                f"| {apart:+.1e} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each variant")
-    parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     write_table(report(arguments.rounds), arguments.write)

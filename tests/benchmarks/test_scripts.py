@@ -21,8 +21,8 @@ def test_a_script_opens_with_its_command_and_knows_its_options(script: Path) -> 
     opening = ast.get_docstring(ast.parse(text)) or ""
     commands = re.findall(rf"^    .*python benchmarks/{script.name}(?:.|\n {{5,}})*", opening, flags=re.MULTILINE)
     assert commands
-    told = {option for command in commands for option in re.findall(r"--[a-z][a-z-]*", command)}
-    assert told <= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', text))
+    shown = {option for command in commands for option in re.findall(r"--[a-z][a-z-]*", command)}
+    assert shown <= {"--write", *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', text)}
 
 
 @pytest.mark.parametrize("table", sorted(FOLDER.glob("*.md")), ids=lambda path: path.stem)
@@ -42,12 +42,3 @@ def test_circumstances_name_the_command(benchmark: Callable[[str], Any], monkeyp
     assert re.match(r"\d{4}-\d\d-\d\d, \d+ CPU core\(s\), Python 3\.", told)
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert common.circumstances("a.py").endswith("; `python benchmarks/a.py`.\n")
-
-
-def test_a_table_is_printed_and_written(
-    benchmark: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    benchmark("common").write_table("| a |\n", tmp_path / "a.md")
-    benchmark("common").write_table("| b |\n", None)
-    assert capsys.readouterr().out == "| a |\n| b |\n"
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["| a |\n"]

@@ -30,31 +30,18 @@ def scored(run: Path, split: str, records: list[dict], chance: float | None = No
 
 
 def captions(split: str) -> list[dict]:
+    caption = {"prediction": "a <b>red</b> thing", "prompt": ""}
     return [
-        {
-            "sample_id": f"{modality}_{split}_00000",
-            "source": f"world/{modality}",
-            "facts": facts,
-            "prediction": "a <b>red</b> thing",
-            "prompt": "",
-        }
+        {"sample_id": f"{modality}_{split}_00000", "source": f"world/{modality}", "facts": facts, **caption}
         for modality, facts in FACTS.items()
     ]
 
 
 def joint(*right: str) -> list[dict]:
-    return [
-        {
-            "sample_id": "joint_00000_name",
-            "source": "world_joint",
-            "answers": ["red and low"],
-            "facts": {},
-            "meta": {"asked": kind},
-            "prediction": "Red and low." if kind in right else "blue and low",
-            "prompt": "###Human: Given following image: [image 0].###Human: name both###Assistant:",
-        }
-        for kind in KINDS
-    ]
+    prompt = "###Human: Given following image: [image 0].###Human: name both###Assistant:"
+    asked = {"sample_id": "joint_00000_name", "source": "world_joint", "answers": ["red and low"], "prompt": prompt}
+    texts = {kind: "Red and low." if kind in right else "blue and low" for kind in KINDS}
+    return [asked | {"facts": {}, "meta": {"asked": kind}, "prediction": text} for kind, text in texts.items()]
 
 
 @pytest.fixture
