@@ -12,14 +12,7 @@ from PIL import Image
 
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media import open_audio
-from lavis_chatbridge.plugin.lmms_eval.requests import (
-    batches,
-    conversation,
-    decoding,
-    medium_of,
-    question,
-    wav,
-)
+from lavis_chatbridge.plugin.lmms_eval.requests import batches, conversation, decoding, medium_of, question, wav
 from tests.media.making import video_file
 
 TONE = (0.5 * np.sin(np.arange(800) / 5)).astype(np.float32)
@@ -55,9 +48,8 @@ def words(messages):
 
 
 def test_sound_of_the_datasets_library_is_sound_whatever_it_is_called():
-    decoded = SimpleNamespace(
-        get_all_samples=lambda: SimpleNamespace(data=torch.from_numpy(TONE)[None], sample_rate=8000)
-    )
+    samples = SimpleNamespace(data=torch.from_numpy(TONE)[None], sample_rate=8000)
+    decoded = SimpleNamespace(get_all_samples=lambda: samples)
     for given in ({"array": TONE, "sampling_rate": 8000, "path": "x.wav"}, decoded):
         medium = medium_of(given, "video")
         assert medium.modality == "audio"
@@ -68,12 +60,10 @@ def test_what_is_no_medium_is_refused():
     for name in ("video_start", "end_time"):
         with pytest.raises(MediaError, match=f"a part of a video \\({name}\\) is not supported"):
             conversation([{"role": "user", "content": [{"type": "video", "url": "v.mp4", name: 3.0}]}])
-    with pytest.raises(MediaError, match="a set is not a medium"):
-        medium_of({1})
-    with pytest.raises(MediaError, match="the fields \\['frames'\\]"):
-        medium_of({"frames": 3})
-    with pytest.raises(MediaError, match="no such file"):
-        medium_of("nowhere.mp4")
+    refused = {"a set is not a medium": {1}, r"the fields \['frames'\]": {"frames": 3}, "no such file": "nowhere.mp4"}
+    for words, given in refused.items():
+        with pytest.raises(MediaError, match=words):
+            medium_of(given)
 
 
 def test_a_question_brings_its_media_first_and_videos_their_sound_on_request(tmp_path):

@@ -129,14 +129,7 @@ def shipped(model_type: str) -> ModelSettings:
         ("vicuna13b", 32, False, 80, (13015.9, 985.9, 90.3)),
     ],
 )
-def test_shipped_types_have_published_sizes_and_fit(
-    model_type: str,
-    batch: int,
-    checkpointing: bool,
-    gib: int,
-    millions: tuple[float, ...],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_shipped_types_have_published_sizes_and_fit(model_type, batch, checkpointing, gib, millions, monkeypatch):
     """The batches are those of projects/chatbridge/TYPE/align.yaml."""
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
     parts = training_memory(shipped(model_type), batch, checkpointing)
