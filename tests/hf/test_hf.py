@@ -220,11 +220,11 @@ def test_the_language_model_is_quantised_as_asked(processor, talk) -> None:
 def test_a_pushed_model_loads_by_its_hub_id(tmp_path: Path, model, talk, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path / "hub") as server:
         connect(server, tmp_path / "cache", monkeypatch)
-        monkeypatch.setattr(
-            HfApi,
-            "upload_folder",
-            lambda api, repo_id, folder_path: shutil.copytree(folder_path, server.root / repo_id, dirs_exist_ok=True),
-        )
+
+        def upload(api: HfApi, *, repo_id: str, folder_path: Path) -> None:
+            shutil.copytree(folder_path, server.root / repo_id, dirs_exist_ok=True)
+
+        monkeypatch.setattr(HfApi, "upload_folder", upload)
         model.push_to_hub("org/bridge", save_frozen=True, max_shard_size="1MB")
         pushed = {path.name for path in (tmp_path / "hub" / "org" / "bridge").iterdir()}
         assert pushed >= {"README.md", "config.json", "frozen", "model.safetensors.index.json"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,27 +12,23 @@ from PIL import Image
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media import open_audio
 from lavis_chatbridge.plugin.lmms_eval.requests import batches, conversation, decoding, medium_of, question, wav
-from tests.media.making import video_file
+from tests.media.making import encoded, video_file
 
+PICTURE = Image.new("RGB", (4, 4))
+PNG = encoded(PICTURE, "PNG")
 TONE = (0.5 * np.sin(np.arange(800) / 5)).astype(np.float32)
-
-
-def png() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(file, "png")
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
     ("given", "modality"),
     [
-        (Image.new("RGB", (4, 4)), "image"),
+        (PICTURE, "image"),
         (np.zeros((4, 4, 3), np.uint8), "image"),
         (np.zeros((2, 4, 4, 3), np.uint8), "video"),
-        (png(), "image"),
+        (PNG, "image"),
         (wav(TONE, 16_000), "audio"),
         (video_file(4), "video"),
-        ({"bytes": png(), "path": "x.wav"}, "image"),
+        ({"bytes": PNG, "path": "x.wav"}, "image"),
         ({"type": "audio", "url": "x.webm"}, "audio"),
         ({"type": "unknown", "video": wav(TONE, 8000)}, "audio"),
     ],

@@ -36,10 +36,9 @@ from lavis_chatbridge.processors import load_processors
 
 model, vis, txt = load_model_and_preprocess("chatbridge", "small", is_eval=True)
 own = load_processors(OmegaConf.load(model.default_config_path("small")).preprocess)
-media = {"image": own["image"]["eval"](sys.argv[1]), "video": own["video"]["eval"](sys.argv[2])}
-media["audio"] = own["audio"]["eval"](sys.argv[3])
 found = {"mean": vis["eval"].settings.mean, "rate": own["audio"]["eval"].settings.extractor["sampling_rate"]}
-for modality, medium in media.items():
+for modality, path in zip(("image", "video", "audio"), sys.argv[1:]):
+    medium = own[modality]["eval"](path)
     batch = {modality: medium.unsqueeze(0) if modality != "audio" else [medium]}
     found[modality] = model.generate(batch, prompt="What is it?", max_length=3)
 print("RESULT", json.dumps(found))
