@@ -78,8 +78,7 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         """The given splits, or all."""
         if self.settings.parts:
             return {"train": self._mixture()}
-        given = {section: getattr(self.settings, section) for section in SECTIONS.values()}
-        processors = load_processors({name: value for name, value in given.items() if value is not None})
+        processors = load_processors(self.settings.model_dump(include={*SECTIONS.values()}, exclude_none=True))
         found = {}
         for split in self.settings.used_splits:
             if splits is None or split in splits:
@@ -123,10 +122,12 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return [(f"{self.NAME}/{name}", np.flatnonzero(file.modality == present[name])) for name in sorted(present)]
 
     def _warn_of_unused_task(self, sources: Iterable[SampleDataset]) -> None:
-        message = "%s: with stage: auto, samples without turns are for alignment, which ignores task: %s"
-        for source in sources if self.settings.stage == "auto" and self.settings.task else ():
-            if any(not source.sample(index).turns for index in range(min(len(source), _FIRST))):
-                _log.warning(f"{message}; set stage: instruction to use its templates", source.name, self.settings.task)
+        own = self.settings
+        message = "%s: captions are for alignment, which ignores task: %s; set stage: instruction to use its templates"
+        for source in sources:
+            first = (source.sample(index) for index in range(min(len(source), _FIRST)))
+            if own.stage == "auto" and own.task and not all(sample.turns for sample in first):
+                _log.warning(message, source.name, own.task)
 
     def _mixture(self) -> SplitDataset:
         own = self.settings

@@ -73,14 +73,12 @@ def write_converted(name: str, split: str, own: DataSettings, target: Path, root
                 if not missing:
                     count += 1
                     yield sample
-            named = ", ".join(origin.every_file)
-            if not count and not absent:
-                raise DataError(f"{name}, split {split}: {named} contains no sample")
             if not count:
-                raise DataError(
-                    f"{name}, split {split}: none of the {len(absent)} samples of {named} has its media; the first "
-                    f"path is {absent[0]}"
-                )
+                fault, named = f"{name}, split {split}:", ", ".join(origin.every_file)
+                if not absent:
+                    raise DataError(f"{fault} {named} contains no sample")
+                missed = f"none of the {len(absent)} samples of {named} has its media"
+                raise DataError(f"{fault} {missed}; the first path is {absent[0]}")
 
     return write_jsonl(target, usable(), own.root if root is None else root), len(absent)
 

@@ -45,9 +45,9 @@ class Encoder(Protocol):
 class FeatureStore:
     """The features of media, by key, in the shards of a folder; ``encoders`` are the `encoder_hashes`."""
 
-    def __init__(self, folder: str | Path, encoders: Mapping[Modality, str] | None = None) -> None:
+    def __init__(self, folder: str | Path, encoders: Mapping[Modality, str]) -> None:
         self.folder = Path(folder)
-        self._encoders = encoders or {}
+        self._encoders = encoders
         self.locations: dict[str, tuple[Path, int, int]] = {}
         """Key -> a shard, and the offset and size of the features in it."""
         self._files: dict[str, list[Any]] = {}

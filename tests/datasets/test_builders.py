@@ -41,19 +41,15 @@ def write(path, content):
 
 
 def test_every_data_set_is_registered():
-    known = registry.list_datasets()
     alignment = ("coco_caption", "sbu", "cc3m", "cc12m", "laion115m", "webvid10m", "wavcaps")
     parts = ["vqav2", "vgqa", "coco_caption", "msrvtt_qa", "msrvtt_caption", "audiocaps"]
     chats = product(("llava", "msrvtt", "audiocaps", "valor"), ("conversation", "detail", "reasoning"))
     parts = [f"multis_{name}" for name in (*parts, *map("_".join, chats))]
-    assert {*(f"align_{name}" for name in alignment), *parts, "multis", "chatbridge_jsonl"} <= set(known)
+    names = {*(f"align_{name}" for name in alignment), *parts, "multis", "chatbridge_jsonl"}
+    assert names <= set(registry.list_datasets())
     assert list(builder("multis").settings.parts) == parts
-    names = registry.get_builder_class("chatbridge_jsonl").split_names
-    assert names({"splits": {"train": "a.jsonl", "val": None, "test": ["b.jsonl"]}}) == ["train", "test"]
-    for name in known:
-        cls = registry.get_builder_class(name)
-        if issubclass(cls, builders.ChatBridgeBuilder):
-            assert name in builders.OmegaConf.load(cls.default_config_path()).datasets
+    splits = registry.get_builder_class("chatbridge_jsonl").split_names
+    assert splits({"splits": {"train": "a.jsonl", "val": None, "test": ["b.jsonl"]}}) == ["train", "test"]
 
 
 def test_own_data_becomes_one_source_per_modality(pictures, monkeypatch):
@@ -84,8 +80,6 @@ def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):
         ({"reeder": "jsonl", "splits": {"train": "x"}}, r"unknown key datasets.x.reeder, did you mean 'reader'\?"),
         ({}, "splits is missing"),
         ({"reader": "cocoa", "splits": {"train": "x"}}, "unknown reader 'cocoa'"),
-        ({"splits": {"train": 3}}, r"datasets\.x\.splits\.train"),
-        ({"splits": {"train": "x"}, "limit": 0}, "limit is 0, expected at least 1"),
         (
             {"splits": {"train": ["a.jsonl", "b.jsonl"]}, "data_root": str(tmp_path)},
             rf"2 of its files .*data root {tmp_path}; datasets\.x\.data_root, .*a\.jsonl, .*b\.jsonl",
