@@ -90,23 +90,7 @@ def connect(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def _app(hub: HubServer) -> FastAPI:
     app = FastAPI()
-    _add_downloads(app, hub)
 
-    @app.post("/api/repos/create")
-    def create(named: dict[str, Any]) -> dict[str, str]:
-        repo = f"{named['organization']}/{named['name']}"
-        (hub.root / repo).mkdir(parents=True)
-        return {"url": f"{hub.url}/{repo}"}
-
-    @app.middleware("http")
-    async def record(request: Request, answer: Any) -> Response:
-        hub.requests.append((request.method, request.url.path, request.headers.get("Range", "")))
-        return await answer(request)
-
-    return app
-
-
-def _add_downloads(app: FastAPI, hub: HubServer) -> None:
     @app.get("/api/models/{org}/{name}")
     @app.get("/api/models/{org}/{name}/revision/{revision:path}")
     def info(request: Request, org: str, name: str, revision: str = "main") -> Response:
@@ -131,6 +115,19 @@ def _add_downloads(app: FastAPI, hub: HubServer) -> None:
     @app.api_route("/cdn/{file:path}", methods=["GET", "HEAD"])
     def cdn(request: Request, file: str) -> Response:
         return hub.send(request, hub.root / file)
+
+    @app.post("/api/repos/create")
+    def create(named: dict[str, Any]) -> dict[str, str]:
+        repo = f"{named['organization']}/{named['name']}"
+        (hub.root / repo).mkdir(parents=True)
+        return {"url": f"{hub.url}/{repo}"}
+
+    @app.middleware("http")
+    async def record(request: Request, answer: Any) -> Response:
+        hub.requests.append((request.method, request.url.path, request.headers.get("Range", "")))
+        return await answer(request)
+
+    return app
 
 
 def _is_redirected(path: str) -> bool:

@@ -16,12 +16,12 @@ VISION = ("clip", "siglip", "siglip2", "dinov2", "timm vit", "timm efficientnet"
 AUDIO = ("whisper", "ast", "wav2vec2", "hubert", "clap")
 
 
-def vision(name: str, folder: Path, seed: int = 0, **options: Any) -> VisionSettings:
+def vision(name: str, folder: Path, seed: int = 0) -> VisionSettings:
     """Save a vision encoder of 32-pixel images into a folder and return the settings that load it."""
     torch.manual_seed(seed)
     if name.startswith("timm"):
         _save_timm(name.removeprefix("timm "), folder)
-        return VisionSettings(encoder="timm", weights=str(folder), **options)
+        return VisionSettings(encoder="timm", weights=str(folder))
     from transformers import AutoConfig, AutoModel
 
     sizes = {**PART, "image_size": 32, "patch_size": 8}
@@ -33,7 +33,7 @@ def vision(name: str, folder: Path, seed: int = 0, **options: Any) -> VisionSett
     AutoModel.from_config(config).save_pretrained(folder)
     processor = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return VisionSettings(encoder="transformers", weights=str(folder), **options)
+    return VisionSettings(encoder="transformers", weights=str(folder))
 
 
 def _save_timm(name: str, folder: Path) -> None:
