@@ -22,11 +22,11 @@ RUN = "run:\n  task: chatbridge_alignment\n  max_iters: 10\n"
 def yaml_of(tmp_path, monkeypatch):
     """A model with two types and a data set, registered for one test; returns a writer of configuration files."""
     small, large = tmp_path / "small.yaml", tmp_path / "large.yaml"
-    processors = (
-        "preprocess:\n  vis_processor: {train: {name: v, image_size: 56}}\n  text_processor: {train: {name: t}}\n"
-    )
-    small.write_text(f"model: {{arch: toy_arch, width: 4, extra: {{depth: 1, heads: 2}}}}\n{processors}")
-    large.write_text(f"model: {{arch: toy_arch, width: 400, extra: {{depth: 10, heads: 2}}}}\n{processors}")
+    for path, width, depth in ((small, 4, 1), (large, 400, 10)):
+        path.write_text(f"""
+model: {{arch: toy_arch, width: {width}, extra: {{depth: {depth}, heads: 2}}}}
+preprocess: {{vis_processor: {{train: {{name: v, image_size: 56}}}}, text_processor: {{train: {{name: t}}}}}}
+""")
     data = tmp_path / "data.yaml"
     data.write_text("datasets: {toy_data: {data_type: images, batch: 3}}\n")
 
@@ -119,10 +119,7 @@ def test_every_fault_is_reported_at_once(yaml_of):
         ("  min_lr: 1\n", "init_lr 0.0001 is less than min_lr 1.0 or warmup_lr 0.0"),
         ("  num_beams: 3\n  use_nucleus_sampling: true\n", "choose one"),
         ("  train_dataset_ratios: {toy_data: 1, toydata: 2}\n", "run.train_dataset_ratios: unknown name 'toydata'"),
-        (
-            "  runner: chatbridge_runer\n",
-            "run.runner: unknown name 'chatbridge_runer', did you mean 'chatbridge_runner'?",
-        ),
+        ("  runner: chatbridge_runer\n", "run.runner: unknown name 'chatbridge_runer', did you mean"),
     ],
 )
 def test_contradictions(yaml_of, run, fault):
@@ -151,8 +148,7 @@ def test_a_job_id_may_be_a_number_as_slurm_gives_it(yaml_of, written, name):
     assert load_config(yaml_of(run=f"{RUN}  job_id: 5\n")).run.job_id == "5"
 
 
-@pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
-def test_a_missing_extra_is_named_before_anything_is_loaded(yaml_of, monkeypatch, extra):
-    monkeypatch.setitem(sys.modules, extra, None)
-    with pytest.raises(ConfigError, match=rf"run.{extra} .*pip install 'lavis-chatbridge\[{extra}\]'"):
-        load_config(yaml_of(), [f"run.{extra}=true"])
+def test_a_missing_extra_is_named_before_anything_is_loaded(yaml_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"run.wandb .*pip install 'lavis-chatbridge\[wandb\]'"):
+        load_config(yaml_of(), ["run.wandb=true"])

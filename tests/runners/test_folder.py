@@ -14,13 +14,7 @@ from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import locked
 from lavis_chatbridge.runners import folder as folders
 from lavis_chatbridge.runners.folder import WEIGHTS
-from tests.runners.runner_parts import runner, same
-
-YAML = """
-model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
-datasets: {{chatbridge_world_caption: {{data_root: {folder}/world}}}}
-run: {{task: chatbridge_alignment, max_iters: 2, output_dir: {folder}/out}}
-"""
+from tests.runners.runner_parts import YAML, runner, same
 
 
 def steps(folder: Path) -> list[int]:
@@ -111,22 +105,18 @@ def test_an_output_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
         runner(tmp_path / "file" / "below")
 
 
-def command(tmp_path: Path, *options: str) -> int:
-    """The status of ``chatbridge train`` for a configuration of the embedded world."""
-    (tmp_path / "run.yaml").write_text(YAML.format(folder=tmp_path))
-    return cli.main(["train", "--cfg-path", str(tmp_path / "run.yaml"), "--options", "run.device=cpu", *options])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["run.job_id=''"], r"error: \S+/out has step_00000003 of an earlier training"),
+        ([], r"error: \S+/out has step_00000003 of an earlier training"),
         (["run.test_splits=[test,tset]"], r"no data set has the split 'tset' of run\..*; there are .*heldout"),
     ],
 )
 def test_what_cannot_be_trained_is_named_before_anything_is_loaded(tmp_path, capsys, options, message):
     (tmp_path / "out" / "checkpoints" / "step_00000003").mkdir(parents=True)
-    assert command(tmp_path, *options) == 2
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML.format(world=tmp_path / "world", output=tmp_path / "out", task="chatbridge_alignment"))
+    assert cli.main(["train", "--cfg-path", str(path), "--options", "run.device=cpu", *options]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
     assert not (tmp_path / "world").exists()  # it is built before anything is loaded
