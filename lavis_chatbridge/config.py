@@ -97,14 +97,14 @@ def read_options(options: Sequence[str]) -> DictConfig:
     from yaml import YAMLError
 
     if without := [word for word in options if "=" not in word]:
-        raise ConfigError(f"--options: {without[0]!r} has no value; write KEY=VALUE")
+        raise ConfigError(f"option {without[0]!r} has no value; write KEY=VALUE")
     try:
         read = OmegaConf.from_dotlist(list(options))
         for key, _, text in (word.partition("=") for word in options):
             if key == "run.job_id" and isinstance(OmegaConf.select(read, key), (int, float)):
                 OmegaConf.update(read, key, text)  # Slurm's 123_4 is the number 1234 in YAML
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--options: {one_line(error)}") from error
+        raise ConfigError(f"options: {one_line(error)}") from error
     return read
 
 

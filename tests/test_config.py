@@ -69,7 +69,7 @@ def test_options_are_a_mapping() -> None:
     assert read_options(["run.seed=1", "model.a=b"]) == {"run": {"seed": 1}, "model": {"a": "b"}}
     assert read_options(["run.job_id=123_4"]).run.job_id == "123_4"
     for wrong in (["run.seed"], ["run.seed=1", "model.a"]):
-        with pytest.raises(ConfigError, match=r"^--options: 'run.seed|model.a' has no value"):
+        with pytest.raises(ConfigError, match=r"^option '(run.seed|model.a)' has no value"):
             read_options(wrong)
 
 

@@ -1,4 +1,4 @@
-"""The types of media, opened and encoded; the limits on opening them; the conversion of all errors to `MediaError`."""
+"""The types of media, before opening, opened and encoded; limits on opening; all errors become `MediaError`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import functools
 import io
 import numbers
 import os
-import queue
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
@@ -21,24 +21,6 @@ from lavis_chatbridge.errors import MediaError
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from torch import Tensor
-
-
-class AudioClips(NamedTuple):
-    """One sound as filterbank clips."""
-
-    fbank: Tensor
-    """``[N, F, M]`` normalised log-mel filterbank: clips, frames of 10 ms, mel bins."""
-    frames: Tensor
-    """``[N]`` number of valid frames of each clip; the rest of its ``F`` frames is padding."""
-
-
-class EncodedMedium(NamedTuple):
-    """The output of frozen encoder and layer norm for one medium, as stored in feature caches."""
-
-    tokens: Tensor
-    """``[T, N, D]``: frames or clips, tokens of each, encoder width."""
-    mask: Tensor
-    """``[T, N]`` bool, true where a token represents content (false for padded audio)."""
 
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | PILImage"
@@ -64,7 +46,7 @@ class Limits:
     max_frames: int = 500_000
     """Number of frames of a video or an animated image."""
     max_bytes: int = 1 << 31
-    """Size of the decoded result in bytes; of a sound: mono, before resampling."""
+    """Size of a video's chosen frames in bytes."""
     timeout: float | None = 60.0
     """Time limit of decoding in seconds; None: no limit (a `pool.DecodingPool` has its own)."""
 
@@ -72,19 +54,22 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-@contextmanager
-def media_errors(source: object) -> Iterator[None]:
-    """Turn every exception into ``MediaError(source, cause)``.
+class AudioClips(NamedTuple):
+    """One sound as filterbank clips."""
 
-    Catches ``Exception``, because Pillow and PyAV raise some thirty different classes for broken files
-    (``SyntaxError``, ``struct.error``, ``UnicodeDecodeError``, ``MemoryError`` ...).
-    """
-    try:
-        yield
-    except MediaError:
-        raise
-    except Exception as error:
-        raise MediaError(source, _cause(error)) from error
+    fbank: Tensor
+    """``[N, F, M]`` normalised log-mel filterbank: clips, frames of 10 ms, mel bins."""
+    frames: Tensor
+    """``[N]`` number of valid frames of each clip; the rest of its ``F`` frames is padding."""
+
+
+class EncodedMedium(NamedTuple):
+    """The output of frozen encoder and layer norm for one medium, as stored in feature caches."""
+
+    tokens: Tensor
+    """``[T, N, D]``: frames or clips, tokens of each, encoder width."""
+    mask: Tensor
+    """``[T, N]`` bool, true where a token represents content (false for padded audio)."""
 
 
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
@@ -101,28 +86,40 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
         if limits.timeout is None or not is_file(source):
             with media_errors(source):
                 return function(*args, **kwargs)
-        outcome: queue.SimpleQueue[tuple[list[R], BaseException | None]] = queue.SimpleQueue()
+        result: Future[R] = Future()
 
         def run() -> None:
             try:
                 with media_errors(source):
-                    outcome.put(([function(*args, **kwargs)], None))
+                    result.set_result(function(*args, **kwargs))
             except BaseException as error:
-                outcome.put(([], error))
+                result.set_exception(error)
 
         decoder = threading.Thread(target=run, name="decoder", daemon=True)
         decoder.start()
         try:
-            result, error = outcome.get(timeout=limits.timeout)
-        except queue.Empty:
+            return result.result(limits.timeout)
+        except TimeoutError:
             with suppress(OSError, AttributeError):  # only Linux has thread priorities
                 os.setpriority(os.PRIO_PROCESS, decoder.native_id or 0, 19)
             raise MediaError(source, f"decoding took longer than {limits.timeout:g} s") from None
-        if error is not None:
-            raise error
-        return result[0]
 
     return call
+
+
+@contextmanager
+def media_errors(source: object) -> Iterator[None]:
+    """Turn every exception into ``MediaError(source, cause)``.
+
+    Catches ``Exception``, because Pillow and PyAV raise some thirty different classes for broken files
+    (``SyntaxError``, ``struct.error``, ``UnicodeDecodeError``, ``MemoryError`` ...).
+    """
+    try:
+        yield
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(source, _cause(error)) from error
 
 
 def directly(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
@@ -181,17 +178,6 @@ def is_heif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
 
 
-def _cause(error: Exception) -> str:
-    """The error's message in one line, without memory addresses."""
-    name = type(error).__name__
-    if name == "UnidentifiedImageError":
-        return "it is not an image of a known format"
-    if name == "InvalidDataError":  # PyAV's
-        return "it is damaged, or not an audio or video file of a known format"
-    text = " ".join(str(error).split())
-    return f"{name}: {text[:300]}" if text else name
-
-
 def rated(source: Any) -> tuple[Any, int | None]:
     """Split ``(samples, rate in Hz)``; the rate of any other source is None.
 
@@ -206,3 +192,14 @@ def rated(source: Any) -> tuple[Any, int | None]:
     if not isinstance(rate, numbers.Real) or not float(rate).is_integer() or rate < 1:
         raise MediaError(samples, f"its sampling rate is {rate!r}, expected a whole number of Hz")
     return samples, int(float(rate))
+
+
+def _cause(error: Exception) -> str:
+    """The error's message in one line, without memory addresses."""
+    name = type(error).__name__
+    if name == "UnidentifiedImageError":
+        return "it is not an image of a known format"
+    if name == "InvalidDataError":  # PyAV's
+        return "it is damaged, or not an audio or video file of a known format"
+    text = " ".join(str(error).split())
+    return f"{name}: {text[:300]}" if text else name

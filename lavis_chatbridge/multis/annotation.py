@@ -17,8 +17,6 @@ from lavis_chatbridge.schema import media_path
 
 ItemModality = Literal["image", "video", "audio", "video+audio"]
 ITEM_MODALITIES: tuple[ItemModality, ...] = get_args(ItemModality)
-Box = tuple[float, float, float, float]
-"""``(left, top, right, bottom)`` as shares of the frame's width and height, each in [0, 1]."""
 
 
 class MediumRef(Settings):
@@ -32,7 +30,8 @@ class Region(Settings):
     """A caption of a region of a frame (dense captioning)."""
 
     text: str
-    box: Box | None = None
+    box: tuple[float, float, float, float] | None = None
+    """``(left, top, right, bottom)`` as shares of the frame's width and height, each in [0, 1]."""
 
 
 class Frame(Settings):

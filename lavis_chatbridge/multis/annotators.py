@@ -22,12 +22,9 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError, one
 from lavis_chatbridge.multis.annotation import Region
 from lavis_chatbridge.prompting.conversation import Modality
 
-RATE = 16_000
-"""Sampling rate of sounds in Hz."""
-LEAST_SHARE = 0.01
-"""Classes that cover a smaller share of a frame are dropped."""
-LEAST_SCORE = 0.1
-"""Sound tags with a lower score are dropped."""
+RATE = 16_000  # of sounds, in Hz
+_LEAST_SHARE = 0.01  # of a frame: smaller classes are dropped
+_LEAST_SCORE = 0.1  # of a sound tag
 _DENSE_CAPTIONS = "<DENSE_REGION_CAPTION>"
 _RECORD_KEYS = ("image_id", "file_name", "image", "audio_id", "id")
 _TEXT_KEYS = ("description", "caption", "object_description", "object_descriptions", "text")
@@ -135,7 +132,7 @@ class Segmenter(ModelAnnotator):
     def annotate(self, view: View) -> Findings:
         masks = self.run(Image.fromarray(view.content), subtask="semantic")
         shares = {mask["label"].split(",")[0]: float(np.asarray(mask["mask"]).mean() / 255) for mask in masks}
-        kept = {name: share for name, share in shares.items() if share >= LEAST_SHARE}
+        kept = {name: share for name, share in shares.items() if share >= _LEAST_SHARE}
         return Findings(semantics=_largest(kept, self.largest))
 
 
@@ -148,7 +145,7 @@ class AudioTagger(ModelAnnotator):
     def annotate(self, view: View) -> Findings:
         sound = {"raw": view.content, "sampling_rate": RATE}
         scores = self.run(sound, top_k=self.largest, function_to_apply="sigmoid")
-        return Findings(tags=tuple(found["label"] for found in scores if found["score"] >= LEAST_SCORE))
+        return Findings(tags=tuple(found["label"] for found in scores if found["score"] >= _LEAST_SCORE))
 
 
 class Imported:

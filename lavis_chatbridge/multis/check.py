@@ -84,14 +84,6 @@ def statistics(accepted: Sequence[Sample], rejected: Sequence[Mapping[str, Any]]
     }
 
 
-def read_statistics(checked: str | Path) -> dict[str, Any]:
-    """The statistics of an earlier check."""
-    counted = read_json(Path(checked) / "statistics.json")
-    if counted is None:
-        raise DataError(f"{checked} was not made by `chatbridge multis check`: expected {checked}/statistics.json")
-    return counted
-
-
 def table(counted: Mapping[str, Any]) -> str:
     """Statistics as text for a terminal."""
     rows = {**counted["kinds"], "all": {**counted, "paper": sum(PAPER_COUNTS.values())}}
@@ -115,15 +107,17 @@ def write_page(
     Shows at most ``accepted`` accepted and ``rejected`` rejected samples, chosen at random with a fixed seed. With
     ``annotations``, also shows the descriptions that the language model read.
     """
+    counted = read_json(Path(checked) / "statistics.json")
+    if counted is None:
+        raise DataError(f"{checked} was not made by `chatbridge multis check`: expected {checked}/statistics.json")
     rng = random.Random(0)
     notes = {a.id: describe(a) for a in read_annotations(annotations)} if annotations else {}
-    counts = table(read_statistics(checked))
     cards = []
     for state, count in (("accepted", accepted), ("rejected", rejected)):
         records = [record for _, record in read_objects(Path(checked) / f"{state}.jsonl")]
         for index in sorted(rng.sample(range(len(records)), min(count, len(records)))):
             cards.append(_card(state, records[index], Path(media_root), Path(out).parent, notes))
-    write_text(Path(out), render("multis.html", table=counts, cards=cards), errors="replace")
+    write_text(Path(out), render("multis.html", table=table(counted), cards=cards), errors="replace")
     return len(cards)
 
 

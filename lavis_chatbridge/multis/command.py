@@ -10,11 +10,9 @@ import typer
 from lavis_chatbridge.config import merged, parse, read_options, read_yaml
 from lavis_chatbridge.launchers import share_of
 
-STOPPED_EARLY = 3
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[str, typer.Option("--out", help="The folder to write.")]
-Checked = Annotated[str, typer.Argument(help="The output folder of `check`.")]
 Prompts = Annotated[str | None, typer.Option(help="A folder with kinds.yaml and seeds/ that replaces the package's.")]
 
 
@@ -91,7 +89,7 @@ def generate(
     print(f"answered {report.answered}, known {report.known}, failed {report.failed}; ${report.spent:.4f} spent: {out}")
     if report.stopped:
         print(f"stopped early: {report.stopped}; run the same command again to resume")
-        raise typer.Exit(STOPPED_EARLY)
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -112,16 +110,8 @@ def check(
 
 
 @app.command()
-def stats(checked: Checked) -> None:
-    """Show the statistics of a check."""
-    from lavis_chatbridge.multis.check import read_statistics, table
-
-    print(table(read_statistics(checked)))
-
-
-@app.command()
 def page(
-    checked: Checked,
+    checked: Annotated[str, typer.Argument(help="The output folder of `check`.")],
     media_root: Annotated[str, typer.Option(help="Folder that media paths are relative to.")],
     out: Annotated[str, typer.Option(help="The HTML file.")],
     annotations: Annotated[str | None, typer.Option(help="Also show each sample's description.")] = None,

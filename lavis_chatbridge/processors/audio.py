@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -39,107 +39,8 @@ MEAN, STD = 15.41663, 6.55582
 SILENCE = (8.0 - MEAN) / (2.0 * STD)
 """The highest filterbank value of a silent sound: its samples are below 16-bit rounding."""
 
-_FFT_SAMPLES = 512
 _SHORTEST_TAIL = 16
 """Side of BEATs' patches. A remainder with fewer frames is dropped."""
-
-
-def is_silent(clips: AudioClips) -> bool:
-    """Whether a sound is digital silence."""
-    return all(bool((bank[: int(n)] <= SILENCE).all()) for bank, n in zip(clips.fbank, clips.frames, strict=True))
-
-
-def clip_indices(
-    length: int, clip: int, shortest: float, most: int, rng: np.random.Generator | None = None
-) -> list[int]:
-    """Indices of the clips of a sound to use: all, or one of each of ``most`` segments.
-
-    Args:
-        length: The sound's length.
-        clip: Length of a clip, in the same unit.
-        shortest: Drop a shorter remainder at the end.
-        most: Maximum number of clips.
-        rng: Chooses a random clip of each segment; None: the middle one.
-    """
-    count = -(-length // clip)
-    if count > 1 and length - (count - 1) * clip < shortest:
-        count -= 1
-    return list(range(count)) if count <= most else one_of_each(range(count), most, rng)
-
-
-def cut_clips(
-    samples: Tensor, mel_bins: int, clip_frames: int, max_clips: int, rng: np.random.Generator | None = None
-) -> AudioClips:
-    """Cut a sound into as many clips as it fills, at most ``max_clips``; the last one is zero-padded.
-
-    Args:
-        samples: ``[S]`` at 16 kHz; at least one frame.
-        mel_bins: `M`.
-        clip_frames: `F`.
-        max_clips: A longer sound is divided into this many equal segments, and one clip of each is used.
-        rng: Chooses a random clip of each segment; None: the middle one.
-    """
-    total = frame_count(len(samples))
-    chosen = clip_indices(total, clip_frames, _SHORTEST_TAIL, max_clips, rng)
-    lengths = torch.tensor([min(clip_frames, total - clip * clip_frames) for clip in chosen])
-    return AudioClips(_clips(samples, chosen, mel_bins, clip_frames), lengths)
-
-
-def cut_slices_as_original(
-    samples: Tensor, mel_bins: int, clip_frames: int, slices: int, rng: np.random.Generator | None = None
-) -> AudioClips:
-    """Always ``slices`` clips, as the original's checkpoints need them (original: custom_datasets/valor_data/data.py).
-
-    The sound is zero-padded to at least ``slices`` clips, and by one more clip if its last one is full; one clip of
-    each of ``slices`` segments is used. No frame counts as padding.
-    """
-    total = frame_count(len(samples))
-    stacked = (total + max(slices * clip_frames - total, clip_frames - total % clip_frames)) // clip_frames
-    chosen = one_of_each(range(stacked), slices, rng)
-    return AudioClips(_clips(samples, chosen, mel_bins, clip_frames), torch.full((slices,), clip_frames))
-
-
-def _clips(samples: Tensor, chosen: list[int], mel_bins: int, clip_frames: int) -> Tensor:
-    """``[len(chosen), F, M]``: the clips with these indices, zero-padded after the end of the sound."""
-    clips = samples.new_zeros(len(chosen), clip_frames, mel_bins)
-    for row, clip in enumerate(chosen):
-        start = clip * clip_frames * SHIFT_SAMPLES
-        part = samples[start : start + (clip_frames - 1) * SHIFT_SAMPLES + FRAME_SAMPLES]
-        if len(part) >= FRAME_SAMPLES:
-            frames = fbank(part, mel_bins)
-            clips[row, : len(frames)] = frames
-    return clips
-
-
-def frame_count(samples: int) -> int:
-    """The number of complete frames in ``samples`` samples."""
-    return max(0, 1 + (samples - FRAME_SAMPLES) // SHIFT_SAMPLES)
-
-
-def fbank(samples: Tensor, mel_bins: int) -> Tensor:
-    """Normalised log-mel filterbank ``[frame_count(S), M]`` of ``[S]`` samples in [-1, 1] at 16 kHz.
-
-    The same as ``torchaudio.compliance.kaldi.fbank``, but faster: window and mel banks are cached. The operations are
-    in torchaudio's order: for nearly silent sound, the logarithm amplifies rounding differences.
-    """
-    frames = samples.unfold(0, FRAME_SAMPLES, SHIFT_SAMPLES) * 32768.0
-    frames -= frames.mean(1, keepdim=True)
-    before = torch.cat([frames[:, :1], frames[:, :-1]], 1)
-    frames -= before.mul_(0.97)
-    window, banks = _window_and_banks(mel_bins)
-    spectrum = torch.fft.rfft(frames.mul_(window), n=_FFT_SAMPLES).abs().square_()
-    energies = spectrum @ banks.T
-    return energies.clamp_(min=torch.finfo(torch.float32).eps).log_().sub_(MEAN).div_(2.0 * STD)
-
-
-@functools.cache
-def _window_and_banks(mel_bins: int) -> tuple[Tensor, Tensor]:
-    """Kaldi's "povey" window ``[400]`` and the weights of the mel bins ``[M, 257]``."""
-    window = torch.hann_window(FRAME_SAMPLES, periodic=False) ** 0.85
-    banks, _ = kaldi.get_mel_banks(mel_bins, _FFT_SAMPLES, float(RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
-    return window, torch.nn.functional.pad(banks, (0, 1))
-
-
 _SHORTEST_CLIP = 0.1  # seconds
 
 
@@ -176,14 +77,12 @@ class AudioEvalProcessor(Processor):
     settings: AudioSettings
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> AudioClips:
-        settings, rng = self.settings, self._generator(rng)
-        rate = RATE if settings.extractor is None else int(settings.extractor["sampling_rate"])
-        samples = open_audio(source, rate, settings.channel, limits=self.limits, opener=self.opener)
+        rng = (rng or np.random.default_rng()) if self.random else None
+        rate = RATE if self.settings.extractor is None else self.settings.extractor["sampling_rate"]
+        samples = open_audio(source, rate, self.settings.channel, limits=self.limits, opener=self.opener)
         require_length(source, samples, rate)
-        if settings.extractor is not None:
-            return _extracted(samples, settings, settings.extractor, rng)
-        cut = cut_slices_as_original if settings.layout == "original" else cut_clips
-        return cut(torch.from_numpy(samples), settings.mel_bins, settings.clip_frames, settings.max_clips, rng)
+        cut = fbank_clips if self.settings.extractor is None else _extracted_clips
+        return cut(samples, self.settings, rng)
 
 
 @registry.register_processor("chatbridge_audio_train")
@@ -194,18 +93,81 @@ class AudioTrainProcessor(AudioEvalProcessor):
     random = True
 
 
-def _extracted(
-    samples: np.ndarray, settings: AudioSettings, extractor: Mapping[str, Any], rng: np.random.Generator | None
-) -> AudioClips:
+def fbank_clips(samples: np.ndarray, settings: AudioSettings, rng: np.random.Generator | None = None) -> AudioClips:
+    """Filterbank clips of a sound (``[S]`` at 16 kHz, at least one frame), zero-padded after its end.
+
+    The layout "original" counts no frame as padding, as the original's checkpoints need it.
+    """
+    total, clip_frames, count = frame_count(len(samples)), settings.clip_frames, settings.max_clips
+    if settings.layout == "original":
+        chosen = original_clip_indices(total, clip_frames, count, rng)
+        lengths = [clip_frames] * count
+    else:
+        chosen = clip_indices(total, clip_frames, _SHORTEST_TAIL, count, rng)
+        lengths = [min(clip_frames, total - clip * clip_frames) for clip in chosen]
+    clips = torch.zeros(len(chosen), clip_frames, settings.mel_bins)
+    for row, clip in enumerate(chosen):
+        start = clip * clip_frames * SHIFT_SAMPLES
+        part = samples[start : start + (clip_frames - 1) * SHIFT_SAMPLES + FRAME_SAMPLES]
+        if len(part) >= FRAME_SAMPLES:
+            frames = fbank(torch.from_numpy(part), settings.mel_bins)
+            clips[row, : len(frames)] = frames
+    return AudioClips(clips, torch.tensor(lengths))
+
+
+def clip_indices(
+    length: int, clip: int, shortest: float, most: int, rng: np.random.Generator | None = None
+) -> list[int]:
+    """Indices of the clips of a sound to use: all, or one of each of ``most`` segments.
+
+    Args:
+        length: The sound's length.
+        clip: Length of a clip, in the same unit.
+        shortest: Drop a shorter remainder at the end.
+        most: Maximum number of clips.
+        rng: Chooses a random clip of each segment; None: the middle one.
+    """
+    count = -(-length // clip)
+    if count > 1 and length - (count - 1) * clip < shortest:
+        count -= 1
+    return list(range(count)) if count <= most else one_of_each(range(count), most, rng)
+
+
+def original_clip_indices(length: int, clip: int, count: int, rng: np.random.Generator | None = None) -> list[int]:
+    """Indices of always ``count`` clips, as the original chooses its slices (custom_datasets/valor_data/data.py).
+
+    The sound is padded to at least ``count`` clips, and by one more clip if its last one is full.
+    """
+    padded = (length + max(count * clip - length, clip - length % clip)) // clip
+    return one_of_each(range(padded), count, rng)
+
+
+def frame_count(samples: int) -> int:
+    """The number of complete frames in ``samples`` samples."""
+    return max(0, 1 + (samples - FRAME_SAMPLES) // SHIFT_SAMPLES)
+
+
+def fbank(samples: Tensor, mel_bins: int) -> Tensor:
+    """Normalised log-mel filterbank ``[frame_count(S), M]`` of ``[S]`` samples in [-1, 1] at 16 kHz."""
+    energies = kaldi.fbank(samples[None] * 32768.0, num_mel_bins=mel_bins, sample_frequency=RATE)
+    return (energies - MEAN) / (2.0 * STD)
+
+
+def is_silent(clips: AudioClips) -> bool:
+    """Whether a sound is digital silence."""
+    return all(bool((bank[: int(n)] <= SILENCE).all()) for bank, n in zip(clips.fbank, clips.frames, strict=True))
+
+
+def _extracted_clips(samples: np.ndarray, settings: AudioSettings, rng: np.random.Generator | None) -> AudioClips:
     """Clips of a sound (``[S]`` at the extractor's rate) as the features of a transformers extractor."""
-    rate = int(extractor["sampling_rate"])
+    extractor = _extractor(json.dumps(settings.extractor, sort_keys=True))
+    rate = extractor.sampling_rate
     length = int(settings.clip_seconds * rate)
     chosen = clip_indices(len(samples), length, _SHORTEST_CLIP * rate, settings.max_clips, rng)
     clips = [samples[clip * length : (clip + 1) * length] for clip in chosen]
-    built = _extractor(json.dumps(dict(extractor), sort_keys=True))
-    each = [next(iter(built(clip, sampling_rate=rate, return_tensors="pt").values()))[0] for clip in clips]
+    each = [next(iter(extractor(clip, sampling_rate=rate, return_tensors="pt").values()))[0] for clip in clips]
     features = pad_sequence(each, batch_first=True)  # waveforms differ in length; other features are equally long
-    return AudioClips(features, _valid(features, clips, getattr(built, "hop_length", 1)))
+    return AudioClips(features, _valid(features, clips, getattr(extractor, "hop_length", 1)))
 
 
 def _valid(features: Tensor, clips: list[np.ndarray], hop: int) -> Tensor:

@@ -1,13 +1,12 @@
 """The base class of processors, the text processor, and the processors of a ``preprocess`` section.
 
-``encoder: ${model.vision}`` inserts the settings that an encoder needs (image size, mean and std, or feature extractor
-and clip length), from its own ``preprocessor_config.json`` or timm's configuration, without loading weights.
+``encoder: ${model.vision}`` inserts the settings that an encoder needs, from its own files, without loading weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from lavis.common.registry import registry
@@ -21,66 +20,13 @@ from lavis_chatbridge.files import hash_of
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, directly
 from lavis_chatbridge.prompting.conversation import clean_caption
 
-PREPROCESSOR = "preprocessor_config.json"
-_SECONDS = 10.0
-"""Length of a clip in seconds for encoders without a fixed window (wav2vec2, HuBERT)."""
-
-
-def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
-    """The settings for the section ``model.vision`` or ``model.audio`` (``modality``).
-
-    Empty for BEATs and for encoders registered by users.
-    """
-    name = encoder.get("encoder", "eva" if modality == "vision" else "beats")
-    if name == "eva":
-        return {"image_size": encoder["image_size"]} if "image_size" in encoder else {}
-    if name == "timm":
-        return _of_timm(encoder)
-    if name != "transformers":
-        return {}
-    read = _read(encoder, modality, PREPROCESSOR)
-    if not read:
-        return {}
-    if modality == "vision":
-        found = {"image_size": hub.image_size(read), "mean": read.get("image_mean"), "std": read.get("image_std")}
-        return {key: value for key, value in found.items() if value is not None}
-    return {"extractor": read, "clip_seconds": _clip_seconds(read)}
-
-
-def _read(encoder: Mapping[str, Any], modality: str, name: str) -> dict[str, Any]:
-    """A configuration file of the encoder's weights, or an empty mapping if there is none."""
-    if encoder.get("weights") is None:
-        return {}
-    folder = hub.find(encoder["weights"], f"model.{modality}.weights", "processor")
-    return hub.read_config(folder, name) if (folder / name).is_file() else {}
-
-
-def _of_timm(encoder: Mapping[str, Any]) -> dict[str, Any]:
-    import timm
-
-    described = _read(encoder, "vision", "config.json").get("pretrained_cfg")
-    if not described and encoder.get("name"):
-        known = timm.get_pretrained_cfg(encoder["name"], allow_unregistered=True)
-        described = None if known is None else known.to_dict()
-    if not described:
-        return {}
-    data = timm.data.resolve_data_config({}, pretrained_cfg=dict(described))
-    return {"image_size": data["input_size"][1], "mean": list(data["mean"]), "std": list(data["std"])}
-
-
-def _clip_seconds(extractor: Mapping[str, Any]) -> float:
-    """Length in seconds of the window that an encoder was trained on."""
-    for key in ("chunk_length", "max_length_s"):  # Whisper, CLAP
-        if extractor.get(key):
-            return float(extractor[key])
-    frames = extractor.get("max_length")  # AST: frames of 10 ms
-    return frames / 100 if extractor.get("feature_extractor_type") == "ASTFeatureExtractor" and frames else _SECONDS
-
-
 SECTIONS = {"image": "vis_processor", "video": "video_processor", "audio": "audio_processor", "text": "text_processor"}
 """Modality (or "text") -> its key in the YAML; LAVIS's own for images and text."""
 
-SPLITS = ("train", "eval")
+PREPROCESSOR = "preprocessor_config.json"
+_SPLITS = ("train", "eval")
+_SECONDS = 10.0
+"""Length of a clip in seconds for encoders without a fixed window (wav2vec2, HuBERT)."""
 
 
 class Processor(BaseProcessor):
@@ -138,10 +84,6 @@ class Processor(BaseProcessor):
         """
         raise NotImplementedError
 
-    def _generator(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        """The random generator to use; None if the output is not random."""
-        return (rng or np.random.default_rng()) if self.random else None
-
 
 class TextSettings(Settings):
     """How a caption is prepared for the prompt."""
@@ -164,12 +106,8 @@ class TextProcessor(Processor):
         return " ".join(source.split()) if self.settings.clean == "spaces" else source
 
 
-Processors: TypeAlias = dict[str, dict[str, Processor]]
-"""Modality (or "text") -> split -> processor."""
-
-
-def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None) -> Processors:
-    """The processors of all modalities and of text, or a `ConfigError` with all faults at once.
+def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None) -> dict[str, dict[str, Processor]]:
+    """Modality (or "text") -> split -> processor, or a `ConfigError` with all faults at once.
 
     Args:
         preprocess_cfg: ``vis_processor``, ``video_processor``, ``audio_processor``, ``text_processor``, each with
@@ -178,11 +116,11 @@ def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None
     """
     sections = _as_dict(preprocess_cfg)
     faults = [unknown_key(key, SECTIONS.values(), "preprocess") for key in sections if key not in SECTIONS.values()]
-    processors: Processors = {modality: {} for modality in SECTIONS}
+    processors: dict[str, dict[str, Processor]] = {modality: {} for modality in SECTIONS}
     for modality, section in SECTIONS.items():
         splits, where = _as_dict(sections.get(section)), f"preprocess.{section}"
-        faults += [unknown_key(key, SPLITS, where) for key in splits if key not in SPLITS]
-        for split in SPLITS:
+        faults += [unknown_key(key, _SPLITS, where) for key in splits if key not in _SPLITS]
+        for split in _SPLITS:
             try:
                 processors[modality][split] = _load(modality, split, _as_dict(splits.get(split)), f"{where}.{split}")
             except ConfigError as error:
@@ -207,3 +145,54 @@ def _as_dict(values: Any) -> dict[str, Any]:
     if not isinstance(values, (Mapping, type(None))):
         raise ConfigError(f"preprocess: expected a mapping, found {values!r}")
     return {str(key): value for key, value in (values or {}).items()}
+
+
+def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """The settings for the section ``model.vision`` or ``model.audio`` (``modality``).
+
+    Empty for BEATs and for encoders registered by users.
+    """
+    name = encoder.get("encoder", "eva" if modality == "vision" else "beats")
+    if name == "eva":
+        return {"image_size": encoder["image_size"]} if "image_size" in encoder else {}
+    if name == "timm":
+        return _of_timm(encoder)
+    if name != "transformers":
+        return {}
+    read = _read(encoder, modality, PREPROCESSOR)
+    if not read:
+        return {}
+    if modality == "vision":
+        found = {"image_size": hub.image_size(read), "mean": read.get("image_mean"), "std": read.get("image_std")}
+        return {key: value for key, value in found.items() if value is not None}
+    return {"extractor": read, "clip_seconds": _clip_seconds(read)}
+
+
+def _read(encoder: Mapping[str, Any], modality: str, name: str) -> dict[str, Any]:
+    """A configuration file of the encoder's weights, or an empty mapping if there is none."""
+    if encoder.get("weights") is None:
+        return {}
+    folder = hub.find(encoder["weights"], f"model.{modality}.weights", "processor")
+    return hub.read_config(folder, name) if (folder / name).is_file() else {}
+
+
+def _of_timm(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    import timm
+
+    described = _read(encoder, "vision", "config.json").get("pretrained_cfg")
+    if not described and encoder.get("name"):
+        known = timm.get_pretrained_cfg(encoder["name"], allow_unregistered=True)
+        described = None if known is None else known.to_dict()
+    if not described:
+        return {}
+    data = timm.data.resolve_data_config({}, pretrained_cfg=dict(described))
+    return {"image_size": data["input_size"][1], "mean": list(data["mean"]), "std": list(data["std"])}
+
+
+def _clip_seconds(extractor: Mapping[str, Any]) -> float:
+    """Length in seconds of the window that an encoder was trained on."""
+    for key in ("chunk_length", "max_length_s"):  # Whisper, CLAP
+        if extractor.get(key):
+            return float(extractor[key])
+    frames = extractor.get("max_length")  # AST: frames of 10 ms
+    return frames / 100 if extractor.get("feature_extractor_type") == "ASTFeatureExtractor" and frames else _SECONDS

@@ -87,7 +87,7 @@ class ImageEvalProcessor(Processor):
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Tensor:
         picture = self.opener(open_image, source, at_least=_least_side(self.settings), limits=self.limits)
-        return prepare(picture[None], self.settings, self._generator(rng))[0]
+        return prepare(picture[None], self.settings, rng)[0]
 
 
 @registry.register_processor("chatbridge_image_train")
@@ -109,7 +109,7 @@ class VideoEvalProcessor(Processor):
     settings: VideoSettings
 
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> Tensor:
-        rng, frames = self._generator(rng), self.settings.num_frames
+        rng, frames = (rng or np.random.default_rng()) if self.random else None, self.settings.num_frames
         if self.settings.sampling == "uniform":
             choose: partial[list[int]] = partial(uniform_frame_indices, frames=frames)
         else:
@@ -129,10 +129,10 @@ class VideoTrainProcessor(VideoEvalProcessor):
 def prepare(frames: np.ndarray, settings: PictureSettings, rng: np.random.Generator | None = None) -> Tensor:
     """Images of one size (uint8 ``[T,H,W,3]``) as the encoder's input: float32 ``[T,3,S,S]``.
 
-    `TrainPictureSettings` crop them at random if ``rng`` is given, all alike.
+    `TrainPictureSettings` crop them at random, all alike; ``rng`` is by default a new generator.
     """
-    if rng is not None and isinstance(settings, TrainPictureSettings):
-        frames = _random_crop(frames, settings.crop_scale, rng)
+    if isinstance(settings, TrainPictureSettings):
+        frames = _random_crop(frames, settings.crop_scale, rng or np.random.default_rng())
     mean = torch.tensor(settings.mean, dtype=torch.float32)[:, None, None] * 255.0
     scale = 1.0 / (torch.tensor(settings.std, dtype=torch.float32)[:, None, None] * 255.0)
     return _resized(frames, settings).contiguous().float().sub_(mean).mul_(scale)

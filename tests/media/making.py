@@ -130,22 +130,27 @@ def video_file(
     return file.getvalue()
 
 
-def add_sound(container: Any, track: Any, sound: np.ndarray, start_seconds: float = 0.0) -> None:
-    """Encode and mux ``sound`` (48 kHz, ``[S]``) as a stereo track that starts at ``start_seconds``."""
-    for start in range(0, len(sound), 960):
-        block = np.ascontiguousarray(np.tile(sound[None, start : start + 960], (2, 1)), np.float32)
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
+def add_sound(
+    container: Any, track: Any, sound: np.ndarray, start: float = 0.0, gains: Sequence[float] = (1, 1)
+) -> None:
+    """Encode and mux ``sound`` (48 kHz, ``[S]``) as a track that starts at ``start`` seconds; a gain per channel."""
+    for offset in range(0, len(sound), 960):
+        packed = np.outer(sound[offset : offset + 960], gains).astype(np.float32).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=track.layout.name)
         frame.sample_rate, frame.time_base = 48_000, Fraction(1, 48_000)
-        frame.pts = start + round(start_seconds * 48_000)
+        frame.pts = offset + round(start * 48_000)
         container.mux(track.encode(frame))
     container.mux(track.encode(None))
 
 
-def sound_alone(form: str = "webm") -> bytes:
-    """The bytes of a video file without a video track, as browsers record voices."""
+def sound_alone(
+    form: str = "webm", codec: str = "libopus", seconds: float = 0.5, layout: str = "stereo", gains: Any = (1, 1)
+) -> bytes:
+    """The bytes of a container with only a tone, by default as browsers record voices."""
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
-        add_sound(container, container.add_stream("libopus", rate=48_000), tone(0.5, 48_000))
+        track = container.add_stream(codec, rate=48_000, layout=layout)
+        add_sound(container, track, tone(seconds, 48_000), gains=gains)
     return file.getvalue()
 
 

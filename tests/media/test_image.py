@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import threading
-import time
 import zlib
 from pathlib import Path
 
@@ -20,23 +19,6 @@ from tests.media.making import encoded, photo
 PHOTO = photo()
 
 
-@pytest.mark.parametrize(
-    ("form", "options", "difference"),
-    [
-        ("PNG", {}, 0),
-        ("BMP", {}, 0),
-        ("TIFF", {}, 0),
-        ("PPM", {}, 0),
-        ("JPEG", {"quality": 95, "subsampling": 0}, 4),
-        ("WEBP", {"quality": 95}, 4),
-    ],
-)
-def test_formats(form: str, options: dict, difference: float) -> None:
-    got = open_image(encoded(Image.fromarray(PHOTO), form, **options))
-    assert got.shape == PHOTO.shape
-    assert np.abs(got.astype(int) - PHOTO).mean() <= difference
-
-
 def test_pngs_equal_pillows_and_changed_bytes_are_refused() -> None:
     rng = np.random.default_rng(0)
     for level in range(10):
@@ -49,32 +31,28 @@ def test_pngs_equal_pillows_and_changed_bytes_are_refused() -> None:
             open_image(bytes(changed))
 
 
-def test_sources(tmp_path: Path) -> None:
-    path = tmp_path / "photo ü.png"
-    Image.fromarray(PHOTO).save(path)
-    for source in (path, str(path), path.read_bytes(), memoryview(path.read_bytes()), PHOTO, Image.fromarray(PHOTO)):
+def test_sources_and_formats(tmp_path: Path) -> None:
+    path, image = tmp_path / "photo ü.png", Image.fromarray(PHOTO)
+    image.save(path)
+    files = [encoded(image, form) for form in ("BMP", "TIFF", "PPM")]
+    for source in (path, str(path), path.read_bytes(), memoryview(path.read_bytes()), PHOTO, image, *files):
         got = open_image(source)
         assert np.array_equal(got, PHOTO)
         assert got.dtype == np.uint8
         assert got.flags.writeable
+    for form in ("JPEG", "WEBP"):
+        assert np.abs(open_image(encoded(image, form, quality=95)).astype(int) - PHOTO).mean() <= 4
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
-    stored = {
-        1: PHOTO,
-        2: PHOTO[:, ::-1],
-        3: PHOTO[::-1, ::-1],
-        4: PHOTO[::-1],
-        5: PHOTO.transpose(1, 0, 2),
-        6: np.rot90(PHOTO, 1),
-        7: PHOTO[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(PHOTO, -1),
-    }[orientation]
-    image = Image.fromarray(np.ascontiguousarray(stored))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(open_image(encoded(image, "PNG", exif=exif)), PHOTO)
+def test_exif_orientation_is_applied() -> None:
+    turned = PHOTO[::-1, ::-1]
+    stored = [PHOTO, PHOTO[:, ::-1], turned, PHOTO[::-1], PHOTO.transpose(1, 0, 2), np.rot90(PHOTO, 1)]
+    stored += [turned.transpose(1, 0, 2), np.rot90(PHOTO, -1)]
+    for orientation, pixels in enumerate(stored, start=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        assert np.array_equal(open_image(encoded(image, "PNG", exif=exif)), PHOTO), orientation
 
 
 def test_alpha_shows_the_background() -> None:
@@ -115,19 +93,14 @@ def test_large_jpegs_are_decoded_at_a_fraction() -> None:
     assert open_image(data, at_least=5000).shape == (960, 1280, 3)
 
 
-def _png_claiming(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs_are_refused() -> None:
-    with pytest.raises(MediaError, match="100000 x 900 pixels are more than the limit"):
-        open_image(_png_claiming(100_000, 900))
-    with pytest.raises(MediaError):
-        open_image(_png_claiming(100_000, 100_000))
+    data = bytearray(encoded(Image.fromarray(PHOTO), "PNG"))
+    for height, words in ((900, "100000 x 900 pixels are more than the limit"), (100_000, "DecompressionBomb")):
+        data[16:24] = struct.pack(">II", 100_000, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        with pytest.raises(MediaError, match=words):
+            open_image(bytes(data))
     for source in (PHOTO, Image.fromarray(PHOTO)):
         with pytest.raises(MediaError, match="limit of 100"):
             open_image(source, limits=Limits(max_pixels=100))
@@ -137,23 +110,22 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("hello")
     os.mkfifo(tmp_path / "pipe.png")
-    cases = {
-        "missing.png": "there is no such file",
-        "empty.png": "the file is empty",
-        "text.png": "not an image of a known format",
-        "pipe.png": "not a regular file",
-        ".": "it is a folder",
-    }
-    for name, cause in cases.items():
-        with pytest.raises(MediaError, match=cause) as caught:
-            open_image(tmp_path / name)
-        assert str(tmp_path) in caught.value.source
-    good = encoded(Image.fromarray(PHOTO), "PNG")
-    for source in (b"", b"hello", good[:-40], 7, None, "a\0b", np.zeros((2, 2, 2, 2)), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(MediaError):
+    for source, cause in (
+        (tmp_path / "missing.png", "missing.png: there is no such file"),
+        (tmp_path / "empty.png", "the file is empty"),
+        (tmp_path / "text.png", "not an image of a known format"),
+        (tmp_path / "pipe.png", "not a regular file"),
+        (tmp_path, "it is a folder"),
+        (b"", "it is empty"),
+        ("a\0b", "null byte"),
+        (7, "a int is neither a path"),
+        (None, "a NoneType is neither a path"),
+        (np.zeros((2, 2, 2, 2)), "an image has the shape"),
+        (np.zeros((0, 4, 3), np.uint8), "it is 4 x 0 pixels"),
+        (np.zeros((4, 4), np.int64), "no standard scale"),
+    ):
+        with pytest.raises(MediaError, match=cause):
             open_image(source)  # type: ignore[arg-type]
-    with pytest.raises(MediaError, match="no standard scale"):
-        open_image(np.zeros((4, 4), np.int64))
 
 
 def test_a_file_cut_off_is_refused_whatever_lavis_tells_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +152,8 @@ def test_avif_is_read_and_heic_named(tmp_path: Path) -> None:
 def test_a_decoder_that_hangs_costs_its_medium(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr(Image, "open", lambda *_, **__: released.wait(60))
-    begin = time.monotonic()
     with pytest.raises(MediaError, match=r"decoding took longer than 0\.2 s"):
         open_image(encoded(Image.fromarray(PHOTO), "PNG"), limits=Limits(timeout=0.2))
-    assert time.monotonic() - begin < 10
     released.set()
     monkeypatch.undo()
     assert open_image(encoded(Image.fromarray(PHOTO), "PNG")).shape == PHOTO.shape

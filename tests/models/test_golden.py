@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,16 +37,8 @@ from lavis_chatbridge.prompting.conversation import (
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import learning_rate
 from tests.models.building import golden_settings
-from tests.processors.test_golden_processing import (  # noqa: F401 (a golden folder is checked whole by this file)
-    slices,
-    stacks,
-    test_a_whole_stored_slice,
-    test_counts,
-    test_fbank_slices,
-    test_frame_indices,
-    test_slices_of_sounds_that_fill_them_exactly,
-    test_transforms,
-)
+from tests.processors.test_audio import test_fbank_slices  # noqa: F401 (this file checks a golden folder completely)
+from tests.processors.test_pictures import test_frame_indices, test_transforms  # noqa: F401
 
 ALONE = 2e-5
 LAYERED = 5e-5
@@ -116,8 +109,9 @@ def test_state_dict_has_the_originals_names(model: Any, facts: Callable) -> None
 
 
 @torch.no_grad()
-def test_beats(model: Any, tensors: Callable, stacks: Any) -> None:  # noqa: F811
+def test_beats(model: Any, tensors: Callable, golden_dir: Path) -> None:
     beats, golden = model.audio_encoder, tensors("beats")
+    stacks = np.load(golden_dir / "audio" / "fbank_slices.npz")
     for case in (name.removesuffix(".input") for name in golden if name.endswith(".input")):
         near(beats(golden[f"{case}.input"])[0], golden[f"{case}.output"], LAYERED, case)
     for case in (name.removesuffix(".output") for name in golden if name.startswith("full")):

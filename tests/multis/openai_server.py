@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-PROMPT_TOKENS, COMPLETION_TOKENS = 1000, 100
-
 
 @dataclass
 class Reply:
@@ -30,8 +28,7 @@ class Reply:
     cut: float = 1.0
 
 
-Script = Callable[[int, dict[str, Any]], Reply]
-"""From the number of the request (from 0) and its body to the reply."""
+Script = Callable[[int, dict[str, Any]], Reply]  # from the number of the request (from 0) and its body
 
 
 def failure(status: int, message: str = "no", **headers: str) -> Reply:
@@ -56,45 +53,40 @@ def write_answer(messages: list[dict[str, str]]) -> str:
     )
 
 
-class OpenAIServer:
+class OpenAIServer(ThreadingHTTPServer):
     """The server, running in threads while the context is open; ``asked`` counts requests by their id."""
 
+    request_queue_size = 1024
+    daemon_threads, block_on_close = True, False
+
     def __init__(self, script: Script | None = None, latency: float = 0.0) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.script, self.latency = script or (lambda number, body: Reply()), latency
-        self.asked: Counter[str] = Counter()
-        self.bodies: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.keys: set[str] = set()
+        self.asked = Counter[str]()
+        self.bodies, self.times, self.keys = list[dict[str, Any]](), list[float](), set[str]()
         self.at_once = self.most_at_once = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
 
     def __enter__(self) -> OpenAIServer:
-        handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 1024
-    daemon_threads, block_on_close = True, False
+        self.shutdown()
+        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has left is no fault."""
 
 
 class _Handler(BaseHTTPRequestHandler):
-    owner: OpenAIServer
+    server: OpenAIServer
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        owner, body = self.owner, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        owner, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = self.headers.get("Idempotency-Key", "")
         with owner.lock:
             number = owner.asked.total()
@@ -123,10 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 def completion(body: dict[str, Any]) -> dict[str, Any]:
     message = {"role": "assistant", "content": write_answer(body["messages"])}
-    usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS, "total_tokens": 0}
     choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-    head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": body["model"]}
-    return {**head, "choices": choices, "usage": usage}
+    usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+    return {"model": body["model"], "choices": choices, "usage": usage}
 
 
 if __name__ == "__main__":  # serves until killed; the first line of the output is the base URL

@@ -15,56 +15,47 @@ from lavis_chatbridge.multis.build import build, load_settings
 from lavis_chatbridge.schema import read_jsonl
 
 
-def sample(name: str, path: str = "a.png", **values: Any) -> dict[str, Any]:
+def sample(name: str, path: str, **values: Any) -> dict[str, Any]:
     return {"id": name, "media": [{"type": "image", "path": path}], **values}
-
-
-def source(folder: Path, samples: list[dict], name: str = "one", extra: str = "", top: str = "") -> Path:
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in samples))
-    for entry in samples:
-        for medium in entry["media"]:
-            if not (folder / medium["path"]).exists() and "missing" not in medium["path"]:
-                (folder / medium["path"]).write_bytes(medium["path"].encode() * 100)
-    file = folder / "build.yaml"
-    file.write_text(f"{top}\nsources:\n  - {{name: {name}, samples: [{name}.jsonl], licence: CC-BY-4.0{extra}}}\n")
-    return file
 
 
 CAPTIONS = [sample(str(n), f"{n}.png", captions=[f"caption {n}"]) for n in range(6)]
 
 
+def built(
+    folder: Path, samples: list[dict], extra: str = ", task: image_caption", top: str = "", to: str = "out"
+) -> dict:
+    """The manifest of one source, ``one``, whose media are written unless they are called missing."""
+    (folder / "one.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in samples))
+    for path in (medium["path"] for entry in samples for medium in entry["media"]):
+        if "missing" not in path and not (folder / path).exists():
+            (folder / path).write_bytes(path.encode() * 100)
+    source = f"{{name: one, samples: [one.jsonl], licence: CC-BY-4.0{extra}}}"
+    (folder / "build.yaml").write_text(f"{top}\nsources: [{source}]")
+    return build(load_settings(folder / "build.yaml"), folder / to)
+
+
 def test_shards_are_webdataset_with_the_offsets_of_media(tmp_path: Path) -> None:
-    config = source(tmp_path, CAPTIONS, extra=", task: image_caption")
-    manifest = build(load_settings(config), tmp_path / "out")
-    entry = manifest["sources"]["one"]
-    assert entry["samples"] == 6
-    assert entry["licence"] == "CC-BY-4.0"
+    entry, folder = built(tmp_path, CAPTIONS)["sources"]["one"], tmp_path / "out" / "one"
+    assert (entry["samples"], entry["licence"]) == (6, "CC-BY-4.0")
     assert entry["made_from"]["one.jsonl"] == hash_of_file(tmp_path / "one.jsonl")
     assert entry["files"] == {
-        f"one/{file.name}": {"bytes": file.stat().st_size, "sha256": hash_of_file(file)}
-        for file in (tmp_path / "out" / "one").iterdir()
+        f"one/{file.name}": {"bytes": file.stat().st_size, "sha256": hash_of_file(file)} for file in folder.iterdir()
     }
-    with tarfile.open(*(tmp_path / "out" / "one").glob("*.tar")) as tar:
+    with tarfile.open(*folder.glob("*.tar")) as tar:
         assert tar.getnames()[:2] == ["000000000.png", "000000000.json"]
-    for read in read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl"):
+    for read in read_jsonl(folder / "annotations.jsonl"):
         with open(read.media[0].path, "rb") as shard:
             shard.seek(read.media[0].offset)
             assert shard.read(read.media[0].size) == (tmp_path / f"{read.id}.png").read_bytes()
         assert (read.task, read.source, read.captions) == ("image_caption", "one", (f"caption {read.id}",))
 
 
-def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
-    config = source(tmp_path, CAPTIONS, extra=", task: image_caption", top="wording: fixed")
-    first, second = (build(load_settings(config), tmp_path / name) for name in ("a", "b"))
-    assert first == second
-
-
 def test_fixed_wording_replaces_the_task_by_its_instruction(tmp_path: Path) -> None:
-    asked = sample(
-        "q", turns=[{"role": "user", "text": "What is it?"}, {"role": "assistant", "text": "a cat"}], task="image_qa"
-    )
-    config = source(tmp_path, [*CAPTIONS, asked], extra=", task: image_caption", top="wording: fixed")
-    build(load_settings(config), tmp_path / "out")
+    turns = [{"role": "user", "text": "What is it?"}, {"role": "assistant", "text": "a cat"}]
+    samples = [*CAPTIONS, sample("q", "a.png", turns=turns, task="image_qa")]
+    manifests = [built(tmp_path, samples, top="wording: fixed", to=name) for name in ("out", "again")]
+    assert manifests[0] == manifests[1], "the same inputs give the same bytes"
     read = {s.id: s for s in read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl")}
     assert len({read[str(n)].turns[0].text for n in range(6)}) > 1, "templates differ"
     assert read["0"].turns[1].text == "caption 0"
@@ -75,24 +66,22 @@ def test_fixed_wording_replaces_the_task_by_its_instruction(tmp_path: Path) -> N
 
 
 def test_reference_leaves_the_media_where_they_are(tmp_path: Path) -> None:
-    config = source(tmp_path, CAPTIONS, extra=", task: image_caption, limit: 2", top="media: reference")
-    assert build(load_settings(config), tmp_path / "out")["samples"] == 2
+    extra = ", task: image_caption, limit: 2"
+    assert built(tmp_path, CAPTIONS, extra, "media: reference")["samples"] == 2
     read = list(read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl", allow_outside=True))
     assert Path(read[0].media[0].path).resolve() == (tmp_path / "0.png").resolve()
     assert not list((tmp_path / "out").rglob("*.tar"))
 
 
 def test_missing_media_are_all_named_before_anything_is_built(tmp_path: Path) -> None:
-    samples = [*CAPTIONS, sample("x", "missing1.png", captions=["c"]), sample("y", "missing2.png", captions=["c"])]
-    config = source(tmp_path, samples, extra=", task: image_caption")
-    with pytest.raises(DataError, match=r"2 media are missing: one: .*missing1.png; one: .*missing2.png"):
-        build(load_settings(config), tmp_path / "out")
+    samples = [*CAPTIONS, *(sample(name, f"missing{name}.png", captions=["c"]) for name in "xy")]
+    with pytest.raises(DataError, match=r"2 media are missing: one: .*missingx.png; one: .*missingy.png"):
+        built(tmp_path, samples)
     assert not (tmp_path / "out").exists()
-    config = source(tmp_path, samples, extra=", task: image_caption", top="skip_missing: true")
-    entry = build(load_settings(config), tmp_path / "out")["sources"]["one"]
+    entry = built(tmp_path, samples, top="skip_missing: true")["sources"]["one"]
     assert (entry["samples"], entry["skipped"]) == (6, 2)
     with pytest.raises(DataError, match="exists; remove it"):
-        build(load_settings(config), tmp_path / "out")
+        built(tmp_path, CAPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -105,27 +94,23 @@ def test_missing_media_are_all_named_before_anything_is_built(tmp_path: Path) ->
     ],
 )
 def test_faults_are_named(tmp_path: Path, samples: list, extra: str, error: type[Exception], message: str) -> None:
-    config = source(tmp_path, samples, extra=extra)
     with pytest.raises(error, match=message):
-        build(load_settings(config), tmp_path / "out")
+        built(tmp_path, samples, extra)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_public_set_is_read_in_its_own_files(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    (root / "vqav2").mkdir(parents=True)
-    (root / "coco" / "images" / "train2014").mkdir(parents=True)
-    (root / "coco" / "images" / "train2014" / "COCO_train2014_000000000009.jpg").write_bytes(b"picture")
-    question = {"image_id": 9, "question": "What is it?", "question_id": 9000}
-    answer = {"question_id": 9000, "image_id": 9, "multiple_choice_answer": "cat", "answers": [{"answer": "cat"}]}
-    top = {"data_subtype": "train2014"}
-    for name, rows in (("OpenEnded_mscoco_train2014_questions", {"questions": [question]}),
-                       ("mscoco_train2014_annotations", {"annotations": [answer]})):  # fmt: skip
-        (root / "vqav2" / f"v2_{name}.json").write_text(json.dumps(top | rows))
+    questions = [{"image_id": 9, "question": "What is it?", "question_id": 9000}]
+    answers = [{"question_id": 9000, "image_id": 9, "multiple_choice_answer": "cat", "answers": [{"answer": "cat"}]}]
+    for name, content in {
+        "vqav2/v2_OpenEnded_mscoco_train2014_questions.json": {"questions": questions},
+        "vqav2/v2_mscoco_train2014_annotations.json": {"annotations": answers},
+        "coco/images/train2014/COCO_train2014_000000000009.jpg": {},
+    }.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(json.dumps({"data_subtype": "train2014", **content}))
     config = tmp_path / "build.yaml"
-    config.write_text(
-        "wording: fixed\nsources: [{name: vqa, dataset: multis_vqav2, data_root: data, licence: CC-BY-4.0}]\n"
-    )
+    config.write_text("wording: fixed\nsources: [{name: vqa, dataset: multis_vqav2, data_root: data, licence: x}]")
     entry = build(load_settings(config), tmp_path / "out")["sources"]["vqa"]
     assert entry["by_task"] == {"image_qa": 1}
     assert len(entry["made_from"]) == 2

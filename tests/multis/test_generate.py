@@ -1,20 +1,22 @@
-"""Generation against a server with the usual failures."""
+"""Prompts, and generation against a server with the usual failures."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lavis_chatbridge import cli
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
 from lavis_chatbridge.files import locked
 from lavis_chatbridge.multis import generate as stage
-from lavis_chatbridge.multis.annotation import Annotation, MediumRef
+from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, describe, from_json, read_annotations
 from lavis_chatbridge.multis.generate import ANSWERS, GenerateSettings, Price, Report, price_of, read_answers
-from lavis_chatbridge.multis.prompts import PromptBook
+from lavis_chatbridge.multis.prompts import DATA_KINDS, PromptBook
 from tests.multis.openai_server import OpenAIServer, Reply, failure
 
 BOOK = PromptBook()
@@ -22,32 +24,99 @@ PRICE = Price(input=1000.0, output=10_000.0)  # an answer of the server costs 10
 ANSWER_COST = 2.0
 
 
-def settings(server: OpenAIServer | None = None, **values: Any) -> GenerateSettings:
+CLIP = {
+    "id": "v",
+    "media": [{"type": "video", "path": "v.mp4"}, {"type": "audio", "path": "v.wav"}],
+    "captions": ["A dog runs."],
+    "sound_captions": ["Barking."],
+    "tags": ["Dog", "Bark"],
+    "frames": [
+        {"position": 0.8, "caption": "late"},
+        {"position": 0.2, "time": 1.25, "caption": "early", "semantics": {"grass": 0.5, "sky": 0.314}},
+        {"position": 0.5, "regions": [{"text": "a ball", "box": [0, 0.25, 0.5, 1]}]},
+    ],
+}
+
+
+def test_a_description_is_in_time_order_with_people_first() -> None:
+    assert describe(from_json(CLIP, "x")).splitlines() == [
+        "What people say about the clip:",
+        "- A dog runs.",
+        "Frame at 1.2 s: early",
+        "  Areas: grass 50 %, sky 31 %",
+        "Frame at 50 % of the clip:",
+        "  - a ball at [0.00, 0.25, 0.50, 1.00]",
+        "Frame at 80 % of the clip: late",
+        "What people say about the sound:",
+        "- Barking.",
+        "Sounds recognised: Dog, Bark",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captions": "no list"}, "captions: expected a list"),
+        ({"caption": ["x"]}, "did you mean 'captions'"),
+        ({"media": []}, "found no media"),
+        ({"media": [{"type": "smell", "path": "x"}]}, "'smell' is not one of"),
+        ({"media": [{"type": "image", "path": "a"}, {"type": "audio", "path": "b"}]}, r"found image\+audio"),
+    ],
+)
+def test_a_faulty_annotation_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({**CLIP, **change}) + "\n")
+    with pytest.raises(DataError, match=rf"x\.jsonl:1.*{message}"):
+        list(read_annotations(tmp_path / "x.jsonl"))
+
+
+def test_every_kind_has_three_examples_and_a_prompt() -> None:
+    for modality in ITEM_MODALITIES:
+        media = [{"type": medium, "path": "x"} for medium in modality.split("+")]
+        annotation = from_json({"id": "x", "media": media, "captions": ["A dog {runs}."]}, "x")
+        for kind in DATA_KINDS:
+            assert len(BOOK.examples[kind, modality]) >= 3
+            messages = BOOK.messages(kind, annotation)
+            assert "{" not in messages[0]["content"]
+            assert messages[-1]["content"].endswith("- A dog {runs}.")
+            assert len(BOOK.messages(kind, annotation, shots=1)) == 4
+            assert messages == BOOK.messages(kind, annotation)
+
+
+def test_a_prompt_folder_is_checked(tmp_path: Path) -> None:
+    words = (BOOK.folder / "kinds.yaml").read_text()
+    for text, message in ((words, r"seeds/image\.yaml"), (words.replace("reasoning:", "detial:"), "'detial' is not")):
+        (tmp_path / "kinds.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            PromptBook(tmp_path)
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer() as running:
+        yield running
+
+
+def settings(**values: Any) -> GenerateSettings:
     """One request per item, for a description, unless ``values`` have other counts."""
     only = {"conversation": 0, "reasoning": 0}
-    given = {"model": "m", "counts": only, "concurrency": 4, "timeout": 5.0, "retries": 2, **values}
-    return GenerateSettings(base_url=server.url if server else None, **given)
+    return GenerateSettings(**{"model": "m", "counts": only, "concurrency": 4, "timeout": 5.0, "retries": 2, **values})
 
 
-def requests(count: int, options: GenerateSettings | None = None) -> list[stage.Request]:
-    bell = (MediumRef(type="audio", path="bell.wav"),)
-    texts = {f"item{n}": f"A bell rings {n} times." for n in range(count)}
-    items = [Annotation(id=name, media=bell, sound_captions=(text,)) for name, text in texts.items()]
-    return list(stage.plan(items, BOOK, options or settings()))
+def requests(count: int, **values: Any) -> list[stage.Request]:
+    bell = {"media": [{"type": "audio", "path": "bell.wav"}]}
+    texts = [f"A bell rings {n} times." for n in range(count)]
+    items = [from_json({"id": f"item{n}", "sound_captions": [text], **bell}, "") for n, text in enumerate(texts)]
+    return list(stage.plan(items, BOOK, settings(**values)))
 
 
-def run(folder: Path, server: OpenAIServer, count: int, **values: Any) -> Report:
-    options = settings(server, **values)
-    return stage.generate(requests(count, options), folder, PRICE, options)
-
-
-def first_fails(reply: Reply) -> OpenAIServer:
-    return OpenAIServer(lambda number, body: reply if number == 0 else Reply())
+def run(folder: Path, server: OpenAIServer, asked: int | list[stage.Request], **values: Any) -> Report:
+    planned = requests(asked, **values) if isinstance(asked, int) else asked
+    return stage.generate(planned, folder, PRICE, settings(base_url=server.url, **values))
 
 
 @pytest.mark.parametrize("reply", [failure(500), failure(429, retry_after_ms="10"), Reply(delay=30), Reply(cut=0.5)])
 def test_a_temporary_failure_is_retried(tmp_path: Path, reply: Reply) -> None:
-    with first_fails(reply) as server:
+    with OpenAIServer(lambda number, body: Reply() if number else reply) as server:
         report = run(tmp_path, server, 1, timeout=0.5)
     assert (report.answered, report.failed, report.spent) == (1, 0, ANSWER_COST)
     assert server.asked.total() == 2
@@ -63,7 +132,7 @@ def test_a_temporary_failure_is_retried(tmp_path: Path, reply: Reply) -> None:
     ],
 )
 def test_an_unusable_response_is_a_failed_request_that_the_next_run_repeats(tmp_path: Path, reply: Reply) -> None:
-    with first_fails(reply) as server:
+    with OpenAIServer(lambda number, body: Reply() if number else reply) as server:
         report = run(tmp_path, server, 3, concurrency=1)
         assert (report.answered, report.failed, server.asked.total()) == (2, 1, 3)
         assert run(tmp_path, server, 3).answered == 1
@@ -88,12 +157,13 @@ def test_a_dead_server_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_asked_twice_over_runs_and_duplicates(tmp_path: Path, server: OpenAIServer) -> None:
-    options = settings(server)
-    plan = requests(5, options)
-    stage.generate(plan[:3] + plan[:3], tmp_path, PRICE, options)
+    plan = requests(5)
+    run(tmp_path, server, plan[:3] + plan[:3])
+    with locked(tmp_path / ANSWERS), pytest.raises(DataError, match="another process uses"):
+        run(tmp_path, server, plan)
     with (tmp_path / ANSWERS).open("a") as file:
         file.write('{"id": "cut by a ki')
-    report = stage.generate(plan + plan, tmp_path, PRICE, options)
+    report = run(tmp_path, server, plan + plan)
     assert (report.answered, report.known, report.spent) == (2, 8, 5 * ANSWER_COST)
     assert max(server.asked.values()) == 1
     assert sorted(record["item"] for record in read_answers(tmp_path).values()) == [f"item{n}" for n in range(5)]
@@ -126,31 +196,22 @@ def test_an_estimate_sends_nothing_and_counts_what_is_left(tmp_path: Path, serve
     assert (before.requests, before.known, server.asked.total()) == (10, 0, 0)
     assert 0 < before.cost < sum(request.greatest_cost(PRICE) for request in requests(10))
     run(tmp_path, server, 4)
-    after = stage.estimate(requests(10), PRICE, tmp_path)
-    assert (after.requests, after.known, after.spent) == (6, 4, 4 * ANSWER_COST)
+    assert stage.estimate(requests(10), PRICE, tmp_path)[::2] == (6, before.tokens * 0.6, 4 * ANSWER_COST)
 
 
 def test_counts_sample_the_same_items_each_time() -> None:
-    options = settings(counts={"detail": 3, "conversation": 5})
-    sampled = requests(20, options)
+    sampled, more = requests(20, counts={"detail": 3, "conversation": 5}), requests(20, counts={"detail": 6})
     kinds = [request.kind for request in sampled]
     assert [kinds.count(kind) for kind in ("detail", "conversation", "reasoning")] == [3, 5, 20]
-    assert [r.id for r in requests(20, options)] == [r.id for r in sampled]
-    more = requests(20, settings(counts={"detail": 6}))
-    items = [{r.item for r in some if r.kind == "detail"} for some in (sampled, more)]
+    items = [{request.item for request in some if request.kind == "detail"} for some in (sampled, more)]
     assert items[0] < items[1], "a larger count keeps the smaller one's items"
 
 
 def test_the_id_changes_with_everything_that_affects_the_answer() -> None:
-    base = requests(1)[0].id
-    changed = [settings(shots=1), settings(model="other"), settings(temperature=0.1), settings(extra_body={"top_k": 5})]
-    assert base not in [requests(1, options)[0].id for options in changed]
-    assert base == requests(1, settings(concurrency=1))[0].id
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path: Path, server: OpenAIServer) -> None:
-    with locked(tmp_path / ANSWERS), pytest.raises(DataError, match="another process uses"):
-        run(tmp_path, server, 1)
+    changes: list[dict] = [{"shots": 1}, {"model": "other"}, {"temperature": 0.1}, {"extra_body": {"top_k": 5}}]
+    ids = [requests(1, **change)[0].id for change in ({}, *changes)]
+    assert len(set(ids)) == 5
+    assert requests(1, concurrency=1)[0].id == ids[0]
 
 
 def test_the_request_follows_the_protocol(tmp_path: Path, server: OpenAIServer, monkeypatch: Any) -> None:
@@ -177,8 +238,10 @@ def test_prices_are_found_by_the_longest_prefix() -> None:
     assert price_of("gpt-4omega", or_free=True).cost(1, 1) == 0
 
 
-def test_settings_out_of_range_are_named() -> None:
+def test_wrong_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"timeout is 0, expected more than 0.*counts.detail: expected int, found ''"):
         parse(GenerateSettings, {"model": "m", "timeout": 0, "counts": {"detail": ""}}, "generate")
     with pytest.raises(ConfigError, match=r"base_url is 'm:80', expected http://"):
         parse(GenerateSettings, {"model": "m", "base_url": "m:80"}, "generate")
+    assert cli.main(["multis", "generate", "notes", "--out", str(tmp_path), "--model", "m", "--extra-body", "k"]) == 2
+    assert "option 'k' has no value; write KEY=VALUE" in capsys.readouterr().err

@@ -1,6 +1,11 @@
-"""Image and video processors: shapes, statistics, chance, and the settings that reach the original's transforms."""
+"""Image and video processors: shapes, statistics, chance, and the golden numbers of the original."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,31 +13,28 @@ import torch
 from PIL import Image
 
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.media import open_image
+from lavis_chatbridge.media.video import frame_indices, uniform_frame_indices
 from lavis_chatbridge.processors import ImageEvalProcessor, ImageTrainProcessor, VideoEvalProcessor, VideoTrainProcessor
-from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, TrainPictureSettings, frame_indices, prepare
+from lavis_chatbridge.processors.pictures import CLIP_MEAN, CLIP_STD, PictureSettings, TrainPictureSettings, prepare
 from tests.media.making import encoded, level, photo, video_file
 
-NOISE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+COLOUR = (255, 0, 51)
 
 
 def seeded(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_clip_statistics() -> None:
-    got = ImageEvalProcessor()(np.full((40, 30, 3), (255, 0, 51), np.uint8))
-    assert (got.shape, got.dtype, got.is_contiguous()) == ((3, 224, 224), torch.float32, True)
-    for channel, value in enumerate((1.0, 0.0, 0.2)):
-        expected = (value - CLIP_MEAN[channel]) / CLIP_STD[channel]
-        torch.testing.assert_close(got[channel], torch.full((224, 224), expected), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (313, 1), (1, 313), (3, 1), (3, 3)])
-def test_images_as_thin_as_a_pixel(size: tuple[int, int]) -> None:
-    image = Image.new("RGB", size, (255, 0, 51))
-    expected = ImageEvalProcessor()(np.full((40, 30, 3), (255, 0, 51), np.uint8))
-    for source in (image, encoded(image, "PNG")):
-        torch.testing.assert_close(ImageEvalProcessor()(source), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("size", [(30, 40), (1, 1), (313, 1), (1, 313), (3, 1), (3, 3)])
+def test_clip_statistics_of_any_size(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, COLOUR)
+    for source in (np.array(image), image, encoded(image, "PNG")):
+        got = ImageEvalProcessor()(source)
+        assert (got.shape, got.dtype, got.is_contiguous()) == ((3, 224, 224), torch.float32, True)
+        for channel, value in enumerate(COLOUR):
+            expected = (value / 255 - CLIP_MEAN[channel]) / CLIP_STD[channel]
+            torch.testing.assert_close(got[channel], torch.full((224, 224), expected), atol=1e-5, rtol=0)
 
 
 def test_large_photos_keep_their_pixels_to_a_hundredth() -> None:
@@ -43,18 +45,14 @@ def test_large_photos_keep_their_pixels_to_a_hundredth() -> None:
 
 
 def test_training_crops_mildly_and_as_the_generator_says() -> None:
-    processor = ImageTrainProcessor()
-    data = encoded(Image.fromarray(NOISE), "PNG")
-    again = [processor(data, seeded(seed)) for seed in (1, 1, 2)]
+    processor, noise = ImageTrainProcessor(), seeded().integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    again = [processor(noise, seeded(seed)) for seed in (1, 1, 2)]
     assert torch.equal(again[0], again[1])
     assert not torch.equal(again[0], again[2])
-    assert not all(torch.equal(again[0], processor(data)) for _ in range(12))
+    assert not all(torch.equal(again[0], processor(noise)) for _ in range(12))
     corners = processor(photo(200, 200), seeded())[:, [10, 10, -10, -10], [10, -10, 10, -10]]
     whole = ImageEvalProcessor()(photo(200, 200))[:, [10, 10, -10, -10], [10, -10, 10, -10]]
     torch.testing.assert_close(corners, whole, atol=0.02, rtol=0)
-
-
-def test_crop_scale() -> None:
     ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (100, 100, 3)).copy()
     half = TrainPictureSettings(image_size=50, crop_scale=(0.25, 0.25), mean=(0, 0, 0), std=(1, 1, 1))
     row = prepare(ramp[None], half, seeded())[0, 0, 0] * 255
@@ -85,9 +83,8 @@ def test_training_samples_a_frame_of_each_quarter_and_crops_all_alike() -> None:
 
 
 def test_wrong_settings_are_all_reported() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'image_size'") as caught:
+    with pytest.raises(ConfigError, match=r"did you mean 'float'\?; .* did you mean 'image_size'"):
         ImageEvalProcessor.from_config({"name": "chatbridge_image_eval", "image_sise": 224, "arithmetic": "float32"})
-    assert "'float'" in str(caught.value)
     for processor, wrong in (
         (ImageEvalProcessor, {"image_size": 0}),
         (ImageEvalProcessor, {"arithmetic": "pillow", "antialias": False}),
@@ -98,3 +95,30 @@ def test_wrong_settings_are_all_reported() -> None:
     ):
         with pytest.raises(ConfigError, match=list(wrong)[-1]):
             processor.from_config(wrong)
+
+
+@pytest.mark.parametrize(
+    ("rule", "choose"), [("frame_index_eval", frame_indices), ("frame_index_demo_uniform", uniform_frame_indices)]
+)
+def test_frame_indices(golden_dir: Path, rule: str, choose: Callable[[int, int], list[int]]) -> None:
+    for case, expected in json.loads((golden_dir / "data_rules.json").read_text())[rule].items():
+        count, frames = map(int, case.split("/"))
+        assert choose(count, frames) == expected, case
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("video_mapper.antialias_False", {"interpolation": "bilinear", "antialias": False, "arithmetic": "float"}),
+        ("video_mapper.antialias_True", {"interpolation": "bilinear", "arithmetic": "float"}),
+        ("pil_bicubic_eval", {"arithmetic": "pillow"}),
+        ("pil_bicubic_eval", {}),
+    ],
+)
+def test_transforms(golden_dir: Path, name: str, settings: dict[str, Any]) -> None:
+    """The default transform differs from Pillow's by one level of 255 at most."""
+    expected = torch.from_numpy(np.load(golden_dir / "image" / "transforms.npz")[name])
+    picture = open_image(golden_dir / "image" / "sample.png")
+    got = prepare(picture[None], PictureSettings(image_size=expected.shape[-1], **settings))
+    atol = 2e-5 if settings else 1.01 / (255 * 0.26)
+    torch.testing.assert_close(got, expected.reshape(got.shape), atol=atol, rtol=0)

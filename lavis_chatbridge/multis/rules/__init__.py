@@ -31,51 +31,13 @@ _LABEL = re.compile(
 )
 _FENCE = re.compile(r"\A\s*```[a-zA-Z]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _TITLE = re.compile(r"\A(?:\*\*)?(?:detailed )?description(?:\*\*)?[ \t]*[:\uFF1A](?:\*\*)?\s*", re.IGNORECASE)
-
-
-def read_pairs(text: str) -> list[Pair]:
-    """Parse a conversation: questions and answers that alternate."""
-    text = _unfenced(text)
-    marks = list(_LABEL.finditer(text))
-    if not marks:
-        raise DataError("no line begins with 'Question:' or 'Answer:'")
-    parts = []
-    for position, mark in enumerate(marks):
-        asks = mark["label"].lower() in _ASK
-        end = marks[position + 1].start() if position + 1 < len(marks) else len(text)
-        words = text[mark.end() : end].strip().strip("*_").strip()
-        if asks != (position % 2 == 0):
-            raise DataError(f"part {position + 1} is {'a question' if asks else 'an answer'}, expected the other")
-        if not words:
-            raise DataError(f"part {position + 1} is empty")
-        parts.append(words)
-    if len(parts) % 2:
-        raise DataError("the last question has no answer")
-    return [Pair(question=q, answer=a) for q, a in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def read_description(text: str) -> str:
-    """Parse a description that was requested without a question."""
-    text = _TITLE.sub("", _unfenced(text)).strip()
-    if not text:
-        raise DataError("the answer is empty")
-    if any(mark["label"].lower() in _ASK for mark in _LABEL.finditer(text)):
-        raise DataError("questions and answers, expected a description")
-    return text
-
-
-def _unfenced(text: str) -> str:
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    fence = _FENCE.match(text)
-    return (fence[1] if fence else text).strip()
-
-
 _WORDS = re.compile(r"\b[\w'\u2019-]+\b")
 _CLAUSE_END = re.compile(r"[.;:!?,]")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _DENIAL = re.compile(r"\s*(?:no\b|there\s+(?:is|are)\s+no)", re.IGNORECASE)
 _UNUSABLE = ("text_source", "refusal", "markup", "unsafe")
 """Lists of phrases that are also names of rules."""
+
 Range = tuple[int, int]
 """Minimum and maximum, inclusive."""
 Reason = tuple[str, str]
@@ -108,38 +70,6 @@ class CheckSettings(Settings):
     """A file in the format of ``rules/language.yaml``."""
     things: str | None = None
     """A file in the format of ``rules/things.yaml``."""
-
-
-class NearDuplicates:
-    """Finds texts that share most of their word triples with an earlier text (MinHash, by datasketch)."""
-
-    def __init__(self, threshold: float) -> None:
-        try:
-            from datasketch import MinHash, MinHashLSH
-        except ImportError as error:
-            raise MissingExtraError("datasketch", "multis", "chatbridge multis check") from error
-        self._threshold, self._hash = threshold, MinHash
-        self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=128)  # candidates only
-        self._known: dict[str, Any] = {}
-
-    def find(self, text: str) -> tuple[str, float] | None:
-        """The most similar earlier text and its estimated similarity, or None below the threshold."""
-        signature = self._signature(text)
-        near = [(signature.jaccard(self._known[key]), key) for key in self._index.query(signature)]
-        similarity, key = max(near, default=(0.0, ""))
-        return (key, similarity) if similarity >= self._threshold else None
-
-    def add(self, key: str, text: str) -> None:
-        """Add a text under the name ``key``."""
-        self._known[key] = self._signature(text)
-        self._index.insert(key, self._known[key], check_duplication=False)
-
-    def _signature(self, text: str) -> Any:
-        words = _words(text)
-        shingles = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
-        signature = self._hash(num_perm=128, seed=1)
-        signature.update_batch([shingle.encode() for shingle in shingles])
-        return signature
 
 
 class Checker:
@@ -262,6 +192,75 @@ def _all_words(annotation: Annotation) -> str:
     for frame in annotation.frames:
         parts += [frame.caption, *(region.text for region in frame.regions), *frame.semantics]
     return "\n".join(parts)
+
+
+class NearDuplicates:
+    """Finds texts that share most of their word triples with an earlier text (MinHash, by datasketch)."""
+
+    def __init__(self, threshold: float) -> None:
+        try:
+            from datasketch import MinHash, MinHashLSH
+        except ImportError as error:
+            raise MissingExtraError("datasketch", "multis", "chatbridge multis check") from error
+        self._threshold, self._hash = threshold, MinHash
+        self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=128)  # candidates only
+        self._known: dict[str, Any] = {}
+
+    def find(self, text: str) -> tuple[str, float] | None:
+        """The most similar earlier text and its estimated similarity, or None below the threshold."""
+        signature = self._signature(text)
+        near = [(signature.jaccard(self._known[key]), key) for key in self._index.query(signature)]
+        similarity, key = max(near, default=(0.0, ""))
+        return (key, similarity) if similarity >= self._threshold else None
+
+    def add(self, key: str, text: str) -> None:
+        """Add a text under the name ``key``."""
+        self._known[key] = self._signature(text)
+        self._index.insert(key, self._known[key], check_duplication=False)
+
+    def _signature(self, text: str) -> Any:
+        words = _words(text)
+        shingles = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+        signature = self._hash(num_perm=128, seed=1)
+        signature.update_batch([shingle.encode() for shingle in shingles])
+        return signature
+
+
+def read_pairs(text: str) -> list[Pair]:
+    """Parse a conversation: questions and answers that alternate."""
+    text = _unfenced(text)
+    marks = list(_LABEL.finditer(text))
+    if not marks:
+        raise DataError("no line begins with 'Question:' or 'Answer:'")
+    parts = []
+    for position, mark in enumerate(marks):
+        asks = mark["label"].lower() in _ASK
+        end = marks[position + 1].start() if position + 1 < len(marks) else len(text)
+        words = text[mark.end() : end].strip().strip("*_").strip()
+        if asks != (position % 2 == 0):
+            raise DataError(f"part {position + 1} is {'a question' if asks else 'an answer'}, expected the other")
+        if not words:
+            raise DataError(f"part {position + 1} is empty")
+        parts.append(words)
+    if len(parts) % 2:
+        raise DataError("the last question has no answer")
+    return [Pair(question=q, answer=a) for q, a in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def read_description(text: str) -> str:
+    """Parse a description that was requested without a question."""
+    text = _TITLE.sub("", _unfenced(text)).strip()
+    if not text:
+        raise DataError("the answer is empty")
+    if any(mark["label"].lower() in _ASK for mark in _LABEL.finditer(text)):
+        raise DataError("questions and answers, expected a description")
+    return text
+
+
+def _unfenced(text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    fence = _FENCE.match(text)
+    return (fence[1] if fence else text).strip()
 
 
 def _read_phrases(path: str | None) -> tuple[dict[str, re.Pattern[str]], dict[str, re.Pattern[str]]]:
