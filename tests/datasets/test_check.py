@@ -78,12 +78,15 @@ def test_a_missing_path_is_no_id_of_the_hub(tmp_path, monkeypatch, capsys, name,
     assert section.missing() == [str((tmp_path / "work" / name).resolve())]
 
 
-def test_only_the_first_examples_are_shown(tmp_path, capsys):
+def test_only_the_first_examples_are_shown_and_an_empty_text_is_a_warning(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("{\n" * 9)
     assert command(tmp_path / "a.jsonl") == 1
     out = capsys.readouterr().out
     assert out.count("not JSON") == 5
     assert "... and 4 more" in out
+    write_jsonl(tmp_path / "a.jsonl", [Sample("a", captions=("c", ""))])
+    assert command(tmp_path / "a.jsonl") == 0
+    assert "warning: empty text: 1" in capsys.readouterr().out
 
 
 def test_a_pattern_of_shards(pictures, monkeypatch, capsys):
