@@ -18,7 +18,7 @@ from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.media.source import AudioClips
 from lavis_chatbridge.models import chatbridge
 from lavis_chatbridge.models.chatbridge import ChatBridge, losses_at
-from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.encoding import positions_in_time
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.prompting.conversation import (
     MODALITIES,
@@ -113,12 +113,15 @@ def test_a_setting_shows_padding_as_the_original_does(golden_dir: Path) -> None:
 def encoder_calls(model: Any, samples: dict[str, Any]) -> tuple[float, list[int]]:
     """The loss, and the frames or clips of each call of an encoder."""
     calls: list[int] = []
-    encoders = (model.visual_encoder, model.audio_encoder)
-    hooks = [e.register_forward_pre_hook(lambda m, a: calls.append(len(a[0]))) for e in encoders]
-    loss = losses(model, samples)
-    for hook in hooks:
-        hook.remove()
-    return loss, calls
+
+    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        calls.append(len(inputs[0]))
+
+    with (
+        model.visual_encoder.register_forward_pre_hook(note),
+        model.audio_encoder.register_forward_pre_hook(note),
+    ):
+        return losses(model, samples), calls
 
 
 def test_each_encoder_runs_once_in_bounded_batches_and_not_for_encoded_media(golden_dir: Path, model: Any) -> None:
@@ -289,13 +292,6 @@ def test_generation_returns_several_results_and_repeats_them_with_a_seed(model: 
     assert len(found[0]) == 9
 
 
-def test_generation_stops_at_the_stop_text_of_its_row(model: Any) -> None:
-    full = model.generate(QUESTIONS, sampling=Sampling(max_new_tokens=12))
-    stop = next(c for c in full[0][2:] if not c.isspace() and c != "\ufffd")
-    cut = model.generate(QUESTIONS, sampling=Sampling(max_new_tokens=12, stop=(stop,)))
-    assert cut == [text.split(stop)[0].strip() for text in full]
-
-
 @pytest.mark.parametrize("style", ["qwen3", "gemma"])
 def test_a_model_with_the_tokenizers_template(tmp_path: Path, style: str) -> None:
     """Training, generation and ranking use one prompt; a batch that is worded otherwise is refused."""
@@ -320,11 +316,11 @@ def test_a_model_with_the_tokenizers_template(tmp_path: Path, style: str) -> Non
 ANSWERS = ["red", "a red car", "blue", "two", "on the beach", "yes", "no", "a"]
 
 
-def plain_scores(model: Any, samples: dict[str, Any], answers: list[str]) -> tuple[torch.Tensor, list[int]]:
-    """``[B, C]`` log-probabilities, each from its own whole sequence, and the numbers of tokens."""
+def plain_scores(model: Any, samples: dict[str, Any]) -> tuple[torch.Tensor, list[int]]:
+    """``[B, C]`` log-probabilities of `ANSWERS`, each from its own full sequence, and the numbers of tokens."""
     rows = []
     for i, pieces in enumerate(samples["pieces"]):
-        prompts = [[*context_of(pieces), Text(answer + "###", target=True)] for answer in answers]
+        prompts = [[*context_of(pieces), Text(answer + "###", target=True)] for answer in ANSWERS]
         outs = [model({"image": samples["image"][i : i + 1], "pieces": [prompt]}) for prompt in prompts]
         counts = [int(out["target_tokens"]) for out in outs]
         rows.append([-out["loss"].item() * count for out, count in zip(outs, counts, strict=True)])
@@ -332,27 +328,21 @@ def plain_scores(model: Any, samples: dict[str, Any], answers: list[str]) -> tup
 
 
 def test_answer_scores_with_a_cache_equal_those_of_full_sequences(model: Any) -> None:
-    expected, counts = plain_scores(model, QUESTIONS, ANSWERS)
+    expected, counts = plain_scores(model, QUESTIONS)
     read: list[bool] = []
-    note = model.llama_model.register_forward_pre_hook(
-        lambda *a: read.append("inputs_embeds" in a[2]), with_kwargs=True
-    )
-    found, lengths = model.answer_scores(QUESTIONS, ANSWERS)
-    note.remove()
+    with model.llama_model.register_forward_pre_hook(lambda *a: read.append("inputs_embeds" in a[2]), with_kwargs=True):
+        found, lengths = model.answer_scores(QUESTIONS, ANSWERS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert lengths.tolist() == counts
     assert read.count(True) == 1
+    ranked = {"inference_method": "rank", "answer_list": ANSWERS}
     for power in (0.0, 1.0):
-        how = {"inference_method": "rank", "answer_list": ANSWERS, "length_penalty": power}
         best = (expected / torch.tensor(counts) ** power).argmax(1).tolist()
-        assert model.predict_answers(QUESTIONS, **how) == [ANSWERS[i] for i in best]
-
-
-def test_ranking_looks_at_candidates_with_likely_first_tokens(model: Any) -> None:
-    one = model.predict_answers(QUESTIONS, inference_method="rank", answer_list=ANSWERS, num_ans_candidates=1)
-    scores, _ = model.answer_scores(QUESTIONS, ANSWERS, keep=1)
-    assert (scores.isfinite().sum(1) == 1).all()
-    assert one == [ANSWERS[i] for i in scores.argmax(1).tolist()]
+        assert model.predict_answers(QUESTIONS, **ranked, length_penalty=power) == [ANSWERS[i] for i in best]
+    likely, _ = model.answer_scores(QUESTIONS, ANSWERS, keep=1)
+    assert (likely.isfinite().sum(1) == 1).all()
+    found = model.predict_answers(QUESTIONS, **ranked, num_ans_candidates=1)
+    assert found == [ANSWERS[i] for i in likely.argmax(1).tolist()]
 
 
 def test_answers_by_lavis_arguments(model: Any) -> None:
@@ -366,8 +356,9 @@ def test_answers_by_lavis_arguments(model: Any) -> None:
         model.predict_answers(samples, inference_method="ranking")
 
 
-def test_faults_of_a_configuration_are_named() -> None:
-    with pytest.raises(
-        ConfigError, match=r"language_model is missing; unknown key model\.visoin, did you mean 'vision'"
-    ):
-        ChatBridge.check_config({"visoin": {}})
+def test_positions_in_time_for_any_length() -> None:
+    table = torch.tensor([0.0, 1.0, 4.0]).view(1, 3, 1, 1)
+    assert positions_in_time(table, [2]).flatten().tolist() == [0.0, 1.0]
+    assert positions_in_time(table, [5]).flatten().tolist() == [0.0, 0.5, 1.0, 2.5, 4.0]
+    assert positions_in_time(table, [1, 3])[..., 0, 0].tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 4.0]]
+    assert positions_in_time(table[:, :1], [4]).flatten().tolist() == [0.0] * 4

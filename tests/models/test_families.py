@@ -43,8 +43,6 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {"n_layer": 2, "n_head": 4},
 }
-REFUSED = ("mamba", "rwkv", "falcon_h1")
-LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
 
 
 PROMPTS = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]
@@ -134,7 +132,7 @@ def test_only_untested_families_are_checked_when_loaded(golden_dir: Path) -> Non
         load_language_model(LanguageModelSettings(tokenizer=str(golden_dir / "tokenizer"), config=config))
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "falcon_h1"])
 def test_other_families_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"family '{name}' are not supported .*docs/weights.md") as caught:
         check_family(tiny(name))
@@ -162,6 +160,8 @@ def test_the_first_block_reads_the_same_soft_tokens_under_every_version(name: st
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+LAYERS = {"full": {"rope_type": "default"}, "sliding": {"rope_type": "linear", "factor": 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
         (32768, {"type": "yarn", **YARN}, 131072),  # as the card of Qwen2.5 says
         (131072, {"rope_type": "yarn", **YARN}, 131072),
         (131072, {"rope_type": "llama3", "factor": 8.0}, 131072),
-        (131072, {"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4096),
-        (131072, {"full": {"rope_type": "default"}, "sliding": {"rope_type": "linear", "factor": 2.0}}, 262144),
+        (131072, LONGROPE, 4096),
+        (131072, LAYERS, 262144),
         (None, None, float("inf")),
     ],
 )
@@ -184,5 +184,6 @@ def test_positions(own: int | None, rope: dict[str, Any] | None, positions: floa
 
 
 def test_the_positions_of_a_longrope_end_where_its_factors_change() -> None:
-    config = AutoConfig.for_model("phi3", **{**SIZES, "original_max_position_embeddings": 16}, rope_scaling=LONG)
+    long = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    config = AutoConfig.for_model("phi3", **{**SIZES, "original_max_position_embeddings": 16}, rope_scaling=long)
     assert positions_of(config) == 16

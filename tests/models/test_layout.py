@@ -49,11 +49,7 @@ def test_text_layout_by_hand() -> None:
     expected[0, 6:8] = torch.tensor([6, 7])
     expected[1, 7], expected[1, 9:] = 9, torch.tensor([11, 12])
     assert torch.equal(batch.labels, expected)
-    assert [found.tolist() for found in batch.supervised()] == [
-        [0, 0, 1, 1, 1],
-        [5, 6, 6, 8, 9],
-        [6, 7, 9, 11, 12],
-    ]
+    assert [found.tolist() for found in batch.supervised()] == [[0, 0, 1, 1, 1], [5, 6, 6, 8, 9], [6, 7, 9, 11, 12]]
 
 
 def test_the_elements_of_a_context() -> None:
