@@ -1,4 +1,4 @@
-"""``make test`` puts the oldest supported transformers on the path, then runs this file and the Makefile's OLDEST_TESTS."""
+"""Runs on the oldest supported transformers, which ``make test`` puts on the path, with the Makefile's OLDEST_TESTS."""
 
 from __future__ import annotations
 

@@ -44,6 +44,9 @@ class Letters:
     bos_id, eos_id, pad_id = 1, 2, 0
     byte_ids: frozenset[int] = frozenset()
 
+    def encode(self, text: str) -> list[int]:
+        return [3, 4, 5]
+
     def decode(self, ids: Any) -> str:
         return "".join(f"<{i}>" for i in ids)
 

@@ -41,32 +41,28 @@ class StandIn:
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
-    def is_busy(self) -> bool:
-        """Whether this request gets status 503."""
+    def refusal(self, body: dict[str, Any], width: int, key: str | None) -> tuple[int, str]:
+        """The status and the message with which vLLM refuses a completion; 200 if it does not."""
         with self.lock:
+            self.requests.append(body)
             self.busy -= 1
-            return self.busy >= 0
+            if self.key and key != f"Bearer {self.key}":
+                return 401, "Unauthorized"
+            if self.busy >= 0:
+                return 503, "busy"
+            if not self.takes_embeds:
+                return 400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
+            if width != self.width:
+                return 400, f"`prompt_embeds` hidden_size {width} does not match the model's hidden_size {self.width}."
+        return 200, ""
 
-    def fault(self, body: dict[str, Any]) -> str:
-        """The message with which vLLM refuses a request, or ""."""
-        if not self.takes_embeds:
-            return "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
-        if (width := self.embeds(body).shape[1]) != self.width:
-            return f"`prompt_embeds` hidden_size {width} does not match the model's hidden_size {self.width}."
-        return ""
-
-    def embeds(self, body: dict[str, Any]) -> torch.Tensor:
-        """The prompt."""
-        return torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
-
-    def chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def chunks(self, body: dict[str, Any], embeds: torch.Tensor) -> Iterator[dict[str, Any]]:
         """The choices of a streamed reply, one token each."""
-        embeds = self.embeds(body)
         same = {name: body[name] for name in (*SAME, "logprobs")}
         own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **same)
         elements = [("prompt", i) for i in range(len(embeds))]
-        ends = body["stop"], frozenset(body["stop_token_ids"])
         prompt = {"prompt": embeds * self.model.embedding_scale}  # vLLM does not divide embeddings by it
+        ends = body["stop"], frozenset(body["stop_token_ids"])
         reply = Generation(elements, prompt, self.tokenizer, own, *ends)
         with self.lock:  # the decoder is for one thread at a time
             Decoder(self.model).complete([reply])
@@ -92,26 +88,19 @@ def serving(standin: StandIn) -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/tokenize":
-                ids = standin.tokenizer.encode(body["prompt"]) if standin.tokens is None else standin.tokens
-                self.answer(200, {"tokens": ids})
+                self.answer(200, {"tokens": standin.tokens or standin.tokenizer.encode(body["prompt"])})
                 return
-            standin.requests.append(body)
-            if standin.key and self.headers.get("Authorization") != f"Bearer {standin.key}":
-                self.answer(401, {"error": "Unauthorized"})
-            elif standin.is_busy():
-                self.answer(503, {"error": {"message": "busy"}})
-            elif fault := standin.fault(body):
-                self.answer(400, {"error": {"message": fault}})
-            else:
-                self.stream(body)
-
-        def stream(self, body: dict[str, Any]) -> None:
+            embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+            status, message = standin.refusal(body, embeds.shape[1], self.headers.get("Authorization"))
+            if status != 200:
+                self.answer(status, {"error": {"message": message}})
+                return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Connection", "close")
             self.end_headers()
             self.close_connection = True
-            for number, choice in enumerate(standin.chunks(body)):
+            for number, choice in enumerate(standin.chunks(body, embeds)):
                 if number == standin.dies_after:
                     return
                 self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())

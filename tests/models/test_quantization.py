@@ -23,13 +23,11 @@ from tests.models.building import small_model
 LAYERS = 2
 SIZES = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
 BOTH = pytest.mark.parametrize("how", ["8bit", "4bit"])
+SOUND = AudioClips(torch.randn(1, 48, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([48]))
 SAMPLES = {
     "pieces": [alignment_prompt(["image"], "a red dog runs"), alignment_prompt(["audio"], "rain on a roof")],
     "image": [[torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0))], []],
-    "audio": [
-        [],
-        [AudioClips(torch.randn(1, 48, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([48]))],
-    ],
+    "audio": [[], [SOUND]],
 }
 
 
@@ -151,8 +149,6 @@ def test_a_bridge_loads_into_any_precision(folder: Path, tokenizer: Path, tmp_pa
     assert same(codes, frozen(model))
 
 
-def test_a_quantised_model_is_not_sharded(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = bridge(folder, tokenizer, "8bit")
-    monkeypatch.setattr(distributed.dist, "init_device_mesh", lambda *_arguments: None)
+def test_a_quantised_model_is_not_sharded(folder: Path, tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match="fsdp cannot shard a quantised language model"):
-        distributed._shard(model.blocks(), torch.device("cpu"))
+        distributed._shard(bridge(folder, tokenizer, "8bit").blocks(), torch.device("cpu"))

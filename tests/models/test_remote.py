@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
 from lavis_chatbridge.models import remote
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.remote import RemoteLanguageModel, load_remote
-from lavis_chatbridge.models.tokenizer import Tokenizer
 from tests.chat.building import picture, sound
 from tests.models.replies import Letters, answers, prompt, reply, tiny
 from tests.models.standin import StandIn, serving
@@ -92,12 +91,13 @@ def test_replies_equal_those_of_the_local_model(session: Session, local: Session
 def test_generate_of_the_model_uses_the_engine(session: Session, local: Session):
     samples = {"text_input": ["what is red?", "what is blue?"]}
     assert session.model.generate(samples, max_length=6) == local.model.generate(samples, max_length=6)
-    with pytest.raises(ConfigError, match="needs the local language model"):
-        session.model.generate(samples, num_beams=3)
-    with pytest.raises(ConfigError, match="needs the local language model"):
-        session.ask("hello", repetition_penalty=1.3)
-    with pytest.raises(ConfigError, match="need the local language model"):
-        session.model.predict_answers(samples, inference_method="rank", answer_list=["a", "b"])
+    for refused in (
+        lambda: session.model.generate(samples, num_beams=3),
+        lambda: session.ask("hello", repetition_penalty=1.3),
+        lambda: session.model.predict_answers(samples, inference_method="rank", answer_list=["a", "b"]),
+    ):
+        with pytest.raises(ConfigError, match=r"needs? the local language model"):
+            refused()
 
 
 def test_many_at_once_and_a_busy_engine(session: Session, standin: StandIn, local: Session):
@@ -120,7 +120,7 @@ def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Se
     with pytest.raises(EngineError, match=r"was lost in the middle of a reply|ended the reply early"):
         session.ask("hello", ignore_eos=True, max_new_tokens=20)
     assert session.messages == ()
-    standin.dies_after = 10**9
+    standin.dies_after = 1000
     assert session.ask("hello", max_new_tokens=4).tokens >= 1
 
 
@@ -148,19 +148,13 @@ def test_a_key_is_sent(shared: tuple[StandIn, str], standin: StandIn, monkeypatc
     assert Session(*load_model("tiny", OPTIONS, "cpu", shared[1])).ask("hello").tokens >= 1
 
 
-class Words(Letters):
-    """A tokenizer of which only the ids of one text are known."""
-
-    def encode(self, text: str) -> list[int]:
-        return [3, 4, 5]
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma", "gemma3_text", "granite", "gpt2", "gpt_neox", "opt", "bloom"])
 def test_a_family_replies_alike_here_and_on_the_engine(name: str, tmp_path: Path) -> None:
     model = tiny(name, **SUPPORTED[name], **({"embedding_multiplier": 12.0} if name == "granite" else {}))
     model.save_pretrained(tmp_path)
-    with serving(StandIn(model, Words())) as url:
-        engine = load_remote(url, tmp_path, cast(Tokenizer, Words()), torch.float32)
+    tokenizer: Any = Letters()
+    with serving(StandIn(model, tokenizer)) as url:
+        engine = load_remote(url, tmp_path, tokenizer, torch.float32)
         asked = reply(*prompt(4, 3))
         engine.complete([asked])
     assert asked.ids == answers(model, [reply(*prompt(4, 3))])[0]
