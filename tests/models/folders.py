@@ -102,14 +102,9 @@ def write_folder(folder: Path, style: Style, **config: Any) -> Path:
     """A folder with ``tokenizer.json`` and ``tokenizer_config.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer(style).save(str(folder / "tokenizer.json"))
-    values = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": style.template,
-        "bos_token": style.bos,
-        "eos_token": style.eos,
-        **config,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    values = {"chat_template": style.template, "bos_token": style.bos, "eos_token": style.eos}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", **values, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return folder
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lavis_chatbridge.errors import ConfigError, PromptError
-from lavis_chatbridge.models.templates import TEMPLATES, Template, break_up, load_template
+from lavis_chatbridge.models.templates import TEMPLATES, break_up, load_template
 from lavis_chatbridge.models.tokenizer import Tokenizer, load_tokenizer
 from lavis_chatbridge.prompting.conversation import Message, Piece, Text
 from tests.models.folders import STYLES, write_folder
@@ -22,6 +22,7 @@ QUESTIONS = ("What is the colour of the car?", "Is it heard twice?", "And the do
 REPLIES = ("A red car.", "Yes, it is.", "I see nothing.")
 TALK = [m for q, r in zip(QUESTIONS, REPLIES, strict=True) for m in (Message("user", q), Message("assistant", r))]
 MEDIA = [Message("user", "What is it?", ("video", "audio", "image")), *TALK[1:2], Message("user", "And?", ("image",))]
+EVERY_STYLE = pytest.mark.parametrize("style", STYLES)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,12 @@ def rendered(folder: Path, messages: Sequence[Message], generate: bool) -> list[
     return own(text, add_special_tokens=False)["input_ids"]
 
 
-def test_human_assistant(golden_dir: Path) -> None:
-    tokenizer = load_tokenizer(golden_dir / "tokenizer")
+@pytest.fixture(scope="module")
+def tokenizer(golden_dir: Path) -> Tokenizer:
+    return load_tokenizer(golden_dir / "tokenizer")
+
+
+def test_human_assistant(tokenizer: Tokenizer) -> None:
     template = load_template("human_assistant", tokenizer, "Be brief.")
     assert shown(template.prompt(MEDIA, generate=True)) == (
         "Be brief.###Human: Given following video: [video 0] and its background audio: [audio 0] and image: "
@@ -62,56 +67,47 @@ def test_human_assistant(golden_dir: Path) -> None:
     assert template.prompt(TALK[:2], reply_end="\n###")[-1] == Text("A red car.\n###", target=True)
 
 
-def test_vicuna_v1(golden_dir: Path) -> None:
-    tokenizer = load_tokenizer(golden_dir / "tokenizer")
+def test_vicuna_v1(tokenizer: Tokenizer) -> None:
     template = load_template("vicuna_v1", tokenizer)
-    pieces = template.prompt(MEDIA, generate=True)
-    assert shown(pieces).endswith(
+    assert shown(template.prompt(MEDIA, generate=True)).endswith(
         "to the user's questions. USER: Given following video: [video 0] and its background audio: [audio 0] and "
         "image: [image 0]. What is it? ASSISTANT:A red car.USER: Given following image: [image 1]. And? ASSISTANT:"
     )
-    assert [p.ids for p in pieces if isinstance(p, Text) and p.target] == [
-        (*tokenizer.encode("A red car."), tokenizer.eos_id)
-    ]
+    assert template.reply("A red car.").ids == (*tokenizer.encode("A red car."), tokenizer.eos_id)
     assert template.end_ids == {tokenizer.eos_id}
 
 
-@pytest.mark.parametrize("style", STYLES)
+@EVERY_STYLE
 def test_a_conversation_has_the_ids_of_the_tokenizers_own_rendering(folders: dict[str, Path], style: str) -> None:
     tokenizer = load_tokenizer(folders[style])
     template = load_template("tokenizer", tokenizer)
     for count in (1, 3, 5):
-        assert ids_of(template.prompt(TALK[:count], generate=True), tokenizer) == rendered(
-            folders[style], TALK[:count], True
-        )
+        ids = ids_of(template.prompt(TALK[:count], generate=True), tokenizer)
+        assert ids == rendered(folders[style], TALK[:count], True)
     if style != "phi3":  # whose template appends the end of text to a training conversation
         assert ids_of(template.prompt(TALK), tokenizer) == rendered(folders[style], TALK, False)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@EVERY_STYLE
 def test_a_reply_is_trained_behind_the_very_prompt_that_a_chat_gives(folders: dict[str, Path], style: str) -> None:
     tokenizer = load_tokenizer(folders[style])
     template = load_template("tokenizer", tokenizer)
     pieces = template.prompt(TALK)
-    targets = [i for i, piece in enumerate(pieces) if isinstance(piece, Text) and piece.target]
-    assert len(targets) == (1 if style == "qwen3" else 3)  # its earlier replies follow other words than in a chat
-    for i, turn in zip(targets, (5,) if style == "qwen3" else (1, 3, 5), strict=True):
-        target = pieces[i]
-        assert isinstance(target, Text)
+    targets = [(i, piece) for i, piece in enumerate(pieces) if isinstance(piece, Text) and piece.target]
+    turns = (5,) if style == "qwen3" else (1, 3, 5)  # its earlier replies follow other words than in a chat
+    for (i, target), turn in zip(targets, turns, strict=True):
         assert ids_of(pieces[:i], tokenizer) == ids_of(template.prompt(TALK[:turn], generate=True), tokenizer)
         assert target.text == TALK[turn].text + STYLES[style].end
         assert target.ids is not None
         assert target.ids[-1] in template.end_ids
         assert tokenizer.decode(target.ids).strip() == TALK[turn].text
         assert template.reply(TALK[turn].text).ids == target.ids
-    assert tokenizer.encode_marked(STYLES[style].end) == [
-        *set(tokenizer.encode_marked(STYLES[style].end)) & template.end_ids
-    ]
-    again = pickle.loads(pickle.dumps(template))
-    assert again.prompt(TALK) == pieces
+    (end,) = tokenizer.encode_marked(STYLES[style].end)
+    assert end in template.end_ids
+    assert pickle.loads(pickle.dumps(template)).prompt(TALK) == pieces
 
 
-@pytest.mark.parametrize("style", STYLES)
+@EVERY_STYLE
 def test_media_and_texts_of_the_tokenizers_template(folders: dict[str, Path], style: str) -> None:
     tokenizer = load_tokenizer(folders[style])
     pieces = load_template("tokenizer", tokenizer, "Be brief.").prompt(MEDIA, generate=True)
@@ -136,19 +132,13 @@ def test_thoughts_and_dates_are_rendered_as_in_every_later_chat(folders: dict[st
     assert text.startswith("Today: 26 Jul 2024")
 
 
-def forgery(template: Template) -> str:
-    """A text that spells out what a template puts between the messages of an honest conversation."""
-    pieces = template.prompt(TALK[:3], generate=True)
-    whole = shown(pieces)
-    return whole[whole.index(QUESTIONS[0]) : whole.index(QUESTIONS[1]) + len(QUESTIONS[1])]
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("style", STYLES)
+@EVERY_STYLE
 def test_a_text_forges_no_turn(folders: dict[str, Path], style: str, name: str) -> None:
     tokenizer = load_tokenizer(folders[style])
     template = load_template(name, tokenizer)
-    forged = forgery(template)
+    forged = shown(template.prompt(TALK[:3], generate=True))  # the text of three honest messages, as one
+    forged = forged[forged.index(QUESTIONS[0]) : forged.index(QUESTIONS[1]) + len(QUESTIONS[1])]
     if name == "vicuna_v1":
         forged = forged.replace("car.USER", f"car.{STYLES[style].eos}USER")
     honest = ids_of(template.prompt(TALK[:3], generate=True), tokenizer)
@@ -168,16 +158,7 @@ def test_no_text_at_all_forges_a_mark(folders: dict[str, Path], style: str) -> N
     tokenizer = load_tokenizer(folders[style])
     template = load_template("tokenizer", tokenizer)
     marks = {i for word in tokenizer.special for i in tokenizer.encode_marked(word)}
-    words = [
-        "[INST]",
-        "[/INST]",
-        "</s>",
-        "im_end",
-        *STYLES[style].special,
-        *"<| a\né",
-        "|>",
-        "\N{FULLWIDTH LESS-THAN SIGN}",
-    ]
+    words = ["[INST]", "[/INST]", "</s>", "im_end", *STYLES[style].special, *"<| a\né\uff1c", "|>"]
     benign = ids_of(template.prompt([Message("user", "x")], generate=True), tokenizer)
 
     @settings(max_examples=150, deadline=None)

@@ -17,7 +17,6 @@ from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.models.tokenizer import load_tokenizer
-from lavis_chatbridge.prompting.conversation import Message, Text
 from tests.models.folders import STYLES, write_folder
 
 TINY = Path(language_model.__file__).parent.parent / "assets" / "tiny" / "llm"
@@ -89,12 +88,9 @@ def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: P
     """As in chat models that grew out of LLaMA: tokens behind its vocabulary, one of them the end."""
     shutil.copy(golden_dir / "tokenizer" / "tokenizer.model", tmp_path)
     added = {"640": {"content": "<|end|>", "special": True}, "641": {"content": "<obj>", "special": False}}
-    config = {
-        "eos_token": "<|end|>",
-        "added_tokens_decoder": added,
-        "chat_template": "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}",
-    }
+    rendered = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    rendered += "{% if add_generation_prompt %}assistant: {% endif %}"
+    config = {"eos_token": "<|end|>", "added_tokens_decoder": added, "chat_template": rendered}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, len(tokenizer)) == (1, 640, 642)
@@ -103,8 +99,7 @@ def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: P
     assert 640 not in tokenizer.encode("a<|end|>")
     template = load_template("tokenizer", tokenizer)
     assert template.end_ids == {640}
-    pieces = template.prompt([Message("user", "a<|end|>"), Message("assistant", "b")])
-    assert [p.ids[-1] for p in pieces if isinstance(p, Text) and p.target and p.ids] == [640]
+    assert (template.reply("b").ids or ())[-1] == 640
 
 
 def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path) -> None:
