@@ -6,6 +6,7 @@ All sizes and cases are read from the folder. Tolerances are maximum absolute di
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import Decoder, padded
 from lavis_chatbridge.models.layout import PADDING, SOFT, Rows, embed, lay_out, media_of
 from lavis_chatbridge.models.sampling import Sampling
@@ -49,14 +51,7 @@ KEY_BIAS = "self.key.bias"
 
 @pytest.fixture(scope="session")
 def tensors(golden_dir: Path) -> Callable[[str], dict[str, Tensor]]:
-    cache: dict[str, dict[str, Tensor]] = {}
-
-    def load(name: str) -> dict[str, Tensor]:
-        if name not in cache:
-            cache[name] = load_file(golden_dir / f"{name}.safetensors")
-        return cache[name]
-
-    return load
+    return functools.cache(lambda name: load_file(golden_dir / f"{name}.safetensors"))
 
 
 @pytest.fixture(scope="session")
@@ -64,21 +59,15 @@ def facts(golden_dir: Path) -> Callable[[str], dict[str, Any]]:
     return lambda name: json.loads((golden_dir / f"{name}.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def fresh(golden_dir: Path) -> Callable[..., Any]:
-    from lavis_chatbridge.models.chatbridge import ChatBridge
-
-    def build(**changes: Any) -> Any:
-        model = ChatBridge(golden_settings(golden_dir, **changes))
-        model.load_checkpoint(str(golden_dir / "chatbridge_state.safetensors"))
-        return model.eval()
-
-    return build
+def load(golden_dir: Path, file: Path | None = None, **changes: Any) -> Any:
+    model = ChatBridge(golden_settings(golden_dir, **changes))
+    model.load_checkpoint(str(file or golden_dir / "chatbridge_state.safetensors"))
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
-def model(fresh: Callable[..., Any]) -> Any:
-    return fresh()
+def model(golden_dir: Path) -> Any:
+    return load(golden_dir)
 
 
 @pytest.fixture(autouse=True)
@@ -199,75 +188,33 @@ def test_encode(model: Any, tensors: Callable) -> None:
 
 
 @torch.no_grad()
-def test_multi_sample(fresh: Callable[..., Any], tensors: Callable, golden_dir: Path, tmp_path: Path) -> None:
+def test_multi_sample(tensors: Callable, golden_dir: Path, tmp_path: Path) -> None:
     golden = tensors("multi_sample")
-    tables = {name: golden[f"{name}_temporal_pos_embeds"] for name in ("visual", "audio")}
-    lengths = TemporalSettings(frames=tables["visual"].shape[1], clips=tables["audio"].shape[1])
-    from lavis_chatbridge.models.chatbridge import ChatBridge
-
-    model = ChatBridge(golden_settings(golden_dir, temporal_positions=lengths)).eval()
-    whole = load_file(golden_dir / "chatbridge_state.safetensors")
-    torch.save({"model": whole | {f"{n}_temporal_pos_embeds": t for n, t in tables.items()}}, tmp_path / "all.pth")
-    model.load_checkpoint(str(tmp_path / "all.pth"))
+    tables = {f"{name}_temporal_pos_embeds": golden[f"{name}_temporal_pos_embeds"] for name in ("visual", "audio")}
+    frames, clips = (table.shape[1] for table in tables.values())
+    torch.save({"model": {**tensors("chatbridge_state"), **tables}}, tmp_path / "all.pth")
+    times = TemporalSettings(frames=frames, clips=clips)
+    model = load(golden_dir, tmp_path / "all.pth", temporal_positions=times)
     for name in (name for name in golden if name.startswith("encode_")):
         near(query_embeddings(model, *inputs(tensors, name.split(".")[1])), golden[name], LAYERED, name)
 
 
-def case_samples(tensors: Callable, case: dict[str, Any], prompts: list[list[Piece]]) -> dict[str, Any]:
-    named = [case[key] for key in ("image", "audio") if key in case]
-    return {"pieces": prompts, **{modality: v[: len(prompts)] for modality, v in (inputs(tensors, n) for n in named)}}
-
-
-def modalities_of(case: dict[str, Any]) -> list[Any]:
-    return [*([case["image"]] if "image" in case else []), *(["audio"] if "audio" in case else [])]
-
-
-def laid_out(model: Any, samples: dict[str, Any]) -> tuple[Rows, Tensor]:
-    soft, places = model.soft_tokens(samples["pieces"], media_of(samples))
-    return lay_out(samples["pieces"], places, model.llama_tokenizer, "original", model.max_text_length), soft
-
-
-def check_losses(model: Any, batch: Rows, soft: Tensor, golden: dict[str, Tensor], name: str) -> None:
-    assert torch.equal(batch.labels, golden[f"{name}.labels"]), name
-    assert torch.equal(batch.attention_mask, golden[f"{name}.attention_mask"]), name
-    if f"{name}.inputs_embeds" in golden:
-        embeds = embed(batch, soft, model.llama_model.get_input_embeddings())
-        near(embeds, golden[f"{name}.inputs_embeds"], LAYERED, name)
-    nll, targets = model.token_losses(batch, soft)
-    rows, columns, _ = batch.supervised()
-    dense = torch.zeros_like(golden[f"{name}.token_nll"]).index_put((rows, columns), nll)
-    near(dense, golden[f"{name}.token_nll"], LAYERED, name)
-    near(nll.mean(), golden[f"{name}.loss"], LAYERED, name)
-    assert len(targets) == len(rows)
-
-
-def stage1_samples(tensors: Callable, case: dict[str, Any]) -> dict[str, Any]:
-    prompts = [alignment_prompt(modalities_of(case), text, case["end_sym"]) for text in case["text"]]
-    return case_samples(tensors, case, prompts)
-
-
-@torch.no_grad()
-def test_stage1(model: Any, tensors: Callable, facts: Callable) -> None:
-    golden = tensors("stage1")
-    for name, case in facts("stage1").items():
-        model.max_text_length = case["max_txt_len"]
-        samples = stage1_samples(tensors, case)
-        batch, soft = laid_out(model, samples)
-        check_losses(model, batch, soft, golden, name)
-        out = model(samples)
-        near(out["loss"], golden[f"{name}.loss"], LAYERED, name)
-        assert out["target_tokens"] == (batch.labels >= 0).sum()
-        if f"{name}.logits_last8" in golden:
-            logits = model.llama_model(
-                inputs_embeds=embed(batch, soft, model.llama_model.get_input_embeddings()),
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-            ).logits
-            near(logits[:, -8:], golden[f"{name}.logits_last8"], LAYERED, name)
-
-
 UNUSUAL = "hash_inside_answer_and_trailing_text"
 """Its conversations end with a question or an unfinished reply, which no prompt of ours does."""
+
+
+def prepared(model: Any, tensors: Callable, name: str, case: dict[str, Any]) -> dict[str, Any]:
+    """A recorded batch; the model gets the case's settings."""
+    model.max_text_length = case["max_txt_len"]
+    model.video_queries = "per_frame" if case.get("stage") == 3 else "joint"
+    modalities = [*([case["image"]] if "image" in case else []), *(["audio"] if "audio" in case else [])]
+    if "conversation" in case:
+        word = by_hand if name == UNUSUAL else worded
+        prompts = [word(text, modalities) for text in case["conversation"]]
+    else:
+        prompts = [alignment_prompt(modalities, text, case["end_sym"]) for text in case["text"]]
+    media = dict(inputs(tensors, case[key]) for key in ("image", "audio") if key in case)
+    return {"pieces": prompts, **{modality: values[: len(prompts)] for modality, values in media.items()}}
 
 
 def worded(conversation: str, modalities: list[Any]) -> list[Piece]:
@@ -291,46 +238,59 @@ def by_hand(conversation: str, modalities: list[Any]) -> list[Piece]:
     return pieces
 
 
-def stage2_samples(tensors: Callable, case: dict[str, Any], name: str) -> dict[str, Any]:
-    word = by_hand if name == UNUSUAL else worded
-    return case_samples(tensors, case, [word(text, modalities_of(case)) for text in case["conversation"]])
+def laid_out(model: Any, samples: dict[str, Any]) -> tuple[Rows, Tensor]:
+    soft, ranges = model.soft_tokens(samples["pieces"], media_of(samples))
+    return lay_out(samples["pieces"], ranges, model.llama_tokenizer, "original", model.max_text_length), soft
 
 
-def prepare_stage2(model: Any, case: dict[str, Any]) -> None:
-    model.max_text_length = case["max_txt_len"]
-    model.video_queries = "per_frame" if case["stage"] == 3 else "joint"
+def check_losses(model: Any, samples: dict[str, Any], golden: dict[str, Tensor], name: str) -> tuple[Rows, Tensor]:
+    rows, soft = laid_out(model, samples)
+    assert torch.equal(rows.labels, golden[f"{name}.labels"]), name
+    assert torch.equal(rows.attention_mask, golden[f"{name}.attention_mask"]), name
+    embeds = embed(rows, soft, model.llama_model.get_input_embeddings())
+    if f"{name}.inputs_embeds" in golden:
+        near(embeds, golden[f"{name}.inputs_embeds"], LAYERED, name)
+    nll, _ = model.token_losses(rows, soft)
+    numbers, columns, targets = rows.supervised()
+    dense = torch.zeros_like(golden[f"{name}.token_nll"]).index_put((numbers, columns), nll)
+    near(dense, golden[f"{name}.token_nll"], LAYERED, name)
+    out = model(samples)
+    near(out["loss"], golden[f"{name}.loss"], LAYERED, name)
+    assert out["target_tokens"] == len(targets) == (rows.labels >= 0).sum()
+    return rows, embeds
+
+
+@torch.no_grad()
+def test_stage1(model: Any, tensors: Callable, facts: Callable) -> None:
+    golden = tensors("stage1")
+    for name, case in facts("stage1").items():
+        rows, embeds = check_losses(model, prepared(model, tensors, name, case), golden, name)
+        if f"{name}.logits_last8" in golden:
+            where = {"attention_mask": rows.attention_mask, "position_ids": rows.position_ids}
+            logits = model.llama_model(inputs_embeds=embeds, **where).logits
+            near(logits[:, -8:], golden[f"{name}.logits_last8"], LAYERED, name)
 
 
 @torch.no_grad()
 def test_stage2(model: Any, tensors: Callable, facts: Callable) -> None:
     golden = tensors("stage2")
+    assert {SOFT, PADDING} == {-1, -2}
     for name, case in facts("stage2").items():
-        prepare_stage2(model, case)
-        samples = stage2_samples(tensors, case, name)
-        for pieces, segments in zip(samples["pieces"], case.get("segments", samples["pieces"]), strict=True):
-            if segments is not pieces:
-                texts = [piece.text for piece in pieces if isinstance(piece, Text)]
-                assert texts == [segment["text"] for segment in segments], name
-                assert [model.llama_tokenizer.encode(t) for t in texts] == [s["ids"] for s in segments], name
-        batch, soft = laid_out(model, samples)
-        assert torch.equal(batch.token_ids, golden[f"{name}.token_ids"]), name
-        assert {SOFT, PADDING} == {-1, -2}
-        check_losses(model, batch, soft, golden, name)
-        near(model(samples)["loss"], golden[f"{name}.loss"], LAYERED, name)
+        samples = prepared(model, tensors, name, case)
+        for pieces, segments in zip(samples["pieces"], case.get("segments", []), strict="segments" in case):
+            texts = [piece.text for piece in pieces if isinstance(piece, Text)]
+            assert texts == [segment["text"] for segment in segments], name
+            assert [model.llama_tokenizer.encode(t) for t in texts] == [s["ids"] for s in segments], name
+        rows, _ = check_losses(model, samples, golden, name)
+        assert torch.equal(rows.token_ids, golden[f"{name}.token_ids"]), name
 
 
 def test_gradients(model: Any, tensors: Callable, facts: Callable) -> None:
     golden, recorded = tensors("grads"), facts("grads")
     for case, expected in recorded.items():
         stage, name = case.split(".")
-        described = facts(stage)[name]
-        if stage == "stage2":
-            prepare_stage2(model, described)
-        else:
-            model.max_text_length = described["max_txt_len"]
-        samples = stage2_samples(tensors, described, name) if stage == "stage2" else stage1_samples(tensors, described)
         model.zero_grad(set_to_none=True)
-        model(samples)["loss"].backward()
+        model(prepared(model, tensors, name, facts(stage)[name]))["loss"].backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert sorted(found) == sorted(expected["grad_norm"]), case
         assert not set(found) & set(expected["no_grad"])
@@ -344,16 +304,15 @@ def test_gradients(model: Any, tensors: Callable, facts: Callable) -> None:
 
 
 @pytest.mark.parametrize("case", ["image_x5", "alternating_set_to_none", "alternating_zero_fill"])
-def test_five_optimiser_steps(fresh: Callable[..., Any], tensors: Callable, facts: Callable, case: str) -> None:
+def test_five_optimiser_steps(golden_dir: Path, tensors: Callable, facts: Callable, case: str) -> None:
     recorded, described = facts("adamw")[case], facts("stage1")
     golden = {name.removeprefix(f"{case}/"): t for name, t in tensors("adamw").items() if name.startswith(f"{case}/")}
-    model = fresh()
+    model = load(golden_dir)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
 
     def loss_of(name: str) -> Tensor:
-        model.max_text_length = described[name]["max_txt_len"]
-        return model(stage1_samples(tensors, described[name]))["loss"]
+        return model(prepared(model, tensors, name, described[name]))["loss"]
 
     for name, expected in zip(recorded["order"], recorded["loss_before_each_step"], strict=True):
         optimizer.zero_grad(set_to_none=recorded["zero_grad_set_to_none"])
