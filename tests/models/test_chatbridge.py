@@ -270,15 +270,13 @@ def test_chunks_give_what_one_piece_gives(
     torch.testing.assert_close(ours, slope, atol=tolerance, rtol=tolerance)
 
 
-QUESTIONS = batch_of(
-    *(
-        {
-            "image": [image(i)],
-            "pieces": chat_prompt([Message("user", text, ("image",)), Message("assistant", "unseen")]),
-        }
-        for i, text in enumerate(("Who?", "What is the colour of the red car?", "Why now, and where?"))
-    )
-)
+def asked(seed: int, text: str) -> dict[str, Any]:
+    turns = [Message("user", text, ("image",)), Message("assistant", "unseen")]
+    return {"image": [image(seed)], "pieces": chat_prompt(turns)}
+
+
+TEXTS = ("Who?", "What is the colour of the red car?", "Why now, and where?")
+QUESTIONS = batch_of(*(asked(i, text) for i, text in enumerate(TEXTS)))
 
 
 def test_generation_returns_several_results_and_repeats_them_with_a_seed(model: Any) -> None:

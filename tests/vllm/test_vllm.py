@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -53,19 +54,11 @@ class Vllm:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        words = [
-            COMMAND,
-            "serve",
-            str(self.model),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            *OPTIONS.split(),
-        ]
-        cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        address = f"--host 127.0.0.1 --port {self.port}"
+        words = [COMMAND, "serve", str(self.model), *address.split(), *OPTIONS.split()]
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment = {**own, **cpu, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+        environment = {**own, **cpu, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             words, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -105,12 +98,11 @@ def remote(vllm: Vllm) -> Engine:
 
 def questions(count: int) -> list[Conversation]:
     """Conversations about new images, videos and sounds of the embedded world."""
+    sampled = {modality: scenes(modality, False, 77) for modality in MODALITIES}
     result = []
-    drawn = {modality: scenes(modality, False, 77) for modality in MODALITIES}
-    for number in range(count):
-        rng = np.random.default_rng([11, number])
-        found = [next(drawn[modality]) for modality in FIVE[number % len(FIVE)]]
-        media = media_of(media=files_of(tuple(found), rng))
+    for number, modalities in zip(range(count), itertools.cycle(FIVE), strict=False):
+        found = tuple(next(sampled[modality]) for modality in modalities)
+        media = media_of(media=files_of(found, np.random.default_rng([11, number])))
         result.append(Conversation().asking(f"what is the colour or the sound of number {number}?", media))
     return result
 
@@ -135,9 +127,8 @@ def test_logprobs_and_penalties(local: Engine, remote: Engine):
         sampling = Sampling(max_new_tokens=16, ignore_eos=True, **settings)
         expected, found = (engine.reply(asked, sampling).answer for engine in (local, remote))
         assert found.ids == expected.ids
-        assert [row.logprob for row in found.logprobs] == pytest.approx(
-            [r.logprob for r in expected.logprobs], abs=1e-3
-        )
+        values, others = ([row.logprob for row in answer.logprobs] for answer in (found, expected))
+        assert values == pytest.approx(others, abs=1e-3)
 
 
 def test_a_killed_engine_costs_its_replies_and_the_next_request_works(remote: Engine, vllm: Vllm):
