@@ -19,16 +19,9 @@ from lavis_chatbridge.models.settings import (
 )
 
 SMALL_BEATS = BeatsConfig(
-    embed_dim=24,
-    encoder_embed_dim=32,
-    encoder_layers=2,
-    encoder_ffn_embed_dim=48,
-    encoder_attention_heads=4,
-    conv_pos=8,
-    conv_pos_groups=4,
-    num_buckets=16,
-    max_distance=40,
-)
+    embed_dim=24, encoder_embed_dim=32, encoder_layers=2, encoder_ffn_embed_dim=48, encoder_attention_heads=4,
+    conv_pos=8, conv_pos_groups=4, num_buckets=16, max_distance=40,
+)  # fmt: skip
 SMALL_LLM = {
     "model_type": "llama", "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -63,26 +56,16 @@ def small_model(tokenizer: Path, seed: int = 0, **changes: Any) -> Any:
 def golden_settings(golden: Path, **changes: Any) -> ModelSettings:
     """The model of a folder of golden numbers, all sizes from its ``config.json``."""
     sizes = json.loads((golden / "config.json").read_text())
-    vit, qformer = sizes["vit"], sizes["qformer"]
+    vit = {"image_size": "img_size", "width": "embed_dim", "heads": "num_heads"}
+    vit |= {name: name for name in ("patch_size", "depth", "mlp_ratio")}
+    qformer = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    qformer |= {"feed_forward": "intermediate_size", "cross_attention_every": "cross_attention_freq"}
+    qformer |= {"queries": "num_query_token", "norm_eps": "layer_norm_eps"}
     values: dict[str, Any] = {
-        "vision": VisionSettings(
-            image_size=vit["img_size"],
-            patch_size=vit["patch_size"],
-            width=vit["embed_dim"],
-            depth=vit["depth"],
-            heads=vit["num_heads"],
-            mlp_ratio=vit["mlp_ratio"],
-        ),
+        "vision": VisionSettings(**{ours: sizes["vit"][theirs] for ours, theirs in vit.items()}),
         "audio": AudioSettings(config=BeatsConfig.from_dict(sizes["beats"]).model_dump()),
         "perceiver": PerceiverSettings(
-            width=qformer["hidden_size"],
-            layers=qformer["num_hidden_layers"],
-            heads=qformer["num_attention_heads"],
-            feed_forward=qformer["intermediate_size"],
-            cross_attention_every=qformer["cross_attention_freq"],
-            queries=qformer["num_query_token"],
-            norm_eps=qformer["layer_norm_eps"],
-            dropout=0.0,
+            dropout=0.0, **{ours: sizes["qformer"][theirs] for ours, theirs in qformer.items()}
         ),
         "language_model": LanguageModelSettings(
             tokenizer=str(golden / "tokenizer"), config={"model_type": "llama", **sizes["llama"]}

@@ -23,6 +23,7 @@ from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.prompting.conversation import (
     MODALITIES,
     Message,
+    Modality,
     Slot,
     Text,
     alignment_prompt,
@@ -64,6 +65,10 @@ def sound(*lengths: int, size: int | None = None, seed: int = 2) -> AudioClips:
     return AudioClips(bank, torch.tensor(lengths))
 
 
+def captioned(modality: Modality, medium: Any, text: str) -> dict[str, Any]:
+    return {modality: [medium], "pieces": alignment_prompt([modality], text)}
+
+
 def batch_of(*samples: dict[str, Any]) -> dict[str, Any]:
     keys = ("pieces", "image", "video", "audio")
     return {key: [sample.get(key, []) for sample in samples] for key in keys}
@@ -74,12 +79,12 @@ def losses(model: Any, samples: dict[str, Any]) -> float:
 
 
 MIXED = batch_of(
-    {"image": [image()], "pieces": alignment_prompt(["image"], "a red dog")},
-    {"video": [video(2)], "pieces": alignment_prompt(["video"], "it runs on the beach and sings")},
-    {"video": [video(5, 3)], "pieces": alignment_prompt(["video"], "a bell")},
-    {"audio": [sound(48, 20)], "pieces": alignment_prompt(["audio"], "rain")},
-    {"audio": [sound(90, 4)], "pieces": alignment_prompt(["audio"], "a man and a woman")},
-    {"audio": [sound(64, 64, 64, seed=5)], "pieces": alignment_prompt(["audio"], "three clips")},
+    captioned("image", image(), "a red dog"),
+    captioned("video", video(2), "it runs on the beach and sings"),
+    captioned("video", video(5, 3), "a bell"),
+    captioned("audio", sound(48, 20), "rain"),
+    captioned("audio", sound(90, 4), "a man and a woman"),
+    captioned("audio", sound(64, 64, 64, seed=5), "three clips"),
     {
         "image": [image(6), image(7)],
         "audio": [sound(33)],

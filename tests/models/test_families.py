@@ -32,6 +32,7 @@ SIZES_OF: dict[str, dict[str, Any]] = {
 SUPPORTED = {name: SIZES_OF.get(name, {}) for name in sorted(TESTED)}
 PROMPTS = [prompt(2, 3, seed=1), prompt(5, 7, seed=2), prompt(1, 1, seed=3)]
 REPLIES = [reply(*one) for one in PROMPTS]
+BEAMS = {"tokens": 4, "num_beams": 3}
 
 
 def stages(model: Any) -> dict[str, bool]:
@@ -44,22 +45,20 @@ def stages(model: Any) -> dict[str, bool]:
     expected = -logits.log_softmax(-1)[[0, 1], targets]
     (slope,) = torch.autograd.grad(loss.sum(), embeds)
     (whole,) = torch.autograd.grad(expected.sum(), embeds)
-    alone = [answers(model, [reply(*one)])[0] for one in PROMPTS]
     with torch.no_grad():
         return {
             "loss": torch.allclose(loss, expected, atol=1e-4),
             "gradient": torch.allclose(slope, whole, atol=1e-4) and bool(slope.abs().sum() > 0),
-            "batch = single": answers(model, [reply(*one) for one in PROMPTS]) == alone,
-            "beams": beams_agree(model),
+            "batch = single": answers(model, [reply(*one) for one in PROMPTS]) == alone(model),
+            "beams": answers(model, [reply(*one, **BEAMS) for one in PROMPTS]) == alone(model, **BEAMS),
             "ranking": ranking_agrees(model),
-            "chat": joined_late(model) == alone,
+            "chat": joined_late(model) == alone(model),
             "chat, kept keys": kept_agrees(model),
         }
 
 
-def beams_agree(model: Any) -> bool:
-    together = answers(model, [reply(*one, tokens=4, num_beams=3) for one in PROMPTS])
-    return together == [answers(model, [reply(*one, tokens=4, num_beams=3)])[0] for one in PROMPTS]
+def alone(model: Any, **how: Any) -> list[list[int]]:
+    return [answers(model, [reply(*one, **how)])[0] for one in PROMPTS]
 
 
 def ranking_agrees(model: Any) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavis_chatbridge.errors import PromptError
-from lavis_chatbridge.models.layout import IGNORED, PADDING, SOFT, Rows, elements_of, lay_out
+from lavis_chatbridge.models.layout import IGNORED, SOFT, Rows, elements_of, lay_out
 from lavis_chatbridge.prompting.conversation import Piece, Slot, Text
 
 
@@ -44,7 +44,6 @@ def test_text_layout_by_hand() -> None:
     assert batch.soft.tolist() == [0, 1, 4, 5, 6, 2, 3]
     assert batch.attention_mask.tolist() == [[1] * 8 + [0] * 3, [1] * 11]
     assert batch.position_ids.tolist() == [list(range(11))] * 2
-    assert not batch.needs_mask
     expected = torch.full((2, 11), IGNORED)
     expected[0, 6:8] = torch.tensor([6, 7])
     expected[1, 7], expected[1, 9:] = 9, torch.tensor([11, 12])
@@ -62,12 +61,10 @@ def test_the_elements_of_a_context() -> None:
 
 
 def test_only_padding_in_front_needs_a_mask() -> None:
-    batch = train(PROMPTS, layout="original")
-    assert batch.token_ids[0].tolist() == [1, PADDING, PADDING, PADDING, 3, 4, SOFT, SOFT, 5, 6, 7]
-    assert batch.needs_mask
-    unmasked = dataclasses.replace(batch, attention_mask=torch.ones(2, 11))
-    assert not unmasked.needs_mask
-    assert dataclasses.replace(unmasked, position_ids=batch.position_ids + torch.tensor([[0], [1]])).needs_mask
+    rows = train(PROMPTS)
+    assert not rows.needs_mask
+    assert train(PROMPTS, layout="original").needs_mask
+    assert dataclasses.replace(rows, position_ids=rows.position_ids + torch.tensor([[0], [1]])).needs_mask
 
 
 @pytest.mark.parametrize(("length", "kept", "without"), [(1, 7, 1), (2, 8, 0), (4, 10, 0)])

@@ -135,17 +135,14 @@ def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Se
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused_when_the_model_is_loaded(
-    shared: tuple[StandIn, str], standin: StandIn, name: str, value: Any, message: str
+    shared: tuple[StandIn, str], standin: StandIn, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ):
     setattr(standin, name, value)
     with pytest.raises(EngineError, match=message):
         load_model("tiny", OPTIONS, "cpu", shared[1])
-
-
-def test_a_key_is_sent(shared: tuple[StandIn, str], standin: StandIn, monkeypatch: pytest.MonkeyPatch):
-    standin.key = "secret"
-    monkeypatch.setenv(remote.KEY, "secret")
-    assert Session(*load_model("tiny", OPTIONS, "cpu", shared[1])).ask("hello").tokens >= 1
+    if name == "key":
+        monkeypatch.setenv(remote.KEY, value)
+        assert Session(*load_model("tiny", OPTIONS, "cpu", shared[1])).ask("hello").tokens >= 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gemma3_text", "granite", "gpt2", "gpt_neox", "opt", "bloom"])

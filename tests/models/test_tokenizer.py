@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -108,17 +107,9 @@ def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path)
         assert tokenizer.encode("a\ud83d\ude00") == tokenizer.encode("a\N{GRINNING FACE}")
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"config.json": "{}"}, r"does not contain a tokenizer \(tokenizer.json or tokenizer.model\)"),
-        ({"tokenizer.json": "{"}, "cannot read the tokenizer in"),
-        ({"tokenizer.model": "x", "tokenizer_config.json": "{}"}, "cannot read the tokenizer in"),
-    ],
-)
-def test_folders_that_cannot_be_read(tmp_path: Path, files: dict[str, Any], message: str) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(CheckpointError, match=message) as caught:
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_files_that_cannot_be_read(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text("{")
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer in") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
