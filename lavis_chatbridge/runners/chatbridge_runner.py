@@ -188,8 +188,7 @@ class ChatBridgeRunner(RunnerBase):
         """The mean loss of a micro-batch, and its number of target tokens (of samples, for LAVIS's tasks)."""
         samples = prepare_sample(dict(samples), cuda_enabled=self.cuda_enabled)
         if isinstance(self.task, ChatBridgeTask):
-            output = model(samples)
-            return output["loss"], output["target_tokens"]
+            return self.task.weighted_loss(model=model, samples=samples)
         loss = self.task.train_step(model=model, samples=samples)
         return loss, torch.tensor(float(max(1, len(sample_ids(samples)))), device=loss.device)
 
