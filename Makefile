@@ -58,7 +58,7 @@ demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(CORES) projects/toyworld/demo.py $(DEMO)
 
 # What also runs on the oldest transformers: everything that differs between its versions.
-OLDEST_TESTS = $(addprefix tests/models/test_, families.py golden.py quantization.py templates.py tokenizer.py) tests/hf/test_hf.py
+OLDEST_TESTS = $(addprefix tests/models/test_, families.py golden.py quantization.py templates.py tokenizer.py) tests/hf/test_hf.py tests/test_hub.py
 
 test: install $(COMPAT_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -37,7 +37,7 @@ COMMANDS = (
     Command("evaluate", "plugin.evaluate", "Score a model on test splits (as python -m lavis.evaluate)."),
     Command("compare", "plugin.compare", "Compare two evaluations sample by sample."),
     Command("world", "toyworld.build", "Build the embedded world, a small synthetic data set."),
-    Command("weights", "models.weights", "List, download and convert weights."),
+    Command("weights", "models.weights", "List and download weights."),
     Command("export-llm", "plugin.export_llm", "Write the language model with LoRA merged."),
     Command("convert", "plugin.convert", "Convert a run, a Hugging Face folder or a checkpoint."),
     Command("check-data", "datasets.check", "Check a data file and count its samples."),

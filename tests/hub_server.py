@@ -1,8 +1,10 @@
-"""A hub on loopback: redirects, ranges, gated repositories, broken connections, and new repositories."""
+"""A hub on loopback: redirects, ranges, gated repositories, broken connections, new repositories, and commits."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from huggingface_hub import constants, file_download, utils
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,16 +79,22 @@ def serving(root: Path) -> Iterator[HubServer]:
 
 def connect(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this process use the server, and an empty cache."""
-    from huggingface_hub import constants, file_download
-
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in {
         "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache),
-        "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "DOWNLOAD_CHUNK_SIZE": 1 << 16,
+        "HF_HUB_DISABLE_XET": True, "DOWNLOAD_CHUNK_SIZE": 1 << 16,
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
         if hasattr(file_download, name):  # huggingface_hub 0.x copies some of them
             monkeypatch.setattr(file_download, name, value)
+    set_offline(False, monkeypatch)
+
+
+def set_offline(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set ``HF_HUB_OFFLINE`` for this process."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    if hasattr(utils, "reset_sessions"):  # a session of huggingface_hub 0.x keeps the setting
+        utils.reset_sessions()
 
 
 def _app(hub: HubServer) -> FastAPI:
@@ -121,6 +130,24 @@ def _app(hub: HubServer) -> FastAPI:
         repo = f"{named['organization']}/{named['name']}"
         (hub.root / repo).mkdir(parents=True)
         return {"url": f"{hub.url}/{repo}"}
+
+    @app.post("/api/validate-yaml")
+    def validate() -> dict[str, Any]:
+        return {}
+
+    @app.post("/api/models/{org}/{name}/preupload/{revision}")
+    def preupload(sent: dict[str, Any]) -> dict[str, Any]:
+        modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in sent["files"]]
+        return {"files": modes}
+
+    @app.post("/api/models/{org}/{name}/commit/{revision}")
+    async def commit(request: Request, org: str, name: str) -> dict[str, str]:
+        for operation in map(json.loads, (await request.body()).splitlines()):
+            if operation["key"] == "file":
+                path = hub.root / org / name / operation["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(operation["value"]["content"]))
+        return {"commitUrl": f"{hub.url}/{org}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
 
     @app.middleware("http")
     async def record(request: Request, answer: Any) -> Response:

@@ -79,16 +79,6 @@ def read(path: Path, prefixes: Sequence[str] = ()) -> WeightFile:
     return WeightFile(path, tensors, cfg)
 
 
-def read_chatbridge(path: Path, out: Path) -> WeightFile:
-    """Read a ChatBridge's weights to convert them into ``out``; a `CheckpointError` if that exists."""
-    if out.exists():
-        raise CheckpointError(f"{out} exists: choose another path")
-    file = read(path)
-    if "llama_proj.weight" not in file.tensors:
-        raise CheckpointError(f"{path} is not a ChatBridge: it contains {shortened(file.tensors)}")
-    return file
-
-
 def save(path: Path, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any] | None = None) -> None:
     """Write tensors (which may share memory) and a configuration of plain values as safetensors, atomically."""
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""``chatbridge weights``: lists, downloads and converts weights."""
+"""``chatbridge weights``: lists and downloads weights."""
 
 from __future__ import annotations
 
@@ -138,22 +138,6 @@ def download_command(
     for _, settings in _wanted(model_type, cfg_path):
         for setting, path in find_all(settings).items():
             typer.echo(f"{setting:<32}{path}")
-
-
-@app.command("convert")
-def convert_command(
-    source: Annotated[Path, typer.Argument(help="A ChatBridge checkpoint of the original, LAVIS or this package.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
-) -> None:
-    """Write the bridge of a ChatBridge checkpoint (any layout) as safetensors, without the frozen models."""
-    from lavis_chatbridge.models import lora, state_dicts
-
-    file = state_dicts.read_chatbridge(source, out)
-    named = state_dicts.bridge_tensors(file.tensors)
-    frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms are kept: results need them
-    kept = {name: t for name, t in named.items() if not name.startswith(frozen) or lora.is_adapter(name)}
-    state_dicts.save(out, kept, {"lora": file.cfg["lora"]} if file.cfg and "lora" in file.cfg else None)
-    typer.echo(f"{out}: {len(kept)} tensors of {len(file.tensors)}")
 
 
 def _wanted(model_type: str | None, cfg_path: str | None) -> Iterator[tuple[str, ModelSettings]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from itertools import islice
 from pathlib import Path
 from threading import Thread
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from huggingface_hub import HfApi
 from omegaconf import OmegaConf
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, pipeline
@@ -220,11 +218,6 @@ def test_the_language_model_is_quantised_as_asked(processor, talk) -> None:
 def test_a_pushed_model_loads_by_its_hub_id(tmp_path: Path, model, talk, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path / "hub") as server:
         connect(server, tmp_path / "cache", monkeypatch)
-
-        def upload(api: HfApi, *, repo_id: str, folder_path: Path) -> None:
-            shutil.copytree(folder_path, server.root / repo_id, dirs_exist_ok=True)
-
-        monkeypatch.setattr(HfApi, "upload_folder", upload)
         model.push_to_hub("org/bridge", save_frozen=True, max_shard_size="1MB")
         pushed = {path.name for path in (tmp_path / "hub" / "org" / "bridge").iterdir()}
         assert pushed >= {"README.md", "config.json", "frozen", "model.safetensors.index.json"}

@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperFeatureExtractor
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.models import state_dicts, weights
+from lavis_chatbridge.models import weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.processors import load_processors
 from tests.hub_server import HubServer, serving
 from tests.media.making import sound_file, video_file
-from tests.models.building import small_model, small_settings
+from tests.models.building import small_settings
 from tests.models.encoders import architectures
 from tests.models.folders import STYLES, write_folder
 
@@ -158,30 +157,3 @@ def test_the_tiny_model_without_weights(golden_dir: Path, caplog: pytest.LogCapt
     model = ChatBridge.from_config(OmegaConf.merge(tiny, bare, {"checkpoint": None}))
     assert "knows nothing outside that world" in caplog.text
     assert model.image_query_tokens.shape == (1, 8, 128)
-
-
-def test_conversion_keeps_the_bridge_and_its_norms(golden_dir: Path, tmp_path: Path, capsys: Any) -> None:
-    model = small_model(golden_dir / "tokenizer")
-    norms = {name: t for name, t in model.state_dict().items() if name.startswith("ln_")}
-    bridge = model.trainable_state_dict() | norms
-    frozen = {"visual_encoder.cls_token": torch.ones(1, 1, 32), "llama_model.lm_head.weight": torch.ones(3)}
-    old = {**bridge, **frozen, "Qformer.bert.embeddings.position_ids": torch.ones(1, 4)}
-    old["query_tokens"] = old.pop("image_query_tokens")
-    torch.save({"model": {f"module.{n}": t for n, t in old.items()}, "config": {"a": 1}}, tmp_path / "a.pth")
-    target = tmp_path / "new" / "b.safetensors"
-    assert cli.main(["weights", "convert", str(tmp_path / "a.pth"), str(target)]) == 0
-    assert capsys.readouterr().out.strip() == f"{target}: {len(bridge)} tensors of {len(old)}"
-    made = state_dicts.read(target).tensors
-    assert set(made) == set(bridge)
-    assert all(torch.equal(made[name], bridge[name]) for name in bridge)
-
-    state_dicts.save(tmp_path / "step" / "model.safetensors", bridge, {"lora": "rank 2"})
-    assert cli.main(["weights", "convert", str(tmp_path / "step"), str(tmp_path / "c.safetensors")]) == 0
-    assert state_dicts.read(tmp_path / "c.safetensors").cfg == {"lora": "rank 2"}
-    torch.save({"cls_token": torch.ones(1)}, tmp_path / "eva.pth")
-    for source, out, words in (
-        ("eva.pth", "d.safetensors", "is not a ChatBridge"),
-        ("a.pth", "c.safetensors", "exists"),
-    ):
-        assert cli.main(["weights", "convert", str(tmp_path / source), str(tmp_path / out)]) == 2
-        assert words in capsys.readouterr().err
