@@ -75,7 +75,16 @@ def open_audio(
     else:
         own_rate, samples = opener(decode_audio, sound, channel, limits=limits)
     with media_errors(sound):
-        _check(sound, samples, own_rate, limits)
+        if samples.size == 0:
+            raise MediaError(sound, "it holds no sound")
+        if not _LOWEST_RATE <= own_rate <= _HIGHEST_RATE:
+            raise MediaError(sound, f"a sampling rate of {own_rate} Hz is out of range")
+        _check_length(sound, samples.size, own_rate, limits)
+        peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is NaN
+        if not math.isfinite(peak):
+            raise MediaError(sound, "its samples are not all finite numbers")
+        if peak > _LOUDEST:
+            raise MediaError(sound, f"its samples reach {peak:g}, expected floats in [-1, 1]; divide int16's by 32768")
         samples = samples.clip(-1.0, 1.0)
         if own_rate == rate:
             return samples
@@ -112,7 +121,10 @@ def decode_audio(
         picture = find_stream(container, "video")
         frames = _frames(container, stream, source)
         first = next(frames)
-        rate, silence = first.sample_rate, round(first.sample_rate * _seconds_before(first, stream, picture))
+        rate, silence = first.sample_rate, 0
+        if picture is not None and picture.start_time is not None and first.pts is not None:
+            late = first.pts * stream.time_base - picture.start_time * picture.time_base  # seconds
+            silence = max(0, round(rate * late))
         _check_length(source, silence, rate, limits)
         blocks = [np.zeros(silence, np.float32)]
         decoded = (_samples_of(frame) for frame in chain([first], frames))
@@ -132,19 +144,6 @@ def _resampler(source_rate: int, rate: int) -> Callable[[Tensor], Tensor]:
 
     ratio = Fraction(rate, source_rate).limit_denominator(_LARGEST_TERM)
     return Resample(ratio.denominator, ratio.numerator)
-
-
-def _check(source: object, samples: np.ndarray, rate: int, limits: Limits) -> None:
-    if samples.size == 0:
-        raise MediaError(source, "it holds no sound")
-    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
-        raise MediaError(source, f"a sampling rate of {rate} Hz is out of range")
-    _check_length(source, samples.size, rate, limits)
-    peak = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is NaN
-    if not math.isfinite(peak):
-        raise MediaError(source, "its samples are not all finite numbers")
-    if peak > _LOUDEST:
-        raise MediaError(source, f"its samples reach {peak:g}, expected floats in [-1, 1]; divide int16's by 32768")
 
 
 def _check_length(source: object, length: int, rate: int, limits: Limits) -> None:
@@ -223,13 +222,6 @@ def _frames(container: InputContainer, stream: Any, source: object) -> Iterator[
             yield frame
     if rate == 0 or faults > max(1, packets // 10):
         raise MediaError(source, fault)
-
-
-def _seconds_before(frame: AudioFrame, stream: Any, picture: Any) -> float:
-    """Seconds from a video's first picture to its first sound; 0 if sound comes first or there is no picture."""
-    if picture is None or picture.start_time is None or frame.pts is None:
-        return 0.0
-    return max(0.0, float(frame.pts * stream.time_base - picture.start_time * picture.time_base))
 
 
 def _samples_of(frame: AudioFrame) -> np.ndarray:

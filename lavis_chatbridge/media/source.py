@@ -31,6 +31,10 @@ Sound: TypeAlias = "Source | tuple[np.ndarray, float]"
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_CAUSES = {
+    "UnidentifiedImageError": "it is not an image of a known format",  # Pillow's
+    "InvalidDataError": "it is damaged, or not an audio or video file of a known format",  # PyAV's
+}
 _PICTURE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 _HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -109,7 +113,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def media_errors(source: object) -> Iterator[None]:
-    """Turn every exception into ``MediaError(source, cause)``.
+    """Turn every exception into a `MediaError` of one line, without memory addresses.
 
     Catches ``Exception``, because Pillow and PyAV raise some thirty different classes for broken files
     (``SyntaxError``, ``struct.error``, ``UnicodeDecodeError``, ``MemoryError`` ...).
@@ -119,7 +123,9 @@ def media_errors(source: object) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        raise MediaError(source, _cause(error)) from error
+        name, text = type(error).__name__, " ".join(str(error).split())
+        cause = _CAUSES.get(name) or (f"{name}: {text[:300]}" if text else name)
+        raise MediaError(source, cause) from error
 
 
 def directly(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
@@ -192,14 +198,3 @@ def rated(source: Any) -> tuple[Any, int | None]:
     if not isinstance(rate, numbers.Real) or not float(rate).is_integer() or rate < 1:
         raise MediaError(samples, f"its sampling rate is {rate!r}, expected a whole number of Hz")
     return samples, int(float(rate))
-
-
-def _cause(error: Exception) -> str:
-    """The error's message in one line, without memory addresses."""
-    name = type(error).__name__
-    if name == "UnidentifiedImageError":
-        return "it is not an image of a known format"
-    if name == "InvalidDataError":  # PyAV's
-        return "it is damaged, or not an audio or video file of a known format"
-    text = " ".join(str(error).split())
-    return f"{name}: {text[:300]}" if text else name

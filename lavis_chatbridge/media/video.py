@@ -60,18 +60,14 @@ def open_video(source: Source, choose: Choose, *, limits: Limits = DEFAULT_LIMIT
         MediaError: If it cannot be opened, or most of the chosen frames are damaged.
     """
     if isinstance(source, np.ndarray):
-        return _array_frames(source, choose)
+        frames = source[..., None] if source.ndim == 3 else source
+        if frames.ndim != 4 or 0 in frames.shape or frames.shape[3] not in (1, 3):
+            raise MediaError(source, "a video has the shape [T,H,W], [T,H,W,1] or [T,H,W,3]")
+        chosen = as_bytes(frames[list(choose(len(frames)))])
+        return np.repeat(chosen, 3, axis=3) if chosen.shape[3] == 1 else np.ascontiguousarray(chosen)
     if is_file(source) and not is_picture(head_of(file := file_of(source))):
         return _container_frames(file, source, choose, limits)
     return _picture_frames(source, choose, limits)
-
-
-def _array_frames(array: np.ndarray, choose: Choose) -> np.ndarray:
-    frames = array[..., None] if array.ndim == 3 else array
-    if frames.ndim != 4 or 0 in frames.shape or frames.shape[3] not in (1, 3):
-        raise MediaError(array, "a video has the shape [T,H,W], [T,H,W,1] or [T,H,W,3]")
-    chosen = as_bytes(frames[list(choose(len(frames)))])
-    return np.repeat(chosen, 3, axis=3) if chosen.shape[3] == 1 else np.ascontiguousarray(chosen)
 
 
 def _picture_frames(source: Source, choose: Choose, limits: Limits) -> np.ndarray:

@@ -17,9 +17,8 @@ import typer
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.plugin.report import aligned, settings_of, write
-from lavis_chatbridge.tasks import statistics
 from lavis_chatbridge.tasks.predictions import Prediction, read_predictions
-from lavis_chatbridge.tasks.scoring.scores import Measured, measured
+from lavis_chatbridge.tasks.scoring.scores import Difference, Measured, measured, paired
 
 COLUMNS = ("data set", "metric", "samples", "A", "B", "B - A", "95 %", "p")
 _IN_TEXT, _ON_PAGE = 5, 60
@@ -58,7 +57,7 @@ class Comparison:
     b_deviation: float | None
     only_a: int
     only_b: int
-    difference: statistics.Difference | None = None
+    difference: Difference | None = None
     flips: list[Flip] = field(default_factory=list)
 
     def cells(self) -> list[str]:
@@ -145,7 +144,7 @@ def _compared(name: str, file: Path, runs_a: Sequence[Predictions], runs_b: Sequ
         one = Comparison(name, metric, *_over_seeds(scores_a), *_over_seeds(scores_b), *left_out)
         if all(metric in run.each for run in (*a, *b)):
             each_a, each_b = (np.mean([run.each[metric] for run in runs], axis=0) for runs in (a, b))
-            one.difference = statistics.paired(each_a, each_b, a[0].weights.get(metric), a[0].clusters)
+            one.difference = paired(each_a, each_b, a[0].weights.get(metric), a[0].clusters)
             one.flips = [] if found else _flips(a[0], b[0], each_b - each_a)
         found.append(one)
     return found

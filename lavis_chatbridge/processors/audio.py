@@ -167,17 +167,12 @@ def _extracted_clips(samples: np.ndarray, settings: AudioSettings, rng: np.rando
     clips = [samples[clip * length : (clip + 1) * length] for clip in chosen]
     each = [next(iter(extractor(clip, sampling_rate=rate, return_tensors="pt").values()))[0] for clip in clips]
     features = pad_sequence(each, batch_first=True)  # waveforms differ in length; other features are equally long
-    return AudioClips(features, _valid(features, clips, getattr(extractor, "hop_length", 1)))
-
-
-def _valid(features: Tensor, clips: list[np.ndarray], hop: int) -> Tensor:
-    """``[N]`` number of valid steps of each clip; all steps if the encoder was trained on padded windows."""
     lengths = torch.tensor([len(clip) for clip in clips])
     if features.dim() == 2:  # [N, S] waveforms
-        return lengths
+        return AudioClips(features, lengths)
     if features.dim() == 3 and features.shape[2] > features.shape[1]:  # [N, M, F] of Whisper
-        return (-(-lengths // hop)).clamp(max=features.shape[2])
-    return torch.full((len(clips),), features.shape[-2])
+        return AudioClips(features, (-(-lengths // getattr(extractor, "hop_length", 1))).clamp(max=features.shape[2]))
+    return AudioClips(features, torch.full_like(lengths, features.shape[-2]))  # trained on padded windows
 
 
 @functools.lru_cache(maxsize=4)

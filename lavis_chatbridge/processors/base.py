@@ -88,7 +88,7 @@ class Processor(BaseProcessor):
 class TextSettings(Settings):
     """How a caption is prepared for the prompt."""
 
-    clean: Literal["original", "spaces", "no"] = "original"
+    clean: Literal["original", "spaces"] = "original"
     """``original``: lower case without hyphens, as in the original; ``spaces``: only normalise white space."""
 
 
@@ -103,7 +103,7 @@ class TextProcessor(Processor):
     def __call__(self, source: Any, rng: np.random.Generator | None = None) -> str:
         if self.settings.clean == "original":
             return clean_caption(source)
-        return " ".join(source.split()) if self.settings.clean == "spaces" else source
+        return " ".join(source.split())
 
 
 def load_processors(preprocess_cfg: Mapping[str, Any] | DictConfig | None = None) -> dict[str, dict[str, Processor]]:
@@ -156,16 +156,25 @@ def settings_for(encoder: Mapping[str, Any], modality: str) -> dict[str, Any]:
     if name == "eva":
         return {"image_size": encoder["image_size"]} if "image_size" in encoder else {}
     if name == "timm":
-        return _of_timm(encoder)
-    if name != "transformers":
-        return {}
-    read = _read(encoder, modality, PREPROCESSOR)
-    if not read:
+        import timm
+
+        described = _read(encoder, "vision", "config.json").get("pretrained_cfg")
+        if not described and encoder.get("name"):
+            known = timm.get_pretrained_cfg(encoder["name"], allow_unregistered=True)
+            described = None if known is None else known.to_dict()
+        if not described:
+            return {}
+        data = timm.data.resolve_data_config({}, pretrained_cfg=dict(described))
+        return {"image_size": data["input_size"][1], "mean": list(data["mean"]), "std": list(data["std"])}
+    if name != "transformers" or not (read := _read(encoder, modality, PREPROCESSOR)):
         return {}
     if modality == "vision":
         found = {"image_size": hub.image_size(read), "mean": read.get("image_mean"), "std": read.get("image_std")}
         return {key: value for key, value in found.items() if value is not None}
-    return {"extractor": read, "clip_seconds": _clip_seconds(read)}
+    seconds = read.get("chunk_length") or read.get("max_length_s")  # Whisper, CLAP
+    if read.get("feature_extractor_type") == "ASTFeatureExtractor" and read.get("max_length"):
+        seconds = read["max_length"] / 100  # frames of 10 ms
+    return {"extractor": read, "clip_seconds": float(seconds or _SECONDS)}
 
 
 def _read(encoder: Mapping[str, Any], modality: str, name: str) -> dict[str, Any]:
@@ -174,25 +183,3 @@ def _read(encoder: Mapping[str, Any], modality: str, name: str) -> dict[str, Any
         return {}
     folder = hub.find(encoder["weights"], f"model.{modality}.weights", "processor")
     return hub.read_config(folder, name) if (folder / name).is_file() else {}
-
-
-def _of_timm(encoder: Mapping[str, Any]) -> dict[str, Any]:
-    import timm
-
-    described = _read(encoder, "vision", "config.json").get("pretrained_cfg")
-    if not described and encoder.get("name"):
-        known = timm.get_pretrained_cfg(encoder["name"], allow_unregistered=True)
-        described = None if known is None else known.to_dict()
-    if not described:
-        return {}
-    data = timm.data.resolve_data_config({}, pretrained_cfg=dict(described))
-    return {"image_size": data["input_size"][1], "mean": list(data["mean"]), "std": list(data["std"])}
-
-
-def _clip_seconds(extractor: Mapping[str, Any]) -> float:
-    """Length in seconds of the window that an encoder was trained on."""
-    for key in ("chunk_length", "max_length_s"):  # Whisper, CLAP
-        if extractor.get(key):
-            return float(extractor[key])
-    frames = extractor.get("max_length")  # AST: frames of 10 ms
-    return frames / 100 if extractor.get("feature_extractor_type") == "ASTFeatureExtractor" and frames else _SECONDS

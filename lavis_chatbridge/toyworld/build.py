@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import typer
@@ -79,12 +79,8 @@ class Item:
     track: Scene | None = None
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two media of the joint test, in the order of the prompt; a clip and its own audio track have the same path."""
-
-    scenes: tuple[Scene, Scene]
-    paths: tuple[str, str]
+Pair: TypeAlias = list[tuple[Scene, str]]
+"""Two media of the joint test and their paths, in the order of the prompt; a clip's audio track has the clip's path."""
 
 
 def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, processes: int = 2) -> Path:
@@ -166,14 +162,19 @@ def plan(sizes: Sizes, seed: int) -> tuple[list[Item], list[Pair]]:
         for split, count in zip(SPLITS, (train[modality], sizes.test, sizes.heldout), strict=True):
             chosen = scenes(modality, split == "heldout", seed * len(SPLITS) + SPLITS.index(split))
             items += [Item(_path(modality, split, i, seed), split, i, next(chosen)) for i in range(count)]
-    pairs = []
+    pairs: list[Pair] = []
     # Each of these scenes occurs in training, but never two together.
     trained = {m: scenes(m, False, seed * len(SPLITS) + len(SPLITS) + 1_000_003) for m in MODALITIES}
     for number in range(sizes.joint):
         seen, heard = next(trained["video" if number % 2 else "image"]), next(trained["audio"])
-        pair, files = _joint_pair(number, seen, heard, seed)
-        pairs.append(pair)
-        items += files
+        path = other = _path(seen.modality, "joint", number, seed)
+        if number % 4 == 1:  # every second clip has the sound as its audio track
+            items.append(Item(path, "joint", number, seen, heard))
+        else:
+            other = _path("audio", "joint", number, seed)
+            items += [Item(path, "joint", number, seen), Item(other, "joint", number, heard)]
+        pair = [(seen, path), (heard, other)]
+        pairs.append(pair[::-1] if number // 2 % 2 else pair)
     return items, pairs
 
 
@@ -181,18 +182,6 @@ def _path(modality: Modality, split: str, number: int, seed: int) -> str:
     suffixes, weights = _SUFFIXES[modality]
     suffix = random.Random(f"{seed}/{modality}/{split}/{number}/suffix").choices(suffixes, weights)[0]
     return f"{_FOLDERS[modality]}/{split}/{number:05d}.{suffix}"
-
-
-def _joint_pair(number: int, seen: Scene, heard: Scene, seed: int) -> tuple[Pair, list[Item]]:
-    """The pair and its files. Every second clip has the sound as its audio track."""
-    path = _path(seen.modality, "joint", number, seed)
-    if seen.modality == "video" and number % 4 == 1:
-        return Pair((seen, heard), (path, path)), [Item(path, "joint", number, seen, heard)]
-    other = _path("audio", "joint", number, seed)
-    files = [Item(path, "joint", number, seen), Item(other, "joint", number, heard)]
-    if number // 2 % 2:
-        return Pair((heard, seen), (other, path)), files
-    return Pair((seen, heard), (path, other)), files
 
 
 # --- Rendering in several processes ---
@@ -262,12 +251,12 @@ def _annotate(draft: Path, items: Iterable[Item], pairs: Iterable[Pair], seed: i
         instructions = _conversations if item.split == "train" else _questions
         files[f"instruct_{name}"] += instructions(draft, item, rng)
     for number, pair in enumerate(pairs):
-        media = [Medium(scene.modality, str(draft / path)) for scene, path in zip(pair.scenes, pair.paths, strict=True)]
+        media = [Medium(scene.modality, str(draft / path)) for scene, path in pair]
         rng = random.Random(f"{seed}/joint words/{number}")
-        words = [Medium(scene.modality, words=(language.caption(scene, rng),)) for scene in pair.scenes]
+        words = [Medium(scene.modality, words=(language.caption(scene, rng),)) for scene, _ in pair]
         for name, shown in (("joint_test", media), ("joint_words", words)):
             rng = random.Random(f"{seed}/joint/{number}")
-            files[name] += _joint_questions(f"joint_{number:05d}", pair.scenes, tuple(shown), rng)
+            files[name] += _joint_questions(f"joint_{number:05d}", [scene for scene, _ in pair], tuple(shown), rng)
     folder = draft / "annotations"
     return {name: write_jsonl(folder / f"{name}.jsonl", samples, root=draft) for name, samples in files.items()}
 

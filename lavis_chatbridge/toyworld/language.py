@@ -107,11 +107,6 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return fill(rng.choice(CAPTIONS[scene.modality]), scene)
 
 
-def short(scene: Scene) -> str:
-    """A short description: ``a red circle``, ``a low flute``."""
-    return fill(SHORT[scene.modality], scene)
-
-
 def terse(scene: Scene, rng: random.Random) -> str:
     """The values in random order, with or without the attributes' names."""
     facts = list(scene.values)
@@ -219,7 +214,9 @@ class Asker:
             for attribute in ("pitch", "timbre", "colour", "shape")
             if attribute in self.scenes[medium].facts
         ]
-        return Question(text, " and ".join(short(self.scenes[medium]) for medium in order), "compose", tuple(facts))
+        described = [self.scenes[medium] for medium in order]
+        answer = " and ".join(fill(SHORT[scene.modality], scene) for scene in described)
+        return Question(text, answer, "compose", tuple(facts))
 
     def _match(self) -> Question:
         for _ in range(50):  # very similar media may have no unambiguous choice

@@ -48,18 +48,6 @@ def sound_file(samples: np.ndarray, rate: int, form: str = "WAV", subtype: str |
     return file.getvalue()
 
 
-def level(index: int) -> int:
-    """The brightness of the ``index``-th frame of `video_file`."""
-    return 16 + 7 * (index % 32)
-
-
-def levelled(index: int, width: int, height: int) -> np.ndarray:
-    """A frame of brightness ``level(index)``, its upper left red: uint8 ``[H,W,3]``."""
-    pixels = np.full((height, width, 3), level(index), np.uint8)
-    pixels[: height // 3, : width // 3] = (230, 20, 20)
-    return pixels
-
-
 def numbered(index: int, width: int, height: int) -> np.ndarray:
     """A frame that shows ``index`` as eight black or white bars, with a red corner: uint8 ``[H,W,3]``."""
     bits = np.unpackbits(np.array([index], np.uint8))
@@ -96,7 +84,7 @@ def video_file(
     gop: int = 12,
     b_frames: int = 2,
     options: dict[str, str] | None = None,
-    drawn: Callable[[int, int, int], np.ndarray] = levelled,
+    drawn: Callable[[int, int, int], np.ndarray] = numbered,
 ) -> bytes:
     """The bytes of a video whose ``i``-th frame is ``drawn(i, width, height)``.
 

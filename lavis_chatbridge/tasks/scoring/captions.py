@@ -13,12 +13,11 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lavis_chatbridge.errors import DataError, one_line
-from lavis_chatbridge.tasks.statistics import Measured
 
 _log = logging.getLogger(__name__)
 
@@ -48,33 +47,48 @@ def unavailable() -> dict[str, str]:
     return {}
 
 
-def score(found: Measured, metrics: Sequence[str]) -> None:
-    """Add caption metrics to the scores of predictions; a `DataError` if no reference has a word."""
-    truth: Texts = {number: one.truth for number, one in enumerate(found.predictions)}
-    said: Texts = {number: [one.prediction] for number, one in enumerate(found.predictions)}
+class CaptionScores(NamedTuple):
+    """Scores in percent."""
+
+    tokenizer: str
+    """``"ptb"`` (official, Java) or ``"python"`` (a rule); their scores are not comparable."""
+    scores: dict[str, float]
+    each: dict[str, np.ndarray]
+    """Metric -> ``[n]``, for metrics that are means over samples."""
+    left_out: dict[str, str]
+    """Metric -> the reason why it was not computed."""
+
+
+def score(predictions: Sequence[str], references: Sequence[list[str]], metrics: Sequence[str]) -> CaptionScores:
+    """Caption metrics of ``[n]`` predictions; a `DataError` if no reference has a word."""
+    truth, said = dict(enumerate(references)), {number: [text] for number, text in enumerate(predictions)}
     missing = unavailable()
-    truth, said, found.tokenizer = _tokenised(truth, said, official="ptb" not in missing)
+    truth, said, tokenizer = _tokenised(truth, said, official="ptb" not in missing)
     if not any(text for texts in truth.values() for text in texts):
         raise DataError(f"the references of all {len(said)} predictions are empty")
     if len(said) == 1:
         missing["CIDEr"] = "it needs two samples or more: words are weighted by how many samples have them"
+    found = CaptionScores(tokenizer, {}, {}, {metric: missing[metric] for metric in metrics if metric in missing})
     for metric in metrics:
-        if metric in missing:
-            found.left_out[metric] = missing[metric]
-        else:
+        if metric not in missing:
             _add(found, metric, truth, said)
+    return found
 
 
-def _add(found: Measured, metric: str, truth: Texts, said: Texts) -> None:
+def _add(found: CaptionScores, metric: str, truth: Texts, said: Texts) -> None:
     """Add one metric, or the reason why its scorer failed."""
     try:
-        corpus, each = (_meteor if metric == "METEOR" else _scored)(metric, truth, said)
+        if metric == "METEOR":
+            corpus, each = _meteor(truth, said)
+        else:
+            quiet = {"verbose": 0} if metric == "BLEU" else {}
+            corpus, each = resolve_name(_SCORERS[metric])().compute_score(truth, said, **quiet)
     except Exception as error:  # an external scorer may raise anything; only its own metric is lost
         found.left_out[metric] = f"its scorer failed: {type(error).__name__}: {one_line(error)}"
         _log.warning("%s is left out: %s", metric, found.left_out[metric])
         return
     if metric == "BLEU":
-        found.scores |= {f"BLEU_{n}": 100.0 * float(value) for n, value in enumerate(corpus, start=1)}
+        found.scores.update({f"BLEU_{n}": 100.0 * float(value) for n, value in enumerate(corpus, start=1)})
         return
     found.scores[metric] = 100.0 * float(corpus)
     if metric != "METEOR":  # the others are means over samples
@@ -82,12 +96,7 @@ def _add(found: Measured, metric: str, truth: Texts, said: Texts) -> None:
         found.each[metric] = 100.0 * np.asarray(single, dtype=float)
 
 
-def _scored(metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:
-    quiet = {"verbose": 0} if metric == "BLEU" else {}
-    return resolve_name(_SCORERS[metric])().compute_score(truth, said, **quiet)
-
-
-def _meteor(_metric: str, truth: Texts, said: Texts) -> tuple[Any, Any]:
+def _meteor(truth: Texts, said: Texts) -> tuple[Any, Any]:
     """METEOR in a separate Java process, which is killed after a time limit.
 
     When the process dies, pycocoevalcap raises with its lock held, and its destructor would wait forever for that lock.
