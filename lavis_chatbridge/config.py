@@ -6,6 +6,7 @@ Reads YAML files and ``--options`` for all commands. This module knows no settin
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import reprlib
 import typing
@@ -44,11 +45,12 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _without_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise for YAML's ``true`` where a number is expected; pydantic would convert it to 1."""
-        if isinstance(value, bool):
+        """Raise for YAML's ``true`` where numbers are expected (also in a list or mapping): pydantic reads it as 1."""
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(item, bool) for item in inner):
             types = _types_in(cls.model_fields[str(info.field_name)].annotation)
-            if bool not in types and (int in types or float in types):
-                raise ValueError(f"expected a number, found {str(value).lower()}")
+            if not {bool, Any} & {*types} and (int in types or float in types):
+                raise ValueError(f"expected a number, found {json.dumps(value, default=str)}")
         return value
 
     @model_validator(mode="after")

@@ -178,11 +178,6 @@ class SampleFile(Sequence[Sample]):
             file.seek(start)
             return parse_line(file.readline(), f"{self.path}:{self._lines[index]}", self.root, self.allow_outside)
 
-    def check_inside(self, medium: Medium) -> None:
-        """Raise a `DataError` if symbolic links in a medium's path lead outside the root."""
-        if not self.allow_outside:
-            check_inside(medium.path, self.root)
-
     def _index(self, cache: str | Path | None) -> dict[str, np.ndarray]:
         """The arrays of the index, from the cache if possible."""
         try:
@@ -259,7 +254,15 @@ def parse_line(line: str | bytes, where: str, root: str, allow_outside: bool = F
         if first["type"] == "json_invalid":
             raise DataError(f"{where}: not JSON: {first['msg'].removeprefix('Invalid JSON: ')}") from error
         raise DataError(f"{where}: {explained(_Record, json.loads(line), error, 'sample')}") from error
-    media = [_medium(m, f"{where}: media[{i}]", root, allow_outside) for i, m in enumerate(record.media or ())]
+    media = []
+    for number, item in enumerate(record.media or ()):
+        spot = f"{where}: media[{number}]"
+        if item.words and item.path is not None:
+            raise DataError(f"{spot}: a medium has either words or a path, found both")
+        if (item.offset is None) != (item.size is None):
+            raise DataError(f"{spot}: a medium inside a file needs offset and size, found one of them")
+        path = "" if item.words else media_path(item.path, root, spot, allow_outside)
+        media.append(Medium(item.type, path, item.offset, item.size, tuple(item.words or ())))
     turns, order = _turns(record.turns or (), media, where)
     if not record.captions and not turns:
         raise DataError(f"{where}: has neither 'captions' (alignment) nor 'turns' (instructions)")
@@ -318,16 +321,6 @@ def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
         path = os.path.abspath(path) if relative.startswith("..") else relative
     location = {} if medium.offset is None else {"offset": medium.offset, "size": medium.size}
     return {"type": medium.modality, "path": path, **location}
-
-
-def _medium(item: _MediumRecord, where: str, root: str, allow_outside: bool) -> Medium:
-    if item.words:
-        if item.path is not None:
-            raise DataError(f"{where}: a medium has either words or a path, found both")
-        return Medium(item.type, words=tuple(item.words))
-    if (item.offset is None) != (item.size is None):
-        raise DataError(f"{where}: a medium inside a file needs offset and size, found one of them")
-    return Medium(item.type, media_path(item.path, root, where, allow_outside), item.offset, item.size)
 
 
 def _turns(

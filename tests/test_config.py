@@ -55,6 +55,7 @@ def test_all_faults_come_together_with_the_nearest_key() -> None:
         ({"entry": 3}, "run.entry: expected str, found 3"),
         ({"limit": 2}, "run: limit 2 is below steps 3"),
         ({"limit": True}, "run.limit: expected a number, found true"),
+        ({"ratios": {"x": True, "y": 2}}, 'run.ratios: expected a number, found {"x": true, "y": 2}'),
         ({"inner": 7}, "run.inner: expected a mapping, found 7"),
         ({"inner": {"names": ["a", 7]}}, "run.inner.names[1]: expected str, found 7"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import pytest
 
@@ -16,12 +17,6 @@ from lavis_chatbridge.schema import Medium, Sample, SampleFile, check_inside, re
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
-
-
-def fault(path):
-    with pytest.raises(DataError) as caught:
-        list(read_jsonl(path))
-    return str(caught.value)
 
 
 def test_media_follow_the_order_in_which_turns_bring_them(tmp_path):
@@ -95,19 +90,9 @@ USER, REPLY = {"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}
 def test_a_fault_names_line_and_cause(tmp_path, changes, message):
     ok = {"id": "a", "captions": ["fine"]}
     file = write(tmp_path / "a.jsonl", ok, ok | changes)
-    text = fault(file)
-    assert text.startswith(f"{file}:2: ")
-    assert message in text
-    assert len(text) < 400
-
-
-def test_broken_json_bad_encoding_and_missing_file(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('\n{"id": 1,\n')
-    assert f"{file}:2: not JSON" in fault(file)
-    file.write_bytes(b'{"id": 1, "captions": ["\xff"]}\n')
-    assert "not UTF-8" in fault(file)
-    assert "cannot be read: No such file" in fault(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=rf"^{file}:2: .*{re.escape(message)}") as caught:
+        list(read_jsonl(file))
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

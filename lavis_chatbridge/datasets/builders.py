@@ -36,11 +36,7 @@ _FIRST = 64  # samples of a source that are compared with its settings
 
 
 class ChatBridgeBuilder(BaseDatasetBuilder):
-    """Builds the splits of one data set as `SplitDataset`.
-
-    Args:
-        cfg: The data set's section, merged over `DEFAULTS`. None: only these.
-    """
+    """Builds the splits of one data set, from its section ``cfg`` merged over `DEFAULTS`."""
 
     NAME: ClassVar[str] = ""
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
@@ -84,11 +80,15 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             if splits is None or split in splits:
                 train = split == "train"
                 own = {modality: both["train" if train else "eval"] for modality, both in processors.items()}
-                sources = [
-                    SampleDataset(name, file, self.settings, train, own, indices)
-                    for file in self._files(split)
-                    for name, indices in self._parts_of(file)
-                ]
+                sources = []
+                for file in self._files(split):
+                    numbers = np.unique(file.modality).tolist()
+                    for number in sorted(numbers, key=file.modalities.__getitem__):  # a batch has one modality
+                        name, indices = self.NAME, None
+                        if len(numbers) > 1:
+                            name += f"/{file.modalities[number]}"
+                            indices = np.flatnonzero(file.modality == number)
+                        sources.append(SampleDataset(name, file, self.settings, train, own, indices))
                 _make_names_unique(sources)
                 self._warn_of_unused_task(sources)
                 found[split] = SplitDataset(self.NAME, sources, self.settings.ratio)
@@ -113,13 +113,6 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
             root = os.path.dirname(name) if own.media_root is None else os.path.join(own.root, own.media_root)
             opened.append(SampleFile(name, root or ".", own.allow_outside, cache, own.limit))
         return opened
-
-    def _parts_of(self, file: SampleFile) -> Iterable[tuple[str, np.ndarray | None]]:
-        """The name and the indices of each source of a file: one per modality, so that a batch has one modality."""
-        present = {file.modalities[number]: number for number in np.unique(file.modality).tolist()}
-        if len(present) == 1:
-            return [(self.NAME, None)]
-        return [(f"{self.NAME}/{name}", np.flatnonzero(file.modality == present[name])) for name in sorted(present)]
 
     def _warn_of_unused_task(self, sources: Iterable[SampleDataset]) -> None:
         own = self.settings

@@ -18,6 +18,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from lavis_chatbridge import schema
 from lavis_chatbridge.datasets import convert
 from lavis_chatbridge.datasets.convert import AllowOutside, MediaPatterns, ReaderName, ReaderOptions, Root
 from lavis_chatbridge.datasets.readers.common import stem_of
@@ -25,15 +26,7 @@ from lavis_chatbridge.datasets.settings import OWN_READER
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import read_lines
 from lavis_chatbridge.prompting.conversation import Modality
-from lavis_chatbridge.schema import (
-    CHARACTERS_PER_TOKEN,
-    Medium,
-    Sample,
-    check_inside,
-    folder_of,
-    parse_line,
-    read_jsonl,
-)
+from lavis_chatbridge.schema import Medium, Sample, check_inside, folder_of, parse_line, read_jsonl
 
 _SHOWN = 5
 _RATE = 16_000  # of opened sounds, in Hz
@@ -94,15 +87,7 @@ def check_file(
     allow_outside: bool = False,
     against: Iterable[Sample] = (),
 ) -> Report:
-    """Check a JSONL file of our schema; a `DataError` if the file itself cannot be read.
-
-    Args:
-        path: The file.
-        root: The folder that media paths are relative to; by default the file's own.
-        decode: Open every medium.
-        allow_outside: Accept media outside the root.
-        against: Evaluation data; report media that are also in these.
-    """
+    """Check a JSONL file of our schema; a `DataError` if the file itself cannot be read. Arguments as in `command`."""
     base, report, ids = folder_of(path, root), Report(), set()
     media = _Media(None if allow_outside else base, decode, against)
     for number, line in read_lines(path):
@@ -123,10 +108,8 @@ def check_file(
         report.sources.update([sample.source] if sample.source else [])
         said = [turn.text for turn in sample.turns]
         longest = max(sum(map(len, said)), *map(len, sample.captions), 0)
-        if longest > _MOST_TOKENS * CHARACTERS_PER_TOKEN:
-            report.add_fault(
-                _OVERLONG, f"{where}: {longest} characters, about {longest // CHARACTERS_PER_TOKEN} tokens"
-            )
+        if (tokens := longest // schema.CHARACTERS_PER_TOKEN) > _MOST_TOKENS:
+            report.add_fault(_OVERLONG, f"{where}: {longest} characters, about {tokens} tokens")
         if not all(text.strip() for text in (*sample.captions, *said)):
             report.add_fault(_EMPTY, f"{where}: a caption or turn is empty")
         media.check(report, sample, where)

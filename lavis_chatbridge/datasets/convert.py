@@ -23,7 +23,6 @@ from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, SampleFile, folder_o
 
 _log = logging.getLogger(__name__)
 
-_TABLES = (".parquet", ".arrow", ".csv", ".tsv")
 _SPLIT = "train"
 
 ReaderName: TypeAlias = Annotated[str | None, typer.Option(help="the format; by default detected")]
@@ -44,11 +43,10 @@ def converted(name: str, split: str, own: DataSettings, folder: Path) -> Path:
             _log.info("%s, split %s: converting %s", name, split, ", ".join(own.origin(name, split).every_file))
             write_json(left_out, write_converted(name, split, own, target)[1])
     if absences := read_json(left_out):
-        message = (
-            "%s, split %s: left out %d samples whose media did not exist when the annotations were converted "
-            "(skip_missing); delete %s when there are more"
+        cause = "whose media did not exist when the annotations were converted (skip_missing)"
+        _log.warning(
+            "%s, split %s: left out %d samples %s; delete %s when there are more", name, split, absences, cause, target
         )
-        _log.warning(message, name, split, absences, target)
     return target
 
 
@@ -126,7 +124,7 @@ def recognised(source: str) -> str:
     ending = Path(source).suffix.lower()
     if not (os.path.exists(source) or is_hub_id(source)):
         raise DataError(f"{source} does not exist")
-    if os.path.isdir(source) or ending in _TABLES or is_hub_id(source):
+    if os.path.isdir(source) or ending in (".parquet", ".arrow", ".csv", ".tsv") or is_hub_id(source):
         return "huggingface"
     if ending == ".tar":
         return "webdataset"

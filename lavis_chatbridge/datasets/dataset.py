@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lavis_chatbridge import schema
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of
@@ -22,13 +23,11 @@ from lavis_chatbridge.processors.base import SECTIONS
 from lavis_chatbridge.prompting import conversation
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Piece, Text
 from lavis_chatbridge.prompting.templates import Templates
-from lavis_chatbridge.schema import CHARACTERS_PER_TOKEN, TOKENS_PER_MEDIUM, Medium, Sample, SampleFile, to_record
+from lavis_chatbridge.schema import Medium, Sample, SampleFile, check_inside, to_record
 
 if TYPE_CHECKING:
     from lavis_chatbridge.datasets.features import FeatureStore
 
-Processors = Mapping[str, Callable[..., Any]]
-"""``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
 ITEM_KEYS = (
     "sample_id", "pieces", *MODALITIES, "text_output", "references", "answers", "facts", "task", "held_out", "meta",
 )  # fmt: skip
@@ -49,7 +48,8 @@ class SampleDataset(torch.utils.data.Dataset):
     """How prompts are made: stage, task, style, templates, text after a reply."""
     train: bool = True
     """Choose captions, templates and augmentations at random; otherwise use the first caption and template."""
-    processors: Processors = field(default_factory=dict)
+    processors: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """``image``, ``video``, ``audio`` and ``text`` -> the processor of one split."""
     indices: np.ndarray | None = None
     """``[n]`` indices of this source's samples in ``samples``; None: all."""
     ratio: float | None = None
@@ -83,7 +83,8 @@ class SampleDataset(torch.utils.data.Dataset):
             sample = self.sample(index)
             pieces = self.pieces(sample, self._rng(index, 0, _TEXT_STREAM))
             text = sum(len(piece.text) for piece in pieces if isinstance(piece, Text))
-            added.append(text / CHARACTERS_PER_TOKEN + TOKENS_PER_MEDIUM * len(sample.files) - int(self.lengths[index]))
+            media = schema.TOKENS_PER_MEDIUM * len(sample.files)
+            added.append(text / schema.CHARACTERS_PER_TOKEN + media - int(self.lengths[index]))
         return float(np.mean(added))
 
     def __len__(self) -> int:
@@ -107,6 +108,9 @@ class SampleDataset(torch.utils.data.Dataset):
         media: dict[str, list] = {modality: [] for modality in MODALITIES}
         for medium in sample.files:
             media[medium.modality].append(self._load(medium, rng))
+        references = list(sample.captions)
+        if sample.turns and not self._is_caption(sample):
+            references = [*sample.answers] or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
         return {
             "sample_id": sample.id,
             "source": self.name,
@@ -115,7 +119,7 @@ class SampleDataset(torch.utils.data.Dataset):
             "pieces": pieces,
             **media,
             "text_output": "".join(piece.text for piece in pieces if isinstance(piece, Text) and piece.target),
-            "references": self._references(sample),
+            "references": references,
             "answers": list(sample.answers),
             "facts": dict(sample.facts),
             "meta": dict(sample.meta),
@@ -163,14 +167,9 @@ class SampleDataset(torch.utils.data.Dataset):
         request = templates.apply(task, "", style, rng)
         return (Message("user", request, sample.modalities), Message("assistant", _choose(sample.captions, rng)))
 
-    def _references(self, sample: Sample) -> list[str]:
-        """The reference texts for scores: captions, else accepted answers, else the last reply."""
-        if self._is_caption(sample) or not sample.turns:
-            return list(sample.captions)
-        return list(sample.answers) or [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
-
     def _load(self, medium: Medium, rng: np.random.Generator) -> Any:
-        self.samples.check_inside(medium)
+        if not self.samples.allow_outside:
+            check_inside(medium.path, self.samples.root)
         if self.features is not None and (found := self.features.find(medium)) is not None:
             return found
         if medium.modality not in self.processors:

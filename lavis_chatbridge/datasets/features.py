@@ -80,12 +80,7 @@ class FeatureStore:
         return hash_of(medium.modality, self._encoders.get(medium.modality, ""), self._files[name][3])[:40]
 
     def find(self, medium: Medium) -> EncodedMedium | None:
-        """The stored features of a medium, tokens in float16; None if there are none.
-
-        Raises:
-            MediaError: The medium's file cannot be read.
-            DataError: The shard is damaged.
-        """
+        """A medium's stored features, tokens in float16; None if there are none. A damaged shard is a `DataError`."""
         location = self.locations.get(self.key(medium))
         if location is None:
             return None
@@ -135,18 +130,9 @@ def build_features(
 ) -> FeatureStore:
     """Encode every distinct medium of the samples that is not in the store.
 
-    Unreadable media are logged and skipped; training counts them when it reads them. A rank encodes its share; when all
-    have finished, call `FeatureStore.refresh`.
-
-    Args:
-        model: The model, on its device.
-        samples: The samples.
-        processors: Modality -> evaluation processor (without random augmentation).
-        folder: The store's.
-        batch: Media per forward pass.
-        workers: Processes that open media.
-        rank: The rank of this process.
-        world_size: Number of ranks.
+    Unreadable media are logged and skipped; training counts them when it reads them. ``processors`` are those of
+    evaluation (without random augmentation), by modality; ``workers`` processes open media. A rank encodes its share;
+    when all have finished, call `FeatureStore.refresh`.
     """
     store = FeatureStore(folder, encoder_hashes(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}

@@ -118,18 +118,16 @@ class MixtureLoader:
         `DataError`, a dead worker a `TrainingError`.
         """
 
+        parts = self.settings.accum_grad_iters
+
         def remaining(done: int) -> Iterator[Request]:
-            steps, part = divmod(done, self.settings.accum_grad_iters)
-            return itertools.islice(self._requests(start + steps, stop), part, None)
+            for number in itertools.count(done) if stop is None else range(done, (stop - start) * parts):
+                step, part = divmod(number, parts)
+                source, pairs = self.plan.batch(start + step, self.rank)
+                size = len(pairs) // parts
+                yield source, pairs[part * size : (part + 1) * size]
 
         return _load(self.sources, remaining, self.settings, self.skipped)
-
-    def _requests(self, start: int, stop: int | None) -> Iterator[Request]:
-        for step in itertools.count(start) if stop is None else range(start, stop):
-            source, pairs = self.plan.batch(step, self.rank)
-            size = len(pairs) // self.settings.accum_grad_iters
-            for first in range(0, len(pairs), size):
-                yield source, pairs[first : first + size]
 
 
 class EvaluationLoader:

@@ -33,8 +33,8 @@ class KeyedPermutation:
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """``[n]`` positions in ``0..size-1`` -> ``[n]`` int64 elements."""
-        values = self._scramble(np.asarray(positions).astype(np.uint64))
-        outside = values >= self.size
+        values = np.asarray(positions).astype(np.uint64)
+        outside = np.full(len(values), True)
         while outside.any():  # the domain is smaller than twice the size, so walks are short
             values[outside] = self._scramble(values[outside])
             outside = values >= self.size
@@ -146,10 +146,6 @@ class MixturePlan:
                 steps = -(-steps // self.group) * self.group
             found[name] = self.origin[1][name] + steps * self.batch_sizes[name] * self.world_size
         return found
-
-    def source(self, step: int) -> str:
-        """The source of ``step`` (from 0), the same on all ranks."""
-        return self.names[self._schedule.at(step)[0]]
 
     def batch(self, step: int, rank: int = 0) -> tuple[str, list[tuple[int, int]]]:
         """The samples of a rank at a step (from 0): the source, and ``(index, epoch)`` of each sample."""

@@ -25,21 +25,19 @@ from lavis_chatbridge.datasets.loader import too_many_unreadable
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import atomic_file, atomic_text, hash_of, hash_of_file, read_json, write_json
 from lavis_chatbridge.prompting.conversation import Modality
-from lavis_chatbridge.schema import Medium, Sample, SampleFile, to_record
+from lavis_chatbridge.schema import Medium, Sample, SampleFile, check_inside, to_record
 
 _log = logging.getLogger(__name__)
 
 PER_SHARD = 1000
 _FORMAT = "chatbridge-shard-3"
 
-Add: TypeAlias = Callable[[str, bytes], tuple[int, int]]
-"""Appends a member (name, content) to a tar file; returns its content's offset and size."""
 _Content: TypeAlias = tuple[str, int | None, int | None]  # path, offset, size
 
 
 @contextmanager
-def tar_file(target: Path) -> Iterator[Add]:
-    """Write a tar file atomically: ``target`` exists only after the block ends without an error."""
+def tar_file(target: Path) -> Iterator[Callable[[str, bytes], tuple[int, int]]]:
+    """Write a tar file atomically; yields a function that appends a member: name, content -> its offset and size."""
     with atomic_file(target) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
 
         def add(name: str, content: bytes) -> tuple[int, int]:
@@ -95,19 +93,9 @@ def write(
 ) -> str | None:
     """Write samples with their media: ``STEM-00000.tar`` ..., and ``STEM.jsonl``.
 
-    Existing shards of the same samples and media are kept, so the same call continues an interrupted one.
-
-    Args:
-        folder: The output folder.
-        samples: The samples.
-        stem: Prefix of the file names.
-        per_shard: Number of samples per shard.
-        rank: This process; it writes every ``world_size``-th shard, from shard ``rank``.
-        world_size: Number of processes.
-        max_bad_share: Stop if more than this share of the samples has unreadable media.
-
-    Returns:
-        A line that describes the complete set; None if other processes have not finished yet.
+    A process writes every ``world_size``-th shard, from shard ``rank``. Existing shards of the same samples and media
+    are kept, so the same call continues an interrupted one. More than ``max_bad_share`` unreadable samples are a
+    `DataError`. Returns a line that describes the complete set; None if other processes have not finished yet.
     """
     target = _ShardSet(Path(folder), stem, samples, per_shard)
     bad = tried = 0
@@ -145,10 +133,11 @@ class _ShardSet:
         """Write a shard, unless it already exists with the same samples and media; returns its index."""
         first = number * self.per_shard
         part = [(i, self.samples[i]) for i in range(first, min(first + self.per_shard, len(self.samples)))]
-        if isinstance(self.samples, SampleFile):
-            for medium in (medium for _, sample in part for medium in sample.files):
-                self.samples.check_inside(medium)
-        status = [os.stat(m.path) for _, sample in part for m in sample.files if os.path.exists(m.path)]
+        media = [medium for _, sample in part for medium in sample.files]
+        if isinstance(self.samples, SampleFile) and not self.samples.allow_outside:
+            for medium in media:
+                check_inside(medium.path, self.samples.root)
+        status = [os.stat(medium.path) for medium in media if os.path.exists(medium.path)]
         key = hash_of(self.hash, number, [(one.st_size, one.st_mtime_ns) for one in status])
         shard = self.shard(number)
         index = read_index(shard)
@@ -165,19 +154,19 @@ class _ShardSet:
         """If every shard is complete, write the JSONL, and delete further shards of an earlier, longer set."""
         count = 0
         left_out: list[tuple[str, str]] = []
-        for number in range(self.count):
-            index = read_index(self.shard(number))
-            if index is None or index["samples_hash"] != self.hash:
-                return None
-            count += len(index["records"])
-            left_out += index["left_out"]
-        if not count:
-            raise DataError(f"{self.jsonl}: none of {len(self.samples)} samples has readable media")
-        if not self.jsonl.exists():
+        try:
             with atomic_text(self.jsonl) as out:
                 for number in range(self.count):
-                    for record in (read_index(self.shard(number)) or {})["records"]:
-                        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    index = read_index(self.shard(number))
+                    if index is None or index["samples_hash"] != self.hash:
+                        raise _IncompleteError
+                    count += len(index["records"])
+                    left_out += index["left_out"]
+                    out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in index["records"])
+                if not count:
+                    raise DataError(f"{self.jsonl}: none of {len(self.samples)} samples has readable media")
+        except _IncompleteError:
+            return None
         extra = self.count
         while self.shard(extra).exists():
             _index_of(self.shard(extra)).unlink(missing_ok=True)
@@ -188,6 +177,10 @@ class _ShardSet:
             name, cause = left_out[0]
             text += f"; left out {len(left_out)} whose media cannot be read (first {name}: {cause})"
         return text
+
+
+class _IncompleteError(Exception):
+    """Another process has not written all its shards yet."""
 
 
 def _fill(shard: Path, part: Iterable[tuple[int, Sample]]) -> dict[str, Any]:

@@ -46,11 +46,11 @@ def test_ranks_together_see_what_one_rank_sees_and_steps_come_in_any_order(lengt
 @pytest.mark.parametrize("ratios", [(1, 1, 1), (0.7, 0.29, 0.01), (2, 3, 1e-4)])
 def test_steps_follow_the_ratios(ratios):
     plan = MixturePlan(dict.fromkeys("abc", 10), dict(zip("abc", ratios, strict=True)), seed=2)
-    counts = Counter(plan.source(step) for step in range(20_000))
+    counts = Counter(plan.batch(step)[0] for step in range(20_000))
     for name, ratio in zip("abc", ratios, strict=True):
         assert abs(counts[name] - 20_000 * ratio / sum(ratios)) <= 3
     if ratios == (1, 1, 1):
-        blocks = {tuple(plan.source(step) for step in range(3 * n, 3 * n + 3)) for n in range(50)}
+        blocks = {tuple(plan.batch(step)[0] for step in range(3 * n, 3 * n + 3)) for n in range(50)}
         assert {tuple(sorted(block)) for block in blocks} == {("a", "b", "c")}
         assert len(blocks) == 6
 

@@ -49,8 +49,11 @@ def contents(path, root=None):
     return found
 
 
-def test_shards_are_plain_webdataset_and_store_each_medium_once(tmp_path, mine, capsys):
+def test_shards_are_plain_webdataset_and_store_each_medium_once(tmp_path, mine, capsys, monkeypatch):
+    read, reads = shards.read_index, []
+    monkeypatch.setattr(shards, "read_index", lambda path: reads.append(path.name) or read(path))
     assert shard(mine, "--output", tmp_path / "out", "--per-shard", 6) == 0
+    assert reads == ["mine-00000.tar", "mine-00001.tar"] * 2  # before they are written, and for the JSONL
     assert "mine.jsonl: 12 samples in 2 shards" in capsys.readouterr().out
     assert contents(tmp_path / "out" / "mine.jsonl") == contents(mine)
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))

@@ -125,7 +125,15 @@ def wavcaps(origin: Origin) -> Iterator[Sample]:
     (``blacklist_exclude_all_ac.json``; a path below the data root). By default the reader looks for it in
     ``blacklist/`` beside the sources' folders, and warns if it does not exist; null uses all clips.
     """
-    lists = _excluded(origin)
+    path = excluded_list(origin)
+    if path is not None and not path.is_file() and not origin.options.get("exclude"):
+        message = (
+            "%s: %s does not exist, so training includes clips of AudioCaps' and Clotho's tests, and scores on these "
+            "are not zero-shot; download it from data/json_files/blacklist of WavCaps"
+        )
+        _log.warning(message, origin.dataset, path)
+        path = None
+    lists: Mapping[str, Sequence[str]] = {} if path is None else read_object(str(path)).values
     for part, paths in origin.files.items():  # the lists say AudioSet, the files AudioSet_SL
         own = [names for source, names in lists.items() if _letters(source) in _letters(part)]
         excluded = {str(name).split(".")[0] for names in own for name in names}
@@ -143,19 +151,6 @@ def excluded_list(origin: Origin) -> Path | None:
     if chosen is None:
         return None
     return Path(origin.root, chosen) if chosen else Path(origin.every_file[0]).parent.parent / "blacklist" / _EXCLUDED
-
-
-def _excluded(origin: Origin) -> Mapping[str, Sequence[str]]:
-    """Source of WavCaps -> the file names to leave out."""
-    path = excluded_list(origin)
-    if path is None or path.is_file() or origin.options.get("exclude"):
-        return {} if path is None else read_object(str(path)).values
-    message = (
-        "%s: %s does not exist, so training includes clips of AudioCaps' and Clotho's tests, and scores on these are "
-        "not zero-shot; download it from data/json_files/blacklist of WavCaps"
-    )
-    _log.warning(message, origin.dataset, path)
-    return {}
 
 
 def _letters(name: str) -> str:

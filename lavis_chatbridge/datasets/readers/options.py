@@ -8,7 +8,7 @@ The files are read in their published layouts (docs/evaluation.md).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from lavis_chatbridge.config import shown
@@ -98,17 +98,13 @@ def video_mme(origin: Origin) -> Iterator[Sample]:
 def avhbench(origin: Origin) -> Iterator[Sample]:
     """AVHBench's JSON lists, one file or one per video: yes-or-no questions, by type of hallucination.
 
-    Option ``captions``: read the captions (task ``AV Captioning``) instead. Media field: ``video_id``.
+    The task ``AV Captioning`` is left out. Media field: ``video_id``.
     """
     for number, row in enumerate(origin.objects()):
-        captioning = row.text("task") == "AV Captioning"
-        if captioning != bool(origin.options.get("captions")):
+        if row.text("task") == "AV Captioning":
             continue
         video, label = row.text("video_id"), row.text("label")
         media, meta = origin.locate(row.where, video_id=video), {"video_id": video, "types": _types(row, "task")}
-        if captioning:
-            yield Sample(f"{video}_{number}", media, (label,), meta=meta)
-            continue
         if label.lower() not in ("yes", "no"):
             raise DataError(f"{row.where}: label is {shown(label)}, expected Yes or No")
         question = f"{row.text('text')} Answer yes or no."
@@ -159,20 +155,18 @@ def _choice(
     """A question with its options, from these fields; the answer is a position, a letter or an option's text."""
     given, value = row.texts(options), row.values.get(answer)
     texts = without_letters(given)
-    correct = value if isinstance(value, int) else _position(row.text(answer), given, texts)
+    if isinstance(value, int):
+        correct = value
+    elif (found := row.text(answer)) in (*given, *texts):
+        correct = (*given, *texts).index(found) % len(texts)
+    else:
+        letter = re.match(r"[(\[]?([A-Z])(?:[)\].:]|$)", found)
+        correct = LETTERS.index(letter.group(1)) if letter else -1
     if not 0 <= correct < len(texts):
         raise DataError(f"{row.where}: answer {shown(value)} is none of the options {shown(list(given))}")
     meta = {"options": texts, "correct": correct, "types": dict(types)}
     asked = f"{row.text(question)}\n{listed(texts)}"
     return question_sample(name, media, asked, LETTERS[correct], answers=(texts[correct],), meta=meta)
-
-
-def _position(answer: str, options: Sequence[str], texts: Sequence[str]) -> int:
-    for known in (list(options), list(texts)):
-        if answer in known:
-            return known.index(answer)
-    letter = re.match(r"[(\[]?([A-Z])(?:[)\].:]|$)", answer)
-    return LETTERS.index(letter.group(1)) if letter else -1
 
 
 def _types(row: Row, *keys: str) -> dict[str, str]:

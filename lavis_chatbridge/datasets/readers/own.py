@@ -66,7 +66,11 @@ def _table(path: str, origin: Origin) -> Any:
     except ImportError as error:
         raise ConfigError("reader: huggingface needs: pip install 'lavis-chatbridge[data]'") from error
     builder = _BUILDERS.get(path.rpartition(".")[2].lower())
-    _require_table(path)
+    names = [name.lower() for _, _, found in os.walk(path) for name in found]  # none if it is a file
+    endings = {name.rpartition(".")[2] for name in names}
+    tables = endings & {"parquet", "arrow"} or {name for name in names if Path(name).stem == "metadata"}
+    if endings & set(ENDINGS) and not tables:  # `datasets` would guess what the media are
+        raise ConfigError(f"{path}: a folder of media needs a metadata.csv or metadata.jsonl; or name its annotations")
     try:
         if builder and os.path.isfile(path):
             more = {"delimiter": "\t"} if path.lower().endswith(".tsv") else {}
@@ -87,15 +91,6 @@ def _rows(table: Any, path: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
     except _UNREADABLE as error:
         raise DataError(f"{path}: datasets cannot read it: {one_line(error)}") from error
-
-
-def _require_table(path: str) -> None:
-    """Raise a `ConfigError` for a folder of media without a table of them: `datasets` would guess what it contains."""
-    names = [name.lower() for _, _, found in os.walk(path) for name in found]
-    endings = {name.rpartition(".")[2] for name in names}
-    tables = endings & {"parquet", "arrow"} or {name for name in names if Path(name).stem == "metadata"}
-    if endings & set(ENDINGS) and not tables:
-        raise ConfigError(f"{path}: a folder of media needs a metadata.csv or metadata.jsonl; or name its annotations")
 
 
 def _table_sample(row: Row, number: str, origin: Origin, folder: str) -> Sample:

@@ -121,7 +121,11 @@ def music_avqa(origin: Origin) -> Iterator[Sample]:
             continue
         video = row.name("video_id")
         media = origin.locate(row.where, video_id=video)
-        question = _fill(row.text("question_content"), _list_in_text(row, "templ_values"), row)
+        content, values = row.text("question_content"), _list_in_text(row, "templ_values")
+        first, *rest = _PLACEHOLDER.split(content)
+        if len(rest) != len(values):
+            raise DataError(f"{row.where}: {len(rest)} placeholders in {shown(content)}, but {len(values)} values")
+        question = first + "".join(value + text for value, text in zip(values, rest, strict=True))
         answer = row.text("anser", "answer").replace("_", " ")  # "anser" is the published spelling
         also = (str(_NUMBERS.index(answer)),) if answer in _NUMBERS else ()
         also = (_NUMBERS[int(answer)],) if answer.isdecimal() and int(answer) < len(_NUMBERS) else also
@@ -136,11 +140,3 @@ def _list_in_text(row: Row, key: str) -> list[str]:
     except ValueError as error:
         raise DataError(f"{row.where}: {key} is {shown(row.text(key))}, expected a list as JSON") from error
     return list(Row({key: value}, row.where).texts(key)) if value else []
-
-
-def _fill(question: str, values: list[str], row: Row) -> str:
-    places = _PLACEHOLDER.findall(question)
-    if len(places) != len(values):
-        raise DataError(f"{row.where}: {len(places)} placeholders in {shown(question)}, but {len(values)} values")
-    rest = iter(values)
-    return _PLACEHOLDER.sub(lambda _: next(rest), question)

@@ -74,7 +74,8 @@ def webdataset(origin: Origin) -> Iterator[Sample]:
     for path in origin.every_file:
         try:
             with tarfile.open(path, "r:") as shard:
-                for key, members in itertools.groupby(filter(_is_content, shard), lambda member: _split(member)[0]):
+                content = (m for m in shard if m.isfile() and not os.path.basename(m.name).startswith("._"))
+                for key, members in itertools.groupby(content, lambda member: _split(member)[0]):
                     name = f"{os.path.basename(path)}/{key}"
                     media, text = _read(shard, members, path)
                     if media and text:
@@ -87,10 +88,6 @@ def webdataset(origin: Origin) -> Iterator[Sample]:
     if left_out:
         message = "%s: left out %d keys without a medium or without a text; the first is %s"
         _log.warning(message, origin.dataset, len(left_out), left_out[0])
-
-
-def _is_content(member: tarfile.TarInfo) -> bool:
-    return member.isfile() and not os.path.basename(member.name).startswith("._")
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str, str]:
@@ -110,21 +107,18 @@ def _read(shard: tarfile.TarFile, members: Iterable[tarfile.TarInfo], path: str)
     media = [Medium(ENDINGS[e], path, found[e].offset_data, found[e].size) for e in found if e in ENDINGS]
     text = _content(shard, found["txt"]).decode("utf-8", errors="replace").strip() if "txt" in found else ""
     if not text and "json" in found:
-        text = _caption_in(_content(shard, found["json"]), f"{path}: {found['json'].name}")
+        where = f"{path}: {found['json'].name}"
+        try:
+            record = Row(json.loads(_content(shard, found["json"])), where)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON: {error}") from error
+        text = record.text("caption", blank=True) if "caption" in record else ""
     return tuple(media), text
 
 
 def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = shard.extractfile(member)
     return b"" if file is None else file.read()
-
-
-def _caption_in(content: bytes, where: str) -> str:
-    try:
-        record = Row(json.loads(content), where)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    return record.text("caption", blank=True) if "caption" in record else ""
 
 
 def _check_end(shard: tarfile.TarFile, path: str) -> None:
