@@ -7,7 +7,7 @@ of a model is a folder or a hub id, as in transformers' pipelines.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -26,10 +26,8 @@ RATE = 16_000  # of sounds, in Hz
 _LEAST_SHARE = 0.01  # of a frame: smaller classes are dropped
 _LEAST_SCORE = 0.1  # of a sound tag
 _DENSE_CAPTIONS = "<DENSE_REGION_CAPTION>"
-_RECORD_KEYS = ("image_id", "file_name", "image", "audio_id", "id")
-_TEXT_KEYS = ("description", "caption", "object_description", "object_descriptions", "text")
-_LABEL_KEYS = ("class_name", "label", "name")
-Form = Literal["grit", "semantic_sam", "captions", "sound_captions", "tags"]
+_TEXT_KEYS = ("description", "caption", "object_descriptions", "text")
+Form = Literal["grit", "semantic_sam", "captions"]
 
 
 @dataclass
@@ -152,15 +150,21 @@ class Imported:
     """Findings of another tool, from a JSON or JSONL file.
 
     The file is an object ``view -> entries``, or a list of entries, each with its view's name under ``image_id``,
-    ``file_name``, ``image``, ``audio_id`` or ``id`` (COCO results). A view's name is ``ITEM/NUMBER``; the first view of
-    an item may also be named by the item's id or file. Entries with the best scores or largest shares are kept.
+    ``file_name`` or ``id`` (COCO results). A view's name is ``ITEM/NUMBER``; the first frame of an item may also be
+    named by the item's id or file. Regions with the best scores and classes with the largest shares are kept.
     """
+
+    modality: Modality = "image"
 
     def __init__(self, path: str, options: Options, form: Form) -> None:
         self.name = f"{form} import {Path(path).name}"
-        self.modality: Modality = "audio" if form in ("sound_captions", "tags") else "image"
         self._path, self._form, self._largest = path, form, options.largest or 12
-        self._entries = _by_view(path)
+        self._entries: dict[str, Any] = {}
+        if not path.endswith(".jsonl") and not is_list(path):
+            self._entries = dict(read_object(path).values)
+            return
+        for row in object_rows(path):
+            self._entries.setdefault(row.name("image_id", "file_name", "id"), []).append(row.values)
 
     def annotate(self, view: View) -> Findings:
         """The view's findings in the file; empty if the file does not contain the view."""
@@ -168,27 +172,21 @@ class Imported:
         first = [] if view.number else [view.item, str(file), file.name, file.stem]
         names = [f"{view.item}/{view.number}", *first]
         found: Any = next((self._entries[name] for name in names if name in self._entries), [])
+        entries = found if isinstance(found, list) else [found]
+        height, width = view.content.shape[:2]
         try:
-            return self._read(found if isinstance(found, list) else [found], view)
+            if self._form == "captions":
+                return Findings(caption=next(map(_text, entries), ""))
+            if self._form == "semantic_sam":
+                shares: dict[str, float] = {}
+                for entry in entries:
+                    label = str(entry["class_name"])
+                    shares[label] = shares.get(label, 0.0) + float(entry["area"]) / (width * height)
+                return Findings(semantics=_largest(shares, self._largest))
+            best = sorted(entries, key=lambda entry: -float(entry.get("score") or 0.0))[: self._largest]
+            return Findings(regions=tuple(_region(entry, (width, height)) for entry in best))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"{self._path}: the entry of {view.item!r} is not of the form {self._form!r}") from error
-
-    def _read(self, entries: list[Any], view: View) -> Findings:
-        if self._form == "captions":
-            return Findings(caption=next((_text(entry, _TEXT_KEYS) for entry in entries), ""))
-        if self._form == "sound_captions":
-            return Findings(sound_captions=tuple(_text(entry, _TEXT_KEYS) for entry in entries)[: self._largest])
-        height, width = view.content.shape[:2] if self._form != "tags" else (1, 1)
-        if self._form == "semantic_sam":
-            shares: dict[str, float] = {}
-            for entry in entries:
-                label, area = _text(entry, _LABEL_KEYS), float(entry["area"])
-                shares[label] = shares.get(label, 0.0) + (area if area <= 1 else area / (width * height))
-            return Findings(semantics=_largest(shares, self._largest))
-        best = sorted(entries, key=_score, reverse=True)[: self._largest]
-        if self._form == "tags":
-            return Findings(tags=tuple(_text(entry, _LABEL_KEYS) for entry in best))
-        return Findings(regions=tuple(_region(entry, (width, height)) for entry in best))
 
 
 ANNOTATORS: dict[str, Callable[[str, Options], Annotator]] = {
@@ -213,38 +211,19 @@ def build_annotator(text: str) -> Annotator:
     return ANNOTATORS[name](path, parse(Options, options, f"annotators.{name}"))
 
 
-def _by_view(file: str) -> Mapping[str, Any]:
-    """View's name -> its entries in a file."""
-    if not file.endswith(".jsonl") and not is_list(file):
-        return read_object(file).values
-    found: dict[str, Any] = {}
-    for row in object_rows(file):
-        name = next((row.values[key] for key in _RECORD_KEYS if key in row), None)
-        if name is None:
-            raise DataError(f"{row.where} has no view name (one of {', '.join(_RECORD_KEYS)})")
-        found.setdefault(str(name), []).append(row.values)
-    return found
-
-
 def _region(entry: Mapping[str, Any], size: tuple[int, int]) -> Region:
     """A region from an entry's ``box`` (left, top, right, bottom; GRIT) or ``bbox`` (left, top, width, height; COCO).
 
-    Both are in pixels, or in shares of ``size`` (width, height).
+    Both are in pixels of a frame of ``size`` (width, height).
     """
-    text = _text(entry, _TEXT_KEYS)
-    if "box" not in entry and "bbox" not in entry:
-        return Region(text=text)
-    left, top, right, bottom = map(float, entry["box"] if "box" in entry else entry["bbox"])
-    if "box" not in entry:
-        right, bottom = left + right, top + bottom
-    width, height = (1, 1) if max(right, bottom) <= 1 else size
-    shares = (left / width, top / height, right / width, bottom / height)
+    if "box" in entry:
+        left, top, right, bottom = map(float, entry["box"])
+    else:
+        left, top, width, height = map(float, entry["bbox"])
+        right, bottom = left + width, top + height
+    shares = (left / size[0], top / size[1], right / size[0], bottom / size[1])
     left, top, right, bottom = (round(min(1.0, max(0.0, share)), 4) for share in shares)
-    return Region(text=text, box=(left, top, right, bottom))
-
-
-def _score(entry: Any) -> float:
-    return float(entry.get("score", entry.get("logits")) or 0.0) if isinstance(entry, dict) else 0.0
+    return Region(text=_text(entry), box=(left, top, right, bottom))
 
 
 def _largest(shares: Mapping[str, float], count: int) -> dict[str, float]:
@@ -253,11 +232,11 @@ def _largest(shares: Mapping[str, float], count: int) -> dict[str, float]:
     return {name: round(min(1.0, shares[name]), 4) for name in names}
 
 
-def _text(entry: str | Mapping[str, Any], keys: Sequence[str]) -> str:
-    """``entry`` itself if it is a text; else the value of the first existing key (of a list its first element)."""
+def _text(entry: str | Mapping[str, Any]) -> str:
+    """``entry`` itself if it is a text; else the value of its first text key (of a list the first element)."""
     if isinstance(entry, str):
         return entry.strip()
-    for key in keys:
+    for key in _TEXT_KEYS:
         if value := entry.get(key):
             return str(value[0] if isinstance(value, list) else value).strip()
-    raise LookupError(f"none of {', '.join(keys)}")
+    raise LookupError(f"none of {', '.join(_TEXT_KEYS)}")

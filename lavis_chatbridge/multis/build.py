@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import yaml
 from pydantic import Field
 
@@ -25,11 +24,9 @@ from lavis_chatbridge.config import Settings, parse, read_yaml, unknown_key
 from lavis_chatbridge.datasets import shards
 from lavis_chatbridge.datasets.readers import READERS
 from lavis_chatbridge.datasets.settings import DataSettings
-from lavis_chatbridge.errors import ConfigError, DataError, PromptError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of_file, write_json
-from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.prompting.templates import Templates
-from lavis_chatbridge.schema import Sample, read_jsonl, write_jsonl
+from lavis_chatbridge.schema import Sample, read_jsonl
 
 _SECTIONS = Path(__file__).parents[1] / "configs" / "datasets"
 
@@ -53,10 +50,6 @@ class SourceSettings(Settings):
     """Folder that media paths are relative to; null: the folder of each file."""
     task: str = ""
     """Task of samples that have none; selects the instruction templates."""
-    style: str = ""
-    """Answer style of samples that have none."""
-    limit: int | None = None
-    """Most samples."""
 
     def check(self) -> Iterator[str]:
         if bool(self.samples) == bool(self.dataset):
@@ -87,27 +80,26 @@ class SourceSettings(Settings):
         return [Path(file) for file in files]
 
     def read(self) -> Iterator[Sample]:
-        """The source's samples; those without task or style get the source's."""
-        task, style = self.task, self.style
-        if self.section is not None:
-            task, style = task or self.section.task, style or self.section.style
-            every = READERS[self.section.reader](self.section.origin(str(self.dataset), self.split))
-        else:
-            every = itertools.chain.from_iterable(read_jsonl(file, self.media_root) for file in self.samples)
-        for sample in itertools.islice(every, self.limit):
-            yield replace(sample, source=self.name, task=sample.task or task, style=sample.style or style)
+        """The source's samples.
+
+        If the questions are complete instructions, the task moves to ``meta``, so that training adds no template.
+        """
+        if (section := self.section) is None:
+            for sample in itertools.chain.from_iterable(read_jsonl(file, self.media_root) for file in self.samples):
+                yield replace(sample, source=self.name, task=sample.task or self.task)
+            return
+        for sample in READERS[section.reader](section.origin(str(self.dataset), self.split)):
+            task, style = sample.task or self.task or section.task, sample.style or section.style
+            if section.templates is False:
+                yield replace(sample, source=self.name, task="", meta={**sample.meta, "task": task})
+            else:
+                yield replace(sample, source=self.name, task=task, style=style)
 
 
 class BuildSettings(Settings):
-    """The sources and the output format of MULTIS."""
+    """The sources of MULTIS."""
 
     sources: list[SourceSettings] = Field(min_length=1)
-    media: Literal["pack", "reference"] = "pack"
-    """``pack`` copies media into shards; ``reference`` leaves them in place."""
-    wording: Literal["at_reading", "fixed"] = "at_reading"
-    """``at_reading``: training samples an instruction template in each epoch; ``fixed``: it is sampled now."""
-    templates: list[str] = []
-    """Further template files."""
     skip_missing: bool = False
     """Skip and count samples with missing media, instead of raising an error."""
 
@@ -125,8 +117,7 @@ def load_settings(path: str | Path) -> BuildSettings:
         changes: dict[str, Any] = {name: root and str(folder / root) for name, root in roots.items()}
         changes["samples"] = [str(folder / file) for file in source.samples]
         sources.append(source.model_copy(update=changes))
-    templates = [str(folder / file) for file in options.templates]
-    return options.model_copy(update={"sources": sources, "templates": templates})
+    return options.model_copy(update={"sources": sources})
 
 
 def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
@@ -144,11 +135,9 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    entries = {source.name: _write(source, options, unfinished / source.name) for source in options.sources}
+    entries = {source.name: _write(source, unfinished / source.name) for source in options.sources}
     manifest = {
-        "format": 2,
         "made_by": f"lavis-chatbridge {__version__}",
-        **options.model_dump(include={"media", "wording"}),
         "samples": sum(entry["samples"] for entry in entries.values()),
         "sources": entries,
     }
@@ -157,49 +146,21 @@ def build(options: BuildSettings, folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _write(source: SourceSettings, options: BuildSettings, folder: Path) -> dict[str, Any]:
+def _write(source: SourceSettings, folder: Path) -> dict[str, Any]:
     """Write a source to its folder, and return its entry for the manifest."""
-    rng = np.random.default_rng([0, *source.name.encode()])
-    # The questions of a section without templates are already complete instructions.
-    complete = source.section is not None and source.section.templates is False
-    templates = Templates() if complete else Templates.load(*options.templates)
     found = list(source.read())
-    present = [sample for sample in found if all(os.path.isfile(medium.path) for medium in sample.files)]
-    if repeated := [one for one, count in Counter(sample.id for sample in present).items() if count > 1]:
+    samples = [sample for sample in found if all(os.path.isfile(medium.path) for medium in sample.files)]
+    if repeated := [one for one, count in Counter(sample.id for sample in samples).items() if count > 1]:
         raise DataError(f"{source.name}: the id {repeated[0]!r} occurs twice")
-    samples = [_with_instruction(sample, templates, options.wording == "fixed", rng) for sample in present]
-    if options.media == "pack":
-        shards.write(folder, samples, "annotations")
-    else:
-        write_jsonl(folder / "annotations.jsonl", samples)
+    shards.write(folder, samples, "annotations")
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     tasks = Counter(str(sample.task or sample.meta.get("task") or "none") for sample in samples)
     return {
         **source.model_dump(include={"licence", "dataset"}),
         "samples": len(samples),
-        "skipped": len(found) - len(present),
+        "skipped": len(found) - len(samples),
         "by_task": dict(sorted(tasks.items())),
         "by_modality": dict(sorted(Counter(sample.modality for sample in samples).items())),
         "made_from": {file.name: hash_of_file(file) for file in source.files},
         "files": {f"{source.name}/{f.name}": {"bytes": f.stat().st_size, "sha256": hash_of_file(f)} for f in files},
     }
-
-
-def _with_instruction(sample: Sample, templates: Templates, fixed: bool, rng: np.random.Generator) -> Sample:
-    """The sample, with an instruction if ``fixed``; without turns, its task must have a template."""
-    where = f"{sample.source}: sample {sample.id!r}"
-    if sample.task not in templates.tasks:
-        if sample.turns:
-            return sample
-        known = ", ".join(templates.tasks)
-        raise DataError(f"{where} has no turns, and no template is of task {sample.task!r}; known: {known}")
-    try:
-        request = templates.apply(sample.task, sample.turns[0].text if sample.turns else "", sample.style, rng)
-    except PromptError as error:
-        raise PromptError(f"{where}: {error}") from error
-    if not fixed:
-        return sample
-    first = Message("user", request, sample.modalities)
-    turns = (first, *sample.turns[1:]) if sample.turns else (first, Message("assistant", sample.captions[0]))
-    # Remove the task, so that training adds no second template; meta keeps its name.
-    return replace(sample, turns=turns, task="", style="", meta={**sample.meta, "task": sample.task})

@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.files import atomic_text, read_json, read_objects, write_json, write_text
-from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, Annotation, describe, read_annotations
+from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, describe, read_annotations
 from lavis_chatbridge.multis.generate import ANSWERS, read_answers
 from lavis_chatbridge.multis.prompts import DATA_KINDS
-from lavis_chatbridge.multis.rules import Checker, Reason
+from lavis_chatbridge.multis.rules import Checker
 from lavis_chatbridge.pages import render
 from lavis_chatbridge.schema import Sample, to_record
 
@@ -47,24 +47,22 @@ def check(generated: str | Path, annotations: str | Path, folder: str | Path, ch
             sample, reasons = checker.check(record, annotation)
         if sample is not None:
             accepted.append(sample)
-        else:
-            rejected.append(_rejection(record, reasons, annotation))
+            continue
+        rejected.append(
+            {
+                "id": f"{record['item']}:{record['kind']}",
+                **{key: record[key] for key in ("item", "kind", "modality", "text")},
+                "request": record["id"],
+                "reasons": [{"rule": rule, "detail": detail} for rule, detail in reasons],
+                "media": [medium.model_dump() for medium in annotation.media] if annotation else [],
+            }
+        )
     for name, records in (("accepted", map(to_record, accepted)), ("rejected", rejected)):
         with atomic_text(folder / f"{name}.jsonl", errors="replace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     counted = statistics(accepted, rejected)
     write_json(folder / "statistics.json", counted)
     return counted
-
-
-def _rejection(record: Mapping[str, Any], reasons: list[Reason], annotation: Annotation | None) -> dict[str, Any]:
-    return {
-        "id": f"{record['item']}:{record['kind']}",
-        **{key: record[key] for key in ("item", "kind", "modality", "text")},
-        "request": record["id"],
-        "reasons": [{"rule": rule, "detail": detail} for rule, detail in reasons],
-        "media": [medium.model_dump() for medium in annotation.media] if annotation else [],
-    }
 
 
 def statistics(accepted: Sequence[Sample], rejected: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -95,17 +93,12 @@ def table(counted: Mapping[str, Any]) -> str:
 
 
 def write_page(
-    checked: str | Path,
-    media_root: str | Path,
-    out: str | Path,
-    accepted: int = 40,
-    rejected: int = 20,
-    annotations: str | Path | None = None,
+    checked: str | Path, media_root: str | Path, out: str | Path, annotations: str | Path | None = None
 ) -> int:
     """Write the HTML page ``out``, which links to the media, and return its number of samples.
 
-    Shows at most ``accepted`` accepted and ``rejected`` rejected samples, chosen at random with a fixed seed. With
-    ``annotations``, also shows the descriptions that the language model read.
+    Shows at most 40 accepted and 20 rejected samples, chosen at random with a fixed seed. With ``annotations``, also
+    shows the descriptions that the language model read.
     """
     counted = read_json(Path(checked) / "statistics.json")
     if counted is None:
@@ -113,7 +106,7 @@ def write_page(
     rng = random.Random(0)
     notes = {a.id: describe(a) for a in read_annotations(annotations)} if annotations else {}
     cards = []
-    for state, count in (("accepted", accepted), ("rejected", rejected)):
+    for state, count in (("accepted", 40), ("rejected", 20)):
         records = [record for _, record in read_objects(Path(checked) / f"{state}.jsonl")]
         for index in sorted(rng.sample(range(len(records)), min(count, len(records)))):
             cards.append(_card(state, records[index], Path(media_root), Path(out).parent, notes))

@@ -26,7 +26,7 @@ def annotate(
             "--with",
             metavar="NAME=PATH[,OPTION=VALUE...]",
             help="An annotator: captioner, florence2, segmenter, audio_tagger (a model), or grit, semantic_sam, "
-            "captions, sound_captions, tags (a JSON file). Repeatable.",
+            "captions (a JSON file). Repeatable.",
         ),
     ] = [],  # noqa: B006
     media_root: Annotated[str | None, typer.Option(help="Folder of the media paths; default: that of ITEMS.")] = None,
@@ -50,7 +50,6 @@ def generate(
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; default: OpenAI's.")] = None,
     counts: Annotated[str, typer.Option(metavar="KIND=N,...", help="Maximum number of requests per kind.")] = "",
     prompts: Prompts = None,
-    shots: Annotated[int, typer.Option(help="Seed examples per prompt.")] = 3,
     temperature: float = 0.7,
     concurrency: Annotated[int, typer.Option(help="Number of concurrent requests.")] = 16,
     retries: Annotated[int, typer.Option(help="Retries per request.")] = 5,
@@ -115,13 +114,11 @@ def page(
     media_root: Annotated[str, typer.Option(help="Folder that media paths are relative to.")],
     out: Annotated[str, typer.Option(help="The HTML file.")],
     annotations: Annotated[str | None, typer.Option(help="Also show each sample's description.")] = None,
-    accepted: int = 40,
-    rejected: int = 20,
 ) -> None:
     """Write an HTML page of samples with their media."""
     from lavis_chatbridge.multis.check import write_page
 
-    print(f"{write_page(checked, media_root, out, accepted, rejected, annotations)} samples: {out}")
+    print(f"{write_page(checked, media_root, out, annotations)} samples: {out}")
 
 
 @app.command()

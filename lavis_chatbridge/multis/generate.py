@@ -22,7 +22,7 @@ from lavis_chatbridge.config import Settings, parse, read_yaml
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MissingExtraError
 from lavis_chatbridge.files import append_lines, hash_of, locked, read_objects
 from lavis_chatbridge.multis.annotation import Annotation
-from lavis_chatbridge.multis.prompts import DATA_KINDS, SHOTS, DataKind, PromptBook
+from lavis_chatbridge.multis.prompts import DATA_KINDS, DataKind, PromptBook
 
 ANSWERS = "answers.jsonl"
 STOP_AFTER = 20
@@ -44,7 +44,6 @@ class GenerateSettings(Settings):
     extra_body: dict[str, Any] = {}
     counts: dict[DataKind, NonNegativeInt] = {}
     """Maximum number of requests per kind; a kind without a number uses all items."""
-    shots: NonNegativeInt = SHOTS
     concurrency: PositiveInt = 16
     requests_per_minute: PositiveFloat | None = None
     max_cost: float | None = None
@@ -119,7 +118,7 @@ def plan(annotations: Sequence[Annotation], book: PromptBook, options: GenerateS
     for annotation in annotations:
         for kind in DATA_KINDS:
             if kind not in chosen or annotation.id in chosen[kind]:
-                messages, limit = book.messages(kind, annotation, options.shots), book.kinds[kind].max_tokens
+                messages, limit = book.messages(kind, annotation), book.kinds[kind].max_tokens
                 name = hash_of(*shared, limit, annotation.id, kind, messages)[:32]
                 yield Request(name, annotation.id, kind, annotation.modality, messages, limit)
 

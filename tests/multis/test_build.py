@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lavis_chatbridge.errors import ConfigError, DataError, PromptError
+from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of_file
 from lavis_chatbridge.multis.build import build, load_settings
 from lavis_chatbridge.schema import read_jsonl
@@ -36,7 +36,9 @@ def built(
 
 
 def test_shards_are_webdataset_with_the_offsets_of_media(tmp_path: Path) -> None:
-    entry, folder = built(tmp_path, CAPTIONS)["sources"]["one"], tmp_path / "out" / "one"
+    manifest, folder = built(tmp_path, CAPTIONS), tmp_path / "out" / "one"
+    assert built(tmp_path, CAPTIONS, to="again") == manifest, "the same inputs give the same bytes"
+    entry = manifest["sources"]["one"]
     assert (entry["samples"], entry["licence"]) == (6, "CC-BY-4.0")
     assert entry["made_from"]["one.jsonl"] == hash_of_file(tmp_path / "one.jsonl")
     assert entry["files"] == {
@@ -49,28 +51,6 @@ def test_shards_are_webdataset_with_the_offsets_of_media(tmp_path: Path) -> None
             shard.seek(read.media[0].offset)
             assert shard.read(read.media[0].size) == (tmp_path / f"{read.id}.png").read_bytes()
         assert (read.task, read.source, read.captions) == ("image_caption", "one", (f"caption {read.id}",))
-
-
-def test_fixed_wording_replaces_the_task_by_its_instruction(tmp_path: Path) -> None:
-    turns = [{"role": "user", "text": "What is it?"}, {"role": "assistant", "text": "a cat"}]
-    samples = [*CAPTIONS, sample("q", "a.png", turns=turns, task="image_qa")]
-    manifests = [built(tmp_path, samples, top="wording: fixed", to=name) for name in ("out", "again")]
-    assert manifests[0] == manifests[1], "the same inputs give the same bytes"
-    read = {s.id: s for s in read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl")}
-    assert len({read[str(n)].turns[0].text for n in range(6)}) > 1, "templates differ"
-    assert read["0"].turns[1].text == "caption 0"
-    assert read["0"].turns[0].media == ("image",)
-    assert (read["0"].task, read["0"].meta["task"]) == ("", "image_caption")
-    assert "What is it?" in read["q"].turns[0].text
-    assert read["q"].turns[0].text != "What is it?"
-
-
-def test_reference_leaves_the_media_where_they_are(tmp_path: Path) -> None:
-    extra = ", task: image_caption, limit: 2"
-    assert built(tmp_path, CAPTIONS, extra, "media: reference")["samples"] == 2
-    read = list(read_jsonl(tmp_path / "out" / "one" / "annotations.jsonl", allow_outside=True))
-    assert Path(read[0].media[0].path).resolve() == (tmp_path / "0.png").resolve()
-    assert not list((tmp_path / "out").rglob("*.tar"))
 
 
 def test_missing_media_are_all_named_before_anything_is_built(tmp_path: Path) -> None:
@@ -87,9 +67,7 @@ def test_missing_media_are_all_named_before_anything_is_built(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("samples", "extra", "error", "message"),
     [
-        (CAPTIONS, ", task: image_captoin", DataError, "no template is of task 'image_captoin'"),
-        (CAPTIONS, ", task: image_qa", PromptError, "sample '0': a sample of task 'image_qa' has no question"),
-        (CAPTIONS * 2, ", task: image_caption", DataError, "the id '0' occurs twice"),
+        (CAPTIONS * 2, "", DataError, "the id '0' occurs twice"),
         (CAPTIONS, ", taks: image_caption", ConfigError, "did you mean 'task'"),
     ],
 )
@@ -106,18 +84,26 @@ def test_a_public_set_is_read_in_its_own_files(tmp_path: Path) -> None:
         "vqav2/v2_OpenEnded_mscoco_train2014_questions.json": {"questions": questions},
         "vqav2/v2_mscoco_train2014_annotations.json": {"annotations": answers},
         "coco/images/train2014/COCO_train2014_000000000009.jpg": {},
+        "coco/images/train2017/9.jpg": {},
     }.items():
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text(json.dumps({"data_subtype": "train2014", **content}))
     config = tmp_path / "build.yaml"
-    config.write_text("wording: fixed\nsources: [{name: vqa, dataset: multis_vqav2, data_root: data, licence: x}]")
-    entry = build(load_settings(config), tmp_path / "out")["sources"]["vqa"]
-    assert entry["by_task"] == {"image_qa": 1}
-    assert len(entry["made_from"]) == 2
-    [read] = read_jsonl(tmp_path / "out" / "vqa" / "annotations.jsonl")
-    assert "What is it?" in read.turns[0].text
-    assert len(read.turns[0].text) > len("What is it?"), "put into one of the task's templates, with its style"
+    talk = [{"from": "human", "value": "Why?\n<image>"}, {"from": "gpt", "value": "It is a cat."}]
+    (tmp_path / "data" / "llava").mkdir()
+    (tmp_path / "data/llava/complex_reasoning_77k.json").write_text(
+        json.dumps([{"id": "9", "image": "9.jpg", "conversations": talk}])
+    )
+    named = {"vqa": "multis_vqav2", "why": "multis_llava_reasoning"}
+    sources = ", ".join(f"{{name: {n}, dataset: {d}, data_root: data, licence: x}}" for n, d in named.items())
+    config.write_text(f"sources: [{sources}]")
+    entries = build(load_settings(config), tmp_path / "out")["sources"]
+    assert [entry["by_task"] for entry in entries.values()] == [{"image_qa": 1}, {"image_reasoning": 1}]
+    assert len(entries["vqa"]["made_from"]) == 2
+    [read], [complete] = (read_jsonl(tmp_path / "out" / name / "annotations.jsonl") for name in named)
+    assert (read.task, read.style, read.turns[0].text) == ("image_qa", "short", "What is it?")
     assert (read.turns[1].text, read.answers) == ("cat", ("cat",))
+    assert complete.task == "", "training adds no template to a complete instruction"
     config.write_text("sources: [{name: vqa, dataset: multis_vqav22, licence: x}]")
     with pytest.raises(ConfigError, match="did you mean 'multis_vqav2'"):
         build(load_settings(config), tmp_path / "out2")

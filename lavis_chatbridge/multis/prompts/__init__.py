@@ -20,6 +20,7 @@ from lavis_chatbridge.multis.annotation import ITEM_MODALITIES, Annotation, Item
 DataKind = Literal["conversation", "detail", "reasoning"]
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
 SHOTS = 3
+"""Number of examples in a prompt."""
 
 
 class Pair(Settings):
@@ -84,11 +85,11 @@ class PromptBook:
         for modality in ITEM_MODALITIES:
             self._add_seeds(modality, self.folder / "seeds" / f"{modality.replace('+', '_')}.yaml")
 
-    def messages(self, kind: DataKind, annotation: Annotation, shots: int = SHOTS) -> list[dict[str, str]]:
-        """The chat messages that request data of ``kind`` about one item, with ``shots`` examples sampled by its id."""
+    def messages(self, kind: DataKind, annotation: Annotation) -> list[dict[str, str]]:
+        """The chat messages that request data of ``kind`` about one item, with examples sampled by its id."""
         examples = self.examples[kind, annotation.modality]
-        if shots < len(examples):
-            examples = random.Random(f"{kind}/{annotation.id}").sample(examples, shots)
+        if len(examples) > SHOTS:
+            examples = random.Random(f"{kind}/{annotation.id}").sample(examples, SHOTS)
         words = self._words.modalities[annotation.modality]
         system = (self._words.common + "\n" + self.kinds[kind].instruction).format(**words).strip()
         messages = [{"role": "system", "content": system}]
