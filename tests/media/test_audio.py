@@ -72,10 +72,9 @@ def test_arrays_with_their_own_rate() -> None:
         open_audio((8000, slow))  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_says_why() -> None:
     good = sound_file(tone(0.5, 16_000), 16_000)
     for source, words in (
-        (tmp_path / "none.wav", "no such file"),
         (video_file(3), "no audio track"),
         (encoded(Image.new("RGB", (4, 4)), "PNG"), "it is an image"),
         (sound_file(np.zeros(0, np.float32), 16_000), "holds no sound"),
@@ -89,7 +88,6 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
         (np.zeros(9, np.uint16), "no standard scale"),
         (b"junk" * 50, "damaged"),
         (good[:20], "damaged"),
-        (3, "a int is neither a path"),
     ):
         with pytest.raises(MediaError, match=words):
             open_audio(source)  # type: ignore[arg-type]

@@ -119,7 +119,6 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
         (b"", "it is empty"),
         ("a\0b", "null byte"),
         (7, "a int is neither a path"),
-        (None, "a NoneType is neither a path"),
         (np.zeros((2, 2, 2, 2)), "an image has the shape"),
         (np.zeros((0, 4, 3), np.uint8), "it is 4 x 0 pixels"),
         (np.zeros((4, 4), np.int64), "no standard scale"),

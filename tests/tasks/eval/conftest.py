@@ -1,18 +1,18 @@
 """Shared by the tests of evaluation."""
 
-from __future__ import annotations
-
 import pytest
 
 from lavis_chatbridge.plugin.launch import Runs
 from lavis_chatbridge.tasks.scoring import captions
 
 
-@pytest.fixture
-def cached(tmp_path_factory, monkeypatch) -> None:
+@pytest.fixture(scope="package", autouse=True)
+def cached(tmp_path_factory):
     """Converted annotations go to a folder of the test run; no metric starts Java."""
-    monkeypatch.setenv("CHATBRIDGE_CACHE", str(tmp_path_factory.getbasetemp() / "converted"))
-    monkeypatch.setattr(captions.shutil, "which", lambda name: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHATBRIDGE_CACHE", str(tmp_path_factory.mktemp("converted")))
+        patch.setattr(captions.shutil, "which", lambda name: None)
+        yield
 
 
 @pytest.fixture(scope="module")

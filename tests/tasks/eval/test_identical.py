@@ -21,7 +21,6 @@ from lavis_chatbridge.prompting.templates import listed
 from lavis_chatbridge.schema import Medium, Sample, read_jsonl, write_jsonl
 from tests.runners.runner_parts import in_processes
 
-pytestmark = pytest.mark.usefixtures("cached")
 QUESTIONS = ["What is it?", "Which colour does the whole picture have, if it has only one?", "Is it red or blue? " * 4]
 
 

@@ -1,7 +1,5 @@
 """LAVIS's own tasks and data sets score the model as they are, on annotations in LAVIS's layout."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
