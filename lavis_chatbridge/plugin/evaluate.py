@@ -117,41 +117,38 @@ def _conditions(
     runs: Runs, path: Path, options: Sequence[str], asked: Sequence[MediaSettings] | None
 ) -> Iterator[tuple[str, list[str]]]:
     """Label and options of each condition: first all media; then, if asked, the ablations that suit the last run."""
-    if asked is not None:
-        _check_ablation(load(str(path), options))
-    yield "", []
-    for condition, splits in [] if asked is None else ablations(asked, runs.cfg):
-        yield condition.label, [*condition.options, f"run.test_splits=[{','.join(splits)}]"]
-
-
-def parse_conditions(words: Sequence[str]) -> list[MediaSettings]:
-    """Parse ``--ablate``: ``MODE`` or ``MODE:WORD,WORD``, with words of modalities, ``removed``, ``told``."""
-    return [_condition(word) for word in dict.fromkeys(words) if word != ALL]
-
-
-def _condition(word: str) -> MediaSettings:
-    mode, colon, rest = word.partition(":")
-    named = set(rest.split(",")) if colon else set()
-    modalities = [modality for modality in MODALITIES if modality in named]
-    words = [name for name in WORDS if name in named]
-    if mode not in MODES or len(named) > len(modalities) + len(words) or len(words) > (mode == "withheld"):
-        raise ConfigError(
-            f"--ablate {word}: write withheld or shuffled, and after a colon any of {', '.join(MODALITIES)}; withheld "
-            f"takes removed or told, too"
-        )
-    settings = {"media": mode, "media_modalities": modalities or MODALITIES, "withheld_words": (*words, "kept")[0]}
-    return MediaSettings.model_validate(settings)
-
-
-def _check_ablation(cfg: Config) -> None:
-    """Raise, before the first score, if ``--ablate`` cannot compare all media with fewer."""
+    if asked is None:
+        yield "", []
+        return
     from lavis.common.registry import registry
 
+    cfg = load(str(path), options)
     if cfg.run.media != "normal":
         raise ConfigError(f"--ablate scores with all media first, but run.media is {cfg.run.media!r}: remove one")
     for name in cfg.datasets_cfg:
         if not hasattr(registry.get_builder_class(name), "media_of"):
             raise ConfigError(f"datasets.{name} is LAVIS's own, which --ablate does not support")
+    yield "", []
+    for condition, splits in ablations(asked, runs.cfg):
+        yield condition.label, [*condition.options, f"run.test_splits=[{','.join(splits)}]"]
+
+
+def parse_conditions(conditions: Sequence[str]) -> list[MediaSettings]:
+    """Parse ``--ablate``: ``MODE`` or ``MODE:WORD,WORD``, with words of modalities, ``removed``, ``told``."""
+    found = []
+    for condition in dict.fromkeys(condition for condition in conditions if condition != ALL):
+        mode, colon, rest = condition.partition(":")
+        named = set(rest.split(",")) if colon else set()
+        modalities = [modality for modality in MODALITIES if modality in named]
+        words = [word for word in WORDS if word in named]
+        if mode not in MODES or len(named) > len(modalities) + len(words) or len(words) > (mode == "withheld"):
+            raise ConfigError(
+                f"--ablate {condition}: write withheld or shuffled, and after a colon any of {', '.join(MODALITIES)}; "
+                f"withheld takes removed or told, too"
+            )
+        settings = {"media": mode, "media_modalities": modalities or MODALITIES, "withheld_words": (*words, "kept")[0]}
+        found.append(MediaSettings.model_validate(settings))
+    return found
 
 
 def ablations(asked: Sequence[MediaSettings], cfg: Config) -> list[tuple[MediaSettings, list[str]]]:

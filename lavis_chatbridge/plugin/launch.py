@@ -48,7 +48,7 @@ class Runs(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._model: nn.Module | None = None
+        self._model: Any = None
         self._built_from: dict[str, Any] | None = None
 
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
@@ -90,7 +90,10 @@ class Runs(ExitStack):
         return device
 
     def build(self, cfg: Config, evaluate: bool = False) -> tuple[ChatBridgeTask, dict[str, Any], nn.Module]:
-        """The task, data sets and model of a configuration; builds the embedded world if it needs it."""
+        """The task, data sets and model of a configuration; builds the embedded world if it needs it.
+
+        An evaluation reuses the model of the previous one if its settings are equal.
+        """
         from lavis.common.registry import registry
 
         from lavis_chatbridge.runners import distributed
@@ -98,18 +101,13 @@ class Runs(ExitStack):
         prepare_world(cfg.datasets_cfg)
         with distributed.together():
             task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
-            return task, task.build_datasets(cfg), self._model_of(task, cfg, evaluate)
-
-    def _model_of(self, task: ChatBridgeTask, cfg: Config, evaluate: bool) -> nn.Module:
-        """The model: the previous run's if its settings are equal and nothing has changed it."""
-        if not evaluate or cfg.run.parallel != "ddp" or cfg.run.compile or cfg.run.resume is not None:
-            self._model = self._built_from = None
-            return task.build_model(cfg)
-        section = cfg.to_dict()["model"]
-        if self._model is None or self._built_from != section:
-            self._model = None  # free its memory before the next one is built
-            self._model, self._built_from = task.build_model(cfg), section
-        return self._model
+            datasets = task.build_datasets(cfg)
+            unchanged = evaluate and cfg.run.parallel == "ddp" and not cfg.run.compile  # by the run
+            section = cfg.to_dict()["model"] if unchanged else None
+            if section is None or self._built_from != section:
+                self._model = self._built_from = None  # free its memory before the next one is built
+                self._model, self._built_from = task.build_model(cfg), section
+            return task, datasets, self._model
 
 
 def prepare_world(datasets_cfg: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lavis_chatbridge.config import parse
 from lavis_chatbridge.datasets.loader import MixtureLoader, too_many_unreadable, worker_deaths
-from lavis_chatbridge.errors import ChatBridgeError, DataError, TrainingError
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
 from lavis_chatbridge.files import write_text
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import checkpoints, data, distributed, logs
@@ -65,8 +65,13 @@ class ChatBridgeRunner(RunnerBase):
     def setup_output_dir(self) -> None:
         """Create the run's folder (LAVIS's name)."""
         self.folder = RunFolder(self.run, self.job_id)
-        self.folder.make()
         self.output_dir, self.result_dir = self.folder.path, self.folder.path / RESULTS
+        with distributed.together():
+            if distributed.is_main():
+                try:
+                    self.result_dir.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise ConfigError(f"run.output_dir: cannot write to {self.output_dir}: {error.strerror}") from error
         registry.mapping["paths"] |= {"output_dir": str(self.output_dir), "result_dir": str(self.result_dir)}
 
     # ---- parts, built on first use
@@ -90,7 +95,7 @@ class ChatBridgeRunner(RunnerBase):
     @cached_property
     def train_loader(self) -> MixtureLoader | LavisTrainLoader:
         """The training batches of this process."""
-        return data.train_loader(self.datasets, self.run, self.device)
+        return data.train_loader(self.datasets, self.run)
 
     @cached_property
     def train_step(self) -> TrainStep:
@@ -118,32 +123,27 @@ class ChatBridgeRunner(RunnerBase):
             return
         distributed.check_trainable(self._model)
         started = time.monotonic()
-        with self.folder.claimed(), worker_deaths(), self._resume_hint():
-            self._resume()
-            with distributed.together():
-                reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
-            with reporter, noted_sigterm() as sigterm:
-                self._train_steps(sigterm, reporter)
-            if self.state.best_step is None:
-                self._write_weights()
-            else:
-                checkpoints.load_weights(self.model, load_file(self.output_dir / WEIGHTS))
-            self.evaluate()
-        bad = sum(count.skipped for count in self.state.counts.values())
-        if bad and distributed.is_main():
-            _log.warning("%d samples could not be read (check-data --decode lists them)", bad)
-        _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
-
-    @contextmanager
-    def _resume_hint(self) -> Iterator[None]:
-        """After Ctrl-C, which saves nothing, log how to resume from the last checkpoint."""
         try:
-            yield
-        except KeyboardInterrupt:
+            with self.folder.claimed(), worker_deaths():
+                self._resume()
+                with distributed.together():
+                    reporter = logs.Reporter(self.run, self.output_dir, self.steps, self.state)
+                with reporter, noted_sigterm() as sigterm:
+                    self._train_steps(sigterm, reporter)
+                if self.state.best_step is None:
+                    self._write_weights()
+                else:
+                    checkpoints.load_weights(self.model, load_file(self.output_dir / WEIGHTS))
+                self.evaluate()
+        except KeyboardInterrupt:  # saves nothing
             newest = checkpoints.newest(self.folder.checkpoints)
             hint = f"resume from {newest.name} with run.resume=auto" if newest else "there is no checkpoint"
             _log.info("interrupted after step %d; %s", self.state.step, hint)
             raise
+        bad = sum(count.skipped for count in self.state.counts.values())
+        if bad and distributed.is_main():
+            _log.warning("%d samples could not be read (check-data --decode lists them)", bad)
+        _log.info("training took %s", datetime.timedelta(seconds=int(time.monotonic() - started)))
 
     def _train_steps(self, sigterm: threading.Event, reporter: logs.Reporter) -> None:
         """The training loop: steps, validations and checkpoints, until the last step or a SIGTERM."""
@@ -169,11 +169,13 @@ class ChatBridgeRunner(RunnerBase):
             reporter.step(dataset, result, waited)
             if not result.stop:
                 self._validate_if_due(reporter)
-            if result.stop or result.save or self._checkpoint_due():
-                self._save_checkpoint(self.state.step)
+            step = self.state.step
+            due = step in (self.steps, self.state.validated) or step % (self.run.save_every_steps or math.inf) == 0
+            if result.stop or result.save or due:
+                self._save_checkpoint(step)
                 saved = time.monotonic()
             if result.stop:
-                _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", self.state.step)
+                _log.info("stopped by SIGTERM after step %d; resume with run.resume=auto", step)
                 raise SystemExit(128 + signal.SIGTERM)
 
     def _load(self, batches: Iterator[Samples]) -> tuple[list[Samples], ChatBridgeError | None]:
@@ -211,10 +213,6 @@ class ChatBridgeRunner(RunnerBase):
         if self.state.step == self.steps and not trained:
             raise TrainingError("nothing was trained: no step had a finite loss on a readable target token")
 
-    def _checkpoint_due(self) -> bool:
-        step = self.state.step
-        return step in (self.steps, self.state.validated) or step % (self.run.save_every_steps or math.inf) == 0
-
     # ---- evaluation
 
     def _validate_if_due(self, reporter: logs.Reporter) -> None:
@@ -237,11 +235,6 @@ class ChatBridgeRunner(RunnerBase):
 
         LAVIS's arguments choose the best weights, which the model has at the end of a training anyway.
         """
-        if self.evaluate_only and (resumed := self.folder.resumed) is not None:
-            with distributed.together():
-                checkpoint = checkpoints.read(resumed)
-                checkpoints.check_weights(checkpoint, self.model, self.bridge)
-            checkpoints.load_weights(self.model, checkpoint.weights)
         found: dict[str, Any] = {}
         for split in self.run.test_splits:
             found[split] = self.eval_epoch(split, self.state.step)

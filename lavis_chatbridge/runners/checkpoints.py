@@ -151,8 +151,11 @@ def check(
 ) -> None:
     """Raise if a checkpoint does not fit the model, its frozen parts, the data, or a run of ``steps``."""
     folder, state = checkpoint.folder, checkpoint.state
-    check_weights(checkpoint, model, bridge)
-    expected: dict[str, Tensor] = {}
+    if difference := lora.difference(state.adapters, model):
+        raise CheckpointError(f"{folder} is for another model: {difference}")
+    expected = {name: model.get_parameter(name).detach() for name in bridge}
+    state_dicts.check_fit(expected, checkpoint.weights, expected, folder, "this model")
+    expected = {}
     for name, parameter in trainable(model).items():
         if f"{name}|step" in checkpoint.optimizer:  # a parameter that never had a gradient has no state
             expected |= {f"{name}|{part}": torch.empty(()) if part == "step" else parameter for part in _ADAMW}
@@ -166,14 +169,6 @@ def check(
             f"{folder} is of step {state.progress.step}, but this run ends at step {steps}: raise run.max_iters (or "
             "run.max_epoch), or set run.resume to a checkpoint of an earlier step"
         )
-
-
-def check_weights(checkpoint: Checkpoint, model: nn.Module, bridge: Sequence[str]) -> None:
-    """Raise if a checkpoint's weights do not fit a model's ``bridge`` and its LoRA adapters."""
-    if difference := lora.difference(checkpoint.state.adapters, model):
-        raise CheckpointError(f"{checkpoint.folder} is for another model: {difference}")
-    expected = {name: model.get_parameter(name) for name in bridge}
-    state_dicts.check_fit(expected, checkpoint.weights, expected, checkpoint.folder, "this model")
 
 
 def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -211,17 +206,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def save(checkpoint: Checkpoint, keep_last: int) -> None:
     """Write a checkpoint, then delete all but the ``keep_last`` newest beside it."""
-    target = checkpoint.folder
+    target, state = checkpoint.folder, checkpoint.state
     partial = target.with_name(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a write that was interrupted
-    with _written(target):
-        partial.mkdir(parents=True)
-        write_weights(partial / MODEL, checkpoint.weights, checkpoint.state.progress.step, checkpoint.state.adapters)
-        state_dicts.save(partial / OPTIMIZER, checkpoint.optimizer)
-        write_json(partial / STATE, checkpoint.state.model_dump(mode="json"))
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
-        sync(target.parent)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        with _written(target):
+            partial.mkdir(parents=True)
+            write_weights(partial / MODEL, checkpoint.weights, state.progress.step, state.adapters)
+            state_dicts.save(partial / OPTIMIZER, checkpoint.optimizer)
+            write_json(partial / STATE, state.model_dump(mode="json"))
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+            sync(target.parent)
+    finally:  # after a failed write, a partial checkpoint would fill the disk
+        shutil.rmtree(partial, ignore_errors=True)
     for old in saved(target.parent)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -271,18 +269,15 @@ def frozen_hashes(model: nn.Module, bridge: Sequence[str]) -> dict[str, str]:
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if name not in kept:
-            key = f"{lora.without_base(name)} {tuple(parameter.shape)}"
-            parts[name.split(".")[0]][key] = _probes(parameter.detach())
+            key, values = f"{lora.without_base(name)} {tuple(parameter.shape)}", parameter.detach().flatten()
+            if len(values) > _PROBES:
+                probes = torch.linspace(0, len(values) - 1, _PROBES, dtype=torch.float64).long()
+                values = values[probes.to(values.device)]
+            values = values.to(torch.bfloat16) if values.is_floating_point() else values
+            parts[name.split(".")[0]][key] = values
     found = {part: state_dicts.hash_of(probes) for part, probes in parts.items()}
     if (tokenizer := getattr(model, "llama_tokenizer", None)) is not None:
         size = len(tokenizer)
         some = sorted({number * max(1, size - 1) // 256 for number in range(256)} | {size - 1})
         found["tokenizer"] = hash_of(size, [tokenizer.decode([number]) for number in some])[:16]
     return found
-
-
-def _probes(parameter: Tensor) -> Tensor:
-    flat = parameter.reshape(-1)
-    if flat.numel() > _PROBES:
-        flat = flat[torch.linspace(0, flat.numel() - 1, _PROBES, dtype=torch.float64).long().to(flat.device)]
-    return flat.to(torch.bfloat16) if flat.is_floating_point() else flat

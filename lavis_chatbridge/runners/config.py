@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lavis.common.optims  # noqa: F401  (registers schedulers; `import lavis` does not)
+from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -68,10 +70,6 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
     Raises:
         ConfigError: With every fault that was found.
     """
-    import lavis.common.optims
-    import lavis.runners  # noqa: F401  (`import lavis` registers neither runners nor schedulers)
-    from lavis.common.registry import registry
-
     user = merged(read_yaml(cfg_path), read_options(options or []))
     faults = [_unknown("sections of a configuration", key, SECTIONS) for key in user if key not in SECTIONS]
     config = OmegaConf.create({section: {} for section in SECTIONS})
@@ -103,8 +101,6 @@ def load_config(cfg_path: str | os.PathLike, options: Sequence[str] | None = Non
 
 def dataset_sections(cfg_path: str | os.PathLike, options: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """The ``datasets`` section without defaults, unchecked. Sets the data root to ``env.data_root``."""
-    import lavis  # noqa: F401  (registers builders)
-
     user = merged(read_yaml(cfg_path), read_options(options or []))
     _set_paths(user.get("env") or {})
     sections = _section(user, "datasets")
@@ -130,8 +126,6 @@ def _section(config: DictConfig, name: str, where: str = "") -> DictConfig:
 
 def _merge_model(config: DictConfig) -> None:
     """Merge the user's ``model`` and ``preprocess`` sections over the model type's YAML, and check the result."""
-    from lavis.common.registry import registry
-
     arch = config.model.setdefault("arch", "chatbridge")
     model_class = _registered(registry.get_model_class, "model.arch", arch, registry.list_models())
     types = list(model_class.PRETRAINED_MODEL_CONFIG_DICT)
@@ -148,8 +142,6 @@ def _merge_model(config: DictConfig) -> None:
 
 def _dataset(name: str, config: DictConfig) -> DictConfig:
     """A data set's section merged over its builder's default YAML; default processors are from the model's YAML."""
-    from lavis.common.registry import registry
-
     where, user = f"datasets.{name}", _section(config.datasets, name, "datasets.")
     builder = _registered(registry.get_builder_class, "datasets", name, registry.list_datasets())
     variant = user.get("type", "default")
@@ -165,8 +157,6 @@ def _dataset(name: str, config: DictConfig) -> DictConfig:
 
 def _parse_run(config: DictConfig) -> RunSettings:
     """The ``run`` section; its names must be registered, and its extras installed."""
-    from lavis.common.registry import registry
-
     run = parse(RunSettings, _plain(config.run), "run")
     _registered(registry.get_task_class, "run.task", run.task, registry.list_tasks())
     _registered(registry.get_runner_class, "run.runner", run.runner, registry.list_runners())
@@ -180,8 +170,6 @@ def _parse_run(config: DictConfig) -> RunSettings:
 
 def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
     """Raise for splits that no data set has (unknown for LAVIS's data sets), and for our data sets in LAVIS's tasks."""
-    from lavis.common.registry import registry
-
     builders = {str(name): registry.get_builder_class(str(name)) for name in datasets}
     own = {n: set(b.split_names(_plain(datasets[n]))) for n, b in builders.items() if hasattr(b, "split_names")}
     if len(own) == len(builders):
@@ -215,8 +203,6 @@ def _plain(section: DictConfig) -> dict[str, Any]:
 
 def _set_paths(section: Any) -> None:
     """Check ``env``, and set its paths in LAVIS's mapping itself: a path cannot be registered twice."""
-    from lavis.common.registry import registry
-
     env, paths = parse(EnvSettings, section, "env"), registry.mapping["paths"]
     if env.data_root is not None:
         os.environ["CHATBRIDGE_DATA"] = str(Path(env.data_root).expanduser().resolve())

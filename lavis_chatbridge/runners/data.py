@@ -25,7 +25,6 @@ from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import Samples
-from lavis_chatbridge.schema import Sample
 from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 _log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ Datasets: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Data set name -> split name -> data set, as tasks build them."""
 
 
-def train_loader(datasets: Datasets, run: RunSettings, device: torch.device) -> MixtureLoader | LavisTrainLoader:
+def train_loader(datasets: Datasets, run: RunSettings) -> MixtureLoader | LavisTrainLoader:
     """The training batches of this process."""
     chosen = {
         name if split == "train" else f"{name}/{split}": splits[split]
@@ -54,26 +53,21 @@ class LavisTrainLoader(torch.utils.data.Dataset):
     """Training batches of LAVIS's map-style data sets, in the order of a `MixturePlan`."""
 
     def __init__(self, datasets: Mapping[str, Any], run: RunSettings) -> None:
-        self.datasets, self.run = datasets, run
+        self.datasets, self.run, self.rank = datasets, run, distributed.rank()
         sizes = {name: len(dataset) for name, dataset in datasets.items()}
         batch_size = run.batch_size_train * run.accum_grad_iters
         self.plan = MixturePlan(sizes, run.train_dataset_ratios, batch_size, distributed.world_size(), run.seed)
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of steps ``start`` to ``stop - 1``, in order."""
-        requests = self._requests(start, stop)
-        yield from DataLoader(self, batch_size=None, sampler=requests, num_workers=self.run.num_workers)  # type: ignore[arg-type]
+        numbers = range(start * self.run.accum_grad_iters, stop * self.run.accum_grad_iters)
+        yield from DataLoader(self, batch_size=None, sampler=numbers, num_workers=self.run.num_workers)
 
-    def _requests(self, start: int, stop: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-        size = self.run.batch_size_train
-        for step in range(start, stop):
-            name, pairs = self.plan.batch(step, distributed.rank())
-            for first in range(0, len(pairs), size):
-                yield name, pairs[first : first + size]
-
-    def __getitem__(self, request: tuple[str, list[tuple[int, int]]]) -> dict[str, Any]:
-        """A micro-batch from a request: a data set's name and ``(index, epoch)`` of each sample."""
-        name, pairs = request
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A micro-batch of the run, by its number from 0."""
+        step, part = divmod(number, self.run.accum_grad_iters)
+        name, pairs = self.plan.batch(step, self.rank)
+        pairs = pairs[part * self.run.batch_size_train :][: self.run.batch_size_train]
         collate = getattr(self.datasets[name], "collater", None) or default_collate
         return {"source": name, "skipped": [], **collate([self.datasets[name][index] for index, _ in pairs])}
 
@@ -117,15 +111,16 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
 
     Every process encodes its share. ``model`` is ChatBridge, on its device.
     """
-    used = _used(datasets, run)
+    used = [dataset for splits in datasets.values() for name, dataset in splits.items() if name in run.used_splits]
     able = hasattr(model, "encode_media") and all(hasattr(dataset, "set_features") for dataset in used)
     if run.feature_cache is None or not able:
         raise ConfigError("run.feature_cache needs a folder, ChatBridge and this package's data sets: set it to null")
     loaded = load_processors(preprocess)
+    sources = [source for dataset in used for source in dataset.sources]
     with distributed.together(), torch.no_grad():
         store = build_features(
             model,  # type: ignore[arg-type]
-            samples(datasets, run),
+            (source.sample(index) for source in sources for index in range(len(source))),
             {modality: loaded[modality]["eval"] for modality in MODALITIES},
             Path(run.feature_cache).expanduser().absolute(),
             workers=run.num_workers,
@@ -137,14 +132,3 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
     for dataset in used:
         dataset.set_features(store)
     return store
-
-
-def samples(datasets: Datasets, run: RunSettings) -> Iterator[Sample]:
-    """All samples of the run's splits."""
-    sources = (source for dataset in _used(datasets, run) for source in dataset.sources)
-    return (source.sample(index) for source in sources for index in range(len(source)))
-
-
-def _used(datasets: Datasets, run: RunSettings) -> list[Any]:
-    """The data sets of the run's splits."""
-    return [dataset for splits in datasets.values() for split, dataset in splits.items() if split in run.used_splits]

@@ -18,7 +18,7 @@ from lavis_chatbridge.runners.settings import RunSettings
 WEIGHTS, CHECKPOINTS, RESULTS, CONFIG = "model.safetensors", "checkpoints", "result", "config.yaml"
 LOCK_WAIT = 20.0
 """Seconds to wait for the lock: data workers of a killed run hold it until they exit, after about 5 s."""
-_OF_A_RUN = (CHECKPOINTS, WEIGHTS, LOG, RESULTS, "tensorboard", "wandb")
+_OF_A_RUN = (WEIGHTS, LOG, RESULTS, "tensorboard", "wandb")
 
 
 def new_job_id() -> str:
@@ -45,15 +45,6 @@ class RunFolder:
             self.resumed = distributed.from_main(checkpoints.newest(self.checkpoints))
         elif run.resume is not None:
             self.resumed = Path(run.resume).expanduser().resolve()
-
-    def make(self) -> None:
-        """Create the folder; a `ConfigError` on every process if it cannot be created or written to."""
-        with distributed.together():
-            if distributed.is_main():
-                try:
-                    (self.path / RESULTS).mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise ConfigError(f"run.output_dir: cannot write to {self.path}: {error.strerror}") from error
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -82,10 +73,11 @@ class RunFolder:
                 )
 
     def clear(self) -> None:
-        """With ``run.overwrite``, delete an earlier run's files, unless this run resumes its newest checkpoint."""
+        """With ``run.overwrite``, delete an earlier run's files, except the checkpoint that this run resumes."""
         if not self.overwrite or not self._earlier():
             return
-        for path in (self.path / name for name in _OF_A_RUN):
+        old = [path for path in checkpoints.saved(self.checkpoints) if path.resolve() != self.resumed]
+        for path in [*old, *(self.path / name for name in _OF_A_RUN)]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -139,6 +139,11 @@ class RunSettings(LoaderSettings, EvaluationSettings):
         if self.evaluate:
             if not self.test_splits:
                 yield "evaluate is set, but test_splits names no split"
+            if self.resume is not None:
+                yield (
+                    "resume is for training: set it to null; to evaluate a checkpoint, set model.checkpoint to its "
+                    "model.safetensors"
+                )
             return
         if (self.max_iters is None) == (self.max_epoch is None):
             yield "give either max_iters (optimiser steps) or max_epoch (passes over the data)"

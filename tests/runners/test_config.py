@@ -112,6 +112,10 @@ def test_every_fault_is_reported_at_once(yaml_of):
         ("  warmup_steps: 11\n", "warmup_steps 11 is more than max_iters 10"),
         ("  train_splits: []\n", "train_splits is empty"),
         ("  evaluate: true\n", "evaluate is set, but test_splits names no split"),
+        (
+            "  evaluate: true\n  test_splits: [a]\n  resume: x\n",
+            "resume is for training: set it to null; to evaluate a",
+        ),
         ("  seed: 99999999999999\n", "run.seed is 99999999999999, expected less than 4294967296"),
         ("  overwrite: true\n  resume: auto\n  job_id: ''\n", "overwrite deletes the earlier run"),
         ("  resume: auto\n", "resume: auto needs a job_id"),

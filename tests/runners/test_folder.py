@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ from safetensors.torch import load_file
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import ConfigError, DataError
-from lavis_chatbridge.files import locked
 from lavis_chatbridge.runners import folder as folders
 from lavis_chatbridge.runners.folder import WEIGHTS
 from tests.runners.runner_parts import YAML, runner, same
@@ -73,7 +74,7 @@ def test_resuming_an_earlier_checkpoint_deletes_later_ones_only_if_told_to(tmp_p
         runner(tmp_path / "r", resume=str(tmp_path / "earlier"), **options).train()
     more = {"overwrite": True, "init_lr": 0.01, "max_iters": 6}
     runner(tmp_path / "r", resume=str(tmp_path / "earlier"), **options | more).train()
-    assert steps(tmp_path / "r") == [6]
+    assert steps(tmp_path / "r") == [4, 6]
     assert not same(load_file(tmp_path / "r" / WEIGHTS), former)
 
 
@@ -88,13 +89,24 @@ def test_auto_resumes_the_run_of_its_own_name_also_below_a_symbolic_link(tmp_pat
         runner(tmp_path / "real", job_id="slow", max_iters=4, resume=str(tmp_path / "real/slow")).train()
 
 
-def test_two_trainings_do_not_share_a_folder(tmp_path, monkeypatch):
+LOCKS = """
+import pathlib, sys, time
+from lavis_chatbridge.files import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_trainings_do_not_share_a_folder_and_a_killed_one_frees_it(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "LOCK_WAIT", 0.1)
-    with locked(tmp_path / "training"):
+    with subprocess.Popen([sys.executable, "-c", LOCKS, tmp_path / "training"], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
         with pytest.raises(DataError, match=f"another process uses {tmp_path} .it holds"):
             runner(tmp_path, max_iters=1, resume="auto").train()
         assert not (tmp_path / "checkpoints").exists()
         runner(tmp_path, evaluate=True, test_splits=["val"]).train()  # which writes other files
+        other.kill()
     runner(tmp_path, max_iters=1, resume="auto").train()
     assert steps(tmp_path) == [1]
 
