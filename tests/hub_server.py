@@ -62,16 +62,22 @@ class HubServer:
 
 @contextmanager
 def serving(root: Path) -> Iterator[HubServer]:
-    """A running server."""
+    """A running hub."""
     hub = HubServer(root)
-    server = uvicorn.Server(uvicorn.Config(_app(hub), port=0, log_level="critical"))
+    with running(_app(hub)) as hub.url:
+        yield hub
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The URL of a server of an application."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=0))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    hub.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

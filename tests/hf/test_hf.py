@@ -96,16 +96,10 @@ def test_special_tokens_are_kept_on_request(processor: ChatBridgeProcessor) -> N
     assert whole.strip() == f"red{processor.tokenizer.eos_token} blue"
 
 
-def test_media_alone_are_a_question(model, processor) -> None:
-    """transformers' own processors accept ``text=None`` too."""
-    asked = [processor(images=picture(), text=text) for text in (None, "")]
-    assert asked[0]["input_ids"].tolist() == asked[1]["input_ids"].tolist()
-    assert processor.batch_decode(model.generate(**asked[0], max_new_tokens=5))[0]
-
-
-def test_a_typed_placeholder_is_text(processor: ChatBridgeProcessor) -> None:
-    ids = processor(text="<image> <video> <audio>")["input_ids"]
-    assert int(ids.max()) < len(processor.codec)
+def test_media_alone_are_a_question_and_a_typed_placeholder_is_text(processor: ChatBridgeProcessor) -> None:
+    alone, empty = (processor(images=picture(), text=text)["input_ids"].tolist() for text in (None, ""))
+    assert alone == empty
+    assert int(processor(text="<image> <video> <audio>")["input_ids"].max()) < len(processor.codec)
 
 
 def test_greedy_answers_equal_those_of_a_session_and_of_the_lavis_model(model, processor) -> None:
@@ -131,7 +125,6 @@ def test_a_batch_of_different_media_answers_as_its_rows_do(model, processor, tal
 
 def test_beams_sampling_and_several_results(model, processor, talk) -> None:
     assert len(answers(model, processor, talk, num_beams=3, num_return_sequences=2)) == 2
-    torch.manual_seed(1)
     assert len(set(answers(model, processor, talk, do_sample=True, temperature=5.0, num_return_sequences=6))) > 1
 
 
@@ -199,20 +192,15 @@ def test_the_card_names_parts_data_recipe_and_scores(tmp_path: Path, model) -> N
         assert rows in text
 
 
-def test_dtype_and_device_map_apply_to_frozen_parts() -> None:
-    half = ChatBridgeForConditionalGeneration.from_pretrained("tiny", dtype=torch.float32, device_map="cpu")
-    assert half.chatbridge.settings.language_model.dtype == "float32"
+def test_dtype_and_quantization_apply_to_frozen_parts(processor, talk) -> None:
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    more = {"dtype": torch.float32, "device_map": "cpu", "quantization_config": config}
+    small = ChatBridgeForConditionalGeneration.from_pretrained("tiny", **more)
+    settings = small.chatbridge.settings.language_model
+    assert (settings.dtype, settings.quantization) == ("float32", "8bit")
+    assert answers(small, processor, talk, max_new_tokens=3)[0]
     with pytest.raises(ConfigError, match="dtype"):
         ChatBridgeForConditionalGeneration.from_pretrained("tiny", dtype=torch.int8)
-
-
-def test_the_language_model_is_quantised_as_asked(processor, talk) -> None:
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    small = ChatBridgeForConditionalGeneration.from_pretrained("tiny", quantization_config=config)
-    assert small.chatbridge.settings.language_model.quantization == "8bit"
-    assert any("int8" in str(p.dtype) for p in small.chatbridge.llama_model.parameters())
-    assert answers(small, processor, talk, max_new_tokens=3)[0]
 
 
 def test_a_pushed_model_loads_by_its_hub_id(tmp_path: Path, model, talk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmms-eval-test-")  # read when 
 from lavis_chatbridge.plugin.launch import Runs
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
-from lavis_chatbridge.toyworld import clips, pictures, sounds
 from lavis_chatbridge.toyworld.world import scenes
+from tests.chat.test_engine import files_of
 
 COUNT = 4
 CHOICES = ["red", "blue", "green", "high", "low", "circle", "star"]
@@ -77,10 +77,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         drawn = [scenes(modality, False, 77) for modality in modalities]
         docs, samples = [], []
         for number in range(COUNT):
-            files = _files(root, name, number, [next(one) for one in drawn])
+            rng = np.random.default_rng([number, len(name)])
+            found = tuple(next(one) for one in drawn)
+            files = []
+            for together in [found] if name == "track" else [(one,) for one in found]:
+                for modality, content in files_of(together, rng):
+                    files.append(str(root / f"{name}{number}.{ENDINGS[modality]}"))
+                    Path(files[-1]).write_bytes(content)
             text = QUESTIONS[name][number % 2]
-            docs.append({"files": list(dict.fromkeys(files)), "question": text, "answer": CHOICES[0]})
-            media = tuple(Medium(modality, file) for modality, file in zip(modalities, files, strict=True))
+            docs.append({"files": files, "question": text, "answer": CHOICES[0]})
+            media = tuple(map(Medium, modalities, files * 2 if name == "track" else files))
             turns = (Message("user", text, modalities), Message("assistant", CHOICES[0]))
             samples.append(Sample(f"s{number}", media, turns=turns))
         (root / f"{name}_docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
@@ -89,24 +95,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_task(root, "image_choice", "image", CHOSEN)
     (root / "choices.json").write_text(json.dumps(CHOICES))
     return root
-
-
-def _files(root: Path, name: str, number: int, drawn: list[Any]) -> list[str]:
-    rng = np.random.default_rng([number, len(name)])
-    files = []
-    for scene in drawn:
-        path = root / f"{name}{number}.{ENDINGS[scene.modality]}"
-        if scene.modality == "image":
-            path.write_bytes(pictures.encode(pictures.render(scene, rng), "png", rng))
-        elif scene.modality == "audio":
-            path.write_bytes(sounds.encode(sounds.render(scene, rng), "wav"))
-        else:
-            clip = clips.render(scene, rng)
-            seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
-            track = sounds.render(drawn[1], rng, seconds, rate=16_000) if name == "track" else None
-            path.write_bytes(clips.encode(clip, rng, track))
-        files.append(str(path))
-    return [files[0]] * 2 if name == "track" else files  # the sound is the clip's own
 
 
 def _write_task(root: Path, name: str, data: str, more: str) -> None:
@@ -148,11 +136,11 @@ def evaluate(world: Path, names: list[str], **settings: Any) -> dict[str, list[d
     return {name: sorted(found["samples"][f"chatbridge_{name}"], key=lambda s: s["doc_id"]) for name in names}
 
 
+WRITERS = ["image", "video", "audio", "both"]
+
+
 def said(samples: list[dict[str, Any]]) -> list[str]:
     return [sample["filtered_resps"][0] for sample in samples]
-
-
-WRITERS = ["image", "video", "audio", "both"]
 
 
 @pytest.mark.parametrize(("simple", "batch_size"), [(False, 3), (True, 1)])

@@ -7,14 +7,18 @@ It counts requests by ``Idempotency-Key`` and computes its answers from the note
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+
+from tests.hub_server import running
 
 
 @dataclass
@@ -53,64 +57,39 @@ def write_answer(messages: list[dict[str, str]]) -> str:
     )
 
 
-class OpenAIServer(ThreadingHTTPServer):
-    """The server, running in threads while the context is open; ``asked`` counts requests by their id."""
-
-    request_queue_size = 1024
-    daemon_threads, block_on_close = True, False
+class OpenAIServer:
+    """The server, which runs while the context is open; ``asked`` counts requests by their id."""
 
     def __init__(self, script: Script | None = None, latency: float = 0.0) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.script, self.latency = script or (lambda number, body: Reply()), latency
         self.asked = Counter[str]()
         self.bodies, self.times, self.keys = list[dict[str, Any]](), list[float](), set[str]()
         self.at_once = self.most_at_once = 0
-        self.lock, self.closing = threading.Lock(), threading.Event()
+        app = FastAPI()
+        app.post("/v1/chat/completions")(self.answer)
+        self._running = running(app)
 
     def __enter__(self) -> OpenAIServer:
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = self._running.__enter__() + "/v1"
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
+    def __exit__(self, *error: Any) -> None:
+        self._running.__exit__(*error)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has left is no fault."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: OpenAIServer
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        owner, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        name = self.headers.get("Idempotency-Key", "")
-        with owner.lock:
-            number = owner.asked.total()
-            owner.asked[name] += 1
-            owner.keys.add(self.headers["Authorization"])
-            owner.times.append(time.monotonic())
-            owner.bodies.append(body)
-            owner.at_once += 1
-            owner.most_at_once = max(owner.most_at_once, owner.at_once)
-        reply = owner.script(number, body)
-        owner.closing.wait(owner.latency + reply.delay)
-        content = reply.body if reply.body is not None else json.dumps(completion(body)).encode()
-        with owner.lock:
-            owner.at_once -= 1
-        self.send_response(reply.status)
-        for key, value in {"content-type": "application/json", **reply.headers}.items():
-            self.send_header(key, value)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: int(len(content) * reply.cut)])
-        self.close_connection = reply.cut < 1
-
-    def log_message(self, *arguments: Any) -> None:
-        """Print nothing."""
+    async def answer(self, request: Request) -> Response:
+        body = await request.json()
+        reply = self.script(self.asked.total(), body)
+        self.asked[request.headers.get("Idempotency-Key", "")] += 1
+        self.keys.add(request.headers["Authorization"])
+        self.times.append(time.monotonic())
+        self.bodies.append(body)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await asyncio.sleep(self.latency + reply.delay)
+        self.at_once -= 1
+        content = json.dumps(completion(body)).encode() if reply.body is None else reply.body
+        headers = {"content-type": "application/json", **reply.headers, "content-length": str(len(content))}
+        return StreamingResponse(iter([content[: int(len(content) * reply.cut)]]), reply.status, headers)
 
 
 def completion(body: dict[str, Any]) -> dict[str, Any]:
@@ -125,4 +104,4 @@ if __name__ == "__main__":  # serves until killed; the first line of the output 
     parser.add_argument("--latency", type=float, default=0.2)
     with OpenAIServer(latency=parser.parse_args().latency) as server:
         print(server.url, flush=True)
-        threading.Event().wait()
+        time.sleep(1e6)

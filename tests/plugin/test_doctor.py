@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import pytest
 
@@ -83,56 +82,42 @@ def test_an_earlier_training_in_the_folder_is_a_fault(config, tmp_path):
         assert [level for level, text in found if "of an earlier training" in text] == levels
 
 
-LLM = {
+PUBLISHED = {
     "vicuna13b": {
-        "hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40,
-    },
-    "small": {
-        "vocab_size": 49_152, "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
-        "num_key_value_heads": 5, "tie_word_embeddings": True,
+        "language_model": {
+            "hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40,
+        },
     },
     "qwen3_8b": {
-        "model_type": "qwen3", "intermediate_size": 12_288, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        "language_model": {
+            "model_type": "qwen3", "intermediate_size": 12_288, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        },
+        "vision": {
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+            "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+        },
+        "audio": {
+            "model_type": "whisper", "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120, "num_mel_bins": 128, "decoder_attention_heads": 20,
+        },
     },
 }  # fmt: skip
 """Type -> published sizes of its parts, where they differ from the defaults of transformers."""
-VISION = {
-    "small": {"model_type": "siglip_vision_model"},
-    "qwen3_8b": {
-        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
-        "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-    },
-}  # fmt: skip
-WHISPER = {"small": (768, 12, 12, 80), "qwen3_8b": (1280, 32, 20, 128)}
-
-
-def shipped(model_type: str) -> ModelSettings:
-    """A shipped type with the published sizes in place of its files."""
-    values: dict[str, Any] = model_settings(model_type).model_dump()
-    values["language_model"] |= {"weights": None, "config": LLM[model_type], "tokenizer": "t"}
-    values["vision"]["weights"] = values["audio"]["weights"] = None
-    if model_type in WHISPER:
-        width, layers, heads, bins = WHISPER[model_type]
-        values["vision"]["config"] = VISION[model_type]
-        values["audio"]["config"] = {
-            "model_type": "whisper", "d_model": width, "encoder_layers": layers, "encoder_attention_heads": heads,
-            "encoder_ffn_dim": 4 * width, "num_mel_bins": bins, "decoder_attention_heads": heads,
-        }  # fmt: skip
-    return parse(ModelSettings, values, "model")
 
 
 @pytest.mark.parametrize(
     ("model_type", "batch", "checkpointing", "gib", "millions"),
-    [
-        ("small", 8, False, 7, (361.8, 92.9, 88.2)),
-        ("qwen3_8b", 16, True, 32, (8190.7, 428.2, 637.0)),
-        ("vicuna13b", 32, False, 80, (13015.9, 985.9, 90.3)),
-    ],
+    [("qwen3_8b", 16, True, 32, (8190.7, 428.2, 637.0)), ("vicuna13b", 32, False, 80, (13015.9, 985.9, 90.3))],
 )
 def test_shipped_types_have_published_sizes_and_fit(model_type, batch, checkpointing, gib, millions, monkeypatch):
     """The batches are those of projects/chatbridge/TYPE/align.yaml."""
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
-    parts = training_memory(shipped(model_type), batch, checkpointing)
+    values = model_settings(model_type).model_dump()
+    values["language_model"]["tokenizer"] = "t"
+    for part in ("language_model", "vision", "audio"):
+        values[part]["weights"] = None
+        values[part]["config"] = PUBLISHED[model_type].get(part, values[part]["config"])
+    parts = training_memory(parse(ModelSettings, values, "model"), batch, checkpointing)
     found = [parts[part] / 2e6 for part in ("language model", "vision encoder", "audio encoder")]
     assert found == pytest.approx(millions, abs=0.1)
     assert (gib - 10) * 2**30 < sum(parts.values()) < gib * 2**30
