@@ -304,23 +304,20 @@ def check_inside(path: str, root: str) -> None:
 
 def to_record(sample: Sample, root: str = "") -> dict[str, Any]:
     """A sample as a JSONL record, without empty fields; media paths below ``root`` are made relative."""
+    media: list[dict[str, Any]] = []
+    for medium in sample.media:
+        path = medium.path
+        if root and not medium.words:
+            relative = os.path.relpath(path, root)
+            path = os.path.abspath(path) if relative.startswith("..") else relative
+        values = {"path": path, "offset": medium.offset, "size": medium.size, "words": list(medium.words)}
+        media.append({"type": medium.modality} | {k: v for k, v in values.items() if v not in ("", None, [])})
     turns, used = [], 0
     for turn in sample.turns:
         shows = list(range(used, used := used + len(turn.media)))
         turns.append({"role": turn.role, "text": turn.text} | ({"media": shows} if shows else {}))
-    record = vars(sample) | {"media": [_medium_record(medium, root) for medium in sample.media], "turns": turns}
+    record = vars(sample) | {"media": media, "turns": turns}
     return {key: value for key, value in record.items() if value or key == "id"}
-
-
-def _medium_record(medium: Medium, root: str) -> dict[str, Any]:
-    if medium.words:
-        return {"type": medium.modality, "words": list(medium.words)}
-    path = medium.path
-    if root:
-        relative = os.path.relpath(path, root)
-        path = os.path.abspath(path) if relative.startswith("..") else relative
-    location = {} if medium.offset is None else {"offset": medium.offset, "size": medium.size}
-    return {"type": medium.modality, "path": path, **location}
 
 
 def _turns(

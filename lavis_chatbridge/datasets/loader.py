@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from lavis_chatbridge.config import Settings
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset, collate
 from lavis_chatbridge.datasets.plan import MixturePlan
+from lavis_chatbridge.datasets.settings import Share
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, MediaError, TrainingError
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class LoaderSettings(Settings):
     """Approximate tokens of a micro-batch, instead of ``batch_size_train``; each data set's batch size is fixed."""
     accum_grad_iters: PositiveInt = 1
     """Micro-batches per optimiser step; all of them, on all processes, are from one data set."""
-    train_dataset_ratios: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    train_dataset_ratios: dict[str, Share] | None = None
     """Each data set's share of the steps; null: proportional to the number of samples."""
     group_by_length: bool = False
     """Make batches of samples of similar length."""
@@ -277,11 +278,11 @@ def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: Loade
     """The batches of the requests in order; ends early if a worker is stuck."""
     loader: DataLoader = DataLoader(
         dataset,
-        batch_size=None,  # a request is a batch
+        batch_size=None,  # a request is a batch, so nothing is collated
         sampler=requests,  # type: ignore[arg-type]
         num_workers=settings.num_workers,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=_unchanged,
+        collate_fn=dict,
         worker_init_fn=_ignore_signals,
         timeout=min(5.0, settings.hang_seconds) if settings.num_workers else 0,
     )
@@ -320,7 +321,3 @@ def _ignore_signals(_worker: int) -> None:
     """Clusters and terminals signal all processes, but the main process must stop the workers, after its checkpoint."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

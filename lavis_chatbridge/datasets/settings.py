@@ -20,12 +20,11 @@ from lavis_chatbridge.prompting.templates import Templates
 from lavis_chatbridge.schema import Medium
 
 DATA_VARIABLE = "CHATBRIDGE_DATA"
-CACHE_VARIABLE = "CHATBRIDGE_CACHE"
 WORLD_PREFIX = "chatbridge_world"
 """Name prefix of the embedded world's data sets; a run builds the world if it does not exist."""
 OWN_READER = "jsonl"
 Files: TypeAlias = str | list[str] | None
-Share: TypeAlias = Annotated[float, Field(gt=0)]
+Share: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class DataSettings(Settings):
@@ -163,4 +162,4 @@ class DataSettings(Settings):
 def cache_folder() -> Path:
     """``$CHATBRIDGE_CACHE``, or by default ``lavis-chatbridge`` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lavis-chatbridge")
-    return Path(os.environ.get(CACHE_VARIABLE) or default).expanduser()
+    return Path(os.environ.get("CHATBRIDGE_CACHE") or default).expanduser()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lavis_chatbridge.errors import MediaError
+from lavis_chatbridge.datasets.dataset import SampleDataset
+from lavis_chatbridge.datasets.settings import DataSettings
+from lavis_chatbridge.media.image import open_image
 from lavis_chatbridge.schema import Medium, Sample, SampleFile, write_jsonl
 
 _FOLDERS: list[tempfile.TemporaryDirectory] = []
@@ -23,12 +23,15 @@ class PictureProcessor:
     version = "picture-1"
 
     def __call__(self, source, rng=None):
-        try:
-            picture = Image.open(BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
-        except OSError as error:
-            raise MediaError(source, error) from error
-        tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
+        tensor = torch.from_numpy(open_image(source)).permute(2, 0, 1) / 255
         return tensor if rng is None else tensor + float(rng.random())
+
+
+def picture_source(folder, processors, name="grey", train=True, seed=0, indices=None, **settings):
+    """The data set of the fixture ``pictures``, for alignment by default."""
+    chosen = DataSettings(**{"stage": "alignment", **settings})
+    samples = SampleFile(folder / "pictures.jsonl", allow_outside=chosen.allow_outside)
+    return SampleDataset(name, samples, chosen, train, processors, indices, seed=seed)
 
 
 def sample_file(*samples):

@@ -12,14 +12,8 @@ from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.source import EncodedMedium
 from lavis_chatbridge.prompting.conversation import Message, Slot, Text
-from lavis_chatbridge.schema import Medium, Sample, SampleFile
-from tests.datasets.conftest import sample_file
-
-
-def source(folder, processors, train=True, seed=0, **settings):
-    chosen = DataSettings(**{"stage": "instruction", **settings})
-    samples = SampleFile(folder / "pictures.jsonl", allow_outside=chosen.allow_outside)
-    return SampleDataset("grey", samples, chosen, train, processors, seed=seed)
+from lavis_chatbridge.schema import Medium, Sample
+from tests.datasets.conftest import picture_source, sample_file
 
 
 def evaluated(sample, templates=False):
@@ -29,7 +23,7 @@ def evaluated(sample, templates=False):
 
 
 def test_alignment_item(pictures, processors):
-    item = source(pictures, processors, stage="alignment", train=False)[3]
+    item = picture_source(pictures, processors, train=False)[3]
     assert item["pieces"] == [Slot("image", 0), Text("grey 3\n", target=True)]
     assert (item["text_output"], item["references"], item["answers"]) == ("grey 3\n", ["grey 3", "number 3"], [])
     assert (item["sample_id"], item["source"], item["facts"]) == ("s3", "grey", {"n": "3"})
@@ -38,20 +32,20 @@ def test_alignment_item(pictures, processors):
 
 
 def test_random_choices_depend_on_seed_source_sample_and_epoch_only(pictures, processors):
-    one, other = (source(pictures, processors, stage="alignment", seed=s) for s in (1, 2))
+    one, other = (picture_source(pictures, processors, seed=s) for s in (1, 2))
     captions = {one.item(0, epoch)["text_output"] for epoch in range(20)}
     assert captions == {"grey 0\n", "number 0\n"}
-    again = source(pictures, processors, stage="alignment", seed=1)
+    again = picture_source(pictures, processors, seed=1)
     assert torch.equal(one.item(3, 7)["image"][0], again.item(3, 7)["image"][0])
     for different in (one.item(3, 8), one.item(4, 7), other.item(3, 7)):
         assert not torch.equal(different["image"][0], one.item(3, 7)["image"][0])
 
 
 def test_captions_become_instructions(pictures, processors):
-    *_, request, caption = source(pictures, processors, train=False)[0]["pieces"]
+    *_, request, caption = picture_source(pictures, processors, train=False, stage="instruction")[0]["pieces"]
     assert request.text == ".###Human: Describe the image in a sentence.###Assistant:"
     assert caption == Text("grey 0###", target=True)
-    training = source(pictures, processors)
+    training = picture_source(pictures, processors, stage="instruction")
     assert len({training.item(0, epoch)["pieces"][2].text for epoch in range(30)}) > 8
 
 
@@ -83,15 +77,15 @@ def test_unsuitable_samples_are_named(pictures):
     with pytest.raises(DataError, match="task 'image_qaa' has no template"):
         evaluated(Sample("x", captions=("c",), task="image_qaa"))[0]
     with pytest.raises(DataError, match="vis_processor is not set"):
-        source(pictures, {})[0]
+        picture_source(pictures, {})[0]
 
 
 def test_links_may_not_lead_out_of_the_root(pictures, processors):
     outside = (pictures / "p0.png").rename(pictures.with_suffix(".png"))
     (pictures / "p0.png").symlink_to(outside)
     with pytest.raises(DataError, match="leads out of the media root"):
-        source(pictures, processors)[0]
-    assert source(pictures, processors, allow_outside=True)[0]["image"]
+        picture_source(pictures, processors)[0]
+    assert picture_source(pictures, processors, allow_outside=True)[0]["image"]
 
 
 @pytest.mark.parametrize("size", [250, 10**15])
@@ -103,14 +97,14 @@ def test_a_medium_longer_than_its_shard_is_unreadable(tmp_path, size):
 
 def test_stored_features_stand_in_for_media(pictures, processors):
     encoded = EncodedMedium(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool))
-    group = SplitDataset("grey", [source(pictures, processors)])
+    group = SplitDataset("grey", [picture_source(pictures, processors)])
     group.set_features(SimpleNamespace(find=lambda medium: encoded if medium.path.endswith("p2.png") else None))
     assert group[2]["image"] == [encoded]
     assert group[3]["image"][0].shape == (3, 4, 4)
 
 
 def test_collate_keeps_every_key_and_stacks_nothing(pictures, processors):
-    data = source(pictures, processors)
+    data = picture_source(pictures, processors)
     batch = collate([data[0], data[1]])
     assert (batch["sample_id"], batch["source"], type(batch["image"])) == (["s0", "s1"], "grey", list)
     assert collate([], "grey") == {**{key: [] for key in ITEM_KEYS}, "source": "grey"}

@@ -14,14 +14,12 @@ from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, M
 from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Message
-from lavis_chatbridge.schema import Medium, Sample, SampleFile
-from tests.datasets.conftest import PictureProcessor, sample_file
+from lavis_chatbridge.schema import Medium, Sample
+from tests.datasets.conftest import PictureProcessor, picture_source, sample_file
 
 
 def group(folder, processors, name="grey", indices=None):
-    settings = DataSettings(stage="alignment")
-    samples = SampleFile(folder / "pictures.jsonl")
-    return SplitDataset(name, [SampleDataset(name, samples, settings, True, processors, indices)])
+    return SplitDataset(name, [picture_source(folder, processors, name, indices=indices)])
 
 
 def loading(**settings):
@@ -98,7 +96,7 @@ def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processor
 
 @pytest.mark.parametrize("world", [1, 2, 5, 16])
 def test_evaluation_is_divided_exactly(pictures, processors, world):
-    split = SplitDataset("x", [*group(pictures, processors, "a").sources, *group(pictures, processors, "b").sources])
+    split = SplitDataset("x", [picture_source(pictures, processors, name) for name in "ab"])
     loaders = [EvaluationLoader(split, 3, rank, world) for rank in range(world)]
     shares = [[(batch["source"], i) for batch in loader for i in batch["sample_id"]] for loader in loaders]
     assert sorted(chain(*shares)) == sorted((name, f"s{i}") for name in "ab" for i in range(12))
@@ -115,7 +113,7 @@ def test_a_token_budget_counts_the_conversations_format():
 
 def test_ratios_are_shared_out(pictures, processors):
     def sized(name, size, ratio=None):
-        source = group(pictures, processors, name, indices=list(range(size))).sources[0]
+        source = picture_source(pictures, processors, name, indices=list(range(size)))
         source.ratio = ratio
         return source
 

@@ -16,9 +16,6 @@ from lavis_chatbridge.schema import Sample
 
 _log = logging.getLogger(__name__)
 
-_CLOTHO_CAPTIONS = 5
-_EXCLUDED = "blacklist_exclude_all_ac.json"
-
 
 def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     """COCO captions in Karpathy's split: his ``dataset_coco.json``, or LAVIS's ``coco_karpathy_{train,val,test}.json``.
@@ -114,7 +111,7 @@ def clotho(origin: Origin) -> Iterator[Sample]:
     """Clotho's CSV: a file name and five captions. Media field: ``file_name`` (some begin with a blank)."""
     for row in origin.table():
         name = row.name("file_name")
-        captions = tuple(row.text(f"caption_{number}") for number in range(1, _CLOTHO_CAPTIONS + 1))
+        captions = tuple(row.text(f"caption_{number}") for number in range(1, 6))
         yield Sample(name, origin.locate(row.where, file_name=name), captions)
 
 
@@ -150,7 +147,8 @@ def excluded_list(origin: Origin) -> Path | None:
     chosen = origin.options.get("exclude", "")
     if chosen is None:
         return None
-    return Path(origin.root, chosen) if chosen else Path(origin.every_file[0]).parent.parent / "blacklist" / _EXCLUDED
+    published = Path(origin.every_file[0]).parents[1] / "blacklist" / "blacklist_exclude_all_ac.json"
+    return Path(origin.root, chosen) if chosen else published
 
 
 def _letters(name: str) -> str:

@@ -17,9 +17,7 @@ from lavis_chatbridge.errors import DataError
 from lavis_chatbridge.prompting.templates import LETTERS, listed, without_letters
 from lavis_chatbridge.schema import Medium, Sample
 
-_TASK = re.compile(r"task\d+")
 _MARK = re.compile(r"\[(img|image|audio|video)(\d+)\]")
-_SENTIMENT = "What is the sentiment of the speaker?"
 
 
 def avqa(origin: Origin) -> Iterator[Sample]:
@@ -35,7 +33,7 @@ def worldsense(origin: Origin) -> Iterator[Sample]:
     for path in origin.every_file:
         for video, entry in read_object(path).entries():
             media = origin.locate(entry.where, video_id=video)
-            for key in filter(_TASK.fullmatch, entry.values):
+            for key in filter(re.compile(r"task\d+").fullmatch, entry.values):
                 row = Row(entry.values[key], f"{entry.where}.{key}")
                 types = _types(row, "task_domain", "task_type") | _types(entry, "domain")
                 yield _choice(row, f"{video}_{key}", media, types, options="candidates")
@@ -125,7 +123,10 @@ def mosi(origin: Origin) -> Iterator[Sample]:
         video, clip = row.text("video_id"), row.text("clip_id")
         said = f'The speaker says: "{row.text("text")}". ' if origin.options.get("transcript") else ""
         media = origin.locate(row.where, video_id=video, clip_id=clip)
-        asked = Row({"question": said + _SENTIMENT, "options": classes, "answer": annotation}, row.where)
+        asked = Row(
+            {"question": f"{said}What is the sentiment of the speaker?", "options": classes, "answer": annotation},
+            row.where,
+        )
         yield _choice(asked, f"{video}_{clip}", media, {"sentiment": annotation})
 
 

@@ -105,20 +105,17 @@ def _read(shard: tarfile.TarFile, members: Iterable[tarfile.TarInfo], path: str)
             raise DataError(f"{path}: two members are named {member.name}; a key has one member of each ending")
         found[ending] = member
     media = [Medium(ENDINGS[e], path, found[e].offset_data, found[e].size) for e in found if e in ENDINGS]
-    text = _content(shard, found["txt"]).decode("utf-8", errors="replace").strip() if "txt" in found else ""
-    if not text and "json" in found:
+    text = ""
+    if "txt" in found and (file := shard.extractfile(found["txt"])):
+        text = file.read().decode("utf-8", errors="replace").strip()
+    if not text and "json" in found and (file := shard.extractfile(found["json"])):
         where = f"{path}: {found['json'].name}"
         try:
-            record = Row(json.loads(_content(shard, found["json"])), where)
+            record = Row(json.load(file), where)
         except ValueError as error:
             raise DataError(f"{where}: not JSON: {error}") from error
         text = record.text("caption", blank=True) if "caption" in record else ""
     return tuple(media), text
-
-
-def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = shard.extractfile(member)
-    return b"" if file is None else file.read()
 
 
 def _check_end(shard: tarfile.TarFile, path: str) -> None:
