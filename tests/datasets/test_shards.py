@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import webdataset as wds
 from lavis_chatbridge import cli
 from lavis_chatbridge.datasets import shards
 from lavis_chatbridge.datasets.dataset import media_content
-from lavis_chatbridge.schema import Medium, Sample, SampleFile, to_record, write_jsonl
+from lavis_chatbridge.schema import Medium, Sample, SampleFile, write_jsonl
 
 
 @pytest.fixture
@@ -35,17 +36,12 @@ def shard(*words):
 
 
 def contents(path, root=None):
-    """Every sample of a JSONL with its media's bytes instead of their places."""
+    """Every sample of a JSONL with its media's bytes instead of their locations."""
     found = []
     for sample in SampleFile(path, root):
-        record = to_record(sample)
-        for medium, entry in zip(sample.media, record.get("media", []), strict=True):
-            if not medium.words:
-                source = media_content(medium)
-                data = source if isinstance(source, bytes) else Path(source).read_bytes()
-                entry.pop("offset", None)
-                entry["path"], entry["size"] = data, len(data)
-        found.append(record)
+        data = [media_content(medium) for medium in sample.files]
+        data = [Path(content).read_bytes() if isinstance(content, str) else content for content in data]
+        found.append((replace(sample, media=()), [(m.modality, m.words) for m in sample.media], data))
     return found
 
 

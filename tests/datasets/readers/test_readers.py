@@ -184,18 +184,12 @@ def test_music_avqa(read):
 
 
 def test_llava(read):
-    said = ["What is <image> here?\n<image>", "A bus.", "<image>\nAnd now?", "Still a bus."]
-    talk = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
-
-    def llava(talk, **settings):
-        return read("llava", "{image}", settings, file=[{"id": "4", "image": "4.jpg", "conversations": talk}])[0]
-
-    sample = llava(talk)
-    assert asked(sample) == ["What is  here?", "A bus.", "And now?", "Still a bus."]
-    assert [turn.media for turn in sample.turns] == [("video",), (), (), ()]
-    assert len(llava(talk, messages=2).turns) == len(llava(talk[:3]).turns) == 2
+    talk = [{"from": speaker, "value": "Is <image> it?\n<image>"} for speaker in ("human", "gpt", "human")]
+    row = {"id": "4", "image": "4.jpg", "conversations": talk}
+    [sample] = read("llava", "{image}", file=[row])  # without the question that has no answer
+    assert [(turn.text, turn.media) for turn in sample.turns] == [("Is  it?", ("video",)), ("Is  it?", ())]
     with pytest.raises(DataError, match=r"\[0\].conversations\[0\]: from is 'gpt', expected 'human'"):
-        llava(talk[1:])
+        read("llava", file=[row | {"conversations": talk[1:]}])
 
 
 def test_avsd(read):
@@ -247,11 +241,9 @@ def test_an_answer_is_a_letter_or_an_option(read, answer, correct):
     assert sample.media[0].path.endswith("/a.wav")
 
 
-def test_options_of_mosi_choose_clips_and_quote_them(read):
-    lines = ["video_id,clip_id,text,label,annotation,mode", "v,0,so,0,Positive,test", "v,1,so,0,Neutral,test"]
-    chosen = {"classes": ["Negative", "Positive"], "transcript": True}
-    [sample] = read("mosi", None, chosen, file="\n".join([*lines, "v,2,so,0,Negative,train\n"]))
-    assert (sample.id, sample.answers) == ("v_0", ("Positive",))
+def test_mosi_quotes_what_is_said(read):
+    lines = "video_id,clip_id,text,annotation,mode\nv,0,so,Positive,test\nv,1,so,Neutral,test\nv,2,so,Negative,train\n"
+    [sample] = read("mosi", None, {"classes": ["Negative", "Positive"], "transcript": True}, file=lines)
     assert asked(sample)[0].startswith('The speaker says: "so". What is the sentiment')
 
 
